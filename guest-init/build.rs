@@ -1,0 +1,11 @@
+//! Links the init without the C runtime: it has its own entry point and needs nothing else.
+#![allow(missing_docs, clippy::print_stdout, reason = "a build script speaks to cargo on stdout")]
+
+fn main() {
+    for argument in
+        ["-nostartfiles", "-nostdlib", "-static", "-no-pie", "-Wl,--build-id=none", "-Wl,-z,norelro"]
+    {
+        println!("cargo::rustc-link-arg-bins={argument}");
+    }
+    println!("cargo::rerun-if-changed=build.rs");
+}

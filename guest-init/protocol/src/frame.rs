@@ -1,0 +1,293 @@
+//! The configuration frame: what init asks the VMM for, as a header and a list of items.
+//!
+//! ```text
+//! "KNDL"  version: u16  zero: u16  length of the items: u32   item*
+//! item = tag: u8  length: u32  bytes
+//! ```
+//! All integers are little-endian. Arguments and environment entries keep their order; every
+//! other item appears at most once. Decoding borrows from the frame and allocates nothing.
+
+use core::fmt;
+
+const MAGIC: [u8; 4] = *b"KNDL";
+const VERSION: u16 = 1;
+const HEADER_LEN: usize = 12;
+const ITEM_HEADER_LEN: usize = 5;
+
+/// The longest frame in bytes. Linux itself limits a program's arguments to about this much on a
+/// small stack, and init reads the frame into a buffer of this size.
+pub const MAX_FRAME: usize = 256 * 1024;
+
+/// One statement of the configuration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Item<'a> {
+    /// The next element of the payload's argument vector; the first names the program.
+    Argument(&'a [u8]),
+    /// The next environment entry, `NAME=value`.
+    Environment(&'a [u8]),
+    /// The payload's working directory.
+    WorkingDirectory(&'a [u8]),
+    /// The guest's hostname.
+    Hostname(&'a [u8]),
+    /// The payload's user id.
+    UserId(u32),
+    /// The payload's group id.
+    GroupId(u32),
+    /// Nanoseconds from the creation of the VM until this frame was made.
+    VmAge(u64),
+}
+
+impl Item<'_> {
+    const fn tag(&self) -> u8 {
+        match self {
+            Self::Argument(_) => 1,
+            Self::Environment(_) => 2,
+            Self::WorkingDirectory(_) => 3,
+            Self::Hostname(_) => 4,
+            Self::UserId(_) => 5,
+            Self::GroupId(_) => 6,
+            Self::VmAge(_) => 7,
+        }
+    }
+}
+
+/// Why bytes are not a configuration frame, or items do not fit one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FrameError {
+    /// The first bytes are not those of a frame.
+    Magic,
+    /// The frame is of a version that this program does not read.
+    Version(u16),
+    /// The bytes end before the frame does, or go on after it.
+    Length,
+    /// An item with a tag that this program does not know.
+    UnknownItem(u8),
+    /// A number item whose length is not that of its number.
+    NumberLength(u8),
+    /// The items do not fit [`MAX_FRAME`] bytes.
+    TooLong,
+}
+
+impl fmt::Display for FrameError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Magic => write!(f, "the configuration does not start with KNDL"),
+            Self::Version(version) => {
+                write!(f, "the configuration has version {version}, this side reads version {VERSION}")
+            }
+            Self::Length => write!(f, "the configuration's length is not what its header says"),
+            Self::UnknownItem(tag) => write!(f, "the configuration has an item of unknown kind {tag}"),
+            Self::NumberLength(tag) => {
+                write!(f, "the configuration's number of kind {tag} has a wrong length")
+            }
+            Self::TooLong => {
+                write!(f, "arguments and environment do not fit the configuration's {MAX_FRAME} bytes")
+            }
+        }
+    }
+}
+
+impl core::error::Error for FrameError {}
+
+/// Writes a frame into a byte sink that grows.
+///
+/// # Errors
+/// [`FrameError::TooLong`] when the items need more than [`MAX_FRAME`] bytes; the sink may then
+/// hold a part of them.
+pub fn encode<'a, S: Extend<u8>>(
+    items: impl Iterator<Item = Item<'a>> + Clone,
+    sink: &mut S,
+) -> Result<(), FrameError> {
+    let mut length = 0usize;
+    for item in items.clone() {
+        length = length.saturating_add(ITEM_HEADER_LEN).saturating_add(value_len(&item));
+    }
+    if length > MAX_FRAME - HEADER_LEN {
+        return Err(FrameError::TooLong);
+    }
+    let length = u32::try_from(length).map_err(|_| FrameError::TooLong)?;
+    sink.extend(MAGIC);
+    sink.extend(VERSION.to_le_bytes());
+    sink.extend([0, 0]);
+    sink.extend(length.to_le_bytes());
+    for item in items {
+        encode_item(&item, sink)?;
+    }
+    Ok(())
+}
+
+fn value_len(item: &Item<'_>) -> usize {
+    match item {
+        Item::Argument(bytes)
+        | Item::Environment(bytes)
+        | Item::WorkingDirectory(bytes)
+        | Item::Hostname(bytes) => bytes.len(),
+        Item::UserId(_) | Item::GroupId(_) => 4,
+        Item::VmAge(_) => 8,
+    }
+}
+
+fn encode_item<S: Extend<u8>>(item: &Item<'_>, sink: &mut S) -> Result<(), FrameError> {
+    let length = u32::try_from(value_len(item)).map_err(|_| FrameError::TooLong)?;
+    sink.extend([item.tag()]);
+    sink.extend(length.to_le_bytes());
+    match *item {
+        Item::Argument(bytes)
+        | Item::Environment(bytes)
+        | Item::WorkingDirectory(bytes)
+        | Item::Hostname(bytes) => sink.extend(bytes.iter().copied()),
+        Item::UserId(id) | Item::GroupId(id) => sink.extend(id.to_le_bytes()),
+        Item::VmAge(age) => sink.extend(age.to_le_bytes()),
+    }
+    Ok(())
+}
+
+/// The items of a frame. An error ends the iteration.
+///
+/// # Errors
+/// When the header is not that of a whole frame of a known version; the iterator's items say
+/// what is wrong further in.
+pub fn decode(frame: &[u8]) -> Result<Items<'_>, FrameError> {
+    let (header, items) = frame.split_at_checked(HEADER_LEN).ok_or(FrameError::Length)?;
+    if header[..4] != MAGIC {
+        return Err(FrameError::Magic);
+    }
+    let version = u16::from_le_bytes([header[4], header[5]]);
+    if version != VERSION {
+        return Err(FrameError::Version(version));
+    }
+    let length = u32::from_le_bytes([header[8], header[9], header[10], header[11]]);
+    if usize::try_from(length) != Ok(items.len()) {
+        return Err(FrameError::Length);
+    }
+    Ok(Items { rest: items })
+}
+
+/// Iterator over the items of a frame; made by [`decode`].
+#[derive(Clone, Debug)]
+pub struct Items<'a> {
+    rest: &'a [u8],
+}
+
+impl<'a> Iterator for Items<'a> {
+    type Item = Result<Item<'a>, FrameError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.rest.is_empty() {
+            return None;
+        }
+        let item = split_item(self.rest).and_then(|(tag, value, rest)| {
+            self.rest = rest;
+            parse_item(tag, value)
+        });
+        if item.is_err() {
+            self.rest = &[];
+        }
+        Some(item)
+    }
+}
+
+fn split_item(bytes: &[u8]) -> Result<(u8, &[u8], &[u8]), FrameError> {
+    let (header, rest) = bytes.split_at_checked(ITEM_HEADER_LEN).ok_or(FrameError::Length)?;
+    let length = u32::from_le_bytes([header[1], header[2], header[3], header[4]]);
+    let length = usize::try_from(length).map_err(|_| FrameError::Length)?;
+    let (value, rest) = rest.split_at_checked(length).ok_or(FrameError::Length)?;
+    Ok((header[0], value, rest))
+}
+
+fn parse_item(tag: u8, value: &[u8]) -> Result<Item<'_>, FrameError> {
+    let number = FrameError::NumberLength(tag);
+    Ok(match tag {
+        1 => Item::Argument(value),
+        2 => Item::Environment(value),
+        3 => Item::WorkingDirectory(value),
+        4 => Item::Hostname(value),
+        5 => Item::UserId(u32::from_le_bytes(value.try_into().map_err(|_| number)?)),
+        6 => Item::GroupId(u32::from_le_bytes(value.try_into().map_err(|_| number)?)),
+        7 => Item::VmAge(u64::from_le_bytes(value.try_into().map_err(|_| number)?)),
+        _ => return Err(FrameError::UnknownItem(tag)),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    extern crate std;
+    use super::*;
+    use proptest::prelude::*;
+    use std::vec::Vec;
+
+    fn frame(items: &[Item<'_>]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        encode(items.iter().copied(), &mut bytes).unwrap();
+        bytes
+    }
+
+    const EVERY_KIND: [Item<'_>; 8] = [
+        Item::Argument(b"/bin/sh"),
+        Item::Argument(b""),
+        Item::Environment(b"A=b"),
+        Item::WorkingDirectory(b"/tmp"),
+        Item::Hostname(b"h"),
+        Item::UserId(1000),
+        Item::GroupId(100),
+        Item::VmAge(12_345_678_901),
+    ];
+
+    #[test]
+    fn every_item_survives() {
+        let bytes = frame(&EVERY_KIND);
+        let items: Vec<_> = decode(&bytes).unwrap().map(Result::unwrap).collect();
+        assert_eq!(items, EVERY_KIND);
+    }
+
+    #[test]
+    fn every_truncation_and_extension_is_an_error() {
+        let bytes = frame(&EVERY_KIND);
+        for length in 0..bytes.len() {
+            assert_eq!(decode(&bytes[..length]).unwrap_err(), FrameError::Length, "{length}");
+        }
+        let mut longer = bytes.clone();
+        longer.push(0);
+        assert_eq!(decode(&longer).unwrap_err(), FrameError::Length);
+    }
+
+    #[test]
+    fn wrong_headers_and_items_are_named() {
+        let mut bytes = frame(&[Item::UserId(7)]);
+        bytes[0] = b'X';
+        assert_eq!(decode(&bytes).unwrap_err(), FrameError::Magic);
+        bytes[0] = b'K';
+        bytes[4] = 9;
+        assert_eq!(decode(&bytes).unwrap_err(), FrameError::Version(9));
+        bytes[4] = 1;
+        bytes[12] = 99;
+        assert_eq!(decode(&bytes).unwrap().next(), Some(Err(FrameError::UnknownItem(99))));
+        bytes[12] = 7;
+        let mut items = decode(&bytes).unwrap();
+        assert_eq!(items.next(), Some(Err(FrameError::NumberLength(7))));
+        assert_eq!(items.next(), None, "an error ends the iteration");
+    }
+
+    #[test]
+    fn a_frame_has_a_longest_length() {
+        let long = std::vec![b'x'; MAX_FRAME - HEADER_LEN - ITEM_HEADER_LEN];
+        assert_eq!(frame(&[Item::Argument(&long)]).len(), MAX_FRAME);
+        let items = [Item::Argument(&long), Item::Argument(b"")];
+        let result = encode(items.into_iter(), &mut Vec::new());
+        assert_eq!(result, Err(FrameError::TooLong));
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_decode_without_harm(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            let mut framed = Vec::new();
+            framed.extend(MAGIC);
+            framed.extend(VERSION.to_le_bytes());
+            framed.extend([0, 0]);
+            framed.extend(u32::try_from(bytes.len()).unwrap().to_le_bytes());
+            framed.extend(&bytes);
+            let steps = decode(&framed).unwrap().count();
+            prop_assert!(steps <= bytes.len());
+        }
+    }
+}

@@ -1,0 +1,28 @@
+//! What a guest without a payload says.
+
+use crate::question::{Answer, now};
+use crate::voice::say;
+use rustix::system::{sysinfo, uname};
+use rustix::thread::sched_getaffinity;
+
+/// Prints kernel version, vCPUs, memory and the time since the VM was created.
+pub(crate) fn print(answer: &Answer) {
+    let name = uname();
+    let memory = sysinfo();
+    let mib = memory.totalram * u64::from(memory.mem_unit) / (1024 * 1024);
+    let cpus = sched_getaffinity(None).map_or(1, |set| set.count());
+    let (age, since) = match answer.spec.vm_age {
+        Some(age) => (
+            core::time::Duration::from_nanos(age) + now().saturating_sub(answer.received),
+            "the VM was created",
+        ),
+        None => (now(), "the kernel started its clock"),
+    };
+    say(format_args!(
+        "Hello from Kindling: Linux {} on {cpus} vCPU{}, {mib} MiB usable, {}.{:03} ms after {since}.\n",
+        name.release().to_str().unwrap_or("?"),
+        if cpus == 1 { "" } else { "s" },
+        age.as_millis(),
+        age.subsec_micros() % 1000,
+    ));
+}

@@ -1,0 +1,6 @@
+//! The parts of init that need no guest: they are tested like any library.
+#![no_std]
+
+extern crate alloc;
+
+pub mod payload_spec;

@@ -1,0 +1,44 @@
+//! PID 1 of a Kindling guest, in the order it happens: mark the first instruction, mount, set the
+//! system up, ask for the configuration, run the payload, report its exit.
+//!
+//! There is no C library below it and nothing above it but the payload.
+#![no_std]
+#![no_main]
+
+extern crate alloc;
+
+mod greeting;
+mod heap;
+mod machine;
+mod mem;
+mod payload;
+mod question;
+mod setup;
+mod start;
+mod syscall;
+mod voice;
+
+use guest_protocol::{BootMark, ExitStatus};
+
+/// The life of the guest's user space. `start` calls this once, on the kernel's initial stack.
+fn main() -> ! {
+    heap::init();
+    setup::mount_filesystems();
+    machine::mark(BootMark::FilesystemsMounted);
+    setup::open_console();
+    setup::bring_up_loopback();
+    machine::mark(BootMark::SystemReady);
+
+    // Nothing before this line depends on the image or on the payload.
+    let answer = question::ask();
+    setup::set_hostname(answer.spec.hostname.as_deref());
+    machine::mark(BootMark::Configured);
+
+    let code = if answer.spec.arguments.is_empty() {
+        greeting::print(&answer);
+        0
+    } else {
+        payload::run(&answer.spec)
+    };
+    machine::end(ExitStatus::Payload(code))
+}

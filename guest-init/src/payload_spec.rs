@@ -1,0 +1,171 @@
+//! What init is asked to run, whoever asks: the VMM's frame or the kernel command line.
+
+use alloc::vec::Vec;
+use guest_protocol::frame::{self, FrameError, Item};
+
+/// The guest's configuration.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PayloadSpec {
+    /// Argument vector of the payload; empty where there is none.
+    pub arguments: Vec<Vec<u8>>,
+    /// Environment entries, `NAME=value`.
+    pub environment: Vec<Vec<u8>>,
+    /// Working directory; `/` where nobody chose one.
+    pub working_directory: Option<Vec<u8>>,
+    /// Hostname; the kernel's default where nobody chose one.
+    pub hostname: Option<Vec<u8>>,
+    /// User id; 0 where nobody chose one.
+    pub user_id: u32,
+    /// Group id; 0 where nobody chose one.
+    pub group_id: u32,
+    /// Nanoseconds from the creation of the VM to the answer, when the VMM gave it.
+    pub vm_age: Option<u64>,
+}
+
+impl PayloadSpec {
+    /// What the VMM's configuration frame asks for.
+    ///
+    /// # Errors
+    /// When the bytes are not a whole frame that this init understands.
+    pub fn from_frame(bytes: &[u8]) -> Result<Self, FrameError> {
+        let mut spec = Self::default();
+        for item in frame::decode(bytes)? {
+            match item? {
+                Item::Argument(value) => spec.arguments.push(value.into()),
+                Item::Environment(value) => spec.environment.push(value.into()),
+                Item::WorkingDirectory(value) => spec.working_directory = Some(value.into()),
+                Item::Hostname(value) => spec.hostname = Some(value.into()),
+                Item::UserId(id) => spec.user_id = id,
+                Item::GroupId(id) => spec.group_id = id,
+                Item::VmAge(age) => spec.vm_age = Some(age),
+            }
+        }
+        Ok(spec)
+    }
+
+    /// What the kernel command line asks for: everything after a lone `--` is the payload's
+    /// argument vector, and `kindling.cwd=`, `kindling.hostname=`, `kindling.uid=`,
+    /// `kindling.gid=` and any number of `kindling.env=NAME=value` stand before it. Double quotes
+    /// keep spaces together, as they do for the kernel.
+    ///
+    /// # Errors
+    /// The name and the value of a number that is none.
+    pub fn from_command_line(line: &[u8]) -> Result<Self, BadNumber> {
+        let mut spec = Self::default();
+        let mut words = words(line).into_iter();
+        for word in words.by_ref() {
+            if word == b"--" {
+                break;
+            }
+            let Some(option) = word.strip_prefix(b"kindling.") else {
+                continue;
+            };
+            let mut halves = option.splitn(2, |&byte| byte == b'=');
+            let (Some(name), Some(value)) = (halves.next(), halves.next()) else {
+                continue;
+            };
+            match name {
+                b"env" => spec.environment.push(value.into()),
+                b"cwd" => spec.working_directory = Some(value.into()),
+                b"hostname" => spec.hostname = Some(value.into()),
+                b"uid" => spec.user_id = number("kindling.uid", value)?,
+                b"gid" => spec.group_id = number("kindling.gid", value)?,
+                _ => {}
+            }
+        }
+        spec.arguments = words.collect();
+        Ok(spec)
+    }
+}
+
+/// A number on the command line that cannot be read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BadNumber {
+    /// The option's name.
+    pub name: &'static str,
+    /// What stands behind its `=`.
+    pub value: Vec<u8>,
+}
+
+fn number(name: &'static str, value: &[u8]) -> Result<u32, BadNumber> {
+    core::str::from_utf8(value)
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .ok_or_else(|| BadNumber { name, value: value.into() })
+}
+
+/// Splits a command line at white space outside double quotes and drops the quotes.
+fn words(line: &[u8]) -> Vec<Vec<u8>> {
+    let mut words = Vec::new();
+    let mut word: Option<Vec<u8>> = None;
+    let mut quoted = false;
+    for &byte in line {
+        match byte {
+            b'"' => {
+                quoted = !quoted;
+                word.get_or_insert_default();
+            }
+            byte if byte.is_ascii_whitespace() && !quoted => words.extend(word.take()),
+            byte => word.get_or_insert_default().push(byte),
+        }
+    }
+    words.extend(word);
+    words
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use alloc::vec;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_command_line_names_the_payload() {
+        let line = b"console=ttyS0 kindling.uid=1000 kindling.gid=100 kindling.cwd=/srv \
+                     kindling.env=A=1 kindling.env=B=\"x y\" kindling.hostname=box quiet \
+                     -- /bin/sh -c \"exit 3\" --\n";
+        let spec = PayloadSpec::from_command_line(line).unwrap();
+        assert_eq!(
+            spec,
+            PayloadSpec {
+                arguments: vec![b"/bin/sh".into(), b"-c".into(), b"exit 3".into(), b"--".into()],
+                environment: vec![b"A=1".into(), b"B=x y".into()],
+                working_directory: Some(b"/srv".into()),
+                hostname: Some(b"box".into()),
+                user_id: 1000,
+                group_id: 100,
+                vm_age: None,
+            }
+        );
+    }
+
+    #[test]
+    fn a_command_line_without_payload_names_none() {
+        for line in [&b""[..], b"console=ttyS0 quiet\n", b"root=/dev/vda --", b"a-- --b"] {
+            let spec = PayloadSpec::from_command_line(line).unwrap();
+            assert_eq!(spec, PayloadSpec::default(), "{line:?}");
+        }
+    }
+
+    #[test]
+    fn an_empty_word_in_quotes_is_an_argument() {
+        let spec = PayloadSpec::from_command_line(b"-- echo \"\" x").unwrap();
+        assert_eq!(spec.arguments, [&b"echo"[..], b"", b"x"]);
+    }
+
+    #[test]
+    fn a_bad_number_is_named() {
+        for value in ["", "-1", "4294967296", "root"] {
+            let line = alloc::format!("kindling.uid={value}");
+            let error = PayloadSpec::from_command_line(line.as_bytes()).unwrap_err();
+            assert_eq!(error, BadNumber { name: "kindling.uid", value: value.into() });
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_command_line_is_taken(line in prop::collection::vec(any::<u8>(), 0..300)) {
+            let _ = PayloadSpec::from_command_line(&line);
+        }
+    }
+}

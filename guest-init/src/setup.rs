@@ -1,0 +1,104 @@
+//! What every program expects of its system: filesystems, standard streams, loopback, a name.
+#![expect(unsafe_code, reason = "one ioctl without a safe wrapper")]
+
+use crate::voice::say;
+use rustix::fs::{CWD, Mode, OFlags, mkdirat, open};
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, mount};
+use rustix::net::{AddressFamily, SocketType, socket};
+
+struct Mount {
+    kind: &'static str,
+    target: &'static str,
+    flags: MountFlags,
+    options: &'static core::ffi::CStr,
+}
+
+const fn no_programs() -> MountFlags {
+    MountFlags::NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC)
+}
+
+/// In this order: /dev/pts and /dev/shm are directories inside /dev.
+const MOUNTS: [Mount; 7] = [
+    Mount { kind: "proc", target: "/proc", flags: no_programs(), options: c"" },
+    Mount { kind: "sysfs", target: "/sys", flags: no_programs(), options: c"" },
+    Mount { kind: "devtmpfs", target: "/dev", flags: MountFlags::NOSUID, options: c"mode=0755" },
+    Mount { kind: "devpts", target: "/dev/pts", flags: no_programs(), options: c"mode=0620,ptmxmode=0666" },
+    Mount { kind: "tmpfs", target: "/dev/shm", flags: no_programs(), options: c"mode=1777" },
+    Mount { kind: "tmpfs", target: "/run", flags: MountFlags::NOSUID, options: c"mode=0755" },
+    Mount { kind: "tmpfs", target: "/tmp", flags: MountFlags::NOSUID, options: c"mode=1777" },
+];
+
+/// Mounts the kernel's filesystems and the temporary ones. A kernel without one of them is still
+/// a kernel that can run programs, so a failure is said and not fatal.
+pub(crate) fn mount_filesystems() {
+    for entry in &MOUNTS {
+        if let Err(error) = mkdirat(CWD, entry.target, Mode::from_raw_mode(0o755))
+            && error != Errno::EXIST
+        {
+            say(format_args!("init: cannot make {}: {error}\n", entry.target));
+        }
+        match mount(entry.kind, entry.target, entry.kind, entry.flags, entry.options) {
+            // Busy: the kernel or the image has mounted it already (DEVTMPFS_MOUNT).
+            Ok(()) | Err(Errno::BUSY) => {}
+            Err(error) => say(format_args!(
+                "init: cannot mount {} on {}: {error}; the guest's kernel needs the fragment that \
+                 has it\n",
+                entry.kind, entry.target
+            )),
+        }
+    }
+}
+
+/// Makes sure that descriptors 0 to 2 are open. The kernel opens /dev/console for them where the
+/// root filesystem has it; without a console they lead to /dev/null.
+pub(crate) fn open_console() {
+    // SAFETY: descriptor 2 is only asked about, and is not closed by anyone.
+    if rustix::io::fcntl_getfd(unsafe { rustix::stdio::stderr() }).is_ok() {
+        return;
+    }
+    let console = open("/dev/console", OFlags::RDWR, Mode::empty())
+        .or_else(|_| open("/dev/null", OFlags::RDWR, Mode::empty()));
+    if let Ok(console) = console {
+        let _ = rustix::stdio::dup2_stdin(&console);
+        let _ = rustix::stdio::dup2_stdout(&console);
+        let _ = rustix::stdio::dup2_stderr(&console);
+        if rustix::fd::AsRawFd::as_raw_fd(&console) <= 2 {
+            core::mem::forget(console);
+        }
+    }
+}
+
+/// `struct ifreq` of linux/if.h as SIOCSIFFLAGS reads it.
+#[repr(C)]
+struct InterfaceFlags {
+    name: [u8; 16],
+    flags: i16,
+    padding: [u8; 22],
+}
+
+/// Brings the loopback interface up; a kernel without a network has none.
+pub(crate) fn bring_up_loopback() {
+    const SIOCSIFFLAGS: rustix::ioctl::Opcode = 0x8914;
+    const IFF_UP: i16 = 1;
+    let Ok(socket) = socket(AddressFamily::INET, SocketType::DGRAM, None) else {
+        return;
+    };
+    let mut request = InterfaceFlags { name: [0; 16], flags: IFF_UP, padding: [0; 22] };
+    request.name[..2].copy_from_slice(b"lo");
+    // SAFETY: SIOCSIFFLAGS reads a struct ifreq, which InterfaceFlags lays out in full size.
+    let result =
+        unsafe { rustix::ioctl::ioctl(&socket, rustix::ioctl::Setter::<SIOCSIFFLAGS, _>::new(request)) };
+    if let Err(error) = result {
+        say(format_args!("init: cannot bring lo up: {error}\n"));
+    }
+}
+
+/// Names the guest, where somebody chose a name.
+pub(crate) fn set_hostname(name: Option<&[u8]>) {
+    if let Some(name) = name
+        && let Err(error) = rustix::system::sethostname(name)
+    {
+        say(format_args!("init: cannot set the hostname: {error}\n"));
+    }
+}

@@ -1,0 +1,96 @@
+//! The system calls of a process's own making, which a C library usually keeps to itself: port
+//! permissions, signal masks, fork and exec. Numbers are those of arch/x86/entry/syscalls.
+#![expect(unsafe_code, reason = "system calls without a safe wrapper")]
+
+use core::arch::asm;
+use core::ffi::CStr;
+use rustix::io::Errno;
+use rustix::process::{Pid, Signal};
+
+const RT_SIGPROCMASK: usize = 14;
+const FORK: usize = 57;
+const EXECVE: usize = 59;
+const RT_SIGTIMEDWAIT: usize = 128;
+const IOPL: usize = 172;
+const EXIT_GROUP: usize = 231;
+
+/// Makes a system call of up to four arguments.
+///
+/// # Safety
+/// The call may do to this process whatever the kernel documents for these arguments.
+unsafe fn call(number: usize, arguments: [usize; 4]) -> Result<usize, Errno> {
+    let result: isize;
+    // SAFETY: the instruction clobbers rcx and r11 alone; the rest is the caller's promise.
+    unsafe {
+        asm!("syscall", inlateout("rax") number => result, in("rdi") arguments[0],
+             in("rsi") arguments[1], in("rdx") arguments[2], in("r10") arguments[3],
+             lateout("rcx") _, lateout("r11") _, options(nostack));
+    }
+    match result {
+        0.. => Ok(result.unsigned_abs()),
+        _ => Err(Errno::from_raw_os_error(i32::try_from(-result).unwrap_or(i32::MAX))),
+    }
+}
+
+/// A set of signals, in the kernel's layout.
+#[derive(Clone, Copy)]
+pub(crate) struct SignalSet(u64);
+
+impl SignalSet {
+    const SIZE: usize = size_of::<u64>();
+
+    /// The set of these signals.
+    pub(crate) fn of(signals: impl IntoIterator<Item = Signal>) -> Self {
+        Self(signals.into_iter().fold(0, |set, signal| set | 1 << (signal.as_raw() - 1)))
+    }
+
+    /// Makes this set the one of blocked signals.
+    pub(crate) fn block(self) -> Result<(), Errno> {
+        const SIG_SETMASK: usize = 2;
+        // SAFETY: the kernel reads the set, and blocking signals affects no memory.
+        unsafe { call(RT_SIGPROCMASK, [SIG_SETMASK, (&raw const self.0).addr(), 0, Self::SIZE]) }?;
+        Ok(())
+    }
+
+    /// Waits for one of the signals, which must be blocked, and takes it.
+    pub(crate) fn wait(self) -> Result<Signal, Errno> {
+        // SAFETY: the kernel reads the set; no details and no time limit are asked for.
+        let number = unsafe { call(RT_SIGTIMEDWAIT, [(&raw const self.0).addr(), 0, 0, Self::SIZE]) }?;
+        i32::try_from(number).ok().and_then(Signal::from_named_raw).ok_or(Errno::INVAL)
+    }
+}
+
+/// Starts a child process that goes on from here: `None` in the child, its id in the parent.
+pub(crate) fn fork() -> Result<Option<Pid>, Errno> {
+    // SAFETY: init has one thread, so that the child's copy of its memory is consistent.
+    let child = unsafe { call(FORK, [0; 4]) }?;
+    Ok(i32::try_from(child).ok().and_then(Pid::from_raw))
+}
+
+/// Becomes another program; returns only when that fails.
+///
+/// # Safety
+/// Both lists end with a null pointer and hold pointers to strings that end with NUL.
+pub(crate) unsafe fn execve(
+    path: &CStr,
+    arguments: *const *const u8,
+    environment: *const *const u8,
+) -> Errno {
+    // SAFETY: the path ends with NUL, and the caller promises the rest.
+    let result = unsafe { call(EXECVE, [path.as_ptr().addr(), arguments.addr(), environment.addr(), 0]) };
+    result.err().unwrap_or(Errno::INVAL)
+}
+
+/// Takes the permission for port I/O from this process.
+pub(crate) fn drop_port_permission() {
+    // SAFETY: level 0 only takes permissions away.
+    let _ = unsafe { call(IOPL, [0; 4]) };
+}
+
+/// Ends this process.
+pub(crate) fn exit(code: u8) -> ! {
+    loop {
+        // SAFETY: nothing of this process is needed afterwards.
+        let _ = unsafe { call(EXIT_GROUP, [code.into(), 0, 0, 0]) };
+    }
+}

@@ -1,0 +1,98 @@
+//! The fragments that come with this crate.
+
+use crate::fragment::{Fragment, FragmentError, Origin};
+
+/// Each fragment's name and text, in the order in which they build on each other.
+const SHIPPED: [(&str, &str); 11] = [
+    ("base", include_str!("../fragments/base.config")),
+    ("kvm-guest", include_str!("../fragments/kvm-guest.config")),
+    ("console", include_str!("../fragments/console.config")),
+    ("virtio", include_str!("../fragments/virtio.config")),
+    ("block", include_str!("../fragments/block.config")),
+    ("net", include_str!("../fragments/net.config")),
+    ("vsock", include_str!("../fragments/vsock.config")),
+    ("filesystems", include_str!("../fragments/filesystems.config")),
+    ("container", include_str!("../fragments/container.config")),
+    ("hardening", include_str!("../fragments/hardening.config")),
+    ("debug", include_str!("../fragments/debug.config")),
+];
+
+/// The fragments that every image's kernel is made of.
+pub const DEFAULT: [&str; 8] =
+    ["base", "kvm-guest", "console", "virtio", "block", "net", "vsock", "filesystems"];
+
+/// The fragments that an image may ask for on top.
+pub const OPTIONAL: [&str; 3] = ["container", "hardening", "debug"];
+
+/// All fragments of this crate, default and optional.
+///
+/// # Errors
+///
+/// A fragment that does not parse, which a test of this crate rules out.
+pub fn shipped() -> Result<Vec<Fragment>, FragmentError> {
+    SHIPPED.iter().map(|(name, text)| parse(name, text)).collect()
+}
+
+/// The fragments of these names, in the order of the names.
+///
+/// # Errors
+///
+/// A name that no fragment has.
+pub fn shipped_named<S: AsRef<str>>(names: &[S]) -> Result<Vec<Fragment>, FragmentError> {
+    names.iter().map(|name| one(name.as_ref())).collect()
+}
+
+fn one(wanted: &str) -> Result<Fragment, FragmentError> {
+    match SHIPPED.iter().find(|(name, _)| *name == wanted) {
+        Some((name, text)) => parse(name, text),
+        None => Err(FragmentError::Unknown {
+            name: wanted.to_owned(),
+            known: SHIPPED.map(|(name, _)| name).join(", "),
+        }),
+    }
+}
+
+fn parse(name: &str, text: &str) -> Result<Fragment, FragmentError> {
+    Fragment::parse(name, text.as_bytes(), Origin::Shipped)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::compose;
+
+    #[test]
+    fn all_shipped_fragments_parse_and_compose() {
+        let fragments = shipped().unwrap();
+        let names: Vec<_> = fragments.iter().map(|f| f.name.as_str()).collect();
+        assert_eq!(names, [&DEFAULT[..], &OPTIONAL[..]].concat());
+        for fragment in &fragments {
+            assert!(!fragment.header.is_empty(), "{} does not say what it is for", fragment.name);
+            assert!(!fragment.symbols.is_empty(), "{} asks for nothing", fragment.name);
+        }
+        let composed = compose(&fragments).unwrap();
+        assert!(composed.len() > 100, "only {} settings", composed.len());
+    }
+
+    #[test]
+    fn every_file_in_the_folder_is_shipped() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/fragments");
+        let mut files: Vec<_> = std::fs::read_dir(folder)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        files.sort();
+        let mut shipped = SHIPPED.map(|(name, _)| format!("{name}.config"));
+        shipped.sort();
+        assert_eq!(files, shipped);
+    }
+
+    #[test]
+    fn fragments_by_name() {
+        let fragments = shipped_named(&["debug", "base"]).unwrap();
+        assert_eq!(fragments[0].name, "debug");
+        assert_eq!(fragments[1].name, "base");
+        let error = shipped_named(&["bsae"]).unwrap_err().to_string();
+        assert!(error.starts_with("there is no fragment \"bsae\"; there are base, kvm-guest,"));
+    }
+}

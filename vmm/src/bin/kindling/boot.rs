@@ -1,0 +1,186 @@
+//! `kindling boot`: one machine from start to end.
+
+use crate::terminal::RawTerminal;
+use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, complain, report, signals};
+use clap::{ArgGroup, Args};
+use kindling::config::image::Image;
+use kindling::config::{self, BootSource, Config, ConfigError, Console, GuestConfig, MachineConfig};
+use kindling::{Error, Exit, ExitReason, Instant, Machine, Timeline};
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+#[derive(Args, Debug)]
+#[command(group(ArgGroup::new("what").required(true).args(["image", "kernel", "config_file"])))]
+pub(crate) struct Arguments {
+    /// Folder made by `cargo xtask build-image`
+    #[arg(long, value_name = "DIR")]
+    image: Option<PathBuf>,
+    /// Kernel: an uncompressed vmlinux, or a bzImage
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// Firecracker's JSON (boot-source and machine-config)
+    #[arg(long, value_name = "FILE")]
+    config_file: Option<PathBuf>,
+    /// Initramfs; replaces the image's or the file's
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// Kernel command line; replaces the image's or the file's
+    #[arg(long, value_name = "TEXT")]
+    cmdline: Option<String>,
+    /// Memory of the guest in MiB [default: 128]
+    #[arg(long, value_name = "MIB")]
+    memory: Option<u64>,
+    /// Virtual processors, 1 to 16 [default: 1]
+    #[arg(long, value_name = "N")]
+    vcpus: Option<u64>,
+    /// Where the serial console leads: stdio, null or a file
+    #[arg(long, value_name = "stdio|null|FILE", default_value = "stdio")]
+    console: PathBuf,
+    /// Environment entry of the command, NAME=VALUE; may be repeated
+    #[arg(long, short = 'e', value_name = "NAME=VALUE")]
+    env: Vec<OsString>,
+    /// Working directory of the command
+    #[arg(long, short = 'w', value_name = "DIR")]
+    workdir: Option<OsString>,
+    /// User and group of the command, as numbers
+    #[arg(long, short = 'u', value_name = "UID[:GID]", value_parser = parse_user)]
+    user: Option<(u32, u32)>,
+    /// Hostname of the guest
+    #[arg(long, value_name = "NAME")]
+    hostname: Option<OsString>,
+    /// Compare the digests of the image's files with its image.json before booting
+    #[arg(long, requires = "image")]
+    verify: bool,
+    /// Print when each step of the boot was reached
+    #[arg(long)]
+    report: bool,
+    /// Write the same as JSON to a file
+    #[arg(long, value_name = "FILE")]
+    report_json: Option<PathBuf>,
+    /// CLOCK_MONOTONIC in nanoseconds when the caller started this command; the report counts
+    /// from there
+    #[arg(long, value_name = "NS")]
+    started_at: Option<u64>,
+    /// Command that init runs instead of its greeting
+    #[arg(last = true, value_name = "COMMAND")]
+    command: Vec<OsString>,
+}
+
+fn parse_user(text: &str) -> Result<(u32, u32), String> {
+    let number = |text: &str| {
+        text.parse::<u32>().map_err(|_| format!("{text:?} is not a number from 0 to 4294967295"))
+    };
+    match text.split_once(':') {
+        Some((user, group)) => Ok((number(user)?, number(group)?)),
+        None => number(text).map(|user| (user, user)),
+    }
+}
+
+/// Boots, waits, reports.
+pub(crate) fn run(arguments: &Arguments, entered: Instant) -> ExitCode {
+    let start = arguments.started_at.map_or(entered, Instant);
+    let mut timeline = Timeline::starting_at(start);
+    timeline.reached_at("command entered", entered);
+    match boot(arguments, timeline) {
+        Ok(exit) => finish(arguments, &exit),
+        Err(error) => {
+            complain(&error);
+            ExitCode::from(if error.is_users() { STATUS_BAD_REQUEST } else { STATUS_FAILURE })
+        }
+    }
+}
+
+fn boot(arguments: &Arguments, timeline: Timeline) -> Result<Exit, Error> {
+    let config = arguments.config()?;
+    let running = Machine::new(&config, timeline)?.start()?;
+    let stop = running.stop_handle()?;
+    signals::stop_on_termination(stop)
+        .map_err(|source| Error::Host { what: "install signal handlers", source })?;
+    let terminal = (config.console == Console::Stdio).then(RawTerminal::enter).flatten();
+    let exit = running.wait();
+    drop(terminal);
+    Ok(exit)
+}
+
+fn finish(arguments: &Arguments, exit: &Exit) -> ExitCode {
+    if exit.reason.is_failure() {
+        eprint!("{}", report::failure(exit));
+    }
+    if arguments.report {
+        eprint!("{}", report::timeline(exit));
+    }
+    if let Some(path) = &arguments.report_json
+        && let Err(source) = std::fs::write(path, report::json(exit))
+    {
+        complain(&Error::Console { path: path.clone(), source });
+        return ExitCode::from(STATUS_FAILURE);
+    }
+    match (&exit.reason, signals::received()) {
+        (ExitReason::Stopped, Some(signal)) => ExitCode::from(128_u8.saturating_add(signal)),
+        (reason, _) => ExitCode::from(reason.status()),
+    }
+}
+
+impl Arguments {
+    /// The configuration that these arguments ask for.
+    fn config(&self) -> Result<Config, ConfigError> {
+        let mut config = self.base()?;
+        if let Some(path) = &self.initrd {
+            config.boot_source.initrd_path = Some(path.clone());
+        }
+        if let Some(line) = &self.cmdline {
+            config.boot_source.boot_args.clone_from(line);
+        }
+        if let Some(mib) = self.memory {
+            config.machine.mem_size_mib = mib;
+        }
+        if let Some(count) = self.vcpus {
+            config.machine.vcpu_count = u8::try_from(count).map_err(|_| ConfigError::VcpuCount(count))?;
+        }
+        config.console = match self.console.to_str() {
+            Some("stdio") => Console::Stdio,
+            Some("null") => Console::Null,
+            _ => Console::File(self.console.clone()),
+        };
+        config.guest = self.guest();
+        Ok(config)
+    }
+
+    /// What the image, the configuration file or the kernel alone ask for.
+    fn base(&self) -> Result<Config, ConfigError> {
+        if let Some(path) = &self.config_file {
+            return config::from_json_file(path);
+        }
+        let boot_source = match (&self.image, &self.kernel) {
+            (Some(directory), _) => {
+                let image = Image::open(directory)?;
+                if self.verify {
+                    image.verify(directory)?;
+                }
+                image.boot_source(directory)
+            }
+            (None, kernel) => BootSource::kernel(kernel.clone().unwrap_or_default()),
+        };
+        Ok(Config {
+            boot_source,
+            machine: MachineConfig::default(),
+            console: Console::Stdio,
+            guest: GuestConfig::default(),
+        })
+    }
+
+    fn guest(&self) -> GuestConfig {
+        let bytes = |text: &OsString| text.clone().into_vec();
+        let (user_id, group_id) = self.user.unwrap_or_default();
+        GuestConfig {
+            arguments: self.command.iter().map(bytes).collect(),
+            environment: self.env.iter().map(bytes).collect(),
+            working_directory: self.workdir.as_ref().map(bytes),
+            hostname: self.hostname.as_ref().map(bytes),
+            user_id,
+            group_id,
+        }
+    }
+}

@@ -1,0 +1,57 @@
+//! `kindling`: boots microVMs, and says what a host can do.
+//!
+//! Exit status: the guest's own, 2 for a request that cannot be met, and the codes of
+//! [`kindling::ExitReason::status`] and 125 for everything that went wrong on the way.
+#![expect(clippy::print_stderr, clippy::print_stdout, reason = "a command speaks to its user")]
+
+mod boot;
+mod doctor;
+mod report;
+mod signals;
+mod terminal;
+
+use clap::{Parser, Subcommand};
+use kindling::Instant;
+use std::error::Error;
+use std::process::ExitCode;
+
+/// Boots Linux microVMs within milliseconds.
+#[derive(Debug, Parser)]
+#[command(version, arg_required_else_help = true)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Boots a kernel and stays until its guest ends; the exit status is the guest's
+    Boot(Box<boot::Arguments>),
+    /// Says what this host can do for microVMs, and what would make it better
+    Doctor(doctor::Arguments),
+}
+
+/// The exit status of a request that cannot be met as it is.
+const STATUS_BAD_REQUEST: u8 = 2;
+/// The exit status where this program or the host failed.
+const STATUS_FAILURE: u8 = 125;
+
+fn main() -> ExitCode {
+    let started = Instant::now();
+    match Arguments::parse().command {
+        Command::Boot(arguments) => boot::run(&arguments, started),
+        Command::Doctor(arguments) => doctor::run(&arguments),
+    }
+}
+
+/// Prints an error with its causes on one line.
+fn complain(error: &dyn Error) {
+    let mut line = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        line.push_str(": ");
+        line.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    eprintln!("kindling: {line}");
+}

@@ -1,0 +1,150 @@
+//! What a user reads about a boot: its times, or why it failed.
+
+use kindling::{Exit, ExitReason};
+use serde::Serialize;
+use std::fmt::Write;
+
+#[expect(clippy::cast_precision_loss, reason = "for display; boots take less than 2^53 ns")]
+fn milliseconds(nanoseconds: u64) -> f64 {
+    nanoseconds as f64 / 1e6
+}
+
+/// When each step was reached, and what the guest asked of the VMM on the way.
+pub(crate) fn timeline(exit: &Exit) -> String {
+    let mut text = String::from("\nboot report (milliseconds since the command was started)\n\n");
+    let mut previous = exit.timeline.start();
+    for step in exit.timeline.steps() {
+        let total = milliseconds(step.at.since(exit.timeline.start()));
+        let own = milliseconds(step.at.since(previous));
+        let _ = writeln!(text, "{total:11.3}  {own:+10.3}  {}", step.name);
+        previous = step.at;
+    }
+    let exits = &exit.exits;
+    let _ = writeln!(
+        text,
+        "\n{} exits to the VMM: {} port writes, {} port reads, {} to addresses without a device, {} other; \
+         {} of the port accesses were to ports without a device",
+        exits.total(),
+        exits.port_writes,
+        exits.port_reads,
+        exits.mmio_reads + exits.mmio_writes,
+        exits.other,
+        exit.unclaimed_ports,
+    );
+    text
+}
+
+#[derive(Serialize)]
+struct Json<'a> {
+    status: u8,
+    reason: String,
+    /// Nanoseconds of CLOCK_MONOTONIC from which the steps count.
+    start_ns: u64,
+    steps: Vec<JsonStep<'a>>,
+    exits: JsonExits,
+}
+
+#[derive(Serialize)]
+struct JsonStep<'a> {
+    name: &'a str,
+    ns: u64,
+}
+
+#[derive(Serialize)]
+struct JsonExits {
+    total: u64,
+    port_writes: u64,
+    port_reads: u64,
+    mmio_writes: u64,
+    mmio_reads: u64,
+    other: u64,
+    unclaimed_ports: u64,
+}
+
+/// The same for programs.
+pub(crate) fn json(exit: &Exit) -> String {
+    let exits = &exit.exits;
+    let report = Json {
+        status: exit.reason.status(),
+        reason: exit.reason.to_string(),
+        start_ns: exit.timeline.start().0,
+        steps: exit
+            .timeline
+            .steps()
+            .iter()
+            .map(|step| JsonStep { name: step.name, ns: step.at.since(exit.timeline.start()) })
+            .collect(),
+        exits: JsonExits {
+            total: exits.total(),
+            port_writes: exits.port_writes,
+            port_reads: exits.port_reads,
+            mmio_writes: exits.mmio_writes,
+            mmio_reads: exits.mmio_reads,
+            other: exits.other,
+            unclaimed_ports: exit.unclaimed_ports,
+        },
+    };
+    // Structures of strings and numbers always serialize.
+    serde_json::to_string_pretty(&report).unwrap_or_default() + "\n"
+}
+
+/// Why a guest failed, on one screen: what happened, where it was, its last words, what to try.
+pub(crate) fn failure(exit: &Exit) -> String {
+    let mut text = format!("\nkindling: {}\n", exit.reason);
+    let _ = writeln!(text, "  last stage reached: {}", last_stage(exit));
+    if let Some(registers) = &exit.registers {
+        let r = &registers.general;
+        let [cr0, cr2, cr3, cr4] = registers.control;
+        let _ = writeln!(
+            text,
+            "  rip {:#018x}  rsp {:#018x}  rflags {:#010x}\n  \
+             rax {:#018x}  rbx {:#018x}  rcx {:#018x}  rdx {:#018x}\n  \
+             rsi {:#018x}  rdi {:#018x}  rbp {:#018x}  r8  {:#018x}\n  \
+             cr0 {cr0:#010x}  cr2 {cr2:#018x}  cr3 {cr3:#010x}  cr4 {cr4:#010x}  efer {:#06x}",
+            r.rip, r.rsp, r.rflags, r.rax, r.rbx, r.rcx, r.rdx, r.rsi, r.rdi, r.rbp, r.r8, registers.efer,
+        );
+    }
+    if exit.console_tail.is_empty() {
+        text.push_str("  the console is empty\n");
+    } else {
+        text.push_str("  last lines of the console:\n");
+        for line in &exit.console_tail {
+            let _ = writeln!(text, "  | {}", printable(line));
+        }
+    }
+    let _ = writeln!(text, "  {}", advice(&exit.reason));
+    text
+}
+
+/// A guest's text must not move the reader's cursor or change the terminal's state.
+fn printable(line: &str) -> String {
+    line.chars().map(|c| if c.is_control() && c != '\t' { '.' } else { c }).collect()
+}
+
+fn last_stage(exit: &Exit) -> &'static str {
+    let ends = ["guest ended", "vCPUs stopped"];
+    let mut steps = exit.timeline.steps().iter().rev();
+    steps.find(|step| !ends.contains(&step.name)).map_or("none", |step| step.name)
+}
+
+const fn advice(reason: &ExitReason) -> &'static str {
+    match reason {
+        ExitReason::InitPanic => "init's message above says what it could not do",
+        ExitReason::GuestPanic => {
+            "a panic before init's first instruction is mostly a missing driver or root filesystem: \
+             boot with --cmdline and without `quiet` to see more"
+        }
+        ExitReason::Reset => {
+            "a payload that reboots ends like this, and so does a kernel that panics without a console: \
+             boot with `console=ttyS0` and without `quiet` to see more"
+        }
+        ExitReason::TripleFault => {
+            "before the kernel's first message this is mostly a kernel for another machine, or too little \
+             memory: try more with --memory, and --cmdline with `earlyprintk=serial`"
+        }
+        ExitReason::KvmInternalError { .. } => {
+            "`kindling doctor` shows whether this host's KVM can run Linux at all"
+        }
+        _ => "please report this with the lines above",
+    }
+}

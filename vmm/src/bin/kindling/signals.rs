@@ -1,0 +1,47 @@
+//! SIGTERM, SIGINT, SIGHUP and SIGQUIT stop the machine, so that it is taken down in order.
+#![expect(unsafe_code, reason = "signal handlers")]
+
+use crate::terminal;
+use kindling::StopHandle;
+use std::io;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicI32, Ordering};
+
+static STOP: OnceLock<StopHandle> = OnceLock::new();
+static RECEIVED: AtomicI32 = AtomicI32::new(0);
+
+extern "C" fn stop(signal: libc::c_int) {
+    if RECEIVED.swap(signal, Ordering::AcqRel) != 0 {
+        // The second signal: whoever sends it does not want to wait any more.
+        terminal::restore_from_handler();
+        // SAFETY: _exit may be called in a signal handler.
+        unsafe { libc::_exit(128 + signal) }
+    }
+    if let Some(handle) = STOP.get() {
+        // Writing to an eventfd is allowed in a signal handler.
+        handle.stop();
+    }
+}
+
+/// Makes the signals that end programs stop the machine behind `handle`.
+pub(crate) fn stop_on_termination(handle: StopHandle) -> io::Result<()> {
+    // There is one machine in this process, so the slot is empty.
+    let _ = STOP.set(handle);
+    for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT] {
+        // SAFETY: an all-zero sigaction is valid, and the handler only does what handlers may.
+        let result = unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = stop as extern "C" fn(libc::c_int) as libc::sighandler_t;
+            libc::sigaction(signal, &raw const action, std::ptr::null_mut())
+        };
+        if result != 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+/// The signal that stopped the machine, if one did.
+pub(crate) fn received() -> Option<u8> {
+    u8::try_from(RECEIVED.load(Ordering::Acquire)).ok().filter(|&signal| signal != 0)
+}

@@ -1,0 +1,78 @@
+//! The user's terminal in raw mode while a guest has it, and restored however the process ends.
+#![expect(unsafe_code, reason = "terminal settings have to be restored in signal handlers")]
+
+use std::io::IsTerminal;
+use std::mem::MaybeUninit;
+use std::sync::OnceLock;
+
+static SAVED: OnceLock<libc::termios> = OnceLock::new();
+
+/// Signals that end a process which is wrong about itself; a panic ends as SIGABRT. SIGBUS is
+/// what the truncation of a mapped file causes.
+const FATAL: [libc::c_int; 5] = [libc::SIGABRT, libc::SIGBUS, libc::SIGSEGV, libc::SIGILL, libc::SIGFPE];
+
+/// Standard input in raw mode; dropping it restores the settings.
+#[derive(Debug)]
+pub(crate) struct RawTerminal(());
+
+impl RawTerminal {
+    /// Switches to raw mode, if standard input is a terminal and this process may use it now.
+    pub(crate) fn enter() -> Option<Self> {
+        let stdin = std::io::stdin();
+        if !stdin.is_terminal() || !in_foreground() {
+            return None;
+        }
+        let mut settings = MaybeUninit::uninit();
+        // SAFETY: tcgetattr fills the structure when it succeeds, and only then is it read.
+        let saved = unsafe {
+            (libc::tcgetattr(libc::STDIN_FILENO, settings.as_mut_ptr()) == 0).then(|| settings.assume_init())
+        }?;
+        let saved = SAVED.get_or_init(|| saved);
+        restore_on_fatal_signals();
+        let mut raw = *saved;
+        // SAFETY: both functions take valid settings by pointer.
+        let set = unsafe {
+            libc::cfmakeraw(&raw mut raw);
+            libc::tcsetattr(libc::STDIN_FILENO, libc::TCSANOW, &raw const raw)
+        };
+        (set == 0).then_some(Self(()))
+    }
+}
+
+impl Drop for RawTerminal {
+    fn drop(&mut self) {
+        restore_from_handler();
+    }
+}
+
+/// A background process that changed the terminal's settings would be stopped for it.
+fn in_foreground() -> bool {
+    // SAFETY: neither call has preconditions.
+    unsafe { libc::tcgetpgrp(libc::STDIN_FILENO) == libc::getpgrp() }
+}
+
+/// Restores the settings, if they were changed. May be called in a signal handler.
+pub(crate) fn restore_from_handler() {
+    if let Some(saved) = SAVED.get() {
+        // SAFETY: tcsetattr takes valid settings by pointer and is allowed in signal handlers.
+        unsafe { libc::tcsetattr(libc::STDIN_FILENO, libc::TCSANOW, saved) };
+    }
+}
+
+extern "C" fn restore_and_die(signal: libc::c_int) {
+    restore_from_handler();
+    // SAFETY: the handler was installed with SA_RESETHAND, so this raises the default action.
+    unsafe { libc::raise(signal) };
+}
+
+fn restore_on_fatal_signals() {
+    for signal in FATAL {
+        // SAFETY: an all-zero sigaction is valid, and the handler only does what handlers may.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = restore_and_die as extern "C" fn(libc::c_int) as libc::sighandler_t;
+            action.sa_flags = libc::SA_RESETHAND;
+            libc::sigaction(signal, &raw const action, std::ptr::null_mut());
+        }
+    }
+}

@@ -1,0 +1,141 @@
+//! The MP table: which processors and interrupt lines there are (Intel MultiProcessor
+//! Specification 1.4). It takes the place of ACPI.
+
+use crate::layout::{self, MP_TABLE};
+use crate::memory::{GuestMemory, MemoryError};
+
+/// Version 1.4 (section 4.1).
+const SPECIFICATION: u8 = 4;
+/// The version register of KVM's local APICs and I/O APIC (integrated APIC).
+const APIC_VERSION: u8 = 0x14;
+const ISA_BUS: u8 = 0;
+
+/// Kinds of entries (section 4.3).
+const PROCESSOR: u8 = 0;
+const BUS: u8 = 1;
+const IO_APIC: u8 = 2;
+const IO_INTERRUPT: u8 = 3;
+const LOCAL_INTERRUPT: u8 = 4;
+
+/// Kinds of interrupts (section 4.3.4).
+const VECTORED: u8 = 0;
+const NMI: u8 = 1;
+const EXTERNAL: u8 = 3;
+const EVERY_APIC: u8 = 0xff;
+
+/// Writes the MP table of a machine with this many vCPUs.
+pub(super) fn write(memory: &GuestMemory, vcpus: u8) -> Result<(), MemoryError> {
+    memory.write(MP_TABLE, &table(vcpus))
+}
+
+/// The floating pointer structure, and behind it the configuration table.
+fn table(vcpus: u8) -> Vec<u8> {
+    let entries = entries(vcpus);
+    let count = u16::try_from(entries.len()).unwrap_or(0);
+    let body = entries.concat();
+    let mut configuration = configuration_header(body.len(), count);
+    configuration.extend(body);
+    configuration[7] = checksum(&configuration);
+
+    let mut bytes = floating_pointer();
+    bytes.extend(configuration);
+    bytes
+}
+
+const FLOATING_POINTER_LEN: u64 = 16;
+
+/// The structure that the kernel searches for (section 4.1).
+fn floating_pointer() -> Vec<u8> {
+    let table = u32::try_from(MP_TABLE.0 + FLOATING_POINTER_LEN).unwrap_or(0);
+    let mut bytes = b"_MP_".to_vec();
+    bytes.extend(table.to_le_bytes());
+    // Length in units of 16 bytes, version, checksum, no default configuration, no IMCR.
+    bytes.extend([1, SPECIFICATION, 0, 0, 0, 0, 0, 0]);
+    bytes[10] = checksum(&bytes);
+    bytes
+}
+
+/// The header of the configuration table (section 4.2), with its checksum left zero.
+fn configuration_header(body: usize, count: u16) -> Vec<u8> {
+    const LEN: usize = 44;
+    let length = u16::try_from(LEN + body).unwrap_or(0);
+    let local_apic = u32::try_from(layout::LOCAL_APIC.0).unwrap_or(0);
+    let mut bytes = b"PCMP".to_vec();
+    bytes.extend(length.to_le_bytes());
+    bytes.extend([SPECIFICATION, 0]);
+    bytes.extend(b"KINDLING");
+    bytes.extend(b"MICROVM     ");
+    bytes.extend([0; 6]);
+    bytes.extend(count.to_le_bytes());
+    bytes.extend(local_apic.to_le_bytes());
+    bytes.extend([0; 4]);
+    debug_assert_eq!(bytes.len(), LEN);
+    bytes
+}
+
+fn entries(vcpus: u8) -> Vec<Vec<u8>> {
+    // The I/O APIC's id follows those of the processors.
+    let io_apic = vcpus;
+    let mut entries: Vec<Vec<u8>> = (0..vcpus).map(processor).collect();
+    entries.push([&[BUS, ISA_BUS][..], b"ISA   "].concat());
+    let address = u32::try_from(layout::IO_APIC.0).unwrap_or(0).to_le_bytes();
+    entries.push([&[IO_APIC, io_apic, APIC_VERSION, 1][..], &address].concat());
+    // Every line of the I/O APIC is the ISA interrupt of the same number, edge-triggered.
+    entries.extend((0..layout::IO_APIC_PINS).map(|pin| interrupt(IO_INTERRUPT, VECTORED, pin, io_apic, pin)));
+    entries.push(interrupt(LOCAL_INTERRUPT, EXTERNAL, 0, 0, 0));
+    entries.push(interrupt(LOCAL_INTERRUPT, NMI, 0, EVERY_APIC, 1));
+    entries
+}
+
+fn processor(id: u8) -> Vec<u8> {
+    const ENABLED: u8 = 1;
+    const BOOTSTRAP: u8 = 2;
+    let flags = if id == 0 { ENABLED | BOOTSTRAP } else { ENABLED };
+    // Signature and feature flags are zero: kernels ask CPUID. Eight bytes are reserved.
+    let mut bytes = vec![PROCESSOR, id, APIC_VERSION, flags];
+    bytes.resize(20, 0);
+    bytes
+}
+
+/// An interrupt that arrives on bus line `line` and goes to pin `pin` of APIC `apic`; polarity and
+/// trigger mode are the bus's.
+fn interrupt(entry: u8, kind: u8, line: u8, apic: u8, pin: u8) -> Vec<u8> {
+    vec![entry, kind, 0, 0, ISA_BUS, line, apic, pin]
+}
+
+/// The byte that makes the sum of all bytes zero.
+fn checksum(bytes: &[u8]) -> u8 {
+    bytes.iter().fold(0_u8, |sum, byte| sum.wrapping_sub(*byte))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sum(bytes: &[u8]) -> u8 {
+        bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
+    }
+
+    #[test]
+    fn structures_and_sums_are_those_of_the_specification() {
+        for vcpus in [1, 2, 16] {
+            let bytes = table(vcpus);
+            assert_eq!(bytes[..4], *b"_MP_");
+            assert_eq!(sum(&bytes[..16]), 0);
+            assert_eq!(u32::from_le_bytes(bytes[4..8].try_into().unwrap()), 0x9_fc10);
+            let configuration = &bytes[16..];
+            assert_eq!(configuration[..4], *b"PCMP");
+            let length = u16::from_le_bytes([configuration[4], configuration[5]]);
+            assert_eq!(usize::from(length), configuration.len());
+            assert_eq!(sum(configuration), 0);
+            let count = u16::from_le_bytes([configuration[34], configuration[35]]);
+            assert_eq!(count, u16::from(vcpus) + 1 + 1 + 24 + 2);
+            assert_eq!(configuration.len(), 44 + 20 * usize::from(vcpus) + 8 * 28);
+        }
+    }
+
+    #[test]
+    fn the_largest_table_fits_its_place() {
+        assert!(table(layout::VCPUS_MAX).len() as u64 <= layout::MP_TABLE_MAX);
+    }
+}

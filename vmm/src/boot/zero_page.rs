@@ -1,0 +1,113 @@
+//! The zero page: what the boot protocol lets a loader tell the kernel
+//! (Documentation/arch/x86/zero-page.rst).
+
+use super::Kernel;
+use super::initrd::Initrd;
+use crate::layout;
+use crate::memory::GuestMemory;
+use crate::memory::MemoryError;
+use linux_loader::bootparam::{boot_e820_entry, boot_params, setup_header};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+
+/// "A loader without a number of its own."
+const LOADER_UNDEFINED: u8 = 0xff;
+const BOOT_FLAG: u16 = 0xaa55;
+const HEADER_MAGIC: u32 = u32::from_le_bytes(super::bzimage::MAGIC);
+/// Protocol version of the header made for an ELF kernel, which has none of its own.
+const VERSION: u16 = 0x20f;
+const KERNEL_ALIGNMENT: u32 = 0x20_0000;
+
+const E820_RAM: u32 = 1;
+const E820_RESERVED: u32 = 2;
+
+/// Writes the zero page for a loaded kernel.
+pub(super) fn write(
+    memory: &GuestMemory,
+    kernel: &Kernel,
+    initrd: Option<Initrd>,
+    command_line: &str,
+) -> Result<(), MemoryError> {
+    let mut header = kernel.setup_header.unwrap_or_else(|| setup_header {
+        boot_flag: BOOT_FLAG,
+        header: HEADER_MAGIC,
+        version: VERSION,
+        kernel_alignment: KERNEL_ALIGNMENT,
+        ..setup_header::default()
+    });
+    header.type_of_loader = LOADER_UNDEFINED;
+    header.cmd_line_ptr = below_4_gib(layout::COMMAND_LINE);
+    header.cmdline_size = u32::try_from(command_line.len()).unwrap_or(0);
+    if let Some(initrd) = initrd {
+        header.ramdisk_image = below_4_gib(initrd.address);
+        header.ramdisk_size = initrd.size;
+    }
+    let mut params = boot_params { hdr: header, ..boot_params::default() };
+    let map = memory_map(memory);
+    params.e820_entries = u8::try_from(map.len()).unwrap_or(0);
+    params.e820_table[..map.len()].copy_from_slice(&map);
+    memory
+        .inner()
+        .write_obj(params, layout::ZERO_PAGE)
+        .map_err(|_| MemoryError::Outside { address: layout::ZERO_PAGE.0, length: layout::PAGE_SIZE })
+}
+
+/// Everything the boot tables point to lies below 4 GiB by the layout.
+fn below_4_gib(address: GuestAddress) -> u32 {
+    u32::try_from(address.0).unwrap_or(u32::MAX)
+}
+
+/// The memory map: RAM without the MP table's KiB and the legacy hole.
+fn memory_map(memory: &GuestMemory) -> Vec<boot_e820_entry> {
+    let entry = |start: u64, end: u64, kind| boot_e820_entry { addr: start, size: end - start, r#type: kind };
+    let mut map = vec![
+        entry(0, layout::MP_TABLE.0, E820_RAM),
+        entry(layout::MP_TABLE.0, layout::LOW_MEMORY_END.0, E820_RESERVED),
+        entry(layout::HIGH_MEMORY.0, memory.low_end().0, E820_RAM),
+    ];
+    for region in memory.inner().iter().skip(1) {
+        let start = region.start_addr().0;
+        map.push(entry(start, start + region.len(), E820_RAM));
+    }
+    map
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn written(mib: u64, initrd: Option<Initrd>) -> boot_params {
+        let memory = GuestMemory::anonymous(mib << 20).unwrap();
+        let kernel = Kernel { entry: GuestAddress(0), end: GuestAddress(0), setup_header: None };
+        write(&memory, &kernel, initrd, "quiet").unwrap();
+        memory.inner().read_obj(GuestAddress(0x7000)).unwrap()
+    }
+
+    #[test]
+    fn the_kernel_is_told_of_memory_and_command_line() {
+        let params = written(128, None);
+        let header = params.hdr;
+        assert_eq!({ header.header }, 0x5372_6448);
+        assert_eq!({ header.cmd_line_ptr }, 0x2_0000);
+        assert_eq!({ header.ramdisk_size }, 0);
+        let map: Vec<_> = params.e820_table[..usize::from(params.e820_entries)]
+            .iter()
+            .map(|entry| ({ entry.addr }, { entry.size }, { entry.r#type }))
+            .collect();
+        assert_eq!(map, [(0, 0x9_fc00, 1), (0x9_fc00, 0x400, 2), (0x10_0000, 0x7f0_0000, 1)]);
+    }
+
+    #[test]
+    fn memory_above_the_device_gap_is_an_entry_of_its_own() {
+        let params = written(4096, None);
+        assert_eq!(params.e820_entries, 4);
+        let entry = params.e820_table[3];
+        assert_eq!(({ entry.addr }, { entry.size }), (1 << 32, 1 << 30));
+    }
+
+    #[test]
+    fn the_initrd_is_named() {
+        let initrd = Initrd { address: GuestAddress(0x7ff_f000), size: 77 };
+        let header = written(128, Some(initrd)).hdr;
+        assert_eq!(({ header.ramdisk_image }, { header.ramdisk_size }), (0x7ff_f000, 77));
+    }
+}

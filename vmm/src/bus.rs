@@ -1,0 +1,141 @@
+//! From the port of an access to the device behind it.
+
+use guest_protocol::ExitStatus;
+use std::fmt;
+use std::ops::RangeInclusive;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// What a guest asks of the machine as a whole by an access to a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GuestRequest {
+    /// The guest has ended.
+    End(ExitStatus),
+    /// The guest wants to start over.
+    Reset,
+}
+
+/// A device with I/O ports.
+///
+/// `offset` counts from the device's first port. `data` has as many bytes as the access; a string
+/// instruction (`rep insb`) arrives as one access with all its bytes.
+pub trait PortDevice: Send {
+    /// Answers a read by filling `data`, which holds all ones.
+    fn read(&mut self, offset: u16, data: &mut [u8]);
+    /// Takes a write.
+    fn write(&mut self, offset: u16, data: &[u8]) -> Option<GuestRequest>;
+}
+
+struct Claim {
+    ports: RangeInclusive<u16>,
+    device: Arc<Mutex<dyn PortDevice>>,
+}
+
+/// The I/O ports of a machine. Ports that no device claims read as all ones and ignore writes, as
+/// on a PC; such accesses are counted.
+#[derive(Default)]
+pub struct PortBus {
+    claims: Vec<Claim>,
+    unclaimed: AtomicU64,
+}
+
+impl fmt::Debug for PortBus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.claims.iter().map(|claim| &claim.ports)).finish()
+    }
+}
+
+impl PortBus {
+    /// Gives these ports to a device.
+    pub fn claim(&mut self, ports: RangeInclusive<u16>, device: Arc<Mutex<dyn PortDevice>>) {
+        debug_assert!(
+            self.claims
+                .iter()
+                .all(|other| other.ports.end() < ports.start() || ports.end() < other.ports.start()),
+            "two devices claim ports of {ports:x?}"
+        );
+        self.claims.push(Claim { ports, device });
+    }
+
+    /// Reads a port.
+    pub fn read(&self, port: u16, data: &mut [u8]) {
+        data.fill(0xff);
+        match self.find(port) {
+            Some((claim, offset)) => lock(&claim.device).read(offset, data),
+            None => self.count_unclaimed(),
+        }
+    }
+
+    /// Writes a port.
+    pub fn write(&self, port: u16, data: &[u8]) -> Option<GuestRequest> {
+        let Some((claim, offset)) = self.find(port) else {
+            self.count_unclaimed();
+            return None;
+        };
+        lock(&claim.device).write(offset, data)
+    }
+
+    /// Accesses so far to ports that no device has.
+    pub fn unclaimed(&self) -> u64 {
+        self.unclaimed.load(Ordering::Relaxed)
+    }
+
+    fn find(&self, port: u16) -> Option<(&Claim, u16)> {
+        let claim = self.claims.iter().find(|claim| claim.ports.contains(&port))?;
+        Some((claim, port - claim.ports.start()))
+    }
+
+    fn count_unclaimed(&self) {
+        self.unclaimed.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// Locks a device. A thread that panicked while it held the lock has ended the process
+/// (`panic = "abort"`), so a poisoned lock cannot be seen.
+pub(crate) fn lock<T: ?Sized>(device: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    device.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Default)]
+    struct Recorder(Vec<(u16, Vec<u8>)>);
+
+    impl PortDevice for Recorder {
+        fn read(&mut self, offset: u16, data: &mut [u8]) {
+            data[0] = offset.to_le_bytes()[0];
+        }
+        fn write(&mut self, offset: u16, data: &[u8]) -> Option<GuestRequest> {
+            self.0.push((offset, data.into()));
+            (data == [1]).then_some(GuestRequest::Reset)
+        }
+    }
+
+    #[test]
+    fn accesses_reach_the_device_that_claims_the_port() {
+        let device = Arc::new(Mutex::new(Recorder::default()));
+        let mut bus = PortBus::default();
+        bus.claim(0x10..=0x13, device.clone());
+        let mut data = [0; 4];
+        bus.read(0x12, &mut data);
+        assert_eq!(data, [2, 0xff, 0xff, 0xff]);
+        assert_eq!(bus.write(0x13, &[7, 8]), None);
+        assert_eq!(bus.write(0x10, &[1]), Some(GuestRequest::Reset));
+        assert_eq!(lock(&device).0, [(3, vec![7, 8]), (0, vec![1])]);
+        assert_eq!(bus.unclaimed(), 0);
+    }
+
+    #[test]
+    fn unclaimed_ports_read_as_all_ones() {
+        let bus = PortBus::default();
+        for port in [0, 0x3f8, 0x550, u16::MAX] {
+            let mut data = [0; 2];
+            bus.read(port, &mut data);
+            assert_eq!(data, [0xff; 2]);
+            assert_eq!(bus.write(port, &[1, 2, 3, 4]), None);
+        }
+        assert_eq!(bus.unclaimed(), 8);
+    }
+}

@@ -1,0 +1,244 @@
+//! A bootable image: a folder with a kernel, a root filesystem and a description of both.
+
+use super::{BootSource, ConfigError, json::read_bounded};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+/// Name of the description inside an image's folder.
+pub const DESCRIPTION: &str = "image.json";
+/// A description of more bytes than this is a mistake.
+const DESCRIPTION_MAX: u64 = 1024 * 1024;
+
+/// `image.json`: what an image consists of and what it was made from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Image {
+    /// Version of this description; 1.
+    pub format: u32,
+    /// The image's name.
+    pub name: String,
+    /// The kernel's file.
+    pub kernel: ImageFile,
+    /// The root filesystem's file, an initramfs.
+    pub initrd: ImageFile,
+    /// The kernel command line.
+    pub boot_args: String,
+    /// Version of the kernel, such as 6.12.30.
+    pub kernel_version: String,
+    /// Where the kernel's source came from.
+    pub kernel_source: String,
+    /// SHA-256 of the composed kernel configuration.
+    pub kernel_config_sha256: String,
+    /// Names of the configuration fragments, in the order they were composed.
+    pub fragments: Vec<String>,
+    /// The tools that built it, with their versions.
+    pub tools: BTreeMap<String, String>,
+    /// Time of the build in seconds since 1970; always 0, so that equal inputs give equal bytes.
+    pub build_time: u64,
+}
+
+/// One file of an image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ImageFile {
+    /// Name inside the image's folder.
+    pub file: String,
+    /// Size in bytes.
+    pub size: u64,
+    /// SHA-256 in hexadecimal digits.
+    pub sha256: String,
+}
+
+impl Image {
+    /// Version of the description that this program reads and writes.
+    pub const FORMAT: u32 = 1;
+
+    /// Reads the description of the image in a folder, and compares the sizes of its files with
+    /// it. Digests are left to [`Self::verify`], which has to read every byte.
+    ///
+    /// # Errors
+    /// When the description or a file is missing or not what it should be.
+    pub fn open(directory: &Path) -> Result<Self, ConfigError> {
+        let path = directory.join(DESCRIPTION);
+        let text = read_bounded(&path, DESCRIPTION_MAX)?;
+        let invalid = |message: String| ConfigError::Json { path: path.clone(), message };
+        let image: Self = serde_json::from_slice(&text).map_err(|error| invalid(error.to_string()))?;
+        if image.format != Self::FORMAT {
+            return Err(invalid(format!(
+                "its format is {}, this program reads {}",
+                image.format,
+                Self::FORMAT
+            )));
+        }
+        for file in [&image.kernel, &image.initrd] {
+            if Path::new(&file.file).file_name() != Some(file.file.as_ref()) {
+                return Err(invalid(format!(
+                    "{:?} is not the name of a file in the image's folder",
+                    file.file
+                )));
+            }
+            let path = directory.join(&file.file);
+            let size = std::fs::metadata(&path)
+                .map_err(|source| ConfigError::Read { path: path.clone(), source })?
+                .len();
+            if size != file.size {
+                let what = format!("it has {size} bytes instead of {}", file.size);
+                return Err(ConfigError::ImageFile { path, what });
+            }
+        }
+        Ok(image)
+    }
+
+    /// Compares the digests of the image's files with the description.
+    ///
+    /// # Errors
+    /// Names the file that differs.
+    pub fn verify(&self, directory: &Path) -> Result<(), ConfigError> {
+        for file in [&self.kernel, &self.initrd] {
+            let path = directory.join(&file.file);
+            let digest =
+                sha256_of(&path).map_err(|source| ConfigError::Read { path: path.clone(), source })?;
+            if digest != file.sha256 {
+                let what = format!("its SHA-256 is {digest} instead of {}", file.sha256);
+                return Err(ConfigError::ImageFile { path, what });
+            }
+        }
+        Ok(())
+    }
+
+    /// What boots this image, which lies in `directory`.
+    #[must_use]
+    pub fn boot_source(&self, directory: &Path) -> BootSource {
+        let path = |file: &ImageFile| -> PathBuf { directory.join(&file.file) };
+        BootSource {
+            kernel_image_path: path(&self.kernel),
+            initrd_path: Some(path(&self.initrd)),
+            boot_args: self.boot_args.clone(),
+        }
+    }
+}
+
+/// SHA-256 of a file in hexadecimal digits.
+///
+/// # Errors
+/// When the file cannot be read.
+pub fn sha256_of(path: &Path) -> io::Result<String> {
+    let mut file = File::open(path)?;
+    let mut digest = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        match file.read(&mut buffer)? {
+            0 => break,
+            length => digest.update(&buffer[..length]),
+        }
+    }
+    Ok(hexadecimal(&digest.finalize()))
+}
+
+/// SHA-256 of bytes in hexadecimal digits.
+#[must_use]
+pub fn sha256(bytes: &[u8]) -> String {
+    hexadecimal(&Sha256::digest(bytes))
+}
+
+fn hexadecimal(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn image(directory: &Path) -> Image {
+        let file = |name: &str, bytes: &[u8]| {
+            std::fs::write(directory.join(name), bytes).unwrap();
+            ImageFile { file: name.into(), size: bytes.len() as u64, sha256: sha256(bytes) }
+        };
+        Image {
+            format: 1,
+            name: "test".into(),
+            kernel: file("vmlinux", b"kernel"),
+            initrd: file("initrd", b""),
+            boot_args: "quiet".into(),
+            kernel_version: "6.12.0".into(),
+            kernel_source: "test".into(),
+            kernel_config_sha256: sha256(b""),
+            fragments: vec![],
+            tools: BTreeMap::new(),
+            build_time: 0,
+        }
+    }
+
+    fn save(directory: &Path, image: &Image) {
+        std::fs::write(directory.join(DESCRIPTION), serde_json::to_vec(image).unwrap()).unwrap();
+    }
+
+    #[test]
+    fn digests_are_sha256() {
+        // FIPS 180-2, appendix B.1.
+        assert_eq!(sha256(b"abc"), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+    }
+
+    #[test]
+    fn an_image_is_opened_and_verified() {
+        let directory = tempfile::tempdir().unwrap();
+        let image = image(directory.path());
+        save(directory.path(), &image);
+        let opened = Image::open(directory.path()).unwrap();
+        assert_eq!(opened, image);
+        opened.verify(directory.path()).unwrap();
+        let source = opened.boot_source(directory.path());
+        assert_eq!(source.kernel_image_path, directory.path().join("vmlinux"));
+        assert_eq!(source.boot_args, "quiet");
+    }
+
+    #[test]
+    fn changed_files_are_named() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path();
+        let image = image(path);
+        save(path, &image);
+        std::fs::write(path.join("vmlinux"), b"kernex").unwrap();
+        let message = Image::open(path).unwrap().verify(path).unwrap_err().to_string();
+        assert!(
+            message.contains("vmlinux is not the file that image.json describes: its SHA-256 is"),
+            "{message}"
+        );
+        std::fs::write(path.join("vmlinux"), b"longer than before").unwrap();
+        let message = Image::open(path).unwrap_err().to_string();
+        assert!(message.contains("it has 18 bytes instead of 6"), "{message}");
+        std::fs::remove_file(path.join("vmlinux")).unwrap();
+        assert!(Image::open(path).unwrap_err().to_string().contains("cannot read"));
+    }
+
+    #[test]
+    fn descriptions_that_are_wrong_are_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path();
+        let good = image(path);
+        type Change = fn(&mut Image);
+        let cases: [(&str, Change); 4] = [
+            ("its format is 2", |image| image.format = 2),
+            ("\"../vmlinux\" is not the name of a file", |image| image.kernel.file = "../vmlinux".into()),
+            ("\"/vmlinux\" is not the name of a file", |image| image.kernel.file = "/vmlinux".into()),
+            ("\"\" is not the name of a file", |image| image.initrd.file = String::new()),
+        ];
+        for (expected, change) in cases {
+            let mut image = good.clone();
+            change(&mut image);
+            save(path, &image);
+            let message = Image::open(path).unwrap_err().to_string();
+            assert!(message.contains(expected), "{message:?} should say {expected:?}");
+        }
+        std::fs::write(path.join(DESCRIPTION), "{\"format\": 1}").unwrap();
+        assert!(Image::open(path).unwrap_err().to_string().contains("missing field `name`"));
+    }
+}

@@ -1,0 +1,269 @@
+//! What a user may ask for: plain data, validated here and nowhere else.
+//!
+//! Names are those of Firecracker's JSON where it has the field.
+
+pub mod image;
+mod json;
+
+pub use crate::devices::configuration::GuestConfig;
+pub use json::from_json_file;
+
+use crate::layout::{COMMAND_LINE_MAX, VCPUS_MAX};
+use guest_protocol::frame::MAX_FRAME;
+use std::io;
+use std::path::PathBuf;
+
+/// Everything that makes one machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// What to boot.
+    pub boot_source: BootSource,
+    /// vCPUs and memory.
+    pub machine: MachineConfig,
+    /// Where the serial console leads.
+    pub console: Console,
+    /// What init runs.
+    pub guest: GuestConfig,
+}
+
+/// Kernel, initrd and command line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BootSource {
+    /// An uncompressed `vmlinux` or a `bzImage`.
+    pub kernel_image_path: PathBuf,
+    /// An initramfs, if any.
+    pub initrd_path: Option<PathBuf>,
+    /// The kernel command line; at most 2047 bytes.
+    pub boot_args: String,
+}
+
+impl BootSource {
+    /// A kernel with the default command line and no initrd.
+    #[must_use]
+    pub fn kernel(path: impl Into<PathBuf>) -> Self {
+        Self {
+            kernel_image_path: path.into(),
+            initrd_path: None,
+            boot_args: guest_protocol::DEFAULT_COMMAND_LINE.to_owned(),
+        }
+    }
+}
+
+/// vCPUs and memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MachineConfig {
+    /// 1 to 16.
+    pub vcpu_count: u8,
+    /// MiB of memory: at least 16, at most what the host has.
+    pub mem_size_mib: u64,
+}
+
+impl Default for MachineConfig {
+    fn default() -> Self {
+        Self { vcpu_count: 1, mem_size_mib: 128 }
+    }
+}
+
+/// Where the serial console leads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Console {
+    /// Output to this process's standard output, input from its standard input.
+    Stdio,
+    /// Output to nowhere, no input.
+    Null,
+    /// Output to a file, which is created or emptied; no input.
+    File(PathBuf),
+}
+
+/// What is wrong with a configuration.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// A number of vCPUs that no machine has.
+    #[error("vcpu_count is {0}; a machine has 1 to {VCPUS_MAX} vCPUs")]
+    VcpuCount(u64),
+    /// Less memory than a kernel needs.
+    #[error("mem_size_mib is {0}; a Linux guest needs at least {MEMORY_MIN_MIB} MiB")]
+    MemoryTooSmall(u64),
+    /// More memory than the host has.
+    #[error("mem_size_mib is {asked}, but this host has {host} MiB in all")]
+    MemoryTooLarge {
+        /// MiB asked for.
+        asked: u64,
+        /// MiB of memory of the host.
+        host: u64,
+    },
+    /// A command line that no kernel takes.
+    #[error("the kernel command line has {0} bytes; the kernel takes at most {COMMAND_LINE_MAX}")]
+    CommandLineTooLong(usize),
+    /// A NUL inside a string that ends with one.
+    #[error("{0} has a NUL byte in it")]
+    NulByte(&'static str),
+    /// An environment entry without a name.
+    #[error("the environment entry {0:?} is not of the form NAME=VALUE")]
+    Environment(String),
+    /// Arguments and environment that do not fit the frame init reads.
+    #[error("the payload's arguments and environment are longer than {MAX_FRAME} bytes")]
+    PayloadTooLong,
+    /// A configuration file or image that cannot be read.
+    #[error("cannot read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// A file that is far larger than any configuration.
+    #[error("{} is larger than a configuration file can be ({limit} bytes)", path.display())]
+    FileTooLarge {
+        /// The file.
+        path: PathBuf,
+        /// Largest size in bytes.
+        limit: u64,
+    },
+    /// A configuration file or image description that is not what it should be.
+    #[error("{} is not valid: {message}", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// Which field, where, and what was expected.
+        message: String,
+    },
+    /// A field whose value names something that does not exist yet.
+    #[error("{field} = {value} is not supported; leave it out or set it to {supported}")]
+    Unsupported {
+        /// The field's name in the file.
+        field: &'static str,
+        /// The value that was asked for.
+        value: String,
+        /// A value that works.
+        supported: &'static str,
+    },
+    /// A file of an image that is not the one its description names.
+    #[error("{} is not the file that image.json describes: {what}", path.display())]
+    ImageFile {
+        /// The file.
+        path: PathBuf,
+        /// How it differs.
+        what: String,
+    },
+}
+
+/// Less memory than this holds no Linux kernel with its page tables and an initramfs.
+const MEMORY_MIN_MIB: u64 = 16;
+
+impl Config {
+    /// Checks everything that can be checked without opening a file.
+    ///
+    /// # Errors
+    /// Names the first value that is wrong, and what it may be.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        self.validate_on_host(host_memory_mib())
+    }
+
+    fn validate_on_host(&self, host_mib: u64) -> Result<(), ConfigError> {
+        let machine = &self.machine;
+        if !(1..=VCPUS_MAX).contains(&machine.vcpu_count) {
+            return Err(ConfigError::VcpuCount(machine.vcpu_count.into()));
+        }
+        if machine.mem_size_mib < MEMORY_MIN_MIB {
+            return Err(ConfigError::MemoryTooSmall(machine.mem_size_mib));
+        }
+        if machine.mem_size_mib > host_mib {
+            return Err(ConfigError::MemoryTooLarge { asked: machine.mem_size_mib, host: host_mib });
+        }
+        let line = &self.boot_source.boot_args;
+        if line.len() > COMMAND_LINE_MAX {
+            return Err(ConfigError::CommandLineTooLong(line.len()));
+        }
+        if line.contains('\0') {
+            return Err(ConfigError::NulByte("the kernel command line"));
+        }
+        validate_guest(&self.guest)
+    }
+}
+
+fn validate_guest(guest: &GuestConfig) -> Result<(), ConfigError> {
+    let strings = guest
+        .arguments
+        .iter()
+        .map(|bytes| ("an argument of the payload", bytes))
+        .chain(guest.environment.iter().map(|bytes| ("an environment entry", bytes)))
+        .chain(guest.working_directory.iter().map(|bytes| ("the working directory", bytes)))
+        .chain(guest.hostname.iter().map(|bytes| ("the hostname", bytes)));
+    for (what, bytes) in strings {
+        if bytes.contains(&0) {
+            return Err(ConfigError::NulByte(what));
+        }
+    }
+    for entry in &guest.environment {
+        if entry.iter().position(|&byte| byte == b'=').is_none_or(|at| at == 0) {
+            return Err(ConfigError::Environment(String::from_utf8_lossy(entry).into_owned()));
+        }
+    }
+    guest.to_frame(0).map_err(|_| ConfigError::PayloadTooLong)?;
+    Ok(())
+}
+
+/// MiB of memory of this host.
+fn host_memory_mib() -> u64 {
+    let info = rustix::system::sysinfo();
+    (info.totalram as u64).saturating_mul(info.mem_unit.into()) / crate::layout::MIB
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> Config {
+        Config {
+            boot_source: BootSource::kernel("vmlinux"),
+            machine: MachineConfig::default(),
+            console: Console::Null,
+            guest: GuestConfig::default(),
+        }
+    }
+
+    fn error(change: impl FnOnce(&mut Config)) -> String {
+        let mut config = config();
+        change(&mut config);
+        config.validate_on_host(1000).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn the_defaults_are_valid() {
+        config().validate_on_host(1000).unwrap();
+    }
+
+    #[test]
+    fn bad_values_are_named() {
+        let table: [(&str, String); 10] = [
+            ("vcpu_count is 0;", error(|c| c.machine.vcpu_count = 0)),
+            ("vcpu_count is 17;", error(|c| c.machine.vcpu_count = 17)),
+            ("mem_size_mib is 0;", error(|c| c.machine.mem_size_mib = 0)),
+            ("mem_size_mib is 1;", error(|c| c.machine.mem_size_mib = 1)),
+            ("mem_size_mib is 1001, but this host has 1000", error(|c| c.machine.mem_size_mib = 1001)),
+            (
+                "2048 bytes; the kernel takes at most 2047",
+                error(|c| c.boot_source.boot_args = "x".repeat(2048)),
+            ),
+            ("the kernel command line has a NUL", error(|c| c.boot_source.boot_args = "a\0b".into())),
+            ("an argument of the payload has a NUL", error(|c| c.guest.arguments = vec![b"\0".into()])),
+            ("the environment entry \"=x\"", error(|c| c.guest.environment = vec![b"=x".into()])),
+            ("longer than 262144 bytes", error(|c| c.guest.arguments = vec![vec![b'x'; MAX_FRAME]])),
+        ];
+        for (expected, message) in table {
+            assert!(message.contains(expected), "{message:?} should say {expected:?}");
+        }
+    }
+
+    #[test]
+    fn the_limits_themselves_are_valid() {
+        let mut config = config();
+        config.machine = MachineConfig { vcpu_count: 16, mem_size_mib: 1000 };
+        config.boot_source.boot_args = "x".repeat(2047);
+        config.validate_on_host(1000).unwrap();
+        config.machine = MachineConfig { vcpu_count: 1, mem_size_mib: 17 };
+        config.validate_on_host(1000).unwrap();
+    }
+}

@@ -1,0 +1,67 @@
+//! The boot-mark port: one byte written says that the guest reached a stage.
+
+use crate::bus::{GuestRequest, PortDevice};
+use crate::timeline::Instant;
+
+/// A mark and when it arrived.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mark {
+    /// The byte that the guest wrote.
+    pub stage: u8,
+    /// When the write reached the VMM.
+    pub at: Instant,
+}
+
+/// Records the first [`Self::CAPACITY`] marks.
+#[derive(Debug, Default)]
+pub struct BootMarks {
+    marks: Vec<Mark>,
+}
+
+impl BootMarks {
+    /// Marks that are kept. A boot has a handful; a guest that writes more gains nothing.
+    pub const CAPACITY: usize = 64;
+
+    /// The marks so far, in order.
+    #[must_use]
+    pub fn marks(&self) -> &[Mark] {
+        &self.marks
+    }
+}
+
+impl PortDevice for BootMarks {
+    fn read(&mut self, _offset: u16, _data: &mut [u8]) {}
+
+    fn write(&mut self, _offset: u16, data: &[u8]) -> Option<GuestRequest> {
+        if let &[stage] = data
+            && self.marks.len() < Self::CAPACITY
+        {
+            self.marks.push(Mark { stage, at: Instant::now() });
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn marks_are_kept_up_to_a_bound() {
+        let mut device = BootMarks::default();
+        for _ in 0..10_000 {
+            assert_eq!(device.write(0, &[0x10]), None);
+        }
+        assert_eq!(device.marks().len(), BootMarks::CAPACITY);
+        assert_eq!(device.marks()[0].stage, 0x10);
+    }
+
+    #[test]
+    fn wider_writes_are_no_marks() {
+        let mut device = BootMarks::default();
+        for data in [&[][..], &[1, 2], &[1, 2, 3, 4]] {
+            device.write(0, data);
+        }
+        assert!(device.marks().is_empty());
+    }
+}

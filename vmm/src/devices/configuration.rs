@@ -1,0 +1,151 @@
+//! The configuration ports: init reads the length of a frame, then the frame.
+
+use crate::bus::{GuestRequest, PortDevice};
+use crate::timeline::Instant;
+use guest_protocol::frame::{self, FrameError, Item};
+
+/// What the guest runs and how, in the guest's own terms.
+///
+/// Strings are bytes, as Linux has them; none may contain a NUL.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct GuestConfig {
+    /// Argument vector of the payload; empty for none.
+    pub arguments: Vec<Vec<u8>>,
+    /// Environment entries, `NAME=value`.
+    pub environment: Vec<Vec<u8>>,
+    /// Working directory, `/` by default.
+    pub working_directory: Option<Vec<u8>>,
+    /// Hostname, the kernel's default if none.
+    pub hostname: Option<Vec<u8>>,
+    /// User id.
+    pub user_id: u32,
+    /// Group id.
+    pub group_id: u32,
+}
+
+impl GuestConfig {
+    /// The frame that says this to init.
+    ///
+    /// # Errors
+    /// When arguments and environment are longer than a frame can be.
+    pub fn to_frame(&self, vm_age: u64) -> Result<Vec<u8>, FrameError> {
+        let items = self
+            .arguments
+            .iter()
+            .map(|bytes| Item::Argument(bytes))
+            .chain(self.environment.iter().map(|bytes| Item::Environment(bytes)))
+            .chain(self.working_directory.iter().map(|bytes| Item::WorkingDirectory(bytes)))
+            .chain(self.hostname.iter().map(|bytes| Item::Hostname(bytes)))
+            .chain([Item::UserId(self.user_id), Item::GroupId(self.group_id), Item::VmAge(vm_age)]);
+        let mut bytes = Vec::new();
+        frame::encode(items, &mut bytes)?;
+        Ok(bytes)
+    }
+}
+
+/// The device behind `port::CONFIG_LENGTH` and `port::CONFIG_DATA`.
+#[derive(Debug)]
+pub struct Configuration {
+    config: GuestConfig,
+    vm_created: Instant,
+    frame: Vec<u8>,
+    position: usize,
+}
+
+impl Configuration {
+    /// A device that answers with `config`, and with the time since `vm_created`.
+    ///
+    /// # Errors
+    /// When the configuration does not fit a frame.
+    pub fn new(config: GuestConfig, vm_created: Instant) -> Result<Self, FrameError> {
+        // The frame is made anew for each question, because it says how old the VM is; making it
+        // once here shows that it can be made.
+        let frame = config.to_frame(0)?;
+        Ok(Self { config, vm_created, frame, position: 0 })
+    }
+
+    fn restart(&mut self) -> u32 {
+        let age = Instant::now().since(self.vm_created);
+        if let Ok(frame) = self.config.to_frame(age) {
+            self.frame = frame;
+        }
+        self.position = 0;
+        u32::try_from(self.frame.len()).unwrap_or(0)
+    }
+}
+
+/// Offset of `port::CONFIG_DATA` from the device's first port.
+const DATA: u16 = guest_protocol::port::CONFIG_DATA - guest_protocol::port::CONFIG_LENGTH;
+
+impl PortDevice for Configuration {
+    fn read(&mut self, offset: u16, data: &mut [u8]) {
+        match (offset, data.len()) {
+            (0, 4) => {
+                let length = self.restart();
+                data.copy_from_slice(&length.to_le_bytes());
+            }
+            (DATA, length) => {
+                let rest = self.frame.get(self.position..).unwrap_or_default();
+                let given = rest.len().min(length);
+                data.fill(0);
+                data[..given].copy_from_slice(&rest[..given]);
+                self.position += given;
+            }
+            _ => {}
+        }
+    }
+
+    fn write(&mut self, _offset: u16, _data: &[u8]) -> Option<GuestRequest> {
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(device: &mut Configuration, offset: u16, length: usize) -> Vec<u8> {
+        let mut data = vec![0xff; length];
+        device.read(offset, &mut data);
+        data
+    }
+
+    fn device() -> Configuration {
+        let config =
+            GuestConfig { arguments: vec![b"/bin/true".into()], user_id: 1000, ..GuestConfig::default() };
+        Configuration::new(config, Instant::now()).unwrap()
+    }
+
+    #[test]
+    fn the_frame_is_read_in_pieces_and_can_be_read_again() {
+        let mut device = device();
+        for _ in 0..2 {
+            let length = read(&mut device, 0, 4);
+            let length = usize::try_from(u32::from_le_bytes(length.try_into().unwrap())).unwrap();
+            let mut bytes = read(&mut device, DATA, 1);
+            bytes.extend(read(&mut device, DATA, length - 1));
+            let items: Vec<_> = frame::decode(&bytes).unwrap().map(Result::unwrap).collect();
+            assert_eq!(items[..3], [Item::Argument(b"/bin/true"), Item::UserId(1000), Item::GroupId(0)]);
+            assert!(matches!(items[3], Item::VmAge(_)));
+            assert_eq!(read(&mut device, DATA, 3), [0; 3], "behind the end are zeroes");
+        }
+    }
+
+    #[test]
+    fn odd_accesses_do_no_harm() {
+        let mut device = device();
+        assert_eq!(read(&mut device, 0, 1), [0xff]);
+        assert_eq!(read(&mut device, 0, 8), [0xff; 8]);
+        assert_eq!(read(&mut device, 1, 4), [0xff; 4]);
+        assert_eq!(device.write(0, &[0; 4]), None);
+        assert_eq!(read(&mut device, DATA, 100_000).len(), 100_000);
+        assert!(read(&mut device, DATA, 0).is_empty());
+    }
+
+    #[test]
+    fn a_configuration_too_long_for_a_frame_is_refused() {
+        let config = GuestConfig { arguments: vec![vec![b'x'; frame::MAX_FRAME]], ..GuestConfig::default() };
+        let error = Configuration::new(config, Instant::now()).unwrap_err();
+        assert_eq!(error, FrameError::TooLong);
+    }
+}

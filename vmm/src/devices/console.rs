@@ -1,0 +1,161 @@
+//! Where console output goes, and its last lines for the report of a failure.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::fs::File;
+use std::io::{self, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::event::{PollFd, PollFlags, poll};
+
+/// Receives a guest's console output.
+///
+/// Output that cannot be written (a closed pipe, a full disk) is dropped: a guest does not fail
+/// because nobody listens to it. A reader that does not read makes the guest wait, and only until
+/// the machine is told to stop.
+pub struct ConsoleOutput {
+    target: Option<File>,
+    stopping: Arc<AtomicBool>,
+    tail: VecDeque<u8>,
+}
+
+impl fmt::Debug for ConsoleOutput {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ConsoleOutput").field("target", &self.target).finish_non_exhaustive()
+    }
+}
+
+impl ConsoleOutput {
+    /// Bytes of output that are kept for the report: about a screen.
+    const TAIL: usize = 4096;
+
+    /// Output to a file, or to nowhere. Once `stopping` is set, a write that would wait gives up.
+    #[must_use]
+    pub fn new(target: Option<File>, stopping: Arc<AtomicBool>) -> Self {
+        Self { target, stopping, tail: VecDeque::new() }
+    }
+
+    /// The last lines of output: at most `lines` of them.
+    #[must_use]
+    pub fn last_lines(&self, lines: usize) -> Vec<String> {
+        let bytes: Vec<u8> = self.tail.iter().copied().collect();
+        let text = String::from_utf8_lossy(&bytes);
+        let mut last: Vec<String> =
+            text.lines().rev().take(lines).map(|line| line.trim_end().to_owned()).collect();
+        last.reverse();
+        last
+    }
+
+    fn write_target(&mut self, mut bytes: &[u8]) {
+        let Some(target) = &mut self.target else { return };
+        while !bytes.is_empty() {
+            match target.write(bytes) {
+                Ok(0) => return,
+                Ok(written) => bytes = &bytes[written..],
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    // An interrupted poll is a chance to see that the machine stops.
+                    let _ = poll(&mut [PollFd::new(target, PollFlags::OUT)], None);
+                }
+                Err(_) => return,
+            }
+            if self.stopping.load(Ordering::Acquire) {
+                return;
+            }
+        }
+    }
+}
+
+impl Write for ConsoleOutput {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        for &byte in bytes {
+            if self.tail.len() == Self::TAIL {
+                self.tail.pop_front();
+            }
+            self.tail.push_back(byte);
+        }
+        self.write_target(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Recognises Ctrl-A x, which leaves the machine, in what a terminal sends. Ctrl-A twice sends
+/// one Ctrl-A to the guest.
+#[derive(Debug, Default)]
+pub struct EscapeFilter {
+    pending: bool,
+}
+
+impl EscapeFilter {
+    const CTRL_A: u8 = 0x01;
+
+    /// Removes escapes from input; `true` when the user asked to leave.
+    pub fn filter(&mut self, input: &[u8], forwarded: &mut Vec<u8>) -> bool {
+        for &byte in input {
+            if !std::mem::take(&mut self.pending) {
+                if byte == Self::CTRL_A {
+                    self.pending = true;
+                } else {
+                    forwarded.push(byte);
+                }
+                continue;
+            }
+            match byte {
+                b'x' | b'X' => return true,
+                Self::CTRL_A => forwarded.push(Self::CTRL_A),
+                // Not an escape after all: both keys are the guest's.
+                _ => forwarded.extend([Self::CTRL_A, byte]),
+            }
+        }
+        false
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn null() -> ConsoleOutput {
+        ConsoleOutput::new(None, Arc::default())
+    }
+
+    #[test]
+    fn the_tail_is_bounded_and_ends_with_the_last_line() {
+        let mut output = null();
+        for number in 0..10_000 {
+            output.write_all(format!("line {number}\r\n").as_bytes()).unwrap();
+        }
+        assert!(output.tail.len() <= ConsoleOutput::TAIL);
+        assert_eq!(output.last_lines(2), ["line 9998", "line 9999"]);
+        assert_eq!(null().last_lines(5), Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_reader_that_is_gone_does_not_fail_the_guest() {
+        let (reader, writer) = io::pipe().unwrap();
+        drop(reader);
+        let file = File::from(std::os::fd::OwnedFd::from(writer));
+        let mut output = ConsoleOutput::new(Some(file), Arc::default());
+        output.write_all(b"lost\n").unwrap();
+        assert_eq!(output.last_lines(1), ["lost"]);
+    }
+
+    #[test]
+    fn ctrl_a_x_leaves_and_other_keys_pass() {
+        let run = |chunks: &[&[u8]]| {
+            let (mut filter, mut forwarded) = (EscapeFilter::default(), Vec::new());
+            let left = chunks.iter().any(|chunk| filter.filter(chunk, &mut forwarded));
+            (left, forwarded)
+        };
+        assert_eq!(run(&[b"ls\r"]), (false, b"ls\r".to_vec()));
+        assert_eq!(run(&[b"a\x01xb"]), (true, b"a".to_vec()));
+        assert_eq!(run(&[b"\x01", b"x"]), (true, vec![]), "split between two reads");
+        assert_eq!(run(&[b"\x01\x01x"]), (false, b"\x01x".to_vec()));
+        assert_eq!(run(&[b"\x01c"]), (false, b"\x01c".to_vec()));
+    }
+}

@@ -1,0 +1,140 @@
+//! The serial port: the guest's console. The registers are `vm-superio`'s.
+
+use crate::bus::{GuestRequest, PortDevice};
+use crate::devices::console::ConsoleOutput;
+use std::io;
+use vm_superio::serial::SerialEvents;
+use vm_superio::{Serial, Trigger};
+use vmm_sys_util::eventfd::EventFd;
+
+/// Raises an interrupt through an eventfd, which KVM takes as an edge on the port's line.
+#[derive(Debug)]
+struct Interrupt(EventFd);
+
+impl Trigger for Interrupt {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        self.0.write(1)
+    }
+}
+
+/// Tells the event loop that the guest has read all input that was waiting.
+#[derive(Debug)]
+struct Drained(EventFd);
+
+impl SerialEvents for Drained {
+    fn buffer_read(&self) {}
+    fn out_byte(&self) {}
+    fn tx_lost_byte(&self) {}
+    fn in_buffer_empty(&self) {
+        // The counter of an eventfd can only fail to be written when nobody ever reads it.
+        let _ = self.0.write(1);
+    }
+}
+
+/// A 16550A serial port whose output is a [`ConsoleOutput`].
+#[derive(Debug)]
+pub struct SerialPort {
+    uart: Serial<Interrupt, Drained, ConsoleOutput>,
+}
+
+impl SerialPort {
+    /// A port that raises `interrupt` and writes `drained` whenever its input buffer gets empty.
+    #[must_use]
+    pub fn new(interrupt: EventFd, drained: EventFd, output: ConsoleOutput) -> Self {
+        Self { uart: Serial::with_events(Interrupt(interrupt), Drained(drained), output) }
+    }
+
+    /// Bytes of input that the port takes now.
+    #[must_use]
+    pub fn input_space(&self) -> usize {
+        self.uart.fifo_capacity()
+    }
+
+    /// Gives input to the guest; at most [`Self::input_space`] bytes.
+    pub fn put_input(&mut self, bytes: &[u8]) {
+        // A port in loopback mode takes no input: the bytes are lost, as on a real line.
+        let _ = self.uart.enqueue_raw_bytes(bytes);
+    }
+
+    /// The last lines of output.
+    #[must_use]
+    pub fn last_lines(&self, lines: usize) -> Vec<String> {
+        self.uart.writer().last_lines(lines)
+    }
+}
+
+impl PortDevice for SerialPort {
+    fn read(&mut self, offset: u16, data: &mut [u8]) {
+        let register = offset.to_le_bytes()[0];
+        for byte in data {
+            *byte = self.uart.read(register);
+        }
+    }
+
+    fn write(&mut self, offset: u16, data: &[u8]) -> Option<GuestRequest> {
+        let register = offset.to_le_bytes()[0];
+        for &byte in data {
+            // Errors are an interrupt that could not be raised; the guest polls as well.
+            let _ = self.uart.write(register, byte);
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+
+    fn port() -> (SerialPort, EventFd, EventFd) {
+        let (interrupt, drained) = (EventFd::new(0).unwrap(), EventFd::new(0).unwrap());
+        let output = ConsoleOutput::new(None, Arc::default());
+        let port = SerialPort::new(interrupt.try_clone().unwrap(), drained.try_clone().unwrap(), output);
+        (port, interrupt, drained)
+    }
+
+    fn read(port: &mut SerialPort, offset: u16) -> u8 {
+        let mut data = [0xff];
+        port.read(offset, &mut data);
+        data[0]
+    }
+
+    // Register numbers and bits restate the 16550A datasheet: 0 data, 1 interrupt enable,
+    // 5 line status with bit 0 "data ready" and bits 5 and 6 "transmitter empty".
+
+    #[test]
+    fn output_is_always_possible_and_reaches_the_console() {
+        let (mut port, _, _) = port();
+        assert_eq!(read(&mut port, 5), 0x60);
+        for byte in b"hi\n" {
+            port.write(0, &[*byte]);
+        }
+        assert_eq!(port.last_lines(1), ["hi"]);
+    }
+
+    #[test]
+    fn input_raises_an_interrupt_and_draining_it_is_told() {
+        let (mut port, interrupt, drained) = port();
+        port.write(1, &[0x01]);
+        let space = port.input_space();
+        port.put_input(b"ab");
+        assert_eq!(port.input_space(), space - 2);
+        assert_eq!(interrupt.read().unwrap(), 1);
+        assert_eq!(read(&mut port, 5) & 1, 1);
+        assert_eq!([read(&mut port, 0), read(&mut port, 0)], *b"ab");
+        assert_eq!(drained.read().unwrap(), 1);
+        assert_eq!(read(&mut port, 5) & 1, 0);
+    }
+
+    #[test]
+    fn more_input_than_fits_is_refused_whole() {
+        let (mut port, _, _) = port();
+        let space = port.input_space();
+        port.put_input(&vec![b'x'; space]);
+        assert_eq!(port.input_space(), 0);
+        port.put_input(b"y");
+        assert_eq!(port.input_space(), 0);
+    }
+}

@@ -1,0 +1,200 @@
+//! The one loop that waits for everything that is not a vCPU: console input, the end of a vCPU,
+//! and the wish to stop.
+
+use crate::bus::lock;
+use crate::devices::console::EscapeFilter;
+use crate::devices::serial::SerialPort;
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
+use rustix::io::Errno;
+use std::fs::File;
+use std::io::{self, IsTerminal, Read};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Mutex;
+use vmm_sys_util::eventfd::EventFd;
+
+/// Console input on its way to the serial port.
+#[derive(Debug)]
+pub(crate) struct Input {
+    source: File,
+    /// Readable when the guest has read what it was given.
+    drained: EventFd,
+    /// Ctrl-A x means something only where a person types it.
+    escape: Option<EscapeFilter>,
+    /// Bytes that were read and do not fit the port yet; at most one read's worth.
+    waiting: Vec<u8>,
+    state: SourceState,
+}
+
+/// How the loop learns that there is input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum SourceState {
+    /// The source is watched.
+    Watched,
+    /// The port is full: the source is not watched until the guest has read.
+    Paused,
+    /// A regular file, which epoll does not take, and which always has input until its end.
+    AlwaysReady,
+    /// There is no more input.
+    Ended,
+}
+
+impl Input {
+    const READ_SIZE: usize = 64;
+
+    pub(crate) fn new(source: File, drained: EventFd) -> Self {
+        let escape = source.is_terminal().then(EscapeFilter::default);
+        Self { source, drained, escape, waiting: Vec::new(), state: SourceState::Watched }
+    }
+}
+
+/// Why the loop ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum LoopEnd {
+    /// A vCPU has ended.
+    VcpuEnded,
+    /// Somebody told the machine to stop.
+    Stopped,
+    /// The person at the terminal asked to leave.
+    Left,
+}
+
+const VCPU_ENDED: u64 = 0;
+const STOP: u64 = 1;
+const SOURCE: u64 = 2;
+const DRAINED: u64 = 3;
+
+/// The loop's descriptors, registered before any vCPU runs.
+#[derive(Debug)]
+pub(crate) struct EventLoop {
+    epoll: OwnedFd,
+    input: Option<Input>,
+}
+
+impl EventLoop {
+    pub(crate) fn new(ended: &EventFd, stop: &EventFd, input: Option<Input>) -> io::Result<Self> {
+        let epoll = epoll::create(CreateFlags::CLOEXEC)?;
+        watch(&epoll, borrow(ended), VCPU_ENDED)?;
+        watch(&epoll, borrow(stop), STOP)?;
+        let mut this = Self { epoll, input };
+        if let Some(input) = &mut this.input {
+            watch(&this.epoll, borrow(&input.drained), DRAINED)?;
+            input.state = match watch(&this.epoll, input.source.as_fd(), SOURCE) {
+                Ok(()) => SourceState::Watched,
+                // epoll refuses what is always readable: regular files, /dev/null.
+                Err(Errno::PERM) => SourceState::AlwaysReady,
+                Err(error) => return Err(error.into()),
+            };
+        }
+        Ok(this)
+    }
+
+    /// Runs until something ends the machine.
+    pub(crate) fn run(&mut self, serial: &Mutex<SerialPort>) -> LoopEnd {
+        let mut events = Vec::with_capacity(8);
+        if self.serve_ready_source(serial) {
+            return LoopEnd::Left;
+        }
+        loop {
+            events.clear();
+            match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), None) {
+                Ok(_) | Err(Errno::INTR) => {}
+                // epoll_wait fails only for wrong arguments; a loop that cannot wait must not spin.
+                Err(_) => return LoopEnd::Stopped,
+            }
+            for event in &events {
+                let data: EventData = event.data;
+                match data.u64() {
+                    VCPU_ENDED => return LoopEnd::VcpuEnded,
+                    STOP => return LoopEnd::Stopped,
+                    SOURCE | DRAINED if self.serve_input(serial, data.u64()) => return LoopEnd::Left,
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    /// Input from a regular file is there before any event.
+    fn serve_ready_source(&mut self, serial: &Mutex<SerialPort>) -> bool {
+        let ready = self.input.as_ref().is_some_and(|input| input.state == SourceState::AlwaysReady);
+        ready && self.serve_input(serial, DRAINED)
+    }
+
+    /// Moves input to the port; `true` when the person at the terminal asked to leave.
+    fn serve_input(&mut self, serial: &Mutex<SerialPort>, event: u64) -> bool {
+        let Some(input) = &mut self.input else { return false };
+        if event == DRAINED {
+            // The counter only has to be reset; that it had a value is why we are here.
+            let _ = input.drained.read();
+        }
+        let left = if input.waiting.is_empty() && input.state != SourceState::Ended {
+            input.read_source()
+        } else {
+            false
+        };
+        input.give_to(serial);
+        self.watch_source_again();
+        left
+    }
+
+    /// Watches the source exactly while the port has taken all that was read.
+    fn watch_source_again(&mut self) {
+        let Some(input) = &mut self.input else { return };
+        let flags = match (input.state, input.waiting.is_empty()) {
+            (SourceState::Watched, false) => {
+                input.state = SourceState::Paused;
+                EventFlags::empty()
+            }
+            (SourceState::Paused, true) => {
+                input.state = SourceState::Watched;
+                EventFlags::IN
+            }
+            (SourceState::Ended, _) => {
+                let _ = epoll::delete(&self.epoll, &input.source);
+                return;
+            }
+            _ => return,
+        };
+        let _ = epoll::modify(&self.epoll, &input.source, EventData::new_u64(SOURCE), flags);
+    }
+}
+
+impl Input {
+    /// Reads once; `true` when that held the escape.
+    fn read_source(&mut self) -> bool {
+        // A paused source may have nothing to read, and a read would wait: its own event comes.
+        if self.state == SourceState::Paused {
+            return false;
+        }
+        let mut buffer = [0; Self::READ_SIZE];
+        match self.source.read(&mut buffer) {
+            Ok(0) => self.state = SourceState::Ended,
+            Ok(length) => match &mut self.escape {
+                Some(filter) => return filter.filter(&buffer[..length], &mut self.waiting),
+                None => self.waiting.extend(&buffer[..length]),
+            },
+            Err(error) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}
+            Err(_) => self.state = SourceState::Ended,
+        }
+        false
+    }
+
+    fn give_to(&mut self, serial: &Mutex<SerialPort>) {
+        let mut serial = lock(serial);
+        let count = self.waiting.len().min(serial.input_space());
+        if count > 0 {
+            serial.put_input(&self.waiting[..count]);
+            self.waiting.drain(..count);
+        }
+    }
+}
+
+fn watch(epoll: &OwnedFd, source: BorrowedFd<'_>, token: u64) -> Result<(), Errno> {
+    epoll::add(epoll, source, EventData::new_u64(token), EventFlags::IN)
+}
+
+/// Borrows the descriptor of an eventfd, whose type predates `AsFd`.
+#[expect(unsafe_code, reason = "borrows a descriptor from a type without AsFd")]
+pub(crate) fn borrow(eventfd: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: the descriptor is open as long as the eventfd, which the result borrows.
+    unsafe { BorrowedFd::borrow_raw(eventfd.as_raw_fd()) }
+}

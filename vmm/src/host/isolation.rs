@@ -1,0 +1,112 @@
+//! What networking and jails take from the host.
+
+use super::{Finding, Sources};
+use std::io;
+
+/// Whether tap devices can be used.
+pub(super) fn tun(sources: &Sources) -> Finding {
+    judge_tun(sources.open_device(TUN))
+}
+
+const TUN: &str = "/dev/net/tun";
+
+fn judge_tun(opened: io::Result<()>) -> Finding {
+    const NAME: &str = "tun";
+    let Err(error) = opened else {
+        return Finding::good(
+            NAME,
+            format!("{TUN} opens"),
+            "Guests can have network devices. Making a tap device takes CAP_NET_ADMIN; using one that was \
+             made for this user does not.",
+        );
+    };
+    let meaning = "Guests cannot have network devices that are tap devices of the host.";
+    match error.raw_os_error() {
+        Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => Finding::improvable(
+            NAME,
+            format!("there is no {TUN}, or no driver behind it"),
+            meaning,
+            format!("`sudo modprobe tun`; in a container, pass the device in (`--device {TUN}`)"),
+        ),
+        Some(libc::EACCES | libc::EPERM) => Finding::improvable(
+            NAME,
+            format!("{TUN} may not be opened by this user"),
+            meaning,
+            format!(
+                "`sudo chmod 0666 {TUN}` (its usual mode: the kernel checks rights when a tap device is made)"
+            ),
+        ),
+        _ => Finding::unknown(
+            NAME,
+            format!("{TUN} cannot be opened: {error}"),
+            "Whether guests can have network devices cannot be told.",
+            format!("see `ls -l {TUN}`: it is a character device with the numbers 10, 200"),
+        ),
+    }
+}
+
+/// Whether users other than root can make namespaces, as far as settings show it. A container's
+/// system call filter can forbid it all the same.
+pub(super) fn user_namespaces(sources: &Sources) -> Finding {
+    const NAME: &str = "user_namespaces";
+    const OFF: &str =
+        "Without user namespaces only root can put a guest's VMM into a jail, or give it a network.";
+    let most = match sources.number("/proc/sys/user/max_user_namespaces") {
+        Ok(most) => most,
+        Err(why) => {
+            return Finding::unknown(
+                NAME,
+                why,
+                "Whether a jail and a network can be made without root cannot be told.",
+                "see whether `unshare --user true` succeeds",
+            );
+        }
+    };
+    if most == 0 {
+        let advice = "`sudo sysctl user.max_user_namespaces=10000`";
+        return Finding::improvable(NAME, "none are allowed (user.max_user_namespaces=0)", OFF, advice);
+    }
+    // A setting of Debian's kernels and those derived from them.
+    if sources.number("/proc/sys/kernel/unprivileged_userns_clone") == Ok(0) {
+        let fact = "only root may make them (kernel.unprivileged_userns_clone=0)";
+        return Finding::improvable(NAME, fact, OFF, "`sudo sysctl kernel.unprivileged_userns_clone=1`");
+    }
+    // A setting of Ubuntu's kernels: they can be made, but without any capability in them.
+    if sources.number("/proc/sys/kernel/apparmor_restrict_unprivileged_userns") == Ok(1) {
+        return Finding::improvable(
+            NAME,
+            "AppArmor restricts them (kernel.apparmor_restrict_unprivileged_userns=1)",
+            OFF,
+            "an AppArmor profile for kindling with the rule `userns,`, or for all programs \
+             `sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0`",
+        );
+    }
+    Finding::good(
+        NAME,
+        format!("allowed, at most {most}"),
+        "A guest's VMM can be put into a jail, and be given a network, without root.",
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::judge_tun;
+    use crate::host::Status;
+    use std::io;
+
+    #[test]
+    fn errors_of_the_device_are_told_apart() {
+        for (errno, status, advice) in [
+            (libc::ENOENT, Status::Improvable, "modprobe tun"),
+            (libc::ENODEV, Status::Improvable, "modprobe tun"),
+            (libc::EACCES, Status::Improvable, "chmod 0666"),
+            (libc::EPERM, Status::Improvable, "chmod 0666"),
+            (libc::EBUSY, Status::Unknown, "ls -l"),
+        ] {
+            let finding = judge_tun(Err(io::Error::from_raw_os_error(errno)));
+            assert_eq!(finding.status, status, "{errno}");
+            assert!(finding.advice.unwrap().contains(advice), "{errno}");
+        }
+        assert_eq!(judge_tun(Ok(())).status, Status::Good);
+    }
+}

@@ -1,0 +1,546 @@
+//! Hosts laid out as files: each check sees what makes it good, what does not, nothing and noise.
+
+use super::{Finding, Report, Sources, Status};
+use super::{cgroup, isolation, kernel, kvm, memory, nx_huge_pages};
+use crate::kvm::KvmError;
+use crate::kvm::probe::Probe;
+use proptest::prelude::*;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::time::Duration;
+use tempfile::TempDir;
+
+/// A host that exists only as files.
+struct Host {
+    root: TempDir,
+}
+
+impl Host {
+    fn with(files: &[(&str, &str)]) -> Self {
+        let host = Self { root: TempDir::new().unwrap() };
+        for (path, text) in files {
+            host.write(path, text.as_bytes());
+        }
+        host
+    }
+
+    fn write(&self, path: &str, bytes: &[u8]) {
+        let path = self.sources().path(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, bytes).unwrap();
+    }
+
+    fn sources(&self) -> Sources {
+        Sources::under(self.root.path())
+    }
+}
+
+type Check = fn(&Sources) -> Finding;
+
+/// Every check that only reads files.
+const CHECKS: [Check; 9] = [
+    kvm::parameters,
+    nx_huge_pages::nx_huge_pages,
+    kernel::kernel,
+    cgroup::cgroup,
+    memory::memory,
+    memory::hugepages,
+    memory::thp,
+    isolation::tun,
+    isolation::user_namespaces,
+];
+
+/// Every file that a check reads.
+const FILES: [&str; 25] = [
+    "/proc/cpuinfo",
+    "/proc/meminfo",
+    "/proc/self/cgroup",
+    "/proc/self/mountinfo",
+    "/proc/self/status",
+    "/proc/sys/kernel/apparmor_restrict_unprivileged_userns",
+    "/proc/sys/kernel/osrelease",
+    "/proc/sys/kernel/unprivileged_userns_clone",
+    "/proc/sys/user/max_user_namespaces",
+    "/proc/sys/vm/overcommit_memory",
+    "/sys/devices/system/cpu/vulnerabilities/itlb_multihit",
+    "/sys/fs/cgroup/cgroup.controllers",
+    "/sys/fs/cgroup/memory.max",
+    "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages",
+    "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages",
+    "/sys/kernel/mm/hugepages/hugepages-2048kB/resv_hugepages",
+    "/sys/kernel/mm/transparent_hugepage/enabled",
+    "/sys/kernel/mm/transparent_hugepage/hugepages-2048kB/enabled",
+    "/sys/module/kvm/parameters/enable_virt_at_load",
+    "/sys/module/kvm/parameters/nx_huge_pages",
+    "/sys/module/kvm_amd/parameters/npt",
+    "/sys/module/kvm_intel/parameters/ept",
+    "/dev/kvm",
+    "/dev/net/tun",
+    "/etc/group",
+];
+
+const RELEASE: &str = "/proc/sys/kernel/osrelease";
+const NX: &str = "/sys/module/kvm/parameters/nx_huge_pages";
+const MULTIHIT: &str = "/sys/devices/system/cpu/vulnerabilities/itlb_multihit";
+const MOUNTS: &str = "/proc/self/mountinfo";
+const CONTROLLERS: &str = "/sys/fs/cgroup/cgroup.controllers";
+const CGROUP2: &str = "35 24 0:30 / /sys/fs/cgroup rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate\n";
+const CGROUP2_FAVORED: &str = "35 24 0:30 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw,nsdelegate,favordynmods\n";
+const CGROUP1: &str = "36 31 0:33 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n";
+
+/// What a check must find on a host of these files, and words of its advice, or of its meaning
+/// where there is no advice.
+#[track_caller]
+fn expect(check: Check, files: &[(&str, &str)], status: Status, words: &str) {
+    let finding = check(&Host::with(files).sources());
+    expect_finding(&finding, status, words);
+}
+
+#[track_caller]
+fn expect_finding(finding: &Finding, status: Status, words: &str) {
+    assert_eq!(finding.status, status, "{finding:#?}");
+    let text = finding.advice.as_ref().unwrap_or(&finding.meaning);
+    assert!(text.contains(words), "{words:?} is not in {finding:#?}");
+}
+
+const HARDWARE: Probe = Probe::Hardware { loop_time: Duration::from_micros(350) };
+
+fn software() -> Probe {
+    Probe::Software { failed_on: "POPCNT failed".into() }
+}
+
+fn cpuinfo(flags: &str) -> String {
+    format!(
+        "processor\t: 0\nvmx flags\t: ept\nflags\t\t: fpu {flags} sse\n\nprocessor\t: 1\nflags\t\t: vmx svm\n"
+    )
+}
+
+#[track_caller]
+fn expect_kvm(probe: &Probe, files: &[(&str, &str)], status: Status, words: &str) -> Finding {
+    let finding = kvm::kvm(&Host::with(files).sources(), probe);
+    expect_finding(&finding, status, words);
+    finding
+}
+
+#[test]
+fn hardware_kvm_is_good_and_says_when_it_is_nested() {
+    let finding = expect_kvm(&HARDWARE, &[("/proc/cpuinfo", &cpuinfo("vmx"))], Status::Good, "speed");
+    assert!(finding.fact.contains("350.0µs"), "{}", finding.fact);
+    assert!(!finding.meaning.contains("virtual machine"));
+    expect_kvm(&HARDWARE, &[("/proc/cpuinfo", &cpuinfo("vmx hypervisor"))], Status::Good, "virtual machine");
+    expect_kvm(&HARDWARE, &[], Status::Good, "speed");
+}
+
+#[test]
+fn software_kvm_is_bad_and_says_what_failed_and_who_hides_the_hardware() {
+    let hidden = cpuinfo("hypervisor");
+    let finding =
+        expect_kvm(&software(), &[("/proc/cpuinfo", &hidden)], Status::Bad, "nested virtualization");
+    assert_eq!(finding.fact, "software KVM: POPCNT failed");
+    assert!(finding.advice.unwrap().contains("cargo xtask lab"));
+    let finding =
+        expect_kvm(&software(), &[("/sys/module/kvm_pvm/refcnt", "0")], Status::Bad, "grep -E 'vmx|svm'");
+    assert_eq!(finding.fact, "software KVM (kvm_pvm): POPCNT failed");
+    let both = [("/sys/module/kvm_pvm/refcnt", "0"), ("/proc/cpuinfo", &cpuinfo("svm"))];
+    expect_kvm(&software(), &both, Status::Bad, "`sudo modprobe -r kvm_pvm && sudo modprobe kvm_amd`");
+}
+
+#[test]
+fn without_a_device_the_processor_says_what_to_do() {
+    for (flags, advice) in [
+        ("vmx", "`sudo modprobe kvm_intel`"),
+        ("svm hypervisor", "`sudo modprobe kvm_amd`"),
+        ("hypervisor", "nested virtualization"),
+        ("", "neither vmx nor svm"),
+    ] {
+        expect_kvm(&Probe::Absent, &[("/proc/cpuinfo", &cpuinfo(flags))], Status::Bad, advice);
+    }
+    let loaded = [("/sys/module/kvm_intel/refcnt", "0"), ("/proc/cpuinfo", &cpuinfo("vmx"))];
+    expect_kvm(&Probe::Absent, &loaded, Status::Bad, "--device /dev/kvm");
+    expect_kvm(&Probe::Absent, &[("/proc/cpuinfo", "Features : fp asimd")], Status::Bad, "grep -E 'vmx|svm'");
+    expect_kvm(&Probe::Absent, &[], Status::Bad, "grep -E 'vmx|svm'");
+}
+
+#[test]
+fn a_broken_device_is_reported_with_its_cause() {
+    let source = std::io::Error::from_raw_os_error(libc::EBUSY);
+    let broken = Probe::Broken(KvmError::Ioctl { what: "create a VM", source });
+    let finding = expect_kvm(&broken, &[], Status::Bad, "dmesg");
+    assert!(finding.fact.starts_with("KVM refused to create a VM: "), "{}", finding.fact);
+    assert!(finding.fact.contains("busy"), "{}", finding.fact);
+}
+
+/// A user who may not open the device, and the device with this mode and the group of the files
+/// that this process makes.
+#[track_caller]
+fn expect_permission(mode: u32, group: &str, status: &str, words: &str) {
+    use std::os::unix::fs::MetadataExt;
+    let host = Host::with(&[("/dev/kvm", "")]);
+    let device = host.sources().path("/dev/kvm");
+    fs::set_permissions(&device, fs::Permissions::from_mode(mode)).unwrap();
+    let gid = fs::metadata(&device).unwrap().gid().to_string();
+    host.write("/etc/group", group.replace("GID", &gid).as_bytes());
+    host.write("/proc/self/status", status.replace("GID", &gid).as_bytes());
+    let finding = kvm::kvm(&host.sources(), &Probe::NoPermission);
+    expect_finding(&finding, Status::Bad, words);
+    assert!(finding.fact.contains(&format!("mode {mode:04o}")), "{}", finding.fact);
+}
+
+#[test]
+fn a_refusal_names_what_changes_it() {
+    const STRANGER: &str =
+        "Name:\tx\nUid:\t1000\t1000\t1000\t1000\nGid:\t1000\t1000\t1000\t1000\nGroups:\t24 25 \n";
+    const MEMBER: &str = "Uid:\t1000\t1000\t1000\t1000\nGid:\t1000\t1000\t1000\t1000\nGroups:\t24 GID \n";
+    const ROOT: &str = "Uid:\t0\t0\t0\t0\nGid:\t0\t0\t0\t0\nGroups:\t\n";
+    const NO_GROUP: &str =
+        "`sudo chown root:kvm /dev/kvm && sudo chmod 0660 /dev/kvm`; `sudo usermod -aG kvm $USER`";
+    expect_permission(0o600, "wheel:x:GID:\n", STRANGER, NO_GROUP);
+    expect_permission(0o600, "wheel:x:GID:\n", STRANGER, "groupadd --system kvm");
+    expect_permission(0o640, "wheel:x:GID:\nkvm:x:1:\n", STRANGER, "join that: `sudo chown");
+    expect_permission(0o660, "wheel:x:GID:\n", MEMBER, "permissions allow it");
+    expect_permission(0o666, "wheel:x:GID:\n", STRANGER, "permissions allow it");
+    expect_permission(0o600, "wheel:x:GID:\n", ROOT, "permissions allow it");
+    expect_permission(0o666, "", "", "permissions allow it");
+    expect_permission(0o600, "noise", "Uid:\tx\n", NO_GROUP);
+    // Nobody is asked to join the group of root, which owns files in tests that run as root.
+    let expected =
+        if rustix::process::getegid().is_root() { NO_GROUP } else { "sudo usermod -aG wheel $USER" };
+    expect_permission(0o660, "a:x:77777:\nwheel:x:GID:me\n", STRANGER, expected);
+    expect_kvm(&Probe::NoPermission, &[], Status::Bad, "usermod -aG kvm");
+}
+
+#[test]
+fn a_device_of_another_group_names_that_group() {
+    let host = Host::with(&[("/dev/kvm", ""), ("/etc/group", "adm:x:4:\nvirt:x:4321:\n")]);
+    let device = host.sources().path("/dev/kvm");
+    fs::set_permissions(&device, fs::Permissions::from_mode(0o660)).unwrap();
+    // Only root can give files away.
+    if std::os::unix::fs::chown(&device, None, Some(4321)).is_ok() {
+        let finding = kvm::kvm(&host.sources(), &Probe::NoPermission);
+        assert_eq!(finding.advice.unwrap(), "`sudo usermod -aG virt $USER`, and log in again");
+        host.write("/etc/group", b"bad name;reboot:x:4321:\n");
+        let finding = kvm::kvm(&host.sources(), &Probe::NoPermission);
+        assert_eq!(finding.advice.unwrap(), "`sudo usermod -aG 4321 $USER`, and log in again");
+    }
+}
+
+#[test]
+fn kvm_parameters() {
+    const EPT: &str = "/sys/module/kvm_intel/parameters/ept";
+    const NPT: &str = "/sys/module/kvm_amd/parameters/npt";
+    const AT_LOAD: &str = "/sys/module/kvm/parameters/enable_virt_at_load";
+    expect(kvm::parameters, &[(EPT, "Y\n"), (AT_LOAD, "Y\n")], Status::Good, "nested paging");
+    expect(kvm::parameters, &[(NPT, "1\n")], Status::Good, "nested paging");
+    expect(kvm::parameters, &[(EPT, "N\n")], Status::Bad, "modprobe kvm_intel");
+    expect(kvm::parameters, &[(NPT, "0\n")], Status::Bad, "`npt=0`");
+    expect(kvm::parameters, &[(NPT, "Y\n"), (AT_LOAD, "N\n")], Status::Improvable, "enable_virt_at_load=0");
+    expect(kvm::parameters, &[(EPT, "maybe")], Status::Unknown, "modinfo kvm_intel");
+    expect(kvm::parameters, &[], Status::Unknown, "see kvm");
+}
+
+#[test]
+fn nx_huge_pages_of_a_processor_that_is_not_affected() {
+    let check = |nx: &str, release: &str, mounts: &str, status, words: &str| {
+        let files = [(NX, nx), (MULTIHIT, "Not affected\n"), (RELEASE, release), (MOUNTS, mounts)];
+        expect(nx_huge_pages::nx_huge_pages, &files, status, words);
+    };
+    check("never\n", "6.1.0", CGROUP2, Status::Good, "without the thread");
+    check("N\n", "6.8.0-45-generic", CGROUP2, Status::Improvable, "echo never | sudo tee /sys/module/kvm");
+    check("N\n", "6.1.0-25-amd64", CGROUP2, Status::Improvable, "may refuse the value");
+    check("N\n", "6.8.0", CGROUP2_FAVORED, Status::Good, "favordynmods");
+    check("N\n", "6.12.1", CGROUP2, Status::Improvable, "echo never");
+    check("N\n", "6.12.2", CGROUP2, Status::Good, "cheaply");
+    check("N\n", "6.18.44", CGROUP2, Status::Good, "cheaply");
+    check("N\n", "noise", "noise", Status::Improvable, "echo never");
+    check("Y\n", "6.18.44", CGROUP2, Status::Improvable, "echo auto");
+}
+
+#[test]
+fn nx_huge_pages_of_a_processor_that_is_affected() {
+    let check = |nx: &str, multihit: &str, release: &str, status, words: &str| {
+        let files = [(NX, nx), (MULTIHIT, multihit), (RELEASE, release), (MOUNTS, CGROUP2)];
+        expect(nx_huge_pages::nx_huge_pages, &files, status, words);
+    };
+    const SPLIT: &str = "KVM: Mitigation: Split huge pages\n";
+    check("Y\n", SPLIT, "6.8.0", Status::Improvable, "favordynmods");
+    check("Y\n", SPLIT, "6.13.0", Status::Good, "cheaply");
+    check("N\n", "KVM: Vulnerable\n", "6.18.0", Status::Bad, "mitigations=off");
+    check("never\n", "KVM: Vulnerable\n", "6.18.0", Status::Bad, "mitigations=off");
+    // A processor that does not say is not told to drop its protection.
+    check("N\n", "", "6.8.0", Status::Improvable, "favordynmods");
+}
+
+#[test]
+fn nx_huge_pages_that_say_nothing() {
+    expect(nx_huge_pages::nx_huge_pages, &[], Status::Unknown, "kvm module");
+    expect(nx_huge_pages::nx_huge_pages, &[(NX, "\u{1b}[2J")], Status::Unknown, "modinfo kvm");
+    let finding = nx_huge_pages::nx_huge_pages(&Host::with(&[(NX, "\u{1b}[2J")]).sources());
+    assert!(!finding.fact.contains('\u{1b}'), "{}", finding.fact);
+}
+
+#[test]
+fn kernels() {
+    expect(kernel::kernel, &[(RELEASE, "6.18.44-fc-v657\n")], Status::Good, "known improvements");
+    expect(kernel::kernel, &[(RELEASE, "7.0-rc1\n")], Status::Good, "known improvements");
+    expect(kernel::kernel, &[(RELEASE, "6.12.117+deb12-cloud-amd64\n")], Status::Improvable, "6.18");
+    expect(kernel::kernel, &[(RELEASE, "generic\n")], Status::Unknown, "uname -r");
+    expect(kernel::kernel, &[], Status::Unknown, "uname -r");
+}
+
+#[test]
+fn a_kernel_is_told_exactly_what_it_lacks() {
+    for (release, lacks) in [
+        ("6.10.14", vec!["6.11", "6.12,", "6.13", "6.18"]),
+        ("6.11.0", vec!["6.12,", "6.13", "6.18"]),
+        ("6.12.1", vec!["6.13", "6.18"]),
+        ("6.12.2", vec!["6.18"]),
+        ("6.17.9", vec!["6.18"]),
+    ] {
+        let finding = kernel::kernel(&Host::with(&[(RELEASE, release)]).sources());
+        for since in ["6.11", "6.12,", "6.13", "6.18"] {
+            let said = finding.meaning.contains(&format!("since {since}"));
+            assert_eq!(said, lacks.contains(&since), "{release}: {since}: {}", finding.meaning);
+        }
+    }
+}
+
+#[test]
+fn cgroups() {
+    let check = |mounts: &str, controllers: &str, release: &str, status, words: &str| {
+        let files = [(MOUNTS, mounts), (CONTROLLERS, controllers), (RELEASE, release)];
+        expect(cgroup::cgroup, &files, status, words);
+    };
+    const ALL: &str = "cpuset cpu io memory hugetlb pids\n";
+    check(CGROUP2_FAVORED, ALL, "6.8.0", Status::Good, "does not wait");
+    check(CGROUP2, ALL, "6.8.0", Status::Improvable, "mount -o remount,favordynmods /sys/fs/cgroup");
+    check(CGROUP2, ALL, "noise", Status::Improvable, "remount,favordynmods");
+    check(CGROUP2, ALL, "5.15.0", Status::Good, "share");
+    check(CGROUP2_FAVORED, "cpu memory\n", "6.8.0", Status::Improvable, "Delegate=yes");
+    let hybrid = format!("{CGROUP1}{CGROUP2_FAVORED}");
+    check(&hybrid, "\n", "6.8.0", Status::Improvable, "systemd.unified_cgroup_hierarchy=1");
+    check(CGROUP1, ALL, "6.8.0", Status::Improvable, "systemd.unified_cgroup_hierarchy=1");
+    check("noise - cgroup2", ALL, "6.8.0", Status::Improvable, "mount -t cgroup2");
+    check("", "", "", Status::Improvable, "mount -t cgroup2");
+    expect(cgroup::cgroup, &[], Status::Unknown, "mount -t cgroup2");
+}
+
+#[test]
+fn missing_controllers_are_named() {
+    let host = Host::with(&[(MOUNTS, CGROUP2_FAVORED), (CONTROLLERS, "memory cpuset pids")]);
+    let finding = cgroup::cgroup(&host.sources());
+    assert_eq!(finding.fact, "cgroup v2 at /sys/fs/cgroup, without the controllers cpu, favordynmods");
+}
+
+const PLENTY: &str = "MemTotal:       24684092 kB\nMemFree:  1 kB\nMemAvailable:   24263628 kB\n";
+
+#[test]
+fn amounts_of_memory() {
+    let check = |meminfo: &str, status, words: &str| {
+        expect(memory::memory, &[("/proc/meminfo", meminfo)], status, words);
+    };
+    check(PLENTY, Status::Good, "first touches");
+    check("MemTotal: 2097152 kB\nMemAvailable: 1048575 kB\n", Status::Improvable, "--memory");
+    check("MemTotal: 2097152 kB\nMemAvailable: 262143 kB\n", Status::Bad, "--memory");
+    check("MemTotal: 2097152 kB\n", Status::Unknown, "free -m");
+    check("MemTotal: x kB\nMemAvailable: 99999999999999999999 kB\n", Status::Unknown, "free -m");
+    check("MemTotal: 1 kB\nMemAvailable: 18446744073709551615 kB\n", Status::Unknown, "free -m");
+    expect(memory::memory, &[], Status::Unknown, "free -m");
+}
+
+#[test]
+fn memory_that_may_not_be_overcommitted() {
+    const OVERCOMMIT: &str = "/proc/sys/vm/overcommit_memory";
+    let files = |mode| [("/proc/meminfo", PLENTY), (OVERCOMMIT, mode)];
+    expect(memory::memory, &files("2\n"), Status::Improvable, "vm.overcommit_memory=0");
+    expect(memory::memory, &files("0\n"), Status::Good, "first touches");
+    expect(memory::memory, &files("noise"), Status::Good, "first touches");
+}
+
+#[test]
+fn the_lowest_limit_on_the_way_up_counts() {
+    let check = |own: &str, limits: &[(&str, &str)], status, words: &str| {
+        let mut files = vec![("/proc/meminfo", PLENTY), (MOUNTS, CGROUP2), ("/proc/self/cgroup", own)];
+        files.extend(limits);
+        expect(memory::memory, &files, status, words);
+    };
+    const TOP: &str = "/sys/fs/cgroup/memory.max";
+    const OUTER: &str = "/sys/fs/cgroup/a.slice/memory.max";
+    const INNER: &str = "/sys/fs/cgroup/a.slice/b/memory.max";
+    check("0::/\n", &[(TOP, "104857600\n")], Status::Bad, "memory.max");
+    check("0::/a.slice/b\n", &[(OUTER, "104857600\n"), (INNER, "max\n")], Status::Bad, "memory.max");
+    check("0::/a.slice/b\n", &[(OUTER, "max\n"), (INNER, "524288000\n")], Status::Improvable, "memory.max");
+    check("0::/a.slice\n", &[(OUTER, "max\n"), (INNER, "1\n")], Status::Good, "first touches");
+    check("1:cpu:/\n", &[(TOP, "1\n")], Status::Good, "first touches");
+    check("0::/../x\n", &[(TOP, "1\n")], Status::Good, "first touches");
+    check("0::/\n", &[(TOP, "\u{fffd}\n")], Status::Good, "first touches");
+}
+
+#[test]
+fn a_container_without_a_cgroup_namespace_finds_its_limit() {
+    let mounts = "35 24 0:30 /docker/1 /sys/fs/cgroup ro - cgroup2 cgroup ro\n";
+    let files = [
+        ("/proc/meminfo", PLENTY),
+        (MOUNTS, mounts),
+        ("/proc/self/cgroup", "0::/docker/1/x\n"),
+        ("/sys/fs/cgroup/x/memory.max", "104857600\n"),
+    ];
+    expect(memory::memory, &files, Status::Bad, "memory.max");
+}
+
+#[test]
+fn reserved_huge_pages() {
+    let check = |all: &str, free: &str, reserved: &str, status, words: &str| {
+        let path = |name| format!("/sys/kernel/mm/hugepages/hugepages-2048kB/{name}_hugepages");
+        let (nr, free_path, resv) = (path("nr"), path("free"), path("resv"));
+        let files = [(&*nr, all), (&*free_path, free), (&*resv, reserved)];
+        expect(memory::hugepages, &files, status, words);
+    };
+    check("512\n", "500\n", "0\n", Status::Good, "32 to 56");
+    check("0\n", "0\n", "0\n", Status::Improvable, "vm.nr_hugepages");
+    check("512\n", "0\n", "0\n", Status::Improvable, "raise");
+    check("512\n", "100\n", "100\n", Status::Improvable, "raise");
+    check("512\n", "100\n", "noise", Status::Good, "32 to 56");
+    check("18446744073709551615", "18446744073709551615", "0", Status::Good, "32 to 56");
+    check("many\n", "0\n", "0\n", Status::Unknown, "meminfo");
+    expect(memory::hugepages, &[], Status::Unknown, "meminfo");
+}
+
+#[test]
+fn transparent_huge_pages() {
+    const ENABLED: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
+    const OF_2_MIB: &str = "/sys/kernel/mm/transparent_hugepage/hugepages-2048kB/enabled";
+    expect(memory::thp, &[(ENABLED, "[always] madvise never\n")], Status::Good, "where it can");
+    expect(memory::thp, &[(ENABLED, "always [madvise] never\n")], Status::Good, "VMM asks");
+    expect(memory::thp, &[(ENABLED, "always madvise [never]\n")], Status::Improvable, "echo madvise");
+    expect(memory::thp, &[(ENABLED, "always madvise never\n")], Status::Unknown, "cat");
+    expect(memory::thp, &[], Status::Unknown, "cat /sys/kernel/mm/transparent_hugepage/enabled");
+    let inherited = [(ENABLED, "always madvise [never]"), (OF_2_MIB, "always [inherit] madvise never")];
+    expect(memory::thp, &inherited, Status::Improvable, "transparent_hugepage/enabled`");
+    let own = [(ENABLED, "[always] madvise never"), (OF_2_MIB, "always inherit madvise [never]")];
+    expect(memory::thp, &own, Status::Improvable, "hugepages-2048kB/enabled`");
+}
+
+#[test]
+fn tap_devices() {
+    expect(isolation::tun, &[("/dev/net/tun", "")], Status::Good, "CAP_NET_ADMIN");
+    expect(isolation::tun, &[], Status::Improvable, "modprobe tun");
+    // A directory cannot be opened for writing, by anybody.
+    expect(isolation::tun, &[("/dev/net/tun/x", "")], Status::Unknown, "ls -l");
+}
+
+#[test]
+fn namespaces_of_users() {
+    const MOST: (&str, &str) = ("/proc/sys/user/max_user_namespaces", "96365\n");
+    const DEBIAN: &str = "/proc/sys/kernel/unprivileged_userns_clone";
+    const UBUNTU: &str = "/proc/sys/kernel/apparmor_restrict_unprivileged_userns";
+    let check = isolation::user_namespaces;
+    expect(check, &[MOST], Status::Good, "without root");
+    expect(check, &[MOST, (DEBIAN, "1\n"), (UBUNTU, "0\n")], Status::Good, "without root");
+    expect(check, &[(MOST.0, "0\n")], Status::Improvable, "user.max_user_namespaces");
+    expect(check, &[MOST, (DEBIAN, "0\n")], Status::Improvable, "unprivileged_userns_clone=1");
+    expect(check, &[MOST, (UBUNTU, "1\n")], Status::Improvable, "AppArmor profile");
+    expect(check, &[(MOST.0, "few")], Status::Unknown, "unshare");
+    expect(check, &[], Status::Unknown, "unshare");
+}
+
+#[test]
+fn the_verdict_is_about_kvm_first() {
+    let empty = Host::with(&[]);
+    let verdict = |probe: &Probe| Report::new(&empty.sources(), probe).verdict;
+    // An empty host lacks tap devices; all else is unknown.
+    assert_eq!(verdict(&HARDWARE), "guests run at full speed on this host; one thing can be improved");
+    assert_eq!(
+        verdict(&software()),
+        "guests do not run on this host: its KVM is software that cannot run Linux"
+    );
+    assert_eq!(verdict(&Probe::Absent), "guests do not run on this host: it has no KVM");
+    assert_eq!(
+        verdict(&Probe::NoPermission),
+        "guests do not run on this host: this user may not open its KVM device"
+    );
+
+    let no_ept = Host::with(&[("/sys/module/kvm_intel/parameters/ept", "N")]);
+    assert_eq!(
+        Report::new(&no_ept.sources(), &HARDWARE).verdict,
+        "guests run on this host, but first see to what is bad: kvm_parameters"
+    );
+}
+
+#[test]
+fn names_are_stable_and_differ() {
+    let report = Report::new(&Host::with(&[]).sources(), &Probe::Absent);
+    let names: Vec<_> = report.findings.iter().map(|finding| finding.name).collect();
+    assert_eq!(
+        names,
+        [
+            "kvm",
+            "kvm_parameters",
+            "nx_huge_pages",
+            "kernel",
+            "cgroup",
+            "memory",
+            "hugepages",
+            "thp",
+            "tun",
+            "user_namespaces"
+        ]
+    );
+}
+
+#[test]
+fn a_finding_as_json() {
+    let finding = Finding::improvable("thp", "never", "slow", "echo");
+    assert_eq!(
+        serde_json::to_string(&finding).unwrap(),
+        r#"{"name":"thp","status":"improvable","fact":"never","meaning":"slow","advice":"echo"}"#
+    );
+    for status in [Status::Good, Status::Improvable, Status::Bad, Status::Unknown] {
+        assert_eq!(serde_json::to_value(status).unwrap(), status.word());
+    }
+}
+
+/// What must hold of whatever a check finds.
+#[track_caller]
+fn is_well_formed(finding: &Finding) {
+    assert_eq!(finding.advice.is_none(), finding.status == Status::Good, "{finding:#?}");
+    for text in [&finding.fact, &finding.meaning].into_iter().chain(&finding.advice) {
+        assert!(!text.is_empty() && !text.chars().any(char::is_control), "{finding:#?}");
+        assert!(text.matches('`').count() % 2 == 0, "{finding:#?}");
+    }
+    assert!(finding.meaning.ends_with('.'), "{finding:#?}");
+}
+
+#[test]
+fn whatever_is_not_good_comes_with_advice() {
+    let empty = Host::with(&[]);
+    for probe in [HARDWARE, software(), Probe::NoPermission, Probe::Absent, Probe::Broken(KvmError::Absent)] {
+        Report::new(&empty.sources(), &probe).findings.iter().for_each(is_well_formed);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn no_content_of_any_file_is_a_panic_or_moves_the_cursor(
+        contents in proptest::collection::vec(
+            prop_oneof![
+                proptest::collection::vec(any::<u8>(), 0..200),
+                "(Y|N|never|[0-9]{1,22}|\\[[a-z]{1,7}\\]| - cgroup2 [a-z]{0,3}|[A-Z][a-z]{2,4}:|[ \t\n]){0,12}"
+                    .prop_map(String::into_bytes),
+            ],
+            FILES.len(),
+        ),
+    ) {
+        let host = Host::with(&[]);
+        for (path, bytes) in FILES.iter().zip(&contents) {
+            host.write(path, bytes);
+        }
+        for check in CHECKS {
+            is_well_formed(&check(&host.sources()));
+        }
+        for probe in [HARDWARE, software(), Probe::NoPermission, Probe::Absent] {
+            is_well_formed(&kvm::kvm(&host.sources(), &probe));
+        }
+    }
+}

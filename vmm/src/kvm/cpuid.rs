@@ -1,0 +1,133 @@
+//! What a guest's CPUID instruction says: what KVM supports, with the vCPU's place in the machine
+//! and the bits that spare the kernel its calibration loops.
+//!
+//! Leaves are those of the Intel SDM, volume 2, "CPUID", and of the AMD APM, volume 3, appendix E.
+
+use super::KvmError;
+use kvm_bindings::{CpuId, kvm_cpuid_entry2};
+
+/// Leaf 1, ECX: the local APIC has a timer that takes a TSC value. Linux then does not measure
+/// the APIC's frequency (217 ms in the exact lab).
+const TSC_DEADLINE: u32 = 1 << 24;
+/// Leaf 1, ECX: APIC registers can be reached as MSRs.
+const X2APIC: u32 = 1 << 21;
+/// Leaf 1, ECX: a hypervisor is present. Linux looks for KVM's own leaves only then.
+const HYPERVISOR: u32 = 1 << 31;
+/// Leaf 1, EDX: EBX bits 16 to 23 are the number of logical processors.
+const MULTITHREADING: u32 = 1 << 28;
+/// Leaf 6, EAX: the APIC timer runs in every power state. Without it and the deadline bit a
+/// kernel wants a second timer.
+const ALWAYS_RUNNING_APIC_TIMER: u32 = 1 << 2;
+/// Leaf 1, ECX: VMX. Nested guests are not offered.
+const VMX: u32 = 1 << 5;
+/// Leaf 0x8000_0001, ECX: SVM. As above.
+const SVM: u32 = 1 << 2;
+
+/// Whether this processor shows hardware virtualization (Intel VMX or AMD SVM).
+pub(super) fn host_has_virtualization() -> bool {
+    let basic = core::arch::x86_64::__cpuid(1);
+    let highest_extended = core::arch::x86_64::__cpuid(0x8000_0000).eax;
+    let extended =
+        if highest_extended >= 0x8000_0001 { core::arch::x86_64::__cpuid(0x8000_0001).ecx } else { 0 };
+    basic.ecx & VMX != 0 || extended & SVM != 0
+}
+
+/// CPUID of vCPU `id` in a machine of `count`: one package, one thread per core.
+pub(super) fn for_vcpu(supported: &CpuId, id: u8, count: u8) -> Result<CpuId, KvmError> {
+    let mut entries: Vec<kvm_cpuid_entry2> = supported.as_slice().to_vec();
+    for entry in &mut entries {
+        adapt(entry, id, count);
+    }
+    CpuId::from_entries(&entries).map_err(|error| KvmError::Ioctl {
+        what: "take as many CPUID leaves as it supports",
+        source: std::io::Error::other(format!("{error:?}")),
+    })
+}
+
+fn adapt(entry: &mut kvm_cpuid_entry2, id: u8, count: u8) {
+    let (id, count) = (u32::from(id), u32::from(count));
+    match entry.function {
+        0x1 => {
+            entry.ecx |= TSC_DEADLINE | X2APIC | HYPERVISOR;
+            entry.ecx &= !VMX;
+            // Bits 8 to 15 are the cache line flushed by CLFLUSH, in units of 8 bytes.
+            entry.ebx = (entry.ebx & 0x0000_ffff) | count << 16 | id << 24;
+            entry.edx = if count > 1 { entry.edx | MULTITHREADING } else { entry.edx & !MULTITHREADING };
+        }
+        // Caches: no thread shares one with another, the package has `count` cores.
+        0x4 if entry.eax & 0x1f != 0 => {
+            entry.eax = (entry.eax & 0x3fff) | (count - 1) << 26;
+        }
+        0x6 => entry.eax |= ALWAYS_RUNNING_APIC_TIMER,
+        0xb | 0x1f => adapt_topology(entry, id, count),
+        // The performance counters are not offered.
+        0xa => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
+        0x8000_0001 => entry.ecx &= !SVM,
+        // AMD: number of cores minus one, and the width of the core id.
+        0x8000_0008 => entry.ecx = (count - 1) | id_bits(count) << 12,
+        // AMD: the processor's APIC id and its core, one thread each.
+        0x8000_001e => (entry.eax, entry.ebx, entry.ecx) = (id, id & 0xff, 0),
+        _ => {}
+    }
+}
+
+/// Bits that the ids of `count` processors take.
+fn id_bits(count: u32) -> u32 {
+    count.next_power_of_two().trailing_zeros()
+}
+
+/// Extended topology: level 0 is threads (one per core), level 1 is cores.
+fn adapt_topology(entry: &mut kvm_cpuid_entry2, id: u32, count: u32) {
+    const THREADS: u32 = 1 << 8;
+    const CORES: u32 = 2 << 8;
+    (entry.eax, entry.ebx, entry.ecx) = match entry.index {
+        0 => (0, 1, THREADS),
+        1 => (id_bits(count), count, CORES | 1),
+        index => (0, 0, index),
+    };
+    entry.edx = id;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(function: u32, index: u32) -> kvm_cpuid_entry2 {
+        let all = u32::MAX;
+        kvm_cpuid_entry2 { function, index, eax: all, ebx: all, ecx: all, edx: all, ..Default::default() }
+    }
+
+    fn adapted(function: u32, index: u32, id: u8, count: u8) -> kvm_cpuid_entry2 {
+        let mut entry = entry(function, index);
+        adapt(&mut entry, id, count);
+        entry
+    }
+
+    #[test]
+    fn the_kernel_finds_kvm_and_needs_no_calibration() {
+        let mut leaf = kvm_cpuid_entry2 { function: 1, ..Default::default() };
+        adapt(&mut leaf, 0, 1);
+        assert_eq!(leaf.ecx, 1 << 31 | 1 << 24 | 1 << 21);
+        let mut leaf = kvm_cpuid_entry2 { function: 6, ..Default::default() };
+        adapt(&mut leaf, 0, 1);
+        assert_eq!(leaf.eax, 1 << 2);
+    }
+
+    #[test]
+    fn each_vcpu_knows_its_place() {
+        let leaf = adapted(1, 0, 3, 4);
+        assert_eq!((leaf.ebx >> 24, leaf.ebx >> 16 & 0xff, leaf.edx >> 28 & 1), (3, 4, 1));
+        assert_eq!(adapted(1, 0, 0, 1).edx >> 28 & 1, 0);
+        let (threads, cores) = (adapted(0xb, 0, 3, 4), adapted(0xb, 1, 3, 4));
+        assert_eq!((threads.eax, threads.ebx, threads.ecx, threads.edx), (0, 1, 0x100, 3));
+        assert_eq!((cores.eax, cores.ebx, cores.ecx, cores.edx), (2, 4, 0x201, 3));
+        assert_eq!(adapted(0x8000_001e, 0, 3, 4).eax, 3);
+        assert_eq!(adapted(0x8000_0008, 0, 3, 16).ecx, 15 | 4 << 12);
+    }
+
+    #[test]
+    fn nested_virtualization_is_not_offered() {
+        assert_eq!(adapted(1, 0, 0, 1).ecx & 1 << 5, 0);
+        assert_eq!(adapted(0x8000_0001, 0, 0, 1).ecx & 1 << 2, 0);
+    }
+}

@@ -1,0 +1,167 @@
+//! KVM: the only module that makes KVM's ioctls.
+#![expect(unsafe_code, reason = "giving guest memory to KVM, reading its run structure")]
+
+mod cpuid;
+pub mod probe;
+mod vcpu;
+
+pub use vcpu::{ExitCounts, Registers, Vcpu, VcpuEnd};
+
+use crate::layout::{self, Gsi};
+use crate::memory::GuestMemory;
+use kvm_bindings::{CpuId, kvm_userspace_memory_region};
+use kvm_ioctls::{Kvm, VmFd};
+use std::io;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vmm_sys_util::eventfd::EventFd;
+
+/// Path of the KVM device.
+pub const DEVICE: &str = "/dev/kvm";
+/// The only version of the KVM API there has been since 2007.
+const API_VERSION: i32 = 12;
+
+/// Why KVM cannot be used, or what it refused.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum KvmError {
+    /// There is no KVM device.
+    #[error("{DEVICE} does not exist: this host offers no KVM, or its module is not loaded")]
+    Absent,
+    /// The user may not open the device.
+    #[error("{DEVICE} may not be opened by this user: join the group that owns it, often kvm")]
+    NoPermission,
+    /// The device cannot be opened for another reason.
+    #[error("cannot open {DEVICE}")]
+    Open(#[source] io::Error),
+    /// A KVM without processor support behind it.
+    #[error(
+        "{DEVICE} is a software KVM: this processor shows neither VMX nor SVM, and such a KVM \
+         cannot run a Linux kernel"
+    )]
+    SoftwareOnly,
+    /// A KVM that speaks another API.
+    #[error("{DEVICE} speaks API version {0}, this program speaks {API_VERSION}")]
+    ApiVersion(i32),
+    /// An ioctl failed.
+    #[error("KVM refused to {what}")]
+    Ioctl {
+        /// What was asked of it.
+        what: &'static str,
+        /// Its answer.
+        source: io::Error,
+    },
+}
+
+impl KvmError {
+    fn ioctl(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Self {
+        move |error| Self::Ioctl { what, source: error.into() }
+    }
+}
+
+/// The host's KVM.
+#[derive(Debug)]
+pub struct Hypervisor {
+    kvm: Kvm,
+    supported_cpuid: CpuId,
+}
+
+impl Hypervisor {
+    /// Opens KVM where the processor can run guests. `kindling doctor` looks closer.
+    ///
+    /// # Errors
+    /// Says why there is no usable KVM.
+    pub fn open() -> Result<Self, KvmError> {
+        let kvm = open_device()?;
+        if !cpuid::host_has_virtualization() {
+            return Err(KvmError::SoftwareOnly);
+        }
+        // The constructor's bound of 80 entries is above what any KVM has returned.
+        let supported_cpuid = kvm
+            .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
+            .map_err(KvmError::ioctl("say which CPUID leaves it supports"))?;
+        Ok(Self { kvm, supported_cpuid })
+    }
+}
+
+fn open_device() -> Result<Kvm, KvmError> {
+    let kvm = Kvm::new().map_err(|error| match error.errno() {
+        libc::ENOENT | libc::ENODEV | libc::ENXIO => KvmError::Absent,
+        libc::EACCES | libc::EPERM => KvmError::NoPermission,
+        _ => KvmError::Open(error.into()),
+    })?;
+    match kvm.get_api_version() {
+        API_VERSION => Ok(kvm),
+        other => Err(KvmError::ApiVersion(other)),
+    }
+}
+
+/// A virtual machine with its memory and its interrupt controllers.
+#[derive(Debug)]
+pub struct Vm {
+    fd: VmFd,
+    supported_cpuid: CpuId,
+}
+
+impl Vm {
+    /// Creates an empty machine with local APICs and an I/O APIC inside KVM.
+    ///
+    /// There is no PIT: kernels take the time from kvm-clock and timers from the local APIC.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn new(hypervisor: Hypervisor) -> Result<Self, KvmError> {
+        let fd = hypervisor.kvm.create_vm().map_err(KvmError::ioctl("create a VM"))?;
+        fd.set_identity_map_address(layout::KVM_IDENTITY_MAP.0)
+            .map_err(KvmError::ioctl("place its identity map"))?;
+        fd.set_tss_address(usize::try_from(layout::KVM_TSS.0).unwrap_or(usize::MAX))
+            .map_err(KvmError::ioctl("place its task state segment"))?;
+        fd.create_irq_chip().map_err(KvmError::ioctl("create the interrupt controllers"))?;
+        Ok(Self { fd, supported_cpuid: hypervisor.supported_cpuid })
+    }
+
+    /// Makes `memory` the machine's RAM.
+    ///
+    /// # Safety
+    /// `memory` lives at least as long as the last vCPU of this machine.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub unsafe fn set_memory(&self, memory: &GuestMemory) -> Result<(), KvmError> {
+        for (slot, region) in (0..).zip(memory.inner().iter()) {
+            let slot = kvm_userspace_memory_region {
+                slot,
+                flags: 0,
+                guest_phys_addr: region.start_addr().0,
+                memory_size: region.len(),
+                userspace_addr: region.as_ptr() as u64,
+            };
+            // SAFETY: the region is mapped for `memory_size` bytes, slots do not overlap by the
+            // layout, and the caller keeps the mapping alive.
+            unsafe { self.fd.set_user_memory_region(slot) }.map_err(KvmError::ioctl("take guest memory"))?;
+        }
+        Ok(())
+    }
+
+    /// An eventfd whose writes raise an edge on an interrupt line.
+    ///
+    /// # Errors
+    /// When the host has no descriptor left, or KVM refuses.
+    pub fn interrupt(&self, line: Gsi) -> Result<EventFd, KvmError> {
+        let what = "connect an interrupt line";
+        let fd = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+            .map_err(|source| KvmError::Ioctl { what, source })?;
+        self.fd.register_irqfd(&fd, line.0).map_err(KvmError::ioctl(what))?;
+        Ok(fd)
+    }
+
+    /// Creates vCPU `id` of a machine that has `count` of them.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn create_vcpu(&self, id: u8, count: u8) -> Result<Vcpu, KvmError> {
+        let fd = self.fd.create_vcpu(id.into()).map_err(KvmError::ioctl("create a vCPU"))?;
+        let cpuid = cpuid::for_vcpu(&self.supported_cpuid, id, count)?;
+        fd.set_cpuid2(&cpuid).map_err(KvmError::ioctl("set a vCPU's CPUID"))?;
+        Ok(Vcpu::new(fd))
+    }
+}

@@ -1,0 +1,225 @@
+//! A vCPU: its first registers, and the loop that runs it and answers its exits.
+
+use super::KvmError;
+use crate::boot::{CODE_SEGMENT, DATA_SEGMENT, Entry, GDT_ENTRIES};
+use crate::bus::{GuestRequest, PortBus};
+use crate::layout;
+use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use x86_64::registers::control::{Cr0Flags, Cr4Flags, EferFlags};
+use x86_64::registers::rflags::RFlags;
+
+/// Exits of a vCPU to this program, by what the guest did. Exits that KVM answers itself are not
+/// among them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ExitCounts {
+    /// Reads of I/O ports.
+    pub port_reads: u64,
+    /// Writes of I/O ports.
+    pub port_writes: u64,
+    /// Reads of addresses that are neither RAM nor inside KVM.
+    pub mmio_reads: u64,
+    /// Writes of such addresses.
+    pub mmio_writes: u64,
+    /// Everything else.
+    pub other: u64,
+}
+
+impl ExitCounts {
+    /// All exits.
+    #[must_use]
+    pub const fn total(&self) -> u64 {
+        self.port_reads + self.port_writes + self.mmio_reads + self.mmio_writes + self.other
+    }
+
+    /// Adds the exits of another vCPU.
+    pub const fn add(&mut self, other: &Self) {
+        self.port_reads += other.port_reads;
+        self.port_writes += other.port_writes;
+        self.mmio_reads += other.mmio_reads;
+        self.mmio_writes += other.mmio_writes;
+        self.other += other.other;
+    }
+}
+
+/// Why a vCPU does not run any more.
+#[derive(Debug)]
+pub enum VcpuEnd {
+    /// The guest asked for something that concerns the whole machine.
+    Request(GuestRequest),
+    /// A fault while handling a fault while handling a fault: the processor shuts down.
+    TripleFault,
+    /// KVM could not go on (`KVM_EXIT_INTERNAL_ERROR`).
+    InternalError {
+        /// KVM's suberror; 1 is an instruction that it cannot emulate.
+        suberror: u32,
+    },
+    /// The processor refused to enter the guest (`KVM_EXIT_FAIL_ENTRY`).
+    EntryFailed {
+        /// The hardware's reason.
+        reason: u64,
+    },
+    /// An exit that this machine cannot have.
+    Unexpected(String),
+    /// The ioctl itself failed.
+    RunFailed(io::Error),
+    /// The machine was told to stop.
+    Stopped,
+}
+
+/// The registers that tell where a guest was.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Registers {
+    /// General registers, instruction pointer and flags.
+    pub general: kvm_regs,
+    /// Control registers 0, 2, 3 and 4.
+    pub control: [u64; 4],
+    /// Extended feature enable register.
+    pub efer: u64,
+}
+
+/// One vCPU.
+#[derive(Debug)]
+pub struct Vcpu {
+    pub(super) fd: VcpuFd,
+    counts: ExitCounts,
+}
+
+impl Vcpu {
+    pub(super) const fn new(fd: VcpuFd) -> Self {
+        Self {
+            fd,
+            counts: ExitCounts { port_reads: 0, port_writes: 0, mmio_reads: 0, mmio_writes: 0, other: 0 },
+        }
+    }
+
+    /// Exits so far.
+    #[must_use]
+    pub const fn counts(&self) -> &ExitCounts {
+        &self.counts
+    }
+
+    /// Makes this the vCPU that starts the kernel: 64-bit mode, paging on, the zero page's address
+    /// in RSI (Documentation/arch/x86/boot.rst, "64-bit boot protocol"). The others wait for it
+    /// to start them.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn set_entry(&self, entry: Entry) -> Result<(), KvmError> {
+        let mut special = self.fd.get_sregs().map_err(KvmError::ioctl("read a vCPU's registers"))?;
+        enter_long_mode(&mut special);
+        self.fd.set_sregs(&special).map_err(KvmError::ioctl("set a vCPU's special registers"))?;
+        let general = kvm_regs {
+            // Bit 1 of RFLAGS is always set.
+            rflags: RFlags::empty().bits() | 1 << 1,
+            rip: entry.instruction.0,
+            rsi: layout::ZERO_PAGE.0,
+            ..kvm_regs::default()
+        };
+        self.fd.set_regs(&general).map_err(KvmError::ioctl("set a vCPU's registers"))
+    }
+
+    /// Runs the guest until something ends it or `stopping` is set and a signal interrupts it.
+    pub fn run(&mut self, bus: &PortBus, stopping: &AtomicBool) -> VcpuEnd {
+        while !stopping.load(Ordering::Acquire) {
+            let counts = &mut self.counts;
+            match self.fd.run() {
+                Ok(VcpuExit::IoOut(port, data)) => {
+                    counts.port_writes += 1;
+                    if let Some(request) = bus.write(port, data) {
+                        return VcpuEnd::Request(request);
+                    }
+                }
+                Ok(VcpuExit::IoIn(port, data)) => {
+                    counts.port_reads += 1;
+                    bus.read(port, data);
+                }
+                // No device has registers in memory yet: such addresses are all ones.
+                Ok(VcpuExit::MmioRead(_, data)) => {
+                    counts.mmio_reads += 1;
+                    data.fill(0xff);
+                }
+                Ok(VcpuExit::MmioWrite(..)) => counts.mmio_writes += 1,
+                Ok(VcpuExit::Intr) => counts.other += 1,
+                Ok(VcpuExit::Shutdown) => return VcpuEnd::TripleFault,
+                Ok(VcpuExit::FailEntry(reason, _)) => return VcpuEnd::EntryFailed { reason },
+                Ok(VcpuExit::InternalError) => return VcpuEnd::InternalError { suberror: self.suberror() },
+                Ok(other) => return VcpuEnd::Unexpected(format!("{other:?}")),
+                Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => counts.other += 1,
+                Err(error) => return VcpuEnd::RunFailed(error.into()),
+            }
+        }
+        VcpuEnd::Stopped
+    }
+
+    fn suberror(&mut self) -> u32 {
+        // SAFETY: the last exit was KVM_EXIT_INTERNAL_ERROR, for which KVM fills this member; it
+        // is plain data whatever it holds.
+        unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal.suberror }
+    }
+
+    /// The registers, as far as KVM gives them.
+    #[must_use]
+    pub fn registers(&self) -> Option<Registers> {
+        let general = self.fd.get_regs().ok()?;
+        let special = self.fd.get_sregs().ok()?;
+        let control = [special.cr0, special.cr2, special.cr3, special.cr4];
+        Some(Registers { general, control, efer: special.efer })
+    }
+}
+
+fn enter_long_mode(registers: &mut kvm_sregs) {
+    registers.gdt.base = layout::GDT.0;
+    registers.gdt.limit = u16::try_from(size_of_val(&GDT_ENTRIES) - 1).unwrap_or(u16::MAX);
+    registers.idt.limit = 0;
+    registers.cs = segment(CODE_SEGMENT);
+    for data in
+        [&mut registers.ds, &mut registers.es, &mut registers.fs, &mut registers.gs, &mut registers.ss]
+    {
+        *data = segment(DATA_SEGMENT);
+    }
+    registers.cr3 = layout::PAGE_TABLES.0;
+    registers.cr4 |= Cr4Flags::PHYSICAL_ADDRESS_EXTENSION.bits();
+    registers.cr0 |= (Cr0Flags::PROTECTED_MODE_ENABLE | Cr0Flags::PAGING).bits();
+    registers.efer |= (EferFlags::LONG_MODE_ENABLE | EferFlags::LONG_MODE_ACTIVE).bits();
+}
+
+/// The segment register for an entry of the GDT: KVM wants descriptors unpacked.
+fn segment(index: u16) -> kvm_segment {
+    let descriptor = GDT_ENTRIES[usize::from(index)];
+    let bits = |from: u32, count: u32| (descriptor >> from) & ((1 << count) - 1);
+    let byte = |from, count| bits(from, count).to_le_bytes()[0];
+    kvm_segment {
+        base: bits(16, 24) | bits(56, 8) << 24,
+        // Granularity is pages: the limit in the descriptor counts 4 KiB.
+        limit: u32::MAX,
+        selector: index << 3,
+        type_: byte(40, 4),
+        s: byte(44, 1),
+        dpl: byte(45, 2),
+        present: byte(47, 1),
+        avl: byte(52, 1),
+        l: byte(53, 1),
+        db: byte(54, 1),
+        g: byte(55, 1),
+        ..kvm_segment::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn segments_are_flat_and_64_bit() {
+        let code = segment(CODE_SEGMENT);
+        // Type 11: code, execute and read, accessed (Intel SDM, volume 3, table 3-1).
+        assert_eq!((code.selector, code.base, code.type_, code.s, code.dpl), (0x10, 0, 11, 1, 0));
+        assert_eq!((code.present, code.l, code.db, code.g), (1, 1, 0, 1));
+        let data = segment(DATA_SEGMENT);
+        assert_eq!((data.selector, data.base, data.type_, data.s, data.dpl), (0x18, 0, 3, 1, 0));
+        assert_eq!((data.present, data.l), (1, 0));
+    }
+}

@@ -1,0 +1,43 @@
+//! A KVM virtual machine monitor that boots Linux microVMs within milliseconds.
+//!
+//! A boot is one line of types: a [`Config`] says what is wanted, a [`Machine`] is that with
+//! everything built and nothing running, [`Running`] is the machine with its threads, and an
+//! [`Exit`] says how it ended.
+//!
+//! ```no_run
+//! use kindling::{Config, Machine, Timeline};
+//! use kindling::config::{BootSource, Console, GuestConfig, MachineConfig};
+//!
+//! # fn main() -> Result<(), kindling::Error> {
+//! let config = Config {
+//!     boot_source: BootSource::kernel("vmlinux"),
+//!     machine: MachineConfig { vcpu_count: 2, mem_size_mib: 256 },
+//!     console: Console::Stdio,
+//!     guest: GuestConfig::default(),
+//! };
+//! let timeline = Timeline::starting_at(kindling::Instant::now());
+//! let exit = Machine::new(&config, timeline)?.start()?.wait();
+//! assert_eq!(exit.reason, kindling::ExitReason::Payload(0));
+//! # Ok(())
+//! # }
+//! ```
+
+pub mod boot;
+pub mod bus;
+pub mod config;
+pub mod devices;
+mod event_loop;
+mod exit;
+pub mod host;
+pub mod kvm;
+pub mod layout;
+mod machine;
+pub mod memory;
+mod running;
+mod timeline;
+
+pub use config::Config;
+pub use exit::{Exit, ExitReason};
+pub use machine::{Error, Machine};
+pub use running::{Running, StopHandle};
+pub use timeline::{Instant, Step, Timeline};

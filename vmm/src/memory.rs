@@ -1,0 +1,253 @@
+//! Guest memory: the host's view of what the guest takes for RAM.
+//!
+//! Memory is anonymous and not reserved: a page costs the host something when it is first
+//! touched. Files can be laid over it, copy-on-write, so that a kernel is neither read nor copied
+//! and all guests of a host share its unmodified pages.
+#![expect(unsafe_code, reason = "maps files over guest memory")]
+
+use crate::layout::{self, PAGE_SIZE};
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
+};
+
+/// Why guest memory could not be had or reached.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum MemoryError {
+    /// The host refused the mapping.
+    #[error("cannot map {mib} MiB of guest memory")]
+    Map {
+        /// Size of the mapping.
+        mib: u64,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// The host refused to map a file over guest memory.
+    #[error("cannot map {length} bytes of a file at guest address {address:#x}")]
+    MapFile {
+        /// Guest-physical address of the mapping.
+        address: u64,
+        /// Its length in bytes.
+        length: u64,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// A range that is not guest memory, or not whole pages where those are needed.
+    #[error("{length} bytes at guest address {address:#x} are outside guest memory")]
+    Outside {
+        /// Guest-physical address of the range.
+        address: u64,
+        /// Its length in bytes.
+        length: u64,
+    },
+    /// Reading a file into guest memory failed.
+    #[error("cannot read {length} bytes of a file into guest address {address:#x}")]
+    ReadFile {
+        /// Guest-physical address of the target.
+        address: u64,
+        /// Bytes to read.
+        length: u64,
+        /// What the host or the file said.
+        source: io::Error,
+    },
+}
+
+/// The memory of one guest.
+#[derive(Debug)]
+pub struct GuestMemory {
+    inner: GuestMemoryMmap,
+}
+
+impl GuestMemory {
+    /// Anonymous memory of this size, laid out by [`layout::ram_ranges`].
+    ///
+    /// # Errors
+    /// When the host refuses the mapping.
+    pub fn anonymous(bytes: u64) -> Result<Self, MemoryError> {
+        let failed = |source| MemoryError::Map { mib: bytes / layout::MIB, source };
+        let mut regions = Vec::new();
+        for (start, size) in layout::ram_ranges(bytes) {
+            let size = usize::try_from(size).map_err(|_| failed(io::ErrorKind::OutOfMemory.into()))?;
+            let mapping = MmapRegion::build(
+                None,
+                size,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+            )
+            .map_err(|error| failed(io::Error::other(error)))?;
+            let region = GuestRegionMmap::new(mapping, start)
+                .ok_or_else(|| failed(io::ErrorKind::OutOfMemory.into()))?;
+            regions.push(region);
+        }
+        let inner =
+            GuestMemoryMmap::from_regions(regions).map_err(|error| failed(io::Error::other(error)))?;
+        Ok(Self { inner })
+    }
+
+    /// The memory as `vm-memory` knows it.
+    #[must_use]
+    pub const fn inner(&self) -> &GuestMemoryMmap {
+        &self.inner
+    }
+
+    /// End of the RAM below the device gap.
+    #[must_use]
+    pub fn low_end(&self) -> GuestAddress {
+        let first = self.inner.iter().next();
+        GuestAddress(first.map_or(0, |region| region.start_addr().0 + region.len()))
+    }
+
+    /// Writes bytes into guest memory.
+    ///
+    /// # Errors
+    /// When not all of the range is guest memory.
+    pub fn write(&self, address: GuestAddress, bytes: &[u8]) -> Result<(), MemoryError> {
+        self.inner
+            .write_slice(bytes, address)
+            .map_err(|_| MemoryError::Outside { address: address.0, length: bytes.len() as u64 })
+    }
+
+    /// Reads a part of a file into guest memory.
+    ///
+    /// # Errors
+    /// When the range is not guest memory or the file ends before it.
+    pub fn read_file(
+        &self,
+        address: GuestAddress,
+        file: &File,
+        offset: u64,
+        length: u64,
+    ) -> Result<(), MemoryError> {
+        use std::os::unix::fs::FileExt;
+        let failed = |source| MemoryError::ReadFile { address: address.0, length, source };
+        // A bounce buffer keeps guest memory out of Rust references; parts of kernels that need
+        // to be read rather than mapped are short.
+        let mut buffer = vec![0; usize::try_from(length.min(layout::MIB)).unwrap_or(usize::MAX)];
+        let mut done = 0;
+        while done < length {
+            let step = usize::try_from(length - done).map_or(buffer.len(), |rest| rest.min(buffer.len()));
+            file.read_exact_at(&mut buffer[..step], offset + done).map_err(failed)?;
+            self.write(GuestAddress(address.0 + done), &buffer[..step])?;
+            done += step as u64;
+        }
+        Ok(())
+    }
+
+    /// Lays a part of a file over guest memory, copy-on-write: the guest sees the file's bytes,
+    /// and what it writes stays its own. Start, offset and length are multiples of a page.
+    ///
+    /// A file that somebody truncates while a guest uses it takes those pages away from the
+    /// guest; kernel files are replaced by renaming, not rewritten.
+    ///
+    /// # Errors
+    /// When the range is not whole pages of guest memory in one piece, or the host refuses.
+    pub fn map_file(
+        &self,
+        address: GuestAddress,
+        file: &File,
+        offset: u64,
+        length: u64,
+    ) -> Result<(), MemoryError> {
+        let outside = || MemoryError::Outside { address: address.0, length };
+        if [address.0, offset, length].iter().any(|value| value % PAGE_SIZE != 0) || length == 0 {
+            return Err(outside());
+        }
+        let size = usize::try_from(length).map_err(|_| outside())?;
+        let slice = self.inner.get_slice(address, size).map_err(|_| outside())?;
+        let failed = |source| MemoryError::MapFile { address: address.0, length, source };
+        let offset = libc::off_t::try_from(offset).map_err(|_| failed(io::ErrorKind::InvalidInput.into()))?;
+        let target = slice.ptr_guard_mut().as_ptr();
+        // SAFETY: `get_slice` returned `size` bytes of this guest's own mapping, which stay mapped
+        // as long as `self`; MAP_FIXED replaces exactly those pages, in the same address range and
+        // with the same access, so every pointer into the mapping stays valid. Guest memory is
+        // only accessed through volatile slices, never through references.
+        let result = unsafe {
+            libc::mmap(
+                target.cast(),
+                size,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE,
+                file.as_raw_fd(),
+                offset,
+            )
+        };
+        if result == libc::MAP_FAILED {
+            return Err(failed(io::Error::last_os_error()));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::MIB;
+    use std::io::Write;
+
+    fn file_of(bytes: &[u8]) -> File {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(bytes).unwrap();
+        file
+    }
+
+    fn read(memory: &GuestMemory, address: u64, length: usize) -> Vec<u8> {
+        let mut bytes = vec![0; length];
+        memory.inner().read_slice(&mut bytes, GuestAddress(address)).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn a_mapped_file_is_copied_on_write() {
+        let memory = GuestMemory::anonymous(4 * MIB).unwrap();
+        let mut bytes = vec![0xaa; 8192];
+        bytes[4096..].fill(0xbb);
+        let file = file_of(&bytes);
+        memory.map_file(GuestAddress(0x10_1000), &file, 4096, 4096).unwrap();
+        assert_eq!(read(&memory, 0x10_0fff, 2), [0, 0xbb]);
+        memory.write(GuestAddress(0x10_1000), &[1]).unwrap();
+        assert_eq!(read(&memory, 0x10_1000, 2), [1, 0xbb]);
+        use std::os::unix::fs::FileExt;
+        let mut unchanged = [0];
+        file.read_exact_at(&mut unchanged, 4096).unwrap();
+        assert_eq!(unchanged, [0xbb]);
+    }
+
+    #[test]
+    fn ranges_outside_memory_are_refused() {
+        let memory = GuestMemory::anonymous(4 * MIB).unwrap();
+        let file = file_of(&[1; 8192]);
+        for (address, offset, length) in [
+            (4 * MIB, 0, 4096),
+            (4 * MIB - 4096, 0, 8192),
+            (0x1001, 0, 4096),
+            (0x1000, 1, 4096),
+            (0x1000, 0, 1),
+            (0x1000, 0, 0),
+            (u64::MAX - 4095, 0, 4096),
+        ] {
+            let result = memory.map_file(GuestAddress(address), &file, offset, length);
+            assert!(matches!(result, Err(MemoryError::Outside { .. })), "{address:#x} {offset} {length}");
+        }
+        assert!(memory.write(GuestAddress(4 * MIB - 1), &[0, 0]).is_err());
+    }
+
+    #[test]
+    fn a_file_that_is_too_short_is_an_error() {
+        let memory = GuestMemory::anonymous(4 * MIB).unwrap();
+        let result = memory.read_file(GuestAddress(0), &file_of(&[1; 10]), 5, 6);
+        assert!(matches!(result, Err(MemoryError::ReadFile { length: 6, .. })));
+        memory.read_file(GuestAddress(0), &file_of(&[7; 10]), 5, 5).unwrap();
+        assert_eq!(read(&memory, 0, 6), [7, 7, 7, 7, 7, 0]);
+    }
+
+    #[test]
+    fn memory_goes_on_above_the_device_gap() {
+        let memory = GuestMemory::anonymous(4096 * MIB).unwrap();
+        assert_eq!(memory.low_end(), layout::MMIO_GAP);
+        memory.write(GuestAddress(layout::RAM_ABOVE_GAP.0 + 1024 * MIB - 1), &[1]).unwrap();
+        assert!(memory.write(GuestAddress(layout::MMIO_GAP.0), &[1]).is_err());
+    }
+}

@@ -1,0 +1,223 @@
+//! A machine that runs: one thread per vCPU, and the thread that waits for its end.
+
+use crate::bus::{GuestRequest, PortBus, lock};
+use crate::event_loop::{EventLoop, LoopEnd};
+use crate::exit::{Exit, ExitReason};
+use crate::kvm::{ExitCounts, Registers, Vcpu, VcpuEnd};
+use crate::machine::{Error, Machine};
+use crate::timeline::Instant;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+
+/// Lines of console output that an [`Exit`] keeps.
+const CONSOLE_LINES: usize = 20;
+/// How long to wait for a kicked vCPU before kicking it again: a signal that arrives just before
+/// it enters the guest is lost, and the next one is not.
+const KICK_INTERVAL: Timespec = Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
+
+/// How a vCPU's thread ended.
+#[derive(Debug)]
+struct VcpuOutcome {
+    end: VcpuEnd,
+    counts: ExitCounts,
+    registers: Option<Registers>,
+    first_run: Instant,
+}
+
+/// A running machine. Dropping it stops it.
+#[derive(Debug)]
+pub struct Running {
+    threads: Vec<JoinHandle<()>>,
+    /// Outcomes in the order in which the threads ended.
+    outcomes: Arc<Mutex<Vec<VcpuOutcome>>>,
+    ended: EventFd,
+    stop: EventFd,
+    event_loop: EventLoop,
+    /// Dropped last, when no vCPU exists any more.
+    machine: Machine,
+}
+
+/// Stops a running machine from elsewhere: another thread, or a signal handler.
+#[derive(Debug)]
+pub struct StopHandle(EventFd);
+
+impl StopHandle {
+    /// Tells the machine to stop. Its [`Running::wait`] then returns [`ExitReason::Stopped`].
+    pub fn stop(&self) {
+        // The counter of an eventfd that is read once cannot overflow.
+        let _ = self.0.write(1);
+    }
+
+    /// The descriptor behind it: eight bytes written to it, a number other than zero, do what
+    /// [`Self::stop`] does, also in a signal handler.
+    #[must_use]
+    pub fn as_raw_fd(&self) -> i32 {
+        self.0.as_raw_fd()
+    }
+}
+
+extern "C" fn interrupted(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    // That the signal arrives is all it is for: KVM_RUN and writes of the console return.
+}
+
+impl Running {
+    pub(crate) fn start(mut machine: Machine) -> Result<Self, Error> {
+        // A handler has to exist, or the signal would end the process. It does nothing, and no
+        // other part of a program has a use for this signal number by convention.
+        register_signal_handler(SIGRTMIN(), interrupted)
+            .map_err(|error| Error::host("install a signal handler")(error.into()))?;
+        let eventfd =
+            || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(Error::host("make an eventfd"));
+        let (ended, stop) = (eventfd()?, eventfd()?);
+        let event_loop = EventLoop::new(&ended, &stop, machine.devices.input.take())
+            .map_err(Error::host("make an epoll instance"))?;
+        let vcpus = std::mem::take(&mut machine.vcpus);
+        let outcomes = Arc::default();
+        let mut this = Self { threads: Vec::new(), outcomes, ended, stop, event_loop, machine };
+        // The first vCPU starts last: the others wait inside KVM until it wakes them.
+        for (id, vcpu) in vcpus.into_iter().enumerate().rev() {
+            this.start_vcpu(id, vcpu)?;
+        }
+        Ok(this)
+    }
+
+    fn start_vcpu(&mut self, id: usize, mut vcpu: Vcpu) -> Result<(), Error> {
+        let ended = self.ended.try_clone().map_err(Error::host("duplicate an eventfd"))?;
+        let bus: Arc<PortBus> = Arc::clone(&self.machine.devices.bus);
+        let stopping: Arc<AtomicBool> = Arc::clone(&self.machine.stopping);
+        let outcomes = Arc::clone(&self.outcomes);
+        let run = move || {
+            let first_run = Instant::now();
+            let end = vcpu.run(&bus, &stopping);
+            let registers = end.is_failure().then(|| vcpu.registers()).flatten();
+            let counts = *vcpu.counts();
+            lock(&outcomes).push(VcpuOutcome { end, counts, registers, first_run });
+            // The reader is polled until every thread has ended, so this cannot overflow.
+            let _ = ended.write(1);
+        };
+        let thread = std::thread::Builder::new()
+            .name(format!("vcpu{id}"))
+            .spawn(run)
+            .map_err(Error::host("start a vCPU's thread"))?;
+        self.threads.push(thread);
+        Ok(())
+    }
+
+    /// A handle with which others can stop this machine.
+    ///
+    /// # Errors
+    /// When the host has no descriptor left.
+    pub fn stop_handle(&self) -> Result<StopHandle, Error> {
+        self.stop.try_clone().map(StopHandle).map_err(Error::host("duplicate an eventfd"))
+    }
+
+    /// Waits for the machine's end.
+    #[must_use]
+    pub fn wait(mut self) -> Exit {
+        let end = self.event_loop.run(&self.machine.devices.serial);
+        let ended_at = Instant::now();
+        self.stop_vcpus();
+        self.describe(end, ended_at)
+    }
+
+    /// Makes every vCPU thread end, and waits for it.
+    fn stop_vcpus(&mut self) {
+        self.machine.stopping.store(true, Ordering::Release);
+        for thread in self.threads.drain(..) {
+            while !thread.is_finished() {
+                // The thread may end on its own in this moment; then nobody needs the signal.
+                let _ = thread.kill(SIGRTMIN());
+                let _ = wait_readable(&self.ended);
+            }
+            // Threads do not panic: the profile aborts the process on a panic.
+            let _ = thread.join();
+        }
+    }
+
+    fn describe(&mut self, end: LoopEnd, ended_at: Instant) -> Exit {
+        let outcomes = std::mem::take(&mut *lock(&self.outcomes));
+        let devices = &self.machine.devices;
+        let mut exits = ExitCounts::default();
+        for outcome in &outcomes {
+            exits.add(&outcome.counts);
+        }
+        let mut timeline = self.machine.timeline.clone();
+        if let Some(first) = outcomes.iter().map(|outcome| outcome.first_run).min() {
+            timeline.reached_at("first instruction", first);
+        }
+        devices.add_marks(&mut timeline);
+        timeline.reached_at("guest ended", ended_at);
+        timeline.reached("vCPUs stopped");
+
+        let console_tail = lock(&devices.serial).last_lines(CONSOLE_LINES);
+        let mut registers = None;
+        let reason = match end {
+            LoopEnd::Left => ExitReason::Left,
+            LoopEnd::Stopped => ExitReason::Stopped,
+            // What ended first is why the machine ended; the rest stopped because of it.
+            LoopEnd::VcpuEnded => match outcomes.into_iter().next() {
+                Some(outcome) => {
+                    registers = outcome.registers;
+                    reason_of(outcome.end, &console_tail)
+                }
+                None => ExitReason::Stopped,
+            },
+        };
+        Exit { reason, timeline, exits, unclaimed_ports: devices.bus.unclaimed(), console_tail, registers }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.stop_vcpus();
+    }
+}
+
+/// Waits for a vCPU's end, or for the time after which it is kicked again.
+fn wait_readable(ended: &EventFd) -> io::Result<()> {
+    // Resets the counter, so that only an end after this moment cuts the wait short.
+    let _ = ended.read();
+    let fd = crate::event_loop::borrow(ended);
+    poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], Some(&KICK_INTERVAL))?;
+    Ok(())
+}
+
+impl VcpuEnd {
+    /// Whether the registers at this end tell somebody something.
+    const fn is_failure(&self) -> bool {
+        !matches!(self, Self::Request(_) | Self::Stopped)
+    }
+}
+
+/// Whether the kernel's last words were those of a panic (`panic` in kernel/panic.c).
+fn has_panicked(console: &[String]) -> bool {
+    console.iter().any(|line| line.contains("Kernel panic - not syncing"))
+}
+
+fn reason_of(end: VcpuEnd, console: &[String]) -> ExitReason {
+    match end {
+        VcpuEnd::Request(GuestRequest::End(guest_protocol::ExitStatus::Payload(code))) => {
+            ExitReason::Payload(code)
+        }
+        VcpuEnd::Request(GuestRequest::End(guest_protocol::ExitStatus::InitPanic)) => ExitReason::InitPanic,
+        VcpuEnd::Request(GuestRequest::Reset) if has_panicked(console) => ExitReason::GuestPanic,
+        VcpuEnd::Request(GuestRequest::Reset) => ExitReason::Reset,
+        VcpuEnd::TripleFault if has_panicked(console) => ExitReason::GuestPanic,
+        VcpuEnd::TripleFault => ExitReason::TripleFault,
+        VcpuEnd::InternalError { suberror } => ExitReason::KvmInternalError { suberror },
+        VcpuEnd::EntryFailed { reason } => {
+            ExitReason::VmmFailure(format!("the processor refused to enter the guest (reason {reason:#x})"))
+        }
+        VcpuEnd::Unexpected(exit) => {
+            ExitReason::VmmFailure(format!("KVM reported {exit}, which no guest of this machine can cause"))
+        }
+        VcpuEnd::RunFailed(error) => ExitReason::VmmFailure(format!("KVM could not run a vCPU: {error}")),
+        VcpuEnd::Stopped => ExitReason::Stopped,
+    }
+}

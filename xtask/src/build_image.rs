@@ -1,0 +1,153 @@
+//! `cargo xtask build-image`: kernel, root filesystem and `image.json` in one folder.
+
+use crate::archive::Archive;
+use crate::cache::{self, Draft};
+use crate::{cargo, host, kernel};
+use anyhow::{Context, Result};
+use clap::Args;
+use guest_kernel_config::{Fragment, compose, shipped_named};
+use kindling::config::image::{DESCRIPTION, Image, ImageFile, sha256_of};
+use std::fs::{self, File};
+use std::io::BufWriter;
+use std::path::{Path, PathBuf};
+
+#[derive(Args, Debug)]
+pub(crate) struct Arguments {
+    /// Name of the image
+    #[arg(long, default_value = "default")]
+    name: String,
+    /// Kernel configuration to add: a file, or the name of an optional fragment (container,
+    /// hardening, debug); may be repeated
+    #[arg(long, value_name = "FILE|NAME")]
+    config_fragment: Vec<PathBuf>,
+    /// Program to use as /init instead of Kindling's
+    #[arg(long, value_name = "FILE")]
+    init: Option<PathBuf>,
+    /// Folder whose content becomes part of the root filesystem
+    #[arg(long, value_name = "DIR")]
+    root: Option<PathBuf>,
+    /// Kernel command line instead of the default
+    #[arg(long, value_name = "TEXT")]
+    cmdline: Option<String>,
+    /// Kernel source: a folder or a tarball, instead of Debian's package
+    #[arg(long, value_name = "DIR|TARBALL")]
+    kernel_source: Option<PathBuf>,
+    /// Folder to make [default: target/images/NAME]
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+}
+
+impl Default for Arguments {
+    fn default() -> Self {
+        Self {
+            name: "default".to_owned(),
+            config_fragment: Vec::new(),
+            init: None,
+            root: None,
+            cmdline: None,
+            kernel_source: None,
+            out: None,
+        }
+    }
+}
+
+/// Directories of every root filesystem, with their permissions.
+const DIRECTORIES: [(&str, u32); 7] = [
+    ("dev", 0o755),
+    ("proc", 0o555),
+    ("root", 0o700),
+    ("run", 0o755),
+    ("sys", 0o555),
+    ("tmp", 0o1777),
+    ("etc", 0o755),
+];
+
+/// Builds the image and says where it is.
+pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
+    let directory = build(arguments)?;
+    println!("{}", directory.display());
+    Ok(0)
+}
+
+/// Builds the image unless it is there and made from the same inputs; returns its folder.
+pub(crate) fn build(arguments: &Arguments) -> Result<PathBuf> {
+    let out = match &arguments.out {
+        Some(path) => std::path::absolute(path)?,
+        None => cargo::target_directory().join("images").join(&arguments.name),
+    };
+    let fragments = fragments(&arguments.config_fragment)?;
+    let source = kernel::source(arguments.kernel_source.as_deref())?;
+    let kernel = kernel::build(&source, &compose(&fragments)?)?;
+    let init = match &arguments.init {
+        Some(path) => path.clone(),
+        None => cargo::release_binary("guest-init", "guest-init")?,
+    };
+
+    let _lock = cache::lock(&format!("image-{}", cache::key(&[&out.to_string_lossy()])))?;
+    let draft = Draft::beside(&out)?;
+    // A hard link costs nothing; across filesystems it has to be a copy.
+    let vmlinux = draft.path().join("vmlinux");
+    fs::hard_link(&kernel.vmlinux, &vmlinux).or_else(|_| fs::copy(&kernel.vmlinux, &vmlinux).map(drop))?;
+    root_filesystem(&init, arguments.root.as_deref(), &draft.path().join("initramfs.cpio"))?;
+    let image = Image {
+        format: Image::FORMAT,
+        name: arguments.name.clone(),
+        kernel: describe(draft.path(), "vmlinux")?,
+        initrd: describe(draft.path(), "initramfs.cpio")?,
+        boot_args: arguments
+            .cmdline
+            .clone()
+            .unwrap_or_else(|| guest_protocol::DEFAULT_COMMAND_LINE.to_owned()),
+        kernel_version: kernel.version,
+        kernel_source: source.origin,
+        kernel_config_sha256: kernel.config_sha256,
+        fragments: fragments.iter().map(|fragment| fragment.name.clone()).collect(),
+        tools: kernel.tools,
+        build_time: 0,
+    };
+    fs::write(draft.path().join(DESCRIPTION), serde_json::to_string_pretty(&image)? + "\n")?;
+    if Image::open(&out).is_ok_and(|present| present == image) {
+        return Ok(out);
+    }
+    draft.publish(&out)?;
+    Ok(out)
+}
+
+/// The default fragments, and those that were asked for: a file, or the name of a shipped one.
+pub(crate) fn fragments(extra: &[PathBuf]) -> Result<Vec<Fragment>> {
+    let mut fragments = shipped_named(&guest_kernel_config::DEFAULT)?;
+    for path in extra {
+        let name = path.to_string_lossy();
+        let fragment = if path.components().count() == 1 && !path.exists() {
+            shipped_named(&[&*name])
+                .map(|mut found| found.remove(0))
+                .with_context(|| format!("{name} is neither a file nor a fragment"))?
+        } else {
+            Fragment::read(path)?
+        };
+        fragments.push(fragment);
+    }
+    Ok(fragments)
+}
+
+fn root_filesystem(init: &Path, root: Option<&Path>, target: &Path) -> Result<()> {
+    let mut archive = Archive::default();
+    for (name, permissions) in DIRECTORIES {
+        archive.directory(name, permissions)?;
+    }
+    if let Some(root) = root {
+        archive.tree("", root)?;
+    }
+    archive.file("init", init, 0o755)?;
+    archive.write(BufWriter::new(File::create(target)?))
+}
+
+fn describe(directory: &Path, name: &str) -> Result<ImageFile> {
+    let path = directory.join(name);
+    Ok(ImageFile { file: name.to_owned(), size: fs::metadata(&path)?.len(), sha256: sha256_of(&path)? })
+}
+
+/// Where the default image is, relative to the workspace, for messages.
+pub(crate) fn relative(path: &Path) -> String {
+    path.strip_prefix(host::workspace()).unwrap_or(path).display().to_string()
+}

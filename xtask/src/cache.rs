@@ -1,0 +1,139 @@
+//! Where downloads and built kernels are kept, shared by all checkouts of this user.
+//!
+//! `KINDLING_CACHE`, or `kindling` in the XDG cache directory. What is built lies under the digest
+//! of everything it was built from, and appears by renaming, so that it is whole or absent.
+
+use anyhow::{Context, Result, bail};
+use kindling::config::image::sha256;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+/// The cache directory, which exists after this call.
+pub(crate) fn directory() -> Result<PathBuf> {
+    let path = locate(|name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from))?;
+    fs::create_dir_all(&path).with_context(|| format!("cannot create the cache {}", path.display()))?;
+    Ok(path)
+}
+
+/// The directory's path, from the environment.
+fn locate(variable: impl Fn(&str) -> Option<PathBuf>) -> Result<PathBuf> {
+    if let Some(path) = variable("KINDLING_CACHE") {
+        return std::path::absolute(&path).with_context(|| format!("KINDLING_CACHE={}", path.display()));
+    }
+    // The XDG specification says that relative paths are to be ignored.
+    let base = variable("XDG_CACHE_HOME").filter(|path| path.is_absolute());
+    match base.or_else(|| Some(variable("HOME")?.join(".cache"))) {
+        Some(base) => Ok(base.join("kindling")),
+        None => bail!("neither KINDLING_CACHE nor HOME is set: there is no place for a cache"),
+    }
+}
+
+/// A subdirectory of the cache, which exists after this call.
+pub(crate) fn subdirectory(name: &str) -> Result<PathBuf> {
+    let path = directory()?.join(name);
+    fs::create_dir_all(&path).with_context(|| format!("cannot create {}", path.display()))?;
+    Ok(path)
+}
+
+/// The digest of several texts in a row, under which something built from them is kept.
+pub(crate) fn key(parts: &[&str]) -> String {
+    // Each part's length is part of what is digested, so that no two lists run together.
+    let text: String = parts.iter().map(|part| format!("{}\n{part}\n", part.len())).collect();
+    sha256(text.as_bytes())[..32].to_owned()
+}
+
+/// Holds a lock until dropped; another process that wants the same one waits.
+#[derive(Debug)]
+pub(crate) struct Lock {
+    _file: File,
+}
+
+/// Locks something by name. Waiting for another process is said.
+pub(crate) fn lock(name: &str) -> Result<Lock> {
+    let path = subdirectory("locks")?.join(name);
+    let file = File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
+    if file.try_lock().is_err() {
+        eprintln!("waiting for another build to finish ...");
+        file.lock().with_context(|| format!("cannot lock {}", path.display()))?;
+    }
+    Ok(Lock { _file: file })
+}
+
+/// A directory under construction, which is removed unless it is [`Self::publish`]ed.
+#[derive(Debug)]
+pub(crate) struct Draft {
+    directory: tempfile::TempDir,
+}
+
+impl Draft {
+    /// An empty directory beside `target`, so that it can be renamed to it.
+    pub(crate) fn beside(target: &Path) -> Result<Self> {
+        let parent = target.parent().context("a root directory cannot be replaced")?;
+        fs::create_dir_all(parent).with_context(|| format!("cannot create {}", parent.display()))?;
+        let directory = tempfile::Builder::new()
+            .prefix(".draft-")
+            .tempdir_in(parent)
+            .with_context(|| format!("cannot create a directory in {}", parent.display()))?;
+        Ok(Self { directory })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// Makes the directory appear as `target`, in one step, in place of what was there.
+    pub(crate) fn publish(self, target: &Path) -> Result<()> {
+        use rustix::fs::{CWD, RenameFlags, chmod, renameat_with};
+        let failed = || format!("cannot replace {}", target.display());
+        // Temporary directories are private; what they become is not.
+        chmod(self.path(), rustix::fs::Mode::from_raw_mode(0o755)).with_context(failed)?;
+        if fs::symlink_metadata(target).is_ok() {
+            renameat_with(CWD, self.path(), CWD, target, RenameFlags::EXCHANGE).with_context(failed)?;
+            // What was there before now has the draft's name and goes away with it.
+            return self.directory.close().with_context(failed);
+        }
+        renameat_with(CWD, self.path(), CWD, target, RenameFlags::NOREPLACE).with_context(failed)?;
+        let _ = self.directory.keep();
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_environment_says_where_the_cache_is() {
+        let with = |pairs: &[(&str, &str)]| {
+            let found =
+                |name: &str| pairs.iter().find(|(n, _)| *n == name).map(|(_, value)| PathBuf::from(value));
+            locate(found).map(|path| path.display().to_string())
+        };
+        assert_eq!(with(&[("KINDLING_CACHE", "/c"), ("HOME", "/h")]).unwrap(), "/c");
+        assert_eq!(with(&[("XDG_CACHE_HOME", "/x"), ("HOME", "/h")]).unwrap(), "/x/kindling");
+        assert_eq!(with(&[("XDG_CACHE_HOME", "x"), ("HOME", "/h")]).unwrap(), "/h/.cache/kindling");
+        assert!(with(&[]).is_err());
+    }
+
+    #[test]
+    fn keys_do_not_run_together() {
+        assert_ne!(key(&["ab", "c"]), key(&["a", "bc"]));
+        assert_eq!(key(&["a", "b"]), key(&["a", "b"]));
+    }
+
+    #[test]
+    fn a_draft_replaces_the_whole_target_or_leaves_it() {
+        let place = tempfile::tempdir().unwrap();
+        let target = place.path().join("image");
+        for content in ["one", "two"] {
+            let draft = Draft::beside(&target).unwrap();
+            fs::write(draft.path().join(content), content).unwrap();
+            draft.publish(&target).unwrap();
+            let names: Vec<_> = fs::read_dir(&target).unwrap().map(|e| e.unwrap().file_name()).collect();
+            assert_eq!(names, [content]);
+        }
+        drop(Draft::beside(&target).unwrap());
+        let left: Vec<_> = fs::read_dir(place.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert_eq!(left, ["image"]);
+    }
+}

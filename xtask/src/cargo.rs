@@ -1,0 +1,30 @@
+//! Building the workspace's own programs.
+
+use crate::host::workspace;
+use anyhow::{Context, Result};
+use std::path::PathBuf;
+use xshell::{Shell, cmd};
+
+/// A shell in the workspace's root. Variables that would change what is built are removed.
+pub(crate) fn shell() -> Result<Shell> {
+    let shell = Shell::new()?;
+    shell.change_dir(workspace());
+    Ok(shell)
+}
+
+/// Builds a program in its release profile, and returns where it is.
+pub(crate) fn release_binary(package: &str, binary: &str) -> Result<PathBuf> {
+    let shell = shell()?;
+    cmd!(shell, "cargo build --quiet --release --package {package} --bin {binary}")
+        .env_remove("RUSTFLAGS")
+        .quiet()
+        .run()
+        .with_context(|| format!("cannot build {package}"))?;
+    Ok(target_directory().join("x86_64-unknown-linux-gnu/release").join(binary))
+}
+
+/// Cargo's target directory.
+pub(crate) fn target_directory() -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR")
+        .map_or_else(|| workspace().join("target"), |path| workspace().join(path))
+}

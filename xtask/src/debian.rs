@@ -1,0 +1,144 @@
+//! Debian's packages: tools that are installed, and files that are only unpacked.
+
+use crate::cache;
+use anyhow::{Context, Result, bail};
+use std::fs;
+use std::path::{Path, PathBuf};
+use xshell::{Shell, cmd};
+
+/// What a build or the lab needs: a file that shows it is there, and the package that has it.
+const KERNEL_BUILD: [(&str, &str); 8] = [
+    ("/usr/bin/make", "make"),
+    ("/usr/bin/gcc", "gcc"),
+    ("/usr/bin/flex", "flex"),
+    ("/usr/bin/bison", "bison"),
+    ("/usr/bin/bc", "bc"),
+    ("/usr/bin/xz", "xz-utils"),
+    ("/usr/bin/perl", "perl"),
+    ("/usr/include/gelf.h", "libelf-dev"),
+];
+const LAB: [(&str, &str); 2] =
+    [("/usr/bin/qemu-system-x86_64", "qemu-system-x86"), ("/usr/bin/zstd", "zstd")];
+
+/// Installs what building a kernel needs and is not there.
+pub(crate) fn ensure_kernel_build_tools() -> Result<()> {
+    ensure(&KERNEL_BUILD)
+}
+
+/// Installs what the lab needs and is not there.
+pub(crate) fn ensure_lab_tools() -> Result<()> {
+    ensure(&LAB)
+}
+
+fn ensure(needed: &[(&str, &str)]) -> Result<()> {
+    let missing: Vec<&str> =
+        needed.iter().filter(|(file, _)| !Path::new(file).exists()).map(|(_, package)| *package).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let list = missing.join(" ");
+    if !Path::new("/usr/bin/apt-get").exists() {
+        bail!("please install what Debian calls: {list} (this system has no apt-get)");
+    }
+    eprintln!("installing {list} ...");
+    let _lock = cache::lock("apt")?;
+    install(&missing).with_context(|| format!("cannot install {list}; try: sudo apt-get install {list}"))
+}
+
+fn install(packages: &[&str]) -> Result<()> {
+    let shell = Shell::new()?;
+    let sudo: &[&str] = if rustix::process::geteuid().is_root() { &[] } else { &["sudo"] };
+    let install = |shell: &Shell| {
+        let words: Vec<&str> = sudo.iter().copied().chain(["apt-get"]).collect();
+        let (program, rest) = (words[0], &words[1..]);
+        cmd!(shell, "{program} {rest...} install --yes --quiet --no-install-recommends {packages...}")
+            .env("DEBIAN_FRONTEND", "noninteractive")
+            .quiet()
+            .ignore_stdout()
+            .run()
+    };
+    if install(&shell).is_ok() {
+        return Ok(());
+    }
+    // A machine whose package lists were never fetched, or are out of date.
+    let words: Vec<&str> = sudo.iter().copied().chain(["apt-get"]).collect();
+    let (program, rest) = (words[0], &words[1..]);
+    cmd!(shell, "{program} {rest...} update --quiet").quiet().ignore_stdout().run()?;
+    Ok(install(&shell)?)
+}
+
+/// The unpacked content of a package, which is not installed. `name` may be a package that only
+/// depends on the one with the current version.
+pub(crate) fn unpacked(name: &str) -> Result<PathBuf> {
+    let target = cache::subdirectory("debian")?.join(name);
+    if target.exists() {
+        return Ok(target);
+    }
+    let _lock = cache::lock(&format!("debian-{name}"))?;
+    if target.exists() {
+        return Ok(target);
+    }
+    let draft = cache::Draft::beside(&target)?;
+    let package = resolve(name)?;
+    eprintln!("downloading {package} from Debian ...");
+    let file = download(&package, draft.path())?;
+    let shell = Shell::new()?;
+    let directory = draft.path();
+    cmd!(shell, "dpkg-deb --extract {file} {directory}").quiet().run()?;
+    fs::write(directory.join(VERSION), file.file_name().unwrap_or_default().as_encoded_bytes())?;
+    fs::remove_file(&file)?;
+    draft.publish(&target)?;
+    Ok(target)
+}
+
+/// Name of the file inside an unpacked package that holds the package file's name.
+const VERSION: &str = "PACKAGE";
+
+/// The file name, with version, of an unpacked package.
+pub(crate) fn version(unpacked: &Path) -> Result<String> {
+    fs::read_to_string(unpacked.join(VERSION)).with_context(|| format!("{} is not whole", unpacked.display()))
+}
+
+/// The versioned package behind a kernel's meta-package; other names stand for themselves.
+fn resolve(name: &str) -> Result<String> {
+    if !name.starts_with("linux-image-") {
+        return Ok(name.to_owned());
+    }
+    let shell = Shell::new()?;
+    let mut depends =
+        cmd!(shell, "apt-cache depends {name}").quiet().ignore_stderr().read().unwrap_or_default();
+    if depends.is_empty() {
+        update()?;
+        depends = cmd!(shell, "apt-cache depends {name}").quiet().read()?;
+    }
+    let package = depends.lines().find_map(|line| line.trim().strip_prefix("Depends: linux-image-"));
+    Ok(package.map_or_else(|| name.to_owned(), |rest| format!("linux-image-{rest}")))
+}
+
+fn update() -> Result<()> {
+    let shell = Shell::new()?;
+    let result = if rustix::process::geteuid().is_root() {
+        cmd!(shell, "apt-get update --quiet").quiet().ignore_stdout().run()
+    } else {
+        cmd!(shell, "sudo apt-get update --quiet").quiet().ignore_stdout().run()
+    };
+    result.context("cannot fetch Debian's package lists; try: sudo apt-get update")
+}
+
+/// Downloads a package file into a directory.
+fn download(package: &str, directory: &Path) -> Result<PathBuf> {
+    let shell = Shell::new()?;
+    shell.change_dir(directory);
+    let fetch =
+        || cmd!(shell, "apt-get download --quiet {package}").quiet().ignore_stdout().ignore_stderr().run();
+    if fetch().is_err() {
+        update()?;
+        fetch().with_context(|| format!("cannot download Debian's package {package}"))?;
+    }
+    let files: Vec<PathBuf> =
+        fs::read_dir(directory)?.map(|entry| entry.map(|e| e.path())).collect::<Result<_, _>>()?;
+    files
+        .into_iter()
+        .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
+        .with_context(|| format!("downloading {package} gave no file"))
+}

@@ -1,0 +1,42 @@
+//! Whether guests run here directly or in the lab.
+
+use kindling::kvm::probe::{Probe, probe};
+use std::path::PathBuf;
+
+/// The workspace's root: commands work from everywhere inside it.
+pub(crate) fn workspace() -> PathBuf {
+    let here = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    here.parent().map_or_else(|| here.clone(), PathBuf::from)
+}
+
+/// Where guests run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Host {
+    /// This machine's own KVM.
+    Hardware,
+    /// The emulated machine.
+    Lab,
+}
+
+impl Host {
+    /// Chooses, and says what it chose and why in one line.
+    pub(crate) fn choose(exact: bool) -> Self {
+        let found = probe();
+        if exact {
+            println!("host: the exact lab (emulated KVM, one instruction = one nanosecond)");
+            return Self::Lab;
+        }
+        let why = match found {
+            Probe::Hardware { loop_time } => {
+                println!("host: this machine's KVM (a million loop iterations in {loop_time:.1?})");
+                return Self::Hardware;
+            }
+            Probe::Software { failed_on } => format!("/dev/kvm here is a software KVM: {failed_on}"),
+            Probe::NoPermission => "/dev/kvm may not be opened by this user".to_owned(),
+            Probe::Absent => "there is no /dev/kvm".to_owned(),
+            Probe::Broken(error) => format!("/dev/kvm does not work: {error}"),
+        };
+        println!("host: the lab (emulated KVM), because {why}");
+        Self::Lab
+    }
+}

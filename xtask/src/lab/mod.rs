@@ -1,0 +1,125 @@
+//! The lab: an emulated machine with an ordinary KVM, for hosts that have none.
+//!
+//! QEMU's TCG emulates AMD's SVM with nested paging. A stock Debian kernel in it loads `kvm_amd`
+//! and offers a complete KVM: neither /dev/kvm nor root nor a special host is needed. In *exact*
+//! mode one instruction is one nanosecond of the lab's clock, so that times count instructions and
+//! are the same on every machine.
+
+mod disk;
+mod frame;
+pub(crate) mod guest;
+mod qemu;
+
+use crate::{build_image, cargo};
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use std::path::{Path, PathBuf};
+
+#[derive(Args, Debug)]
+pub(crate) struct Arguments {
+    /// Count instructions: one is one nanosecond of the lab's clock
+    #[arg(long)]
+    exact: bool,
+    /// Processors of the lab
+    #[arg(long, default_value_t = 1)]
+    cpus: u8,
+    /// Memory of the lab in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 2048)]
+    memory: u64,
+    /// File or folder to put into the lab's working directory, or at DEST; may be repeated
+    #[arg(long, value_name = "FILE[:DEST]")]
+    with: Vec<String>,
+    /// File to copy back when the command has ended, into the current directory or to DEST; may
+    /// be repeated
+    #[arg(long, value_name = "FILE[:DEST]")]
+    get: Vec<String>,
+    /// Command to run; `kindling`, busybox's commands and the default image (/images/default) are
+    /// there
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    command: Vec<String>,
+}
+
+/// Where commands run inside the lab.
+pub(crate) const WORKING_DIRECTORY: &str = "/work";
+
+/// Stands in a command for the time at which it is started: CLOCK_MONOTONIC in nanoseconds.
+pub(crate) const NOW: &str = "{now}";
+
+/// An argument with [`NOW`] replaced.
+pub(crate) fn with_time(argument: &str) -> String {
+    argument.replace(NOW, &kindling::Instant::now().0.to_string())
+}
+
+/// What to run in a lab, and with what.
+#[derive(Debug, Default)]
+pub(crate) struct Job {
+    /// Whether time counts instructions.
+    pub(crate) exact: bool,
+    /// Processors.
+    pub(crate) cpus: u8,
+    /// MiB of memory.
+    pub(crate) memory_mib: u64,
+    /// The command.
+    pub(crate) command: Vec<String>,
+    /// Its environment.
+    pub(crate) environment: Vec<(String, String)>,
+    /// Files and folders of the host, and where they go.
+    pub(crate) with: Vec<(PathBuf, String)>,
+    /// Files of the lab, and where they go on the host.
+    pub(crate) get: Vec<(String, PathBuf)>,
+}
+
+impl Job {
+    /// Runs the command; its exit status.
+    pub(crate) fn run(&self) -> Result<u8> {
+        qemu::run(self)
+    }
+}
+
+/// `cargo xtask lab`.
+pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
+    let kindling = cargo::release_binary("kindling", "kindling")?;
+    let image = build_image::build(&build_image::Arguments::default())?;
+    let mut with = vec![(kindling, "/bin/kindling".to_owned()), (image, "/images/default".to_owned())];
+    for text in &arguments.with {
+        with.push(into_lab(text)?);
+    }
+    let get = arguments.get.iter().map(|text| out_of_lab(text)).collect::<Result<_>>()?;
+    let job = Job {
+        exact: arguments.exact,
+        cpus: arguments.cpus,
+        memory_mib: arguments.memory,
+        command: arguments.command.clone(),
+        environment: Vec::new(),
+        with,
+        get,
+    };
+    job.run()
+}
+
+fn into_lab(text: &str) -> Result<(PathBuf, String)> {
+    let (source, target) = match text.split_once(':') {
+        Some((source, target)) => (source, Some(target)),
+        None => (text, None),
+    };
+    let path = PathBuf::from(source);
+    if !path.exists() {
+        bail!("--with {text}: there is no {source}");
+    }
+    let name = path.file_name().with_context(|| format!("--with {text}: {source} has no name"))?;
+    let target = target.map_or_else(|| name.to_string_lossy().into_owned(), str::to_owned);
+    Ok((path, inside(&target)))
+}
+
+fn out_of_lab(text: &str) -> Result<(String, PathBuf)> {
+    let (source, target) = match text.split_once(':') {
+        Some((source, target)) => (source, PathBuf::from(target)),
+        None => (text, Path::new(text).file_name().with_context(|| format!("--get {text}"))?.into()),
+    };
+    Ok((inside(source), target))
+}
+
+/// An absolute path inside the lab.
+fn inside(path: &str) -> String {
+    if path.starts_with('/') { path.to_owned() } else { format!("{WORKING_DIRECTORY}/{path}") }
+}

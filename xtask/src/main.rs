@@ -1,0 +1,64 @@
+//! `cargo xtask`: one file per command, and beside them what several commands share.
+#![expect(clippy::print_stderr, clippy::print_stdout, reason = "commands speak to their user")]
+
+mod archive;
+mod build_image;
+mod cache;
+mod cargo;
+mod clean;
+mod debian;
+mod host;
+mod kernel;
+mod kernel_config;
+mod lab;
+mod progress;
+mod run;
+mod test;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Builds, boots and tests Kindling.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", arg_required_else_help = true)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Builds everything, boots the default image and prints its boot report
+    Run(run::Arguments),
+    /// Runs all tests: those of the crates, then those that boot guests
+    Test(test::Arguments),
+    /// Makes a bootable image: kernel, root filesystem and their description
+    BuildImage(build_image::Arguments),
+    /// Checks, compares and explains the guest kernel's configuration
+    KernelConfig(kernel_config::Arguments),
+    /// Runs a command on an emulated machine that has KVM
+    Lab(lab::Arguments),
+    /// Removes the cache and says what that frees
+    Clean(clean::Arguments),
+}
+
+fn main() -> ExitCode {
+    if lab::guest::is_inside() {
+        lab::guest::main();
+    }
+    let result = match Arguments::parse().command {
+        Command::Run(arguments) => run::run(&arguments),
+        Command::Test(arguments) => test::run(&arguments),
+        Command::BuildImage(arguments) => build_image::run(&arguments),
+        Command::KernelConfig(arguments) => kernel_config::run(&arguments),
+        Command::Lab(arguments) => lab::run(&arguments),
+        Command::Clean(arguments) => clean::run(&arguments),
+    };
+    match result {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
