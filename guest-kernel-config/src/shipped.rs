@@ -3,7 +3,7 @@
 use crate::fragment::{Fragment, FragmentError, Origin};
 
 /// Each fragment's name and text, in the order in which they build on each other.
-const SHIPPED: [(&str, &str); 11] = [
+const SHIPPED: [(&str, &str); 12] = [
     ("base", include_str!("../fragments/base.config")),
     ("kvm-guest", include_str!("../fragments/kvm-guest.config")),
     ("console", include_str!("../fragments/console.config")),
@@ -14,6 +14,7 @@ const SHIPPED: [(&str, &str); 11] = [
     ("filesystems", include_str!("../fragments/filesystems.config")),
     ("container", include_str!("../fragments/container.config")),
     ("hardening", include_str!("../fragments/hardening.config")),
+    ("paravirt-spinlocks", include_str!("../fragments/paravirt-spinlocks.config")),
     ("debug", include_str!("../fragments/debug.config")),
 ];
 
@@ -22,7 +23,7 @@ pub const DEFAULT: [&str; 8] =
     ["base", "kvm-guest", "console", "virtio", "block", "net", "vsock", "filesystems"];
 
 /// The fragments that an image may ask for on top.
-pub const OPTIONAL: [&str; 3] = ["container", "hardening", "debug"];
+pub const OPTIONAL: [&str; 4] = ["container", "hardening", "paravirt-spinlocks", "debug"];
 
 /// All fragments of this crate, default and optional.
 ///

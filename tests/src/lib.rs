@@ -1,1 +1,165 @@
-//! x
+//! What the tests share: where things are, how `kindling` is run, and tiny guests in machine code.
+//!
+//! `cargo xtask test` lays out the *testbed*, a folder with the programs, images and kernels of
+//! the tests, takes it to where there is a KVM, and names it in `KINDLING_TESTBED`.
+
+pub mod machine_code;
+
+use std::fmt;
+use std::io::Read;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// No test waits longer for a guest: what has not ended by then hangs.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A file or folder of the testbed.
+///
+/// # Panics
+/// Outside `cargo xtask test`, and for what is not there.
+#[must_use]
+pub fn testbed(name: &str) -> PathBuf {
+    let Some(testbed) = std::env::var_os("KINDLING_TESTBED") else {
+        panic!("KINDLING_TESTBED is not set: these tests are run by `cargo xtask test`");
+    };
+    let path = PathBuf::from(testbed).join(name);
+    assert!(path.exists(), "the testbed has no {name}");
+    path
+}
+
+/// The `kindling` command.
+#[must_use]
+pub fn kindling() -> Command {
+    Command::new(testbed("kindling"))
+}
+
+/// `kindling boot` of the image with busybox, without input.
+#[must_use]
+pub fn boot() -> Command {
+    let mut command = kindling();
+    command.arg("boot").arg("--image").arg(testbed("images/busybox")).stdin(Stdio::null());
+    command
+}
+
+/// How a program ended, and what it said.
+#[derive(Debug)]
+pub struct Outcome {
+    /// Exit status; `None` when a signal killed it.
+    pub status: Option<i32>,
+    /// Standard output without carriage returns.
+    pub stdout: String,
+    /// Standard error.
+    pub stderr: String,
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "status {:?}\nstdout:\n{}\nstderr:\n{}", self.status, self.stdout, self.stderr)
+    }
+}
+
+impl Outcome {
+    /// Checks the exit status.
+    ///
+    /// # Panics
+    /// With everything the program said, when it is another.
+    #[track_caller]
+    pub fn expect_status(&self, status: i32) -> &Self {
+        assert_eq!(self.status, Some(status), "{self}");
+        self
+    }
+
+    /// Checks that standard error has this text.
+    ///
+    /// # Panics
+    /// With everything the program said, when it has not.
+    #[track_caller]
+    pub fn expect_stderr(&self, text: &str) -> &Self {
+        assert!(self.stderr.contains(text), "standard error should have {text:?}; {self}");
+        self
+    }
+}
+
+/// A program that runs, with its output being collected.
+#[derive(Debug)]
+pub struct Started {
+    /// The process.
+    pub child: Child,
+    stdout: Option<JoinHandle<Vec<u8>>>,
+    stderr: Option<JoinHandle<Vec<u8>>>,
+}
+
+fn collect(stream: Option<impl Read + Send + 'static>) -> Option<JoinHandle<Vec<u8>>> {
+    let mut stream = stream?;
+    Some(std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        let _ = stream.read_to_end(&mut bytes);
+        bytes
+    }))
+}
+
+/// Starts a program whose output is collected.
+///
+/// # Panics
+/// When it cannot be started.
+#[must_use]
+pub fn start(command: &mut Command) -> Started {
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("cannot start");
+    let (stdout, stderr) = (collect(child.stdout.take()), collect(child.stderr.take()));
+    Started { child, stdout, stderr }
+}
+
+impl Started {
+    /// Waits for the program's end.
+    ///
+    /// # Panics
+    /// When it takes longer than `limit`; the program is killed then.
+    #[track_caller]
+    #[must_use]
+    pub fn finish_within(mut self, limit: Duration) -> Outcome {
+        let pid = self.child.id();
+        let (tell, told) = mpsc::channel();
+        let waiter = std::thread::spawn(move || {
+            let status = self.child.wait().expect("cannot wait");
+            let _ = tell.send(());
+            (status, self.stdout, self.stderr)
+        });
+        let in_time = told.recv_timeout(limit).is_ok();
+        if !in_time {
+            kill(pid, libc::SIGKILL);
+        }
+        let (status, stdout, stderr) = waiter.join().expect("the waiting thread panicked");
+        let text = |thread: Option<JoinHandle<Vec<u8>>>| {
+            let bytes = thread.map(|thread| thread.join().expect("the reading thread panicked"));
+            String::from_utf8_lossy(&bytes.unwrap_or_default()).replace('\r', "")
+        };
+        let outcome = Outcome { status: status.code(), stdout: text(stdout), stderr: text(stderr) };
+        assert!(in_time, "it did not end within {limit:?}; {outcome}");
+        outcome
+    }
+
+    /// Sends a signal to the program.
+    pub fn signal(&self, signal: i32) {
+        kill(self.child.id(), signal);
+    }
+}
+
+#[expect(unsafe_code, reason = "kill has no safe wrapper in std")]
+fn kill(pid: u32, signal: i32) {
+    let pid = i32::try_from(pid).expect("a process id");
+    // SAFETY: kill has no memory effects; the process is our child and not yet waited for.
+    unsafe { libc::kill(pid, signal) };
+}
+
+/// Runs a program to its end.
+///
+/// # Panics
+/// When it hangs.
+#[track_caller]
+#[must_use]
+pub fn run(command: &mut Command) -> Outcome {
+    start(command).finish_within(PATIENCE)
+}

@@ -20,7 +20,7 @@ pub(crate) struct Input {
     drained: EventFd,
     /// Ctrl-A x means something only where a person types it.
     escape: Option<EscapeFilter>,
-    /// Bytes that were read and do not fit the port yet; at most one read's worth.
+    /// Bytes that were read and do not fit the port yet: one read's worth, or what was typed ahead.
     waiting: Vec<u8>,
     state: SourceState,
 }
@@ -40,6 +40,8 @@ enum SourceState {
 
 impl Input {
     const READ_SIZE: usize = 64;
+    /// Keys that a terminal may be ahead of its guest.
+    const TYPED_AHEAD: usize = 4096;
 
     pub(crate) fn new(source: File, drained: EventFd) -> Self {
         let escape = source.is_terminal().then(EscapeFilter::default);
@@ -126,11 +128,9 @@ impl EventLoop {
             // The counter only has to be reset; that it had a value is why we are here.
             let _ = input.drained.read();
         }
-        let left = if input.waiting.is_empty() && input.state != SourceState::Ended {
-            input.read_source()
-        } else {
-            false
-        };
+        // Only a source that said so, or one that is always ready, can be read without waiting.
+        let readable = event == SOURCE || input.state == SourceState::AlwaysReady;
+        let left = readable && input.wants_more() && input.read_source();
         input.give_to(serial);
         self.watch_source_again();
         left
@@ -139,7 +139,7 @@ impl EventLoop {
     /// Watches the source exactly while the port has taken all that was read.
     fn watch_source_again(&mut self) {
         let Some(input) = &mut self.input else { return };
-        let flags = match (input.state, input.waiting.is_empty()) {
+        let flags = match (input.state, input.wants_more()) {
             (SourceState::Watched, false) => {
                 input.state = SourceState::Paused;
                 EventFlags::empty()
@@ -159,17 +159,24 @@ impl EventLoop {
 }
 
 impl Input {
+    /// Whether to read on. Input waits in its source until the guest has taken what was read; only
+    /// a terminal is always read, because its user may want to leave a guest that reads nothing.
+    const fn wants_more(&self) -> bool {
+        self.escape.is_some() || self.waiting.is_empty()
+    }
+
     /// Reads once; `true` when that held the escape.
     fn read_source(&mut self) -> bool {
-        // A paused source may have nothing to read, and a read would wait: its own event comes.
-        if self.state == SourceState::Paused {
-            return false;
-        }
         let mut buffer = [0; Self::READ_SIZE];
         match self.source.read(&mut buffer) {
             Ok(0) => self.state = SourceState::Ended,
             Ok(length) => match &mut self.escape {
-                Some(filter) => return filter.filter(&buffer[..length], &mut self.waiting),
+                Some(filter) => {
+                    let left = filter.filter(&buffer[..length], &mut self.waiting);
+                    // Keys that nobody reads are lost, as on a real line.
+                    self.waiting.truncate(Self::TYPED_AHEAD);
+                    return left;
+                }
                 None => self.waiting.extend(&buffer[..length]),
             },
             Err(error) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}

@@ -102,20 +102,19 @@ impl Machine {
         config.validate()?;
         timeline.reached("configuration checked");
 
+        // What the user can get wrong comes first, so that it is named even where there is no KVM.
+        let vcpu_count = config.machine.vcpu_count;
+        let memory = GuestMemory::anonymous(config.machine.mem_size_mib * layout::MIB)?;
+        let entry = boot::load(&memory, &config.boot_source, vcpu_count)?;
+        timeline.reached("kernel loaded");
+
         let hypervisor = Hypervisor::open()?;
         timeline.reached("KVM opened");
 
         let vm = Vm::new(hypervisor)?;
         let created = Instant::now();
-        timeline.reached_at("VM created", created);
-
-        let memory = GuestMemory::anonymous(config.machine.mem_size_mib * layout::MIB)?;
         attach_memory(&vm, &memory)?;
-        timeline.reached("memory mapped");
-
-        let vcpu_count = config.machine.vcpu_count;
-        let entry = boot::load(&memory, &config.boot_source, vcpu_count)?;
-        timeline.reached("kernel loaded");
+        timeline.reached("VM created");
 
         let stopping = Arc::new(AtomicBool::new(false));
         let devices = build_devices(config, &vm, created, &stopping)?;

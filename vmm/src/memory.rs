@@ -1,7 +1,7 @@
 //! Guest memory: the host's view of what the guest takes for RAM.
 //!
 //! Memory is anonymous and not reserved: a page costs the host something when it is first
-//! touched. Files can be laid over it, copy-on-write, so that a kernel is neither read nor copied
+//! touched. Files can be laid over it, copy-on-write, so that an initrd is neither read nor copied
 //! and all guests of a host share its unmodified pages.
 #![expect(unsafe_code, reason = "maps files over guest memory")]
 
@@ -78,6 +78,7 @@ impl GuestMemory {
                 libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
             )
             .map_err(|error| failed(io::Error::other(error)))?;
+            prefer_huge_pages(&mapping);
             let region = GuestRegionMmap::new(mapping, start)
                 .ok_or_else(|| failed(io::ErrorKind::OutOfMemory.into()))?;
             regions.push(region);
@@ -121,18 +122,15 @@ impl GuestMemory {
         offset: u64,
         length: u64,
     ) -> Result<(), MemoryError> {
-        use std::os::unix::fs::FileExt;
+        use std::io::{Seek, SeekFrom};
         let failed = |source| MemoryError::ReadFile { address: address.0, length, source };
-        // A bounce buffer keeps guest memory out of Rust references; parts of kernels that need
-        // to be read rather than mapped are short.
-        let mut buffer = vec![0; usize::try_from(length.min(layout::MIB)).unwrap_or(usize::MAX)];
-        let mut done = 0;
-        while done < length {
-            let step = usize::try_from(length - done).map_or(buffer.len(), |rest| rest.min(buffer.len()));
-            file.read_exact_at(&mut buffer[..step], offset + done).map_err(failed)?;
-            self.write(GuestAddress(address.0 + done), &buffer[..step])?;
-            done += step as u64;
-        }
+        let mut file = file;
+        let size = usize::try_from(length).map_err(|_| failed(io::ErrorKind::InvalidInput.into()))?;
+        file.seek(SeekFrom::Start(offset)).map_err(failed)?;
+        // The host copies straight into guest memory.
+        self.inner
+            .read_exact_volatile_from(address, &mut file, size)
+            .map_err(|error| failed(io::Error::other(error)))?;
         Ok(())
     }
 
@@ -179,6 +177,12 @@ impl GuestMemory {
         }
         Ok(())
     }
+}
+
+/// Asks for huge pages: one fault where there would be 512. Hosts without them ignore it.
+fn prefer_huge_pages(mapping: &MmapRegion) {
+    // SAFETY: the range is this mapping's own, and MADV_HUGEPAGE does not change its content.
+    unsafe { libc::madvise(mapping.as_ptr().cast(), mapping.size(), libc::MADV_HUGEPAGE) };
 }
 
 #[cfg(test)]

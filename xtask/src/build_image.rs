@@ -15,26 +15,26 @@ use std::path::{Path, PathBuf};
 pub(crate) struct Arguments {
     /// Name of the image
     #[arg(long, default_value = "default")]
-    name: String,
+    pub(crate) name: String,
     /// Kernel configuration to add: a file, or the name of an optional fragment (container,
     /// hardening, debug); may be repeated
     #[arg(long, value_name = "FILE|NAME")]
-    config_fragment: Vec<PathBuf>,
+    pub(crate) config_fragment: Vec<PathBuf>,
     /// Program to use as /init instead of Kindling's
     #[arg(long, value_name = "FILE")]
-    init: Option<PathBuf>,
+    pub(crate) init: Option<PathBuf>,
     /// Folder whose content becomes part of the root filesystem
     #[arg(long, value_name = "DIR")]
-    root: Option<PathBuf>,
+    pub(crate) root: Option<PathBuf>,
     /// Kernel command line instead of the default
     #[arg(long, value_name = "TEXT")]
-    cmdline: Option<String>,
+    pub(crate) cmdline: Option<String>,
     /// Kernel source: a folder or a tarball, instead of Debian's package
     #[arg(long, value_name = "DIR|TARBALL")]
-    kernel_source: Option<PathBuf>,
+    pub(crate) kernel_source: Option<PathBuf>,
     /// Folder to make [default: target/images/NAME]
     #[arg(long, value_name = "DIR")]
-    out: Option<PathBuf>,
+    pub(crate) out: Option<PathBuf>,
 }
 
 impl Default for Arguments {

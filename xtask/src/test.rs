@@ -1,12 +1,247 @@
-//! `cargo xtask test`: all tests.
+//! `cargo xtask test`: the tests of the crates, then those that boot guests.
+//!
+//! The files of `tests/tests` are programs of their own, linked statically. Those whose names
+//! start with `on_host_` need no KVM and run here; those that start with `exact_` run in the exact
+//! lab; all others run where there is a KVM: this machine's own, or the lab's.
 
-use anyhow::Result;
+use crate::build_image::{self, Arguments as Image};
+use crate::host::Host;
+use crate::lab::{self, Job};
+use crate::{cargo, debian};
+use anyhow::{Context, Result, bail};
 use clap::Args;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use xshell::{Shell, cmd};
 
 #[derive(Args, Debug)]
-pub(crate) struct Arguments {}
+pub(crate) struct Arguments {
+    /// Only test programs and tests whose names contain this
+    filter: Option<String>,
+}
 
-/// Runs them.
-pub(crate) fn run(_: &Arguments) -> Result<u8> {
-    Ok(0)
+/// Where the testbed is inside the lab.
+const TESTBED: &str = "/testbed";
+/// Processors of the lab: as many as the largest guest of the tests has.
+const LAB_CPUS: u8 = 4;
+/// MiB of memory of the lab: the largest guest has 4096.
+const LAB_MEMORY_MIB: u64 = 6144;
+
+/// Another monitor, and the test that needs it.
+const FIRECRACKER: &str = "firecracker";
+
+/// Runs all tests; the exit status is 1 when one failed.
+pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
+    let filter = arguments.filter.as_deref().unwrap_or("");
+    let host = Host::choose(false);
+    let mut failed = Vec::new();
+    if filter.is_empty() && !unit_tests()? {
+        failed.push("the crates' own tests".to_owned());
+    }
+    debian::ensure_lab_tools()?;
+    let testbed = lay_out_testbed()?;
+    let programs = programs()?;
+    let chosen = |prefix: &str| -> Vec<&Program> {
+        let others = ["on_host_", "exact_"];
+        let belongs = |name: &str| match prefix {
+            "" => !others.iter().any(|other| name.starts_with(other)),
+            prefix => name.starts_with(prefix),
+        };
+        programs.iter().filter(|program| belongs(&program.name)).collect()
+    };
+    for program in chosen("on_host_") {
+        println!("\n{} (on this host)", program.name);
+        let status =
+            program.command(filter).env("KINDLING_TESTBED", &testbed).stdin(Stdio::null()).status()?;
+        if !status.success() {
+            failed.push(program.name.clone());
+        }
+    }
+    let mut booting = chosen("");
+    if !testbed.join(FIRECRACKER).exists() {
+        println!("\nno {FIRECRACKER} in PATH: the test that boots the image with it is not part of this run");
+        booting.retain(|program| program.name != FIRECRACKER);
+    }
+    match host {
+        Host::Hardware => {
+            for program in booting {
+                println!("\n{} (on this host's KVM)", program.name);
+                let status = program
+                    .command(filter)
+                    .env("KINDLING_TESTBED", &testbed)
+                    .stdin(Stdio::null())
+                    .status()?;
+                if !status.success() {
+                    failed.push(program.name.clone());
+                }
+            }
+        }
+        Host::Lab => failed.extend(in_lab(false, LAB_CPUS, &booting, &testbed, filter)?),
+    }
+    failed.extend(in_lab(true, 1, &chosen("exact_"), &testbed, filter)?);
+    if failed.is_empty() {
+        return Ok(0);
+    }
+    println!("\nfailed: {}", failed.join(", "));
+    Ok(1)
+}
+
+/// The tests inside the crates. guest-init is built by itself, as everywhere.
+fn unit_tests() -> Result<bool> {
+    let shell = cargo::shell()?;
+    let all = cmd!(shell, "cargo test --quiet").quiet().run().is_ok();
+    let init = cmd!(shell, "cargo test --quiet --package guest-init").quiet().run().is_ok();
+    Ok(all && init)
+}
+
+/// A test program.
+#[derive(Debug)]
+struct Program {
+    name: String,
+    path: PathBuf,
+}
+
+impl Program {
+    fn command(&self, filter: &str) -> Command {
+        let mut command = Command::new(&self.path);
+        command.args(Self::arguments(&self.name, filter));
+        command
+    }
+
+    /// A filter that names the program chooses all of its tests.
+    fn arguments(name: &str, filter: &str) -> Vec<String> {
+        let mut arguments = vec!["--test-threads=1".to_owned()];
+        if !name.contains(filter) {
+            arguments.push(filter.to_owned());
+        }
+        arguments
+    }
+}
+
+/// Builds the test programs and asks cargo where they are.
+fn programs() -> Result<Vec<Program>> {
+    let shell = cargo::shell()?;
+    let output = cmd!(shell, "cargo test --quiet --package tests --tests --no-run --message-format=json")
+        .quiet()
+        .read()
+        .context("cannot build the tests")?;
+    let mut programs = Vec::new();
+    for line in output.lines() {
+        let message: serde_json::Value = serde_json::from_str(line)?;
+        let is_test = message["target"]["kind"][0] == "test";
+        if let (true, Some(path), Some(name)) =
+            (is_test, message["executable"].as_str(), message["target"]["name"].as_str())
+        {
+            programs.push(Program { name: name.to_owned(), path: path.into() });
+        }
+    }
+    if programs.is_empty() {
+        bail!("cargo built no test programs");
+    }
+    programs.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(programs)
+}
+
+/// Lays out what the tests use: the command, two images, Debian's kernel in both its forms.
+fn lay_out_testbed() -> Result<PathBuf> {
+    let testbed = cargo::target_directory().join("testbed");
+    let images = testbed.join("images");
+    fs::create_dir_all(&images)?;
+    fs::create_dir_all(testbed.join("debian"))?;
+    fs::copy(cargo::release_binary("kindling", "kindling")?, testbed.join("kindling"))?;
+    build_image::build(&Image { out: Some(images.join("default")), ..Image::default() })?;
+    let root = tempfile::tempdir()?;
+    busybox_root(root.path())?;
+    build_image::build(&Image {
+        name: "busybox".to_owned(),
+        root: Some(root.path().into()),
+        out: Some(images.join("busybox")),
+        ..Image::default()
+    })?;
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    match std::env::split_paths(&path).map(|folder| folder.join(FIRECRACKER)).find(|file| file.is_file()) {
+        Some(file) => drop(fs::copy(file, testbed.join(FIRECRACKER))?),
+        None => drop(fs::remove_file(testbed.join(FIRECRACKER))),
+    }
+    let bzimage = fs::read(lab::kernel()?)?;
+    fs::write(testbed.join("debian/vmlinuz"), &bzimage)?;
+    unpack_kernel(&bzimage, &testbed.join("debian/vmlinux"))?;
+    Ok(testbed)
+}
+
+/// A root filesystem with Debian's busybox under the names of its commands.
+fn busybox_root(root: &Path) -> Result<()> {
+    for name in ["bin", "etc", "usr"] {
+        fs::create_dir(root.join(name))?;
+    }
+    let busybox = root.join("bin/busybox");
+    fs::copy(lab::busybox()?, &busybox)?;
+    let shell = Shell::new()?;
+    for name in cmd!(shell, "{busybox} --list").quiet().read()?.lines().filter(|name| *name != "busybox") {
+        std::os::unix::fs::symlink("busybox", root.join("bin").join(name))?;
+    }
+    fs::write(root.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\n")?;
+    fs::write(root.join("etc/data"), "no program\n")?;
+    fs::set_permissions(root.join("etc/data"), fs::Permissions::from_mode(0o644))?;
+    Ok(())
+}
+
+/// Takes the vmlinux out of a bzImage. Its header says where the compressed kernel is
+/// (`payload_offset` at 0x248, counted from the end of the setup sectors at 0x1f1, and
+/// `payload_length`), whose last four bytes are the uncompressed length
+/// (Documentation/arch/x86/boot.rst).
+fn unpack_kernel(bzimage: &[u8], target: &Path) -> Result<()> {
+    let word = |at: usize| -> Result<usize> {
+        let bytes = bzimage.get(at..at + 4).context("the bzImage is truncated")?;
+        Ok(usize::try_from(u32::from_le_bytes(bytes.try_into()?))?)
+    };
+    let setup = (usize::from(*bzimage.get(0x1f1).context("the bzImage is truncated")?) + 1) * 512;
+    let start = setup + word(0x248)?;
+    let payload = bzimage.get(start..start + word(0x24c)? - 4).context("the bzImage is truncated")?;
+    let tool = match payload {
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => "zstd",
+        [0xfd, b'7', b'z', ..] => "xz",
+        [0x1f, 0x8b, ..] => "gzip",
+        _ => bail!("the bzImage is compressed in a way that is not known here"),
+    };
+    let packed = tempfile::NamedTempFile::new()?;
+    fs::write(packed.path(), payload)?;
+    let input = fs::File::open(packed.path())?;
+    let status =
+        Command::new(tool).args(["-d", "-c"]).stdin(input).stdout(fs::File::create(target)?).status()?;
+    anyhow::ensure!(status.success(), "{tool} could not unpack the kernel");
+    Ok(())
+}
+
+/// Runs test programs in one lab; the names of those that failed.
+fn in_lab(exact: bool, cpus: u8, programs: &[&Program], testbed: &Path, filter: &str) -> Result<Vec<String>> {
+    if programs.is_empty() {
+        return Ok(Vec::new());
+    }
+    let kind = if exact { "in the exact lab" } else { "in the lab" };
+    let failures = tempfile::NamedTempFile::new()?;
+    let mut script = String::from("touch failures\n");
+    let mut with = vec![(testbed.to_owned(), TESTBED.to_owned())];
+    for Program { name, path } in programs {
+        let arguments = Program::arguments(name, filter).join(" ");
+        script +=
+            &format!("echo; echo '{name} ({kind})'\n/tests/{name} {arguments} || echo {name} >> failures\n");
+        with.push((path.clone(), format!("/tests/{name}")));
+    }
+    let job = Job {
+        exact,
+        cpus,
+        memory_mib: if exact { 2048 } else { LAB_MEMORY_MIB },
+        command: ["/bin/sh", "-c", &script].map(str::to_owned).to_vec(),
+        environment: vec![("KINDLING_TESTBED".to_owned(), TESTBED.to_owned())],
+        with,
+        get: vec![(lab::inside("failures"), failures.path().into())],
+    };
+    let status = job.run()?;
+    if status != 0 {
+        bail!("the lab's shell ended with status {status}");
+    }
+    Ok(fs::read_to_string(failures.path())?.lines().map(str::to_owned).collect())
 }

@@ -33,23 +33,40 @@ impl SerialEvents for Drained {
     }
 }
 
+/// The interrupt enable register, and its bit for received data.
+const INTERRUPT_ENABLE: u16 = 1;
+const RECEIVED_DATA: u8 = 0x01;
+
 /// A 16550A serial port whose output is a [`ConsoleOutput`].
 #[derive(Debug)]
 pub struct SerialPort {
     uart: Serial<Interrupt, Drained, ConsoleOutput>,
+    /// Whether the guest has asked for interrupts on received data. A driver empties the port when
+    /// it starts, so that input given to it before would be lost.
+    receiving: bool,
 }
 
 impl SerialPort {
-    /// A port that raises `interrupt` and writes `drained` whenever its input buffer gets empty.
+    /// A port that raises `interrupt`, and writes `drained` whenever its input buffer gets empty or
+    /// the guest begins to receive.
     #[must_use]
     pub fn new(interrupt: EventFd, drained: EventFd, output: ConsoleOutput) -> Self {
-        Self { uart: Serial::with_events(Interrupt(interrupt), Drained(drained), output) }
+        Self { uart: Serial::with_events(Interrupt(interrupt), Drained(drained), output), receiving: false }
     }
 
-    /// Bytes of input that the port takes now.
+    /// Bytes of input that the port takes now: none until the guest receives.
     #[must_use]
     pub fn input_space(&self) -> usize {
-        self.uart.fifo_capacity()
+        if self.receiving { self.uart.fifo_capacity() } else { 0 }
+    }
+
+    /// Notices when a driver begins to receive.
+    fn update_receiving(&mut self) {
+        let receiving = self.uart.state().interrupt_enable & RECEIVED_DATA != 0;
+        if receiving && !self.receiving {
+            self.uart.events().in_buffer_empty();
+        }
+        self.receiving = receiving;
     }
 
     /// Gives input to the guest; at most [`Self::input_space`] bytes.
@@ -78,6 +95,9 @@ impl PortDevice for SerialPort {
         for &byte in data {
             // Errors are an interrupt that could not be raised; the guest polls as well.
             let _ = self.uart.write(register, byte);
+        }
+        if offset == INTERRUPT_ENABLE {
+            self.update_receiving();
         }
         None
     }
@@ -117,7 +137,9 @@ mod tests {
     #[test]
     fn input_raises_an_interrupt_and_draining_it_is_told() {
         let (mut port, interrupt, drained) = port();
+        assert_eq!(port.input_space(), 0, "nobody receives yet");
         port.write(1, &[0x01]);
+        assert_eq!(drained.read().unwrap(), 1, "the guest begins to receive");
         let space = port.input_space();
         port.put_input(b"ab");
         assert_eq!(port.input_space(), space - 2);
@@ -131,7 +153,9 @@ mod tests {
     #[test]
     fn more_input_than_fits_is_refused_whole() {
         let (mut port, _, _) = port();
+        port.write(1, &[0x01]);
         let space = port.input_space();
+        assert_eq!(space, 64);
         port.put_input(&vec![b'x'; space]);
         assert_eq!(port.input_space(), 0);
         port.put_input(b"y");

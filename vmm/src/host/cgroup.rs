@@ -1,7 +1,7 @@
 //! cgroup v2: what limits a guest, and how long a process waits to be moved into a limit.
 
 use super::kernel::Version;
-use super::{Finding, Sources};
+use super::{Finding, Sources, is_plain};
 
 const MOUNTS: &str = "/proc/self/mountinfo";
 /// What limits on guests are made of.
@@ -34,6 +34,10 @@ fn parse_mounts(text: &str) -> (Option<Mount>, bool) {
         let options = file_system.nth(1).unwrap_or_default();
         let mut mount = mount.split(' ').skip(3);
         let (Some(cgroup), Some(mount_point)) = (mount.next(), mount.next()) else { continue };
+        // It will be put into a command.
+        if !is_plain(mount_point) {
+            continue;
+        }
         found = Some(Mount {
             cgroup: cgroup.into(),
             mount_point: mount_point.into(),
@@ -102,30 +106,32 @@ pub(super) fn cgroup(sources: &Sources) -> Finding {
         .into_iter()
         .filter(|needed| controllers.split(' ').all(|controller| controller != *needed))
         .collect();
+    let kernel = Version::of(sources);
     let mut fact = format!("cgroup v2 at {at}");
     let mut meanings = Vec::new();
     let mut advice = Vec::new();
     if missing.is_empty() {
         meanings.push(format!("{LIMITS}."));
     } else {
-        fact += &format!(", without the controllers {}", missing.join(", "));
+        fact += &format!(" without the controllers {}", missing.join(", "));
         meanings.push(format!("{LIMITS}: without its controllers guests run unlimited."));
         advice.push(if has_version_1 {
-            format!("cgroup v1 has the controllers: {USE_VERSION_2}")
+            format!("to take the controllers from cgroup v1, {USE_VERSION_2}")
         } else {
             "have these controllers delegated: in systemd, `Delegate=yes` for the service".into()
         });
     }
     if mount.favors_moves {
-        fact += ", favordynmods";
+        fact += "; favordynmods is on";
         meanings.push("With favordynmods, moving a process into a cgroup does not wait for RCU.".into());
-    } else if Version::of(sources).is_none_or(|kernel| kernel >= FIRST_WITH_SLOW_MOVES) {
-        fact += ", no favordynmods";
-        meanings.push(
-            "Moving a process into a cgroup waits for a grace period of RCU, and on kernels before 6.12.2 so \
-             does creating a VM (reported: 20 to 40 ms)."
-                .into(),
-        );
+    } else if kernel.is_none_or(|kernel| kernel >= FIRST_WITH_SLOW_MOVES) {
+        fact += "; favordynmods is off";
+        let who_waits = if kernel.is_some_and(Version::recovers_huge_pages_cheaply) {
+            "Moving a process into a cgroup waits"
+        } else {
+            "Creating a VM and moving a process into a cgroup wait"
+        };
+        meanings.push(format!("{who_waits} for a grace period of RCU (reported: 20 to 40 ms)."));
         advice.push(format!(
             "`sudo mount -o remount,favordynmods {at}`, on the host itself, or from Linux 6.7 on boot it with \
              `cgroup_favordynmods=true`"
@@ -135,7 +141,7 @@ pub(super) fn cgroup(sources: &Sources) -> Finding {
     if advice.is_empty() {
         Finding::good(NAME, fact, meaning)
     } else {
-        Finding::improvable(NAME, fact, meaning, advice.join("; "))
+        Finding::improvable(NAME, fact, meaning, advice.join("; and "))
     }
 }
 

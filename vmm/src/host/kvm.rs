@@ -1,6 +1,6 @@
 //! What the probe found, with what stands between this user and a good KVM.
 
-use super::{Finding, Sources};
+use super::{Finding, Sources, is_plain};
 use crate::kvm::DEVICE;
 use crate::kvm::probe::Probe;
 use std::error::Error;
@@ -69,7 +69,11 @@ pub(super) fn kvm(sources: &Sources, probe: &Probe) -> Finding {
         }
         Probe::NoPermission => {
             let (fact, advice) = permission(sources);
-            Finding::bad(NAME, fact, "Guests cannot be run by this user.", advice)
+            let mut meaning = String::from("Guests cannot be run by this user.");
+            if Processor::of(sources).is_some_and(|processor| processor.module().is_none()) {
+                meaning += " The processor shows neither vmx nor svm, so expect a software KVM behind it.";
+            }
+            Finding::bad(NAME, fact, meaning, advice)
         }
         Probe::Absent => {
             let fact = format!("{DEVICE} does not exist, or has no driver behind it");
@@ -190,9 +194,8 @@ fn group_name(sources: &Sources, gid: u64) -> Option<String> {
     groups.lines().find_map(|line| {
         let mut fields = line.split(':');
         let name = fields.next()?;
-        // A name is put into a command.
-        let is_plain = name.chars().all(|c| c.is_ascii_alphanumeric() || "_-.".contains(c));
-        (fields.nth(1)?.parse() == Ok(gid) && is_plain).then(|| name.to_owned())
+        // It will be put into a command.
+        (fields.nth(1)?.parse() == Ok(gid) && is_plain(name)).then(|| name.to_owned())
     })
 }
 

@@ -161,5 +161,10 @@ fn quoted(text: &str) -> String {
     format!("{short:?}")
 }
 
+/// Whether a name that this host gave can stand in a command that somebody copies.
+fn is_plain(name: &str) -> bool {
+    !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || "_-./".contains(c))
+}
+
 #[cfg(test)]
 mod tests;

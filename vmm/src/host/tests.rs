@@ -1,12 +1,13 @@
 //! Hosts laid out as files: each check sees what makes it good, what does not, nothing and noise.
 
+mod kvm;
+
 use super::{Finding, Report, Sources, Status};
-use super::{cgroup, isolation, kernel, kvm, memory, nx_huge_pages};
+use super::{cgroup, isolation, kernel, memory, nx_huge_pages};
 use crate::kvm::KvmError;
 use crate::kvm::probe::Probe;
 use proptest::prelude::*;
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 use tempfile::TempDir;
 
@@ -39,7 +40,7 @@ type Check = fn(&Sources) -> Finding;
 
 /// Every check that only reads files.
 const CHECKS: [Check; 9] = [
-    kvm::parameters,
+    super::kvm::parameters,
     nx_huge_pages::nx_huge_pages,
     kernel::kernel,
     cgroup::cgroup,
@@ -109,135 +110,6 @@ fn software() -> Probe {
     Probe::Software { failed_on: "POPCNT failed".into() }
 }
 
-fn cpuinfo(flags: &str) -> String {
-    format!(
-        "processor\t: 0\nvmx flags\t: ept\nflags\t\t: fpu {flags} sse\n\nprocessor\t: 1\nflags\t\t: vmx svm\n"
-    )
-}
-
-#[track_caller]
-fn expect_kvm(probe: &Probe, files: &[(&str, &str)], status: Status, words: &str) -> Finding {
-    let finding = kvm::kvm(&Host::with(files).sources(), probe);
-    expect_finding(&finding, status, words);
-    finding
-}
-
-#[test]
-fn hardware_kvm_is_good_and_says_when_it_is_nested() {
-    let finding = expect_kvm(&HARDWARE, &[("/proc/cpuinfo", &cpuinfo("vmx"))], Status::Good, "speed");
-    assert!(finding.fact.contains("350.0µs"), "{}", finding.fact);
-    assert!(!finding.meaning.contains("virtual machine"));
-    expect_kvm(&HARDWARE, &[("/proc/cpuinfo", &cpuinfo("vmx hypervisor"))], Status::Good, "virtual machine");
-    expect_kvm(&HARDWARE, &[], Status::Good, "speed");
-}
-
-#[test]
-fn software_kvm_is_bad_and_says_what_failed_and_who_hides_the_hardware() {
-    let hidden = cpuinfo("hypervisor");
-    let finding =
-        expect_kvm(&software(), &[("/proc/cpuinfo", &hidden)], Status::Bad, "nested virtualization");
-    assert_eq!(finding.fact, "software KVM: POPCNT failed");
-    assert!(finding.advice.unwrap().contains("cargo xtask lab"));
-    let finding =
-        expect_kvm(&software(), &[("/sys/module/kvm_pvm/refcnt", "0")], Status::Bad, "grep -E 'vmx|svm'");
-    assert_eq!(finding.fact, "software KVM (kvm_pvm): POPCNT failed");
-    let both = [("/sys/module/kvm_pvm/refcnt", "0"), ("/proc/cpuinfo", &cpuinfo("svm"))];
-    expect_kvm(&software(), &both, Status::Bad, "`sudo modprobe -r kvm_pvm && sudo modprobe kvm_amd`");
-}
-
-#[test]
-fn without_a_device_the_processor_says_what_to_do() {
-    for (flags, advice) in [
-        ("vmx", "`sudo modprobe kvm_intel`"),
-        ("svm hypervisor", "`sudo modprobe kvm_amd`"),
-        ("hypervisor", "nested virtualization"),
-        ("", "neither vmx nor svm"),
-    ] {
-        expect_kvm(&Probe::Absent, &[("/proc/cpuinfo", &cpuinfo(flags))], Status::Bad, advice);
-    }
-    let loaded = [("/sys/module/kvm_intel/refcnt", "0"), ("/proc/cpuinfo", &cpuinfo("vmx"))];
-    expect_kvm(&Probe::Absent, &loaded, Status::Bad, "--device /dev/kvm");
-    expect_kvm(&Probe::Absent, &[("/proc/cpuinfo", "Features : fp asimd")], Status::Bad, "grep -E 'vmx|svm'");
-    expect_kvm(&Probe::Absent, &[], Status::Bad, "grep -E 'vmx|svm'");
-}
-
-#[test]
-fn a_broken_device_is_reported_with_its_cause() {
-    let source = std::io::Error::from_raw_os_error(libc::EBUSY);
-    let broken = Probe::Broken(KvmError::Ioctl { what: "create a VM", source });
-    let finding = expect_kvm(&broken, &[], Status::Bad, "dmesg");
-    assert!(finding.fact.starts_with("KVM refused to create a VM: "), "{}", finding.fact);
-    assert!(finding.fact.contains("busy"), "{}", finding.fact);
-}
-
-/// A user who may not open the device, and the device with this mode and the group of the files
-/// that this process makes.
-#[track_caller]
-fn expect_permission(mode: u32, group: &str, status: &str, words: &str) {
-    use std::os::unix::fs::MetadataExt;
-    let host = Host::with(&[("/dev/kvm", "")]);
-    let device = host.sources().path("/dev/kvm");
-    fs::set_permissions(&device, fs::Permissions::from_mode(mode)).unwrap();
-    let gid = fs::metadata(&device).unwrap().gid().to_string();
-    host.write("/etc/group", group.replace("GID", &gid).as_bytes());
-    host.write("/proc/self/status", status.replace("GID", &gid).as_bytes());
-    let finding = kvm::kvm(&host.sources(), &Probe::NoPermission);
-    expect_finding(&finding, Status::Bad, words);
-    assert!(finding.fact.contains(&format!("mode {mode:04o}")), "{}", finding.fact);
-}
-
-#[test]
-fn a_refusal_names_what_changes_it() {
-    const STRANGER: &str =
-        "Name:\tx\nUid:\t1000\t1000\t1000\t1000\nGid:\t1000\t1000\t1000\t1000\nGroups:\t24 25 \n";
-    const MEMBER: &str = "Uid:\t1000\t1000\t1000\t1000\nGid:\t1000\t1000\t1000\t1000\nGroups:\t24 GID \n";
-    const ROOT: &str = "Uid:\t0\t0\t0\t0\nGid:\t0\t0\t0\t0\nGroups:\t\n";
-    const NO_GROUP: &str =
-        "`sudo chown root:kvm /dev/kvm && sudo chmod 0660 /dev/kvm`; `sudo usermod -aG kvm $USER`";
-    expect_permission(0o600, "wheel:x:GID:\n", STRANGER, NO_GROUP);
-    expect_permission(0o600, "wheel:x:GID:\n", STRANGER, "groupadd --system kvm");
-    expect_permission(0o640, "wheel:x:GID:\nkvm:x:1:\n", STRANGER, "join that: `sudo chown");
-    expect_permission(0o660, "wheel:x:GID:\n", MEMBER, "permissions allow it");
-    expect_permission(0o666, "wheel:x:GID:\n", STRANGER, "permissions allow it");
-    expect_permission(0o600, "wheel:x:GID:\n", ROOT, "permissions allow it");
-    expect_permission(0o666, "", "", "permissions allow it");
-    expect_permission(0o600, "noise", "Uid:\tx\n", NO_GROUP);
-    // Nobody is asked to join the group of root, which owns files in tests that run as root.
-    let expected =
-        if rustix::process::getegid().is_root() { NO_GROUP } else { "sudo usermod -aG wheel $USER" };
-    expect_permission(0o660, "a:x:77777:\nwheel:x:GID:me\n", STRANGER, expected);
-    expect_kvm(&Probe::NoPermission, &[], Status::Bad, "usermod -aG kvm");
-}
-
-#[test]
-fn a_device_of_another_group_names_that_group() {
-    let host = Host::with(&[("/dev/kvm", ""), ("/etc/group", "adm:x:4:\nvirt:x:4321:\n")]);
-    let device = host.sources().path("/dev/kvm");
-    fs::set_permissions(&device, fs::Permissions::from_mode(0o660)).unwrap();
-    // Only root can give files away.
-    if std::os::unix::fs::chown(&device, None, Some(4321)).is_ok() {
-        let finding = kvm::kvm(&host.sources(), &Probe::NoPermission);
-        assert_eq!(finding.advice.unwrap(), "`sudo usermod -aG virt $USER`, and log in again");
-        host.write("/etc/group", b"bad name;reboot:x:4321:\n");
-        let finding = kvm::kvm(&host.sources(), &Probe::NoPermission);
-        assert_eq!(finding.advice.unwrap(), "`sudo usermod -aG 4321 $USER`, and log in again");
-    }
-}
-
-#[test]
-fn kvm_parameters() {
-    const EPT: &str = "/sys/module/kvm_intel/parameters/ept";
-    const NPT: &str = "/sys/module/kvm_amd/parameters/npt";
-    const AT_LOAD: &str = "/sys/module/kvm/parameters/enable_virt_at_load";
-    expect(kvm::parameters, &[(EPT, "Y\n"), (AT_LOAD, "Y\n")], Status::Good, "nested paging");
-    expect(kvm::parameters, &[(NPT, "1\n")], Status::Good, "nested paging");
-    expect(kvm::parameters, &[(EPT, "N\n")], Status::Bad, "modprobe kvm_intel");
-    expect(kvm::parameters, &[(NPT, "0\n")], Status::Bad, "`npt=0`");
-    expect(kvm::parameters, &[(NPT, "Y\n"), (AT_LOAD, "N\n")], Status::Improvable, "enable_virt_at_load=0");
-    expect(kvm::parameters, &[(EPT, "maybe")], Status::Unknown, "modinfo kvm_intel");
-    expect(kvm::parameters, &[], Status::Unknown, "see kvm");
-}
-
 #[test]
 fn nx_huge_pages_of_a_processor_that_is_not_affected() {
     let check = |nx: &str, release: &str, mounts: &str, status, words: &str| {
@@ -253,6 +125,15 @@ fn nx_huge_pages_of_a_processor_that_is_not_affected() {
     check("N\n", "6.18.44", CGROUP2, Status::Good, "cheaply");
     check("N\n", "noise", "noise", Status::Improvable, "echo never");
     check("Y\n", "6.18.44", CGROUP2, Status::Improvable, "echo auto");
+}
+
+#[test]
+fn only_old_kernels_may_refuse_the_value_never() {
+    for (release, may_refuse) in [("6.1.0", true), ("6.4.16", true), ("6.5.0", false), ("noise", true)] {
+        let host = Host::with(&[(NX, "N"), (MULTIHIT, "Not affected"), (RELEASE, release)]);
+        let advice = nx_huge_pages::nx_huge_pages(&host.sources()).advice.unwrap();
+        assert_eq!(advice.contains("may refuse the value"), may_refuse, "{release}: {advice}");
+    }
 }
 
 #[test]
@@ -314,6 +195,7 @@ fn cgroups() {
     check(CGROUP2_FAVORED, ALL, "6.8.0", Status::Good, "does not wait");
     check(CGROUP2, ALL, "6.8.0", Status::Improvable, "mount -o remount,favordynmods /sys/fs/cgroup");
     check(CGROUP2, ALL, "noise", Status::Improvable, "remount,favordynmods");
+    check(&CGROUP2.replace("/sys/fs/cgroup", "/c;reboot"), ALL, "6.8.0", Status::Improvable, "-t cgroup2");
     check(CGROUP2, ALL, "5.15.0", Status::Good, "share");
     check(CGROUP2_FAVORED, "cpu memory\n", "6.8.0", Status::Improvable, "Delegate=yes");
     let hybrid = format!("{CGROUP1}{CGROUP2_FAVORED}");
@@ -325,10 +207,20 @@ fn cgroups() {
 }
 
 #[test]
+fn only_slow_kernels_wait_for_cgroups_to_create_a_vm() {
+    for (release, waits) in [("6.8.0", true), ("noise", true), ("6.12.2", false), ("6.18.0", false)] {
+        let host = Host::with(&[(MOUNTS, CGROUP2), (CONTROLLERS, "cpu memory pids"), (RELEASE, release)]);
+        let meaning = cgroup::cgroup(&host.sources()).meaning;
+        assert_eq!(meaning.contains("Creating a VM"), waits, "{release}: {meaning}");
+        assert!(meaning.contains("oving a process"), "{release}: {meaning}");
+    }
+}
+
+#[test]
 fn missing_controllers_are_named() {
     let host = Host::with(&[(MOUNTS, CGROUP2_FAVORED), (CONTROLLERS, "memory cpuset pids")]);
     let finding = cgroup::cgroup(&host.sources());
-    assert_eq!(finding.fact, "cgroup v2 at /sys/fs/cgroup, without the controllers cpu, favordynmods");
+    assert_eq!(finding.fact, "cgroup v2 at /sys/fs/cgroup without the controllers cpu; favordynmods is on");
 }
 
 const PLENTY: &str = "MemTotal:       24684092 kB\nMemFree:  1 kB\nMemAvailable:   24263628 kB\n";
@@ -369,6 +261,7 @@ fn the_lowest_limit_on_the_way_up_counts() {
     check("0::/\n", &[(TOP, "104857600\n")], Status::Bad, "memory.max");
     check("0::/a.slice/b\n", &[(OUTER, "104857600\n"), (INNER, "max\n")], Status::Bad, "memory.max");
     check("0::/a.slice/b\n", &[(OUTER, "max\n"), (INNER, "524288000\n")], Status::Improvable, "memory.max");
+    check("0::/a.slice/b\n", &[(OUTER, "104857600\n"), (INNER, "524288000\n")], Status::Bad, "memory.max");
     check("0::/a.slice\n", &[(OUTER, "max\n"), (INNER, "1\n")], Status::Good, "first touches");
     check("1:cpu:/\n", &[(TOP, "1\n")], Status::Good, "first touches");
     check("0::/../x\n", &[(TOP, "1\n")], Status::Good, "first touches");
@@ -505,6 +398,9 @@ fn is_well_formed(finding: &Finding) {
     assert_eq!(finding.advice.is_none(), finding.status == Status::Good, "{finding:#?}");
     for text in [&finding.fact, &finding.meaning].into_iter().chain(&finding.advice) {
         assert!(!text.is_empty() && !text.chars().any(char::is_control), "{finding:#?}");
+    }
+    // Facts may quote files; the rest is ours, and its commands end.
+    for text in [&finding.meaning].into_iter().chain(&finding.advice) {
         assert!(text.matches('`').count() % 2 == 0, "{finding:#?}");
     }
     assert!(finding.meaning.ends_with('.'), "{finding:#?}");
@@ -540,7 +436,7 @@ proptest! {
             is_well_formed(&check(&host.sources()));
         }
         for probe in [HARDWARE, software(), Probe::NoPermission, Probe::Absent] {
-            is_well_formed(&kvm::kvm(&host.sources(), &probe));
+            is_well_formed(&super::kvm::kvm(&host.sources(), &probe));
         }
     }
 }

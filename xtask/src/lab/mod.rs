@@ -10,6 +10,8 @@ mod frame;
 pub(crate) mod guest;
 mod qemu;
 
+pub(crate) use disk::{busybox, kernel};
+
 use crate::{build_image, cargo};
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -120,6 +122,6 @@ fn out_of_lab(text: &str) -> Result<(String, PathBuf)> {
 }
 
 /// An absolute path inside the lab.
-fn inside(path: &str) -> String {
+pub(crate) fn inside(path: &str) -> String {
     if path.starts_with('/') { path.to_owned() } else { format!("{WORKING_DIRECTORY}/{path}") }
 }

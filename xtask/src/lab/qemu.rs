@@ -47,7 +47,7 @@ fn spawn(job: &Job, kernel: &Path, initramfs: &File, console: &Path, messages: F
     let initrd = format!("/proc/{}/fd/{}", std::process::id(), initramfs.as_raw_fd());
     let mut command = Command::new("qemu-system-x86_64");
     command
-        .args(["-accel", "tcg,thread=single", "-cpu", "EPYC,+svm,+npt", "-M", "q35,i8042=off"])
+        .args(["-accel", "tcg,thread=single", "-cpu", "EPYC,+svm,+npt,-xsave", "-M", "q35,i8042=off"])
         .args(["-smp", &job.cpus.to_string(), "-m", &job.memory_mib.to_string()])
         .args(["-nodefaults", "-display", "none", "-no-reboot"])
         .args(["-serial", &format!("file:{}", console.display())])

@@ -1,10 +1,9 @@
 //! `kindling doctor`: what this host can do for microVMs.
 
-use crate::{STATUS_FAILURE, complain};
 use clap::Args;
 use kindling::host::{Finding, Report, Sources, Status};
 use kindling::kvm::probe::probe;
-use std::io::{ErrorKind, IsTerminal, Write};
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 #[derive(Args, Debug)]
@@ -27,23 +26,23 @@ const STATUS_NOT_GOOD: u8 = 1;
 pub(crate) fn run(arguments: &Arguments) -> ExitCode {
     let probe = probe();
     let report = Report::new(&Sources::host(), &probe);
-    let stdout = std::io::stdout();
-    let text = if arguments.json {
+    end_quietly_when_nobody_reads();
+    if arguments.json {
         // Structures of strings always serialize.
-        serde_json::to_string_pretty(&report).unwrap_or_default() + "\n"
+        println!("{}", serde_json::to_string_pretty(&report).unwrap_or_default());
     } else {
-        screen(&report, Style::of_stdout())
-    };
-    match stdout.lock().write_all(text.as_bytes()) {
-        Ok(()) => {}
-        // `kindling doctor | head` has seen enough.
-        Err(error) if error.kind() == ErrorKind::BrokenPipe => {}
-        Err(error) => {
-            complain(&error);
-            return ExitCode::from(STATUS_FAILURE);
-        }
+        print!("{}", screen(&report, Style::of_stdout()));
     }
     if probe.is_good() { ExitCode::SUCCESS } else { ExitCode::from(STATUS_NOT_GOOD) }
+}
+
+/// Lets a closed pipe end this process as it ends other commands (`kindling doctor | head`). Rust
+/// ignores the signal, and printing then panics.
+#[expect(unsafe_code, reason = "there is no safe interface to a signal's default action")]
+fn end_quietly_when_nobody_reads() {
+    // SAFETY: the default action runs no code of this process, and nothing here relies on the
+    // signal being ignored: only printing is left to do.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
 }
 
 /// How the screen looks.

@@ -1,0 +1,194 @@
+//! What a user gets wrong is named in one line, with exit status 2. None of it needs KVM.
+
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
+use std::path::Path;
+use std::process::Stdio;
+use tests::machine_code::{elf, exit};
+use tests::{kindling, run};
+
+/// Runs `kindling boot` and checks its one line.
+#[track_caller]
+fn refused(arguments: &[&str], expected: &str) {
+    let outcome = run(kindling().arg("boot").args(arguments).stdin(Stdio::null()));
+    outcome.expect_status(2).expect_stderr(expected);
+    assert_eq!(outcome.stdout, "", "{outcome}");
+    assert_eq!(outcome.stderr.lines().count(), 1, "{outcome}");
+    assert!(outcome.stderr.starts_with("kindling: "), "{outcome}");
+}
+
+/// A folder with a good kernel in it, and the path of a file of that folder.
+struct Place(tempfile::TempDir);
+
+impl Place {
+    fn new() -> Self {
+        let place = Self(tempfile::tempdir().unwrap());
+        place.file("kernel", &elf(&exit(0)));
+        place
+    }
+
+    fn file(&self, name: &str, bytes: &[u8]) -> String {
+        let path = self.0.path().join(name);
+        std::fs::write(&path, bytes).unwrap();
+        path.to_str().unwrap().to_owned()
+    }
+
+    fn kernel(&self) -> String {
+        self.0.path().join("kernel").to_str().unwrap().to_owned()
+    }
+}
+
+#[test]
+fn kernels_that_are_none() {
+    let place = Place::new();
+    let good = elf(&exit(0));
+    refused(&["--kernel", "/nonexistent"], "cannot read /nonexistent: No such file");
+    refused(&["--kernel", "/tmp"], "/tmp is not a file");
+    refused(&["--kernel", "/dev/null"], "/dev/null is not a file");
+    refused(&["--kernel", &place.file("k", b"")], "is not a Linux kernel");
+    refused(&["--kernel", &place.file("k", b"#!/bin/sh\n")], "is not a Linux kernel");
+    refused(&["--kernel", &place.file("k", &good[..63])], "the file is truncated: the ELF header");
+    refused(&["--kernel", &place.file("k", &good[..4097])], "the file is truncated: a segment");
+    let mut kernel = good.clone();
+    kernel[4] = 1;
+    refused(&["--kernel", &place.file("k", &kernel)], "32-bit ELF file");
+    let fifo = place.0.path().join("fifo");
+    assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    refused(&["--kernel", fifo.to_str().unwrap()], "is not a file");
+}
+
+#[test]
+fn every_truncation_of_the_headers() {
+    let place = Place::new();
+    let good = elf(&exit(0));
+    for length in 4..120 {
+        refused(&["--kernel", &place.file("k", &good[..length])], "truncated");
+    }
+}
+
+#[test]
+fn segments_that_do_not_fit() {
+    let place = Place::new();
+    let with = |at: usize, value: u64| {
+        let mut kernel = elf(&exit(0));
+        kernel[at..at + 8].copy_from_slice(&value.to_le_bytes());
+        place.file("k", &kernel)
+    };
+    // Offsets in the only program header: 24 address, 32 size in the file, 40 size in memory.
+    refused(&["--kernel", &with(64 + 40, 1 << 30)], "the kernel needs 1025 MiB of memory");
+    refused(&["--kernel", &with(64 + 40, u64::MAX)], "impossible sizes");
+    refused(&["--kernel", &with(64 + 24, u64::MAX - 4)], "impossible sizes");
+    refused(&["--kernel", &with(64 + 32, 1 << 40)], "impossible sizes");
+    refused(&["--kernel", &with(64 + 24, 0x8000)], "lies below 1 MiB");
+    refused(&["--kernel", &with(24, 0x8000)], "entry point 0x8000 is in none of its segments");
+}
+
+#[test]
+fn initrds() {
+    let place = Place::new();
+    let kernel = place.kernel();
+    let boot = |initrd: &str, expected: &str| {
+        refused(&["--memory", "16", "--kernel", &kernel, "--initrd", initrd], expected)
+    };
+    boot("/nonexistent", "cannot read /nonexistent");
+    boot("/", "/ is not a file");
+    let large = place.file("large", b"");
+    std::fs::File::options().write(true).open(&large).unwrap().set_len(1 << 30).unwrap();
+    boot(&large, "are free behind the kernel: give the machine more memory");
+}
+
+#[test]
+fn numbers() {
+    let place = Place::new();
+    let kernel = place.kernel();
+    for (option, value, expected) in [
+        ("--memory", "0", "mem_size_mib is 0"),
+        ("--memory", "1", "mem_size_mib is 1"),
+        ("--memory", "100000000", "but this host has"),
+        ("--memory", "18446744073709551615", "but this host has"),
+        ("--vcpus", "0", "vcpu_count is 0"),
+        ("--vcpus", "17", "vcpu_count is 17"),
+        ("--vcpus", "10000", "vcpu_count is 10000"),
+    ] {
+        refused(&["--kernel", &kernel, option, value], expected);
+    }
+}
+
+#[test]
+fn command_lines() {
+    let place = Place::new();
+    let kernel = place.kernel();
+    refused(
+        &["--kernel", &kernel, "--cmdline", &"x".repeat(2048)],
+        "2048 bytes; the kernel takes at most 2047",
+    );
+    let json = r#"{"boot-source": {"kernel_image_path": "k", "boot_args": "a\u0000b"}}"#;
+    refused(&["--config-file", &place.file("c.json", json.as_bytes())], "the kernel command line has a NUL");
+    refused(&["--kernel", &kernel, "--env", "=x", "--", "sh"], "\"=x\" is not of the form NAME=VALUE");
+}
+
+#[test]
+fn configuration_files() {
+    let place = Place::new();
+    let json = |text: &str, expected: &str| {
+        refused(&["--config-file", &place.file("c.json", text.as_bytes())], expected)
+    };
+    json(r#"{"boot-source": {"kernel_image_path": "k"}, "drive": []}"#, "unknown field `drive`");
+    json(r#"{"boot-source": {"kernel_image_path": 1}}"#, "invalid type: integer `1`");
+    json(r#"{"boot-source": {"kernel_image_path": "/nonexistent"}}"#, "cannot read /nonexistent");
+    json("", "EOF while parsing");
+    json(&" ".repeat(10 << 20), "larger than a configuration file can be");
+    refused(&["--config-file", "/nonexistent.json"], "cannot read /nonexistent.json: No such file");
+}
+
+#[test]
+fn images() {
+    let place = Place::new();
+    let path = place.0.path().to_str().unwrap().to_owned();
+    refused(&["--image", "/nonexistent"], "cannot read /nonexistent/image.json");
+    refused(&["--image", &path], "image.json: No such file");
+    let image = tests::testbed("images/busybox");
+    for name in ["vmlinux", "initramfs.cpio", "image.json"] {
+        std::fs::copy(image.join(name), Path::new(&path).join(name)).unwrap();
+    }
+    let vmlinux = Path::new(&path).join("vmlinux");
+    let mut bytes = std::fs::read(&vmlinux).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    std::fs::write(&vmlinux, &bytes).unwrap();
+    refused(
+        &["--verify", "--image", &path],
+        "vmlinux is not the file that image.json describes: its SHA-256 is",
+    );
+    bytes.push(0);
+    std::fs::write(&vmlinux, &bytes).unwrap();
+    refused(&["--image", &path], "is not the file that image.json describes: it has");
+}
+
+#[test]
+fn consoles() {
+    let place = Place::new();
+    let kernel = place.kernel();
+    // Only where there is a KVM does the console's file matter; elsewhere that is what is named.
+    let outcome = run(kindling()
+        .args(["boot", "--kernel", &kernel, "--console", "/nonexistent/console"])
+        .stdin(Stdio::null()));
+    outcome.expect_status(2);
+}
+
+#[test]
+fn usage_errors_are_status_2() {
+    for arguments in [
+        &["boot"][..],
+        &["boot", "--kernel", "a", "--image", "b"],
+        &["boot", "--kernel", "a", "--memory", "many"],
+        &["boot", "--kernel", "a", "--memory", "-1"],
+        &["boot", "--kernel", "a", "--user", "root"],
+        &["boot", "--kernel", "a", "--verify"],
+        &["bot"],
+    ] {
+        run(kindling().args(arguments).stdin(Stdio::null())).expect_status(2).expect_stderr("error:");
+    }
+    let not_utf8 = OsString::from_vec(vec![0xff]);
+    run(kindling().args(["boot", "--kernel"]).arg(&not_utf8).stdin(Stdio::null())).expect_status(2);
+}

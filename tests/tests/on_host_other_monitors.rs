@@ -1,0 +1,42 @@
+//! The same image boots under monitors that have none of our ports: init then takes its payload
+//! from the kernel command line.
+
+use std::process::{Command, Stdio};
+use tests::{run, testbed};
+
+/// Boots under QEMU's microvm machine, in emulation, and returns what the console said.
+fn qemu(arguments: &str) -> String {
+    let line = format!("console=ttyS0 reboot=t panic=-1 quiet {arguments}");
+    let outcome = run(Command::new("qemu-system-x86_64")
+        .args(["-accel", "tcg", "-cpu", "max", "-M", "microvm,isa-serial=on,rtc=off", "-m", "128"])
+        .args(["-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio", "-kernel"])
+        .arg(testbed("images/busybox/vmlinux"))
+        .arg("-initrd")
+        .arg(testbed("images/busybox/initramfs.cpio"))
+        .args(["-append", &line])
+        .stdin(Stdio::null()));
+    outcome.expect_status(0);
+    outcome.stdout
+}
+
+#[test]
+fn qemu_takes_the_payload_from_the_command_line() {
+    let console = qemu(
+        "kindling.env=A=\"one two\" kindling.uid=1000 kindling.cwd=/usr kindling.hostname=box \
+         -- /bin/sh -c \"echo $A; id -u; pwd; hostname; exit 3\"",
+    );
+    assert!(console.ends_with("one two\n1000\n/usr\nbox\ninit: exit status 3\n"), "{console}");
+}
+
+#[test]
+fn qemu_without_a_payload_greets() {
+    let console = qemu("");
+    assert!(console.contains("Hello from Kindling: Linux"), "{console}");
+    assert!(console.ends_with("after the kernel started its clock.\ninit: exit status 0\n"), "{console}");
+}
+
+#[test]
+fn a_bad_number_on_the_command_line_is_named() {
+    let console = qemu("kindling.uid=root -- /bin/true");
+    assert!(console.contains("kindling.uid=root on the kernel command line is not a number"), "{console}");
+}

@@ -1,0 +1,29 @@
+//! Any bytes as a kernel and as an initrd: loading them is an error or leaves a machine whose
+//! entry point is guest memory.
+//!
+//! `cargo +nightly fuzz run kernel -- -max_total_time=60`, in the folder above this one.
+#![no_main]
+
+use kindling::boot;
+use kindling::config::BootSource;
+use kindling::memory::GuestMemory;
+use libfuzzer_sys::fuzz_target;
+use std::io::Write;
+use vm_memory::GuestMemoryBackend;
+
+fuzz_target!(|bytes: &[u8]| {
+    let Some((&split, bytes)) = bytes.split_first() else { return };
+    let (initrd, kernel) = bytes.split_at(usize::from(split).min(bytes.len()));
+    let file = |bytes: &[u8]| {
+        let mut file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
+        file.write_all(bytes).unwrap();
+        file
+    };
+    let (kernel, initrd) = (file(kernel), file(initrd));
+    let mut source = BootSource::kernel(kernel.path());
+    source.initrd_path = Some(initrd.path().into());
+    let memory = GuestMemory::anonymous(16 << 20).unwrap();
+    if let Ok(entry) = boot::load(&memory, &source, 1) {
+        assert!(memory.inner().address_in_range(entry.instruction));
+    }
+});
