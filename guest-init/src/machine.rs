@@ -67,6 +67,7 @@ pub(crate) fn drop_ports() {
 /// it under every monitor that was told not to reboot.
 pub(crate) fn end(status: ExitStatus) -> ! {
     rustix::fs::sync();
+    crate::voice::drain();
     if has_ports() {
         // SAFETY: as in `mark`.
         unsafe { Port::new(port::EXIT).write(status.to_raw()) }

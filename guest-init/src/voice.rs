@@ -13,6 +13,13 @@ pub(crate) fn say(text: fmt::Arguments<'_>) {
     let _ = Stderr.write_fmt(text);
 }
 
+/// Waits until the serial port has taken what was written to the console: the kernel sends it on
+/// by interrupts, and the machine's end would cut it off.
+pub(crate) fn drain() {
+    // SAFETY: init never closes its standard streams. Where this is no terminal, nothing waits.
+    let _ = rustix::termios::tcdrain(unsafe { rustix::stdio::stderr() });
+}
+
 struct Stderr;
 
 impl Write for Stderr {

@@ -30,7 +30,10 @@ fn an_exit_status_that_is_none_does_not_end_the_guest() {
 fn triple_fault_is_122() {
     // ud2 without an interrupt table.
     let outcome = code(&[0x0f, 0x0b]);
-    outcome.expect_status(122).expect_stderr("triple fault").expect_stderr("rip 0x0000000000100000");
+    outcome.expect_status(122).expect_stderr("triple fault");
+    // On Intel's processors the registers are still there, on AMD's KVM has reset them.
+    let known = ["rip 0x0000000000100000", "KVM on AMD processors resets them"];
+    assert!(known.iter().any(|text| outcome.stderr.contains(text)), "{outcome}");
     outcome.expect_stderr("the console is empty").expect_stderr("last stage reached: first instruction");
 }
 

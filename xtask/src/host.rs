@@ -19,13 +19,14 @@ pub(crate) enum Host {
 }
 
 impl Host {
-    /// Chooses, and says what it chose and why in one line.
-    pub(crate) fn choose(exact: bool) -> Self {
-        let found = probe();
+    /// Chooses, and says what it chose and why in one line. `exact` asks for the exact lab;
+    /// `counted` says that a lab, if it is one, counts instructions all the same.
+    pub(crate) fn choose(exact: bool, counted: bool) -> Self {
         if exact {
-            println!("host: the exact lab (emulated KVM, one instruction = one nanosecond)");
+            println!("host: the exact lab (emulated KVM, one instruction = one nanosecond), as asked for");
             return Self::Lab;
         }
+        let found = probe();
         let why = match found {
             Probe::Hardware { loop_time } => {
                 println!("host: this machine's KVM (a million loop iterations in {loop_time:.1?})");
@@ -36,7 +37,8 @@ impl Host {
             Probe::Absent => "there is no /dev/kvm".to_owned(),
             Probe::Broken(error) => format!("/dev/kvm does not work: {error}"),
         };
-        println!("host: the lab (emulated KVM), because {why}");
+        let kind = if counted { "the exact lab" } else { "the lab" };
+        println!("host: {kind} (emulated KVM), because {why}");
         Self::Lab
     }
 }

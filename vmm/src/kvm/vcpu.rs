@@ -160,10 +160,14 @@ impl Vcpu {
         unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal.suberror }
     }
 
-    /// The registers, as far as KVM gives them.
+    /// The registers, as far as KVM gives them. On AMD processors KVM resets a vCPU that has shut
+    /// down before it says so (`shutdown_interception` in arch/x86/kvm/svm/svm.c), and then there
+    /// are none.
     #[must_use]
     pub fn registers(&self) -> Option<Registers> {
-        let general = self.fd.get_regs().ok()?;
+        /// Where a processor starts after a reset, which no 64-bit guest reaches by running.
+        const RESET_VECTOR: u64 = 0xfff0;
+        let general = self.fd.get_regs().ok().filter(|general| general.rip != RESET_VECTOR)?;
         let special = self.fd.get_sregs().ok()?;
         let control = [special.cr0, special.cr2, special.cr3, special.cr4];
         Some(Registers { general, control, efer: special.efer })

@@ -72,6 +72,13 @@ pub(crate) struct Job {
 }
 
 impl Job {
+    /// Whether the lab counts instructions. With several processors it always does: without,
+    /// QEMU's threads of one host processor now and then lose a nested guest's wake-up, and one
+    /// boot in five hangs; counted, they take turns in the same way every time.
+    pub(crate) const fn counts_instructions(&self) -> bool {
+        self.exact || self.cpus > 1
+    }
+
     /// Runs the command; its exit status.
     pub(crate) fn run(&self) -> Result<u8> {
         qemu::run(self)

@@ -61,7 +61,7 @@ fn spawn(job: &Job, kernel: &Path, initramfs: &File, console: &Path, messages: F
         .stdout(Stdio::piped())
         // TCG says at every start which features of the processor model it does not have.
         .stderr(messages);
-    if job.exact {
+    if job.counts_instructions() {
         command.args(["-icount", "shift=0,sleep=off"]);
     }
     die_with_this_process(&mut command);

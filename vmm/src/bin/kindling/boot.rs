@@ -51,7 +51,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "NAME")]
     hostname: Option<OsString>,
     /// Compare the digests of the image's files with its image.json before booting
-    #[arg(long, requires = "image")]
+    #[arg(long, conflicts_with_all = ["kernel", "config_file"])]
     verify: bool,
     /// Print when each step of the boot was reached
     #[arg(long)]

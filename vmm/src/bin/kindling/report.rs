@@ -104,6 +104,9 @@ pub(crate) fn failure(exit: &Exit) -> String {
             r.rip, r.rsp, r.rflags, r.rax, r.rbx, r.rcx, r.rdx, r.rsi, r.rdi, r.rbp, r.r8, registers.efer,
         );
     }
+    if exit.reason == ExitReason::TripleFault && exit.registers.is_none() {
+        text.push_str("  no registers: KVM on AMD processors resets them before it reports a triple fault\n");
+    }
     if exit.console_tail.is_empty() {
         text.push_str("  the console is empty\n");
     } else {
