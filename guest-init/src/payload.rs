@@ -29,8 +29,11 @@ pub(crate) fn run(spec: &PayloadSpec) -> u8 {
         say(format_args!("init: an argument or environment entry of the payload has a NUL in it\n"));
         return NOT_EXECUTABLE;
     };
+    own_terminal();
     let waited = SignalSet::of(PASSED_ON.into_iter().chain([Signal::CHILD]));
-    if let Err(error) = waited.block() {
+    // SIGTTOU is blocked too, so that the child may put itself into the terminal's foreground.
+    let blocked = SignalSet::of(PASSED_ON.into_iter().chain([Signal::CHILD, Signal::TTOU]));
+    if let Err(error) = blocked.block() {
         crate::voice::give_up(format_args!("cannot block signals: {error}"));
     }
     machine::mark(BootMark::PayloadStarted);
@@ -141,12 +144,21 @@ impl Program {
     }
 }
 
-/// Session, terminal, directory, user and signal mask of the payload.
-fn become_user(spec: &PayloadSpec) -> Result<(), (&'static str, Errno)> {
+/// Makes init the leader of a session that has the console as its terminal. When a leader ends, the
+/// kernel hangs its terminal up and throws away what has not been sent: that must not be the
+/// payload. Without a terminal on descriptor 0 there is none, which is as it should be.
+fn own_terminal() {
     let _ = rustix::process::setsid();
-    // SAFETY: descriptor 0 is open for the whole life of init. Without a terminal on it there is
-    // no controlling terminal, which is as it should be.
+    // SAFETY: descriptor 0 is open for the whole life of init.
     let _ = rustix::process::ioctl_tiocsctty(unsafe { rustix::stdio::stdin() });
+}
+
+/// Process group, directory, user and signal mask of the payload.
+fn become_user(spec: &PayloadSpec) -> Result<(), (&'static str, Errno)> {
+    let _ = rustix::process::setpgid(None, None);
+    // SAFETY: descriptor 0 is open for the whole life of init.
+    let terminal = unsafe { rustix::stdio::stdin() };
+    let _ = rustix::termios::tcsetpgrp(terminal, rustix::process::getpid());
     if let Some(directory) = &spec.working_directory {
         rustix::process::chdir(directory.as_slice())
             .map_err(|error| ("enter the working directory", error))?;

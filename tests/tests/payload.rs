@@ -62,7 +62,7 @@ fn a_user_cannot_touch_the_ports_of_the_vmm() {
 #[test]
 fn the_system_is_set_up() {
     let script = "for d in /proc /sys /dev /dev/pts /dev/shm /run /tmp; do grep -q \" $d \" /proc/mounts || echo missing $d; done; \
-                  ifconfig lo | grep -c UP; ls /dev/null /dev/ptmx; echo x > /tmp/f && cat /tmp/f";
+                  ifconfig lo | grep -c UP; ls -1 /dev/null /dev/ptmx; echo x > /tmp/f && cat /tmp/f";
     let outcome = shell(script);
     assert_eq!(outcome.expect_status(0).stdout, "1\n/dev/null\n/dev/ptmx\nx\n", "{outcome}");
 }
@@ -102,6 +102,16 @@ fn output_of_a_mebibyte_arrives_whole() {
     let outcome =
         shell("i=0; while [ $i -lt 1024 ]; do echo 0123456789012345678901234567890; i=$((i+1)); done");
     assert_eq!(outcome.expect_status(0).stdout.len(), 32 * 1024, "{}", outcome.stderr);
+}
+
+#[test]
+fn the_last_words_arrive() {
+    // The payload ends at once after a long line, which the serial port has not sent by then.
+    let script = "exec echo 0123456789012345678901234567890123456789012345678901234567890123456789";
+    for vcpus in ["1", "2", "4"] {
+        let outcome = run(boot().args(["--vcpus", vcpus, "--", "/bin/sh", "-c", script]));
+        assert!(outcome.expect_status(0).stdout.ends_with("0123456789\n"), "{vcpus} vCPUs: {outcome}");
+    }
 }
 
 #[test]
