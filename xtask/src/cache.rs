@@ -66,12 +66,21 @@ pub(crate) struct Draft {
 }
 
 impl Draft {
-    /// An empty directory beside `target`, so that it can be renamed to it.
+    /// An empty directory beside `target`, so that it can be renamed to it. The caller holds a lock
+    /// for `target`: what an interrupted build of it left behind is removed.
     pub(crate) fn beside(target: &Path) -> Result<Self> {
         let parent = target.parent().context("a root directory cannot be replaced")?;
+        let name = target.file_name().context("a root directory cannot be replaced")?.to_string_lossy();
+        let prefix = format!(".draft-{name}-");
         fs::create_dir_all(parent).with_context(|| format!("cannot create {}", parent.display()))?;
+        for entry in fs::read_dir(parent)? {
+            let entry = entry?;
+            if entry.file_name().to_string_lossy().starts_with(&prefix) {
+                fs::remove_dir_all(entry.path())?;
+            }
+        }
         let directory = tempfile::Builder::new()
-            .prefix(".draft-")
+            .prefix(&prefix)
             .tempdir_in(parent)
             .with_context(|| format!("cannot create a directory in {}", parent.display()))?;
         Ok(Self { directory })
@@ -132,6 +141,8 @@ mod tests {
             let names: Vec<_> = fs::read_dir(&target).unwrap().map(|e| e.unwrap().file_name()).collect();
             assert_eq!(names, [content]);
         }
+        // A build that was killed leaves its draft; the next one removes it.
+        fs::create_dir(place.path().join(".draft-image-killed")).unwrap();
         drop(Draft::beside(&target).unwrap());
         let left: Vec<_> = fs::read_dir(place.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert_eq!(left, ["image"]);

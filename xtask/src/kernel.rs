@@ -187,7 +187,7 @@ fn build_into(source: &Source, asked: &Composed, place: &Path) -> Result<()> {
 /// The configuration that a set of fragments gives, checked against what they ask for.
 pub(crate) fn configure(source: &Source, asked: &Composed) -> Result<KernelConfig> {
     debian::ensure_kernel_build_tools()?;
-    let place = tempfile::Builder::new().prefix("kconfig-").tempdir_in(cache::directory()?)?;
+    let place = tempfile::tempdir()?;
     configure_in(source, asked, place.path())
 }
 
