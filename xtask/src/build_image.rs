@@ -85,9 +85,9 @@ pub(crate) fn build(arguments: &Arguments) -> Result<PathBuf> {
 
     let _lock = cache::lock(&format!("image-{}", cache::key(&[&out.to_string_lossy()])))?;
     let draft = Draft::beside(&out)?;
-    // A hard link costs nothing; across filesystems it has to be a copy.
+    // A copy, not a link: what somebody does to an image must not change the cache.
     let vmlinux = draft.path().join("vmlinux");
-    fs::hard_link(&kernel.vmlinux, &vmlinux).or_else(|_| fs::copy(&kernel.vmlinux, &vmlinux).map(drop))?;
+    fs::copy(&kernel.vmlinux, &vmlinux).with_context(|| format!("cannot write {}", vmlinux.display()))?;
     root_filesystem(&init, arguments.root.as_deref(), &draft.path().join("initramfs.cpio"))?;
     let image = Image {
         format: Image::FORMAT,
@@ -139,7 +139,9 @@ fn root_filesystem(init: &Path, root: Option<&Path>, target: &Path) -> Result<()
         archive.tree("", root)?;
     }
     archive.file("init", init, 0o755)?;
-    archive.write(BufWriter::new(File::create(target)?))
+    archive
+        .write(BufWriter::new(File::create(target)?))
+        .with_context(|| format!("cannot write {}", target.display()))
 }
 
 fn describe(directory: &Path, name: &str) -> Result<ImageFile> {
