@@ -4,9 +4,10 @@
 use core::cell::UnsafeCell;
 use linked_list_allocator::LockedHeap;
 
-/// Room for the largest configuration frame as bytes, as a list of strings and as the vectors of
-/// pointers that execve takes, with as much again for fragmentation.
-const SIZE: usize = 2 * 1024 * 1024;
+/// Room for the largest configuration frame: its bytes, and for each of its up to 50,000 items a
+/// vector, a string and a pointer with the allocator's own bookkeeping, while lists are copied to
+/// grow.
+const SIZE: usize = 10 * 1024 * 1024;
 
 #[repr(C, align(4096))]
 struct Arena(UnsafeCell<[u8; SIZE]>);

@@ -163,6 +163,9 @@ fn become_user(spec: &PayloadSpec) -> Result<(), (&'static str, Errno)> {
         rustix::process::chdir(directory.as_slice())
             .map_err(|error| ("enter the working directory", error))?;
     }
+    if [spec.user_id, spec.group_id].contains(&u32::MAX) {
+        return Err(("set the user", Errno::INVAL));
+    }
     let (uid, gid) = (Uid::from_raw(spec.user_id), Gid::from_raw(spec.group_id));
     if !(uid.is_root() && gid.is_root()) {
         rustix::thread::set_thread_groups(&[]).map_err(|error| ("drop groups", error))?;

@@ -91,6 +91,8 @@ fn number(name: &'static str, value: &[u8]) -> Result<u32, BadNumber> {
     core::str::from_utf8(value)
         .ok()
         .and_then(|text| text.parse().ok())
+        // setresuid takes the largest number for "leave it as it is".
+        .filter(|&id| id != u32::MAX)
         .ok_or_else(|| BadNumber { name, value: value.into() })
 }
 
@@ -155,7 +157,7 @@ mod tests {
 
     #[test]
     fn a_bad_number_is_named() {
-        for value in ["", "-1", "4294967296", "root"] {
+        for value in ["", "-1", "4294967295", "4294967296", "root"] {
             let line = alloc::format!("kindling.uid={value}");
             let error = PayloadSpec::from_command_line(line.as_bytes()).unwrap_err();
             assert_eq!(error, BadNumber { name: "kindling.uid", value: value.into() });

@@ -24,7 +24,7 @@ pub(crate) fn ask() -> Answer {
             .unwrap_or_else(|error| give_up(format_args!("{error}; init and VMM are of different versions"))),
         Ok(None) => PayloadSpec::from_command_line(&command_line()).unwrap_or_else(|error| {
             give_up(format_args!(
-                "{}={} on the kernel command line is not a number from 0 to 4294967295",
+                "{}={} on the kernel command line is not a number from 0 to 4294967294",
                 error.name,
                 String::from_utf8_lossy(&error.value)
             ))

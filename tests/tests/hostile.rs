@@ -115,9 +115,17 @@ fn flooding_the_console() {
 
 #[test]
 fn flooding_a_console_that_nobody_reads() {
-    let kernel = kernel(&[0x66, 0xba, 0xf8, 0x03, 0xb0, b'x', 0xee, 0xeb, 0xfd]);
+    // Only written to; and read as well, which makes the VMM look for input each time.
+    stops_with_a_full_pipe(&[0x66, 0xba, 0xf8, 0x03, 0xb0, b'x', 0xee, 0xeb, 0xfd], Stdio::null());
+    stops_with_a_full_pipe(&[0x66, 0xba, 0xf8, 0x03, 0xec, 0xb0, b'x', 0xee, 0xeb, 0xfa], Stdio::piped());
+}
+
+/// A guest that fills the pipe of its output is stopped by SIGTERM within a second.
+#[track_caller]
+fn stops_with_a_full_pipe(code: &[u8], input: Stdio) {
+    let kernel = kernel(code);
     let mut command = kindling();
-    command.args(["boot", "--kernel"]).arg(kernel.path()).stdin(Stdio::null()).stdout(Stdio::piped());
+    command.args(["boot", "--kernel"]).arg(kernel.path()).stdin(input).stdout(Stdio::piped());
     let mut child = command.spawn().unwrap();
     // The pipe is not read: its 64 KiB fill up and the vCPU's thread waits in write.
     let waiting = || {
@@ -152,6 +160,27 @@ fn never_halting_and_halting_for_ever() {
     started.signal(libc::SIGTERM);
     let outcome = started.finish_within(Duration::from_secs(20));
     assert!(outcome.status == Some(143) || outcome.status.is_none(), "{outcome}");
+}
+
+#[test]
+fn input_that_nobody_takes_costs_nothing() {
+    // The guest halts without ever receiving, and the writer of its input is gone.
+    let kernel = kernel(&[0xfa, 0xf4]);
+    let mut command = kindling();
+    command.args(["boot", "--kernel"]).arg(kernel.path()).stdin(Stdio::piped());
+    let mut started = start(&mut command);
+    std::io::Write::write_all(&mut started.child.stdin.take().unwrap(), b"nobody reads this").unwrap();
+    let path = format!("/proc/{}/syscall", started.child.id());
+    // Once the event loop has taken the input it sleeps: epoll_wait is 232, epoll_pwait 281.
+    let asleep = || {
+        std::fs::read_to_string(&path).is_ok_and(|call| call.starts_with("232 ") || call.starts_with("281 "))
+    };
+    let mut quiet = 0;
+    while quiet < 1000 {
+        quiet = if asleep() { quiet + 1 } else { 0 };
+    }
+    started.signal(libc::SIGTERM);
+    started.finish_within(PATIENCE).expect_status(143);
 }
 
 #[test]

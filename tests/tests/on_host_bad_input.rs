@@ -142,6 +142,21 @@ fn configuration_files() {
 }
 
 #[test]
+fn words_of_a_file_do_not_reach_the_terminal_as_commands() {
+    let place = Place::new();
+    let json = r#"{"boot-source": {"kernel_image_path": "k"}, "\u001b[31mred\u0007": 1}"#;
+    refused(&["--config-file", &place.file("c.json", json.as_bytes())], "unknown field `.[31mred.`");
+}
+
+#[test]
+fn a_closed_standard_error_changes_no_exit_status() {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let status = kindling().args(["boot", "--kernel", "/nonexistent"]).stderr(writer).status().unwrap();
+    assert_eq!(status.code(), Some(2));
+}
+
+#[test]
 fn images() {
     let place = Place::new();
     let path = place.0.path().to_str().unwrap().to_owned();

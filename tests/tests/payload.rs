@@ -38,6 +38,14 @@ fn a_file_that_is_no_program_is_126() {
 }
 
 #[test]
+fn as_many_arguments_as_a_configuration_holds() {
+    // Each takes five bytes of header and one of its own: 40,000 are about 240 KB.
+    let many = vec!["x"; 40_000];
+    let outcome = run(boot().args(["--", "/bin/sh", "-c", "echo $#", "sh"]).args(&many));
+    assert_eq!(outcome.expect_status(0).stdout, "40000\n");
+}
+
+#[test]
 fn a_program_is_found_in_path() {
     assert_eq!(run(boot().args(["--", "echo", "found"])).expect_status(0).stdout, "found\n");
 }

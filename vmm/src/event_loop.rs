@@ -1,15 +1,15 @@
 //! The one loop that waits for everything that is not a vCPU: console input, the end of a vCPU,
 //! and the wish to stop.
 
-use crate::bus::lock;
 use crate::devices::console::EscapeFilter;
 use crate::devices::serial::SerialPort;
+use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::io::Errno;
 use std::fs::File;
 use std::io::{self, IsTerminal, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::Mutex;
+use std::sync::{Mutex, TryLockError};
 use vmm_sys_util::eventfd::EventFd;
 
 /// Console input on its way to the serial port.
@@ -64,12 +64,18 @@ const VCPU_ENDED: u64 = 0;
 const STOP: u64 = 1;
 const SOURCE: u64 = 2;
 const DRAINED: u64 = 3;
+/// Not an event: the port was busy, and input is offered again.
+const RETRY: u64 = 4;
+/// How long to wait before that.
+const RETRY_INTERVAL: Timespec = Timespec { tv_sec: 0, tv_nsec: 5_000_000 };
 
 /// The loop's descriptors, registered before any vCPU runs.
 #[derive(Debug)]
 pub(crate) struct EventLoop {
     epoll: OwnedFd,
     input: Option<Input>,
+    /// Input waits for a port that was busy.
+    retry: bool,
 }
 
 impl EventLoop {
@@ -77,7 +83,7 @@ impl EventLoop {
         let epoll = epoll::create(CreateFlags::CLOEXEC)?;
         watch(&epoll, borrow(ended), VCPU_ENDED)?;
         watch(&epoll, borrow(stop), STOP)?;
-        let mut this = Self { epoll, input };
+        let mut this = Self { epoll, input, retry: false };
         if let Some(input) = &mut this.input {
             watch(&this.epoll, borrow(&input.drained), DRAINED)?;
             input.state = match watch(&this.epoll, input.source.as_fd(), SOURCE) {
@@ -98,10 +104,14 @@ impl EventLoop {
         }
         loop {
             events.clear();
-            match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), None) {
+            let limit = self.retry.then_some(&RETRY_INTERVAL);
+            match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), limit) {
                 Ok(_) | Err(Errno::INTR) => {}
                 // epoll_wait fails only for wrong arguments; a loop that cannot wait must not spin.
                 Err(_) => return LoopEnd::Stopped,
+            }
+            if events.is_empty() && self.retry && self.serve_input(serial, RETRY) {
+                return LoopEnd::Left;
             }
             for event in &events {
                 let data: EventData = event.data;
@@ -131,7 +141,7 @@ impl EventLoop {
         // Only a source that said so, or one that is always ready, can be read without waiting.
         let readable = event == SOURCE || input.state == SourceState::AlwaysReady;
         let left = readable && input.wants_more() && input.read_source();
-        input.give_to(serial);
+        self.retry = input.give_to(serial);
         self.watch_source_again();
         left
     }
@@ -139,22 +149,21 @@ impl EventLoop {
     /// Watches the source exactly while the port has taken all that was read.
     fn watch_source_again(&mut self) {
         let Some(input) = &mut self.input else { return };
-        let flags = match (input.state, input.wants_more()) {
+        match (input.state, input.wants_more()) {
+            // Not masked but removed: a closed pipe is reported even where nothing is asked for.
             (SourceState::Watched, false) => {
+                let _ = epoll::delete(&self.epoll, &input.source);
                 input.state = SourceState::Paused;
-                EventFlags::empty()
             }
             (SourceState::Paused, true) => {
-                input.state = SourceState::Watched;
-                EventFlags::IN
+                let watched = watch(&self.epoll, input.source.as_fd(), SOURCE).is_ok();
+                input.state = if watched { SourceState::Watched } else { SourceState::Ended };
             }
             (SourceState::Ended, _) => {
                 let _ = epoll::delete(&self.epoll, &input.source);
-                return;
             }
-            _ => return,
-        };
-        let _ = epoll::modify(&self.epoll, &input.source, EventData::new_u64(SOURCE), flags);
+            _ => {}
+        }
     }
 }
 
@@ -185,13 +194,23 @@ impl Input {
         false
     }
 
-    fn give_to(&mut self, serial: &Mutex<SerialPort>) {
-        let mut serial = lock(serial);
+    /// Gives the port what it takes; `true` when the port is busy. A vCPU may hold it while it
+    /// waits for whoever reads its output, and this loop must not wait with it.
+    fn give_to(&mut self, serial: &Mutex<SerialPort>) -> bool {
+        if self.waiting.is_empty() {
+            return false;
+        }
+        let mut serial = match serial.try_lock() {
+            Ok(serial) => serial,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return true,
+        };
         let count = self.waiting.len().min(serial.input_space());
         if count > 0 {
             serial.put_input(&self.waiting[..count]);
             self.waiting.drain(..count);
         }
+        false
     }
 }
 

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use vmm_sys_util::eventfd::EventFd;
-use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
 
 /// Lines of console output that an [`Exit`] keeps.
 const CONSOLE_LINES: usize = 20;
@@ -93,6 +93,8 @@ impl Running {
         let stopping: Arc<AtomicBool> = Arc::clone(&self.machine.stopping);
         let outcomes = Arc::clone(&self.outcomes);
         let run = move || {
+            // Whoever started this process may have blocked the signal.
+            let _ = unblock_signal(SIGRTMIN());
             let first_run = Instant::now();
             let end = vcpu.run(&bus, &stopping);
             let registers = end.is_failure().then(|| vcpu.registers()).flatten();
@@ -129,12 +131,16 @@ impl Running {
     /// Makes every vCPU thread end, and waits for it.
     fn stop_vcpus(&mut self) {
         self.machine.stopping.store(true, Ordering::Release);
-        for thread in self.threads.drain(..) {
-            while !thread.is_finished() {
+        // All at once: one vCPU may wait for a lock that another holds while it writes, and only
+        // that write can be interrupted.
+        while self.threads.iter().any(|thread| !thread.is_finished()) {
+            for thread in self.threads.iter().filter(|thread| !thread.is_finished()) {
                 // The thread may end on its own in this moment; then nobody needs the signal.
                 let _ = thread.kill(SIGRTMIN());
-                let _ = wait_readable(&self.ended);
             }
+            let _ = wait_readable(&self.ended);
+        }
+        for thread in self.threads.drain(..) {
             // Threads do not panic: the profile aborts the process on a panic.
             let _ = thread.join();
         }

@@ -83,9 +83,13 @@ impl Image {
                 )));
             }
             let path = directory.join(&file.file);
-            let size = std::fs::metadata(&path)
-                .map_err(|source| ConfigError::Read { path: path.clone(), source })?
-                .len();
+            // Links could lead out of the folder, and devices have no end.
+            let metadata = std::fs::symlink_metadata(&path)
+                .map_err(|source| ConfigError::Read { path: path.clone(), source })?;
+            if !metadata.is_file() {
+                return Err(ConfigError::ImageFile { path, what: "it is not a regular file".into() });
+            }
+            let size = metadata.len();
             if size != file.size {
                 let what = format!("it has {size} bytes instead of {}", file.size);
                 return Err(ConfigError::ImageFile { path, what });
@@ -215,6 +219,9 @@ mod tests {
         std::fs::write(path.join("vmlinux"), b"longer than before").unwrap();
         let message = Image::open(path).unwrap_err().to_string();
         assert!(message.contains("it has 18 bytes instead of 6"), "{message}");
+        std::fs::remove_file(path.join("vmlinux")).unwrap();
+        std::os::unix::fs::symlink("/dev/zero", path.join("vmlinux")).unwrap();
+        assert!(Image::open(path).unwrap_err().to_string().contains("it is not a regular file"));
         std::fs::remove_file(path.join("vmlinux")).unwrap();
         assert!(Image::open(path).unwrap_err().to_string().contains("cannot read"));
     }

@@ -102,6 +102,9 @@ pub enum ConfigError {
     /// An environment entry without a name.
     #[error("the environment entry {0:?} is not of the form NAME=VALUE")]
     Environment(String),
+    /// An id that stands for "leave it as it is".
+    #[error("user and group ids go from 0 to 4294967294")]
+    Id,
     /// Arguments and environment that do not fit the frame init reads.
     #[error("the payload's arguments and environment are longer than {MAX_FRAME} bytes")]
     PayloadTooLong,
@@ -201,6 +204,10 @@ fn validate_guest(guest: &GuestConfig) -> Result<(), ConfigError> {
             return Err(ConfigError::Environment(String::from_utf8_lossy(entry).into_owned()));
         }
     }
+    // setresuid takes the largest number for "unchanged", which would leave the payload root.
+    if [guest.user_id, guest.group_id].contains(&u32::MAX) {
+        return Err(ConfigError::Id);
+    }
     guest.to_frame(0).map_err(|_| ConfigError::PayloadTooLong)?;
     Ok(())
 }
@@ -237,7 +244,9 @@ mod tests {
 
     #[test]
     fn bad_values_are_named() {
-        let table: [(&str, String); 10] = [
+        let table: [(&str, String); 12] = [
+            ("ids go from 0 to 4294967294", error(|c| c.guest.user_id = u32::MAX)),
+            ("ids go from 0 to 4294967294", error(|c| c.guest.group_id = u32::MAX)),
             ("vcpu_count is 0;", error(|c| c.machine.vcpu_count = 0)),
             ("vcpu_count is 17;", error(|c| c.machine.vcpu_count = 17)),
             ("mem_size_mib is 0;", error(|c| c.machine.mem_size_mib = 0)),

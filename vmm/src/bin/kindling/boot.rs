@@ -1,7 +1,7 @@
 //! `kindling boot`: one machine from start to end.
 
 use crate::terminal::RawTerminal;
-use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, complain, report, signals};
+use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, complain, report, signals, tell};
 use clap::{ArgGroup, Args};
 use kindling::config::image::Image;
 use kindling::config::{self, BootSource, Config, ConfigError, Console, GuestConfig, MachineConfig};
@@ -106,10 +106,10 @@ fn boot(arguments: &Arguments, timeline: Timeline) -> Result<Exit, Error> {
 
 fn finish(arguments: &Arguments, exit: &Exit) -> ExitCode {
     if exit.reason.is_failure() {
-        eprint!("{}", report::failure(exit));
+        tell(&report::failure(exit));
     }
     if arguments.report {
-        eprint!("{}", report::timeline(exit));
+        tell(&report::timeline(exit));
     }
     if let Some(path) = &arguments.report_json
         && let Err(source) = std::fs::write(path, report::json(exit))

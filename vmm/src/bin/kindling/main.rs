@@ -2,7 +2,7 @@
 //!
 //! Exit status: the guest's own, 2 for a request that cannot be met, and the codes of
 //! [`kindling::ExitReason::status`] and 125 for everything that went wrong on the way.
-#![expect(clippy::print_stderr, clippy::print_stdout, reason = "a command speaks to its user")]
+#![expect(clippy::print_stdout, reason = "a command speaks to its user")]
 
 mod boot;
 mod doctor;
@@ -13,6 +13,7 @@ mod terminal;
 use clap::{Parser, Subcommand};
 use kindling::Instant;
 use std::error::Error;
+use std::io::Write;
 use std::process::ExitCode;
 
 /// Boots Linux microVMs within milliseconds.
@@ -53,5 +54,11 @@ fn complain(error: &dyn Error) {
         line.push_str(&cause.to_string());
         source = cause.source();
     }
-    eprintln!("kindling: {line}");
+    // A file's author chooses some of the words; they must not reach the terminal as commands.
+    tell(&format!("kindling: {}\n", report::printable(&line)));
+}
+
+/// Writes to standard error, and does without where nobody reads it.
+fn tell(text: &str) {
+    let _ = std::io::stderr().write_all(text.as_bytes());
 }

@@ -120,7 +120,7 @@ pub(crate) fn failure(exit: &Exit) -> String {
 }
 
 /// A guest's text must not move the reader's cursor or change the terminal's state.
-fn printable(line: &str) -> String {
+pub(crate) fn printable(line: &str) -> String {
     line.chars().map(|c| if c.is_control() && c != '\t' { '.' } else { c }).collect()
 }
 

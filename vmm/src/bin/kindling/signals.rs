@@ -31,6 +31,12 @@ pub(crate) fn stop_on_termination(handle: StopHandle) -> io::Result<()> {
         // SAFETY: an all-zero sigaction is valid, and the handler only does what handlers may.
         let result = unsafe {
             let mut action: libc::sigaction = std::mem::zeroed();
+            libc::sigaction(signal, std::ptr::null(), &raw mut action);
+            if action.sa_sigaction == libc::SIG_IGN {
+                // nohup, or a shell that put this command into the background, wants it ignored.
+                continue;
+            }
+            action = std::mem::zeroed();
             action.sa_sigaction = stop as extern "C" fn(libc::c_int) as libc::sighandler_t;
             libc::sigaction(signal, &raw const action, std::ptr::null_mut())
         };
