@@ -143,7 +143,17 @@ fn stops_with_a_full_pipe(code: &[u8], input: Stdio) {
     unsafe {
         libc::kill(pid, libc::SIGTERM);
     }
-    assert_eq!(child.wait().unwrap().code(), Some(143));
+    let status = loop {
+        match child.try_wait().unwrap() {
+            Some(status) => break status,
+            None if told.elapsed() < PATIENCE => std::thread::yield_now(),
+            None => {
+                child.kill().unwrap();
+                panic!("SIGTERM did not end it within {PATIENCE:?}");
+            }
+        }
+    };
+    assert_eq!(status.code(), Some(143));
     assert!(told.elapsed() < Duration::from_secs(1), "stopping took {:?}", told.elapsed());
 }
 
