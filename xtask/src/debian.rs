@@ -46,25 +46,23 @@ fn ensure(needed: &[(&str, &str)]) -> Result<()> {
 }
 
 fn install(packages: &[&str]) -> Result<()> {
-    let shell = Shell::new()?;
-    let sudo: &[&str] = if rustix::process::geteuid().is_root() { &[] } else { &["sudo"] };
-    let install = |shell: &Shell| {
-        let words: Vec<&str> = sudo.iter().copied().chain(["apt-get"]).collect();
-        let (program, rest) = (words[0], &words[1..]);
-        cmd!(shell, "{program} {rest...} install --yes --quiet --no-install-recommends {packages...}")
-            .env("DEBIAN_FRONTEND", "noninteractive")
-            .quiet()
-            .ignore_stdout()
-            .run()
+    let install = || {
+        let words = ["install", "--yes", "--quiet", "--no-install-recommends"];
+        apt_get(&[&words[..], packages].concat())
     };
-    if install(&shell).is_ok() {
-        return Ok(());
-    }
-    // A machine whose package lists were never fetched, or are out of date.
-    let words: Vec<&str> = sudo.iter().copied().chain(["apt-get"]).collect();
-    let (program, rest) = (words[0], &words[1..]);
-    cmd!(shell, "{program} {rest...} update --quiet").quiet().ignore_stdout().run()?;
-    Ok(install(&shell)?)
+    // A machine's package lists may never have been fetched, or be out of date.
+    install().or_else(|_| update().and_then(|()| install()))
+}
+
+/// `apt-get`, as root.
+fn apt_get(words: &[&str]) -> Result<()> {
+    let shell = Shell::new()?;
+    let command = if rustix::process::geteuid().is_root() {
+        cmd!(shell, "apt-get {words...}")
+    } else {
+        cmd!(shell, "sudo apt-get {words...}")
+    };
+    Ok(command.env("DEBIAN_FRONTEND", "noninteractive").quiet().ignore_stdout().run()?)
 }
 
 /// The unpacked content of a package, which is not installed. `name` may be a package that only
@@ -116,13 +114,7 @@ fn resolve(name: &str) -> Result<String> {
 }
 
 fn update() -> Result<()> {
-    let shell = Shell::new()?;
-    let result = if rustix::process::geteuid().is_root() {
-        cmd!(shell, "apt-get update --quiet").quiet().ignore_stdout().run()
-    } else {
-        cmd!(shell, "sudo apt-get update --quiet").quiet().ignore_stdout().run()
-    };
-    result.context("cannot fetch Debian's package lists; try: sudo apt-get update")
+    apt_get(&["update", "--quiet"]).context("cannot fetch Debian's package lists; try: sudo apt-get update")
 }
 
 /// Downloads a package file into a directory.

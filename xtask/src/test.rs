@@ -51,33 +51,14 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
         };
         programs.iter().filter(|program| belongs(&program.name)).collect()
     };
-    for program in chosen("on_host_") {
-        println!("\n{} (on this host)", program.name);
-        let status =
-            program.command(filter).env("KINDLING_TESTBED", &testbed).stdin(Stdio::null()).status()?;
-        if !status.success() {
-            failed.push(program.name.clone());
-        }
-    }
+    failed.extend(here("on this host", &chosen("on_host_"), &testbed, filter)?);
     let mut booting = chosen("");
     if !testbed.join(FIRECRACKER).exists() {
         println!("\nno {FIRECRACKER} in PATH: the test that boots the image with it is not part of this run");
         booting.retain(|program| program.name != FIRECRACKER);
     }
     match host {
-        Host::Hardware => {
-            for program in booting {
-                println!("\n{} (on this host's KVM)", program.name);
-                let status = program
-                    .command(filter)
-                    .env("KINDLING_TESTBED", &testbed)
-                    .stdin(Stdio::null())
-                    .status()?;
-                if !status.success() {
-                    failed.push(program.name.clone());
-                }
-            }
-        }
+        Host::Hardware => failed.extend(here("on this host's KVM", &booting, &testbed, filter)?),
         Host::Lab => failed.extend(in_lab(LAB_CPUS, &booting, &testbed, filter)?),
     }
     failed.extend(in_lab(1, &chosen("exact_"), &testbed, filter)?);
@@ -104,12 +85,6 @@ struct Program {
 }
 
 impl Program {
-    fn command(&self, filter: &str) -> Command {
-        let mut command = Command::new(&self.path);
-        command.args(Self::arguments(&self.name, filter));
-        command
-    }
-
     /// A filter that names the program chooses all of its tests.
     fn arguments(name: &str, filter: &str) -> Vec<String> {
         let mut arguments = vec!["--test-threads=1".to_owned()];
@@ -213,6 +188,20 @@ fn unpack_kernel(bzimage: &[u8], target: &Path) -> Result<()> {
         Command::new(tool).args(["-d", "-c"]).stdin(input).stdout(fs::File::create(target)?).status()?;
     anyhow::ensure!(status.success(), "{tool} could not unpack the kernel");
     Ok(())
+}
+
+/// Runs test programs on this machine; the names of those that failed.
+fn here(place: &str, programs: &[&Program], testbed: &Path, filter: &str) -> Result<Vec<String>> {
+    let mut failed = Vec::new();
+    for Program { name, path } in programs {
+        println!("\n{name} ({place})");
+        let mut command = Command::new(path);
+        command.args(Program::arguments(name, filter)).env("KINDLING_TESTBED", testbed).stdin(Stdio::null());
+        if !command.status()?.success() {
+            failed.push(name.clone());
+        }
+    }
+    Ok(failed)
 }
 
 /// Runs test programs in one exact lab, where they do the same every time; the names of those that
