@@ -57,6 +57,19 @@ pub(crate) fn read_configuration() -> Result<Option<Vec<u8>>, u32> {
     Ok(Some(frame))
 }
 
+/// Sends the kernel's log to the VMM.
+pub(crate) fn send_kernel_log(text: &[u8]) {
+    if !has_ports() {
+        return;
+    }
+    // SAFETY: `text` is readable for its length, the kernel permits port I/O and the direction flag
+    // is clear.
+    unsafe {
+        core::arch::asm!("rep outsb", in("dx") port::KERNEL_LOG, inout("rsi") text.as_ptr() => _,
+                         inout("rcx") text.len() => _, options(nostack, preserves_flags, readonly));
+    }
+}
+
 /// Takes the permission for port I/O away from this process; payloads do not inherit it.
 pub(crate) fn drop_ports() {
     crate::syscall::drop_port_permission();

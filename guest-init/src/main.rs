@@ -9,6 +9,7 @@ extern crate alloc;
 
 mod greeting;
 mod heap;
+mod kernel_log;
 mod machine;
 mod mem;
 mod payload;
@@ -40,5 +41,8 @@ fn main() -> ! {
     } else {
         payload::run(&answer.spec)
     };
+    if answer.spec.kernel_log {
+        kernel_log::send();
+    }
     machine::end(ExitStatus::Payload(code))
 }

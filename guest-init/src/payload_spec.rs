@@ -20,6 +20,8 @@ pub struct PayloadSpec {
     pub group_id: u32,
     /// Nanoseconds from the creation of the VM to the answer, when the VMM gave it.
     pub vm_age: Option<u64>,
+    /// Whether the VMM wants the kernel's log.
+    pub kernel_log: bool,
 }
 
 impl PayloadSpec {
@@ -38,6 +40,7 @@ impl PayloadSpec {
                 Item::UserId(id) => spec.user_id = id,
                 Item::GroupId(id) => spec.group_id = id,
                 Item::VmAge(age) => spec.vm_age = Some(age),
+                Item::KernelLog => spec.kernel_log = true,
             }
         }
         Ok(spec)

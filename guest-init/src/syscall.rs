@@ -11,6 +11,7 @@ const RT_SIGPROCMASK: usize = 14;
 const FORK: usize = 57;
 const EXECVE: usize = 59;
 const RT_SIGTIMEDWAIT: usize = 128;
+const SYSLOG: usize = 103;
 const IOPL: usize = 172;
 const EXIT_GROUP: usize = 231;
 
@@ -85,6 +86,20 @@ pub(crate) unsafe fn execve(
 pub(crate) fn drop_port_permission() {
     // SAFETY: level 0 only takes permissions away.
     let _ = unsafe { call(IOPL, [0; 4]) };
+}
+
+/// Bytes of the kernel's log buffer.
+pub(crate) fn kernel_log_size() -> Result<usize, Errno> {
+    const SIZE_BUFFER: usize = 10;
+    // SAFETY: this action reads a number and nothing else.
+    unsafe { call(SYSLOG, [SIZE_BUFFER, 0, 0, 0]) }
+}
+
+/// Copies the last of the kernel's log into `text`; the number of bytes.
+pub(crate) fn read_kernel_log(text: &mut [u8]) -> Result<usize, Errno> {
+    const READ_ALL: usize = 3;
+    // SAFETY: the kernel writes at most as many bytes as it is told that there are.
+    unsafe { call(SYSLOG, [READ_ALL, text.as_mut_ptr().addr(), text.len(), 0]) }
 }
 
 /// Ends this process.

@@ -1,4 +1,4 @@
-//! From the port of an access to the device behind it.
+//! From the port or the address of an access to the device behind it.
 
 use guest_protocol::ExitStatus;
 use std::fmt;
@@ -15,79 +15,101 @@ pub enum GuestRequest {
     Reset,
 }
 
-/// A device with I/O ports.
+/// A device with registers, in I/O ports or in memory.
 ///
-/// `offset` counts from the device's first port. `data` has as many bytes as the access; a string
-/// instruction (`rep insb`) arrives as one access with all its bytes.
-pub trait PortDevice: Send {
+/// `offset` counts from the device's first port or address. `data` has as many bytes as the access;
+/// a string instruction (`rep insb`) arrives as one access with all its bytes.
+pub trait BusDevice: Send {
     /// Answers a read by filling `data`, which holds all ones.
     fn read(&mut self, offset: u16, data: &mut [u8]);
     /// Takes a write.
     fn write(&mut self, offset: u16, data: &[u8]) -> Option<GuestRequest>;
 }
 
-struct Claim {
-    ports: RangeInclusive<u16>,
-    device: Arc<Mutex<dyn PortDevice>>,
+struct Claim<A> {
+    range: RangeInclusive<A>,
+    device: Arc<Mutex<dyn BusDevice>>,
 }
 
-/// The I/O ports of a machine. Ports that no device claims read as all ones and ignore writes, as
-/// on a PC; such accesses are counted.
-#[derive(Default)]
-pub struct PortBus {
-    claims: Vec<Claim>,
+/// Either the I/O ports of a machine or its addresses that are no RAM. Those that no device claims
+/// read as all ones and ignore writes, as on a PC; such accesses are counted.
+pub struct Bus<A> {
+    claims: Vec<Claim<A>>,
     unclaimed: AtomicU64,
 }
 
-impl fmt::Debug for PortBus {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_list().entries(self.claims.iter().map(|claim| &claim.ports)).finish()
+/// The I/O ports.
+pub type PortBus = Bus<u16>;
+/// The guest-physical addresses that are no RAM.
+pub type MemoryBus = Bus<u64>;
+
+impl<A> Default for Bus<A> {
+    fn default() -> Self {
+        Self { claims: Vec::new(), unclaimed: AtomicU64::new(0) }
     }
 }
 
-impl PortBus {
-    /// Gives these ports to a device.
-    pub fn claim(&mut self, ports: RangeInclusive<u16>, device: Arc<Mutex<dyn PortDevice>>) {
+impl<A: fmt::Debug> fmt::Debug for Bus<A> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.claims.iter().map(|claim| &claim.range)).finish()
+    }
+}
+
+impl<A> Bus<A>
+where
+    A: Copy + Ord + fmt::Debug + std::ops::Sub<Output = A> + TryInto<u16>,
+{
+    /// Gives these ports or addresses to a device; at most 65,536 of them.
+    pub fn claim(&mut self, range: RangeInclusive<A>, device: Arc<Mutex<dyn BusDevice>>) {
         debug_assert!(
             self.claims
                 .iter()
-                .all(|other| other.ports.end() < ports.start() || ports.end() < other.ports.start()),
-            "two devices claim ports of {ports:x?}"
+                .all(|other| other.range.end() < range.start() || range.end() < other.range.start()),
+            "two devices claim parts of {range:x?}"
         );
-        self.claims.push(Claim { ports, device });
+        self.claims.push(Claim { range, device });
     }
 
-    /// Reads a port.
-    pub fn read(&self, port: u16, data: &mut [u8]) {
+    /// Reads a port or an address.
+    pub fn read(&self, at: A, data: &mut [u8]) {
         data.fill(0xff);
-        match self.find(port) {
+        match self.find(at) {
             Some((claim, offset)) => lock(&claim.device).read(offset, data),
             None => self.count_unclaimed(),
         }
     }
 
-    /// Writes a port.
-    pub fn write(&self, port: u16, data: &[u8]) -> Option<GuestRequest> {
-        let Some((claim, offset)) = self.find(port) else {
+    /// Writes a port or an address.
+    pub fn write(&self, at: A, data: &[u8]) -> Option<GuestRequest> {
+        let Some((claim, offset)) = self.find(at) else {
             self.count_unclaimed();
             return None;
         };
         lock(&claim.device).write(offset, data)
     }
 
-    /// Accesses so far to ports that no device has.
+    /// Accesses so far to what no device has.
     pub fn unclaimed(&self) -> u64 {
         self.unclaimed.load(Ordering::Relaxed)
     }
 
-    fn find(&self, port: u16) -> Option<(&Claim, u16)> {
-        let claim = self.claims.iter().find(|claim| claim.ports.contains(&port))?;
-        Some((claim, port - claim.ports.start()))
+    fn find(&self, at: A) -> Option<(&Claim<A>, u16)> {
+        let claim = self.claims.iter().find(|claim| claim.range.contains(&at))?;
+        Some((claim, (at - *claim.range.start()).try_into().ok()?))
     }
 
     fn count_unclaimed(&self) {
         self.unclaimed.fetch_add(1, Ordering::Relaxed);
     }
+}
+
+/// The two buses of a machine.
+#[derive(Debug, Default)]
+pub struct Buses {
+    /// I/O ports.
+    pub ports: PortBus,
+    /// Addresses.
+    pub memory: MemoryBus,
 }
 
 /// Locks a device. A thread that panicked while it held the lock has ended the process
@@ -103,7 +125,7 @@ mod tests {
     #[derive(Default)]
     struct Recorder(Vec<(u16, Vec<u8>)>);
 
-    impl PortDevice for Recorder {
+    impl BusDevice for Recorder {
         fn read(&mut self, offset: u16, data: &mut [u8]) {
             data[0] = offset.to_le_bytes()[0];
         }

@@ -1,6 +1,7 @@
 //! How a machine ended.
 
 use crate::kvm::{ExitCounts, Registers};
+use crate::profile::Profile;
 use crate::timeline::Timeline;
 
 /// Why a machine ended.
@@ -92,4 +93,6 @@ pub struct Exit {
     pub console_tail: Vec<String>,
     /// Registers of the vCPU that failed, if one did.
     pub registers: Option<Registers>,
+    /// The records of a boot that was profiled.
+    pub profile: Option<Profile>,
 }

@@ -14,6 +14,7 @@
 //!     machine: MachineConfig { vcpu_count: 2, mem_size_mib: 256 },
 //!     console: Console::Stdio,
 //!     guest: GuestConfig::default(),
+//!     profile: None,
 //! };
 //! let timeline = Timeline::starting_at(kindling::Instant::now());
 //! let exit = Machine::new(&config, timeline)?.start()?.wait();
@@ -33,11 +34,13 @@ pub mod kvm;
 pub mod layout;
 mod machine;
 pub mod memory;
+mod profile;
 mod running;
 mod timeline;
 
 pub use config::Config;
 pub use exit::{Exit, ExitReason};
 pub use machine::{Error, Machine};
+pub use profile::{ExitKind, ExitRecord, Profile, ProfileConfig, Sample};
 pub use running::{Running, StopHandle};
 pub use timeline::{Instant, Step, Timeline};

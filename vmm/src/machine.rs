@@ -1,18 +1,22 @@
 //! From a configuration to a machine that runs: the recipe, in the order it happens.
 
+use crate::boot::Hardware;
 use crate::boot::{self, BootError};
-use crate::bus::{PortBus, lock};
-use crate::config::{Config, ConfigError, Console};
+use crate::bus::{Buses, lock};
+use crate::config::{Config, ConfigError, Console, InterruptControllers};
 use crate::devices::boot_mark::BootMarks;
 use crate::devices::configuration::Configuration;
 use crate::devices::console::ConsoleOutput;
 use crate::devices::exit_port::ExitPort;
+use crate::devices::io_apic::IoApic;
+use crate::devices::kernel_log::KernelLog;
 use crate::devices::legacy::{AbsentClock, KeyboardController, ResetControl};
 use crate::devices::serial::SerialPort;
 use crate::event_loop::Input;
 use crate::kvm::{Hypervisor, KvmError, Vcpu, Vm};
 use crate::layout;
 use crate::memory::{GuestMemory, MemoryError};
+use crate::profile::Recorder;
 use crate::running::Running;
 use crate::timeline::{Instant, Timeline};
 use guest_protocol::port;
@@ -86,9 +90,11 @@ pub struct Machine {
 /// The devices of a machine, on their bus and by name where somebody outside the bus needs them.
 #[derive(Debug)]
 pub(crate) struct Devices {
-    pub(crate) bus: Arc<PortBus>,
+    pub(crate) buses: Arc<Buses>,
     pub(crate) marks: Arc<Mutex<BootMarks>>,
     pub(crate) serial: Arc<Mutex<SerialPort>>,
+    /// Where init sends the kernel's log, if the boot is profiled.
+    pub(crate) kernel_log: Option<Arc<Mutex<KernelLog>>>,
     pub(crate) input: Option<Input>,
 }
 
@@ -105,13 +111,15 @@ impl Machine {
         // What the user can get wrong comes first, so that it is named even where there is no KVM.
         let vcpu_count = config.machine.vcpu_count;
         let memory = GuestMemory::anonymous(config.machine.mem_size_mib * layout::MIB)?;
-        let entry = boot::load(&memory, &config.boot_source, vcpu_count)?;
+        let controllers = config.boot_source.interrupt_controllers;
+        let hardware = Hardware { vcpus: vcpu_count, lines: &[layout::SERIAL_GSI], controllers };
+        let entry = boot::load(&memory, &config.boot_source, hardware)?;
         timeline.reached("kernel loaded");
 
         let hypervisor = Hypervisor::open()?;
         timeline.reached("KVM opened");
 
-        let vm = Vm::new(hypervisor)?;
+        let vm = Vm::new(hypervisor, controllers)?;
         let created = Instant::now();
         attach_memory(&vm, &memory)?;
         timeline.reached("VM created");
@@ -120,8 +128,12 @@ impl Machine {
         let devices = build_devices(config, &vm, created, &stopping)?;
         timeline.reached("devices built");
 
-        let vcpus =
+        let mut vcpus =
             (0..vcpu_count).map(|id| vm.create_vcpu(id, vcpu_count)).collect::<Result<Vec<_>, _>>()?;
+        for (id, vcpu) in (0..).zip(&mut vcpus) {
+            vcpu.recorder = config.profile.map(|profile| Recorder::new(profile, id));
+            vcpu.memory = config.profile.map(|_| memory.clone());
+        }
         vcpus[0].set_entry(entry)?;
         timeline.reached("vCPUs created");
 
@@ -156,10 +168,17 @@ fn build_devices(
     let serial = SerialPort::new(vm.interrupt(layout::SERIAL_GSI)?, drained, output);
     let serial = Arc::new(Mutex::new(serial));
     let marks = Arc::new(Mutex::new(BootMarks::default()));
-    let configuration =
-        Configuration::new(config.guest.clone(), created).map_err(|_| ConfigError::PayloadTooLong)?;
+    let wants_log = config.profile.is_some();
+    let configuration = Configuration::new(config.guest.clone(), created, wants_log)
+        .map_err(|_| ConfigError::PayloadTooLong)?;
 
-    let mut bus = PortBus::default();
+    let mut buses = Buses::default();
+    if config.boot_source.interrupt_controllers == InterruptControllers::IoApic {
+        let device = Arc::new(Mutex::new(IoApic::new(vm.message_routes())));
+        let start = layout::IO_APIC.0;
+        buses.memory.claim(start..=start + layout::PAGE_SIZE - 1, device);
+    }
+    let bus = &mut buses.ports;
     let one = |port: u16| port..=port;
     bus.claim(layout::SERIAL_PORT..=layout::SERIAL_PORT + 7, serial.clone());
     bus.claim(one(port::BOOT_MARK), marks.clone());
@@ -168,7 +187,11 @@ fn build_devices(
     bus.claim(one(layout::KEYBOARD_CONTROLLER_PORT), Arc::new(Mutex::new(KeyboardController)));
     bus.claim(one(layout::RESET_CONTROL_PORT), Arc::new(Mutex::new(ResetControl)));
     bus.claim(one(layout::RTC_DATA_PORT), Arc::new(Mutex::new(AbsentClock)));
-    Ok(Devices { bus: Arc::new(bus), marks, serial, input })
+    let kernel_log = wants_log.then(Arc::<Mutex<KernelLog>>::default);
+    if let Some(log) = &kernel_log {
+        bus.claim(one(port::KERNEL_LOG), log.clone());
+    }
+    Ok(Devices { buses: Arc::new(buses), marks, serial, kernel_log, input })
 }
 
 /// Where console output goes and where its input comes from.

@@ -55,8 +55,8 @@ pub enum MemoryError {
     },
 }
 
-/// The memory of one guest.
-#[derive(Debug)]
+/// The memory of one guest; a clone is the same memory.
+#[derive(Clone, Debug)]
 pub struct GuestMemory {
     inner: GuestMemoryMmap,
 }
@@ -109,6 +109,15 @@ impl GuestMemory {
         self.inner
             .write_slice(bytes, address)
             .map_err(|_| MemoryError::Outside { address: address.0, length: bytes.len() as u64 })
+    }
+
+    /// Reads bytes of guest memory.
+    ///
+    /// # Errors
+    /// When not all of the range is guest memory.
+    pub fn read(&self, address: GuestAddress, bytes: &mut [u8]) -> Result<(), MemoryError> {
+        let length = bytes.len() as u64;
+        self.inner.read_slice(bytes, address).map_err(|_| MemoryError::Outside { address: address.0, length })
     }
 
     /// Reads a part of a file into guest memory.

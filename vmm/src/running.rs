@@ -1,10 +1,11 @@
 //! A machine that runs: one thread per vCPU, and the thread that waits for its end.
 
-use crate::bus::{GuestRequest, PortBus, lock};
+use crate::bus::{GuestRequest, lock};
 use crate::event_loop::{EventLoop, LoopEnd};
 use crate::exit::{Exit, ExitReason};
 use crate::kvm::{ExitCounts, Registers, Vcpu, VcpuEnd};
 use crate::machine::{Error, Machine};
+use crate::profile::{Profile, Recorder};
 use crate::timeline::Instant;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io;
@@ -28,6 +29,7 @@ struct VcpuOutcome {
     counts: ExitCounts,
     registers: Option<Registers>,
     first_run: Instant,
+    recorder: Option<Recorder>,
 }
 
 /// A running machine. Dropping it stops it.
@@ -89,17 +91,25 @@ impl Running {
 
     fn start_vcpu(&mut self, id: usize, mut vcpu: Vcpu) -> Result<(), Error> {
         let ended = self.ended.try_clone().map_err(Error::host("duplicate an eventfd"))?;
-        let bus: Arc<PortBus> = Arc::clone(&self.machine.devices.bus);
+        let buses = Arc::clone(&self.machine.devices.buses);
         let stopping: Arc<AtomicBool> = Arc::clone(&self.machine.stopping);
         let outcomes = Arc::clone(&self.outcomes);
         let run = move || {
             // Whoever started this process may have blocked the signal.
             let _ = unblock_signal(SIGRTMIN());
+            // Without a timer there are no samples, which the profile shows.
+            if let Some(recorder) = &mut vcpu.recorder {
+                let _ = recorder.start_sampling();
+            }
             let first_run = Instant::now();
-            let end = vcpu.run(&bus, &stopping);
+            let end = vcpu.run(&buses, &stopping);
             let registers = end.is_failure().then(|| vcpu.registers()).flatten();
             let counts = *vcpu.counts();
-            lock(&outcomes).push(VcpuOutcome { end, counts, registers, first_run });
+            let mut recorder = vcpu.recorder.take();
+            if let Some(recorder) = &mut recorder {
+                recorder.stop_sampling();
+            }
+            lock(&outcomes).push(VcpuOutcome { end, counts, registers, first_run, recorder });
             // The reader is polled until every thread has ended, so this cannot overflow.
             let _ = ended.write(1);
         };
@@ -147,7 +157,7 @@ impl Running {
     }
 
     fn describe(&mut self, end: LoopEnd, ended_at: Instant) -> Exit {
-        let outcomes = std::mem::take(&mut *lock(&self.outcomes));
+        let mut outcomes = std::mem::take(&mut *lock(&self.outcomes));
         let devices = &self.machine.devices;
         let mut exits = ExitCounts::default();
         for outcome in &outcomes {
@@ -161,6 +171,13 @@ impl Running {
         timeline.reached_at("guest ended", ended_at);
         timeline.reached("vCPUs stopped");
 
+        let profile = devices.kernel_log.as_ref().map(|log| {
+            let mut profile = Profile { kernel_log: lock(log).text().to_vec(), ..Profile::default() };
+            for recorder in outcomes.iter_mut().filter_map(|outcome| outcome.recorder.take()) {
+                profile.add(recorder);
+            }
+            profile
+        });
         let console_tail = lock(&devices.serial).last_lines(CONSOLE_LINES);
         let mut registers = None;
         let reason = match end {
@@ -175,7 +192,15 @@ impl Running {
                 None => ExitReason::Stopped,
             },
         };
-        Exit { reason, timeline, exits, unclaimed_ports: devices.bus.unclaimed(), console_tail, registers }
+        Exit {
+            reason,
+            timeline,
+            exits,
+            unclaimed_ports: devices.buses.ports.unclaimed(),
+            console_tail,
+            registers,
+            profile,
+        }
     }
 }
 

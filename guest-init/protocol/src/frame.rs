@@ -35,6 +35,8 @@ pub enum Item<'a> {
     GroupId(u32),
     /// Nanoseconds from the creation of the VM until this frame was made.
     VmAge(u64),
+    /// Init sends the kernel's log over its port before the guest ends.
+    KernelLog,
 }
 
 impl Item<'_> {
@@ -47,6 +49,7 @@ impl Item<'_> {
             Self::UserId(_) => 5,
             Self::GroupId(_) => 6,
             Self::VmAge(_) => 7,
+            Self::KernelLog => 8,
         }
     }
 }
@@ -124,6 +127,7 @@ fn value_len(item: &Item<'_>) -> usize {
         | Item::Hostname(bytes) => bytes.len(),
         Item::UserId(_) | Item::GroupId(_) => 4,
         Item::VmAge(_) => 8,
+        Item::KernelLog => 0,
     }
 }
 
@@ -138,6 +142,7 @@ fn encode_item<S: Extend<u8>>(item: &Item<'_>, sink: &mut S) -> Result<(), Frame
         | Item::Hostname(bytes) => sink.extend(bytes.iter().copied()),
         Item::UserId(id) | Item::GroupId(id) => sink.extend(id.to_le_bytes()),
         Item::VmAge(age) => sink.extend(age.to_le_bytes()),
+        Item::KernelLog => {}
     }
     Ok(())
 }
@@ -205,6 +210,8 @@ fn parse_item(tag: u8, value: &[u8]) -> Result<Item<'_>, FrameError> {
         5 => Item::UserId(u32::from_le_bytes(value.try_into().map_err(|_| number)?)),
         6 => Item::GroupId(u32::from_le_bytes(value.try_into().map_err(|_| number)?)),
         7 => Item::VmAge(u64::from_le_bytes(value.try_into().map_err(|_| number)?)),
+        8 if value.is_empty() => Item::KernelLog,
+        8 => return Err(number),
         _ => return Err(FrameError::UnknownItem(tag)),
     })
 }
@@ -222,7 +229,7 @@ mod tests {
         bytes
     }
 
-    const EVERY_KIND: [Item<'_>; 8] = [
+    const EVERY_KIND: [Item<'_>; 9] = [
         Item::Argument(b"/bin/sh"),
         Item::Argument(b""),
         Item::Environment(b"A=b"),
@@ -231,6 +238,7 @@ mod tests {
         Item::UserId(1000),
         Item::GroupId(100),
         Item::VmAge(12_345_678_901),
+        Item::KernelLog,
     ];
 
     #[test]

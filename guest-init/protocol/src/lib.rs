@@ -12,6 +12,9 @@ pub mod frame;
 pub mod port {
     /// One byte written: the guest reached the stage with that [`BootMark`](super::BootMark).
     pub const BOOT_MARK: u16 = 0x550;
+    /// Bytes written, one or many by a string instruction: the kernel's log, where the
+    /// configuration asks for it ([`Item::KernelLog`](super::frame::Item::KernelLog)).
+    pub const KERNEL_LOG: u16 = 0x551;
     /// Four bytes written: the guest ends with that [`ExitStatus`](super::ExitStatus).
     pub const EXIT: u16 = 0x554;
     /// Four bytes read: the length in bytes of the configuration frame, which this read also
@@ -53,17 +56,23 @@ pub enum BootMark {
     PayloadStarted = 0x14,
     /// The payload's process has ended.
     PayloadEnded = 0x15,
+    /// Init has written [`CLOCK_LINE`] into the kernel's log: the log's clock and the VMM's meet.
+    ClockLine = 0x16,
 }
+
+/// The line of the kernel's log whose time is that of [`BootMark::ClockLine`].
+pub const CLOCK_LINE: &str = "kindling: clock";
 
 impl BootMark {
     /// Every mark, in the order of a boot.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::InitEntered,
         Self::FilesystemsMounted,
         Self::SystemReady,
         Self::Configured,
         Self::PayloadStarted,
         Self::PayloadEnded,
+        Self::ClockLine,
     ];
 
     /// The mark with this number, if there is one.
@@ -82,6 +91,7 @@ impl BootMark {
             Self::Configured => "init: configuration read",
             Self::PayloadStarted => "payload started",
             Self::PayloadEnded => "payload ended",
+            Self::ClockLine => "clock written to the kernel log",
         }
     }
 }

@@ -10,8 +10,8 @@ mod zero_page;
 
 pub(crate) use tables::{CODE_SEGMENT, DATA_SEGMENT, GDT_ENTRIES, write as write_tables};
 
-use crate::config::BootSource;
-use crate::layout;
+use crate::config::{BootSource, InterruptControllers};
+use crate::layout::{self, Gsi};
 use crate::memory::{GuestMemory, MemoryError};
 use std::fs::File;
 use std::io;
@@ -92,18 +92,29 @@ struct Kernel {
     setup_header: Option<linux_loader::bootparam::setup_header>,
 }
 
+/// What the boot tables say of the machine.
+#[derive(Clone, Copy, Debug)]
+pub struct Hardware<'a> {
+    /// vCPUs.
+    pub vcpus: u8,
+    /// Interrupt lines that lead to a device.
+    pub lines: &'a [Gsi],
+    /// The interrupt controllers.
+    pub controllers: InterruptControllers,
+}
+
 /// Puts the kernel, the initrd, the command line and every table into guest memory.
 ///
 /// # Errors
 /// When a file is not what it should be, or does not fit.
-pub fn load(memory: &GuestMemory, source: &BootSource, vcpus: u8) -> Result<Entry, BootError> {
+pub fn load(memory: &GuestMemory, source: &BootSource, hardware: Hardware<'_>) -> Result<Entry, BootError> {
     let kernel = load_kernel(memory, &source.kernel_image_path)?;
     let initrd =
         source.initrd_path.as_ref().map(|path| initrd::load(memory, path, kernel.end)).transpose()?.flatten();
     write_command_line(memory, &source.boot_args)?;
     zero_page::write(memory, &kernel, initrd, &source.boot_args)?;
     tables::write(memory)?;
-    mp_table::write(memory, vcpus)?;
+    mp_table::write(memory, hardware)?;
     Ok(Entry { instruction: kernel.entry })
 }
 

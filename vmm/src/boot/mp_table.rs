@@ -1,6 +1,8 @@
 //! The MP table: which processors and interrupt lines there are (Intel MultiProcessor
 //! Specification 1.4). It takes the place of ACPI.
 
+use super::Hardware;
+use crate::config::InterruptControllers;
 use crate::layout::{self, MP_TABLE};
 use crate::memory::{GuestMemory, MemoryError};
 
@@ -23,14 +25,14 @@ const NMI: u8 = 1;
 const EXTERNAL: u8 = 3;
 const EVERY_APIC: u8 = 0xff;
 
-/// Writes the MP table of a machine with this many vCPUs.
-pub(super) fn write(memory: &GuestMemory, vcpus: u8) -> Result<(), MemoryError> {
-    memory.write(MP_TABLE, &table(vcpus))
+/// Writes the MP table of a machine.
+pub(super) fn write(memory: &GuestMemory, hardware: Hardware<'_>) -> Result<(), MemoryError> {
+    memory.write(MP_TABLE, &table(hardware))
 }
 
 /// The floating pointer structure, and behind it the configuration table.
-fn table(vcpus: u8) -> Vec<u8> {
-    let entries = entries(vcpus);
+fn table(hardware: Hardware<'_>) -> Vec<u8> {
+    let entries = entries(hardware);
     let count = u16::try_from(entries.len()).unwrap_or(0);
     let body = entries.concat();
     let mut configuration = configuration_header(body.len(), count);
@@ -73,16 +75,22 @@ fn configuration_header(body: usize, count: u16) -> Vec<u8> {
     bytes
 }
 
-fn entries(vcpus: u8) -> Vec<Vec<u8>> {
+fn entries(hardware: Hardware<'_>) -> Vec<Vec<u8>> {
     // The I/O APIC's id follows those of the processors.
-    let io_apic = vcpus;
-    let mut entries: Vec<Vec<u8>> = (0..vcpus).map(processor).collect();
+    let io_apic = hardware.vcpus;
+    let mut entries: Vec<Vec<u8>> = (0..hardware.vcpus).map(processor).collect();
     entries.push([&[BUS, ISA_BUS][..], b"ISA   "].concat());
     let address = u32::try_from(layout::IO_APIC.0).unwrap_or(0).to_le_bytes();
     entries.push([&[IO_APIC, io_apic, APIC_VERSION, 1][..], &address].concat());
-    // Every line of the I/O APIC is the ISA interrupt of the same number, edge-triggered.
-    entries.extend((0..layout::IO_APIC_PINS).map(|pin| interrupt(IO_INTERRUPT, VECTORED, pin, io_apic, pin)));
-    entries.push(interrupt(LOCAL_INTERRUPT, EXTERNAL, 0, 0, 0));
+    // Every line is the ISA interrupt of the same number, edge-triggered. The kernel sets up each
+    // one that it is told of, so it is told of those that lead somewhere.
+    entries.extend(hardware.lines.iter().filter_map(|line| {
+        let pin = u8::try_from(line.0).ok()?;
+        Some(interrupt(IO_INTERRUPT, VECTORED, pin, io_apic, pin))
+    }));
+    if hardware.controllers == InterruptControllers::Pc {
+        entries.push(interrupt(LOCAL_INTERRUPT, EXTERNAL, 0, 0, 0));
+    }
     entries.push(interrupt(LOCAL_INTERRUPT, NMI, 0, EVERY_APIC, 1));
     entries
 }
@@ -111,15 +119,24 @@ fn checksum(bytes: &[u8]) -> u8 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::layout::Gsi;
 
     fn sum(bytes: &[u8]) -> u8 {
         bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
     }
 
+    fn hardware(vcpus: u8, controllers: InterruptControllers) -> Hardware<'static> {
+        Hardware { vcpus, lines: &[Gsi(4), Gsi(5), Gsi(23)], controllers }
+    }
+
     #[test]
     fn structures_and_sums_are_those_of_the_specification() {
-        for vcpus in [1, 2, 16] {
-            let bytes = table(vcpus);
+        for (vcpus, controllers, local) in [
+            (1, InterruptControllers::IoApic, 1),
+            (2, InterruptControllers::Pc, 2),
+            (16, InterruptControllers::Pc, 2),
+        ] {
+            let bytes = table(hardware(vcpus, controllers));
             assert_eq!(bytes[..4], *b"_MP_");
             assert_eq!(sum(&bytes[..16]), 0);
             assert_eq!(u32::from_le_bytes(bytes[4..8].try_into().unwrap()), 0x9_fc10);
@@ -129,13 +146,24 @@ mod tests {
             assert_eq!(usize::from(length), configuration.len());
             assert_eq!(sum(configuration), 0);
             let count = u16::from_le_bytes([configuration[34], configuration[35]]);
-            assert_eq!(count, u16::from(vcpus) + 1 + 1 + 24 + 2);
-            assert_eq!(configuration.len(), 44 + 20 * usize::from(vcpus) + 8 * 28);
+            assert_eq!(count, u16::from(vcpus) + 1 + 1 + 3 + local);
+            assert_eq!(configuration.len(), 44 + 20 * usize::from(vcpus) + 8 * (5 + usize::from(local)));
         }
     }
 
     #[test]
+    fn lines_keep_their_numbers() {
+        let entries = entries(hardware(1, InterruptControllers::IoApic));
+        // Type 3, vectored, conforming to the bus, bus 0 line n, APIC 1 pin n (section 4.3.4).
+        assert_eq!(entries[3], [3, 0, 0, 0, 0, 4, 1, 4]);
+        assert_eq!(entries[5], [3, 0, 0, 0, 0, 23, 1, 23]);
+    }
+
+    #[test]
     fn the_largest_table_fits_its_place() {
-        assert!(table(layout::VCPUS_MAX).len() as u64 <= layout::MP_TABLE_MAX);
+        let lines: Vec<Gsi> = (0..u32::from(layout::IO_APIC_PINS)).map(Gsi).collect();
+        let hardware =
+            Hardware { vcpus: layout::VCPUS_MAX, lines: &lines, controllers: InterruptControllers::Pc };
+        assert!(table(hardware).len() as u64 <= layout::MP_TABLE_MAX);
     }
 }

@@ -1,6 +1,6 @@
 //! A bootable image: a folder with a kernel, a root filesystem and a description of both.
 
-use super::{BootSource, ConfigError, json::read_bounded};
+use super::{BootSource, ConfigError, InterruptControllers, json::read_bounded};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -123,6 +123,8 @@ impl Image {
             kernel_image_path: path(&self.kernel),
             initrd_path: Some(path(&self.initrd)),
             boot_args: self.boot_args.clone(),
+            // The kernels of images read the MP table: the fragment kvm-guest sees to it.
+            interrupt_controllers: InterruptControllers::IoApic,
         }
     }
 }

@@ -71,6 +71,7 @@ pub fn from_json_file(path: &Path) -> Result<Config, ConfigError> {
         machine: machine(file.machine_config)?,
         console: Console::Stdio,
         guest: GuestConfig::default(),
+        profile: None,
     })
 }
 

@@ -6,6 +6,7 @@ pub mod image;
 mod json;
 
 pub use crate::devices::configuration::GuestConfig;
+pub use crate::profile::ProfileConfig;
 pub use json::from_json_file;
 
 use crate::layout::{COMMAND_LINE_MAX, VCPUS_MAX};
@@ -24,6 +25,19 @@ pub struct Config {
     pub console: Console,
     /// What init runs.
     pub guest: GuestConfig,
+    /// What to record of the boot; nothing by default, because recording costs time.
+    pub profile: Option<ProfileConfig>,
+}
+
+/// Which interrupt controllers a machine has beside the local APICs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum InterruptControllers {
+    /// Those of a PC: two 8259 and an I/O APIC, all inside KVM. Every kernel finds its interrupts.
+    #[default]
+    Pc,
+    /// An I/O APIC alone. A kernel that reads the MP table or, without one, needs no interrupt line
+    /// boots faster, because it does not set up what is not there.
+    IoApic,
 }
 
 /// Kernel, initrd and command line.
@@ -35,6 +49,8 @@ pub struct BootSource {
     pub initrd_path: Option<PathBuf>,
     /// The kernel command line; at most 2047 bytes.
     pub boot_args: String,
+    /// What the kernel expects for its interrupt lines.
+    pub interrupt_controllers: InterruptControllers,
 }
 
 impl BootSource {
@@ -45,6 +61,7 @@ impl BootSource {
             kernel_image_path: path.into(),
             initrd_path: None,
             boot_args: guest_protocol::DEFAULT_COMMAND_LINE.to_owned(),
+            interrupt_controllers: InterruptControllers::default(),
         }
     }
 }
@@ -208,7 +225,7 @@ fn validate_guest(guest: &GuestConfig) -> Result<(), ConfigError> {
     if [guest.user_id, guest.group_id].contains(&u32::MAX) {
         return Err(ConfigError::Id);
     }
-    guest.to_frame(0).map_err(|_| ConfigError::PayloadTooLong)?;
+    guest.to_frame(0, false).map_err(|_| ConfigError::PayloadTooLong)?;
     Ok(())
 }
 
@@ -228,6 +245,7 @@ mod tests {
             machine: MachineConfig::default(),
             console: Console::Null,
             guest: GuestConfig::default(),
+            profile: None,
         }
     }
 

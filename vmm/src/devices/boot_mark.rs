@@ -1,6 +1,6 @@
 //! The boot-mark port: one byte written says that the guest reached a stage.
 
-use crate::bus::{GuestRequest, PortDevice};
+use crate::bus::{BusDevice, GuestRequest};
 use crate::timeline::Instant;
 
 /// A mark and when it arrived.
@@ -29,7 +29,7 @@ impl BootMarks {
     }
 }
 
-impl PortDevice for BootMarks {
+impl BusDevice for BootMarks {
     fn read(&mut self, _offset: u16, _data: &mut [u8]) {}
 
     fn write(&mut self, _offset: u16, data: &[u8]) -> Option<GuestRequest> {

@@ -1,6 +1,6 @@
 //! The configuration ports: init reads the length of a frame, then the frame.
 
-use crate::bus::{GuestRequest, PortDevice};
+use crate::bus::{BusDevice, GuestRequest};
 use crate::timeline::Instant;
 use guest_protocol::frame::{self, FrameError, Item};
 
@@ -28,7 +28,7 @@ impl GuestConfig {
     ///
     /// # Errors
     /// When arguments and environment are longer than a frame can be.
-    pub fn to_frame(&self, vm_age: u64) -> Result<Vec<u8>, FrameError> {
+    pub fn to_frame(&self, vm_age: u64, kernel_log: bool) -> Result<Vec<u8>, FrameError> {
         let items = self
             .arguments
             .iter()
@@ -36,7 +36,8 @@ impl GuestConfig {
             .chain(self.environment.iter().map(|bytes| Item::Environment(bytes)))
             .chain(self.working_directory.iter().map(|bytes| Item::WorkingDirectory(bytes)))
             .chain(self.hostname.iter().map(|bytes| Item::Hostname(bytes)))
-            .chain([Item::UserId(self.user_id), Item::GroupId(self.group_id), Item::VmAge(vm_age)]);
+            .chain([Item::UserId(self.user_id), Item::GroupId(self.group_id), Item::VmAge(vm_age)])
+            .chain(kernel_log.then_some(Item::KernelLog));
         let mut bytes = Vec::new();
         frame::encode(items, &mut bytes)?;
         Ok(bytes)
@@ -48,6 +49,8 @@ impl GuestConfig {
 pub struct Configuration {
     config: GuestConfig,
     vm_created: Instant,
+    /// Whether init is asked for the kernel's log.
+    kernel_log: bool,
     frame: Vec<u8>,
     position: usize,
 }
@@ -57,16 +60,16 @@ impl Configuration {
     ///
     /// # Errors
     /// When the configuration does not fit a frame.
-    pub fn new(config: GuestConfig, vm_created: Instant) -> Result<Self, FrameError> {
+    pub fn new(config: GuestConfig, vm_created: Instant, kernel_log: bool) -> Result<Self, FrameError> {
         // The frame is made anew for each question, because it says how old the VM is; making it
         // once here shows that it can be made.
-        let frame = config.to_frame(0)?;
-        Ok(Self { config, vm_created, frame, position: 0 })
+        let frame = config.to_frame(0, kernel_log)?;
+        Ok(Self { config, vm_created, kernel_log, frame, position: 0 })
     }
 
     fn restart(&mut self) -> u32 {
         let age = Instant::now().since(self.vm_created);
-        if let Ok(frame) = self.config.to_frame(age) {
+        if let Ok(frame) = self.config.to_frame(age, self.kernel_log) {
             self.frame = frame;
         }
         self.position = 0;
@@ -77,7 +80,7 @@ impl Configuration {
 /// Offset of `port::CONFIG_DATA` from the device's first port.
 const DATA: u16 = guest_protocol::port::CONFIG_DATA - guest_protocol::port::CONFIG_LENGTH;
 
-impl PortDevice for Configuration {
+impl BusDevice for Configuration {
     fn read(&mut self, offset: u16, data: &mut [u8]) {
         match (offset, data.len()) {
             (0, 4) => {
@@ -113,7 +116,7 @@ mod tests {
     fn device() -> Configuration {
         let config =
             GuestConfig { arguments: vec![b"/bin/true".into()], user_id: 1000, ..GuestConfig::default() };
-        Configuration::new(config, Instant::now()).unwrap()
+        Configuration::new(config, Instant::now(), false).unwrap()
     }
 
     #[test]
@@ -145,7 +148,7 @@ mod tests {
     #[test]
     fn a_configuration_too_long_for_a_frame_is_refused() {
         let config = GuestConfig { arguments: vec![vec![b'x'; frame::MAX_FRAME]], ..GuestConfig::default() };
-        let error = Configuration::new(config, Instant::now()).unwrap_err();
+        let error = Configuration::new(config, Instant::now(), false).unwrap_err();
         assert_eq!(error, FrameError::TooLong);
     }
 }

@@ -1,13 +1,13 @@
 //! The exit port: four bytes written end the guest with that status.
 
-use crate::bus::{GuestRequest, PortDevice};
+use crate::bus::{BusDevice, GuestRequest};
 use guest_protocol::ExitStatus;
 
 /// Turns a write of an [`ExitStatus`] into the end of the machine; anything else is ignored.
 #[derive(Debug, Default)]
 pub struct ExitPort;
 
-impl PortDevice for ExitPort {
+impl BusDevice for ExitPort {
     fn read(&mut self, _offset: u16, _data: &mut [u8]) {}
 
     fn write(&mut self, _offset: u16, data: &[u8]) -> Option<GuestRequest> {

@@ -6,7 +6,7 @@
 //! controller takes for "busy" and polls 65,536 times. These answers end both at once, and the
 //! resets that PCs have end the machine.
 
-use crate::bus::{GuestRequest, PortDevice};
+use crate::bus::{BusDevice, GuestRequest};
 
 /// Status of the keyboard controller: output buffer full, input buffer empty.
 ///
@@ -20,7 +20,7 @@ const PULSE_RESET: u8 = 0xfe;
 #[derive(Debug, Default)]
 pub struct KeyboardController;
 
-impl PortDevice for KeyboardController {
+impl BusDevice for KeyboardController {
     fn read(&mut self, _offset: u16, data: &mut [u8]) {
         data.fill(STATUS);
     }
@@ -35,7 +35,7 @@ impl PortDevice for KeyboardController {
 #[derive(Debug, Default)]
 pub struct ResetControl;
 
-impl PortDevice for ResetControl {
+impl BusDevice for ResetControl {
     fn read(&mut self, _offset: u16, data: &mut [u8]) {
         data.fill(0);
     }
@@ -50,7 +50,7 @@ impl PortDevice for ResetControl {
 #[derive(Debug, Default)]
 pub struct AbsentClock;
 
-impl PortDevice for AbsentClock {
+impl BusDevice for AbsentClock {
     fn read(&mut self, _offset: u16, data: &mut [u8]) {
         data.fill(0);
     }

@@ -5,5 +5,7 @@ pub mod boot_mark;
 pub mod configuration;
 pub mod console;
 pub mod exit_port;
+pub mod io_apic;
+pub mod kernel_log;
 pub mod legacy;
 pub mod serial;

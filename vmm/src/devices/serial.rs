@@ -1,6 +1,6 @@
 //! The serial port: the guest's console. The registers are `vm-superio`'s.
 
-use crate::bus::{GuestRequest, PortDevice};
+use crate::bus::{BusDevice, GuestRequest};
 use crate::devices::console::ConsoleOutput;
 use std::io;
 use vm_superio::serial::SerialEvents;
@@ -82,7 +82,7 @@ impl SerialPort {
     }
 }
 
-impl PortDevice for SerialPort {
+impl BusDevice for SerialPort {
     fn read(&mut self, offset: u16, data: &mut [u8]) {
         let register = offset.to_le_bytes()[0];
         for byte in data {

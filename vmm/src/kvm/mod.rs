@@ -7,11 +7,17 @@ mod vcpu;
 
 pub use vcpu::{ExitCounts, Registers, Vcpu, VcpuEnd};
 
+use crate::config::InterruptControllers;
+use crate::devices::io_apic::{Message, MessageSink};
 use crate::layout::{self, Gsi};
 use crate::memory::GuestMemory;
-use kvm_bindings::{CpuId, kvm_userspace_memory_region};
+use kvm_bindings::{
+    CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_enable_cap, kvm_irq_routing_entry,
+    kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_msi, kvm_userspace_memory_region,
+};
 use kvm_ioctls::{Kvm, VmFd};
 use std::io;
+use std::sync::Arc;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -95,28 +101,76 @@ fn open_device() -> Result<Kvm, KvmError> {
     }
 }
 
+/// The routing table of a machine whose lines are messages.
+#[derive(Debug)]
+struct MessageRoutes(Arc<VmFd>);
+
+impl MessageSink for MessageRoutes {
+    fn set(&mut self, messages: &[Option<Message>]) {
+        let entry = |(gsi, message): (u32, &Option<Message>)| {
+            let Message { address, data } = (*message)?;
+            let [low, high] =
+                [address & 0xffff_ffff, address >> 32].map(|half| u32::try_from(half).unwrap_or(0));
+            let msi = kvm_irq_routing_msi {
+                address_lo: low,
+                address_hi: high,
+                data,
+                ..kvm_irq_routing_msi::default()
+            };
+            Some(kvm_irq_routing_entry {
+                gsi,
+                type_: KVM_IRQ_ROUTING_MSI,
+                u: kvm_irq_routing_entry__bindgen_ty_1 { msi },
+                ..kvm_irq_routing_entry::default()
+            })
+        };
+        let entries: Vec<_> = (0..).zip(messages).filter_map(entry).collect();
+        // KVM takes 4096 entries and here are 24 at most. It can only fail for want of memory, and
+        // then the guest misses the interrupts of a device, as with a broken one.
+        if let Ok(table) = KvmIrqRouting::from_entries(&entries) {
+            let _ = self.0.set_gsi_routing(&table);
+        }
+    }
+}
+
 /// A virtual machine with its memory and its interrupt controllers.
 #[derive(Debug)]
 pub struct Vm {
-    fd: VmFd,
+    fd: Arc<VmFd>,
     supported_cpuid: CpuId,
 }
 
 impl Vm {
-    /// Creates an empty machine with local APICs and an I/O APIC inside KVM.
+    /// Creates an empty machine with local APICs inside KVM, and there as well or outside it the
+    /// other interrupt controllers.
     ///
     /// There is no PIT: kernels take the time from kvm-clock and timers from the local APIC.
     ///
     /// # Errors
     /// When KVM refuses.
-    pub fn new(hypervisor: Hypervisor) -> Result<Self, KvmError> {
+    pub fn new(hypervisor: Hypervisor, controllers: InterruptControllers) -> Result<Self, KvmError> {
         let fd = hypervisor.kvm.create_vm().map_err(KvmError::ioctl("create a VM"))?;
         fd.set_identity_map_address(layout::KVM_IDENTITY_MAP.0)
             .map_err(KvmError::ioctl("place its identity map"))?;
         fd.set_tss_address(usize::try_from(layout::KVM_TSS.0).unwrap_or(usize::MAX))
             .map_err(KvmError::ioctl("place its task state segment"))?;
-        fd.create_irq_chip().map_err(KvmError::ioctl("create the interrupt controllers"))?;
-        Ok(Self { fd, supported_cpuid: hypervisor.supported_cpuid })
+        let what = "create the interrupt controllers";
+        match controllers {
+            InterruptControllers::Pc => fd.create_irq_chip().map_err(KvmError::ioctl(what))?,
+            InterruptControllers::IoApic => {
+                let mut capability =
+                    kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..kvm_enable_cap::default() };
+                capability.args[0] = layout::IO_APIC_PINS.into();
+                fd.enable_cap(&capability).map_err(KvmError::ioctl(what))?;
+            }
+        }
+        Ok(Self { fd: Arc::new(fd), supported_cpuid: hypervisor.supported_cpuid })
+    }
+
+    /// Where an I/O APIC outside KVM says what its lines send.
+    #[must_use]
+    pub fn message_routes(&self) -> Box<dyn MessageSink> {
+        Box::new(MessageRoutes(Arc::clone(&self.fd)))
     }
 
     /// Makes `memory` the machine's RAM.

@@ -7,6 +7,7 @@
 
 use super::{Hypervisor, KvmError, Vcpu, Vm, open_device};
 use crate::boot::{self, Entry};
+use crate::config::InterruptControllers;
 use crate::layout;
 use crate::memory::GuestMemory;
 use crate::timeline::Instant;
@@ -75,7 +76,7 @@ fn run() -> Result<Probe, KvmError> {
     let supported_cpuid = kvm
         .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
         .map_err(KvmError::ioctl("say which CPUID leaves it supports"))?;
-    let vm = Vm::new(Hypervisor { kvm, supported_cpuid })?;
+    let vm = Vm::new(Hypervisor { kvm, supported_cpuid }, InterruptControllers::IoApic)?;
     let refused = |error| KvmError::Ioctl { what: "take guest memory", source: std::io::Error::other(error) };
     let memory = GuestMemory::anonymous(2 * layout::MIB).map_err(refused)?;
     memory.write(CODE_ADDRESS, &CODE).map_err(refused)?;

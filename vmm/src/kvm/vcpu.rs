@@ -2,12 +2,15 @@
 
 use super::KvmError;
 use crate::boot::{CODE_SEGMENT, DATA_SEGMENT, Entry, GDT_ENTRIES};
-use crate::bus::{GuestRequest, PortBus};
+use crate::bus::{Buses, GuestRequest};
 use crate::layout;
+use crate::memory::GuestMemory;
+use crate::profile::{ExitKind, Recorder};
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
+use vm_memory::GuestAddress;
 use x86_64::registers::control::{Cr0Flags, Cr4Flags, EferFlags};
 use x86_64::registers::rflags::RFlags;
 
@@ -19,9 +22,9 @@ pub struct ExitCounts {
     pub port_reads: u64,
     /// Writes of I/O ports.
     pub port_writes: u64,
-    /// Reads of addresses that are neither RAM nor inside KVM.
+    /// Reads of device registers in memory.
     pub mmio_reads: u64,
-    /// Writes of such addresses.
+    /// Writes of device registers in memory.
     pub mmio_writes: u64,
     /// Everything else.
     pub other: u64,
@@ -85,12 +88,18 @@ pub struct Registers {
 pub struct Vcpu {
     pub(super) fd: VcpuFd,
     counts: ExitCounts,
+    /// Takes each exit and sample, where the boot is profiled.
+    pub(crate) recorder: Option<Recorder>,
+    /// The guest's memory, where samples look at its stacks.
+    pub(crate) memory: Option<GuestMemory>,
 }
 
 impl Vcpu {
     pub(super) const fn new(fd: VcpuFd) -> Self {
         Self {
             fd,
+            recorder: None,
+            memory: None,
             counts: ExitCounts { port_reads: 0, port_writes: 0, mmio_reads: 0, mmio_writes: 0, other: 0 },
         }
     }
@@ -122,26 +131,40 @@ impl Vcpu {
     }
 
     /// Runs the guest until something ends it or `stopping` is set and a signal interrupts it.
-    pub fn run(&mut self, bus: &PortBus, stopping: &AtomicBool) -> VcpuEnd {
+    pub fn run(&mut self, buses: &Buses, stopping: &AtomicBool) -> VcpuEnd {
         while !stopping.load(Ordering::Acquire) {
-            let counts = &mut self.counts;
+            self.sample_if_due();
+            let (counts, recorder) = (&mut self.counts, &mut self.recorder);
+            let mut record = |kind, address| {
+                if let Some(recorder) = recorder {
+                    recorder.exit(kind, address);
+                }
+            };
             match self.fd.run() {
                 Ok(VcpuExit::IoOut(port, data)) => {
                     counts.port_writes += 1;
-                    if let Some(request) = bus.write(port, data) {
+                    record(ExitKind::PortWrite, port.into());
+                    if let Some(request) = buses.ports.write(port, data) {
                         return VcpuEnd::Request(request);
                     }
                 }
                 Ok(VcpuExit::IoIn(port, data)) => {
                     counts.port_reads += 1;
-                    bus.read(port, data);
+                    record(ExitKind::PortRead, port.into());
+                    buses.ports.read(port, data);
                 }
-                // No device has registers in memory yet: such addresses are all ones.
-                Ok(VcpuExit::MmioRead(_, data)) => {
+                Ok(VcpuExit::MmioRead(address, data)) => {
                     counts.mmio_reads += 1;
-                    data.fill(0xff);
+                    record(ExitKind::MmioRead, address);
+                    buses.memory.read(address, data);
                 }
-                Ok(VcpuExit::MmioWrite(..)) => counts.mmio_writes += 1,
+                Ok(VcpuExit::MmioWrite(address, data)) => {
+                    counts.mmio_writes += 1;
+                    record(ExitKind::MmioWrite, address);
+                    if let Some(request) = buses.memory.write(address, data) {
+                        return VcpuEnd::Request(request);
+                    }
+                }
                 Ok(VcpuExit::Intr) => counts.other += 1,
                 Ok(VcpuExit::Shutdown) => return VcpuEnd::TripleFault,
                 Ok(VcpuExit::FailEntry(reason, _)) => return VcpuEnd::EntryFailed { reason },
@@ -152,6 +175,50 @@ impl Vcpu {
             }
         }
         VcpuEnd::Stopped
+    }
+
+    /// Records where the vCPU is, if it is time to.
+    fn sample_if_due(&mut self) {
+        if !self.recorder.as_ref().is_some_and(Recorder::sample_is_due) {
+            return;
+        }
+        let Ok(registers) = self.fd.get_regs() else { return };
+        let stack = self.return_addresses(registers.rsp);
+        if let Some(recorder) = &mut self.recorder {
+            recorder.sample(registers.rip, stack);
+        }
+    }
+
+    /// What lies on a kernel stack and has the form of an address of the kernel's text. Stacks are
+    /// aligned to their size (THREAD_SIZE in arch/x86/include/asm/page_64_types.h, without KASAN).
+    fn return_addresses(&self, stack_pointer: u64) -> Vec<u64> {
+        const STACK: u64 = 16 * 1024;
+        /// The last 2 GiB of the address space, where x86-64 kernels are linked.
+        const TEXT: u64 = 0xffff_ffff_8000_0000;
+        /// Kernel addresses have the highest bit set.
+        const KERNEL: u64 = 1 << 63;
+        let mut found = Vec::new();
+        let Some(memory) = self.memory.as_ref().filter(|_| stack_pointer & KERNEL != 0) else {
+            return found;
+        };
+        let mut at = stack_pointer & !7;
+        let end = at.saturating_add(1) | (STACK - 1);
+        while at < end {
+            let page_end = (at | (layout::PAGE_SIZE - 1)).min(end);
+            let Ok(translation) = self.fd.translate_gva(at) else { return found };
+            if translation.valid == 0 {
+                return found;
+            }
+            let mut bytes = vec![0; usize::try_from(page_end - at + 1).unwrap_or(0)];
+            if memory.read(GuestAddress(translation.physical_address), &mut bytes).is_err() {
+                return found;
+            }
+            let words =
+                bytes.chunks_exact(8).filter_map(|word| Some(u64::from_le_bytes(word.try_into().ok()?)));
+            found.extend(words.filter(|&word| word >= TEXT));
+            at = page_end + 1;
+        }
+        found
     }
 
     fn suberror(&mut self) -> u32 {

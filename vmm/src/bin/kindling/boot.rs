@@ -4,12 +4,15 @@ use crate::terminal::RawTerminal;
 use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, complain, report, signals, tell};
 use clap::{ArgGroup, Args};
 use kindling::config::image::Image;
-use kindling::config::{self, BootSource, Config, ConfigError, Console, GuestConfig, MachineConfig};
+use kindling::config::{
+    self, BootSource, Config, ConfigError, Console, GuestConfig, MachineConfig, ProfileConfig,
+};
 use kindling::{Error, Exit, ExitReason, Instant, Machine, Timeline};
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 #[derive(Args, Debug)]
 #[command(group(ArgGroup::new("what").required(true).args(["image", "kernel", "config_file"])))]
@@ -59,6 +62,13 @@ pub(crate) struct Arguments {
     /// Write the same as JSON to a file
     #[arg(long, value_name = "FILE")]
     report_json: Option<PathBuf>,
+    /// Write a JSON of where the boot's time went: the report, every exit, the kernel's log
+    #[arg(long, value_name = "FILE")]
+    profile: Option<PathBuf>,
+    /// With --profile: look at this interval where the guest is, in microseconds
+    #[arg(long, value_name = "US", requires = "profile",
+          value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    sample: Option<u64>,
     /// CLOCK_MONOTONIC in nanoseconds when the caller started this command; the report counts
     /// from there
     #[arg(long, value_name = "NS")]
@@ -111,11 +121,15 @@ fn finish(arguments: &Arguments, exit: &Exit) -> ExitCode {
     if arguments.report {
         tell(&report::timeline(exit));
     }
-    if let Some(path) = &arguments.report_json
-        && let Err(source) = std::fs::write(path, report::json(exit))
-    {
-        complain(&Error::Console { path: path.clone(), source });
-        return ExitCode::from(STATUS_FAILURE);
+    let files = [
+        (&arguments.report_json, report::json as fn(&Exit) -> String),
+        (&arguments.profile, report::profile),
+    ];
+    for (path, text) in files.into_iter().filter_map(|(path, text)| Some((path.as_ref()?, text))) {
+        if let Err(source) = std::fs::write(path, text(exit)) {
+            complain(&Error::Console { path: path.clone(), source });
+            return ExitCode::from(STATUS_FAILURE);
+        }
     }
     match (&exit.reason, signals::received()) {
         (ExitReason::Stopped, Some(signal)) => ExitCode::from(128_u8.saturating_add(signal)),
@@ -145,6 +159,10 @@ impl Arguments {
             _ => Console::File(self.console.clone()),
         };
         config.guest = self.guest();
+        config.profile = self
+            .profile
+            .as_ref()
+            .map(|_| ProfileConfig { sample_interval: self.sample.map(Duration::from_micros) });
         Ok(config)
     }
 
@@ -168,6 +186,7 @@ impl Arguments {
             machine: MachineConfig::default(),
             console: Console::Stdio,
             guest: GuestConfig::default(),
+            profile: None,
         })
     }
 

@@ -1,6 +1,6 @@
 //! What a user reads about a boot: its times, or why it failed.
 
-use kindling::{Exit, ExitReason};
+use kindling::{Exit, ExitReason, Instant};
 use serde::Serialize;
 use std::fmt::Write;
 
@@ -61,31 +61,69 @@ struct JsonExits {
     unclaimed_ports: u64,
 }
 
+impl<'a> Json<'a> {
+    fn of(exit: &'a Exit) -> Self {
+        let exits = &exit.exits;
+        let ns = |at: Instant| at.since(exit.timeline.start());
+        Self {
+            status: exit.reason.status(),
+            reason: exit.reason.to_string(),
+            start_ns: exit.timeline.start().0,
+            steps: exit
+                .timeline
+                .steps()
+                .iter()
+                .map(|step| JsonStep { name: step.name, ns: ns(step.at) })
+                .collect(),
+            exits: JsonExits {
+                total: exits.total(),
+                port_writes: exits.port_writes,
+                port_reads: exits.port_reads,
+                mmio_writes: exits.mmio_writes,
+                mmio_reads: exits.mmio_reads,
+                other: exits.other,
+                unclaimed_ports: exit.unclaimed_ports,
+            },
+        }
+    }
+}
+
 /// The same for programs.
 pub(crate) fn json(exit: &Exit) -> String {
-    let exits = &exit.exits;
-    let report = Json {
-        status: exit.reason.status(),
-        reason: exit.reason.to_string(),
-        start_ns: exit.timeline.start().0,
-        steps: exit
-            .timeline
-            .steps()
-            .iter()
-            .map(|step| JsonStep { name: step.name, ns: step.at.since(exit.timeline.start()) })
-            .collect(),
-        exits: JsonExits {
-            total: exits.total(),
-            port_writes: exits.port_writes,
-            port_reads: exits.port_reads,
-            mmio_writes: exits.mmio_writes,
-            mmio_reads: exits.mmio_reads,
-            other: exits.other,
-            unclaimed_ports: exit.unclaimed_ports,
-        },
-    };
     // Structures of strings and numbers always serialize.
-    serde_json::to_string_pretty(&report).unwrap_or_default() + "\n"
+    serde_json::to_string_pretty(&Json::of(exit)).unwrap_or_default() + "\n"
+}
+
+/// The same with every record of a profiled boot.
+pub(crate) fn profile(exit: &Exit) -> String {
+    #[derive(Serialize)]
+    struct ProfileJson<'a> {
+        report: Json<'a>,
+        /// Time in nanoseconds since the start, vCPU, instruction pointer, possible return addresses.
+        samples: Vec<(u64, u8, u64, &'a [u64])>,
+        /// Time as above, what the guest did, port or address.
+        exits: Vec<(u64, &'static str, u64)>,
+        kernel_log: String,
+    }
+    let ns = |at: Instant| at.since(exit.timeline.start());
+    let recorded = exit.profile.as_ref();
+    let profile = ProfileJson {
+        report: Json::of(exit),
+        samples: recorded
+            .iter()
+            .flat_map(|profile| &profile.samples)
+            .map(|sample| (ns(sample.at), sample.vcpu, sample.instruction, sample.stack.as_slice()))
+            .collect(),
+        exits: recorded
+            .iter()
+            .flat_map(|profile| &profile.exits)
+            .map(|exit| (ns(exit.at), exit.kind.name(), exit.address))
+            .collect(),
+        kernel_log: recorded
+            .map(|profile| String::from_utf8_lossy(&profile.kernel_log).into_owned())
+            .unwrap_or_default(),
+    };
+    serde_json::to_string(&profile).unwrap_or_default() + "\n"
 }
 
 /// Why a guest failed, on one screen: what happened, where it was, its last words, what to try.

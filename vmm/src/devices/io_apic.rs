@@ -1,0 +1,268 @@
+//! The I/O APIC (Intel 82093AA): it turns interrupt lines into messages to local APICs.
+//!
+//! KVM has one of its own, which always comes with two 8259 controllers. A kernel that finds those
+//! walks all 24 pins several times while it boots, each register access being an exit that KVM has
+//! to decode: 2.5 ms (exact lab). Without them it touches the pins that devices use, about twenty
+//! accesses in all, so those may as well come here. Interrupts themselves do not: a line is an irqfd
+//! whose message KVM delivers.
+//!
+//! Lines are edges. Level-triggered pins would need the end of each interrupt to come back here,
+//! and no device of this machine has one.
+
+use crate::bus::{BusDevice, GuestRequest};
+use crate::layout::IO_APIC_PINS;
+use std::fmt;
+
+/// A message-signalled interrupt (Intel SDM, volume 3, section 11.11).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Message {
+    /// Where it is written to: which local APICs.
+    pub address: u64,
+    /// What is written: vector and delivery mode.
+    pub data: u32,
+}
+
+/// Takes the messages of all lines whenever one changes; a masked line has none.
+pub trait MessageSink: Send {
+    /// Makes line `n` send `messages[n]`.
+    fn set(&mut self, messages: &[Option<Message>]);
+}
+
+/// Offsets of the registers in memory (section 3.0).
+const SELECT: u16 = 0x00;
+const WINDOW: u16 = 0x10;
+
+/// Indices of the registers behind the window (section 3.2).
+const ID: u8 = 0x00;
+const VERSION: u8 = 0x01;
+const ARBITRATION: u8 = 0x02;
+const TABLE: u8 = 0x10;
+
+/// Version 0x11, and the number of the last pin.
+const VERSION_VALUE: u32 = 0x11 | (IO_APIC_PINS as u32 - 1) << 16;
+
+/// Fields of a redirection table entry (section 3.2.4).
+mod entry {
+    /// Interrupt vector.
+    pub(super) const VECTOR: u64 = 0xff;
+    /// Delivery mode, bits 8 to 10.
+    pub(super) const DELIVERY_MODE: u64 = 0x700;
+    /// Destination mode: logical.
+    pub(super) const LOGICAL: u64 = 1 << 11;
+    /// Delivery status and remote IRR, which software cannot write.
+    pub(super) const READ_ONLY: u64 = 1 << 12 | 1 << 14;
+    /// Masked.
+    pub(super) const MASKED: u64 = 1 << 16;
+    /// Where the destination starts.
+    pub(super) const DESTINATION: u32 = 56;
+}
+
+/// The registers: plain data, all there is to the device's state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct State {
+    /// The register behind the window.
+    pub select: u8,
+    /// The identification register.
+    pub id: u32,
+    /// The redirection table.
+    pub entries: [u64; IO_APIC_PINS as usize],
+}
+
+impl Default for State {
+    /// After a reset every pin is masked.
+    fn default() -> Self {
+        Self { select: 0, id: 0, entries: [entry::MASKED; IO_APIC_PINS as usize] }
+    }
+}
+
+/// The device: the registers, and who takes the messages that they amount to.
+pub struct IoApic {
+    state: State,
+    sink: Box<dyn MessageSink>,
+}
+
+impl fmt::Debug for IoApic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.state.fmt(f)
+    }
+}
+
+impl IoApic {
+    /// An I/O APIC after a reset.
+    #[must_use]
+    pub fn new(sink: Box<dyn MessageSink>) -> Self {
+        Self { state: State::default(), sink }
+    }
+
+    /// Index into the table, and whether the selected register is the entry's upper half.
+    fn selected_entry(&self) -> Option<(usize, bool)> {
+        let register = self.state.select.checked_sub(TABLE)?;
+        let index = usize::from(register / 2);
+        (index < self.state.entries.len()).then_some((index, register % 2 == 1))
+    }
+
+    fn read_register(&self) -> u32 {
+        match self.state.select {
+            ID | ARBITRATION => self.state.id,
+            VERSION => VERSION_VALUE,
+            _ => self.selected_entry().map_or(u32::MAX, |(index, upper)| {
+                let halves = self.state.entries[index].to_le_bytes();
+                let [a, b, c, d, e, f, g, h] = halves;
+                u32::from_le_bytes(if upper { [e, f, g, h] } else { [a, b, c, d] })
+            }),
+        }
+    }
+
+    fn write_register(&mut self, value: u32) {
+        if self.state.select == ID {
+            // Bits 24 to 27 are the identification.
+            self.state.id = value & 0x0f00_0000;
+            return;
+        }
+        let Some((index, upper)) = self.selected_entry() else { return };
+        let old = self.state.entries[index];
+        let value = u64::from(value);
+        let new = if upper {
+            old & 0xffff_ffff | value << 32
+        } else {
+            old & (0xffff_ffff << 32 | entry::READ_ONLY) | value & !entry::READ_ONLY
+        };
+        self.state.entries[index] = new;
+        // Each change of the routing makes KVM wait for its readers: what changes nothing is not
+        // passed on.
+        if message(old) != message(new) {
+            self.sink.set(&self.state.entries.map(message));
+        }
+    }
+}
+
+/// What an entry sends when its pin is raised.
+fn message(entry: u64) -> Option<Message> {
+    const APIC_BASE: u64 = 0xfee0_0000;
+    if entry & entry::MASKED != 0 {
+        return None;
+    }
+    let logical = if entry & entry::LOGICAL != 0 { 1 << 2 } else { 0 };
+    let data = entry & (entry::VECTOR | entry::DELIVERY_MODE);
+    Some(Message {
+        address: APIC_BASE | (entry >> entry::DESTINATION) << 12 | logical,
+        data: u32::try_from(data).unwrap_or(0),
+    })
+}
+
+impl BusDevice for IoApic {
+    fn read(&mut self, offset: u16, data: &mut [u8]) {
+        // Registers are 32 bits wide; other accesses are not defined (section 3.0).
+        let Ok(data) = <&mut [u8; 4]>::try_from(data) else { return };
+        match offset {
+            SELECT => *data = u32::from(self.state.select).to_le_bytes(),
+            WINDOW => *data = self.read_register().to_le_bytes(),
+            _ => {}
+        }
+    }
+
+    fn write(&mut self, offset: u16, data: &[u8]) -> Option<GuestRequest> {
+        let Ok(data) = <[u8; 4]>::try_from(data) else { return None };
+        match offset {
+            SELECT => self.state.select = data[0],
+            WINDOW => self.write_register(u32::from_le_bytes(data)),
+            _ => {}
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::{Arc, Mutex};
+
+    type Log = Arc<Mutex<Vec<Vec<Option<Message>>>>>;
+
+    struct Recorder(Log);
+
+    impl MessageSink for Recorder {
+        fn set(&mut self, messages: &[Option<Message>]) {
+            self.0.lock().unwrap().push(messages.to_vec());
+        }
+    }
+
+    fn device() -> (IoApic, Log) {
+        let log = Log::default();
+        (IoApic::new(Box::new(Recorder(log.clone()))), log)
+    }
+
+    fn write(device: &mut IoApic, register: u8, value: u32) {
+        device.write(0x00, &u32::from(register).to_le_bytes());
+        device.write(0x10, &value.to_le_bytes());
+    }
+
+    fn read(device: &mut IoApic, register: u8) -> u32 {
+        device.write(0x00, &u32::from(register).to_le_bytes());
+        let mut data = [0xff; 4];
+        device.read(0x10, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    // Register numbers and bits restate the 82093AA datasheet.
+
+    #[test]
+    fn it_has_24_masked_pins_after_a_reset() {
+        let (mut device, log) = device();
+        assert_eq!(read(&mut device, 1), 0x0017_0011);
+        for pin in 0..24 {
+            assert_eq!(read(&mut device, 0x10 + 2 * pin), 0x0001_0000);
+            assert_eq!(read(&mut device, 0x11 + 2 * pin), 0);
+        }
+        assert!(log.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn an_unmasked_entry_becomes_a_message() {
+        let (mut device, log) = device();
+        // To APIC 3, physical, fixed, vector 0x41.
+        write(&mut device, 0x19, 0x0300_0000);
+        assert!(log.lock().unwrap().is_empty(), "still masked");
+        write(&mut device, 0x18, 0x0000_0041);
+        let sent = log.lock().unwrap().last().unwrap().clone();
+        assert_eq!(sent[4], Some(Message { address: 0xfee0_3000, data: 0x41 }));
+        assert_eq!(sent.iter().flatten().count(), 1);
+        // The same again changes nothing, lowest priority and logical do.
+        write(&mut device, 0x18, 0x0000_0041);
+        assert_eq!(log.lock().unwrap().len(), 1);
+        write(&mut device, 0x18, 0x0000_0941);
+        assert_eq!(
+            log.lock().unwrap().last().unwrap()[4],
+            Some(Message { address: 0xfee0_3004, data: 0x141 })
+        );
+        write(&mut device, 0x18, 0x0001_0941);
+        assert_eq!(log.lock().unwrap().last().unwrap()[4], None);
+    }
+
+    #[test]
+    fn read_only_bits_stay() {
+        let (mut device, _) = device();
+        write(&mut device, 0x10, u32::MAX);
+        assert_eq!(read(&mut device, 0x10), !(1 << 12 | 1 << 14));
+        write(&mut device, 0, u32::MAX);
+        assert_eq!(read(&mut device, 0), 0x0f00_0000);
+        write(&mut device, 1, 0);
+        assert_eq!(read(&mut device, 1), 0x0017_0011);
+    }
+
+    #[test]
+    fn any_access_is_harmless() {
+        let (mut device, _) = device();
+        for offset in [0, 1, 4, 0x10, 0x11, 0x20, 0x40, 0xfff] {
+            for width in [0, 1, 2, 3, 4, 8, 4096] {
+                device.write(offset, &vec![0xff; width]);
+                device.read(offset, &mut vec![0xff; width]);
+            }
+        }
+        for register in 0..=255 {
+            write(&mut device, register, 0x5a5a_5a5a);
+            read(&mut device, register);
+        }
+        assert_eq!(read(&mut device, 0x40), u32::MAX, "behind the last pin");
+    }
+}

@@ -1,0 +1,193 @@
+//! What a profiled boot records beside its timeline: where the guest was at regular moments, each
+//! exit to the VMM, and the kernel's own log.
+#![expect(unsafe_code, reason = "a timer that signals one thread has no safe wrapper")]
+
+use crate::timeline::Instant;
+use std::io;
+use std::time::Duration;
+use vmm_sys_util::signal::SIGRTMIN;
+
+/// Records of one kind that a boot can leave at most. A boot has some hundreds; a guest that makes
+/// more exits than this is not booting any more.
+const RECORDS_MAX: usize = 1 << 20;
+
+/// What to record.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ProfileConfig {
+    /// How often to look where a vCPU is; not at all where there is none.
+    pub sample_interval: Option<Duration>,
+}
+
+/// Where a vCPU was at a moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sample {
+    /// The moment.
+    pub at: Instant,
+    /// The vCPU.
+    pub vcpu: u8,
+    /// Its instruction pointer.
+    pub instruction: u64,
+    /// Numbers on its kernel stack that may be return addresses, the innermost first. The kernel
+    /// keeps no frame pointers: some are left over from earlier calls.
+    pub stack: Vec<u64>,
+}
+
+/// What a guest did to leave to the VMM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum ExitKind {
+    /// Read an I/O port.
+    PortRead,
+    /// Wrote an I/O port.
+    PortWrite,
+    /// Read a device's register in memory.
+    MmioRead,
+    /// Wrote a device's register in memory.
+    MmioWrite,
+}
+
+impl ExitKind {
+    /// What a report calls it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::PortRead => "port read",
+            Self::PortWrite => "port write",
+            Self::MmioRead => "memory read",
+            Self::MmioWrite => "memory write",
+        }
+    }
+}
+
+/// One exit to the VMM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExitRecord {
+    /// When the VMM took it up.
+    pub at: Instant,
+    /// What the guest did.
+    pub kind: ExitKind,
+    /// The port or the guest-physical address.
+    pub address: u64,
+}
+
+/// The records of a boot, by time.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Profile {
+    /// Where the vCPUs were.
+    pub samples: Vec<Sample>,
+    /// Their exits to the VMM.
+    pub exits: Vec<ExitRecord>,
+    /// The kernel's log as its `syslog` call gives it; empty where init sent none.
+    pub kernel_log: Vec<u8>,
+}
+
+impl Profile {
+    /// Adds the records of a vCPU.
+    pub(crate) fn add(&mut self, recorder: Recorder) {
+        self.samples.extend(recorder.samples);
+        self.exits.extend(recorder.exits);
+        self.samples.sort_by_key(|sample| sample.at);
+        self.exits.sort_by_key(|exit| exit.at);
+    }
+}
+
+/// Takes the records of one vCPU, on its thread.
+#[derive(Debug)]
+pub struct Recorder {
+    config: ProfileConfig,
+    vcpu: u8,
+    timer: Option<SampleTimer>,
+    samples: Vec<Sample>,
+    exits: Vec<ExitRecord>,
+}
+
+impl Recorder {
+    pub(crate) const fn new(config: ProfileConfig, vcpu: u8) -> Self {
+        Self { config, vcpu, timer: None, samples: Vec::new(), exits: Vec::new() }
+    }
+
+    /// Starts to interrupt the calling thread, where samples are asked for.
+    pub(crate) fn start_sampling(&mut self) -> io::Result<()> {
+        self.timer = self.config.sample_interval.map(SampleTimer::start).transpose()?;
+        Ok(())
+    }
+
+    /// Stops that; the thread is about to end.
+    pub(crate) fn stop_sampling(&mut self) {
+        self.timer = None;
+    }
+
+    /// Whether the time of the next sample has come.
+    pub(crate) fn sample_is_due(&self) -> bool {
+        self.samples.len() < RECORDS_MAX
+            && self.timer.as_ref().is_some_and(|timer| timer.due <= Instant::now())
+    }
+
+    /// Records where the vCPU is, and waits for the next time.
+    pub(crate) fn sample(&mut self, instruction: u64, stack: Vec<u64>) {
+        self.samples.push(Sample { at: Instant::now(), vcpu: self.vcpu, instruction, stack });
+        if let Some(timer) = &mut self.timer {
+            timer.rearm();
+        }
+    }
+
+    /// Records an exit.
+    pub(crate) fn exit(&mut self, kind: ExitKind, address: u64) {
+        if self.exits.len() < RECORDS_MAX {
+            self.exits.push(ExitRecord { at: Instant::now(), kind, address });
+        }
+    }
+}
+
+/// Interrupts the thread that started it with the signal that makes `KVM_RUN` return, once each
+/// time that it is armed: a timer that repeated by itself would leave a guest without a single
+/// instruction where taking a sample takes longer than the interval.
+#[derive(Debug)]
+struct SampleTimer {
+    id: libc::timer_t,
+    interval: Duration,
+    due: Instant,
+}
+
+// SAFETY: a timer's id is a number to the kernel, which any thread of the process may use.
+unsafe impl Send for SampleTimer {}
+
+impl SampleTimer {
+    fn start(interval: Duration) -> io::Result<Self> {
+        let mut id: libc::timer_t = std::ptr::null_mut();
+        // SAFETY: an all-zero sigevent is valid; the kernel reads it and fills the timer's id. The
+        // signal's handler exists since `Running::start`.
+        let result = unsafe {
+            let mut event: libc::sigevent = std::mem::zeroed();
+            event.sigev_notify = libc::SIGEV_THREAD_ID;
+            event.sigev_signo = SIGRTMIN();
+            event.sigev_notify_thread_id = libc::gettid();
+            libc::timer_create(libc::CLOCK_MONOTONIC, &raw mut event, &raw mut id)
+        };
+        if result != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let mut this = Self { id, interval, due: Instant(0) };
+        this.rearm();
+        Ok(this)
+    }
+
+    fn rearm(&mut self) {
+        let none = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        let first = libc::timespec {
+            tv_sec: libc::time_t::try_from(self.interval.as_secs()).unwrap_or(libc::time_t::MAX),
+            tv_nsec: self.interval.subsec_nanos().into(),
+        };
+        let setting = libc::itimerspec { it_interval: none, it_value: first };
+        // SAFETY: the timer is this one's own, and the kernel reads the setting.
+        unsafe { libc::timer_settime(self.id, 0, &raw const setting, std::ptr::null_mut()) };
+        let interval = u64::try_from(self.interval.as_nanos()).unwrap_or(u64::MAX);
+        self.due = Instant(Instant::now().0.saturating_add(interval));
+    }
+}
+
+impl Drop for SampleTimer {
+    fn drop(&mut self) {
+        // SAFETY: the timer was made by `start` and is deleted once.
+        unsafe { libc::timer_delete(self.id) };
+    }
+}
