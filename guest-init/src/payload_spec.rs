@@ -140,6 +140,7 @@ mod tests {
                 user_id: 1000,
                 group_id: 100,
                 vm_age: None,
+                kernel_log: false,
             }
         );
     }
