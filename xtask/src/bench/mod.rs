@@ -58,10 +58,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
         host: HostDescription {
             kind: if host == Host::Lab { "exact-lab" } else { "hardware" },
             meaning: if host == Host::Lab { LAB_MEANING } else { HARDWARE_MEANING },
-            machine: outcome.machine.clone(),
-            notes: notes(&vmms_without_ports(&request), &outcome),
+            notes: notes(&request, &outcome),
+            machine: outcome.machine,
         },
         rows: statistics::rows(request.scenario, &outcome.samples),
+        failures: outcome.failures,
     };
     print!("{}", report.tables());
     if let Some(path) = &request.json {
@@ -70,10 +71,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     if let Some(path) = &request.svg {
         write(path, &svg::picture(&report))?;
     }
-    for failure in &outcome.failures {
+    for failure in &report.failures {
         eprintln!("failed: {}, {}: {}", failure.vmm, failure.case, failure.what);
     }
-    Ok(u8::from(!outcome.failures.is_empty()))
+    Ok(u8::from(!report.failures.is_empty()))
 }
 
 /// The monitors: ours, QEMU's, those that the user named.
@@ -153,21 +154,19 @@ fn in_lab(cases: Vec<Case>, runs: u32, vmms: &[Vmm], guest: &Guest) -> Result<Ou
     serde_json::from_slice(&fs::read(outcome.path())?).context("the lab's values cannot be read")
 }
 
-/// Monitors of which only the console tells when init began.
-fn vmms_without_ports(request: &Request) -> Vec<String> {
-    let foreign = request.vmms.iter().filter(|vmm| vmm.kind != Kind::Kindling).map(|vmm| vmm.name.clone());
-    [arguments::QEMUS.to_owned()].into_iter().chain(foreign).collect()
-}
-
-/// What the tables and the JSON say of single values.
-fn notes(without_ports: &[String], outcome: &Outcome) -> Vec<String> {
-    let mut notes = vec![format!(
-        "* {} cannot tell when init began: its first byte stands there, and is not compared",
-        without_ports.join(", ")
-    )];
+/// What the reader of a table or of the JSON has to know about single values.
+fn notes(request: &Request, outcome: &Outcome) -> Vec<String> {
+    let foreign = request.vmms.iter().filter(|vmm| vmm.kind != Kind::Kindling).map(|vmm| &*vmm.name);
+    let mut names: Vec<&str> = [arguments::QEMUS].into_iter().chain(foreign).collect();
+    names.retain(|name| outcome.samples.iter().any(|sample| sample.vmm == *name));
+    let mut notes = Vec::new();
+    if !names.is_empty() {
+        let names = names.join(", ");
+        notes.push(format!(
+            "* for {names} it is the first byte, which is not compared with a first instruction"
+        ));
+    }
     notes.extend(outcome.omitted.iter().map(|what| format!("not measured: {what}")));
-    let failed = |failure: &plan::Failure| format!("failed: {}, {}", failure.vmm, failure.case);
-    notes.extend(outcome.failures.iter().map(failed));
     notes
 }
 

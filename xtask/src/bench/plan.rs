@@ -64,6 +64,7 @@ pub(super) struct Failure {
     /// The monitor's name.
     pub(super) vmm: String,
     /// The guest's size.
+    #[serde(flatten)]
     pub(super) case: Case,
     /// What happened, and what the monitor said last.
     pub(super) what: String,
@@ -119,7 +120,23 @@ impl Metric {
         }
     }
 
-    /// What a column or a chart is called, with the unit in which it shows values.
+    /// What a chart is called.
+    pub(super) const fn long_title(self) -> &'static str {
+        match self {
+            Self::SpawnToInit => "spawn to init's first instruction, ms",
+            Self::SpawnToFirstByte => "spawn to init's first byte on the console, ms",
+            Self::SpawnToOutput => "spawn to the payload's first output, ms",
+            Self::SpawnToExit => "spawn to the end of the process, ms",
+            Self::VmmOnly => "VMM before the guest's start and after its end, ms",
+            Self::CpuTime => "CPU time of VMM and guest, ms",
+            Self::VmmPrivateMemory => "private memory without the guest's, MiB",
+            Self::VmmProportionalMemory => "proportional memory without the guest's, MiB",
+            Self::UserExits => "exits to the VMM until the payload's first output",
+            Self::GuestPageFaults => "faults on guest memory until then",
+        }
+    }
+
+    /// What a column is called, with the unit in which it shows values.
     pub(super) const fn title(self) -> &'static str {
         match self {
             Self::SpawnToInit => "init, ms",

@@ -4,10 +4,10 @@
 use anyhow::{Context, Result, anyhow, bail};
 use kindling::Instant;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
@@ -41,7 +41,7 @@ pub(super) fn run(
     limit: Duration,
     at_text: impl FnOnce(u32) -> Result<()>,
 ) -> Result<Run> {
-    command.process_group(0).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let cpu_time_before = children_cpu_time();
     let spawned = Instant::now();
     let child = command.spawn().context("it cannot be started")?;
@@ -142,10 +142,22 @@ impl Watched {
 
 impl Drop for Watched {
     fn drop(&mut self) {
-        // The group has the process's id, which is not given to another before it is waited for.
+        // A process that has not been waited for keeps its id.
         if let Ok(None) = self.child.try_wait() {
-            let _ = kill_process_group(Pid::from_child(&self.child), Signal::KILL);
+            kill_with_descendants(Pid::from_child(&self.child));
             let _ = self.child.wait();
+        }
+    }
+}
+
+/// Kills a process and what it started. (A process group of its own would be shorter, but Ctrl-C at
+/// the terminal would not reach it.)
+fn kill_with_descendants(process: Pid) {
+    let children = std::fs::read_to_string(format!("/proc/{process}/task/{process}/children"));
+    let _ = kill_process(process, Signal::KILL);
+    for child in children.unwrap_or_default().split_whitespace() {
+        if let Some(child) = child.parse().ok().and_then(Pid::from_raw) {
+            kill_with_descendants(child);
         }
     }
 }
@@ -255,8 +267,13 @@ mod tests {
     #[test]
     fn nobody_waits_for_what_hangs() {
         let before = std::time::Instant::now();
-        let text = failure("echo here; sleep 1000 & sleep 1000", Duration::from_secs(1));
-        assert_eq!(text, "it had not ended after 1 s; its last output:\n  | here");
+        let text = failure("echo here; sleep 1000 & echo $!; sleep 1000", Duration::from_secs(1));
+        let background = text.rsplit(' ').next().unwrap_or_default();
+        let expected = format!("it had not ended after 1 s; its last output:\n  | here\n  | {background}");
+        assert_eq!(text, expected);
+        // A killed process whose parent is gone vanishes as soon as somebody has waited for it.
+        let state = || std::fs::read_to_string(format!("/proc/{background}/stat")).unwrap_or_default();
+        assert!(state().is_empty() || state().contains(") Z "), "{}", state());
         let text = failure("yes", LIMIT);
         assert!(text.starts_with("it says more than 1024 KiB; "), "{text}");
         assert!(before.elapsed() < LIMIT);

@@ -1,6 +1,6 @@
 //! What a user sees: tables, and the same as JSON.
 
-use super::plan::{Case, Metric};
+use super::plan::{Case, Failure, Metric};
 use super::statistics::Row;
 use serde::Serialize;
 use std::fmt::Write;
@@ -12,6 +12,9 @@ pub(super) struct Report {
     pub(super) host: HostDescription,
     /// What was measured.
     pub(super) rows: Vec<Row>,
+    /// Monitors that have no rows because they failed. Absent from JSON where none did.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(super) failures: Vec<Failure>,
 }
 
 /// Where something was measured.
@@ -60,7 +63,8 @@ output: the payload's first byte there; exit: the monitor's process has ended
 VMM only: until the guest is first entered, and from its last exit to the process's end
 CPU time: user and system time of the monitor's process, its guest's included
 private, share: the process's memory without guest memory while a payload waits for input; pages that
-  only it has, and these with its share of the others (page tables and the kernel's objects not counted)
+  only it has (its program's too, when it runs alone), and these with its share of the others; page
+  tables and the kernel's objects are not counted
 user exits, guest faults: KVM's kvm_userspace_exit and kvm_page_fault until the payload's first output
 ";
 
@@ -214,7 +218,7 @@ pub(super) mod tests {
             machine: "a processor".to_owned(),
             notes: vec!["a note".to_owned()],
         };
-        Report { host, rows: rows("boot", &samples) }
+        Report { host, rows: rows("boot", &samples), failures: Vec::new() }
     }
 
     #[test]
@@ -227,6 +231,15 @@ pub(super) mod tests {
             "unit": "count", "median": 12, "min": 12, "max": 12, "runs": 1,
         });
         assert_eq!(json["rows"][5], expected);
+        let fields: Vec<_> = json.as_object().unwrap().keys().collect();
+        assert_eq!(fields, ["host", "rows"]);
+
+        let case = Case { memory_mib: 64, vcpus: 2 };
+        let failure = Failure { vmm: "x".to_owned(), case, what: "it ended".to_owned() };
+        let failed = Report { failures: vec![failure], ..report() };
+        let json: serde_json::Value = serde_json::from_str(&failed.json().unwrap()).unwrap();
+        let expected = serde_json::json!([{ "vmm": "x", "memory_mib": 64, "vcpus": 2, "what": "it ended" }]);
+        assert_eq!(json["failures"], expected);
     }
 
     #[test]

@@ -64,7 +64,7 @@ fn heading(svg: &mut String, report: &Report) {
 
 /// Bars of one metric, from zero, medians with lines from the smallest to the largest value.
 fn chart(svg: &mut String, report: &Report, metric: Metric, x: usize, top: usize) {
-    text(svg, x, top + 18, "font-size=\"14\" font-weight=\"bold\"", metric.title());
+    text(svg, x, top + 18, "font-size=\"14\" font-weight=\"bold\"", metric.long_title());
     let largest = report.rows.iter().filter(|row| row.metric == metric).map(|row| row.max).max();
     let room = CHART - VALUE - EDGE;
     let length = |value: u64| pixels(value, largest.unwrap_or(0), room);
