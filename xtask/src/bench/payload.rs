@@ -41,66 +41,26 @@ pub(super) fn program() -> Vec<u8> {
 
 /// Its instructions, and the text behind them.
 fn code() -> Vec<u8> {
-    let mut code = vec![
-        0x8b,
-        0x1c,
-        0x24, // mov ebx, [rsp]: the number of arguments
-        0xb8,
-        1,
-        0,
-        0,
-        0, // mov eax, 1: write
-        0xbf,
-        1,
-        0,
-        0,
-        0, // mov edi, 1
-        0x48,
-        0x8d,
-        0x35,
-        35,
-        0,
-        0,
-        0, // lea rsi, [rip + 35]: the text
-        0xba,
-        TEXT.len().to_le_bytes()[0] + 1,
-        0,
-        0,
-        0, // mov edx, length
-        0x0f,
-        0x05, // syscall
-        0x83,
-        0xfb,
-        1, // cmp ebx, 1
-        0x74,
-        14, // je over the read
-        0x31,
-        0xc0, // xor eax, eax: read
-        0x31,
-        0xff, // xor edi, edi
-        0x48,
-        0x89,
-        0xe6, // mov rsi, rsp
-        0xba,
-        1,
-        0,
-        0,
-        0, // mov edx, 1
-        0x0f,
-        0x05, // syscall
-        0xb8,
-        60,
-        0,
-        0,
-        0, // mov eax, 60: exit
-        0x31,
-        0xff, // xor edi, edi
-        0x0f,
-        0x05, // syscall
+    let length = TEXT.len().to_le_bytes()[0] + 1;
+    let instructions: [&[u8]; 16] = [
+        &[0x8b, 0x1c, 0x24],              // mov ebx, [rsp]: the number of arguments
+        &[0xb8, 1, 0, 0, 0],              // mov eax, 1: write
+        &[0xbf, 1, 0, 0, 0],              // mov edi, 1
+        &[0x48, 0x8d, 0x35, 35, 0, 0, 0], // lea rsi, [rip + 35]: the text
+        &[0xba, length, 0, 0, 0],         // mov edx, length
+        &[0x0f, 0x05],                    // syscall
+        &[0x83, 0xfb, 1],                 // cmp ebx, 1
+        &[0x74, 14],                      // je over the read
+        &[0x31, 0xc0],                    // xor eax, eax: read
+        &[0x31, 0xff],                    // xor edi, edi
+        &[0x48, 0x89, 0xe6],              // mov rsi, rsp
+        &[0xba, 1, 0, 0, 0],              // mov edx, 1
+        &[0x0f, 0x05],                    // syscall
+        &[0xb8, 60, 0, 0, 0],             // mov eax, 60: exit
+        &[0x31, 0xff],                    // xor edi, edi
+        &[0x0f, 0x05],                    // syscall
     ];
-    code.extend(TEXT.as_bytes());
-    code.push(b'\n');
-    code
+    [&instructions.concat(), TEXT.as_bytes(), b"\n"].concat()
 }
 
 #[cfg(test)]
@@ -118,12 +78,23 @@ mod tests {
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
         // A shell starts it: another test's fork may still hold the file open for writing.
         let run = |argument: &str| {
-            let script = format!("until {} {argument}; do :; done", path.display());
+            let program = path.display();
+            let script =
+                format!("for i in 1 2 3 4 5; do {program} {argument} && exit; sleep 0.1; done; exit 1");
             let mut command = Command::new("sh");
             command.args(["-c", &script]).stdin(Stdio::piped()).stdout(Stdio::piped());
             command.stderr(Stdio::null()).spawn().unwrap()
         };
-        let output = run("").wait_with_output().unwrap();
+        let mut speaking = run("");
+        // Its input stays open, so that it would wait if it read.
+        let input = speaking.stdin.take();
+        let ended = (0..500).any(|_| {
+            std::thread::sleep(std::time::Duration::from_millis(10));
+            speaking.try_wait().unwrap().is_some()
+        });
+        drop(input);
+        assert!(ended, "it waits for input");
+        let output = speaking.wait_with_output().unwrap();
         assert!(output.status.success());
         assert_eq!(String::from_utf8_lossy(&output.stdout), format!("{TEXT}\n"));
 

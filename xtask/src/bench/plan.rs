@@ -146,7 +146,7 @@ impl Metric {
             Self::VmmOnly => "VMM only, ms",
             Self::CpuTime => "CPU time, ms",
             Self::VmmPrivateMemory => "private, MiB",
-            Self::VmmProportionalMemory => "share, MiB",
+            Self::VmmProportionalMemory => "PSS, MiB",
             Self::UserExits => "user exits",
             Self::GuestPageFaults => "guest faults",
         }

@@ -271,9 +271,13 @@ mod tests {
         let background = text.rsplit(' ').next().unwrap_or_default();
         let expected = format!("it had not ended after 1 s; its last output:\n  | here\n  | {background}");
         assert_eq!(text, expected);
-        // A killed process whose parent is gone vanishes as soon as somebody has waited for it.
-        let state = || std::fs::read_to_string(format!("/proc/{background}/stat")).unwrap_or_default();
-        assert!(state().is_empty() || state().contains(") Z "), "{}", state());
+        // It is killed by now, and vanishes when somebody has waited for it.
+        let path = format!("/proc/{background}/stat");
+        let lives = || std::fs::read_to_string(&path).is_ok_and(|stat| !stat.contains(") Z "));
+        while lives() {
+            assert!(before.elapsed() < LIMIT, "{path} is there");
+            std::thread::sleep(Duration::from_millis(10));
+        }
         let text = failure("yes", LIMIT);
         assert!(text.starts_with("it says more than 1024 KiB; "), "{text}");
         assert!(before.elapsed() < LIMIT);

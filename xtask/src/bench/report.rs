@@ -54,15 +54,16 @@ const VALUE: usize = COLUMN - RATIO;
 /// Width of the monitors' names, unless one is longer.
 const NAME: usize = 14;
 
-/// Lines under the tables: what the columns are.
+/// Lines under the tables: what the columns are. Different columns come from different runs, so that
+/// with several vCPUs init may seem to be later than the payload.
 const LEGEND: &str = "\
-All times are from the spawn of the monitor's process; the ratio is to the first row of the same table,
-and below each median are smallest and largest value.
-init: its first instruction; first byte: of init's greeting on the console, in a guest without payload
-output: the payload's first byte there; exit: the monitor's process has ended
+All times are from the spawn of the monitor's process; the ratio is to the first row of the same table.
+Below each median are smallest and largest value. One boot before all others does not count.
+init: its first instruction; first byte: init's greeting on the console; both in guests without payload
+output: the payload's first byte there, in guests with it; exit: the monitor's process has ended
 VMM only: until the guest is first entered, and from its last exit to the process's end
 CPU time: user and system time of the monitor's process, its guest's included
-private, share: the process's memory without guest memory while a payload waits for input; pages that
+private, PSS: the process's memory without guest memory while a payload waits for input; pages that
   only it has (its program's too, when it runs alone), and these with its share of the others; page
   tables and the kernel's objects are not counted
 user exits, guest faults: KVM's kvm_userspace_exit and kvm_page_fault until the payload's first output

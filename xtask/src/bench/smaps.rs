@@ -158,6 +158,19 @@ mod tests {
     }
 
     #[test]
+    fn what_lies_apart_is_not_one_memory() {
+        // 40 MiB and 24 MiB of something else with a gap between them, and a guest of 64 MiB elsewhere.
+        let text = [
+            entry(0x1_0000_0000, 40 * MIB, "rw-p", 10, 10),
+            entry(0x1_0000_0000 + 41 * MIB, 24 * MIB, "rw-p", 11, 11),
+            entry(0x2_0000_0000, 64 * MIB, "rw-p", 500, 500),
+        ]
+        .concat();
+        let usage = without_guest(&text, 64 * MIB).unwrap();
+        assert_eq!(usage, Usage { private: 21 * 1024, proportional: 21 * 1024 });
+    }
+
+    #[test]
     fn a_process_without_so_much_memory_has_no_guest() {
         assert_eq!(without_guest(&ours(), 512 * MIB), None);
         assert_eq!(without_guest("", MIB), None);
