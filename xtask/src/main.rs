@@ -2,6 +2,7 @@
 #![expect(clippy::print_stderr, clippy::print_stdout, reason = "commands speak to their user")]
 
 mod archive;
+mod bench;
 mod build_image;
 mod cache;
 mod cargo;
@@ -32,6 +33,8 @@ enum Command {
     Run(run::Arguments),
     /// Runs all tests: those of the crates, then those that boot guests
     Test(test::Arguments),
+    /// Compares Kindling with other monitors: times, memory, exits
+    Bench(Box<bench::Arguments>),
     /// Makes a bootable image: kernel, root filesystem and their description
     BuildImage(build_image::Arguments),
     /// Checks, compares and explains the guest kernel's configuration
@@ -40,6 +43,9 @@ enum Command {
     Lab(lab::Arguments),
     /// Removes the cache and says what that frees
     Clean(clean::Arguments),
+    /// The part of `bench` that runs beside the monitors
+    #[command(hide = true)]
+    Measure(bench::measure::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -49,10 +55,12 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Run(arguments) => run::run(&arguments),
         Command::Test(arguments) => test::run(&arguments),
+        Command::Bench(arguments) => bench::run(&arguments),
         Command::BuildImage(arguments) => build_image::run(&arguments),
         Command::KernelConfig(arguments) => kernel_config::run(&arguments),
         Command::Lab(arguments) => lab::run(&arguments),
         Command::Clean(arguments) => clean::run(&arguments),
+        Command::Measure(arguments) => bench::measure::run(&arguments),
     };
     match result {
         Ok(status) => ExitCode::from(status),

@@ -82,6 +82,7 @@ fn mount_filesystems() -> Result<()> {
     for (kind, target) in [
         ("proc", "/proc"),
         ("sysfs", "/sys"),
+        ("tracefs", "/sys/kernel/tracing"),
         ("devtmpfs", "/dev"),
         ("devpts", "/dev/pts"),
         ("tmpfs", "/dev/shm"),

@@ -1,0 +1,55 @@
+//! What monitors need beside themselves inside the lab: shared libraries and firmware.
+
+use super::vmms::{Kind, Vmm};
+use anyhow::Result;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Firmware that QEMU's microvm machine loads, of Debian's package qemu-system-data.
+const FIRMWARE: [&str; 2] = ["/usr/share/qemu/qboot.rom", "/usr/share/qemu/bios-microvm.bin"];
+/// Where the loader looks libraries up: without it each start would search for them.
+const LOADER_CACHE: &str = "/etc/ld.so.cache";
+
+/// The files that a monitor needs, all in the places where they are here.
+pub(super) fn needed(vmm: &Vmm) -> Result<Vec<(PathBuf, String)>> {
+    let mut files = libraries(&vmm.path)?;
+    if !files.is_empty() {
+        files.push(LOADER_CACHE.to_owned());
+    }
+    if vmm.kind == Kind::Qemu {
+        files.extend(FIRMWARE.map(str::to_owned));
+    }
+    files.retain(|file| Path::new(file).exists());
+    // The source is what a link leads to; the target has the name by which it is asked for.
+    Ok(files.into_iter().map(|file| (PathBuf::from(&file), file)).collect())
+}
+
+/// The libraries of a program and their loader; none for a static program or a script.
+fn libraries(program: &Path) -> Result<Vec<String>> {
+    let output = Command::new("ldd").arg(program).output()?;
+    if !output.status.success() {
+        return Ok(Vec::new());
+    }
+    Ok(paths(&String::from_utf8_lossy(&output.stdout)))
+}
+
+/// The paths that ldd names: `libz.so.1 => /lib/libz.so.1 (0x...)` or `/lib64/ld.so (0x...)`.
+fn paths(ldd: &str) -> Vec<String> {
+    let path = |line: &str| {
+        let (_, place) = line.split_once(" => ").unwrap_or(("", line));
+        place.split_whitespace().next().filter(|word| word.starts_with('/')).map(str::to_owned)
+    };
+    ldd.lines().filter_map(path).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn libraries_are_read_from_ldd() {
+        let text = "\tlinux-vdso.so.1 (0x00007ffe)\n\tlibz.so.1 => /lib/x86_64-linux-gnu/libz.so.1 (0x1)\n\
+                    \tlibmissing.so => not found\n\t/lib64/ld-linux-x86-64.so.2 (0x2)\n\tstatically linked\n";
+        assert_eq!(paths(text), ["/lib/x86_64-linux-gnu/libz.so.1", "/lib64/ld-linux-x86-64.so.2"]);
+    }
+}

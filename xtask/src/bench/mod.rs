@@ -1,0 +1,190 @@
+//! `cargo xtask bench`: monitors side by side, with the same kernel, initramfs and payload.
+//!
+//! The measuring runs beside the monitors: in this process where this machine's KVM can run Linux,
+//! and otherwise in the exact lab, where this program is started as a command of the lab.
+
+mod arguments;
+mod files;
+pub(crate) mod measure;
+mod payload;
+mod plan;
+mod process;
+mod report;
+mod smaps;
+mod statistics;
+mod svg;
+mod trace;
+mod vmms;
+
+pub(crate) use arguments::Arguments;
+
+use crate::host::Host;
+use crate::{build_image, cargo, debian, lab};
+use anyhow::{Context, Result, bail};
+use arguments::Request;
+use plan::{Case, Outcome, Plan};
+use report::{HostDescription, Report};
+use std::fs::{self, Permissions};
+use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use vmms::{Guest, Kind, Vmm};
+
+/// MiB that the lab itself needs beside the guest: its initramfs has QEMU with its libraries.
+const LAB_OVERHEAD_MIB: u64 = 1024;
+/// Where QEMU is, in Debian and so in the lab.
+const QEMU: &str = "/usr/bin/qemu-system-x86_64";
+
+/// What figures of the exact lab mean.
+const LAB_MEANING: &str = "the exact lab, which counts instructions: one is one nanosecond; no caches, TLB \
+                           misses, exit costs";
+const HARDWARE_MEANING: &str = "real time, with this machine's KVM";
+
+/// Measures, prints tables, writes files; the exit status is 1 when a monitor failed.
+pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
+    let request = arguments.check()?;
+    let host = Host::choose(request.exact, true);
+    debian::ensure_lab_tools()?;
+    let vmms = vmms(&request)?;
+    let guest = guest(&request)?;
+    let outcome = match host {
+        Host::Hardware => {
+            let cases = request.cases().flatten().collect();
+            measure::measure(&Plan { vmms, guest, cases, runs: request.runs })?
+        }
+        Host::Lab => in_labs(&request, &vmms, &guest)?,
+    };
+    let report = Report {
+        host: HostDescription {
+            kind: if host == Host::Lab { "exact-lab" } else { "hardware" },
+            meaning: if host == Host::Lab { LAB_MEANING } else { HARDWARE_MEANING },
+            notes: notes(&request, &outcome),
+            machine: outcome.machine,
+        },
+        rows: statistics::rows(request.scenario, &outcome.samples),
+        failures: outcome.failures,
+    };
+    print!("{}", report.tables());
+    if let Some(path) = &request.json {
+        write(path, &report.json()?)?;
+    }
+    if let Some(path) = &request.svg {
+        write(path, &svg::picture(&report))?;
+    }
+    for failure in &report.failures {
+        eprintln!("failed: {}, {}: {}", failure.vmm, failure.case, failure.what);
+    }
+    Ok(u8::from(!report.failures.is_empty()))
+}
+
+/// The monitors: ours, QEMU's, those that the user named.
+fn vmms(request: &Request) -> Result<Vec<Vmm>> {
+    let ours = cargo::release_binary("kindling", "kindling")?;
+    let always =
+        [(arguments::OURS, Kind::Kindling, ours), (arguments::QEMUS, Kind::Qemu, PathBuf::from(QEMU))];
+    let always = always.map(|(name, kind, path)| Vmm { name: name.to_owned(), kind, path });
+    Ok(always.into_iter().chain(request.vmms.iter().cloned()).collect())
+}
+
+/// The default image with the payload in its root filesystem.
+fn guest(request: &Request) -> Result<Guest> {
+    let root = tempfile::tempdir()?;
+    let program = root.path().join(payload::PATH.trim_start_matches('/'));
+    program.parent().map_or(Ok(()), fs::create_dir_all)?;
+    fs::write(&program, payload::program())?;
+    fs::set_permissions(&program, Permissions::from_mode(0o755))?;
+    let image = build_image::build(&build_image::Arguments {
+        name: "bench".to_owned(),
+        root: Some(root.path().into()),
+        ..build_image::Arguments::default()
+    })?;
+    let kernel = request.kernel.clone().unwrap_or_else(|| image.join("vmlinux"));
+    Ok(Guest { kernel, initrd: image.join("initramfs.cpio") })
+}
+
+/// Carries the request out in one lab for each number of vCPUs: a guest is measured where there are
+/// as many processors as it has vCPUs.
+fn in_labs(request: &Request, vmms: &[Vmm], guest: &Guest) -> Result<Outcome> {
+    let mut whole = Outcome::default();
+    for cases in request.cases() {
+        let outcome = in_lab(cases, request.runs, vmms, guest)?;
+        whole.machine = outcome.machine;
+        whole.samples.extend(outcome.samples);
+        whole.failures.extend(outcome.failures);
+        whole.omitted.extend(outcome.omitted);
+    }
+    whole.omitted.sort();
+    whole.omitted.dedup();
+    Ok(whole)
+}
+
+fn in_lab(cases: Vec<Case>, runs: u32, vmms: &[Vmm], guest: &Guest) -> Result<Outcome> {
+    let cpus = cases.iter().map(|case| case.vcpus).max().unwrap_or(1);
+    let memory = cases.iter().map(|case| case.memory_mib).max().unwrap_or(0);
+    let inside = Guest { kernel: "/guest/kernel".into(), initrd: "/guest/initrd".into() };
+    let mut with: Vec<(PathBuf, String)> = Vec::new();
+    with.push((guest.kernel.clone(), inside.kernel.display().to_string()));
+    with.push((guest.initrd.clone(), inside.initrd.display().to_string()));
+    let mut there = Vec::new();
+    for (number, vmm) in vmms.iter().enumerate() {
+        // QEMU finds its firmware relative to its own place.
+        let path = if vmm.kind == Kind::Qemu { QEMU.to_owned() } else { format!("/vmms/{number}") };
+        with.push((vmm.path.clone(), path.clone()));
+        with.extend(files::needed(vmm)?);
+        there.push(Vmm { path: path.into(), ..vmm.clone() });
+    }
+    let (plan, outcome) = (tempfile::NamedTempFile::new()?, tempfile::NamedTempFile::new()?);
+    let content = Plan { vmms: there, guest: inside, cases, runs };
+    fs::write(plan.path(), serde_json::to_vec(&content)?)?;
+    with.push((plan.path().into(), lab::inside("plan.json")));
+    let status = lab::Job {
+        exact: true,
+        cpus,
+        memory_mib: memory + LAB_OVERHEAD_MIB,
+        // The lab's init is this program.
+        command: ["/init", "measure", "plan.json", "outcome.json"].map(str::to_owned).to_vec(),
+        environment: Vec::new(),
+        with,
+        get: vec![(lab::inside("outcome.json"), outcome.path().into())],
+    }
+    .run()?;
+    if status != 0 {
+        bail!("measuring in the lab ended with status {status}");
+    }
+    serde_json::from_slice(&fs::read(outcome.path())?).context("the lab's values cannot be read")
+}
+
+/// What the reader of a table or of the JSON has to know about single values.
+fn notes(request: &Request, outcome: &Outcome) -> Vec<String> {
+    let foreign = request.vmms.iter().filter(|vmm| vmm.kind != Kind::Kindling).map(|vmm| &*vmm.name);
+    let mut names: Vec<&str> = [arguments::QEMUS].into_iter().chain(foreign).collect();
+    names.retain(|name| outcome.samples.iter().any(|sample| sample.vmm == *name));
+    let mut notes = Vec::new();
+    if !names.is_empty() {
+        let names = names.join(", ");
+        notes.push(format!(
+            "* for {names} it is the first byte, which is not compared with a first instruction"
+        ));
+    }
+    notes.extend(outcome.omitted.iter().map(|what| format!("not measured: {what}")));
+    notes
+}
+
+/// The folder that a file is in.
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Writes a file that appears whole or not at all.
+fn write(path: &Path, content: &str) -> Result<()> {
+    let failed = || format!("cannot write {}", path.display());
+    let mut draft = tempfile::Builder::new()
+        .prefix(".bench-")
+        // Temporary files are private; what this one becomes is not.
+        .permissions(Permissions::from_mode(0o666))
+        .tempfile_in(folder_of(path))
+        .with_context(failed)?;
+    draft.write_all(content.as_bytes()).with_context(failed)?;
+    draft.persist(path).with_context(failed)?;
+    Ok(())
+}

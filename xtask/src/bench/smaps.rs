@@ -1,0 +1,179 @@
+//! How much memory a monitor's process has beside its guest's.
+//!
+//! /proc/PID/smaps does not say which mappings are guest memory. Guest memory is writable and larger
+//! than anything else of a monitor, so it is taken to be the largest runs of adjacent writable
+//! mappings, until they hold as much as the guest has; of each run only the shortest part that is
+//! large enough. (Adjacent, because ours maps files over guest memory, which splits it.)
+
+/// One mapping.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Mapping {
+    start: u64,
+    end: u64,
+    writable: bool,
+    private: u64,
+    proportional: u64,
+}
+
+impl Mapping {
+    const fn size(&self) -> u64 {
+        self.end - self.start
+    }
+}
+
+/// Bytes of a process's memory, without its guest's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Usage {
+    /// Pages that no other process has.
+    pub(super) private: u64,
+    /// These, and of each page that others have too, its part.
+    pub(super) proportional: u64,
+}
+
+/// What /proc/PID/smaps says of a monitor whose guest has so many bytes of memory; `None` where no
+/// guest memory is found.
+pub(super) fn without_guest(smaps: &str, guest_bytes: u64) -> Option<Usage> {
+    let mappings = parse(smaps);
+    let mut runs = runs(&mappings);
+    runs.sort_by_key(|run| std::cmp::Reverse(size(run)));
+    let (mut found, mut guest) = (0, Vec::new());
+    for run in runs {
+        if found >= guest_bytes {
+            break;
+        }
+        let part = shortest_part(run, guest_bytes - found);
+        found += size(part);
+        guest.extend(part.iter().map(|mapping| mapping.start));
+    }
+    if found < guest_bytes {
+        return None;
+    }
+    let rest = || mappings.iter().filter(|mapping| !guest.contains(&mapping.start));
+    Some(Usage {
+        private: rest().map(|mapping| mapping.private).sum(),
+        proportional: rest().map(|mapping| mapping.proportional).sum(),
+    })
+}
+
+fn size(run: &[Mapping]) -> u64 {
+    run.iter().map(Mapping::size).sum()
+}
+
+/// Writable mappings without gaps between them.
+fn runs(mappings: &[Mapping]) -> Vec<&[Mapping]> {
+    mappings
+        .chunk_by(|a, b| a.writable && b.writable && a.end == b.start)
+        .filter(|run| run[0].writable)
+        .collect()
+}
+
+/// The shortest part of a run that has so many bytes; the whole run where it has fewer.
+fn shortest_part(run: &[Mapping], bytes: u64) -> &[Mapping] {
+    let mut best = run;
+    for first in 0..run.len() {
+        for last in first..run.len() {
+            let part = &run[first..=last];
+            if size(part) >= bytes && size(part) < size(best) {
+                best = part;
+            }
+        }
+    }
+    best
+}
+
+fn parse(smaps: &str) -> Vec<Mapping> {
+    let mut mappings: Vec<Mapping> = Vec::new();
+    for line in smaps.lines() {
+        if let Some(mapping) = header(line) {
+            mappings.push(mapping);
+        } else if let (Some((name, value)), Some(mapping)) = (line.split_once(':'), mappings.last_mut()) {
+            let kib = || value.trim().strip_suffix(" kB")?.parse::<u64>().ok();
+            match name {
+                "Private_Clean" | "Private_Dirty" => mapping.private += kib().unwrap_or(0) * 1024,
+                "Pss" => mapping.proportional += kib().unwrap_or(0) * 1024,
+                _ => {}
+            }
+        }
+    }
+    mappings
+}
+
+/// The first line of a mapping: `7f0000000000-7f0000021000 rw-p 00000000 00:00 0`.
+fn header(line: &str) -> Option<Mapping> {
+    let (range, rest) = line.split_once(' ')?;
+    let (start, end) = range.split_once('-')?;
+    let address = |text| u64::from_str_radix(text, 16).ok();
+    let writable = rest.as_bytes().get(1) == Some(&b'w');
+    Some(Mapping { start: address(start)?, end: address(end)?, writable, ..Mapping::default() })
+        .filter(|mapping| mapping.start < mapping.end)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1024 * 1024;
+
+    fn entry(start: u64, size: u64, access: &str, private: u64, pss: u64) -> String {
+        format!(
+            "{start:x}-{:x} {access} 00000000 00:00 0    [some: name]\nSize: 1 kB\nRss: 9 kB\nPss: {pss} kB\n\
+             Pss_Dirty: 77 kB\nPrivate_Clean: 1 kB\nPrivate_Dirty: {} kB\nVmFlags: rd wr mr\n",
+            start + size,
+            private - 1,
+        )
+    }
+
+    /// A heap, a library's text, and guest memory of 64 MiB with a file mapped over its middle,
+    /// directly behind the stack of a thread.
+    fn ours() -> String {
+        let base = 0x7f00_0000_0000;
+        [
+            entry(0x40_0000, MIB, "rw-p", 100, 100),
+            entry(0x60_0000, 200 * MIB, "r-xp", 10, 4),
+            entry(base, 8 * MIB, "rw-p", 20, 20),
+            entry(base + 8 * MIB, 30 * MIB, "rw-p", 5000, 5000),
+            entry(base + 38 * MIB, 4 * MIB, "rw-p", 600, 600),
+            entry(base + 42 * MIB, 30 * MIB, "rw-p", 7000, 7000),
+            entry(base + 99 * MIB, MIB, "rw-p", 3, 3),
+        ]
+        .concat()
+    }
+
+    #[test]
+    fn guest_memory_is_left_out_whole() {
+        let usage = without_guest(&ours(), 64 * MIB).unwrap();
+        assert_eq!(usage, Usage { private: 133 * 1024, proportional: 127 * 1024 });
+    }
+
+    #[test]
+    fn guest_memory_may_lie_in_two_places() {
+        let text = [
+            entry(0x1_0000_0000, 1024 * MIB, "rw-s", 50, 50),
+            entry(0x7_0000_0000, 3072 * MIB, "rw-s", 60, 60),
+            entry(0x9_0000_0000, 8 * MIB, "rw-p", 70, 65),
+        ]
+        .concat();
+        let usage = without_guest(&text, 4096 * MIB).unwrap();
+        assert_eq!(usage, Usage { private: 70 * 1024, proportional: 65 * 1024 });
+    }
+
+    #[test]
+    fn what_lies_apart_is_not_one_memory() {
+        // 40 MiB and 24 MiB of something else with a gap between them, and a guest of 64 MiB elsewhere.
+        let text = [
+            entry(0x1_0000_0000, 40 * MIB, "rw-p", 10, 10),
+            entry(0x1_0000_0000 + 41 * MIB, 24 * MIB, "rw-p", 11, 11),
+            entry(0x2_0000_0000, 64 * MIB, "rw-p", 500, 500),
+        ]
+        .concat();
+        let usage = without_guest(&text, 64 * MIB).unwrap();
+        assert_eq!(usage, Usage { private: 21 * 1024, proportional: 21 * 1024 });
+    }
+
+    #[test]
+    fn a_process_without_so_much_memory_has_no_guest() {
+        assert_eq!(without_guest(&ours(), 512 * MIB), None);
+        assert_eq!(without_guest("", MIB), None);
+        assert_eq!(without_guest("no-sense\nPss: 1 kB\nfff-0 rw-p\n", MIB), None);
+    }
+}
