@@ -14,7 +14,7 @@ use crate::devices::legacy::{AbsentClock, KeyboardController, ResetControl};
 use crate::devices::serial::SerialPort;
 use crate::event_loop::Input;
 use crate::kvm::{Hypervisor, KvmError, Vcpu, Vm};
-use crate::layout;
+use crate::layout::{self, Gsi};
 use crate::memory::{GuestMemory, MemoryError};
 use crate::profile::Recorder;
 use crate::running::Running;
@@ -74,6 +74,9 @@ impl Error {
     }
 }
 
+/// Interrupt lines that lead to a device.
+const LINES: [Gsi; 1] = [layout::SERIAL_GSI];
+
 /// A machine that is built and not running: memory holds the kernel, devices wait, vCPUs are at
 /// their first instruction.
 #[derive(Debug)]
@@ -112,7 +115,7 @@ impl Machine {
         let vcpu_count = config.machine.vcpu_count;
         let memory = GuestMemory::anonymous(config.machine.mem_size_mib * layout::MIB)?;
         let controllers = config.boot_source.interrupt_controllers;
-        let hardware = Hardware { vcpus: vcpu_count, lines: &[layout::SERIAL_GSI], controllers };
+        let hardware = Hardware { vcpus: vcpu_count, lines: &LINES, controllers };
         let entry = boot::load(&memory, &config.boot_source, hardware)?;
         timeline.reached("kernel loaded");
 
@@ -174,7 +177,7 @@ fn build_devices(
 
     let mut buses = Buses::default();
     if config.boot_source.interrupt_controllers == InterruptControllers::IoApic {
-        let device = Arc::new(Mutex::new(IoApic::new(vm.message_routes())));
+        let device = Arc::new(Mutex::new(IoApic::new(&LINES, vm.message_routes())));
         let start = layout::IO_APIC.0;
         buses.memory.claim(start..=start + layout::PAGE_SIZE - 1, device);
     }
