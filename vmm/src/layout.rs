@@ -6,7 +6,7 @@
 //!    0x0_7000  | zero page                    |
 //!    0x0_9000  | page tables (3 pages)        |
 //!    0x2_0000  | kernel command line          |
-//!    0x9_fc00  | MP table, reserved           |
+//!    0x9_fc00  | MP table                     |
 //!    0xa_0000  +------------------------------+
 //!              | nothing (legacy VGA and ROM) |
 //!   0x10_0000  +------------------------------+

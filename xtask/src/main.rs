@@ -15,6 +15,7 @@ mod lab;
 mod progress;
 mod run;
 mod test;
+mod vmlinux;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
