@@ -3,7 +3,7 @@
 use crate::fragment::{Fragment, FragmentError, Origin};
 
 /// Each fragment's name and text, in the order in which they build on each other.
-const SHIPPED: [(&str, &str); 14] = [
+const SHIPPED: [(&str, &str); 15] = [
     ("base", include_str!("../fragments/base.config")),
     ("kvm-guest", include_str!("../fragments/kvm-guest.config")),
     ("console", include_str!("../fragments/console.config")),
@@ -13,6 +13,7 @@ const SHIPPED: [(&str, &str); 14] = [
     ("ipv6", include_str!("../fragments/ipv6.config")),
     ("vsock", include_str!("../fragments/vsock.config")),
     ("filesystems", include_str!("../fragments/filesystems.config")),
+    ("uniprocessor", include_str!("../fragments/uniprocessor.config")),
     ("sysfs", include_str!("../fragments/sysfs.config")),
     ("container", include_str!("../fragments/container.config")),
     ("hardening", include_str!("../fragments/hardening.config")),
@@ -25,7 +26,8 @@ pub const DEFAULT: [&str; 9] =
     ["base", "kvm-guest", "console", "virtio", "block", "net", "ipv6", "vsock", "filesystems"];
 
 /// The fragments that an image may ask for on top.
-pub const OPTIONAL: [&str; 5] = ["sysfs", "container", "hardening", "paravirt-spinlocks", "debug"];
+pub const OPTIONAL: [&str; 6] =
+    ["uniprocessor", "sysfs", "container", "hardening", "paravirt-spinlocks", "debug"];
 
 /// All fragments of this crate, default and optional.
 ///

@@ -12,6 +12,7 @@ mod host;
 mod kernel;
 mod kernel_config;
 mod lab;
+mod prices;
 mod progress;
 mod run;
 mod test;
