@@ -96,7 +96,6 @@ fn the_boot_keeps_to_its_budget() {
     let total = previous;
     let _ = writeln!(table, "spawn to init: {total}, {}", budget.spawn_to_init_ns);
     let _ = writeln!(table, "exits to the VMM: {exits}, {}", budget.user_exits_to_init);
-    println!("{table}");
     if total > limit(budget.spawn_to_init_ns) {
         broken.push("spawn to init");
     }
