@@ -39,6 +39,9 @@ enum Command {
         /// Also write the list to this file
         #[arg(long, value_name = "FILE")]
         out: Option<PathBuf>,
+        /// Price of this fragment alone, instead of all; may be repeated
+        #[arg(long, value_name = "NAME")]
+        only: Vec<String>,
     },
 }
 
@@ -51,7 +54,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
             kernel::configure(&kernel::source(arguments.kernel_source.as_deref())?, &asked)?;
             println!("all {} symbols of {} fragments are as asked", asked.len(), fragments.len());
         }
-        Command::Prices { out } => return prices::run(arguments.kernel_source.as_deref(), out.as_deref()),
+        Command::Prices { out, only } => {
+            return prices::run(arguments.kernel_source.as_deref(), only, out.as_deref());
+        }
         Command::Diff { a, b } => {
             for difference in diff(&KernelConfig::read(a)?, &KernelConfig::read(b)?) {
                 println!("{difference}");

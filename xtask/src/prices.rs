@@ -60,6 +60,23 @@ impl Variant {
     }
 }
 
+/// The default kernel, and those for the fragments that are asked for.
+fn chosen(only: &[String]) -> Result<Vec<Variant>> {
+    let all = Variant::all();
+    for name in only {
+        let known: Vec<_> = all.iter().filter_map(|variant| variant.fragment).collect();
+        ensure!(
+            known.contains(&name.as_str()),
+            "--only {name}: fragments with a price are {}",
+            known.join(", ")
+        );
+    }
+    let is_chosen = |variant: &Variant| {
+        only.is_empty() || variant.fragment.is_none_or(|fragment| only.iter().any(|name| name == fragment))
+    };
+    Ok(all.into_iter().filter(is_chosen).collect())
+}
+
 /// What was measured of a kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Measured {
@@ -83,10 +100,10 @@ impl Measured {
 }
 
 /// Builds every variant, boots each in one exact lab, and prints the list; also into `out`.
-pub(crate) fn run(kernel_source: Option<&Path>, out: Option<&Path>) -> Result<u8> {
+pub(crate) fn run(kernel_source: Option<&Path>, only: &[String], out: Option<&Path>) -> Result<u8> {
     let place = tempfile::tempdir()?;
+    let variants = chosen(only)?;
     let source = kernel::source(kernel_source)?;
-    let variants = Variant::all();
     // A configuration that the kernel does not take shows within seconds; the builds take an hour.
     for variant in &variants {
         let asked = compose(&shipped_named(&variant.parts)?)?;
@@ -236,6 +253,21 @@ mod tests {
         for variant in Variant::all() {
             compose(&shipped_named(&variant.parts).unwrap()).unwrap();
         }
+    }
+
+    #[test]
+    fn single_prices_need_the_default_and_a_known_name() {
+        let names = |only: &str| -> Result<Vec<_>> {
+            Ok(chosen(&[only.to_owned()])?.iter().map(Variant::name).collect())
+        };
+        assert_eq!(names("ipv6").unwrap(), ["default", "ipv6"]);
+        assert!(
+            names("base")
+                .unwrap_err()
+                .to_string()
+                .starts_with("--only base: fragments with a price are block")
+        );
+        assert_eq!(chosen(&[]).unwrap().len(), Variant::all().len());
     }
 
     #[test]
