@@ -108,3 +108,21 @@ fn the_boot_keeps_to_its_budget() {
         "the budget of tests/boot-budget.json is far above the boot: lower it\n{table}"
     );
 }
+
+/// KVM takes 12 ms or more to destroy a VM, waiting for RCU; nobody should wait with it.
+#[test]
+fn the_process_ends_without_waiting_for_kvm() {
+    const LIMIT_NS: u64 = 4_000_000;
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("report.json");
+    let mut command = kindling();
+    command.args(["boot", "--console", "null", "--image"]).arg(testbed("images/default"));
+    run(command.arg("--report-json").arg(&path).stdin(Stdio::null())).expect_status(0);
+    let ended = u64::try_from(now()).unwrap();
+    let report = read(&path);
+    let steps = report["steps"].as_array().unwrap();
+    let stopped = steps.iter().find(|step| step["name"] == "vCPUs stopped").unwrap();
+    let stopped = report["start_ns"].as_u64().unwrap() + stopped["ns"].as_u64().unwrap();
+    let ns = ended - stopped;
+    assert!(ns <= LIMIT_NS, "{ns} ns from the end of the vCPUs to the end of the process; {report:#}");
+}
