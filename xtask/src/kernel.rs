@@ -39,6 +39,8 @@ pub(crate) struct Source {
 pub(crate) struct Kernel {
     /// The uncompressed ELF file.
     pub(crate) vmlinux: PathBuf,
+    /// Its symbols, which the ELF file does not have.
+    pub(crate) system_map: PathBuf,
     /// `make kernelrelease`.
     pub(crate) version: String,
     /// SHA-256 of the composed configuration.
@@ -155,6 +157,7 @@ pub(crate) fn build(source: &Source, asked: &Composed) -> Result<Kernel> {
         version: read("version")?,
         config_sha256: sha256(read("config")?.as_bytes()),
         vmlinux: place.join("vmlinux"),
+        system_map: place.join("System.map"),
         tools,
     })
 }

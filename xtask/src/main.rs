@@ -12,6 +12,8 @@ mod host;
 mod kernel;
 mod kernel_config;
 mod lab;
+mod output;
+mod profile;
 mod progress;
 mod run;
 mod test;
@@ -35,6 +37,8 @@ enum Command {
     Test(test::Arguments),
     /// Compares Kindling with other monitors: times, memory, exits
     Bench(Box<bench::Arguments>),
+    /// Shows where the time of one boot goes
+    Profile(Box<profile::Arguments>),
     /// Makes a bootable image: kernel, root filesystem and their description
     BuildImage(build_image::Arguments),
     /// Checks, compares and explains the guest kernel's configuration
@@ -46,6 +50,9 @@ enum Command {
     /// The part of `bench` that runs beside the monitors
     #[command(hide = true)]
     Measure(bench::measure::Arguments),
+    /// The part of `profile` that runs beside the VMM
+    #[command(hide = true)]
+    ProfileBoots(profile::boots::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -60,6 +67,8 @@ fn main() -> ExitCode {
         Command::KernelConfig(arguments) => kernel_config::run(&arguments),
         Command::Lab(arguments) => lab::run(&arguments),
         Command::Clean(arguments) => clean::run(&arguments),
+        Command::Profile(arguments) => profile::run(&arguments),
+        Command::ProfileBoots(arguments) => profile::boots::run(&arguments),
         Command::Measure(arguments) => bench::measure::run(&arguments),
     };
     match result {
