@@ -60,6 +60,9 @@ const FUNCTIONS: [(&str, &str); 48] = [
 /// What the kernel does before the first of them.
 pub(super) const ENTRY: (&str, &str) = ("entry", "assembly: page tables, 64-bit mode of the kernel's own");
 
+/// From this one on the kernel calls the initcalls of one level after the other.
+pub(super) const CALLS_INITCALLS: &str = "kernel_init_freeable";
+
 /// What VMM and init do until a step of theirs is complete.
 const STEPS: [(&str, &str); 14] = [
     ("command entered", "the host starts the process"),

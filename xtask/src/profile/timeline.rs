@@ -8,7 +8,7 @@
 
 use super::boots::{FIRST_INSTRUCTION, INIT, Mark, Measured, Records, Report};
 use super::kernel_image::KernelImage;
-use super::phases::{Begins, ENTRY, about_step};
+use super::phases::{Begins, CALLS_INITCALLS, ENTRY, about_step};
 use super::record::{Exits, Lane, Perturbation, Phase, Totals};
 use super::{devices, stacks};
 use anyhow::{Result, ensure};
@@ -91,13 +91,15 @@ impl Clock<'_> {
 pub(super) fn phases(measured: &Measured, functions: &Functions, cost: u64) -> Result<Vec<Phase>> {
     let mut phases = steps(measured)?;
     let clock = Clock::of(measured, cost)?;
-    let marks: Vec<(u64, &Begins)> = measured
-        .marked
-        .marks
-        .iter()
-        .filter_map(|mark| Some((clock.plain(mark.0), functions.get(&mark.2)?)))
-        .filter(|(at, _)| *at < clock.plain.1)
-        .collect();
+    let mut latest = 0;
+    let mut marks: Vec<(u64, &Begins)> = Vec::new();
+    for mark in &measured.marked.marks {
+        // The average cost may be a little more than that of a mark close behind another one.
+        latest = clock.plain(mark.0).max(latest);
+        if let Some(begins) = functions.get(&mark.2).filter(|_| latest < clock.plain.1) {
+            marks.push((latest, begins));
+        }
+    }
     phases.extend(kernel(&marks, clock.plain));
     phases.sort_by_key(|phase| (phase.lane, phase.start));
     Ok(phases)
@@ -139,12 +141,21 @@ fn kernel(marks: &[(u64, &Begins)], (first, init): (u64, u64)) -> Vec<Phase> {
     };
     let mut phases = vec![phase(Lane::Kernel, ENTRY.0, ENTRY.1, first)];
     let mut initcalls: Vec<Phase> = Vec::new();
-    let mut level = "";
+    let (mut level, mut in_thread) = ("", false);
     for (number, (at, begins)) in marks.iter().enumerate() {
         match begins {
             Begins::Phase(name, about) => {
                 phases.push(phase(Lane::Kernel, name, about, *at));
                 level = "";
+                in_thread |= *name == CALLS_INITCALLS;
+            }
+            Begins::Initcall(call) if !in_thread => {
+                phases.push(phase(
+                    Lane::Kernel,
+                    &call.name,
+                    "an initcall that is called earlier as well",
+                    *at,
+                ));
             }
             Begins::Initcall(call) => {
                 if level != call.level {
@@ -265,7 +276,7 @@ mod tests {
         let initcall =
             Initcall { address: 2, name: "pty_init".into(), level: "device", file: Some("pty".into()) };
         let functions = HashMap::from([
-            (1, Begins::Phase("setup_arch", "")),
+            (1, Begins::Phase("kernel_init_freeable", "")),
             (2, Begins::Initcall(initcall)),
             (3, Begins::Phase("free_initmem", "")),
         ]);
@@ -288,7 +299,7 @@ mod tests {
             (Lane::Vmm, "vCPUs stopped", 1200, 30),
             (Lane::Vmm, PROCESS_ENDED, 1230, 30),
             (Lane::Kernel, "entry", 100, 100),
-            (Lane::Kernel, "setup_arch", 200, 200),
+            (Lane::Kernel, "kernel_init_freeable", 200, 200),
             (Lane::Kernel, "initcalls: device", 400, 500),
             (Lane::Kernel, "free_initmem", 900, 200),
             (Lane::Initcall, "pty_init", 400, 500),
@@ -334,8 +345,11 @@ mod tests {
         let records = Records { samples, ..measured.marked };
         let stacks = stacks(&records, &kernel, &functions).unwrap();
         let short: Vec<(String, u64)> = stacks.into_iter().map(|(stack, n)| (stack.join(" > "), n)).collect();
-        let expected =
-            [("entry > startup_64", 1), ("init > init (user space)", 1), ("setup_arch > memset", 2)];
+        let expected = [
+            ("entry > startup_64", 1),
+            ("init > init (user space)", 1),
+            ("kernel_init_freeable > memset", 2),
+        ];
         assert_eq!(short, expected.map(|(stack, count)| (stack.to_owned(), count)));
     }
 }
