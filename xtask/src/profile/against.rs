@@ -7,6 +7,8 @@ use std::fmt::Write;
 
 /// Rows that a terminal gets.
 const ROWS: usize = 40;
+/// A change of fewer nanoseconds is none: it would be shown as zero.
+const LEAST: u64 = 500;
 
 /// A phase in two profiles.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,6 +22,11 @@ pub(super) struct Difference {
 }
 
 impl Difference {
+    /// Whether only one of the profiles has it.
+    const fn is_of_one(&self) -> bool {
+        self.old.is_none() || self.new.is_none()
+    }
+
     /// How much longer it takes now.
     fn change(&self) -> i64 {
         let signed = |time: Option<u64>| i64::try_from(time.unwrap_or(0)).unwrap_or(i64::MAX);
@@ -27,7 +34,7 @@ impl Difference {
     }
 }
 
-/// Every phase that takes another time, or that only one of the profiles has, the largest change
+/// Every phase that takes noticeably another time, or that only one of the profiles has, the largest change
 /// first. Phases of one name, like initcalls of several files, are one.
 pub(super) fn differences(old: &Profile, new: &Profile) -> Vec<Difference> {
     let (earlier, now) = (sums(&old.phases), sums(&new.phases));
@@ -40,7 +47,7 @@ pub(super) fn differences(old: &Profile, new: &Profile) -> Vec<Difference> {
             old: earlier.get(key).copied(),
             new: now.get(key).copied(),
         })
-        .filter(|difference| difference.old != difference.new)
+        .filter(|difference| difference.change().unsigned_abs() >= LEAST || difference.is_of_one())
         .collect();
     differences.sort_by_key(|difference| std::cmp::Reverse(difference.change().unsigned_abs()));
     differences
@@ -125,14 +132,14 @@ mod tests {
             phase(Lane::Kernel, "slower", 0, 1_000_000),
             phase(Lane::Kernel, "faster", 0, 9_000_000),
             phase(Lane::Initcall, "gone", 0, 2_000_000),
-            phase(Lane::Initcall, "twice", 0, 100),
-            phase(Lane::Initcall, "twice", 0, 200),
+            phase(Lane::Initcall, "twice", 0, 1000),
+            phase(Lane::Initcall, "twice", 0, 2000),
         ]);
         let new = with(vec![
-            phase(Lane::Kernel, "same", 7, 5),
+            phase(Lane::Kernel, "same", 7, 504),
             phase(Lane::Kernel, "slower", 0, 1_500_000),
             phase(Lane::Kernel, "faster", 0, 3_000_000),
-            phase(Lane::Initcall, "twice", 0, 400),
+            phase(Lane::Initcall, "twice", 0, 4000),
             phase(Lane::Init, "new", 0, 3_000_000),
         ]);
         let short: Vec<_> = differences(&old, &new).into_iter().map(|d| (d.name, d.old, d.new)).collect();
@@ -141,7 +148,7 @@ mod tests {
             ("new", None, Some(3_000_000)),
             ("gone", Some(2_000_000), None),
             ("slower", Some(1_000_000), Some(1_500_000)),
-            ("twice", Some(300), Some(400)),
+            ("twice", Some(3000), Some(4000)),
         ];
         assert_eq!(short, expected.map(|(name, old, new)| (name.to_owned(), old, new)));
         let text = report(&old, &new);

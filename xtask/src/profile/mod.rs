@@ -102,6 +102,12 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     Ok(0)
 }
 
+/// The list of a kernel's functions that `kindling boot --profile-functions` reads.
+pub(crate) fn function_list(kernel: &Kernel) -> Result<String> {
+    let kernel = read_kernel(kernel)?;
+    Ok(phases::list(&phases::functions(&kernel, &kernel.initcalls()?)))
+}
+
 fn read_kernel(kernel: &Kernel) -> Result<KernelImage> {
     let failed = |path: &Path| format!("cannot read {}", path.display());
     let file = fs::read(&kernel.vmlinux).with_context(|| failed(&kernel.vmlinux))?;
@@ -146,6 +152,7 @@ fn profile(
         totals: timeline::totals(measured)?,
         phases: timeline::phases(measured, functions, cost)?,
         exits: timeline::exits(measured, cost)?,
+        without_mark: phases::without_symbol(kernel),
         perturbation,
         samples: measured.sampled.as_ref().map(samples).transpose()?,
     })

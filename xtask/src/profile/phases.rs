@@ -108,11 +108,22 @@ pub(super) fn functions(kernel: &KernelImage, initcalls: &[Initcall]) -> HashMap
     functions
 }
 
+/// The functions of [`FUNCTIONS`] that a kernel has no symbol for.
+pub(super) fn without_symbol(kernel: &KernelImage) -> Vec<String> {
+    let missing = FUNCTIONS.iter().filter(|(name, _)| kernel.symbols.address(name).is_none());
+    missing.map(|(name, _)| (*name).to_owned()).collect()
+}
+
 /// The lines of the list that `kindling boot --profile-functions` reads.
 pub(super) fn list(functions: &HashMap<u64, Begins>) -> String {
-    let mut addresses: Vec<u64> = functions.keys().copied().collect();
-    addresses.sort_unstable();
-    addresses.iter().map(|address| format!("{address:x}\n")).collect()
+    let name = |begins: &Begins| match begins {
+        Begins::Phase(name, _) => (*name).to_owned(),
+        Begins::Initcall(call) => call.name.clone(),
+    };
+    let mut functions: Vec<(u64, String)> =
+        functions.iter().map(|(address, begins)| (*address, name(begins))).collect();
+    functions.sort();
+    functions.iter().map(|(address, name)| format!("{address:x} {name}\n")).collect()
 }
 
 #[cfg(test)]
@@ -133,6 +144,9 @@ mod tests {
         assert_eq!(functions.len(), 3);
         assert_eq!(functions[&(TEXT + 16)], Begins::Initcall(pty));
         assert!(matches!(functions[&TEXT], Begins::Phase("setup_arch", _)));
-        assert_eq!(list(&functions), "ffffffff81000000\nffffffff81000010\nffffffff81000020\n");
+        assert_eq!(
+            list(&functions),
+            "ffffffff81000000 setup_arch\nffffffff81000010 pty_init\nffffffff81000020 free_initmem\n"
+        );
     }
 }

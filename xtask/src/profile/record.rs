@@ -27,6 +27,8 @@ pub(super) struct Profile {
     pub(super) phases: Vec<Phase>,
     /// Exits to the VMM, the most frequent first.
     pub(super) exits: Vec<Exits>,
+    /// Functions that would begin a phase and that the compiler put into their callers.
+    pub(super) without_mark: Vec<String>,
     pub(super) perturbation: Perturbation,
     /// Where the guest was, if samples were asked for.
     pub(super) samples: Option<Samples>,
@@ -225,6 +227,7 @@ pub(super) mod tests {
                 before_init: 1,
                 at: vec![2_000_000, 5_000_000],
             }],
+            without_mark: vec!["jump_label_init".into()],
             perturbation: Perturbation {
                 marked_longer: 900,
                 marks: 3,

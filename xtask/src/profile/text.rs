@@ -113,6 +113,13 @@ pub(super) fn perturbation(profile: &Profile) -> String {
         milliseconds(p.cost_of_mark) * 1e3,
         milliseconds(p.held_per_mark) * 1e3,
     );
+    if !profile.without_mark.is_empty() {
+        let _ = write!(
+            text,
+            "\nWithout a mark, because the compiler put them into their callers: {}.",
+            profile.without_mark.join(", ")
+        );
+    }
     if let (Some(samples), Some(longer)) = (&profile.samples, p.sampled_longer) {
         let count: u64 = samples.stacks.iter().map(|(_, count)| count).sum();
         let _ = write!(

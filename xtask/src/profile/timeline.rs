@@ -14,6 +14,15 @@ use super::{devices, stacks};
 use anyhow::{Result, ensure};
 use std::collections::{BTreeMap, HashMap};
 
+/// Where every stack of the kernel begins, which says nothing.
+const OUTERMOST: [&str; 5] = [
+    "common_startup_64",
+    "x86_64_start_kernel",
+    "x86_64_start_reservations",
+    "ret_from_fork_asm",
+    "ret_from_fork",
+];
+
 /// What marks begin, by the address of their function.
 pub(super) type Functions = HashMap<u64, Begins>;
 
@@ -222,7 +231,8 @@ pub(super) fn stacks(
             behind.checked_sub(1).map_or(ENTRY.0, |index| &phases[index].name)
         };
         let mut stack = vec![phase.to_owned()];
-        stack.extend(stacks::callers(kernel, words).into_iter().map(str::to_owned));
+        let callers = stacks::callers(kernel, words).into_iter().skip_while(|name| OUTERMOST.contains(name));
+        stack.extend(callers.map(str::to_owned));
         stack.push(innermost(kernel, *instruction, *at >= init));
         *counts.entry(stack).or_default() += 1;
     }
