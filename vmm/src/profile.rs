@@ -159,7 +159,7 @@ impl Recorder {
         self.marks.push(FunctionMark { at, vcpu: self.vcpu, function, held });
     }
 
-    /// Records an exit. The kernel's log arrives when all that is measured is over, a byte with each
+    /// Records an exit. The kernel's log arrives when all that is measured is over, some bytes with each
     /// exit: it is not recorded, and neither is what comes after it.
     pub(crate) fn exit(&mut self, kind: ExitKind, address: u64) {
         if (kind, address) == (ExitKind::PortWrite, port::KERNEL_LOG.into()) {
