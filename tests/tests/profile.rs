@@ -44,7 +44,7 @@ fn exits_and_the_kernels_log_are_recorded() {
     assert!(addresses.contains(&0x3f8), "the serial port; {addresses:?}");
     assert!(!addresses.contains(&0x551), "the log's own port is no part of the boot");
     let log = profile["kernel_log"].as_str().unwrap();
-    assert!(log.contains("Linux version") && log.contains("kindling: clock"), "{log}");
+    assert!(log.contains("Linux version") && log.contains("Run /init as init process"), "{log}");
     assert!(column(&profile, "samples", 0).is_empty() && column(&profile, "marks", 0).is_empty());
 }
 
