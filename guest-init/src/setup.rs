@@ -41,6 +41,8 @@ pub(crate) fn mount_filesystems() {
         match mount(entry.kind, entry.target, entry.kind, entry.flags, entry.options) {
             // Busy: the kernel or the image has mounted it already (DEVTMPFS_MOUNT).
             Ok(()) | Err(Errno::BUSY) => {}
+            // The default kernel has no sysfs, and that is no news.
+            Err(Errno::NODEV) if entry.kind == "sysfs" => {}
             Err(error) => say(format_args!(
                 "init: cannot mount {} on {}: {error}; the guest's kernel needs the fragment that \
                  has it\n",

@@ -88,7 +88,7 @@ impl Composed {
     #[must_use]
     pub fn text(&self) -> String {
         let mut text = String::new();
-        for origin in [Origin::Shipped, Origin::User] {
+        for origin in Origin::ALL {
             for (symbol, asked) in self.iter().filter(|(_, asked)| asked.origin == origin) {
                 text.push_str(&config_line(symbol, &asked.value));
                 text.push('\n');
@@ -117,32 +117,30 @@ impl Composed {
             // The first fragment to ask keeps the credit: its reason is the more basic one.
             return Ok(());
         }
-        match asked.origin {
-            Origin::User => {
-                entry.insert(asked);
-                Ok(())
-            }
-            Origin::Shipped => Err(ComposeError::Conflict {
-                symbol: setting.symbol.clone(),
-                first: Box::new(earlier.clone()),
-                second: Box::new(asked),
-            }),
+        if asked.origin > earlier.origin || asked.origin == Origin::User {
+            entry.insert(asked);
+            return Ok(());
         }
+        Err(ComposeError::Conflict {
+            symbol: setting.symbol.clone(),
+            first: Box::new(earlier.clone()),
+            second: Box::new(asked),
+        })
     }
 }
 
 /// Merges fragments.
 ///
-/// Shipped fragments may ask for the same value, but not for different ones. A user's fragment
-/// overrides every shipped one wherever it stands in the list, and the last of several users'
-/// fragments wins.
+/// Default fragments may ask for the same value, but not for different ones, and so may optional
+/// ones, which override the default. A user's fragment overrides every shipped one wherever it
+/// stands in the list, and the last of several users' fragments wins.
 ///
 /// # Errors
 ///
-/// Two shipped fragments that disagree.
+/// Two default fragments that disagree, or two optional ones.
 pub fn compose(fragments: &[Fragment]) -> Result<Composed, ComposeError> {
     let mut composed = Composed::default();
-    for origin in [Origin::Shipped, Origin::User] {
+    for origin in Origin::ALL {
         for fragment in fragments.iter().filter(|fragment| fragment.origin == origin) {
             for setting in &fragment.symbols {
                 composed.add(fragment, setting)?;
@@ -162,8 +160,8 @@ mod tests {
 
     #[test]
     fn equal_requests_are_merged_and_the_first_keeps_the_credit() {
-        let net = fragment("net", Origin::Shipped, "CONFIG_NET=y # Sockets.\n");
-        let vsock = fragment("vsock", Origin::Shipped, "CONFIG_NET=y # A socket family.\n");
+        let net = fragment("net", Origin::Default, "CONFIG_NET=y # Sockets.\n");
+        let vsock = fragment("vsock", Origin::Default, "CONFIG_NET=y # A socket family.\n");
         let composed = compose(&[net, vsock]).unwrap();
         assert_eq!(composed.len(), 1);
         assert_eq!(composed.asked("CONFIG_NET").unwrap().file, "net.config");
@@ -171,8 +169,8 @@ mod tests {
 
     #[test]
     fn shipped_fragments_may_not_disagree() {
-        let one = fragment("one", Origin::Shipped, "CONFIG_A=y # a\nCONFIG_N=16 # n\n");
-        let two = fragment("two", Origin::Shipped, "# Two.\nCONFIG_N=8 # fewer\n");
+        let one = fragment("one", Origin::Default, "CONFIG_A=y # a\nCONFIG_N=16 # n\n");
+        let two = fragment("two", Origin::Default, "# Two.\nCONFIG_N=8 # fewer\n");
         assert_eq!(
             compose(&[one, two]).unwrap_err().to_string(),
             "CONFIG_N: one.config:2 asks for 16, two.config:2 for 8"
@@ -180,9 +178,22 @@ mod tests {
     }
 
     #[test]
+    fn optional_fragments_override_the_default_but_not_each_other() {
+        let slim = fragment("slim", Origin::Optional, "CONFIG_A=n # a\n");
+        let base = fragment("base", Origin::Default, "CONFIG_A=y # a\n");
+        let rich = fragment("rich", Origin::Optional, "CONFIG_A=y # a\n");
+        let composed = compose(&[slim.clone(), base]).unwrap();
+        assert_eq!(composed.asked("A").unwrap().file, "slim.config");
+        assert_eq!(
+            compose(&[slim, rich]).unwrap_err().to_string(),
+            "CONFIG_A: slim.config:1 asks for n, rich.config:1 for y"
+        );
+    }
+
+    #[test]
     fn users_win_and_the_last_user_wins() {
         let first = fragment("first.config", Origin::User, "CONFIG_A=n\nCONFIG_B=1\n");
-        let base = fragment("base", Origin::Shipped, "CONFIG_A=y # a\nCONFIG_C=y # c\n");
+        let base = fragment("base", Origin::Default, "CONFIG_A=y # a\nCONFIG_C=y # c\n");
         let last = fragment("last.config", Origin::User, "CONFIG_B=2\n");
         let composed = compose(&[first, base, last]).unwrap();
         let asked = composed.asked("A").unwrap();
@@ -194,8 +205,8 @@ mod tests {
 
     #[test]
     fn the_text_does_not_depend_on_comments_or_order() {
-        let one = fragment("x", Origin::Shipped, "CONFIG_B=y # b\nCONFIG_A=\"a\\\"\" # a\n");
-        let two = fragment("x", Origin::Shipped, "# X.\nCONFIG_A=\"a\\\"\" # 1\nCONFIG_B=y # 2\n");
+        let one = fragment("x", Origin::Default, "CONFIG_B=y # b\nCONFIG_A=\"a\\\"\" # a\n");
+        let two = fragment("x", Origin::Default, "# X.\nCONFIG_A=\"a\\\"\" # 1\nCONFIG_B=y # 2\n");
         let text = compose(&[one]).unwrap().text();
         assert_eq!(text, "CONFIG_A=\"a\\\"\"\nCONFIG_B=y\n");
         assert_eq!(text, compose(&[two]).unwrap().text());

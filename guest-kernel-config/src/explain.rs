@@ -8,7 +8,6 @@ use crate::fragment::{Fragment, Origin};
 use crate::kconfig::{Choice, Condition, Definition, Guarded, Kconfig, Kind, Selection, Symbol, Truth};
 use crate::nearest::nearest;
 use crate::needs::{Blame, Need, NeedList, listed, state};
-use crate::shipped::OPTIONAL;
 use crate::value::bare;
 
 /// How many lines of a help text are shown.
@@ -171,7 +170,7 @@ impl Explanation<'_> {
 
 /// Whether a kernel may well be built without this fragment.
 fn is_optional(fragment: &Fragment) -> bool {
-    fragment.origin == Origin::Shipped && OPTIONAL.contains(&fragment.name.as_str())
+    fragment.origin == Origin::Optional
 }
 
 fn fmt_help(f: &mut fmt::Formatter<'_>, symbol: &Symbol) -> fmt::Result {
@@ -222,7 +221,7 @@ endchoice
     fn explained(symbol: &str, config: Option<&str>) -> String {
         let kconfig = Kconfig::read(&|_: &str| Ok(KCONFIG.into())).unwrap();
         let base = "CONFIG_PAT=y # Huge pages.\n";
-        let base = Fragment::parse("base", base.as_bytes(), Origin::Shipped).unwrap();
+        let base = Fragment::parse("base", base.as_bytes(), Origin::Default).unwrap();
         let user = Fragment::parse("my.config", b"\nCONFIG_PAT=n\n", Origin::User).unwrap();
         let config = config.map(|text| KernelConfig::parse(text).unwrap());
         explain(symbol, &kconfig, config.as_ref(), &[base, user])
@@ -270,7 +269,7 @@ endchoice
     #[test]
     fn a_member_of_a_choice_that_an_optional_fragment_asks_for() {
         let kconfig = Kconfig::read(&|_: &str| Ok(KCONFIG.into())).unwrap();
-        let debug = Fragment::parse("debug", b"CONFIG_SLOW=y # Why.", Origin::Shipped).unwrap();
+        let debug = Fragment::parse("debug", b"CONFIG_SLOW=y # Why.", Origin::Optional).unwrap();
         let config = KernelConfig::parse("CONFIG_FAST=y\n").unwrap();
         let expected = r#"CONFIG_SLOW is not set
   asked for: y at debug.config:1 (an optional fragment): Why.

@@ -134,12 +134,21 @@ pub enum FragmentError {
 }
 
 /// Who wrote a fragment, which decides how strictly it is read and who wins a disagreement.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Later ones override earlier ones.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Origin {
-    /// Part of this crate: each line has a reason, and fragments may not disagree.
-    Shipped,
+    /// Part of this crate and of every kernel: each line has a reason, and fragments may not
+    /// disagree.
+    Default,
+    /// Part of this crate, for kernels that ask for it. As above, but it overrides the default.
+    Optional,
     /// Handed in by a user: reasons are optional, and it overrides what is shipped.
     User,
+}
+
+impl Origin {
+    /// All of them, in the order in which they override each other.
+    pub const ALL: [Self; 3] = [Self::Default, Self::Optional, Self::User];
 }
 
 /// One line of a fragment.
@@ -221,7 +230,7 @@ impl Fragment {
     #[must_use]
     pub fn file(&self) -> String {
         match self.origin {
-            Origin::Shipped => format!("{}.config", self.name),
+            Origin::Default | Origin::Optional => format!("{}.config", self.name),
             Origin::User => self.name.clone(),
         }
     }
@@ -312,7 +321,7 @@ impl LineParser<'_> {
         if setting.value == Value::Module {
             return Err(FragmentError::Module { file, line, symbol });
         }
-        if origin == Origin::Shipped && setting.reason.is_none() {
+        if origin != Origin::User && setting.reason.is_none() {
             let value = setting.value.clone();
             return Err(FragmentError::MissingReason { file, line, symbol, value });
         }
@@ -351,7 +360,7 @@ mod tests {
     use super::*;
 
     fn shipped(text: &str) -> Result<Fragment, FragmentError> {
-        Fragment::parse("test", text.as_bytes(), Origin::Shipped)
+        Fragment::parse("test", text.as_bytes(), Origin::Default)
     }
 
     fn user(text: &str) -> Result<Fragment, FragmentError> {

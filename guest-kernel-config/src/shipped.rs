@@ -3,15 +3,18 @@
 use crate::fragment::{Fragment, FragmentError, Origin};
 
 /// Each fragment's name and text, in the order in which they build on each other.
-const SHIPPED: [(&str, &str); 12] = [
+const SHIPPED: [(&str, &str); 15] = [
     ("base", include_str!("../fragments/base.config")),
     ("kvm-guest", include_str!("../fragments/kvm-guest.config")),
     ("console", include_str!("../fragments/console.config")),
     ("virtio", include_str!("../fragments/virtio.config")),
     ("block", include_str!("../fragments/block.config")),
     ("net", include_str!("../fragments/net.config")),
+    ("ipv6", include_str!("../fragments/ipv6.config")),
     ("vsock", include_str!("../fragments/vsock.config")),
     ("filesystems", include_str!("../fragments/filesystems.config")),
+    ("uniprocessor", include_str!("../fragments/uniprocessor.config")),
+    ("sysfs", include_str!("../fragments/sysfs.config")),
     ("container", include_str!("../fragments/container.config")),
     ("hardening", include_str!("../fragments/hardening.config")),
     ("paravirt-spinlocks", include_str!("../fragments/paravirt-spinlocks.config")),
@@ -19,11 +22,12 @@ const SHIPPED: [(&str, &str); 12] = [
 ];
 
 /// The fragments that every image's kernel is made of.
-pub const DEFAULT: [&str; 8] =
-    ["base", "kvm-guest", "console", "virtio", "block", "net", "vsock", "filesystems"];
+pub const DEFAULT: [&str; 9] =
+    ["base", "kvm-guest", "console", "virtio", "block", "net", "ipv6", "vsock", "filesystems"];
 
 /// The fragments that an image may ask for on top.
-pub const OPTIONAL: [&str; 4] = ["container", "hardening", "paravirt-spinlocks", "debug"];
+pub const OPTIONAL: [&str; 6] =
+    ["uniprocessor", "sysfs", "container", "hardening", "paravirt-spinlocks", "debug"];
 
 /// All fragments of this crate, default and optional.
 ///
@@ -54,7 +58,8 @@ fn one(wanted: &str) -> Result<Fragment, FragmentError> {
 }
 
 fn parse(name: &str, text: &str) -> Result<Fragment, FragmentError> {
-    Fragment::parse(name, text.as_bytes(), Origin::Shipped)
+    let origin = if OPTIONAL.contains(&name) { Origin::Optional } else { Origin::Default };
+    Fragment::parse(name, text.as_bytes(), origin)
 }
 
 #[cfg(test)]

@@ -6,13 +6,13 @@
 //!    0x0_7000  | zero page                    |
 //!    0x0_9000  | page tables (3 pages)        |
 //!    0x2_0000  | kernel command line          |
-//!    0x9_fc00  | MP table, reserved           |
+//!    0x9_fc00  | MP table                     |
 //!    0xa_0000  +------------------------------+
 //!              | nothing (legacy VGA and ROM) |
 //!   0x10_0000  +------------------------------+
 //!              | kernel, where its file says  |
+//!              | initrd, right behind it      |
 //!              | ...                          |
-//!              | initrd, at the end of RAM    |
 //! 0xc000_0000  +------------------------------+  RAM above 3 GiB goes on at 4 GiB
 //! 0xd000_0000  | virtio-mmio devices          |
 //! 0xfec0_0000  | I/O APIC                     |
@@ -33,6 +33,9 @@ pub struct Gsi(pub u32);
 pub const MIB: u64 = 1 << 20;
 /// Size of a page of guest or host memory in bytes.
 pub const PAGE_SIZE: u64 = 4096;
+
+/// Size of a huge page of the host in bytes.
+pub const HUGE_PAGE_SIZE: u64 = 2 * MIB;
 
 /// The GDT of the first vCPU.
 pub const GDT: GuestAddress = GuestAddress(0x500);

@@ -15,7 +15,7 @@ use crate::devices::serial::SerialPort;
 use crate::event_loop::Input;
 use crate::function_marks::{FunctionMarks, MarkError};
 use crate::kvm::{Hypervisor, KvmError, Vcpu, Vm};
-use crate::layout;
+use crate::layout::{self, Gsi};
 use crate::memory::{GuestMemory, MemoryError};
 use crate::profile::Recorder;
 use crate::running::Running;
@@ -78,6 +78,9 @@ impl Error {
     }
 }
 
+/// Interrupt lines that lead to a device.
+const LINES: [Gsi; 1] = [layout::SERIAL_GSI];
+
 /// A machine that is built and not running: memory holds the kernel, devices wait, vCPUs are at
 /// their first instruction.
 #[derive(Debug)]
@@ -116,7 +119,7 @@ impl Machine {
         let vcpu_count = config.machine.vcpu_count;
         let memory = GuestMemory::anonymous(config.machine.mem_size_mib * layout::MIB)?;
         let controllers = config.boot_source.interrupt_controllers;
-        let hardware = Hardware { vcpus: vcpu_count, lines: &[layout::SERIAL_GSI], controllers };
+        let hardware = Hardware { vcpus: vcpu_count, lines: &LINES, controllers };
         let entry = boot::load(&memory, &config.boot_source, hardware)?;
         let marks = mark_functions(config, &memory)?;
         timeline.reached("kernel loaded");
@@ -189,7 +192,7 @@ fn build_devices(
 
     let mut buses = Buses::default();
     if config.boot_source.interrupt_controllers == InterruptControllers::IoApic {
-        let device = Arc::new(Mutex::new(IoApic::new(vm.message_routes())));
+        let device = Arc::new(Mutex::new(IoApic::new(&LINES, vm.message_routes())));
         let start = layout::IO_APIC.0;
         buses.memory.claim(start..=start + layout::PAGE_SIZE - 1, device);
     }

@@ -8,6 +8,7 @@
 use crate::layout::{self, PAGE_SIZE};
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use vm_memory::{
     Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
@@ -140,6 +141,24 @@ impl GuestMemory {
         self.inner
             .read_exact_volatile_from(address, &mut file, size)
             .map_err(|error| failed(io::Error::other(error)))?;
+        Ok(())
+    }
+
+    /// Asks the host for pages of 4 KiB in a range of which little will be touched: a huge page is
+    /// cleared whole at the first touch.
+    ///
+    /// # Errors
+    /// When the range is not guest memory. A range that goes on behind its end is cut off there.
+    pub fn use_small_pages(&self, range: Range<u64>) -> Result<(), MemoryError> {
+        let end = range.end.min(self.low_end().0);
+        let length = end.saturating_sub(range.start);
+        let outside = || MemoryError::Outside { address: range.start, length };
+        let size = usize::try_from(length).map_err(|_| outside())?;
+        let slice = self.inner.get_slice(GuestAddress(range.start), size).map_err(|_| outside())?;
+        let target = slice.ptr_guard_mut().as_ptr();
+        // SAFETY: `get_slice` returned `size` bytes of this guest's own mapping, and MADV_NOHUGEPAGE
+        // does not change their content. Hosts without huge pages refuse it, which is as well.
+        unsafe { libc::madvise(target.cast(), size, libc::MADV_NOHUGEPAGE) };
         Ok(())
     }
 

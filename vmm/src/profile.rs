@@ -12,6 +12,9 @@ use vmm_sys_util::signal::SIGRTMIN;
 /// more exits than this is not booting any more.
 const RECORDS_MAX: usize = 1 << 20;
 
+/// The least time after which a sample that was missed is tried again: much more than one takes.
+const AGAIN_MIN: Duration = Duration::from_millis(1);
+
 /// What to record beside exits and the kernel's log.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ProfileConfig {
@@ -172,7 +175,7 @@ impl Recorder {
 }
 
 /// Interrupts the thread that started it with the signal that makes `KVM_RUN` return, once each
-/// time that it is armed: a timer that repeated by itself would leave a guest without a single
+/// time that it is armed and much later again: a timer that soon repeated by itself would leave a guest without a single
 /// instruction where taking a sample takes longer than the interval.
 #[derive(Debug)]
 struct SampleTimer {
@@ -205,12 +208,13 @@ impl SampleTimer {
     }
 
     fn rearm(&mut self) {
-        let none = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-        let first = libc::timespec {
-            tv_sec: libc::time_t::try_from(self.interval.as_secs()).unwrap_or(libc::time_t::MAX),
-            tv_nsec: self.interval.subsec_nanos().into(),
+        let time = |duration: Duration| libc::timespec {
+            tv_sec: libc::time_t::try_from(duration.as_secs()).unwrap_or(libc::time_t::MAX),
+            tv_nsec: duration.subsec_nanos().into(),
         };
-        let setting = libc::itimerspec { it_interval: none, it_value: first };
+        // A signal that arrives just before the vCPU is entered is lost; a later one is not.
+        let again = self.interval.saturating_mul(8).max(AGAIN_MIN);
+        let setting = libc::itimerspec { it_interval: time(again), it_value: time(self.interval) };
         // SAFETY: the timer is this one's own, and the kernel reads the setting.
         unsafe { libc::timer_settime(self.id, 0, &raw const setting, std::ptr::null_mut()) };
         let interval = u64::try_from(self.interval.as_nanos()).unwrap_or(u64::MAX);

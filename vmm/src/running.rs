@@ -142,8 +142,8 @@ impl Running {
     fn stop_vcpus(&mut self) {
         self.machine.stopping.store(true, Ordering::Release);
         // All at once: one vCPU may wait for a lock that another holds while it writes, and only
-        // that write can be interrupted.
-        while self.threads.iter().any(|thread| !thread.is_finished()) {
+        // that write can be interrupted. A thread that has left its outcome is as good as ended.
+        while lock(&self.outcomes).len() < self.threads.len() {
             for thread in self.threads.iter().filter(|thread| !thread.is_finished()) {
                 // The thread may end on its own in this moment; then nobody needs the signal.
                 let _ = thread.kill(SIGRTMIN());

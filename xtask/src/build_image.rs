@@ -17,8 +17,8 @@ pub(crate) struct Arguments {
     /// Name of the image
     #[arg(long, default_value = "default")]
     pub(crate) name: String,
-    /// Kernel configuration to add: a file, or the name of an optional fragment (container,
-    /// hardening, debug); may be repeated
+    /// Kernel configuration to add: a file, or the name of an optional fragment (sysfs,
+    /// container, hardening, paravirt-spinlocks, debug); may be repeated
     #[arg(long, value_name = "FILE|NAME")]
     pub(crate) config_fragment: Vec<PathBuf>,
     /// Program to use as /init instead of Kindling's
@@ -77,13 +77,21 @@ pub(crate) fn build(arguments: &Arguments) -> Result<PathBuf> {
 
 /// The same, with where its kernel came from.
 pub(crate) fn build_with_kernel(arguments: &Arguments) -> Result<(PathBuf, Kernel)> {
+    let fragments = fragments(&arguments.config_fragment)?;
+    build_of(arguments, &kernel::source(arguments.kernel_source.as_deref())?, &fragments)
+}
+
+/// The same with a kernel of these fragments.
+pub(crate) fn build_of(
+    arguments: &Arguments,
+    source: &kernel::Source,
+    fragments: &[Fragment],
+) -> Result<(PathBuf, Kernel)> {
     let out = match &arguments.out {
         Some(path) => std::path::absolute(path)?,
         None => cargo::target_directory().join("images").join(&arguments.name),
     };
-    let fragments = fragments(&arguments.config_fragment)?;
-    let source = kernel::source(arguments.kernel_source.as_deref())?;
-    let kernel = kernel::build(&source, &compose(&fragments)?)?;
+    let kernel = kernel::build(source, &compose(fragments)?)?;
     let init = match &arguments.init {
         Some(path) => path.clone(),
         None => cargo::release_binary("guest-init", "guest-init")?,
@@ -105,7 +113,7 @@ pub(crate) fn build_with_kernel(arguments: &Arguments) -> Result<(PathBuf, Kerne
             .clone()
             .unwrap_or_else(|| guest_protocol::DEFAULT_COMMAND_LINE.to_owned()),
         kernel_version: kernel.version.clone(),
-        kernel_source: source.origin,
+        kernel_source: source.origin.clone(),
         kernel_config_sha256: kernel.config_sha256.clone(),
         fragments: fragments.iter().map(|fragment| fragment.name.clone()).collect(),
         tools: kernel.tools.clone(),
@@ -136,7 +144,7 @@ pub(crate) fn fragments(extra: &[PathBuf]) -> Result<Vec<Fragment>> {
     Ok(fragments)
 }
 
-fn root_filesystem(init: &Path, root: Option<&Path>, target: &Path) -> Result<()> {
+pub(crate) fn root_filesystem(init: &Path, root: Option<&Path>, target: &Path) -> Result<()> {
     let mut archive = Archive::default();
     for (name, permissions) in DIRECTORIES {
         archive.directory(name, permissions)?;

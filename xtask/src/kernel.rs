@@ -6,6 +6,7 @@
 use crate::cache::{self, Draft};
 use crate::debian;
 use crate::progress::Progress;
+use crate::vmlinux;
 use anyhow::{Context, Result, bail};
 use guest_kernel_config::{Composed, Kconfig, KernelConfig, KernelTree, check};
 use kindling::config::image::{sha256, sha256_of};
@@ -19,7 +20,7 @@ use xshell::{Shell, cmd};
 /// The Debian package with the default source.
 const DEBIAN_SOURCE: &str = "linux-source-6.12";
 /// Raised when this file builds kernels differently from the same inputs.
-const RECIPE: &str = "1";
+const RECIPE: &str = "2";
 /// Objects of a kernel with the default fragments, for the first build's progress.
 const USUAL_OBJECTS: u64 = 1150;
 
@@ -176,10 +177,8 @@ fn build_into(source: &Source, asked: &Composed, place: &Path) -> Result<()> {
     configure_in(source, asked, &work)?;
     compile(source, &work)?;
     let draft = Draft::beside(place)?;
-    let shell = Shell::new()?;
-    let (built, stripped) = (work.join("vmlinux"), draft.path().join("vmlinux"));
-    // The symbols are in System.map; a host maps the rest.
-    cmd!(shell, "strip --strip-all -o {stripped} {built}").quiet().run()?;
+    // The symbols are in System.map.
+    vmlinux::pack(&work.join("vmlinux"), &draft.path().join("vmlinux"))?;
     fs::copy(work.join("System.map"), draft.path().join("System.map"))?;
     fs::copy(work.join(".config"), draft.path().join("config"))?;
     let version = make(source, &work).args(["--silent", "kernelrelease"]).output()?;

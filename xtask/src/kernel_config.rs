@@ -1,6 +1,6 @@
 //! `cargo xtask kernel-config`: the guest kernel's configuration, checked, compared, explained.
 
-use crate::{build_image, kernel};
+use crate::{build_image, kernel, prices};
 use anyhow::Result;
 use clap::{Args, Subcommand};
 use guest_kernel_config::{Kconfig, KernelConfig, KernelTree, compose, diff, explain, shipped};
@@ -34,6 +34,12 @@ enum Command {
         /// The symbol, with or without CONFIG_
         symbol: String,
     },
+    /// Builds the kernel with and without each fragment and lists what each costs
+    Prices {
+        /// Also write the list to this file
+        #[arg(long, value_name = "FILE")]
+        out: Option<PathBuf>,
+    },
 }
 
 /// Runs the subcommand.
@@ -45,6 +51,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
             kernel::configure(&kernel::source(arguments.kernel_source.as_deref())?, &asked)?;
             println!("all {} symbols of {} fragments are as asked", asked.len(), fragments.len());
         }
+        Command::Prices { out } => return prices::run(arguments.kernel_source.as_deref(), out.as_deref()),
         Command::Diff { a, b } => {
             for difference in diff(&KernelConfig::read(a)?, &KernelConfig::read(b)?) {
                 println!("{difference}");

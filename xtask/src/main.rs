@@ -13,10 +13,12 @@ mod kernel;
 mod kernel_config;
 mod lab;
 mod output;
+mod prices;
 mod profile;
 mod progress;
 mod run;
 mod test;
+mod vmlinux;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;

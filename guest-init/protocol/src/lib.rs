@@ -36,8 +36,10 @@ pub mod port {
 /// - `swiotlb=noforce`: no device needs bounce buffers, for which a guest with memory above 4 GiB
 ///   would set 64 MiB aside.
 /// - `8250.nr_uarts=1`: one serial port exists, four would be probed.
+/// - `percpu_alloc=page`: per-CPU areas are pages of 4 KiB. The kernel's own choice is to take 2 MiB,
+///   clear them, use 170 KiB and give the rest back: 0.8 ms of boot (exact lab).
 pub const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 quiet reboot=k panic=-1 tsc=reliable \
-    no_timer_check noreplace-smp swiotlb=noforce 8250.nr_uarts=1";
+    no_timer_check noreplace-smp swiotlb=noforce 8250.nr_uarts=1 percpu_alloc=page";
 
 /// A stage that a guest announces by writing its number to [`port::BOOT_MARK`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

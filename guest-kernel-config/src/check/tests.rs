@@ -75,7 +75,7 @@ fn messages(user: &str, result: &str) -> Vec<String> {
     let kconfig = Kconfig::read(&|_: &str| Ok(KCONFIG.into())).unwrap();
     let shipped = "CONFIG_GUEST=y # g\nCONFIG_HZ_250=y # h\n";
     let fragments = [
-        Fragment::parse("kvm", shipped.as_bytes(), Origin::Shipped).unwrap(),
+        Fragment::parse("kvm", shipped.as_bytes(), Origin::Default).unwrap(),
         Fragment::parse("my.config", user.as_bytes(), Origin::User).unwrap(),
     ];
     let result = format!("CONFIG_GUEST=y\nCONFIG_CLOCK=y\nCONFIG_HZ_250=y\n{result}");

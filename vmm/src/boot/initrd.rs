@@ -1,7 +1,7 @@
 //! The initrd, at the end of memory.
 
 use super::{BootError, kernel_limit, open};
-use crate::layout::PAGE_SIZE;
+use crate::layout::{self, HUGE_PAGE_SIZE, PAGE_SIZE};
 use crate::memory::GuestMemory;
 use std::path::Path;
 use vm_memory::GuestAddress;
@@ -13,8 +13,14 @@ pub(super) struct Initrd {
     pub(super) size: u32,
 }
 
-/// Maps an initrd as high as the first page tables reach. Its pages come from the page cache,
-/// like the kernel's. An empty file is no initrd.
+/// Initrds up to this size are read: mapping is for those that are worth sharing.
+const READ_MAX: u64 = layout::MIB;
+
+/// Puts an initrd right behind the kernel. A small one is read, into huge pages that the kernel's
+/// last segment has touched already; a large one is mapped copy-on-write from the page cache, on
+/// huge pages of its own. The end of memory, where other monitors put it, is where the kernel
+/// allocates first: a file mapped there would break those huge pages, and each page of 4 KiB be a
+/// fault. An empty file is no initrd.
 pub(super) fn load(
     memory: &GuestMemory,
     path: &Path,
@@ -25,21 +31,19 @@ pub(super) fn load(
         return Ok(None);
     }
     let limit = kernel_limit(memory);
-    let too_large = || BootError::InitrdTooLarge {
-        path: path.into(),
-        size,
-        free: limit.saturating_sub(kernel_end.0.next_multiple_of(PAGE_SIZE)),
-    };
-    let pages = size.checked_next_multiple_of(PAGE_SIZE).ok_or_else(too_large)?;
-    let start = limit.checked_sub(pages).filter(|&start| start >= kernel_end.0).ok_or_else(too_large)?;
-    let address = GuestAddress(start);
-    let whole = size - size % PAGE_SIZE;
+    let alignment = if size <= READ_MAX { PAGE_SIZE } else { HUGE_PAGE_SIZE };
+    let start = kernel_end.0.next_multiple_of(alignment);
+    let too_large =
+        || BootError::InitrdTooLarge { path: path.into(), size, free: limit.saturating_sub(start) };
+    let end = start.checked_add(size).filter(|&end| end <= limit).ok_or_else(too_large)?;
+    let whole = if size <= READ_MAX { 0 } else { size - size % PAGE_SIZE };
     if whole > 0 {
-        memory.map_file(address, &file, 0, whole)?;
+        memory.map_file(GuestAddress(start), &file, 0, whole)?;
     }
     memory.read_file(GuestAddress(start + whole), &file, whole, size - whole)?;
+    debug_assert!(end > start);
     let size = u32::try_from(size).map_err(|_| too_large())?;
-    Ok(Some(Initrd { address, size }))
+    Ok(Some(Initrd { address: GuestAddress(start), size }))
 }
 
 #[cfg(test)]
@@ -58,13 +62,14 @@ mod tests {
     }
 
     #[test]
-    fn it_lies_at_the_end_of_memory() {
-        for size in [1_u32, 4095, 4096, 4097, 10_000] {
+    fn it_lies_behind_the_kernel() {
+        for size in [1_u32, 4095, 4096, 4097, 10_000, 1 << 20, (1 << 20) + 1, 3 << 20] {
             let bytes: Vec<u8> = (0..size).map(|index| index.to_le_bytes()[0]).collect();
-            let (memory, initrd) = load_bytes(&bytes, MIB).unwrap();
+            let (memory, initrd) = load_bytes(&bytes, MIB + 1).unwrap();
             let initrd = initrd.unwrap();
             assert_eq!(initrd.size, size);
-            assert_eq!(initrd.address.0, 16 * MIB - u64::from(size).next_multiple_of(4096));
+            let expected = if size <= 1 << 20 { MIB + 4096 } else { 2 * MIB };
+            assert_eq!(initrd.address.0, expected);
             let mut seen = vec![0; bytes.len()];
             memory.inner().read_slice(&mut seen, initrd.address).unwrap();
             assert_eq!(seen, bytes);

@@ -18,7 +18,6 @@ const VERSION: u16 = 0x20f;
 const KERNEL_ALIGNMENT: u32 = 0x20_0000;
 
 const E820_RAM: u32 = 1;
-const E820_RESERVED: u32 = 2;
 
 /// Writes the zero page for a loaded kernel.
 pub(super) fn write(
@@ -56,17 +55,15 @@ fn below_4_gib(address: GuestAddress) -> u32 {
     u32::try_from(address.0).unwrap_or(u32::MAX)
 }
 
-/// The memory map: RAM without the MP table's KiB and the legacy hole.
+/// The memory map: RAM without the legacy hole. The MP table is part of the RAM: a kernel that
+/// reads it keeps it (`mpparse_find_mptable`), and each entry here is scanned a thousand times while
+/// the kernel maps its memory (`e820__mapped_any`).
 fn memory_map(memory: &GuestMemory) -> Vec<boot_e820_entry> {
-    let entry = |start: u64, end: u64, kind| boot_e820_entry { addr: start, size: end - start, r#type: kind };
-    let mut map = vec![
-        entry(0, layout::MP_TABLE.0, E820_RAM),
-        entry(layout::MP_TABLE.0, layout::LOW_MEMORY_END.0, E820_RESERVED),
-        entry(layout::HIGH_MEMORY.0, memory.low_end().0, E820_RAM),
-    ];
+    let ram = |start: u64, end: u64| boot_e820_entry { addr: start, size: end - start, r#type: E820_RAM };
+    let mut map = vec![ram(0, layout::LOW_MEMORY_END.0), ram(layout::HIGH_MEMORY.0, memory.low_end().0)];
     for region in memory.inner().iter().skip(1) {
         let start = region.start_addr().0;
-        map.push(entry(start, start + region.len(), E820_RAM));
+        map.push(ram(start, start + region.len()));
     }
     map
 }
@@ -93,14 +90,14 @@ mod tests {
             .iter()
             .map(|entry| ({ entry.addr }, { entry.size }, { entry.r#type }))
             .collect();
-        assert_eq!(map, [(0, 0x9_fc00, 1), (0x9_fc00, 0x400, 2), (0x10_0000, 0x7f0_0000, 1)]);
+        assert_eq!(map, [(0, 0xa_0000, 1), (0x10_0000, 0x7f0_0000, 1)]);
     }
 
     #[test]
     fn memory_above_the_device_gap_is_an_entry_of_its_own() {
         let params = written(4096, None);
-        assert_eq!(params.e820_entries, 4);
-        let entry = params.e820_table[3];
+        assert_eq!(params.e820_entries, 3);
+        let entry = params.e820_table[2];
         assert_eq!(({ entry.addr }, { entry.size }), (1 << 32, 1 << 30));
     }
 

@@ -6,11 +6,14 @@
 //! accesses in all, so those may as well come here. Interrupts themselves do not: a line is an irqfd
 //! whose message KVM delivers.
 //!
+//! The kernel reads and writes every pin when it turns x2APIC mode on (`enable_IR_x2apic` in
+//! arch/x86/kernel/apic/apic.c), so there are no more pins than the highest line needs.
+//!
 //! Lines are edges. Level-triggered pins would need the end of each interrupt to come back here,
 //! and no device of this machine has one.
 
 use crate::bus::{BusDevice, GuestRequest};
-use crate::layout::IO_APIC_PINS;
+use crate::layout::{Gsi, IO_APIC_PINS};
 use std::fmt;
 
 /// A message-signalled interrupt (Intel SDM, volume 3, section 11.11).
@@ -38,8 +41,8 @@ const VERSION: u8 = 0x01;
 const ARBITRATION: u8 = 0x02;
 const TABLE: u8 = 0x10;
 
-/// Version 0x11, and the number of the last pin.
-const VERSION_VALUE: u32 = 0x11 | (IO_APIC_PINS as u32 - 1) << 16;
+/// The version, whose register has the number of the last pin in bits 16 to 23.
+const VERSION_NUMBER: u32 = 0x11;
 
 /// Fields of a redirection table entry (section 3.2.4).
 mod entry {
@@ -64,14 +67,16 @@ pub struct State {
     pub select: u8,
     /// The identification register.
     pub id: u32,
-    /// The redirection table.
+    /// Pins: 1 to 24.
+    pub pins: u8,
+    /// The redirection table; entries behind the last pin are not used.
     pub entries: [u64; IO_APIC_PINS as usize],
 }
 
-impl Default for State {
+impl State {
     /// After a reset every pin is masked.
-    fn default() -> Self {
-        Self { select: 0, id: 0, entries: [entry::MASKED; IO_APIC_PINS as usize] }
+    const fn with_pins(pins: u8) -> Self {
+        Self { select: 0, id: 0, pins, entries: [entry::MASKED; IO_APIC_PINS as usize] }
     }
 }
 
@@ -88,23 +93,25 @@ impl fmt::Debug for IoApic {
 }
 
 impl IoApic {
-    /// An I/O APIC after a reset.
+    /// An I/O APIC after a reset, with pins for these lines.
     #[must_use]
-    pub fn new(sink: Box<dyn MessageSink>) -> Self {
-        Self { state: State::default(), sink }
+    pub fn new(lines: &[Gsi], sink: Box<dyn MessageSink>) -> Self {
+        let highest = lines.iter().map(|line| line.0).max().unwrap_or(0);
+        let pins = u8::try_from(highest + 1).unwrap_or(IO_APIC_PINS).min(IO_APIC_PINS);
+        Self { state: State::with_pins(pins), sink }
     }
 
     /// Index into the table, and whether the selected register is the entry's upper half.
     fn selected_entry(&self) -> Option<(usize, bool)> {
         let register = self.state.select.checked_sub(TABLE)?;
         let index = usize::from(register / 2);
-        (index < self.state.entries.len()).then_some((index, register % 2 == 1))
+        (index < usize::from(self.state.pins)).then_some((index, register % 2 == 1))
     }
 
     fn read_register(&self) -> u32 {
         match self.state.select {
             ID | ARBITRATION => self.state.id,
-            VERSION => VERSION_VALUE,
+            VERSION => VERSION_NUMBER | u32::from(self.state.pins - 1) << 16,
             _ => self.selected_entry().map_or(u32::MAX, |(index, upper)| {
                 let halves = self.state.entries[index].to_le_bytes();
                 let [a, b, c, d, e, f, g, h] = halves;
@@ -189,7 +196,7 @@ mod tests {
 
     fn device() -> (IoApic, Log) {
         let log = Log::default();
-        (IoApic::new(Box::new(Recorder(log.clone()))), log)
+        (IoApic::new(&[Gsi(4), Gsi(23)], Box::new(Recorder(log.clone()))), log)
     }
 
     fn write(device: &mut IoApic, register: u8, value: u32) {
@@ -215,6 +222,14 @@ mod tests {
             assert_eq!(read(&mut device, 0x11 + 2 * pin), 0);
         }
         assert!(log.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn it_has_no_more_pins_than_lines_need() {
+        let mut device = IoApic::new(&[Gsi(4)], Box::new(Recorder(Log::default())));
+        assert_eq!(read(&mut device, 1), 0x0004_0011);
+        assert_eq!(read(&mut device, 0x18), 0x0001_0000);
+        assert_eq!(read(&mut device, 0x1a), u32::MAX, "there is no sixth pin");
     }
 
     #[test]

@@ -107,7 +107,8 @@ pub(super) fn perturbation(profile: &Profile) -> String {
     let p = &profile.perturbation;
     let mut text = format!(
         "recording: totals, VMM and init are of a boot of which nothing was recorded. The kernel's phases are of \
-         another,\nwhich {} marks made {:.3} ms longer: {:.1} us for each, {:.1} of them in the VMM, were taken off.",
+         another,\nwhich {} marks made {:.3} ms longer: {:.1} us for each mark before it were taken off each time (the VMM held\nthe \
+         guest for {:.1} us at a mark).",
         p.marks,
         signed_milliseconds(p.marked_longer),
         milliseconds(p.cost_of_mark) * 1e3,
@@ -147,7 +148,7 @@ mod tests {
             "    1.500  21.4 %  initcall  pty_init",
             "1 exits to the VMM before init",
             "      1  port write          0x3f8  serial port",
-            "which 3 marks made 0.001 ms longer: 0.3 us for each, 0.1 of them in the VMM",
+            "which 3 marks made 0.001 ms longer: 0.3 us for each mark before it were taken off each time",
             "3 samples every 25 us",
         ] {
             assert!(text.contains(expected), "{expected:?} is missing in {text}");

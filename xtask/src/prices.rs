@@ -1,0 +1,256 @@
+//! `cargo xtask kernel-config prices`: what each fragment costs, by building the kernel with and
+//! without it.
+
+use crate::build_image::{self, Arguments as ImageArguments};
+use crate::{cargo, kernel, lab};
+use anyhow::{Context, Result, ensure};
+use guest_kernel_config::{DEFAULT, Fragment, OPTIONAL, shipped_named};
+use kindling::config::image::Image;
+use std::fmt::Write;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Fragments without which there is no guest that could be measured.
+const REQUIRED: [&str; 3] = ["base", "kvm-guest", "console"];
+/// MiB of the guest whose memory is measured.
+const GUEST_MIB: u64 = 128;
+
+/// Default fragments that cannot be in a kernel without this one.
+fn dependents(name: &str) -> &'static [&'static str] {
+    match name {
+        "virtio" => &["block", "net", "ipv6", "vsock"],
+        "net" => &["ipv6"],
+        _ => &[],
+    }
+}
+
+/// A kernel that differs from the default by a fragment.
+#[derive(Debug)]
+struct Variant {
+    /// The fragment; none for the default kernel itself.
+    fragment: Option<&'static str>,
+    /// What the kernel is made of.
+    parts: Vec<&'static str>,
+}
+
+impl Variant {
+    fn all() -> Vec<Self> {
+        let mut variants = vec![Self { fragment: None, parts: DEFAULT.to_vec() }];
+        for name in DEFAULT.into_iter().filter(|name| !REQUIRED.contains(name)) {
+            let gone = |part: &&str| *part == name || dependents(name).contains(part);
+            let parts = DEFAULT.into_iter().filter(|part| !gone(part)).collect();
+            variants.push(Self { fragment: Some(name), parts });
+        }
+        for name in OPTIONAL {
+            let parts = DEFAULT.into_iter().chain([name]).collect();
+            variants.push(Self { fragment: Some(name), parts });
+        }
+        variants
+    }
+
+    fn is_default_part(&self) -> bool {
+        self.fragment.is_some_and(|name| DEFAULT.contains(&name))
+    }
+
+    fn name(&self) -> &'static str {
+        self.fragment.unwrap_or("default")
+    }
+}
+
+/// What was measured of a kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Measured {
+    /// Nanoseconds from the start of the command to init's first instruction.
+    boot_ns: i64,
+    /// Bytes of the image's vmlinux.
+    kernel_bytes: i64,
+    /// Bytes of guest memory that are not free when the payload starts.
+    memory_bytes: i64,
+}
+
+impl Measured {
+    /// What the second costs more than the first.
+    const fn price(from: Self, to: Self) -> Self {
+        Self {
+            boot_ns: to.boot_ns - from.boot_ns,
+            kernel_bytes: to.kernel_bytes - from.kernel_bytes,
+            memory_bytes: to.memory_bytes - from.memory_bytes,
+        }
+    }
+}
+
+/// Builds every variant, boots each in one exact lab, and prints the list; also into `out`.
+pub(crate) fn run(kernel_source: Option<&Path>, out: Option<&Path>) -> Result<u8> {
+    let place = tempfile::tempdir()?;
+    let source = kernel::source(kernel_source)?;
+    let variants = Variant::all();
+    for (number, variant) in variants.iter().enumerate() {
+        eprintln!("kernel {} of {}: {}", number + 1, variants.len(), variant.name());
+        build(variant, &source, &place.path().join(variant.name()))
+            .with_context(|| format!("the kernel for the price of {}", variant.name()))?;
+    }
+    let measured = measure(&variants, place.path())?;
+    let text = table(&variants, &measured);
+    print!("{text}");
+    if let Some(path) = out {
+        let draft = path.with_extension("draft");
+        fs::write(&draft, &text)
+            .and_then(|()| fs::rename(&draft, path))
+            .with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(0)
+}
+
+fn build(variant: &Variant, source: &kernel::Source, directory: &Path) -> Result<()> {
+    let fragments: Vec<Fragment> = shipped_named(&variant.parts)?;
+    let arguments = ImageArguments {
+        name: variant.name().to_owned(),
+        out: Some(directory.to_owned()),
+        ..ImageArguments::default()
+    };
+    build_image::build_of(&arguments, source, &fragments)?;
+    Ok(())
+}
+
+/// Boots each kernel twice: to init, and to a payload that prints the guest's memory.
+fn measure(variants: &[Variant], place: &Path) -> Result<Vec<Measured>> {
+    let busybox = place.join("busybox.cpio");
+    let root = tempfile::tempdir()?;
+    fs::create_dir(root.path().join("bin"))?;
+    fs::copy(lab::busybox()?, root.path().join("bin/busybox"))?;
+    let init = cargo::release_binary("guest-init", "guest-init")?;
+    build_image::root_filesystem(&init, Some(root.path()), &busybox)?;
+
+    let mut script = String::new();
+    let mut get: Vec<(String, PathBuf)> = Vec::new();
+    for variant in variants {
+        let name = variant.name();
+        let _ = writeln!(script, "kindling boot --image /prices/{name} --report-json {name}.json || exit 1");
+        let _ = writeln!(
+            script,
+            "kindling boot --image /prices/{name} --initrd /prices/busybox.cpio \
+             -- /bin/busybox cat /proc/meminfo > {name}.memory || exit 1"
+        );
+        for kind in ["json", "memory"] {
+            let file = format!("{name}.{kind}");
+            get.push((lab::inside(&file), place.join(&file)));
+        }
+    }
+    let job = lab::Job {
+        exact: true,
+        cpus: 1,
+        memory_mib: 2048,
+        command: ["/bin/sh", "-c", &script].map(str::to_owned).to_vec(),
+        environment: Vec::new(),
+        with: vec![
+            (cargo::release_binary("kindling", "kindling")?, "/bin/kindling".to_owned()),
+            (place.to_owned(), "/prices".to_owned()),
+        ],
+        get,
+    };
+    let status = job.run()?;
+    ensure!(status == 0, "a kernel of the list did not boot (status {status}); its output is above");
+    variants.iter().map(|variant| read(place, variant.name())).collect()
+}
+
+fn read(place: &Path, name: &str) -> Result<Measured> {
+    let report: serde_json::Value = serde_json::from_slice(&fs::read(place.join(format!("{name}.json")))?)?;
+    let steps = report["steps"].as_array().context("a report without steps")?;
+    let init = guest_protocol::BootMark::InitEntered.name();
+    let step = steps.iter().find(|step| step["name"] == init).context("init was not reached")?;
+    let memory = fs::read_to_string(place.join(format!("{name}.memory")))?;
+    let free = free_kib(&memory).with_context(|| format!("{name}: no MemFree in {memory:?}"))?;
+    let image = Image::open(&place.join(name))?;
+    Ok(Measured {
+        boot_ns: step["ns"].as_i64().context("a step without a time")?,
+        kernel_bytes: i64::try_from(image.kernel.size)?,
+        memory_bytes: i64::try_from(GUEST_MIB * 1024)? * 1024 - free * 1024,
+    })
+}
+
+/// `MemFree` of /proc/meminfo, in KiB.
+fn free_kib(meminfo: &str) -> Option<i64> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemFree:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse().ok()
+}
+
+#[expect(clippy::cast_precision_loss, reason = "for display")]
+fn table(variants: &[Variant], measured: &[Measured]) -> String {
+    let mut text = String::from(
+        "| fragment | boot, ms | vmlinux, KiB | guest memory at init, KiB | |\n|---|---:|---:|---:|---|\n",
+    );
+    let base = measured[0];
+    for (variant, kernel) in variants.iter().zip(measured) {
+        let (price, sign, note) = match variant.fragment {
+            None => (*kernel, "", "the whole default kernel".to_owned()),
+            Some(name) if variant.is_default_part() => {
+                let others = dependents(name);
+                let with = if others.is_empty() {
+                    String::new()
+                } else {
+                    format!("with what needs it: {}", others.join(", "))
+                };
+                (Measured::price(*kernel, base), "+", with)
+            }
+            Some(_) => (Measured::price(base, *kernel), "+", "optional".to_owned()),
+        };
+        let number = |value: f64, digits: usize| {
+            if sign.is_empty() { format!("{value:.digits$}") } else { format!("{value:+.digits$}") }
+        };
+        let _ = writeln!(
+            text,
+            "| {} | {} | {} | {} | {note} |",
+            variant.name(),
+            number(price.boot_ns as f64 / 1e6, 2),
+            number(price.kernel_bytes as f64 / 1024.0, 0),
+            number(price.memory_bytes as f64 / 1024.0, 0),
+        );
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_fragment_that_can_be_left_out_or_added_has_a_price() {
+        let names: Vec<_> = Variant::all().iter().map(Variant::name).collect();
+        for name in DEFAULT.iter().chain(&OPTIONAL).filter(|name| !REQUIRED.contains(name)) {
+            assert_eq!(names.iter().filter(|other| *other == name).count(), 1, "{name}");
+        }
+        assert_eq!(names[0], "default");
+    }
+
+    #[test]
+    fn every_variant_composes() {
+        for variant in Variant::all() {
+            guest_kernel_config::compose(&shipped_named(&variant.parts).unwrap()).unwrap();
+        }
+    }
+
+    #[test]
+    fn prices_are_differences() {
+        let kernel = |boot_ns, kernel_bytes, memory_bytes| Measured { boot_ns, kernel_bytes, memory_bytes };
+        let variants = [
+            Variant { fragment: None, parts: Vec::new() },
+            Variant { fragment: Some("net"), parts: Vec::new() },
+            Variant { fragment: Some("debug"), parts: Vec::new() },
+        ];
+        let measured = [
+            kernel(10_000_000, 4096, 1 << 20),
+            kernel(8_500_000, 3072, 1 << 19),
+            kernel(11_000_000, 2048, 1 << 20),
+        ];
+        let text = table(&variants, &measured);
+        assert!(text.contains("| default | 10.00 | 4 | 1024 | the whole default kernel |"), "{text}");
+        assert!(text.contains("| net | +1.50 | +1 | +512 | with what needs it: ipv6 |"), "{text}");
+        assert!(text.contains("| debug | +1.00 | -2 | +0 | optional |"), "{text}");
+    }
+
+    #[test]
+    fn free_memory_is_read() {
+        assert_eq!(free_kib("MemTotal:  200 kB\nMemFree:          123 kB\n"), Some(123));
+        assert_eq!(free_kib("MemTotal:  200 kB\n"), None);
+    }
+}
