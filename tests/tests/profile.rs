@@ -77,12 +77,13 @@ fn marked_functions_say_when_they_are_called() {
 
 #[test]
 fn samples_are_taken_until_the_log_is_sent() {
-    let (_, profile) = profile(&["--sample", "100"]);
+    // A lab with several processors that counts instructions stalls for a while with a shorter interval.
+    let (_, profile) = profile(&["--sample", "500"]);
     let (times, places) = (column(&profile, "samples", 0), column(&profile, "samples", 2));
     assert!(times.is_sorted());
     let (first, init) = (step(&profile, "first instruction"), step(&profile, "init: first instruction"));
     let in_kernel = times.iter().filter(|time| (first..init).contains(time)).count();
-    assert!(in_kernel > 50, "{in_kernel} samples in {} us", (init - first) / 1000);
+    assert!(in_kernel > 10, "{in_kernel} samples in {} us", (init - first) / 1000);
     let text = |place: &&u64| **place >= 0xffff_ffff_8000_0000;
     assert!(places.iter().filter(text).count() > in_kernel / 2, "{places:x?}");
     let stacks =

@@ -43,5 +43,5 @@ pub use config::Config;
 pub use exit::{Exit, ExitReason};
 pub use machine::{Error, Machine};
 pub use profile::{ExitKind, ExitRecord, FunctionMark, Profile, ProfileConfig, Sample};
-pub use running::{Running, StopHandle};
+pub use running::{Remains, Running, StopHandle};
 pub use timeline::{Instant, Step, Timeline};

@@ -90,7 +90,7 @@ pub struct Machine {
     pub(crate) timeline: Timeline,
     pub(crate) stopping: Arc<AtomicBool>,
     /// Descriptors and memory that the vCPUs need; dropped after them, in this order.
-    pub(crate) _vm: Vm,
+    pub(crate) vm: Vm,
     pub(crate) _memory: GuestMemory,
 }
 
@@ -146,7 +146,7 @@ impl Machine {
         vcpus[0].set_entry(entry)?;
         timeline.reached("vCPUs created");
 
-        Ok(Self { vcpus, devices, timeline, stopping, _vm: vm, _memory: memory })
+        Ok(Self { vcpus, devices, timeline, stopping, vm, _memory: memory })
     }
 
     /// Starts the vCPUs.

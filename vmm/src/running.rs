@@ -64,6 +64,20 @@ impl StopHandle {
     }
 }
 
+/// Memory and KVM's objects of a machine whose guest has ended. Dropping it gives them back.
+#[derive(Debug)]
+pub struct Remains(Running);
+
+impl Remains {
+    /// Leaves them to the kernel, for a program that ends now: its end frees the memory, and KVM's
+    /// objects go when nobody waits for it any more.
+    pub fn leave_to_kernel(self) {
+        // Where the host has no io_uring, the end of the process takes the time instead.
+        std::mem::forget(self.0.machine.vm.outlive_process());
+        std::mem::forget(self);
+    }
+}
+
 extern "C" fn interrupted(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
     // That the signal arrives is all it is for: KVM_RUN and writes of the console return.
 }
@@ -129,13 +143,23 @@ impl Running {
         self.stop.try_clone().map(StopHandle).map_err(Error::host("duplicate an eventfd"))
     }
 
-    /// Waits for the machine's end.
+    /// Waits for the machine's end and gives back what it used.
     #[must_use]
-    pub fn wait(mut self) -> Exit {
+    pub fn wait(self) -> Exit {
+        let (mut exit, remains) = self.wait_for_end();
+        drop(remains);
+        exit.timeline.reached("machine given back");
+        exit
+    }
+
+    /// Waits for the machine's end. Dropping what remains of it takes as long as a boot: KVM waits
+    /// for every processor of the host to pass through a quiescent state.
+    #[must_use]
+    pub fn wait_for_end(mut self) -> (Exit, Remains) {
         let end = self.event_loop.run(&self.machine.devices.serial);
         let ended_at = Instant::now();
         self.stop_vcpus();
-        self.describe(end, ended_at)
+        (self.describe(end, ended_at), Remains(self))
     }
 
     /// Makes every vCPU thread end, and waits for it.

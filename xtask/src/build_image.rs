@@ -112,6 +112,7 @@ pub(crate) fn build_of(
             .cmdline
             .clone()
             .unwrap_or_else(|| guest_protocol::DEFAULT_COMMAND_LINE.to_owned()),
+        vcpus_max: kernel.vcpus_max,
         kernel_version: kernel.version.clone(),
         kernel_source: source.origin.clone(),
         kernel_config_sha256: kernel.config_sha256.clone(),

@@ -10,6 +10,7 @@ use crate::vmlinux;
 use anyhow::{Context, Result, bail};
 use guest_kernel_config::{Composed, Kconfig, KernelConfig, KernelTree, check};
 use kindling::config::image::{sha256, sha256_of};
+use kindling::layout::VCPUS_MAX;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -44,6 +45,8 @@ pub(crate) struct Kernel {
     pub(crate) system_map: PathBuf,
     /// `make kernelrelease`.
     pub(crate) version: String,
+    /// vCPUs that it can use: CONFIG_NR_CPUS.
+    pub(crate) vcpus_max: u8,
     /// SHA-256 of the composed configuration.
     pub(crate) config_sha256: String,
     /// Compiler and linker with their versions.
@@ -156,11 +159,18 @@ pub(crate) fn build(source: &Source, asked: &Composed) -> Result<Kernel> {
     };
     Ok(Kernel {
         version: read("version")?,
+        vcpus_max: vcpus_max(&read("config")?),
         config_sha256: sha256(read("config")?.as_bytes()),
         vmlinux: place.join("vmlinux"),
         system_map: place.join("System.map"),
         tools,
     })
+}
+
+/// `CONFIG_NR_CPUS`, as far as a machine has as many.
+fn vcpus_max(config: &str) -> u8 {
+    let number = config.lines().find_map(|line| line.strip_prefix("CONFIG_NR_CPUS="));
+    number.and_then(|number| number.parse().ok()).unwrap_or(VCPUS_MAX).min(VCPUS_MAX)
 }
 
 fn tools() -> Result<BTreeMap<String, String>> {

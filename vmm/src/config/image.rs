@@ -1,6 +1,7 @@
 //! A bootable image: a folder with a kernel, a root filesystem and a description of both.
 
 use super::{BootSource, ConfigError, InterruptControllers, json::read_bounded};
+use crate::layout::VCPUS_MAX;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -28,6 +29,10 @@ pub struct Image {
     pub initrd: ImageFile,
     /// The kernel command line.
     pub boot_args: String,
+    /// vCPUs that the kernel was built for, at most; as many as a machine can have where the
+    /// description does not say.
+    #[serde(default = "any_number_of_vcpus")]
+    pub vcpus_max: u8,
     /// Version of the kernel, such as 6.12.30.
     pub kernel_version: String,
     /// Where the kernel's source came from.
@@ -40,6 +45,10 @@ pub struct Image {
     pub tools: BTreeMap<String, String>,
     /// Time of the build in seconds since 1970; always 0, so that equal inputs give equal bytes.
     pub build_time: u64,
+}
+
+const fn any_number_of_vcpus() -> u8 {
+    VCPUS_MAX
 }
 
 /// One file of an image.
@@ -125,6 +134,7 @@ impl Image {
             boot_args: self.boot_args.clone(),
             // The kernels of images read the MP table: the fragment kvm-guest sees to it.
             interrupt_controllers: InterruptControllers::IoApic,
+            vcpus_max: self.vcpus_max,
         }
     }
 }
@@ -174,6 +184,7 @@ mod tests {
             kernel: file("vmlinux", b"kernel"),
             initrd: file("initrd", b""),
             boot_args: "quiet".into(),
+            vcpus_max: 16,
             kernel_version: "6.12.0".into(),
             kernel_source: "test".into(),
             kernel_config_sha256: sha256(b""),

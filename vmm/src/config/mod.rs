@@ -52,6 +52,8 @@ pub struct BootSource {
     pub boot_args: String,
     /// What the kernel expects for its interrupt lines.
     pub interrupt_controllers: InterruptControllers,
+    /// vCPUs that the kernel was built for.
+    pub vcpus_max: u8,
 }
 
 impl BootSource {
@@ -63,6 +65,7 @@ impl BootSource {
             initrd_path: None,
             boot_args: guest_protocol::DEFAULT_COMMAND_LINE.to_owned(),
             interrupt_controllers: InterruptControllers::default(),
+            vcpus_max: VCPUS_MAX,
         }
     }
 }
@@ -100,6 +103,17 @@ pub enum ConfigError {
     /// A number of vCPUs that no machine has.
     #[error("vcpu_count is {0}; a machine has 1 to {VCPUS_MAX} vCPUs")]
     VcpuCount(u64),
+    /// More vCPUs than the image's kernel can use.
+    #[error(
+        "vcpu_count is {asked}, but the kernel of this image was built for {max}; build an image without \
+         the fragment that limits it (uniprocessor)"
+    )]
+    KernelVcpus {
+        /// vCPUs asked for.
+        asked: u8,
+        /// vCPUs that the kernel can use.
+        max: u8,
+    },
     /// Less memory than a kernel needs.
     #[error("mem_size_mib is {0}; a Linux guest needs at least {MEMORY_MIN_MIB} MiB")]
     MemoryTooSmall(u64),
@@ -187,6 +201,10 @@ impl Config {
         if !(1..=VCPUS_MAX).contains(&machine.vcpu_count) {
             return Err(ConfigError::VcpuCount(machine.vcpu_count.into()));
         }
+        let max = self.boot_source.vcpus_max;
+        if machine.vcpu_count > max {
+            return Err(ConfigError::KernelVcpus { asked: machine.vcpu_count, max });
+        }
         if machine.mem_size_mib < MEMORY_MIN_MIB {
             return Err(ConfigError::MemoryTooSmall(machine.mem_size_mib));
         }
@@ -254,6 +272,20 @@ mod tests {
         let mut config = config();
         change(&mut config);
         config.validate_on_host(1000).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_kernel_for_one_vcpu_is_not_given_two() {
+        let mut config = config();
+        config.boot_source.vcpus_max = 1;
+        config.machine.vcpu_count = 1;
+        config.validate_on_host(1024).unwrap();
+        config.machine.vcpu_count = 2;
+        let message = config.validate_on_host(1024).unwrap_err().to_string();
+        assert!(
+            message.contains("vcpu_count is 2, but the kernel of this image was built for 1"),
+            "{message}"
+        );
     }
 
     #[test]

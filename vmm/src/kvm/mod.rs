@@ -16,7 +16,9 @@ use kvm_bindings::{
     kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_msi, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VmFd};
+use rustix::io_uring::{IoringRegisterOp, io_uring_params, io_uring_register, io_uring_setup};
 use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
@@ -194,6 +196,26 @@ impl Vm {
             unsafe { self.fd.set_user_memory_region(slot) }.map_err(KvmError::ioctl("take guest memory"))?;
         }
         Ok(())
+    }
+
+    /// Makes the machine outlive this process by the milliseconds that destroying it takes.
+    ///
+    /// A process ends when its files are closed, and closing the last file of a VM waits for RCU
+    /// (`kvm_mmu_uninit_tdp_mmu` in arch/x86/kvm/mmu/tdp_mmu.c). An io_uring that knows the file holds
+    /// it, and is taken down by a kernel thread after the process has ended (`io_ring_exit_work` in
+    /// io_uring/io_uring.c). The result must stay open until then.
+    ///
+    /// # Errors
+    /// When the host has no io_uring or does not let this user have one.
+    pub fn outlive_process(&self) -> io::Result<OwnedFd> {
+        let file = self.fd.as_raw_fd();
+        // SAFETY: the parameters are all zero, which asks for an ordinary ring. Registering reads one
+        // descriptor, and no memory of this process is shared with the ring.
+        unsafe {
+            let ring = io_uring_setup(1, &mut io_uring_params::default())?;
+            io_uring_register(&ring, IoringRegisterOp::RegisterFiles, (&raw const file).cast(), 1)?;
+            Ok(ring)
+        }
     }
 
     /// An eventfd whose writes raise an edge on an interrupt line.

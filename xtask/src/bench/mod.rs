@@ -27,7 +27,7 @@ use plan::{Case, Outcome, Plan};
 use report::{HostDescription, Report};
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use vmms::{Guest, Kind, Vmm};
 
 /// MiB that the lab itself needs beside the guest: its initramfs has QEMU with its libraries.
@@ -93,8 +93,11 @@ fn guest(request: &Request) -> Result<Guest> {
         root: Some(root.path().into()),
         ..build_image::Arguments::default()
     })?;
-    let kernel = request.kernel.clone().unwrap_or_else(|| image.join("vmlinux"));
-    Ok(Guest { kernel, initrd: image.join("initramfs.cpio") })
+    let initrd = image.join("initramfs.cpio");
+    Ok(match &request.kernel {
+        Some(kernel) => Guest { kernel: kernel.clone(), initrd, image: None },
+        None => Guest { kernel: image.join("vmlinux"), initrd, image: Some(image) },
+    })
 }
 
 /// Carries the request out in one lab for each number of vCPUs: a guest is measured where there are
@@ -116,10 +119,23 @@ fn in_labs(request: &Request, vmms: &[Vmm], guest: &Guest) -> Result<Outcome> {
 fn in_lab(cases: Vec<Case>, runs: u32, vmms: &[Vmm], guest: &Guest) -> Result<Outcome> {
     let cpus = cases.iter().map(|case| case.vcpus).max().unwrap_or(1);
     let memory = cases.iter().map(|case| case.memory_mib).max().unwrap_or(0);
-    let inside = Guest { kernel: "/guest/kernel".into(), initrd: "/guest/initrd".into() };
     let mut with: Vec<(PathBuf, String)> = Vec::new();
-    with.push((guest.kernel.clone(), inside.kernel.display().to_string()));
-    with.push((guest.initrd.clone(), inside.initrd.display().to_string()));
+    let mut put = |path: &Path, target: &str| {
+        with.push((path.to_owned(), target.to_owned()));
+        PathBuf::from(target)
+    };
+    let inside = match &guest.image {
+        Some(image) => {
+            let image = put(image, "/guest/image");
+            let file = |path: &Path| image.join(path.file_name().unwrap_or_default());
+            Guest { kernel: file(&guest.kernel), initrd: file(&guest.initrd), image: Some(image.clone()) }
+        }
+        None => Guest {
+            kernel: put(&guest.kernel, "/guest/kernel"),
+            initrd: put(&guest.initrd, "/guest/initrd"),
+            image: None,
+        },
+    };
     let mut there = Vec::new();
     for (number, vmm) in vmms.iter().enumerate() {
         // QEMU finds its firmware relative to its own place.

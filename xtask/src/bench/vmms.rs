@@ -44,6 +44,8 @@ pub(super) struct Guest {
     pub(super) kernel: PathBuf,
     /// The initramfs.
     pub(super) initrd: PathBuf,
+    /// The image that both are from; none where the user named another kernel.
+    pub(super) image: Option<PathBuf>,
 }
 
 /// What init does.
@@ -102,7 +104,11 @@ impl Vmm {
 }
 
 fn kindling(command: &mut Command, guest: &Guest, case: Case, task: Task, report: Option<&Path>) {
-    command.args(["boot", "--kernel"]).arg(&guest.kernel).arg("--initrd").arg(&guest.initrd);
+    command.arg("boot");
+    match &guest.image {
+        Some(image) => command.arg("--image").arg(image),
+        None => command.arg("--kernel").arg(&guest.kernel).arg("--initrd").arg(&guest.initrd),
+    };
     command.args(["--memory", &case.memory_mib.to_string(), "--vcpus", &case.vcpus.to_string()]);
     if let Some(report) = report {
         command.arg("--report-json").arg(report);
@@ -158,7 +164,7 @@ mod tests {
     use super::*;
 
     fn guest() -> Guest {
-        Guest { kernel: "/k".into(), initrd: "/i".into() }
+        Guest { kernel: "/k".into(), initrd: "/i".into(), image: None }
     }
     const CASE: Case = Case { memory_mib: 256, vcpus: 2 };
 

@@ -114,8 +114,9 @@ fn boot(arguments: &Arguments, timeline: Timeline) -> Result<Exit, Error> {
     signals::stop_on_termination(stop)
         .map_err(|source| Error::Host { what: "install signal handlers", source })?;
     let terminal = (config.console == Console::Stdio).then(RawTerminal::enter).flatten();
-    let exit = running.wait();
+    let (exit, remains) = running.wait_for_end();
     drop(terminal);
+    remains.leave_to_kernel();
     Ok(exit)
 }
 

@@ -170,7 +170,7 @@ pub(crate) fn printable(line: &str) -> String {
 }
 
 fn last_stage(exit: &Exit) -> &'static str {
-    let ends = ["guest ended", "vCPUs stopped"];
+    let ends = ["guest ended", "vCPUs stopped", "machine given back"];
     let mut steps = exit.timeline.steps().iter().rev();
     steps.find(|step| !ends.contains(&step.name)).map_or("none", |step| step.name)
 }
