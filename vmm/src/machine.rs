@@ -13,6 +13,7 @@ use crate::devices::kernel_log::KernelLog;
 use crate::devices::legacy::{AbsentClock, KeyboardController, ResetControl};
 use crate::devices::serial::SerialPort;
 use crate::event_loop::Input;
+use crate::function_marks::{FunctionMarks, MarkError};
 use crate::kvm::{Hypervisor, KvmError, Vcpu, Vm};
 use crate::layout::{self, Gsi};
 use crate::memory::{GuestMemory, MemoryError};
@@ -38,6 +39,9 @@ pub enum Error {
     /// The kernel or initrd cannot be booted.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// The functions to record cannot be marked.
+    #[error(transparent)]
+    Mark(#[from] MarkError),
     /// KVM is missing or refused something.
     #[error(transparent)]
     Kvm(#[from] KvmError),
@@ -117,6 +121,7 @@ impl Machine {
         let controllers = config.boot_source.interrupt_controllers;
         let hardware = Hardware { vcpus: vcpu_count, lines: &LINES, controllers };
         let entry = boot::load(&memory, &config.boot_source, hardware)?;
+        let marks = mark_functions(config, &memory)?;
         timeline.reached("kernel loaded");
 
         let hypervisor = Hypervisor::open()?;
@@ -134,8 +139,9 @@ impl Machine {
         let mut vcpus =
             (0..vcpu_count).map(|id| vm.create_vcpu(id, vcpu_count)).collect::<Result<Vec<_>, _>>()?;
         for (id, vcpu) in (0..).zip(&mut vcpus) {
-            vcpu.recorder = config.profile.map(|profile| Recorder::new(profile, id));
-            vcpu.memory = config.profile.map(|_| memory.clone());
+            vcpu.recorder = config.profile.as_ref().map(|profile| Recorder::new(profile, id));
+            vcpu.memory = config.profile.as_ref().map(|_| memory.clone());
+            vcpu.marks.clone_from(&marks);
         }
         vcpus[0].set_entry(entry)?;
         timeline.reached("vCPUs created");
@@ -150,6 +156,15 @@ impl Machine {
     pub fn start(self) -> Result<Running, Error> {
         Running::start(self)
     }
+}
+
+/// Marks the functions that a profile records, if there are any.
+fn mark_functions(config: &Config, memory: &GuestMemory) -> Result<Option<Arc<FunctionMarks>>, MarkError> {
+    let functions = config.profile.as_ref().map_or(&[][..], |profile| &profile.functions);
+    if functions.is_empty() {
+        return Ok(None);
+    }
+    Ok(Some(Arc::new(FunctionMarks::plant(memory, &config.boot_source, functions)?)))
 }
 
 #[expect(unsafe_code, reason = "gives guest memory to KVM")]

@@ -3,6 +3,7 @@
 #![expect(unsafe_code, reason = "a timer that signals one thread has no safe wrapper")]
 
 use crate::timeline::Instant;
+use guest_protocol::port;
 use std::io;
 use std::time::Duration;
 use vmm_sys_util::signal::SIGRTMIN;
@@ -11,11 +12,17 @@ use vmm_sys_util::signal::SIGRTMIN;
 /// more exits than this is not booting any more.
 const RECORDS_MAX: usize = 1 << 20;
 
-/// What to record.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// The least time after which a sample that was missed is tried again: much more than one takes.
+const AGAIN_MIN: Duration = Duration::from_millis(1);
+
+/// What to record beside exits and the kernel's log.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ProfileConfig {
     /// How often to look where a vCPU is; not at all where there is none.
     pub sample_interval: Option<Duration>,
+    /// Functions of the kernel whose first calls are recorded, by their addresses: at most
+    /// [`FUNCTIONS_MAX`](crate::function_marks::FUNCTIONS_MAX).
+    pub functions: Vec<u64>,
 }
 
 /// Where a vCPU was at a moment.
@@ -30,6 +37,19 @@ pub struct Sample {
     /// Numbers on its kernel stack that may be return addresses, the innermost first. The kernel
     /// keeps no frame pointers: some are left over from earlier calls.
     pub stack: Vec<u64>,
+}
+
+/// The first call of a function of the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FunctionMark {
+    /// When the VMM took it up.
+    pub at: Instant,
+    /// The vCPU.
+    pub vcpu: u8,
+    /// The function's address, as the vCPU had it.
+    pub function: u64,
+    /// Nanoseconds for which the VMM held the guest; the exit and the entry took more.
+    pub held: u64,
 }
 
 /// What a guest did to leave to the VMM.
@@ -74,8 +94,10 @@ pub struct ExitRecord {
 pub struct Profile {
     /// Where the vCPUs were.
     pub samples: Vec<Sample>,
-    /// Their exits to the VMM.
+    /// Their exits to the VMM, without those of the marks and of sending the log.
     pub exits: Vec<ExitRecord>,
+    /// First calls of the functions that were asked for.
+    pub marks: Vec<FunctionMark>,
     /// The kernel's log as its `syslog` call gives it; empty where init sent none.
     pub kernel_log: Vec<u8>,
 }
@@ -85,33 +107,37 @@ impl Profile {
     pub(crate) fn add(&mut self, recorder: Recorder) {
         self.samples.extend(recorder.samples);
         self.exits.extend(recorder.exits);
+        self.marks.extend(recorder.marks);
         self.samples.sort_by_key(|sample| sample.at);
         self.exits.sort_by_key(|exit| exit.at);
+        self.marks.sort_by_key(|mark| mark.at);
     }
 }
 
 /// Takes the records of one vCPU, on its thread.
 #[derive(Debug)]
 pub struct Recorder {
-    config: ProfileConfig,
+    sample_interval: Option<Duration>,
     vcpu: u8,
     timer: Option<SampleTimer>,
     samples: Vec<Sample>,
     exits: Vec<ExitRecord>,
+    marks: Vec<FunctionMark>,
 }
 
 impl Recorder {
-    pub(crate) const fn new(config: ProfileConfig, vcpu: u8) -> Self {
-        Self { config, vcpu, timer: None, samples: Vec::new(), exits: Vec::new() }
+    pub(crate) const fn new(config: &ProfileConfig, vcpu: u8) -> Self {
+        let sample_interval = config.sample_interval;
+        Self { sample_interval, vcpu, timer: None, samples: Vec::new(), exits: Vec::new(), marks: Vec::new() }
     }
 
     /// Starts to interrupt the calling thread, where samples are asked for.
     pub(crate) fn start_sampling(&mut self) -> io::Result<()> {
-        self.timer = self.config.sample_interval.map(SampleTimer::start).transpose()?;
+        self.timer = self.sample_interval.map(SampleTimer::start).transpose()?;
         Ok(())
     }
 
-    /// Stops that; the thread is about to end.
+    /// Stops that.
     pub(crate) fn stop_sampling(&mut self) {
         self.timer = None;
     }
@@ -130,8 +156,18 @@ impl Recorder {
         }
     }
 
-    /// Records an exit.
+    /// Records the first call of a function, which was taken up at `at`; the guest is about to go on.
+    pub(crate) fn mark(&mut self, at: Instant, function: u64) {
+        let held = Instant::now().since(at);
+        self.marks.push(FunctionMark { at, vcpu: self.vcpu, function, held });
+    }
+
+    /// Records an exit. The kernel's log arrives when all that is measured is over, some bytes with each
+    /// exit: it is not recorded, and neither is what comes after it.
     pub(crate) fn exit(&mut self, kind: ExitKind, address: u64) {
+        if (kind, address) == (ExitKind::PortWrite, port::KERNEL_LOG.into()) {
+            return self.stop_sampling();
+        }
         if self.exits.len() < RECORDS_MAX {
             self.exits.push(ExitRecord { at: Instant::now(), kind, address });
         }
@@ -139,7 +175,7 @@ impl Recorder {
 }
 
 /// Interrupts the thread that started it with the signal that makes `KVM_RUN` return, once each
-/// time that it is armed: a timer that repeated by itself would leave a guest without a single
+/// time that it is armed and much later again: a timer that soon repeated by itself would leave a guest without a single
 /// instruction where taking a sample takes longer than the interval.
 #[derive(Debug)]
 struct SampleTimer {
@@ -172,12 +208,13 @@ impl SampleTimer {
     }
 
     fn rearm(&mut self) {
-        let none = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-        let first = libc::timespec {
-            tv_sec: libc::time_t::try_from(self.interval.as_secs()).unwrap_or(libc::time_t::MAX),
-            tv_nsec: self.interval.subsec_nanos().into(),
+        let time = |duration: Duration| libc::timespec {
+            tv_sec: libc::time_t::try_from(duration.as_secs()).unwrap_or(libc::time_t::MAX),
+            tv_nsec: duration.subsec_nanos().into(),
         };
-        let setting = libc::itimerspec { it_interval: none, it_value: first };
+        // A signal that arrives just before the vCPU is entered is lost; a later one is not.
+        let again = self.interval.saturating_mul(8).max(AGAIN_MIN);
+        let setting = libc::itimerspec { it_interval: time(again), it_value: time(self.interval) };
         // SAFETY: the timer is this one's own, and the kernel reads the setting.
         unsafe { libc::timer_settime(self.id, 0, &raw const setting, std::ptr::null_mut()) };
         let interval = u64::try_from(self.interval.as_nanos()).unwrap_or(u64::MAX);

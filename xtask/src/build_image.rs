@@ -2,7 +2,8 @@
 
 use crate::archive::Archive;
 use crate::cache::{self, Draft};
-use crate::{cargo, host, kernel};
+use crate::kernel::{self, Kernel};
+use crate::{cargo, host};
 use anyhow::{Context, Result};
 use clap::Args;
 use guest_kernel_config::{Fragment, compose, shipped_named};
@@ -71,6 +72,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
 
 /// Builds the image unless it is there and made from the same inputs; returns its folder.
 pub(crate) fn build(arguments: &Arguments) -> Result<PathBuf> {
+    Ok(build_with_kernel(arguments)?.0)
+}
+
+/// The same, with where its kernel came from.
+pub(crate) fn build_with_kernel(arguments: &Arguments) -> Result<(PathBuf, Kernel)> {
     let fragments = fragments(&arguments.config_fragment)?;
     build_of(arguments, &kernel::source(arguments.kernel_source.as_deref())?, &fragments)
 }
@@ -80,7 +86,7 @@ pub(crate) fn build_of(
     arguments: &Arguments,
     source: &kernel::Source,
     fragments: &[Fragment],
-) -> Result<PathBuf> {
+) -> Result<(PathBuf, Kernel)> {
     let out = match &arguments.out {
         Some(path) => std::path::absolute(path)?,
         None => cargo::target_directory().join("images").join(&arguments.name),
@@ -107,19 +113,19 @@ pub(crate) fn build_of(
             .clone()
             .unwrap_or_else(|| guest_protocol::DEFAULT_COMMAND_LINE.to_owned()),
         vcpus_max: kernel.vcpus_max,
-        kernel_version: kernel.version,
+        kernel_version: kernel.version.clone(),
         kernel_source: source.origin.clone(),
-        kernel_config_sha256: kernel.config_sha256,
+        kernel_config_sha256: kernel.config_sha256.clone(),
         fragments: fragments.iter().map(|fragment| fragment.name.clone()).collect(),
-        tools: kernel.tools,
+        tools: kernel.tools.clone(),
         build_time: 0,
     };
     fs::write(draft.path().join(DESCRIPTION), serde_json::to_string_pretty(&image)? + "\n")?;
     if Image::open(&out).is_ok_and(|present| present == image) {
-        return Ok(out);
+        return Ok((out, kernel));
     }
     draft.publish(&out)?;
-    Ok(out)
+    Ok((out, kernel))
 }
 
 /// The default fragments, and those that were asked for: a file, or the name of a shipped one.

@@ -19,6 +19,24 @@ pub(crate) enum Host {
 }
 
 impl Host {
+    /// What files call a place that was measured in: here, or in the exact lab.
+    pub(crate) const fn kind(self) -> &'static str {
+        match self {
+            Self::Hardware => "hardware",
+            Self::Lab => "exact-lab",
+        }
+    }
+
+    /// What times from there mean.
+    pub(crate) const fn meaning(self) -> &'static str {
+        match self {
+            Self::Hardware => "real time, with this machine's KVM",
+            Self::Lab => {
+                "the exact lab, which counts instructions: one is one nanosecond; no caches, TLB misses, exit costs"
+            }
+        }
+    }
+
     /// Chooses, and says what it chose and why in one line. `exact` asks for the exact lab;
     /// `counted` says that a lab, if it is one, counts instructions all the same.
     pub(crate) fn choose(exact: bool, counted: bool) -> Self {

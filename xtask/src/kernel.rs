@@ -41,6 +41,8 @@ pub(crate) struct Source {
 pub(crate) struct Kernel {
     /// The uncompressed ELF file.
     pub(crate) vmlinux: PathBuf,
+    /// Its symbols, which the ELF file does not have.
+    pub(crate) system_map: PathBuf,
     /// `make kernelrelease`.
     pub(crate) version: String,
     /// vCPUs that it can use: CONFIG_NR_CPUS.
@@ -160,6 +162,7 @@ pub(crate) fn build(source: &Source, asked: &Composed) -> Result<Kernel> {
         vcpus_max: vcpus_max(&read("config")?),
         config_sha256: sha256(read("config")?.as_bytes()),
         vmlinux: place.join("vmlinux"),
+        system_map: place.join("System.map"),
         tools,
     })
 }

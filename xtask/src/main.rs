@@ -12,7 +12,9 @@ mod host;
 mod kernel;
 mod kernel_config;
 mod lab;
+mod output;
 mod prices;
+mod profile;
 mod progress;
 mod run;
 mod test;
@@ -37,6 +39,8 @@ enum Command {
     Test(test::Arguments),
     /// Compares Kindling with other monitors: times, memory, exits
     Bench(Box<bench::Arguments>),
+    /// Shows where the time of one boot goes
+    Profile(Box<profile::Arguments>),
     /// Makes a bootable image: kernel, root filesystem and their description
     BuildImage(build_image::Arguments),
     /// Checks, compares and explains the guest kernel's configuration
@@ -48,6 +52,9 @@ enum Command {
     /// The part of `bench` that runs beside the monitors
     #[command(hide = true)]
     Measure(bench::measure::Arguments),
+    /// The part of `profile` that runs beside the VMM
+    #[command(hide = true)]
+    ProfileBoots(profile::boots::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -62,6 +69,8 @@ fn main() -> ExitCode {
         Command::KernelConfig(arguments) => kernel_config::run(&arguments),
         Command::Lab(arguments) => lab::run(&arguments),
         Command::Clean(arguments) => clean::run(&arguments),
+        Command::Profile(arguments) => profile::run(&arguments),
+        Command::ProfileBoots(arguments) => profile::boots::run(&arguments),
         Command::Measure(arguments) => bench::measure::run(&arguments),
     };
     match result {

@@ -7,7 +7,7 @@
 use crate::build_image::{self, Arguments as Image};
 use crate::host::Host;
 use crate::lab::{self, Job};
-use crate::{cargo, debian};
+use crate::{cargo, debian, profile};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::fs;
@@ -119,14 +119,17 @@ fn programs() -> Result<Vec<Program>> {
     Ok(programs)
 }
 
-/// Lays out what the tests use: the command, two images, Debian's kernel in both its forms.
+/// Lays out what the tests use: the command, two images, functions of their kernel, Debian's kernel in
+/// both its forms.
 fn lay_out_testbed() -> Result<PathBuf> {
     let testbed = cargo::target_directory().join("testbed");
     let images = testbed.join("images");
     fs::create_dir_all(&images)?;
     fs::create_dir_all(testbed.join("debian"))?;
     fs::copy(cargo::release_binary("kindling", "kindling")?, testbed.join("kindling"))?;
-    build_image::build(&Image { out: Some(images.join("default")), ..Image::default() })?;
+    let image = Image { out: Some(images.join("default")), ..Image::default() };
+    let (_, kernel) = build_image::build_with_kernel(&image)?;
+    fs::write(testbed.join("functions"), profile::function_list(&kernel)?)?;
     let root = tempfile::tempdir()?;
     busybox_root(root.path())?;
     build_image::build(&Image {

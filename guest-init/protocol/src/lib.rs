@@ -12,8 +12,7 @@ pub mod frame;
 pub mod port {
     /// One byte written: the guest reached the stage with that [`BootMark`](super::BootMark).
     pub const BOOT_MARK: u16 = 0x550;
-    /// Bytes written, one or many by a string instruction: the kernel's log, where the
-    /// configuration asks for it ([`Item::KernelLog`](super::frame::Item::KernelLog)).
+    /// Bytes written, one or several at once: the kernel's log, where the configuration asks for it ([`Item::KernelLog`](super::frame::Item::KernelLog)).
     pub const KERNEL_LOG: u16 = 0x551;
     /// Four bytes written: the guest ends with that [`ExitStatus`](super::ExitStatus).
     pub const EXIT: u16 = 0x554;

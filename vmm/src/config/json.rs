@@ -96,7 +96,7 @@ fn machine(section: MachineSection) -> Result<MachineConfig, ConfigError> {
 }
 
 /// Reads a file that must not be larger than `limit` bytes, whatever its metadata says.
-pub(super) fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>, ConfigError> {
+pub(crate) fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>, ConfigError> {
     let failed = |source| ConfigError::Read { path: path.into(), source };
     let mut bytes = Vec::new();
     File::open(path).and_then(|file| file.take(limit + 1).read_to_end(&mut bytes)).map_err(failed)?;

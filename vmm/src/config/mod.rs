@@ -8,6 +8,7 @@ mod json;
 pub use crate::devices::configuration::GuestConfig;
 pub use crate::profile::ProfileConfig;
 pub use json::from_json_file;
+pub(crate) use json::read_bounded;
 
 use crate::layout::{COMMAND_LINE_MAX, VCPUS_MAX};
 use guest_protocol::frame::MAX_FRAME;

@@ -3,12 +3,15 @@
 use super::KvmError;
 use crate::boot::{CODE_SEGMENT, DATA_SEGMENT, Entry, GDT_ENTRIES};
 use crate::bus::{Buses, GuestRequest};
+use crate::function_marks::FunctionMarks;
 use crate::layout;
 use crate::memory::GuestMemory;
 use crate::profile::{ExitKind, Recorder};
+use crate::timeline::Instant;
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use vm_memory::GuestAddress;
 use x86_64::registers::control::{Cr0Flags, Cr4Flags, EferFlags};
@@ -92,6 +95,8 @@ pub struct Vcpu {
     pub(crate) recorder: Option<Recorder>,
     /// The guest's memory, where samples look at its stacks.
     pub(crate) memory: Option<GuestMemory>,
+    /// Functions of the kernel that say when they are first called.
+    pub(crate) marks: Option<Arc<FunctionMarks>>,
 }
 
 impl Vcpu {
@@ -100,6 +105,7 @@ impl Vcpu {
             fd,
             recorder: None,
             memory: None,
+            marks: None,
             counts: ExitCounts { port_reads: 0, port_writes: 0, mmio_reads: 0, mmio_writes: 0, other: 0 },
         }
     }
@@ -141,6 +147,13 @@ impl Vcpu {
                 }
             };
             match self.fd.run() {
+                Ok(VcpuExit::IoOut(port, &[byte])) if self.marks.is_some() => {
+                    if !self.pass_mark()
+                        && let Some(request) = self.write_port(buses, port, &[byte])
+                    {
+                        return VcpuEnd::Request(request);
+                    }
+                }
                 Ok(VcpuExit::IoOut(port, data)) => {
                     counts.port_writes += 1;
                     record(ExitKind::PortWrite, port.into());
@@ -175,6 +188,38 @@ impl Vcpu {
             }
         }
         VcpuEnd::Stopped
+    }
+
+    /// Whether the guest left at the mark of a function, which it can run now.
+    fn pass_mark(&mut self) -> bool {
+        let at = Instant::now();
+        let Some(marks) = &self.marks else { return false };
+        let Ok(mut registers) = self.fd.get_regs() else { return false };
+        let function = registers.rip;
+        if !marks.remove(function) {
+            return false;
+        }
+        // KVM counts the instruction as done when the vCPU is entered the next time. Entering it
+        // with the wish to leave at once does that and no more.
+        self.fd.set_kvm_immediate_exit(1);
+        let _ = self.fd.run();
+        self.fd.set_kvm_immediate_exit(0);
+        registers.rip = function;
+        // Reading them has just worked.
+        let _ = self.fd.set_regs(&registers);
+        if let Some(recorder) = &mut self.recorder {
+            recorder.mark(at, function);
+        }
+        true
+    }
+
+    /// A write of a port, for a vCPU whose exit is no longer at hand.
+    fn write_port(&mut self, buses: &Buses, port: u16, data: &[u8]) -> Option<GuestRequest> {
+        self.counts.port_writes += 1;
+        if let Some(recorder) = &mut self.recorder {
+            recorder.exit(ExitKind::PortWrite, port.into());
+        }
+        buses.ports.write(port, data)
     }
 
     /// Records where the vCPU is, if it is time to.

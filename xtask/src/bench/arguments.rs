@@ -195,7 +195,7 @@ fn writable(option: &str, path: &Path) -> Result<()> {
     if path.is_dir() || path.file_name().is_none() {
         bail!("{option}: {} is not the name of a file", path.display());
     }
-    let folder = super::folder_of(path);
+    let folder = crate::output::folder_of(path);
     if !folder.is_dir() {
         bail!("{option}: there is no folder {}", folder.display());
     }

@@ -19,13 +19,13 @@ mod vmms;
 pub(crate) use arguments::Arguments;
 
 use crate::host::Host;
+use crate::output::write;
 use crate::{build_image, cargo, debian, lab};
 use anyhow::{Context, Result, bail};
 use arguments::Request;
 use plan::{Case, Outcome, Plan};
 use report::{HostDescription, Report};
 use std::fs::{self, Permissions};
-use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use vmms::{Guest, Kind, Vmm};
@@ -34,11 +34,6 @@ use vmms::{Guest, Kind, Vmm};
 const LAB_OVERHEAD_MIB: u64 = 1024;
 /// Where QEMU is, in Debian and so in the lab.
 const QEMU: &str = "/usr/bin/qemu-system-x86_64";
-
-/// What figures of the exact lab mean.
-const LAB_MEANING: &str = "the exact lab, which counts instructions: one is one nanosecond; no caches, TLB \
-                           misses, exit costs";
-const HARDWARE_MEANING: &str = "real time, with this machine's KVM";
 
 /// Measures, prints tables, writes files; the exit status is 1 when a monitor failed.
 pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
@@ -56,8 +51,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     };
     let report = Report {
         host: HostDescription {
-            kind: if host == Host::Lab { "exact-lab" } else { "hardware" },
-            meaning: if host == Host::Lab { LAB_MEANING } else { HARDWARE_MEANING },
+            kind: host.kind(),
+            meaning: host.meaning(),
             notes: notes(&request, &outcome),
             machine: outcome.machine,
         },
@@ -184,23 +179,4 @@ fn notes(request: &Request, outcome: &Outcome) -> Vec<String> {
     }
     notes.extend(outcome.omitted.iter().map(|what| format!("not measured: {what}")));
     notes
-}
-
-/// The folder that a file is in.
-fn folder_of(path: &Path) -> &Path {
-    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
-}
-
-/// Writes a file that appears whole or not at all.
-fn write(path: &Path, content: &str) -> Result<()> {
-    let failed = || format!("cannot write {}", path.display());
-    let mut draft = tempfile::Builder::new()
-        .prefix(".bench-")
-        // Temporary files are private; what this one becomes is not.
-        .permissions(Permissions::from_mode(0o666))
-        .tempfile_in(folder_of(path))
-        .with_context(failed)?;
-    draft.write_all(content.as_bytes()).with_context(failed)?;
-    draft.persist(path).with_context(failed)?;
-    Ok(())
 }

@@ -2,6 +2,7 @@
 
 use super::plan::Metric;
 use super::report::Report;
+use crate::output::COLOURS;
 use std::fmt::Write;
 
 /// Pixels: the picture's width, a chart's, and the edges around everything.
@@ -16,9 +17,6 @@ const GROUP: usize = 18;
 const VALUE: usize = 90;
 /// Where the charts begin, below title and legend.
 const TOP: usize = 100;
-
-/// Colours that people with impaired colour vision tell apart (Okabe and Ito), for as many monitors.
-const COLOURS: [&str; 7] = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8a8a8a"];
 
 /// The picture, which needs nothing else to be shown.
 pub(super) fn picture(report: &Report) -> String {

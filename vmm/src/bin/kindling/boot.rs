@@ -7,6 +7,7 @@ use kindling::config::image::Image;
 use kindling::config::{
     self, BootSource, Config, ConfigError, Console, GuestConfig, MachineConfig, ProfileConfig,
 };
+use kindling::function_marks;
 use kindling::{Error, Exit, ExitReason, Instant, Machine, Timeline};
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
@@ -69,6 +70,10 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "US", requires = "profile",
           value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
     sample: Option<u64>,
+    /// With --profile: record the first calls of these functions of an image's kernel, a hexadecimal
+    /// address of its System.map on each line
+    #[arg(long, value_name = "FILE", requires = "profile")]
+    profile_functions: Option<PathBuf>,
     /// CLOCK_MONOTONIC in nanoseconds when the caller started this command; the report counts
     /// from there
     #[arg(long, value_name = "NS")]
@@ -160,10 +165,13 @@ impl Arguments {
             _ => Console::File(self.console.clone()),
         };
         config.guest = self.guest();
-        config.profile = self
-            .profile
-            .as_ref()
-            .map(|_| ProfileConfig { sample_interval: self.sample.map(Duration::from_micros) });
+        if self.profile.is_some() {
+            let list = self.profile_functions.as_deref().map(function_marks::functions_from_file);
+            config.profile = Some(ProfileConfig {
+                sample_interval: self.sample.map(Duration::from_micros),
+                functions: list.transpose()?.unwrap_or_default(),
+            });
+        }
         Ok(config)
     }
 

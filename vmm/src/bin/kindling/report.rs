@@ -103,6 +103,8 @@ pub(crate) fn profile(exit: &Exit) -> String {
         samples: Vec<(u64, u8, u64, &'a [u64])>,
         /// Time as above, what the guest did, port or address.
         exits: Vec<(u64, &'static str, u64)>,
+        /// Time as above, vCPU, function, nanoseconds for which the VMM held the guest.
+        marks: Vec<(u64, u8, u64, u64)>,
         kernel_log: String,
     }
     let ns = |at: Instant| at.since(exit.timeline.start());
@@ -118,6 +120,11 @@ pub(crate) fn profile(exit: &Exit) -> String {
             .iter()
             .flat_map(|profile| &profile.exits)
             .map(|exit| (ns(exit.at), exit.kind.name(), exit.address))
+            .collect(),
+        marks: recorded
+            .iter()
+            .flat_map(|profile| &profile.marks)
+            .map(|mark| (ns(mark.at), mark.vcpu, mark.function, mark.held))
             .collect(),
         kernel_log: recorded
             .map(|profile| String::from_utf8_lossy(&profile.kernel_log).into_owned())

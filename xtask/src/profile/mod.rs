@@ -1,0 +1,257 @@
+//! `cargo xtask profile`: one boot as one timeline.
+//!
+//! Three boots are made, so that looking at the one does not change what is said of the other: one of
+//! which nothing is recorded, one with marked functions of the kernel, and one with samples if these
+//! are asked for (`docs/profiling.md`).
+
+mod against;
+pub(crate) mod boots;
+mod devices;
+mod kernel_image;
+mod page;
+mod phases;
+mod record;
+mod stacks;
+mod text;
+mod timeline;
+mod trace;
+
+use crate::build_image::{self, build_with_kernel};
+use crate::host::Host;
+use crate::kernel::Kernel;
+use crate::output::write;
+use crate::{cargo, debian, lab};
+use anyhow::{Context, Result, bail};
+use boots::{Boot, Measured};
+use clap::{Args, value_parser};
+use kernel_image::KernelImage;
+use kindling::config::image::Image;
+use kindling::layout::VCPUS_MAX;
+use record::{Guest, Profile, Samples};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+#[derive(Args, Debug)]
+pub(crate) struct Arguments {
+    /// Measure in the exact lab, which counts instructions
+    #[arg(long)]
+    exact: bool,
+    /// Look where the guest is as well, at this interval in microseconds [default: 25]
+    #[arg(long, value_name = "US", num_args = 0..=1, default_missing_value = "25",
+          value_parser = value_parser!(u64).range(1..=1_000_000))]
+    sample: Option<u64>,
+    /// Say what became slower or faster since this profile.json was written
+    #[arg(long, value_name = "FILE")]
+    against: Option<PathBuf>,
+    /// Folder for profile.html, trace.json and profile.json [default: target/profile]
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Memory of the guest in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 128, value_parser = value_parser!(u64).range(16..=1 << 20))]
+    memory: u64,
+    /// Virtual processors of the guest
+    #[arg(long, value_name = "N", default_value_t = 1,
+          value_parser = value_parser!(u8).range(1..=i64::from(VCPUS_MAX)))]
+    vcpus: u8,
+    /// Kernel command line instead of the image's
+    #[arg(long, value_name = "TEXT")]
+    cmdline: Option<String>,
+    /// Kernel configuration to add to the default image's: a file, or the name of an optional
+    /// fragment; may be repeated
+    #[arg(long, value_name = "FILE|NAME")]
+    config_fragment: Vec<PathBuf>,
+}
+
+/// MiB that the lab itself needs beside the guest.
+const LAB_OVERHEAD_MIB: u64 = 1024;
+
+/// Measures, prints tables, writes files.
+pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
+    let out = arguments.out.clone().unwrap_or_else(|| cargo::target_directory().join("profile"));
+    // What the user can get wrong comes before what takes time.
+    let earlier = arguments.against.as_deref().map(Profile::open).transpose()?;
+    fs::create_dir_all(&out).with_context(|| format!("cannot make the folder {}", out.display()))?;
+    let host = Host::choose(arguments.exact, true);
+    let default = arguments.config_fragment.is_empty();
+    let (image, kernel) = build_with_kernel(&build_image::Arguments {
+        name: if default { "default" } else { "profile" }.to_owned(),
+        config_fragment: arguments.config_fragment.clone(),
+        ..build_image::Arguments::default()
+    })?;
+    let kernel = read_kernel(&kernel)?;
+    let functions = phases::functions(&kernel, &kernel.initcalls()?);
+    let measured =
+        Session { arguments, image: &image, functions: &phases::list(&functions) }.measure(host)?;
+    let profile = profile(arguments, host, &Image::open(&image)?, &kernel, &measured, &functions)?;
+    print!("{}", text::report(&profile));
+    if let Some(earlier) = &earlier {
+        print!("{}", against::report(earlier, &profile));
+    }
+    let page = page::html(&profile, earlier.as_ref())?;
+    let files = [
+        ("profile.html", page, "timeline and flame view, for a browser"),
+        ("trace.json", trace::json(&profile)?, "for ui.perfetto.dev"),
+        ("profile.json", profile.to_json()?, "for --against and for programs"),
+    ];
+    println!();
+    for (name, content, what) in files {
+        let path = out.join(name);
+        write(&path, &content)?;
+        println!("{}: {what}", build_image::relative(&path));
+    }
+    Ok(0)
+}
+
+/// The list of a kernel's functions that `kindling boot --profile-functions` reads.
+pub(crate) fn function_list(kernel: &Kernel) -> Result<String> {
+    let kernel = read_kernel(kernel)?;
+    Ok(phases::list(&phases::functions(&kernel, &kernel.initcalls()?)))
+}
+
+fn read_kernel(kernel: &Kernel) -> Result<KernelImage> {
+    let failed = |path: &Path| format!("cannot read {}", path.display());
+    let file = fs::read(&kernel.vmlinux).with_context(|| failed(&kernel.vmlinux))?;
+    let map = fs::read_to_string(&kernel.system_map).with_context(|| failed(&kernel.system_map))?;
+    KernelImage::new(file, &map)
+}
+
+/// What was measured, as a profile.
+fn profile(
+    arguments: &Arguments,
+    host: Host,
+    image: &Image,
+    kernel: &KernelImage,
+    measured: &Measured,
+    functions: &timeline::Functions,
+) -> Result<Profile> {
+    let perturbation = timeline::perturbation(measured)?;
+    let cost = perturbation.cost_of_mark;
+    let samples = |records: &boots::Records| -> Result<Samples> {
+        let stacks = timeline::stacks(records, kernel, functions)?;
+        let init = records.report.at(boots::INIT)?;
+        let in_kernel = records.samples.iter().filter(|sample| sample.0 < init).count() as u64;
+        Ok(Samples {
+            interval_us: arguments.sample.unwrap_or_default(),
+            // Each stands for equally much, whatever the sampling itself took.
+            ns_per_sample: measured.plain.kernel_time()? / in_kernel.max(1),
+            stacks,
+        })
+    };
+    let (format, version) = Profile::format();
+    Ok(Profile {
+        format,
+        version,
+        host: record::Host { kind: host.kind().to_owned(), meaning: host.meaning().to_owned() },
+        guest: Guest {
+            kernel: image.kernel_version.clone(),
+            kernel_config_sha256: image.kernel_config_sha256.clone(),
+            command_line: arguments.cmdline.clone().unwrap_or_else(|| image.boot_args.clone()),
+            memory_mib: arguments.memory,
+            vcpus: arguments.vcpus,
+        },
+        totals: timeline::totals(measured)?,
+        phases: timeline::phases(measured, functions, cost)?,
+        exits: timeline::exits(measured, cost)?,
+        without_mark: phases::without_symbol(kernel),
+        perturbation,
+        samples: measured.sampled.as_ref().map(samples).transpose()?,
+    })
+}
+
+/// Boots to make, and with what.
+struct Session<'a> {
+    arguments: &'a Arguments,
+    image: &'a Path,
+    functions: &'a str,
+}
+
+impl Session<'_> {
+    /// Makes the boots where guests run, and reads what they left.
+    fn measure(&self, host: Host) -> Result<Measured> {
+        debian::ensure_lab_tools()?;
+        let kindling = cargo::release_binary("kindling", "kindling")?;
+        let place = tempfile::tempdir()?;
+        let list = place.path().join("functions");
+        fs::write(&list, self.functions)?;
+        let times: Vec<u64> = match host {
+            Host::Hardware => boots::make(&self.plan(&kindling, self.image, place.path()))?,
+            Host::Lab => {
+                self.in_lab(kindling, place.path())?;
+                boots::read(&place.path().join("times.json"))?
+            }
+        };
+        let file = |name: &str| place.path().join(name);
+        Ok(Measured {
+            plain: boots::read(&file("plain.json"))?,
+            // The first boot does not count.
+            plain_time: *times.get(1).context("the boots left no times")?,
+            marked: boots::read(&file("marked.json"))?,
+            sampled: self.arguments.sample.map(|_| boots::read(&file("sampled.json"))).transpose()?,
+        })
+    }
+
+    /// The boots: one before those that count, because the host has to meet a program once; then
+    /// each of the kinds.
+    fn plan(&self, kindling: &Path, image: &Path, place: &Path) -> Vec<Boot> {
+        let file = |name: &str| place.join(name).display().to_string();
+        let boot = |name: &str, more: &[&str]| {
+            let mut command = vec![kindling.display().to_string(), "boot".into()];
+            command.extend(["--image".into(), image.display().to_string()]);
+            command.extend(["--memory".into(), self.arguments.memory.to_string()]);
+            command.extend(["--vcpus".into(), self.arguments.vcpus.to_string()]);
+            command.extend(["--console".into(), file("console")]);
+            command.extend(["--started-at".into(), lab::NOW.into()]);
+            if let Some(line) = &self.arguments.cmdline {
+                command.extend(["--cmdline".into(), line.clone()]);
+            }
+            command.extend(more.iter().map(|&word| word.to_owned()));
+            Boot { name: name.to_owned(), command }
+        };
+        let list = file("functions");
+        let mut plan = vec![
+            boot("first", &["--report-json", &file("plain.json")]),
+            boot("plain", &["--report-json", &file("plain.json")]),
+            boot("marked", &["--profile", &file("marked.json"), "--profile-functions", &list]),
+        ];
+        if let Some(interval) = self.arguments.sample {
+            let interval = interval.to_string();
+            let words =
+                ["--profile", &file("sampled.json"), "--profile-functions", &list, "--sample", &interval];
+            plan.push(boot("sampled", &words));
+        }
+        plan
+    }
+
+    /// The same in one lab, with its files in the same places of its working directory.
+    fn in_lab(&self, kindling: PathBuf, place: &Path) -> Result<()> {
+        let plan = place.join("plan.json");
+        let boots = self.plan(
+            Path::new("/bin/kindling"),
+            Path::new("/images/default"),
+            Path::new(lab::WORKING_DIRECTORY),
+        );
+        fs::write(&plan, serde_json::to_vec(&boots)?)?;
+        let mut files = vec!["times.json", "plain.json", "marked.json"];
+        files.extend(self.arguments.sample.map(|_| "sampled.json"));
+        let status = lab::Job {
+            exact: true,
+            cpus: self.arguments.vcpus,
+            memory_mib: self.arguments.memory + LAB_OVERHEAD_MIB,
+            // The lab's init is this program.
+            command: ["/init", "profile-boots", "plan.json", "times.json"].map(str::to_owned).to_vec(),
+            environment: Vec::new(),
+            with: vec![
+                (kindling, "/bin/kindling".to_owned()),
+                (self.image.into(), "/images/default".to_owned()),
+                (plan, lab::inside("plan.json")),
+                (place.join("functions"), lab::inside("functions")),
+            ],
+            get: files.iter().map(|name| (lab::inside(name), place.join(name))).collect(),
+        }
+        .run()?;
+        if status != 0 {
+            bail!("the boots in the lab ended with status {status}");
+        }
+        Ok(())
+    }
+}

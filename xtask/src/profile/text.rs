@@ -1,0 +1,159 @@
+//! A profile for the terminal: the phases in their order, then what took longest.
+
+use super::record::{Lane, Phase, Profile};
+use std::fmt::Write;
+
+/// Rows of the table of what took longest.
+const LONGEST: usize = 30;
+/// Rows of the table of exits.
+const EXITS: usize = 12;
+
+/// A time in milliseconds.
+#[expect(clippy::cast_precision_loss, reason = "for display; boots take less than 2^53 ns")]
+pub(super) fn milliseconds(ns: u64) -> f64 {
+    ns as f64 / 1e6
+}
+
+/// The same with its sign.
+#[expect(clippy::cast_precision_loss, reason = "for display; boots take less than 2^53 ns")]
+pub(super) fn signed_milliseconds(ns: i64) -> f64 {
+    ns as f64 / 1e6
+}
+
+/// Everything, one table after the other.
+pub(super) fn report(profile: &Profile) -> String {
+    let mut text = heading(profile);
+    in_order(&mut text, profile);
+    longest(&mut text, profile);
+    exits(&mut text, profile);
+    let _ = writeln!(text, "\n{}", perturbation(profile));
+    text
+}
+
+fn heading(profile: &Profile) -> String {
+    let (guest, totals) = (&profile.guest, &profile.totals);
+    let plural = if guest.vcpus == 1 { "" } else { "s" };
+    format!(
+        "\nmeasured in {}\nguest: Linux {}, {} MiB, {} vCPU{plural}\n\n\
+         {:9.3} ms from the start of the process to init: {:.3} in the VMM, {:.3} in the kernel\n\
+         {:9.3} ms from the start of the process to its end\n",
+        profile.host.meaning,
+        guest.kernel,
+        guest.memory_mib,
+        guest.vcpus,
+        milliseconds(totals.init_reached),
+        milliseconds(totals.vmm),
+        milliseconds(totals.kernel),
+        milliseconds(totals.process),
+    )
+}
+
+/// The phases by time, without the initcalls, which lie inside some of them.
+fn in_order(text: &mut String, profile: &Profile) {
+    let _ = writeln!(text, "\nphases, milliseconds\n\n    start       own  who     what");
+    let mut phases: Vec<&Phase> =
+        profile.phases.iter().filter(|phase| phase.lane != Lane::Initcall).collect();
+    phases.sort_by_key(|phase| phase.start);
+    for phase in phases {
+        let (start, own) = (milliseconds(phase.start), milliseconds(phase.duration));
+        let row = format!("{start:9.3} {own:9.3}  {:6}  {}", phase.lane.title(), phase.name);
+        let _ = writeln!(text, "{}", with_about(row, &phase.about));
+    }
+}
+
+/// What took longest, initcalls in place of the phases that consist of them.
+fn longest(text: &mut String, profile: &Profile) {
+    let mut phases: Vec<&Phase> =
+        profile.phases.iter().filter(|phase| !phase.name.starts_with("initcalls: ")).collect();
+    phases.sort_by_key(|phase| std::cmp::Reverse(phase.duration));
+    let whole = profile.totals.process.max(1);
+    let _ = writeln!(
+        text,
+        "\nwhat took longest, milliseconds and part of the whole\n\n      own    part  who       what"
+    );
+    for phase in phases.into_iter().take(LONGEST) {
+        let own = milliseconds(phase.duration);
+        let part = 100.0 * own / milliseconds(whole);
+        let row = format!("{own:9.3}  {part:4.1} %  {:8}  {}", phase.lane.title(), phase.name);
+        let _ = writeln!(text, "{}", with_about(row, &phase.about));
+    }
+}
+
+/// A row with what the phase is for, from a column on where there is room.
+fn with_about(row: String, about: &str) -> String {
+    const COLUMN: usize = 62;
+    if about.is_empty() { row } else { format!("{row:COLUMN$} {about}") }
+}
+
+fn exits(text: &mut String, profile: &Profile) {
+    let total: u64 = profile.exits.iter().map(|exits| exits.before_init).sum();
+    let _ = writeln!(text, "\n{total} exits to the VMM before init\n");
+    let reached: Vec<_> = profile.exits.iter().filter(|exits| exits.before_init > 0).collect();
+    for exits in reached.iter().take(EXITS) {
+        let _ = writeln!(
+            text,
+            "{:7}  {:12} {:#12x}  {}",
+            exits.before_init, exits.reason, exits.address, exits.device
+        );
+    }
+    let rest: u64 = reached.iter().skip(EXITS).map(|exits| exits.before_init).sum();
+    if rest > 0 {
+        let _ = writeln!(text, "{rest:7}  others");
+    }
+}
+
+/// What recording changed, and what was done about it.
+pub(super) fn perturbation(profile: &Profile) -> String {
+    let p = &profile.perturbation;
+    let mut text = format!(
+        "recording: totals, VMM and init are of a boot of which nothing was recorded. The kernel's phases are of \
+         another,\nwhich {} marks made {:.3} ms longer: {:.1} us for each mark before it were taken off each time (the VMM held\nthe \
+         guest for {:.1} us at a mark).",
+        p.marks,
+        signed_milliseconds(p.marked_longer),
+        milliseconds(p.cost_of_mark) * 1e3,
+        milliseconds(p.held_per_mark) * 1e3,
+    );
+    if !profile.without_mark.is_empty() {
+        let _ = write!(
+            text,
+            "\nWithout a mark, because the compiler put them into their callers: {}.",
+            profile.without_mark.join(", ")
+        );
+    }
+    if let (Some(samples), Some(longer)) = (&profile.samples, p.sampled_longer) {
+        let count: u64 = samples.stacks.iter().map(|(_, count)| count).sum();
+        let _ = write!(
+            text,
+            "\n{count} samples every {} us are of a third, which they made {:.3} ms longer: each stands for {:.1} us.",
+            samples.interval_us,
+            signed_milliseconds(longer),
+            milliseconds(samples.ns_per_sample) * 1e3,
+        );
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::record::tests::profile;
+    use super::*;
+
+    #[test]
+    fn the_report_has_every_part() {
+        let text = report(&profile());
+        for expected in [
+            "5.000 ms from the start of the process to init: 1.000 in the VMM, 4.000 in the kernel",
+            "    0.000     1.000  VMM     kernel loaded",
+            "    1.500  21.4 %  initcall  pty_init",
+            "1 exits to the VMM before init",
+            "      1  port write          0x3f8  serial port",
+            "which 3 marks made 0.001 ms longer: 0.3 us for each mark before it were taken off each time",
+            "3 samples every 25 us",
+        ] {
+            assert!(text.contains(expected), "{expected:?} is missing in {text}");
+        }
+        let longest = text.find("what took longest").unwrap();
+        assert!(text[longest..].find("pty_init") < text[longest..].find("kernel loaded"));
+    }
+}
