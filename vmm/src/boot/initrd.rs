@@ -1,4 +1,4 @@
-//! The initrd, at the end of memory.
+//! The initrd, behind the kernel.
 
 use super::{BootError, kernel_limit, open};
 use crate::layout::{self, HUGE_PAGE_SIZE, PAGE_SIZE};
@@ -31,17 +31,21 @@ pub(super) fn load(
         return Ok(None);
     }
     let limit = kernel_limit(memory);
-    let alignment = if size <= READ_MAX { PAGE_SIZE } else { HUGE_PAGE_SIZE };
-    let start = kernel_end.0.next_multiple_of(alignment);
-    let too_large =
-        || BootError::InitrdTooLarge { path: path.into(), size, free: limit.saturating_sub(start) };
-    let end = start.checked_add(size).filter(|&end| end <= limit).ok_or_else(too_large)?;
-    let whole = if size <= READ_MAX { 0 } else { size - size % PAGE_SIZE };
+    let next_page = kernel_end.0.next_multiple_of(PAGE_SIZE);
+    let free = limit.saturating_sub(next_page);
+    let too_large = || BootError::InitrdTooLarge { path: path.into(), size, free };
+    if size > free {
+        return Err(too_large());
+    }
+    let is_mapped = size > READ_MAX;
+    let next_huge_page = kernel_end.0.next_multiple_of(HUGE_PAGE_SIZE);
+    // Where memory is tight it shares a huge page with the kernel after all.
+    let start = if is_mapped && next_huge_page + size <= limit { next_huge_page } else { next_page };
+    let whole = if is_mapped { size - size % PAGE_SIZE } else { 0 };
     if whole > 0 {
         memory.map_file(GuestAddress(start), &file, 0, whole)?;
     }
     memory.read_file(GuestAddress(start + whole), &file, whole, size - whole)?;
-    debug_assert!(end > start);
     let size = u32::try_from(size).map_err(|_| too_large())?;
     Ok(Some(Initrd { address: GuestAddress(start), size }))
 }
