@@ -3,15 +3,9 @@
 use crate::machine;
 use crate::syscall;
 use alloc::vec;
-use guest_protocol::{BootMark, CLOCK_LINE};
-use rustix::fs::{Mode, OFlags, open};
 
-/// Writes the line that ties the log's clock to the VMM's, and sends the whole log.
+/// Sends the whole log.
 pub(crate) fn send() {
-    if let Ok(log) = open("/dev/kmsg", OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty()) {
-        let _ = rustix::io::write(log, CLOCK_LINE.as_bytes());
-        machine::mark(BootMark::ClockLine);
-    }
     let Ok(size) = syscall::kernel_log_size() else { return };
     // Each line gains its level and time when it is read: the text is longer than what is stored.
     let mut text = vec![0; size.saturating_mul(2)];
