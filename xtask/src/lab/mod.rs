@@ -11,11 +11,13 @@ pub(crate) mod guest;
 mod qemu;
 
 pub(crate) use disk::{busybox, kernel};
+pub(crate) use qemu::Silent;
 
 use crate::{build_image, cargo};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 #[derive(Args, Debug)]
 pub(crate) struct Arguments {
@@ -81,7 +83,12 @@ impl Job {
 
     /// Runs the command; its exit status.
     pub(crate) fn run(&self) -> Result<u8> {
-        qemu::run(self)
+        qemu::run(self, None)
+    }
+
+    /// The same, but a lab that says nothing for so long is an error, which is [`Silent`].
+    pub(crate) fn run_unless_silent(&self, limit: Duration) -> Result<u8> {
+        qemu::run(self, Some(limit))
     }
 }
 

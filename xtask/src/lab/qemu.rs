@@ -3,15 +3,32 @@
 use super::frame::{self, Kind};
 use super::{Job, disk};
 use crate::debian;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::retry_on_intr;
+use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::path::Path;
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::Duration;
 
-/// Boots a lab, runs its job, and returns the command's exit status.
-pub(super) fn run(job: &Job) -> Result<u8> {
+/// The lab said nothing for this long, and was stopped.
+#[derive(Debug)]
+pub(crate) struct Silent(Duration);
+
+impl std::error::Error for Silent {}
+
+impl fmt::Display for Silent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "it said nothing for {} s", self.0.as_secs())
+    }
+}
+
+/// Boots a lab, runs its job, and returns the command's exit status. A lab that says nothing for
+/// `silence` is stopped.
+pub(super) fn run(job: &Job, silence: Option<Duration>) -> Result<u8> {
     debian::ensure_lab_tools()?;
     let kernel = disk::kernel()?;
     let initramfs = disk::pack(job)?;
@@ -22,7 +39,7 @@ pub(super) fn run(job: &Job) -> Result<u8> {
     if let Some(input) = child.stdin.take() {
         std::thread::spawn(move || forward_input(input));
     }
-    let result = serve(job, channel);
+    let result = serve(job, channel, silence);
     // The lab has powered off, or it is of no use any more.
     let _ = child.kill();
     let _ = child.wait();
@@ -97,9 +114,15 @@ fn forward_input(mut channel: ChildStdin) {
 }
 
 /// Passes the command's output on and its files back, until it ends.
-fn serve(job: &Job, mut channel: impl Read) -> Result<u8> {
+fn serve(job: &Job, mut channel: ChildStdout, silence: Option<Duration>) -> Result<u8> {
     let mut file: Option<File> = None;
     loop {
+        if let Some(limit) = silence {
+            let time = Timespec::try_from(limit)?;
+            let mut descriptors = [PollFd::new(&channel, PollFlags::IN)];
+            let ready = retry_on_intr(|| poll(&mut descriptors, Some(&time)))?;
+            ensure!(ready > 0, Silent(limit));
+        }
         let (kind, data) = frame::read(&mut channel).context("its channel closed")?;
         match kind {
             Kind::Output => write_through(io::stdout(), &data)?,
