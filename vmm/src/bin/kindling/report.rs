@@ -22,7 +22,7 @@ pub(crate) fn timeline(exit: &Exit) -> String {
     let exits = &exit.exits;
     let _ = writeln!(
         text,
-        "\n{} exits to the VMM: {} port writes, {} port reads, {} to addresses without a device, {} other; \
+        "\n{} exits to the VMM: {} port writes, {} port reads, {} to registers in memory, {} other; \
          {} of the port accesses were to ports without a device",
         exits.total(),
         exits.port_writes,
