@@ -132,8 +132,9 @@ fn finish(arguments: &Arguments, exit: &Exit) -> ExitCode {
         (&arguments.profile, report::profile),
     ];
     for (path, text) in files.into_iter().filter_map(|(path, text)| Some((path.as_ref()?, text))) {
-        if let Err(source) = std::fs::write(path, text(exit)) {
-            complain(&Error::Console { path: path.clone(), source });
+        if let Err(error) = std::fs::write(path, text(exit)) {
+            let line = format!("kindling: cannot write {}: {error}", path.display());
+            tell(&(report::printable(&line) + "\n"));
             return ExitCode::from(STATUS_FAILURE);
         }
     }
