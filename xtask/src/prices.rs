@@ -4,8 +4,9 @@
 use crate::build_image::{self, Arguments as ImageArguments};
 use crate::{cargo, kernel, lab};
 use anyhow::{Context, Result, ensure};
-use guest_kernel_config::{DEFAULT, Fragment, OPTIONAL, compose, shipped_named};
+use guest_kernel_config::{DEFAULT, Fragment, OPTIONAL, Origin, compose, shipped_named};
 use kindling::config::image::Image;
+use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -49,6 +50,21 @@ impl Variant {
             variants.push(Self { fragment: Some(name), parts });
         }
         variants
+    }
+
+    /// The fragments, and one that switches off what the missing ones ask for and nobody else does:
+    /// many a symbol is on where nobody asks. What a missing fragment switches off stays off.
+    fn fragments(&self) -> Result<Vec<Fragment>> {
+        let mut fragments = shipped_named(&self.parts)?;
+        let kept = compose(&fragments)?;
+        let missing: Vec<_> = DEFAULT.into_iter().filter(|name| !self.parts.contains(name)).collect();
+        let gone = shipped_named(&missing)?;
+        let symbols = gone.iter().flat_map(|fragment| &fragment.symbols).map(|setting| &*setting.symbol);
+        // Two fragments may ask for the same symbol, and one may not.
+        let symbols: BTreeSet<&str> = symbols.filter(|symbol| kept.asked(symbol).is_none()).collect();
+        let text: String = symbols.iter().map(|symbol| format!("CONFIG_{symbol}=n\n")).collect();
+        fragments.push(Fragment::parse("without", text.as_bytes(), Origin::User)?);
+        Ok(fragments)
     }
 
     fn is_default_part(&self) -> bool {
@@ -106,7 +122,7 @@ pub(crate) fn run(kernel_source: Option<&Path>, only: &[String], out: Option<&Pa
     let source = kernel::source(kernel_source)?;
     // A configuration that the kernel does not take shows within seconds; the builds take an hour.
     for variant in &variants {
-        let asked = compose(&shipped_named(&variant.parts)?)?;
+        let asked = compose(&variant.fragments()?)?;
         kernel::configure(&source, &asked)
             .with_context(|| format!("the kernel for the price of {}", variant.name()))?;
     }
@@ -128,7 +144,7 @@ pub(crate) fn run(kernel_source: Option<&Path>, only: &[String], out: Option<&Pa
 }
 
 fn build(variant: &Variant, source: &kernel::Source, directory: &Path) -> Result<()> {
-    let fragments: Vec<Fragment> = shipped_named(&variant.parts)?;
+    let fragments = variant.fragments()?;
     let arguments = ImageArguments {
         name: variant.name().to_owned(),
         out: Some(directory.to_owned()),
@@ -251,8 +267,22 @@ mod tests {
     #[test]
     fn every_variant_composes() {
         for variant in Variant::all() {
-            compose(&shipped_named(&variant.parts).unwrap()).unwrap();
+            compose(&variant.fragments().unwrap()).unwrap();
         }
+    }
+
+    #[test]
+    fn what_a_missing_fragment_asks_for_is_off() {
+        let all = Variant::all();
+        let without = |name: &str| {
+            let variant = all.iter().find(|variant| variant.fragment == Some(name)).unwrap();
+            compose(&variant.fragments().unwrap()).unwrap().text()
+        };
+        let text = without("ipv6");
+        assert!(text.contains("# CONFIG_IPV6 is not set") && text.contains("# CONFIG_IPV6_SIT is not set"));
+        // The fragment filesystems asks for the block layer as well.
+        let text = without("block");
+        assert!(text.contains("# CONFIG_VIRTIO_BLK is not set") && text.contains("CONFIG_BLOCK=y"));
     }
 
     #[test]
