@@ -261,7 +261,9 @@ impl Vcpu {
             let words =
                 bytes.chunks_exact(8).filter_map(|word| Some(u64::from_le_bytes(word.try_into().ok()?)));
             found.extend(words.filter(|&word| word >= TEXT));
-            at = page_end + 1;
+            // A guest may put its stack at the very end of the address space.
+            let Some(next) = page_end.checked_add(1) else { return found };
+            at = next;
         }
         found
     }
