@@ -14,8 +14,10 @@ use tests::{kindling, run, testbed};
 
 const BUDGET: &str = include_str!("../boot-budget.json");
 const INIT: &str = "init: first instruction";
-/// Nanoseconds by which a phase may differ whatever its length: where the host's timer ticks fall is
-/// the same in every run of one build, and not in the next build.
+/// Boots that are measured. The lab's own kernel ticks, and now and then does some work of its own, in
+/// the middle of a phase: up to 0.5 ms was seen. That only ever adds, so what counts is the least.
+const BOOTS: usize = 5;
+/// Nanoseconds by which a phase may differ whatever its length: one tick of the lab's kernel.
 const TICK_NS: u64 = 60_000;
 
 #[derive(Debug, Deserialize)]
@@ -53,6 +55,13 @@ fn read(path: &Path) -> serde_json::Value {
     serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
 }
 
+/// Name and length of each step up to init, in order.
+fn phases_to_init(report: &serde_json::Value) -> Vec<(String, u64)> {
+    let steps = steps_to_init(report);
+    let starts = std::iter::once(0).chain(steps.iter().map(|(_, at)| *at));
+    steps.iter().zip(starts).map(|((name, at), start)| (name.clone(), at - start)).collect()
+}
+
 /// Name and time of each step up to init, in order.
 fn steps_to_init(report: &serde_json::Value) -> Vec<(String, u64)> {
     let mut steps = Vec::new();
@@ -75,7 +84,7 @@ fn the_boot_keeps_to_its_budget() {
     let budget: Budget = serde_json::from_str(BUDGET).unwrap();
     // The first boot of a lab reads the program's pages in; what counts is every later one.
     boot("--report-json");
-    let steps = steps_to_init(&boot("--report-json"));
+    let boots: Vec<_> = (0..BOOTS).map(|_| phases_to_init(&boot("--report-json"))).collect();
     let profile = boot("--profile");
     let init_of_profile = steps_to_init(&profile["report"]).pop().unwrap().1;
     let is_before = |exit: &&serde_json::Value| exit[0].as_u64().unwrap() <= init_of_profile;
@@ -83,17 +92,16 @@ fn the_boot_keeps_to_its_budget() {
 
     let mut table = String::from("\nphase, ns measured, ns in the budget\n");
     let mut broken = Vec::new();
-    let mut previous = 0;
-    for (name, at) in &steps {
-        let ns = at - previous;
-        previous = *at;
+    let mut total = 0;
+    for (number, (name, _)) in boots[0].iter().enumerate() {
+        let ns = boots.iter().map(|phases| phases[number].1).min().unwrap();
+        total += ns;
         let _ = writeln!(table, "{name}: {ns}, {:?}", budget.phases_ns.get(name));
         match budget.phases_ns.get(name) {
             Some(&allowed) if ns <= limit(allowed) + TICK_NS => {}
             _ => broken.push(name.as_str()),
         }
     }
-    let total = previous;
     let _ = writeln!(table, "spawn to init: {total}, {}", budget.spawn_to_init_ns);
     let _ = writeln!(table, "exits to the VMM: {exits}, {}", budget.user_exits_to_init);
     if total > limit(budget.spawn_to_init_ns) {
