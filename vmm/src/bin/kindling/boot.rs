@@ -15,72 +15,75 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-#[derive(Args, Debug)]
+/// The console that is this process's standard input and output, and the default.
+pub(crate) const STDIO: &str = "stdio";
+
+#[derive(Args, Debug, Default, PartialEq, Eq)]
 #[command(group(ArgGroup::new("what").required(true).args(["image", "kernel", "config_file"])))]
 pub(crate) struct Arguments {
     /// Folder made by `cargo xtask build-image`
     #[arg(long, value_name = "DIR")]
-    image: Option<PathBuf>,
+    pub(crate) image: Option<PathBuf>,
     /// Kernel: an uncompressed vmlinux, or a bzImage
     #[arg(long, value_name = "FILE")]
-    kernel: Option<PathBuf>,
+    pub(crate) kernel: Option<PathBuf>,
     /// Firecracker's JSON (boot-source and machine-config)
     #[arg(long, value_name = "FILE")]
-    config_file: Option<PathBuf>,
+    pub(crate) config_file: Option<PathBuf>,
     /// Initramfs; replaces the image's or the file's
     #[arg(long, value_name = "FILE")]
-    initrd: Option<PathBuf>,
+    pub(crate) initrd: Option<PathBuf>,
     /// Kernel command line; replaces the image's or the file's
     #[arg(long, value_name = "TEXT")]
-    cmdline: Option<String>,
+    pub(crate) cmdline: Option<String>,
     /// Memory of the guest in MiB [default: 128]
     #[arg(long, value_name = "MIB")]
-    memory: Option<u64>,
+    pub(crate) memory: Option<u64>,
     /// Virtual processors, 1 to 16 [default: 1]
     #[arg(long, value_name = "N")]
-    vcpus: Option<u64>,
+    pub(crate) vcpus: Option<u64>,
     /// Where the serial console leads: stdio, null or a file
-    #[arg(long, value_name = "stdio|null|FILE", default_value = "stdio")]
-    console: PathBuf,
+    #[arg(long, value_name = "stdio|null|FILE", default_value = STDIO)]
+    pub(crate) console: PathBuf,
     /// Environment entry of the command, NAME=VALUE; may be repeated
     #[arg(long, short = 'e', value_name = "NAME=VALUE")]
-    env: Vec<OsString>,
+    pub(crate) env: Vec<OsString>,
     /// Working directory of the command
     #[arg(long, short = 'w', value_name = "DIR")]
-    workdir: Option<OsString>,
+    pub(crate) workdir: Option<OsString>,
     /// User and group of the command, as numbers
     #[arg(long, short = 'u', value_name = "UID[:GID]", value_parser = parse_user)]
-    user: Option<(u32, u32)>,
+    pub(crate) user: Option<(u32, u32)>,
     /// Hostname of the guest
     #[arg(long, value_name = "NAME")]
-    hostname: Option<OsString>,
+    pub(crate) hostname: Option<OsString>,
     /// Compare the digests of the image's files with its image.json before booting
     #[arg(long, conflicts_with_all = ["kernel", "config_file"])]
-    verify: bool,
+    pub(crate) verify: bool,
     /// Print when each step of the boot was reached
     #[arg(long)]
-    report: bool,
+    pub(crate) report: bool,
     /// Write the same as JSON to a file
     #[arg(long, value_name = "FILE")]
-    report_json: Option<PathBuf>,
+    pub(crate) report_json: Option<PathBuf>,
     /// Write a JSON of where the boot's time went: the report, every exit, the kernel's log
     #[arg(long, value_name = "FILE")]
-    profile: Option<PathBuf>,
+    pub(crate) profile: Option<PathBuf>,
     /// With --profile: look at this interval where the guest is, in microseconds
     #[arg(long, value_name = "US", requires = "profile",
           value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
-    sample: Option<u64>,
+    pub(crate) sample: Option<u64>,
     /// With --profile: record the first calls of these functions of an image's kernel, a hexadecimal
     /// address of its System.map on each line
     #[arg(long, value_name = "FILE", requires = "profile")]
-    profile_functions: Option<PathBuf>,
+    pub(crate) profile_functions: Option<PathBuf>,
     /// CLOCK_MONOTONIC in nanoseconds when the caller started this command; the report counts
     /// from there
     #[arg(long, value_name = "NS")]
-    started_at: Option<u64>,
+    pub(crate) started_at: Option<u64>,
     /// Command that init runs instead of its greeting
     #[arg(last = true, value_name = "COMMAND")]
-    command: Vec<OsString>,
+    pub(crate) command: Vec<OsString>,
 }
 
 fn parse_user(text: &str) -> Result<(u32, u32), String> {
@@ -161,7 +164,7 @@ impl Arguments {
             config.machine.vcpu_count = u8::try_from(count).map_err(|_| ConfigError::VcpuCount(count))?;
         }
         config.console = match self.console.to_str() {
-            Some("stdio") => Console::Stdio,
+            Some(STDIO) => Console::Stdio,
             Some("null") => Console::Null,
             _ => Console::File(self.console.clone()),
         };

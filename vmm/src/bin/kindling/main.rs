@@ -6,6 +6,7 @@
 
 mod boot;
 mod doctor;
+mod plain;
 mod report;
 mod signals;
 mod terminal;
@@ -39,6 +40,9 @@ const STATUS_FAILURE: u8 = 125;
 
 fn main() -> ExitCode {
     let started = Instant::now();
+    if let Some(arguments) = plain::parse(std::env::args_os()) {
+        return boot::run(&arguments, started);
+    }
     match Arguments::parse().command {
         Command::Boot(arguments) => boot::run(&arguments, started),
         Command::Doctor(arguments) => doctor::run(&arguments),
