@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 
 /// A configuration file of more bytes than this is a mistake.
 const FILE_MAX: u64 = 1024 * 1024;
+/// More bytes than a description has that nobody wrote by hand.
+const ORDINARY: usize = 2048;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
@@ -98,7 +100,8 @@ fn machine(section: MachineSection) -> Result<MachineConfig, ConfigError> {
 /// Reads a file that must not be larger than `limit` bytes, whatever its metadata says.
 pub(crate) fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>, ConfigError> {
     let failed = |source| ConfigError::Read { path: path.into(), source };
-    let mut bytes = Vec::new();
+    // Room for an ordinary description: a vector that grows while it is read costs a call each time.
+    let mut bytes = Vec::with_capacity(ORDINARY);
     File::open(path).and_then(|file| file.take(limit + 1).read_to_end(&mut bytes)).map_err(failed)?;
     if bytes.len() as u64 > limit {
         return Err(ConfigError::FileTooLarge { path: path.into(), limit });
