@@ -156,6 +156,25 @@ fn a_closed_standard_error_changes_no_exit_status() {
     assert_eq!(status.code(), Some(2));
 }
 
+/// The first files that this program opens would get the numbers of the streams, and messages would go
+/// into them.
+#[test]
+fn closed_standard_streams_get_no_file() {
+    let place = Place::new();
+    let path = place.0.path().join("image.json");
+    std::fs::write(&path, "{}").unwrap();
+    let script = r#"exec "$0" boot --image "$1" 0<&- 1>&- 2>&-"#;
+    let directory = place.0.path();
+    let status = std::process::Command::new("sh")
+        .args(["-c", script])
+        .arg(tests::testbed("kindling"))
+        .arg(directory)
+        .status()
+        .unwrap();
+    assert_eq!(status.code(), Some(2));
+    assert_eq!(std::fs::read(&path).unwrap(), b"{}");
+}
+
 #[test]
 fn images() {
     let place = Place::new();

@@ -12,7 +12,6 @@ use kindling::{Error, Exit, ExitReason, Instant, Machine, Timeline};
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
-use std::process::ExitCode;
 use std::time::Duration;
 
 /// The console that is this process's standard input and output, and the default.
@@ -97,7 +96,7 @@ fn parse_user(text: &str) -> Result<(u32, u32), String> {
 }
 
 /// Boots, waits, reports.
-pub(crate) fn run(arguments: &Arguments, entered: Instant) -> ExitCode {
+pub(crate) fn run(arguments: &Arguments, entered: Instant) -> u8 {
     let start = arguments.started_at.map_or(entered, Instant);
     let mut timeline = Timeline::starting_at(start);
     timeline.reached_at("command entered", entered);
@@ -105,7 +104,7 @@ pub(crate) fn run(arguments: &Arguments, entered: Instant) -> ExitCode {
         Ok(exit) => finish(arguments, &exit),
         Err(error) => {
             complain(&error);
-            ExitCode::from(if error.is_users() { STATUS_BAD_REQUEST } else { STATUS_FAILURE })
+            if error.is_users() { STATUS_BAD_REQUEST } else { STATUS_FAILURE }
         }
     }
 }
@@ -123,7 +122,7 @@ fn boot(arguments: &Arguments, timeline: Timeline) -> Result<Exit, Error> {
     Ok(exit)
 }
 
-fn finish(arguments: &Arguments, exit: &Exit) -> ExitCode {
+fn finish(arguments: &Arguments, exit: &Exit) -> u8 {
     if exit.reason.is_failure() {
         tell(&report::failure(exit));
     }
@@ -138,12 +137,12 @@ fn finish(arguments: &Arguments, exit: &Exit) -> ExitCode {
         if let Err(error) = std::fs::write(path, text(exit)) {
             let line = format!("kindling: cannot write {}: {error}", path.display());
             tell(&(report::printable(&line) + "\n"));
-            return ExitCode::from(STATUS_FAILURE);
+            return STATUS_FAILURE;
         }
     }
     match (&exit.reason, signals::received()) {
-        (ExitReason::Stopped, Some(signal)) => ExitCode::from(128_u8.saturating_add(signal)),
-        (reason, _) => ExitCode::from(reason.status()),
+        (ExitReason::Stopped, Some(signal)) => 128_u8.saturating_add(signal),
+        (reason, _) => reason.status(),
     }
 }
 

@@ -4,7 +4,6 @@ use clap::Args;
 use kindling::host::{Finding, Report, Sources, Status};
 use kindling::kvm::probe::probe;
 use std::io::IsTerminal;
-use std::process::ExitCode;
 
 #[derive(Args, Debug)]
 #[command(
@@ -19,11 +18,13 @@ pub(crate) struct Arguments {
     json: bool,
 }
 
+/// The exit status where guests run at full speed.
+const STATUS_GOOD: u8 = 0;
 /// The exit status where guests do not run at full speed.
 const STATUS_NOT_GOOD: u8 = 1;
 
 /// Prints the findings.
-pub(crate) fn run(arguments: &Arguments) -> ExitCode {
+pub(crate) fn run(arguments: &Arguments) -> u8 {
     let probe = probe();
     let report = Report::new(&Sources::host(), &probe);
     end_quietly_when_nobody_reads();
@@ -33,7 +34,7 @@ pub(crate) fn run(arguments: &Arguments) -> ExitCode {
     } else {
         print!("{}", screen(&report, Style::of_stdout()));
     }
-    if probe.is_good() { ExitCode::SUCCESS } else { ExitCode::from(STATUS_NOT_GOOD) }
+    if probe.is_good() { STATUS_GOOD } else { STATUS_NOT_GOOD }
 }
 
 /// Lets a closed pipe end this process as it ends other commands (`kindling doctor | head`). Rust

@@ -3,19 +3,21 @@
 //! Exit status: the guest's own, 2 for a request that cannot be met, and the codes of
 //! [`kindling::ExitReason::status`] and 125 for everything that went wrong on the way.
 #![expect(clippy::print_stdout, reason = "a command speaks to its user")]
+#![cfg_attr(not(test), no_main)]
 
 mod boot;
 mod doctor;
 mod plain;
 mod report;
 mod signals;
+#[cfg(not(test))]
+mod start;
 mod terminal;
 
 use clap::{Parser, Subcommand};
 use kindling::Instant;
 use std::error::Error;
 use std::io::Write;
-use std::process::ExitCode;
 
 /// Boots Linux microVMs within milliseconds.
 #[derive(Debug, Parser)]
@@ -38,7 +40,9 @@ const STATUS_BAD_REQUEST: u8 = 2;
 /// The exit status where this program or the host failed.
 const STATUS_FAILURE: u8 = 125;
 
-fn main() -> ExitCode {
+/// Does what the arguments ask for; the exit status.
+#[cfg_attr(test, expect(dead_code, reason = "tests have an entry of their own"))]
+fn run() -> u8 {
     let started = Instant::now();
     if let Some(arguments) = plain::parse(std::env::args_os()) {
         return boot::run(&arguments, started);
