@@ -14,6 +14,7 @@ mod machine;
 mod mem;
 mod payload;
 mod question;
+mod renewal;
 mod setup;
 mod start;
 mod syscall;
@@ -32,6 +33,7 @@ fn main() -> ! {
 
     // Nothing before this line depends on the image or on the payload.
     let answer = question::ask();
+    renewal::renew(&answer.spec.renewal);
     setup::set_hostname(answer.spec.hostname.as_deref());
     machine::mark(BootMark::Configured);
 

@@ -22,6 +22,17 @@ pub struct PayloadSpec {
     pub vm_age: Option<u64>,
     /// Whether the VMM wants the kernel's log.
     pub kernel_log: bool,
+    /// What a kernel must renew that was booted for another guest.
+    pub renewal: Renewal,
+}
+
+/// What two guests may not have from the same boot of a kernel; empty where this guest's kernel is its own.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Renewal {
+    /// Nanoseconds since 1970.
+    pub real_time: Option<u64>,
+    /// Random bytes.
+    pub entropy: Option<Vec<u8>>,
 }
 
 impl PayloadSpec {
@@ -41,6 +52,8 @@ impl PayloadSpec {
                 Item::GroupId(id) => spec.group_id = id,
                 Item::VmAge(age) => spec.vm_age = Some(age),
                 Item::KernelLog => spec.kernel_log = true,
+                Item::RealTime(time) => spec.renewal.real_time = Some(time),
+                Item::Entropy(bytes) => spec.renewal.entropy = Some(bytes.into()),
             }
         }
         Ok(spec)
@@ -125,6 +138,16 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
+    fn a_frame_says_what_to_renew() {
+        let mut frame = Vec::new();
+        let items = [Item::RealTime(1_700_000_000_000_000_000), Item::Entropy(&[7; 32])];
+        frame::encode(items.into_iter(), &mut frame).unwrap();
+        let renewal = PayloadSpec::from_frame(&frame).unwrap().renewal;
+        assert_eq!(renewal.real_time, Some(1_700_000_000_000_000_000));
+        assert_eq!(renewal.entropy, Some(vec![7; 32]));
+    }
+
+    #[test]
     fn a_command_line_names_the_payload() {
         let line = b"console=ttyS0 kindling.uid=1000 kindling.gid=100 kindling.cwd=/srv \
                      kindling.env=A=1 kindling.env=B=\"x y\" kindling.hostname=box quiet \
@@ -141,6 +164,7 @@ mod tests {
                 group_id: 100,
                 vm_age: None,
                 kernel_log: false,
+                renewal: Renewal::default(),
             }
         );
     }

@@ -7,7 +7,7 @@ pub mod machine_code;
 
 use std::fmt;
 use std::io::Read;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::thread::JoinHandle;
@@ -42,6 +42,100 @@ pub fn boot() -> Command {
     let mut command = kindling();
     command.arg("boot").arg("--image").arg(testbed("images/busybox")).stdin(Stdio::null());
     command
+}
+
+/// A copy of an image, whose kernel can be pre-booted without other tests using it.
+#[derive(Debug)]
+pub struct Image(tempfile::TempDir);
+
+impl Image {
+    /// Copies an image of the testbed.
+    ///
+    /// # Panics
+    /// When it cannot be copied.
+    #[must_use]
+    pub fn copy_of(name: &str) -> Self {
+        let image = Self(tempfile::tempdir().expect("cannot make a folder"));
+        for entry in std::fs::read_dir(testbed("images").join(name)).expect("cannot read the image") {
+            let entry = entry.expect("cannot read the image");
+            std::fs::copy(entry.path(), image.path().join(entry.file_name())).expect("cannot copy the image");
+        }
+        image
+    }
+
+    /// Its folder.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    /// A command of `kindling` for this image, without input.
+    #[must_use]
+    pub fn command(&self, name: &str) -> Command {
+        let mut command = kindling();
+        command.arg(name).arg("--image").arg(self.path()).stdin(Stdio::null());
+        command
+    }
+
+    /// Pre-boots the kernel; the file.
+    ///
+    /// # Panics
+    /// When that fails.
+    #[track_caller]
+    #[must_use]
+    pub fn preboot(&self, vcpus: &str, memory: &str) -> PathBuf {
+        let outcome = run(self.command("preboot").args(["--vcpus", vcpus, "--memory", memory]));
+        let file = self.path().join(format!("preboot/{vcpus}-{memory}"));
+        outcome.expect_status(0).expect_stderr(&format!("{} is there", file.display()));
+        assert_eq!(outcome.stdout, "", "{outcome}");
+        file
+    }
+
+    /// Runs a shell script in a guest that must continue from the pre-booted kernel.
+    ///
+    /// # Panics
+    /// When the guest boots.
+    #[track_caller]
+    #[must_use]
+    pub fn continued_shell(&self, options: &[&str], script: &str) -> Outcome {
+        let report = self.path().join("report.json");
+        let mut command = self.command("boot");
+        command.args(options).arg("--report-json").arg(&report);
+        let outcome = run(command.args(["--", "/bin/sh", "-c", script]));
+        assert!(has_continued(&report), "it booted: {outcome}");
+        assert!(!outcome.stderr.contains("preboot"), "{outcome}");
+        outcome
+    }
+}
+
+/// Whether a guest continued from a pre-booted kernel, by the report of its boot.
+///
+/// # Panics
+/// When there is no report.
+#[must_use]
+pub fn has_continued(report: &Path) -> bool {
+    std::fs::read_to_string(report).expect("no report").contains("pre-booted kernel mapped")
+}
+
+/// Boots the default image without a payload and checks init's greeting.
+///
+/// # Panics
+/// When the greeting says something else.
+#[track_caller]
+pub fn expect_greeting(vcpus: u32, memory_mib: u32) {
+    let outcome = run(kindling()
+        .args(["boot", "--vcpus", &vcpus.to_string(), "--memory", &memory_mib.to_string(), "--image"])
+        .arg(testbed("images/default"))
+        .stdin(Stdio::null()));
+    outcome.expect_status(0);
+    let words: Vec<&str> = outcome.stdout.split_whitespace().collect();
+    let position = |word: &str| words.iter().position(|w| *w == word).unwrap_or_else(|| panic!("{outcome}"));
+    assert_eq!(words[position("on") + 1], vcpus.to_string(), "{outcome}");
+    // The kernel keeps a part of the memory for itself: about 16 MiB and 2 % of the whole.
+    let usable: u32 = words[position("usable,") - 2].parse().expect("no number");
+    assert!(usable < memory_mib && usable > memory_mib - memory_mib / 40 - 24, "{outcome}");
+    assert_eq!(outcome.stdout.lines().count(), 1, "a quiet kernel says nothing: {outcome}");
+    assert_eq!(outcome.stderr, "", "{outcome}");
 }
 
 /// How a program ended, and what it said.

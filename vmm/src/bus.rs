@@ -13,6 +13,8 @@ pub enum GuestRequest {
     End(ExitStatus),
     /// The guest wants to start over.
     Reset,
+    /// The guest is where the machine was to stop and be kept.
+    Freeze,
 }
 
 /// A device with registers, in I/O ports or in memory.

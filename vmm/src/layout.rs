@@ -32,7 +32,9 @@ pub struct Gsi(pub u32);
 /// Bytes in a MiB.
 pub const MIB: u64 = 1 << 20;
 /// Size of a page of guest or host memory in bytes.
-pub const PAGE_SIZE: u64 = 4096;
+pub const PAGE_SIZE: u64 = PAGE as u64;
+/// The same as the length of a buffer.
+pub const PAGE: usize = 4096;
 
 /// Size of a huge page of the host in bytes.
 pub const HUGE_PAGE_SIZE: u64 = 2 * MIB;

@@ -6,15 +6,12 @@
 //!
 //! ```no_run
 //! use kindling::{Config, Machine, Timeline};
-//! use kindling::config::{BootSource, Console, GuestConfig, MachineConfig};
+//! use kindling::config::{BootSource, MachineConfig};
 //!
 //! # fn main() -> Result<(), kindling::Error> {
 //! let config = Config {
-//!     boot_source: BootSource::kernel("vmlinux"),
 //!     machine: MachineConfig { vcpu_count: 2, mem_size_mib: 256 },
-//!     console: Console::Stdio,
-//!     guest: GuestConfig::default(),
-//!     profile: None,
+//!     ..Config::new(BootSource::kernel("vmlinux"))
 //! };
 //! let timeline = Timeline::starting_at(kindling::Instant::now());
 //! let exit = Machine::new(&config, timeline)?.start()?.wait();
@@ -35,6 +32,7 @@ pub mod kvm;
 pub mod layout;
 mod machine;
 pub mod memory;
+pub mod preboot;
 mod profile;
 mod running;
 mod timeline;

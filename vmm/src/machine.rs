@@ -17,10 +17,11 @@ use crate::function_marks::{FunctionMarks, MarkError};
 use crate::kvm::{Hypervisor, KvmError, Vcpu, Vm};
 use crate::layout::{self, Gsi};
 use crate::memory::{GuestMemory, MemoryError};
+use crate::preboot::{self, Preboot, PrebootError};
 use crate::profile::Recorder;
 use crate::running::Running;
 use crate::timeline::{Instant, Timeline};
-use guest_protocol::port;
+use guest_protocol::{BootMark, port};
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
@@ -48,6 +49,9 @@ pub enum Error {
     /// Guest memory could not be had.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// A kernel cannot be pre-booted.
+    #[error(transparent)]
+    Preboot(#[from] PrebootError),
     /// The console's file cannot be written.
     #[error("cannot write the console to {}", path.display())]
     Console {
@@ -91,7 +95,11 @@ pub struct Machine {
     pub(crate) stopping: Arc<AtomicBool>,
     /// Descriptors and memory that the vCPUs need; dropped after them, in this order.
     pub(crate) vm: Vm,
-    pub(crate) _memory: GuestMemory,
+    pub(crate) memory: GuestMemory,
+    /// Whether it is to be kept where it stops.
+    pub(crate) is_kept: bool,
+    /// Why it does not continue from the pre-booted kernel that its configuration names.
+    preboot_refusal: Option<PrebootError>,
 }
 
 /// The devices of a machine, on their bus and by name where somebody outside the bus needs them.
@@ -100,6 +108,7 @@ pub(crate) struct Devices {
     pub(crate) buses: Arc<Buses>,
     pub(crate) marks: Arc<Mutex<BootMarks>>,
     pub(crate) serial: Arc<Mutex<SerialPort>>,
+    pub(crate) io_apic: Option<Arc<Mutex<IoApic>>>,
     /// Where init sends the kernel's log, if the boot is profiled.
     pub(crate) kernel_log: Option<Arc<Mutex<KernelLog>>>,
     pub(crate) input: Option<Input>,
@@ -111,20 +120,36 @@ impl Machine {
     ///
     /// # Errors
     /// When the configuration, one of its files, KVM or the host stands in the way.
-    pub fn new(config: &Config, mut timeline: Timeline) -> Result<Self, Error> {
+    pub fn new(config: &Config, timeline: Timeline) -> Result<Self, Error> {
+        Self::build(config, timeline, None)
+    }
+
+    /// The same; a guest that reaches `freeze_at` stops there.
+    pub(crate) fn build(
+        config: &Config,
+        mut timeline: Timeline,
+        freeze_at: Option<BootMark>,
+    ) -> Result<Self, Error> {
         config.validate()?;
         timeline.reached("configuration checked");
 
         // What the user can get wrong comes first, so that it is named even where there is no KVM.
         let vcpu_count = config.machine.vcpu_count;
+        let Origin { preboot, hypervisor, refusal } = Origin::find(config)?;
         let memory = GuestMemory::anonymous(config.machine.mem_size_mib * layout::MIB)?;
         let controllers = config.boot_source.interrupt_controllers;
-        let hardware = Hardware { vcpus: vcpu_count, lines: &LINES, controllers };
-        let entry = boot::load(&memory, &config.boot_source, hardware)?;
+        let mut entry = None;
+        if let Some(preboot) = &preboot {
+            preboot.map(&memory)?;
+            timeline.reached("pre-booted kernel mapped");
+        } else {
+            let hardware = Hardware { vcpus: vcpu_count, lines: &LINES, controllers };
+            entry = Some(boot::load(&memory, &config.boot_source, hardware)?);
+            timeline.reached("kernel loaded");
+        }
         let marks = mark_functions(config, &memory)?;
-        timeline.reached("kernel loaded");
 
-        let hypervisor = Hypervisor::open()?;
+        let hypervisor = hypervisor.map_or_else(Hypervisor::open, Ok)?;
         timeline.reached("KVM opened");
 
         let vm = Vm::new(hypervisor, controllers)?;
@@ -133,7 +158,9 @@ impl Machine {
         timeline.reached("VM created");
 
         let stopping = Arc::new(AtomicBool::new(false));
-        let devices = build_devices(config, &vm, created, &stopping)?;
+        let state = preboot.as_ref().map(|preboot| &preboot.state);
+        let devices = DevicesBuilder { config, vm: &vm, created, stopping: &stopping, freeze_at, state };
+        let devices = devices.build()?;
         timeline.reached("devices built");
 
         let mut vcpus =
@@ -143,10 +170,23 @@ impl Machine {
             vcpu.memory = config.profile.as_ref().map(|_| memory.clone());
             vcpu.marks.clone_from(&marks);
         }
-        vcpus[0].set_entry(entry)?;
+        if let Some(entry) = entry {
+            vcpus[0].set_entry(entry)?;
+        }
+        if let Some(state) = state {
+            state.restore(&vm, &vcpus)?;
+        }
         timeline.reached("vCPUs created");
 
-        Ok(Self { vcpus, devices, timeline, stopping, vm, _memory: memory })
+        let is_kept = freeze_at.is_some();
+        Ok(Self { vcpus, devices, timeline, stopping, vm, memory, is_kept, preboot_refusal: refusal })
+    }
+
+    /// Why this machine boots although its configuration names a pre-booted kernel: the file is damaged, or
+    /// was made for something else.
+    #[must_use]
+    pub const fn preboot_refusal(&self) -> Option<&PrebootError> {
+        self.preboot_refusal.as_ref()
     }
 
     /// Starts the vCPUs.
@@ -155,6 +195,33 @@ impl Machine {
     /// When the host refuses a thread or a descriptor.
     pub fn start(self) -> Result<Running, Error> {
         Running::start(self)
+    }
+}
+
+/// What a machine starts from: a pre-booted kernel, or else its boot source.
+#[derive(Debug, Default)]
+struct Origin {
+    preboot: Option<Preboot>,
+    /// KVM, where it had to be asked whether the pre-booted kernel fits.
+    hypervisor: Option<Hypervisor>,
+    refusal: Option<PrebootError>,
+}
+
+impl Origin {
+    fn find(config: &Config) -> Result<Self, Error> {
+        // Functions of a kernel that has booted are not called for the first time any more.
+        if config.profile.as_ref().is_some_and(|profile| !profile.functions.is_empty()) {
+            return Ok(Self::default());
+        }
+        let preboot = match Preboot::open(config) {
+            Ok(Some(preboot)) => preboot,
+            Ok(None) => return Ok(Self::default()),
+            Err(error) => return Ok(Self { refusal: Some(error), ..Self::default() }),
+        };
+        let hypervisor = Hypervisor::open()?;
+        let refusal = preboot.check_host(&hypervisor)?;
+        let preboot = refusal.is_none().then_some(preboot);
+        Ok(Self { preboot, hypervisor: Some(hypervisor), refusal })
     }
 }
 
@@ -173,43 +240,64 @@ fn attach_memory(vm: &Vm, memory: &GuestMemory) -> Result<(), KvmError> {
     unsafe { vm.set_memory(memory) }
 }
 
-fn build_devices(
-    config: &Config,
-    vm: &Vm,
+/// All that devices are made from.
+struct DevicesBuilder<'a> {
+    config: &'a Config,
+    vm: &'a Vm,
     created: Instant,
-    stopping: &Arc<AtomicBool>,
-) -> Result<Devices, Error> {
-    let drained =
-        EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(Error::host("make an eventfd"))?;
-    let (target, input) = open_console(&config.console, &drained)?;
-    let output = ConsoleOutput::new(target, Arc::clone(stopping));
-    let serial = SerialPort::new(vm.interrupt(layout::SERIAL_GSI)?, drained, output);
-    let serial = Arc::new(Mutex::new(serial));
-    let marks = Arc::new(Mutex::new(BootMarks::default()));
-    let wants_log = config.profile.is_some();
-    let configuration = Configuration::new(config.guest.clone(), created, wants_log)
-        .map_err(|_| ConfigError::PayloadTooLong)?;
+    stopping: &'a Arc<AtomicBool>,
+    freeze_at: Option<BootMark>,
+    /// Devices to go on from.
+    state: Option<&'a preboot::State>,
+}
 
-    let mut buses = Buses::default();
-    if config.boot_source.interrupt_controllers == InterruptControllers::IoApic {
-        let device = Arc::new(Mutex::new(IoApic::new(&LINES, vm.message_routes())));
-        let start = layout::IO_APIC.0;
-        buses.memory.claim(start..=start + layout::PAGE_SIZE - 1, device);
+impl DevicesBuilder<'_> {
+    fn build(self) -> Result<Devices, Error> {
+        let Self { config, vm, created, stopping, freeze_at, state } = self;
+        let drained =
+            EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(Error::host("make an eventfd"))?;
+        let (target, input) = open_console(&config.console, &drained)?;
+        let output = ConsoleOutput::new(target, Arc::clone(stopping));
+        let interrupt = vm.interrupt(layout::SERIAL_GSI)?;
+        let serial = match state {
+            Some(state) => SerialPort::restored(&state.serial, interrupt, drained, output)
+                .map_err(Error::host("raise an interrupt"))?,
+            None => SerialPort::new(interrupt, drained, output),
+        };
+        let serial = Arc::new(Mutex::new(serial));
+        let marks = freeze_at.map_or_else(BootMarks::default, |stage| BootMarks::freezing_at(stage as u8));
+        let marks = Arc::new(Mutex::new(marks));
+        let wants_log = config.profile.is_some();
+        let configuration = Configuration::new(config.guest.clone(), created, wants_log, state.is_some())
+            .map_err(|_| ConfigError::PayloadTooLong)?;
+
+        let mut buses = Buses::default();
+        let mut io_apic = None;
+        if config.boot_source.interrupt_controllers == InterruptControllers::IoApic {
+            let mut device = IoApic::new(&LINES, vm.message_routes());
+            if let Some(state) = state {
+                device.restore(&state.io_apic);
+            }
+            let device = Arc::new(Mutex::new(device));
+            let start = layout::IO_APIC.0;
+            buses.memory.claim(start..=start + layout::PAGE_SIZE - 1, device.clone());
+            io_apic = Some(device);
+        }
+        let bus = &mut buses.ports;
+        let one = |port: u16| port..=port;
+        bus.claim(layout::SERIAL_PORT..=layout::SERIAL_PORT + 7, serial.clone());
+        bus.claim(one(port::BOOT_MARK), marks.clone());
+        bus.claim(port::CONFIG_LENGTH..=port::CONFIG_DATA, Arc::new(Mutex::new(configuration)));
+        bus.claim(one(port::EXIT), Arc::new(Mutex::new(ExitPort)));
+        bus.claim(one(layout::KEYBOARD_CONTROLLER_PORT), Arc::new(Mutex::new(KeyboardController)));
+        bus.claim(one(layout::RESET_CONTROL_PORT), Arc::new(Mutex::new(ResetControl)));
+        bus.claim(one(layout::RTC_DATA_PORT), Arc::new(Mutex::new(AbsentClock)));
+        let kernel_log = wants_log.then(Arc::<Mutex<KernelLog>>::default);
+        if let Some(log) = &kernel_log {
+            bus.claim(one(port::KERNEL_LOG), log.clone());
+        }
+        Ok(Devices { buses: Arc::new(buses), marks, serial, io_apic, kernel_log, input })
     }
-    let bus = &mut buses.ports;
-    let one = |port: u16| port..=port;
-    bus.claim(layout::SERIAL_PORT..=layout::SERIAL_PORT + 7, serial.clone());
-    bus.claim(one(port::BOOT_MARK), marks.clone());
-    bus.claim(port::CONFIG_LENGTH..=port::CONFIG_DATA, Arc::new(Mutex::new(configuration)));
-    bus.claim(one(port::EXIT), Arc::new(Mutex::new(ExitPort)));
-    bus.claim(one(layout::KEYBOARD_CONTROLLER_PORT), Arc::new(Mutex::new(KeyboardController)));
-    bus.claim(one(layout::RESET_CONTROL_PORT), Arc::new(Mutex::new(ResetControl)));
-    bus.claim(one(layout::RTC_DATA_PORT), Arc::new(Mutex::new(AbsentClock)));
-    let kernel_log = wants_log.then(Arc::<Mutex<KernelLog>>::default);
-    if let Some(log) = &kernel_log {
-        bus.claim(one(port::KERNEL_LOG), log.clone());
-    }
-    Ok(Devices { buses: Arc::new(buses), marks, serial, kernel_log, input })
 }
 
 /// Where console output goes and where its input comes from.

@@ -25,9 +25,13 @@ const KICK_INTERVAL: Timespec = Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
 /// How a vCPU's thread ended.
 #[derive(Debug)]
 struct VcpuOutcome {
+    id: usize,
+    vcpu: Vcpu,
     end: VcpuEnd,
     counts: ExitCounts,
     registers: Option<Registers>,
+    /// Time stamp counter at the end, of a machine that is to be kept.
+    tsc: Option<u64>,
     first_run: Instant,
     recorder: Option<Recorder>,
 }
@@ -61,6 +65,26 @@ impl StopHandle {
     #[must_use]
     pub fn as_raw_fd(&self) -> i32 {
         self.0.as_raw_fd()
+    }
+}
+
+/// A machine that stopped where it was told to, with all that can be said of it.
+#[derive(Debug)]
+pub(crate) struct Frozen {
+    /// In the order of their ids.
+    pub(crate) vcpus: Vec<Vcpu>,
+    /// The one that reached the mark.
+    pub(crate) marked: usize,
+    /// Time stamp counter when the last of them stopped. The machine goes on from there: later, its timers
+    /// would have expired.
+    pub(crate) tsc: u64,
+    rest: Running,
+}
+
+impl Frozen {
+    /// The machine, without its vCPUs.
+    pub(crate) const fn machine(&self) -> &Machine {
+        &self.rest.machine
     }
 }
 
@@ -108,6 +132,7 @@ impl Running {
         let buses = Arc::clone(&self.machine.devices.buses);
         let stopping: Arc<AtomicBool> = Arc::clone(&self.machine.stopping);
         let outcomes = Arc::clone(&self.outcomes);
+        let is_kept = self.machine.is_kept;
         let run = move || {
             // Whoever started this process may have blocked the signal.
             let _ = unblock_signal(SIGRTMIN());
@@ -117,13 +142,14 @@ impl Running {
             }
             let first_run = Instant::now();
             let end = vcpu.run(&buses, &stopping);
+            let tsc = is_kept.then(|| vcpu.tsc().ok()).flatten();
             let registers = end.is_failure().then(|| vcpu.registers()).flatten();
             let counts = *vcpu.counts();
             let mut recorder = vcpu.recorder.take();
             if let Some(recorder) = &mut recorder {
                 recorder.stop_sampling();
             }
-            lock(&outcomes).push(VcpuOutcome { end, counts, registers, first_run, recorder });
+            lock(&outcomes).push(VcpuOutcome { id, vcpu, end, counts, registers, tsc, first_run, recorder });
             // The reader is polled until every thread has ended, so this cannot overflow.
             let _ = ended.write(1);
         };
@@ -160,6 +186,25 @@ impl Running {
         let ended_at = Instant::now();
         self.stop_vcpus();
         (self.describe(end, ended_at), Remains(self))
+    }
+
+    /// Waits for the guest to reach the mark at which its machine is to stop.
+    ///
+    /// # Errors
+    /// Why the guest ended before.
+    pub(crate) fn freeze(mut self) -> Result<Frozen, ExitReason> {
+        let end = self.event_loop.run(&self.machine.devices.serial);
+        self.stop_vcpus();
+        let at_mark = |outcome: &VcpuOutcome| matches!(outcome.end, VcpuEnd::Request(GuestRequest::Freeze));
+        let marked = lock(&self.outcomes).first().filter(|first| at_mark(first)).map(|first| first.id);
+        let Some(marked) = marked else {
+            return Err(self.describe(end, Instant::now()).reason);
+        };
+        let mut outcomes = std::mem::take(&mut *lock(&self.outcomes));
+        outcomes.sort_by_key(|outcome| outcome.id);
+        let tsc = outcomes.iter().filter_map(|outcome| outcome.tsc).max().unwrap_or(0);
+        let vcpus = outcomes.into_iter().map(|outcome| outcome.vcpu).collect();
+        Ok(Frozen { vcpus, marked, tsc, rest: self })
     }
 
     /// Makes every vCPU thread end, and waits for it.
@@ -263,6 +308,8 @@ fn reason_of(end: VcpuEnd, console: &[String]) -> ExitReason {
         VcpuEnd::Request(GuestRequest::End(guest_protocol::ExitStatus::InitPanic)) => ExitReason::InitPanic,
         VcpuEnd::Request(GuestRequest::Reset) if has_panicked(console) => ExitReason::GuestPanic,
         VcpuEnd::Request(GuestRequest::Reset) => ExitReason::Reset,
+        // Nobody asked this machine to stop there.
+        VcpuEnd::Request(GuestRequest::Freeze) => ExitReason::Stopped,
         VcpuEnd::TripleFault if has_panicked(console) => ExitReason::GuestPanic,
         VcpuEnd::TripleFault => ExitReason::TripleFault,
         VcpuEnd::InternalError { suberror } => ExitReason::KvmInternalError { suberror },

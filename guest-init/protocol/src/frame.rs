@@ -37,6 +37,11 @@ pub enum Item<'a> {
     VmAge(u64),
     /// Init sends the kernel's log over its port before the guest ends.
     KernelLog,
+    /// Nanoseconds since 1970 when this frame was made. Stands where the kernel's own time is that of
+    /// another guest: it was booted earlier, and its machine continued from there.
+    RealTime(u64),
+    /// Random bytes from the host, where the kernel's own are those of another guest.
+    Entropy(&'a [u8]),
 }
 
 impl Item<'_> {
@@ -50,6 +55,8 @@ impl Item<'_> {
             Self::GroupId(_) => 6,
             Self::VmAge(_) => 7,
             Self::KernelLog => 8,
+            Self::RealTime(_) => 9,
+            Self::Entropy(_) => 10,
         }
     }
 }
@@ -124,9 +131,10 @@ fn value_len(item: &Item<'_>) -> usize {
         Item::Argument(bytes)
         | Item::Environment(bytes)
         | Item::WorkingDirectory(bytes)
-        | Item::Hostname(bytes) => bytes.len(),
+        | Item::Hostname(bytes)
+        | Item::Entropy(bytes) => bytes.len(),
         Item::UserId(_) | Item::GroupId(_) => 4,
-        Item::VmAge(_) => 8,
+        Item::VmAge(_) | Item::RealTime(_) => 8,
         Item::KernelLog => 0,
     }
 }
@@ -139,9 +147,10 @@ fn encode_item<S: Extend<u8>>(item: &Item<'_>, sink: &mut S) -> Result<(), Frame
         Item::Argument(bytes)
         | Item::Environment(bytes)
         | Item::WorkingDirectory(bytes)
-        | Item::Hostname(bytes) => sink.extend(bytes.iter().copied()),
+        | Item::Hostname(bytes)
+        | Item::Entropy(bytes) => sink.extend(bytes.iter().copied()),
         Item::UserId(id) | Item::GroupId(id) => sink.extend(id.to_le_bytes()),
-        Item::VmAge(age) => sink.extend(age.to_le_bytes()),
+        Item::VmAge(time) | Item::RealTime(time) => sink.extend(time.to_le_bytes()),
         Item::KernelLog => {}
     }
     Ok(())
@@ -212,6 +221,8 @@ fn parse_item(tag: u8, value: &[u8]) -> Result<Item<'_>, FrameError> {
         7 => Item::VmAge(u64::from_le_bytes(value.try_into().map_err(|_| number)?)),
         8 if value.is_empty() => Item::KernelLog,
         8 => return Err(number),
+        9 => Item::RealTime(u64::from_le_bytes(value.try_into().map_err(|_| number)?)),
+        10 => Item::Entropy(value),
         _ => return Err(FrameError::UnknownItem(tag)),
     })
 }
@@ -229,7 +240,7 @@ mod tests {
         bytes
     }
 
-    const EVERY_KIND: [Item<'_>; 9] = [
+    const EVERY_KIND: [Item<'_>; 11] = [
         Item::Argument(b"/bin/sh"),
         Item::Argument(b""),
         Item::Environment(b"A=b"),
@@ -239,6 +250,8 @@ mod tests {
         Item::GroupId(100),
         Item::VmAge(12_345_678_901),
         Item::KernelLog,
+        Item::RealTime(1_700_000_000_000_000_000),
+        Item::Entropy(&[1, 2, 3]),
     ];
 
     #[test]

@@ -1,6 +1,6 @@
 //! A bootable image: a folder with a kernel, a root filesystem and a description of both.
 
-use super::{BootSource, ConfigError, InterruptControllers, json::read_bounded};
+use super::{BootSource, ConfigError, InterruptControllers, MachineConfig, json::read_bounded};
 use crate::layout::VCPUS_MAX;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -135,7 +135,14 @@ impl Image {
             // The kernels of images read the MP table: the fragment kvm-guest sees to it.
             interrupt_controllers: InterruptControllers::IoApic,
             vcpus_max: self.vcpus_max,
+            image_digests: Some(format!("{} {}", self.kernel.sha256, self.initrd.sha256)),
         }
+    }
+
+    /// Where the pre-booted kernel of the image in `directory` lies, for a machine of this size.
+    #[must_use]
+    pub fn preboot_path(directory: &Path, machine: &MachineConfig) -> PathBuf {
+        directory.join("preboot").join(format!("{}-{}", machine.vcpu_count, machine.mem_size_mib))
     }
 }
 

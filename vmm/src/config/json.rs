@@ -74,6 +74,7 @@ pub fn from_json_file(path: &Path) -> Result<Config, ConfigError> {
         console: Console::Stdio,
         guest: GuestConfig::default(),
         profile: None,
+        preboot: None,
     })
 }
 

@@ -10,6 +10,7 @@ pub use crate::profile::ProfileConfig;
 pub use json::from_json_file;
 pub(crate) use json::read_bounded;
 
+use crate::devices::configuration::Renewal;
 use crate::layout::{COMMAND_LINE_MAX, VCPUS_MAX};
 use guest_protocol::frame::MAX_FRAME;
 use std::io;
@@ -28,6 +29,9 @@ pub struct Config {
     pub guest: GuestConfig,
     /// What to record of the boot; nothing by default, because recording costs time.
     pub profile: Option<ProfileConfig>,
+    /// File of a pre-booted kernel ([`crate::preboot::make`]), which the machine continues from where it
+    /// exists and fits. Otherwise the machine boots.
+    pub preboot: Option<PathBuf>,
 }
 
 /// Which interrupt controllers a machine has beside the local APICs.
@@ -54,6 +58,8 @@ pub struct BootSource {
     pub interrupt_controllers: InterruptControllers,
     /// vCPUs that the kernel was built for.
     pub vcpus_max: u8,
+    /// Digests of kernel and initrd where both come from an image, which names them.
+    pub image_digests: Option<String>,
 }
 
 impl BootSource {
@@ -66,6 +72,7 @@ impl BootSource {
             boot_args: guest_protocol::DEFAULT_COMMAND_LINE.to_owned(),
             interrupt_controllers: InterruptControllers::default(),
             vcpus_max: VCPUS_MAX,
+            image_digests: None,
         }
     }
 }
@@ -188,6 +195,19 @@ pub enum ConfigError {
 const MEMORY_MIN_MIB: u64 = 16;
 
 impl Config {
+    /// A machine of the default size that boots this, with its console on the standard streams.
+    #[must_use]
+    pub fn new(boot_source: BootSource) -> Self {
+        Self {
+            boot_source,
+            machine: MachineConfig::default(),
+            console: Console::Stdio,
+            guest: GuestConfig::default(),
+            profile: None,
+            preboot: None,
+        }
+    }
+
     /// Checks everything that can be checked without opening a file.
     ///
     /// # Errors
@@ -244,7 +264,7 @@ fn validate_guest(guest: &GuestConfig) -> Result<(), ConfigError> {
     if [guest.user_id, guest.group_id].contains(&u32::MAX) {
         return Err(ConfigError::Id);
     }
-    guest.to_frame(0, false).map_err(|_| ConfigError::PayloadTooLong)?;
+    guest.to_frame(0, false, Some(&Renewal::LENGTH)).map_err(|_| ConfigError::PayloadTooLong)?;
     Ok(())
 }
 
@@ -259,13 +279,7 @@ mod tests {
     use super::*;
 
     fn config() -> Config {
-        Config {
-            boot_source: BootSource::kernel("vmlinux"),
-            machine: MachineConfig::default(),
-            console: Console::Null,
-            guest: GuestConfig::default(),
-            profile: None,
-        }
+        Config { console: Console::Null, ..Config::new(BootSource::kernel("vmlinux")) }
     }
 
     fn error(change: impl FnOnce(&mut Config)) -> String {

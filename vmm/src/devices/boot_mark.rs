@@ -16,11 +16,19 @@ pub struct Mark {
 #[derive(Debug, Default)]
 pub struct BootMarks {
     marks: Vec<Mark>,
+    /// The stage at which the machine is to stop where it is.
+    freeze_at: Option<u8>,
 }
 
 impl BootMarks {
     /// Marks that are kept. A boot has a handful; a guest that writes more gains nothing.
     pub const CAPACITY: usize = 64;
+
+    /// Marks that make the machine stop where it is when `stage` is reached.
+    #[must_use]
+    pub const fn freezing_at(stage: u8) -> Self {
+        Self { marks: Vec::new(), freeze_at: Some(stage) }
+    }
 
     /// The marks so far, in order.
     #[must_use]
@@ -37,6 +45,7 @@ impl BusDevice for BootMarks {
             && self.marks.len() < Self::CAPACITY
         {
             self.marks.push(Mark { stage, at: Instant::now() });
+            return (self.freeze_at == Some(stage)).then_some(GuestRequest::Freeze);
         }
         None
     }
@@ -54,6 +63,13 @@ mod tests {
         }
         assert_eq!(device.marks().len(), BootMarks::CAPACITY);
         assert_eq!(device.marks()[0].stage, 0x10);
+    }
+
+    #[test]
+    fn one_mark_freezes_the_machine() {
+        let mut device = BootMarks::freezing_at(0x11);
+        assert_eq!(device.write(0, &[0x10]), None);
+        assert_eq!(device.write(0, &[0x11]), Some(GuestRequest::Freeze));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use crate::bus::{BusDevice, GuestRequest};
 use crate::timeline::Instant;
 use guest_protocol::frame::{self, FrameError, Item};
+use std::io;
 
 /// What the guest runs and how, in the guest's own terms.
 ///
@@ -28,7 +29,14 @@ impl GuestConfig {
     ///
     /// # Errors
     /// When arguments and environment are longer than a frame can be.
-    pub fn to_frame(&self, vm_age: u64, kernel_log: bool) -> Result<Vec<u8>, FrameError> {
+    pub fn to_frame(
+        &self,
+        vm_age: u64,
+        kernel_log: bool,
+        renewal: Option<&Renewal>,
+    ) -> Result<Vec<u8>, FrameError> {
+        let renewed =
+            renewal.map(|renewal| [Item::RealTime(renewal.real_time), Item::Entropy(&renewal.entropy)]);
         let items = self
             .arguments
             .iter()
@@ -37,10 +45,40 @@ impl GuestConfig {
             .chain(self.working_directory.iter().map(|bytes| Item::WorkingDirectory(bytes)))
             .chain(self.hostname.iter().map(|bytes| Item::Hostname(bytes)))
             .chain([Item::UserId(self.user_id), Item::GroupId(self.group_id), Item::VmAge(vm_age)])
-            .chain(kernel_log.then_some(Item::KernelLog));
+            .chain(kernel_log.then_some(Item::KernelLog))
+            .chain(renewed.into_iter().flatten());
         let mut bytes = Vec::new();
         frame::encode(items, &mut bytes)?;
         Ok(bytes)
+    }
+}
+
+/// What a guest sets anew whose kernel has booted before.
+#[derive(Clone, Copy, Debug)]
+pub struct Renewal {
+    /// Nanoseconds since 1970.
+    pub real_time: u64,
+    /// Random bytes, never the same twice.
+    pub entropy: [u8; 32],
+}
+
+impl Renewal {
+    /// One that is as long as any, to see whether it fits a frame.
+    pub const LENGTH: Self = Self { real_time: 0, entropy: [0; 32] };
+
+    /// The host's time and some of its random numbers.
+    ///
+    /// # Errors
+    /// When the host gives no random numbers.
+    pub fn now() -> io::Result<Self> {
+        let mut entropy = [0; 32];
+        let length = rustix::rand::getrandom(&mut entropy, rustix::rand::GetRandomFlags::empty())?;
+        if length < entropy.len() {
+            return Err(io::Error::other("the host gave too few random bytes"));
+        }
+        let time = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
+        let [seconds, nanoseconds] = [time.tv_sec, time.tv_nsec].map(|part| u64::try_from(part).unwrap_or(0));
+        Ok(Self { real_time: seconds * 1_000_000_000 + nanoseconds, entropy })
     }
 }
 
@@ -51,27 +89,38 @@ pub struct Configuration {
     vm_created: Instant,
     /// Whether init is asked for the kernel's log.
     kernel_log: bool,
+    /// Whether the kernel has booted for another guest.
+    renew: bool,
     frame: Vec<u8>,
     position: usize,
 }
 
 impl Configuration {
-    /// A device that answers with `config`, and with the time since `vm_created`.
+    /// A device that answers with `config`, and with the time since `vm_created`. `renew` says that the
+    /// guest's kernel has booted for another guest.
     ///
     /// # Errors
     /// When the configuration does not fit a frame.
-    pub fn new(config: GuestConfig, vm_created: Instant, kernel_log: bool) -> Result<Self, FrameError> {
+    pub fn new(
+        config: GuestConfig,
+        vm_created: Instant,
+        kernel_log: bool,
+        renew: bool,
+    ) -> Result<Self, FrameError> {
         // The frame is made anew for each question, because it says how old the VM is; making it
         // once here shows that it can be made.
-        let frame = config.to_frame(0, kernel_log)?;
-        Ok(Self { config, vm_created, kernel_log, frame, position: 0 })
+        config.to_frame(0, kernel_log, Some(&Renewal::LENGTH))?;
+        Ok(Self { config, vm_created, kernel_log, renew, frame: Vec::new(), position: 0 })
     }
 
     fn restart(&mut self) -> u32 {
         let age = Instant::now().since(self.vm_created);
-        if let Ok(frame) = self.config.to_frame(age, self.kernel_log) {
-            self.frame = frame;
-        }
+        let renewal = self.renew.then(Renewal::now).transpose();
+        // Init does not go on with an empty frame: no guest may run with the random numbers of another.
+        self.frame = renewal
+            .ok()
+            .and_then(|renewal| self.config.to_frame(age, self.kernel_log, renewal.as_ref()).ok())
+            .unwrap_or_default();
         self.position = 0;
         u32::try_from(self.frame.len()).unwrap_or(0)
     }
@@ -116,7 +165,7 @@ mod tests {
     fn device() -> Configuration {
         let config =
             GuestConfig { arguments: vec![b"/bin/true".into()], user_id: 1000, ..GuestConfig::default() };
-        Configuration::new(config, Instant::now(), false).unwrap()
+        Configuration::new(config, Instant::now(), false, false).unwrap()
     }
 
     #[test]
@@ -135,6 +184,24 @@ mod tests {
     }
 
     #[test]
+    fn a_kernel_that_booted_before_renews_its_time_and_its_random_numbers() {
+        let mut device = Configuration::new(GuestConfig::default(), Instant::now(), false, true).unwrap();
+        let mut seeds = Vec::new();
+        for _ in 0..2 {
+            let length = read(&mut device, 0, 4);
+            let length = usize::try_from(u32::from_le_bytes(length.try_into().unwrap())).unwrap();
+            let bytes = read(&mut device, DATA, length);
+            let items: Vec<_> = frame::decode(&bytes).unwrap().map(Result::unwrap).collect();
+            let [.., Item::RealTime(time), Item::Entropy(seed)] = items[..] else { panic!("{items:?}") };
+            let now = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap();
+            assert!(now.as_secs() - time / 1_000_000_000 <= 1);
+            seeds.push(seed.to_vec());
+        }
+        assert_eq!(seeds[0].len(), 32);
+        assert_ne!(seeds[0], seeds[1]);
+    }
+
+    #[test]
     fn odd_accesses_do_no_harm() {
         let mut device = device();
         assert_eq!(read(&mut device, 0, 1), [0xff]);
@@ -148,7 +215,7 @@ mod tests {
     #[test]
     fn a_configuration_too_long_for_a_frame_is_refused() {
         let config = GuestConfig { arguments: vec![vec![b'x'; frame::MAX_FRAME]], ..GuestConfig::default() };
-        let error = Configuration::new(config, Instant::now(), false).unwrap_err();
+        let error = Configuration::new(config, Instant::now(), false, false).unwrap_err();
         assert_eq!(error, FrameError::TooLong);
     }
 }

@@ -14,6 +14,7 @@
 
 use crate::bus::{BusDevice, GuestRequest};
 use crate::layout::{Gsi, IO_APIC_PINS};
+use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// A message-signalled interrupt (Intel SDM, volume 3, section 11.11).
@@ -61,7 +62,7 @@ mod entry {
 }
 
 /// The registers: plain data, all there is to the device's state.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
     /// The register behind the window.
     pub select: u8,
@@ -99,6 +100,18 @@ impl IoApic {
         let highest = lines.iter().map(|line| line.0).max().unwrap_or(0);
         let pins = u8::try_from(highest + 1).unwrap_or(IO_APIC_PINS).min(IO_APIC_PINS);
         Self { state: State::with_pins(pins), sink }
+    }
+
+    /// The registers.
+    #[must_use]
+    pub const fn state(&self) -> State {
+        self.state
+    }
+
+    /// Takes over the registers of another I/O APIC. The number of pins stays: it is the machine's.
+    pub fn restore(&mut self, state: &State) {
+        self.state = State { pins: self.state.pins, ..*state };
+        self.sink.set(&self.state.entries.map(message));
     }
 
     /// Index into the table, and whether the selected register is the entry's upper half.

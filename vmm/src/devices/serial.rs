@@ -2,8 +2,9 @@
 
 use crate::bus::{BusDevice, GuestRequest};
 use crate::devices::console::ConsoleOutput;
+use serde::{Deserialize, Serialize};
 use std::io;
-use vm_superio::serial::SerialEvents;
+use vm_superio::serial::{SerialEvents, SerialState};
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -37,6 +38,19 @@ impl SerialEvents for Drained {
 const INTERRUPT_ENABLE: u16 = 1;
 const RECEIVED_DATA: u8 = 0x01;
 
+/// The registers: all there is to the port's state, but for input that the guest has not read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    divisor: [u8; 2],
+    interrupt_enable: u8,
+    interrupt_identification: u8,
+    line_control: u8,
+    line_status: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+}
+
 /// A 16550A serial port whose output is a [`ConsoleOutput`].
 #[derive(Debug)]
 pub struct SerialPort {
@@ -52,6 +66,52 @@ impl SerialPort {
     #[must_use]
     pub fn new(interrupt: EventFd, drained: EventFd, output: ConsoleOutput) -> Self {
         Self { uart: Serial::with_events(Interrupt(interrupt), Drained(drained), output), receiving: false }
+    }
+
+    /// The registers.
+    #[must_use]
+    pub fn state(&self) -> State {
+        let state = self.uart.state();
+        State {
+            divisor: [state.baud_divisor_low, state.baud_divisor_high],
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+        }
+    }
+
+    /// A port with the registers of another one; the rest is as in [`Self::new`].
+    ///
+    /// # Errors
+    /// When an interrupt that waits cannot be raised.
+    pub fn restored(
+        state: &State,
+        interrupt: EventFd,
+        drained: EventFd,
+        output: ConsoleOutput,
+    ) -> io::Result<Self> {
+        let [baud_divisor_low, baud_divisor_high] = state.divisor;
+        let registers = SerialState {
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            in_buffer: Vec::new(),
+        };
+        let uart = Serial::from_state(&registers, Interrupt(interrupt), Drained(drained), output)
+            .map_err(|error| io::Error::other(format!("{error:?}")))?;
+        let mut this = Self { uart, receiving: false };
+        this.update_receiving();
+        Ok(this)
     }
 
     /// Bytes of input that the port takes now: none until the guest receives.

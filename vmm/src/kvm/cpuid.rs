@@ -25,11 +25,13 @@ const SVM: u32 = 1 << 2;
 
 /// Whether this processor shows hardware virtualization (Intel VMX or AMD SVM).
 pub(super) fn host_has_virtualization() -> bool {
-    let basic = core::arch::x86_64::__cpuid(1);
+    core::arch::x86_64::__cpuid(1).ecx & VMX != 0 || host_has_svm()
+}
+
+/// Whether this processor has AMD's kind of hardware virtualization.
+pub(super) fn host_has_svm() -> bool {
     let highest_extended = core::arch::x86_64::__cpuid(0x8000_0000).eax;
-    let extended =
-        if highest_extended >= 0x8000_0001 { core::arch::x86_64::__cpuid(0x8000_0001).ecx } else { 0 };
-    basic.ecx & VMX != 0 || extended & SVM != 0
+    highest_extended >= 0x8000_0001 && core::arch::x86_64::__cpuid(0x8000_0001).ecx & SVM != 0
 }
 
 /// CPUID of vCPU `id` in a machine of `count`: one package, one thread per core.

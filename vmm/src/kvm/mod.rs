@@ -3,8 +3,10 @@
 
 mod cpuid;
 pub mod probe;
+mod state;
 mod vcpu;
 
+pub use state::VcpuState;
 pub use vcpu::{ExitCounts, Registers, Vcpu, VcpuEnd};
 
 use crate::config::InterruptControllers;
@@ -12,8 +14,9 @@ use crate::devices::io_apic::{Message, MessageSink};
 use crate::layout::{self, Gsi};
 use crate::memory::GuestMemory;
 use kvm_bindings::{
-    CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_enable_cap, kvm_irq_routing_entry,
-    kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_msi, kvm_userspace_memory_region,
+    CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_clock_data, kvm_cpuid_entry2,
+    kvm_enable_cap, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_msi,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VmFd};
 use rustix::io_uring::{IoringRegisterOp, io_uring_params, io_uring_register, io_uring_setup};
@@ -89,6 +92,14 @@ impl Hypervisor {
             .map_err(KvmError::ioctl("say which CPUID leaves it supports"))?;
         Ok(Self { kvm, supported_cpuid })
     }
+
+    /// What CPUID says to the first of `count` vCPUs on this host.
+    ///
+    /// # Errors
+    /// When KVM has more leaves than it takes.
+    pub fn cpuid(&self, count: u8) -> Result<Vec<kvm_cpuid_entry2>, KvmError> {
+        Ok(cpuid::for_vcpu(&self.supported_cpuid, 0, count)?.as_slice().to_vec())
+    }
 }
 
 fn open_device() -> Result<Kvm, KvmError> {
@@ -135,6 +146,15 @@ impl MessageSink for MessageRoutes {
     }
 }
 
+/// Numbers of the model-specific registers that the host's KVM can read and set.
+///
+/// # Errors
+/// When KVM cannot be opened, or refuses.
+pub fn msr_indices() -> Result<Vec<u32>, KvmError> {
+    let list = open_device()?.get_msr_index_list().map_err(KvmError::ioctl("list its MSRs"))?;
+    Ok(list.as_slice().to_vec())
+}
+
 /// A virtual machine with its memory and its interrupt controllers.
 #[derive(Debug)]
 pub struct Vm {
@@ -167,6 +187,31 @@ impl Vm {
             }
         }
         Ok(Self { fd: Arc::new(fd), supported_cpuid: hypervisor.supported_cpuid })
+    }
+
+    /// What CPUID says to the first of `count` vCPUs.
+    ///
+    /// # Errors
+    /// When KVM has more leaves than it takes.
+    pub fn cpuid(&self, count: u8) -> Result<Vec<kvm_cpuid_entry2>, KvmError> {
+        Ok(cpuid::for_vcpu(&self.supported_cpuid, 0, count)?.as_slice().to_vec())
+    }
+
+    /// Nanoseconds of the machine's clock, which kvm-clock shows to the guest.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn clock(&self) -> Result<u64, KvmError> {
+        Ok(self.fd.get_clock().map_err(KvmError::ioctl("read the machine's clock"))?.clock)
+    }
+
+    /// Sets the machine's clock.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn set_clock(&self, nanoseconds: u64) -> Result<(), KvmError> {
+        let clock = kvm_clock_data { clock: nanoseconds, ..kvm_clock_data::default() };
+        self.fd.set_clock(&clock).map_err(KvmError::ioctl("set the machine's clock"))
     }
 
     /// Where an I/O APIC outside KVM says what its lines send.

@@ -199,11 +199,7 @@ impl Vcpu {
         if !marks.remove(function) {
             return false;
         }
-        // KVM counts the instruction as done when the vCPU is entered the next time. Entering it
-        // with the wish to leave at once does that and no more.
-        self.fd.set_kvm_immediate_exit(1);
-        let _ = self.fd.run();
-        self.fd.set_kvm_immediate_exit(0);
+        self.settle();
         registers.rip = function;
         // Reading them has just worked.
         let _ = self.fd.set_regs(&registers);

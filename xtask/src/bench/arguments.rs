@@ -80,6 +80,7 @@ pub(super) struct Request {
 
 /// Names of the rows that are always there.
 pub(super) const OURS: &str = "kindling";
+pub(super) const PREBOOTED: &str = "kindling-preboot";
 pub(super) const QEMUS: &str = "qemu-microvm";
 
 /// The least memory a guest can have in MiB, as `kindling boot` says.
@@ -167,7 +168,7 @@ fn named_vmms(options: &[String]) -> Result<Vec<Vmm>> {
         if name.chars().any(char::is_control) {
             bail!("--vmm {option:?}: the name has a control character in it");
         }
-        if [OURS, QEMUS].contains(&name) || vmms.iter().any(|vmm| vmm.name == name) {
+        if [OURS, PREBOOTED, QEMUS].contains(&name) || vmms.iter().any(|vmm| vmm.name == name) {
             bail!("--vmm {option}: there is a row {name} already; choose another name");
         }
         let path = existing("--vmm", Path::new(path))?;

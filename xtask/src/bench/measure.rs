@@ -4,8 +4,8 @@ use super::plan::{Case, Failure, Metric, Outcome, Plan, Sample};
 use super::process::{self, Run};
 use super::smaps;
 use super::trace::Tracer;
-use super::vmms::{Guest, Kind, Task, Vmm};
-use anyhow::{Context, Result};
+use super::vmms::{Guest, Task, Vmm};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -49,7 +49,7 @@ pub(super) fn measure(plan: &Plan) -> Result<Outcome> {
             eprintln!("measuring {}, {case} ...", vmm.name);
             let guest = &plan.guest;
             let mut bench = Bench { vmm, guest, case, scratch: scratch.path(), samples: Vec::new() };
-            match bench.all(tracer.as_ref(), plan.runs) {
+            match bench.preboot().and_then(|_kernel| bench.all(tracer.as_ref(), plan.runs)) {
                 Ok(()) => outcome.samples.append(&mut bench.samples),
                 Err(error) => {
                     outcome.failures.push(Failure { vmm: vmm.name.clone(), case, what: format!("{error:#}") })
@@ -95,6 +95,18 @@ impl Bench<'_> {
         Ok(())
     }
 
+    /// Boots the kernel once for the guests that follow, where they continue from it. That ends with the
+    /// result, so that no other monitor finds it.
+    fn preboot(&self) -> Result<Option<Prebooted>> {
+        let Some(mut command) = self.vmm.preboot(self.guest, self.case) else { return Ok(None) };
+        let output = command.output().context("it cannot be started")?;
+        let place = self.guest.image.as_ref().map(|image| Prebooted(image.join("preboot")));
+        if !output.status.success() {
+            bail!("it did not boot the kernel: {}", String::from_utf8_lossy(&output.stderr));
+        }
+        Ok(place)
+    }
+
     fn add(&mut self, metric: Metric, value: u64) {
         self.samples.push(Sample { vmm: self.vmm.name.clone(), case: self.case, metric, value });
     }
@@ -114,7 +126,7 @@ impl Bench<'_> {
     /// monitor without our ports cannot tell the first, so the second stands for it.
     fn greeting(&mut self, vmm_only: bool) -> Result<()> {
         let path = self.scratch.join("report.json");
-        let report = (self.vmm.kind == Kind::Kindling).then_some(path.as_path());
+        let report = self.vmm.kind.is_ours().then_some(path.as_path());
         let run = self.boot(Task::Greet, report, |_| Ok(()))?;
         let first_byte = run.seen.since(run.spawned);
         self.add(Metric::SpawnToFirstByte, first_byte);
@@ -167,6 +179,15 @@ impl Bench<'_> {
         self.add(Metric::VmmPrivateMemory, usage.private);
         self.add(Metric::VmmProportionalMemory, usage.proportional);
         Ok(())
+    }
+}
+
+/// Kernels that were booted before, as long as this exists.
+struct Prebooted(PathBuf);
+
+impl Drop for Prebooted {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
     }
 }
 

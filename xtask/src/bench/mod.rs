@@ -40,8 +40,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let request = arguments.check()?;
     let host = Host::choose(request.exact, true);
     debian::ensure_lab_tools()?;
-    let vmms = vmms(&request)?;
     let guest = guest(&request)?;
+    let vmms = vmms(&request, guest.image.is_some())?;
     let outcome = match host {
         Host::Hardware => {
             let cases = request.cases().flatten().collect();
@@ -72,11 +72,16 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     Ok(u8::from(!report.failures.is_empty()))
 }
 
-/// The monitors: ours, QEMU's, those that the user named.
-fn vmms(request: &Request) -> Result<Vec<Vmm>> {
+/// The monitors: ours, which boots and, with an image, continues from a boot; QEMU's; those that the user
+/// named.
+fn vmms(request: &Request, has_image: bool) -> Result<Vec<Vmm>> {
     let ours = cargo::release_binary("kindling", "kindling")?;
-    let always =
-        [(arguments::OURS, Kind::Kindling, ours), (arguments::QEMUS, Kind::Qemu, PathBuf::from(QEMU))];
+    let always = [
+        (arguments::OURS, Kind::Kindling, ours.clone()),
+        (arguments::PREBOOTED, Kind::Prebooted, ours),
+        (arguments::QEMUS, Kind::Qemu, PathBuf::from(QEMU)),
+    ];
+    let always = always.into_iter().filter(|(_, kind, _)| has_image || *kind != Kind::Prebooted);
     let always = always.map(|(name, kind, path)| Vmm { name: name.to_owned(), kind, path });
     Ok(always.into_iter().chain(request.vmms.iter().cloned()).collect())
 }
@@ -167,7 +172,7 @@ fn in_lab(cases: Vec<Case>, runs: u32, vmms: &[Vmm], guest: &Guest) -> Result<Ou
 
 /// What the reader of a table or of the JSON has to know about single values.
 fn notes(request: &Request, outcome: &Outcome) -> Vec<String> {
-    let foreign = request.vmms.iter().filter(|vmm| vmm.kind != Kind::Kindling).map(|vmm| &*vmm.name);
+    let foreign = request.vmms.iter().filter(|vmm| !vmm.kind.is_ours()).map(|vmm| &*vmm.name);
     let mut names: Vec<&str> = [arguments::QEMUS].into_iter().chain(foreign).collect();
     names.retain(|name| outcome.samples.iter().any(|sample| sample.vmm == *name));
     let mut notes = Vec::new();

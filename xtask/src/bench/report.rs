@@ -59,6 +59,7 @@ const NAME: usize = 14;
 const LEGEND: &str = "\
 All times are from the spawn of the monitor's process; the ratio is to the first row of the same table.
 Below each median are smallest and largest value. One boot before all others does not count.
+kindling-preboot: Kindling continuing from a kernel that it booted before (`kindling preboot`)
 init: its first instruction; first byte: init's greeting on the console; both in guests without payload
 output: the payload's first byte there, in guests with it; exit: the monitor's process has ended
 VMM only: until the guest is first entered, and from its last exit to the process's end

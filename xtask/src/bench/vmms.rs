@@ -24,6 +24,8 @@ pub(super) struct Vmm {
 pub(super) enum Kind {
     /// Ours.
     Kindling,
+    /// Ours, which continues from a kernel that it has booted before.
+    Prebooted,
     /// QEMU's, for its microvm machine.
     Qemu,
     /// Firecracker's.
@@ -77,7 +79,23 @@ impl Task {
     }
 }
 
+impl Kind {
+    /// Whether it is ours, so that it has our reports.
+    pub(super) const fn is_ours(self) -> bool {
+        matches!(self, Self::Kindling | Self::Prebooted)
+    }
+}
+
 impl Vmm {
+    /// The command that boots the kernel once for later guests of this size, for a monitor that does so.
+    pub(super) fn preboot(&self, guest: &Guest, case: Case) -> Option<Command> {
+        let image = guest.image.as_ref().filter(|_| self.kind == Kind::Prebooted)?;
+        let mut command = Command::new(&self.path);
+        command.arg("preboot").arg("--image").arg(image);
+        command.args(["--memory", &case.memory_mib.to_string(), "--vcpus", &case.vcpus.to_string()]);
+        Some(command)
+    }
+
     /// The command that boots the guest. Files that the monitor needs are written into `scratch`;
     /// ours writes its report to `report`.
     pub(super) fn command(
@@ -90,7 +108,7 @@ impl Vmm {
     ) -> Result<Command> {
         let mut command = Command::new(&self.path);
         match self.kind {
-            Kind::Kindling => kindling(&mut command, guest, case, task, report),
+            Kind::Kindling | Kind::Prebooted => kindling(&mut command, guest, case, task, report),
             Kind::Qemu => qemu(&mut command, guest, case, task),
             Kind::Firecracker => {
                 let file = scratch.join("firecracker.json");
@@ -150,7 +168,7 @@ fn firecracker_configuration(guest: &Guest, case: Case, task: Task) -> serde_jso
 fn command_line(kind: Kind, task: Task) -> String {
     let mut line = match kind {
         Kind::Qemu => DEFAULT_COMMAND_LINE.replace("reboot=k", "reboot=t"),
-        Kind::Kindling | Kind::Firecracker => DEFAULT_COMMAND_LINE.to_owned(),
+        Kind::Kindling | Kind::Prebooted | Kind::Firecracker => DEFAULT_COMMAND_LINE.to_owned(),
     };
     if !task.payload().is_empty() {
         line += " -- ";

@@ -4,9 +4,7 @@ use crate::terminal::RawTerminal;
 use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, complain, report, signals, tell};
 use clap::{ArgGroup, Args};
 use kindling::config::image::Image;
-use kindling::config::{
-    self, BootSource, Config, ConfigError, Console, GuestConfig, MachineConfig, ProfileConfig,
-};
+use kindling::config::{self, BootSource, Config, ConfigError, Console, GuestConfig, ProfileConfig};
 use kindling::function_marks;
 use kindling::{Error, Exit, ExitReason, Instant, Machine, Timeline};
 use std::ffi::OsString;
@@ -59,6 +57,9 @@ pub(crate) struct Arguments {
     /// Compare the digests of the image's files with its image.json before booting
     #[arg(long, conflicts_with_all = ["kernel", "config_file"])]
     pub(crate) verify: bool,
+    /// Boot the kernel even where `kindling preboot` has done so
+    #[arg(long)]
+    pub(crate) cold: bool,
     /// Print when each step of the boot was reached
     #[arg(long)]
     pub(crate) report: bool,
@@ -111,7 +112,12 @@ pub(crate) fn run(arguments: &Arguments, entered: Instant) -> u8 {
 
 fn boot(arguments: &Arguments, timeline: Timeline) -> Result<Exit, Error> {
     let config = arguments.config()?;
-    let running = Machine::new(&config, timeline)?.start()?;
+    let machine = Machine::new(&config, timeline)?;
+    if let Some(refusal) = machine.preboot_refusal() {
+        complain(refusal);
+        tell("kindling: booting without it; `kindling preboot` makes a new one\n");
+    }
+    let running = machine.start()?;
     let stop = running.stop_handle()?;
     signals::stop_on_termination(stop)
         .map_err(|source| Error::Host { what: "install signal handlers", source })?;
@@ -152,6 +158,7 @@ impl Arguments {
         let mut config = self.base()?;
         if let Some(path) = &self.initrd {
             config.boot_source.initrd_path = Some(path.clone());
+            config.boot_source.image_digests = None;
         }
         if let Some(line) = &self.cmdline {
             config.boot_source.boot_args.clone_from(line);
@@ -161,6 +168,10 @@ impl Arguments {
         }
         if let Some(count) = self.vcpus {
             config.machine.vcpu_count = u8::try_from(count).map_err(|_| ConfigError::VcpuCount(count))?;
+        }
+        // With another root filesystem or command line the kernel is not the one that was booted.
+        if let (Some(image), None, None, false) = (&self.image, &self.initrd, &self.cmdline, self.cold) {
+            config.preboot = Some(Image::preboot_path(image, &config.machine));
         }
         config.console = match self.console.to_str() {
             Some(STDIO) => Console::Stdio,
@@ -193,13 +204,7 @@ impl Arguments {
             }
             (None, kernel) => BootSource::kernel(kernel.clone().unwrap_or_default()),
         };
-        Ok(Config {
-            boot_source,
-            machine: MachineConfig::default(),
-            console: Console::Stdio,
-            guest: GuestConfig::default(),
-            profile: None,
-        })
+        Ok(Config::new(boot_source))
     }
 
     fn guest(&self) -> GuestConfig {

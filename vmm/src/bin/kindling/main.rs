@@ -8,6 +8,7 @@
 mod boot;
 mod doctor;
 mod plain;
+mod preboot;
 mod report;
 mod signals;
 #[cfg(not(test))]
@@ -31,6 +32,8 @@ struct Arguments {
 enum Command {
     /// Boots a kernel and stays until its guest ends; the exit status is the guest's
     Boot(Box<boot::Arguments>),
+    /// Boots an image's kernel once, so that `kindling boot` continues from there on this host
+    Preboot(preboot::Arguments),
     /// Says what this host can do for microVMs, and what would make it better
     Doctor(doctor::Arguments),
 }
@@ -49,6 +52,7 @@ fn run() -> u8 {
     }
     match Arguments::parse().command {
         Command::Boot(arguments) => boot::run(&arguments, started),
+        Command::Preboot(arguments) => preboot::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
     }
 }

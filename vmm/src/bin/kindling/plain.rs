@@ -30,6 +30,7 @@ pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Option<Arg
             "--env" | "-e" => parsed.env.push(value(words.next())?),
             "--workdir" | "-w" => once(&mut parsed.workdir, value(words.next())?)?,
             "--hostname" => once(&mut parsed.hostname, value(words.next())?)?,
+            "--cold" if !parsed.cold => parsed.cold = true,
             "--report" if !parsed.report => parsed.report = true,
             "--report-json" => once(&mut parsed.report_json, value(words.next())?.into())?,
             "--started-at" => once(&mut parsed.started_at, number(words.next())?)?,
@@ -75,7 +76,7 @@ mod tests {
     fn by_clap(line: &[OsString]) -> Option<Arguments> {
         match crate::Arguments::try_parse_from(line).ok()?.command {
             Command::Boot(arguments) => Some(*arguments),
-            Command::Doctor(_) => None,
+            Command::Preboot(_) | Command::Doctor(_) => None,
         }
     }
 
@@ -87,7 +88,7 @@ mod tests {
     fn a_line_with_everything_needs_no_clap() {
         let line = line(
             "kindling boot --image i --initrd r --cmdline quiet --memory 64 --vcpus 2 --console null --env A=1 \
-             -e B=2 --workdir / --hostname h --report --report-json j --started-at 5 -- sh -c --image",
+             -e B=2 --workdir / --hostname h --cold --report --report-json j --started-at 5 -- sh -c --image",
         );
         assert!(parse(line.clone()).is_some());
         assert_eq!(parse(line.clone()), by_clap(&line));
@@ -107,7 +108,7 @@ mod tests {
                 "image" | "kernel" | "config-file" => "",
                 _ => " --image i",
             };
-            let value = if option == "report" { "" } else { " 1" };
+            let value = if ["report", "cold"].contains(&option) { "" } else { " 1" };
             let line = line(&format!("kindling boot{source} --{option}{value}"));
             assert!(parse(line.clone()).is_some(), "--{option}");
             assert_eq!(parse(line.clone()), by_clap(&line), "--{option}");
@@ -141,7 +142,7 @@ mod tests {
         #[test]
         fn clap_agrees(words in prop::collection::vec(prop::sample::select(vec![
             "--image", "--kernel", "--config-file", "--initrd", "--cmdline", "--memory", "--vcpus", "--console",
-            "--env", "-e", "--workdir", "-w", "--hostname", "--report", "--report-json", "--started-at", "--",
+            "--env", "-e", "--workdir", "-w", "--hostname", "--cold", "--report", "--report-json", "--started-at", "--",
             "--user", "-u", "--verify", "--profile", "--sample", "1", "007", "a", "a", "b=c", "-", "-1", "", "é",
             "boot", "help", "--image=a", "-ea",
         ]), 0..8)) {

@@ -5,11 +5,16 @@
 //! and all guests of a host share its unmodified pages.
 #![expect(unsafe_code, reason = "maps files over guest memory")]
 
+mod contents;
+
+pub use contents::{Extent, are_valid};
+
 use crate::layout::{self, PAGE_SIZE};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vm_memory::{
     Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
 };
@@ -44,6 +49,14 @@ pub enum MemoryError {
         /// Its length in bytes.
         length: u64,
     },
+    /// The host does not say which pages it has.
+    #[error("cannot tell which pages of guest memory at {address:#x} are in use")]
+    Contents {
+        /// Guest-physical address of the region.
+        address: u64,
+        /// What the host said.
+        source: io::Error,
+    },
     /// Reading a file into guest memory failed.
     #[error("cannot read {length} bytes of a file into guest address {address:#x}")]
     ReadFile {
@@ -60,6 +73,12 @@ pub enum MemoryError {
 #[derive(Clone, Debug)]
 pub struct GuestMemory {
     inner: GuestMemoryMmap,
+    /// Where files were laid over it.
+    files: Arc<Mutex<Vec<Range<u64>>>>,
+}
+
+fn lock_ranges(ranges: &Mutex<Vec<Range<u64>>>) -> MutexGuard<'_, Vec<Range<u64>>> {
+    ranges.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl GuestMemory {
@@ -86,7 +105,7 @@ impl GuestMemory {
         }
         let inner =
             GuestMemoryMmap::from_regions(regions).map_err(|error| failed(io::Error::other(error)))?;
-        Ok(Self { inner })
+        Ok(Self { inner, files: Arc::default() })
     }
 
     /// The memory as `vm-memory` knows it.
@@ -203,6 +222,7 @@ impl GuestMemory {
         if result == libc::MAP_FAILED {
             return Err(failed(io::Error::last_os_error()));
         }
+        lock_ranges(&self.files).push(address.0..address.0 + length);
         Ok(())
     }
 }

@@ -1,0 +1,160 @@
+//! A kernel that was booted once serves later guests, and each of them is a guest of its own.
+
+use std::fs;
+use std::process::{Command, Stdio};
+use std::time::{Duration, SystemTime};
+use tests::{Image, has_continued, run, testbed};
+
+fn image() -> Image {
+    Image::copy_of("busybox")
+}
+
+#[test]
+fn a_guest_continues_from_it_and_is_whole() {
+    let image = image();
+    let _ = image.preboot("1", "128");
+    let script = "echo $A; id -u; hostname; ls /proc/1/exe >/dev/null && ifconfig lo | grep -c UP; exit 7";
+    for _ in 0..2 {
+        let outcome = image.continued_shell(&["--env", "A=b", "--user", "0", "--hostname", "box"], script);
+        assert_eq!(outcome.expect_status(7).stdout, "b\n0\nbox\n1\n", "{outcome}");
+    }
+    let outcome = image.continued_shell(&[], "kill -KILL $$");
+    outcome.expect_status(128 + 9);
+}
+
+#[test]
+fn no_two_guests_have_the_same_random_numbers() {
+    let image = image();
+    let _ = image.preboot("1", "128");
+    let script = "cat /proc/sys/kernel/random/uuid /proc/sys/kernel/random/boot_id; \
+                  head -c 16 /dev/urandom | od -An -tx1; mktemp -u; cat /proc/self/maps";
+    let outcomes = [(); 2].map(|()| image.continued_shell(&[], script).expect_status(0).stdout.clone());
+    let lines = outcomes.each_ref().map(|text| text.lines().collect::<Vec<_>>());
+    for (number, what) in ["uuid", "boot id", "random bytes", "temporary name"].into_iter().enumerate() {
+        assert_ne!(lines[0][number], lines[1][number], "{what}");
+    }
+    let stack = |lines: &[&str]| lines.iter().find(|line| line.ends_with("[stack]")).unwrap().to_string();
+    assert_ne!(stack(&lines[0]), stack(&lines[1]), "places in memory");
+}
+
+#[test]
+fn its_time_is_the_hosts() {
+    let image = image();
+    let _ = image.preboot("1", "128");
+    // Long enough for a guest that keeps the time of the boot to be seen.
+    std::thread::sleep(Duration::from_secs(5));
+    let seconds = || SystemTime::UNIX_EPOCH.elapsed().unwrap().as_secs();
+    let before = seconds();
+    let outcome = image.continued_shell(&[], "date +%s");
+    let guest: u64 = outcome.expect_status(0).stdout.trim().parse().unwrap();
+    assert!((before..=seconds()).contains(&guest), "{guest} is not between {before} and {}", seconds());
+}
+
+#[test]
+fn all_its_memory_is_there() {
+    let image = image();
+    let file = image.preboot("1", "4096");
+    assert!(fs::metadata(file).unwrap().len() < 200 << 20, "memory without content takes no room");
+    let script = "grep MemTotal /proc/meminfo; dd if=/dev/zero of=/tmp/f bs=1M count=300 2>/dev/null; \
+                  dd if=/tmp/f bs=1M 2>/dev/null | wc -c";
+    let outcome = image.continued_shell(&["--memory", "4096"], script);
+    let words: Vec<&str> = outcome.expect_status(0).stdout.split_whitespace().collect();
+    assert!(words[1].parse::<u64>().unwrap() > 4_000_000, "{outcome}");
+    assert_eq!(words[3], "314572800", "{outcome}");
+}
+
+/// Boots a guest that must not continue, and says why.
+#[track_caller]
+fn boots_although(image: &Image, options: &[&str], why: &str) {
+    let report = image.path().join("report.json");
+    let mut command = image.command("boot");
+    let outcome =
+        run(command.args(options).arg("--report-json").arg(&report).args(["--", "/bin/sh", "-c", "exit 5"]));
+    outcome.expect_status(5).expect_stderr(why);
+    assert!(!has_continued(&report), "{outcome}");
+    if why.is_empty() {
+        assert_eq!(outcome.stderr, "");
+    } else {
+        outcome.expect_stderr("booting without it; `kindling preboot` makes a new one");
+        assert_eq!(outcome.stderr.lines().count(), 2, "{outcome}");
+    }
+}
+
+#[test]
+fn who_does_not_want_it_or_asks_for_something_else_boots() {
+    let image = image();
+    let _ = image.preboot("1", "128");
+    boots_although(&image, &["--cold"], "");
+    boots_although(&image, &["--memory", "129"], "");
+    boots_although(&image, &["--vcpus", "2"], "");
+    boots_although(&image, &["--cmdline", guest_protocol::DEFAULT_COMMAND_LINE], "");
+    let initrd = testbed("images/busybox/initramfs.cpio");
+    boots_although(&image, &["--initrd", initrd.to_str().unwrap()], "");
+    let description = image.path().join("image.json");
+    let text = fs::read_to_string(&description).unwrap();
+    fs::write(&description, text.replace(" quiet ", " quiet audit=0 ")).unwrap();
+    boots_although(&image, &[], "preboot/1-128 was made from another image or with another command line");
+}
+
+#[test]
+fn a_file_of_another_size_of_guest_is_refused() {
+    let image = image();
+    let file = image.preboot("1", "128");
+    for other in ["1-64", "2-128"] {
+        fs::copy(&file, file.with_file_name(other)).unwrap();
+    }
+    let why = "was made for another number of vCPUs or another memory size";
+    boots_although(&image, &["--memory", "64"], why);
+    boots_although(&image, &["--vcpus", "2"], why);
+}
+
+#[test]
+fn a_damaged_file_is_named_and_not_used() {
+    let image = image();
+    let file = image.preboot("1", "128");
+    let good = fs::read(&file).unwrap();
+    let damaged = |change: &dyn Fn(&mut Vec<u8>), why: &str| {
+        let mut bytes = good.clone();
+        change(&mut bytes);
+        fs::write(&file, bytes).unwrap();
+        boots_although(&image, &[], &format!("1-128 is not a pre-booted kernel: {why}"));
+    };
+    damaged(&|bytes| bytes.clear(), "it is shorter than its header");
+    damaged(&|bytes| bytes[0] = b'k', "it does not start as such a file does");
+    damaged(&|bytes| bytes[8] = 200, "its format is ");
+    damaged(&|bytes| bytes[15] = 1, "its state is longer than any");
+    damaged(&|bytes| bytes.truncate(1000), "it ends inside its state");
+    damaged(&|bytes| bytes[16] = 0xff, "");
+    damaged(&|bytes| bytes.truncate(good.len() - 1), "it ends before its last page");
+    fs::remove_file(&file).unwrap();
+    fs::create_dir(&file).unwrap();
+    boots_although(&image, &[], "it is not a regular file");
+}
+
+#[test]
+fn a_kernel_that_does_not_reach_init_leaves_no_file() {
+    let image = image();
+    let description = image.path().join("image.json");
+    let text = fs::read_to_string(&description).unwrap();
+    fs::write(&description, text.replace(" quiet ", " rdinit=/absent root=/dev/absent ")).unwrap();
+    let outcome = run(&mut image.command("preboot"));
+    outcome
+        .expect_status(2)
+        .expect_stderr("kindling: the guest did not reach init: the guest's kernel panicked");
+    assert!(!image.path().join("preboot").exists(), "{outcome}");
+}
+
+#[test]
+fn where_it_cannot_be_written_nothing_is_left() {
+    let image = image();
+    fs::write(image.path().join("preboot"), "a file, not a folder").unwrap();
+    let outcome = run(&mut image.command("preboot"));
+    outcome.expect_status(2).expect_stderr("cannot write");
+    // A limit on the size of files stands for a full disk.
+    fs::remove_file(image.path().join("preboot")).unwrap();
+    let mut command = Command::new("/bin/sh");
+    command.args(["-c", "ulimit -f 2048; trap '' XFSZ; exec \"$0\" preboot --image \"$1\""]);
+    let outcome = run(command.arg(testbed("kindling")).arg(image.path()).stdin(Stdio::null()));
+    outcome.expect_status(2).expect_stderr("cannot write").expect_stderr("File too large");
+    assert_eq!(fs::read_dir(image.path().join("preboot")).unwrap().count(), 0);
+}

@@ -1,0 +1,100 @@
+//! The file of a pre-booted kernel: state, then pages.
+//!
+//! ```text
+//!      0  "KINDLING"  format: u32  length of the state: u32
+//!     16  state, in postcard's encoding
+//!         zeroes up to a multiple of 4 KiB
+//!         pages of guest memory, those of each extent in turn
+//! ```
+//! Integers are little-endian. The file appears by renaming, so that it is whole or absent.
+
+use super::{PrebootError, State};
+use crate::layout::{PAGE, PAGE_SIZE};
+use crate::memory::{GuestMemory, MemoryError};
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use vm_memory::GuestAddress;
+
+const MAGIC: [u8; 8] = *b"KINDLING";
+const HEADER_LEN: usize = 16;
+/// Version of everything behind the magic; another one is not read.
+const FORMAT: u32 = 1;
+/// A state takes some ten KiB and as much again for each vCPU.
+const STATE_MAX: u32 = 1 << 20;
+
+/// Reads the state of a file, and checks that its pages are there.
+pub(super) fn read(path: &Path) -> Result<(State, File, u64), PrebootError> {
+    let failed = |source| PrebootError::Read { path: path.into(), source };
+    let invalid = |what: &str| PrebootError::Invalid { path: path.into(), what: what.to_owned() };
+    // The type is checked before opening, because opening a FIFO waits for its writer.
+    let metadata = std::fs::symlink_metadata(path).map_err(failed)?;
+    if !metadata.is_file() {
+        return Err(invalid("it is not a regular file"));
+    }
+    let file = File::open(path).map_err(failed)?;
+    let length = file.metadata().map_err(failed)?.len();
+    let mut header = [0; HEADER_LEN];
+    file.read_exact_at(&mut header, 0).map_err(|_| invalid("it is shorter than its header"))?;
+    let [magic @ .., _, _, _, _, _, _, _, _] = header;
+    let word = |at: usize| u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
+    if magic != MAGIC {
+        return Err(invalid("it does not start as such a file does"));
+    }
+    if word(8) != FORMAT {
+        return Err(invalid(&format!("its format is {}, this program reads {FORMAT}", word(8))));
+    }
+    if word(12) > STATE_MAX {
+        return Err(invalid("its state is longer than any"));
+    }
+    let mut bytes = vec![0; usize::try_from(word(12)).unwrap_or(0)];
+    file.read_exact_at(&mut bytes, HEADER_LEN as u64).map_err(|_| invalid("it ends inside its state"))?;
+    let state: State = postcard::from_bytes(&bytes).map_err(|error| invalid(&error.to_string()))?;
+    let data = first_page(bytes.len());
+    let pages: u64 = state.extents.iter().map(|extent| u64::from(extent.pages)).sum();
+    if data + pages * PAGE_SIZE > length {
+        return Err(invalid("it ends before its last page"));
+    }
+    Ok((state, file, data))
+}
+
+/// Writes a state and the pages that its extents name.
+pub(super) fn write(file: &mut File, state: &State, memory: &GuestMemory) -> Result<(), WriteError> {
+    let bytes = postcard::to_allocvec(state).map_err(io::Error::other)?;
+    let length = u32::try_from(bytes.len()).ok().filter(|&length| length <= STATE_MAX);
+    let length = length.ok_or_else(|| io::Error::other("the state is too long"))?;
+    file.write_all(&MAGIC)?;
+    file.write_all(&FORMAT.to_le_bytes())?;
+    file.write_all(&length.to_le_bytes())?;
+    file.write_all(&bytes)?;
+    let mut position = first_page(bytes.len());
+    let mut page = [0; PAGE];
+    for extent in &state.extents {
+        for number in 0..u64::from(extent.pages) {
+            memory.read(GuestAddress(extent.start + number * PAGE_SIZE), &mut page)?;
+            if page != [0; PAGE] {
+                file.write_all_at(&page, position)?;
+            }
+            position += PAGE_SIZE;
+        }
+    }
+    // What is not written is a hole, the last pages too.
+    file.set_len(position)?;
+    file.sync_all()?;
+    Ok(())
+}
+
+/// Why a file could not be written.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum WriteError {
+    #[error(transparent)]
+    File(#[from] io::Error),
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+}
+
+/// Where the pages start behind a state of so many bytes.
+fn first_page(state: usize) -> u64 {
+    (HEADER_LEN + state).next_multiple_of(PAGE) as u64
+}

@@ -1,0 +1,258 @@
+//! Pre-booted kernels: the state of a machine whose guest has reached init, kept in a file that later
+//! machines continue from.
+//!
+//! A kernel's boot is the same every time as long as image, vCPUs, memory and processor are the same, so
+//! it need not happen every time. [`make`] boots a machine and stops it in front of the first mark of init
+//! ([`BootMark::InitEntered`]): nothing before that mark depends on the payload, and init executes it anew
+//! in each machine. Later machines map the pages of guest memory copy-on-write and set the registers. What
+//! must not be the same in two guests, random numbers and the time, init asks for afterwards and sets
+//! before the payload runs.
+
+mod file;
+
+use crate::bus::lock;
+use crate::config::{Config, Console, GuestConfig};
+use crate::devices::{io_apic, serial};
+use crate::kvm::{self, Hypervisor, KvmError, Vcpu, VcpuState, Vm};
+use crate::layout;
+use crate::machine::{Error, Machine};
+use crate::memory::{self, Extent, GuestMemory, MemoryError};
+use crate::running::Frozen;
+use crate::timeline::{Instant, Timeline};
+use guest_protocol::BootMark;
+use kvm_bindings::kvm_cpuid_entry2;
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, open};
+use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+
+/// Where init executes again what the frozen machine executed last.
+pub(crate) const FREEZE_AT: BootMark = BootMark::InitEntered;
+
+/// Why there is no pre-booted kernel to continue from, or none could be made.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PrebootError {
+    /// A file that cannot be opened or read.
+    #[error("cannot read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// A file that is not what it should be.
+    #[error("{} is not a pre-booted kernel: {what}", path.display())]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// A file that was made for another configuration.
+    #[error("{} was made {made}", path.display())]
+    Other {
+        /// The file.
+        path: PathBuf,
+        /// For what it was made.
+        made: &'static str,
+    },
+    /// A kernel or initrd that does not come from an image.
+    #[error("only the kernel and root filesystem of an image can be pre-booted")]
+    NotAnImage,
+    /// The file cannot be written.
+    #[error("cannot write {}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// The guest did not get as far as init.
+    #[error("the guest did not reach init: {0}")]
+    Ended(String),
+}
+
+/// What a pre-booted kernel was made from. It serves the same and nothing else.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct MadeFor {
+    /// Version of this program: devices and memory layout follow from it.
+    vmm: String,
+    /// Digests of kernel and root filesystem.
+    image: String,
+    boot_args: String,
+    vcpu_count: u8,
+    mem_size_mib: u64,
+}
+
+impl MadeFor {
+    fn config(config: &Config) -> Result<Self, PrebootError> {
+        Ok(Self {
+            vmm: env!("CARGO_PKG_VERSION").to_owned(),
+            image: config.boot_source.image_digests.clone().ok_or(PrebootError::NotAnImage)?,
+            boot_args: config.boot_source.boot_args.clone(),
+            vcpu_count: config.machine.vcpu_count,
+            mem_size_mib: config.machine.mem_size_mib,
+        })
+    }
+}
+
+/// A machine that stopped, as plain data.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct State {
+    made_for: MadeFor,
+    /// What CPUID says to the first vCPU: the kernel was patched for this processor.
+    cpuid: Vec<kvm_cpuid_entry2>,
+    /// Time stamp counter of all vCPUs.
+    tsc: u64,
+    /// Nanoseconds of the machine's clock at that time.
+    clock: u64,
+    pub(crate) vcpus: Vec<VcpuState>,
+    pub(crate) io_apic: io_apic::State,
+    pub(crate) serial: serial::State,
+    /// The pages in the file.
+    extents: Vec<Extent>,
+}
+
+/// A pre-booted kernel that a machine can continue from.
+#[derive(Debug)]
+pub(crate) struct Preboot {
+    path: PathBuf,
+    pub(crate) state: State,
+    file: File,
+    /// Where the pages start in the file.
+    pages: u64,
+}
+
+impl Preboot {
+    /// Opens the one that the configuration names; none where it names none or the file does not exist.
+    pub(crate) fn open(config: &Config) -> Result<Option<Self>, PrebootError> {
+        let Some(path) = &config.preboot else { return Ok(None) };
+        let (state, file, pages) = match file::read(path) {
+            Err(PrebootError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                return Ok(None);
+            }
+            result => result?,
+        };
+        let this = Self { path: path.clone(), state, file, pages };
+        let asked = MadeFor::config(config)?;
+        let made = &this.state.made_for;
+        if made.vmm != asked.vmm {
+            return Err(this.made("by another version of kindling"));
+        }
+        if made.image != asked.image || made.boot_args != asked.boot_args {
+            return Err(this.made("from another image or with another command line"));
+        }
+        if *made != asked || this.state.vcpus.len() != usize::from(asked.vcpu_count) {
+            return Err(this.made("for another number of vCPUs or another memory size"));
+        }
+        let ram = layout::ram_ranges(asked.mem_size_mib * layout::MIB);
+        let ram: Vec<_> = ram.into_iter().map(|(start, size)| start.0..start.0 + size).collect();
+        if !memory::are_valid(&this.state.extents, &ram) {
+            let what = "its pages are not those of a guest".to_owned();
+            return Err(PrebootError::Invalid { path: this.path, what });
+        }
+        Ok(Some(this))
+    }
+
+    /// Whether this host's guests see the processor that the kernel was booted on.
+    pub(crate) fn check_host(&self, hypervisor: &Hypervisor) -> Result<Option<PrebootError>, KvmError> {
+        let here = hypervisor.cpuid(self.state.made_for.vcpu_count)?;
+        Ok((here != self.state.cpuid).then(|| self.made("on another kind of processor, or with another KVM")))
+    }
+
+    fn made(&self, made: &'static str) -> PrebootError {
+        PrebootError::Other { path: self.path.clone(), made }
+    }
+
+    /// Maps the guest's pages.
+    pub(crate) fn map(&self, memory: &GuestMemory) -> Result<(), MemoryError> {
+        memory.map_contents(&self.state.extents, &self.file, self.pages)
+    }
+}
+
+/// Boots the machine of a configuration as far as init and keeps it in a file, which appears whole. Console
+/// and payload of the configuration play no part.
+///
+/// # Errors
+/// When the machine cannot be built, its guest does not reach init, or the file cannot be written.
+pub fn make(config: &Config, path: &Path) -> Result<(), Error> {
+    let config = Config {
+        console: Console::Null,
+        guest: GuestConfig::default(),
+        profile: None,
+        preboot: None,
+        ..config.clone()
+    };
+    let made_for = MadeFor::config(&config)?;
+    let timeline = Timeline::starting_at(Instant::now());
+    let running = Machine::build(&config, timeline, Some(FREEZE_AT))?.start()?;
+    let mut frozen = running.freeze().map_err(|reason| PrebootError::Ended(reason.to_string()))?;
+    let state = frozen.state(made_for)?;
+    save(path, &state, &frozen.machine().memory)
+        .map_err(|source| PrebootError::Write { path: path.into(), source })?;
+    Ok(())
+}
+
+impl State {
+    /// Sets the clocks and registers of a new machine.
+    pub(crate) fn restore(&self, vm: &Vm, vcpus: &[Vcpu]) -> Result<(), KvmError> {
+        vm.set_clock(self.clock)?;
+        // All vCPUs get one value: KVM sees that they belong together and keeps them in step.
+        vcpus.iter().zip(&self.vcpus).try_for_each(|(vcpu, state)| vcpu.restore(state, self.tsc))
+    }
+}
+
+impl Frozen {
+    fn state(&mut self, made_for: MadeFor) -> Result<State, Error> {
+        let known = kvm::msr_indices()?;
+        for vcpu in &mut self.vcpus {
+            vcpu.settle();
+        }
+        let machine = self.machine();
+        let byte_at = |address| {
+            let mut byte = [0];
+            machine.memory.read(vm_memory::GuestAddress(address), &mut byte).ok()?;
+            Some(byte[0])
+        };
+        if !self.vcpus[self.marked].step_back_over_out(byte_at)? {
+            return Err(PrebootError::Ended("its init marks its start in another way".to_owned()).into());
+        }
+        // The clock is read after the counter was, and is set with it.
+        let first = &self.vcpus[0];
+        let (later, khz) = (first.tsc()?, first.tsc_khz()?);
+        let since = u128::from(later.saturating_sub(self.tsc)) * 1_000_000 / u128::from(khz.max(1));
+        let clock = machine.vm.clock()?.saturating_sub(u64::try_from(since).unwrap_or(0));
+        let vcpus = self.vcpus.iter().map(|vcpu| vcpu.state(&known)).collect::<Result<_, _>>()?;
+        let io_apic = machine.devices.io_apic.as_ref().ok_or(PrebootError::NotAnImage)?;
+        Ok(State {
+            cpuid: machine.vm.cpuid(made_for.vcpu_count)?,
+            made_for,
+            tsc: self.tsc,
+            clock,
+            vcpus,
+            io_apic: lock(io_apic).state(),
+            serial: lock(&machine.devices.serial).state(),
+            extents: machine.memory.contents()?,
+        })
+    }
+}
+
+/// Writes the file without a name, so that nothing of it is left where this program is stopped.
+fn save(path: &Path, state: &State, memory: &GuestMemory) -> io::Result<()> {
+    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    std::fs::create_dir_all(directory)?;
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    let mut file = File::from(open(directory, flags, Mode::from_raw_mode(0o644))?);
+    file::write(&mut file, state, memory).map_err(|error| match error {
+        file::WriteError::File(source) => source,
+        file::WriteError::Memory(error) => io::Error::other(error),
+    })?;
+    // A link cannot replace what is there, and a rename can.
+    let draft = path.with_added_extension(format!("draft-{}", std::process::id()));
+    let open_file = format!("/proc/self/fd/{}", file.as_raw_fd());
+    linkat(CWD, open_file, CWD, &draft, AtFlags::SYMLINK_FOLLOW)?;
+    std::fs::rename(&draft, path).inspect_err(|_| drop(std::fs::remove_file(&draft)))
+}
