@@ -75,7 +75,7 @@ fn boots_although(image: &Image, options: &[&str], why: &str) {
     if why.is_empty() {
         assert_eq!(outcome.stderr, "");
     } else {
-        outcome.expect_stderr("booting without it; `kindling preboot` makes a new one");
+        outcome.expect_stderr("booting without it; `kindling preboot --image ... --vcpus ");
         assert_eq!(outcome.stderr.lines().count(), 2, "{outcome}");
     }
 }
@@ -85,6 +85,7 @@ fn who_does_not_want_it_or_asks_for_something_else_boots() {
     let image = image();
     let _ = image.preboot("1", "128");
     boots_although(&image, &["--cold"], "");
+    boots_although(&image, &["--verify"], "");
     boots_although(&image, &["--memory", "129"], "");
     boots_although(&image, &["--vcpus", "2"], "");
     boots_although(&image, &["--cmdline", guest_protocol::DEFAULT_COMMAND_LINE], "");
@@ -131,6 +132,30 @@ fn a_damaged_file_is_named_and_not_used() {
     boots_although(&image, &[], "it is not a regular file");
 }
 
+/// A file whose state KVM does not take is like one that is damaged elsewhere.
+#[test]
+fn a_state_that_the_host_refuses_does_not_keep_a_guest_from_booting() {
+    let image = image();
+    let file = image.preboot("1", "128");
+    let mut bytes = fs::read(&file).unwrap();
+    // CR0 with paging and without protected mode, which no processor has.
+    let cr0: u64 = 0x8005_0033;
+    let at = bytes.windows(8).position(|window| window == cr0.to_le_bytes()).unwrap();
+    bytes[at..at + 8].copy_from_slice(&0x8000_0000_u64.to_le_bytes());
+    fs::write(&file, bytes).unwrap();
+    boots_although(&image, &[], "1-128 cannot be continued from: KVM refused to set a vCPU's state");
+}
+
+#[test]
+fn an_image_that_is_not_whole_is_not_prebooted() {
+    let image = image();
+    let kernel = image.path().join("vmlinux");
+    let mut bytes = fs::read(&kernel).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&kernel, bytes).unwrap();
+    run(&mut image.command("preboot")).expect_status(2).expect_stderr("its SHA-256 is");
+}
+
 #[test]
 fn a_kernel_that_does_not_reach_init_leaves_no_file() {
     let image = image();
@@ -150,6 +175,12 @@ fn where_it_cannot_be_written_nothing_is_left() {
     fs::write(image.path().join("preboot"), "a file, not a folder").unwrap();
     let outcome = run(&mut image.command("preboot"));
     outcome.expect_status(2).expect_stderr("cannot write");
+    // Nor does it go where the owner of the image's folder would like to have it.
+    let elsewhere = tempfile::tempdir().unwrap();
+    fs::remove_file(image.path().join("preboot")).unwrap();
+    std::os::unix::fs::symlink(elsewhere.path(), image.path().join("preboot")).unwrap();
+    run(&mut image.command("preboot")).expect_status(2).expect_stderr("cannot write");
+    assert_eq!(fs::read_dir(elsewhere.path()).unwrap().count(), 0);
     // A limit on the size of files stands for a full disk.
     fs::remove_file(image.path().join("preboot")).unwrap();
     let mut command = Command::new("/bin/sh");

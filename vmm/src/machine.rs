@@ -132,10 +132,39 @@ impl Machine {
     ) -> Result<Self, Error> {
         config.validate()?;
         timeline.reached("configuration checked");
+        let mut origin = Origin::find(config)?;
+        if let Some(path) = origin.preboot.as_ref().map(|preboot| preboot.path().to_owned()) {
+            match Self::assemble(config, timeline.clone(), origin, freeze_at) {
+                Ok(machine) => return Ok(machine),
+                // Whatever it is, it may not be in the way of a boot.
+                Err(error) => {
+                    let refusal = Some(Preboot::not_restored(path, error));
+                    origin = Origin { refusal, ..Origin::default() };
+                }
+            }
+        }
+        Self::assemble(config, timeline, origin, freeze_at)
+    }
 
+    /// A machine that continues from a pre-booted kernel or is not built.
+    pub(crate) fn continue_from(
+        config: &Config,
+        preboot: Preboot,
+        timeline: Timeline,
+    ) -> Result<Self, Error> {
+        let origin = Origin { preboot: Some(preboot), ..Origin::default() };
+        Self::assemble(config, timeline, origin, None)
+    }
+
+    fn assemble(
+        config: &Config,
+        mut timeline: Timeline,
+        origin: Origin,
+        freeze_at: Option<BootMark>,
+    ) -> Result<Self, Error> {
         // What the user can get wrong comes first, so that it is named even where there is no KVM.
         let vcpu_count = config.machine.vcpu_count;
-        let Origin { preboot, hypervisor, refusal } = Origin::find(config)?;
+        let Origin { preboot, hypervisor, refusal } = origin;
         let memory = GuestMemory::anonymous(config.machine.mem_size_mib * layout::MIB)?;
         let controllers = config.boot_source.interrupt_controllers;
         let mut entry = None;

@@ -77,7 +77,7 @@ pub(crate) struct Frozen {
     pub(crate) marked: usize,
     /// Time stamp counter when the last of them stopped. The machine goes on from there: later, its timers
     /// would have expired.
-    pub(crate) tsc: u64,
+    pub(crate) tsc: Option<u64>,
     rest: Running,
 }
 
@@ -142,6 +142,7 @@ impl Running {
             }
             let first_run = Instant::now();
             let end = vcpu.run(&buses, &stopping);
+            // A counter that cannot be read is missed when the machine is written down.
             let tsc = is_kept.then(|| vcpu.tsc().ok()).flatten();
             let registers = end.is_failure().then(|| vcpu.registers()).flatten();
             let counts = *vcpu.counts();
@@ -202,7 +203,7 @@ impl Running {
         };
         let mut outcomes = std::mem::take(&mut *lock(&self.outcomes));
         outcomes.sort_by_key(|outcome| outcome.id);
-        let tsc = outcomes.iter().filter_map(|outcome| outcome.tsc).max().unwrap_or(0);
+        let tsc = outcomes.iter().map(|outcome| outcome.tsc).max().flatten();
         let vcpus = outcomes.into_iter().map(|outcome| outcome.vcpu).collect();
         Ok(Frozen { vcpus, marked, tsc, rest: self })
     }

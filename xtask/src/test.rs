@@ -217,8 +217,8 @@ fn here(place: &str, programs: &[&Program], testbed: &Path, filter: &str) -> Res
 
 /// How long a test may say nothing; the slowest take half a minute.
 const SILENCE: Duration = Duration::from_secs(180);
-/// How often a lab that stands still is started. Emulated machines with several processors do, about once
-/// in several hundred boots, for a reason not found (docs/architecture.md).
+/// How often a lab that stands still is started: QEMU sometimes delivers a guest's interrupt twice
+/// (docs/architecture.md, "The lab").
 const ATTEMPTS: u8 = 4;
 
 /// Runs test programs in one exact lab, where they do the same every time; the names of those that

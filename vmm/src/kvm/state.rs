@@ -20,7 +20,7 @@ const TSS_BUSY: u8 = 0x2;
 
 /// The model-specific registers that are a guest's own, as far as the host's KVM has them: all that a
 /// Linux guest may have written and will miss. What describes the processor follows from CPUID.
-const OWN_MSRS: [u32; 34] = [
+const OWN_MSRS: [u32; 33] = [
     TSC,
     0x3b,        // TSC adjust
     0x48,        // speculation control
@@ -34,7 +34,6 @@ const OWN_MSRS: [u32; 34] = [
     0x1c5,       // and what it caught
     0x1d9,       // debug control
     0x277,       // page attribute table
-    0x2ff,       // default memory type
     0x6a0,       // control-flow enforcement, user
     0x6a2,       // and supervisor
     0x6e0,       // deadline of the local APIC's timer
@@ -76,10 +75,12 @@ pub struct VcpuState {
 impl Vcpu {
     /// Finishes the instruction that the vCPU left with: KVM does so when it is entered the next time,
     /// and entering it with the wish to leave at once does that and no more.
-    pub(crate) fn settle(&mut self) {
+    /// `false` where the instruction is not finished with it: an access of many bytes leaves several times.
+    pub(crate) fn settle(&mut self) -> bool {
         self.fd.set_kvm_immediate_exit(1);
-        let _ = self.fd.run();
+        let is_settled = self.fd.run().is_err_and(|error| error.errno() == libc::EINTR);
         self.fd.set_kvm_immediate_exit(0);
+        is_settled
     }
 
     /// The time stamp counter as the guest reads it now.
@@ -136,13 +137,13 @@ impl Vcpu {
     }
 
     /// Makes a new vCPU go on where another stopped. `tsc` is the time stamp counter, which all vCPUs of a
-    /// machine share.
+    /// machine share; the first vCPU has to be restored first.
     ///
     /// # Errors
     /// When KVM refuses, for instance because this host cannot give the guest the frequency of its time
     /// stamp counter.
     #[expect(unsafe_code, reason = "KVM_SET_XSAVE reads behind its structure where a process asked for AMX")]
-    pub fn restore(&self, state: &VcpuState, tsc: u64) -> Result<(), KvmError> {
+    pub fn restore(&self, state: &VcpuState, tsc: u64, is_first: bool) -> Result<(), KvmError> {
         let what = "set a vCPU's state";
         let fd = &self.fd;
         if self.tsc_khz()? != state.tsc_khz {
@@ -171,6 +172,16 @@ impl Vcpu {
         entries.retain(|entry| OWN_MSRS.contains(&entry.index));
         for entry in entries.iter_mut().filter(|entry| entry.index == TSC) {
             entry.data = tsc;
+        }
+        // KVM before 6.7 takes a value that is within a second of its own for an attempt to bring a vCPU in
+        // step, and leaves the counter as it is (`kvm_synchronize_tsc` in arch/x86/kvm/x86.c). A guest that
+        // ran for some milliseconds is that close to a new machine. After a value that is far from both, the
+        // counter's own is set, and the other vCPUs get the same.
+        if is_first {
+            const FAR_MS: u64 = 10_000;
+            let far = tsc.wrapping_add(FAR_MS * u64::from(state.tsc_khz));
+            let entry = kvm_msr_entry { index: TSC, data: far, ..kvm_msr_entry::default() };
+            fd.set_msrs(&msr_list(&[entry])?).map_err(KvmError::ioctl(what))?;
         }
         let written = fd.set_msrs(&msr_list(&entries)?).map_err(KvmError::ioctl(what))?;
         if written < entries.len() {

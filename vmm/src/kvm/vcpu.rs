@@ -199,7 +199,7 @@ impl Vcpu {
         if !marks.remove(function) {
             return false;
         }
-        self.settle();
+        let _ = self.settle();
         registers.rip = function;
         // Reading them has just worked.
         let _ = self.fd.set_regs(&registers);

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 /// Pages in a row that are worth keeping.
@@ -39,12 +40,12 @@ impl GuestMemory {
         let mut extents = Extents::default();
         for region in self.inner.iter() {
             let (start, length) = (region.start_addr().0, region.len());
-            let resident = resident_pages(region.as_ptr(), length)
+            let kept = kept_pages(region.as_ptr(), length)
                 .map_err(|source| MemoryError::Contents { address: start, source })?;
-            for (number, is_resident) in (0..).zip(resident) {
+            for (number, is_kept) in (0..).zip(kept) {
                 let address = start + number * PAGE_SIZE;
                 // A page of a file has content whether the host has read it yet or not.
-                let is_known = is_resident || files.iter().any(|range| range.contains(&address));
+                let is_known = is_kept || files.iter().any(|range| range.contains(&address));
                 if is_known && !self.is_zero(address)? {
                     extents.add(address, start);
                 }
@@ -92,16 +93,22 @@ impl Extents {
     }
 }
 
-/// For each page of a mapping, whether the host has it in memory.
-fn resident_pages(address: *mut u8, length: u64) -> io::Result<Vec<bool>> {
-    let length = usize::try_from(length).map_err(io::Error::other)?;
-    let mut states = vec![0_u8; length.div_ceil(PAGE)];
-    // SAFETY: the range is a mapping of this process, and mincore writes a byte for each of its pages.
-    let result = unsafe { libc::mincore(address.cast(), length, states.as_mut_ptr()) };
-    if result != 0 {
-        return Err(io::Error::last_os_error());
+/// For each page of a mapping, whether the host keeps it anywhere: in memory or in swap
+/// (Documentation/admin-guide/mm/pagemap.rst).
+fn kept_pages(address: *mut u8, length: u64) -> io::Result<Vec<bool>> {
+    const PRESENT_OR_SWAPPED: u64 = 1 << 63 | 1 << 62;
+    const ENTRY: usize = size_of::<u64>();
+    let pages = usize::try_from(length.div_ceil(PAGE_SIZE)).map_err(io::Error::other)?;
+    let mut entries = vec![0; pages * ENTRY];
+    let first = address.addr() / PAGE * ENTRY;
+    match File::open("/proc/self/pagemap") {
+        Ok(file) => file.read_exact_at(&mut entries, first as u64)?,
+        // A program with privileges of its own may not look. Then every page has to be.
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Ok(vec![true; pages]),
+        Err(error) => return Err(error),
     }
-    Ok(states.into_iter().map(|state| state & 1 != 0).collect())
+    let entries = entries.as_chunks::<ENTRY>().0;
+    Ok(entries.iter().map(|entry| u64::from_le_bytes(*entry) & PRESENT_OR_SWAPPED != 0).collect())
 }
 
 /// Whether extents are whole pages in ascending order that do not overlap, inside these ranges.

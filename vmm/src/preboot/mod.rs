@@ -13,6 +13,7 @@ mod file;
 use crate::bus::lock;
 use crate::config::{Config, Console, GuestConfig};
 use crate::devices::{io_apic, serial};
+use crate::exit::ExitReason;
 use crate::kvm::{self, Hypervisor, KvmError, Vcpu, VcpuState, Vm};
 use crate::layout;
 use crate::machine::{Error, Machine};
@@ -21,11 +22,14 @@ use crate::running::Frozen;
 use crate::timeline::{Instant, Timeline};
 use guest_protocol::BootMark;
 use kvm_bindings::kvm_cpuid_entry2;
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, open};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, mkdir, open, openat, renameat, unlinkat};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
-use std::fs::File;
+use std::ffi::OsString;
+use std::fs::{File, Permissions};
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 /// Where init executes again what the frozen machine executed last.
@@ -71,8 +75,22 @@ pub enum PrebootError {
         source: io::Error,
     },
     /// The guest did not get as far as init.
-    #[error("the guest did not reach init: {0}")]
+    #[error("the guest did not reach init: {0}; `kindling boot --cold` shows more")]
     Ended(String),
+    /// The machine cannot be written down where it stopped.
+    #[error("the guest stopped where it cannot be kept: {0}")]
+    NotKeepable(&'static str),
+    /// A guest that continued from the new file did not end well.
+    #[error("a guest that continued from it did not end as it should: {0}; build the image anew")]
+    Trial(String),
+    /// This host does not take what the file says of a machine.
+    #[error("{} cannot be continued from", path.display())]
+    Restore {
+        /// The file.
+        path: PathBuf,
+        /// What stands in the way.
+        source: Box<Error>,
+    },
 }
 
 /// What a pre-booted kernel was made from. It serves the same and nothing else.
@@ -97,6 +115,13 @@ impl MadeFor {
             mem_size_mib: config.machine.mem_size_mib,
         })
     }
+}
+
+/// What a kernel is patched for. Descriptions of caches are left out: where cores of a host are of different
+/// kinds, they depend on the core that was asked.
+fn features(mut cpuid: Vec<kvm_cpuid_entry2>) -> Vec<kvm_cpuid_entry2> {
+    cpuid.retain(|entry| ![0x2, 0x4, 0x8000_0005, 0x8000_0006, 0x8000_001d].contains(&entry.function));
+    cpuid
 }
 
 /// A machine that stopped, as plain data.
@@ -130,13 +155,16 @@ impl Preboot {
     /// Opens the one that the configuration names; none where it names none or the file does not exist.
     pub(crate) fn open(config: &Config) -> Result<Option<Self>, PrebootError> {
         let Some(path) = &config.preboot else { return Ok(None) };
-        let (state, file, pages) = match file::read(path) {
-            Err(PrebootError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-                return Ok(None);
-            }
-            result => result?,
-        };
-        let this = Self { path: path.clone(), state, file, pages };
+        match file::open(path) {
+            Err(PrebootError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(None),
+            file => Self::read(file?, path, config).map(Some),
+        }
+    }
+
+    /// Reads one that is open; `path` is for messages.
+    fn read(file: File, path: &Path, config: &Config) -> Result<Self, PrebootError> {
+        let (state, pages) = file::read(&file, path)?;
+        let this = Self { path: path.into(), state, file, pages };
         let asked = MadeFor::config(config)?;
         let made = &this.state.made_for;
         if made.vmm != asked.vmm {
@@ -154,12 +182,21 @@ impl Preboot {
             let what = "its pages are not those of a guest".to_owned();
             return Err(PrebootError::Invalid { path: this.path, what });
         }
-        Ok(Some(this))
+        Ok(this)
+    }
+
+    /// Why a machine cannot continue from it after all.
+    pub(crate) fn not_restored(path: PathBuf, error: Error) -> PrebootError {
+        PrebootError::Restore { path, source: Box::new(error) }
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Whether this host's guests see the processor that the kernel was booted on.
     pub(crate) fn check_host(&self, hypervisor: &Hypervisor) -> Result<Option<PrebootError>, KvmError> {
-        let here = hypervisor.cpuid(self.state.made_for.vcpu_count)?;
+        let here = features(hypervisor.cpuid(self.state.made_for.vcpu_count)?);
         Ok((here != self.state.cpuid).then(|| self.made("on another kind of processor, or with another KVM")))
     }
 
@@ -173,11 +210,12 @@ impl Preboot {
     }
 }
 
-/// Boots the machine of a configuration as far as init and keeps it in a file, which appears whole. Console
-/// and payload of the configuration play no part.
+/// Boots the machine of a configuration as far as init and keeps it in a file, which appears whole, and only
+/// after a guest has continued from it. Console and payload of the configuration play no part.
 ///
 /// # Errors
-/// When the machine cannot be built, its guest does not reach init, or the file cannot be written.
+/// When the machine cannot be built, its guest does not reach init, the file cannot be written, or a guest that
+/// continues from it does not end well.
 pub fn make(config: &Config, path: &Path) -> Result<(), Error> {
     let config = Config {
         console: Console::Null,
@@ -187,13 +225,29 @@ pub fn make(config: &Config, path: &Path) -> Result<(), Error> {
         ..config.clone()
     };
     let made_for = MadeFor::config(&config)?;
-    let timeline = Timeline::starting_at(Instant::now());
-    let running = Machine::build(&config, timeline, Some(FREEZE_AT))?.start()?;
+    let running = Machine::build(&config, Timeline::starting_at(Instant::now()), Some(FREEZE_AT))?.start()?;
     let mut frozen = running.freeze().map_err(|reason| PrebootError::Ended(reason.to_string()))?;
     let state = frozen.state(made_for)?;
-    save(path, &state, &frozen.machine().memory)
-        .map_err(|source| PrebootError::Write { path: path.into(), source })?;
+    let failed = |source| PrebootError::Write { path: path.into(), source };
+    let place = Place::of(path).map_err(failed)?;
+    let mut file = place.file_without_a_name().map_err(failed)?;
+    file::write(&mut file, &state, &frozen.machine().memory).map_err(|error| match error {
+        file::WriteError::File(source) => failed(source),
+        file::WriteError::Memory(error) => failed(io::Error::other(error)),
+    })?;
+    drop(frozen);
+    try_out(&config, Preboot::read(file.try_clone().map_err(failed)?, path, &config)?)?;
+    place.publish(&file).map_err(failed)?;
     Ok(())
+}
+
+/// Lets a guest continue from a new file, to its end.
+fn try_out(config: &Config, preboot: Preboot) -> Result<(), Error> {
+    let machine = Machine::continue_from(config, preboot, Timeline::starting_at(Instant::now()))?;
+    match machine.start()?.wait().reason {
+        ExitReason::Payload(0) => Ok(()),
+        reason => Err(PrebootError::Trial(reason.to_string()).into()),
+    }
 }
 
 impl State {
@@ -201,15 +255,16 @@ impl State {
     pub(crate) fn restore(&self, vm: &Vm, vcpus: &[Vcpu]) -> Result<(), KvmError> {
         vm.set_clock(self.clock)?;
         // All vCPUs get one value: KVM sees that they belong together and keeps them in step.
-        vcpus.iter().zip(&self.vcpus).try_for_each(|(vcpu, state)| vcpu.restore(state, self.tsc))
+        let mut pairs = vcpus.iter().zip(&self.vcpus).enumerate();
+        pairs.try_for_each(|(number, (vcpu, state))| vcpu.restore(state, self.tsc, number == 0))
     }
 }
 
 impl Frozen {
     fn state(&mut self, made_for: MadeFor) -> Result<State, Error> {
         let known = kvm::msr_indices()?;
-        for vcpu in &mut self.vcpus {
-            vcpu.settle();
+        if !self.vcpus.iter_mut().all(Vcpu::settle) {
+            return Err(PrebootError::NotKeepable("a vCPU is in the middle of an access to a device").into());
         }
         let machine = self.machine();
         let byte_at = |address| {
@@ -218,19 +273,20 @@ impl Frozen {
             Some(byte[0])
         };
         if !self.vcpus[self.marked].step_back_over_out(byte_at)? {
-            return Err(PrebootError::Ended("its init marks its start in another way".to_owned()).into());
+            return Err(PrebootError::NotKeepable("its init marks its start in another way").into());
         }
+        let tsc = self.tsc.ok_or(PrebootError::NotKeepable("its time stamp counter could not be read"))?;
         // The clock is read after the counter was, and is set with it.
         let first = &self.vcpus[0];
         let (later, khz) = (first.tsc()?, first.tsc_khz()?);
-        let since = u128::from(later.saturating_sub(self.tsc)) * 1_000_000 / u128::from(khz.max(1));
+        let since = u128::from(later.saturating_sub(tsc)) * 1_000_000 / u128::from(khz.max(1));
         let clock = machine.vm.clock()?.saturating_sub(u64::try_from(since).unwrap_or(0));
         let vcpus = self.vcpus.iter().map(|vcpu| vcpu.state(&known)).collect::<Result<_, _>>()?;
         let io_apic = machine.devices.io_apic.as_ref().ok_or(PrebootError::NotAnImage)?;
         Ok(State {
-            cpuid: machine.vm.cpuid(made_for.vcpu_count)?,
+            cpuid: features(machine.vm.cpuid(made_for.vcpu_count)?),
             made_for,
-            tsc: self.tsc,
+            tsc,
             clock,
             vcpus,
             io_apic: lock(io_apic).state(),
@@ -240,19 +296,55 @@ impl Frozen {
     }
 }
 
-/// Writes the file without a name, so that nothing of it is left where this program is stopped.
-fn save(path: &Path, state: &State, memory: &GuestMemory) -> io::Result<()> {
-    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    std::fs::create_dir_all(directory)?;
-    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-    let mut file = File::from(open(directory, flags, Mode::from_raw_mode(0o644))?);
-    file::write(&mut file, state, memory).map_err(|error| match error {
-        file::WriteError::File(source) => source,
-        file::WriteError::Memory(error) => io::Error::other(error),
-    })?;
-    // A link cannot replace what is there, and a rename can.
-    let draft = path.with_added_extension(format!("draft-{}", std::process::id()));
-    let open_file = format!("/proc/self/fd/{}", file.as_raw_fd());
-    linkat(CWD, open_file, CWD, &draft, AtFlags::SYMLINK_FOLLOW)?;
-    std::fs::rename(&draft, path).inspect_err(|_| drop(std::fs::remove_file(&draft)))
+/// Where a file is to appear: a name in a folder that is no link, whoever the folder above belongs to.
+struct Place {
+    folder: OwnedFd,
+    name: OsString,
+}
+
+impl Place {
+    fn of(path: &Path) -> io::Result<Self> {
+        let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
+        match mkdir(folder, Mode::from_raw_mode(0o755)) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        Ok(Self { folder: open(folder, flags, Mode::empty())?, name })
+    }
+
+    /// A file of which nothing is left where this program is stopped.
+    fn file_without_a_name(&self) -> io::Result<File> {
+        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+        let file = File::from(openat(&self.folder, ".", flags, Mode::from_raw_mode(0o644))?);
+        // Whatever the caller's mask: there is nothing in it that another user's guest could not tell him.
+        file.set_permissions(Permissions::from_mode(0o644))?;
+        Ok(file)
+    }
+
+    /// Gives the file its name, in place of what has it.
+    fn publish(&self, file: &File) -> io::Result<()> {
+        /// Drafts that programs which were killed in this moment may have left.
+        const ATTEMPTS: u32 = 100;
+        let open_file = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let mut draft = self.name.clone();
+        // A link cannot replace what is there, and a rename can.
+        for attempt in 0..ATTEMPTS {
+            draft.clone_from(&self.name);
+            draft.push(format!(".draft-{}-{attempt}", std::process::id()));
+            match linkat(CWD, &open_file, &self.folder, &draft, AtFlags::SYMLINK_FOLLOW) {
+                Err(Errno::EXIST) => {}
+                result => {
+                    result?;
+                    break;
+                }
+            }
+        }
+        let renamed = renameat(&self.folder, &draft, &self.folder, &self.name);
+        if renamed.is_err() {
+            let _ = unlinkat(&self.folder, &draft, AtFlags::empty());
+        }
+        Ok(renamed?)
+    }
 }

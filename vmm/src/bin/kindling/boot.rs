@@ -4,7 +4,9 @@ use crate::terminal::RawTerminal;
 use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, complain, report, signals, tell};
 use clap::{ArgGroup, Args};
 use kindling::config::image::Image;
-use kindling::config::{self, BootSource, Config, ConfigError, Console, GuestConfig, ProfileConfig};
+use kindling::config::{
+    self, BootSource, Config, ConfigError, Console, GuestConfig, MachineConfig, ProfileConfig,
+};
 use kindling::function_marks;
 use kindling::{Error, Exit, ExitReason, Instant, Machine, Timeline};
 use std::ffi::OsString;
@@ -115,7 +117,11 @@ fn boot(arguments: &Arguments, timeline: Timeline) -> Result<Exit, Error> {
     let machine = Machine::new(&config, timeline)?;
     if let Some(refusal) = machine.preboot_refusal() {
         complain(refusal);
-        tell("kindling: booting without it; `kindling preboot` makes a new one\n");
+        let MachineConfig { vcpu_count, mem_size_mib } = config.machine;
+        tell(&format!(
+            "kindling: booting without it; `kindling preboot --image ... --vcpus {vcpu_count} --memory \
+             {mem_size_mib}` makes a new one\n"
+        ));
     }
     let running = machine.start()?;
     let stop = running.stop_handle()?;
@@ -169,8 +175,10 @@ impl Arguments {
         if let Some(count) = self.vcpus {
             config.machine.vcpu_count = u8::try_from(count).map_err(|_| ConfigError::VcpuCount(count))?;
         }
-        // With another root filesystem or command line the kernel is not the one that was booted.
-        if let (Some(image), None, None, false) = (&self.image, &self.initrd, &self.cmdline, self.cold) {
+        // With another root filesystem or command line the kernel is not the one that was booted, and whoever
+        // wants to know that the image's files are whole does not want to run a copy of their content.
+        let is_cold = self.cold || self.verify || self.initrd.is_some() || self.cmdline.is_some();
+        if let Some(image) = self.image.as_ref().filter(|_| !is_cold) {
             config.preboot = Some(Image::preboot_path(image, &config.machine));
         }
         config.console = match self.console.to_str() {

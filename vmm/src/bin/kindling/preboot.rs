@@ -41,6 +41,7 @@ fn make(arguments: &Arguments) -> Result<PathBuf, Error> {
     let vcpu_count = u8::try_from(arguments.vcpus).map_err(|_| ConfigError::VcpuCount(arguments.vcpus))?;
     let machine = MachineConfig { vcpu_count, mem_size_mib: arguments.memory };
     let image = Image::open(&arguments.image)?;
+    image.verify(&arguments.image)?;
     let path = Image::preboot_path(&arguments.image, &machine);
     let config = Config { machine, ..Config::new(image.boot_source(&arguments.image)) };
     preboot::make(&config, &path)?;
