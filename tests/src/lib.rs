@@ -114,7 +114,7 @@ impl Image {
 /// When there is no report.
 #[must_use]
 pub fn has_continued(report: &Path) -> bool {
-    std::fs::read_to_string(report).expect("no report").contains("pre-booted kernel mapped")
+    std::fs::read_to_string(report).expect("no report").contains("pre-booted kernel loaded")
 }
 
 /// Boots the default image without a payload and checks init's greeting.

@@ -169,8 +169,8 @@ impl Machine {
         let controllers = config.boot_source.interrupt_controllers;
         let mut entry = None;
         if let Some(preboot) = &preboot {
-            preboot.map(&memory)?;
-            timeline.reached("pre-booted kernel mapped");
+            preboot.fill(&memory)?;
+            timeline.reached("pre-booted kernel loaded");
         } else {
             let hardware = Hardware { vcpus: vcpu_count, lines: &LINES, controllers };
             entry = Some(boot::load(&memory, &config.boot_source, hardware)?);

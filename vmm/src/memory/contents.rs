@@ -2,6 +2,8 @@
 
 use super::{GuestMemory, MemoryError};
 use crate::layout::{PAGE, PAGE_SIZE};
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io;
@@ -72,6 +74,44 @@ impl GuestMemory {
         }
         Ok(())
     }
+}
+
+impl GuestMemory {
+    /// Reads the pages of a file into guest memory, those of each extent in turn; holes of the file are left
+    /// out.
+    ///
+    /// # Errors
+    /// When an extent is not guest memory, or the file cannot be read.
+    pub fn read_contents(&self, extents: &[Extent], file: &File, offset: u64) -> Result<(), MemoryError> {
+        let mut position = offset;
+        for extent in extents {
+            let end = position + extent.length();
+            let mut from = position;
+            while let Some(data) = next_data(file, from, end) {
+                let address = GuestAddress(extent.start + (data.start - position));
+                self.read_file(address, file, data.start, data.end - data.start)?;
+                from = data.end;
+            }
+            position = end;
+        }
+        Ok(())
+    }
+}
+
+/// The next part of a file that is no hole, from `from` on and before `end`. A file system that does not know
+/// its holes has none.
+fn next_data(file: &File, from: u64, end: u64) -> Option<Range<u64>> {
+    if from >= end {
+        return None;
+    }
+    let start = match seek(file, SeekFrom::Data(from)) {
+        Ok(start) => start,
+        // There is nothing but a hole up to the end of the file.
+        Err(Errno::NXIO) => return None,
+        Err(_) => return Some(from..end),
+    };
+    let stop = seek(file, SeekFrom::Hole(start)).unwrap_or(end).min(end);
+    (start < end).then_some(start..stop)
 }
 
 /// Extents under construction, from low addresses to high ones.
@@ -157,6 +197,24 @@ mod tests {
         let mut byte = [0];
         copy.read(GuestAddress(7 * PAGE_SIZE + 4095), &mut byte).unwrap();
         assert_eq!(byte, [2]);
+        let copy = GuestMemory::anonymous(64 * MIB).unwrap();
+        copy.read_contents(&extents, &file, PAGE_SIZE).unwrap();
+        assert_eq!(copy.contents().unwrap(), extents);
+    }
+
+    #[test]
+    fn holes_of_a_file_are_not_read() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[1; PAGE]).unwrap();
+        file.set_len(9 * PAGE_SIZE).unwrap();
+        file.write_all_at(&[2; PAGE], 6 * PAGE_SIZE).unwrap();
+        assert_eq!(next_data(&file, 0, 9 * PAGE_SIZE), Some(0..PAGE_SIZE));
+        assert_eq!(next_data(&file, PAGE_SIZE, 9 * PAGE_SIZE), Some(6 * PAGE_SIZE..7 * PAGE_SIZE));
+        assert_eq!(next_data(&file, PAGE_SIZE, 6 * PAGE_SIZE), None);
+        assert_eq!(next_data(&file, 7 * PAGE_SIZE, 9 * PAGE_SIZE), None);
+        let memory = GuestMemory::anonymous(MIB).unwrap();
+        memory.read_contents(&[extent(3, 9)], &file, 0).unwrap();
+        assert_eq!(memory.contents().unwrap(), [extent(3, 7)]);
     }
 
     #[test]
