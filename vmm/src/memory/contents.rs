@@ -1,7 +1,7 @@
 //! What there is in guest memory, and putting it back.
 
 use super::{GuestMemory, MemoryError};
-use crate::layout::{PAGE, PAGE_SIZE};
+use crate::layout::{self, PAGE, PAGE_SIZE};
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
@@ -78,7 +78,8 @@ impl GuestMemory {
 
 impl GuestMemory {
     /// Reads the pages of a file into guest memory, those of each extent in turn; holes of the file are left
-    /// out.
+    /// out, and what is longest is mapped: the kernel's list of pages, 16 MiB for each GiB of memory, of which
+    /// a start needs little.
     ///
     /// # Errors
     /// When an extent is not guest memory, or the file cannot be read.
@@ -89,7 +90,12 @@ impl GuestMemory {
             let mut from = position;
             while let Some(data) = next_data(file, from, end) {
                 let address = GuestAddress(extent.start + (data.start - position));
-                self.read_file(address, file, data.start, data.end - data.start)?;
+                let length = data.end - data.start;
+                if length >= LONG {
+                    self.map_file(address, file, data.start, length)?;
+                } else {
+                    self.read_file(address, file, data.start, length)?;
+                }
                 from = data.end;
             }
             position = end;
@@ -97,6 +103,9 @@ impl GuestMemory {
         Ok(())
     }
 }
+
+/// Bytes in a row that are longer than anything that a kernel writes to all over.
+const LONG: u64 = 8 * layout::MIB;
 
 /// The next part of a file that is no hole, from `from` on and before `end`. A file system that does not know
 /// its holes has none.
@@ -200,6 +209,20 @@ mod tests {
         let copy = GuestMemory::anonymous(64 * MIB).unwrap();
         copy.read_contents(&extents, &file, PAGE_SIZE).unwrap();
         assert_eq!(copy.contents().unwrap(), extents);
+    }
+
+    #[test]
+    fn what_is_long_is_mapped() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&vec![1; 9 << 20]).unwrap();
+        let memory = GuestMemory::anonymous(16 * MIB).unwrap();
+        memory.read_contents(&[extent(256, 2304)], &file, 0).unwrap();
+        let mapped = super::super::lock_ranges(&memory.files).clone();
+        assert!(
+            !mapped.is_empty() && mapped.iter().all(|range| range.end - range.start >= LONG),
+            "{mapped:?}"
+        );
+        assert_eq!(memory.contents().unwrap(), [extent(256, 2304)]);
     }
 
     #[test]

@@ -206,7 +206,7 @@ impl Preboot {
 
     /// Puts the guest's pages into its memory. They are mapped where there is one vCPU: it needs a tenth of
     /// them. With several, each first write of one would take the page from all the others, which stop for it
-    /// and spin at its door until it is there (`kvm_faultin_pfn` in arch/x86/kvm/mmu/mmu.c); so they are read.
+    /// and spin at its door until it is there (`kvm_faultin_pfn` in arch/x86/kvm/mmu/mmu.c); so most are read.
     pub(crate) fn fill(&self, memory: &GuestMemory) -> Result<(), MemoryError> {
         if self.state.vcpus.len() > 1 {
             memory.read_contents(&self.state.extents, &self.file, self.pages)
