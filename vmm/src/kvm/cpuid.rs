@@ -46,6 +46,11 @@ pub(super) fn for_vcpu(supported: &CpuId, id: u8, count: u8) -> Result<CpuId, Kv
     })
 }
 
+/// The same of the first vCPU, as plain data.
+pub(super) fn of_first_vcpu(supported: &CpuId, count: u8) -> Result<Vec<kvm_cpuid_entry2>, KvmError> {
+    Ok(for_vcpu(supported, 0, count)?.as_slice().to_vec())
+}
+
 fn adapt(entry: &mut kvm_cpuid_entry2, id: u8, count: u8) {
     let (id, count) = (u32::from(id), u32::from(count));
     match entry.function {

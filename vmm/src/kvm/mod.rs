@@ -98,7 +98,7 @@ impl Hypervisor {
     /// # Errors
     /// When KVM has more leaves than it takes.
     pub fn cpuid(&self, count: u8) -> Result<Vec<kvm_cpuid_entry2>, KvmError> {
-        Ok(cpuid::for_vcpu(&self.supported_cpuid, 0, count)?.as_slice().to_vec())
+        cpuid::of_first_vcpu(&self.supported_cpuid, count)
     }
 }
 
@@ -194,7 +194,7 @@ impl Vm {
     /// # Errors
     /// When KVM has more leaves than it takes.
     pub fn cpuid(&self, count: u8) -> Result<Vec<kvm_cpuid_entry2>, KvmError> {
-        Ok(cpuid::for_vcpu(&self.supported_cpuid, 0, count)?.as_slice().to_vec())
+        cpuid::of_first_vcpu(&self.supported_cpuid, count)
     }
 
     /// Nanoseconds of the machine's clock, which kvm-clock shows to the guest.

@@ -4,7 +4,7 @@
 //! A kernel's boot is the same every time as long as image, vCPUs, memory and processor are the same, so
 //! it need not happen every time. [`make`] boots a machine and stops it in front of the first mark of init
 //! ([`BootMark::InitEntered`]): nothing before that mark depends on the payload, and init executes it anew
-//! in each machine. Later machines map the pages of guest memory copy-on-write and set the registers. What
+//! in each machine. Later machines map or read the pages of guest memory and set the registers. What
 //! must not be the same in two guests, random numbers and the time, init asks for afterwards and sets
 //! before the payload runs.
 
@@ -33,7 +33,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 /// Where init executes again what the frozen machine executed last.
-pub(crate) const FREEZE_AT: BootMark = BootMark::InitEntered;
+const FREEZE_AT: BootMark = BootMark::InitEntered;
 
 /// Why there is no pre-booted kernel to continue from, or none could be made.
 #[derive(Debug, thiserror::Error)]

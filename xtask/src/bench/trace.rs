@@ -133,7 +133,8 @@ fn event(line: &str) -> Option<(Event, Instant)> {
 fn evaluate(trace: &str, spawned: Instant, seen: Instant, ended: Instant) -> Option<Traced> {
     let (mut first_entry, mut last_exit) = (None, None);
     let (mut user_exits, mut page_faults) = (0, 0);
-    for (event, at) in trace.lines().filter_map(event) {
+    // What came before was a run that failed, and was made again.
+    for (event, at) in trace.lines().filter_map(event).filter(|(_, at)| *at >= spawned) {
         match event {
             Event::Entry => first_entry = Some(first_entry.map_or(at, |first: Instant| first.min(at))),
             Event::UserExit => last_exit = last_exit.max(Some(at)),
@@ -166,6 +167,15 @@ mod tests {
     fn events_count_until_the_text_was_seen() {
         let traced = evaluate(TRACE, Instant(3_000_000_000), Instant(3_000_250_000), Instant(3_000_900_000));
         assert_eq!(traced, Some(Traced { user_exits: 1, page_faults: 2, vmm_only: 100_000 + 600_000 }));
+    }
+
+    #[test]
+    fn events_of_a_run_that_failed_before_do_not_count() {
+        let before = TRACE.replace("     3.000", "     2.000");
+        let both = before + TRACE;
+        let traced =
+            |trace| evaluate(trace, Instant(3_000_000_000), Instant(3_000_250_000), Instant(3_000_900_000));
+        assert_eq!(traced(&both), traced(TRACE));
     }
 
     #[test]
