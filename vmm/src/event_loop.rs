@@ -1,15 +1,18 @@
-//! The one loop that waits for everything that is not a vCPU: console input, the end of a vCPU,
+//! The one loop that waits for everything that is not a vCPU: console input, devices, the end of a vCPU,
 //! and the wish to stop.
 
+use crate::bus::lock;
 use crate::devices::console::EscapeFilter;
 use crate::devices::serial::SerialPort;
+use crate::devices::virtio::{Transport, Watcher};
+use crate::timeline::Instant;
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::io::Errno;
 use std::fs::File;
 use std::io::{self, IsTerminal, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::{Mutex, TryLockError};
+use std::sync::{Arc, Mutex, TryLockError};
 use vmm_sys_util::eventfd::EventFd;
 
 /// Console input on its way to the serial port.
@@ -66,24 +69,38 @@ const SOURCE: u64 = 2;
 const DRAINED: u64 = 3;
 /// Not an event: the port was busy, and input is offered again.
 const RETRY: u64 = 4;
-/// How long to wait before that.
-const RETRY_INTERVAL: Timespec = Timespec { tv_sec: 0, tv_nsec: 5_000_000 };
+/// How long to wait before that, in nanoseconds.
+const RETRY_INTERVAL: u64 = 5_000_000;
+/// Events that are taken at once.
+const EVENTS: usize = 16;
 
 /// The loop's descriptors, registered before any vCPU runs.
 #[derive(Debug)]
 pub(crate) struct EventLoop {
-    epoll: OwnedFd,
+    epoll: Arc<OwnedFd>,
     input: Option<Input>,
     /// Input waits for a port that was busy.
     retry: bool,
+    devices: Vec<Arc<Mutex<Transport>>>,
+    /// When each device wants to be called at the latest.
+    deadlines: Vec<Option<Instant>>,
 }
 
 impl EventLoop {
-    pub(crate) fn new(ended: &EventFd, stop: &EventFd, input: Option<Input>) -> io::Result<Self> {
-        let epoll = epoll::create(CreateFlags::CLOEXEC)?;
+    pub(crate) fn new(
+        ended: &EventFd,
+        stop: &EventFd,
+        input: Option<Input>,
+        devices: Vec<Arc<Mutex<Transport>>>,
+    ) -> io::Result<Self> {
+        let epoll = Arc::new(epoll::create(CreateFlags::CLOEXEC)?);
         watch(&epoll, borrow(ended), VCPU_ENDED)?;
         watch(&epoll, borrow(stop), STOP)?;
-        let mut this = Self { epoll, input, retry: false };
+        for (number, device) in (1..).zip(&devices) {
+            lock(device).watch(Watcher::new(Arc::clone(&epoll), number))?;
+        }
+        let deadlines = vec![None; devices.len()];
+        let mut this = Self { epoll, input, retry: false, devices, deadlines };
         if let Some(input) = &mut this.input {
             watch(&this.epoll, borrow(&input.drained), DRAINED)?;
             input.state = match watch(&this.epoll, input.source.as_fd(), SOURCE) {
@@ -98,14 +115,14 @@ impl EventLoop {
 
     /// Runs until something ends the machine.
     pub(crate) fn run(&mut self, serial: &Mutex<SerialPort>) -> LoopEnd {
-        let mut events = Vec::with_capacity(8);
+        let mut events = Vec::with_capacity(EVENTS);
         if self.serve_ready_source(serial) {
             return LoopEnd::Left;
         }
         loop {
             events.clear();
-            let limit = self.retry.then_some(&RETRY_INTERVAL);
-            match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), limit) {
+            let limit = self.limit();
+            match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), limit.as_ref()) {
                 Ok(_) | Err(Errno::INTR) => {}
                 // epoll_wait fails only for wrong arguments; a loop that cannot wait must not spin.
                 Err(_) => return LoopEnd::Stopped,
@@ -113,14 +130,52 @@ impl EventLoop {
             if events.is_empty() && self.retry && self.serve_input(serial, RETRY) {
                 return LoopEnd::Left;
             }
+            self.serve_deadlines();
             for event in &events {
                 let data: EventData = event.data;
+                if let Some(device) = (data.u64() >> 32).checked_sub(1) {
+                    self.serve_device(device, data.u64(), event.flags);
+                    continue;
+                }
                 match data.u64() {
                     VCPU_ENDED => return LoopEnd::VcpuEnded,
                     STOP => return LoopEnd::Stopped,
                     SOURCE | DRAINED if self.serve_input(serial, data.u64()) => return LoopEnd::Left,
                     _ => {}
                 }
+            }
+        }
+    }
+
+    /// How long to wait at most.
+    fn limit(&self) -> Option<Timespec> {
+        let earliest = self.deadlines.iter().flatten().min();
+        let until = earliest.map(|deadline| deadline.0.saturating_sub(Instant::now().0));
+        let nanoseconds = until.into_iter().chain(self.retry.then_some(RETRY_INTERVAL)).min()?;
+        let (seconds, rest) = (nanoseconds / 1_000_000_000, nanoseconds % 1_000_000_000);
+        Some(Timespec { tv_sec: seconds.try_into().ok()?, tv_nsec: rest.try_into().ok()? })
+    }
+
+    /// Calls a device for one of its descriptors.
+    fn serve_device(&mut self, device: u64, token: u64, flags: EventFlags) {
+        let Ok(device) = usize::try_from(device) else { return };
+        let token = u32::try_from(token & u64::from(u32::MAX)).unwrap_or(u32::MAX);
+        let mut transport = lock(&self.devices[device]);
+        transport.serve(token, flags);
+        self.deadlines[device] = transport.deadline();
+    }
+
+    /// Calls the devices whose time has come.
+    fn serve_deadlines(&mut self) {
+        if self.deadlines.iter().all(Option::is_none) {
+            return;
+        }
+        let now = Instant::now();
+        for (device, deadline) in self.devices.iter().zip(&mut self.deadlines) {
+            if deadline.is_some_and(|deadline| deadline.0 <= now.0) {
+                let mut transport = lock(device);
+                transport.serve_deadline();
+                *deadline = transport.deadline();
             }
         }
     }

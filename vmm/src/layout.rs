@@ -66,6 +66,8 @@ pub const IDENTITY_MAP_END: GuestAddress = GuestAddress(0x4000_0000);
 pub const MMIO_GAP: GuestAddress = GuestAddress(0xc000_0000);
 /// RAM above the device gap.
 pub const RAM_ABOVE_GAP: GuestAddress = GuestAddress(0x1_0000_0000);
+/// Registers of the first virtio device; each has a page, one after the other.
+pub const VIRTIO_MMIO: GuestAddress = GuestAddress(0xd000_0000);
 /// Registers of the I/O APIC (Intel 82093AA, section 3.0).
 pub const IO_APIC: GuestAddress = GuestAddress(0xfec0_0000);
 /// Registers of the local APICs (Intel SDM, volume 3, section 11.4.1).
@@ -79,6 +81,10 @@ pub const KVM_TSS: GuestAddress = GuestAddress(0xfffb_d000);
 pub const IO_APIC_PINS: u8 = 24;
 /// Interrupt of the serial port, the one a PC's first port has.
 pub const SERIAL_GSI: Gsi = Gsi(4);
+/// Interrupt of the first virtio device; the others follow.
+const VIRTIO_GSI: u32 = 5;
+/// virtio devices that a machine can have: each has a line of the I/O APIC.
+pub const DEVICES_MAX: usize = IO_APIC_PINS as usize - VIRTIO_GSI as usize;
 
 /// The eight registers of the serial port.
 pub const SERIAL_PORT: u16 = 0x3f8;
@@ -105,12 +111,21 @@ const _: () = {
     assert!(precedes(MP_TABLE, MP_TABLE_MAX, LOW_MEMORY_END));
     assert!(precedes(LOW_MEMORY_END, 0, HIGH_MEMORY));
     assert!(precedes(HIGH_MEMORY, 0, IDENTITY_MAP_END));
-    assert!(precedes(MMIO_GAP, 0, IO_APIC));
+    assert!(precedes(MMIO_GAP, 0, VIRTIO_MMIO));
+    assert!(precedes(VIRTIO_MMIO, DEVICES_MAX as u64 * PAGE_SIZE, IO_APIC));
     assert!(precedes(IO_APIC, PAGE_SIZE, LOCAL_APIC));
     assert!(precedes(LOCAL_APIC, PAGE_SIZE, KVM_IDENTITY_MAP));
     assert!(precedes(KVM_IDENTITY_MAP, PAGE_SIZE, KVM_TSS));
     assert!(precedes(KVM_TSS, 3 * PAGE_SIZE, RAM_ABOVE_GAP));
 };
+
+/// Registers and interrupt of a virtio device, counted from zero; there are at most [`DEVICES_MAX`].
+#[must_use]
+pub const fn virtio_device(number: usize) -> (GuestAddress, Gsi) {
+    #[expect(clippy::cast_possible_truncation, reason = "numbers are below DEVICES_MAX")]
+    let line = VIRTIO_GSI + number as u32;
+    (GuestAddress(VIRTIO_MMIO.0 + number as u64 * PAGE_SIZE), Gsi(line))
+}
 
 /// The RAM of a machine as start and size of one or two ranges.
 ///

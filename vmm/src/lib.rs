@@ -20,6 +20,7 @@
 //! # }
 //! ```
 
+mod attach;
 pub mod boot;
 pub mod bus;
 pub mod config;

@@ -1,5 +1,6 @@
 //! From a configuration to a machine that runs: the recipe, in the order it happens.
 
+use crate::attach::Opened;
 use crate::boot::Hardware;
 use crate::boot::{self, BootError};
 use crate::bus::{Buses, lock};
@@ -12,10 +13,11 @@ use crate::devices::io_apic::IoApic;
 use crate::devices::kernel_log::KernelLog;
 use crate::devices::legacy::{AbsentClock, KeyboardController, ResetControl};
 use crate::devices::serial::SerialPort;
+use crate::devices::virtio::Transport;
 use crate::event_loop::Input;
 use crate::function_marks::{FunctionMarks, MarkError};
 use crate::kvm::{Hypervisor, KvmError, Vcpu, Vm};
-use crate::layout::{self, Gsi};
+use crate::layout;
 use crate::memory::{GuestMemory, MemoryError};
 use crate::preboot::{self, Preboot, PrebootError};
 use crate::profile::Recorder;
@@ -82,9 +84,6 @@ impl Error {
     }
 }
 
-/// Interrupt lines that lead to a device.
-const LINES: [Gsi; 1] = [layout::SERIAL_GSI];
-
 /// A machine that is built and not running: memory holds the kernel, devices wait, vCPUs are at
 /// their first instruction.
 #[derive(Debug)]
@@ -111,6 +110,8 @@ pub(crate) struct Devices {
     pub(crate) io_apic: Option<Arc<Mutex<IoApic>>>,
     /// Where init sends the kernel's log, if the boot is profiled.
     pub(crate) kernel_log: Option<Arc<Mutex<KernelLog>>>,
+    /// The virtio devices, in the order of their registers.
+    pub(crate) virtio: Vec<Arc<Mutex<Transport>>>,
     pub(crate) input: Option<Input>,
 }
 
@@ -165,6 +166,7 @@ impl Machine {
         // What the user can get wrong comes first, so that it is named even where there is no KVM.
         let vcpu_count = config.machine.vcpu_count;
         let Origin { preboot, hypervisor, refusal } = origin;
+        let opened = Opened::new(&config.devices)?;
         let memory = GuestMemory::anonymous(config.machine.mem_size_mib * layout::MIB)?;
         let controllers = config.boot_source.interrupt_controllers;
         let mut entry = None;
@@ -172,7 +174,8 @@ impl Machine {
             preboot.fill(&memory)?;
             timeline.reached("pre-booted kernel loaded");
         } else {
-            let hardware = Hardware { vcpus: vcpu_count, lines: &LINES, controllers };
+            let (lines, devices) = (&opened.lines(), opened.count());
+            let hardware = Hardware { vcpus: vcpu_count, lines, devices, controllers };
             entry = Some(boot::load(&memory, &config.boot_source, hardware)?);
             timeline.reached("kernel loaded");
         }
@@ -188,7 +191,16 @@ impl Machine {
 
         let stopping = Arc::new(AtomicBool::new(false));
         let state = preboot.as_ref().map(|preboot| &preboot.state);
-        let devices = DevicesBuilder { config, vm: &vm, created, stopping: &stopping, freeze_at, state };
+        let devices = DevicesBuilder {
+            config,
+            vm: &vm,
+            memory: &memory,
+            opened,
+            created,
+            stopping: &stopping,
+            freeze_at,
+            state,
+        };
         let devices = devices.build()?;
         timeline.reached("devices built");
 
@@ -273,6 +285,8 @@ fn attach_memory(vm: &Vm, memory: &GuestMemory) -> Result<(), KvmError> {
 struct DevicesBuilder<'a> {
     config: &'a Config,
     vm: &'a Vm,
+    memory: &'a GuestMemory,
+    opened: Opened,
     created: Instant,
     stopping: &'a Arc<AtomicBool>,
     freeze_at: Option<BootMark>,
@@ -282,7 +296,7 @@ struct DevicesBuilder<'a> {
 
 impl DevicesBuilder<'_> {
     fn build(self) -> Result<Devices, Error> {
-        let Self { config, vm, created, stopping, freeze_at, state } = self;
+        let Self { config, vm, memory, opened, created, stopping, freeze_at, state } = self;
         let drained =
             EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(Error::host("make an eventfd"))?;
         let (target, input) = open_console(&config.console, &drained)?;
@@ -303,7 +317,7 @@ impl DevicesBuilder<'_> {
         let mut buses = Buses::default();
         let mut io_apic = None;
         if config.boot_source.interrupt_controllers == InterruptControllers::IoApic {
-            let mut device = IoApic::new(&LINES, vm.message_routes());
+            let mut device = IoApic::new(&opened.lines(), vm.message_routes());
             if let Some(state) = state {
                 device.restore(&state.io_apic);
             }
@@ -312,6 +326,7 @@ impl DevicesBuilder<'_> {
             buses.memory.claim(start..=start + layout::PAGE_SIZE - 1, device.clone());
             io_apic = Some(device);
         }
+        let virtio = opened.connect(vm, memory, &mut buses.memory)?;
         let bus = &mut buses.ports;
         let one = |port: u16| port..=port;
         bus.claim(layout::SERIAL_PORT..=layout::SERIAL_PORT + 7, serial.clone());
@@ -325,7 +340,7 @@ impl DevicesBuilder<'_> {
         if let Some(log) = &kernel_log {
             bus.claim(one(port::KERNEL_LOG), log.clone());
         }
-        Ok(Devices { buses: Arc::new(buses), marks, serial, io_apic, kernel_log, input })
+        Ok(Devices { buses: Arc::new(buses), marks, serial, io_apic, kernel_log, virtio, input })
     }
 }
 

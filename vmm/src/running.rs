@@ -115,7 +115,8 @@ impl Running {
         let eventfd =
             || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(Error::host("make an eventfd"));
         let (ended, stop) = (eventfd()?, eventfd()?);
-        let event_loop = EventLoop::new(&ended, &stop, machine.devices.input.take())
+        let devices = machine.devices.virtio.clone();
+        let event_loop = EventLoop::new(&ended, &stop, machine.devices.input.take(), devices)
             .map_err(Error::host("make an epoll instance"))?;
         let vcpus = std::mem::take(&mut machine.vcpus);
         let outcomes = Arc::default();

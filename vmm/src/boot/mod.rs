@@ -99,6 +99,8 @@ pub struct Hardware<'a> {
     pub vcpus: u8,
     /// Interrupt lines that lead to a device.
     pub lines: &'a [Gsi],
+    /// virtio devices.
+    pub devices: usize,
     /// The interrupt controllers.
     pub controllers: InterruptControllers,
 }
@@ -111,8 +113,9 @@ pub fn load(memory: &GuestMemory, source: &BootSource, hardware: Hardware<'_>) -
     let kernel = load_kernel(memory, &source.kernel_image_path)?;
     let initrd =
         source.initrd_path.as_ref().map(|path| initrd::load(memory, path, kernel.end)).transpose()?.flatten();
-    write_command_line(memory, &source.boot_args)?;
-    zero_page::write(memory, &kernel, initrd, &source.boot_args)?;
+    let line = announced(hardware.devices) + &source.boot_args;
+    write_command_line(memory, &line)?;
+    zero_page::write(memory, &kernel, initrd, &line)?;
     tables::write(memory)?;
     mp_table::write(memory, hardware)?;
     Ok(Entry { instruction: kernel.entry })
@@ -162,6 +165,17 @@ fn open(path: &Path) -> Result<(File, u64), BootError> {
     let file = File::open(path).map_err(failed)?;
     let length = file.metadata().map_err(failed)?.len();
     Ok((file, length))
+}
+
+/// The words that tell the kernel of the virtio devices (`vm_cmdline_set` in drivers/virtio/virtio_mmio.c). They
+/// come first, because a line may end with arguments of init's.
+#[must_use]
+pub fn announced(devices: usize) -> String {
+    let word = |number| {
+        let (registers, line) = layout::virtio_device(number);
+        format!("virtio_mmio.device=4K@{:#x}:{} ", registers.0, line.0)
+    };
+    (0..devices).map(word).collect()
 }
 
 fn write_command_line(memory: &GuestMemory, line: &str) -> Result<(), MemoryError> {

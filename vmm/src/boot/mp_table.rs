@@ -126,7 +126,7 @@ mod tests {
     }
 
     fn hardware(vcpus: u8, controllers: InterruptControllers) -> Hardware<'static> {
-        Hardware { vcpus, lines: &[Gsi(4), Gsi(5), Gsi(23)], controllers }
+        Hardware { vcpus, lines: &[Gsi(4), Gsi(5), Gsi(23)], devices: 0, controllers }
     }
 
     #[test]
@@ -162,8 +162,12 @@ mod tests {
     #[test]
     fn the_largest_table_fits_its_place() {
         let lines: Vec<Gsi> = (0..u32::from(layout::IO_APIC_PINS)).map(Gsi).collect();
-        let hardware =
-            Hardware { vcpus: layout::VCPUS_MAX, lines: &lines, controllers: InterruptControllers::Pc };
+        let hardware = Hardware {
+            vcpus: layout::VCPUS_MAX,
+            lines: &lines,
+            devices: 0,
+            controllers: InterruptControllers::Pc,
+        };
         assert!(table(hardware).len() as u64 <= layout::MP_TABLE_MAX);
     }
 }

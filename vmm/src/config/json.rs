@@ -1,6 +1,7 @@
 //! Firecracker's configuration file.
 
-use super::{BootSource, Config, ConfigError, Console, GuestConfig, MachineConfig};
+use super::devices::{Balloon, Devices, Drive, Entropy, NetworkInterface, Pmem, Vsock};
+use super::{BootSource, Config, ConfigError, MachineConfig};
 use serde::Deserialize;
 use std::fs::File;
 use std::io::Read;
@@ -17,6 +18,18 @@ struct ConfigFile {
     boot_source: BootSourceSection,
     #[serde(default)]
     machine_config: MachineSection,
+    #[serde(default)]
+    drives: Vec<Drive>,
+    #[serde(default)]
+    network_interfaces: Vec<NetworkInterface>,
+    #[serde(default)]
+    vsock: Option<Vsock>,
+    #[serde(default)]
+    entropy: Option<Entropy>,
+    #[serde(default)]
+    balloon: Option<Balloon>,
+    #[serde(default)]
+    pmem: Vec<Pmem>,
 }
 
 #[derive(Deserialize)]
@@ -52,7 +65,7 @@ impl Default for MachineSection {
     }
 }
 
-/// Reads a file of Firecracker's `--config-file` format: its `boot-source` and `machine-config`.
+/// Reads a file of Firecracker's `--config-file` format: boot source, machine and devices.
 ///
 /// Paths in it are relative to the current directory, as they are for Firecracker. The console is
 /// [`Console::Stdio`] and the payload is init's greeting; both can be changed in the result.
@@ -68,14 +81,35 @@ pub fn from_json_file(path: &Path) -> Result<Config, ConfigError> {
     if let Some(line) = boot_args {
         boot_source.boot_args = line;
     }
-    Ok(Config {
-        boot_source,
-        machine: machine(file.machine_config)?,
-        console: Console::Stdio,
-        guest: GuestConfig::default(),
-        profile: None,
-        preboot: None,
-    })
+    if let Some(root) = root_argument(&file.drives, &file.pmem) {
+        // In front, because a line may end with arguments of init's.
+        boot_source.boot_args.insert_str(0, &root);
+    }
+    let devices = Devices {
+        drives: file.drives,
+        network_interfaces: file.network_interfaces,
+        vsock: file.vsock,
+        entropy: file.entropy,
+        balloon: file.balloon,
+        pmem: file.pmem,
+    };
+    Ok(Config { machine: machine(file.machine_config)?, devices, ..Config::new(boot_source) })
+}
+
+/// The words on the command line that name the root device, if one of the devices is it. The guest counts
+/// drives in the order of the file.
+fn root_argument(drives: &[Drive], pmem: &[Pmem]) -> Option<String> {
+    let mode = |is_read_only: bool| if is_read_only { "ro" } else { "rw" };
+    let drive = drives.iter().zip('a'..='z').find(|(drive, _)| drive.is_root_device);
+    if let Some((drive, letter)) = drive {
+        let device = match &drive.partuuid {
+            Some(partition) => format!("PARTUUID={partition}"),
+            None => format!("/dev/vd{letter}"),
+        };
+        return Some(format!("root={device} {} ", mode(drive.is_read_only)));
+    }
+    let (number, pmem) = pmem.iter().enumerate().find(|(_, pmem)| pmem.root_device)?;
+    Some(format!("root=/dev/pmem{number} {} ", mode(pmem.read_only)))
 }
 
 fn machine(section: MachineSection) -> Result<MachineConfig, ConfigError> {

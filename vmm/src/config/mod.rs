@@ -2,16 +2,18 @@
 //!
 //! Names are those of Firecracker's JSON where it has the field.
 
+pub mod devices;
 pub mod image;
 mod json;
 
 pub use crate::devices::configuration::GuestConfig;
 pub use crate::profile::ProfileConfig;
+pub use devices::Devices;
 pub use json::from_json_file;
 pub(crate) use json::read_bounded;
 
 use crate::devices::configuration::Renewal;
-use crate::layout::{COMMAND_LINE_MAX, VCPUS_MAX};
+use crate::layout::{COMMAND_LINE_MAX, DEVICES_MAX, VCPUS_MAX};
 use guest_protocol::frame::MAX_FRAME;
 use std::io;
 use std::path::PathBuf;
@@ -25,6 +27,8 @@ pub struct Config {
     pub machine: MachineConfig,
     /// Where the serial console leads.
     pub console: Console,
+    /// Its virtio devices.
+    pub devices: Devices,
     /// What init runs.
     pub guest: GuestConfig,
     /// What to record of the boot; nothing by default, because recording costs time.
@@ -181,6 +185,47 @@ pub enum ConfigError {
         /// A value that works.
         supported: &'static str,
     },
+    /// More devices than a machine has lines for.
+    #[error("{0} devices were asked for; a machine has at most {DEVICES_MAX}")]
+    TooManyDevices(usize),
+    /// A name of a device that cannot be one.
+    #[error("{0:?} cannot be the name of a device: letters, digits, - and _ are allowed")]
+    DeviceId(String),
+    /// Two devices with one name.
+    #[error("two devices are called {0:?}")]
+    DeviceTwice(String),
+    /// A rate limiter that lets nothing pass.
+    #[error("the size and refill_time of a rate limiter cannot be 0")]
+    EmptyBucket,
+    /// A device on the command line that cannot be understood.
+    #[error("--{option} {value}: {what}")]
+    DeviceOption {
+        /// The option's name.
+        option: &'static str,
+        /// Its value.
+        value: String,
+        /// What is wrong, and what it may be.
+        what: String,
+    },
+    /// A number that is not a guest's.
+    #[error("guest_cid is {0}; those of guests go from 3 to 4294967294")]
+    GuestCid(u32),
+    /// A path that no Unix socket can have.
+    #[error("{} has {length} bytes; the path of a socket can have 107", path.display())]
+    SocketPath {
+        /// The path.
+        path: PathBuf,
+        /// Its length.
+        length: usize,
+    },
+    /// A file that cannot be the one behind a device.
+    #[error("{} cannot be a drive: {what}", path.display())]
+    DriveFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: String,
+    },
     /// A file of an image that is not the one its description names.
     #[error("{} is not the file that image.json describes: {what}", path.display())]
     ImageFile {
@@ -202,6 +247,7 @@ impl Config {
             boot_source,
             machine: MachineConfig::default(),
             console: Console::Stdio,
+            devices: Devices::default(),
             guest: GuestConfig::default(),
             profile: None,
             preboot: None,
@@ -231,9 +277,11 @@ impl Config {
         if machine.mem_size_mib > host_mib {
             return Err(ConfigError::MemoryTooLarge { asked: machine.mem_size_mib, host: host_mib });
         }
+        self.devices.validate()?;
         let line = &self.boot_source.boot_args;
-        if line.len() > COMMAND_LINE_MAX {
-            return Err(ConfigError::CommandLineTooLong(line.len()));
+        let length = line.len() + crate::boot::announced(self.devices.count()).len();
+        if length > COMMAND_LINE_MAX {
+            return Err(ConfigError::CommandLineTooLong(length));
         }
         if line.contains('\0') {
             return Err(ConfigError::NulByte("the kernel command line"));

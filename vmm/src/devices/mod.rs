@@ -9,3 +9,4 @@ pub mod io_apic;
 pub mod kernel_log;
 pub mod legacy;
 pub mod serial;
+pub mod virtio;

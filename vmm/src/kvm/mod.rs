@@ -11,19 +11,20 @@ pub use vcpu::{ExitCounts, Registers, Vcpu, VcpuEnd};
 
 use crate::config::InterruptControllers;
 use crate::devices::io_apic::{Message, MessageSink};
+use crate::devices::virtio::{ACKNOWLEDGE, ACKNOWLEDGE_QUEUES, DOORBELL, RegisterPages};
 use crate::layout::{self, Gsi};
 use crate::memory::GuestMemory;
 use kvm_bindings::{
-    CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_clock_data, kvm_cpuid_entry2,
-    kvm_enable_cap, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_msi,
-    kvm_userspace_memory_region,
+    CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_MEM_READONLY, KvmIrqRouting, kvm_clock_data,
+    kvm_cpuid_entry2, kvm_enable_cap, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1,
+    kvm_irq_routing_msi, kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Kvm, VmFd};
+use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VmFd};
 use rustix::io_uring::{IoringRegisterOp, io_uring_params, io_uring_register, io_uring_setup};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 /// Path of the KVM device.
@@ -241,6 +242,55 @@ impl Vm {
             unsafe { self.fd.set_user_memory_region(slot) }.map_err(KvmError::ioctl("take guest memory"))?;
         }
         Ok(())
+    }
+
+    /// Shows the registers of the virtio devices to the guest, which can read and not write them.
+    ///
+    /// # Safety
+    /// `pages` lives at least as long as the last vCPU of this machine.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub unsafe fn show_registers(&self, pages: &RegisterPages) -> Result<(), KvmError> {
+        /// Behind the slots of memory.
+        const SLOT: u32 = 16;
+        let slot = kvm_userspace_memory_region {
+            slot: SLOT,
+            flags: KVM_MEM_READONLY,
+            guest_phys_addr: layout::VIRTIO_MMIO.0,
+            memory_size: pages.size(),
+            userspace_addr: pages.mapping().as_ptr() as u64,
+        };
+        // SAFETY: the pages are mapped for `memory_size` bytes, lie outside RAM by the layout, and the caller
+        // keeps the mapping alive.
+        unsafe { self.fd.set_user_memory_region(slot) }
+            .map_err(KvmError::ioctl("show the registers of devices"))
+    }
+
+    /// The doorbell of a virtio device whose registers start at `registers`: it rings without an exit to this
+    /// process. The acknowledgement of an interrupt, of which a device learns nothing, ends in KVM as well.
+    ///
+    /// # Errors
+    /// When the host has no descriptor left, or KVM refuses.
+    pub fn doorbell(&self, registers: GuestAddress) -> Result<EventFd, KvmError> {
+        let what = "connect a device's doorbell";
+        let eventfd = || {
+            EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+                .map_err(|source| KvmError::Ioctl { what, source })
+        };
+        let doorbell = eventfd()?;
+        self.fd
+            .register_ioevent(&doorbell, &IoEventAddress::Mmio(registers.0 + DOORBELL), NoDatamatch)
+            .map_err(KvmError::ioctl(what))?;
+        // KVM holds this one, and nobody reads it.
+        self.fd
+            .register_ioevent(
+                &eventfd()?,
+                &IoEventAddress::Mmio(registers.0 + ACKNOWLEDGE),
+                ACKNOWLEDGE_QUEUES,
+            )
+            .map_err(KvmError::ioctl(what))?;
+        Ok(doorbell)
     }
 
     /// Makes the machine outlive this process by the milliseconds that destroying it takes.

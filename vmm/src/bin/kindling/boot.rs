@@ -1,5 +1,6 @@
 //! `kindling boot`: one machine from start to end.
 
+use crate::devices::DeviceArguments;
 use crate::terminal::RawTerminal;
 use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, complain, report, signals, tell};
 use clap::{ArgGroup, Args};
@@ -26,7 +27,7 @@ pub(crate) struct Arguments {
     /// Kernel: an uncompressed vmlinux, or a bzImage
     #[arg(long, value_name = "FILE")]
     pub(crate) kernel: Option<PathBuf>,
-    /// Firecracker's JSON (boot-source and machine-config)
+    /// Firecracker's JSON: boot source, machine and devices
     #[arg(long, value_name = "FILE")]
     pub(crate) config_file: Option<PathBuf>,
     /// Initramfs; replaces the image's or the file's
@@ -44,6 +45,8 @@ pub(crate) struct Arguments {
     /// Where the serial console leads: stdio, null or a file
     #[arg(long, value_name = "stdio|null|FILE", default_value = STDIO)]
     pub(crate) console: PathBuf,
+    #[command(flatten)]
+    pub(crate) devices: DeviceArguments,
     /// Environment entry of the command, NAME=VALUE; may be repeated
     #[arg(long, short = 'e', value_name = "NAME=VALUE")]
     pub(crate) env: Vec<OsString>,
@@ -175,9 +178,11 @@ impl Arguments {
         if let Some(count) = self.vcpus {
             config.machine.vcpu_count = u8::try_from(count).map_err(|_| ConfigError::VcpuCount(count))?;
         }
-        // With another root filesystem or command line the kernel is not the one that was booted, and whoever
+        self.devices.add_to(&mut config.devices)?;
+        // With another root filesystem, command line or devices the kernel is not the one that was booted, and whoever
         // wants to know that the image's files are whole does not want to run a copy of their content.
-        let is_cold = self.cold || self.verify || self.initrd.is_some() || self.cmdline.is_some();
+        let is_other = self.initrd.is_some() || self.cmdline.is_some() || config.devices.count() > 0;
+        let is_cold = self.cold || self.verify || is_other;
         if let Some(image) = self.image.as_ref().filter(|_| !is_cold) {
             config.preboot = Some(Image::preboot_path(image, &config.machine));
         }

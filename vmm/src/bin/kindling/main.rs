@@ -6,6 +6,7 @@
 #![cfg_attr(not(test), no_main)]
 
 mod boot;
+mod devices;
 mod doctor;
 mod plain;
 mod preboot;

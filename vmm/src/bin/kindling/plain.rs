@@ -27,6 +27,13 @@ pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Option<Arg
             "--memory" => once(&mut parsed.memory, number(words.next())?)?,
             "--vcpus" => once(&mut parsed.vcpus, number(words.next())?)?,
             "--console" => once(&mut console, value(words.next())?.into())?,
+            "--drive" => parsed.devices.drive.push(value(words.next())?),
+            "--net" => parsed.devices.net.push(value(words.next())?),
+            "--publish" | "-p" => parsed.devices.publish.push(value(words.next())?),
+            "--vsock" => once(&mut parsed.devices.vsock, value(words.next())?)?,
+            "--entropy" if !parsed.devices.entropy => parsed.devices.entropy = true,
+            "--balloon" => once(&mut parsed.devices.balloon, number(words.next())?)?,
+            "--pmem" => parsed.devices.pmem.push(value(words.next())?),
             "--env" | "-e" => parsed.env.push(value(words.next())?),
             "--workdir" | "-w" => once(&mut parsed.workdir, value(words.next())?)?,
             "--hostname" => once(&mut parsed.hostname, value(words.next())?)?,
@@ -88,7 +95,8 @@ mod tests {
     fn a_line_with_everything_needs_no_clap() {
         let line = line(
             "kindling boot --image i --initrd r --cmdline quiet --memory 64 --vcpus 2 --console null --env A=1 \
-             -e B=2 --workdir / --hostname h --cold --report --report-json j --started-at 5 -- sh -c --image",
+             -e B=2 --drive d --drive e:ro --net t --net user -p 1:2 --publish 3:4 --vsock v --entropy --balloon 5 \
+             --pmem m --workdir / --hostname h --cold --report --report-json j --started-at 5 -- sh -c --image",
         );
         assert!(parse(line.clone()).is_some());
         assert_eq!(parse(line.clone()), by_clap(&line));
@@ -108,7 +116,7 @@ mod tests {
                 "image" | "kernel" | "config-file" => "",
                 _ => " --image i",
             };
-            let value = if ["report", "cold"].contains(&option) { "" } else { " 1" };
+            let value = if ["report", "cold", "entropy"].contains(&option) { "" } else { " 1" };
             let line = line(&format!("kindling boot{source} --{option}{value}"));
             assert!(parse(line.clone()).is_some(), "--{option}");
             assert_eq!(parse(line.clone()), by_clap(&line), "--{option}");
@@ -143,7 +151,7 @@ mod tests {
         fn clap_agrees(words in prop::collection::vec(prop::sample::select(vec![
             "--image", "--kernel", "--config-file", "--initrd", "--cmdline", "--memory", "--vcpus", "--console",
             "--env", "-e", "--workdir", "-w", "--hostname", "--cold", "--report", "--report-json", "--started-at", "--",
-            "--user", "-u", "--verify", "--profile", "--sample", "1", "007", "a", "a", "b=c", "-", "-1", "", "é",
+            "--drive", "--net", "-p", "--entropy", "--balloon", "--user", "-u", "--verify", "--profile", "--sample", "1", "007", "a", "a", "b=c", "-", "-1", "", "é",
             "boot", "help", "--image=a", "-ea",
         ]), 0..8)) {
             let line: Vec<OsString> =

@@ -1,0 +1,311 @@
+//! The virtio devices that a user may ask for. The structures are the sections of Firecracker's JSON, and
+//! what it has no field for has a default.
+
+use super::ConfigError;
+use crate::layout::DEVICES_MAX;
+use serde::Deserialize;
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+/// The virtio devices of a machine, in the order in which the guest finds them: drives, network interfaces,
+/// vsock, entropy, balloon, pmem.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Devices {
+    /// Disks; the guest calls them /dev/vda, /dev/vdb and so on.
+    pub drives: Vec<Drive>,
+    /// Network cards; the guest calls them eth0, eth1 and so on.
+    pub network_interfaces: Vec<NetworkInterface>,
+    /// A way between sockets of the guest and of the host.
+    pub vsock: Option<Vsock>,
+    /// A source of random numbers.
+    pub entropy: Option<Entropy>,
+    /// A balloon, through which memory goes back to the host.
+    pub balloon: Option<Balloon>,
+    /// Files that the guest sees as memory; it calls them /dev/pmem0, /dev/pmem1 and so on.
+    pub pmem: Vec<Pmem>,
+}
+
+impl Devices {
+    /// How many there are.
+    #[must_use]
+    pub const fn count(&self) -> usize {
+        self.drives.len()
+            + self.network_interfaces.len()
+            + self.vsock.is_some() as usize
+            + self.entropy.is_some() as usize
+            + self.balloon.is_some() as usize
+            + self.pmem.len()
+    }
+
+    /// Checks everything that can be checked without opening a file.
+    pub(super) fn validate(&self) -> Result<(), ConfigError> {
+        if self.count() > DEVICES_MAX {
+            return Err(ConfigError::TooManyDevices(self.count()));
+        }
+        let ids = self.drives.iter().map(|drive| &drive.drive_id);
+        let ids = ids.chain(self.network_interfaces.iter().map(|interface| &interface.iface_id));
+        let ids = ids.chain(self.pmem.iter().map(|pmem| &pmem.id));
+        let mut seen = BTreeSet::new();
+        for id in ids {
+            if id.is_empty() || !id.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-".contains(&byte))
+            {
+                return Err(ConfigError::DeviceId(id.clone()));
+            }
+            if !seen.insert(id) {
+                return Err(ConfigError::DeviceTwice(id.clone()));
+            }
+        }
+        let limiters = self
+            .drives
+            .iter()
+            .flat_map(|drive| &drive.rate_limiter)
+            .chain(self.network_interfaces.iter().flat_map(|interface| &interface.rx_rate_limiter))
+            .chain(self.network_interfaces.iter().flat_map(|interface| &interface.tx_rate_limiter))
+            .chain(self.entropy.iter().flat_map(|entropy| &entropy.rate_limiter));
+        for bucket in limiters.flat_map(|limiter| [limiter.bandwidth, limiter.ops]).flatten() {
+            if bucket.size == 0 || bucket.refill_time == 0 {
+                return Err(ConfigError::EmptyBucket);
+            }
+        }
+        if let Some(vsock) = &self.vsock {
+            vsock.validate()?;
+        }
+        Ok(())
+    }
+}
+
+/// A disk.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Drive {
+    /// Its name, which the guest reads as the disk's serial number, up to 20 bytes of it.
+    pub drive_id: String,
+    /// A raw file or a block device.
+    pub path_on_host: PathBuf,
+    /// Whether the kernel mounts it as its root; `root=` on the command line then names it.
+    #[serde(default)]
+    pub is_root_device: bool,
+    /// Whether the guest may only read.
+    #[serde(default)]
+    pub is_read_only: bool,
+    /// The partition to mount as root.
+    #[serde(default)]
+    pub partuuid: Option<String>,
+    /// Whether what the guest flushes is flushed to the host's disk.
+    #[serde(default)]
+    pub cache_type: CacheType,
+    /// Accepted and not heeded: what can be done at once is, and the rest goes to io_uring where there is one.
+    #[serde(default)]
+    pub io_engine: Option<IoEngine>,
+    /// Limits of bytes and requests.
+    #[serde(default)]
+    pub rate_limiter: Option<RateLimiter>,
+    /// Whether the host's page cache is left out.
+    #[serde(default)]
+    pub direct: bool,
+}
+
+/// What a flush of the guest does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+pub enum CacheType {
+    /// What was written reaches the host's disk.
+    #[default]
+    Writeback,
+    /// Nothing: a crash of the host can lose what the guest believes to be written.
+    Unsafe,
+}
+
+/// Firecracker's ways of reading and writing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+pub enum IoEngine {
+    /// With system calls that wait.
+    Sync,
+    /// With io_uring.
+    Async,
+}
+
+/// A network card.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkInterface {
+    /// Its name.
+    pub iface_id: String,
+    /// The tap device that it leads to, or `user` for networking without one, through passt.
+    pub host_dev_name: String,
+    /// Its address; one that is made from its number where there is none.
+    #[serde(default)]
+    pub guest_mac: Option<MacAddress>,
+    /// The largest packet in bytes that the guest may send; the kernel's 1500 where it is not said.
+    #[serde(default)]
+    pub mtu: Option<u16>,
+    /// Limits of what the guest receives.
+    #[serde(default)]
+    pub rx_rate_limiter: Option<RateLimiter>,
+    /// Limits of what the guest sends.
+    #[serde(default)]
+    pub tx_rate_limiter: Option<RateLimiter>,
+    /// Ports of the host that lead into the guest, where the other end is passt.
+    #[serde(skip)]
+    pub forwards: Vec<PortForward>,
+}
+
+/// An Ethernet address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct MacAddress(pub [u8; 6]);
+
+impl FromStr for MacAddress {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let wrong = || format!("{text:?} is not an Ethernet address such as 06:00:ac:10:00:02");
+        let mut bytes = [0; 6];
+        let mut parts = text.split(':');
+        for byte in &mut bytes {
+            let part =
+                parts.next().filter(|part| part.len() == 2 && !part.starts_with('+')).ok_or_else(wrong)?;
+            *byte = u8::from_str_radix(part, 16).map_err(|_| wrong())?;
+        }
+        if parts.next().is_some() {
+            return Err(wrong());
+        }
+        // The lowest bit of the first byte is that of groups.
+        if bytes[0] & 1 != 0 {
+            return Err(format!("{text:?} is the address of a group of cards"));
+        }
+        Ok(Self(bytes))
+    }
+}
+
+impl TryFrom<String> for MacAddress {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        text.parse()
+    }
+}
+
+/// A port of the host that leads to one of the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PortForward {
+    /// On the host.
+    pub host: u16,
+    /// In the guest.
+    pub guest: u16,
+}
+
+/// Sockets between guest and host.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Vsock {
+    /// The guest's number, 3 or more.
+    pub guest_cid: u32,
+    /// The Unix socket at which programs of the host ask for ports of the guest. For port N of the host the
+    /// guest is connected to the socket of this path with `_N` behind it.
+    pub uds_path: PathBuf,
+    /// Accepted and not heeded.
+    #[serde(default)]
+    pub vsock_id: Option<String>,
+}
+
+impl Vsock {
+    /// Bytes that the path of a Unix socket can have (`sun_path` in unix(7), without its NUL).
+    const PATH_MAX: usize = 107;
+
+    fn validate(&self) -> Result<(), ConfigError> {
+        use std::os::unix::ffi::OsStrExt;
+        if self.guest_cid < 3 || self.guest_cid == u32::MAX {
+            return Err(ConfigError::GuestCid(self.guest_cid));
+        }
+        let length = self.uds_path.as_os_str().as_bytes().len();
+        if length > Self::PATH_MAX {
+            return Err(ConfigError::SocketPath { path: self.uds_path.clone(), length });
+        }
+        Ok(())
+    }
+}
+
+/// A source of random numbers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Entropy {
+    /// Limits of bytes and requests.
+    pub rate_limiter: Option<RateLimiter>,
+}
+
+/// A balloon.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Balloon {
+    /// MiB of memory that the guest gives back at first.
+    pub amount_mib: u64,
+    /// Whether a guest that runs out of memory takes it back by itself.
+    pub deflate_on_oom: bool,
+    /// Seconds between statistics of the guest; 0 for none.
+    pub stats_polling_interval_s: u16,
+    /// Whether the guest says which pages it does not use, so that the host can have them.
+    pub free_page_reporting: bool,
+    /// Not supported.
+    pub free_page_hinting: bool,
+}
+
+/// A file as memory.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Pmem {
+    /// Its name.
+    pub id: String,
+    /// The file.
+    pub path_on_host: PathBuf,
+    /// Whether the kernel mounts it as its root.
+    #[serde(default)]
+    pub root_device: bool,
+    /// Whether the guest may only read.
+    #[serde(default)]
+    pub read_only: bool,
+}
+
+/// Limits of a device. What goes beyond waits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RateLimiter {
+    /// Of bytes.
+    pub bandwidth: Option<TokenBucket>,
+    /// Of requests.
+    pub ops: Option<TokenBucket>,
+}
+
+/// A bucket of tokens, which fills up evenly.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenBucket {
+    /// Tokens that it holds.
+    pub size: u64,
+    /// Tokens that it has once, beside those.
+    #[serde(default)]
+    pub one_time_burst: Option<u64>,
+    /// Milliseconds in which an empty bucket fills up.
+    pub refill_time: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ethernet_addresses_are_read_or_refused() {
+        assert_eq!("06:00:ac:10:00:02".parse(), Ok(MacAddress([6, 0, 0xac, 0x10, 0, 2])));
+        for text in [
+            "",
+            "06:00:ac:10:00",
+            "06:00:ac:10:00:02:03",
+            "6:0:ac:10:0:2",
+            "06-00-ac-10-00-02",
+            "+6:00:ac:10:00:02",
+        ] {
+            assert!(text.parse::<MacAddress>().is_err(), "{text}");
+        }
+        assert!("01:00:5e:00:00:01".parse::<MacAddress>().unwrap_err().contains("group"));
+    }
+}

@@ -1,0 +1,649 @@
+//! Block device (section 5.2): a raw file or a block device of the host as a disk.
+
+use super::file_io::{Done, FileIo, Job, Operation};
+use super::queue::fill;
+use super::rate_limiter::RateLimiter;
+use super::{Broken, Chain, Device, Event, Queues, Segment, Watcher};
+use crate::config::ConfigError;
+use crate::config::devices::{CacheType, Drive};
+use crate::timeline::Instant;
+use rustix::fs::{FlockOperation, Mode, OFlags, flock};
+use rustix::io::Errno;
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
+
+const KIND: u32 = 2;
+const QUEUE: usize = 0;
+const QUEUE_SIZE: u16 = 256;
+/// The token of [`FileIo`] among this device's events.
+const FILE: u32 = 0;
+
+/// Feature bits (section 5.2.3).
+mod feature {
+    pub(super) const SEG_MAX: u64 = 1 << 2;
+    pub(super) const READ_ONLY: u64 = 1 << 5;
+    pub(super) const BLK_SIZE: u64 = 1 << 6;
+    pub(super) const FLUSH: u64 = 1 << 9;
+    pub(super) const DISCARD: u64 = 1 << 13;
+    pub(super) const WRITE_ZEROES: u64 = 1 << 14;
+}
+
+/// Kinds of requests, and how they end (section 5.2.6).
+mod request {
+    pub(super) const IN: u32 = 0;
+    pub(super) const OUT: u32 = 1;
+    pub(super) const FLUSH: u32 = 4;
+    pub(super) const GET_ID: u32 = 8;
+    pub(super) const DISCARD: u32 = 11;
+    pub(super) const WRITE_ZEROES: u32 = 13;
+    /// Flag of write zeroes: the range may lose its place on the disk.
+    pub(super) const UNMAP: u32 = 1;
+}
+
+/// How a request ended (section 5.2.6).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+enum Status {
+    Ok = 0,
+    IoError = 1,
+    Unsupported = 2,
+}
+
+/// Bytes of a sector, in which all requests count.
+const SECTOR: u64 = 512;
+/// Bytes of the answer to [`request::GET_ID`].
+const ID_LEN: usize = 20;
+/// Chains that are served before others have their turn.
+const BUDGET: usize = QUEUE_SIZE as usize;
+
+/// A disk.
+#[derive(Debug)]
+pub struct Block {
+    io: FileIo,
+    sectors: u64,
+    /// Bytes of the smallest request that the host can do, a multiple of a sector.
+    block_size: u32,
+    is_read_only: bool,
+    cache_type: CacheType,
+    id: [u8; ID_LEN],
+    limiter: RateLimiter,
+    /// When requests that wait for the limiter can go on.
+    resume_at: Option<Instant>,
+    /// Requests that are on their way, by their number.
+    in_flight: Vec<Option<Request>>,
+    watcher: Option<Watcher>,
+    finished: Vec<Done>,
+}
+
+/// A request that was understood.
+#[derive(Debug)]
+struct Request {
+    chain: Chain,
+    status: Segment,
+    operation: Operation,
+    /// Where in the file, in bytes.
+    offset: u64,
+    /// Bytes of data in guest memory.
+    length: u64,
+}
+
+/// What a chain amounts to.
+enum Parsed {
+    /// Something to be done with the file.
+    Request(Request),
+    /// Something that is answered at once; with the bytes of the answer.
+    Answer(Chain, Segment, Status, u32),
+}
+
+impl Block {
+    /// Opens the file of a drive.
+    ///
+    /// # Errors
+    /// When it is missing, in use, empty or nothing that a disk can be.
+    pub fn open(drive: &Drive) -> Result<Self, ConfigError> {
+        let wrong = |what: String| ConfigError::DriveFile { path: drive.path_on_host.clone(), what };
+        let file = open_file(&drive.path_on_host, drive.is_read_only, drive.direct).map_err(wrong)?;
+        let length = length(&file).map_err(|error| wrong(error.to_string()))?;
+        if length == 0 {
+            return Err(wrong("it is empty".into()));
+        }
+        let block_size = if drive.direct { direct_alignment(&file) } else { 512 };
+        if length % u64::from(block_size) != 0 {
+            return Err(wrong(format!("its {length} bytes are not a multiple of {block_size}")));
+        }
+        let mut id = [0; ID_LEN];
+        for (to, from) in id.iter_mut().zip(drive.drive_id.bytes()) {
+            *to = from;
+        }
+        Ok(Self {
+            io: FileIo::new(file, QUEUE_SIZE),
+            sectors: length / SECTOR,
+            block_size,
+            is_read_only: drive.is_read_only,
+            cache_type: drive.cache_type,
+            id,
+            limiter: RateLimiter::new(drive.rate_limiter.as_ref(), Instant::now()),
+            resume_at: None,
+            in_flight: Vec::new(),
+            watcher: None,
+            finished: Vec::new(),
+        })
+    }
+
+    fn serve_queue(&mut self, queues: &mut Queues) -> Result<(), Broken> {
+        self.resume_at = None;
+        let result = self.serve_chains(queues);
+        queues.notify(QUEUE)?;
+        result
+    }
+
+    fn serve_chains(&mut self, queues: &mut Queues) -> Result<(), Broken> {
+        for _ in 0..BUDGET {
+            let Some(chain) = queues.pop(QUEUE)? else {
+                if queues.rearm(QUEUE)? {
+                    continue;
+                }
+                return Ok(());
+            };
+            let bytes = chain.readable_len().max(chain.writable_len());
+            if let Err(until) = self.limiter.take(bytes) {
+                queues.put_back(QUEUE, chain);
+                self.resume_at = Some(until);
+                return Ok(());
+            }
+            match self.parse(chain)? {
+                Parsed::Answer(chain, status, result, written) => {
+                    fill(status, &[result as u8]);
+                    queues.complete(QUEUE, chain, written + 1)?;
+                }
+                Parsed::Request(request) => self.start(request, queues)?,
+            }
+        }
+        queues.yield_turn();
+        Ok(())
+    }
+
+    fn parse(&self, mut chain: Chain) -> Result<Parsed, Broken> {
+        let mut header = [0; 16];
+        chain.read(&mut header)?;
+        let status = chain.split_writable(1)?;
+        let [kind, _, sector_low, sector_high] = words(header);
+        let sector = u64::from(sector_high) << 32 | u64::from(sector_low);
+        let answer = |chain, result| Ok(Parsed::Answer(chain, status, result, 0));
+        let (operation, offset, length) = match kind {
+            request::IN => (Operation::Read, sector.checked_mul(SECTOR), chain.writable_len()),
+            request::OUT => (Operation::Write, sector.checked_mul(SECTOR), chain.readable_len()),
+            request::FLUSH if self.cache_type == CacheType::Unsafe => return answer(chain, Status::Ok),
+            request::FLUSH => (Operation::Flush, Some(0), 0),
+            request::GET_ID => {
+                let room = usize::try_from(chain.writable_len()).unwrap_or(usize::MAX).min(ID_LEN);
+                chain.write(&self.id[..room])?;
+                let written = u32::try_from(room).unwrap_or(0);
+                return Ok(Parsed::Answer(chain, status, Status::Ok, written));
+            }
+            request::DISCARD | request::WRITE_ZEROES => {
+                let mut range = [0; 16];
+                // More than one range is more than was offered.
+                if chain.readable_len() != 16 {
+                    return answer(chain, Status::IoError);
+                }
+                chain.read(&mut range)?;
+                let [sector_low, sector_high, count, flags] = words(range);
+                let sector = u64::from(sector_high) << 32 | u64::from(sector_low);
+                let bytes = u64::from(count) * SECTOR;
+                let operation = match (kind, flags) {
+                    (request::DISCARD, 0) | (request::WRITE_ZEROES, request::UNMAP) => {
+                        Operation::PunchHole(bytes)
+                    }
+                    (request::WRITE_ZEROES, 0) => Operation::Zero(bytes),
+                    _ => return answer(chain, Status::Unsupported),
+                };
+                if bytes == 0 || !self.has(sector.checked_mul(SECTOR), bytes) {
+                    return answer(chain, Status::IoError);
+                }
+                (operation, sector.checked_mul(SECTOR), 0)
+            }
+            _ => return answer(chain, Status::Unsupported),
+        };
+        let changes = !matches!(operation, Operation::Read | Operation::Flush);
+        let is_possible = self.has(offset, length)
+            && length.is_multiple_of(SECTOR)
+            && (length > 0 || !matches!(operation, Operation::Read | Operation::Write))
+            && !(changes && self.is_read_only);
+        let Some(offset) = offset.filter(|_| is_possible) else { return answer(chain, Status::IoError) };
+        Ok(Parsed::Request(Request { chain, status, operation, offset, length }))
+    }
+
+    /// Whether the disk has these bytes.
+    fn has(&self, offset: Option<u64>, length: u64) -> bool {
+        let end = offset.and_then(|offset| offset.checked_add(length));
+        end.is_some_and(|end| end <= self.sectors * SECTOR)
+    }
+
+    fn start(&mut self, request: Request, queues: &mut Queues) -> Result<(), Broken> {
+        match self.io.attempt(&request.job()) {
+            // A part is done anew with the rest: it may have ended where the host would have had to wait.
+            Some(Ok(moved)) if moved == request.length => {
+                return finish(request, Status::Ok, queues);
+            }
+            Some(Err(error)) => return finish(request, status_of(&error), queues),
+            Some(Ok(_)) | None => {}
+        }
+        self.submit(request, queues)
+    }
+
+    fn submit(&mut self, request: Request, queues: &mut Queues) -> Result<(), Broken> {
+        let slot = self.in_flight.iter().position(Option::is_none).unwrap_or(self.in_flight.len());
+        let (Some(watcher), Ok(number)) = (&self.watcher, u32::try_from(slot)) else {
+            return finish(request, Status::IoError, queues);
+        };
+        if self.io.submit(number, request.job(), FILE, watcher).is_err() {
+            return finish(request, Status::IoError, queues);
+        }
+        if slot == self.in_flight.len() {
+            self.in_flight.push(None);
+        }
+        self.in_flight[slot] = Some(request);
+        Ok(())
+    }
+
+    fn take_finished(&mut self, queues: &mut Queues) -> Result<(), Broken> {
+        let mut finished = std::mem::take(&mut self.finished);
+        self.io.finished(&mut finished);
+        for (number, result) in finished.drain(..) {
+            let slot = usize::try_from(number).ok().and_then(|slot| self.in_flight.get_mut(slot));
+            let Some(request) = slot.and_then(Option::take) else { continue };
+            let status = match result {
+                Ok(moved) if moved == request.length => Status::Ok,
+                // The disk's file has become shorter, or a signal came in between.
+                Ok(_) => Status::IoError,
+                Err(error) => status_of(&error),
+            };
+            finish(request, status, queues)?;
+        }
+        self.finished = finished;
+        queues.notify(QUEUE)
+    }
+}
+
+impl Request {
+    #[expect(unsafe_code, reason = "hands guest memory to the host")]
+    fn job(&self) -> Job {
+        let segments = match self.operation {
+            Operation::Read => self.chain.writable(),
+            Operation::Write => self.chain.readable(),
+            _ => &[],
+        };
+        // SAFETY: a request that is submitted is kept in `in_flight`, which moves neither the vector of the
+        // chain's segments nor guest memory, until it comes back or the file has been drained.
+        unsafe { Job::new(self.operation, self.offset, segments) }
+    }
+}
+
+/// Answers a request. What was read counts as written.
+fn finish(request: Request, status: Status, queues: &mut Queues) -> Result<(), Broken> {
+    fill(request.status, &[status as u8]);
+    let read = if request.operation == Operation::Read && status == Status::Ok { request.length } else { 0 };
+    queues.complete(QUEUE, request.chain, u32::try_from(read + 1).unwrap_or(u32::MAX))
+}
+
+fn status_of(error: &io::Error) -> Status {
+    match error.raw_os_error() {
+        Some(libc::EOPNOTSUPP | libc::ENOSYS) => Status::Unsupported,
+        _ => Status::IoError,
+    }
+}
+
+/// Four little-endian numbers.
+fn words(bytes: [u8; 16]) -> [u32; 4] {
+    let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = bytes;
+    [[a, b, c, d], [e, f, g, h], [i, j, k, l], [m, n, o, p]].map(u32::from_le_bytes)
+}
+
+impl Device for Block {
+    fn kind(&self) -> u32 {
+        KIND
+    }
+
+    fn queue_sizes(&self) -> &'static [u16] {
+        &[QUEUE_SIZE]
+    }
+
+    fn features(&self) -> u64 {
+        let always = feature::SEG_MAX | feature::BLK_SIZE;
+        let flush = if self.cache_type == CacheType::Writeback { feature::FLUSH } else { 0 };
+        let change =
+            if self.is_read_only { feature::READ_ONLY } else { feature::DISCARD | feature::WRITE_ZEROES };
+        always | flush | change
+    }
+
+    fn configuration(&self) -> Vec<u8> {
+        // struct virtio_blk_config (section 5.2.4), up to what this device has.
+        let mut bytes = Vec::with_capacity(60);
+        bytes.extend(self.sectors.to_le_bytes());
+        bytes.extend([0; 4]);
+        // Two descriptors are header and status.
+        bytes.extend((u32::from(QUEUE_SIZE) - 2).to_le_bytes());
+        bytes.extend([0; 4]);
+        bytes.extend(self.block_size.to_le_bytes());
+        bytes.extend([0; 12]);
+        let sectors_max = u32::MAX / 512;
+        let alignment = self.block_size / 512;
+        // Discards: sectors, ranges, alignment. Then zeroes: sectors, ranges, whether they can unmap.
+        bytes.extend([sectors_max, 1, alignment, sectors_max, 1, 1].map(u32::to_le_bytes).concat());
+        bytes
+    }
+
+    fn activate(&mut self, _: u64, _: &mut Queues, watcher: &Watcher) -> Result<(), Broken> {
+        self.watcher = Some(watcher.clone());
+        Ok(())
+    }
+
+    fn serve(&mut self, event: Event, queues: &mut Queues) -> Result<(), Broken> {
+        match event {
+            Event::Doorbell if self.resume_at.is_some() => Ok(()),
+            Event::Doorbell | Event::Deadline => self.serve_queue(queues),
+            Event::Ready(..) => self.take_finished(queues),
+        }
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        self.resume_at
+    }
+
+    fn reset(&mut self) {
+        self.io.drain();
+        self.in_flight.clear();
+        self.resume_at = None;
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        // The requests must not go before what uses their memory.
+        self.io.drain();
+    }
+}
+
+/// Opens a file that can be a disk, and says to others that it is in use.
+fn open_file(path: &Path, is_read_only: bool, is_direct: bool) -> Result<File, String> {
+    let access = if is_read_only { OFlags::RDONLY } else { OFlags::RDWR };
+    let direct = if is_direct { OFlags::DIRECT } else { OFlags::empty() };
+    // Without waiting: the path may lead to a FIFO.
+    let flags = access | direct | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let file = rustix::fs::open(path, flags, Mode::empty()).map_err(|error| match error {
+        Errno::INVAL if is_direct => "its filesystem has no direct I/O".to_owned(),
+        Errno::ISDIR => "it is a directory".to_owned(),
+        Errno::ACCESS | Errno::ROFS | Errno::PERM if !is_read_only => {
+            "it may not be written; a read-only drive needs no more than reading".to_owned()
+        }
+        error => io::Error::from(error).to_string(),
+    })?;
+    let file = File::from(file);
+    let kind = file.metadata().map_err(|error| error.to_string())?.file_type();
+    if kind.is_dir() {
+        return Err("it is a directory".into());
+    }
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err("it is neither a file nor a block device".into());
+    }
+    let lock = if is_read_only {
+        FlockOperation::NonBlockingLockShared
+    } else {
+        FlockOperation::NonBlockingLockExclusive
+    };
+    match flock(&file, lock) {
+        Err(Errno::WOULDBLOCK) => {
+            Err("it is in use: another drive or another guest has it, and one of them writes".into())
+        }
+        // Some filesystems have no locks.
+        _ => Ok(file),
+    }
+}
+
+/// Bytes of a file or block device.
+fn length(mut file: &File) -> io::Result<u64> {
+    file.seek(SeekFrom::End(0))
+}
+
+/// Bytes to which direct I/O on this file has to be aligned.
+fn direct_alignment(file: &File) -> u32 {
+    use rustix::fs::{AtFlags, StatxFlags, statx};
+    // A host that does not say takes what every disk takes today.
+    const USUAL: u32 = 4096;
+    let answer = statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::from_bits_retain(libc::STATX_DIOALIGN));
+    let alignment = answer.ok().map(|answer| answer.stx_dio_offset_align);
+    alignment
+        .filter(|alignment| alignment.is_power_of_two() && (512..=4096).contains(alignment))
+        .unwrap_or(USUAL)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::devices::virtio::driver::{Driver, Piece};
+    use std::os::unix::fs::FileExt;
+
+    const MIB: u64 = 1 << 20;
+
+    /// A drive on a file of this content, in a folder of its own.
+    struct Disk {
+        folder: tempfile::TempDir,
+        file: File,
+    }
+
+    impl Disk {
+        fn new(bytes: &[u8]) -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            std::fs::write(folder.path().join("disk"), bytes).unwrap();
+            let file = File::open(folder.path().join("disk")).unwrap();
+            Self { folder, file }
+        }
+
+        fn drive(&self) -> Drive {
+            Drive {
+                drive_id: "disk0".into(),
+                path_on_host: self.folder.path().join("disk"),
+                is_root_device: false,
+                is_read_only: false,
+                partuuid: None,
+                cache_type: CacheType::Writeback,
+                io_engine: None,
+                rate_limiter: None,
+                direct: false,
+            }
+        }
+
+        fn start(&self) -> Driver {
+            Driver::started(Block::open(&self.drive()).unwrap())
+        }
+
+        fn read(&self, offset: u64, length: usize) -> Vec<u8> {
+            let mut bytes = vec![0; length];
+            self.file.read_exact_at(&mut bytes, offset).unwrap();
+            bytes
+        }
+    }
+
+    fn header(kind: u32, sector: u64) -> Piece {
+        let mut bytes = kind.to_le_bytes().to_vec();
+        bytes.extend([0; 4]);
+        bytes.extend(sector.to_le_bytes());
+        Piece::Out(bytes)
+    }
+
+    /// Numbers of section 5.2.6, written out once more.
+    const IN: u32 = 0;
+    const OUT: u32 = 1;
+    const FLUSH: u32 = 4;
+    const GET_ID: u32 = 8;
+    const DISCARD: u32 = 11;
+    const WRITE_ZEROES: u32 = 13;
+
+    fn status(driver: &mut Driver, pieces: &[Piece]) -> u8 {
+        let used = driver.request(0, pieces);
+        *used.bytes.last().unwrap()
+    }
+
+    #[test]
+    fn sectors_are_read_and_written() {
+        let content: Vec<u8> = (0..MIB).map(|at| (at / 512 % 251).to_le_bytes()[0]).collect();
+        let disk = Disk::new(&content);
+        let mut driver = disk.start();
+        assert_eq!(driver.configuration(0, 8), (MIB / 512).to_le_bytes());
+        let used = driver.request(0, &[header(IN, 3), Piece::In(1024), Piece::In(1)]);
+        assert_eq!(used.written, 1025);
+        assert_eq!(used.bytes, [vec![3; 512], vec![4; 512], vec![0]].concat());
+        assert_eq!(driver.interrupts(), 1);
+        let data = Piece::Out(vec![0xaa; 4096]);
+        assert_eq!(status(&mut driver, &[header(OUT, 8), data, Piece::In(1)]), 0);
+        assert_eq!(disk.read(8 * 512, 4096), vec![0xaa; 4096]);
+        assert_eq!(disk.read(7 * 512, 512), vec![7; 512]);
+        assert_eq!(disk.read(16 * 512, 512), vec![16; 512]);
+        assert_eq!(status(&mut driver, &[header(FLUSH, 0), Piece::In(1)]), 0);
+        let used = driver.request(0, &[header(GET_ID, 0), Piece::In(20), Piece::In(1)]);
+        assert_eq!(&used.bytes[..6], b"disk0\0");
+    }
+
+    #[test]
+    fn ranges_are_discarded_and_zeroed() {
+        let disk = Disk::new(&vec![1; 64 << 10]);
+        let mut driver = disk.start();
+        let range = |sector: u64, count: u32, flags: u32| {
+            let mut bytes = sector.to_le_bytes().to_vec();
+            bytes.extend(count.to_le_bytes());
+            bytes.extend(flags.to_le_bytes());
+            Piece::Out(bytes)
+        };
+        assert_eq!(status(&mut driver, &[header(DISCARD, 0), range(0, 8, 0), Piece::In(1)]), 0);
+        assert_eq!(disk.read(0, 4096), vec![0; 4096]);
+        assert_eq!(disk.read(4096, 1), [1]);
+        assert_eq!(status(&mut driver, &[header(WRITE_ZEROES, 0), range(16, 8, 1), Piece::In(1)]), 0);
+        assert_eq!(disk.read(8192, 4096), vec![0; 4096]);
+        for (sector, count, flags, expected) in
+            [(127, 2, 0, 1), (u64::MAX, 1, 0, 1), (u64::MAX / 512, 1, 0, 1), (0, 0, 0, 1), (0, 1, 2, 2)]
+        {
+            let pieces = [header(DISCARD, 0), range(sector, count, flags), Piece::In(1)];
+            assert_eq!(status(&mut driver, &pieces), expected, "{sector} {count} {flags}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_on_the_disk_is_an_error_and_not_a_break() {
+        let disk = Disk::new(&[0; 4096]);
+        let mut driver = disk.start();
+        for (kind, sector, expected) in
+            [(IN, 8, 1), (IN, 7, 1), (IN, u64::MAX, 1), (IN, u64::MAX / 512, 1), (5, 0, 2), (u32::MAX, 0, 2)]
+        {
+            let pieces = [header(kind, sector), Piece::In(1024), Piece::In(1)];
+            assert_eq!(status(&mut driver, &pieces), expected, "{kind} {sector}");
+        }
+        assert_eq!(status(&mut driver, &[header(IN, 0), Piece::In(100), Piece::In(1)]), 1, "half a sector");
+        assert_eq!(status(&mut driver, &[header(IN, 0), Piece::In(1)]), 1, "no sector");
+        assert!(!driver.is_broken());
+    }
+
+    #[test]
+    fn a_read_only_drive_is_not_written() {
+        let disk = Disk::new(&[1; 4096]);
+        let drive = Drive { is_read_only: true, ..disk.drive() };
+        let mut driver = Driver::started(Block::open(&drive).unwrap());
+        assert_ne!(driver.offered() & 1 << 5, 0);
+        let data = Piece::Out(vec![2; 512]);
+        assert_eq!(status(&mut driver, &[header(OUT, 0), data, Piece::In(1)]), 1);
+        assert_eq!(disk.read(0, 512), [1; 512]);
+    }
+
+    #[test]
+    fn direct_access_waits_nowhere() {
+        // Direct reads have nothing in memory: each goes to the ring.
+        let content: Vec<u8> = (0..MIB).map(|at| (at / 4096).to_le_bytes()[0]).collect();
+        let disk = Disk::new(&content);
+        let Ok(block) = Block::open(&Drive { direct: true, ..disk.drive() }) else {
+            // The folder for temporary files is on a filesystem without direct I/O.
+            return;
+        };
+        let mut driver = Driver::started(block);
+        for page in 0..64_u64 {
+            driver.push(0, &[header(IN, page * 8), Piece::In(4096), Piece::In(1)]);
+        }
+        driver.ring();
+        for _ in 0..64 {
+            let used = driver.wait(0);
+            // Buffers of odd addresses may be refused, and data that comes is the right data.
+            assert!(used.bytes[4096] == 1 || used.bytes[0] == used.bytes[4095]);
+        }
+    }
+
+    #[test]
+    fn chains_without_header_or_status_break_the_device_until_it_is_reset() {
+        let disk = Disk::new(&[0; 4096]);
+        for pieces in [
+            vec![Piece::In(1)],
+            vec![Piece::Out(vec![0; 15]), Piece::In(1)],
+            vec![header(IN, 0)],
+            vec![header(FLUSH, 0), Piece::In(0)],
+        ] {
+            let mut driver = disk.start();
+            driver.push(0, &pieces);
+            driver.ring();
+            assert!(driver.is_broken(), "{pieces:?}");
+            assert!(driver.transport.failure().is_some());
+            assert_eq!(driver.interrupts(), 1, "the driver is told");
+            driver.start(u64::MAX);
+            assert_eq!(status(&mut driver, &[header(FLUSH, 0), Piece::In(1)]), 0, "a reset mends it");
+            drop(driver);
+        }
+    }
+
+    #[test]
+    fn a_limited_drive_makes_requests_wait() {
+        use crate::config::devices::{RateLimiter, TokenBucket};
+        let disk = Disk::new(&[0; 4096]);
+        let bucket = TokenBucket { size: 2, one_time_burst: None, refill_time: 20 };
+        let limiter = RateLimiter { ops: Some(bucket), bandwidth: None };
+        let block = Block::open(&Drive { rate_limiter: Some(limiter), ..disk.drive() }).unwrap();
+        let mut driver = Driver::started(block);
+        for _ in 0..10 {
+            driver.push(0, &[header(FLUSH, 0), Piece::In(1)]);
+        }
+        let start = Instant::now();
+        driver.ring();
+        let mut done = 0;
+        while done < 10 {
+            match driver.pop(0) {
+                Some(_) => done += 1,
+                None => match driver.transport.deadline() {
+                    Some(_) => driver.transport.serve_deadline(),
+                    None => assert!(driver.run(Some(60_000)), "neither an event nor a deadline"),
+                },
+            }
+        }
+        // Three pass at once, and the others 10 ms apart: a lower bound holds on any machine.
+        assert!(start.0 + 60_000_000 < Instant::now().0);
+    }
+
+    #[test]
+    fn files_that_are_no_disks_are_named() {
+        let disk = Disk::new(&[0; 4096]);
+        let error = |drive: &Drive| Block::open(drive).unwrap_err().to_string();
+        let at = |path: &str| Drive { path_on_host: path.into(), ..disk.drive() };
+        assert!(
+            error(&at("/nonexistent/disk")).starts_with("/nonexistent/disk cannot be a drive: No such file")
+        );
+        assert!(error(&at("/")).ends_with("it is a directory"));
+        assert!(error(&at("/dev/null")).ends_with("it is neither a file nor a block device"));
+        assert!(error(&Disk::new(&[]).drive()).ends_with("it is empty"));
+        assert!(error(&Disk::new(&[0; 513]).drive()).ends_with("its 513 bytes are not a multiple of 512"));
+        let open = Block::open(&disk.drive()).unwrap();
+        assert!(error(&disk.drive()).contains("it is in use"));
+        assert!(error(&Drive { is_read_only: true, ..disk.drive() }).contains("it is in use"));
+        drop(open);
+        let read_only = Drive { is_read_only: true, ..disk.drive() };
+        let (first, second) = (Block::open(&read_only).unwrap(), Block::open(&read_only).unwrap());
+        assert!(error(&disk.drive()).contains("it is in use"));
+        drop((first, second));
+    }
+}

@@ -1,0 +1,336 @@
+//! Queues (section 2.7) on `virtio-queue`, and the chains of descriptors that come out of them.
+//!
+//! A chain is checked whole when it is taken: every descriptor lies in guest memory, those that the device
+//! reads come before those that it writes, and it ends within the queue's size. What is not like that breaks
+//! the device. Devices therefore see nothing but lists of pieces of guest memory.
+#![expect(unsafe_code, reason = "copies from and to guest memory that a chain names")]
+
+use super::registers::{CONFIGURATION_CHANGED, CONFIGURATION_GENERATION, INTERRUPT_STATUS};
+use super::{ACKNOWLEDGE_QUEUES, Broken, RegisterPage};
+use crate::memory::GuestMemory;
+use std::fmt;
+use virtio_queue::desc::split::Descriptor;
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::GuestMemoryBackend;
+use vmm_sys_util::eventfd::EventFd;
+
+/// A piece of guest memory by its place in this process, in the form that readv(2) takes.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub struct Segment(libc::iovec);
+
+// SAFETY: a segment is an address and a length; whoever dereferences it vouches for the memory.
+unsafe impl Send for Segment {}
+
+impl fmt::Debug for Segment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} bytes at {:p}", self.0.iov_len, self.0.iov_base)
+    }
+}
+
+impl Segment {
+    /// Bytes of it.
+    #[must_use]
+    pub const fn len(&self) -> usize {
+        self.0.iov_len
+    }
+
+    /// Whether it is empty.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub const fn as_ptr(&self) -> *mut u8 {
+        self.0.iov_base.cast()
+    }
+
+    /// Leaves out bytes at its start; at most as many as it has.
+    const fn skip(&mut self, count: usize) {
+        self.0.iov_base = self.as_ptr().wrapping_add(count).cast();
+        self.0.iov_len -= count;
+    }
+}
+
+/// Pieces of guest memory, one after the other. The memory lives as long as the [`GuestMemory`] of the queues
+/// that the chain came from, or a clone of it.
+#[derive(Debug)]
+pub struct Chain {
+    head: u16,
+    segments: Vec<Segment>,
+    /// Where the part starts that the device has not read yet.
+    start: usize,
+    /// Where the part starts that the device writes.
+    writable: usize,
+}
+
+impl Chain {
+    /// What the device has not read yet.
+    #[must_use]
+    pub fn readable(&self) -> &[Segment] {
+        &self.segments[self.start..self.writable]
+    }
+
+    /// What the device may write, but for what it has written already.
+    #[must_use]
+    pub fn writable(&self) -> &[Segment] {
+        &self.segments[self.writable..]
+    }
+
+    /// Bytes that can still be read.
+    #[must_use]
+    pub fn readable_len(&self) -> u64 {
+        total(self.readable())
+    }
+
+    /// Bytes that can still be written.
+    #[must_use]
+    pub fn writable_len(&self) -> u64 {
+        total(self.writable())
+    }
+
+    /// Reads the next bytes.
+    ///
+    /// # Errors
+    /// When the chain has not as many.
+    pub fn read(&mut self, buffer: &mut [u8]) -> Result<(), Broken> {
+        let mut done = 0;
+        while done < buffer.len() {
+            if self.start == self.writable {
+                return Err(Broken::because("a chain is too short to be read"));
+            }
+            let segment = &mut self.segments[self.start];
+            let count = segment.len().min(buffer.len() - done);
+            // SAFETY: the segment was checked to lie in guest memory when the chain was made, and the
+            // caller holds that memory. The guest may write it meanwhile: bytes have no invalid values,
+            // and nothing else in this process refers to guest memory.
+            unsafe { std::ptr::copy(segment.as_ptr(), buffer[done..].as_mut_ptr(), count) };
+            segment.skip(count);
+            done += count;
+            if segment.is_empty() {
+                self.start += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes the next bytes.
+    ///
+    /// # Errors
+    /// When the chain has no room for them.
+    pub fn write(&mut self, bytes: &[u8]) -> Result<(), Broken> {
+        let mut done = 0;
+        while done < bytes.len() {
+            let Some(segment) = self.segments.get_mut(self.writable) else {
+                return Err(Broken::because("a chain has too little room"));
+            };
+            let count = segment.len().min(bytes.len() - done);
+            // SAFETY: as above.
+            unsafe { std::ptr::copy(bytes[done..].as_ptr(), segment.as_ptr(), count) };
+            segment.skip(count);
+            done += count;
+            if segment.is_empty() {
+                // An empty segment is passed over by whoever reads or writes next.
+                self.start += usize::from(self.start == self.writable);
+                self.writable += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// Splits bytes off the end of what is to be written, which a device fills when all else is done.
+    ///
+    /// # Errors
+    /// When the chain has not as many.
+    pub fn split_writable(&mut self, count: usize) -> Result<Segment, Broken> {
+        let last = self.segments[self.writable..].last_mut();
+        let Some(last) = last.filter(|last| last.len() >= count) else {
+            return Err(Broken::because(format!("a chain does not end with {count} bytes in one piece")));
+        };
+        last.0.iov_len -= count;
+        let mut split = *last;
+        split.skip(last.len());
+        split.0.iov_len = count;
+        if last.is_empty() {
+            self.segments.pop();
+            self.writable = self.writable.min(self.segments.len());
+        }
+        Ok(split)
+    }
+}
+
+fn total(segments: &[Segment]) -> u64 {
+    segments.iter().map(|segment| segment.len() as u64).sum()
+}
+
+/// Writes bytes into a segment, from its start; what does not fit is left out.
+pub(super) fn fill(segment: Segment, bytes: &[u8]) {
+    let count = segment.len().min(bytes.len());
+    // SAFETY: as in `Chain::read`.
+    unsafe { std::ptr::copy(bytes.as_ptr(), segment.as_ptr(), count) };
+}
+
+/// The queues of one device, with what it needs to use them.
+#[derive(Debug)]
+pub struct Queues {
+    pub(super) queues: Vec<Queue>,
+    pub(super) memory: GuestMemory,
+    registers: RegisterPage,
+    interrupt: EventFd,
+    doorbell: EventFd,
+    /// Vectors of chains that are done, for the next ones.
+    spare: Vec<Vec<Segment>>,
+}
+
+impl Queues {
+    pub(super) fn new(
+        sizes: &[u16],
+        memory: GuestMemory,
+        registers: RegisterPage,
+        interrupt: EventFd,
+        doorbell: EventFd,
+    ) -> Self {
+        // Sizes are constants of the devices, and their tests see that they are right.
+        let queues = sizes.iter().filter_map(|&size| Queue::new(size).ok()).collect();
+        Self { queues, memory, registers, interrupt, doorbell, spare: Vec::new() }
+    }
+
+    pub(super) const fn doorbell(&self) -> &EventFd {
+        &self.doorbell
+    }
+
+    /// The guest's memory, in which all chains lie.
+    #[must_use]
+    pub const fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// Whether the driver uses this queue.
+    #[must_use]
+    pub fn is_ready(&self, queue: usize) -> bool {
+        self.queues.get(queue).is_some_and(QueueT::ready)
+    }
+
+    /// The next chain that the driver has made available, if there is one.
+    ///
+    /// # Errors
+    /// When the driver's rings or descriptors are not what they have to be.
+    pub fn pop(&mut self, queue: usize) -> Result<Option<Chain>, Broken> {
+        let Some(ring) = self.queues.get_mut(queue).filter(|ring| ring.ready()) else { return Ok(None) };
+        let size = usize::from(ring.size());
+        let mut available = ring.iter(self.memory.inner()).map_err(|error| broken(queue, &error))?;
+        let Some(descriptors) = available.next() else { return Ok(None) };
+        let mut segments = self.spare.pop().unwrap_or_default();
+        segments.clear();
+        let head = descriptors.head_index();
+        let mut writable = None;
+        let mut ends = false;
+        for descriptor in descriptors {
+            ends = !descriptor.has_next();
+            match (descriptor.is_write_only(), writable) {
+                (true, None) => writable = Some(segments.len()),
+                (false, Some(_)) => {
+                    return Err(chain_error(queue, head, "has something to read behind something to write"));
+                }
+                _ => {}
+            }
+            if segments.len() == size {
+                return Err(chain_error(queue, head, "is longer than its queue"));
+            }
+            // One of no bytes says nothing, wherever it points.
+            if descriptor.len() > 0 {
+                segments.push(self.memory.segment(&descriptor).ok_or_else(|| {
+                    chain_error(queue, head, &format!("leaves memory at {:#x}", descriptor.addr().0))
+                })?);
+            }
+        }
+        if !ends {
+            return Err(chain_error(queue, head, "does not end"));
+        }
+        let writable = writable.unwrap_or(segments.len());
+        Ok(Some(Chain { head, segments, start: 0, writable }))
+    }
+
+    /// Puts back the chain that was taken last, so that the next [`Self::pop`] finds it again.
+    pub fn put_back(&mut self, queue: usize, chain: Chain) {
+        if let Some(ring) = self.queues.get_mut(queue) {
+            ring.go_to_previous_position();
+        }
+        self.spare.push(chain.segments);
+    }
+
+    /// Gives a chain back to the driver. `written` counts the bytes that the device wrote.
+    ///
+    /// # Errors
+    /// When the ring is not in guest memory.
+    pub fn complete(&mut self, queue: usize, chain: Chain, written: u32) -> Result<(), Broken> {
+        let ring = &mut self.queues[queue];
+        ring.add_used(self.memory.inner(), chain.head, written).map_err(|error| broken(queue, &error))?;
+        self.spare.push(chain.segments);
+        Ok(())
+    }
+
+    /// Interrupts the driver if it wants to hear of the chains that were given back.
+    ///
+    /// # Errors
+    /// When the ring is not in guest memory.
+    pub fn notify(&mut self, queue: usize) -> Result<(), Broken> {
+        let ring = &mut self.queues[queue];
+        if ring.needs_notification(self.memory.inner()).map_err(|error| broken(queue, &error))? {
+            self.interrupt();
+        }
+        Ok(())
+    }
+
+    /// Asks to hear of new chains; `true` where some have come meanwhile, which have to be looked at first.
+    ///
+    /// # Errors
+    /// When the ring is not in guest memory.
+    pub fn rearm(&mut self, queue: usize) -> Result<bool, Broken> {
+        let ring = &mut self.queues[queue];
+        ring.enable_notification(self.memory.inner()).map_err(|error| broken(queue, &error))
+    }
+
+    /// Asks to be called again for what is left, when others have had their turn.
+    pub fn yield_turn(&self) {
+        // A counter that is full is readable, which is all that is wanted.
+        let _ = self.doorbell.write(1);
+    }
+
+    /// Shows the driver another configuration space.
+    pub fn set_configuration(&self, bytes: &[u8]) {
+        let generation = self.registers.get(CONFIGURATION_GENERATION);
+        self.registers.set_configuration(bytes);
+        self.registers.set(CONFIGURATION_GENERATION, generation.wrapping_add(1));
+        self.interrupt_for_configuration();
+    }
+
+    pub(super) fn interrupt_for_configuration(&self) {
+        self.registers.set(INTERRUPT_STATUS, ACKNOWLEDGE_QUEUES | CONFIGURATION_CHANGED);
+        self.interrupt();
+    }
+
+    fn interrupt(&self) {
+        // KVM takes the counter at once.
+        let _ = self.interrupt.write(1);
+    }
+}
+
+fn broken(queue: usize, error: &virtio_queue::Error) -> Broken {
+    Broken::because(format!("queue {queue}: {error}"))
+}
+
+fn chain_error(queue: usize, head: u16, what: &str) -> Broken {
+    Broken::because(format!("queue {queue}: the chain at descriptor {head} {what}"))
+}
+
+impl GuestMemory {
+    /// What a descriptor names, if all of it is guest memory.
+    fn segment(&self, descriptor: &Descriptor) -> Option<Segment> {
+        let length = usize::try_from(descriptor.len()).ok()?;
+        let slice = self.inner().get_slice(descriptor.addr(), length).ok()?;
+        Some(Segment(libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: length }))
+    }
+}

@@ -1,0 +1,113 @@
+//! The registers of virtio devices (section 4.2.2), in pages that the guest reads without leaving.
+//!
+//! KVM maps the pages into the guest as memory that cannot be written: a read costs what a read of memory
+//! costs, and only writes come to the VMM. An interrupt handler reads and acknowledges its status, which would
+//! be two exits for each interrupt. Here the read is none, and the acknowledgement, always of the same
+//! value, goes no further than KVM, which discards it.
+
+use crate::layout::{PAGE, PAGE_SIZE};
+use std::io;
+use std::sync::Arc;
+use vm_memory::{Bytes, MmapRegion, VolatileMemory};
+
+pub(super) const MAGIC: usize = 0x000;
+pub(super) const VERSION: usize = 0x004;
+pub(super) const DEVICE_ID: usize = 0x008;
+pub(super) const VENDOR_ID: usize = 0x00c;
+pub(super) const DEVICE_FEATURES: usize = 0x010;
+pub(super) const DEVICE_FEATURES_SELECT: usize = 0x014;
+pub(super) const DRIVER_FEATURES: usize = 0x020;
+pub(super) const DRIVER_FEATURES_SELECT: usize = 0x024;
+pub(super) const QUEUE_SELECT: usize = 0x030;
+pub(super) const QUEUE_SIZE_MAX: usize = 0x034;
+pub(super) const QUEUE_SIZE: usize = 0x038;
+pub(super) const QUEUE_READY: usize = 0x044;
+/// Written by the driver with the number of a queue that has new chains.
+pub const DOORBELL: u64 = 0x050;
+pub(super) const INTERRUPT_STATUS: usize = 0x060;
+/// Written by the driver with what it has seen in the interrupt status.
+pub const ACKNOWLEDGE: u64 = 0x064;
+pub(super) const DOORBELL_OFFSET: usize = 0x050;
+pub(super) const ACKNOWLEDGE_OFFSET: usize = 0x064;
+/// Bit of the interrupt status: a queue has used chains.
+pub const ACKNOWLEDGE_QUEUES: u32 = 1;
+/// Bit of the interrupt status: the configuration has changed.
+pub(super) const CONFIGURATION_CHANGED: u32 = 2;
+pub(super) const STATUS: usize = 0x070;
+pub(super) const QUEUE_DESCRIPTORS: usize = 0x080;
+pub(super) const QUEUE_DRIVER: usize = 0x090;
+pub(super) const QUEUE_DEVICE: usize = 0x0a0;
+/// Lengths and addresses of shared memory regions, of which there is none: all ones.
+pub(super) const SHARED_MEMORY: std::ops::Range<usize> = 0x0b0..0x0c0;
+pub(super) const CONFIGURATION_GENERATION: usize = 0x0fc;
+pub(super) const CONFIGURATION: usize = 0x100;
+/// Bytes of the configuration space that a device may have.
+pub(super) const CONFIGURATION_MAX: usize = 256;
+
+/// The registers of all devices of a machine, one page each.
+#[derive(Clone, Debug)]
+pub struct RegisterPages(Arc<MmapRegion>);
+
+impl RegisterPages {
+    /// Pages for so many devices, at least one.
+    ///
+    /// # Errors
+    /// When the host has no memory left.
+    pub fn new(devices: usize) -> io::Result<Self> {
+        let mapping = MmapRegion::new(devices.max(1) * PAGE).map_err(io::Error::other)?;
+        Ok(Self(Arc::new(mapping)))
+    }
+
+    /// The page of one device.
+    #[must_use]
+    pub fn page(&self, device: usize) -> RegisterPage {
+        assert!(device < self.0.size() / PAGE, "there is no page for device {device}");
+        RegisterPage { pages: Arc::clone(&self.0), start: device * PAGE }
+    }
+
+    /// The memory behind them.
+    #[must_use]
+    pub fn mapping(&self) -> &MmapRegion {
+        &self.0
+    }
+
+    /// Bytes of all pages.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        (self.0.size() as u64).next_multiple_of(PAGE_SIZE)
+    }
+}
+
+/// What one device shows. The guest reads at any time, and sees each register whole.
+#[derive(Clone, Debug)]
+pub struct RegisterPage {
+    pages: Arc<MmapRegion>,
+    start: usize,
+}
+
+impl RegisterPage {
+    /// Sets a register; `offset` is a multiple of four within the page.
+    pub(super) fn set(&self, offset: usize, value: u32) {
+        use std::sync::atomic::Ordering::Release;
+        // Offsets are constants of this module, and the page is there.
+        let _ = self.pages.as_volatile_slice().store(value.to_le(), self.start + offset, Release);
+    }
+
+    /// What a register shows.
+    pub(super) fn get(&self, offset: usize) -> u32 {
+        use std::sync::atomic::Ordering::Acquire;
+        self.pages.as_volatile_slice().load(self.start + offset, Acquire).map_or(0, u32::from_le)
+    }
+
+    /// Reads as the guest does, with any width; what is behind the page is all ones.
+    pub(super) fn read(&self, offset: usize, data: &mut [u8]) {
+        let length = data.len().min(PAGE.saturating_sub(offset));
+        let _ = self.pages.as_volatile_slice().read_slice(&mut data[..length], self.start + offset);
+    }
+
+    /// Shows a configuration space.
+    pub(super) fn set_configuration(&self, bytes: &[u8]) {
+        let bytes = &bytes[..bytes.len().min(CONFIGURATION_MAX)];
+        let _ = self.pages.as_volatile_slice().write_slice(bytes, self.start + CONFIGURATION);
+    }
+}
