@@ -646,4 +646,12 @@ mod tests {
         assert!(error(&disk.drive()).contains("it is in use"));
         drop((first, second));
     }
+
+    proptest::proptest! {
+        #[test]
+        fn any_driver_is_survived(bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..600)) {
+            let disk = Disk::new(&[0; 8192]);
+            Driver::new(Block::open(&disk.drive()).unwrap()).misbehave(&bytes);
+        }
+    }
 }

@@ -12,6 +12,8 @@ mod mmio;
 mod queue;
 mod rate_limiter;
 mod registers;
+#[cfg(test)]
+mod tests;
 
 pub use mmio::{State, Transport, Wiring};
 pub use queue::{Chain, Queues, Segment};

@@ -1,6 +1,8 @@
 //! A driver for tests and fuzzing: it does to a device's registers and queues what a guest's kernel does, in this
 //! process and without KVM, and can do what no kernel would.
 
+mod hostile;
+
 use super::registers as register;
 use super::{ACKNOWLEDGE_QUEUES, Device, RegisterPage, RegisterPages, Transport, Watcher, Wiring};
 use crate::bus::BusDevice;
@@ -270,6 +272,12 @@ impl Driver {
             bytes.extend(part);
         }
         Some(Used { head, written, bytes })
+    }
+
+    /// Asks to be interrupted when the device gives back the chain of this number, counted from zero.
+    pub fn ask_for_interrupt_at(&self, queue: usize, number: u16) {
+        let ring = &self.rings[queue];
+        self.put(ring.available + 4 + 2 * u64::from(ring.size), &number.to_le_bytes());
     }
 
     /// Rings the doorbell, as KVM does for a guest, and lets the device work until it waits.

@@ -1,0 +1,144 @@
+//! A driver that does what no kernel would: bytes decide what.
+//!
+//! Fuzzers and property tests give it bytes at random. It mixes what a driver may do with what it may not, so that
+//! the device is reached behind its first check as well.
+
+use super::{Driver, INDIRECT, NEXT, WRITE};
+use crate::bus::BusDevice;
+use crate::devices::virtio::registers as register;
+
+/// Bytes that are used up from the front; zeroes follow.
+struct Bytes<'a>(&'a [u8]);
+
+impl Bytes<'_> {
+    fn take<const N: usize>(&mut self) -> [u8; N] {
+        let mut taken = [0; N];
+        let count = self.0.len().min(N);
+        let (front, rest) = self.0.split_at(count);
+        taken[..count].copy_from_slice(front);
+        self.0 = rest;
+        taken
+    }
+
+    fn byte(&mut self) -> u8 {
+        self.take::<1>()[0]
+    }
+
+    fn u16(&mut self) -> u16 {
+        u16::from_le_bytes(self.take())
+    }
+
+    fn u32(&mut self) -> u32 {
+        u32::from_le_bytes(self.take())
+    }
+
+    fn u64(&mut self) -> u64 {
+        u64::from_le_bytes(self.take())
+    }
+
+    /// Mostly an address of data, now and then any.
+    fn address(&mut self) -> u64 {
+        match self.byte() {
+            0 => self.u64(),
+            // The very ends of memory and of the address space.
+            1 => super::MEMORY - u64::from(self.byte()),
+            2 => u64::MAX - u64::from(self.byte()),
+            // The rings themselves.
+            3 => super::RING_SPACE + u64::from(self.u32()) % (8 * super::RING_SPACE),
+            _ => super::DATA + u64::from(self.u16()),
+        }
+    }
+
+    /// Mostly the length of something small, now and then any.
+    fn length(&mut self) -> u32 {
+        match self.byte() {
+            0 => self.u32(),
+            1 => u32::from(self.u16()),
+            _ => u32::from(self.byte()),
+        }
+    }
+
+    fn flags(&mut self) -> u16 {
+        match self.byte() % 16 {
+            0 => self.u16(),
+            1 | 2 => INDIRECT,
+            3..8 => NEXT,
+            8..11 => NEXT | WRITE,
+            11..14 => WRITE,
+            _ => 0,
+        }
+    }
+}
+
+impl Driver {
+    /// Does what the bytes say, then makes the device work in peace: whatever was done to it, it starts again.
+    pub fn misbehave(&mut self, bytes: &[u8]) {
+        self.start(u64::MAX);
+        let mut bytes = Bytes(bytes);
+        while !bytes.0.is_empty() {
+            self.step(&mut bytes);
+        }
+        while self.run(Some(0)) {}
+        self.start(u64::MAX);
+        assert!(!self.is_broken(), "a reset does not mend it: {:?}", self.transport.failure());
+    }
+
+    fn step(&mut self, bytes: &mut Bytes<'_>) {
+        let queues = self.rings.len().max(1);
+        let queue = usize::from(bytes.byte()) % queues;
+        match bytes.byte() % 16 {
+            0..5 => {
+                let (index, address, length) = (bytes.u16() % 8, bytes.address(), bytes.length());
+                let (flags, next) = (bytes.flags(), bytes.u16() % 9);
+                self.describe(queue, index, address, length, flags, next);
+            }
+            5..8 => {
+                let head = if bytes.byte() == 0 { bytes.u16() } else { bytes.u16() % 8 };
+                self.offer(queue, head);
+            }
+            8 | 9 => self.ring(),
+            10 => {
+                // A table for indirect descriptors, or packets and requests.
+                let address = super::DATA + u64::from(bytes.u16());
+                let data: [u8; 32] = bytes.take();
+                self.put(address, &data);
+            }
+            11 => {
+                let offset = bytes.u16() % 0x200;
+                let data: [u8; 8] = bytes.take();
+                let width = usize::from(bytes.byte()) % 9;
+                self.transport.write(offset, &data[..width]);
+                self.transport.read(offset, &mut vec![0; width]);
+            }
+            12 => {
+                let registers = [
+                    register::STATUS,
+                    register::QUEUE_SELECT,
+                    register::QUEUE_SIZE,
+                    register::QUEUE_READY,
+                    register::QUEUE_DESCRIPTORS,
+                    register::QUEUE_DEVICE,
+                    register::DRIVER_FEATURES,
+                    register::ACKNOWLEDGE_OFFSET,
+                ];
+                let register = registers[usize::from(bytes.byte()) % registers.len()];
+                let value = if bytes.byte() == 0 { bytes.u32() } else { bytes.byte().into() };
+                self.write(register, value);
+            }
+            13 => self.start(bytes.u64()),
+            14 => {
+                // The available index jumps.
+                let jump = bytes.u16();
+                let ring = &mut self.rings[queue];
+                ring.next_available = ring.next_available.wrapping_add(jump);
+                let (index, next) = (ring.available + 2, ring.next_available);
+                self.put(index, &next.to_le_bytes());
+            }
+            _ => {
+                self.transport.serve_deadline();
+                self.run(Some(0));
+                self.interrupts();
+            }
+        }
+    }
+}

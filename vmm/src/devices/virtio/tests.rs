@@ -1,0 +1,317 @@
+//! What holds for every device: its registers, and the checks of chains.
+
+use super::driver::{Driver, INDIRECT, NEXT, Piece, WRITE};
+use super::{Broken, Device, Event, Queues, Watcher};
+use crate::bus::BusDevice;
+use proptest::prelude::*;
+
+/// A device that answers each chain with what it read, and has a second queue that it does not use.
+#[derive(Debug, Default)]
+struct Echo {
+    resets: u32,
+    configuration: [u8; 8],
+}
+
+impl Device for Echo {
+    fn kind(&self) -> u32 {
+        42
+    }
+
+    fn queue_sizes(&self) -> &'static [u16] {
+        &[8, 16]
+    }
+
+    fn features(&self) -> u64 {
+        1 << 5
+    }
+
+    fn configuration(&self) -> Vec<u8> {
+        self.configuration.to_vec()
+    }
+
+    fn write_configuration(&mut self, offset: usize, data: &[u8]) {
+        if let Some(target) = self.configuration.get_mut(offset..offset.saturating_add(data.len())) {
+            target.copy_from_slice(data);
+        }
+    }
+
+    fn activate(&mut self, _: u64, _: &mut Queues, _: &Watcher) -> Result<(), Broken> {
+        Ok(())
+    }
+
+    fn serve(&mut self, _: Event, queues: &mut Queues) -> Result<(), Broken> {
+        for _ in 0..32 {
+            let Some(mut chain) = queues.pop(0)? else {
+                if queues.rearm(0)? {
+                    continue;
+                }
+                return queues.notify(0);
+            };
+            let length = chain.readable_len().min(chain.writable_len()).min(1 << 16);
+            let mut bytes = vec![0; usize::try_from(length).unwrap()];
+            chain.read(&mut bytes)?;
+            chain.write(&bytes)?;
+            queues.complete(0, chain, u32::try_from(length).unwrap())?;
+        }
+        queues.yield_turn();
+        queues.notify(0)
+    }
+
+    fn reset(&mut self) {
+        self.resets += 1;
+    }
+}
+
+fn echo() -> Driver {
+    Driver::started(Echo::default())
+}
+
+// Offsets and bits restate section 4.2.2.
+
+#[test]
+fn the_registers_say_what_it_is() {
+    let driver = Driver::new(Echo::default());
+    let read = |offset| driver.read(offset);
+    assert_eq!([read(0), read(4), read(8)], [u32::from_le_bytes(*b"virt"), 2, 42]);
+    assert_eq!([read(0x34), read(0x44), read(0x60), read(0x70)], [8, 0, 0, 0]);
+    assert_eq!(read(0xb0), u32::MAX, "no shared memory");
+}
+
+#[test]
+fn features_are_chosen_among_those_that_are_offered() {
+    let status = |features: u64| {
+        let mut driver = Driver::new(Echo::default());
+        for status in [1, 3] {
+            driver.write(0x70, status);
+        }
+        for (select, half) in [(0, features & 0xffff_ffff), (1, features >> 32)] {
+            driver.write(0x24, select);
+            driver.write(0x20, u32::try_from(half).unwrap());
+        }
+        driver.write(0x70, 11);
+        driver.status()
+    };
+    let version_1 = 1 << 32;
+    assert_eq!(status(version_1), 11);
+    assert_eq!(status(version_1 | 1 << 5 | 1 << 28 | 1 << 29), 11);
+    assert_eq!(status(0), 3, "a driver of the drafts");
+    assert_eq!(status(version_1 | 1 << 6), 3, "a feature that was not offered");
+    let mut driver = Driver::new(Echo::default());
+    assert_eq!(driver.offered(), 1 << 32 | 1 << 29 | 1 << 28 | 1 << 5);
+}
+
+#[test]
+fn a_driver_cannot_skip_its_steps() {
+    let mut driver = Driver::new(Echo::default());
+    driver.write(0x70, 4);
+    assert_eq!(driver.status() & 4, 0, "not ready without features");
+    driver.write(0x44, 1);
+    assert_eq!(driver.read(0x44), 0, "no queue without features");
+}
+
+#[test]
+fn a_driver_that_is_ready_cannot_move_its_queues() {
+    let mut driver = echo();
+    assert_eq!(driver.request(0, &[Piece::Out(vec![1; 3]), Piece::In(3)]).bytes, [1; 3]);
+    driver.write(0x30, 0);
+    for (offset, value) in [(0x80, 0xffff_fff0), (0x84, 7), (0x90, 2), (0xa0, 4), (0x38, 2), (0x44, 0)] {
+        driver.write(offset, value);
+    }
+    assert_eq!(driver.read(0x44), 1);
+    assert_eq!(driver.request(0, &[Piece::Out(vec![2; 3]), Piece::In(3)]).bytes, [2; 3]);
+}
+
+#[test]
+fn queues_outside_memory_break_the_device() {
+    let mut driver = Driver::new(Echo::default());
+    for status in [1, 3] {
+        driver.write(0x70, status);
+    }
+    driver.write(0x24, 1);
+    driver.write(0x20, 1);
+    driver.write(0x70, 11);
+    driver.write(0x84, 0x7fff_ffff);
+    driver.write(0x44, 1);
+    driver.write(0x70, 15);
+    assert!(driver.is_broken());
+    assert!(driver.transport.failure().unwrap().contains("queue 0 is not in guest memory"));
+}
+
+#[test]
+fn the_configuration_is_written_within_its_bounds() {
+    let mut driver = echo();
+    driver.transport.write(0x102, &[7, 8]);
+    driver.transport.write(0x107, &[9, 9]);
+    driver.transport.write(0xffff, &[1]);
+    assert_eq!(driver.configuration(0, 8), [0, 0, 7, 8, 0, 0, 0, 0]);
+}
+
+#[test]
+fn pieces_of_any_size_make_a_chain() {
+    let mut driver = echo();
+    let pieces = [
+        Piece::Out(vec![1; 5]),
+        Piece::Out(Vec::new()),
+        Piece::Out(vec![2; 4]),
+        Piece::In(1),
+        Piece::In(0),
+        Piece::In(8),
+    ];
+    let used = driver.request(0, &pieces);
+    assert_eq!((used.written, used.bytes), (9, [vec![1; 5], vec![2; 4]].concat()));
+}
+
+/// Offers one hand-made chain and says what the device thinks of it; an empty text where nothing is wrong.
+fn verdict(describe: impl Fn(&mut Driver, u64)) -> String {
+    let mut driver = echo();
+    let data = driver.allocate(0x4000);
+    describe(&mut driver, data);
+    driver.offer(0, 0);
+    driver.ring();
+    assert_eq!(driver.is_broken(), driver.transport.failure().is_some());
+    driver.transport.failure().unwrap_or_default()
+}
+
+/// A table of descriptors in memory: address, length, flags, next.
+fn table(driver: &Driver, at: u64, entries: &[(u64, u32, u16, u16)]) {
+    for (number, &(address, length, flags, next)) in (0_u64..).zip(entries) {
+        let mut bytes = address.to_le_bytes().to_vec();
+        bytes.extend(length.to_le_bytes());
+        bytes.extend(flags.to_le_bytes());
+        bytes.extend(next.to_le_bytes());
+        driver.memory.write(vm_memory::GuestAddress(at + 16 * number), &bytes).unwrap();
+    }
+}
+
+#[test]
+fn good_chains_pass() {
+    assert_eq!(verdict(|driver, data| driver.describe(0, 0, data, 16, 0, 0)), "");
+    assert_eq!(verdict(|driver, _| driver.describe(0, 0, u64::MAX, 0, 0, 0)), "", "nothing lies nowhere");
+    let indirect = |driver: &mut Driver, data: u64| {
+        table(driver, data, &[(data + 64, 16, NEXT, 1), (data + 80, 16, WRITE, 0)]);
+        driver.describe(0, 0, data, 32, INDIRECT, 0);
+    };
+    assert_eq!(verdict(indirect), "");
+}
+
+#[test]
+fn bad_chains_break_the_device() {
+    let memory_end = 16 << 20;
+    let cases: [(&str, Box<dyn Fn(&mut Driver, u64)>); 11] = [
+        ("does not end", Box::new(|driver, data| driver.describe(0, 0, data, 16, NEXT, 0))),
+        ("does not end", Box::new(|driver, data| driver.describe(0, 0, data, 16, NEXT, 8))),
+        ("leaves memory", Box::new(move |driver, _| driver.describe(0, 0, memory_end, 1, 0, 0))),
+        ("leaves memory", Box::new(move |driver, _| driver.describe(0, 0, memory_end - 8, 16, 0, 0))),
+        ("leaves memory", Box::new(|driver, _| driver.describe(0, 0, u64::MAX - 7, 16, 0, 0))),
+        ("leaves memory", Box::new(|driver, data| driver.describe(0, 0, data, u32::MAX, 0, 0))),
+        (
+            "something to read behind something to write",
+            Box::new(|driver, data| {
+                driver.describe(0, 0, data, 16, WRITE | NEXT, 1);
+                driver.describe(0, 1, data, 16, 0, 0);
+            }),
+        ),
+        (
+            "does not end",
+            Box::new(|driver, data| {
+                // A table that leads to a table.
+                table(driver, data, &[(data, 16, INDIRECT, 0)]);
+                driver.describe(0, 0, data, 16, INDIRECT, 0);
+            }),
+        ),
+        (
+            "is longer than its queue",
+            Box::new(|driver, data| {
+                let entries: Vec<_> =
+                    (0..9).map(|at| (data, 16, if at < 8 { NEXT } else { 0 }, at + 1)).collect();
+                table(driver, data, &entries);
+                driver.describe(0, 0, data, 9 * 16, INDIRECT, 0);
+            }),
+        ),
+        (
+            "does not end",
+            Box::new(|driver, data| {
+                table(driver, data, &[(data, 16, NEXT, 0)]);
+                driver.describe(0, 0, data, 17, INDIRECT, 0);
+            }),
+        ),
+        ("does not end", Box::new(|driver, _| driver.describe(0, 0, u64::MAX - 15, 16, INDIRECT, 0))),
+    ];
+    for (number, (expected, describe)) in cases.into_iter().enumerate() {
+        let verdict = verdict(describe);
+        assert!(verdict.contains(expected), "case {number}: {verdict:?} should say {expected:?}");
+    }
+}
+
+#[test]
+fn an_index_that_jumps_breaks_the_device() {
+    let mut driver = echo();
+    for _ in 0..9 {
+        driver.offer(0, 0);
+    }
+    driver.ring();
+    assert!(driver.is_broken());
+    let mut driver = echo();
+    driver.offer(0, 8);
+    driver.ring();
+    assert!(driver.is_broken(), "a head outside the table");
+}
+
+#[test]
+fn a_broken_device_rests_until_it_is_reset() {
+    let mut driver = echo();
+    driver.offer(0, 8);
+    driver.ring();
+    assert!(driver.is_broken());
+    assert!(driver.interrupts() > 0);
+    driver.push(0, &[Piece::Out(vec![1]), Piece::In(1)]);
+    driver.ring();
+    assert_eq!(driver.pop(0), None);
+    driver.write(0x70, 0);
+    assert_eq!([driver.status(), driver.read(0x60)], [0, 0]);
+    driver.start(u64::MAX);
+    assert_eq!(driver.request(0, &[Piece::Out(vec![1]), Piece::In(1)]).bytes, [1]);
+}
+
+#[test]
+fn a_driver_that_asks_for_no_interrupt_gets_none() {
+    // With the event index the driver names the chain of which it wants to hear: not the first, but the third.
+    let mut driver = echo();
+    driver.interrupts();
+    driver.ask_for_interrupt_at(0, 2);
+    for expected in [0, 0, 1] {
+        driver.request(0, &[Piece::Out(vec![1]), Piece::In(1)]);
+        assert_eq!(driver.interrupts(), expected);
+    }
+}
+
+#[test]
+fn the_state_is_what_the_driver_set() {
+    let mut driver = echo();
+    driver.request(0, &[Piece::Out(vec![1]), Piece::In(1)]);
+    let text = serde_json::to_string(&driver.transport.state()).unwrap();
+    assert!(text.contains("\"status\":15"), "{text}");
+    assert!(text.contains("\"next_available\":1,\"next_used\":1"), "{text}");
+}
+
+proptest! {
+    /// Whatever a driver does, nothing panics and a reset mends it.
+    #[test]
+    fn any_driver_is_survived(bytes in prop::collection::vec(any::<u8>(), 0..600)) {
+        Driver::new(Echo::default()).misbehave(&bytes);
+    }
+
+    /// Any access to any register is harmless.
+    #[test]
+    fn any_access_is_survived(
+        accesses in prop::collection::vec((0_u16..0x1000, prop::collection::vec(any::<u8>(), 0..9)), 0..50)
+    ) {
+        let mut driver = echo();
+        for (offset, data) in accesses {
+            driver.transport.write(offset, &data);
+            driver.transport.read(offset, &mut vec![0; data.len()]);
+        }
+        while driver.run(Some(0)) {}
+        prop_assert_eq!(driver.read(0), u32::from_le_bytes(*b"virt"));
+    }
+}
