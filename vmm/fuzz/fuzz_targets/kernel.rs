@@ -4,8 +4,9 @@
 //! `cargo +nightly fuzz run kernel -- -max_total_time=60`, in the folder above this one.
 #![no_main]
 
-use kindling::boot;
-use kindling::config::BootSource;
+use kindling::boot::{self, Hardware};
+use kindling::config::{BootSource, InterruptControllers};
+use kindling::layout::SERIAL_GSI;
 use kindling::memory::GuestMemory;
 use libfuzzer_sys::fuzz_target;
 use std::io::Write;
@@ -23,7 +24,13 @@ fuzz_target!(|bytes: &[u8]| {
     let mut source = BootSource::kernel(kernel.path());
     source.initrd_path = Some(initrd.path().into());
     let memory = GuestMemory::anonymous(16 << 20).unwrap();
-    if let Ok(entry) = boot::load(&memory, &source, 1) {
+    let hardware = Hardware {
+        vcpus: 1,
+        lines: &[SERIAL_GSI],
+        devices: 0,
+        controllers: InterruptControllers::IoApic,
+    };
+    if let Ok(entry) = boot::load(&memory, &source, hardware) {
         assert!(memory.inner().address_in_range(entry.instruction));
     }
 });

@@ -10,6 +10,7 @@ use crate::layout::MIB;
 use crate::memory::GuestMemory;
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, EventData};
+use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use vm_memory::GuestAddress;
@@ -46,7 +47,7 @@ struct Ring {
     next_available: u16,
     next_used: u16,
     /// What the device writes, by the head of its chain: addresses and lengths.
-    writable: Vec<Vec<(u64, u32)>>,
+    writable: BTreeMap<u16, Vec<(u64, u32)>>,
 }
 
 /// Descriptor flags (section 2.7.5).
@@ -73,13 +74,15 @@ pub struct Driver {
 const MEMORY: u64 = 16 * MIB;
 const DATA: u64 = MEMORY / 2;
 /// Bytes between the rings of two queues.
-const RING_SPACE: u64 = 0x4_0000;
+const RING_SPACE: u64 = 0x1_0000;
 
 impl Driver {
     /// A device that is reset, in a machine of its own.
     pub fn new(device: impl Device + 'static) -> Self {
         let eventfd = || EventFd::new(libc::EFD_NONBLOCK).expect("no eventfd");
         let memory = GuestMemory::anonymous(MEMORY).expect("no memory");
+        // Little of it is touched, and fuzzers make many.
+        memory.use_small_pages(0..MEMORY).expect("it is memory");
         let page = RegisterPages::new(1).expect("no memory").page(0);
         let interrupt = eventfd();
         let wiring = Wiring {
@@ -159,14 +162,14 @@ impl Driver {
             let ring = Ring {
                 size: u16::try_from(size).expect("a queue is too large"),
                 descriptors: start,
-                available: start + 0x2_0000,
-                used: start + 0x3_0000,
+                available: start + 0x8000,
+                used: start + 0xc000,
                 next_descriptor: 0,
                 next_available: 0,
                 next_used: 0,
-                writable: vec![Vec::new(); 0x1_0000],
+                writable: BTreeMap::new(),
             };
-            self.memory.write(GuestAddress(start), &vec![0; 0x4_0000]).expect("rings are in memory");
+            self.clear(&ring);
             self.write(register::QUEUE_SIZE, size);
             for (register, address) in [
                 (register::QUEUE_DESCRIPTORS, ring.descriptors),
@@ -180,6 +183,16 @@ impl Driver {
             self.rings.push(ring);
         }
         self.write(register::STATUS, 15);
+    }
+
+    /// Makes rings empty; the device reads nothing else of them before it is told to.
+    fn clear(&self, ring: &Ring) {
+        let size = usize::from(ring.size);
+        for (address, length) in
+            [(ring.descriptors, 16 * size), (ring.available, 6 + 2 * size), (ring.used, 6 + 8 * size)]
+        {
+            self.put(address, &vec![0; length]);
+        }
     }
 
     fn put(&self, address: u64, bytes: &[u8]) {
@@ -248,14 +261,14 @@ impl Driver {
             index = next;
         }
         self.rings[queue].next_descriptor = index;
-        self.rings[queue].writable[usize::from(head)] = writable;
+        self.rings[queue].writable.insert(head, writable);
         self.offer(queue, head);
         head
     }
 
     /// The next chain that the device has given back.
     pub fn pop(&mut self, queue: usize) -> Option<Used> {
-        let ring = self.rings[queue].clone();
+        let ring = &self.rings[queue];
         let index = u16::from_le_bytes(self.get(ring.used + 2));
         if index == ring.next_used {
             return None;
@@ -263,14 +276,14 @@ impl Driver {
         let entry = ring.used + 4 + 8 * u64::from(ring.next_used % ring.size);
         let head = u32::from_le_bytes(self.get(entry));
         let written = u32::from_le_bytes(self.get(entry + 4));
-        self.rings[queue].next_used = ring.next_used.wrapping_add(1);
         let head = u16::try_from(head).expect("a chain that was never there");
         let mut bytes = Vec::new();
-        for &(address, length) in &ring.writable[usize::from(head)] {
+        for &(address, length) in ring.writable.get(&head).into_iter().flatten() {
             let mut part = vec![0; usize::try_from(length).expect("64 bits")];
             self.memory.read(GuestAddress(address), &mut part).expect("the driver reads memory");
             bytes.extend(part);
         }
+        self.rings[queue].next_used = ring.next_used.wrapping_add(1);
         Some(Used { head, written, bytes })
     }
 
