@@ -89,6 +89,9 @@ pub struct Exit {
     pub exits: ExitCounts,
     /// Accesses to I/O ports that no device has.
     pub unclaimed_ports: u64,
+    /// What drivers of the guest did to their devices that no driver may, so that the device stopped: for each
+    /// such device its name and the first reason.
+    pub device_failures: Vec<String>,
     /// The last lines of console output.
     pub console_tail: Vec<String>,
     /// Registers of the vCPU that failed, if one did.

@@ -267,6 +267,7 @@ impl Running {
             reason,
             timeline,
             exits,
+            device_failures: devices.virtio.iter().filter_map(|device| lock(device).failure()).collect(),
             unclaimed_ports: devices.buses.ports.unclaimed(),
             console_tail,
             registers,

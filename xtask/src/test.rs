@@ -31,6 +31,8 @@ const SMP_LAB_CPUS: u8 = 4;
 /// MiB of memory of the lab: the largest guest has 4096.
 const LAB_MEMORY_MIB: u64 = 6144;
 
+/// Says how often a test does what it does a few times otherwise.
+const ROUNDS: &str = "KINDLING_ROUNDS";
 /// Another monitor, and the test that needs it.
 const FIRECRACKER: &str = "firecracker";
 
@@ -146,6 +148,7 @@ fn lay_out_testbed() -> Result<PathBuf> {
         out: Some(images.join("busybox")),
         ..Image::default()
     })?;
+    filesystem(&testbed)?;
     let path = std::env::var_os("PATH").unwrap_or_default();
     match std::env::split_paths(&path).map(|folder| folder.join(FIRECRACKER)).find(|file| file.is_file()) {
         Some(file) => drop(fs::copy(file, testbed.join(FIRECRACKER))?),
@@ -155,6 +158,18 @@ fn lay_out_testbed() -> Result<PathBuf> {
     fs::write(testbed.join("debian/vmlinuz"), &bzimage)?;
     unpack_kernel(&bzimage, &testbed.join("debian/vmlinux"))?;
     Ok(testbed)
+}
+
+/// An empty filesystem for a guest's disk, and a program without shared libraries that checks it.
+fn filesystem(testbed: &Path) -> Result<()> {
+    const MIB: u64 = 1 << 20;
+    let image = testbed.join("ext4");
+    fs::File::create(&image)?.set_len(32 * MIB)?;
+    let shell = Shell::new()?;
+    // The lab's memory is its disk: what the filesystem does not use stays a hole.
+    cmd!(shell, "/usr/sbin/mke2fs -q -t ext4 -E nodiscard -F {image}").quiet().run()?;
+    fs::copy(debian::unpacked("e2fsck-static")?.join("sbin/e2fsck.static"), testbed.join("e2fsck"))?;
+    Ok(())
 }
 
 /// A root filesystem with Debian's busybox under the names of its commands.
@@ -242,7 +257,9 @@ fn in_lab(cpus: u8, programs: &[&Program], testbed: &Path, filter: &str) -> Resu
         cpus,
         memory_mib: LAB_MEMORY_MIB,
         command: ["/bin/sh", "-c", &script].map(str::to_owned).to_vec(),
-        environment: vec![("KINDLING_TESTBED".to_owned(), TESTBED.to_owned())],
+        environment: std::iter::once(("KINDLING_TESTBED".to_owned(), TESTBED.to_owned()))
+            .chain(std::env::var(ROUNDS).ok().map(|rounds| (ROUNDS.to_owned(), rounds)))
+            .collect(),
         with,
         get: vec![(lab::inside("failures"), failures.path().into())],
     };

@@ -138,6 +138,12 @@ fn boot(arguments: &Arguments, timeline: Timeline) -> Result<Exit, Error> {
 }
 
 fn finish(arguments: &Arguments, exit: &Exit) -> u8 {
+    for failure in &exit.device_failures {
+        tell(&format!(
+            "kindling: a device stopped because its driver broke a rule of virtio: {}\n",
+            report::printable(failure)
+        ));
+    }
     if exit.reason.is_failure() {
         tell(&report::failure(exit));
     }

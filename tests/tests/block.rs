@@ -1,0 +1,224 @@
+//! A guest's disks: what is written is there, what was promised outlives the monitor, and others are kept away.
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use tests::{boot, run, testbed};
+
+const MIB: usize = 1 << 20;
+
+/// A folder for disks.
+struct Place(tempfile::TempDir);
+
+impl Place {
+    fn new() -> Self {
+        Self(tempfile::tempdir().expect("cannot make a folder"))
+    }
+
+    /// A disk of this content.
+    fn disk(&self, name: &str, bytes: &[u8]) -> PathBuf {
+        let path = self.0.path().join(name);
+        std::fs::write(&path, bytes).expect("cannot write a disk");
+        path
+    }
+
+    /// A disk with an empty filesystem.
+    fn filesystem(&self) -> PathBuf {
+        let path = self.0.path().join("ext4");
+        std::fs::copy(testbed("ext4"), &path).expect("cannot copy a filesystem");
+        path
+    }
+}
+
+fn with_drive(disk: &Path, flags: &str, script: &str) -> Command {
+    let mut command = boot();
+    let mut drive = disk.as_os_str().to_owned();
+    drive.push(flags);
+    command.arg("--drive").arg(drive).args(["--", "/bin/sh", "-c", script]);
+    command
+}
+
+fn content(seed: u32, length: usize) -> Vec<u8> {
+    let mut state = seed;
+    let next = move || {
+        // Any bytes will do that differ from sector to sector.
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        state.to_le_bytes()[3]
+    };
+    std::iter::repeat_with(next).take(length).collect()
+}
+
+/// Checks a filesystem and mends nothing.
+#[track_caller]
+fn expect_clean(disk: &Path) {
+    run(Command::new(testbed("e2fsck")).args(["-f", "-n"]).arg(disk)).expect_status(0);
+}
+
+#[test]
+fn a_disk_is_read_and_written_byte_for_byte() {
+    let place = Place::new();
+    let disk = place.disk("disk", &content(1, 3 * MIB));
+    let script = "
+        cmp /dev/vda /dev/vda && dd if=/dev/vda of=/copy bs=1M 2>/dev/null &&
+        dd if=/copy of=/dev/vda bs=64k seek=16 count=16 conv=fsync 2>/dev/null && cat /sys/none 2>/dev/null;
+        dd if=/dev/vda of=/dev/vda bs=4k skip=0 seek=512 count=8 iflag=direct oflag=direct 2>/dev/null
+        blockdev --getsize64 /dev/vda";
+    let outcome = run(&mut with_drive(&disk, "", script));
+    outcome.expect_status(0);
+    assert_eq!(outcome.stdout, format!("{}\n", 3 * MIB), "{outcome}");
+    let mut expected = content(1, 3 * MIB);
+    expected.copy_within(0..MIB, MIB);
+    expected.copy_within(0..32768, 2 * MIB);
+    assert!(std::fs::read(&disk).unwrap() == expected, "the disk has other bytes");
+}
+
+#[test]
+fn a_filesystem_is_used_and_clean_afterwards() {
+    let place = Place::new();
+    let disk = place.filesystem();
+    let script = "mkdir /m && mount -t ext4 /dev/vda /m && cp -r /bin /m/bin && echo words > /m/file && rm /m/bin/sh &&
+        fstrim /m; umount /m";
+    run(&mut with_drive(&disk, "", script)).expect_status(0);
+    expect_clean(&disk);
+    let script =
+        "mkdir /m && mount -t ext4 -o ro /dev/vda /m && cat /m/file && cmp /bin/busybox /m/bin/busybox &&
+        test ! -e /m/bin/sh";
+    let outcome = run(&mut with_drive(&disk, ":ro", script));
+    outcome.expect_status(0);
+    assert_eq!(outcome.stdout, "words\n");
+}
+
+#[test]
+fn several_disks_are_told_apart() {
+    let place = Place::new();
+    let mut command = boot();
+    for (name, letter) in [("a", b'a'), ("b", b'b'), ("c", b'c')] {
+        command.arg("--drive").arg(place.disk(name, &vec![letter; MIB]));
+    }
+    let script = "for d in a b c; do head -c 1 /dev/vd$d; done; tail -c 1 /dev/vdc";
+    let outcome = run(command.args(["--", "/bin/sh", "-c", script]));
+    outcome.expect_status(0);
+    assert_eq!(outcome.stdout, "abcc", "{outcome}");
+}
+
+#[test]
+fn a_read_only_disk_is_not_written() {
+    let place = Place::new();
+    let disk = place.disk("disk", &[b'x'; 1 << 16]);
+    let script = "echo other > /dev/vda; sync; blockdev --getro /dev/vda";
+    let outcome = run(&mut with_drive(&disk, ":ro", script));
+    assert!(outcome.stdout.contains('1'), "{outcome}");
+    assert_eq!(std::fs::read(&disk).unwrap(), [b'x'; 1 << 16]);
+}
+
+#[test]
+fn a_rate_limit_holds() {
+    let place = Place::new();
+    let disk = place.disk("disk", &vec![1; MIB]);
+    let seconds = |limiter: &str| -> f64 {
+        let image = testbed("images/busybox");
+        let file = place.0.path().join("vm.json");
+        let json = format!(
+            r#"{{"boot-source": {{"kernel_image_path": "{0}/vmlinux", "initrd_path": "{0}/initramfs.cpio"}},
+                "drives": [{{"drive_id": "d", "path_on_host": "{1}", "is_root_device": false,
+                             "is_read_only": true{limiter}}}]}}"#,
+            image.display(),
+            disk.display(),
+        );
+        std::fs::write(&file, json).unwrap();
+        let script = "read a b < /proc/uptime; cat /dev/vda > /dev/null; read c d < /proc/uptime; echo $a $c";
+        let mut command = tests::kindling();
+        command.args(["boot", "--config-file"]).arg(&file).args(["--", "/bin/sh", "-c", script]);
+        let outcome = run(command.stdin(Stdio::null()));
+        outcome.expect_status(0);
+        let times: Vec<f64> = outcome.stdout.split_whitespace().map(|word| word.parse().unwrap()).collect();
+        times[1] - times[0]
+    };
+    assert!(seconds("") < 0.5);
+    // A MiB at 1 MiB in a second, of which a quarter is there at once.
+    let limiter = r#", "rate_limiter": {"bandwidth": {"size": 262144, "refill_time": 250}}"#;
+    let limited = seconds(limiter);
+    assert!((0.5..2.0).contains(&limited), "{limited} s");
+}
+
+#[test]
+fn a_disk_in_use_is_refused_to_others() {
+    let place = Place::new();
+    let disk = place.disk("disk", &[0; MIB]);
+    let mut first = with_drive(&disk, "", "echo started; read line");
+    let mut child = first.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    assert_eq!(line.trim(), "started");
+    let second = run(&mut with_drive(&disk, ":ro", "true"));
+    second.expect_status(2).expect_stderr("cannot be a drive: it is in use");
+    child.stdin.take().unwrap().write_all(b"go on\n").unwrap();
+    assert!(child.wait().unwrap().success());
+    run(&mut with_drive(&disk, "", "true")).expect_status(0);
+}
+
+/// A monitor that is killed at any moment leaves a disk on which everything is that fsync promised, and a
+/// filesystem that mends itself. `KINDLING_ROUNDS` says how often; it is done a few times otherwise.
+#[test]
+fn what_was_promised_outlives_the_monitor() {
+    let rounds: u32 =
+        std::env::var("KINDLING_ROUNDS").map_or(3, |text| text.parse().expect("a number of rounds"));
+    let place = Place::new();
+    let disk = place.filesystem();
+    let mut promised: u32 = 0;
+    for round in 0..rounds {
+        let script = format!(
+            "mkdir /m && mount -t ext4 /dev/vda /m || exit 1
+             i={promised}
+             while true; do
+                 i=$((i + 1)); echo $i $i $i > /m/next && fsync /m/next && mv /m/next /m/file.$((i % 8)) && fsync /m/file.$((i % 8)) /m
+                 echo promised $i
+             done"
+        );
+        let mut child = with_drive(&disk, "", &script).stdout(Stdio::piped()).spawn().unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        // Every round ends after another number of promises, in the middle of the next one.
+        let mut left = 1 + (round * 7) % 23;
+        for line in lines {
+            let line = line.unwrap();
+            if let Some(number) = line.trim().strip_prefix("promised ") {
+                promised = number.parse().unwrap();
+                left -= 1;
+                if left == 0 {
+                    break;
+                }
+            }
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(left, 0, "round {round}: the guest ended by itself");
+        let script = "mkdir /m && mount -t ext4 /dev/vda /m && cat /m/file.*; umount /m";
+        let outcome = run(&mut with_drive(&disk, "", script));
+        outcome.expect_status(0);
+        for number in promised.saturating_sub(7).max(1)..=promised {
+            // A later one may have taken its place.
+            let found = [number, number + 8].map(|number| format!("{number} {number} {number}"));
+            let is_there = outcome.stdout.lines().any(|line| found.iter().any(|text| text == line));
+            assert!(is_there, "round {round}: {number} of {promised} is lost: {outcome}");
+        }
+        expect_clean(&disk);
+    }
+}
+
+#[test]
+fn a_disk_is_used_past_the_page_cache() {
+    // Direct requests take time, so that none of them is done at once.
+    let place = Place::new();
+    let disk = place.disk("disk", &content(5, MIB));
+    let script = "dd if=/dev/vda of=/dev/vda bs=64k seek=8 count=4 oflag=direct 2>/dev/null";
+    let outcome = run(&mut with_drive(&disk, ":direct", script));
+    if outcome.status == Some(2) {
+        // The folder's filesystem decides, and it says so.
+        outcome.expect_stderr("its filesystem has no direct I/O");
+        return;
+    }
+    outcome.expect_status(0);
+    let mut changed = content(5, MIB);
+    changed.copy_within(0..MIB / 4, MIB / 2);
+    assert!(std::fs::read(&disk).unwrap() == changed, "the disk has other bytes");
+}
