@@ -171,7 +171,7 @@ fn what_was_promised_outlives_the_monitor() {
             "mkdir /m && mount -t ext4 /dev/vda /m || exit 1
              i={promised}
              while true; do
-                 i=$((i + 1)); echo $i $i $i > /m/next && fsync /m/next && mv /m/next /m/file.$((i % 8)) && fsync /m/file.$((i % 8)) /m
+                 i=$((i + 1)); echo $i $i $i > /m/next && fsync /m/next && mv /m/next /m/file.$((i % 8)) && fsync /m/file.$((i % 8)) || exit 2
                  echo promised $i
              done"
         );

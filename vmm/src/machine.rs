@@ -260,7 +260,7 @@ impl Origin {
             Err(error) => return Ok(Self { refusal: Some(error), ..Self::default() }),
         };
         let hypervisor = Hypervisor::open()?;
-        let refusal = preboot.check_host(&hypervisor)?;
+        let refusal = preboot.check_host(&hypervisor);
         let preboot = refusal.is_none().then_some(preboot);
         Ok(Self { preboot, hypervisor: Some(hypervisor), refusal })
     }

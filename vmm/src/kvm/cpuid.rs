@@ -3,7 +3,6 @@
 //!
 //! Leaves are those of the Intel SDM, volume 2, "CPUID", and of the AMD APM, volume 3, appendix E.
 
-use super::KvmError;
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 
 /// Leaf 1, ECX: the local APIC has a timer that takes a TSC value. Linux then does not measure
@@ -35,20 +34,12 @@ pub(super) fn host_has_svm() -> bool {
 }
 
 /// CPUID of vCPU `id` in a machine of `count`: one package, one thread per core.
-pub(super) fn for_vcpu(supported: &CpuId, id: u8, count: u8) -> Result<CpuId, KvmError> {
-    let mut entries: Vec<kvm_cpuid_entry2> = supported.as_slice().to_vec();
-    for entry in &mut entries {
+pub(super) fn for_vcpu(supported: &CpuId, id: u8, count: u8) -> CpuId {
+    let mut cpuid = supported.clone();
+    for entry in cpuid.as_mut_slice() {
         adapt(entry, id, count);
     }
-    CpuId::from_entries(&entries).map_err(|error| KvmError::Ioctl {
-        what: "take as many CPUID leaves as it supports",
-        source: std::io::Error::other(format!("{error:?}")),
-    })
-}
-
-/// The same of the first vCPU, as plain data.
-pub(super) fn of_first_vcpu(supported: &CpuId, count: u8) -> Result<Vec<kvm_cpuid_entry2>, KvmError> {
-    Ok(for_vcpu(supported, 0, count)?.as_slice().to_vec())
+    cpuid
 }
 
 fn adapt(entry: &mut kvm_cpuid_entry2, id: u8, count: u8) {

@@ -15,9 +15,9 @@ use crate::devices::virtio::{ACKNOWLEDGE, ACKNOWLEDGE_QUEUES, DOORBELL, Register
 use crate::layout::{self, Gsi};
 use crate::memory::GuestMemory;
 use kvm_bindings::{
-    CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_MEM_READONLY, KvmIrqRouting, kvm_clock_data,
-    kvm_cpuid_entry2, kvm_enable_cap, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1,
-    kvm_irq_routing_msi, kvm_userspace_memory_region,
+    CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY,
+    KvmIrqRouting, kvm_clock_data, kvm_enable_cap, kvm_irq_routing_entry,
+    kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_msi, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VmFd};
 use rustix::io_uring::{IoringRegisterOp, io_uring_params, io_uring_register, io_uring_setup};
@@ -87,19 +87,25 @@ impl Hypervisor {
         if !cpuid::host_has_virtualization() {
             return Err(KvmError::SoftwareOnly);
         }
-        // The constructor's bound of 80 entries is above what any KVM has returned.
-        let supported_cpuid = kvm
-            .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
-            .map_err(KvmError::ioctl("say which CPUID leaves it supports"))?;
+        let supported_cpuid =
+            supported_cpuid(&kvm).map_err(KvmError::ioctl("say which CPUID leaves it supports"))?;
         Ok(Self { kvm, supported_cpuid })
     }
 
     /// What CPUID says to the first of `count` vCPUs on this host.
-    ///
-    /// # Errors
-    /// When KVM has more leaves than it takes.
-    pub fn cpuid(&self, count: u8) -> Result<Vec<kvm_cpuid_entry2>, KvmError> {
-        cpuid::of_first_vcpu(&self.supported_cpuid, count)
+    #[must_use]
+    pub fn cpuid(&self, count: u8) -> CpuId {
+        cpuid::for_vcpu(&self.supported_cpuid, 0, count)
+    }
+}
+
+/// The CPUID leaves that KVM supports. Room for many is memory that is cleared first, so it is offered only to
+/// a KVM that has many.
+fn supported_cpuid(kvm: &Kvm) -> Result<CpuId, kvm_ioctls::Error> {
+    const FEW: usize = 96;
+    match kvm.get_supported_cpuid(FEW) {
+        Err(error) if error.errno() == libc::E2BIG => kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES),
+        result => result,
     }
 }
 
@@ -191,11 +197,9 @@ impl Vm {
     }
 
     /// What CPUID says to the first of `count` vCPUs.
-    ///
-    /// # Errors
-    /// When KVM has more leaves than it takes.
-    pub fn cpuid(&self, count: u8) -> Result<Vec<kvm_cpuid_entry2>, KvmError> {
-        cpuid::of_first_vcpu(&self.supported_cpuid, count)
+    #[must_use]
+    pub fn cpuid(&self, count: u8) -> CpuId {
+        cpuid::for_vcpu(&self.supported_cpuid, 0, count)
     }
 
     /// Nanoseconds of the machine's clock, which kvm-clock shows to the guest.
@@ -331,7 +335,7 @@ impl Vm {
     /// When KVM refuses.
     pub fn create_vcpu(&self, id: u8, count: u8) -> Result<Vcpu, KvmError> {
         let fd = self.fd.create_vcpu(id.into()).map_err(KvmError::ioctl("create a vCPU"))?;
-        let cpuid = cpuid::for_vcpu(&self.supported_cpuid, id, count)?;
+        let cpuid = cpuid::for_vcpu(&self.supported_cpuid, id, count);
         fd.set_cpuid2(&cpuid).map_err(KvmError::ioctl("set a vCPU's CPUID"))?;
         Ok(Vcpu::new(fd))
     }

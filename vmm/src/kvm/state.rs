@@ -9,8 +9,12 @@ use kvm_bindings::{
     Msrs, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events,
     kvm_xcrs, kvm_xsave,
 };
+use serde::de::{self, Deserializer, Visitor};
 use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::marker::PhantomData;
 use x86_64::registers::rflags::RFlags;
+use zerocopy::{FromBytes, IntoBytes};
 
 /// Time stamp counter.
 const TSC: u32 = 0x10;
@@ -19,8 +23,10 @@ const TSC: u32 = 0x10;
 const TSS_BUSY: u8 = 0x2;
 
 /// The model-specific registers that are a guest's own, as far as the host's KVM has them: all that a
-/// Linux guest may have written and will miss. What describes the processor follows from CPUID.
-const OWN_MSRS: [u32; 33] = [
+/// Linux guest may have written and will miss. What describes the processor follows from CPUID. The address of
+/// KVM's wall clock is left out: KVM writes the time there when it is set, and a kernel sets it each time it
+/// wants to know (`kvm_get_wallclock` in arch/x86/kernel/kvmclock.c).
+const OWN_MSRS: [u32; 32] = [
     TSC,
     0x3b,        // TSC adjust
     0x48,        // speculation control
@@ -38,8 +44,7 @@ const OWN_MSRS: [u32; 33] = [
     0x6a2,       // and supervisor
     0x6e0,       // deadline of the local APIC's timer
     0xda0,       // extended states of the supervisor
-    0x4b56_4d00, // KVM's MSRs (arch/x86/include/uapi/asm/kvm_para.h): wall clock,
-    0x4b56_4d01, // system time,
+    0x4b56_4d01, // KVM's MSRs (arch/x86/include/uapi/asm/kvm_para.h): system time,
     0x4b56_4d02, // asynchronous page faults,
     0x4b56_4d03, // steal time,
     0x4b56_4d04, // end of interrupt,
@@ -61,15 +66,43 @@ const OWN_MSRS: [u32; 33] = [
 pub struct VcpuState {
     general: kvm_regs,
     special: kvm_sregs,
-    floating_point: kvm_xsave,
+    #[serde(deserialize_with = "boxed")]
+    floating_point: Box<kvm_xsave>,
     extended_control: kvm_xcrs,
     debug: kvm_debugregs,
-    local_apic: kvm_lapic_state,
+    #[serde(deserialize_with = "boxed")]
+    local_apic: Box<kvm_lapic_state>,
     msrs: Vec<kvm_msr_entry>,
     events: kvm_vcpu_events,
     multiprocessing: kvm_mp_state,
     /// Frequency of the time stamp counter in kHz.
     tsc_khz: u32,
+}
+
+/// Reads a structure of KVM's to where it stays. These are too large to be handed from function to function: each
+/// that has one on its stack makes the host find memory for it.
+fn boxed<'de, T: FromBytes + IntoBytes, D: Deserializer<'de>>(deserializer: D) -> Result<Box<T>, D::Error> {
+    struct Bytes<T>(PhantomData<T>);
+
+    impl<T: FromBytes + IntoBytes> Visitor<'_> for Bytes<T> {
+        type Value = Box<T>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "{} bytes", size_of::<T>())
+        }
+
+        fn visit_bytes<E: de::Error>(self, bytes: &[u8]) -> Result<Self::Value, E> {
+            let mut value = T::new_box_zeroed().map_err(|_| E::custom("there is no memory for it"))?;
+            let target = value.as_mut_bytes();
+            if bytes.len() != target.len() {
+                return Err(E::invalid_length(bytes.len(), &self));
+            }
+            target.copy_from_slice(bytes);
+            Ok(value)
+        }
+    }
+
+    deserializer.deserialize_bytes(Bytes(PhantomData))
 }
 
 impl Vcpu {
@@ -125,10 +158,10 @@ impl Vcpu {
         Ok(VcpuState {
             general: fd.get_regs().map_err(KvmError::ioctl(what))?,
             special: fd.get_sregs().map_err(KvmError::ioctl(what))?,
-            floating_point: fd.get_xsave().map_err(KvmError::ioctl(what))?,
+            floating_point: Box::new(fd.get_xsave().map_err(KvmError::ioctl(what))?),
             extended_control: fd.get_xcrs().map_err(KvmError::ioctl(what))?,
             debug: fd.get_debug_regs().map_err(KvmError::ioctl(what))?,
-            local_apic: fd.get_lapic().map_err(KvmError::ioctl(what))?,
+            local_apic: Box::new(fd.get_lapic().map_err(KvmError::ioctl(what))?),
             msrs: msrs.as_slice().to_vec(),
             events: fd.get_vcpu_events().map_err(KvmError::ioctl(what))?,
             multiprocessing,

@@ -21,7 +21,7 @@ use crate::memory::{self, Extent, GuestMemory, MemoryError};
 use crate::running::Frozen;
 use crate::timeline::{Instant, Timeline};
 use guest_protocol::BootMark;
-use kvm_bindings::kvm_cpuid_entry2;
+use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, mkdir, open, openat, renameat, unlinkat};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
@@ -119,9 +119,9 @@ impl MadeFor {
 
 /// What a kernel is patched for. Descriptions of caches are left out: where cores of a host are of different
 /// kinds, they depend on the core that was asked.
-fn features(mut cpuid: Vec<kvm_cpuid_entry2>) -> Vec<kvm_cpuid_entry2> {
-    cpuid.retain(|entry| ![0x2, 0x4, 0x8000_0005, 0x8000_0006, 0x8000_001d].contains(&entry.function));
-    cpuid
+fn features(cpuid: &CpuId) -> impl Iterator<Item = &kvm_cpuid_entry2> {
+    const CACHES: [u32; 5] = [0x2, 0x4, 0x8000_0005, 0x8000_0006, 0x8000_001d];
+    cpuid.as_slice().iter().filter(|entry| !CACHES.contains(&entry.function))
 }
 
 /// A machine that stopped, as plain data.
@@ -195,9 +195,10 @@ impl Preboot {
     }
 
     /// Whether this host's guests see the processor that the kernel was booted on.
-    pub(crate) fn check_host(&self, hypervisor: &Hypervisor) -> Result<Option<PrebootError>, KvmError> {
-        let here = features(hypervisor.cpuid(self.state.made_for.vcpu_count)?);
-        Ok((here != self.state.cpuid).then(|| self.made("on another kind of processor, or with another KVM")))
+    pub(crate) fn check_host(&self, hypervisor: &Hypervisor) -> Option<PrebootError> {
+        let here = hypervisor.cpuid(self.state.made_for.vcpu_count);
+        let is_same = features(&here).eq(&self.state.cpuid);
+        (!is_same).then(|| self.made("on another kind of processor, or with another KVM"))
     }
 
     fn made(&self, made: &'static str) -> PrebootError {
@@ -290,7 +291,7 @@ impl Frozen {
         let vcpus = self.vcpus.iter().map(|vcpu| vcpu.state(&known)).collect::<Result<_, _>>()?;
         let io_apic = machine.devices.io_apic.as_ref().ok_or(PrebootError::NotAnImage)?;
         Ok(State {
-            cpuid: features(machine.vm.cpuid(made_for.vcpu_count)?),
+            cpuid: features(&machine.vm.cpuid(made_for.vcpu_count)).copied().collect(),
             made_for,
             tsc,
             clock,
