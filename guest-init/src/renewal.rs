@@ -1,5 +1,5 @@
 //! What a guest whose kernel was booted for another one makes its own, before the payload runs: random
-//! numbers and the time. A guest that cannot do so must not go on.
+//! numbers, the time and its disks' partitions. A guest that cannot do so must not go on.
 #![expect(unsafe_code, reason = "ioctls without a safe wrapper")]
 
 use crate::voice::give_up;
@@ -10,17 +10,18 @@ use rustix::ioctl::{NoArg, Opcode, Setter, ioctl};
 use rustix::time::{ClockId, Timespec, clock_settime};
 
 /// Bytes of entropy that are taken: as many as the kernel's generator has for a key.
-const SEED_LEN: usize = 32;
-const SEED_BITS: i32 = 8 * SEED_BYTES;
-const SEED_BYTES: i32 = 32;
+const SEED_LEN: i32 = 32;
+const SEED_BITS: i32 = 8 * SEED_LEN;
 
 /// `struct rand_pool_info` of linux/random.h with room for a seed.
 #[repr(C)]
 struct PoolInfo {
     entropy_bits: i32,
     length: i32,
-    bytes: [u8; SEED_LEN],
+    bytes: Seed,
 }
+
+type Seed = [u8; SEED_LEN.unsigned_abs() as usize];
 
 /// Renews what the VMM asks to renew.
 pub(crate) fn renew(renewal: &Renewal) {
@@ -31,12 +32,25 @@ pub(crate) fn renew(renewal: &Renewal) {
             "cannot set the time, which is that of the guest this kernel booted for: {error}"
         ));
     }
-    if let Some(bytes) = &renewal.entropy
-        && let Err(error) = seed(bytes)
-    {
+    let Some(bytes) = &renewal.entropy else { return };
+    if let Err(error) = seed(bytes) {
         give_up(format_args!(
             "cannot seed the random numbers, which are those of the guest this kernel booted for: {error}"
         ));
+    }
+    read_partitions();
+}
+
+/// Looks for partitions on every disk: those that the kernel knows of are those of the blank disks with which it
+/// booted.
+fn read_partitions() {
+    const BLKRRPART: Opcode = 0x125f;
+    for letter in b'a'..=b'z' {
+        let path = [b"/dev/vd".as_slice(), &[letter]].concat();
+        // Disks have their letters one after the other.
+        let Ok(disk) = open(path.as_slice(), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()) else { return };
+        // SAFETY: BLKRRPART takes no argument. A disk that cannot be read has no partitions.
+        let _ = unsafe { ioctl(&disk, NoArg::<BLKRRPART>::new()) };
     }
 }
 
@@ -53,9 +67,9 @@ fn set_time(nanoseconds: u64) -> Result<(), Errno> {
 fn seed(bytes: &[u8]) -> Result<(), Errno> {
     const RNDADDENTROPY: Opcode = 0x4008_5203;
     const RNDRESEEDCRNG: Opcode = 0x5207;
-    let bytes: [u8; SEED_LEN] = bytes.try_into().map_err(|_| Errno::INVAL)?;
+    let bytes: Seed = bytes.try_into().map_err(|_| Errno::INVAL)?;
     let device = open("/dev/urandom", OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
-    let info = PoolInfo { entropy_bits: SEED_BITS, length: SEED_BYTES, bytes };
+    let info = PoolInfo { entropy_bits: SEED_BITS, length: SEED_LEN, bytes };
     // SAFETY: RNDADDENTROPY reads a struct rand_pool_info with as many bytes as it says, which PoolInfo
     // lays out; RNDRESEEDCRNG takes no argument.
     unsafe {

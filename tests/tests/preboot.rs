@@ -189,3 +189,49 @@ fn where_it_cannot_be_written_nothing_is_left() {
     outcome.expect_status(2).expect_stderr("cannot write").expect_stderr("File too large");
     assert_eq!(fs::read_dir(image.path().join("preboot")).unwrap().count(), 0);
 }
+
+/// A disk of so many MiB whose first bytes are these.
+fn disk(folder: &tempfile::TempDir, name: &str, mib: u64, start: &[u8]) -> std::path::PathBuf {
+    let path = folder.path().join(name);
+    fs::write(&path, start).unwrap();
+    fs::File::options().write(true).open(&path).unwrap().set_len(mib << 20).unwrap();
+    path
+}
+
+#[test]
+fn each_guest_has_its_own_disks() {
+    let image = image();
+    let folder = tempfile::tempdir().unwrap();
+    let first = disk(&folder, "first", 1, b"first disk");
+    let outcome = run(image.command("preboot").arg("--drive").arg(&first));
+    outcome.expect_status(0).expect_stderr("preboot/1-128-d is there");
+    assert_eq!(fs::read(&first).unwrap()[..10], *b"first disk");
+    // Larger, smaller, and the same disk with other content.
+    for (name, mib, text) in
+        [("large", 20, "large disk"), ("small", 1, "small disk"), ("first", 1, "other text")]
+    {
+        let path = disk(&folder, name, mib, text.as_bytes());
+        let script = "blockdev --getsize64 /dev/vda; head -c 10 /dev/vda; echo changed | dd of=/dev/vda conv=fsync 2>/dev/null";
+        let outcome = image.continued_shell(&["--drive", path.to_str().unwrap()], script);
+        outcome.expect_status(0);
+        assert_eq!(outcome.stdout, format!("{}\n{text}", mib << 20), "{outcome}");
+        assert_eq!(fs::read(&path).unwrap()[..8], *b"changed\n");
+    }
+}
+
+#[test]
+fn partitions_are_those_of_the_guests_own_disk() {
+    let image = image();
+    let folder = tempfile::tempdir().unwrap();
+    // A master boot record (UEFI specification, section 5.2.1): one partition of type Linux, one MiB from sector 2048.
+    let mut record = [0; 512];
+    record[446..462].copy_from_slice(&[0, 0, 0, 0, 0x83, 0, 0, 0, 0, 8, 0, 0, 0, 8, 0, 0]);
+    record[510..].copy_from_slice(&[0x55, 0xaa]);
+    let parted = disk(&folder, "parted", 4, &record);
+    let plain = disk(&folder, "plain", 4, b"no partitions");
+    run(image.command("preboot").arg("--drive").arg(&parted)).expect_status(0);
+    for (path, expected) in [(&plain, "/dev/vda\n"), (&parted, "/dev/vda\n/dev/vda1\n")] {
+        let outcome = image.continued_shell(&["--drive", path.to_str().unwrap()], "ls -1 /dev/vd*");
+        assert_eq!(outcome.stdout, expected, "{outcome}");
+    }
+}

@@ -4,7 +4,7 @@
 use crate::bus::MemoryBus;
 use crate::config::Devices;
 use crate::devices::virtio::block::Block;
-use crate::devices::virtio::{Device, RegisterPages, Transport, Wiring};
+use crate::devices::virtio::{Device, RegisterPages, Shape, State, Transport, Wiring};
 use crate::kvm::{KvmError, Vm};
 use crate::layout::{self, Gsi};
 use crate::machine::Error;
@@ -18,9 +18,18 @@ pub(crate) struct Opened(Vec<(String, Box<dyn Device>)>);
 impl Opened {
     /// Opens what the devices of a configuration need.
     pub(crate) fn new(config: &Devices) -> Result<Self, Error> {
+        Self::open(config, Ok)
+    }
+
+    /// The same with nothing on the disks: what a kernel reads of them while it boots, it would believe of all others.
+    pub(crate) fn blank(config: &Devices) -> Result<Self, Error> {
+        Self::open(config, |block| block.blank().map_err(Error::host("make a blank disk")))
+    }
+
+    fn open(config: &Devices, prepare: impl Fn(Block) -> Result<Block, Error>) -> Result<Self, Error> {
         let mut opened = Self::default();
         for drive in &config.drives {
-            opened.add(&drive.drive_id, Block::open(drive)?);
+            opened.add(&drive.drive_id, prepare(Block::open(drive)?)?);
         }
         Ok(opened)
     }
@@ -40,12 +49,18 @@ impl Opened {
         self.0.len()
     }
 
-    /// Connects them to the machine.
+    /// What drivers take for granted of them.
+    pub(crate) fn shapes(&self) -> impl Iterator<Item = Shape> {
+        self.0.iter().map(|(_, device)| Transport::shape(device.as_ref()))
+    }
+
+    /// Connects them to the machine. They go on from where others were left, if there are states.
     pub(crate) fn connect(
         self,
         vm: &Vm,
         memory: &GuestMemory,
         bus: &mut MemoryBus,
+        states: &[State],
     ) -> Result<Vec<Arc<Mutex<Transport>>>, Error> {
         if self.0.is_empty() {
             return Ok(Vec::new());
@@ -61,7 +76,11 @@ impl Opened {
                 doorbell: vm.doorbell(start)?,
                 memory: memory.clone(),
             };
-            let transport = Arc::new(Mutex::new(Transport::new(device, name, wiring)));
+            let mut transport = Transport::new(device, name, wiring);
+            if let Some(state) = states.get(number) {
+                transport.restore(state);
+            }
+            let transport = Arc::new(Mutex::new(transport));
             bus.claim(start.0..=start.0 + layout::PAGE_SIZE - 1, transport.clone());
             connected.push(transport);
         }

@@ -133,18 +133,24 @@ impl Machine {
     ) -> Result<Self, Error> {
         config.validate()?;
         timeline.reached("configuration checked");
-        let mut origin = Origin::find(config)?;
+        // What is booted for others is booted with blank disks.
+        let opened = match freeze_at {
+            Some(_) => Opened::blank(&config.devices)?,
+            None => Opened::new(&config.devices)?,
+        };
+        let origin = Origin::find(config, &opened)?;
         if let Some(path) = origin.preboot.as_ref().map(|preboot| preboot.path().to_owned()) {
-            match Self::assemble(config, timeline.clone(), origin, freeze_at) {
-                Ok(machine) => return Ok(machine),
+            return match Self::assemble(config, timeline.clone(), origin, opened, freeze_at) {
+                Ok(machine) => Ok(machine),
                 // Whatever it is, it may not be in the way of a boot.
                 Err(error) => {
                     let refusal = Some(Preboot::not_restored(path, error));
-                    origin = Origin { refusal, ..Origin::default() };
+                    let origin = Origin { refusal, ..Origin::default() };
+                    Self::assemble(config, timeline, origin, Opened::new(&config.devices)?, freeze_at)
                 }
-            }
+            };
         }
-        Self::assemble(config, timeline, origin, freeze_at)
+        Self::assemble(config, timeline, origin, opened, freeze_at)
     }
 
     /// A machine that continues from a pre-booted kernel or is not built.
@@ -154,19 +160,19 @@ impl Machine {
         timeline: Timeline,
     ) -> Result<Self, Error> {
         let origin = Origin { preboot: Some(preboot), ..Origin::default() };
-        Self::assemble(config, timeline, origin, None)
+        Self::assemble(config, timeline, origin, Opened::new(&config.devices)?, None)
     }
 
     fn assemble(
         config: &Config,
         mut timeline: Timeline,
         origin: Origin,
+        opened: Opened,
         freeze_at: Option<BootMark>,
     ) -> Result<Self, Error> {
         // What the user can get wrong comes first, so that it is named even where there is no KVM.
         let vcpu_count = config.machine.vcpu_count;
         let Origin { preboot, hypervisor, refusal } = origin;
-        let opened = Opened::new(&config.devices)?;
         let memory = GuestMemory::anonymous(config.machine.mem_size_mib * layout::MIB)?;
         let controllers = config.boot_source.interrupt_controllers;
         let mut entry = None;
@@ -249,7 +255,7 @@ struct Origin {
 }
 
 impl Origin {
-    fn find(config: &Config) -> Result<Self, Error> {
+    fn find(config: &Config, opened: &Opened) -> Result<Self, Error> {
         // Functions of a kernel that has booted are not called for the first time any more.
         if config.profile.as_ref().is_some_and(|profile| !profile.functions.is_empty()) {
             return Ok(Self::default());
@@ -260,7 +266,7 @@ impl Origin {
             Err(error) => return Ok(Self { refusal: Some(error), ..Self::default() }),
         };
         let hypervisor = Hypervisor::open()?;
-        let refusal = preboot.check_host(&hypervisor);
+        let refusal = preboot.check_devices(opened.shapes()).or_else(|| preboot.check_host(&hypervisor));
         let preboot = refusal.is_none().then_some(preboot);
         Ok(Self { preboot, hypervisor: Some(hypervisor), refusal })
     }
@@ -326,7 +332,8 @@ impl DevicesBuilder<'_> {
             buses.memory.claim(start..=start + layout::PAGE_SIZE - 1, device.clone());
             io_apic = Some(device);
         }
-        let virtio = opened.connect(vm, memory, &mut buses.memory)?;
+        let states = state.map_or(&[][..], |state| &state.virtio);
+        let virtio = opened.connect(vm, memory, &mut buses.memory, states)?;
         let bus = &mut buses.ports;
         let one = |port: u16| port..=port;
         bus.claim(layout::SERIAL_PORT..=layout::SERIAL_PORT + 7, serial.clone());

@@ -38,6 +38,17 @@ impl Devices {
             + self.pmem.len()
     }
 
+    /// A letter for each, by its kind: disk, read-only disk, network card, vsock, entropy, balloon, memory.
+    #[must_use]
+    pub fn kinds(&self) -> String {
+        let drives = self.drives.iter().map(|drive| if drive.is_read_only { 'r' } else { 'd' });
+        let interfaces = self.network_interfaces.iter().map(|_| 'n');
+        let single =
+            [(self.vsock.is_some(), 'v'), (self.entropy.is_some(), 'e'), (self.balloon.is_some(), 'b')];
+        let single = single.into_iter().filter(|(is_there, _)| *is_there).map(|(_, letter)| letter);
+        drives.chain(interfaces).chain(single).chain(self.pmem.iter().map(|_| 'm')).collect()
+    }
+
     /// Checks everything that can be checked without opening a file.
     pub(super) fn validate(&self) -> Result<(), ConfigError> {
         if self.count() > DEVICES_MAX {

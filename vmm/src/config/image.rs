@@ -1,6 +1,6 @@
 //! A bootable image: a folder with a kernel, a root filesystem and a description of both.
 
-use super::{BootSource, ConfigError, InterruptControllers, MachineConfig, json::read_bounded};
+use super::{BootSource, ConfigError, Devices, InterruptControllers, MachineConfig, json::read_bounded};
 use crate::layout::VCPUS_MAX;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -139,10 +139,14 @@ impl Image {
         }
     }
 
-    /// Where the pre-booted kernel of the image in `directory` lies, for a machine of this size.
+    /// Where the pre-booted kernel of the image in `directory` lies, for a machine of this size with devices of
+    /// these kinds.
     #[must_use]
-    pub fn preboot_path(directory: &Path, machine: &MachineConfig) -> PathBuf {
-        directory.join("preboot").join(format!("{}-{}", machine.vcpu_count, machine.mem_size_mib))
+    pub fn preboot_path(directory: &Path, machine: &MachineConfig, devices: &Devices) -> PathBuf {
+        let kinds = devices.kinds();
+        let dash = if kinds.is_empty() { "" } else { "-" };
+        let name = format!("{}-{}{dash}{kinds}", machine.vcpu_count, machine.mem_size_mib);
+        directory.join("preboot").join(name)
     }
 }
 

@@ -12,7 +12,7 @@ mod file;
 
 use crate::bus::lock;
 use crate::config::{Config, Console, GuestConfig};
-use crate::devices::{io_apic, serial};
+use crate::devices::{io_apic, serial, virtio};
 use crate::exit::ExitReason;
 use crate::kvm::{self, Hypervisor, KvmError, Vcpu, VcpuState, Vm};
 use crate::layout;
@@ -137,6 +137,8 @@ pub(crate) struct State {
     pub(crate) vcpus: Vec<VcpuState>,
     pub(crate) io_apic: io_apic::State,
     pub(crate) serial: serial::State,
+    /// The virtio devices, in the order of their registers.
+    pub(crate) virtio: Vec<virtio::State>,
     /// The pages in the file.
     extents: Vec<Extent>,
 }
@@ -192,6 +194,12 @@ impl Preboot {
 
     pub(crate) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Whether the machine's devices can take the place of those that the kernel was booted with.
+    pub(crate) fn check_devices(&self, shapes: impl Iterator<Item = virtio::Shape>) -> Option<PrebootError> {
+        let is_same = shapes.eq(self.state.virtio.iter().map(|state| state.shape.clone()));
+        (!is_same).then(|| self.made("for other devices"))
     }
 
     /// Whether this host's guests see the processor that the kernel was booted on.
@@ -298,6 +306,7 @@ impl Frozen {
             vcpus,
             io_apic: lock(io_apic).state(),
             serial: lock(&machine.devices.serial).state(),
+            virtio: machine.devices.virtio.iter().map(|device| lock(device).state()).collect(),
             extents: machine.memory.contents()?,
         })
     }

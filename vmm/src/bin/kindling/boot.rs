@@ -123,7 +123,7 @@ fn boot(arguments: &Arguments, timeline: Timeline) -> Result<Exit, Error> {
         let MachineConfig { vcpu_count, mem_size_mib } = config.machine;
         tell(&format!(
             "kindling: booting without it; `kindling preboot --image ... --vcpus {vcpu_count} --memory \
-             {mem_size_mib}` makes a new one\n"
+             {mem_size_mib}`, with the same devices, makes a new one\n"
         ));
     }
     let running = machine.start()?;
@@ -185,12 +185,11 @@ impl Arguments {
             config.machine.vcpu_count = u8::try_from(count).map_err(|_| ConfigError::VcpuCount(count))?;
         }
         self.devices.add_to(&mut config.devices)?;
-        // With another root filesystem, command line or devices the kernel is not the one that was booted, and whoever
+        // With another root filesystem or command line the kernel is not the one that was booted, and whoever
         // wants to know that the image's files are whole does not want to run a copy of their content.
-        let is_other = self.initrd.is_some() || self.cmdline.is_some() || config.devices.count() > 0;
-        let is_cold = self.cold || self.verify || is_other;
+        let is_cold = self.cold || self.verify || self.initrd.is_some() || self.cmdline.is_some();
         if let Some(image) = self.image.as_ref().filter(|_| !is_cold) {
-            config.preboot = Some(Image::preboot_path(image, &config.machine));
+            config.preboot = Some(Image::preboot_path(image, &config.machine, &config.devices));
         }
         config.console = match self.console.to_str() {
             Some(STDIO) => Console::Stdio,

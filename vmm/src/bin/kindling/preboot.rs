@@ -1,5 +1,6 @@
 //! `kindling preboot`: boots an image's kernel once, for all later starts on this host.
 
+use crate::devices::DeviceArguments;
 use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, complain, tell};
 use clap::Args;
 use kindling::config::image::Image;
@@ -18,6 +19,8 @@ pub(crate) struct Arguments {
     /// Virtual processors of the guests, 1 to 16
     #[arg(long, value_name = "N", default_value_t = MachineConfig::default().vcpu_count.into())]
     vcpus: u64,
+    #[command(flatten)]
+    devices: DeviceArguments,
 }
 
 /// The exit status where the file is there.
@@ -42,8 +45,9 @@ fn make(arguments: &Arguments) -> Result<PathBuf, Error> {
     let machine = MachineConfig { vcpu_count, mem_size_mib: arguments.memory };
     let image = Image::open(&arguments.image)?;
     image.verify(&arguments.image)?;
-    let path = Image::preboot_path(&arguments.image, &machine);
-    let config = Config { machine, ..Config::new(image.boot_source(&arguments.image)) };
+    let mut config = Config { machine, ..Config::new(image.boot_source(&arguments.image)) };
+    arguments.devices.add_to(&mut config.devices)?;
+    let path = Image::preboot_path(&arguments.image, &machine, &config.devices);
     preboot::make(&config, &path)?;
     Ok(path)
 }

@@ -132,6 +132,17 @@ impl Block {
         })
     }
 
+    /// The same disk with nothing on it, for a kernel that is booted once for many disks.
+    ///
+    /// # Errors
+    /// When the host has no memory left.
+    pub fn blank(mut self) -> io::Result<Self> {
+        let file = File::from(rustix::fs::memfd_create("blank disk", rustix::fs::MemfdFlags::CLOEXEC)?);
+        file.set_len(self.sectors * SECTOR)?;
+        self.io = FileIo::new(file, QUEUE_SIZE);
+        Ok(self)
+    }
+
     fn serve_queue(&mut self, queues: &mut Queues) -> Result<(), Broken> {
         self.resume_at = None;
         let result = self.serve_chains(queues);
@@ -334,6 +345,11 @@ impl Device for Block {
         // Discards: sectors, ranges, alignment. Then zeroes: sectors, ranges, whether they can unmap.
         bytes.extend([sectors_max, 1, alignment, sectors_max, 1, 1].map(u32::to_le_bytes).concat());
         bytes
+    }
+
+    fn identity(&self) -> Vec<u8> {
+        // A disk may grow and shrink.
+        self.configuration().split_off(size_of_val(&self.sectors))
     }
 
     fn activate(&mut self, _: u64, _: &mut Queues, watcher: &Watcher) -> Result<(), Broken> {

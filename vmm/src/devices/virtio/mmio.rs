@@ -37,15 +37,33 @@ mod status {
 /// The token of the doorbell among the events of a device.
 const DOORBELL: u32 = u32::MAX;
 
+/// What a driver takes for granted of a device from its start on. A device of the same shape can take its place.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shape {
+    kind: u32,
+    features: u64,
+    identity: Vec<u8>,
+}
+
+/// A device as its driver left it: what it has set, and where the queues are.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    /// Which devices can go on from here.
+    pub shape: Shape,
+    /// The configuration space that the driver has seen.
+    configuration: Vec<u8>,
+    registers: Registers,
+    queues: Vec<QueueState>,
+}
+
 /// The registers that a driver sets before the device works.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct State {
+struct Registers {
     status: u32,
     device_features_select: u32,
     driver_features_select: u32,
     driver_features: u64,
     queue_select: u32,
-    queues: Vec<QueueState>,
 }
 
 /// One queue, with where device and driver are in it.
@@ -67,7 +85,7 @@ pub struct Transport {
     /// What it is called in messages.
     name: String,
     registers: RegisterPage,
-    state: State,
+    state: Registers,
     queues: Queues,
     watcher: Option<Watcher>,
     /// Why the device broke first.
@@ -93,8 +111,15 @@ impl Transport {
     pub fn new(device: Box<dyn Device>, name: String, wiring: Wiring) -> Self {
         let Wiring { registers, interrupt, doorbell, memory } = wiring;
         let queues = Queues::new(device.queue_sizes(), memory, registers.clone(), interrupt, doorbell);
-        let this =
-            Self { device, name, registers, state: State::default(), queues, watcher: None, failure: None };
+        let this = Self {
+            device,
+            name,
+            registers,
+            state: Registers::default(),
+            queues,
+            watcher: None,
+            failure: None,
+        };
         this.show_identity();
         this.show_selected();
         this
@@ -108,6 +133,12 @@ impl Transport {
         let doorbell = crate::event_loop::borrow(self.queues.doorbell());
         watcher.add(doorbell, DOORBELL, rustix::event::epoll::EventFlags::IN)?;
         self.watcher = Some(watcher);
+        // A device that was restored goes on.
+        if self.is_working()
+            && let Err(reason) = self.activate()
+        {
+            self.fail(reason);
+        }
         Ok(())
     }
 
@@ -301,7 +332,8 @@ impl Transport {
             }
         }
         // Used chains are the only reason for an interrupt but for changes of the configuration.
-        self.registers.set(register::INTERRUPT_STATUS, ACKNOWLEDGE_QUEUES);
+        let status = self.registers.get(register::INTERRUPT_STATUS);
+        self.registers.set(register::INTERRUPT_STATUS, status | ACKNOWLEDGE_QUEUES);
         let Some(watcher) = &self.watcher else {
             return Err(Broken::because("the machine does not run yet"));
         };
@@ -316,13 +348,19 @@ impl Transport {
         for queue in &mut self.queues.queues {
             queue.reset();
         }
-        self.state = State::default();
+        self.state = Registers::default();
         self.registers.set(register::INTERRUPT_STATUS, 0);
         self.set_status(0);
         self.registers.set_configuration(&self.device.configuration());
     }
 
-    /// All that the driver has set, and where the queues are.
+    /// What a driver takes for granted of this device.
+    #[must_use]
+    pub fn shape(device: &dyn Device) -> Shape {
+        Shape { kind: device.kind(), features: device.features(), identity: device.identity() }
+    }
+
+    /// The device as its driver has left it.
     #[must_use]
     pub fn state(&self) -> State {
         let queue = |queue: &virtio_queue::Queue| QueueState {
@@ -334,7 +372,32 @@ impl Transport {
             next_available: queue.next_avail(),
             next_used: queue.next_used(),
         };
-        State { queues: self.queues.queues.iter().map(queue).collect(), ..self.state.clone() }
+        State {
+            shape: Self::shape(self.device.as_ref()),
+            configuration: self.device.configuration(),
+            registers: self.state.clone(),
+            queues: self.queues.queues.iter().map(queue).collect(),
+        }
+    }
+
+    /// Goes on from where a device of the same shape was left, as soon as it is connected to the event loop. What a
+    /// queue does not take is missed when the device begins to work, and breaks it.
+    pub fn restore(&mut self, state: &State) {
+        self.state = state.registers.clone();
+        for (queue, state) in self.queues.queues.iter_mut().zip(&state.queues) {
+            let _ = queue.try_set_size(state.size);
+            let _ = queue.try_set_desc_table_address(GuestAddress(state.descriptors));
+            let _ = queue.try_set_avail_ring_address(GuestAddress(state.driver));
+            let _ = queue.try_set_used_ring_address(GuestAddress(state.device));
+            queue.set_next_avail(state.next_available);
+            queue.set_next_used(state.next_used);
+            queue.set_ready(state.is_ready);
+        }
+        self.set_status(self.state.status);
+        self.show_selected();
+        if self.device.configuration() != state.configuration {
+            self.queues.interrupt_for_configuration();
+        }
     }
 }
 

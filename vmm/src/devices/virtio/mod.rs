@@ -15,7 +15,7 @@ mod registers;
 #[cfg(test)]
 mod tests;
 
-pub use mmio::{State, Transport, Wiring};
+pub use mmio::{Shape, State, Transport, Wiring};
 pub use queue::{Chain, Queues, Segment};
 pub use registers::{ACKNOWLEDGE, ACKNOWLEDGE_QUEUES, DOORBELL, RegisterPage, RegisterPages};
 
@@ -74,6 +74,12 @@ pub trait Device: Send + fmt::Debug {
 
     /// Its configuration space as it is now; at most 256 bytes, and always as many.
     fn configuration(&self) -> Vec<u8>;
+
+    /// What of the configuration space a driver reads once, when it starts. A device can take the place of another
+    /// one under a driver that has started only where this is the same; all else it may change.
+    fn identity(&self) -> Vec<u8> {
+        self.configuration()
+    }
 
     /// The driver writes into the configuration space; most devices have nothing to write.
     fn write_configuration(&mut self, _offset: usize, _data: &[u8]) {}
