@@ -226,3 +226,90 @@ fn usage_errors_are_status_2() {
     let not_utf8 = OsString::from_vec(vec![0xff]);
     run(kindling().args(["boot", "--kernel"]).arg(&not_utf8).stdin(Stdio::null())).expect_status(2);
 }
+
+#[test]
+fn disks_that_are_none() {
+    let place = Place::new();
+    let kernel = place.kernel();
+    let refused = |drives: &[&str], expected: &str| {
+        let mut arguments = vec!["--kernel", &kernel];
+        arguments.extend(drives.iter().flat_map(|drive| ["--drive", drive]));
+        refused(&arguments, expected);
+    };
+    refused(&["/nonexistent"], "/nonexistent cannot be a drive: No such file");
+    refused(&["/tmp"], "/tmp cannot be a drive: it is a directory");
+    refused(&["/tmp:ro"], "/tmp cannot be a drive: it is a directory");
+    refused(&["/dev/null"], "/dev/null cannot be a drive: it is neither a file nor a block device");
+    refused(&[&place.file("empty", b"")], "it is empty");
+    refused(&[&place.file("odd", &[0; 1000])], "its 1000 bytes are not a multiple of 512");
+    let disk = place.file("disk", &[0; 4096]);
+    refused(&[&disk, &disk], "it is in use");
+    refused(&[&disk, &format!("{disk}:ro")], "it is in use");
+    let fifo = place.0.path().join("fifo");
+    assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    refused(&[fifo.to_str().unwrap()], "it is neither a file nor a block device");
+    let many = vec![format!("{disk}:ro"); 20];
+    let many: Vec<&str> = many.iter().map(String::as_str).collect();
+    refused(&many, "20 devices were asked for; a machine has at most 19");
+}
+
+#[test]
+fn devices_that_make_no_sense() {
+    let place = Place::new();
+    let kernel = place.kernel();
+    let path = format!("/tmp/{}", "x".repeat(103));
+    let table: [(&[&str], &str); 7] = [
+        (&["--vsock", &path], "has 108 bytes; the path of a socket can have 107"),
+        (&["--net", "tap0,mac=06:00"], "--net tap0,mac=06:00: \"06:00\" is not an Ethernet address"),
+        (&["--net", "tap0,mac=ff:ff:ff:ff:ff:ff"], "is the address of a group of cards"),
+        (&["--net", "tap0,mtu=70000"], "\"70000\" is not a number of bytes"),
+        (&["--net", "tap0,tap1"], "\"tap1\" is neither"),
+        (&["-p", "8080:80"], "--publish 8080:80: it needs --net user"),
+        (&["--net", "user", "-p", "8080"], "it is not of the form 8080:80"),
+    ];
+    for (arguments, expected) in table {
+        refused(&[&["--kernel", &kernel], arguments].concat(), expected);
+    }
+}
+
+#[test]
+fn devices_of_a_configuration_file() {
+    let place = Place::new();
+    let kernel = place.kernel();
+    let disk = place.file("disk", &[0; 4096]);
+    let drive = |id: &str, more: &str| {
+        format!(r#"{{"drive_id": "{id}", "path_on_host": "{disk}", "is_root_device": false{more}}}"#)
+    };
+    let bucket = |size: u64, refill: u64| {
+        format!(r#", "rate_limiter": {{"ops": {{"size": {size}, "refill_time": {refill}}}}}"#)
+    };
+    let read_only = r#", "is_read_only": true"#;
+    for (sections, expected) in [
+        (format!(r#""drives": [{}]"#, drive("a b", "")), "\"a b\" cannot be the name of a device"),
+        (format!(r#""drives": [{}]"#, drive("", "")), "\"\" cannot be the name of a device"),
+        (
+            format!(r#""drives": [{}, {}]"#, drive("a", read_only), drive("a", read_only)),
+            "two devices are called \"a\"",
+        ),
+        (format!(r#""drives": [{}, {}]"#, drive("a", ""), drive("b", "")), "it is in use"),
+        (format!(r#""drives": [{}]"#, drive("a", &bucket(0, 1))), "cannot be 0"),
+        (format!(r#""drives": [{}]"#, drive("a", &bucket(1, 0))), "cannot be 0"),
+        (format!(r#""drives": [{}]"#, drive("a", r#", "cache_type": "None""#)), "unknown variant `None`"),
+        (format!(r#""drives": [{}]"#, drive("a", r#", "socket": "x""#)), "unknown field `socket`"),
+        (
+            r#""vsock": {"guest_cid": 2, "uds_path": "/tmp/v"}"#.into(),
+            "guest_cid is 2; those of guests go from 3",
+        ),
+        (r#""vsock": {"guest_cid": 4294967295, "uds_path": "/tmp/v"}"#.into(), "guest_cid is 4294967295"),
+        (
+            r#""network-interfaces": [{"iface_id": "e", "host_dev_name": "t", "guest_mac": "x"}]"#.into(),
+            "\"x\" is not an Ethernet address",
+        ),
+    ] {
+        let file = place.file(
+            "vm.json",
+            format!(r#"{{"boot-source": {{"kernel_image_path": "{kernel}"}}, {sections}}}"#).as_bytes(),
+        );
+        refused(&["--config-file", &file], expected);
+    }
+}

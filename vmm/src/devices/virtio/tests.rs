@@ -194,10 +194,13 @@ fn good_chains_pass() {
     assert_eq!(verdict(indirect), "");
 }
 
+/// Writes descriptors, with some memory for data at hand.
+type Describe = Box<dyn Fn(&mut Driver, u64)>;
+
 #[test]
 fn bad_chains_break_the_device() {
     let memory_end = 16 << 20;
-    let cases: [(&str, Box<dyn Fn(&mut Driver, u64)>); 11] = [
+    let cases: [(&str, Describe); 11] = [
         ("does not end", Box::new(|driver, data| driver.describe(0, 0, data, 16, NEXT, 0))),
         ("does not end", Box::new(|driver, data| driver.describe(0, 0, data, 16, NEXT, 8))),
         ("leaves memory", Box::new(move |driver, _| driver.describe(0, 0, memory_end, 1, 0, 0))),
