@@ -4,7 +4,7 @@
 
 use super::registers as register;
 use super::registers::{RegisterPage, SHARED_MEMORY};
-use super::{ACKNOWLEDGE_QUEUES, Broken, Device, Event, Queues, Watcher, feature};
+use super::{ACKNOWLEDGE_QUEUES, Broken, Device, Event, Left, Queues, Watcher, feature};
 use crate::bus::{BusDevice, GuestRequest};
 use crate::memory::GuestMemory;
 use crate::timeline::Instant;
@@ -81,7 +81,7 @@ pub struct Wiring {
     pub registers: RegisterPage,
     /// Written to raise the device's interrupt.
     pub interrupt: EventFd,
-    /// Written by KVM when the driver has new chains.
+    /// Written when the driver has new chains: by KVM, or by the transport what a vCPU's thread has left.
     pub doorbell: EventFd,
     /// The guest's memory.
     pub memory: GuestMemory,
@@ -148,6 +148,20 @@ impl Transport {
         }
     }
 
+    /// The driver has new chains, and its vCPU waits until this returns.
+    fn ring(&mut self) {
+        // KVM passes the doorbell of other devices on by itself, and without KVM somebody has to.
+        if !self.device.serves_at_once() {
+            self.queues.yield_turn();
+        } else if self.is_working() {
+            match self.device.serve_at_once(&mut self.queues) {
+                Ok(Left::Nothing) => {}
+                Ok(Left::Something) => self.queues.yield_turn(),
+                Err(reason) => self.fail(reason),
+            }
+        }
+    }
+
     const fn is_working(&self) -> bool {
         self.state.status & (status::DRIVER_OK | status::NEEDS_RESET) == status::DRIVER_OK
     }
@@ -208,8 +222,11 @@ impl Transport {
                     self.registers.set(register::INTERRUPT_STATUS, ACKNOWLEDGE_QUEUES);
                 }
             }
-            // KVM passes the doorbell on by itself, and without KVM somebody has to.
-            register::DOORBELL_OFFSET => self.queues.yield_turn(),
+            register::DOORBELL_OFFSET => {
+                self.ring();
+                // Nothing that a selection shows has changed.
+                return;
+            }
             _ => self.write_queue(offset, value),
         }
         self.show_selected();
