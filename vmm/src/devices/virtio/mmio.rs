@@ -311,12 +311,7 @@ impl Transport {
 
     fn activate(&mut self) -> Result<(), Broken> {
         let features = self.state.driver_features;
-        for (number, queue) in self.queues.queues.iter_mut().enumerate() {
-            queue.set_event_idx(features & feature::EVENT_IDX != 0);
-            if queue.ready() && !queue.is_valid(self.queues.memory.inner()) {
-                return Err(Broken::because(format!("queue {number} is not in guest memory")));
-            }
-        }
+        self.queues.activate(features & feature::EVENT_IDX != 0)?;
         // Used chains are the only reason for an interrupt but for changes of the configuration.
         self.registers.set(register::INTERRUPT_STATUS, ACKNOWLEDGE_QUEUES);
         let Some(watcher) = &self.watcher else {
@@ -330,9 +325,7 @@ impl Transport {
 
     fn reset(&mut self) {
         self.device.reset();
-        for queue in &mut self.queues.queues {
-            queue.reset();
-        }
+        self.queues.reset();
         self.state = State::default();
         self.registers.set(register::INTERRUPT_STATUS, 0);
         self.set_status(0);
@@ -342,16 +335,19 @@ impl Transport {
     /// All that the driver has set, and where the queues are.
     #[must_use]
     pub fn state(&self) -> State {
-        let queue = |queue: &virtio_queue::Queue| QueueState {
-            size: queue.size(),
-            is_ready: queue.ready(),
-            descriptors: queue.desc_table(),
-            driver: queue.avail_ring(),
-            device: queue.used_ring(),
-            next_available: queue.next_avail(),
-            next_used: queue.next_used(),
+        let queue = |(number, queue): (usize, &virtio_queue::Queue)| {
+            let (next_available, next_used) = self.queues.position(number);
+            QueueState {
+                size: queue.size(),
+                is_ready: queue.ready(),
+                descriptors: queue.desc_table(),
+                driver: queue.avail_ring(),
+                device: queue.used_ring(),
+                next_available,
+                next_used,
+            }
         };
-        State { queues: self.queues.queues.iter().map(queue).collect(), ..self.state.clone() }
+        State { queues: self.queues.queues.iter().enumerate().map(queue).collect(), ..self.state.clone() }
     }
 }
 

@@ -12,6 +12,7 @@ mod mmio;
 mod queue;
 mod rate_limiter;
 mod registers;
+mod ring;
 #[cfg(test)]
 mod tests;
 
