@@ -73,7 +73,7 @@ impl Opened {
             let wiring = Wiring {
                 registers: pages.page(number),
                 interrupt: vm.interrupt(line)?,
-                doorbell: vm.doorbell(start)?,
+                doorbell: vm.doorbell(start, device.serves_at_once())?,
                 memory: memory.clone(),
             };
             let mut transport = Transport::new(device, name, wiring);

@@ -272,20 +272,22 @@ impl Vm {
     }
 
     /// The doorbell of a virtio device whose registers start at `registers`: it rings without an exit to this
-    /// process. The acknowledgement of an interrupt, of which a device learns nothing, ends in KVM as well.
+    /// process, unless that is to be an exit `to_vcpu`'s thread. The acknowledgement of an interrupt, of which a device learns nothing, ends in KVM as well.
     ///
     /// # Errors
     /// When the host has no descriptor left, or KVM refuses.
-    pub fn doorbell(&self, registers: GuestAddress) -> Result<EventFd, KvmError> {
+    pub fn doorbell(&self, registers: GuestAddress, to_vcpu: bool) -> Result<EventFd, KvmError> {
         let what = "connect a device's doorbell";
         let eventfd = || {
             EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
                 .map_err(|source| KvmError::Ioctl { what, source })
         };
         let doorbell = eventfd()?;
-        self.fd
-            .register_ioevent(&doorbell, &IoEventAddress::Mmio(registers.0 + DOORBELL), NoDatamatch)
-            .map_err(KvmError::ioctl(what))?;
+        if !to_vcpu {
+            self.fd
+                .register_ioevent(&doorbell, &IoEventAddress::Mmio(registers.0 + DOORBELL), NoDatamatch)
+                .map_err(KvmError::ioctl(what))?;
+        }
         // KVM holds this one, and nobody reads it.
         self.fd
             .register_ioevent(

@@ -1,9 +1,9 @@
 //! What a user asks of `cargo xtask bench`, and what is wrong with it.
 
-use super::plan::Case;
+use super::plan::{Case, Scenario};
 use super::vmms::{Kind, Vmm};
 use anyhow::{Result, bail};
-use clap::{Args, ValueEnum};
+use clap::Args;
 use kindling::layout::VCPUS_MAX;
 use rustix::fs::{Access, access};
 use std::path::{Path, PathBuf};
@@ -40,28 +40,13 @@ pub(crate) struct Arguments {
     svg: Option<PathBuf>,
 }
 
-/// What the guests do.
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Scenario {
-    /// Boot to init, run a payload, end
-    Boot,
-}
-
-impl Scenario {
-    const fn name(self) -> &'static str {
-        match self {
-            Self::Boot => "boot",
-        }
-    }
-}
-
 /// A request that can be met, as far as is known before anything runs.
 #[derive(Debug)]
 pub(super) struct Request {
     /// Whether the exact lab was asked for.
     pub(super) exact: bool,
     /// What the guests do.
-    pub(super) scenario: &'static str,
+    pub(super) scenario: Scenario,
     /// How often each measurement is made.
     pub(super) runs: u32,
     /// MiB of memory of the guests.
@@ -107,7 +92,7 @@ impl Arguments {
         let vcpus = list("--vcpus", &self.vcpus, 1, VCPUS_MAX.into())?;
         Ok(Request {
             exact: self.exact,
-            scenario: self.scenario.name(),
+            scenario: self.scenario,
             runs: u32::try_from(runs)?,
             memory: list("--memory", &self.memory, MEMORY_MIN_MIB, host_memory_mib())?,
             vcpus: vcpus.into_iter().map(u8::try_from).collect::<Result<_, _>>()?,
@@ -227,7 +212,7 @@ mod tests {
         let request = check(&["--memory", "64, 128,16", "--vcpus", "2,1"]).unwrap();
         let cases: Vec<_> = request.cases().flatten().map(|case| (case.memory_mib, case.vcpus)).collect();
         assert_eq!(cases, [(64, 2), (128, 2), (16, 2), (64, 1), (128, 1), (16, 1)]);
-        assert_eq!((request.runs, request.scenario), (3, "boot"));
+        assert_eq!((request.runs, request.scenario), (3, Scenario::Boot));
     }
 
     #[test]

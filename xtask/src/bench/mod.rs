@@ -4,8 +4,11 @@
 //! and otherwise in the exact lab, where this program is started as a command of the lab.
 
 mod arguments;
+mod boot;
 mod files;
+mod io;
 pub(crate) mod measure;
+mod metric;
 mod payload;
 mod plan;
 mod process;
@@ -23,7 +26,8 @@ use crate::output::write;
 use crate::{build_image, cargo, debian, lab};
 use anyhow::{Context, Result, bail};
 use arguments::Request;
-use plan::{Case, Outcome, Plan};
+use metric::Metric;
+use plan::{Case, Outcome, Plan, Scenario};
 use report::{HostDescription, Report};
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
@@ -45,11 +49,12 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let outcome = match host {
         Host::Hardware => {
             let cases = request.cases().flatten().collect();
-            measure::measure(&Plan { vmms, guest, cases, runs: request.runs })?
+            measure::measure(&Plan { scenario: request.scenario, vmms, guest, cases, runs: request.runs })?
         }
         Host::Lab => in_labs(&request, &vmms, &guest)?,
     };
     let report = Report {
+        scenario: request.scenario,
         host: HostDescription {
             kind: host.kind(),
             meaning: host.meaning(),
@@ -81,7 +86,9 @@ fn vmms(request: &Request, has_image: bool) -> Result<Vec<Vmm>> {
         (arguments::PREBOOTED, Kind::Prebooted, ours),
         (arguments::QEMUS, Kind::Qemu, PathBuf::from(QEMU)),
     ];
-    let always = always.into_iter().filter(|(_, kind, _)| has_image || *kind != Kind::Prebooted);
+    // How a guest came to its devices makes no difference to what they cost.
+    let has_preboot = has_image && request.scenario == Scenario::Boot;
+    let always = always.into_iter().filter(|(_, kind, _)| has_preboot || *kind != Kind::Prebooted);
     let always = always.map(|(name, kind, path)| Vmm { name: name.to_owned(), kind, path });
     Ok(always.into_iter().chain(request.vmms.iter().cloned()).collect())
 }
@@ -89,12 +96,14 @@ fn vmms(request: &Request, has_image: bool) -> Result<Vec<Vmm>> {
 /// The default image with the payload in its root filesystem.
 fn guest(request: &Request) -> Result<Guest> {
     let root = tempfile::tempdir()?;
-    let program = root.path().join(payload::PATH.trim_start_matches('/'));
-    program.parent().map_or(Ok(()), fs::create_dir_all)?;
-    fs::write(&program, payload::program())?;
-    fs::set_permissions(&program, Permissions::from_mode(0o755))?;
+    put(root.path(), payload::PATH, &payload::program())?;
+    let mut name = "bench".to_owned();
+    if request.scenario == Scenario::Io {
+        put(root.path(), payload::IO_PATH, &fs::read(cargo::release_binary("io-payload", "io-payload")?)?)?;
+        name += "-io";
+    }
     let image = build_image::build(&build_image::Arguments {
-        name: "bench".to_owned(),
+        name,
         root: Some(root.path().into()),
         ..build_image::Arguments::default()
     })?;
@@ -105,12 +114,20 @@ fn guest(request: &Request) -> Result<Guest> {
     })
 }
 
+/// Makes a program of a root filesystem.
+fn put(root: &Path, path: &str, program: &[u8]) -> Result<()> {
+    let file = root.join(path.trim_start_matches('/'));
+    file.parent().map_or(Ok(()), fs::create_dir_all)?;
+    fs::write(&file, program)?;
+    Ok(fs::set_permissions(&file, Permissions::from_mode(0o755))?)
+}
+
 /// Carries the request out in one lab for each number of vCPUs: a guest is measured where there are
 /// as many processors as it has vCPUs.
 fn in_labs(request: &Request, vmms: &[Vmm], guest: &Guest) -> Result<Outcome> {
     let mut whole = Outcome::default();
     for cases in request.cases() {
-        let outcome = in_lab(cases, request.runs, vmms, guest)?;
+        let outcome = in_lab(cases, request, vmms, guest)?;
         whole.machine = outcome.machine;
         whole.samples.extend(outcome.samples);
         whole.failures.extend(outcome.failures);
@@ -121,8 +138,10 @@ fn in_labs(request: &Request, vmms: &[Vmm], guest: &Guest) -> Result<Outcome> {
     Ok(whole)
 }
 
-fn in_lab(cases: Vec<Case>, runs: u32, vmms: &[Vmm], guest: &Guest) -> Result<Outcome> {
-    let cpus = cases.iter().map(|case| case.vcpus).max().unwrap_or(1);
+fn in_lab(cases: Vec<Case>, request: &Request, vmms: &[Vmm], guest: &Guest) -> Result<Outcome> {
+    let vcpus = cases.iter().map(|case| case.vcpus).max().unwrap_or(1);
+    // A device that works on a thread of its own has a processor for it.
+    let cpus = if request.scenario == Scenario::Io { vcpus + 1 } else { vcpus };
     let memory = cases.iter().map(|case| case.memory_mib).max().unwrap_or(0);
     let mut with: Vec<(PathBuf, String)> = Vec::new();
     let mut put = |path: &Path, target: &str| {
@@ -150,7 +169,8 @@ fn in_lab(cases: Vec<Case>, runs: u32, vmms: &[Vmm], guest: &Guest) -> Result<Ou
         there.push(Vmm { path: path.into(), ..vmm.clone() });
     }
     let (plan, outcome) = (tempfile::NamedTempFile::new()?, tempfile::NamedTempFile::new()?);
-    let content = Plan { vmms: there, guest: inside, cases, runs };
+    let (scenario, runs) = (request.scenario, request.runs);
+    let content = Plan { scenario, vmms: there, guest: inside, cases, runs };
     fs::write(plan.path(), serde_json::to_vec(&content)?)?;
     with.push((plan.path().into(), lab::inside("plan.json")));
     let status = lab::Job {
@@ -174,7 +194,11 @@ fn in_lab(cases: Vec<Case>, runs: u32, vmms: &[Vmm], guest: &Guest) -> Result<Ou
 fn notes(request: &Request, outcome: &Outcome) -> Vec<String> {
     let foreign = request.vmms.iter().filter(|vmm| !vmm.kind.is_ours()).map(|vmm| &*vmm.name);
     let mut names: Vec<&str> = [arguments::QEMUS].into_iter().chain(foreign).collect();
-    names.retain(|name| outcome.samples.iter().any(|sample| sample.vmm == *name));
+    let has_init = |name: &str| {
+        let mut samples = outcome.samples.iter();
+        samples.any(|sample| sample.vmm == name && sample.metric == Metric::SpawnToInit)
+    };
+    names.retain(|name| has_init(name));
     let mut notes = Vec::new();
     if !names.is_empty() {
         let names = names.join(", ");

@@ -22,6 +22,8 @@ pub(super) struct Run {
     pub(super) ended: Instant,
     /// Its user and system time.
     pub(super) cpu_time: Duration,
+    /// What it and its guest said on standard output.
+    pub(super) console: String,
 }
 
 /// Lines of output that a failure shows.
@@ -49,7 +51,9 @@ pub(super) fn run(
     let (seen, ended) = watched
         .watch(text, limit, at_text)
         .map_err(|error| anyhow!("{error:#}; {}", last_output(&watched.console, &watched.messages)))?;
-    Ok(Run { spawned, seen, ended, cpu_time: children_cpu_time().saturating_sub(cpu_time_before) })
+    let cpu_time = children_cpu_time().saturating_sub(cpu_time_before);
+    let console = String::from_utf8_lossy(&watched.console).into_owned();
+    Ok(Run { spawned, seen, ended, cpu_time, console })
 }
 
 /// A monitor's process, which is killed with its children when this goes away.

@@ -1,6 +1,7 @@
 //! What a user sees: tables, and the same as JSON.
 
-use super::plan::{Case, Failure, Metric};
+use super::metric::Metric;
+use super::plan::{Case, Failure, Scenario};
 use super::statistics::Row;
 use serde::Serialize;
 use std::fmt::Write;
@@ -8,6 +9,9 @@ use std::fmt::Write;
 /// Everything that is reported.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Report {
+    /// What the guests did.
+    #[serde(skip)]
+    pub(super) scenario: Scenario,
     /// Where it was measured.
     pub(super) host: HostDescription,
     /// What was measured.
@@ -30,23 +34,6 @@ pub(super) struct HostDescription {
     pub(super) notes: Vec<String>,
 }
 
-/// Columns of the two tables of a size; a terminal has about 100 characters.
-const TABLES: [&[Metric]; 2] = [
-    &[
-        Metric::SpawnToInit,
-        Metric::SpawnToFirstByte,
-        Metric::SpawnToOutput,
-        Metric::SpawnToExit,
-        Metric::VmmOnly,
-    ],
-    &[
-        Metric::CpuTime,
-        Metric::VmmPrivateMemory,
-        Metric::VmmProportionalMemory,
-        Metric::UserExits,
-        Metric::GuestPageFaults,
-    ],
-];
 /// Width of a column, and of the ratio inside it.
 const COLUMN: usize = 17;
 const RATIO: usize = 7;
@@ -54,9 +41,9 @@ const VALUE: usize = COLUMN - RATIO;
 /// Width of the monitors' names, unless one is longer.
 const NAME: usize = 14;
 
-/// Lines under the tables: what the columns are. Different columns come from different runs, so that
+/// Lines under the tables of boots: what the columns are. Different columns come from different runs, so that
 /// with several vCPUs init may seem to be later than the payload.
-const LEGEND: &str = "\
+const BOOT_LEGEND: &str = "\
 All times are from the spawn of the monitor's process; the ratio is to the first row of the same table.
 Below each median are smallest and largest value. One boot before all others does not count.
 kindling-preboot: Kindling continuing from a kernel that it booted before (`kindling preboot`)
@@ -68,6 +55,16 @@ private, PSS: the process's memory without guest memory while a payload waits fo
   only it has (its program's too, when it runs alone), and these with its share of the others; page
   tables and the kernel's objects are not counted
 user exits, guest faults: KVM's kvm_userspace_exit and kvm_page_fault until the payload's first output
+";
+
+/// Lines under the tables of operations.
+const IO_LEGEND: &str = "\
+read, write: random places of a disk, a raw file in memory on the host; past the guest's page cache; one request
+  at a time, or 32 (x32); 128k: one after the other
+what the devices add: to the time from the spawn to init's first byte on the console, and to the memory that only
+  the monitor's process has; beside the same guest without them
+the host's part: the whole without the time between KVM's entries of the guest and its exits, from another run
+the ratio is to the first row of the same table; below each median are smallest and largest value
 ";
 
 impl Report {
@@ -84,15 +81,18 @@ impl Report {
             let _ = writeln!(
                 text,
                 "\n{}: {case}, median of {}",
-                self.scenario(),
+                self.scenario.name(),
                 runs_in_words(&self.rows, case)
             );
-            for metrics in TABLES {
-                self.table(&mut text, case, metrics);
+            for (title, metrics) in Metric::tables(self.scenario) {
+                self.table(&mut text, case, title, &metrics);
             }
         }
         text.push('\n');
-        text.push_str(LEGEND);
+        text.push_str(match self.scenario {
+            Scenario::Boot => BOOT_LEGEND,
+            Scenario::Io => IO_LEGEND,
+        });
         for note in &host.notes {
             let _ = writeln!(text, "{note}");
         }
@@ -121,17 +121,19 @@ impl Report {
         vmms
     }
 
-    /// What the guests did.
-    pub(super) fn scenario(&self) -> &'static str {
-        self.rows.first().map_or("nothing", |row| row.scenario)
-    }
-
     /// The row of a size, a monitor and a metric.
     pub(super) fn row(&self, case: Case, vmm: &str, metric: Metric) -> Option<&Row> {
         self.rows.iter().find(|row| row.case() == case && row.vmm == vmm && row.metric == metric)
     }
 
-    fn table(&self, text: &mut String, case: Case, metrics: &[Metric]) {
+    fn table(&self, text: &mut String, case: Case, title: &str, metrics: &[Metric]) {
+        let is_there = |vmm: &&str| metrics.iter().any(|&metric| self.row(case, vmm, metric).is_some());
+        if !self.vmms().iter().any(is_there) {
+            return;
+        }
+        if !title.is_empty() {
+            let _ = write!(text, "\n{title}");
+        }
         let width = self.vmms().iter().map(|name| name.len()).max().unwrap_or(0).max(NAME);
         let _ = write!(text, "\n{:width$}", "");
         for metric in metrics {
@@ -152,9 +154,9 @@ impl Report {
                     continue;
                 };
                 let first = vmms.first().and_then(|first| self.row(case, first, row.metric));
-                let (value, ratio) = (row.unit.show(row.median), self.ratio(row, first));
+                let (value, ratio) = (row.metric.show(row.median), self.ratio(row, first));
                 let _ = write!(medians, "{value:>VALUE$}{ratio:>RATIO$}");
-                let range = format!("{}-{}", row.unit.show(row.min), row.unit.show(row.max));
+                let range = format!("{}-{}", row.metric.show(row.min), row.metric.show(row.max));
                 let _ = write!(ranges, "{range:>COLUMN$}");
             }
             text.push_str(&medians);
@@ -173,7 +175,7 @@ impl Report {
         if row.metric == Metric::SpawnToInit && self.is_stand_in(row) {
             return "*".to_owned();
         }
-        format!("{:.2}x", row.unit.scaled(row.median) / row.unit.scaled(first.median))
+        format!("{:.2}x", row.metric.scaled(row.median) / row.metric.scaled(first.median))
     }
 
     /// Whether init's first byte stands for its first instruction.
@@ -220,7 +222,7 @@ pub(super) mod tests {
             machine: "a processor".to_owned(),
             notes: vec!["a note".to_owned()],
         };
-        Report { host, rows: rows("boot", &samples), failures: Vec::new() }
+        Report { scenario: Scenario::Boot, host, rows: rows(Scenario::Boot, &samples), failures: Vec::new() }
     }
 
     #[test]
@@ -246,7 +248,8 @@ pub(super) mod tests {
 
     #[test]
     fn metrics_have_the_promised_names() {
-        let names = serde_json::to_value(Metric::ALL).unwrap();
+        let names: Vec<_> = Metric::all(Scenario::Boot).collect();
+        let names = serde_json::to_value(names).unwrap();
         let expected = serde_json::json!([
             "spawn_to_init",
             "spawn_to_first_byte",
@@ -260,7 +263,8 @@ pub(super) mod tests {
             "guest_page_faults",
         ]);
         assert_eq!(names, expected);
-        let units = Metric::ALL.map(|metric| serde_json::to_value(metric.unit()).unwrap());
+        let units: Vec<_> =
+            Metric::all(Scenario::Boot).map(|metric| serde_json::to_value(metric.unit()).unwrap()).collect();
         assert_eq!(units[4..10], ["ns", "ns", "bytes", "bytes", "count", "count"]);
     }
 

@@ -1,6 +1,7 @@
 //! From the values of single runs to rows: median, smallest, largest.
 
-use super::plan::{Case, Metric, Sample, Unit};
+use super::metric::{Metric, Unit};
+use super::plan::{Case, Sample, Scenario};
 use serde::Serialize;
 
 /// What all runs of one monitor say about one metric.
@@ -36,7 +37,7 @@ impl Row {
 }
 
 /// One row per size, monitor and metric that has values, in the order in which these were taken.
-pub(super) fn rows(scenario: &'static str, samples: &[Sample]) -> Vec<Row> {
+pub(super) fn rows(scenario: Scenario, samples: &[Sample]) -> Vec<Row> {
     let mut groups: Vec<(Case, &str)> = Vec::new();
     for sample in samples {
         if !groups.contains(&(sample.case, &sample.vmm)) {
@@ -49,7 +50,7 @@ pub(super) fn rows(scenario: &'static str, samples: &[Sample]) -> Vec<Row> {
         values.sort_unstable();
         Some(Row {
             vmm: vmm.to_owned(),
-            scenario,
+            scenario: scenario.name(),
             memory_mib: case.memory_mib,
             vcpus: case.vcpus,
             metric,
@@ -60,7 +61,11 @@ pub(super) fn rows(scenario: &'static str, samples: &[Sample]) -> Vec<Row> {
             runs: values.len(),
         })
     };
-    groups.into_iter().flat_map(|group| Metric::ALL.map(|metric| row(group, metric))).flatten().collect()
+    groups
+        .into_iter()
+        .flat_map(|group| Metric::all(scenario).map(move |metric| row(group, metric)))
+        .flatten()
+        .collect()
 }
 
 /// The middle of sorted values.
@@ -99,7 +104,7 @@ mod tests {
             sample("b", Metric::SpawnToExit, 20),
         ];
         samples.push(Sample { case: Case { vcpus: 2, ..CASE }, ..samples[0].clone() });
-        let rows = rows("boot", &samples);
+        let rows = rows(Scenario::Boot, &samples);
         let short: Vec<_> = rows
             .iter()
             .map(|row| (&*row.vmm, row.vcpus, row.metric, row.median, row.min, row.max, row.runs))

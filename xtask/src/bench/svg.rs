@@ -1,6 +1,6 @@
 //! The same as a picture: one chart per metric, one group of bars per size, one bar per monitor.
 
-use super::plan::Metric;
+use super::metric::Metric;
 use super::report::Report;
 use crate::output::COLOURS;
 use std::fmt::Write;
@@ -20,8 +20,7 @@ const TOP: usize = 100;
 
 /// The picture, which needs nothing else to be shown.
 pub(super) fn picture(report: &Report) -> String {
-    let metrics: Vec<Metric> = Metric::ALL
-        .into_iter()
+    let metrics: Vec<Metric> = Metric::all(report.scenario)
         .filter(|metric| report.rows.iter().any(|row| row.metric == *metric))
         .collect();
     let height = TITLE + report.cases().len() * (GROUP + BAR * report.vmms().len()) + EDGE;
@@ -47,7 +46,7 @@ fn heading(svg: &mut String, report: &Report) {
         EDGE,
         28,
         "font-size=\"18\" font-weight=\"bold\"",
-        &format!("kindling bench: {}", report.scenario()),
+        &format!("kindling bench: {}", report.scenario.name()),
     );
     text(svg, EDGE, 46, "fill=\"#555\"", &format!("measured in {}", host.meaning));
     text(svg, EDGE, 62, "fill=\"#555\"", &format!("on {}", host.machine));
@@ -62,7 +61,7 @@ fn heading(svg: &mut String, report: &Report) {
 
 /// Bars of one metric, from zero, medians with lines from the smallest to the largest value.
 fn chart(svg: &mut String, report: &Report, metric: Metric, x: usize, top: usize) {
-    text(svg, x, top + 18, "font-size=\"14\" font-weight=\"bold\"", metric.long_title());
+    text(svg, x, top + 18, "font-size=\"14\" font-weight=\"bold\"", &metric.long_title());
     let largest = report.rows.iter().filter(|row| row.metric == metric).map(|row| row.max).max();
     let room = CHART - VALUE - EDGE;
     let length = |value: u64| pixels(value, largest.unwrap_or(0), room);
@@ -80,7 +79,7 @@ fn chart(svg: &mut String, report: &Report, metric: Metric, x: usize, top: usize
                     "<rect x=\"{x}\" y=\"{y}\" width=\"{bar}\" height=\"{height}\" fill=\"{colour}\"/>\
                      <path d=\"M{from} {middle}H{to}\" stroke=\"black\"/>"
                 );
-                text(svg, to.max(x + bar) + 5, y + 10, "", &row.unit.show(row.median));
+                text(svg, to.max(x + bar) + 5, y + 10, "", &metric.show(row.median));
             } else {
                 text(svg, x, y + 10, "fill=\"#999\"", &format!("{vmm}: not measured"));
             }

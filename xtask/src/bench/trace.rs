@@ -44,6 +44,19 @@ pub(super) struct Traced {
     pub(super) vmm_only: u64,
 }
 
+impl Traced {
+    /// The events that it takes.
+    pub(super) const EVENTS: [&str; 3] = [Event::ALL[0].1, Event::ALL[1].1, Event::ALL[2].1];
+
+    /// What a trace says of a boot.
+    ///
+    /// # Errors
+    /// When the guest never ran.
+    pub(super) fn of(trace: &str, run: &Run) -> Result<Self> {
+        evaluate(trace, run.spawned, run.seen, run.ended).context("KVM recorded no entry of the guest")
+    }
+}
+
 /// A place where the kernel records the events of this process's children.
 #[derive(Debug)]
 pub(super) struct Tracer {
@@ -74,30 +87,22 @@ impl Tracer {
         Ok(tracer)
     }
 
-    /// Forgets what was recorded, and begins.
-    pub(super) fn start(&self) -> Result<()> {
+    /// Forgets what was recorded, and begins to record these of KVM's events.
+    pub(super) fn start(&self, events: &[&str]) -> Result<()> {
         self.set("trace", "")?;
-        self.switch("1")
+        events.iter().try_for_each(|name| self.set(&format!("events/kvm/{name}/enable"), "1"))
     }
 
-    /// Stops, and says what was recorded in this run.
-    pub(super) fn finish(&self, run: &Run) -> Result<Traced> {
-        self.switch("0")?;
+    /// Stops, and gives what was recorded, a line for each event.
+    pub(super) fn finish(&self) -> Result<String> {
+        self.set("events/kvm/enable", "0")?;
         for entry in fs::read_dir(self.instance.join("per_cpu"))? {
             let stats = fs::read_to_string(entry?.path().join("stats"))?;
             if lost(&stats) {
                 bail!("the kernel's trace buffer was too small");
             }
         }
-        let trace = fs::read_to_string(self.instance.join("trace"))?;
-        evaluate(&trace, run.spawned, run.seen, run.ended).context("KVM recorded no entry of the guest")
-    }
-
-    fn switch(&self, state: &str) -> Result<()> {
-        for (_, name) in Event::ALL {
-            self.set(&format!("events/kvm/{name}/enable"), state)?;
-        }
-        Ok(())
+        Ok(fs::read_to_string(self.instance.join("trace"))?)
     }
 
     fn set(&self, file: &str, value: &str) -> Result<()> {
@@ -118,16 +123,22 @@ fn lost(stats: &str) -> bool {
     stats.lines().any(|line| is_loss(line) && !line.ends_with(": 0"))
 }
 
-/// The event of a line and its time, if it is one of ours:
-/// `     CPU 0/KVM-171     [000] d..1.     3.641028: kvm_entry: vcpu 0, rip 0x...`.
+/// The event of a line and its time, if it is one of ours.
 fn event(line: &str) -> Option<(Event, Instant)> {
-    let (event, before) = Event::ALL.iter().find_map(|(event, name)| {
-        let at = line.find(&format!(": {name}: "))?;
-        Some((*event, &line[..at]))
-    })?;
+    let (name, at, _) = split(line)?;
+    let (event, _) = Event::ALL.into_iter().find(|(_, known)| *known == name)?;
+    Some((event, at))
+}
+
+/// An event's name, its time and what else its line says:
+/// `     CPU 0/KVM-171     [000] d..1.     3.641028: kvm_entry: vcpu 0, rip 0x...`.
+pub(super) fn split(line: &str) -> Option<(&str, Instant, &str)> {
+    let (before, event) = line.split_once(": kvm_")?;
+    let (name, rest) = event.split_once(": ")?;
+    let name = &line[before.len() + 2..before.len() + 6 + name.len()];
     let (seconds, fraction) = before.rsplit(' ').next()?.split_once('.')?;
     let microseconds = seconds.parse::<u64>().ok()? * 1_000_000 + fraction.parse::<u64>().ok()?;
-    Some((event, Instant(microseconds * 1000)))
+    Some((name, Instant(microseconds * 1000), rest))
 }
 
 fn evaluate(trace: &str, spawned: Instant, seen: Instant, ended: Instant) -> Option<Traced> {

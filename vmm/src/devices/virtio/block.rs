@@ -3,7 +3,7 @@
 use super::file_io::{Done, FileIo, Job, Operation};
 use super::queue::fill;
 use super::rate_limiter::RateLimiter;
-use super::{Broken, Chain, Device, Event, Queues, Segment, Watcher};
+use super::{Broken, Chain, Device, Event, Left, Queues, Segment, Watcher};
 use crate::config::ConfigError;
 use crate::config::devices::{CacheType, Drive};
 use crate::timeline::Instant;
@@ -56,7 +56,9 @@ const SECTOR: u64 = 512;
 /// Bytes of the answer to [`request::GET_ID`].
 const ID_LEN: usize = 20;
 /// Chains that are served before others have their turn.
-const BUDGET: usize = QUEUE_SIZE as usize;
+const BUDGET: usize = 64;
+/// Bytes of requests after which they have it: copying these takes a tenth of a millisecond.
+const BUDGET_BYTES: u64 = 1 << 20;
 
 /// A disk.
 #[derive(Debug)]
@@ -71,6 +73,8 @@ pub struct Block {
     limiter: RateLimiter,
     /// When requests that wait for the limiter can go on.
     resume_at: Option<Instant>,
+    /// A request that a vCPU's thread could not do at once.
+    deferred: Option<Request>,
     /// Requests that are on their way, by their number.
     in_flight: Vec<Option<Request>>,
     watcher: Option<Watcher>,
@@ -126,6 +130,7 @@ impl Block {
             id,
             limiter: RateLimiter::new(drive.rate_limiter.as_ref(), Instant::now()),
             resume_at: None,
+            deferred: None,
             in_flight: Vec::new(),
             watcher: None,
             finished: Vec::new(),
@@ -143,37 +148,51 @@ impl Block {
         Ok(self)
     }
 
-    fn serve_queue(&mut self, queues: &mut Queues) -> Result<(), Broken> {
+    fn serve_queue(&mut self, at_once: bool, queues: &mut Queues) -> Result<Left, Broken> {
         self.resume_at = None;
-        let result = self.serve_chains(queues);
+        let result = self.serve_chains(at_once, queues);
         queues.notify(QUEUE)?;
         result
     }
 
-    fn serve_chains(&mut self, queues: &mut Queues) -> Result<(), Broken> {
+    /// With `at_once` it stops before a request for which the host would have to wait.
+    fn serve_chains(&mut self, at_once: bool, queues: &mut Queues) -> Result<Left, Broken> {
+        let mut total = 0;
         for _ in 0..BUDGET {
             let Some(chain) = queues.pop(QUEUE)? else {
                 if queues.rearm(QUEUE)? {
                     continue;
                 }
-                return Ok(());
+                return Ok(Left::Nothing);
             };
             let bytes = chain.readable_len().max(chain.writable_len());
             if let Err(until) = self.limiter.take(bytes) {
                 queues.put_back(QUEUE, chain);
                 self.resume_at = Some(until);
-                return Ok(());
+                // The event loop has to learn of the time.
+                return Ok(Left::Something);
             }
             match self.parse(chain)? {
                 Parsed::Answer(chain, status, result, written) => {
                     fill(status, &[result as u8]);
                     queues.complete(QUEUE, chain, written + 1)?;
                 }
-                Parsed::Request(request) => self.start(request, queues)?,
+                Parsed::Request(request) => {
+                    if let Some(request) = self.attempt(request, queues)? {
+                        if at_once {
+                            self.deferred = Some(request);
+                            return Ok(Left::Something);
+                        }
+                        self.submit(request, queues)?;
+                    }
+                }
+            }
+            total += bytes;
+            if total >= BUDGET_BYTES {
+                break;
             }
         }
-        queues.yield_turn();
-        Ok(())
+        Ok(Left::Something)
     }
 
     fn parse(&self, mut chain: Chain) -> Result<Parsed, Broken> {
@@ -233,16 +252,15 @@ impl Block {
         end.is_some_and(|end| end <= self.sectors * SECTOR)
     }
 
-    fn start(&mut self, request: Request, queues: &mut Queues) -> Result<(), Broken> {
+    /// Does a request if the host can do it at once, and otherwise gives it back.
+    fn attempt(&mut self, request: Request, queues: &mut Queues) -> Result<Option<Request>, Broken> {
         match self.io.attempt(&request.job()) {
+            Some(Ok(moved)) if moved == request.length => finish(request, Status::Ok, queues)?,
+            Some(Err(error)) => finish(request, status_of(&error), queues)?,
             // A part is done anew with the rest: it may have ended where the host would have had to wait.
-            Some(Ok(moved)) if moved == request.length => {
-                return finish(request, Status::Ok, queues);
-            }
-            Some(Err(error)) => return finish(request, status_of(&error), queues),
-            Some(Ok(_)) | None => {}
+            Some(Ok(_)) | None => return Ok(Some(request)),
         }
-        self.submit(request, queues)
+        Ok(None)
     }
 
     fn submit(&mut self, request: Request, queues: &mut Queues) -> Result<(), Broken> {
@@ -357,10 +375,30 @@ impl Device for Block {
         Ok(())
     }
 
+    fn serves_at_once(&self) -> bool {
+        true
+    }
+
+    fn serve_at_once(&mut self, queues: &mut Queues) -> Result<Left, Broken> {
+        // Where the host had to wait a moment ago, it will have to wait again.
+        if self.resume_at.is_some() || self.deferred.is_some() || self.io.is_busy() {
+            return Ok(Left::Something);
+        }
+        self.serve_queue(true, queues)
+    }
+
     fn serve(&mut self, event: Event, queues: &mut Queues) -> Result<(), Broken> {
         match event {
             Event::Doorbell if self.resume_at.is_some() => Ok(()),
-            Event::Doorbell | Event::Deadline => self.serve_queue(queues),
+            Event::Doorbell | Event::Deadline => {
+                if let Some(request) = self.deferred.take() {
+                    self.submit(request, queues)?;
+                }
+                if self.serve_queue(false, queues)? == Left::Something && self.resume_at.is_none() {
+                    queues.yield_turn();
+                }
+                Ok(())
+            }
             Event::Ready(..) => self.take_finished(queues),
         }
     }
@@ -372,6 +410,7 @@ impl Device for Block {
     fn reset(&mut self) {
         self.io.drain();
         self.in_flight.clear();
+        self.deferred = None;
         self.resume_at = None;
     }
 }

@@ -8,6 +8,7 @@
 use super::{Segment, Watcher};
 use io_uring::{IoUring, opcode, types};
 use rustix::event::epoll::EventFlags;
+use rustix::fs::OFlags;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
@@ -118,13 +119,23 @@ pub(super) type Done = (u32, io::Result<u64>);
 #[derive(Debug)]
 pub(super) struct FileIo {
     file: Arc<File>,
-    /// The file is memory: nothing takes time.
-    is_memory: bool,
+    speed: Speed,
     /// Jobs that were submitted and have not come back.
     pending: u32,
     engine: Option<Engine>,
     /// Entries that the engine has to have room for.
     depth: u32,
+}
+
+/// What is known of how long a file takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Speed {
+    /// It is memory: nothing takes time.
+    Memory,
+    /// What is in the page cache takes none, and the host says what is not.
+    Cached,
+    /// It is opened for direct I/O, with which the host waits for the disk whatever it is asked.
+    Direct,
 }
 
 #[derive(Debug)]
@@ -146,16 +157,35 @@ impl FileIo {
     pub(super) fn new(file: File, depth: u16) -> Self {
         let is_memory = rustix::fs::fstatfs(&file)
             .is_ok_and(|status| u64::try_from(status.f_type) == Ok(libc::TMPFS_MAGIC.unsigned_abs()));
-        Self { file: Arc::new(file), is_memory, pending: 0, engine: None, depth: depth.into() }
+        let is_direct = rustix::fs::fcntl_getfl(&file).is_ok_and(|flags| flags.contains(OFlags::DIRECT));
+        let speed = match (is_memory, is_direct) {
+            (true, _) => Speed::Memory,
+            (false, true) => Speed::Direct,
+            (false, false) => Speed::Cached,
+        };
+        Self { file: Arc::new(file), speed, pending: 0, engine: None, depth: depth.into() }
+    }
+
+    /// Whether jobs are on their way.
+    pub(super) const fn is_busy(&self) -> bool {
+        self.pending > 0
     }
 
     /// Does a job if the host can do it at once; otherwise `None`, or what is wrong with it.
     pub(super) fn attempt(&self, job: &Job) -> Option<io::Result<u64>> {
-        match job.execute(self.file.as_fd(), !self.is_memory) {
-            Err(error) if [Some(libc::EAGAIN), Some(libc::EOPNOTSUPP)].contains(&error.raw_os_error()) => {
-                (self.is_memory).then_some(Err(error))
-            }
-            result => Some(result),
+        match self.speed {
+            // Giving back a large range takes time all the same.
+            _ if matches!(job.operation, Operation::PunchHole(_) | Operation::Zero(_)) => None,
+            Speed::Memory => Some(job.execute(self.file.as_fd(), false)),
+            Speed::Direct => None,
+            Speed::Cached => match job.execute(self.file.as_fd(), true) {
+                Err(error)
+                    if [Some(libc::EAGAIN), Some(libc::EOPNOTSUPP)].contains(&error.raw_os_error()) =>
+                {
+                    None
+                }
+                result => Some(result),
+            },
         }
     }
 

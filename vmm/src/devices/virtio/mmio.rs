@@ -4,7 +4,7 @@
 
 use super::registers as register;
 use super::registers::{RegisterPage, SHARED_MEMORY};
-use super::{ACKNOWLEDGE_QUEUES, Broken, Device, Event, Queues, Watcher, feature};
+use super::{ACKNOWLEDGE_QUEUES, Broken, Device, Event, Left, Queues, Watcher, feature};
 use crate::bus::{BusDevice, GuestRequest};
 use crate::memory::GuestMemory;
 use crate::timeline::Instant;
@@ -99,7 +99,7 @@ pub struct Wiring {
     pub registers: RegisterPage,
     /// Written to raise the device's interrupt.
     pub interrupt: EventFd,
-    /// Written by KVM when the driver has new chains.
+    /// Written when the driver has new chains: by KVM, or by the transport what a vCPU's thread has left.
     pub doorbell: EventFd,
     /// The guest's memory.
     pub memory: GuestMemory,
@@ -179,6 +179,20 @@ impl Transport {
         }
     }
 
+    /// The driver has new chains, and its vCPU waits until this returns.
+    fn ring(&mut self) {
+        // KVM passes the doorbell of other devices on by itself, and without KVM somebody has to.
+        if !self.device.serves_at_once() {
+            self.queues.yield_turn();
+        } else if self.is_working() {
+            match self.device.serve_at_once(&mut self.queues) {
+                Ok(Left::Nothing) => {}
+                Ok(Left::Something) => self.queues.yield_turn(),
+                Err(reason) => self.fail(reason),
+            }
+        }
+    }
+
     const fn is_working(&self) -> bool {
         self.state.status & (status::DRIVER_OK | status::NEEDS_RESET) == status::DRIVER_OK
     }
@@ -239,8 +253,11 @@ impl Transport {
                     self.registers.set(register::INTERRUPT_STATUS, ACKNOWLEDGE_QUEUES);
                 }
             }
-            // KVM passes the doorbell on by itself, and without KVM somebody has to.
-            register::DOORBELL_OFFSET => self.queues.yield_turn(),
+            register::DOORBELL_OFFSET => {
+                self.ring();
+                // Nothing that a selection shows has changed.
+                return;
+            }
             _ => self.write_queue(offset, value),
         }
         self.show_selected();
@@ -325,12 +342,7 @@ impl Transport {
 
     fn activate(&mut self) -> Result<(), Broken> {
         let features = self.state.driver_features;
-        for (number, queue) in self.queues.queues.iter_mut().enumerate() {
-            queue.set_event_idx(features & feature::EVENT_IDX != 0);
-            if queue.ready() && !queue.is_valid(self.queues.memory.inner()) {
-                return Err(Broken::because(format!("queue {number} is not in guest memory")));
-            }
-        }
+        self.queues.activate(features & feature::EVENT_IDX != 0)?;
         // Used chains are the only reason for an interrupt but for changes of the configuration.
         let status = self.registers.get(register::INTERRUPT_STATUS);
         self.registers.set(register::INTERRUPT_STATUS, status | ACKNOWLEDGE_QUEUES);
@@ -345,9 +357,7 @@ impl Transport {
 
     fn reset(&mut self) {
         self.device.reset();
-        for queue in &mut self.queues.queues {
-            queue.reset();
-        }
+        self.queues.reset();
         self.state = Registers::default();
         self.registers.set(register::INTERRUPT_STATUS, 0);
         self.set_status(0);
@@ -363,20 +373,23 @@ impl Transport {
     /// The device as its driver has left it.
     #[must_use]
     pub fn state(&self) -> State {
-        let queue = |queue: &virtio_queue::Queue| QueueState {
-            size: queue.size(),
-            is_ready: queue.ready(),
-            descriptors: queue.desc_table(),
-            driver: queue.avail_ring(),
-            device: queue.used_ring(),
-            next_available: queue.next_avail(),
-            next_used: queue.next_used(),
+        let queue = |(number, queue): (usize, &virtio_queue::Queue)| {
+            let (next_available, next_used) = self.queues.position(number);
+            QueueState {
+                size: queue.size(),
+                is_ready: queue.ready(),
+                descriptors: queue.desc_table(),
+                driver: queue.avail_ring(),
+                device: queue.used_ring(),
+                next_available,
+                next_used,
+            }
         };
         State {
             shape: Self::shape(self.device.as_ref()),
             configuration: self.device.configuration(),
             registers: self.state.clone(),
-            queues: self.queues.queues.iter().map(queue).collect(),
+            queues: self.queues.queues.iter().enumerate().map(queue).collect(),
         }
     }
 

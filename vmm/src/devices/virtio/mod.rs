@@ -12,6 +12,7 @@ mod mmio;
 mod queue;
 mod rate_limiter;
 mod registers;
+mod ring;
 #[cfg(test)]
 mod tests;
 
@@ -59,6 +60,15 @@ pub enum Event {
     Deadline,
 }
 
+/// Whether a device that worked on a vCPU's thread wants to go on elsewhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Left {
+    /// All chains are done.
+    Nothing,
+    /// What is left comes back as [`Event::Doorbell`].
+    Something,
+}
+
 /// What a device does with its queues.
 ///
 /// All of it runs with the device locked: what can take time has to go on elsewhere and come back as an event.
@@ -89,6 +99,21 @@ pub trait Device: Send + fmt::Debug {
     /// # Errors
     /// When the device cannot work like that.
     fn activate(&mut self, features: u64, queues: &mut Queues, watcher: &Watcher) -> Result<(), Broken>;
+
+    /// Works on the thread of the vCPU that rang the doorbell, which waits: what takes time is left. Only devices
+    /// for which [`Self::serves_at_once`] holds are asked.
+    ///
+    /// # Errors
+    /// When the driver broke a rule.
+    fn serve_at_once(&mut self, _queues: &mut Queues) -> Result<Left, Broken> {
+        Ok(Left::Something)
+    }
+
+    /// Whether the doorbell is for [`Self::serve_at_once`], which saves the change to another thread, instead of
+    /// for [`Self::serve`] alone.
+    fn serves_at_once(&self) -> bool {
+        false
+    }
 
     /// Works.
     ///

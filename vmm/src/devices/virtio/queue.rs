@@ -1,4 +1,4 @@
-//! Queues (section 2.7) on `virtio-queue`, and the chains of descriptors that come out of them.
+//! Queues (section 2.7): set up with `virtio-queue`, used through [`Ring`], and the chains of descriptors that come out of them.
 //!
 //! A chain is checked whole when it is taken: every descriptor lies in guest memory, those that the device
 //! reads come before those that it writes, and it ends within the queue's size. What is not like that breaks
@@ -6,12 +6,11 @@
 #![expect(unsafe_code, reason = "copies from and to guest memory that a chain names")]
 
 use super::registers::{CONFIGURATION_CHANGED, CONFIGURATION_GENERATION, INTERRUPT_STATUS};
+use super::ring::{Ring, View};
 use super::{ACKNOWLEDGE_QUEUES, Broken, RegisterPage};
 use crate::memory::GuestMemory;
 use std::fmt;
-use virtio_queue::desc::split::Descriptor;
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::GuestMemoryBackend;
+use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
 /// A piece of guest memory by its place in this process, in the form that readv(2) takes.
@@ -29,6 +28,10 @@ impl fmt::Debug for Segment {
 }
 
 impl Segment {
+    pub(super) const fn new(start: *mut u8, length: u32) -> Self {
+        Self(libc::iovec { iov_base: start.cast(), iov_len: length as usize })
+    }
+
     /// Bytes of it.
     #[must_use]
     pub const fn len(&self) -> usize {
@@ -175,7 +178,11 @@ pub(super) fn fill(segment: Segment, bytes: &[u8]) {
 /// The queues of one device, with what it needs to use them.
 #[derive(Debug)]
 pub struct Queues {
+    /// As the driver sets them up.
     pub(super) queues: Vec<Queue>,
+    /// Those that are in use.
+    rings: Vec<Option<Ring>>,
+    view: View,
     pub(super) memory: GuestMemory,
     registers: RegisterPage,
     interrupt: EventFd,
@@ -194,7 +201,42 @@ impl Queues {
     ) -> Self {
         // Sizes are constants of the devices, and their tests see that they are right.
         let queues = sizes.iter().filter_map(|&size| Queue::new(size).ok()).collect();
-        Self { queues, memory, registers, interrupt, doorbell, spare: Vec::new() }
+        let view = View::new(&memory);
+        Self { queues, rings: Vec::new(), view, memory, registers, interrupt, doorbell, spare: Vec::new() }
+    }
+
+    /// The driver is ready: looks up the rings of the queues that it has set up.
+    pub(super) fn activate(&mut self, has_event_index: bool) -> Result<(), Broken> {
+        self.rings.clear();
+        for (number, queue) in self.queues.iter_mut().enumerate() {
+            queue.set_event_idx(has_event_index);
+            let ring = queue.ready().then(|| {
+                let outside = || Broken::because(format!("queue {number} is not in guest memory"));
+                Ring::new(queue, &self.view).ok_or_else(outside)
+            });
+            self.rings.push(ring.transpose()?);
+        }
+        Ok(())
+    }
+
+    /// The driver starts over.
+    pub(super) fn reset(&mut self) {
+        self.rings.clear();
+        self.queues.iter_mut().for_each(QueueT::reset);
+    }
+
+    /// The places of the next chains to take and to give back.
+    pub(super) fn position(&self, queue: usize) -> (u16, u16) {
+        self.ring(queue).map_or((0, 0), |ring| (ring.next_available, ring.next_used))
+    }
+
+    fn ring(&self, queue: usize) -> Option<&Ring> {
+        self.rings.get(queue)?.as_ref()
+    }
+
+    fn ring_mut(&mut self, queue: usize) -> Result<&mut Ring, Broken> {
+        let ring = self.rings.get_mut(queue).and_then(Option::as_mut);
+        ring.ok_or_else(|| Broken::because(format!("queue {queue} is not in use")))
     }
 
     pub(super) const fn doorbell(&self) -> &EventFd {
@@ -210,7 +252,7 @@ impl Queues {
     /// Whether the driver uses this queue.
     #[must_use]
     pub fn is_ready(&self, queue: usize) -> bool {
-        self.queues.get(queue).is_some_and(QueueT::ready)
+        self.ring(queue).is_some()
     }
 
     /// The next chain that the driver has made available, if there is one.
@@ -218,45 +260,21 @@ impl Queues {
     /// # Errors
     /// When the driver's rings or descriptors are not what they have to be.
     pub fn pop(&mut self, queue: usize) -> Result<Option<Chain>, Broken> {
-        let Some(ring) = self.queues.get_mut(queue).filter(|ring| ring.ready()) else { return Ok(None) };
-        let size = usize::from(ring.size());
-        let mut available = ring.iter(self.memory.inner()).map_err(|error| broken(queue, &error))?;
-        let Some(descriptors) = available.next() else { return Ok(None) };
+        let Some(ring) = self.rings.get_mut(queue).and_then(Option::as_mut) else { return Ok(None) };
+        let broken = |what: String| Broken::because(format!("queue {queue}: {what}"));
+        let Some(head) = ring.next().map_err(broken)? else { return Ok(None) };
         let mut segments = self.spare.pop().unwrap_or_default();
         segments.clear();
-        let head = descriptors.head_index();
-        let mut writable = None;
-        let mut ends = false;
-        for descriptor in descriptors {
-            ends = !descriptor.has_next();
-            match (descriptor.is_write_only(), writable) {
-                (true, None) => writable = Some(segments.len()),
-                (false, Some(_)) => {
-                    return Err(chain_error(queue, head, "has something to read behind something to write"));
-                }
-                _ => {}
-            }
-            if segments.len() == size {
-                return Err(chain_error(queue, head, "is longer than its queue"));
-            }
-            // One of no bytes says nothing, wherever it points.
-            if descriptor.len() > 0 {
-                segments.push(self.memory.segment(&descriptor).ok_or_else(|| {
-                    chain_error(queue, head, &format!("leaves memory at {:#x}", descriptor.addr().0))
-                })?);
-            }
-        }
-        if !ends {
-            return Err(chain_error(queue, head, "does not end"));
-        }
-        let writable = writable.unwrap_or(segments.len());
+        let writable = ring
+            .walk(head, &self.view, &mut segments)
+            .map_err(|what| broken(format!("the chain at descriptor {head} {what}")))?;
         Ok(Some(Chain { head, segments, start: 0, writable }))
     }
 
     /// Puts back the chain that was taken last, so that the next [`Self::pop`] finds it again.
     pub fn put_back(&mut self, queue: usize, chain: Chain) {
-        if let Some(ring) = self.queues.get_mut(queue) {
-            ring.go_to_previous_position();
+        if let Ok(ring) = self.ring_mut(queue) {
+            ring.next_available = ring.next_available.wrapping_sub(1);
         }
         self.spare.push(chain.segments);
     }
@@ -264,10 +282,9 @@ impl Queues {
     /// Gives a chain back to the driver. `written` counts the bytes that the device wrote.
     ///
     /// # Errors
-    /// When the ring is not in guest memory.
+    /// When the queue is not in use.
     pub fn complete(&mut self, queue: usize, chain: Chain, written: u32) -> Result<(), Broken> {
-        let ring = &mut self.queues[queue];
-        ring.add_used(self.memory.inner(), chain.head, written).map_err(|error| broken(queue, &error))?;
+        self.ring_mut(queue)?.complete(chain.head, written);
         self.spare.push(chain.segments);
         Ok(())
     }
@@ -275,10 +292,9 @@ impl Queues {
     /// Interrupts the driver if it wants to hear of the chains that were given back.
     ///
     /// # Errors
-    /// When the ring is not in guest memory.
+    /// When the queue is not in use.
     pub fn notify(&mut self, queue: usize) -> Result<(), Broken> {
-        let ring = &mut self.queues[queue];
-        if ring.needs_notification(self.memory.inner()).map_err(|error| broken(queue, &error))? {
+        if self.ring_mut(queue)?.is_awaited() {
             self.interrupt();
         }
         Ok(())
@@ -287,10 +303,9 @@ impl Queues {
     /// Asks to hear of new chains; `true` where some have come meanwhile, which have to be looked at first.
     ///
     /// # Errors
-    /// When the ring is not in guest memory.
+    /// When the queue is not in use.
     pub fn rearm(&mut self, queue: usize) -> Result<bool, Broken> {
-        let ring = &mut self.queues[queue];
-        ring.enable_notification(self.memory.inner()).map_err(|error| broken(queue, &error))
+        Ok(self.ring_mut(queue)?.rearm())
     }
 
     /// Asks to be called again for what is left, when others have had their turn.
@@ -315,22 +330,5 @@ impl Queues {
     fn interrupt(&self) {
         // KVM takes the counter at once.
         let _ = self.interrupt.write(1);
-    }
-}
-
-fn broken(queue: usize, error: &virtio_queue::Error) -> Broken {
-    Broken::because(format!("queue {queue}: {error}"))
-}
-
-fn chain_error(queue: usize, head: u16, what: &str) -> Broken {
-    Broken::because(format!("queue {queue}: the chain at descriptor {head} {what}"))
-}
-
-impl GuestMemory {
-    /// What a descriptor names, if all of it is guest memory.
-    fn segment(&self, descriptor: &Descriptor) -> Option<Segment> {
-        let length = usize::try_from(descriptor.len()).ok()?;
-        let slice = self.inner().get_slice(descriptor.addr(), length).ok()?;
-        Some(Segment(libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: length }))
     }
 }

@@ -306,7 +306,10 @@ impl Driver {
             tv_nsec: i64::from(milliseconds % 1000) * 1_000_000,
         });
         let mut events = Vec::with_capacity(16);
-        let _ = epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), limit.as_ref());
+        // The end of an io_uring's request interrupts who submitted it.
+        let _ = rustix::io::retry_on_intr(|| {
+            epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), limit.as_ref())
+        });
         for event in &events {
             let data: EventData = event.data;
             let token = u32::try_from(data.u64() & 0xffff_ffff).unwrap_or(0);

@@ -1,0 +1,36 @@
+//! A guest with devices that does nothing costs its host nothing: the VMM's event loop sleeps.
+
+use std::io::{BufRead, BufReader, Write};
+use std::process::Stdio;
+
+/// How often a process's first thread, which runs the event loop, has gone to sleep or been put aside.
+fn switches(process: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{process}/task/{process}/status")).unwrap();
+    let counts = status.lines().filter_map(|line| line.split_once("voluntary_ctxt_switches:"));
+    counts.map(|(_, count)| count.trim().parse::<u64>().unwrap()).sum()
+}
+
+#[test]
+fn the_event_loop_sleeps_while_the_guest_does() {
+    let folder = tempfile::tempdir().unwrap();
+    let disk = folder.path().join("disk");
+    std::fs::write(&disk, vec![1; 1 << 20]).unwrap();
+    // Half a minute, in which the guest's own clock ticks as it likes.
+    let script = "dd if=/dev/vda of=/dev/null 2>/dev/null; echo sleeping; sleep 30; echo awake; read word; echo has $word";
+    let mut command = tests::boot();
+    command.arg("--drive").arg(&disk).args(["--", "/bin/sh", "-c", script]);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let process = child.id();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let mut wait_for = |text: &str| {
+        assert!(lines.any(|line| line.unwrap().contains(text)), "the guest ended before it said {text:?}");
+        switches(process)
+    };
+    let before = wait_for("sleeping");
+    let after = wait_for("awake");
+    assert_eq!(after - before, 0, "the event loop woke up");
+    // What is counted does count.
+    child.stdin.take().unwrap().write_all(b"something\n").unwrap();
+    assert!(wait_for("has something") > after);
+    assert!(child.wait().unwrap().success());
+}

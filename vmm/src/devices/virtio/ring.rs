@@ -1,0 +1,237 @@
+//! The rings of a queue (section 2.7), looked up in guest memory once, when the driver is ready.
+//!
+//! `virtio-queue` checks what a driver sets, and finds each access in guest memory anew; for a request of 4 KiB that
+//! took as long as reading it. Whatever is read here may change while it is read: it is read once.
+#![expect(unsafe_code, reason = "reads and writes rings in guest memory")]
+
+use super::Segment;
+use crate::memory::GuestMemory;
+use std::sync::atomic::{AtomicU16, Ordering, fence};
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+/// Descriptor flags (section 2.7.5).
+const NEXT: u16 = 1;
+const WRITE: u16 = 2;
+const INDIRECT: u16 = 4;
+/// Bytes of a descriptor.
+const DESCRIPTOR: usize = 16;
+/// Flag of the available ring: the driver does not want to be interrupted (section 2.7.6).
+const NO_INTERRUPT: u16 = 1;
+
+/// Where guest memory is in this process.
+#[derive(Clone, Debug)]
+pub(super) struct View(Vec<Region>);
+
+#[derive(Clone, Copy, Debug)]
+struct Region {
+    start: u64,
+    length: u64,
+    host: *mut u8,
+}
+
+// SAFETY: a region is two numbers and an address; whoever dereferences it vouches for the memory.
+unsafe impl Send for Region {}
+
+impl View {
+    /// It is of use as long as the memory or a clone of it lives.
+    pub(super) fn new(memory: &GuestMemory) -> Self {
+        let region = |region: &vm_memory::GuestRegionMmap| Region {
+            start: region.start_addr().0,
+            length: region.len(),
+            host: region.as_ptr(),
+        };
+        Self(memory.inner().iter().map(region).collect())
+    }
+
+    /// The place of so many bytes, if all of them are guest memory.
+    fn find(&self, address: u64, length: u64) -> Option<*mut u8> {
+        self.0.iter().find_map(|region| {
+            let offset = address.checked_sub(region.start)?;
+            let fits = offset <= region.length && length <= region.length - offset;
+            fits.then(|| region.host.wrapping_add(usize::try_from(offset).unwrap_or(usize::MAX)))
+        })
+    }
+}
+
+/// The rings of one queue that is in use.
+#[derive(Debug)]
+pub(super) struct Ring {
+    size: u16,
+    has_event_index: bool,
+    descriptors: *const u8,
+    available: *const u8,
+    used: *mut u8,
+    /// The place of the next chain to take.
+    pub(super) next_available: u16,
+    /// The place of the next chain to give back.
+    pub(super) next_used: u16,
+    /// Where that was when the driver was last thought of.
+    considered: u16,
+}
+
+// SAFETY: rings are guest memory, which has no owner among threads.
+unsafe impl Send for Ring {}
+
+impl Ring {
+    /// The rings of a queue that the driver has set up; `None` when they are not in guest memory.
+    pub(super) fn new(queue: &Queue, view: &View) -> Option<Self> {
+        let size = u64::from(queue.size());
+        // With the index at the end of each ring by which the sides say when they want to hear of the other.
+        Some(Self {
+            size: queue.size(),
+            has_event_index: queue.event_idx_enabled(),
+            descriptors: view.find(queue.desc_table(), size * DESCRIPTOR as u64)?,
+            available: view.find(queue.avail_ring(), 6 + size * 2)?,
+            used: view.find(queue.used_ring(), 6 + size * 8)?,
+            next_available: queue.next_avail(),
+            next_used: queue.next_used(),
+            considered: queue.next_used(),
+        })
+    }
+
+    /// Bytes from the start of the available ring.
+    const fn available(&self, offset: usize) -> &AtomicU16 {
+        // SAFETY: the ring was found in guest memory, which lives as long as the queues, with as many bytes as
+        // offsets here can be; the queue takes only addresses that are multiples of two, of a mapping of pages.
+        unsafe { AtomicU16::from_ptr(self.available.wrapping_add(offset).cast_mut().cast()) }
+    }
+
+    const fn used(&self, offset: usize) -> &AtomicU16 {
+        // SAFETY: as above; addresses of used rings are multiples of four.
+        unsafe { AtomicU16::from_ptr(self.used.wrapping_add(offset).cast()) }
+    }
+
+    fn place(&self, index: u16) -> usize {
+        // Sizes are powers of two.
+        usize::from(index & (self.size - 1))
+    }
+
+    /// The first descriptor of the next chain.
+    ///
+    /// # Errors
+    /// When the driver claims more chains than there can be, or a descriptor that there is not.
+    pub(super) fn next(&mut self) -> Result<Option<u16>, String> {
+        let ready = u16::from_le(self.available(2).load(Ordering::Acquire)).wrapping_sub(self.next_available);
+        if ready == 0 {
+            return Ok(None);
+        }
+        if ready > self.size {
+            return Err(format!("{ready} chains are available, more than its size"));
+        }
+        let entry = self.available(4 + 2 * self.place(self.next_available));
+        let head = u16::from_le(entry.load(Ordering::Relaxed));
+        self.next_available = self.next_available.wrapping_add(1);
+        Ok(Some(head))
+    }
+
+    /// Collects the pieces of a chain; how many of them the device reads.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub(super) fn walk(
+        &self,
+        head: u16,
+        view: &View,
+        segments: &mut Vec<Segment>,
+    ) -> Result<usize, &'static str> {
+        let (mut table, mut length, mut index) = (self.descriptors, u32::from(self.size), u32::from(head));
+        let (mut is_indirect, mut left, mut bytes) = (false, length, 0_u32);
+        let mut readable = None;
+        loop {
+            if index >= length || left == 0 {
+                return Err("does not end");
+            }
+            left -= 1;
+            let descriptor = Descriptor::read(table.wrapping_add(index as usize * DESCRIPTOR));
+            if descriptor.flags & INDIRECT != 0 {
+                let count = descriptor.length / DESCRIPTOR as u32;
+                let is_table = !is_indirect
+                    && descriptor.length.is_multiple_of(DESCRIPTOR as u32)
+                    && count <= u32::from(u16::MAX);
+                let place = view.find(descriptor.address, descriptor.length.into()).filter(|_| is_table);
+                table = place.ok_or("does not end")?;
+                (length, index, left, is_indirect) = (count, 0, count, true);
+                continue;
+            }
+            match (descriptor.flags & WRITE != 0, readable) {
+                (true, None) => readable = Some(segments.len()),
+                (false, Some(_)) => return Err("has something to read behind something to write"),
+                _ => {}
+            }
+            if segments.len() == usize::from(self.size) {
+                return Err("is longer than its queue");
+            }
+            // One of no bytes says nothing, wherever it points.
+            if descriptor.length > 0 {
+                bytes = bytes.checked_add(descriptor.length).ok_or("is longer than 4 GiB")?;
+                let place = view.find(descriptor.address, descriptor.length.into());
+                segments.push(Segment::new(place.ok_or("leaves memory")?, descriptor.length));
+            }
+            if descriptor.flags & NEXT == 0 {
+                return Ok(readable.unwrap_or(segments.len()));
+            }
+            index = descriptor.next.into();
+        }
+    }
+
+    /// Gives a chain back.
+    pub(super) fn complete(&mut self, head: u16, written: u32) {
+        let [a, b] = head.to_le_bytes();
+        let [c, d, e, f] = written.to_le_bytes();
+        let element = self.used.wrapping_add(4 + 8 * self.place(self.next_used)).cast::<[u8; 8]>();
+        // SAFETY: the ring was found in guest memory, with room for as many elements as its size.
+        unsafe { element.write_volatile([a, b, 0, 0, c, d, e, f]) };
+        self.next_used = self.next_used.wrapping_add(1);
+        self.used(2).store(self.next_used.to_le(), Ordering::Release);
+    }
+
+    /// Whether the driver wants to hear of the chains that were given back since this was asked last.
+    pub(super) fn is_awaited(&mut self) -> bool {
+        let new = self.next_used.wrapping_sub(self.considered);
+        self.considered = self.next_used;
+        // The driver must see the chains, or this what the driver wants.
+        fence(Ordering::SeqCst);
+        if !self.has_event_index {
+            return u16::from_le(self.available(0).load(Ordering::Relaxed)) & NO_INTERRUPT == 0;
+        }
+        let wanted = self.available(4 + 2 * usize::from(self.size)).load(Ordering::Relaxed);
+        // The wanted element is among the new ones (section 2.7.10).
+        self.next_used.wrapping_sub(u16::from_le(wanted)).wrapping_sub(1) < new
+    }
+
+    /// Asks to hear of the next chain; whether it has come meanwhile.
+    pub(super) fn rearm(&self) -> bool {
+        if self.has_event_index {
+            let event = self.used(4 + 8 * usize::from(self.size));
+            event.store(self.next_available.to_le(), Ordering::Relaxed);
+        } else {
+            self.used(0).store(0, Ordering::Relaxed);
+        }
+        fence(Ordering::SeqCst);
+        u16::from_le(self.available(2).load(Ordering::Acquire)) != self.next_available
+    }
+}
+
+/// A descriptor (section 2.7.5).
+struct Descriptor {
+    address: u64,
+    length: u32,
+    flags: u16,
+    next: u16,
+}
+
+impl Descriptor {
+    /// Reads one whose place is in guest memory.
+    fn read(place: *const u8) -> Self {
+        // SAFETY: callers found the table in guest memory, and the descriptor is in it. Any alignment will do.
+        let bytes = unsafe { place.cast::<[u8; DESCRIPTOR]>().read_volatile() };
+        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = bytes;
+        Self {
+            address: u64::from_le_bytes([a, b, c, d, e, f, g, h]),
+            length: u32::from_le_bytes([i, j, k, l]),
+            flags: u16::from_le_bytes([m, n]),
+            next: u16::from_le_bytes([o, p]),
+        }
+    }
+}

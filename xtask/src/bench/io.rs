@@ -1,0 +1,173 @@
+//! What is measured of operations on devices.
+
+use super::measure::Bench;
+use super::metric::{Metric, Part};
+use super::trace::{self, Tracer};
+use super::vmms::{Devices, Task};
+use anyhow::{Context, Result};
+use io_payload::{DISK_BYTES, MARK_PORT, Operation};
+use kindling::Instant;
+use std::fs;
+use std::path::Path;
+
+/// How often each operation is done. In the exact lab a few say what many do.
+const COUNT: u32 = 256;
+
+/// Events of KVM that [`evaluate`] takes.
+const EVENTS: [&str; 4] = ["kvm_entry", "kvm_exit", "kvm_userspace_exit", "kvm_pio"];
+
+impl Bench<'_> {
+    /// Guests with all devices, beside guests without.
+    pub(super) fn operations(&mut self, tracer: Option<&Tracer>, runs: u32) -> Result<()> {
+        let devices = Devices { disk: Some(disk(self.scratch)?) };
+        self.boot(Task::Speak, None, |_| Ok(()))?;
+        for _ in 0..runs {
+            self.devices = Devices::default();
+            let (boot, memory) = self.presence()?;
+            self.devices = devices.clone();
+            let (boot_with, memory_with) = self.presence()?;
+            self.add(Metric::DevicesBoot, boot_with.saturating_sub(boot));
+            self.add(Metric::DevicesMemory, memory_with.saturating_sub(memory));
+            self.timed(tracer)?;
+        }
+        Ok(())
+    }
+
+    /// The time until init speaks, and memory of the monitor.
+    fn presence(&self) -> Result<(u64, u64)> {
+        let run = self.boot(Task::Greet, None, |_| Ok(()))?;
+        Ok((run.seen.since(run.spawned), self.memory_usage()?.private))
+    }
+
+    /// One guest for times, and one for what KVM says of it.
+    fn timed(&mut self, tracer: Option<&Tracer>) -> Result<()> {
+        let times = reported(&self.boot(Task::Operate(COUNT), None, |_| Ok(()))?.console)?;
+        let traced = match tracer {
+            Some(tracer) => {
+                tracer.start(&EVENTS)?;
+                let run = self.boot(Task::Operate(COUNT), None, |_| Ok(()))?;
+                evaluate(&tracer.finish()?, run.spawned)
+            }
+            None => Vec::new(),
+        };
+        for (operation, nanoseconds) in times {
+            let per_operation = |value: u64| value / u64::from(operation.repetitions(COUNT));
+            let mut add = |part, value| self.add(Metric::Operation(operation, part), per_operation(value));
+            add(Part::Whole, nanoseconds);
+            if let Some((_, counts)) = traced.iter().find(|(of, _)| *of == operation) {
+                add(Part::Host, nanoseconds.saturating_sub(counts.guest));
+                add(Part::Exits, counts.exits * 1000);
+                add(Part::UserExits, counts.user_exits * 1000);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A disk whose blocks are all there.
+fn disk(folder: &Path) -> Result<std::path::PathBuf> {
+    let path = folder.join("disk");
+    if !path.exists() {
+        fs::write(&path, vec![0x5a; usize::try_from(DISK_BYTES)?]).context("cannot make a disk")?;
+    }
+    Ok(path)
+}
+
+/// The nanoseconds of all repetitions of each operation, as the payload says them.
+fn reported(console: &str) -> Result<Vec<(Operation, u64)>> {
+    let line = |line: &str| {
+        let (name, time) = line.trim().split_once(' ')?;
+        Some((Operation::from_name(name)?, time.parse().ok()?))
+    };
+    let times: Vec<_> = console.lines().filter_map(line).collect();
+    anyhow::ensure!(!times.is_empty(), "its payload found no device");
+    Ok(times)
+}
+
+/// What happened while one operation was repeated.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Counts {
+    /// Nanoseconds in which the guest ran.
+    guest: u64,
+    exits: u64,
+    user_exits: u64,
+}
+
+/// Counts between the payload's marks. Times in a trace are microseconds; what that does to single ones evens out.
+fn evaluate(trace: &str, spawned: Instant) -> Vec<(Operation, Counts)> {
+    let mut all: Vec<(Operation, Counts)> = Vec::new();
+    let mut is_open = false;
+    // When each vCPU was entered last.
+    let mut entered: Vec<(&str, Instant)> = Vec::new();
+    // What came before was a run that failed, and was made again.
+    for (name, at, rest) in trace.lines().filter_map(trace::split).filter(|(_, at, _)| *at >= spawned) {
+        if let Some(value) = written(name, rest) {
+            let operation = Operation::from_number(value);
+            is_open = operation.is_some();
+            all.extend(operation.map(|operation| (operation, Counts::default())));
+        }
+        // Both lines begin with `vcpu 0`, one goes on with a comma.
+        let vcpu = rest.split([',', ' ']).nth(1).unwrap_or_default();
+        let entry = entered.iter().position(|(of, _)| *of == vcpu);
+        match name {
+            "kvm_entry" if entry.is_none() => entered.push((vcpu, at)),
+            _ => {}
+        }
+        let Some((_, counts)) = all.last_mut().filter(|_| is_open) else {
+            if let ("kvm_exit", Some(entry)) = (name, entry) {
+                entered.swap_remove(entry);
+            }
+            continue;
+        };
+        match (name, entry) {
+            ("kvm_exit", Some(entry)) => {
+                counts.guest += at.since(entered.swap_remove(entry).1);
+                counts.exits += 1;
+            }
+            ("kvm_userspace_exit", _) => counts.user_exits += 1,
+            _ => {}
+        }
+    }
+    all
+}
+
+/// The byte that the guest wrote to the port of marks: `pio_write at 0x80 size 1 count 1 val 0x3`.
+fn written(name: &str, rest: &str) -> Option<u8> {
+    let rest = rest.strip_prefix(&format!("pio_write at {MARK_PORT:#x} ")).filter(|_| name == "kvm_pio")?;
+    let (_, value) = rest.rsplit_once("val 0x")?;
+    u8::from_str_radix(value.split_whitespace().next()?, 16).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TRACE: &str = "\
+       CPU 0/KVM-171     [000] d..1.     2.000100: kvm_pio: pio_write at 0x80 size 1 count 1 val 0x1
+          vcpu 0-172     [001] d..1.     3.000100: kvm_entry: vcpu 0, rip 0xfff0
+          vcpu 0-172     [001] d..1.     3.000150: kvm_exit: vcpu 0 reason ioio rip 0x1
+          vcpu 0-172     [001] .....     3.000160: kvm_pio: pio_write at 0x80 size 1 count 1 val 0x1
+          vcpu 0-172     [001] .....     3.000165: kvm_userspace_exit: reason KVM_EXIT_IO (2)
+          vcpu 0-172     [001] d..1.     3.000170: kvm_entry: vcpu 0, rip 0xfff2
+          vcpu 0-172     [001] d..1.     3.000180: kvm_exit: vcpu 0 reason npf rip 0x1
+          vcpu 0-172     [001] d..1.     3.000190: kvm_entry: vcpu 0, rip 0xfff2
+          vcpu 0-172     [001] d..1.     3.000195: kvm_exit: vcpu 0 reason ioio rip 0x1
+          vcpu 0-172     [001] .....     3.000196: kvm_pio: pio_write at 0x80 size 1 count 1 val 0xff
+          vcpu 0-172     [001] d..1.     3.000200: kvm_entry: vcpu 0, rip 0xfff2
+          vcpu 0-172     [001] d..1.     3.000300: kvm_exit: vcpu 0 reason ioio rip 0x1
+";
+
+    #[test]
+    fn what_is_between_the_marks_counts() {
+        let counts = Counts { guest: 15_000, exits: 2, user_exits: 1 };
+        let expected = [(Operation::BlockRead4kDepth32, counts)];
+        assert_eq!(evaluate(TRACE, Instant(3_000_000_000)), expected);
+    }
+
+    #[test]
+    fn the_payload_reports_by_name() {
+        let console = format!("noise 1\r\nblock_read_4k 1000\r\n{}\r\n", io_payload::END);
+        assert_eq!(reported(&console).unwrap(), [(Operation::BlockRead4k, 1000)]);
+        assert!(reported("").is_err());
+    }
+}

@@ -1,0 +1,266 @@
+//! What is measured: its name in files, its unit, its titles in tables and pictures.
+
+use super::plan::Scenario;
+use io_payload::Operation;
+use serde::{Deserialize, Serialize};
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(into = "String", try_from = "String")]
+pub(super) enum Metric {
+    /// From the spawn to the first instruction of init.
+    SpawnToInit,
+    /// From the spawn to the first byte that init writes on the serial console.
+    SpawnToFirstByte,
+    /// From the spawn to the first byte that the payload writes there.
+    SpawnToOutput,
+    /// From the spawn to the end of the monitor's process.
+    SpawnToExit,
+    /// From the spawn to the first entry of the guest, and from the last exit to the process's end.
+    VmmOnly,
+    /// User and system time of the monitor's process, with its guest's.
+    CpuTime,
+    /// Memory that only the monitor's process has, while a payload waits for input.
+    VmmPrivateMemory,
+    /// The same with its share of what several processes have.
+    VmmProportionalMemory,
+    /// Exits from the guest to the monitor, until the payload's first output.
+    UserExits,
+    /// Faults on guest memory that KVM handled, until the payload's first output.
+    GuestPageFaults,
+    /// What devices add to [`Self::SpawnToFirstByte`].
+    DevicesBoot,
+    /// What devices add to [`Self::VmmPrivateMemory`].
+    DevicesMemory,
+    /// A part of what an operation on a device takes.
+    Operation(Operation, Part),
+}
+
+/// A part of what an operation takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Part {
+    /// Guest and host together.
+    Whole,
+    /// Without the time in which the guest runs.
+    Host,
+    /// Exits from the guest, to KVM and to the monitor, of a thousand operations.
+    Exits,
+    /// Of these, exits to the monitor.
+    UserExits,
+}
+
+impl Part {
+    const ALL: [Self; 4] = [Self::Whole, Self::Host, Self::Exits, Self::UserExits];
+
+    /// What its metrics' names end with.
+    const fn suffix(self) -> &'static str {
+        match self {
+            Self::Whole => "",
+            Self::Host => "_host",
+            Self::Exits => "_exits_per_1000",
+            Self::UserExits => "_user_exits_per_1000",
+        }
+    }
+
+    /// What a table of it is called.
+    const fn title(self) -> &'static str {
+        match self {
+            Self::Whole => "an operation, guest and host together, us",
+            Self::Host => "the host's part of it, us",
+            Self::Exits => "exits of the guest in an operation",
+            Self::UserExits => "exits to the monitor in an operation",
+        }
+    }
+}
+
+impl Metric {
+    /// All of a scenario, in the order of reports: tables with their titles and columns.
+    pub(super) fn tables(scenario: Scenario) -> Vec<(&'static str, Vec<Self>)> {
+        /// A terminal has about 100 characters.
+        const COLUMNS: usize = 5;
+        let mut tables = match scenario {
+            Scenario::Boot => vec![
+                (
+                    "",
+                    vec![
+                        Self::SpawnToInit,
+                        Self::SpawnToFirstByte,
+                        Self::SpawnToOutput,
+                        Self::SpawnToExit,
+                        Self::VmmOnly,
+                    ],
+                ),
+                (
+                    "",
+                    vec![
+                        Self::CpuTime,
+                        Self::VmmPrivateMemory,
+                        Self::VmmProportionalMemory,
+                        Self::UserExits,
+                        Self::GuestPageFaults,
+                    ],
+                ),
+            ],
+            Scenario::Io => vec![("what the devices add", vec![Self::DevicesBoot, Self::DevicesMemory])],
+        };
+        if scenario == Scenario::Io {
+            for part in Part::ALL {
+                for operations in Operation::ALL.chunks(COLUMNS) {
+                    let columns = operations.iter().map(|&operation| Self::Operation(operation, part));
+                    tables.push((part.title(), columns.collect()));
+                }
+            }
+        }
+        tables
+    }
+
+    /// All of a scenario, in the order of reports.
+    pub(super) fn all(scenario: Scenario) -> impl Iterator<Item = Self> {
+        Self::tables(scenario).into_iter().flat_map(|(_, metrics)| metrics)
+    }
+
+    /// What files call it.
+    pub(super) fn name(self) -> String {
+        match self {
+            Self::SpawnToInit => "spawn_to_init",
+            Self::SpawnToFirstByte => "spawn_to_first_byte",
+            Self::SpawnToOutput => "spawn_to_output",
+            Self::SpawnToExit => "spawn_to_exit",
+            Self::VmmOnly => "vmm_only",
+            Self::CpuTime => "cpu_time",
+            Self::VmmPrivateMemory => "vmm_private_memory",
+            Self::VmmProportionalMemory => "vmm_proportional_memory",
+            Self::UserExits => "user_exits",
+            Self::GuestPageFaults => "guest_page_faults",
+            Self::DevicesBoot => "devices_boot",
+            Self::DevicesMemory => "devices_memory",
+            Self::Operation(operation, part) => return operation.name().to_owned() + part.suffix(),
+        }
+        .to_owned()
+    }
+
+    /// The unit of its values.
+    pub(super) const fn unit(self) -> Unit {
+        match self {
+            Self::VmmPrivateMemory | Self::VmmProportionalMemory | Self::DevicesMemory => Unit::Bytes,
+            Self::UserExits | Self::GuestPageFaults | Self::Operation(_, Part::Exits | Part::UserExits) => {
+                Unit::Count
+            }
+            _ => Unit::Nanoseconds,
+        }
+    }
+
+    /// What a chart is called.
+    pub(super) fn long_title(self) -> String {
+        match self {
+            Self::SpawnToInit => "spawn to init's first instruction, ms",
+            Self::SpawnToFirstByte => "spawn to init's first byte on the console, ms",
+            Self::SpawnToOutput => "spawn to the payload's first output, ms",
+            Self::SpawnToExit => "spawn to the end of the process, ms",
+            Self::VmmOnly => "VMM before the guest's start and after its end, ms",
+            Self::CpuTime => "CPU time of VMM and guest, ms",
+            Self::VmmPrivateMemory => "private memory without the guest's, MiB",
+            Self::VmmProportionalMemory => "proportional memory without the guest's, MiB",
+            Self::UserExits => "exits to the VMM until the payload's first output",
+            Self::GuestPageFaults => "faults on guest memory until then",
+            Self::DevicesBoot => "what devices add to the boot, ms",
+            Self::DevicesMemory => "what devices add to private memory, MiB",
+            Self::Operation(_, part) => return format!("{}: {}", self.title(), part.title()),
+        }
+        .to_owned()
+    }
+
+    /// What a column is called, with the unit in which it shows values where the table does not say it.
+    pub(super) const fn title(self) -> &'static str {
+        match self {
+            Self::SpawnToInit => "init, ms",
+            Self::SpawnToFirstByte => "first byte, ms",
+            Self::SpawnToOutput => "output, ms",
+            Self::SpawnToExit => "exit, ms",
+            Self::VmmOnly => "VMM only, ms",
+            Self::CpuTime => "CPU time, ms",
+            Self::VmmPrivateMemory => "private, MiB",
+            Self::VmmProportionalMemory => "PSS, MiB",
+            Self::UserExits => "user exits",
+            Self::GuestPageFaults => "guest faults",
+            Self::DevicesBoot => "boot, ms",
+            Self::DevicesMemory => "private, MiB",
+            Self::Operation(operation, _) => operation.title(),
+        }
+    }
+
+    /// A value as people read it, in the unit of the title.
+    pub(super) fn show(self, value: u64) -> String {
+        let digits = match self {
+            Self::Operation(..) => 2,
+            _ => match self.unit() {
+                Unit::Nanoseconds => 3,
+                Unit::Bytes => 2,
+                Unit::Count => 0,
+            },
+        };
+        format!("{:.digits$}", self.scaled(value))
+    }
+
+    /// A value in the unit of the title.
+    #[expect(clippy::cast_precision_loss, reason = "for display")]
+    pub(super) fn scaled(self, value: u64) -> f64 {
+        let value = value as f64;
+        match (self, self.unit()) {
+            (Self::Operation(..), _) => value / 1e3,
+            (_, Unit::Nanoseconds) => value / 1e6,
+            (_, Unit::Bytes) => value / (1024.0 * 1024.0),
+            (_, Unit::Count) => value,
+        }
+    }
+}
+
+impl From<Metric> for String {
+    fn from(metric: Metric) -> Self {
+        metric.name()
+    }
+}
+
+impl TryFrom<String> for Metric {
+    type Error = String;
+
+    fn try_from(name: String) -> Result<Self, String> {
+        let mut all = Self::all(Scenario::Boot).chain(Self::all(Scenario::Io));
+        all.find(|metric| metric.name() == name).ok_or(name)
+    }
+}
+
+/// What a value counts.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+pub(super) enum Unit {
+    /// Time.
+    #[serde(rename = "ns")]
+    Nanoseconds,
+    /// Memory.
+    #[serde(rename = "bytes")]
+    Bytes,
+    /// Events.
+    #[serde(rename = "count")]
+    Count,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_lead_back_to_their_metrics() {
+        for metric in Metric::all(Scenario::Boot).chain(Metric::all(Scenario::Io)) {
+            assert_eq!(Metric::try_from(metric.name()), Ok(metric));
+        }
+        assert!(Metric::try_from("block_read_4k_".to_owned()).is_err());
+    }
+
+    #[test]
+    fn boots_are_shown_in_milliseconds_and_operations_in_microseconds() {
+        assert_eq!(Metric::SpawnToInit.show(20_238_400), "20.238");
+        assert_eq!(Metric::Operation(Operation::BlockRead4k, Part::Host).show(20_238), "20.24");
+        assert_eq!(Metric::Operation(Operation::BlockRead4k, Part::Exits).show(2_010), "2.01");
+        assert_eq!(Metric::UserExits.show(7), "7");
+    }
+}
