@@ -10,6 +10,7 @@ use crate::layout::MIB;
 use crate::memory::GuestMemory;
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, EventData};
+use rustix::io::Errno;
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -79,8 +80,12 @@ const RING_SPACE: u64 = 0x1_0000;
 impl Driver {
     /// A device that is reset, in a machine of its own.
     pub fn new(device: impl Device + 'static) -> Self {
+        Self::with_memory(device, GuestMemory::anonymous(MEMORY).expect("no memory"))
+    }
+
+    /// The same in a machine with this memory, of 16 MiB or more.
+    pub fn with_memory(device: impl Device + 'static, memory: GuestMemory) -> Self {
         let eventfd = || EventFd::new(libc::EFD_NONBLOCK).expect("no eventfd");
-        let memory = GuestMemory::anonymous(MEMORY).expect("no memory");
         // Little of it is touched, and fuzzers make many.
         memory.use_small_pages(0..MEMORY).expect("it is memory");
         let page = RegisterPages::new(1).expect("no memory").page(0);
@@ -306,7 +311,10 @@ impl Driver {
             tv_nsec: i64::from(milliseconds % 1000) * 1_000_000,
         });
         let mut events = Vec::with_capacity(16);
-        let _ = epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), limit.as_ref());
+        // A ring's completion can interrupt the wait for it.
+        while epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), limit.as_ref())
+            == Err(Errno::INTR)
+        {}
         for event in &events {
             let data: EventData = event.data;
             let token = u32::try_from(data.u64() & 0xffff_ffff).unwrap_or(0);
