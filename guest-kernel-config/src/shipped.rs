@@ -3,7 +3,7 @@
 use crate::fragment::{Fragment, FragmentError, Origin};
 
 /// Each fragment's name and text, in the order in which they build on each other.
-const SHIPPED: [(&str, &str); 15] = [
+const SHIPPED: [(&str, &str); 17] = [
     ("base", include_str!("../fragments/base.config")),
     ("kvm-guest", include_str!("../fragments/kvm-guest.config")),
     ("console", include_str!("../fragments/console.config")),
@@ -13,6 +13,8 @@ const SHIPPED: [(&str, &str); 15] = [
     ("ipv6", include_str!("../fragments/ipv6.config")),
     ("vsock", include_str!("../fragments/vsock.config")),
     ("filesystems", include_str!("../fragments/filesystems.config")),
+    ("balloon", include_str!("../fragments/balloon.config")),
+    ("pmem", include_str!("../fragments/pmem.config")),
     ("uniprocessor", include_str!("../fragments/uniprocessor.config")),
     ("sysfs", include_str!("../fragments/sysfs.config")),
     ("container", include_str!("../fragments/container.config")),
@@ -22,8 +24,19 @@ const SHIPPED: [(&str, &str); 15] = [
 ];
 
 /// The fragments that every image's kernel is made of.
-pub const DEFAULT: [&str; 9] =
-    ["base", "kvm-guest", "console", "virtio", "block", "net", "ipv6", "vsock", "filesystems"];
+pub const DEFAULT: [&str; 11] = [
+    "base",
+    "kvm-guest",
+    "console",
+    "virtio",
+    "block",
+    "net",
+    "ipv6",
+    "vsock",
+    "filesystems",
+    "balloon",
+    "pmem",
+];
 
 /// The fragments that an image may ask for on top.
 pub const OPTIONAL: [&str; 6] =

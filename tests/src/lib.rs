@@ -3,6 +3,7 @@
 //! `cargo xtask test` lays out the *testbed*, a folder with the programs, images and kernels of
 //! the tests, takes it to where there is a KVM, and names it in `KINDLING_TESTBED`.
 
+pub mod conversation;
 pub mod machine_code;
 
 use std::fmt;

@@ -2,56 +2,88 @@
 //! interrupts.
 
 use crate::bus::MemoryBus;
-use crate::config::Devices;
+use crate::config::Config;
+use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::Block;
+use crate::devices::virtio::entropy::Entropy;
+use crate::devices::virtio::pmem::Pmem;
 use crate::devices::virtio::{Device, RegisterPages, Shape, State, Transport, Wiring};
 use crate::kvm::{KvmError, Vm};
 use crate::layout::{self, Gsi};
 use crate::machine::Error;
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, PlacedFile};
 use std::sync::{Arc, Mutex};
 
 /// Devices whose files are open, in the order of their registers.
 #[derive(Debug, Default)]
-pub(crate) struct Opened(Vec<(String, Box<dyn Device>)>);
+pub(crate) struct Opened {
+    devices: Vec<(String, Box<dyn Device>)>,
+    /// Files that the guest has as memory, and where.
+    files: Vec<PlacedFile>,
+}
 
 impl Opened {
     /// Opens what the devices of a configuration need.
-    pub(crate) fn new(config: &Devices) -> Result<Self, Error> {
-        Self::open(config, Ok)
+    pub(crate) fn new(config: &Config) -> Result<Self, Error> {
+        Self::open(config, false)
     }
 
-    /// The same with nothing on the disks: what a kernel reads of them while it boots, it would believe of all others.
-    pub(crate) fn blank(config: &Devices) -> Result<Self, Error> {
-        Self::open(config, |block| block.blank().map_err(Error::host("make a blank disk")))
+    /// The same with nothing behind them: what a kernel reads of its devices while it boots, it would believe of all
+    /// others.
+    pub(crate) fn blank(config: &Config) -> Result<Self, Error> {
+        Self::open(config, true)
     }
 
-    fn open(config: &Devices, prepare: impl Fn(Block) -> Result<Block, Error>) -> Result<Self, Error> {
+    fn open(config: &Config, is_blank: bool) -> Result<Self, Error> {
+        let devices = &config.devices;
         let mut opened = Self::default();
-        for drive in &config.drives {
-            opened.add(&drive.drive_id, prepare(Block::open(drive)?)?);
+        for drive in &devices.drives {
+            let mut device = Block::open(drive)?;
+            if is_blank {
+                device = device.blank().map_err(Error::host("make a blank disk"))?;
+            }
+            opened.add(&drive.drive_id, device);
+        }
+        if let Some(entropy) = &devices.entropy {
+            let device = Entropy::new(entropy);
+            opened.add("entropy", if is_blank { device.blank() } else { device });
+        }
+        if let Some(balloon) = &devices.balloon {
+            let device = Balloon::new(balloon).map_err(Error::host("make an eventfd"))?;
+            opened.add("balloon", if is_blank { device.blank() } else { device });
+        }
+        let mut next = layout::behind_ram(config.machine.mem_size_mib * layout::MIB);
+        for pmem in &devices.pmem {
+            let mut device = Pmem::open(pmem, next)?;
+            if is_blank {
+                device = device.blank().map_err(Error::host("make blank memory"))?;
+            }
+            let (start, file) = device.memory();
+            next = layout::behind(start, file.size());
+            opened.files.push((start, file));
+            opened.add(&pmem.id, device);
         }
         Ok(opened)
     }
 
     fn add(&mut self, name: &str, device: impl Device + 'static) {
-        self.0.push((name.to_owned(), Box::new(device)));
+        self.devices.push((name.to_owned(), Box::new(device)));
     }
 
     /// Interrupt lines that lead to a device: the serial port's, and theirs.
     pub(crate) fn lines(&self) -> Vec<Gsi> {
-        let virtio = (0..self.0.len()).map(|number| layout::virtio_device(number).1);
+        let virtio = (0..self.devices.len()).map(|number| layout::virtio_device(number).1);
         [layout::SERIAL_GSI].into_iter().chain(virtio).collect()
     }
 
     /// How many there are.
     pub(crate) const fn count(&self) -> usize {
-        self.0.len()
+        self.devices.len()
     }
 
     /// What drivers take for granted of them.
     pub(crate) fn shapes(&self) -> impl Iterator<Item = Shape> {
-        self.0.iter().map(|(_, device)| Transport::shape(device.as_ref()))
+        self.devices.iter().map(|(_, device)| Transport::shape(device.as_ref()))
     }
 
     /// Connects them to the machine. They go on from where others were left, if there are states.
@@ -62,13 +94,15 @@ impl Opened {
         bus: &mut MemoryBus,
         states: &[State],
     ) -> Result<Vec<Arc<Mutex<Transport>>>, Error> {
-        if self.0.is_empty() {
+        if self.devices.is_empty() {
             return Ok(Vec::new());
         }
-        let pages = RegisterPages::new(self.0.len()).map_err(Error::host("map the registers of devices"))?;
-        show(vm, &pages)?;
+        let pages =
+            RegisterPages::new(self.devices.len()).map_err(Error::host("map the registers of devices"))?;
+        let memory = memory.with_files(self.files);
+        show(vm, &pages, &memory)?;
         let mut connected = Vec::new();
-        for (number, (name, device)) in self.0.into_iter().enumerate() {
+        for (number, (name, device)) in self.devices.into_iter().enumerate() {
             let (start, line) = layout::virtio_device(number);
             let wiring = Wiring {
                 registers: pages.page(number),
@@ -88,8 +122,12 @@ impl Opened {
     }
 }
 
-#[expect(unsafe_code, reason = "gives the registers to KVM")]
-fn show(vm: &Vm, pages: &RegisterPages) -> Result<(), KvmError> {
-    // SAFETY: each transport holds the pages, and the machine drops its transports after its vCPUs.
-    unsafe { vm.show_registers(pages) }
+#[expect(unsafe_code, reason = "gives registers and files to KVM")]
+fn show(vm: &Vm, pages: &RegisterPages, memory: &GuestMemory) -> Result<(), KvmError> {
+    // SAFETY: each transport holds the pages and the memory with its files, and the machine drops its transports
+    // after its vCPUs. The layout puts files behind RAM and each other.
+    unsafe {
+        vm.show_registers(pages)?;
+        vm.show_files(memory)
+    }
 }

@@ -20,6 +20,8 @@
 //! 0xfffb_c000  | KVM's own pages              |
 //! 0x1_0000_0000+------------------------------+
 //!              | RAM above 3 GiB              |
+//!              +------------------------------+  at the next multiple of 128 MiB
+//!              | files as memory (pmem)       |
 //!              +------------------------------+
 //! ```
 
@@ -140,9 +142,38 @@ pub fn ram_ranges(bytes: u64) -> Vec<(GuestAddress, u64)> {
     ranges
 }
 
+/// Alignment of what is memory and no RAM: a section of the guest's kernel (SECTION_SIZE_BITS in
+/// arch/x86/include/asm/sparsemem.h), so that its page structures are not mixed with those of RAM.
+const SECTION: u64 = 128 * MIB;
+
+/// Where memory that is no RAM starts in a machine with this much RAM, always above 4 GiB.
+#[must_use]
+pub fn behind_ram(ram: u64) -> GuestAddress {
+    let above = ram.saturating_sub(MMIO_GAP.0);
+    behind(RAM_ABOVE_GAP, above)
+}
+
+/// The next place behind one of this many bytes. What no guest can reach is refused when it is given to KVM.
+#[must_use]
+pub const fn behind(start: GuestAddress, size: u64) -> GuestAddress {
+    let end = start.0.saturating_add(size);
+    GuestAddress(end.saturating_add(SECTION - 1) / SECTION * SECTION)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn files_lie_in_sections_of_their_own_behind_ram() {
+        assert_eq!(behind_ram(128 * MIB), RAM_ABOVE_GAP);
+        assert_eq!(behind_ram(3072 * MIB), RAM_ABOVE_GAP);
+        assert_eq!(behind_ram(3073 * MIB).0, (4096 + 128) * MIB);
+        assert_eq!(behind_ram(8192 * MIB).0, 9216 * MIB);
+        assert_eq!(behind(GuestAddress(4096 * MIB), 2 * MIB).0, 4224 * MIB);
+        assert_eq!(behind(GuestAddress(4096 * MIB), 128 * MIB).0, 4224 * MIB);
+        assert!(behind(GuestAddress(4096 * MIB), u64::MAX).0 > 1 << 63);
+    }
 
     #[test]
     fn ram_leaves_the_device_gap_free() {

@@ -135,8 +135,8 @@ impl Machine {
         timeline.reached("configuration checked");
         // What is booted for others is booted with blank disks.
         let opened = match freeze_at {
-            Some(_) => Opened::blank(&config.devices)?,
-            None => Opened::new(&config.devices)?,
+            Some(_) => Opened::blank(config)?,
+            None => Opened::new(config)?,
         };
         let origin = Origin::find(config, &opened)?;
         if let Some(path) = origin.preboot.as_ref().map(|preboot| preboot.path().to_owned()) {
@@ -146,7 +146,7 @@ impl Machine {
                 Err(error) => {
                     let refusal = Some(Preboot::not_restored(path, error));
                     let origin = Origin { refusal, ..Origin::default() };
-                    Self::assemble(config, timeline, origin, Opened::new(&config.devices)?, freeze_at)
+                    Self::assemble(config, timeline, origin, Opened::new(config)?, freeze_at)
                 }
             };
         }
@@ -160,7 +160,7 @@ impl Machine {
         timeline: Timeline,
     ) -> Result<Self, Error> {
         let origin = Origin { preboot: Some(preboot), ..Origin::default() };
-        Self::assemble(config, timeline, origin, Opened::new(&config.devices)?, None)
+        Self::assemble(config, timeline, origin, Opened::new(config)?, None)
     }
 
     fn assemble(

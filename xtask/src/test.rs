@@ -140,6 +140,7 @@ fn lay_out_testbed() -> Result<PathBuf> {
     let image = Image { out: Some(images.join("default")), ..Image::default() };
     let (_, kernel) = build_image::build_with_kernel(&image)?;
     fs::write(testbed.join("functions"), profile::function_list(&kernel)?)?;
+    erofs(&testbed.join("pmem.erofs"))?;
     let root = tempfile::tempdir()?;
     busybox_root(root.path())?;
     build_image::build(&Image {
@@ -169,6 +170,19 @@ fn filesystem(testbed: &Path) -> Result<()> {
     // The lab's memory is its disk: what the filesystem does not use stays a hole.
     cmd!(shell, "/usr/sbin/mke2fs -q -t ext4 -E nodiscard -F {image}").quiet().run()?;
     fs::copy(debian::unpacked("e2fsck-static")?.join("sbin/e2fsck.static"), testbed.join("e2fsck"))?;
+    Ok(())
+}
+
+/// A filesystem whose files a guest can use in place: not compressed, each at a page.
+fn erofs(target: &Path) -> Result<()> {
+    debian::ensure_erofs_tools()?;
+    let root = tempfile::tempdir()?;
+    let root = root.path();
+    fs::write(root.join("word"), "a word\n")?;
+    let large: Vec<u8> = (0_u32..4 << 20).flat_map(u32::to_le_bytes).collect();
+    fs::write(root.join("large"), large)?;
+    let shell = Shell::new()?;
+    cmd!(shell, "mkfs.erofs -T0 -E noinline_data {target} {root}").quiet().ignore_stdout().run()?;
     Ok(())
 }
 

@@ -49,8 +49,8 @@ impl Devices {
         drives.chain(interfaces).chain(single).chain(self.pmem.iter().map(|_| 'm')).collect()
     }
 
-    /// Checks everything that can be checked without opening a file.
-    pub(super) fn validate(&self) -> Result<(), ConfigError> {
+    /// Checks everything that can be checked without opening a file, for a machine with so many MiB of memory.
+    pub(super) fn validate(&self, memory: u64) -> Result<(), ConfigError> {
         if self.count() > DEVICES_MAX {
             return Err(ConfigError::TooManyDevices(self.count()));
         }
@@ -81,6 +81,9 @@ impl Devices {
         }
         if let Some(vsock) = &self.vsock {
             vsock.validate()?;
+        }
+        if let Some(balloon) = &self.balloon {
+            balloon.validate(memory)?;
         }
         Ok(())
     }
@@ -261,6 +264,22 @@ pub struct Balloon {
     pub free_page_hinting: bool,
 }
 
+impl Balloon {
+    fn validate(&self, memory: u64) -> Result<(), ConfigError> {
+        if self.free_page_hinting {
+            return Err(ConfigError::Unsupported {
+                field: "balloon.free_page_hinting",
+                value: true.to_string(),
+                supported: "false",
+            });
+        }
+        if self.amount_mib >= memory {
+            return Err(ConfigError::BalloonTooLarge { asked: self.amount_mib, memory });
+        }
+        Ok(())
+    }
+}
+
 /// A file as memory.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -303,6 +322,23 @@ pub struct TokenBucket {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn balloons_that_cannot_be_are_refused() {
+        let check = |balloon| {
+            let devices = Devices { balloon: Some(balloon), ..Devices::default() };
+            devices.validate(128).map_err(|error| error.to_string())
+        };
+        assert_eq!(check(Balloon { amount_mib: 127, ..Balloon::default() }), Ok(()));
+        for (balloon, expected) in [
+            (Balloon { amount_mib: 128, ..Balloon::default() }, "a balloon of 128 MiB is too large"),
+            (Balloon { amount_mib: u64::MAX, ..Balloon::default() }, "is too large for a guest of 128 MiB"),
+            (Balloon { free_page_hinting: true, ..Balloon::default() }, "free_page_hinting = true is not"),
+        ] {
+            let message = check(balloon).unwrap_err();
+            assert!(message.contains(expected), "{message:?} should say {expected:?}");
+        }
+    }
 
     #[test]
     fn ethernet_addresses_are_read_or_refused() {

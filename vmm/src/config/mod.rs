@@ -226,6 +226,22 @@ pub enum ConfigError {
         /// What is wrong with it.
         what: String,
     },
+    /// A file that a guest cannot have as memory.
+    #[error("{} cannot be memory of a guest: {what}", path.display())]
+    PmemFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// A balloon that would take everything.
+    #[error("a balloon of {asked} MiB is too large for a guest of {memory} MiB: it needs some itself")]
+    BalloonTooLarge {
+        /// MiB of the balloon.
+        asked: u64,
+        /// MiB of the guest.
+        memory: u64,
+    },
     /// A file of an image that is not the one its description names.
     #[error("{} is not the file that image.json describes: {what}", path.display())]
     ImageFile {
@@ -277,7 +293,7 @@ impl Config {
         if machine.mem_size_mib > host_mib {
             return Err(ConfigError::MemoryTooLarge { asked: machine.mem_size_mib, host: host_mib });
         }
-        self.devices.validate()?;
+        self.devices.validate(machine.mem_size_mib)?;
         let line = &self.boot_source.boot_args;
         let length = line.len() + crate::boot::announced(self.devices.count()).len();
         if length > COMMAND_LINE_MAX {

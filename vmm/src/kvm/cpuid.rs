@@ -42,6 +42,12 @@ pub(super) fn for_vcpu(supported: &CpuId, id: u8, count: u8) -> CpuId {
     cpuid
 }
 
+/// Bits of a physical address: leaf 0x8000_0008, EAX bits 0 to 7. A processor without the leaf has 36.
+pub(super) fn physical_address_bits(supported: &CpuId) -> u8 {
+    let leaf = supported.as_slice().iter().find(|entry| entry.function == 0x8000_0008);
+    leaf.map_or(36, |leaf| leaf.eax.to_le_bytes()[0]).clamp(36, 52)
+}
+
 fn adapt(entry: &mut kvm_cpuid_entry2, id: u8, count: u8) {
     let (id, count) = (u32::from(id), u32::from(count));
     match entry.function {

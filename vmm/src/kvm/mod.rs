@@ -54,6 +54,17 @@ pub enum KvmError {
     /// A KVM that speaks another API.
     #[error("{DEVICE} speaks API version {0}, this program speaks {API_VERSION}")]
     ApiVersion(i32),
+    /// Memory behind the end of what a processor can address.
+    #[error(
+        "memory would end at {end:#x}, but this processor's physical addresses have {bits} bits: give the \
+         guest less memory, or smaller files as memory"
+    )]
+    OutOfReach {
+        /// Guest-physical address of its end.
+        end: u64,
+        /// Bits of the processor's addresses.
+        bits: u8,
+    },
     /// An ioctl failed.
     #[error("KVM refused to {what}")]
     Ioctl {
@@ -269,6 +280,39 @@ impl Vm {
         // keeps the mapping alive.
         unsafe { self.fd.set_user_memory_region(slot) }
             .map_err(KvmError::ioctl("show the registers of devices"))
+    }
+
+    /// Makes the files beside `memory` memory of the machine. A guest that writes to one that is not writable leaves to
+    /// this process, which ignores it.
+    ///
+    /// # Safety
+    /// The files lie at addresses outside RAM and each other, and `memory` lives at least as long as the last vCPU
+    /// of this machine.
+    ///
+    /// # Errors
+    /// When the guest's processor cannot reach one, or KVM refuses.
+    pub unsafe fn show_files(&self, memory: &GuestMemory) -> Result<(), KvmError> {
+        /// Behind the slot of the registers.
+        const FIRST_SLOT: u32 = 17;
+        let bits = cpuid::physical_address_bits(&self.supported_cpuid);
+        for (slot, (start, file)) in (FIRST_SLOT..).zip(memory.mapped_files()) {
+            let end = start.0.saturating_add(file.size());
+            if end > 1 << bits {
+                return Err(KvmError::OutOfReach { end, bits });
+            }
+            let slot = kvm_userspace_memory_region {
+                slot,
+                flags: if file.is_writable() { 0 } else { KVM_MEM_READONLY },
+                guest_phys_addr: start.0,
+                memory_size: file.size(),
+                userspace_addr: file.as_ptr() as u64,
+            };
+            // SAFETY: the file is mapped for `memory_size` bytes, and the caller vouches for its place and keeps
+            // the mapping alive.
+            unsafe { self.fd.set_user_memory_region(slot) }
+                .map_err(KvmError::ioctl("take a file as memory"))?;
+        }
+        Ok(())
     }
 
     /// The doorbell of a virtio device whose registers start at `registers`: it rings without an exit to this

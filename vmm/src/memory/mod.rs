@@ -6,8 +6,10 @@
 #![expect(unsafe_code, reason = "maps files over guest memory")]
 
 mod contents;
+mod mapped_file;
 
 pub use contents::{Extent, are_valid};
+pub use mapped_file::MappedFile;
 
 use crate::layout::{self, PAGE_SIZE};
 use std::fs::File;
@@ -75,7 +77,12 @@ pub struct GuestMemory {
     inner: GuestMemoryMmap,
     /// Where files were laid over it.
     files: Arc<Mutex<Vec<Range<u64>>>>,
+    /// Files beside it that the guest has as memory as well.
+    mapped: Arc<[PlacedFile]>,
 }
+
+/// A file with its guest-physical address.
+pub type PlacedFile = (GuestAddress, Arc<MappedFile>);
 
 fn lock_ranges(ranges: &Mutex<Vec<Range<u64>>>) -> MutexGuard<'_, Vec<Range<u64>>> {
     ranges.lock().unwrap_or_else(PoisonError::into_inner)
@@ -105,7 +112,30 @@ impl GuestMemory {
         }
         let inner =
             GuestMemoryMmap::from_regions(regions).map_err(|error| failed(io::Error::other(error)))?;
-        Ok(Self { inner, files: Arc::default() })
+        Ok(Self { inner, files: Arc::default(), mapped: Arc::default() })
+    }
+
+    /// The same memory with files beside it: a guest can let its devices read and write there as well.
+    #[must_use]
+    pub fn with_files(&self, files: Vec<PlacedFile>) -> Self {
+        Self { mapped: files.into(), ..self.clone() }
+    }
+
+    /// Files that lie beside it.
+    #[must_use]
+    pub fn mapped_files(&self) -> &[PlacedFile] {
+        &self.mapped
+    }
+
+    /// Where these bytes are, if all of them are in one file, and in one that can be written if they are to be.
+    /// They stay there as long as this memory.
+    pub(crate) fn in_file(&self, address: GuestAddress, length: usize, is_written: bool) -> Option<*mut u8> {
+        let end = address.0.checked_add(length as u64)?;
+        let holds = |(start, file): &&PlacedFile| {
+            *start <= address && end <= start.0 + file.size() && (file.is_writable() || !is_written)
+        };
+        let (start, file) = self.mapped.iter().find(holds)?;
+        Some(file.as_ptr().wrapping_add(usize::try_from(address.0 - start.0).ok()?))
     }
 
     /// The memory as `vm-memory` knows it.
@@ -293,6 +323,28 @@ mod tests {
         assert!(matches!(result, Err(MemoryError::ReadFile { length: 6, .. })));
         memory.read_file(GuestAddress(0), &file_of(&[7; 10]), 5, 5).unwrap();
         assert_eq!(read(&memory, 0, 6), [7, 7, 7, 7, 7, 0]);
+    }
+
+    #[test]
+    fn files_beside_memory_are_found_by_address() {
+        let mapped = |writable| Arc::new(MappedFile::new(&file_of(&[7; 4096]), 4096, writable).unwrap());
+        let (read_only, writable) = (mapped(false), mapped(true));
+        let files =
+            vec![(GuestAddress(1 << 32), read_only.clone()), (GuestAddress(2 << 32), writable.clone())];
+        let memory = GuestMemory::anonymous(4 * MIB).unwrap().with_files(files);
+        let found = |address, length, is_written| memory.in_file(GuestAddress(address), length, is_written);
+        assert_eq!(found(1 << 32, 2 << 20, false), Some(read_only.as_ptr()));
+        assert_eq!(found((2 << 32) + 5, 1, true), Some(writable.as_ptr().wrapping_add(5)));
+        for (address, length, is_written) in [
+            (1 << 32, 1, true),
+            (1 << 32, (2 << 20) + 1, false),
+            ((1 << 32) + (2 << 20), 1, false),
+            ((1 << 32) - 1, 2, false),
+            (0, 1, false),
+            (u64::MAX, 2, false),
+        ] {
+            assert_eq!(found(address, length, is_written), None, "{address:#x} {length}");
+        }
     }
 
     #[test]

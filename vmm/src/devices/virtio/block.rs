@@ -423,7 +423,7 @@ impl Drop for Block {
 }
 
 /// Opens a file that can be a disk, and says to others that it is in use.
-fn open_file(path: &Path, is_read_only: bool, is_direct: bool) -> Result<File, String> {
+pub(super) fn open_file(path: &Path, is_read_only: bool, is_direct: bool) -> Result<File, String> {
     let access = if is_read_only { OFlags::RDONLY } else { OFlags::RDWR };
     let direct = if is_direct { OFlags::DIRECT } else { OFlags::empty() };
     // Without waiting: the path may lead to a FIFO.
@@ -432,7 +432,7 @@ fn open_file(path: &Path, is_read_only: bool, is_direct: bool) -> Result<File, S
         Errno::INVAL if is_direct => "its filesystem has no direct I/O".to_owned(),
         Errno::ISDIR => "it is a directory".to_owned(),
         Errno::ACCESS | Errno::ROFS | Errno::PERM if !is_read_only => {
-            "it may not be written; a read-only drive needs no more than reading".to_owned()
+            "it may not be written; :ro, or is_read_only, needs no more than reading".to_owned()
         }
         error => io::Error::from(error).to_string(),
     })?;
@@ -451,7 +451,7 @@ fn open_file(path: &Path, is_read_only: bool, is_direct: bool) -> Result<File, S
     };
     match flock(&file, lock) {
         Err(Errno::WOULDBLOCK) => {
-            Err("it is in use: another drive or another guest has it, and one of them writes".into())
+            Err("it is in use: another device or another guest has it, and one of them writes".into())
         }
         // Some filesystems have no locks.
         _ => Ok(file),
@@ -459,7 +459,7 @@ fn open_file(path: &Path, is_read_only: bool, is_direct: bool) -> Result<File, S
 }
 
 /// Bytes of a file or block device.
-fn length(mut file: &File) -> io::Result<u64> {
+pub(super) fn length(mut file: &File) -> io::Result<u64> {
     file.seek(SeekFrom::End(0))
 }
 

@@ -408,6 +408,8 @@ impl Transport {
         }
         self.set_status(self.state.status);
         self.show_selected();
+        self.device.restore_configuration(&state.configuration);
+        self.registers.set_configuration(&self.device.configuration());
         if self.device.configuration() != state.configuration {
             self.queues.interrupt_for_configuration();
         }

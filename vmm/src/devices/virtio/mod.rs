@@ -4,11 +4,14 @@
 //! announced. The [`Transport`] around it has the registers, and decides when the device may work: from
 //! the moment at which a driver has said that it is ready until the driver resets it or it breaks.
 
+pub mod balloon;
 pub mod block;
 #[cfg(any(test, fuzzing))]
 pub mod driver;
+pub mod entropy;
 mod file_io;
 mod mmio;
+pub mod pmem;
 mod queue;
 mod rate_limiter;
 mod registers;
@@ -90,6 +93,10 @@ pub trait Device: Send + fmt::Debug {
     fn identity(&self) -> Vec<u8> {
         self.configuration()
     }
+
+    /// The device takes the place of one whose driver has seen this configuration space: what a driver wrote there is
+    /// to be kept.
+    fn restore_configuration(&mut self, _seen: &[u8]) {}
 
     /// The driver writes into the configuration space; most devices have nothing to write.
     fn write_configuration(&mut self, _offset: usize, _data: &[u8]) {}

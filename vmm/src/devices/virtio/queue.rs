@@ -8,9 +8,11 @@
 use super::registers::{CONFIGURATION_CHANGED, CONFIGURATION_GENERATION, INTERRUPT_STATUS};
 use super::ring::{Ring, View};
 use super::{ACKNOWLEDGE_QUEUES, Broken, RegisterPage};
+use crate::layout::PAGE;
 use crate::memory::GuestMemory;
 use std::fmt;
 use virtio_queue::{Queue, QueueT};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::EventFd;
 
 /// A piece of guest memory by its place in this process, in the form that readv(2) takes.
@@ -48,6 +50,21 @@ impl Segment {
     #[must_use]
     pub const fn as_ptr(&self) -> *mut u8 {
         self.0.iov_base.cast()
+    }
+
+    /// Gives its whole pages to the host, which has new ones where they are touched again: of zeroes, or of the
+    /// file that lies there. What is not whole pages stays.
+    pub(super) fn give_back(self) {
+        let start = self.as_ptr().addr().next_multiple_of(PAGE);
+        let end = (self.as_ptr().addr() + self.len()) / PAGE * PAGE;
+        let skipped = start - self.as_ptr().addr();
+        if start < end {
+            let address = self.as_ptr().wrapping_add(skipped).cast();
+            // SAFETY: the pages are within the segment, which is guest memory in its whole length and stays
+            // mapped. Nothing in this process expects guest memory to keep its content. Where the host refuses,
+            // because a page is locked, it keeps its pages.
+            unsafe { libc::madvise(address, end - start, libc::MADV_DONTNEED) };
+        }
     }
 
     /// Leaves out bytes at its start; at most as many as it has.
@@ -330,5 +347,13 @@ impl Queues {
     fn interrupt(&self) {
         // KVM takes the counter at once.
         let _ = self.interrupt.write(1);
+    }
+}
+
+impl GuestMemory {
+    /// These bytes, if all of them are RAM.
+    pub(super) fn range(&self, address: GuestAddress, length: usize) -> Option<Segment> {
+        let slice = self.inner().get_slice(address, length).ok()?;
+        Some(Segment(libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: length }))
     }
 }

@@ -8,7 +8,7 @@ use super::Segment;
 use crate::memory::GuestMemory;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 /// Descriptor flags (section 2.7.5).
 const NEXT: u16 = 1;
@@ -21,7 +21,10 @@ const NO_INTERRUPT: u16 = 1;
 
 /// Where guest memory is in this process.
 #[derive(Clone, Debug)]
-pub(super) struct View(Vec<Region>);
+pub(super) struct View {
+    ram: Vec<Region>,
+    memory: GuestMemory,
+}
 
 #[derive(Clone, Copy, Debug)]
 struct Region {
@@ -34,19 +37,18 @@ struct Region {
 unsafe impl Send for Region {}
 
 impl View {
-    /// It is of use as long as the memory or a clone of it lives.
     pub(super) fn new(memory: &GuestMemory) -> Self {
         let region = |region: &vm_memory::GuestRegionMmap| Region {
             start: region.start_addr().0,
             length: region.len(),
             host: region.as_ptr(),
         };
-        Self(memory.inner().iter().map(region).collect())
+        Self { ram: memory.inner().iter().map(region).collect(), memory: memory.clone() }
     }
 
     /// The place of so many bytes, if all of them are guest memory.
     fn find(&self, address: u64, length: u64) -> Option<*mut u8> {
-        self.0.iter().find_map(|region| {
+        self.ram.iter().find_map(|region| {
             let offset = address.checked_sub(region.start)?;
             let fits = offset <= region.length && length <= region.length - offset;
             fits.then(|| region.host.wrapping_add(usize::try_from(offset).unwrap_or(usize::MAX)))
@@ -165,8 +167,7 @@ impl Ring {
             // One of no bytes says nothing, wherever it points.
             if descriptor.length > 0 {
                 bytes = bytes.checked_add(descriptor.length).ok_or("is longer than 4 GiB")?;
-                let place = view.find(descriptor.address, descriptor.length.into());
-                segments.push(Segment::new(place.ok_or("leaves memory")?, descriptor.length));
+                segments.push(descriptor.segment(view).ok_or("leaves memory")?);
             }
             if descriptor.flags & NEXT == 0 {
                 return Ok(readable.unwrap_or(segments.len()));
@@ -222,6 +223,16 @@ struct Descriptor {
 }
 
 impl Descriptor {
+    /// What it names, if all of that is RAM, or in one file that the guest has as memory.
+    fn segment(&self, view: &View) -> Option<Segment> {
+        let in_file = || {
+            let length = usize::try_from(self.length).ok()?;
+            view.memory.in_file(GuestAddress(self.address), length, self.flags & WRITE != 0)
+        };
+        let place = view.find(self.address, self.length.into()).or_else(in_file)?;
+        Some(Segment::new(place, self.length))
+    }
+
     /// Reads one whose place is in guest memory.
     fn read(place: *const u8) -> Self {
         // SAFETY: callers found the table in guest memory, and the descriptor is in it. Any alignment will do.

@@ -79,8 +79,12 @@ const RING_SPACE: u64 = 0x1_0000;
 impl Driver {
     /// A device that is reset, in a machine of its own.
     pub fn new(device: impl Device + 'static) -> Self {
+        Self::with_memory(device, GuestMemory::anonymous(MEMORY).expect("no memory"))
+    }
+
+    /// The same in a machine with this memory, of 16 MiB or more.
+    pub fn with_memory(device: impl Device + 'static, memory: GuestMemory) -> Self {
         let eventfd = || EventFd::new(libc::EFD_NONBLOCK).expect("no eventfd");
-        let memory = GuestMemory::anonymous(MEMORY).expect("no memory");
         // Little of it is touched, and fuzzers make many.
         memory.use_small_pages(0..MEMORY).expect("it is memory");
         let page = RegisterPages::new(1).expect("no memory").page(0);

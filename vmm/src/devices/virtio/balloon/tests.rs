@@ -1,0 +1,251 @@
+use super::*;
+use crate::bus::BusDevice;
+use crate::devices::virtio::driver::{Driver, NEXT, Piece, WRITE};
+use proptest::prelude::*;
+
+/// Numbers of section 5.5, written out once more.
+const PAGE: u64 = 4096;
+const STATS: u64 = 1 << 1;
+const VERSION_1: u64 = 1 << 32;
+const CONFIGURATION: u16 = 0x100;
+
+const EVERYTHING: Config = Config {
+    amount_mib: 3,
+    deflate_on_oom: true,
+    stats_polling_interval_s: 1,
+    free_page_reporting: true,
+    free_page_hinting: false,
+};
+
+fn started(config: &Config) -> (Driver, Control) {
+    let balloon = Balloon::new(config).unwrap();
+    let control = balloon.control();
+    (Driver::started(balloon), control)
+}
+
+fn pages(numbers: &[u32]) -> Piece {
+    Piece::Out(numbers.iter().flat_map(|number| number.to_le_bytes()).collect())
+}
+
+/// Marks pages that neither rings nor data are in, and says which marks there still are.
+struct Marks(std::ops::Range<u64>);
+
+impl Marks {
+    fn new(driver: &Driver) -> Self {
+        let marks = Self(1024..1536);
+        for page in marks.0.clone() {
+            driver.memory.write(GuestAddress(page * PAGE), &[0xaa]).unwrap();
+            driver.memory.write(GuestAddress(page * PAGE + PAGE - 1), &[0xaa]).unwrap();
+        }
+        marks
+    }
+
+    fn gone(&self, driver: &Driver) -> Vec<u64> {
+        let is_gone = |page: &u64| {
+            let mut bytes = [1; 4096];
+            driver.memory.read(GuestAddress(page * PAGE), &mut bytes).unwrap();
+            bytes == [0; 4096]
+        };
+        self.0.clone().filter(is_gone).collect()
+    }
+}
+
+#[test]
+fn the_configuration_names_the_target() {
+    let (mut driver, control) = started(&EVERYTHING);
+    assert_eq!(driver.configuration(0, 8), [0, 3, 0, 0, 0, 0, 0, 0], "768 pages are wanted, none is there");
+    assert_eq!(driver.offered() & 0xff, 0b10_0110);
+    let (mut driver, _) = started(&Config::default());
+    assert_eq!(driver.offered() & 0xff, 0);
+    assert_eq!(control.amount(), 3);
+}
+
+#[test]
+fn pages_of_the_balloon_go_back_to_the_host_and_no_others() {
+    let (mut driver, _) = started(&Config::default());
+    let marks = Marks::new(&driver);
+    // In any order, twice, and such as are in no memory.
+    let named = [1026, 1025, 1030, 1025, 4096, u32::MAX, 1535, 1 << 20];
+    let used = driver.request(0, &[pages(&named)]);
+    assert_eq!(used.written, 0);
+    assert_eq!(marks.gone(&driver), [1025, 1026, 1030, 1535]);
+    assert_eq!(driver.interrupts(), 1);
+    driver.request(1, &[pages(&[1025, 1026])]);
+    assert_eq!(marks.gone(&driver), [1025, 1026, 1030, 1535], "taking pages back changes nothing");
+    assert!(!driver.is_broken());
+}
+
+#[test]
+fn chains_of_any_form_are_bounded() {
+    let (mut driver, _) = started(&Config::default());
+    let marks = Marks::new(&driver);
+    // Half a number, none at all, something to write: nothing happens.
+    driver.request(0, &[Piece::Out(vec![1, 4, 0])]);
+    driver.request(0, &[Piece::In(4)]);
+    driver.request(0, &[Piece::Out(Vec::new())]);
+    assert!(marks.gone(&driver).is_empty());
+    // The first page 4096 times, then one that is too much.
+    let mut many = vec![1024; 4096];
+    many.push(1100);
+    driver.request(0, &[pages(&many)]);
+    assert_eq!(marks.gone(&driver), [1024]);
+    assert!(!driver.is_broken());
+}
+
+#[test]
+fn many_pages_are_taken_in_turns() {
+    let (mut driver, _) = started(&Config::default());
+    for chain in 0..20 {
+        driver.push(0, &[pages(&vec![1024 + chain; 256])]);
+    }
+    driver.write(0x50, 0);
+    assert!(driver.run(Some(0)));
+    assert_eq!(std::iter::from_fn(|| driver.pop(0)).count(), 16, "4096 pages in a turn");
+    driver.ring();
+    assert_eq!(std::iter::from_fn(|| driver.pop(0)).count(), 4);
+}
+
+#[test]
+fn whole_pages_that_are_reported_go_back() {
+    let config = Config { free_page_reporting: true, ..Config::default() };
+    let (mut driver, _) = started(&config);
+    let marks = Marks::new(&driver);
+    // From within one page into another, then whole pages, then less than a page.
+    driver.describe(2, 0, 1030 * PAGE + 1, 3 * 4096, WRITE | NEXT, 1);
+    driver.describe(2, 1, 1040 * PAGE, 2 * 4096, WRITE | NEXT, 2);
+    driver.describe(2, 2, 1050 * PAGE + 1, 4095, WRITE, 0);
+    driver.offer(2, 0);
+    driver.ring();
+    assert_eq!(driver.pop(2).map(|used| used.written), Some(0));
+    assert_eq!(marks.gone(&driver), [1031, 1032, 1040, 1041]);
+    // What the device could only read is no report.
+    driver.describe(2, 3, 1060 * PAGE, 4096, 0, 0);
+    driver.offer(2, 3);
+    driver.ring();
+    assert_eq!(marks.gone(&driver), [1031, 1032, 1040, 1041]);
+    // Memory behind the end is a driver's mistake.
+    driver.describe(2, 4, 4095 * PAGE, 8192, WRITE, 0);
+    driver.offer(2, 4);
+    driver.ring();
+    assert!(driver.is_broken());
+}
+
+#[test]
+fn a_driver_without_statistics_has_its_queues_without_a_gap() {
+    let (mut driver, _) = started(&EVERYTHING);
+    driver.start(!STATS);
+    let marks = Marks::new(&driver);
+    driver.describe(2, 0, 1040 * PAGE, 4096, WRITE, 0);
+    driver.offer(2, 0);
+    driver.ring();
+    assert_eq!(marks.gone(&driver), [1040]);
+    assert_eq!(driver.transport.deadline(), None);
+    driver.start(u64::MAX);
+    driver.describe(3, 0, 1050 * PAGE, 4096, WRITE, 0);
+    driver.offer(3, 0);
+    driver.ring();
+    assert_eq!(marks.gone(&driver), [1040, 1050]);
+}
+
+fn entry(tag: u16, value: u64) -> Vec<u8> {
+    [&tag.to_le_bytes()[..], &value.to_le_bytes()].concat()
+}
+
+#[test]
+fn statistics_are_asked_for_at_their_interval() {
+    let (mut driver, control) = started(&EVERYTHING);
+    assert_eq!(driver.transport.deadline(), None, "a guest that says nothing wakes nobody");
+    driver.transport.serve_deadline();
+    assert_eq!(control.statistics(), Statistics::default());
+    let before = Instant::now();
+    driver.push(2, &[Piece::Out([entry(4, 1 << 40), entry(99, 7), entry(6, 5)].concat())]);
+    driver.ring();
+    let deadline = driver.transport.deadline().unwrap();
+    assert!(deadline.0 >= before.0 + 1_000_000_000);
+    let expected =
+        Statistics { free_memory: Some(1 << 40), available_memory: Some(5), ..Statistics::default() };
+    assert_eq!(control.statistics(), expected);
+    // Other chains do not end the wait.
+    driver.request(0, &[pages(&[1024])]);
+    assert_eq!(driver.transport.deadline(), Some(deadline));
+    assert!(driver.pop(2).is_none(), "its return is the question");
+    driver.interrupts();
+    driver.transport.serve_deadline();
+    assert!(driver.pop(2).is_some());
+    assert_eq!(driver.interrupts(), 1);
+    assert_eq!(driver.transport.deadline(), None);
+    // What is too long, and ends with half an entry.
+    driver.push(2, &[Piece::Out([entry(7, 9).repeat(1000), entry(4, 1), vec![1; 5]].concat())]);
+    driver.ring();
+    let expected = Statistics { disk_caches: Some(9), ..expected };
+    assert_eq!(control.statistics(), expected);
+}
+
+#[test]
+fn the_target_changes_while_the_guest_runs() {
+    let (mut driver, control) = started(&EVERYTHING);
+    let generation = driver.read(0xfc);
+    control.set_amount(5);
+    assert!(driver.run(Some(60_000)));
+    assert_eq!(driver.configuration(0, 4), 1280_u32.to_le_bytes());
+    assert_ne!(driver.read(0xfc), generation);
+    assert_eq!(driver.interrupts(), 1);
+    driver.transport.write(CONFIGURATION + 4, &1280_u32.to_le_bytes());
+    assert_eq!((control.amount(), control.actual()), (5, 5));
+    // The target is not the driver's to change, nor half a number.
+    driver.transport.write(CONFIGURATION, &1_u32.to_le_bytes());
+    driver.transport.write(CONFIGURATION + 4, &[1]);
+    assert_eq!((control.amount(), control.actual()), (5, 5));
+    driver.start(u64::MAX);
+    assert_eq!((control.amount(), control.actual()), (5, 0), "after a reset the guest has all of its memory");
+    control.set_amount(u64::MAX);
+    assert!(driver.run(Some(60_000)));
+    assert_eq!(driver.configuration(0, 4), [0xff; 4]);
+}
+
+#[test]
+fn a_balloon_that_takes_the_place_of_another_knows_what_the_guest_has() {
+    let (mut driver, _) = started(&EVERYTHING);
+    driver.transport.write(CONFIGURATION + 4, &77_u32.to_le_bytes());
+    let state = driver.transport.state();
+    let balloon = Balloon::new(&Config { amount_mib: 1, ..EVERYTHING }).unwrap();
+    assert_eq!(crate::devices::virtio::Transport::shape(&balloon), state.shape);
+    let mut other = Driver::new(balloon);
+    other.transport.restore(&state);
+    assert_eq!(other.configuration(0, 8), [256_u32.to_le_bytes(), 77_u32.to_le_bytes()].concat());
+    assert_eq!(other.interrupts(), 1, "the target is another one");
+    let blank = Balloon::new(&EVERYTHING).unwrap().blank();
+    assert_eq!(blank.configuration(), [0; 16]);
+}
+
+#[test]
+fn queues_follow_from_features() {
+    for (config, count) in [
+        (Config::default(), 2),
+        (Config { stats_polling_interval_s: 1, ..Config::default() }, 3),
+        (Config { free_page_reporting: true, ..Config::default() }, 3),
+        (EVERYTHING, 4),
+    ] {
+        assert_eq!(Balloon::new(&config).unwrap().queue_sizes().len(), count, "{config:?}");
+    }
+    assert_eq!(OptionalQueues::of(VERSION_1), OptionalQueues::default());
+}
+
+proptest! {
+    #[test]
+    fn no_driver_harms_the_host(bytes in proptest::collection::vec(any::<u8>(), 0..600)) {
+        Driver::new(Balloon::new(&EVERYTHING).unwrap()).misbehave(&bytes);
+    }
+
+    #[test]
+    fn exactly_the_named_pages_go_back(named in proptest::collection::vec(1000_u32..1600, 0..300)) {
+        let (mut driver, _) = started(&Config::default());
+        let marks = Marks::new(&driver);
+        driver.request(0, &[pages(&named)]);
+        let mut expected: Vec<u64> =
+            named.into_iter().map(u64::from).filter(|page| marks.0.contains(page)).collect();
+        expected.sort_unstable();
+        expected.dedup();
+        assert_eq!(marks.gone(&driver), expected);
+    }
+}

@@ -1,0 +1,133 @@
+//! A file in this process's memory, in the form in which a guest can have it as memory of its own.
+
+use crate::layout::HUGE_PAGE_SIZE;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+/// A file that is mapped whole, shared with everyone else who maps or reads it: its pages are in the host's memory
+/// once. It starts at a multiple of 2 MiB and ends at one, with zeroes behind the file's end.
+#[derive(Debug)]
+pub struct MappedFile {
+    /// All that was reserved, with what was left over in front.
+    reserved: *mut libc::c_void,
+    reserved_size: usize,
+    start: *mut libc::c_void,
+    size: usize,
+    is_writable: bool,
+}
+
+// SAFETY: the mapping belongs to no thread, and is not accessed through this structure.
+unsafe impl Send for MappedFile {}
+// SAFETY: as above; all methods but `drop` only read its address and size.
+unsafe impl Sync for MappedFile {}
+
+impl MappedFile {
+    /// Maps the first `length` bytes, at least one, of a file.
+    ///
+    /// A file that somebody makes shorter takes its pages away: a guest that touches them then ends.
+    ///
+    /// # Errors
+    /// When the host refuses: no space for so large a mapping, or a file that cannot be mapped.
+    pub fn new(file: &File, length: u64, is_writable: bool) -> io::Result<Self> {
+        let too_large = |_| io::Error::from_raw_os_error(libc::EFBIG);
+        let align = usize::try_from(HUGE_PAGE_SIZE).map_err(too_large)?;
+        let length = usize::try_from(length).map_err(too_large)?;
+        let size = length.checked_next_multiple_of(align);
+        let size = size.ok_or_else(|| io::Error::from_raw_os_error(libc::EFBIG))?;
+        let protection = libc::PROT_READ | if is_writable { libc::PROT_WRITE } else { 0 };
+        let reserved_size = size.saturating_add(align);
+        // SAFETY: a mapping at an address of the kernel's choice replaces nothing.
+        let reserved = unsafe {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+            libc::mmap(std::ptr::null_mut(), reserved_size, protection, flags, -1, 0)
+        };
+        if reserved == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let start = reserved.wrapping_byte_add(reserved.addr().next_multiple_of(align) - reserved.addr());
+        let this = Self { reserved, reserved_size, start, size, is_writable };
+        // SAFETY: the file lies within what was just reserved, of which nobody else knows: the reservation is
+        // 2 MiB larger than needed, so that it fits behind the first multiple.
+        let mapped = unsafe {
+            let flags = libc::MAP_SHARED | libc::MAP_FIXED;
+            libc::mmap(start, length, protection, flags, file.as_raw_fd(), 0)
+        };
+        if mapped == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(this)
+    }
+
+    /// Where it starts, a multiple of 2 MiB.
+    #[must_use]
+    pub const fn as_ptr(&self) -> *mut u8 {
+        self.start.cast()
+    }
+
+    /// Bytes with the zeroes behind the file's end, a multiple of 2 MiB.
+    #[must_use]
+    pub const fn size(&self) -> u64 {
+        self.size as u64
+    }
+
+    /// Whether what is written there is written to the file.
+    #[must_use]
+    pub const fn is_writable(&self) -> bool {
+        self.is_writable
+    }
+}
+
+impl Drop for MappedFile {
+    fn drop(&mut self) {
+        // SAFETY: the range is the whole of what `new` reserved, and whoever gave it to others promised that
+        // they are gone.
+        unsafe { libc::munmap(self.reserved, self.reserved_size) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::MIB;
+    use std::os::unix::fs::FileExt;
+
+    fn byte(file: &MappedFile, offset: usize) -> u8 {
+        assert!(offset < file.size);
+        // SAFETY: the offset is within the mapping, whose file nobody makes shorter.
+        unsafe { file.as_ptr().add(offset).read_volatile() }
+    }
+
+    #[test]
+    fn a_file_ends_with_zeroes_at_a_multiple_of_2_mib() {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&[7; 5000], 0).unwrap();
+        let mapped = MappedFile::new(&file, 5000, false).unwrap();
+        assert_eq!((mapped.size(), mapped.as_ptr().addr() % (2 << 20)), (2 * MIB, 0));
+        for (offset, expected) in [(0, 7), (4999, 7), (5000, 0), (8192, 0), (2 * 1024 * 1024 - 1, 0)] {
+            assert_eq!(byte(&mapped, offset), expected, "{offset}");
+        }
+    }
+
+    #[test]
+    fn it_is_shared_with_the_file() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4 * MIB).unwrap();
+        let [reader, writer] =
+            [false, true].map(|writable| MappedFile::new(&file, 4 * MIB, writable).unwrap());
+        // SAFETY: the offset is within the writable mapping.
+        unsafe { writer.as_ptr().add(3 << 20).write_volatile(9) };
+        assert_eq!(byte(&reader, 3 << 20), 9);
+        let mut read = [0];
+        file.read_exact_at(&mut read, 3 * MIB).unwrap();
+        assert_eq!(read, [9]);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let file = tempfile::tempfile().unwrap();
+        for length in [u64::MAX, u64::MAX - (4 << 20), 1 << 60] {
+            assert!(MappedFile::new(&file, length, false).is_err(), "{length:#x}");
+        }
+    }
+}
