@@ -31,6 +31,9 @@ impl Opened {
         for drive in &config.drives {
             opened.add(&drive.drive_id, prepare(Block::open(drive)?)?);
         }
+        if let Some((drive, _)) = config.root_drive() {
+            opened.add(&drive.drive_id, Block::open(&drive)?);
+        }
         Ok(opened)
     }
 

@@ -19,6 +19,7 @@ const KERNEL_BUILD: [(&str, &str); 8] = [
 ];
 const LAB: [(&str, &str); 2] =
     [("/usr/bin/qemu-system-x86_64", "qemu-system-x86"), ("/usr/bin/zstd", "zstd")];
+const EROFS: [(&str, &str); 1] = [("/usr/bin/mkfs.erofs", "erofs-utils")];
 
 /// Installs what building a kernel needs and is not there.
 pub(crate) fn ensure_kernel_build_tools() -> Result<()> {
@@ -28,6 +29,11 @@ pub(crate) fn ensure_kernel_build_tools() -> Result<()> {
 /// Installs what the lab needs and is not there.
 pub(crate) fn ensure_lab_tools() -> Result<()> {
     ensure(&LAB)
+}
+
+/// Installs what makes read-only root filesystems and is not there.
+pub(crate) fn ensure_erofs_tools() -> Result<()> {
+    ensure(&EROFS)
 }
 
 fn ensure(needed: &[(&str, &str)]) -> Result<()> {

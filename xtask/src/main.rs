@@ -16,6 +16,7 @@ mod output;
 mod prices;
 mod profile;
 mod progress;
+mod root_tree;
 mod run;
 mod test;
 mod vmlinux;

@@ -161,7 +161,7 @@ fn measure(variants: &[Variant], place: &Path) -> Result<Vec<Measured>> {
     fs::create_dir(root.path().join("bin"))?;
     fs::copy(lab::busybox()?, root.path().join("bin/busybox"))?;
     let init = cargo::release_binary("guest-init", "guest-init")?;
-    build_image::root_filesystem(&init, Some(root.path()), &busybox)?;
+    build_image::root_filesystem(&init, Some(root.path()), false, &busybox)?;
 
     let mut script = String::new();
     let mut get: Vec<(String, PathBuf)> = Vec::new();

@@ -24,9 +24,23 @@ pub struct Devices {
     pub balloon: Option<Balloon>,
     /// Files that the guest sees as memory; it calls them /dev/pmem0, /dev/pmem1 and so on.
     pub pmem: Vec<Pmem>,
+    /// File of the image's root filesystem, which init mounts. The guest finds it behind the drives, so that
+    /// those have the same names with every image.
+    pub root: Option<PathBuf>,
 }
 
 impl Devices {
+    /// The image's root filesystem as a disk, and the guest's name for it. This is the only place that knows
+    /// which kind of device it is.
+    #[must_use]
+    pub fn root_drive(&self) -> Option<(Drive, String)> {
+        let path = self.root.as_ref()?;
+        // Drives are named by letters; there are fewer devices than letters.
+        let letter = ('a'..='z').nth(self.drives.len())?;
+        let drive = Drive { is_read_only: true, ..Drive::new("root", path) };
+        Some((drive, format!("/dev/vd{letter}")))
+    }
+
     /// How many there are.
     #[must_use]
     pub const fn count(&self) -> usize {
@@ -36,6 +50,7 @@ impl Devices {
             + self.entropy.is_some() as usize
             + self.balloon.is_some() as usize
             + self.pmem.len()
+            + self.root.is_some() as usize
     }
 
     /// A letter for each, by its kind: disk, read-only disk, network card, vsock, entropy, balloon, memory.
@@ -115,6 +130,24 @@ pub struct Drive {
     /// Whether the host's page cache is left out.
     #[serde(default)]
     pub direct: bool,
+}
+
+impl Drive {
+    /// A disk that the guest may write.
+    #[must_use]
+    pub fn new(drive_id: impl Into<String>, path_on_host: impl Into<PathBuf>) -> Self {
+        Self {
+            drive_id: drive_id.into(),
+            path_on_host: path_on_host.into(),
+            is_root_device: false,
+            is_read_only: false,
+            partuuid: None,
+            cache_type: CacheType::default(),
+            io_engine: None,
+            rate_limiter: None,
+            direct: false,
+        }
+    }
 }
 
 /// What a flush of the guest does.

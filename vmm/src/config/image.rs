@@ -1,6 +1,6 @@
 //! A bootable image: a folder with a kernel, a root filesystem and a description of both.
 
-use super::{BootSource, ConfigError, Devices, InterruptControllers, MachineConfig, json::read_bounded};
+use super::{BootSource, Config, ConfigError, Devices, InterruptControllers, MachineConfig, json::read_bounded};
 use crate::layout::VCPUS_MAX;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -25,8 +25,11 @@ pub struct Image {
     pub name: String,
     /// The kernel's file.
     pub kernel: ImageFile,
-    /// The root filesystem's file, an initramfs.
+    /// The initramfs's file: init, and the root filesystem where that has no file of its own.
     pub initrd: ImageFile,
+    /// The root filesystem's file, EROFS, where it is not the initramfs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub root: Option<ImageFile>,
     /// The kernel command line.
     pub boot_args: String,
     /// vCPUs that the kernel was built for, at most; as many as a machine can have where the
@@ -84,7 +87,7 @@ impl Image {
                 Self::FORMAT
             )));
         }
-        for file in [&image.kernel, &image.initrd] {
+        for file in image.files() {
             if Path::new(&file.file).file_name() != Some(file.file.as_ref()) {
                 return Err(invalid(format!(
                     "{:?} is not the name of a file in the image's folder",
@@ -112,7 +115,7 @@ impl Image {
     /// # Errors
     /// Names the file that differs.
     pub fn verify(&self, directory: &Path) -> Result<(), ConfigError> {
-        for file in [&self.kernel, &self.initrd] {
+        for file in self.files() {
             let path = directory.join(&file.file);
             let digest =
                 sha256_of(&path).map_err(|source| ConfigError::Read { path: path.clone(), source })?;
@@ -124,7 +127,20 @@ impl Image {
         Ok(())
     }
 
-    /// What boots this image, which lies in `directory`.
+    /// All files beside the description.
+    fn files(&self) -> impl Iterator<Item = &ImageFile> {
+        [&self.kernel, &self.initrd].into_iter().chain(&self.root)
+    }
+
+    /// A machine of the default size with this image, which lies in `directory`.
+    #[must_use]
+    pub fn config(&self, directory: &Path) -> Config {
+        let mut config = Config::new(self.boot_source(directory));
+        config.devices.root = self.root.as_ref().map(|file| directory.join(&file.file));
+        config
+    }
+
+    /// Kernel and initramfs of this image, which lies in `directory`.
     #[must_use]
     pub fn boot_source(&self, directory: &Path) -> BootSource {
         let path = |file: &ImageFile| -> PathBuf { directory.join(&file.file) };
@@ -194,6 +210,7 @@ mod tests {
             name: "test".into(),
             kernel: file("vmlinux", b"kernel"),
             initrd: file("initrd", b""),
+            root: None,
             boot_args: "quiet".into(),
             vcpus_max: 16,
             kernel_version: "6.12.0".into(),
