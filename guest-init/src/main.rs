@@ -28,6 +28,7 @@ use guest_protocol::{BootMark, ExitStatus};
 fn main() -> ! {
     heap::init();
     setup::mount_filesystems();
+    setup::link_descriptors();
     machine::mark(BootMark::FilesystemsMounted);
     setup::open_console();
     setup::bring_up_loopback();

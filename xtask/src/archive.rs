@@ -215,6 +215,24 @@ mod tests {
     }
 
     #[test]
+    fn owners_are_kept_where_they_are_wanted() {
+        let source = tempfile::tempdir().unwrap();
+        let path = source.path().join("a");
+        fs::write(&path, "").unwrap();
+        // Where root runs the tests, it would own the file.
+        let _ = std::os::unix::fs::chown(&path, Some(1000), Some(100));
+        let metadata = fs::metadata(&path).unwrap();
+        for (keeps_owners, expected) in [(false, (0, 0)), (true, (metadata.uid(), metadata.gid()))] {
+            let mut archive = Archive { keeps_owners, entries: BTreeMap::new() };
+            archive.tree("", source.path()).unwrap();
+            let mut bytes = Vec::new();
+            archive.write(&mut bytes).unwrap();
+            let reader = newc::Reader::new(&bytes[..]).unwrap();
+            assert_eq!((reader.entry().uid(), reader.entry().gid()), expected);
+        }
+    }
+
+    #[test]
     fn paths_stay_inside() {
         let mut archive = Archive::default();
         for path in ["", "/", "..", "a/../b", "a//b", "./a"] {

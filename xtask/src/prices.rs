@@ -211,7 +211,7 @@ fn read(place: &Path, name: &str) -> Result<Measured> {
 }
 
 /// `MemFree` of /proc/meminfo, in KiB.
-fn free_kib(meminfo: &str) -> Option<i64> {
+pub(crate) fn free_kib(meminfo: &str) -> Option<i64> {
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemFree:"))?;
     line.trim().strip_suffix("kB")?.trim().parse().ok()
 }

@@ -338,6 +338,17 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_root_filesystem_is_behind_the_drives() {
+        let mut devices = Devices { root: Some("root.erofs".into()), ..Devices::default() };
+        let (drive, name) = devices.root_drive().unwrap();
+        assert_eq!((&*name, drive.is_read_only, devices.count()), ("/dev/vda", true, 1));
+        devices.drives.push(Drive::new("d", "file"));
+        assert_eq!(devices.root_drive().unwrap().1, "/dev/vdb");
+        devices.root = None;
+        assert_eq!(devices.root_drive(), None);
+    }
+
+    #[test]
     fn ethernet_addresses_are_read_or_refused() {
         assert_eq!("06:00:ac:10:00:02".parse(), Ok(MacAddress([6, 0, 0xac, 0x10, 0, 2])));
         for text in [

@@ -268,6 +268,37 @@ mod tests {
     }
 
     #[test]
+    fn a_root_filesystem_is_a_file_like_the_others() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path();
+        let mut image = image(path);
+        let text = serde_json::to_string(&image).unwrap();
+        assert!(!text.contains("root"), "descriptions without one are what they were: {text}");
+        assert_eq!(image.config(path).devices.root, None);
+        std::fs::write(path.join("root.erofs"), b"root").unwrap();
+        let file = ImageFile { file: "root.erofs".into(), size: 4, sha256: sha256(b"root") };
+        image.root = Some(file.clone());
+        save(path, &image);
+        let opened = Image::open(path).unwrap();
+        opened.verify(path).unwrap();
+        assert_eq!(opened.config(path).devices.root, Some(path.join("root.erofs")));
+        std::fs::write(path.join("root.erofs"), b"tree").unwrap();
+        let message = opened.verify(path).unwrap_err().to_string();
+        assert!(
+            message.contains("root.erofs is not the file that image.json describes: its SHA-256"),
+            "{message}"
+        );
+        std::fs::write(path.join("root.erofs"), b"ro").unwrap();
+        assert!(Image::open(path).unwrap_err().to_string().contains("it has 2 bytes instead of 4"));
+        std::fs::remove_file(path.join("root.erofs")).unwrap();
+        std::os::unix::fs::symlink("vmlinux", path.join("root.erofs")).unwrap();
+        assert!(Image::open(path).unwrap_err().to_string().contains("it is not a regular file"));
+        image.root = Some(ImageFile { file: "../root.erofs".into(), ..file });
+        save(path, &image);
+        assert!(Image::open(path).unwrap_err().to_string().contains("is not the name of a file"));
+    }
+
+    #[test]
     fn descriptions_that_are_wrong_are_refused() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path();
