@@ -5,7 +5,7 @@ use std::fs;
 use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::process::Stdio;
-use tests::{Image, Outcome, PATIENCE, kindling, run, start, testbed};
+use tests::{Image, Outcome, PATIENCE, has_continued, kindling, run, start, testbed};
 
 /// What a program prints in a guest with this image.
 #[track_caller]
@@ -161,10 +161,19 @@ fn a_damaged_superblock_is_init_that_says_so() {
     damaged(1024 + 48, &[0xff; 16], expected);
 }
 
+/// The kernel has booted with a blank disk in its place.
 #[test]
-fn its_kernel_is_not_prebooted_and_the_message_says_why() {
+fn its_kernel_can_be_prebooted() {
     let image = Image::copy_of("root");
     run(image.command("preboot").args(["--memory", "256"]))
-        .expect_status(2)
-        .expect_stderr("an image with root.erofs has one: build it with --root-type initramfs");
+        .expect_status(0)
+        .expect_stderr("1-256-r is there");
+    let report = image.path().join("report.json");
+    for _ in 0..2 {
+        let mut command = image.command("boot");
+        command.args(["--memory", "256", "--report-json"]).arg(&report);
+        let outcome = run(command.args(["--", "/bin/bash", "-c", "cat /odd/plain; echo x > /odd/plain"]));
+        assert_eq!(outcome.expect_status(0).stdout, "plain", "{outcome}");
+        assert!(has_continued(&report), "{outcome}");
+    }
 }

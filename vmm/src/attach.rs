@@ -28,11 +28,8 @@ impl Opened {
 
     fn open(config: &Devices, prepare: impl Fn(Block) -> Result<Block, Error>) -> Result<Self, Error> {
         let mut opened = Self::default();
-        for drive in &config.drives {
-            opened.add(&drive.drive_id, prepare(Block::open(drive)?)?);
-        }
-        if let Some((drive, _)) = config.root_drive() {
-            opened.add(&drive.drive_id, Block::open(&drive)?);
+        for drive in config.disks() {
+            opened.add(&drive.drive_id, prepare(Block::open(&drive)?)?);
         }
         Ok(opened)
     }

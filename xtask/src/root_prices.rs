@@ -22,10 +22,13 @@ const FILE: u64 = 64 << 10;
 /// MiB of the guest.
 const GUEST_MIB: u64 = 128;
 const FORMS: [(RootType, &str); 2] = [(RootType::Initramfs, "initramfs"), (RootType::Erofs, "EROFS")];
-/// What the guests run: the least there is, and something that reads the whole filesystem.
-const PAYLOADS: [(&str, &str); 2] = [
-    ("little", "/bin/busybox cat /proc/meminfo"),
-    ("all", "/bin/busybox sh -c 'for f in /bin/busybox /data/*; do cat $f; done > /dev/null'"),
+const LITTLE: &str = "/bin/busybox cat /proc/meminfo";
+/// What the guests run, and how they start: the least there is, something that reads the whole filesystem, and the
+/// least from a pre-booted kernel.
+const STARTS: [(&str, &str, &str); 3] = [
+    ("little", "--cold", LITTLE),
+    ("all", "--cold", "/bin/busybox sh -c 'for f in /bin/busybox /data/*; do cat $f; done > /dev/null'"),
+    ("continued", "", LITTLE),
 ];
 
 /// Builds the images, boots each in one exact lab, and prints the table.
@@ -71,11 +74,12 @@ fn measure(images: &[(u64, &str, String)], place: &Path) -> Result<()> {
     let mut script = String::new();
     let mut get: Vec<(String, PathBuf)> = Vec::new();
     for (_, _, image) in images {
-        for (payload, command) in PAYLOADS {
-            let name = format!("{image}-{payload}");
+        let _ = writeln!(script, "kindling preboot --image /images/{image} --memory {GUEST_MIB} || exit 1");
+        for (start, options, command) in STARTS {
+            let name = format!("{image}-{start}");
             let _ = writeln!(
                 script,
-                "kindling boot --image /images/{image} --memory {GUEST_MIB} --report-json {name}.json \
+                "kindling boot --image /images/{image} --memory {GUEST_MIB} {options} --report-json {name}.json \
                  -- {command} > {name}.out || exit 1"
             );
             for kind in ["json", "out"] {
@@ -104,25 +108,29 @@ fn measure(images: &[(u64, &str, String)], place: &Path) -> Result<()> {
 fn table(images: &[(u64, &str, String)], place: &Path) -> Result<String> {
     let mut text = String::from(
         "| root, MiB | form | to the payload, ms | to the end, ms | to the end of reading it all, ms | \
-         guest memory taken, MiB |\n|---:|---|---:|---:|---:|---:|\n",
+         guest memory taken, MiB | pre-booted: to the payload, ms | to the end, ms |\n\
+         |---:|---|---:|---:|---:|---:|---:|---:|\n",
     );
     for (size, form, image) in images {
-        let report = |payload: &str, step: &str| {
-            time_of(&fs::read(place.join(format!("{image}-{payload}.json")))?, step)
-        };
+        let report =
+            |start: &str, step: &str| time_of(&fs::read(place.join(format!("{image}-{start}.json")))?, step);
         let started = report("little", BootMark::PayloadStarted.name())?;
         let ended = report("little", "guest ended")?;
         let read = report("all", "guest ended")?;
+        let continued = report("continued", BootMark::PayloadStarted.name())?;
+        let continued_end = report("continued", "guest ended")?;
         let meminfo = fs::read_to_string(place.join(format!("{image}-little.out")))?;
         let free = crate::prices::free_kib(&meminfo).with_context(|| format!("no MemFree in {meminfo:?}"))?;
         let taken = GUEST_MIB as f64 - free as f64 / 1024.0;
         let ms = |ns: i64| ns as f64 / 1e6;
         let _ = writeln!(
             text,
-            "| {size} | {form} | {:.2} | {:.2} | {:.2} | {taken:.1} |",
+            "| {size} | {form} | {:.2} | {:.2} | {:.2} | {taken:.1} | {:.2} | {:.2} |",
             ms(started),
             ms(ended),
-            ms(read)
+            ms(read),
+            ms(continued),
+            ms(continued_end)
         );
     }
     Ok(text)

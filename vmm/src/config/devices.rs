@@ -41,6 +41,11 @@ impl Devices {
         Some((drive, format!("/dev/vd{letter}")))
     }
 
+    /// The drives, and the image's root filesystem behind them.
+    pub fn disks(&self) -> impl Iterator<Item = Drive> {
+        self.drives.iter().cloned().chain(self.root_drive().map(|(drive, _)| drive))
+    }
+
     /// How many there are.
     #[must_use]
     pub const fn count(&self) -> usize {
@@ -56,7 +61,7 @@ impl Devices {
     /// A letter for each, by its kind: disk, read-only disk, network card, vsock, entropy, balloon, memory.
     #[must_use]
     pub fn kinds(&self) -> String {
-        let drives = self.drives.iter().map(|drive| if drive.is_read_only { 'r' } else { 'd' });
+        let drives = self.disks().map(|drive| if drive.is_read_only { 'r' } else { 'd' });
         let interfaces = self.network_interfaces.iter().map(|_| 'n');
         let single =
             [(self.vsock.is_some(), 'v'), (self.entropy.is_some(), 'e'), (self.balloon.is_some(), 'b')];
@@ -344,6 +349,8 @@ mod tests {
         assert_eq!((&*name, drive.is_read_only, devices.count()), ("/dev/vda", true, 1));
         devices.drives.push(Drive::new("d", "file"));
         assert_eq!(devices.root_drive().unwrap().1, "/dev/vdb");
+        assert_eq!(devices.kinds(), "dr");
+        assert_eq!(devices.disks().map(|drive| drive.drive_id).collect::<Vec<_>>(), ["d", "root"]);
         devices.root = None;
         assert_eq!(devices.root_drive(), None);
     }

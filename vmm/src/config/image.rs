@@ -1,6 +1,8 @@
 //! A bootable image: a folder with a kernel, a root filesystem and a description of both.
 
-use super::{BootSource, Config, ConfigError, Devices, InterruptControllers, MachineConfig, json::read_bounded};
+use super::{
+    BootSource, Config, ConfigError, Devices, InterruptControllers, MachineConfig, json::read_bounded,
+};
 use crate::layout::VCPUS_MAX;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};

@@ -66,12 +66,6 @@ pub enum PrebootError {
     /// A kernel or initrd that does not come from an image.
     #[error("only the kernel and root filesystem of an image can be pre-booted")]
     NotAnImage,
-    /// Devices whose state is not kept.
-    #[error(
-        "a kernel that has found devices cannot be pre-booted yet, and an image with root.erofs has one: build it \
-         with --root-type initramfs"
-    )]
-    Devices,
     /// The file cannot be written.
     #[error("cannot write {}", path.display())]
     Write {
@@ -245,9 +239,6 @@ pub fn make(config: &Config, path: &Path) -> Result<(), Error> {
         preboot: None,
         ..config.clone()
     };
-    if config.devices.count() > 0 {
-        return Err(PrebootError::Devices.into());
-    }
     let made_for = MadeFor::config(&config)?;
     let running = Machine::build(&config, Timeline::starting_at(Instant::now()), Some(FREEZE_AT))?.start()?;
     let mut frozen = running.freeze().map_err(|reason| PrebootError::Ended(reason.to_string()))?;
