@@ -1,5 +1,6 @@
 //! PID 1 of a Kindling guest, in the order it happens: mark the first instruction, mount, set the
-//! system up, ask for the configuration, run the payload, report its exit.
+//! system up, ask for the configuration, enter the image's root where it is a disk, run the payload, report
+//! its exit.
 //!
 //! There is no C library below it and nothing above it but the payload.
 #![no_std]
@@ -15,6 +16,7 @@ mod mem;
 mod payload;
 mod question;
 mod renewal;
+mod root;
 mod setup;
 mod start;
 mod syscall;
@@ -26,6 +28,7 @@ use guest_protocol::{BootMark, ExitStatus};
 fn main() -> ! {
     heap::init();
     setup::mount_filesystems();
+    setup::link_descriptors();
     machine::mark(BootMark::FilesystemsMounted);
     setup::open_console();
     setup::bring_up_loopback();
@@ -36,6 +39,10 @@ fn main() -> ! {
     renewal::renew(&answer.spec.renewal);
     setup::set_hostname(answer.spec.hostname.as_deref());
     machine::mark(BootMark::Configured);
+    if let Some(device) = &answer.spec.root_device {
+        root::enter(device);
+        machine::mark(BootMark::RootEntered);
+    }
 
     let code = if answer.spec.arguments.is_empty() {
         greeting::print(&answer);

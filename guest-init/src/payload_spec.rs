@@ -18,6 +18,8 @@ pub struct PayloadSpec {
     pub user_id: u32,
     /// Group id; 0 where nobody chose one.
     pub group_id: u32,
+    /// Device of the root filesystem; the initramfs stays the root where there is none.
+    pub root_device: Option<Vec<u8>>,
     /// Nanoseconds from the creation of the VM to the answer, when the VMM gave it.
     pub vm_age: Option<u64>,
     /// Whether the VMM wants the kernel's log.
@@ -53,6 +55,7 @@ impl PayloadSpec {
                 Item::VmAge(age) => spec.vm_age = Some(age),
                 Item::KernelLog => spec.kernel_log = true,
                 Item::RealTime(time) => spec.renewal.real_time = Some(time),
+                Item::RootDevice(path) => spec.root_device = Some(path.into()),
                 Item::Entropy(bytes) => spec.renewal.entropy = Some(bytes.into()),
             }
         }
@@ -61,8 +64,8 @@ impl PayloadSpec {
 
     /// What the kernel command line asks for: everything after a lone `--` is the payload's
     /// argument vector, and `kindling.cwd=`, `kindling.hostname=`, `kindling.uid=`,
-    /// `kindling.gid=` and any number of `kindling.env=NAME=value` stand before it. Double quotes
-    /// keep spaces together, as they do for the kernel.
+    /// `kindling.gid=`, `kindling.root=` and any number of `kindling.env=NAME=value` stand before it.
+    /// Double quotes keep spaces together, as they do for the kernel.
     ///
     /// # Errors
     /// The name and the value of a number that is none.
@@ -83,6 +86,7 @@ impl PayloadSpec {
             match name {
                 b"env" => spec.environment.push(value.into()),
                 b"cwd" => spec.working_directory = Some(value.into()),
+                b"root" => spec.root_device = Some(value.into()),
                 b"hostname" => spec.hostname = Some(value.into()),
                 b"uid" => spec.user_id = number("kindling.uid", value)?,
                 b"gid" => spec.group_id = number("kindling.gid", value)?,
@@ -150,7 +154,7 @@ mod tests {
     #[test]
     fn a_command_line_names_the_payload() {
         let line = b"console=ttyS0 kindling.uid=1000 kindling.gid=100 kindling.cwd=/srv \
-                     kindling.env=A=1 kindling.env=B=\"x y\" kindling.hostname=box quiet \
+                     kindling.env=A=1 kindling.env=B=\"x y\" kindling.hostname=box kindling.root=/dev/vda quiet \
                      -- /bin/sh -c \"exit 3\" --\n";
         let spec = PayloadSpec::from_command_line(line).unwrap();
         assert_eq!(
@@ -162,6 +166,7 @@ mod tests {
                 hostname: Some(b"box".into()),
                 user_id: 1000,
                 group_id: 100,
+                root_device: Some(b"/dev/vda".into()),
                 vm_age: None,
                 kernel_log: false,
                 renewal: Renewal::default(),

@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "one ioctl without a safe wrapper")]
 
 use crate::voice::say;
-use rustix::fs::{CWD, Mode, OFlags, mkdirat, open};
+use rustix::fs::{CWD, Mode, OFlags, mkdirat, open, symlinkat};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount};
 use rustix::net::{AddressFamily, SocketType, socket};
@@ -49,6 +49,22 @@ pub(crate) fn mount_filesystems() {
                 entry.kind, entry.target
             )),
         }
+    }
+}
+
+/// Names of a program's own descriptors, which shells and many a log's configuration rely on and the kernel leaves to
+/// user space.
+const LINKS: [(&str, &str); 4] = [
+    ("/proc/self/fd", "/dev/fd"),
+    ("/proc/self/fd/0", "/dev/stdin"),
+    ("/proc/self/fd/1", "/dev/stdout"),
+    ("/proc/self/fd/2", "/dev/stderr"),
+];
+
+/// Makes the links of /dev. Where they cannot be made, /dev has been prepared by somebody else.
+pub(crate) fn link_descriptors() {
+    for (target, link) in LINKS {
+        let _ = symlinkat(target, CWD, link);
     }
 }
 

@@ -76,6 +76,14 @@ fn the_system_is_set_up() {
 }
 
 #[test]
+fn programs_can_name_their_own_descriptors() {
+    let outcome = shell(
+        "echo to > /dev/stdout; echo through | cat /dev/stdin; cat /dev/fd/3 3< /etc/passwd | head -c 4",
+    );
+    assert_eq!(outcome.expect_status(0).stdout, "to\nthrough\nroot", "{outcome}");
+}
+
+#[test]
 fn init_reaps_orphans_and_outlives_none() {
     // The grandchild loses its parent, becomes init's child, and ends while the payload goes on.
     let script =

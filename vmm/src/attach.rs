@@ -37,8 +37,8 @@ impl Opened {
     fn open(config: &Config, is_blank: bool) -> Result<Self, Error> {
         let devices = &config.devices;
         let mut opened = Self::default();
-        for drive in &devices.drives {
-            let mut device = Block::open(drive)?;
+        for drive in devices.disks() {
+            let mut device = Block::open(&drive)?;
             if is_blank {
                 device = device.blank().map_err(Error::host("make a blank disk"))?;
             }

@@ -4,7 +4,7 @@ use crate::attach::Opened;
 use crate::boot::Hardware;
 use crate::boot::{self, BootError};
 use crate::bus::{Buses, lock};
-use crate::config::{Config, ConfigError, Console, InterruptControllers};
+use crate::config::{Config, ConfigError, Console, GuestConfig, InterruptControllers};
 use crate::devices::boot_mark::BootMarks;
 use crate::devices::configuration::Configuration;
 use crate::devices::console::ConsoleOutput;
@@ -317,7 +317,7 @@ impl DevicesBuilder<'_> {
         let marks = freeze_at.map_or_else(BootMarks::default, |stage| BootMarks::freezing_at(stage as u8));
         let marks = Arc::new(Mutex::new(marks));
         let wants_log = config.profile.is_some();
-        let configuration = Configuration::new(config.guest.clone(), created, wants_log, state.is_some())
+        let configuration = Configuration::new(guest(config), created, wants_log, state.is_some())
             .map_err(|_| ConfigError::PayloadTooLong)?;
 
         let mut buses = Buses::default();
@@ -349,6 +349,14 @@ impl DevicesBuilder<'_> {
         }
         Ok(Devices { buses: Arc::new(buses), marks, serial, io_apic, kernel_log, virtio, input })
     }
+}
+
+/// What init is told: what the configuration says of the guest, and where its root filesystem is.
+fn guest(config: &Config) -> GuestConfig {
+    let mut guest = config.guest.clone();
+    let of_image = || Some(config.devices.root_drive()?.1.into_bytes());
+    guest.root_device = guest.root_device.or_else(of_image);
+    guest
 }
 
 /// Where console output goes and where its input comes from.

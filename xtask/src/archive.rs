@@ -1,5 +1,5 @@
-//! Initramfs archives (cpio, "newc"): sorted, with every time and owner zero, so that equal inputs
-//! give equal bytes.
+//! Initramfs archives (cpio, "newc"): sorted, with every time zero and root as the owner unless the caller
+//! wants to keep them, so that equal inputs give equal bytes.
 
 use anyhow::{Context, Result, bail};
 use cpio::newc::{self, Builder};
@@ -13,6 +13,8 @@ const DIRECTORY: u32 = 0o040_000;
 const FILE: u32 = 0o100_000;
 const LINK: u32 = 0o120_000;
 
+const ROOT: (u32, u32) = (0, 0);
+
 #[derive(Clone, Debug)]
 enum Content {
     Directory,
@@ -25,6 +27,8 @@ enum Content {
 #[derive(Clone, Debug)]
 struct Entry {
     permissions: u32,
+    /// User and group.
+    owner: (u32, u32),
     content: Content,
 }
 
@@ -32,25 +36,27 @@ struct Entry {
 #[derive(Debug, Default)]
 pub(crate) struct Archive {
     entries: BTreeMap<String, Entry>,
+    /// Whether files of the host keep their owners; root owns everything else.
+    pub(crate) keeps_owners: bool,
 }
 
 impl Archive {
     /// Adds a directory.
     pub(crate) fn directory(&mut self, path: &str, permissions: u32) -> Result<()> {
-        self.insert(path, Entry { permissions, content: Content::Directory })
+        self.insert(path, Entry { permissions, owner: ROOT, content: Content::Directory })
     }
 
     /// Adds a file of the host under another name. Directories above it are added too.
     pub(crate) fn file(&mut self, path: &str, source: &Path, permissions: u32) -> Result<()> {
-        self.insert(path, Entry { permissions, content: Content::File(source.into()) })
+        self.insert(path, Entry { permissions, owner: ROOT, content: Content::File(source.into()) })
     }
 
     /// Adds a file with this content.
     pub(crate) fn bytes(&mut self, path: &str, bytes: Vec<u8>) -> Result<()> {
-        self.insert(path, Entry { permissions: 0o644, content: Content::Bytes(bytes) })
+        self.insert(path, Entry { permissions: 0o644, owner: ROOT, content: Content::Bytes(bytes) })
     }
 
-    /// Adds what lies below a directory of the host, with its permissions and without its owners.
+    /// Adds what lies below a directory of the host, with its permissions.
     pub(crate) fn tree(&mut self, prefix: &str, source: &Path) -> Result<()> {
         for entry in fs::read_dir(source).with_context(|| format!("cannot read {}", source.display()))? {
             let entry = entry?;
@@ -71,8 +77,9 @@ impl Archive {
         let metadata = source.symlink_metadata()?;
         let kind = metadata.file_type();
         let permissions = metadata.permissions().mode() & 0o7777;
+        let owner = if self.keeps_owners { (metadata.uid(), metadata.gid()) } else { ROOT };
         if kind.is_dir() {
-            self.directory(path, permissions)?;
+            self.insert(path, Entry { permissions, owner, content: Content::Directory })?;
             return self.tree(path, source);
         }
         let content = if kind.is_file() {
@@ -92,7 +99,7 @@ impl Archive {
                 minor: rustix::fs::minor(device),
             }
         };
-        self.insert(path, Entry { permissions, content })
+        self.insert(path, Entry { permissions, owner, content })
     }
 
     /// Adds or replaces an entry, and adds the directories above it.
@@ -102,7 +109,7 @@ impl Archive {
             bail!("{path:?} is not a path inside an archive");
         }
         for (index, _) in path.match_indices('/') {
-            let above = Entry { permissions: 0o755, content: Content::Directory };
+            let above = Entry { permissions: 0o755, owner: ROOT, content: Content::Directory };
             self.entries.entry(path[..index].to_owned()).or_insert(above);
         }
         self.entries.insert(path.to_owned(), entry);
@@ -122,7 +129,9 @@ impl Archive {
 }
 
 fn write_entry(output: &mut impl Write, number: u32, path: &str, entry: &Entry) -> Result<()> {
-    let builder = |kind: u32| Builder::new(path).ino(number).mode(kind | entry.permissions);
+    let (user, group) = entry.owner;
+    let builder =
+        |kind: u32| Builder::new(path).ino(number).mode(kind | entry.permissions).uid(user).gid(group);
     let mut from_bytes = |builder: Builder, mut bytes: &[u8]| -> Result<()> {
         let mut writer = builder.write(&mut *output, u32::try_from(bytes.len())?);
         io::copy(&mut bytes, &mut writer)?;
@@ -203,6 +212,24 @@ mod tests {
         let later = std::time::SystemTime::now() + std::time::Duration::from_secs(99);
         File::options().write(true).open(source.path().join("a")).unwrap().set_modified(later).unwrap();
         assert_eq!(first, pack(), "times do not matter");
+    }
+
+    #[test]
+    fn owners_are_kept_where_they_are_wanted() {
+        let source = tempfile::tempdir().unwrap();
+        let path = source.path().join("a");
+        fs::write(&path, "").unwrap();
+        // Where root runs the tests, it would own the file.
+        let _ = std::os::unix::fs::chown(&path, Some(1000), Some(100));
+        let metadata = fs::metadata(&path).unwrap();
+        for (keeps_owners, expected) in [(false, (0, 0)), (true, (metadata.uid(), metadata.gid()))] {
+            let mut archive = Archive { keeps_owners, entries: BTreeMap::new() };
+            archive.tree("", source.path()).unwrap();
+            let mut bytes = Vec::new();
+            archive.write(&mut bytes).unwrap();
+            let reader = newc::Reader::new(&bytes[..]).unwrap();
+            assert_eq!((reader.entry().uid(), reader.entry().gid()), expected);
+        }
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use crate::archive::Archive;
 use crate::cache::{self, Draft};
 use crate::kernel::{self, Kernel};
+use crate::root_tree::{self, RootType, Survey};
 use crate::{cargo, host};
 use anyhow::{Context, Result};
 use clap::Args;
@@ -24,9 +25,15 @@ pub(crate) struct Arguments {
     /// Program to use as /init instead of Kindling's
     #[arg(long, value_name = "FILE")]
     pub(crate) init: Option<PathBuf>,
-    /// Folder whose content becomes part of the root filesystem
+    /// Folder whose content becomes the root filesystem
     #[arg(long, value_name = "DIR")]
     pub(crate) root: Option<PathBuf>,
+    /// What the root filesystem is [default: an initramfs up to 3 MiB, EROFS above]
+    #[arg(long, value_enum, requires = "root")]
+    pub(crate) root_type: Option<RootType>,
+    /// Keep the users and groups that own the files of --root; otherwise root owns them
+    #[arg(long, requires = "root")]
+    pub(crate) keep_owners: bool,
     /// Kernel command line instead of the default
     #[arg(long, value_name = "TEXT")]
     pub(crate) cmdline: Option<String>,
@@ -45,6 +52,8 @@ impl Default for Arguments {
             config_fragment: Vec::new(),
             init: None,
             root: None,
+            root_type: None,
+            keep_owners: false,
             cmdline: None,
             kernel_source: None,
             out: None,
@@ -52,7 +61,11 @@ impl Default for Arguments {
     }
 }
 
-/// Directories of every root filesystem, with their permissions.
+/// Files of an image beside its kernel and description.
+const INITRAMFS: &str = "initramfs.cpio";
+const EROFS: &str = "root.erofs";
+
+/// Directories of every initramfs, with their permissions.
 const DIRECTORIES: [(&str, u32); 7] = [
     ("dev", 0o755),
     ("proc", 0o555),
@@ -102,12 +115,13 @@ pub(crate) fn build_of(
     // A copy, not a link: what somebody does to an image must not change the cache.
     let vmlinux = draft.path().join("vmlinux");
     fs::copy(&kernel.vmlinux, &vmlinux).with_context(|| format!("cannot write {}", vmlinux.display()))?;
-    root_filesystem(&init, arguments.root.as_deref(), &draft.path().join("initramfs.cpio"))?;
+    let root = write_root(arguments, &init, draft.path())?;
     let image = Image {
         format: Image::FORMAT,
         name: arguments.name.clone(),
         kernel: describe(draft.path(), "vmlinux")?,
-        initrd: describe(draft.path(), "initramfs.cpio")?,
+        initrd: describe(draft.path(), INITRAMFS)?,
+        root: root.as_ref().map(|_| describe(draft.path(), EROFS)).transpose()?,
         boot_args: arguments
             .cmdline
             .clone()
@@ -117,7 +131,12 @@ pub(crate) fn build_of(
         kernel_source: source.origin.clone(),
         kernel_config_sha256: kernel.config_sha256.clone(),
         fragments: fragments.iter().map(|fragment| fragment.name.clone()).collect(),
-        tools: kernel.tools.clone(),
+        tools: kernel
+            .tools
+            .clone()
+            .into_iter()
+            .chain(root.map(|tool| ("mkfs.erofs".to_owned(), tool)))
+            .collect(),
         build_time: 0,
     };
     fs::write(draft.path().join(DESCRIPTION), serde_json::to_string_pretty(&image)? + "\n")?;
@@ -145,8 +164,42 @@ pub(crate) fn fragments(extra: &[PathBuf]) -> Result<Vec<Fragment>> {
     Ok(fragments)
 }
 
-pub(crate) fn root_filesystem(init: &Path, root: Option<&Path>, target: &Path) -> Result<()> {
+/// Writes the root filesystem in the form that was asked for or suits it. Where it is EROFS, the version of the
+/// tool that made it; the initramfs has init alone then.
+fn write_root(arguments: &Arguments, init: &Path, directory: &Path) -> Result<Option<String>> {
+    let initramfs = directory.join(INITRAMFS);
+    let Some(root) = &arguments.root else {
+        root_filesystem(init, None, false, &initramfs)?;
+        return Ok(None);
+    };
+    let survey = Survey::of(root)?;
+    // An init of the user's own finds its files where it always found them, unless he says otherwise.
+    let usual = if arguments.init.is_some() { RootType::Initramfs } else { survey.root_type() };
+    let keep_owners = arguments.keep_owners;
+    match arguments.root_type.unwrap_or(usual) {
+        RootType::Initramfs => {
+            if let Some(reason) = survey.beyond_initramfs() {
+                eprintln!("warning: {reason}, which an initramfs cannot hold; --root-type erofs can");
+            }
+            root_filesystem(init, Some(root), keep_owners, &initramfs)?;
+            Ok(None)
+        }
+        RootType::Erofs => {
+            root_filesystem(init, None, false, &initramfs)?;
+            root_tree::make_erofs(root, &survey, keep_owners, &directory.join(EROFS)).map(Some)
+        }
+    }
+}
+
+/// An initramfs with init, and what lies below a folder.
+pub(crate) fn root_filesystem(
+    init: &Path,
+    root: Option<&Path>,
+    keep_owners: bool,
+    target: &Path,
+) -> Result<()> {
     let mut archive = Archive::default();
+    archive.keeps_owners = keep_owners;
     for (name, permissions) in DIRECTORIES {
         archive.directory(name, permissions)?;
     }

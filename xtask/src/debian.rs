@@ -103,11 +103,13 @@ pub(crate) fn version(unpacked: &Path) -> Result<String> {
     fs::read_to_string(unpacked.join(VERSION)).with_context(|| format!("{} is not whole", unpacked.display()))
 }
 
-/// The versioned package behind a kernel's meta-package; other names stand for themselves.
+/// The versioned package behind a kernel's meta-package or Python's; other names stand for themselves.
 fn resolve(name: &str) -> Result<String> {
-    if !name.starts_with("linux-image-") {
-        return Ok(name.to_owned());
-    }
+    let prefix = match name {
+        "python3-minimal" => "python3.",
+        name if name.starts_with("linux-image-") => "linux-image-",
+        _ => return Ok(name.to_owned()),
+    };
     let shell = Shell::new()?;
     let mut depends =
         cmd!(shell, "apt-cache depends {name}").quiet().ignore_stderr().read().unwrap_or_default();
@@ -115,8 +117,10 @@ fn resolve(name: &str) -> Result<String> {
         update()?;
         depends = cmd!(shell, "apt-cache depends {name}").quiet().read()?;
     }
-    let package = depends.lines().find_map(|line| line.trim().strip_prefix("Depends: linux-image-"));
-    Ok(package.map_or_else(|| name.to_owned(), |rest| format!("linux-image-{rest}")))
+    let mut dependencies =
+        depends.lines().filter_map(|line| line.split_once("Depends: ")).map(|(_, name)| name);
+    let package = dependencies.find(|dependency| dependency.starts_with(prefix));
+    Ok(package.unwrap_or(name).to_owned())
 }
 
 fn update() -> Result<()> {

@@ -16,8 +16,11 @@ mod output;
 mod prices;
 mod profile;
 mod progress;
+mod root_prices;
+mod root_tree;
 mod run;
 mod test;
+mod test_root;
 mod vmlinux;
 
 use clap::{Parser, Subcommand};
@@ -45,6 +48,8 @@ enum Command {
     BuildImage(build_image::Arguments),
     /// Checks, compares and explains the guest kernel's configuration
     KernelConfig(kernel_config::Arguments),
+    /// Measures what a root filesystem costs in each form, by its size
+    RootPrices(root_prices::Arguments),
     /// Runs a command on an emulated machine that has KVM
     Lab(lab::Arguments),
     /// Removes the cache and says what that frees
@@ -67,6 +72,7 @@ fn main() -> ExitCode {
         Command::Bench(arguments) => bench::run(&arguments),
         Command::BuildImage(arguments) => build_image::run(&arguments),
         Command::KernelConfig(arguments) => kernel_config::run(&arguments),
+        Command::RootPrices(arguments) => root_prices::run(&arguments),
         Command::Lab(arguments) => lab::run(&arguments),
         Command::Clean(arguments) => clean::run(&arguments),
         Command::Profile(arguments) => profile::run(&arguments),

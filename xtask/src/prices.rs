@@ -162,7 +162,7 @@ fn measure(variants: &[Variant], place: &Path) -> Result<Vec<Measured>> {
     fs::create_dir(root.path().join("bin"))?;
     fs::copy(lab::busybox()?, root.path().join("bin/busybox"))?;
     let init = cargo::release_binary("guest-init", "guest-init")?;
-    build_image::root_filesystem(&init, Some(root.path()), &busybox)?;
+    build_image::root_filesystem(&init, Some(root.path()), false, &busybox)?;
 
     let mut script = String::new();
     let mut get: Vec<(String, PathBuf)> = Vec::new();
@@ -212,7 +212,7 @@ fn read(place: &Path, name: &str) -> Result<Measured> {
 }
 
 /// `MemFree` of /proc/meminfo, in KiB.
-fn free_kib(meminfo: &str) -> Option<i64> {
+pub(crate) fn free_kib(meminfo: &str) -> Option<i64> {
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemFree:"))?;
     line.trim().strip_suffix("kB")?.trim().parse().ok()
 }

@@ -8,7 +8,7 @@
 use crate::build_image::{self, Arguments as Image};
 use crate::host::Host;
 use crate::lab::{self, Job};
-use crate::{cargo, debian, profile};
+use crate::{cargo, debian, profile, test_root};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::fs;
@@ -41,6 +41,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let filter = arguments.filter.as_deref().unwrap_or("");
     let host = Host::choose(false, true);
     let mut failed = Vec::new();
+    debian::ensure_erofs_tools()?;
     if filter.is_empty() && !unit_tests()? {
         failed.push("the crates' own tests".to_owned());
     }
@@ -150,6 +151,7 @@ fn lay_out_testbed() -> Result<PathBuf> {
         ..Image::default()
     })?;
     filesystem(&testbed)?;
+    test_root::build(&images)?;
     let path = std::env::var_os("PATH").unwrap_or_default();
     match std::env::split_paths(&path).map(|folder| folder.join(FIRECRACKER)).find(|file| file.is_file()) {
         Some(file) => drop(fs::copy(file, testbed.join(FIRECRACKER))?),

@@ -42,6 +42,9 @@ pub enum Item<'a> {
     RealTime(u64),
     /// Random bytes from the host, where the kernel's own are those of another guest.
     Entropy(&'a [u8]),
+    /// The device of the image's root filesystem, such as `/dev/vda`, which init mounts below a writable overlay
+    /// and enters. Where there is none the initramfs is the root.
+    RootDevice(&'a [u8]),
 }
 
 impl Item<'_> {
@@ -57,6 +60,7 @@ impl Item<'_> {
             Self::KernelLog => 8,
             Self::RealTime(_) => 9,
             Self::Entropy(_) => 10,
+            Self::RootDevice(_) => 11,
         }
     }
 }
@@ -132,7 +136,8 @@ fn value_len(item: &Item<'_>) -> usize {
         | Item::Environment(bytes)
         | Item::WorkingDirectory(bytes)
         | Item::Hostname(bytes)
-        | Item::Entropy(bytes) => bytes.len(),
+        | Item::Entropy(bytes)
+        | Item::RootDevice(bytes) => bytes.len(),
         Item::UserId(_) | Item::GroupId(_) => 4,
         Item::VmAge(_) | Item::RealTime(_) => 8,
         Item::KernelLog => 0,
@@ -148,7 +153,8 @@ fn encode_item<S: Extend<u8>>(item: &Item<'_>, sink: &mut S) -> Result<(), Frame
         | Item::Environment(bytes)
         | Item::WorkingDirectory(bytes)
         | Item::Hostname(bytes)
-        | Item::Entropy(bytes) => sink.extend(bytes.iter().copied()),
+        | Item::Entropy(bytes)
+        | Item::RootDevice(bytes) => sink.extend(bytes.iter().copied()),
         Item::UserId(id) | Item::GroupId(id) => sink.extend(id.to_le_bytes()),
         Item::VmAge(time) | Item::RealTime(time) => sink.extend(time.to_le_bytes()),
         Item::KernelLog => {}
@@ -223,6 +229,7 @@ fn parse_item(tag: u8, value: &[u8]) -> Result<Item<'_>, FrameError> {
         8 => return Err(number),
         9 => Item::RealTime(u64::from_le_bytes(value.try_into().map_err(|_| number)?)),
         10 => Item::Entropy(value),
+        11 => Item::RootDevice(value),
         _ => return Err(FrameError::UnknownItem(tag)),
     })
 }
@@ -240,7 +247,7 @@ mod tests {
         bytes
     }
 
-    const EVERY_KIND: [Item<'_>; 11] = [
+    const EVERY_KIND: [Item<'_>; 12] = [
         Item::Argument(b"/bin/sh"),
         Item::Argument(b""),
         Item::Environment(b"A=b"),
@@ -252,6 +259,7 @@ mod tests {
         Item::KernelLog,
         Item::RealTime(1_700_000_000_000_000_000),
         Item::Entropy(&[1, 2, 3]),
+        Item::RootDevice(b"/dev/vda"),
     ];
 
     #[test]

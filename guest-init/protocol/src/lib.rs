@@ -56,6 +56,8 @@ pub enum BootMark {
     SystemReady = 0x12,
     /// Init has its configuration.
     Configured = 0x13,
+    /// The image's root filesystem is entered, where it is a disk.
+    RootEntered = 0x16,
     /// The payload's process exists and is about to be executed.
     PayloadStarted = 0x14,
     /// The payload's process has ended.
@@ -64,11 +66,12 @@ pub enum BootMark {
 
 impl BootMark {
     /// Every mark, in the order of a boot.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::InitEntered,
         Self::FilesystemsMounted,
         Self::SystemReady,
         Self::Configured,
+        Self::RootEntered,
         Self::PayloadStarted,
         Self::PayloadEnded,
     ];
@@ -87,6 +90,7 @@ impl BootMark {
             Self::FilesystemsMounted => "init: filesystems mounted",
             Self::SystemReady => "init: hostname and loopback set",
             Self::Configured => "init: configuration read",
+            Self::RootEntered => "init: root filesystem entered",
             Self::PayloadStarted => "payload started",
             Self::PayloadEnded => "payload ended",
         }

@@ -24,9 +24,28 @@ pub struct Devices {
     pub balloon: Option<Balloon>,
     /// Files that the guest sees as memory; it calls them /dev/pmem0, /dev/pmem1 and so on.
     pub pmem: Vec<Pmem>,
+    /// File of the image's root filesystem, which init mounts. The guest finds it behind the drives, so that
+    /// those have the same names with every image.
+    pub root: Option<PathBuf>,
 }
 
 impl Devices {
+    /// The image's root filesystem as a disk, and the guest's name for it. This is the only place that knows
+    /// which kind of device it is.
+    #[must_use]
+    pub fn root_drive(&self) -> Option<(Drive, String)> {
+        let path = self.root.as_ref()?;
+        // Drives are named by letters; there are fewer devices than letters.
+        let letter = ('a'..='z').nth(self.drives.len())?;
+        let drive = Drive { is_read_only: true, ..Drive::new("root", path) };
+        Some((drive, format!("/dev/vd{letter}")))
+    }
+
+    /// The drives, and the image's root filesystem behind them.
+    pub fn disks(&self) -> impl Iterator<Item = Drive> {
+        self.drives.iter().cloned().chain(self.root_drive().map(|(drive, _)| drive))
+    }
+
     /// How many there are.
     #[must_use]
     pub const fn count(&self) -> usize {
@@ -36,12 +55,13 @@ impl Devices {
             + self.entropy.is_some() as usize
             + self.balloon.is_some() as usize
             + self.pmem.len()
+            + self.root.is_some() as usize
     }
 
     /// A letter for each, by its kind: disk, read-only disk, network card, vsock, entropy, balloon, memory.
     #[must_use]
     pub fn kinds(&self) -> String {
-        let drives = self.drives.iter().map(|drive| if drive.is_read_only { 'r' } else { 'd' });
+        let drives = self.disks().map(|drive| if drive.is_read_only { 'r' } else { 'd' });
         let interfaces = self.network_interfaces.iter().map(|_| 'n');
         let single =
             [(self.vsock.is_some(), 'v'), (self.entropy.is_some(), 'e'), (self.balloon.is_some(), 'b')];
@@ -118,6 +138,24 @@ pub struct Drive {
     /// Whether the host's page cache is left out.
     #[serde(default)]
     pub direct: bool,
+}
+
+impl Drive {
+    /// A disk that the guest may write.
+    #[must_use]
+    pub fn new(drive_id: impl Into<String>, path_on_host: impl Into<PathBuf>) -> Self {
+        Self {
+            drive_id: drive_id.into(),
+            path_on_host: path_on_host.into(),
+            is_root_device: false,
+            is_read_only: false,
+            partuuid: None,
+            cache_type: CacheType::default(),
+            io_engine: None,
+            rate_limiter: None,
+            direct: false,
+        }
+    }
 }
 
 /// What a flush of the guest does.
@@ -338,6 +376,19 @@ mod tests {
             let message = check(balloon).unwrap_err();
             assert!(message.contains(expected), "{message:?} should say {expected:?}");
         }
+    }
+
+    #[test]
+    fn the_root_filesystem_is_behind_the_drives() {
+        let mut devices = Devices { root: Some("root.erofs".into()), ..Devices::default() };
+        let (drive, name) = devices.root_drive().unwrap();
+        assert_eq!((&*name, drive.is_read_only, devices.count()), ("/dev/vda", true, 1));
+        devices.drives.push(Drive::new("d", "file"));
+        assert_eq!(devices.root_drive().unwrap().1, "/dev/vdb");
+        assert_eq!(devices.kinds(), "dr");
+        assert_eq!(devices.disks().map(|drive| drive.drive_id).collect::<Vec<_>>(), ["d", "root"]);
+        devices.root = None;
+        assert_eq!(devices.root_drive(), None);
     }
 
     #[test]

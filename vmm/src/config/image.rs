@@ -1,6 +1,8 @@
 //! A bootable image: a folder with a kernel, a root filesystem and a description of both.
 
-use super::{BootSource, ConfigError, Devices, InterruptControllers, MachineConfig, json::read_bounded};
+use super::{
+    BootSource, Config, ConfigError, Devices, InterruptControllers, MachineConfig, json::read_bounded,
+};
 use crate::layout::VCPUS_MAX;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -25,8 +27,11 @@ pub struct Image {
     pub name: String,
     /// The kernel's file.
     pub kernel: ImageFile,
-    /// The root filesystem's file, an initramfs.
+    /// The initramfs's file: init, and the root filesystem where that has no file of its own.
     pub initrd: ImageFile,
+    /// The root filesystem's file, EROFS, where it is not the initramfs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub root: Option<ImageFile>,
     /// The kernel command line.
     pub boot_args: String,
     /// vCPUs that the kernel was built for, at most; as many as a machine can have where the
@@ -84,7 +89,7 @@ impl Image {
                 Self::FORMAT
             )));
         }
-        for file in [&image.kernel, &image.initrd] {
+        for file in image.files() {
             if Path::new(&file.file).file_name() != Some(file.file.as_ref()) {
                 return Err(invalid(format!(
                     "{:?} is not the name of a file in the image's folder",
@@ -112,7 +117,7 @@ impl Image {
     /// # Errors
     /// Names the file that differs.
     pub fn verify(&self, directory: &Path) -> Result<(), ConfigError> {
-        for file in [&self.kernel, &self.initrd] {
+        for file in self.files() {
             let path = directory.join(&file.file);
             let digest =
                 sha256_of(&path).map_err(|source| ConfigError::Read { path: path.clone(), source })?;
@@ -124,7 +129,20 @@ impl Image {
         Ok(())
     }
 
-    /// What boots this image, which lies in `directory`.
+    /// All files beside the description.
+    fn files(&self) -> impl Iterator<Item = &ImageFile> {
+        [&self.kernel, &self.initrd].into_iter().chain(&self.root)
+    }
+
+    /// A machine of the default size with this image, which lies in `directory`.
+    #[must_use]
+    pub fn config(&self, directory: &Path) -> Config {
+        let mut config = Config::new(self.boot_source(directory));
+        config.devices.root = self.root.as_ref().map(|file| directory.join(&file.file));
+        config
+    }
+
+    /// Kernel and initramfs of this image, which lies in `directory`.
     #[must_use]
     pub fn boot_source(&self, directory: &Path) -> BootSource {
         let path = |file: &ImageFile| -> PathBuf { directory.join(&file.file) };
@@ -194,6 +212,7 @@ mod tests {
             name: "test".into(),
             kernel: file("vmlinux", b"kernel"),
             initrd: file("initrd", b""),
+            root: None,
             boot_args: "quiet".into(),
             vcpus_max: 16,
             kernel_version: "6.12.0".into(),
@@ -248,6 +267,37 @@ mod tests {
         assert!(Image::open(path).unwrap_err().to_string().contains("it is not a regular file"));
         std::fs::remove_file(path.join("vmlinux")).unwrap();
         assert!(Image::open(path).unwrap_err().to_string().contains("cannot read"));
+    }
+
+    #[test]
+    fn a_root_filesystem_is_a_file_like_the_others() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path();
+        let mut image = image(path);
+        let text = serde_json::to_string(&image).unwrap();
+        assert!(!text.contains("root"), "descriptions without one are what they were: {text}");
+        assert_eq!(image.config(path).devices.root, None);
+        std::fs::write(path.join("root.erofs"), b"root").unwrap();
+        let file = ImageFile { file: "root.erofs".into(), size: 4, sha256: sha256(b"root") };
+        image.root = Some(file.clone());
+        save(path, &image);
+        let opened = Image::open(path).unwrap();
+        opened.verify(path).unwrap();
+        assert_eq!(opened.config(path).devices.root, Some(path.join("root.erofs")));
+        std::fs::write(path.join("root.erofs"), b"tree").unwrap();
+        let message = opened.verify(path).unwrap_err().to_string();
+        assert!(
+            message.contains("root.erofs is not the file that image.json describes: its SHA-256"),
+            "{message}"
+        );
+        std::fs::write(path.join("root.erofs"), b"ro").unwrap();
+        assert!(Image::open(path).unwrap_err().to_string().contains("it has 2 bytes instead of 4"));
+        std::fs::remove_file(path.join("root.erofs")).unwrap();
+        std::os::unix::fs::symlink("vmlinux", path.join("root.erofs")).unwrap();
+        assert!(Image::open(path).unwrap_err().to_string().contains("it is not a regular file"));
+        image.root = Some(ImageFile { file: "../root.erofs".into(), ..file });
+        save(path, &image);
+        assert!(Image::open(path).unwrap_err().to_string().contains("is not the name of a file"));
     }
 
     #[test]

@@ -313,7 +313,8 @@ fn validate_guest(guest: &GuestConfig) -> Result<(), ConfigError> {
         .map(|bytes| ("an argument of the payload", bytes))
         .chain(guest.environment.iter().map(|bytes| ("an environment entry", bytes)))
         .chain(guest.working_directory.iter().map(|bytes| ("the working directory", bytes)))
-        .chain(guest.hostname.iter().map(|bytes| ("the hostname", bytes)));
+        .chain(guest.hostname.iter().map(|bytes| ("the hostname", bytes)))
+        .chain(guest.root_device.iter().map(|bytes| ("the root device", bytes)));
     for (what, bytes) in strings {
         if bytes.contains(&0) {
             return Err(ConfigError::NulByte(what));

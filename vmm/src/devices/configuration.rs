@@ -22,6 +22,9 @@ pub struct GuestConfig {
     pub user_id: u32,
     /// Group id.
     pub group_id: u32,
+    /// Device with an EROFS root filesystem, such as `/dev/vda`; that of the configuration's image where none is
+    /// named and the image has one.
+    pub root_device: Option<Vec<u8>>,
 }
 
 impl GuestConfig {
@@ -44,6 +47,7 @@ impl GuestConfig {
             .chain(self.environment.iter().map(|bytes| Item::Environment(bytes)))
             .chain(self.working_directory.iter().map(|bytes| Item::WorkingDirectory(bytes)))
             .chain(self.hostname.iter().map(|bytes| Item::Hostname(bytes)))
+            .chain(self.root_device.iter().map(|bytes| Item::RootDevice(bytes)))
             .chain([Item::UserId(self.user_id), Item::GroupId(self.group_id), Item::VmAge(vm_age)])
             .chain(kernel_log.then_some(Item::KernelLog))
             .chain(renewed.into_iter().flatten());

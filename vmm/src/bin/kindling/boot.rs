@@ -30,7 +30,7 @@ pub(crate) struct Arguments {
     /// Firecracker's JSON: boot source, machine and devices
     #[arg(long, value_name = "FILE")]
     pub(crate) config_file: Option<PathBuf>,
-    /// Initramfs; replaces the image's or the file's
+    /// Initramfs; replaces the image's root filesystem or the file's initramfs
     #[arg(long, value_name = "FILE")]
     pub(crate) initrd: Option<PathBuf>,
     /// Kernel command line; replaces the image's or the file's
@@ -174,6 +174,7 @@ impl Arguments {
         if let Some(path) = &self.initrd {
             config.boot_source.initrd_path = Some(path.clone());
             config.boot_source.image_digests = None;
+            config.devices.root = None;
         }
         if let Some(line) = &self.cmdline {
             config.boot_source.boot_args.clone_from(line);
@@ -212,17 +213,16 @@ impl Arguments {
         if let Some(path) = &self.config_file {
             return config::from_json_file(path);
         }
-        let boot_source = match (&self.image, &self.kernel) {
+        match (&self.image, &self.kernel) {
             (Some(directory), _) => {
                 let image = Image::open(directory)?;
                 if self.verify {
                     image.verify(directory)?;
                 }
-                image.boot_source(directory)
+                Ok(image.config(directory))
             }
-            (None, kernel) => BootSource::kernel(kernel.clone().unwrap_or_default()),
-        };
-        Ok(Config::new(boot_source))
+            (None, kernel) => Ok(Config::new(BootSource::kernel(kernel.clone().unwrap_or_default()))),
+        }
     }
 
     fn guest(&self) -> GuestConfig {
@@ -235,6 +235,7 @@ impl Arguments {
             hostname: self.hostname.as_ref().map(bytes),
             user_id,
             group_id,
+            root_device: None,
         }
     }
 }

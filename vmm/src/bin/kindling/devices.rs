@@ -3,7 +3,7 @@
 use clap::Args;
 use kindling::config::ConfigError;
 use kindling::config::devices::{
-    Balloon, CacheType, Devices, Drive, Entropy, NetworkInterface, Pmem, PortForward, Vsock,
+    Balloon, Devices, Drive, Entropy, NetworkInterface, Pmem, PortForward, Vsock,
 };
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -93,17 +93,7 @@ impl DeviceArguments {
 
 fn drive(text: &OsStr, number: usize) -> Drive {
     let (path, [is_read_only, direct]) = flags(text, [":ro", ":direct"]);
-    Drive {
-        drive_id: format!("drive{number}"),
-        path_on_host: path.into(),
-        is_root_device: false,
-        is_read_only,
-        partuuid: None,
-        cache_type: CacheType::Writeback,
-        io_engine: None,
-        rate_limiter: None,
-        direct,
-    }
+    Drive { is_read_only, direct, ..Drive::new(format!("drive{number}"), path) }
 }
 
 fn interface(text: &OsStr, number: usize) -> Result<NetworkInterface, ConfigError> {

@@ -45,7 +45,7 @@ fn make(arguments: &Arguments) -> Result<PathBuf, Error> {
     let machine = MachineConfig { vcpu_count, mem_size_mib: arguments.memory };
     let image = Image::open(&arguments.image)?;
     image.verify(&arguments.image)?;
-    let mut config = Config { machine, ..Config::new(image.boot_source(&arguments.image)) };
+    let mut config = Config { machine, ..image.config(&arguments.image) };
     arguments.devices.add_to(&mut config.devices)?;
     let path = Image::preboot_path(&arguments.image, &machine, &config.devices);
     preboot::make(&config, &path)?;

@@ -1,0 +1,277 @@
+//! The tree that becomes an image's root filesystem: what is in it, which form fits it, and the EROFS file.
+
+use crate::debian;
+use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
+use rustix::fs::{Access, access, statvfs};
+use std::collections::HashSet;
+use std::fs::{self, Metadata};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+/// What an image's root filesystem is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum RootType {
+    /// Files in memory, unpacked by the kernel while it boots
+    Initramfs,
+    /// A read-only disk below a writable overlay in memory
+    Erofs,
+}
+
+/// A tree of more bytes than this becomes a disk: unpacking it would cost more than finding and mounting one
+/// (`cargo xtask root-prices`).
+const INITRAMFS_MAX: u64 = 3 << 20;
+/// The same for every image, so that equal trees give equal bytes; nothing finds a root by it.
+const UUID: &str = "6b696e64-6c69-4e67-8000-726f6f740000";
+/// Bytes of a page, by which files and directories are rounded up.
+const BLOCK: u64 = 4096;
+/// Bytes of the longest name that a file can have. The mkfs.erofs of Debian 12 (1.5) cuts its last byte off and
+/// then does not find the file.
+const LONG_NAME: usize = 255;
+
+/// What a tree consists of.
+#[derive(Debug, Default)]
+pub(crate) struct Survey {
+    /// Bytes of all files and links, each name with its own content.
+    bytes: u64,
+    /// Bytes of a filesystem in which all names of a file share its content.
+    blocks: u64,
+    /// What an initramfs would lose or could not hold.
+    beyond_initramfs: Option<String>,
+    /// Something with a name of [`LONG_NAME`] bytes.
+    long_name: Option<String>,
+    /// Files with several names that were seen under one.
+    linked: HashSet<(u64, u64)>,
+}
+
+impl Survey {
+    /// Looks at everything below a folder.
+    ///
+    /// # Errors
+    /// Names what cannot be read, or cannot be part of an image.
+    pub(crate) fn of(root: &Path) -> Result<Self> {
+        if !root.metadata().with_context(|| format!("--root {}", root.display()))?.is_dir() {
+            bail!("--root {}: it is not a folder", root.display());
+        }
+        let mut survey = Self::default();
+        let mut folders = vec![root.to_owned()];
+        while let Some(folder) = folders.pop() {
+            let unreadable = || format!("cannot read {}", folder.display());
+            for entry in fs::read_dir(&folder).with_context(unreadable)? {
+                let path = entry.with_context(unreadable)?.path();
+                let found = || format!("--root: {}", path.display());
+                let metadata = path.symlink_metadata().with_context(found)?;
+                survey.add(&path, &metadata).with_context(found)?;
+                if metadata.is_dir() {
+                    folders.push(path);
+                }
+            }
+        }
+        Ok(survey)
+    }
+
+    fn add(&mut self, path: &Path, metadata: &Metadata) -> Result<()> {
+        let kind = metadata.file_type();
+        if kind.is_socket() {
+            bail!("it is a socket, which has no meaning in an image");
+        }
+        if kind.is_file() || kind.is_dir() {
+            access(path, Access::READ_OK).context("it cannot be read")?;
+        }
+        let length = if kind.is_file() || kind.is_symlink() { metadata.len() } else { 0 };
+        self.bytes = self.bytes.saturating_add(length);
+        let is_another_name =
+            kind.is_file() && metadata.nlink() > 1 && !self.linked.insert((metadata.dev(), metadata.ino()));
+        if !is_another_name {
+            self.blocks = self.blocks.saturating_add(length.next_multiple_of(BLOCK)).saturating_add(BLOCK);
+        }
+        if path.file_name().is_some_and(|name| name.len() >= LONG_NAME) {
+            self.long_name = Some(path.display().to_string());
+        }
+        if self.beyond_initramfs.is_none() {
+            self.beyond_initramfs = beyond_initramfs(path, metadata)?;
+        }
+        Ok(())
+    }
+
+    /// The form that suits the tree.
+    pub(crate) const fn root_type(&self) -> RootType {
+        if self.bytes > INITRAMFS_MAX || self.beyond_initramfs.is_some() {
+            RootType::Erofs
+        } else {
+            RootType::Initramfs
+        }
+    }
+
+    /// What is lost, or cannot be built, if the tree becomes an initramfs.
+    pub(crate) fn beyond_initramfs(&self) -> Option<&str> {
+        self.beyond_initramfs.as_deref()
+    }
+}
+
+fn beyond_initramfs(path: &Path, metadata: &Metadata) -> Result<Option<String>> {
+    let reason = if path.file_name().is_some_and(|name| name.to_str().is_none()) {
+        "has a name that is not UTF-8"
+    } else if metadata.is_symlink() && fs::read_link(path)?.to_str().is_none() {
+        "leads to a name that is not UTF-8"
+    } else if metadata.len() > u64::from(u32::MAX) {
+        "has 4 GiB or more"
+    } else if has_attributes(path)? {
+        "has extended attributes"
+    } else {
+        return Ok(None);
+    };
+    Ok(Some(format!("{} {reason}", path.display())))
+}
+
+fn has_attributes(path: &Path) -> Result<bool> {
+    match rustix::fs::llistxattr(path, &mut [0_u8; 0][..]) {
+        Ok(length) => Ok(length > 0),
+        Err(rustix::io::Errno::OPNOTSUPP) => Ok(false),
+        Err(error) => Err(error).context("its extended attributes cannot be read"),
+    }
+}
+
+/// Makes `target` an EROFS filesystem with a tree in it, the same for equal trees; the version of the tool.
+///
+/// Files are not compressed and each starts at a page, so that a guest that sees the file as memory can use its
+/// pages as they are.
+pub(crate) fn make_erofs(root: &Path, survey: &Survey, keep_owners: bool, target: &Path) -> Result<String> {
+    debian::ensure_erofs_tools()?;
+    let root = root.canonicalize()?;
+    let place = target.parent().context("a file without a folder")?.canonicalize()?;
+    if place.starts_with(&root) {
+        bail!("--root {} would contain the image itself; choose another --out", root.display());
+    }
+    let disk = statvfs(&place).context("cannot ask for the free room")?;
+    let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+    if survey.blocks > free {
+        bail!(
+            "{} needs {} MiB, and {} has {} MiB free",
+            root.display(),
+            survey.blocks >> 20,
+            place.display(),
+            free >> 20
+        );
+    }
+    let owners = (!keep_owners).then_some("--all-root");
+    let output = Command::new("mkfs.erofs")
+        .args(["-T0", "-U", UUID, "-E", "noinline_data"])
+        .args(owners)
+        .arg(target)
+        .arg(&root)
+        .stdin(Stdio::null())
+        .output()
+        .context("cannot run mkfs.erofs")?;
+    if !output.status.success() {
+        let words = String::from_utf8_lossy(&output.stderr);
+        let hint = survey.long_name.as_ref().map(|path| {
+            format!("; mkfs.erofs 1.5 does not take names of {LONG_NAME} bytes such as that of {path}")
+        });
+        let hint = hint.unwrap_or_default();
+        bail!("mkfs.erofs could not make {}: {}{hint}", target.display(), words.trim());
+    }
+    let words = String::from_utf8_lossy(&output.stdout);
+    Ok(words.lines().next().unwrap_or_default().trim_start_matches("mkfs.erofs ").to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::ffi::OsStr;
+    use std::fs::File;
+    use std::os::unix::ffi::OsStrExt;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn large_trees_become_disks() {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir(root.path().join("d")).unwrap();
+        let file = File::create(root.path().join("d/file")).unwrap();
+        file.set_len(INITRAMFS_MAX).unwrap();
+        assert_eq!(Survey::of(root.path()).unwrap().root_type(), RootType::Initramfs);
+        fs::write(root.path().join("more"), "x").unwrap();
+        assert_eq!(Survey::of(root.path()).unwrap().root_type(), RootType::Erofs);
+    }
+
+    #[test]
+    fn names_of_one_file_take_its_room_once_in_a_filesystem() {
+        let root = tempfile::tempdir().unwrap();
+        fs::write(root.path().join("a"), vec![1; 10_000]).unwrap();
+        fs::hard_link(root.path().join("a"), root.path().join("b")).unwrap();
+        let survey = Survey::of(root.path()).unwrap();
+        assert_eq!((survey.bytes, survey.blocks), (20_000, 4 * BLOCK));
+    }
+
+    #[test]
+    fn what_no_initramfs_holds_becomes_a_disk() {
+        let not_utf8 = OsStr::from_bytes(b"\xff");
+        let root = tempfile::tempdir().unwrap();
+        fs::write(root.path().join(not_utf8), "").unwrap();
+        let survey = Survey::of(root.path()).unwrap();
+        assert_eq!(survey.root_type(), RootType::Erofs);
+        assert!(survey.beyond_initramfs().unwrap().ends_with("has a name that is not UTF-8"));
+        let root = tempfile::tempdir().unwrap();
+        symlink(not_utf8, root.path().join("link")).unwrap();
+        assert!(Survey::of(root.path()).unwrap().beyond_initramfs().unwrap().ends_with("that is not UTF-8"));
+    }
+
+    #[test]
+    fn what_cannot_be_a_root_is_named() {
+        let root = tempfile::tempdir().unwrap();
+        let error = |path: &Path| format!("{:#}", Survey::of(path).unwrap_err());
+        assert!(error(&root.path().join("none")).ends_with("none: No such file or directory (os error 2)"));
+        fs::write(root.path().join("file"), "").unwrap();
+        assert!(error(&root.path().join("file")).ends_with("file: it is not a folder"));
+        let _socket = std::os::unix::net::UnixListener::bind(root.path().join("socket")).unwrap();
+        assert!(error(root.path()).ends_with("socket: it is a socket, which has no meaning in an image"));
+    }
+
+    fn erofs(root: &Path, keep_owners: bool) -> Result<Vec<u8>> {
+        let place = tempfile::tempdir()?;
+        let target = place.path().join("root.erofs");
+        make_erofs(root, &Survey::of(root)?, keep_owners, &target)?;
+        Ok(fs::read(target)?)
+    }
+
+    #[test]
+    fn equal_trees_give_equal_bytes() {
+        let names = ["a", "b", "c"];
+        let tree = |order: [usize; 3]| {
+            let root = tempfile::tempdir().unwrap();
+            for number in order {
+                fs::write(root.path().join(names[number]), names[number].repeat(5000)).unwrap();
+            }
+            root
+        };
+        let (first, second) = (tree([0, 1, 2]), tree([2, 0, 1]));
+        let later = std::time::SystemTime::now() + std::time::Duration::from_secs(99);
+        File::options().write(true).open(second.path().join("a")).unwrap().set_modified(later).unwrap();
+        let bytes = erofs(first.path(), false).unwrap();
+        assert_eq!(bytes.len() % 4096, 0);
+        assert!(bytes == erofs(second.path(), false).unwrap());
+        fs::write(second.path().join("a"), "another").unwrap();
+        assert!(bytes != erofs(second.path(), false).unwrap());
+    }
+
+    #[test]
+    fn an_image_inside_its_own_tree_is_refused() {
+        let root = tempfile::tempdir().unwrap();
+        let survey = Survey::of(root.path()).unwrap();
+        let error = make_erofs(root.path(), &survey, false, &root.path().join("root.erofs")).unwrap_err();
+        assert!(
+            error.to_string().ends_with("would contain the image itself; choose another --out"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_tree_that_does_not_fit_the_disk_is_refused_before_anything_is_written() {
+        let root = tempfile::tempdir().unwrap();
+        // Its content is a hole.
+        File::create(root.path().join("large")).unwrap().set_len(1 << 42).unwrap();
+        let error = erofs(root.path(), false).unwrap_err().to_string();
+        assert!(error.contains(" needs 4194304 MiB, and "), "{error}");
+    }
+}
