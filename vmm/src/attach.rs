@@ -4,6 +4,7 @@
 use crate::bus::MemoryBus;
 use crate::config::Devices;
 use crate::devices::virtio::block::Block;
+use crate::devices::virtio::vsock::Vsock;
 use crate::devices::virtio::{Device, RegisterPages, Shape, State, Transport, Wiring};
 use crate::kvm::{KvmError, Vm};
 use crate::layout::{self, Gsi};
@@ -30,6 +31,9 @@ impl Opened {
         let mut opened = Self::default();
         for drive in &config.drives {
             opened.add(&drive.drive_id, prepare(Block::open(drive)?)?);
+        }
+        if let Some(vsock) = &config.vsock {
+            opened.add("vsock", Vsock::open(vsock)?);
         }
         Ok(opened)
     }
