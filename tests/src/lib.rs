@@ -4,6 +4,7 @@
 //! the tests, takes it to where there is a KVM, and names it in `KINDLING_TESTBED`.
 
 pub mod machine_code;
+pub mod vsock;
 
 use std::fmt;
 use std::io::Read;

@@ -149,6 +149,13 @@ fn lay_out_testbed() -> Result<PathBuf> {
         ..Image::default()
     })?;
     filesystem(&testbed)?;
+    fs::copy(cargo::release_binary("tests", "vsock-guest")?, root.path().join("bin/vsock-guest"))?;
+    build_image::build(&Image {
+        name: "vsock".to_owned(),
+        root: Some(root.path().into()),
+        out: Some(images.join("vsock")),
+        ..Image::default()
+    })?;
     let path = std::env::var_os("PATH").unwrap_or_default();
     match std::env::split_paths(&path).map(|folder| folder.join(FIRECRACKER)).find(|file| file.is_file()) {
         Some(file) => drop(fs::copy(file, testbed.join(FIRECRACKER))?),

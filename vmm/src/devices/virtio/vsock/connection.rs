@@ -88,6 +88,9 @@ pub(super) struct Connection {
     guest_fwd_cnt: u32,
     /// The Unix socket may have something to read.
     is_readable: bool,
+    /// The event of the Unix socket's end may have come already, so that a read that finds less than it has room for
+    /// is not the last one.
+    may_end: bool,
     /// The Unix socket has reached its end.
     is_at_end: bool,
     /// The program has closed the Unix socket, or both directions of it have ended.
@@ -122,6 +125,7 @@ impl Connection {
             guest_fwd_cnt: 0,
             // It may have sent something behind its request.
             is_readable: true,
+            may_end: true,
             is_at_end: false,
             is_closed: false,
             appetite: 1,
@@ -240,6 +244,7 @@ impl Connection {
             self.lose_reader();
         }
         self.is_readable |= flags.intersects(EventFlags::IN | EventFlags::RDHUP | EventFlags::HUP);
+        self.may_end |= flags.intersects(EventFlags::RDHUP | EventFlags::HUP);
         if flags.intersects(EventFlags::OUT) {
             self.flush(id, watcher);
         }
@@ -423,13 +428,13 @@ impl Connection {
         match receive(&self.stream, pieces) {
             Ok(received) => {
                 let is_full = received.bytes == room;
-                self.is_readable = is_full || received.had_descriptors;
+                self.is_readable = is_full || self.may_end || received.had_descriptors;
                 self.appetite = if is_full { CHAINS_MAX.min(self.appetite * 2) } else { 1 };
                 self.is_at_end = received.bytes == 0;
                 if self.is_at_end { Err(Unsent::Nothing) } else { Ok(received.bytes) }
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                self.is_readable = false;
+                (self.is_readable, self.may_end) = (false, false);
                 Err(Unsent::Nothing)
             }
             Err(_) => Err(Unsent::Failed),
