@@ -254,11 +254,12 @@ impl Connection {
     fn flush(&mut self, id: u32, watcher: &Watcher) {
         while !self.buffer.is_empty() {
             let bytes = self.buffer.bytes();
-            let count = match rustix::net::send(&self.stream, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
-                Ok(count) => count,
-                Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => return,
-                Err(_) => return self.lose_reader(),
-            };
+            let count =
+                match rustix::net::send(&self.stream, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+                    Ok(count) => count,
+                    Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => return,
+                    Err(_) => return self.lose_reader(),
+                };
             self.buffer.consume(count);
             self.forwarded(count);
         }

@@ -8,7 +8,8 @@
 use crate::config::ConfigError;
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType, accept_with, connect, recv, socket_with,
+    AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType, accept_with, connect, recv,
+    socket_with,
 };
 use std::ffi::OsString;
 use std::fs;

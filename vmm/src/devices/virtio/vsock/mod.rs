@@ -217,7 +217,8 @@ impl Vsock {
         if self.is_full() {
             return false;
         }
-        let (Some(watcher), Ok(socket)) = (self.watcher.clone(), self.listener.connect(request.dst_port)) else {
+        let (Some(watcher), Ok(socket)) = (self.watcher.clone(), self.listener.connect(request.dst_port))
+        else {
             return false;
         };
         let id = self.take_id();
