@@ -31,6 +31,7 @@ fn done(result: i32) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+#[expect(clippy::cast_possible_truncation, reason = "an address has 16 bytes")]
 const ADDRESS_SIZE: u32 = size_of::<libc::sockaddr_vm>() as u32;
 
 /// A connection of the guest.

@@ -9,10 +9,8 @@ use std::time::Duration;
 use tests::vsock::{Pattern, check};
 use tests::{PATIENCE, Started, kindling, run, start, testbed};
 
-/// Bytes of a stream that is tested every time.
-const STREAM: u64 = 1 << 30;
-/// Bytes of the long one.
-const LONG_STREAM: u64 = 10 << 30;
+const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
 
 /// A folder for a guest's sockets.
 struct Place(tempfile::TempDir);
@@ -199,22 +197,34 @@ fn guest_receives(bytes: u64) {
 
 #[test]
 fn a_stream_from_the_guest_arrives_whole() {
-    guest_sends(STREAM);
+    guest_sends(64 * MIB);
 }
 
 #[test]
 fn a_stream_to_the_guest_arrives_whole() {
-    guest_receives(STREAM);
+    guest_receives(64 * MIB);
 }
 
 #[test]
-#[ignore = "takes long: cargo xtask test --ignored vsock"]
-fn a_long_stream_from_the_guest_arrives_whole() {
-    guest_sends(LONG_STREAM);
+#[ignore = "takes minutes: cargo xtask test --ignored 1_gib"]
+fn a_stream_of_1_gib_from_the_guest_arrives_whole() {
+    guest_sends(GIB);
 }
 
 #[test]
-#[ignore = "takes long: cargo xtask test --ignored vsock"]
-fn a_long_stream_to_the_guest_arrives_whole() {
-    guest_receives(LONG_STREAM);
+#[ignore = "takes minutes: cargo xtask test --ignored 1_gib"]
+fn a_stream_of_1_gib_to_the_guest_arrives_whole() {
+    guest_receives(GIB);
+}
+
+#[test]
+#[ignore = "takes an hour: cargo xtask test --ignored 10_gib"]
+fn a_stream_of_10_gib_from_the_guest_arrives_whole() {
+    guest_sends(10 * GIB);
+}
+
+#[test]
+#[ignore = "takes an hour: cargo xtask test --ignored 10_gib"]
+fn a_stream_of_10_gib_to_the_guest_arrives_whole() {
+    guest_receives(10 * GIB);
 }

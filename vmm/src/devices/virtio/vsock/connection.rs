@@ -4,7 +4,7 @@
 //! socket until the guest has a chain and room for it. What the guest sends goes to the Unix socket at once; only
 //! what that does not take is kept, which is bounded by the credit that the guest was given.
 
-use super::packet::{HEADER_SIZE, HOST_CID, Header, STREAM, op, shutdown};
+use super::packet::{HEADER_LEN, HEADER_SIZE, HOST_CID, Header, STREAM, op, shutdown};
 use super::stream::{receive, send};
 use super::{RX, next_chain};
 use crate::devices::virtio::queue::fill;
@@ -371,7 +371,7 @@ impl Connection {
         flags: u32,
     ) -> Result<Turn, Broken> {
         chain.write(&self.header(guest_cid, op, flags, 0).to_bytes())?;
-        queues.complete(RX, chain, HEADER_SIZE as u32)?;
+        queues.complete(RX, chain, HEADER_LEN)?;
         // Who neither sends nor takes anything has nothing to say either.
         let is_over = self.told_shutdown == shutdown::BOTH;
         Ok(Turn::Sent(1, if is_over { After::Gone } else { After::Open }))
@@ -419,7 +419,7 @@ impl Connection {
             left -= bytes as usize;
             self.sent = self.sent.wrapping_add(bytes);
             fill(header, &self.header(guest_cid, op::RW, 0, bytes).to_bytes());
-            queues.complete(RX, chain, HEADER_SIZE as u32 + bytes)?;
+            queues.complete(RX, chain, HEADER_LEN + bytes)?;
         }
         Ok(packets)
     }

@@ -15,7 +15,7 @@ use crate::config::ConfigError;
 use crate::config::devices::Vsock as Config;
 use connection::{After, Batch, Connection, Ports, Turn};
 use host::{Asked, Listener};
-use packet::{HEADER_SIZE, HOST_CID, Header, STREAM, op};
+use packet::{HEADER_LEN, HEADER_SIZE, HOST_CID, Header, STREAM, op};
 use rustix::event::epoll::EventFlags;
 use std::collections::{BTreeMap, VecDeque};
 use std::os::unix::net::UnixStream;
@@ -147,7 +147,8 @@ impl Vsock {
         }
         let Some(socket) = self.programs.get(&id) else { return };
         let asked = host::read_request(socket);
-        if asked == Asked::NotYet {
+        // One that has stopped sending will not complete its line.
+        if asked == Asked::NotYet && !flags.intersects(EventFlags::RDHUP | EventFlags::HUP) {
             return;
         }
         let Some(socket) = self.programs.remove(&id) else { return };
@@ -245,7 +246,7 @@ impl Vsock {
             if let Some(reset) = self.resets.front() {
                 let Some(mut chain) = next_chain(queues)? else { return Ok(()) };
                 chain.write(&reset.to_bytes())?;
-                queues.complete(RX, chain, HEADER_SIZE as u32)?;
+                queues.complete(RX, chain, HEADER_LEN)?;
                 self.resets.pop_front();
                 sent += 1;
                 continue;

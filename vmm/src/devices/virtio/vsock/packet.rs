@@ -1,7 +1,9 @@
 //! The header of every packet (section 5.10.6 of virtio 1.2).
 
 /// Bytes of a header.
-pub(super) const HEADER_SIZE: usize = 44;
+pub(super) const HEADER_SIZE: usize = HEADER_LEN as usize;
+/// The same as a length of the queues.
+pub(super) const HEADER_LEN: u32 = 44;
 /// The number of the host (section 5.10.4).
 pub(super) const HOST_CID: u64 = 2;
 /// The only kind of socket that this device has.
