@@ -200,6 +200,21 @@ fn images() {
 }
 
 #[test]
+fn vsock_sockets() {
+    let place = Place::new();
+    let kernel = place.kernel();
+    let at = |path: &str, expected: &str| refused(&["--kernel", &kernel, "--vsock", path], expected);
+    let file = place.file("taken", b"mine");
+    at(&file, "taken cannot be the vsock's socket: there is a file of that name, which is no socket; choose");
+    assert_eq!(std::fs::read(&file).unwrap(), b"mine");
+    at("/nonexistent/vsock", "/nonexistent/vsock cannot be the vsock's socket: No such file");
+    let path = place.0.path().join("used");
+    let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    at(path.to_str().unwrap(), "somebody listens on it, perhaps another guest; choose another path");
+    at(&format!("/tmp/{}", "x".repeat(92)), "has 97 bytes; the path of a socket can have 96");
+}
+
+#[test]
 fn consoles() {
     let place = Place::new();
     let kernel = place.kernel();

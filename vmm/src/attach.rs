@@ -7,6 +7,7 @@ use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::Block;
 use crate::devices::virtio::entropy::Entropy;
 use crate::devices::virtio::pmem::Pmem;
+use crate::devices::virtio::vsock::Vsock;
 use crate::devices::virtio::{Device, RegisterPages, Shape, State, Transport, Wiring};
 use crate::kvm::{KvmError, Vm};
 use crate::layout::{self, Gsi};
@@ -43,6 +44,14 @@ impl Opened {
                 device = device.blank().map_err(Error::host("make a blank disk"))?;
             }
             opened.add(&drive.drive_id, device);
+        }
+        if let Some(vsock) = &devices.vsock {
+            let device = if is_blank {
+                Vsock::blank(vsock).map_err(Error::host("make a socket"))?
+            } else {
+                Vsock::open(vsock)?
+            };
+            opened.add("vsock", device);
         }
         if let Some(entropy) = &devices.entropy {
             let device = Entropy::new(entropy);

@@ -187,6 +187,9 @@ impl Running {
         let end = self.event_loop.run(&self.machine.devices.serial);
         let ended_at = Instant::now();
         self.stop_vcpus();
+        for device in &self.machine.devices.virtio {
+            lock(device).end();
+        }
         (self.describe(end, ended_at), Remains(self))
     }
 

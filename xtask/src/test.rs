@@ -22,6 +22,9 @@ use xshell::{Shell, cmd};
 pub(crate) struct Arguments {
     /// Only test programs and tests whose names contain this
     filter: Option<String>,
+    /// The tests that take too long for every day, instead of the others
+    #[arg(long)]
+    ignored: bool,
 }
 
 /// Where the testbed is inside the lab.
@@ -42,12 +45,12 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let host = Host::choose(false, true);
     let mut failed = Vec::new();
     debian::ensure_erofs_tools()?;
-    if filter.is_empty() && !unit_tests()? {
+    if filter.is_empty() && !arguments.ignored && !unit_tests()? {
         failed.push("the crates' own tests".to_owned());
     }
     debian::ensure_lab_tools()?;
     let testbed = lay_out_testbed()?;
-    let programs = programs()?;
+    let programs = programs(arguments.ignored)?;
     let chosen = |prefix: &str| -> Vec<&Program> {
         let others = ["on_host_", "exact_", "smp_"];
         let belongs = |name: &str| match prefix {
@@ -93,13 +96,18 @@ fn unit_tests() -> Result<bool> {
 struct Program {
     name: String,
     path: PathBuf,
+    /// Whether those of its tests run that take long, instead of the others.
+    takes_long: bool,
 }
 
 impl Program {
     /// A filter that names the program chooses all of its tests.
-    fn arguments(name: &str, filter: &str) -> Vec<String> {
+    fn arguments(&self, filter: &str) -> Vec<String> {
         let mut arguments = vec!["--test-threads=1".to_owned()];
-        if !name.contains(filter) {
+        if self.takes_long {
+            arguments.push("--ignored".to_owned());
+        }
+        if !self.name.contains(filter) {
             arguments.push(filter.to_owned());
         }
         arguments
@@ -107,7 +115,7 @@ impl Program {
 }
 
 /// Builds the test programs and asks cargo where they are.
-fn programs() -> Result<Vec<Program>> {
+fn programs(takes_long: bool) -> Result<Vec<Program>> {
     let shell = cargo::shell()?;
     let output = cmd!(shell, "cargo test --quiet --package tests --tests --no-run --message-format=json")
         .quiet()
@@ -120,7 +128,7 @@ fn programs() -> Result<Vec<Program>> {
         if let (true, Some(path), Some(name)) =
             (is_test, message["executable"].as_str(), message["target"]["name"].as_str())
         {
-            programs.push(Program { name: name.to_owned(), path: path.into() });
+            programs.push(Program { name: name.to_owned(), path: path.into(), takes_long });
         }
     }
     if programs.is_empty() {
@@ -152,6 +160,13 @@ fn lay_out_testbed() -> Result<PathBuf> {
     })?;
     filesystem(&testbed)?;
     test_root::build(&images)?;
+    fs::copy(cargo::release_binary("tests", "vsock-guest")?, root.path().join("bin/vsock-guest"))?;
+    build_image::build(&Image {
+        name: "vsock".to_owned(),
+        root: Some(root.path().into()),
+        out: Some(images.join("vsock")),
+        ..Image::default()
+    })?;
     let path = std::env::var_os("PATH").unwrap_or_default();
     match std::env::split_paths(&path).map(|folder| folder.join(FIRECRACKER)).find(|file| file.is_file()) {
         Some(file) => drop(fs::copy(file, testbed.join(FIRECRACKER))?),
@@ -235,10 +250,11 @@ fn unpack_kernel(bzimage: &[u8], target: &Path) -> Result<()> {
 /// Runs test programs on this machine; the names of those that failed.
 fn here(place: &str, programs: &[&Program], testbed: &Path, filter: &str) -> Result<Vec<String>> {
     let mut failed = Vec::new();
-    for Program { name, path } in programs {
+    for program in programs {
+        let Program { name, path, .. } = program;
         println!("\n{name} ({place})");
         let mut command = Command::new(path);
-        command.args(Program::arguments(name, filter)).env("KINDLING_TESTBED", testbed).stdin(Stdio::null());
+        command.args(program.arguments(filter)).env("KINDLING_TESTBED", testbed).stdin(Stdio::null());
         if !command.status()?.success() {
             failed.push(name.clone());
         }
@@ -248,6 +264,8 @@ fn here(place: &str, programs: &[&Program], testbed: &Path, filter: &str) -> Res
 
 /// How long a test may say nothing; the slowest take half a minute.
 const SILENCE: Duration = Duration::from_secs(180);
+/// The same for those that take long.
+const LONG_SILENCE: Duration = Duration::from_secs(3600);
 /// How often a lab that stands still is started: QEMU sometimes delivers a guest's interrupt twice
 /// (docs/architecture.md, "The lab").
 const ATTEMPTS: u8 = 4;
@@ -262,8 +280,9 @@ fn in_lab(cpus: u8, programs: &[&Program], testbed: &Path, filter: &str) -> Resu
     let failures = tempfile::NamedTempFile::new()?;
     let mut script = String::from("touch failures\n");
     let mut with = vec![(testbed.to_owned(), TESTBED.to_owned())];
-    for Program { name, path } in programs {
-        let arguments = Program::arguments(name, filter).join(" ");
+    for program in programs {
+        let Program { name, path, .. } = program;
+        let arguments = program.arguments(filter).join(" ");
         script +=
             &format!("echo; echo '{name} ({kind})'\n/tests/{name} {arguments} || echo {name} >> failures\n");
         with.push((path.clone(), format!("/tests/{name}")));
@@ -279,9 +298,10 @@ fn in_lab(cpus: u8, programs: &[&Program], testbed: &Path, filter: &str) -> Resu
         with,
         get: vec![(lab::inside("failures"), failures.path().into())],
     };
+    let silence = if programs.iter().any(|program| program.takes_long) { LONG_SILENCE } else { SILENCE };
     let mut attempt = 1;
     let status = loop {
-        match job.run_unless_silent(SILENCE) {
+        match job.run_unless_silent(silence) {
             Err(error) if error.is::<lab::Silent>() && attempt < ATTEMPTS => {
                 attempt += 1;
                 println!("\n{error:#}\nstarting this lab once more, attempt {attempt} of {ATTEMPTS}");

@@ -262,8 +262,9 @@ pub struct Vsock {
 }
 
 impl Vsock {
-    /// Bytes that the path of a Unix socket can have (`sun_path` in unix(7), without its NUL).
-    const PATH_MAX: usize = 107;
+    /// Bytes that the path can have: those of any Unix socket (`sun_path` in unix(7), without its NUL), less the
+    /// longest port behind it.
+    const PATH_MAX: usize = 107 - "_4294967295".len();
 
     fn validate(&self) -> Result<(), ConfigError> {
         use std::os::unix::ffi::OsStrExt;

@@ -211,12 +211,23 @@ pub enum ConfigError {
     #[error("guest_cid is {0}; those of guests go from 3 to 4294967294")]
     GuestCid(u32),
     /// A path that no Unix socket can have.
-    #[error("{} has {length} bytes; the path of a socket can have 107", path.display())]
+    #[error(
+        "{} has {length} bytes; the path of a socket can have 96, and 11 for the port behind it; choose a shorter one",
+        path.display()
+    )]
     SocketPath {
         /// The path.
         path: PathBuf,
         /// Its length.
         length: usize,
+    },
+    /// A path at which the vsock's socket cannot be.
+    #[error("{} cannot be the vsock's socket: {what}", path.display())]
+    VsockSocket {
+        /// The path.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: String,
     },
     /// A file that cannot be the one behind a device.
     #[error("{} cannot be a drive: {what}", path.display())]

@@ -117,6 +117,9 @@ pub(crate) fn run(arguments: &Arguments, entered: Instant) -> u8 {
 
 fn boot(arguments: &Arguments, timeline: Timeline) -> Result<Exit, Error> {
     let config = arguments.config()?;
+    if config.devices.vsock.is_some() {
+        raise_descriptor_limit();
+    }
     let machine = Machine::new(&config, timeline)?;
     if let Some(refusal) = machine.preboot_refusal() {
         complain(refusal);
@@ -135,6 +138,15 @@ fn boot(arguments: &Arguments, timeline: Timeline) -> Result<Exit, Error> {
     drop(terminal);
     remains.leave_to_kernel();
     Ok(exit)
+}
+
+/// Takes as many descriptors as the host allows: each connection of a vsock is one, and the usual limit of 1024 is for
+/// programs that use select(2).
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    // With fewer, connections beyond them are refused.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
 }
 
 fn finish(arguments: &Arguments, exit: &Exit) -> u8 {

@@ -159,6 +159,11 @@ impl Transport {
         self.pass(Event::Deadline);
     }
 
+    /// The machine has ended.
+    pub fn end(&mut self) {
+        self.device.end();
+    }
+
     /// When the device wants to be called at the latest.
     #[must_use]
     pub fn deadline(&self) -> Option<Instant> {

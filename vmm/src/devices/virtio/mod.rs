@@ -18,6 +18,7 @@ mod registers;
 mod ring;
 #[cfg(test)]
 mod tests;
+pub mod vsock;
 
 pub use mmio::{Shape, State, Transport, Wiring};
 pub use queue::{Chain, Queues, Segment};
@@ -135,6 +136,10 @@ pub trait Device: Send + fmt::Debug {
 
     /// The driver starts over: nothing may touch guest memory any more that was asked for before.
     fn reset(&mut self);
+
+    /// The machine has ended: what others on this host can see of the device goes away. Whoever ends with the
+    /// machine drops no device.
+    fn end(&mut self) {}
 }
 
 /// Lets a device watch descriptors: what is ready comes back as [`Event::Ready`].

@@ -160,6 +160,37 @@ impl Chain {
         Ok(())
     }
 
+    /// Leaves out the next bytes that could be read, at most all.
+    pub fn skip(&mut self, mut count: usize) {
+        while count > 0 && self.start < self.writable {
+            let segment = &mut self.segments[self.start];
+            let skipped = segment.len().min(count);
+            segment.skip(skipped);
+            count -= skipped;
+            self.start += usize::from(segment.is_empty());
+        }
+    }
+
+    /// Leaves out what could be read behind so many bytes.
+    pub fn limit_readable(&mut self, count: usize) {
+        limit(&mut self.segments[self.start..self.writable], count);
+    }
+
+    /// Leaves out what could be written behind so many bytes.
+    pub fn limit_writable(&mut self, count: usize) {
+        limit(&mut self.segments[self.writable..], count);
+    }
+
+    /// Splits bytes off the start of what is to be written, which a device fills when it knows the rest; nothing
+    /// happens where they are not in one piece.
+    pub fn split_front(&mut self, count: usize) -> Option<Segment> {
+        let first = self.segments.get_mut(self.writable).filter(|first| first.len() >= count)?;
+        let mut split = *first;
+        split.0.iov_len = count;
+        first.skip(count);
+        Some(split)
+    }
+
     /// Splits bytes off the end of what is to be written, which a device fills when all else is done.
     ///
     /// # Errors
@@ -183,6 +214,13 @@ impl Chain {
 
 fn total(segments: &[Segment]) -> u64 {
     segments.iter().map(|segment| segment.len() as u64).sum()
+}
+
+fn limit(segments: &mut [Segment], mut count: usize) {
+    for segment in segments {
+        segment.0.iov_len = segment.len().min(count);
+        count -= segment.len();
+    }
 }
 
 /// Writes bytes into a segment, from its start; what does not fit is left out.

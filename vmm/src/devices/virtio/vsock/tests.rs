@@ -1,0 +1,614 @@
+//! The device with a driver of no kernel on one side and real Unix sockets on the other.
+
+use super::*;
+use crate::devices::virtio::driver::{Driver, Piece};
+use proptest::prelude::*;
+use std::io::{ErrorKind, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+
+const GUEST: u64 = 3;
+/// Bytes of the guest's receive chains, as Linux has them: a header and less than 4 KiB.
+const CHAIN: u32 = 3776;
+
+// Numbers of section 5.10.6, written out once more.
+const REQUEST: u16 = 1;
+const RESPONSE: u16 = 2;
+const RST: u16 = 3;
+const SHUTDOWN: u16 = 4;
+const RW: u16 = 5;
+const CREDIT_UPDATE: u16 = 6;
+const CREDIT_REQUEST: u16 = 7;
+
+/// A guest, and the folder in which its sockets are.
+struct Guest {
+    driver: Driver,
+    folder: tempfile::TempDir,
+}
+
+impl Guest {
+    /// One whose receive queue has so many chains.
+    fn new(chains: usize) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let uds_path = folder.path().join("vsock");
+        let config = Config { guest_cid: 3, uds_path, vsock_id: None };
+        let mut this = Self { driver: Driver::started(Vsock::open(&config).unwrap()), folder };
+        this.offer(chains);
+        this
+    }
+
+    fn path(&self, suffix: &str) -> PathBuf {
+        self.folder.path().join(format!("vsock{suffix}"))
+    }
+
+    fn offer(&mut self, chains: usize) {
+        for _ in 0..chains {
+            self.driver.push(RX, &[Piece::In(CHAIN)]);
+        }
+        self.driver.ring();
+    }
+
+    /// Sends a packet and lets the device work.
+    fn send(&mut self, header: Header, data: &[u8]) {
+        let mut bytes = header.to_bytes().to_vec();
+        bytes.extend(data);
+        self.driver.push(TX, &[Piece::Out(bytes)]);
+        self.driver.ring();
+        while self.driver.pop(TX).is_some() {}
+    }
+
+    /// A packet of this kind from a port of the guest to one of the host, from a guest with much room.
+    fn op(&mut self, op: u16, guest: u32, host: u32) {
+        self.send(packet(op, guest, host), &[]);
+    }
+
+    fn data(&mut self, guest: u32, host: u32, data: &[u8]) {
+        let header = Header { len: data.len().try_into().unwrap(), ..packet(RW, guest, host) };
+        self.send(header, data);
+    }
+
+    /// The next packet for the guest, whose chain is given again.
+    fn poll(&mut self) -> Option<(Header, Vec<u8>)> {
+        while self.driver.run(Some(0)) {}
+        let used = self.driver.pop(RX)?;
+        let (header, rest) = used.bytes.split_first_chunk().unwrap();
+        let header = Header::from_bytes(header);
+        assert_eq!(used.written as usize, HEADER_SIZE + header.len as usize);
+        let data = rest[..header.len as usize].to_vec();
+        self.offer(1);
+        Some((header, data))
+    }
+
+    /// The next packet, which must come.
+    #[track_caller]
+    fn next(&mut self) -> (Header, Vec<u8>) {
+        loop {
+            if let Some(packet) = self.poll() {
+                return packet;
+            }
+            assert!(self.driver.run(Some(60_000)), "nothing comes: {:?}", self.driver.transport.failure());
+        }
+    }
+
+    #[track_caller]
+    fn expect(&mut self, op: u16) -> Header {
+        let (header, _) = self.next();
+        assert_eq!(header.op, op, "{header:?}");
+        assert_eq!((header.src_cid, header.dst_cid, header.kind), (HOST_CID, GUEST, STREAM));
+        header
+    }
+
+    /// A program of the host that asks for port 52, and the port that it has itself.
+    fn program(&mut self) -> (UnixStream, u32) {
+        let mut program = UnixStream::connect(self.path("")).unwrap();
+        program.write_all(b"CONNECT 52\n").unwrap();
+        let request = self.expect(REQUEST);
+        assert_eq!(request.dst_port, 52);
+        self.op(RESPONSE, 52, request.src_port);
+        let expected = format!("OK {}\n", request.src_port);
+        let mut line = vec![0; expected.len()];
+        program.read_exact(&mut line).unwrap();
+        assert_eq!(line, expected.as_bytes());
+        (program, request.src_port)
+    }
+
+    /// A connection of the guest's port 1000 to a program on port 80.
+    fn connection(&mut self) -> UnixStream {
+        let listener = UnixListener::bind(self.path("_80")).unwrap();
+        self.op(REQUEST, 1000, 80);
+        self.expect(RESPONSE);
+        let (socket, _) = listener.accept().unwrap();
+        std::fs::remove_file(self.path("_80")).unwrap();
+        socket
+    }
+}
+
+/// From the guest.
+fn packet(op: u16, guest: u32, host: u32) -> Header {
+    Header {
+        src_cid: GUEST,
+        dst_cid: HOST_CID,
+        src_port: guest,
+        dst_port: host,
+        kind: STREAM,
+        op,
+        buf_alloc: 1 << 20,
+        ..Header::default()
+    }
+}
+
+#[track_caller]
+fn expect_end(socket: &mut UnixStream) {
+    let mut byte = [0];
+    assert_eq!(socket.read(&mut byte).unwrap(), 0);
+}
+
+#[test]
+fn a_program_reaches_a_port_of_the_guest() {
+    let mut guest = Guest::new(8);
+    let (mut program, port) = guest.program();
+    program.write_all(b"hello").unwrap();
+    let (header, data) = guest.next();
+    assert_eq!((header.op, header.src_port, header.dst_port, &data[..]), (RW, port, 52, &b"hello"[..]));
+    guest.data(52, port, b"goodbye");
+    let mut answer = [0; 7];
+    program.read_exact(&mut answer).unwrap();
+    assert_eq!(&answer, b"goodbye");
+}
+
+#[test]
+fn what_a_program_sends_behind_its_request_is_data() {
+    let mut guest = Guest::new(8);
+    let mut program = UnixStream::connect(guest.path("")).unwrap();
+    program.write_all(b"CONNECT 7\nearly").unwrap();
+    program.shutdown(Shutdown::Write).unwrap();
+    let request = guest.expect(REQUEST);
+    assert_eq!(guest.poll(), None, "nothing before the guest has accepted");
+    guest.op(RESPONSE, 7, request.src_port);
+    assert_eq!(guest.next().1, b"early");
+    assert_eq!(guest.expect(SHUTDOWN).flags, 2);
+}
+
+#[test]
+fn a_port_that_the_guest_refuses_is_a_closed_socket() {
+    let mut guest = Guest::new(8);
+    let mut program = UnixStream::connect(guest.path("")).unwrap();
+    program.write_all(b"CONNECT 52\n").unwrap();
+    let request = guest.expect(REQUEST);
+    guest.op(RST, 52, request.src_port);
+    expect_end(&mut program);
+    let mut program = UnixStream::connect(guest.path("")).unwrap();
+    program.write_all(b"GET / HTTP/1.0\n").unwrap();
+    while guest.driver.run(Some(0)) {}
+    // What it sent was not read, so that it may hear of that instead of an end.
+    assert!(matches!(program.read(&mut [0]), Ok(0)) || program.take_error().is_ok());
+    assert_eq!(guest.poll(), None);
+}
+
+#[test]
+fn a_program_that_leaves_within_its_request_is_forgotten() {
+    let mut guest = Guest::new(8);
+    let mut program = UnixStream::connect(guest.path("")).unwrap();
+    program.write_all(b"CONNECT 5").unwrap();
+    while guest.driver.run(Some(0)) {}
+    program.shutdown(Shutdown::Write).unwrap();
+    while guest.driver.run(Some(0)) {}
+    program.set_nonblocking(true).unwrap();
+    assert!(matches!(program.read(&mut [0]), Ok(0)) || program.write(b"2\n").is_err());
+    assert_eq!(guest.poll(), None);
+}
+
+#[test]
+fn the_guest_reaches_a_program() {
+    let mut guest = Guest::new(8);
+    let mut socket = guest.connection();
+    guest.data(1000, 80, b"question");
+    let mut bytes = [0; 8];
+    socket.read_exact(&mut bytes).unwrap();
+    assert_eq!(&bytes, b"question");
+    socket.write_all(b"answer").unwrap();
+    assert_eq!(guest.next().1, b"answer");
+}
+
+#[test]
+fn ports_where_nobody_listens_are_refused() {
+    let mut guest = Guest::new(8);
+    guest.op(REQUEST, 1000, 81);
+    let reset = guest.expect(RST);
+    assert_eq!((reset.src_port, reset.dst_port), (81, 1000));
+    // So are packets of connections that there are not, but for refusals.
+    for op in [RESPONSE, SHUTDOWN, RW, CREDIT_UPDATE, CREDIT_REQUEST, 0, 8, u16::MAX] {
+        guest.op(op, 1000, 81);
+        guest.expect(RST);
+    }
+    guest.op(RST, 1000, 81);
+    assert_eq!(guest.poll(), None);
+}
+
+#[test]
+fn other_numbers_and_kinds_of_sockets_are_refused() {
+    let mut guest = Guest::new(8);
+    guest.send(Header { kind: 2, ..packet(REQUEST, 1, 80) }, &[]);
+    assert_eq!(guest.next().0.kind, 2);
+    guest.send(Header { dst_cid: 9, ..packet(REQUEST, 1, 80) }, &[]);
+    let (reset, _) = guest.next();
+    assert_eq!((reset.op, reset.src_cid, reset.dst_cid), (RST, 9, GUEST));
+    guest.send(Header { src_cid: 4, ..packet(REQUEST, 1, 80) }, &[]);
+    assert_eq!(guest.poll(), None, "nobody has that number");
+    assert!(!guest.driver.is_broken());
+}
+
+#[test]
+fn each_side_can_stop_sending_and_go_on_receiving() {
+    let mut guest = Guest::new(8);
+    let mut socket = guest.connection();
+    guest.data(1000, 80, b"last words");
+    guest.send(Header { flags: 2, ..packet(SHUTDOWN, 1000, 80) }, &[]);
+    let mut text = String::new();
+    socket.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "last words");
+    socket.write_all(b"still here").unwrap();
+    assert_eq!(guest.next().1, b"still here");
+    drop(socket);
+    assert_eq!(guest.expect(SHUTDOWN).flags, 3);
+    guest.op(CREDIT_UPDATE, 1000, 80);
+    guest.expect(RST);
+
+    let mut socket = guest.connection();
+    socket.write_all(b"x").unwrap();
+    socket.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(guest.next().1, b"x");
+    assert_eq!(guest.expect(SHUTDOWN).flags, 2);
+    guest.data(1000, 80, b"and an answer");
+    guest.send(Header { flags: 3, ..packet(SHUTDOWN, 1000, 80) }, &[]);
+    guest.expect(RST);
+    let mut text = String::new();
+    socket.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "and an answer");
+}
+
+#[test]
+fn a_program_that_closes_leaves_its_data() {
+    let mut guest = Guest::new(2);
+    let mut socket = guest.connection();
+    let bytes: Vec<u8> = (0..50_000_u32).map(|at| at.to_le_bytes()[0]).collect();
+    socket.write_all(&bytes).unwrap();
+    drop(socket);
+    let mut got = Vec::new();
+    while got.len() < bytes.len() {
+        got.extend(guest.next().1);
+    }
+    assert!(got == bytes);
+    assert_eq!(guest.expect(SHUTDOWN).flags, 3);
+}
+
+#[test]
+fn a_guest_that_takes_no_more_is_not_read_for() {
+    let mut guest = Guest::new(8);
+    let mut socket = guest.connection();
+    guest.send(Header { flags: 1, ..packet(SHUTDOWN, 1000, 80) }, &[]);
+    assert_eq!(socket.write(b"x").unwrap_err().kind(), ErrorKind::BrokenPipe);
+    guest.data(1000, 80, b"but it sends");
+    let mut bytes = [0; 12];
+    socket.read_exact(&mut bytes).unwrap();
+    drop(socket);
+    assert_eq!(guest.expect(SHUTDOWN).flags, 3);
+}
+
+#[test]
+fn data_waits_for_a_program_that_does_not_read_and_then_comes_whole() {
+    let mut guest = Guest::new(8);
+    let mut socket = guest.connection();
+    let sent = fill_up(&mut guest);
+    // The guest closes; the device does not lose what it has accepted.
+    guest.send(Header { flags: 3, ..packet(SHUTDOWN, 1000, 80) }, &[]);
+    guest.expect(RST);
+    let reader = std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        socket.read_to_end(&mut bytes).unwrap();
+        bytes
+    });
+    while !reader.is_finished() {
+        guest.driver.run(Some(1));
+    }
+    assert!(reader.join().unwrap() == sent);
+}
+
+/// Sends until the device gives no more credit; all that was sent.
+fn fill_up(guest: &mut Guest) -> Vec<u8> {
+    let mut sent = Vec::new();
+    let mut fwd_cnt = 0;
+    let mut buf_alloc = connection::BUF_ALLOC as usize;
+    loop {
+        let length = (buf_alloc - (sent.len() - fwd_cnt)).min(10_007);
+        if length == 0 {
+            guest.op(CREDIT_REQUEST, 1000, 80);
+            let update = guest.expect(CREDIT_UPDATE);
+            if fwd_cnt == update.fwd_cnt as usize {
+                return sent;
+            }
+            (fwd_cnt, buf_alloc) = (update.fwd_cnt as usize, update.buf_alloc as usize);
+            continue;
+        }
+        let bytes: Vec<u8> = (sent.len()..sent.len() + length).map(|at| (at / 7).to_le_bytes()[0]).collect();
+        guest.data(1000, 80, &bytes);
+        sent.extend(bytes);
+        while let Some((header, _)) = guest.poll() {
+            assert_eq!(header.op, CREDIT_UPDATE);
+            fwd_cnt = header.fwd_cnt as usize;
+        }
+    }
+}
+
+#[test]
+fn a_guest_that_sends_beyond_its_credit_is_cut_off() {
+    let mut guest = Guest::new(8);
+    let socket = guest.connection();
+    fill_up(&mut guest);
+    guest.data(1000, 80, b"x");
+    guest.expect(RST);
+    drop(socket);
+    assert_eq!(guest.poll(), None);
+}
+
+#[test]
+fn the_guest_gets_what_it_has_room_for() {
+    let mut guest = Guest::new(64);
+    let listener = UnixListener::bind(guest.path("_80")).unwrap();
+    let with = |op, buf_alloc, fwd_cnt| Header { buf_alloc, fwd_cnt, ..packet(op, 1000, 80) };
+    guest.send(with(REQUEST, 100, 0), &[]);
+    guest.expect(RESPONSE);
+    let mut socket = listener.accept().unwrap().0;
+    socket.write_all(&[1; 250]).unwrap();
+    assert_eq!(guest.next().1.len(), 100);
+    for (buf_alloc, fwd_cnt, expected) in [(100, 30, 30), (150, 100, 120)] {
+        guest.expect(CREDIT_REQUEST);
+        assert_eq!(guest.poll(), None, "it asks once");
+        guest.send(with(CREDIT_UPDATE, buf_alloc, fwd_cnt), &[]);
+        assert_eq!(guest.next().1.len(), expected);
+    }
+    // Lies: it took more than it was sent, then has no room at all, then more than there is memory.
+    socket.write_all(&[2; 50]).unwrap();
+    guest.expect(CREDIT_REQUEST);
+    guest.send(with(CREDIT_UPDATE, 100, 251), &[]);
+    guest.expect(CREDIT_REQUEST);
+    guest.send(with(CREDIT_UPDATE, 0, 250), &[]);
+    guest.expect(CREDIT_REQUEST);
+    assert_eq!(guest.poll(), None);
+    guest.send(with(CREDIT_UPDATE, u32::MAX, 250), &[]);
+    assert_eq!(guest.next().1, [2; 50]);
+}
+
+#[test]
+fn answers_for_a_guest_without_chains_are_bounded() {
+    let mut guest = Guest::new(0);
+    for _ in 0..RESETS_MAX + 10 {
+        guest.driver.push(TX, &[Piece::Out(packet(RW, 1, 1).to_bytes().to_vec())]);
+        guest.driver.ring();
+    }
+    let mut taken = 0;
+    while guest.driver.pop(TX).is_some() {
+        taken += 1;
+    }
+    assert_eq!(taken, RESETS_MAX, "the others wait");
+    guest.offer(1);
+    for _ in 0..RESETS_MAX + 10 {
+        guest.expect(RST);
+    }
+    assert_eq!(guest.poll(), None);
+}
+
+#[test]
+fn connections_are_bounded() {
+    let mut guest = Guest::new(8);
+    let listener = UnixListener::bind(guest.path("_80")).unwrap();
+    let mut sockets = Vec::new();
+    for port in 0..1024 {
+        guest.op(REQUEST, port, 80);
+        guest.expect(RESPONSE);
+        sockets.push(listener.accept().unwrap().0);
+    }
+    guest.op(REQUEST, 5000, 80);
+    guest.expect(RST);
+    let mut program = UnixStream::connect(guest.path("")).unwrap();
+    while guest.driver.run(Some(0)) {}
+    expect_end(&mut program);
+    sockets.pop();
+    assert_eq!(guest.expect(SHUTDOWN).flags, 3);
+    guest.op(REQUEST, 5000, 80);
+    guest.expect(RESPONSE);
+}
+
+#[test]
+fn a_second_request_ends_a_connection() {
+    let mut guest = Guest::new(8);
+    let mut socket = guest.connection();
+    guest.op(REQUEST, 1000, 80);
+    guest.expect(RST);
+    expect_end(&mut socket);
+}
+
+#[test]
+fn a_reset_closes_everything_and_the_socket_stays() {
+    let mut guest = Guest::new(8);
+    let mut socket = guest.connection();
+    let mut waiting = UnixStream::connect(guest.path("")).unwrap();
+    while guest.driver.run(Some(0)) {}
+    guest.driver.start(u64::MAX);
+    expect_end(&mut socket);
+    expect_end(&mut waiting);
+    guest.offer(8);
+    guest.program();
+}
+
+#[test]
+fn packets_that_are_none_break_the_device() {
+    for bytes in [vec![0; 43], Header { len: 1, ..packet(RW, 1, 1) }.to_bytes().to_vec()] {
+        let mut guest = Guest::new(8);
+        guest.driver.push(TX, &[Piece::Out(bytes)]);
+        guest.driver.ring();
+        assert!(guest.driver.is_broken());
+    }
+    let mut guest = Guest::new(0);
+    guest.driver.push(RX, &[Piece::In(43)]);
+    guest.op(RW, 1, 1);
+    assert!(guest.driver.is_broken(), "no room for an answer");
+}
+
+#[test]
+fn the_file_goes_with_the_machine() {
+    let mut guest = Guest::new(1);
+    assert!(guest.path("").exists());
+    guest.driver.transport.end();
+    assert!(!guest.path("").exists());
+}
+
+/// What somebody does in a random run.
+#[derive(Clone, Debug)]
+enum Step {
+    Guest { op: u16, port: u32, host: u32, flags: u32, buf_alloc: u32, fwd_cnt: u32, data: usize },
+    Chains(usize),
+    Program,
+    Write(usize, usize),
+    Read(usize),
+    Close(usize),
+    Shutdown(usize),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let number = || prop_oneof![Just(0), Just(100), Just(1 << 16), Just(u32::MAX), any::<u32>()];
+    prop_oneof![
+        4 => (0_u16..9, 0_u32..3, prop_oneof![Just(80_u32), Just(81), Just(FIRST_PORT)], 0_u32..5, number(), number(), 0_usize..9000)
+            .prop_map(|(op, port, host, flags, buf_alloc, fwd_cnt, data)| Step::Guest { op, port, host, flags, buf_alloc, fwd_cnt, data }),
+        2 => (0_usize..20).prop_map(Step::Chains),
+        1 => Just(Step::Program),
+        2 => (0_usize..4, 0_usize..20_000).prop_map(|(which, count)| Step::Write(which, count)),
+        2 => (0_usize..4).prop_map(Step::Read),
+        1 => (0_usize..4).prop_map(Step::Close),
+        1 => (0_usize..4).prop_map(Step::Shutdown),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    /// No sequence of packets breaks a device whose driver keeps to the form, and none makes it spin.
+    #[test]
+    fn nothing_that_a_guest_says_breaks_it(steps in proptest::collection::vec(step(), 1..120)) {
+        let mut guest = Guest::new(4);
+        let listener = UnixListener::bind(guest.path("_80")).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let mut sockets: Vec<UnixStream> = Vec::new();
+        let mut free = usize::from(QUEUE_SIZES[RX]) - 4;
+        for step in steps {
+            match step {
+                Step::Guest { op, port, host, flags, buf_alloc, fwd_cnt, data } => {
+                    let data = if op == RW { data } else { 0 };
+                    let len = data.try_into().unwrap();
+                    guest.send(Header { flags, buf_alloc, fwd_cnt, len, ..packet(op, port, host) }, &vec![7; data]);
+                }
+                Step::Chains(count) => {
+                    while guest.driver.pop(RX).is_some() {
+                        free += 1;
+                    }
+                    let count = count.min(free);
+                    free -= count;
+                    guest.offer(count);
+                }
+                Step::Program => {
+                    let mut program = UnixStream::connect(guest.path("")).unwrap();
+                    program.set_nonblocking(true).unwrap();
+                    program.write_all(b"CONNECT 1\n").unwrap();
+                    sockets.push(program);
+                }
+                Step::Write(which, count) => {
+                    let _ = sockets.get(which).map(|mut socket| socket.write(&vec![9; count]));
+                }
+                Step::Read(which) => {
+                    let _ = sockets.get(which).map(|mut socket| socket.read(&mut vec![0; 20_000]));
+                }
+                Step::Close(which) if which < sockets.len() => drop(sockets.swap_remove(which)),
+                Step::Shutdown(which) => {
+                    let _ = sockets.get(which).map(|socket| socket.shutdown(Shutdown::Write));
+                }
+                Step::Close(_) => {}
+            }
+            let mut turns = 0;
+            while guest.driver.run(Some(0)) {
+                turns += 1;
+                prop_assert!(turns < 1000, "it does not come to rest");
+            }
+            while let Ok((socket, _)) = listener.accept() {
+                socket.set_nonblocking(true).unwrap();
+                sockets.push(socket);
+            }
+            prop_assert!(!guest.driver.is_broken(), "{:?}", guest.driver.transport.failure());
+        }
+    }
+
+    /// Bytes arrive complete and in order both ways, whatever room there is on the way, and the guest is never sent
+    /// more than it has room for.
+    #[test]
+    fn bytes_arrive_complete_and_in_order(
+        buf_alloc in 500_u32..20_000,
+        chains in 1_usize..20,
+        writes in proptest::collection::vec(1_usize..30_000, 1..8),
+        packets in proptest::collection::vec(1_usize..20_000, 1..40),
+        reads in proptest::collection::vec(1_usize..40_000, 1..20),
+    ) {
+        let mut guest = Guest::new(chains);
+        let listener = UnixListener::bind(guest.path("_80")).unwrap();
+        guest.send(Header { buf_alloc, ..packet(REQUEST, 1000, 80) }, &[]);
+        guest.expect(RESPONSE);
+        let mut socket = listener.accept().unwrap().0;
+        socket.set_nonblocking(true).unwrap();
+        let pattern = |start: usize, count: usize| -> Vec<u8> {
+            (start..start + count).map(|at| (at % 251).to_le_bytes()[0] ^ (at / 251).to_le_bytes()[0]).collect()
+        };
+        let total_down: usize = writes.iter().sum();
+        let total_up: usize = packets.iter().sum();
+        let (mut written, mut got_down, mut taken) = (0, 0_usize, 0_u32);
+        let (mut sent_up, mut got_up, mut known) = (0, 0, 0_u32);
+        let (mut writes, mut reads, mut packets) = (writes.iter(), reads.iter().cycle(), packets.iter());
+        let (mut to_write, mut to_send) = (0, 0);
+        while got_down < total_down || got_up < total_up {
+            if to_write == 0 {
+                to_write = writes.next().copied().unwrap_or(0);
+            }
+            if to_write > 0 && let Ok(count) = socket.write(&pattern(written, to_write)) {
+                written += count;
+                to_write -= count;
+            }
+            if to_send == 0 {
+                to_send = packets.next().copied().unwrap_or(0);
+            }
+            let in_flight = u32::try_from(sent_up).unwrap() - known;
+            let room = (connection::BUF_ALLOC - in_flight) as usize;
+            let count = to_send.min(room);
+            let header = Header { buf_alloc, fwd_cnt: taken, ..packet(CREDIT_UPDATE, 1000, 80) };
+            if count > 0 {
+                let len = count.try_into().unwrap();
+                guest.send(Header { op: RW, len, ..header }, &pattern(sent_up, count));
+                sent_up += count;
+                to_send -= count;
+            } else {
+                guest.send(header, &[]);
+            }
+            while let Some((header, data)) = guest.poll() {
+                prop_assert!([RW, CREDIT_UPDATE, CREDIT_REQUEST].contains(&header.op), "{header:?}");
+                known = header.fwd_cnt;
+                prop_assert!(data == pattern(got_down, data.len()));
+                got_down += data.len();
+                prop_assert!(got_down - taken as usize <= buf_alloc as usize, "more than there is room for");
+            }
+            taken = u32::try_from(got_down).unwrap();
+            let mut bytes = vec![0; *reads.next().unwrap()];
+            if let Ok(count) = socket.read(&mut bytes) {
+                prop_assert!(bytes[..count] == pattern(got_up, count));
+                got_up += count;
+            }
+            prop_assert!(known as usize <= got_up + (1 << 20), "credit for what was not written on");
+        }
+    }
+}
