@@ -16,6 +16,8 @@ const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
 /// Bytes of a descriptor.
 const DESCRIPTOR: usize = 16;
+/// The same as tables count them.
+const DESCRIPTOR_LEN: u32 = 16;
 /// Flag of the available ring: the driver does not want to be interrupted (section 2.7.6).
 const NO_INTERRUPT: u16 = 1;
 
@@ -147,9 +149,9 @@ impl Ring {
             left -= 1;
             let descriptor = Descriptor::read(table.wrapping_add(index as usize * DESCRIPTOR));
             if descriptor.flags & INDIRECT != 0 {
-                let count = descriptor.length / DESCRIPTOR as u32;
+                let count = descriptor.length / DESCRIPTOR_LEN;
                 let is_table = !is_indirect
-                    && descriptor.length.is_multiple_of(DESCRIPTOR as u32)
+                    && descriptor.length.is_multiple_of(DESCRIPTOR_LEN)
                     && count <= u32::from(u16::MAX);
                 let place = view.find(descriptor.address, descriptor.length.into()).filter(|_| is_table);
                 table = place.ok_or("does not end")?;
