@@ -24,12 +24,8 @@ fuzz_target!(|bytes: &[u8]| {
     let mut source = BootSource::kernel(kernel.path());
     source.initrd_path = Some(initrd.path().into());
     let memory = GuestMemory::anonymous(16 << 20).unwrap();
-    let hardware = Hardware {
-        vcpus: 1,
-        lines: &[SERIAL_GSI],
-        devices: 0,
-        controllers: InterruptControllers::IoApic,
-    };
+    let hardware =
+        Hardware { vcpus: 1, lines: &[SERIAL_GSI], devices: 0, controllers: InterruptControllers::IoApic };
     if let Ok(entry) = boot::load(&memory, &source, hardware) {
         assert!(memory.inner().address_in_range(entry.instruction));
     }

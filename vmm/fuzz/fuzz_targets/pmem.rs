@@ -1,0 +1,22 @@
+//! Any driver of a file as memory: nothing panics, nothing outside guest memory is touched, and a reset mends what was broken.
+//!
+//! `cargo +nightly fuzz run pmem -- -max_total_time=600`, in the folder above this one.
+#![no_main]
+
+use kindling::config::devices;
+use kindling::devices::virtio::driver::Driver;
+use kindling::devices::virtio::pmem::Pmem;
+use libfuzzer_sys::fuzz_target;
+use vm_memory::GuestAddress;
+
+fuzz_target!(|bytes: &[u8]| {
+    let file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
+    file.as_file().set_len(64 << 10).unwrap();
+    let config = devices::Pmem {
+        id: "pmem".into(),
+        path_on_host: file.path().into(),
+        root_device: false,
+        read_only: false,
+    };
+    Driver::new(Pmem::open(&config, GuestAddress(4 << 30)).unwrap()).misbehave(bytes);
+});
