@@ -235,3 +235,28 @@ fn partitions_are_those_of_the_guests_own_disk() {
         assert_eq!(outcome.stdout, expected, "{outcome}");
     }
 }
+
+#[test]
+fn devices_of_every_kind_go_on() {
+    let image = image();
+    let folder = tempfile::tempdir().unwrap();
+    let path = disk(&folder, "disk", 1, b"disk");
+    let socket = folder.path().join("vsock");
+    let options = |command: &mut Command| {
+        command.arg("--drive").arg(&path).arg("--vsock").arg(&socket).args(["--entropy", "--balloon", "0"]);
+    };
+    let mut command = image.command("preboot");
+    options(&mut command);
+    run(&mut command).expect_status(0).expect_stderr("preboot/1-128-dveb is there");
+    assert!(!socket.exists(), "it is nobody's socket");
+    let mut command = image.command("boot");
+    options(&mut command);
+    let report = image.path().join("report.json");
+    let script = "head -c 4 /dev/vda; echo; head -c 16 /dev/hwrng | wc -c; cat /proc/interrupts";
+    let outcome = run(command.arg("--report-json").arg(&report).args(["--", "/bin/sh", "-c", script]));
+    outcome.expect_status(0);
+    assert!(has_continued(&report), "it booted: {outcome}");
+    assert!(outcome.stdout.starts_with("disk\n16\n"), "{outcome}");
+    assert_eq!(outcome.stdout.matches("virtio").count(), 4, "each has its interrupt: {outcome}");
+    assert_eq!(outcome.stderr, "", "{outcome}");
+}
