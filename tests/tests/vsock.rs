@@ -206,25 +206,25 @@ fn a_stream_to_the_guest_arrives_whole() {
 }
 
 #[test]
-#[ignore = "takes minutes: cargo xtask test --ignored 1_gib"]
+#[ignore = "takes long: cargo xtask test --ignored 1_gib"]
 fn a_stream_of_1_gib_from_the_guest_arrives_whole() {
     guest_sends(GIB);
 }
 
 #[test]
-#[ignore = "takes minutes: cargo xtask test --ignored 1_gib"]
+#[ignore = "takes long: cargo xtask test --ignored 1_gib"]
 fn a_stream_of_1_gib_to_the_guest_arrives_whole() {
     guest_receives(GIB);
 }
 
 #[test]
-#[ignore = "takes an hour: cargo xtask test --ignored 10_gib"]
+#[ignore = "takes long: cargo xtask test --ignored 10_gib"]
 fn a_stream_of_10_gib_from_the_guest_arrives_whole() {
     guest_sends(10 * GIB);
 }
 
 #[test]
-#[ignore = "takes an hour: cargo xtask test --ignored 10_gib"]
+#[ignore = "takes long: cargo xtask test --ignored 10_gib"]
 fn a_stream_of_10_gib_to_the_guest_arrives_whole() {
     guest_receives(10 * GIB);
 }

