@@ -104,6 +104,8 @@ pub(crate) fn build_of(
         Some(path) => std::path::absolute(path)?,
         None => cargo::target_directory().join("images").join(&arguments.name),
     };
+    // A root that cannot be one is named before a kernel is built for it.
+    let survey = arguments.root.as_deref().map(Survey::of).transpose()?;
     let kernel = kernel::build(source, &compose(fragments)?)?;
     let init = match &arguments.init {
         Some(path) => path.clone(),
@@ -115,7 +117,7 @@ pub(crate) fn build_of(
     // A copy, not a link: what somebody does to an image must not change the cache.
     let vmlinux = draft.path().join("vmlinux");
     fs::copy(&kernel.vmlinux, &vmlinux).with_context(|| format!("cannot write {}", vmlinux.display()))?;
-    let root = write_root(arguments, &init, draft.path())?;
+    let root = write_root(arguments, survey.as_ref(), &init, draft.path())?;
     let image = Image {
         format: Image::FORMAT,
         name: arguments.name.clone(),
@@ -166,13 +168,17 @@ pub(crate) fn fragments(extra: &[PathBuf]) -> Result<Vec<Fragment>> {
 
 /// Writes the root filesystem in the form that was asked for or suits it. Where it is EROFS, the version of the
 /// tool that made it; the initramfs has init alone then.
-fn write_root(arguments: &Arguments, init: &Path, directory: &Path) -> Result<Option<String>> {
+fn write_root(
+    arguments: &Arguments,
+    survey: Option<&Survey>,
+    init: &Path,
+    directory: &Path,
+) -> Result<Option<String>> {
     let initramfs = directory.join(INITRAMFS);
-    let Some(root) = &arguments.root else {
+    let (Some(root), Some(survey)) = (&arguments.root, survey) else {
         root_filesystem(init, None, false, &initramfs)?;
         return Ok(None);
     };
-    let survey = Survey::of(root)?;
     // An init of the user's own finds its files where it always found them, unless he says otherwise.
     let usual = if arguments.init.is_some() { RootType::Initramfs } else { survey.root_type() };
     let keep_owners = arguments.keep_owners;
@@ -186,7 +192,7 @@ fn write_root(arguments: &Arguments, init: &Path, directory: &Path) -> Result<Op
         }
         RootType::Erofs => {
             root_filesystem(init, None, false, &initramfs)?;
-            root_tree::make_erofs(root, &survey, keep_owners, &directory.join(EROFS)).map(Some)
+            root_tree::make_erofs(root, survey, keep_owners, &directory.join(EROFS)).map(Some)
         }
     }
 }

@@ -19,8 +19,8 @@ pub(crate) enum RootType {
     Erofs,
 }
 
-/// A tree of more bytes than this becomes a disk: unpacking it would cost more than finding and mounting one
-/// (`cargo xtask root-prices`).
+/// A tree of more bytes than this becomes a disk. A boot favours a disk at any size, a start from a pre-booted kernel
+/// an initramfs: `cargo xtask root-prices` shows by how much, and `docs/images.md` weighs them.
 const INITRAMFS_MAX: u64 = 3 << 20;
 /// The same for every image, so that equal trees give equal bytes; nothing finds a root by it.
 const UUID: &str = "6b696e64-6c69-4e67-8000-726f6f740000";
