@@ -282,7 +282,9 @@ impl Queues {
 
     /// The places of the next chains to take and to give back.
     pub(super) fn position(&self, queue: usize) -> (u16, u16) {
-        self.ring(queue).map_or((0, 0), |ring| (ring.next_available, ring.next_used))
+        let unused =
+            || self.queues.get(queue).map_or((0, 0), |queue| (queue.next_avail(), queue.next_used()));
+        self.ring(queue).map_or_else(unused, |ring| (ring.next_available, ring.next_used))
     }
 
     fn ring(&self, queue: usize) -> Option<&Ring> {
