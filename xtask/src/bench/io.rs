@@ -20,11 +20,6 @@ impl Bench<'_> {
     /// Guests with all devices, beside guests without.
     pub(super) fn operations(&mut self, tracer: Option<&Tracer>, runs: u32) -> Result<()> {
         let devices = self.all_devices()?;
-        // What a monitor does for its first guest with devices does not count either.
-        for devices in [Devices::default(), devices.clone()] {
-            self.devices = devices;
-            self.boot(Task::Greet, None, |_| Ok(()))?;
-        }
         for _ in 0..runs {
             self.devices = Devices::default();
             let (boot, memory) = self.presence()?;
@@ -37,14 +32,31 @@ impl Bench<'_> {
         Ok(())
     }
 
-    fn all_devices(&self) -> Result<Devices> {
-        let mut devices = Devices { disk: Some(disk(self.scratch)?), ..Devices::default() };
-        // Ours has neither a network card nor vsock yet.
-        if !self.vmm.kind.is_ours() {
-            devices.tap = self.peers.tap.clone();
-            devices.vsock = self.peers.vsock.clone();
+    /// The disk, and of the other devices those with which the monitor boots. What it does for its first guest with
+    /// each of them does not count.
+    fn all_devices(&mut self) -> Result<Devices> {
+        self.boot(Task::Greet, None, |_| Ok(()))?;
+        let disk = Devices { disk: Some(disk(self.scratch)?), ..Devices::default() };
+        self.devices = disk.clone();
+        self.boot(Task::Greet, None, |_| Ok(()))?;
+        // Ours has no network card yet.
+        let tap = self.peers.tap.clone().filter(|_| !self.vmm.kind.is_ours());
+        let with_tap = tap.map(|tap| Devices { tap: Some(tap), ..self.devices.clone() });
+        self.try_devices("a network card", with_tap);
+        let vsock = self.peers.vsock.clone();
+        let with_vsock = vsock.map(|vsock| Devices { vsock: Some(vsock), ..self.devices.clone() });
+        self.try_devices("vsock", with_vsock);
+        Ok(self.devices.clone())
+    }
+
+    /// Boots with more devices, and keeps them if that succeeds.
+    fn try_devices(&mut self, what: &str, devices: Option<Devices>) {
+        let Some(devices) = devices else { return };
+        let before = std::mem::replace(&mut self.devices, devices);
+        if let Err(error) = self.boot(Task::Greet, None, |_| Ok(())) {
+            self.omitted.push(format!("{} with {what}: {error:#}", self.vmm.name));
+            self.devices = before;
         }
-        Ok(devices)
     }
 
     /// The time until init speaks, and memory of the monitor.

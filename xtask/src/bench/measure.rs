@@ -63,11 +63,13 @@ pub(super) fn measure(plan: &Plan) -> Result<Outcome> {
                 peers: &peers,
                 scratch: scratch.path(),
                 samples: Vec::new(),
+                omitted: Vec::new(),
             };
             let result = bench.preboot().and_then(|_kernel| match plan.scenario {
                 Scenario::Boot => bench.boots(tracer.as_ref(), plan.runs),
                 Scenario::Io => bench.operations(tracer.as_ref(), plan.runs),
             });
+            outcome.omitted.append(&mut bench.omitted);
             match result {
                 Ok(()) => outcome.samples.append(&mut bench.samples),
                 Err(error) => {
@@ -99,6 +101,8 @@ pub(super) struct Bench<'a> {
     pub(super) peers: &'a Peers,
     pub(super) scratch: &'a Path,
     samples: Vec<Sample>,
+    /// What could not be measured of it.
+    pub(super) omitted: Vec<String>,
 }
 
 impl Bench<'_> {
