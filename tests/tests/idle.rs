@@ -18,7 +18,8 @@ fn the_event_loop_sleeps_while_the_guest_does() {
     // Half a minute, in which the guest's own clock ticks as it likes.
     let script = "dd if=/dev/vda of=/dev/null 2>/dev/null; echo sleeping; sleep 30; echo awake; read word; echo has $word";
     let mut command = tests::boot();
-    command.arg("--drive").arg(&disk).args(["--", "/bin/sh", "-c", script]);
+    command.arg("--drive").arg(&disk).arg("--vsock").arg(folder.path().join("vsock"));
+    command.args(["--", "/bin/sh", "-c", script]);
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     let process = child.id();
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();

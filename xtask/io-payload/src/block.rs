@@ -47,6 +47,7 @@ impl Disk {
                     self.once(operation, u64::from(number) * LARGE as u64 % DISK_BYTES, LARGE)?;
                 }
             }
+            _ => {}
         }
         Ok(())
     }

@@ -19,8 +19,7 @@ const EVENTS: [&str; 4] = ["kvm_entry", "kvm_exit", "kvm_userspace_exit", "kvm_p
 impl Bench<'_> {
     /// Guests with all devices, beside guests without.
     pub(super) fn operations(&mut self, tracer: Option<&Tracer>, runs: u32) -> Result<()> {
-        let devices = Devices { disk: Some(disk(self.scratch)?) };
-        self.boot(Task::Speak, None, |_| Ok(()))?;
+        let devices = self.all_devices()?;
         for _ in 0..runs {
             self.devices = Devices::default();
             let (boot, memory) = self.presence()?;
@@ -31,6 +30,33 @@ impl Bench<'_> {
             self.timed(tracer)?;
         }
         Ok(())
+    }
+
+    /// The disk, and of the other devices those with which the monitor boots. What it does for its first guest with
+    /// each of them does not count.
+    fn all_devices(&mut self) -> Result<Devices> {
+        self.boot(Task::Greet, None, |_| Ok(()))?;
+        let disk = Devices { disk: Some(disk(self.scratch)?), ..Devices::default() };
+        self.devices = disk.clone();
+        self.boot(Task::Greet, None, |_| Ok(()))?;
+        // Ours has no network card yet.
+        let tap = self.peers.tap.clone().filter(|_| !self.vmm.kind.is_ours());
+        let with_tap = tap.map(|tap| Devices { tap: Some(tap), ..self.devices.clone() });
+        self.try_devices("a network card", with_tap);
+        let vsock = self.peers.vsock.clone();
+        let with_vsock = vsock.map(|vsock| Devices { vsock: Some(vsock), ..self.devices.clone() });
+        self.try_devices("vsock", with_vsock);
+        Ok(self.devices.clone())
+    }
+
+    /// Boots with more devices, and keeps them if that succeeds.
+    fn try_devices(&mut self, what: &str, devices: Option<Devices>) {
+        let Some(devices) = devices else { return };
+        let before = std::mem::replace(&mut self.devices, devices);
+        if let Err(error) = self.boot(Task::Greet, None, |_| Ok(())) {
+            self.omitted.push(format!("{} with {what}: {error:#}", self.vmm.name));
+            self.devices = before;
+        }
     }
 
     /// The time until init speaks, and memory of the monitor.

@@ -1,6 +1,7 @@
 //! The measuring: beside the monitors, on this machine or inside the lab.
 
 use super::metric::Metric;
+use super::peer::Peers;
 use super::plan::{Case, Failure, Outcome, Plan, Sample, Scenario};
 use super::process::{self, Run};
 use super::trace::Tracer;
@@ -47,6 +48,10 @@ pub(super) fn measure(plan: &Plan) -> Result<Outcome> {
             None
         }
     };
+    let peers = match plan.scenario {
+        Scenario::Boot => Peers::default(),
+        Scenario::Io => Peers::new(scratch.path(), &mut outcome.omitted),
+    };
     for &case in &plan.cases {
         for vmm in &plan.vmms {
             eprintln!("measuring {}, {case} ...", vmm.name);
@@ -55,13 +60,16 @@ pub(super) fn measure(plan: &Plan) -> Result<Outcome> {
                 guest: &plan.guest,
                 case,
                 devices: Devices::default(),
+                peers: &peers,
                 scratch: scratch.path(),
                 samples: Vec::new(),
+                omitted: Vec::new(),
             };
             let result = bench.preboot().and_then(|_kernel| match plan.scenario {
                 Scenario::Boot => bench.boots(tracer.as_ref(), plan.runs),
                 Scenario::Io => bench.operations(tracer.as_ref(), plan.runs),
             });
+            outcome.omitted.append(&mut bench.omitted);
             match result {
                 Ok(()) => outcome.samples.append(&mut bench.samples),
                 Err(error) => {
@@ -89,8 +97,12 @@ pub(super) struct Bench<'a> {
     pub(super) case: Case,
     /// What the next guests have.
     pub(super) devices: Devices,
+    /// Who is behind devices that lead to somebody.
+    pub(super) peers: &'a Peers,
     pub(super) scratch: &'a Path,
     samples: Vec<Sample>,
+    /// What could not be measured of it.
+    pub(super) omitted: Vec<String>,
 }
 
 impl Bench<'_> {
@@ -119,6 +131,8 @@ impl Bench<'_> {
         let mut attempt = 1;
         loop {
             std::thread::sleep(SETTLE);
+            // Monitors make it, and some leave it behind.
+            let _ = self.devices.vsock.as_ref().map(fs::remove_file);
             let command =
                 self.vmm.command(self.guest, self.case, task, &self.devices, self.scratch, report)?;
             match process::run(command, task.text(), LIMIT, &mut at_text) {

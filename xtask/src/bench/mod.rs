@@ -10,6 +10,7 @@ mod io;
 pub(crate) mod measure;
 mod metric;
 mod payload;
+mod peer;
 mod plan;
 mod process;
 mod report;

@@ -55,6 +55,10 @@ pub(super) struct Guest {
 pub(super) struct Devices {
     /// A raw file that is its disk.
     pub(super) disk: Option<PathBuf>,
+    /// The tap device that its network card is.
+    pub(super) tap: Option<String>,
+    /// Where its vsock leads to, for monitors that lead it to Unix sockets; others have the kernel's.
+    pub(super) vsock: Option<PathBuf>,
 }
 
 /// What init does.
@@ -153,6 +157,9 @@ fn kindling(
     if let Some(disk) = &devices.disk {
         command.arg("--drive").arg(disk);
     }
+    if let Some(path) = &devices.vsock {
+        command.arg("--vsock").arg(path);
+    }
     if !task.payload().is_empty() {
         command.arg("--").args(task.payload());
     }
@@ -180,6 +187,15 @@ fn qemu(command: &mut Command, guest: &Guest, case: Case, task: Task, devices: &
         // The first place of a virtio device (hw/i386/microvm.c), of which there are no tables.
         words += " virtio_mmio.device=512@0xfeb00000:5";
     }
+    if let Some(tap) = &devices.tap {
+        command.args(["-netdev", &format!("tap,id=card,ifname={tap},script=no,downscript=no")]);
+        command.args(["-device", "virtio-net-device,netdev=card,bus=virtio-mmio-bus.1"]);
+        words += " virtio_mmio.device=512@0xfeb00200:6";
+    }
+    if devices.vsock.is_some() {
+        command.args(["-device", "vhost-vsock-device,guest-cid=3,bus=virtio-mmio-bus.2"]);
+        words += " virtio_mmio.device=512@0xfeb00400:7";
+    }
     command.args(["-append", &command_line(Kind::Qemu, task, &words)]);
 }
 
@@ -190,7 +206,7 @@ fn firecracker_configuration(guest: &Guest, case: Case, task: Task, devices: &De
             "drive_id": "disk", "path_on_host": path, "is_root_device": false, "is_read_only": false,
         })
     };
-    serde_json::json!({
+    let mut configuration = serde_json::json!({
         "boot-source": {
             "kernel_image_path": guest.kernel,
             "initrd_path": guest.initrd,
@@ -198,7 +214,15 @@ fn firecracker_configuration(guest: &Guest, case: Case, task: Task, devices: &De
         },
         "drives": devices.disk.iter().map(drive).collect::<Vec<_>>(),
         "machine-config": { "vcpu_count": case.vcpus, "mem_size_mib": case.memory_mib },
-    })
+    });
+    if let Some(tap) = &devices.tap {
+        configuration["network-interfaces"] =
+            serde_json::json!([{ "iface_id": "card", "host_dev_name": tap }]);
+    }
+    if let Some(path) = &devices.vsock {
+        configuration["vsock"] = serde_json::json!({ "guest_cid": 3, "uds_path": path });
+    }
+    configuration
 }
 
 /// The kernel command line for a monitor without our ports, from which init takes its payload.

@@ -81,7 +81,7 @@ fn strip(program: &Path, directory: &Path, name: &str) -> Result<PathBuf> {
     Ok(target)
 }
 
-/// The modules of KVM, in the order in which they are loaded. A kernel may have one built in.
+/// The modules of KVM, and those of devices that QEMU has in the kernel, in the order in which they are loaded. A kernel may have one built in.
 fn add_modules(archive: &mut Archive) -> Result<()> {
     let modules = debian::unpacked(KERNEL_PACKAGE)?.join("lib/modules");
     let release = file_starting_with(&modules, "6.")?;
@@ -91,13 +91,18 @@ fn add_modules(archive: &mut Archive) -> Result<()> {
         "arch/x86/kvm/kvm",
         "arch/x86/kvm/kvm-amd",
         "drivers/net/tun",
+        "net/vmw_vsock/vsock",
+        "net/vmw_vsock/vmw_vsock_virtio_transport_common",
+        "drivers/vhost/vhost_iotlb",
+        "drivers/vhost/vhost",
+        "drivers/vhost/vhost_vsock",
     ]
     .iter()
     .enumerate()
     {
         let file = release.join("kernel").join(format!("{path}.ko.xz"));
         if file.exists() {
-            archive.file(&format!("{}/{number}.ko.xz", guest::MODULES), &file, 0o644)?;
+            archive.file(&format!("{}/{number:02}.ko.xz", guest::MODULES), &file, 0o644)?;
         }
     }
     Ok(())

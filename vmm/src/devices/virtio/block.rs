@@ -376,7 +376,7 @@ impl Device for Block {
     }
 
     fn serves_at_once(&self) -> bool {
-        true
+        self.io.can_be_quick()
     }
 
     fn serve_at_once(&mut self, queues: &mut Queues) -> Result<Left, Broken> {
@@ -629,6 +629,36 @@ mod tests {
             let used = driver.wait(0);
             // Buffers of odd addresses may be refused, and data that comes is the right data.
             assert!(used.bytes[4096] == 1 || used.bytes[0] == used.bytes[4095]);
+        }
+    }
+
+    #[test]
+    fn what_is_in_memory_is_done_by_whoever_rings_up_to_a_bound() {
+        let disk = Disk::new(&[0; 4096]);
+        let mut driver = Driver::started(Block::open(&disk.drive()).unwrap().blank().unwrap());
+        // The first doorbell is the transport's own.
+        driver.ring();
+        for _ in 0..70 {
+            driver.push(0, &[header(IN, 0), Piece::In(512), Piece::In(1)]);
+        }
+        driver.write(0x50, 0);
+        let mut done = 0;
+        while driver.pop(0).is_some() {
+            done += 1;
+        }
+        assert_eq!(done, 64, "no event was needed");
+        for _ in 64..70 {
+            driver.wait(0);
+        }
+    }
+
+    #[test]
+    fn direct_access_is_left_to_the_event_loop() {
+        let disk = Disk::new(&[0; 4096]);
+        if let Ok(block) = Block::open(&Drive { direct: true, ..disk.drive() }) {
+            // A tmpfs is memory however it is opened.
+            let is_memory = rustix::fs::fstatfs(&disk.file).unwrap().f_type == libc::TMPFS_MAGIC;
+            assert_eq!(block.serves_at_once(), is_memory);
         }
     }
 

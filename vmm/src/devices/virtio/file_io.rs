@@ -166,6 +166,11 @@ impl FileIo {
         Self { file: Arc::new(file), speed, pending: 0, engine: None, depth: depth.into() }
     }
 
+    /// Whether there are jobs that it can do at once.
+    pub(super) const fn can_be_quick(&self) -> bool {
+        !matches!(self.speed, Speed::Direct)
+    }
+
     /// Whether jobs are on their way.
     pub(super) const fn is_busy(&self) -> bool {
         self.pending > 0

@@ -282,7 +282,9 @@ impl Queues {
 
     /// The places of the next chains to take and to give back.
     pub(super) fn position(&self, queue: usize) -> (u16, u16) {
-        self.ring(queue).map_or((0, 0), |ring| (ring.next_available, ring.next_used))
+        let unused =
+            || self.queues.get(queue).map_or((0, 0), |queue| (queue.next_avail(), queue.next_used()));
+        self.ring(queue).map_or_else(unused, |ring| (ring.next_available, ring.next_used))
     }
 
     fn ring(&self, queue: usize) -> Option<&Ring> {
@@ -339,9 +341,30 @@ impl Queues {
     /// # Errors
     /// When the queue is not in use.
     pub fn complete(&mut self, queue: usize, chain: Chain, written: u32) -> Result<(), Broken> {
-        self.ring_mut(queue)?.complete(chain.head, written);
-        self.spare.push(chain.segments);
+        self.complete_together(queue, [(chain, written)])
+    }
+
+    /// Gives several chains back, of which the driver sees either none or all: a packet may take more than one.
+    ///
+    /// # Errors
+    /// When the queue is not in use.
+    pub fn complete_together(
+        &mut self,
+        queue: usize,
+        chains: impl IntoIterator<Item = (Chain, u32)>,
+    ) -> Result<(), Broken> {
+        for (chain, written) in chains {
+            self.ring_mut(queue)?.complete(chain.head, written);
+            self.spare.push(chain.segments);
+        }
+        self.ring_mut(queue)?.publish();
         Ok(())
+    }
+
+    /// Chains that the driver can make available at a time.
+    #[must_use]
+    pub fn size(&self, queue: usize) -> usize {
+        self.queues.get(queue).map_or(0, |ring| ring.size().into())
     }
 
     /// Interrupts the driver if it wants to hear of the chains that were given back.
