@@ -34,6 +34,12 @@ impl Segment {
         Self(libc::iovec { iov_base: start.cast(), iov_len: length as usize })
     }
 
+    /// Memory of this process, for a part of a message that is not the guest's. Whoever passes it to the host
+    /// keeps it until then.
+    pub(super) const fn own(bytes: &mut [u8]) -> Self {
+        Self(libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() })
+    }
+
     /// Bytes of it.
     #[must_use]
     pub const fn len(&self) -> usize {
@@ -68,7 +74,7 @@ impl Segment {
     }
 
     /// Leaves out bytes at its start; at most as many as it has.
-    const fn skip(&mut self, count: usize) {
+    pub(super) const fn skip(&mut self, count: usize) {
         self.0.iov_base = self.as_ptr().wrapping_add(count).cast();
         self.0.iov_len -= count;
     }
@@ -339,9 +345,32 @@ impl Queues {
     /// # Errors
     /// When the queue is not in use.
     pub fn complete(&mut self, queue: usize, chain: Chain, written: u32) -> Result<(), Broken> {
-        self.ring_mut(queue)?.complete(chain.head, written);
-        self.spare.push(chain.segments);
+        self.complete_together(queue, [(chain, written)])
+    }
+
+    /// Gives several chains back, of which the driver sees either none or all: a packet may take more than one.
+    ///
+    /// # Errors
+    /// When the queue is not in use.
+    pub fn complete_together(
+        &mut self,
+        queue: usize,
+        chains: impl IntoIterator<Item = (Chain, u32)>,
+    ) -> Result<(), Broken> {
+        let ring = self.rings.get_mut(queue).and_then(Option::as_mut);
+        let ring = ring.ok_or_else(|| Broken::because(format!("queue {queue} is not in use")))?;
+        for (chain, written) in chains {
+            ring.complete(chain.head, written);
+            self.spare.push(chain.segments);
+        }
+        ring.publish();
         Ok(())
+    }
+
+    /// Chains that the driver can make available at a time.
+    #[must_use]
+    pub fn size(&self, queue: usize) -> usize {
+        self.queues.get(queue).map_or(0, |ring| ring.size().into())
     }
 
     /// Interrupts the driver if it wants to hear of the chains that were given back.

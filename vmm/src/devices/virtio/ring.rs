@@ -178,7 +178,7 @@ impl Ring {
         }
     }
 
-    /// Gives a chain back.
+    /// Gives a chain back, which the driver sees with the next [`Self::publish`].
     pub(super) fn complete(&mut self, head: u16, written: u32) {
         let [a, b] = head.to_le_bytes();
         let [c, d, e, f] = written.to_le_bytes();
@@ -186,6 +186,10 @@ impl Ring {
         // SAFETY: the ring was found in guest memory, with room for as many elements as its size.
         unsafe { element.write_volatile([a, b, 0, 0, c, d, e, f]) };
         self.next_used = self.next_used.wrapping_add(1);
+    }
+
+    /// Shows the driver all chains that were given back.
+    pub(super) fn publish(&self) {
         self.used(2).store(self.next_used.to_le(), Ordering::Release);
     }
 
