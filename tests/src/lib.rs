@@ -6,6 +6,7 @@
 pub mod conversation;
 pub mod machine_code;
 pub mod vsock;
+pub mod network;
 
 use std::fmt;
 use std::io::Read;
