@@ -165,7 +165,7 @@ fn write_nameserver([a, b, c, d]: [u8; 4]) -> Result<(), Errno> {
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC;
     let file = open("/etc/resolv.conf", flags, Mode::from_raw_mode(0o644))?;
     let mut line = Line::<32>::default();
-    let _ = write!(line, "nameserver {a}.{b}.{c}.{d}\n");
+    let _ = writeln!(line, "nameserver {a}.{b}.{c}.{d}");
     rustix::io::write(&file, &line.bytes[..line.length]).map(drop)
 }
 

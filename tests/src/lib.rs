@@ -5,8 +5,8 @@
 
 pub mod conversation;
 pub mod machine_code;
-pub mod vsock;
 pub mod network;
+pub mod vsock;
 
 use std::fmt;
 use std::io::Read;

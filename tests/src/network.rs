@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "namespaces and ioctls")]
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::symlink;
@@ -88,15 +88,18 @@ pub fn pattern(length: usize) -> Vec<u8> {
     bytes
 }
 
-/// A server that gives each of its first clients the same bytes.
+/// A server of HTTP that gives its first client these bytes.
 ///
 /// # Panics
 /// When it cannot listen.
 pub fn give(address: &str, bytes: Vec<u8>) -> JoinHandle<()> {
     let listener = TcpListener::bind(address).expect("cannot listen");
     std::thread::spawn(move || {
-        let (mut stream, _) = listener.accept().expect("nobody came");
-        stream.write_all(&bytes).expect("cannot send");
+        let (stream, _) = listener.accept().expect("nobody came");
+        let request = BufReader::new(&stream).lines().map_while(Result::ok);
+        assert!(request.take_while(|line| !line.is_empty()).count() > 0, "nobody asked");
+        write!(&stream, "HTTP/1.0 200 OK\r\nContent-Length: {}\r\n\r\n", bytes.len()).expect("cannot send");
+        (&stream).write_all(&bytes).expect("cannot send");
     })
 }
 

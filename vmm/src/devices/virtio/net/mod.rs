@@ -512,16 +512,21 @@ impl Device for Net {
         bytes
     }
 
-    fn activate(&mut self, features: u64, _: &mut Queues, watcher: &Watcher) -> Result<(), Broken> {
+    fn activate(&mut self, features: u64, queues: &mut Queues, watcher: &Watcher) -> Result<(), Broken> {
         let has = |feature| features & feature != 0;
         if has(feature::GUEST_SEGMENTATION) && !has(feature::GUEST_CSUM)
             || has(feature::HOST_SEGMENTATION) && !has(feature::CSUM)
         {
             return Err(Broken::because("segmentation was accepted without checksums"));
         }
-        self.link
-            .accept(features)
-            .map_err(|error| Broken::because(format!("the link refused the driver's features: {error}")))?;
+        match self.link.accept(features) {
+            Ok(()) => {}
+            // It went before the guest came.
+            Err(error) if is_end(&error) => self.disconnect(queues),
+            Err(error) => {
+                return Err(Broken::because(format!("the link refused the driver's features: {error}")));
+            }
+        }
         self.features = features;
         self.watcher = Some(watcher.clone());
         Ok(())
