@@ -13,6 +13,7 @@ mod heap;
 mod kernel_log;
 mod machine;
 mod mem;
+mod network;
 mod payload;
 mod question;
 mod renewal;
@@ -31,13 +32,14 @@ fn main() -> ! {
     setup::link_descriptors();
     machine::mark(BootMark::FilesystemsMounted);
     setup::open_console();
-    setup::bring_up_loopback();
+    network::bring_up_loopback();
     machine::mark(BootMark::SystemReady);
 
     // Nothing before this line depends on the image or on the payload.
     let answer = question::ask();
     renewal::renew(&answer.spec.renewal);
     setup::set_hostname(answer.spec.hostname.as_deref());
+    network::configure(&answer.spec.networks);
     machine::mark(BootMark::Configured);
     if let Some(device) = &answer.spec.root_device {
         root::enter(device);

@@ -1,7 +1,7 @@
 //! What init is asked to run, whoever asks: the VMM's frame or the kernel command line.
 
 use alloc::vec::Vec;
-use guest_protocol::frame::{self, FrameError, Item};
+use guest_protocol::frame::{self, FrameError, Item, Network};
 
 /// The guest's configuration.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -26,6 +26,8 @@ pub struct PayloadSpec {
     pub kernel_log: bool,
     /// What a kernel must renew that was booted for another guest.
     pub renewal: Renewal,
+    /// Network cards that get an address.
+    pub networks: Vec<Network>,
 }
 
 /// What two guests may not have from the same boot of a kernel; empty where this guest's kernel is its own.
@@ -57,6 +59,7 @@ impl PayloadSpec {
                 Item::RealTime(time) => spec.renewal.real_time = Some(time),
                 Item::RootDevice(path) => spec.root_device = Some(path.into()),
                 Item::Entropy(bytes) => spec.renewal.entropy = Some(bytes.into()),
+                Item::Network(network) => spec.networks.push(network),
             }
         }
         Ok(spec)
@@ -170,6 +173,7 @@ mod tests {
                 vm_age: None,
                 kernel_log: false,
                 renewal: Renewal::default(),
+                networks: Vec::new(),
             }
         );
     }

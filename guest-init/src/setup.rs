@@ -1,11 +1,10 @@
-//! What every program expects of its system: filesystems, standard streams, loopback, a name.
-#![expect(unsafe_code, reason = "one ioctl without a safe wrapper")]
+//! What every program expects of its system: filesystems, standard streams, a name.
+#![expect(unsafe_code, reason = "borrows a standard stream")]
 
 use crate::voice::say;
 use rustix::fs::{CWD, Mode, OFlags, mkdirat, open, symlinkat};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount};
-use rustix::net::{AddressFamily, SocketType, socket};
 
 struct Mount {
     kind: &'static str,
@@ -84,31 +83,6 @@ pub(crate) fn open_console() {
         if rustix::fd::AsRawFd::as_raw_fd(&console) <= 2 {
             core::mem::forget(console);
         }
-    }
-}
-
-/// `struct ifreq` of linux/if.h as SIOCSIFFLAGS reads it.
-#[repr(C)]
-struct InterfaceFlags {
-    name: [u8; 16],
-    flags: i16,
-    padding: [u8; 22],
-}
-
-/// Brings the loopback interface up; a kernel without a network has none.
-pub(crate) fn bring_up_loopback() {
-    const SIOCSIFFLAGS: rustix::ioctl::Opcode = 0x8914;
-    const IFF_UP: i16 = 1;
-    let Ok(socket) = socket(AddressFamily::INET, SocketType::DGRAM, None) else {
-        return;
-    };
-    let mut request = InterfaceFlags { name: [0; 16], flags: IFF_UP, padding: [0; 22] };
-    request.name[..2].copy_from_slice(b"lo");
-    // SAFETY: SIOCSIFFLAGS reads a struct ifreq, which InterfaceFlags lays out in full size.
-    let result =
-        unsafe { rustix::ioctl::ioctl(&socket, rustix::ioctl::Setter::<SIOCSIFFLAGS, _>::new(request)) };
-    if let Err(error) = result {
-        say(format_args!("init: cannot bring lo up: {error}\n"));
     }
 }
 

@@ -5,6 +5,7 @@
 
 pub mod conversation;
 pub mod machine_code;
+pub mod network;
 pub mod vsock;
 
 use std::fmt;

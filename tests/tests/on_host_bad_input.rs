@@ -278,7 +278,7 @@ fn devices_that_make_no_sense() {
         (&["--net", "tap0,mac=06:00"], "--net tap0,mac=06:00: \"06:00\" is not an Ethernet address"),
         (&["--net", "tap0,mac=ff:ff:ff:ff:ff:ff"], "is the address of a group of cards"),
         (&["--net", "tap0,mtu=70000"], "\"70000\" is not a number of bytes"),
-        (&["--net", "tap0,tap1"], "\"tap1\" is neither"),
+        (&["--net", "tap0,tap1"], "\"tap1\" is none of"),
         (&["-p", "8080:80"], "--publish 8080:80: it needs --net user"),
         (&["--net", "user", "-p", "8080"], "it is not of the form 8080:80"),
     ];
@@ -327,4 +327,36 @@ fn devices_of_a_configuration_file() {
         );
         refused(&["--config-file", &file], expected);
     }
+}
+
+#[test]
+fn network_cards() {
+    let place = Place::new();
+    let kernel = place.kernel();
+    for (net, expected) in [
+        ("a-name-of-17-byte", "the name of an interface has 1 to 15 bytes"),
+        ("", "the name of an interface has 1 to 15 bytes"),
+        ("a/b", "no interface can have this name"),
+        ("tap0,mtu=67", "network interface net0: its MTU is 67; one is 68 to 65535 bytes"),
+        ("tap0,mtu=65536", "\"65536\" is not a number of bytes"),
+        ("tap0,gw=10.0.0.1", "needs the guest's address (ip=ADDRESS/PREFIX) too"),
+        ("user,ip=10.0.0.2/24", "with passt the guest's address is 10.0.2.15"),
+    ] {
+        refused(&["--net", net, "--kernel", &kernel], expected);
+    }
+    // A port that somebody has.
+    let listener = std::net::TcpListener::bind("0.0.0.0:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let expected = format!("port {port} of the host is in use; choose another one");
+    refused(&["--net", "user", "-p", &format!("{port}:80"), "--kernel", &kernel], &expected);
+}
+
+#[test]
+fn networking_without_passt() {
+    let place = Place::new();
+    let kernel = place.kernel();
+    let outcome = run(kindling().env("PATH", "").args(["boot", "--net", "user", "--kernel", &kernel]));
+    outcome
+        .expect_status(2)
+        .expect_stderr("it needs the program passt, which Debian has in a package of this name");
 }

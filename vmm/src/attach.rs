@@ -2,10 +2,11 @@
 //! interrupts.
 
 use crate::bus::MemoryBus;
-use crate::config::Config;
+use crate::config::{Config, ConfigError};
 use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::Block;
 use crate::devices::virtio::entropy::Entropy;
+use crate::devices::virtio::net::{self, Net};
 use crate::devices::virtio::pmem::Pmem;
 use crate::devices::virtio::vsock::Vsock;
 use crate::devices::virtio::{Device, RegisterPages, Shape, State, Transport, Wiring};
@@ -21,6 +22,8 @@ pub(crate) struct Opened {
     devices: Vec<(String, Box<dyn Device>)>,
     /// Files that the guest has as memory, and where.
     files: Vec<PlacedFile>,
+    /// Programs that were started for them, and have to run before the guest does.
+    starting: Vec<net::Starting>,
 }
 
 impl Opened {
@@ -44,6 +47,16 @@ impl Opened {
                 device = device.blank().map_err(Error::host("make a blank disk"))?;
             }
             opened.add(&drive.drive_id, device);
+        }
+        for interface in &devices.network_interfaces {
+            let device = if is_blank {
+                Net::blank(interface).map_err(Error::host("make a blank network card"))?
+            } else {
+                let (device, starting) = Net::open(interface)?;
+                opened.starting.extend(starting);
+                device
+            };
+            opened.add(&interface.iface_id, device);
         }
         if let Some(vsock) = &devices.vsock {
             let device = if is_blank {
@@ -105,6 +118,10 @@ impl Opened {
     ) -> Result<Vec<Arc<Mutex<Transport>>>, Error> {
         if self.devices.is_empty() {
             return Ok(Vec::new());
+        }
+        for starting in self.starting {
+            let wrong = |what| ConfigError::InterfaceDevice { name: "user".into(), what };
+            starting.wait().map_err(wrong)?;
         }
         let pages =
             RegisterPages::new(self.devices.len()).map_err(Error::host("map the registers of devices"))?;

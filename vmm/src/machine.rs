@@ -351,11 +351,13 @@ impl DevicesBuilder<'_> {
     }
 }
 
-/// What init is told: what the configuration says of the guest, and where its root filesystem is.
+/// What init is told: what the configuration says of the guest, where its root filesystem is, and what its network
+/// cards have.
 fn guest(config: &Config) -> GuestConfig {
     let mut guest = config.guest.clone();
     let of_image = || Some(config.devices.root_drive()?.1.into_bytes());
     guest.root_device = guest.root_device.or_else(of_image);
+    guest.networks.splice(..0, config.devices.guest_networks());
     guest
 }
 

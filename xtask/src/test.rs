@@ -172,6 +172,7 @@ fn lay_out_testbed() -> Result<PathBuf> {
         Some(file) => drop(fs::copy(file, testbed.join(FIRECRACKER))?),
         None => drop(fs::remove_file(testbed.join(FIRECRACKER))),
     }
+    passt(&testbed.join("passt"))?;
     let bzimage = fs::read(lab::kernel()?)?;
     fs::write(testbed.join("debian/vmlinuz"), &bzimage)?;
     unpack_kernel(&bzimage, &testbed.join("debian/vmlinux"))?;
@@ -217,6 +218,21 @@ fn busybox_root(root: &Path) -> Result<()> {
     fs::write(root.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\n")?;
     fs::write(root.join("etc/data"), "no program\n")?;
     fs::set_permissions(root.join("etc/data"), fs::Permissions::from_mode(0o644))?;
+    Ok(())
+}
+
+/// Debian's passt with the C library that it needs, which the lab has not.
+fn passt(folder: &Path) -> Result<()> {
+    fs::create_dir_all(folder)?;
+    let libraries = debian::unpacked("libc6")?.join("lib/x86_64-linux-gnu");
+    for file in [
+        debian::unpacked("passt")?.join("usr/bin/passt"),
+        libraries.join("libc.so.6"),
+        libraries.join("ld-linux-x86-64.so.2"),
+    ] {
+        fs::copy(&file, folder.join(file.file_name().unwrap_or_default()))
+            .with_context(|| format!("cannot copy {}", file.display()))?;
+    }
     Ok(())
 }
 

@@ -4,7 +4,7 @@
 //! "KNDL"  version: u16  zero: u16  length of the items: u32   item*
 //! item = tag: u8  length: u32  bytes
 //! ```
-//! All integers are little-endian. Arguments and environment entries keep their order; every
+//! All integers are little-endian. Arguments, environment entries and networks keep their order; every
 //! other item appears at most once. Decoding borrows from the frame and allocates nothing.
 
 use core::fmt;
@@ -45,6 +45,45 @@ pub enum Item<'a> {
     /// The device of the image's root filesystem, such as `/dev/vda`, which init mounts below a writable overlay
     /// and enters. Where there is none the initramfs is the root.
     RootDevice(&'a [u8]),
+    /// The address of a network card; any number of them.
+    Network(Network),
+}
+
+/// What a network card is told before the payload runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Network {
+    /// The card's number: 1 for the kernel's `eth1`.
+    pub card: u8,
+    /// Bits of the address that are its network's, at most 32.
+    pub prefix: u8,
+    /// IPv4 address.
+    pub address: [u8; 4],
+    /// Where packets go that are for no network of the guest's.
+    pub gateway: Option<[u8; 4]>,
+    /// Who knows the addresses of names.
+    pub nameserver: Option<[u8; 4]>,
+}
+
+impl Network {
+    const LENGTH: usize = 14;
+
+    /// An address of zeroes stands for none.
+    fn to_bytes(self) -> [u8; Self::LENGTH] {
+        let mut bytes = [0; Self::LENGTH];
+        bytes[0] = self.card;
+        bytes[1] = self.prefix;
+        bytes[2..6].copy_from_slice(&self.address);
+        bytes[6..10].copy_from_slice(&self.gateway.unwrap_or_default());
+        bytes[10..].copy_from_slice(&self.nameserver.unwrap_or_default());
+        bytes
+    }
+
+    fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let &[card, prefix @ ..=32, a, b, c, d, e, f, g, h, i, j, k, l] = bytes else { return None };
+        let optional = |address| (address != [0; 4]).then_some(address);
+        let (gateway, nameserver) = (optional([e, f, g, h]), optional([i, j, k, l]));
+        Some(Self { card, prefix, address: [a, b, c, d], gateway, nameserver })
+    }
 }
 
 impl Item<'_> {
@@ -61,6 +100,7 @@ impl Item<'_> {
             Self::RealTime(_) => 9,
             Self::Entropy(_) => 10,
             Self::RootDevice(_) => 11,
+            Self::Network(_) => 12,
         }
     }
 }
@@ -76,7 +116,7 @@ pub enum FrameError {
     Length,
     /// An item with a tag that this program does not know.
     UnknownItem(u8),
-    /// A number item whose length is not that of its number.
+    /// An item of fixed length with another length, or with a value that it cannot have.
     NumberLength(u8),
     /// The items do not fit [`MAX_FRAME`] bytes.
     TooLong,
@@ -92,7 +132,7 @@ impl fmt::Display for FrameError {
             Self::Length => write!(f, "the configuration's length is not what its header says"),
             Self::UnknownItem(tag) => write!(f, "the configuration has an item of unknown kind {tag}"),
             Self::NumberLength(tag) => {
-                write!(f, "the configuration's number of kind {tag} has a wrong length")
+                write!(f, "the configuration's item of kind {tag} has a wrong length or value")
             }
             Self::TooLong => {
                 write!(f, "arguments and environment do not fit the configuration's {MAX_FRAME} bytes")
@@ -141,6 +181,7 @@ fn value_len(item: &Item<'_>) -> usize {
         Item::UserId(_) | Item::GroupId(_) => 4,
         Item::VmAge(_) | Item::RealTime(_) => 8,
         Item::KernelLog => 0,
+        Item::Network(_) => Network::LENGTH,
     }
 }
 
@@ -158,6 +199,7 @@ fn encode_item<S: Extend<u8>>(item: &Item<'_>, sink: &mut S) -> Result<(), Frame
         Item::UserId(id) | Item::GroupId(id) => sink.extend(id.to_le_bytes()),
         Item::VmAge(time) | Item::RealTime(time) => sink.extend(time.to_le_bytes()),
         Item::KernelLog => {}
+        Item::Network(network) => sink.extend(network.to_bytes()),
     }
     Ok(())
 }
@@ -230,6 +272,7 @@ fn parse_item(tag: u8, value: &[u8]) -> Result<Item<'_>, FrameError> {
         9 => Item::RealTime(u64::from_le_bytes(value.try_into().map_err(|_| number)?)),
         10 => Item::Entropy(value),
         11 => Item::RootDevice(value),
+        12 => Item::Network(Network::from_bytes(value).ok_or(number)?),
         _ => return Err(FrameError::UnknownItem(tag)),
     })
 }
@@ -247,7 +290,14 @@ mod tests {
         bytes
     }
 
-    const EVERY_KIND: [Item<'_>; 12] = [
+    const EVERY_KIND: [Item<'_>; 13] = [
+        Item::Network(Network {
+            card: 1,
+            prefix: 24,
+            address: [10, 0, 2, 15],
+            gateway: Some([10, 0, 2, 2]),
+            nameserver: None,
+        }),
         Item::Argument(b"/bin/sh"),
         Item::Argument(b""),
         Item::Environment(b"A=b"),

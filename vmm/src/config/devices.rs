@@ -3,8 +3,10 @@
 
 use super::ConfigError;
 use crate::layout::DEVICES_MAX;
+use guest_protocol::frame::Network;
 use serde::Deserialize;
 use std::collections::BTreeSet;
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -99,6 +101,9 @@ impl Devices {
                 return Err(ConfigError::EmptyBucket);
             }
         }
+        for interface in &self.network_interfaces {
+            interface.validate()?;
+        }
         if let Some(vsock) = &self.vsock {
             vsock.validate()?;
         }
@@ -106,6 +111,14 @@ impl Devices {
             balloon.validate(memory)?;
         }
         Ok(())
+    }
+
+    /// What init has to tell the guest's kernel of its network cards.
+    pub(crate) fn guest_networks(&self) -> Vec<Network> {
+        (0..)
+            .zip(&self.network_interfaces)
+            .filter_map(|(card, interface)| interface.guest_network(card))
+            .collect()
     }
 }
 
@@ -185,12 +198,23 @@ pub struct NetworkInterface {
     pub iface_id: String,
     /// The tap device that it leads to, or `user` for networking without one, through passt.
     pub host_dev_name: String,
-    /// Its address; one that is made from its number where there is none.
+    /// Its address; one that is made from `host_dev_name` where there is none.
     #[serde(default)]
     pub guest_mac: Option<MacAddress>,
-    /// The largest packet in bytes that the guest may send; the kernel's 1500 where it is not said.
+    /// The largest IP packet in bytes, 68 to 65535. Where it is not said, it is the guest's kernel's 1500 with a
+    /// tap, and 65520 with passt.
     #[serde(default)]
     pub mtu: Option<u16>,
+    /// The guest's IPv4 address, which init sets. Without one the guest configures itself; with passt, which knows
+    /// the guest by its address, it is [`user_network::ADDRESS`].
+    #[serde(default)]
+    pub guest_ip: Option<InterfaceAddress>,
+    /// The guest's way out.
+    #[serde(default)]
+    pub gateway: Option<Ipv4Addr>,
+    /// The guest's name server.
+    #[serde(default)]
+    pub nameserver: Option<Ipv4Addr>,
     /// Limits of what the guest receives.
     #[serde(default)]
     pub rx_rate_limiter: Option<RateLimiter>,
@@ -200,6 +224,117 @@ pub struct NetworkInterface {
     /// Ports of the host that lead into the guest, where the other end is passt.
     #[serde(skip)]
     pub forwards: Vec<PortForward>,
+}
+
+/// What a guest has whose card leads to passt. There is one such network for each card, and nobody else in it.
+pub mod user_network {
+    use std::net::Ipv4Addr;
+
+    /// The guest's address.
+    pub const ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
+    /// Bits of the network's part of it.
+    pub const PREFIX: u8 = 24;
+    /// The way out.
+    pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
+    /// Where passt answers for the host's first name server.
+    pub const NAMESERVER: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 3);
+    /// The largest packet that passt takes, rounded down to words of IP (its manual page, `--mtu`).
+    pub const MTU: u16 = 65_520;
+}
+
+impl NetworkInterface {
+    /// Whether it leads to passt.
+    #[must_use]
+    pub fn is_user(&self) -> bool {
+        self.host_dev_name == "user"
+    }
+
+    fn validate(&self) -> Result<(), ConfigError> {
+        let wrong = |what: String| Err(ConfigError::Interface { id: self.iface_id.clone(), what });
+        // Section 5.1.4.1 of the virtio specification.
+        if let Some(mtu) = self.mtu.filter(|mtu| *mtu < 68) {
+            return wrong(format!("its MTU is {mtu}; one is 68 to 65535 bytes"));
+        }
+        let own = [self.guest_ip.map(|ip| ip.address), self.gateway, self.nameserver];
+        if self.is_user() && own.iter().any(Option::is_some) {
+            let address = user_network::ADDRESS;
+            return wrong(format!(
+                "with passt the guest's address is {address}, and the rest follows from it"
+            ));
+        }
+        if self.guest_ip.is_none() && own.iter().any(Option::is_some) {
+            return wrong(
+                "a gateway or name server needs the guest's address (ip=ADDRESS/PREFIX) too".into(),
+            );
+        }
+        Ok(())
+    }
+
+    /// The card's address.
+    pub(crate) fn mac(&self) -> MacAddress {
+        self.guest_mac.unwrap_or_else(|| {
+            // FNV-1a: names of taps are different on one host, and so are the addresses behind one bridge.
+            let hash = self.host_dev_name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+                (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+            });
+            let [a, b, c, d, e, ..] = hash.to_le_bytes();
+            // An address that nobody assigned, of one card.
+            MacAddress([0x06, a, b, c, d, e])
+        })
+    }
+
+    /// What the card says about its MTU.
+    pub(crate) fn guest_mtu(&self) -> Option<u16> {
+        self.mtu.or_else(|| self.is_user().then_some(user_network::MTU))
+    }
+
+    /// What init has to set up, if this is card number `card`.
+    fn guest_network(&self, card: u8) -> Option<Network> {
+        if self.is_user() {
+            return Some(Network {
+                card,
+                prefix: user_network::PREFIX,
+                address: user_network::ADDRESS.octets(),
+                gateway: Some(user_network::GATEWAY.octets()),
+                nameserver: Some(user_network::NAMESERVER.octets()),
+            });
+        }
+        let InterfaceAddress { address, prefix } = self.guest_ip?;
+        let octets = |address: Option<Ipv4Addr>| address.map(|address| address.octets());
+        let (gateway, nameserver) = (octets(self.gateway), octets(self.nameserver));
+        Some(Network { card, prefix, address: address.octets(), gateway, nameserver })
+    }
+}
+
+/// An IPv4 address with its network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct InterfaceAddress {
+    /// The address.
+    pub address: Ipv4Addr,
+    /// Bits of its network's part, 1 to 32.
+    pub prefix: u8,
+}
+
+impl FromStr for InterfaceAddress {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let parse = |text: &str| {
+            let (address, prefix) = text.split_once('/')?;
+            let prefix = prefix.parse().ok().filter(|prefix| (1..=32).contains(prefix))?;
+            Some(Self { address: address.parse().ok()?, prefix })
+        };
+        parse(text).ok_or_else(|| format!("{text:?} is not an address with its prefix such as 10.0.0.2/24"))
+    }
+}
+
+impl TryFrom<String> for InterfaceAddress {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        text.parse()
+    }
 }
 
 /// An Ethernet address.

@@ -9,6 +9,7 @@ mod json;
 pub use crate::devices::configuration::GuestConfig;
 pub use crate::profile::ProfileConfig;
 pub use devices::Devices;
+pub use guest_protocol::frame::Network;
 pub use json::from_json_file;
 pub(crate) use json::read_bounded;
 
@@ -252,6 +253,22 @@ pub enum ConfigError {
         asked: u64,
         /// MiB of the guest.
         memory: u64,
+    },
+    /// An interface of the host that cannot be the other end of a network card.
+    #[error("{name} cannot be the other end of a network card: {what}")]
+    InterfaceDevice {
+        /// Its name, or `user` for passt.
+        name: String,
+        /// What is wrong with it, and what to do.
+        what: String,
+    },
+    /// A value of a network interface that none can have.
+    #[error("network interface {id}: {what}")]
+    Interface {
+        /// The interface's name.
+        id: String,
+        /// What is wrong with it.
+        what: String,
     },
     /// A file of an image that is not the one its description names.
     #[error("{} is not the file that image.json describes: {what}", path.display())]

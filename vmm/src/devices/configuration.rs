@@ -2,7 +2,7 @@
 
 use crate::bus::{BusDevice, GuestRequest};
 use crate::timeline::Instant;
-use guest_protocol::frame::{self, FrameError, Item};
+use guest_protocol::frame::{self, FrameError, Item, Network};
 use std::io;
 
 /// What the guest runs and how, in the guest's own terms.
@@ -25,6 +25,8 @@ pub struct GuestConfig {
     /// Device with an EROFS root filesystem, such as `/dev/vda`; that of the configuration's image where none is
     /// named and the image has one.
     pub root_device: Option<Vec<u8>>,
+    /// Network cards that init gives an address; those of the machine's own configuration come before them.
+    pub networks: Vec<Network>,
 }
 
 impl GuestConfig {
@@ -49,6 +51,7 @@ impl GuestConfig {
             .chain(self.hostname.iter().map(|bytes| Item::Hostname(bytes)))
             .chain(self.root_device.iter().map(|bytes| Item::RootDevice(bytes)))
             .chain([Item::UserId(self.user_id), Item::GroupId(self.group_id), Item::VmAge(vm_age)])
+            .chain(self.networks.iter().map(|network| Item::Network(*network)))
             .chain(kernel_log.then_some(Item::KernelLog))
             .chain(renewed.into_iter().flatten());
         let mut bytes = Vec::new();

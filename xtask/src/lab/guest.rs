@@ -77,7 +77,17 @@ fn power_off() -> ! {
     }
 }
 
+/// Puts a mount over the first root filesystem, which is none that pivot_root(2) could leave: sandboxes do that.
+fn cover_root() -> Result<()> {
+    const MOUNT_POINT: &str = "/root";
+    rustix::mount::mount_bind("/", MOUNT_POINT)?;
+    rustix::process::chdir(MOUNT_POINT)?;
+    rustix::mount::mount_move(MOUNT_POINT, "/")?;
+    Ok(rustix::process::chroot(".")?)
+}
+
 fn mount_filesystems() -> Result<()> {
+    cover_root().context("cannot mount a root filesystem")?;
     let plain: &CStr = c"";
     for (kind, target) in [
         ("proc", "/proc"),

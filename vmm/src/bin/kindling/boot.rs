@@ -248,6 +248,7 @@ impl Arguments {
             user_id,
             group_id,
             root_device: None,
+            networks: Vec::new(),
         }
     }
 }

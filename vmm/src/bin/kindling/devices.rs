@@ -17,7 +17,7 @@ pub(crate) struct DeviceArguments {
     pub(crate) drive: Vec<OsString>,
     /// A network card: the name of a tap device, or user for networking without root, through passt; may be
     /// repeated
-    #[arg(long, value_name = "TAP|user[,mac=MAC][,mtu=BYTES]")]
+    #[arg(long, value_name = "TAP|user[,mac=MAC][,mtu=BYTES][,ip=ADDR/PREFIX][,gw=ADDR][,dns=ADDR]")]
     pub(crate) net: Vec<OsString>,
     /// With --net user: a port of the host that leads to one of the guest; may be repeated
     #[arg(long, short = 'p', value_name = "HOST:GUEST")]
@@ -84,7 +84,7 @@ impl DeviceArguments {
             let ports =
                 ports.and_then(|(host, guest)| Some(PortForward { host: port(host)?, guest: port(guest)? }));
             let forward = ports.ok_or_else(|| wrong("it is not of the form 8080:80"))?;
-            let interface = devices.network_interfaces.iter_mut().find(|card| card.host_dev_name == "user");
+            let interface = devices.network_interfaces.iter_mut().find(|card| card.is_user());
             interface.ok_or_else(|| wrong("it needs --net user"))?.forwards.push(forward);
         }
         Ok(())
@@ -106,9 +106,15 @@ fn interface(text: &OsStr, number: usize) -> Result<NetworkInterface, ConfigErro
         host_dev_name,
         guest_mac: None,
         mtu: None,
+        guest_ip: None,
+        gateway: None,
+        nameserver: None,
         rx_rate_limiter: None,
         tx_rate_limiter: None,
         forwards: Vec::new(),
+    };
+    let ipv4 = |text: &str| {
+        text.parse().map_err(|_| wrong(format!("{text:?} is not an IPv4 address such as 10.0.0.1"))).map(Some)
     };
     for part in parts {
         match part.split_once('=') {
@@ -117,7 +123,10 @@ fn interface(text: &OsStr, number: usize) -> Result<NetworkInterface, ConfigErro
                 let mtu = text.parse().map_err(|_| wrong(format!("{text:?} is not a number of bytes")))?;
                 interface.mtu = Some(mtu);
             }
-            _ => return Err(wrong(format!("{part:?} is neither mac=... nor mtu=..."))),
+            Some(("ip", text)) => interface.guest_ip = Some(text.parse().map_err(wrong)?),
+            Some(("gw", text)) => interface.gateway = ipv4(text)?,
+            Some(("dns", text)) => interface.nameserver = ipv4(text)?,
+            _ => return Err(wrong(format!("{part:?} is none of mac=..., mtu=..., ip=..., gw=..., dns=..."))),
         }
     }
     Ok(interface)
@@ -164,7 +173,13 @@ mod tests {
             net("tap0,mac=1").unwrap_err().contains("--net tap0,mac=1: \"1\" is not an Ethernet address")
         );
         assert!(net("tap0,mtu=x").unwrap_err().contains("\"x\" is not a number"));
-        assert!(net("tap0,speed=1").unwrap_err().contains("\"speed=1\" is neither"));
+        assert!(net("tap0,speed=1").unwrap_err().contains("\"speed=1\" is none of"));
+        assert_eq!(net("tap0,ip=10.0.0.2/24,gw=10.0.0.1,dns=10.0.0.1"), Ok(()));
+        for text in ["10.0.0.2", "10.0.0.2/0", "10.0.0.2/33", "10.0.0/24", "::1/64", ""] {
+            let message = net(&format!("tap0,ip={text}")).unwrap_err();
+            assert!(message.contains("is not an address with its prefix"), "{message}");
+        }
+        assert!(net("tap0,gw=10.0.0").unwrap_err().contains("\"10.0.0\" is not an IPv4 address"));
         let publish = |net: &[&str], text: &str| {
             let net = net.iter().map(OsString::from).collect();
             add(DeviceArguments { net, publish: vec![text.into()], ..DeviceArguments::default() })

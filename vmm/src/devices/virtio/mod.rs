@@ -11,6 +11,7 @@ pub mod driver;
 pub mod entropy;
 mod file_io;
 mod mmio;
+pub mod net;
 pub mod pmem;
 mod queue;
 mod rate_limiter;
@@ -18,6 +19,7 @@ mod registers;
 mod ring;
 #[cfg(test)]
 mod tests;
+mod vectored;
 pub mod vsock;
 
 pub use mmio::{Shape, State, Transport, Wiring};

@@ -34,6 +34,12 @@ impl Segment {
         Self(libc::iovec { iov_base: start.cast(), iov_len: length as usize })
     }
 
+    /// Memory of this process, for a part of a message that is not the guest's. Whoever passes it to the host
+    /// keeps it until then.
+    pub(super) const fn own(bytes: &mut [u8]) -> Self {
+        Self(libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() })
+    }
+
     /// Bytes of it.
     #[must_use]
     pub const fn len(&self) -> usize {
@@ -68,7 +74,7 @@ impl Segment {
     }
 
     /// Leaves out bytes at its start; at most as many as it has.
-    const fn skip(&mut self, count: usize) {
+    pub(super) const fn skip(&mut self, count: usize) {
         self.0.iov_base = self.as_ptr().wrapping_add(count).cast();
         self.0.iov_len -= count;
     }
@@ -353,11 +359,13 @@ impl Queues {
         queue: usize,
         chains: impl IntoIterator<Item = (Chain, u32)>,
     ) -> Result<(), Broken> {
+        let ring = self.rings.get_mut(queue).and_then(Option::as_mut);
+        let ring = ring.ok_or_else(|| Broken::because(format!("queue {queue} is not in use")))?;
         for (chain, written) in chains {
-            self.ring_mut(queue)?.complete(chain.head, written);
+            ring.complete(chain.head, written);
             self.spare.push(chain.segments);
         }
-        self.ring_mut(queue)?.publish();
+        ring.publish();
         Ok(())
     }
 

@@ -79,32 +79,39 @@ impl RateLimiter {
     /// # Errors
     /// When it has to wait, and until when. Nothing was taken then.
     pub fn take(&mut self, bytes: u64) -> Result<(), Instant> {
+        self.ready()?;
+        self.charge(bytes);
+        Ok(())
+    }
+
+    /// Whether a request may go on of which nobody knows yet how long it is.
+    ///
+    /// # Errors
+    /// When it has to wait, and until when.
+    pub fn ready(&mut self) -> Result<(), Instant> {
         if self.bytes.is_none() && self.requests.is_none() {
             return Ok(());
         }
-        self.take_at(bytes, Instant::now())
+        self.ready_at(Instant::now())
     }
 
-    fn take_at(&mut self, bytes: u64, now: Instant) -> Result<(), Instant> {
-        let buckets = [
-            self.bytes.as_mut().map(|bucket| (bucket, bytes)),
-            self.requests.as_mut().map(|bucket| (bucket, 1)),
-        ];
+    /// Takes one request of so many bytes, however many there are: after [`Self::ready`].
+    pub fn charge(&mut self, bytes: u64) {
+        if let Some(bucket) = &mut self.bytes {
+            bucket.take(bytes);
+        }
+        if let Some(bucket) = &mut self.requests {
+            bucket.take(1);
+        }
+    }
+
+    fn ready_at(&mut self, now: Instant) -> Result<(), Instant> {
         let mut until = None;
-        let mut buckets = buckets.map(|entry| {
-            entry.map(|(bucket, tokens)| {
-                bucket.fill(now);
-                until = until.max(bucket.empty_until());
-                (bucket, tokens)
-            })
-        });
-        if let Some(until) = until {
-            return Err(until);
+        for bucket in [&mut self.bytes, &mut self.requests].into_iter().flatten() {
+            bucket.fill(now);
+            until = until.max(bucket.empty_until());
         }
-        for (bucket, tokens) in buckets.iter_mut().flatten() {
-            bucket.take(*tokens);
-        }
-        Ok(())
+        until.map_or(Ok(()), Err)
     }
 }
 
@@ -117,6 +124,14 @@ mod tests {
             |(size, burst, refill_time)| TokenBucket { size, one_time_burst: Some(burst), refill_time };
         let config = devices::RateLimiter { bandwidth: bandwidth.map(bucket), ops: ops.map(bucket) };
         RateLimiter::new(Some(&config), Instant(0))
+    }
+
+    impl RateLimiter {
+        fn take_at(&mut self, bytes: u64, now: Instant) -> Result<(), Instant> {
+            self.ready_at(now)?;
+            self.charge(bytes);
+            Ok(())
+        }
     }
 
     const SECOND: u64 = 1_000_000_000;

@@ -178,7 +178,7 @@ impl Ring {
         }
     }
 
-    /// Gives a chain back, which the driver sees after [`Self::publish`].
+    /// Gives a chain back, which the driver sees with the next [`Self::publish`].
     pub(super) fn complete(&mut self, head: u16, written: u32) {
         let [a, b] = head.to_le_bytes();
         let [c, d, e, f] = written.to_le_bytes();

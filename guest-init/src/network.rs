@@ -1,0 +1,174 @@
+//! Network interfaces: loopback in every guest, and addresses of the cards for which the VMM has some.
+//!
+//! The kernel's own `ip=` waits 20 ms for a carrier that is there already.
+#![expect(unsafe_code, reason = "ioctls without a safe wrapper")]
+
+use crate::voice::say;
+use core::fmt::{self, Write};
+use guest_protocol::frame::Network;
+use rustix::fd::OwnedFd;
+use rustix::fs::{CWD, Mode, OFlags, mkdirat, open};
+use rustix::io::Errno;
+use rustix::ioctl::{Opcode, Setter, ioctl};
+use rustix::net::{AddressFamily, SocketType, socket};
+
+// linux/sockios.h.
+const SIOCADDRT: Opcode = 0x890b;
+const SIOCSIFFLAGS: Opcode = 0x8914;
+const SIOCSIFADDR: Opcode = 0x8916;
+const SIOCSIFNETMASK: Opcode = 0x891c;
+
+/// `struct ifreq` of linux/if.h: an interface's name, and what it is to have.
+#[repr(C)]
+struct Request<T> {
+    name: [u8; 16],
+    value: T,
+}
+
+/// Flags in the union of `struct ifreq`.
+#[repr(C)]
+struct Flags {
+    flags: u16,
+    padding: [u8; 22],
+}
+
+/// `struct sockaddr_in` of linux/in.h.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Address {
+    family: u16,
+    port: u16,
+    address: [u8; 4],
+    padding: [u8; 8],
+}
+
+/// An address in the union of `struct ifreq`.
+#[repr(C)]
+struct PaddedAddress {
+    address: Address,
+    padding: [u8; 8],
+}
+
+/// `struct rtentry` of linux/route.h.
+#[repr(C)]
+struct Route {
+    padding: usize,
+    target: Address,
+    gateway: Address,
+    mask: Address,
+    flags: u16,
+    rest: [usize; 7],
+}
+
+impl Address {
+    const fn new(address: [u8; 4]) -> Self {
+        const AF_INET: u16 = 2;
+        Self { family: AF_INET, port: 0, address, padding: [0; 8] }
+    }
+}
+
+/// Brings the loopback interface up; a kernel without a network has none.
+pub(crate) fn bring_up_loopback() {
+    let Ok(socket) = any_socket() else { return };
+    if let Err(error) = bring_up(&socket, name(format_args!("lo"))) {
+        say(format_args!("init: cannot bring lo up: {error}\n"));
+    }
+}
+
+/// Gives network cards their addresses. A guest whose card cannot have one goes on without.
+pub(crate) fn configure(networks: &[Network]) {
+    for network in networks {
+        if let Err(error) = any_socket().and_then(|socket| set_up(&socket, network)) {
+            say(format_args!("init: cannot set up eth{}: {error}\n", network.card));
+        }
+    }
+    // The first one that knows a name server has the word.
+    if let Some(nameserver) = networks.iter().find_map(|network| network.nameserver) {
+        // A root filesystem that cannot be written keeps what it has.
+        let _ = write_nameserver(nameserver);
+    }
+}
+
+fn any_socket() -> Result<OwnedFd, Errno> {
+    socket(AddressFamily::INET, SocketType::DGRAM, None)
+}
+
+fn name(text: fmt::Arguments<'_>) -> [u8; 16] {
+    let mut line = Line::<16>::default();
+    let _ = line.write_fmt(text);
+    line.bytes
+}
+
+/// A short text without a heap: `alloc`'s own formatting would bring the unwinder with it.
+struct Line<const N: usize> {
+    bytes: [u8; N],
+    length: usize,
+}
+
+impl<const N: usize> Default for Line<N> {
+    fn default() -> Self {
+        Self { bytes: [0; N], length: 0 }
+    }
+}
+
+impl<const N: usize> Write for Line<N> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        let end = self.length + text.len();
+        self.bytes.get_mut(self.length..end).ok_or(fmt::Error)?.copy_from_slice(text.as_bytes());
+        self.length = end;
+        Ok(())
+    }
+}
+
+fn bring_up(socket: &OwnedFd, name: [u8; 16]) -> Result<(), Errno> {
+    const IFF_UP: u16 = 1;
+    let request = Request { name, value: Flags { flags: IFF_UP, padding: [0; 22] } };
+    // SAFETY: SIOCSIFFLAGS reads a struct ifreq, which Request lays out in full size.
+    unsafe { ioctl(socket, Setter::<SIOCSIFFLAGS, _>::new(request)) }
+}
+
+fn set_up(socket: &OwnedFd, network: &Network) -> Result<(), Errno> {
+    let name = name(format_args!("eth{}", network.card));
+    let request = |address| {
+        let value = PaddedAddress { address: Address::new(address), padding: [0; 8] };
+        Request { name, value }
+    };
+    // The frame has no prefix of more than 32 bits, and one of none leaves no bit.
+    let mask = u32::MAX.checked_shl(32 - u32::from(network.prefix)).unwrap_or(0).to_be_bytes();
+    // SAFETY: both read a struct ifreq, which Request lays out in full size.
+    unsafe {
+        ioctl(socket, Setter::<SIOCSIFADDR, _>::new(request(network.address)))?;
+        ioctl(socket, Setter::<SIOCSIFNETMASK, _>::new(request(mask)))?;
+    }
+    bring_up(socket, name)?;
+    network.gateway.map_or(Ok(()), |gateway| add_default_route(socket, gateway))
+}
+
+fn add_default_route(socket: &OwnedFd, gateway: [u8; 4]) -> Result<(), Errno> {
+    const RTF_UP: u16 = 1;
+    const RTF_GATEWAY: u16 = 2;
+    let any = Address::new([0; 4]);
+    let route = Route {
+        padding: 0,
+        target: any,
+        gateway: Address::new(gateway),
+        mask: any,
+        flags: RTF_UP | RTF_GATEWAY,
+        rest: [0; 7],
+    };
+    // SAFETY: SIOCADDRT reads a struct rtentry, which Route lays out in full size; it names no device.
+    unsafe { ioctl(socket, Setter::<SIOCADDRT, _>::new(route)) }
+}
+
+fn write_nameserver([a, b, c, d]: [u8; 4]) -> Result<(), Errno> {
+    let _ = mkdirat(CWD, "/etc", Mode::from_raw_mode(0o755));
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC;
+    let file = open("/etc/resolv.conf", flags, Mode::from_raw_mode(0o644))?;
+    let mut line = Line::<32>::default();
+    let _ = writeln!(line, "nameserver {a}.{b}.{c}.{d}");
+    rustix::io::write(&file, &line.bytes[..line.length]).map(drop)
+}
+
+// What the ioctls read: sizes of arch/x86 with 64 bits.
+const _: () = assert!(size_of::<Request<Flags>>() == 40 && size_of::<Request<PaddedAddress>>() == 40);
+const _: () = assert!(size_of::<Route>() == 120);

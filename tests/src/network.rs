@@ -1,0 +1,124 @@
+//! Networks for tests: a namespace of the test's own with tap devices in it, and streams through them.
+#![expect(unsafe_code, reason = "namespaces and ioctls")]
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+use std::process::Command;
+use std::thread::JoinHandle;
+
+/// Gives this thread, and what it starts, a network that nothing else is in but loopback.
+///
+/// # Panics
+/// Where that takes rights that the test does not have: it runs as root, as in the lab.
+pub fn enter_new() {
+    // SAFETY: unshare changes this thread's network and nothing in memory.
+    let result = unsafe { libc::unshare(libc::CLONE_NEWNET) };
+    assert_eq!(result, 0, "a network of its own takes root: {}", std::io::Error::last_os_error());
+    shell("ifconfig lo up");
+}
+
+/// Runs commands of the host.
+///
+/// # Panics
+/// When they fail.
+#[track_caller]
+pub fn shell(script: &str) {
+    let status = Command::new("/bin/sh").args(["-ec", script]).status().expect("no shell");
+    assert!(status.success(), "{script}: {status}");
+}
+
+/// Makes a tap device with an address that stays when nobody is attached; the numbers are of linux/if_tun.h.
+///
+/// # Panics
+/// When it cannot be made.
+pub fn make_tap(name: &str, address: &str) {
+    const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
+    const TUNSETPERSIST: libc::c_ulong = 0x4004_54cb;
+    const TAP_WITHOUT_PACKET_INFORMATION: u16 = 0x1002;
+    let tun = File::options().read(true).write(true).open("/dev/net/tun").expect("no tun");
+    let mut request = [0_u8; 40];
+    request[..name.len()].copy_from_slice(name.as_bytes());
+    request[16..18].copy_from_slice(&TAP_WITHOUT_PACKET_INFORMATION.to_le_bytes());
+    // SAFETY: TUNSETIFF takes a struct ifreq of 40 bytes, TUNSETPERSIST a number.
+    let results = unsafe {
+        [
+            libc::ioctl(tun.as_raw_fd(), TUNSETIFF, request.as_mut_ptr()),
+            libc::ioctl(tun.as_raw_fd(), TUNSETPERSIST, 1),
+        ]
+    };
+    assert_eq!(results, [0, 0], "{}", std::io::Error::last_os_error());
+    shell(&format!("ifconfig {name} {address} netmask 255.255.255.0 up"));
+}
+
+/// Makes the testbed's passt a program that can be started: the lab has no C library of its own.
+///
+/// # Panics
+/// When that fails.
+#[must_use]
+pub fn with_passt(mut command: Command) -> Command {
+    let folder = crate::testbed("passt");
+    if !Path::new("/lib64").exists() {
+        std::fs::create_dir_all("/lib").expect("cannot make a folder");
+        symlink(&folder, "/lib64").expect("cannot link");
+        symlink(&folder, "/lib/x86_64-linux-gnu").expect("cannot link");
+        std::fs::create_dir_all("/etc").expect("cannot make a folder");
+        // Where it is started as root it becomes nobody.
+        std::fs::write("/etc/passwd", "nobody:x:65534:65534::/:/bin/sh\n").expect("cannot write");
+    }
+    command.env("PATH", format!("{}:/bin:/usr/bin", folder.display()));
+    command
+}
+
+/// Bytes that look different everywhere.
+#[must_use]
+pub fn pattern(length: usize) -> Vec<u8> {
+    let mut state = 0x2545_f491_4f6c_dd1d_u64;
+    let mut bytes = Vec::with_capacity(length + 8);
+    while bytes.len() < length {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend(state.to_le_bytes());
+    }
+    bytes.truncate(length);
+    bytes
+}
+
+/// A server of HTTP that gives its first client these bytes.
+///
+/// # Panics
+/// When it cannot listen.
+pub fn give(address: &str, bytes: Vec<u8>) -> JoinHandle<()> {
+    let listener = TcpListener::bind(address).expect("cannot listen");
+    std::thread::spawn(move || {
+        let (stream, _) = listener.accept().expect("nobody came");
+        let request = BufReader::new(&stream).lines().map_while(Result::ok);
+        assert!(request.take_while(|line| !line.is_empty()).count() > 0, "nobody asked");
+        write!(&stream, "HTTP/1.0 200 OK\r\nContent-Length: {}\r\n\r\n", bytes.len()).expect("cannot send");
+        (&stream).write_all(&bytes).expect("cannot send");
+    })
+}
+
+/// A server that takes all bytes of its first client. `on_first` is called when some have come.
+///
+/// # Panics
+/// When it cannot listen.
+pub fn take(address: &str, on_first: impl FnOnce() + Send + 'static) -> JoinHandle<Vec<u8>> {
+    let listener = TcpListener::bind(address).expect("cannot listen");
+    std::thread::spawn(move || {
+        let (stream, _) = listener.accept().expect("nobody came");
+        let mut bytes = vec![0; 1 << 16];
+        (&stream).read_exact(&mut bytes).expect("the stream ended early");
+        on_first();
+        take_rest(stream, &mut bytes);
+        bytes
+    })
+}
+
+fn take_rest(mut stream: TcpStream, bytes: &mut Vec<u8>) {
+    stream.read_to_end(bytes).expect("the stream broke");
+}

@@ -1,0 +1,208 @@
+//! A network card is a network card: packets, streams and names pass between the guest and its host, through a
+//! tap device or without root.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::process::{Command, Stdio};
+use tests::network::{enter_new, give, make_tap, pattern, shell, take, with_passt};
+use tests::{PATIENCE, boot, run};
+
+const MIB: usize = 1 << 20;
+const TAP: &str = "tap0,ip=10.9.0.2/24,gw=10.9.0.1,dns=10.9.0.1";
+
+/// A guest on a tap device.
+fn on_tap(script: &str) -> Command {
+    let mut command = boot();
+    command.args(["--net", TAP, "--", "/bin/sh", "-c", script]);
+    command
+}
+
+/// A network with a tap device that leads to the guest.
+fn enter_tap_network() {
+    enter_new();
+    make_tap("tap0", "10.9.0.1");
+}
+
+/// A network that looks as if it led to the Internet: passt asks where the way out is.
+fn enter_host_network() {
+    enter_new();
+    make_tap("up0", "192.0.2.1");
+    shell("route add default gw 192.0.2.254");
+}
+
+#[test]
+fn init_sets_the_address_the_way_out_and_the_name_server() {
+    enter_tap_network();
+    let script = "ip -4 addr show eth0 | grep -o 'inet [0-9./]*'; ip route; cat /etc/resolv.conf; ping -c 1 10.9.0.1 >/dev/null && echo pong";
+    let outcome = run(&mut on_tap(script));
+    let lines: Vec<&str> = outcome.expect_status(0).stdout.lines().map(str::trim_end).collect();
+    assert_eq!(
+        lines,
+        [
+            "inet 10.9.0.2/24",
+            "default via 10.9.0.1 dev eth0",
+            "10.9.0.0/24 dev eth0 scope link  src 10.9.0.2",
+            "nameserver 10.9.0.1",
+            "pong"
+        ],
+        "{outcome}"
+    );
+    assert_eq!(outcome.stderr, "", "{outcome}");
+}
+
+#[test]
+fn streams_pass_a_tap_both_ways() {
+    enter_tap_network();
+    let bytes = pattern(8 * MIB);
+    let server = give("10.9.0.1:5001", bytes.clone());
+    let client = take("10.9.0.1:5002", || {});
+    let script = "wget -q -O /tmp/f http://10.9.0.1:5001/ && nc 10.9.0.1 5002 < /tmp/f";
+    run(&mut on_tap(script)).expect_status(0);
+    server.join().unwrap();
+    assert!(client.join().unwrap() == bytes);
+}
+
+#[test]
+fn a_tap_that_goes_down_and_up_breaks_no_stream() {
+    enter_tap_network();
+    let toggle = || shell("ifconfig tap0 down; ifconfig tap0 up");
+    let client = take("10.9.0.1:5002", toggle);
+    let script = "head -c 4194304 /dev/urandom > /tmp/f; sha256sum < /tmp/f; nc 10.9.0.1 5002 < /tmp/f";
+    let outcome = run(&mut on_tap(script));
+    let sum = outcome.expect_status(0).stdout.clone();
+    assert_eq!(sum, sha256(&client.join().unwrap()));
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    let mut child =
+        Command::new("sha256sum").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("no sha256sum");
+    child.stdin.take().unwrap().write_all(bytes).unwrap();
+    String::from_utf8(child.wait_with_output().unwrap().stdout).unwrap()
+}
+
+#[test]
+fn a_tap_that_is_removed_is_a_cable_that_was_pulled() {
+    enter_tap_network();
+    // Once when the guest is up, and once before it comes to look at its card.
+    for is_up in [true, false] {
+        let script = "echo up; while ip link show eth0 | grep -q LOWER_UP; do sleep 0; done; echo gone";
+        let mut child = on_tap(script).stdout(Stdio::piped()).spawn().unwrap();
+        let mut output = BufReader::new(child.stdout.take().unwrap());
+        let mut line = String::new();
+        if is_up {
+            output.read_line(&mut line).unwrap();
+        } else {
+            shell("while ! ifconfig tap0 | grep -q RUNNING; do sleep 0; done");
+        }
+        shell("ip link del tap0");
+        output.read_to_string(&mut line).unwrap();
+        assert_eq!(line.replace('\r', ""), "up\ngone\n");
+        assert!(child.wait().unwrap().success());
+        make_tap("tap0", "10.9.0.1");
+    }
+}
+
+/// A guest behind passt.
+fn on_passt(options: &[&str], script: &str) -> Command {
+    let mut command = with_passt(boot());
+    command.args(["--net", "user"]).args(options).args(["--", "/bin/sh", "-c", script]);
+    command
+}
+
+/// Whether a passt runs.
+fn passt_runs() -> bool {
+    let processes = std::fs::read_dir("/proc").unwrap().filter_map(Result::ok);
+    let names = processes.filter_map(|process| std::fs::read_to_string(process.path().join("comm")).ok());
+    names.into_iter().any(|name| ["passt", "passt.avx2"].contains(&name.trim_end()))
+}
+
+/// Waits for passt's end: it follows that of its machine.
+fn wait_for_end_of_passt() {
+    let limit = std::time::Instant::now() + PATIENCE;
+    while passt_runs() {
+        assert!(std::time::Instant::now() < limit, "passt outlives its machine");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn streams_pass_passt_both_ways() {
+    enter_host_network();
+    let bytes = pattern(4 * MIB);
+    let server = give("192.0.2.1:5001", bytes.clone());
+    let client = take("192.0.2.1:5002", || {});
+    let script = "ip -4 addr show eth0 | grep -o 'inet [0-9./]*'; cat /etc/resolv.conf; \
+                  wget -q -O /tmp/f http://192.0.2.1:5001/ && nc 192.0.2.1 5002 < /tmp/f";
+    let outcome = run(&mut on_passt(&[], script));
+    assert_eq!(outcome.expect_status(0).stdout, "inet 10.0.2.15/24\nnameserver 10.0.2.3\n", "{outcome}");
+    assert_eq!(outcome.stderr, "", "{outcome}");
+    server.join().unwrap();
+    assert!(client.join().unwrap() == bytes);
+    wait_for_end_of_passt();
+}
+
+#[test]
+fn a_port_of_the_host_leads_into_the_guest() {
+    enter_host_network();
+    // The guest says when it listens, and gives back what it gets.
+    let script =
+        "nc -l -p 80 -e /bin/cat & while ! netstat -ltn | grep -q ':80 '; do sleep 0; done; echo ready; wait";
+    let mut command = on_passt(&["-p", "8080:80"], script);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut output = BufReader::new(child.stdout.take().unwrap());
+    let mut line = String::new();
+    output.read_line(&mut line).unwrap();
+    assert_eq!(line.trim_end(), "ready");
+    let bytes = pattern(MIB);
+    let mut stream = TcpStream::connect("127.0.0.1:8080").unwrap();
+    let (mut writer, sent) = (stream.try_clone().unwrap(), bytes.clone());
+    let writer = std::thread::spawn(move || {
+        writer.write_all(&sent).unwrap();
+        writer.shutdown(std::net::Shutdown::Write).unwrap();
+    });
+    let mut back = Vec::new();
+    stream.read_to_end(&mut back).unwrap();
+    writer.join().unwrap();
+    // A guest that ends takes what it has not sent with it, so that it waits for a word.
+    writeln!(child.stdin.take().unwrap()).unwrap();
+    assert!(back == bytes, "{} bytes came back", back.len());
+    assert!(child.wait().unwrap().success());
+    wait_for_end_of_passt();
+}
+
+#[test]
+fn passt_ends_with_a_machine_that_is_killed() {
+    enter_host_network();
+    let mut child = on_passt(&[], "echo ready; sleep 1000").stdout(Stdio::piped()).spawn().unwrap();
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    assert!(passt_runs());
+    child.kill().unwrap();
+    child.wait().unwrap();
+    wait_for_end_of_passt();
+}
+
+#[test]
+fn what_passt_refuses_is_said_in_a_line() {
+    // There is no way out, which passt wants to know before anything else.
+    enter_new();
+    let outcome = run(&mut on_passt(&[], "true"));
+    outcome.expect_status(2).expect_stderr("user cannot be the other end of a network card: passt says: ");
+    assert_eq!(outcome.stderr.lines().count(), 1, "{outcome}");
+    wait_for_end_of_passt();
+}
+
+#[test]
+fn taps_that_cannot_be_used_are_named() {
+    enter_tap_network();
+    let refused = |net: &str, expected: &str| {
+        let outcome = run(boot().args(["--net", net, "--", "true"]));
+        outcome.expect_status(2).expect_stderr(expected);
+        assert_eq!(outcome.stderr.lines().count(), 1, "{outcome}");
+    };
+    refused("tap7", "the host has no such interface; `ip tuntap add tap7 mode tap");
+    refused("lo", "it is not a tap device");
+    // The second card of the same guest finds its tap in use by the first.
+    let outcome = run(boot().args(["--net", "tap0", "--net", "tap0", "--", "true"]));
+    outcome.expect_status(2).expect_stderr("another program uses it");
+}

@@ -1,0 +1,442 @@
+//! The card between the driver of tests and a socket in the place of passt or of a tap device.
+
+use super::passt::Passt;
+use super::tap::Tap;
+use super::{Header, Link, Net, Received};
+use crate::config::devices::{NetworkInterface, RateLimiter, TokenBucket};
+use crate::devices::virtio::driver::{Driver, Piece, Used};
+use crate::devices::virtio::{Chain, Segment};
+use proptest::prelude::*;
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair};
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+
+const RX: usize = 0;
+const TX: usize = 1;
+// Features of section 5.1.3, written out once more.
+const GUEST_CSUM: u64 = 1 << 1;
+const MRG_RXBUF: u64 = 1 << 15;
+const GUEST_TSO4: u64 = 1 << 7;
+
+/// A tap device whose other end is a socket that keeps frames apart.
+#[derive(Debug)]
+struct Datagrams(Tap);
+
+impl Link for Datagrams {
+    fn features(&self) -> u64 {
+        self.0.features()
+    }
+    fn accept(&mut self, _: u64) -> io::Result<()> {
+        Ok(())
+    }
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.0.fd()
+    }
+    fn receive(&mut self, room: &[Segment]) -> io::Result<Received> {
+        self.0.receive(room)
+    }
+    fn held(&self) -> Option<(Header, &[u8])> {
+        self.0.held()
+    }
+    fn release(&mut self) {
+        self.0.release();
+    }
+    fn send(&mut self, chain: &mut Chain) -> io::Result<()> {
+        self.0.send(chain)
+    }
+}
+
+fn pair(kind: SocketType) -> (OwnedFd, OwnedFd) {
+    socketpair(AddressFamily::UNIX, kind, SocketFlags::NONBLOCK, None).unwrap()
+}
+
+fn interface() -> NetworkInterface {
+    serde_json::from_str(r#"{"iface_id": "net0", "host_dev_name": "tap0"}"#).unwrap()
+}
+
+fn passt_with(interface: &NetworkInterface, features: u64) -> (Driver, OwnedFd) {
+    let (ours, its) = pair(SocketType::STREAM);
+    let mut driver = Driver::new(Net::new(Box::new(Passt::connected(ours)), interface));
+    driver.start(features);
+    (driver, its)
+}
+
+fn passt() -> (Driver, OwnedFd) {
+    passt_with(&interface(), u64::MAX)
+}
+
+fn tap(features: u64) -> (Driver, OwnedFd) {
+    let (ours, its) = pair(SocketType::SEQPACKET);
+    let mut driver = Driver::new(Net::new(Box::new(Datagrams(Tap::attached(ours))), &interface()));
+    driver.start(features);
+    (driver, its)
+}
+
+/// A frame that looks like no other of its length.
+fn frame(length: usize, seed: u8) -> Vec<u8> {
+    (0..length).map(|at| (at * 7 + at / 251).to_le_bytes()[0] ^ seed).collect()
+}
+
+fn framed(frame: &[u8]) -> Vec<u8> {
+    [&u32::try_from(frame.len()).unwrap().to_be_bytes()[..], frame].concat()
+}
+
+fn put(socket: &OwnedFd, bytes: &[u8]) {
+    assert_eq!(send(socket, bytes, SendFlags::empty()).unwrap(), bytes.len());
+}
+
+/// All bytes that wait in a socket.
+fn drain(socket: &OwnedFd) -> Vec<u8> {
+    let (mut all, mut part) = (Vec::new(), vec![0; 100_000]);
+    while let Ok((count @ 1.., _)) = recv(socket, &mut part[..], RecvFlags::DONTWAIT) {
+        all.extend(&part[..count]);
+    }
+    all
+}
+
+fn settle(driver: &mut Driver) {
+    while driver.run(Some(0)) {}
+}
+
+/// A frame as the driver sends it.
+fn outgoing(frame: &[u8]) -> Vec<Piece> {
+    vec![Piece::Out(vec![0; 12]), Piece::Out(frame.to_vec())]
+}
+
+/// The next frame that the driver has got, with its header.
+fn received(driver: &mut Driver) -> Option<(Vec<u8>, Vec<u8>)> {
+    let data = |used: &Used| used.bytes[..usize::try_from(used.written).unwrap()].to_vec();
+    let mut bytes = data(&driver.pop(RX)?);
+    let header = bytes[..12].to_vec();
+    for _ in 1..u16::from_le_bytes([header[10], header[11]]) {
+        bytes.extend(data(&driver.pop(RX).expect("a frame came in parts")));
+    }
+    Some((header, bytes.split_off(12)))
+}
+
+#[test]
+fn the_card_says_what_it_is() {
+    let mut interface = interface();
+    interface.guest_mac = Some("06:00:ac:10:00:02".parse().unwrap());
+    interface.mtu = Some(9000);
+    let (mut driver, _its) = passt_with(&interface, u64::MAX);
+    assert_eq!(driver.read(8), 1);
+    assert_eq!(driver.configuration(0, 12), [6, 0, 0xac, 0x10, 0, 2, 1, 0, 1, 0, 0x28, 0x23]);
+    assert_eq!(
+        driver.offered() & (1 << 3 | 1 << 5 | 1 << 7 | 1 << 11),
+        1 << 3 | 1 << 5,
+        "passt does not segment"
+    );
+    let (mut driver, _its) = tap(u64::MAX);
+    assert_eq!(driver.offered() & (1 << 3 | 1 << 5 | 1 << 7 | 1 << 11), 1 << 5 | 1 << 7 | 1 << 11);
+}
+
+#[test]
+fn frames_go_out_behind_their_length() {
+    let (mut driver, its) = passt();
+    let (first, second) = (frame(60, 1), frame(65_535, 2));
+    driver.push(TX, &outgoing(&first));
+    driver.push(
+        TX,
+        &[Piece::Out([vec![0; 12], second[..100].to_vec()].concat()), Piece::Out(second[100..].to_vec())],
+    );
+    driver.ring();
+    assert!(driver.pop(TX).is_some() && driver.pop(TX).is_some());
+    assert_eq!(driver.interrupts(), 1, "one for both");
+    assert_eq!(drain(&its), [framed(&first), framed(&second)].concat());
+}
+
+#[test]
+fn checksums_that_the_driver_left_open_are_filled_in() {
+    let (mut driver, its) = passt();
+    let mut open = frame(74, 3);
+    open[50..52].copy_from_slice(&[0, 0]);
+    let mut header = vec![0; 12];
+    header[0] = 1;
+    header[6] = 34;
+    header[8] = 16;
+    driver.request(TX, &[Piece::Out(header), Piece::Out(open.clone())]);
+    let sent = drain(&its);
+    assert_ne!(sent[4 + 50..4 + 52], [0, 0]);
+    let words = sent[4 + 34..].chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])));
+    assert_eq!(words.sum::<u32>() % 0xffff, 0, "the sum over all of it is zero (RFC 1071)");
+    open[50..52].copy_from_slice(&sent[4 + 50..4 + 52]);
+    assert_eq!(sent[4..], open);
+}
+
+#[test]
+fn what_is_no_frame_is_dropped_and_the_next_one_is_not() {
+    for (mut driver, its) in [passt(), tap(u64::MAX)] {
+        let segmented = [vec![0, 1], vec![0; 10]].concat();
+        let outside = [vec![1, 0, 0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff], vec![0; 2]].concat();
+        let is_passt = driver.offered() & GUEST_TSO4 == 0;
+        let mut wrong = vec![
+            vec![Piece::Out(vec![0; 1])],
+            vec![Piece::Out(vec![0; 12])],
+            vec![Piece::Out(vec![0; 25])],
+            vec![Piece::In(100)],
+            vec![Piece::Out(vec![0; 12]), Piece::Out(vec![0; 65_554])],
+            vec![Piece::Out(vec![0; 12]), Piece::Out(vec![0; 200_000])],
+        ];
+        if is_passt {
+            // A tap leaves these to the kernel.
+            wrong.extend(
+                [segmented, outside].map(|header| vec![Piece::Out(header), Piece::Out(frame(100, 1))]),
+            );
+        }
+        for pieces in &wrong {
+            driver.request(TX, pieces);
+            assert!(drain(&its).is_empty(), "{pieces:?}");
+        }
+        driver.request(TX, &outgoing(&frame(60, 9)));
+        assert!(drain(&its).ends_with(&frame(60, 9)));
+        assert!(!driver.is_broken());
+    }
+}
+
+#[test]
+fn a_frame_comes_in_whatever_pieces_the_stream_has() {
+    let (mut driver, its) = passt();
+    driver.push(RX, &[Piece::In(1526)]);
+    driver.push(RX, &[Piece::In(1526)]);
+    driver.ring();
+    let stream = [framed(&frame(60, 1)), framed(&frame(61, 2))].concat();
+    for byte in &stream {
+        put(&its, &[*byte]);
+        settle(&mut driver);
+    }
+    let (header, first) = received(&mut driver).unwrap();
+    assert_eq!((header, first), (vec![2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0], frame(60, 1)));
+    assert_eq!(received(&mut driver).unwrap().1, frame(61, 2));
+    assert_eq!(received(&mut driver), None);
+}
+
+#[test]
+fn a_large_frame_takes_as_many_buffers_as_it_needs() {
+    for (mut driver, its) in [passt(), tap(u64::MAX)] {
+        let is_passt = driver.offered() & GUEST_TSO4 == 0;
+        for _ in 0..100 {
+            driver.push(RX, &[Piece::In(7), Piece::In(900)]);
+        }
+        driver.ring();
+        driver.interrupts();
+        let large = frame(50_000, 5);
+        put(&its, &if is_passt { framed(&large) } else { [vec![0; 12], large.clone()].concat() });
+        settle(&mut driver);
+        let (header, bytes) = received(&mut driver).unwrap();
+        assert_eq!(u16::from_le_bytes([header[10], header[11]]), 56, "of 907 bytes each");
+        assert_eq!(bytes, large);
+        assert_eq!(driver.interrupts(), 1);
+    }
+}
+
+#[test]
+fn without_merging_each_frame_has_one_buffer() {
+    for (mut driver, its) in [passt_with(&interface(), !MRG_RXBUF), tap(!MRG_RXBUF)] {
+        let is_passt = driver.offered() & GUEST_TSO4 == 0;
+        let put =
+            |frame: &[u8]| put(&its, &if is_passt { framed(frame) } else { [&[0; 12], frame].concat() });
+        driver.push(RX, &[Piece::In(1526)]);
+        driver.push(RX, &[Piece::In(70_000)]);
+        driver.ring();
+        put(&frame(1514, 1));
+        put(&frame(60_000, 2));
+        settle(&mut driver);
+        assert_eq!(received(&mut driver).unwrap().1, frame(1514, 1));
+        assert_eq!(received(&mut driver).unwrap().1, frame(60_000, 2));
+        driver.push(RX, &[Piece::In(1526)]);
+        driver.ring();
+        put(&frame(1515, 3));
+        put(&frame(100, 4));
+        settle(&mut driver);
+        assert_eq!(received(&mut driver).unwrap().1, frame(100, 4), "the one before did not fit");
+    }
+}
+
+#[test]
+fn without_buffers_frames_wait_and_nobody_is_woken() {
+    for (mut driver, its) in [passt(), tap(u64::MAX)] {
+        let is_passt = driver.offered() & GUEST_TSO4 == 0;
+        settle(&mut driver);
+        for seed in 0..10 {
+            let frame = frame(600, seed);
+            put(&its, &if is_passt { framed(&frame) } else { [vec![0; 12], frame].concat() });
+        }
+        assert!(!driver.run(Some(0)), "the link is not watched");
+        for seed in 0..10 {
+            assert_eq!(received(&mut driver), None);
+            driver.push(RX, &[Piece::In(1526)]);
+            driver.ring();
+            assert_eq!(received(&mut driver).unwrap().1, frame(600, seed));
+        }
+        assert!(!driver.run(Some(0)));
+    }
+}
+
+#[test]
+fn a_frame_larger_than_all_that_the_driver_can_give_is_dropped() {
+    let (mut driver, its) = tap(u64::MAX);
+    for _ in 0..256 {
+        driver.push(RX, &[Piece::In(20)]);
+    }
+    driver.ring();
+    put(&its, &[vec![0; 12], frame(10_000, 1)].concat());
+    put(&its, &[vec![0; 12], frame(100, 2)].concat());
+    settle(&mut driver);
+    assert_eq!(received(&mut driver).unwrap().1, frame(100, 2));
+}
+
+#[test]
+fn a_driver_sees_no_offload_that_it_did_not_accept() {
+    let (mut driver, its) = tap(!(GUEST_CSUM | GUEST_TSO4 | 1 << 8 | 1 << 9 | 1 << 10));
+    for _ in 0..60 {
+        driver.push(RX, &[Piece::In(1526)]);
+    }
+    driver.ring();
+    for first in [[1, 0], [0, 1], [0, 4], [0, 0x81], [0, 77]] {
+        put(&its, &[&first, &[0; 10][..], &frame(60, 1)].concat());
+    }
+    put(&its, &[&[2, 0], &[0; 10][..], &frame(60, 2)].concat());
+    settle(&mut driver);
+    let (header, bytes) = received(&mut driver).unwrap();
+    assert_eq!((header[0], bytes), (0, frame(60, 2)));
+}
+
+#[test]
+fn a_full_stream_makes_the_driver_wait_and_nothing_is_lost() {
+    let (mut driver, its) = passt();
+    let frames: Vec<_> = (0..40).map(|seed| frame(20_000, seed)).collect();
+    for frame in &frames {
+        driver.push(TX, &outgoing(frame));
+    }
+    driver.ring();
+    let mut done = 0;
+    let mut count = |driver: &mut Driver| {
+        done += std::iter::from_fn(|| driver.pop(TX)).count();
+        done
+    };
+    assert!(count(&mut driver) < 40, "800 kB fit no socket");
+    assert!(!driver.run(Some(0)), "nobody is woken while it is full");
+    let mut bytes = Vec::new();
+    while count(&mut driver) < 40 {
+        bytes.extend(drain(&its));
+        assert!(driver.run(Some(60_000)));
+    }
+    settle(&mut driver);
+    bytes.extend(drain(&its));
+    settle(&mut driver);
+    bytes.extend(drain(&its));
+    assert!(bytes == frames.iter().flat_map(|frame| framed(frame)).collect::<Vec<_>>());
+    assert!(!driver.run(Some(0)), "nothing is left to send");
+}
+
+#[test]
+fn the_end_of_passt_is_a_cable_that_was_pulled() {
+    let (mut driver, its) = passt();
+    driver.push(RX, &[Piece::In(100_000)]);
+    driver.ring();
+    drop(its);
+    settle(&mut driver);
+    assert_eq!(driver.configuration(6, 2), [0, 0]);
+    driver.request(TX, &outgoing(&frame(60, 1)));
+    assert!(!driver.is_broken());
+    assert!(!driver.run(Some(0)), "nobody is woken any more");
+    driver.start(u64::MAX);
+    driver.request(TX, &outgoing(&frame(60, 1)));
+    assert_eq!(driver.configuration(6, 2), [0, 0], "a reset does not plug it in");
+}
+
+#[test]
+fn lengths_that_no_frame_has_end_the_stream() {
+    for length in [0_u32, 13, 65_536, u32::MAX] {
+        let (mut driver, its) = passt();
+        driver.push(RX, &[Piece::In(100_000)]);
+        driver.ring();
+        put(&its, &[&length.to_be_bytes()[..], &[0; 100]].concat());
+        settle(&mut driver);
+        assert_eq!(driver.configuration(6, 2), [0, 0], "{length}");
+        assert_eq!(driver.pop(RX), None);
+    }
+}
+
+#[test]
+fn a_buffer_without_room_for_a_header_breaks_the_card() {
+    let (mut driver, _its) = passt();
+    driver.push(RX, &[Piece::In(11)]);
+    driver.ring();
+    assert!(driver.is_broken());
+    driver.start(u64::MAX);
+    driver.push(RX, &[Piece::In(12)]);
+    driver.ring();
+    assert!(!driver.is_broken());
+    // Section 5.1.3.1: segmentation needs checksums.
+    let (driver, _its) = tap(!GUEST_CSUM);
+    assert!(driver.is_broken());
+}
+
+#[test]
+fn limits_hold_in_both_directions() {
+    let bucket = TokenBucket { size: 2, one_time_burst: None, refill_time: 20 };
+    let limiter = Some(RateLimiter { ops: Some(bucket), bandwidth: None });
+    let interface = NetworkInterface { rx_rate_limiter: limiter, tx_rate_limiter: limiter, ..interface() };
+    let (mut driver, its) = passt_with(&interface, u64::MAX);
+    for seed in 0..10 {
+        put(&its, &framed(&frame(60, seed)));
+        driver.push(TX, &outgoing(&frame(60, seed)));
+        driver.push(RX, &[Piece::In(70_000)]);
+    }
+    let start = crate::timeline::Instant::now();
+    driver.ring();
+    let (mut sent, mut got) = (0, 0);
+    while sent < 10 || got < 10 {
+        sent += std::iter::from_fn(|| driver.pop(TX)).count();
+        got += std::iter::from_fn(|| received(&mut driver)).count();
+        assert!(driver.transport.deadline().is_some() || (sent, got) == (10, 10));
+        driver.transport.serve_deadline();
+    }
+    // Three pass at once, and the others 10 ms apart: a lower bound holds on any machine.
+    assert!(start.0 + 60_000_000 < crate::timeline::Instant::now().0);
+    assert_eq!(drain(&its).len(), 640);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Whatever sizes frames and buffers have, frames arrive whole and in order.
+    #[test]
+    fn frames_arrive_whole_and_in_order(
+        is_passt: bool,
+        sizes in prop::collection::vec(prop_oneof![14_usize..200, 14_usize..3000, 14_usize..60_000], 1..12),
+        buffers in prop::collection::vec(prop::collection::vec(1_u32..3000, 1..4), 1..40),
+    ) {
+        let (mut driver, its) = if is_passt { passt() } else { tap(u64::MAX) };
+        let mut buffers = buffers.iter().cycle();
+        let mut given = 0;
+        for (size, seed) in sizes.iter().zip(0..) {
+            let expected = frame(*size, seed);
+            put(&its, &if is_passt { framed(&expected) } else { [vec![0; 12], expected.clone()].concat() });
+            settle(&mut driver);
+            let got = loop {
+                if let Some((_, bytes)) = received(&mut driver) {
+                    break bytes;
+                }
+                given += 1;
+                prop_assert!(given < 30_000);
+                let mut pieces: Vec<_> = buffers.next().unwrap().iter().map(|size| Piece::In(*size)).collect();
+                pieces.push(Piece::In(12));
+                driver.push(RX, &pieces);
+                driver.ring();
+            };
+            prop_assert!(got == expected);
+        }
+        prop_assert!(!driver.is_broken());
+    }
+
+    #[test]
+    fn no_driver_does_harm(is_passt: bool, bytes in prop::collection::vec(any::<u8>(), 0..600)) {
+        let (mut driver, its) = if is_passt { passt() } else { tap(u64::MAX) };
+        let noise = frame(3000, bytes.first().copied().unwrap_or(0));
+        put(&its, &if is_passt { framed(&noise) } else { noise });
+        driver.misbehave(&bytes);
+    }
+}
