@@ -42,13 +42,19 @@ pub(crate) fn renew(renewal: &Renewal) {
 }
 
 /// Looks for partitions on every disk: those that the kernel knows of are those of the blank disks with which it
-/// booted.
+/// booted. One without the signature of a master boot record, which a GUID partition table has in front too, has none;
+/// the kernel would read a disk ten times to find that out.
 fn read_partitions() {
     const BLKRRPART: Opcode = 0x125f;
+    const SIGNATURE: [u8; 2] = [0x55, 0xaa];
     for letter in b'a'..=b'z' {
         let path = [b"/dev/vd".as_slice(), &[letter]].concat();
         // Disks have their letters one after the other.
         let Ok(disk) = open(path.as_slice(), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()) else { return };
+        let mut record = [0; 512];
+        if rustix::io::read(&disk, &mut record).is_err() || record[510..] != SIGNATURE {
+            continue;
+        }
         // SAFETY: BLKRRPART takes no argument. A disk that cannot be read has no partitions.
         let _ = unsafe { ioctl(&disk, NoArg::<BLKRRPART>::new()) };
     }
