@@ -8,6 +8,9 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 
 const SMALL: usize = 4096;
+/// The same as io_uring counts.
+const SMALL_U32: u32 = 4096;
+const SMALL_I32: i32 = 4096;
 const LARGE: usize = 128 * 1024;
 const DEPTH: u32 = 32;
 
@@ -73,9 +76,9 @@ impl Disk {
                 let page = self.buffer.0[page..page + SMALL].as_mut_ptr();
                 let entry = match operation {
                     Operation::BlockRead4kDepth32 => {
-                        opcode::Read::new(descriptor, page, SMALL as u32).offset(offset).build()
+                        opcode::Read::new(descriptor, page, SMALL_U32).offset(offset).build()
                     }
-                    _ => opcode::Write::new(descriptor, page, SMALL as u32).offset(offset).build(),
+                    _ => opcode::Write::new(descriptor, page, SMALL_U32).offset(offset).build(),
                 };
                 // SAFETY: buffer and file live as long as the ring, which is `self`; that two requests may
                 // read into one page does no harm to bytes that nobody looks at.
@@ -84,7 +87,7 @@ impl Disk {
             }
             self.ring.submit_and_wait(1)?;
             for entry in self.ring.completion() {
-                ensure!(entry.result() == SMALL as i32, "a request ended with {}", entry.result());
+                ensure!(entry.result() == SMALL_I32, "a request ended with {}", entry.result());
                 finished += 1;
             }
         }

@@ -20,10 +20,10 @@ impl Vsock {
             }
             let file = File::from_raw_fd(socket);
             let mut address: libc::sockaddr_vm = std::mem::zeroed();
-            address.svm_family = libc::AF_VSOCK as u16;
+            address.svm_family = u16::try_from(libc::AF_VSOCK).ok()?;
             address.svm_port = VSOCK_PORT;
             address.svm_cid = libc::VMADDR_CID_HOST;
-            let size = size_of::<libc::sockaddr_vm>() as u32;
+            let size = u32::try_from(size_of::<libc::sockaddr_vm>()).ok()?;
             (libc::connect(socket, (&raw const address).cast(), size) == 0).then_some(Self(file))
         }
     }
