@@ -145,10 +145,10 @@ fn streams_pass_passt_both_ways() {
 fn a_port_of_the_host_leads_into_the_guest() {
     enter_host_network();
     // The guest says when it listens, and gives back what it gets.
-    let script =
-        "nc -l -p 80 -e /bin/cat & while ! netstat -ltn | grep -q ':80 '; do sleep 0; done; echo ready; wait";
+    let script = "nc -l -p 80 -e /bin/cat & while ! netstat -ltn | grep -q ':80 '; do sleep 0; done; \
+                  echo ready; wait";
     let mut command = on_passt(&["-p", "8080:80"], script);
-    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
     let mut output = BufReader::new(child.stdout.take().unwrap());
     let mut line = String::new();
     output.read_line(&mut line).unwrap();
@@ -156,16 +156,13 @@ fn a_port_of_the_host_leads_into_the_guest() {
     let bytes = pattern(MIB);
     let mut stream = TcpStream::connect("127.0.0.1:8080").unwrap();
     let (mut writer, sent) = (stream.try_clone().unwrap(), bytes.clone());
-    let writer = std::thread::spawn(move || {
-        writer.write_all(&sent).unwrap();
-        writer.shutdown(std::net::Shutdown::Write).unwrap();
-    });
-    let mut back = Vec::new();
-    stream.read_to_end(&mut back).unwrap();
+    let writer = std::thread::spawn(move || writer.write_all(&sent).unwrap());
+    // Nobody closes half of the connection: Debian's passt loses what is on its way then.
+    let mut back = vec![0; bytes.len()];
+    stream.read_exact(&mut back).unwrap();
     writer.join().unwrap();
-    // A guest that ends takes what it has not sent with it, so that it waits for a word.
-    writeln!(child.stdin.take().unwrap()).unwrap();
-    assert!(back == bytes, "{} bytes came back", back.len());
+    drop(stream);
+    assert!(back == bytes);
     assert!(child.wait().unwrap().success());
     wait_for_end_of_passt();
 }
