@@ -71,7 +71,8 @@ fn a_balloon_is_missing_in_the_guests_memory() {
     let mut guest = Conversation::start(command.args(["--", "/bin/sh", "-c", &script]));
     let total = number(&guest.expect("total"));
     assert!(total < 128 * MIB, "{total} KiB");
-    assert!(guest.rss_kib() < 128 * MIB, "{} KiB", guest.rss_kib());
+    // The last pages may be on their way, and the VMM has some itself.
+    guest.wait_until("the host has the rest", |guest| guest.rss_kib() < 140 * MIB);
     guest.go_on();
     guest.expect_status(0);
 }

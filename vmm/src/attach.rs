@@ -9,12 +9,15 @@ use crate::devices::virtio::entropy::Entropy;
 use crate::devices::virtio::net::{self, Net};
 use crate::devices::virtio::pmem::Pmem;
 use crate::devices::virtio::vsock::Vsock;
-use crate::devices::virtio::{Device, RegisterPages, Shape, State, Transport, Wiring};
+use crate::devices::virtio::{
+    Device, QUEUE_ADDRESSES, QUEUE_ADDRESSES_LEN, RegisterPages, Shape, State, Transport, Wiring,
+};
 use crate::kvm::{KvmError, Vm};
 use crate::layout::{self, Gsi};
 use crate::machine::Error;
 use crate::memory::{GuestMemory, PlacedFile};
 use std::sync::{Arc, Mutex};
+use vm_memory::GuestAddress;
 
 /// Devices whose files are open, in the order of their registers.
 #[derive(Debug, Default)]
@@ -136,6 +139,8 @@ impl Opened {
                 doorbell: vm.doorbell(start, device.serves_at_once())?,
                 memory: memory.clone(),
             };
+            // The addresses of a queue matter when it becomes ready.
+            vm.collect_writes(GuestAddress(start.0 + QUEUE_ADDRESSES), QUEUE_ADDRESSES_LEN);
             let mut transport = Transport::new(device, name, wiring);
             if let Some(state) = states.get(number) {
                 transport.restore(state);

@@ -9,7 +9,7 @@ use crate::devices::boot_mark::BootMarks;
 use crate::devices::configuration::Configuration;
 use crate::devices::console::ConsoleOutput;
 use crate::devices::exit_port::ExitPort;
-use crate::devices::io_apic::IoApic;
+use crate::devices::io_apic::{self, IoApic};
 use crate::devices::kernel_log::KernelLog;
 use crate::devices::legacy::{AbsentClock, KeyboardController, ResetControl};
 use crate::devices::serial::SerialPort;
@@ -30,6 +30,7 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
+use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
 /// Why a machine could not be built or started.
@@ -329,6 +330,8 @@ impl DevicesBuilder<'_> {
             }
             let device = Arc::new(Mutex::new(device));
             let start = layout::IO_APIC.0;
+            // What it selects matters when that register is accessed.
+            vm.collect_writes(GuestAddress(start + u64::from(io_apic::SELECT)), 4);
             buses.memory.claim(start..=start + layout::PAGE_SIZE - 1, device.clone());
             io_apic = Some(device);
         }

@@ -33,7 +33,7 @@ pub trait MessageSink: Send {
 }
 
 /// Offsets of the registers in memory (section 3.0).
-const SELECT: u16 = 0x00;
+pub(crate) const SELECT: u16 = 0x00;
 const WINDOW: u16 = 0x10;
 
 /// Indices of the registers behind the window (section 3.2).

@@ -1,11 +1,13 @@
 //! KVM: the only module that makes KVM's ioctls.
 #![expect(unsafe_code, reason = "giving guest memory to KVM, reading its run structure")]
 
+mod coalesced;
 mod cpuid;
 pub mod probe;
 mod state;
 mod vcpu;
 
+use coalesced::CoalescedWrites;
 pub use state::VcpuState;
 pub use vcpu::{ExitCounts, Registers, Vcpu, VcpuEnd};
 
@@ -23,7 +25,7 @@ use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VmFd};
 use rustix::io_uring::{IoringRegisterOp, io_uring_params, io_uring_register, io_uring_setup};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -178,6 +180,8 @@ pub fn msr_indices() -> Result<Vec<u32>, KvmError> {
 pub struct Vm {
     fd: Arc<VmFd>,
     supported_cpuid: CpuId,
+    /// Writes that wait, once there is a vCPU.
+    collected: OnceLock<Arc<CoalescedWrites>>,
 }
 
 impl Vm {
@@ -204,7 +208,7 @@ impl Vm {
                 fd.enable_cap(&capability).map_err(KvmError::ioctl(what))?;
             }
         }
-        Ok(Self { fd: Arc::new(fd), supported_cpuid: hypervisor.supported_cpuid })
+        Ok(Self { fd: Arc::new(fd), collected: OnceLock::new(), supported_cpuid: hypervisor.supported_cpuid })
     }
 
     /// What CPUID says to the first of `count` vCPUs.
@@ -343,6 +347,12 @@ impl Vm {
         Ok(doorbell)
     }
 
+    /// Lets writes of these registers wait for the next access to a register that comes to this process. Where KVM
+    /// cannot do that, each is an exit of its own.
+    pub fn collect_writes(&self, start: GuestAddress, length: u32) {
+        let _ = self.fd.register_coalesced_mmio(IoEventAddress::Mmio(start.0), length);
+    }
+
     /// Makes the machine outlive this process by the milliseconds that destroying it takes.
     ///
     /// A process ends when its files are closed, and closing the last file of a VM waits for RCU
@@ -383,6 +393,11 @@ impl Vm {
         let fd = self.fd.create_vcpu(id.into()).map_err(KvmError::ioctl("create a vCPU"))?;
         let cpuid = cpuid::for_vcpu(&self.supported_cpuid, id, count);
         fd.set_cpuid2(&cpuid).map_err(KvmError::ioctl("set a vCPU's CPUID"))?;
-        Ok(Vcpu::new(fd))
+        if self.collected.get().is_none()
+            && let Ok(ring) = CoalescedWrites::of(&fd)
+        {
+            let _ = self.collected.set(Arc::new(ring));
+        }
+        Ok(Vcpu::new(fd, self.collected.get().cloned()))
     }
 }

@@ -1,6 +1,7 @@
 //! A vCPU: its first registers, and the loop that runs it and answers its exits.
 
 use super::KvmError;
+use super::coalesced::CoalescedWrites;
 use crate::boot::{CODE_SEGMENT, DATA_SEGMENT, Entry, GDT_ENTRIES};
 use crate::bus::{Buses, GuestRequest};
 use crate::function_marks::FunctionMarks;
@@ -90,6 +91,8 @@ pub struct Registers {
 #[derive(Debug)]
 pub struct Vcpu {
     pub(super) fd: VcpuFd,
+    /// Writes of any vCPU that come before the next access.
+    collected: Option<Arc<CoalescedWrites>>,
     counts: ExitCounts,
     /// Takes each exit and sample, where the boot is profiled.
     pub(crate) recorder: Option<Recorder>,
@@ -100,9 +103,10 @@ pub struct Vcpu {
 }
 
 impl Vcpu {
-    pub(super) const fn new(fd: VcpuFd) -> Self {
+    pub(super) const fn new(fd: VcpuFd, collected: Option<Arc<CoalescedWrites>>) -> Self {
         Self {
             fd,
+            collected,
             recorder: None,
             memory: None,
             marks: None,
@@ -141,6 +145,8 @@ impl Vcpu {
         while !stopping.load(Ordering::Acquire) {
             self.sample_if_due();
             let (counts, recorder) = (&mut self.counts, &mut self.recorder);
+            let collected = self.collected.as_deref();
+            let pass_on_collected = || collected.inspect(|writes| writes.pass_on(&buses.memory));
             let mut record = |kind, address| {
                 if let Some(recorder) = recorder {
                     recorder.exit(kind, address);
@@ -169,11 +175,13 @@ impl Vcpu {
                 Ok(VcpuExit::MmioRead(address, data)) => {
                     counts.mmio_reads += 1;
                     record(ExitKind::MmioRead, address);
+                    pass_on_collected();
                     buses.memory.read(address, data);
                 }
                 Ok(VcpuExit::MmioWrite(address, data)) => {
                     counts.mmio_writes += 1;
                     record(ExitKind::MmioWrite, address);
+                    pass_on_collected();
                     if let Some(request) = buses.memory.write(address, data) {
                         return VcpuEnd::Request(request);
                     }

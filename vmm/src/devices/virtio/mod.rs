@@ -24,7 +24,10 @@ pub mod vsock;
 
 pub use mmio::{Shape, State, Transport, Wiring};
 pub use queue::{Chain, Queues, Segment};
-pub use registers::{ACKNOWLEDGE, ACKNOWLEDGE_QUEUES, DOORBELL, RegisterPage, RegisterPages};
+pub use registers::{
+    ACKNOWLEDGE, ACKNOWLEDGE_QUEUES, DOORBELL, QUEUE_ADDRESSES, QUEUE_ADDRESSES_LEN, RegisterPage,
+    RegisterPages,
+};
 
 use crate::timeline::Instant;
 use rustix::event::epoll::{self, EventData, EventFlags};

@@ -37,6 +37,10 @@ pub(super) const STATUS: usize = 0x070;
 pub(super) const QUEUE_DESCRIPTORS: usize = 0x080;
 pub(super) const QUEUE_DRIVER: usize = 0x090;
 pub(super) const QUEUE_DEVICE: usize = 0x0a0;
+/// Where the addresses of a queue start, which mean nothing before the queue is ready, and their bytes.
+pub const QUEUE_ADDRESSES: u64 = 0x080;
+/// Bytes of them.
+pub const QUEUE_ADDRESSES_LEN: u32 = 0x028;
 /// Lengths and addresses of shared memory regions, of which there is none: all ones.
 pub(super) const SHARED_MEMORY: std::ops::Range<usize> = 0x0b0..0x0c0;
 pub(super) const CONFIGURATION_GENERATION: usize = 0x0fc;
