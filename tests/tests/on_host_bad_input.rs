@@ -274,7 +274,7 @@ fn devices_that_make_no_sense() {
     let kernel = place.kernel();
     let path = format!("/tmp/{}", "x".repeat(103));
     let table: [(&[&str], &str); 7] = [
-        (&["--vsock", &path], "has 108 bytes; the path of a socket can have 107"),
+        (&["--vsock", &path], "has 108 bytes; the path of a socket can have 96"),
         (&["--net", "tap0,mac=06:00"], "--net tap0,mac=06:00: \"06:00\" is not an Ethernet address"),
         (&["--net", "tap0,mac=ff:ff:ff:ff:ff:ff"], "is the address of a group of cards"),
         (&["--net", "tap0,mtu=70000"], "\"70000\" is not a number of bytes"),
