@@ -293,10 +293,7 @@ mod tests {
         };
         assert_eq!(names("ipv6").unwrap(), ["default", "ipv6"]);
         assert!(
-            names("base")
-                .unwrap_err()
-                .to_string()
-                .starts_with("--only base: fragments with a price are ")
+            names("base").unwrap_err().to_string().starts_with("--only base: fragments with a price are ")
         );
         assert_eq!(chosen(&[]).unwrap().len(), Variant::all().len());
     }

@@ -11,7 +11,7 @@ use vm_memory::GuestAddress;
 
 fuzz_target!(|bytes: &[u8]| {
     let file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
-    file.as_file().set_len(64 << 10).unwrap();
+    file.as_file().set_len(2 << 20).unwrap();
     let config = devices::Pmem {
         id: "pmem".into(),
         path_on_host: file.path().into(),
