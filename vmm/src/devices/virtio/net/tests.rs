@@ -147,6 +147,28 @@ fn frames_go_out_behind_their_length() {
 }
 
 #[test]
+fn passt_hears_of_the_card_before_the_guest_says_anything() {
+    let (ours, its) = pair(SocketType::STREAM);
+    let mut passt = Passt::connected(ours);
+    passt.announce("06:00:0a:00:02:0f".parse().unwrap()).unwrap();
+    // As RFC 826 lays it out: to all, from the card, ARP; Ethernet, IPv4, lengths, request; sender; target.
+    let announcement = [
+        &[0xff; 6][..],
+        &[6, 0, 10, 0, 2, 15],
+        &[0x08, 0x06],
+        &[0, 1, 0x08, 0x00, 6, 4, 0, 1],
+        &[6, 0, 10, 0, 2, 15, 10, 0, 2, 15],
+        &[0, 0, 0, 0, 0, 0, 10, 0, 2, 15],
+    ];
+    assert_eq!(drain(&its), framed(&announcement.concat()));
+    let mut driver = Driver::new(Net::new(Box::new(passt), &interface()));
+    driver.start(u64::MAX);
+    let next = frame(60, 1);
+    driver.request(TX, &outgoing(&next));
+    assert_eq!(drain(&its), framed(&next), "the guest's own frames follow");
+}
+
+#[test]
 fn checksums_that_the_driver_left_open_are_filled_in() {
     let (mut driver, its) = passt();
     let mut open = frame(74, 3);
