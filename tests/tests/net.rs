@@ -1,11 +1,12 @@
 //! A network card is a network card: packets, streams and names pass between the guest and its host, through a
 //! tap device or without root.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::process::{Command, Stdio};
+use tests::conversation::Conversation;
 use tests::network::{enter_new, give, make_tap, pattern, shell, take, with_passt};
-use tests::{PATIENCE, boot, run};
+use tests::{Image, PATIENCE, boot, has_continued, run, testbed};
 
 const MIB: usize = 1 << 20;
 const TAP: &str = "tap0,ip=10.9.0.2/24,gw=10.9.0.1,dns=10.9.0.1";
@@ -86,18 +87,15 @@ fn a_tap_that_is_removed_is_a_cable_that_was_pulled() {
     // Once when the guest is up, and once before it comes to look at its card.
     for is_up in [true, false] {
         let script = "echo up; while ip link show eth0 | grep -q LOWER_UP; do sleep 0; done; echo gone";
-        let mut child = on_tap(script).stdout(Stdio::piped()).spawn().unwrap();
-        let mut output = BufReader::new(child.stdout.take().unwrap());
-        let mut line = String::new();
+        let mut guest = Conversation::start(&mut on_tap(script));
         if is_up {
-            output.read_line(&mut line).unwrap();
+            guest.expect("up");
         } else {
             shell("while ! ifconfig tap0 | grep -q RUNNING; do sleep 0; done");
         }
         shell("ip link del tap0");
-        output.read_to_string(&mut line).unwrap();
-        assert_eq!(line.replace('\r', ""), "up\ngone\n");
-        assert!(child.wait().unwrap().success());
+        guest.expect("gone");
+        guest.expect_status(0);
         make_tap("tap0", "10.9.0.1");
     }
 }
@@ -147,12 +145,8 @@ fn a_port_of_the_host_leads_into_the_guest() {
     // The guest says when it listens, and gives back what it gets.
     let script = "nc -l -p 80 -e /bin/cat & while ! netstat -ltn | grep -q ':80 '; do sleep 0; done; \
                   echo ready; wait";
-    let mut command = on_passt(&["-p", "8080:80"], script);
-    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
-    let mut output = BufReader::new(child.stdout.take().unwrap());
-    let mut line = String::new();
-    output.read_line(&mut line).unwrap();
-    assert_eq!(line.trim_end(), "ready");
+    let mut guest = Conversation::start(&mut on_passt(&["-p", "8080:80"], script));
+    guest.expect("ready");
     let bytes = pattern(MIB);
     let mut stream = TcpStream::connect("127.0.0.1:8080").unwrap();
     let (mut writer, sent) = (stream.try_clone().unwrap(), bytes.clone());
@@ -163,19 +157,18 @@ fn a_port_of_the_host_leads_into_the_guest() {
     writer.join().unwrap();
     drop(stream);
     assert!(back == bytes);
-    assert!(child.wait().unwrap().success());
+    guest.expect_status(0);
     wait_for_end_of_passt();
 }
 
 #[test]
 fn passt_ends_with_a_machine_that_is_killed() {
     enter_host_network();
-    let mut child = on_passt(&[], "echo ready; sleep 1000").stdout(Stdio::piped()).spawn().unwrap();
-    let mut line = String::new();
-    BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    let mut guest = Conversation::start(&mut on_passt(&[], "echo ready; sleep 1000"));
+    guest.expect("ready");
     assert!(passt_runs());
-    child.kill().unwrap();
-    child.wait().unwrap();
+    // Kills it.
+    drop(guest);
     wait_for_end_of_passt();
 }
 
