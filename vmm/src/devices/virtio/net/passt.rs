@@ -98,7 +98,9 @@ impl Passt {
             _ => format!("passt cannot be started: {error}"),
         })?;
         let mut passt = Self::connected(ours);
-        passt.announce(interface.mac()).map_err(|error| format!("passt cannot be told of the guest: {error}"))?;
+        passt
+            .announce(interface.mac())
+            .map_err(|error| format!("passt cannot be told of the guest: {error}"))?;
         Ok((passt, Starting(child)))
     }
 
