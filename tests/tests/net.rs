@@ -170,10 +170,10 @@ fn a_prebooted_kernel_goes_on_with_a_card_on_a_tap() {
         let client = take("10.9.0.1:5002", || {});
         let server = give("10.9.0.1:5001", bytes.clone());
         let net = format!("tap0,mac=06:00:0a:09:00:02,ip={address}/24,gw=10.9.0.1");
-        let script = "ip -4 addr show eth0 | grep -o 'inet [0-9./]*'; cat /sys/class/net/eth0/address; \
+        let script = "ip -4 addr show eth0 | grep -o 'inet [0-9./]*'; ip link show eth0 | grep -o 'ether [0-9a-f:]*'; \
                       wget -q -O /tmp/f http://10.9.0.1:5001/ && nc 10.9.0.1 5002 < /tmp/f";
         let outcome = image.continued_shell(&["--net", &net], script);
-        let expected = format!("inet {address}/24\n06:00:0a:09:00:02\n");
+        let expected = format!("inet {address}/24\nether 06:00:0a:09:00:02\n");
         assert_eq!(outcome.expect_status(0).stdout, expected, "{outcome}");
         assert_eq!(outcome.stderr, "", "{outcome}");
         server.join().unwrap();
