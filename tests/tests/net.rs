@@ -139,7 +139,8 @@ fn debians_nginx_serves_clients_of_the_host() {
 #[test]
 fn debians_iperf3_measures_streams_and_datagrams_of_a_tap() {
     enter_tap_network();
-    let mut server = Conversation::start(with_network_programs(Command::new("iperf3")).arg("-s"));
+    let mut server =
+        Conversation::start(with_network_programs(Command::new("iperf3")).args(["-s", "--forceflush"]));
     server.expect("Server listening");
     let mut command = with_debians_programs();
     // Out, in, several streams both ways at once, and datagrams; what iperf3 counts has to have arrived.
