@@ -54,13 +54,13 @@ pub fn make_tap(name: &str, address: &str) {
     shell(&format!("ifconfig {name} {address} netmask 255.255.255.0 up"));
 }
 
-/// Makes the testbed's passt a program that can be started: the lab has no C library of its own.
+/// Makes the testbed's passt and iperf3 programs that can be started: the lab has no C library of its own.
 ///
 /// # Panics
 /// When that fails.
 #[must_use]
-pub fn with_passt(mut command: Command) -> Command {
-    let folder = crate::testbed("passt");
+pub fn with_network_programs(mut command: Command) -> Command {
+    let folder = crate::testbed("network");
     if !Path::new("/lib64").exists() {
         std::fs::create_dir_all("/lib").expect("cannot make a folder");
         symlink(&folder, "/lib64").expect("cannot link");

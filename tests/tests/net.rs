@@ -1,11 +1,12 @@
 //! A network card is a network card: packets, streams and names pass between the guest and its host, through a
 //! tap device or without root.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::process::{Command, Stdio};
-use tests::network::{enter_new, give, make_tap, pattern, shell, take, with_passt};
-use tests::{PATIENCE, boot, run};
+use tests::conversation::Conversation;
+use tests::network::{enter_new, give, make_tap, pattern, shell, take, with_network_programs};
+use tests::{Image, PATIENCE, boot, has_continued, kindling, run, testbed};
 
 const MIB: usize = 1 << 20;
 const TAP: &str = "tap0,ip=10.9.0.2/24,gw=10.9.0.1,dns=10.9.0.1";
@@ -86,27 +87,133 @@ fn a_tap_that_is_removed_is_a_cable_that_was_pulled() {
     // Once when the guest is up, and once before it comes to look at its card.
     for is_up in [true, false] {
         let script = "echo up; while ip link show eth0 | grep -q LOWER_UP; do sleep 0; done; echo gone";
-        let mut child = on_tap(script).stdout(Stdio::piped()).spawn().unwrap();
-        let mut output = BufReader::new(child.stdout.take().unwrap());
-        let mut line = String::new();
+        let mut guest = Conversation::start(&mut on_tap(script));
         if is_up {
-            output.read_line(&mut line).unwrap();
+            guest.expect("up");
         } else {
             shell("while ! ifconfig tap0 | grep -q RUNNING; do sleep 0; done");
         }
         shell("ip link del tap0");
-        output.read_to_string(&mut line).unwrap();
-        assert_eq!(line.replace('\r', ""), "up\ngone\n");
-        assert!(child.wait().unwrap().success());
+        guest.expect("gone");
+        guest.expect_status(0);
         make_tap("tap0", "10.9.0.1");
     }
 }
 
 /// A guest behind passt.
 fn on_passt(options: &[&str], script: &str) -> Command {
-    let mut command = with_passt(boot());
+    let mut command = with_network_programs(boot());
     command.args(["--net", "user"]).args(options).args(["--", "/bin/sh", "-c", script]);
     command
+}
+
+/// A guest with programs of Debian.
+fn with_debians_programs() -> Command {
+    let mut command = with_network_programs(kindling());
+    command.arg("boot").arg("--image").arg(testbed("images/network"));
+    command
+}
+
+#[test]
+fn debians_nginx_serves_clients_of_the_host() {
+    enter_host_network();
+    let script = "cd /tmp; head -c 4194304 /dev/urandom > f; sha256sum < f; \
+        echo 'user root; daemon off; pid pid; events {} http { access_log off; client_body_temp_path b; \
+            proxy_temp_path p; fastcgi_temp_path c; uwsgi_temp_path u; scgi_temp_path s; \
+            server { listen 80; root /tmp; } }' > conf; \
+        /lib64/nginx -p /tmp -e stderr -c conf & \
+        while ! netstat -ltn | grep -q ':80 '; do sleep 0; done; echo ready; wait";
+    let mut command = with_debians_programs();
+    command.args(["--net", "user", "-p", "8080:80", "--", "/bin/sh", "-c", script]);
+    let mut guest = Conversation::start(&mut command);
+    let sum = guest.expect("");
+    guest.expect("ready");
+    // Four at once, and each whole.
+    let get = "for i in 1 2 3 4; do wget -q -O - http://127.0.0.1:8080/f | sha256sum & done; wait";
+    let outcome = run(Command::new("/bin/sh").args(["-c", get]));
+    assert_eq!(outcome.expect_status(0).stdout, format!("{sum}\n").repeat(4), "{outcome}");
+    let outcome = run(Command::new("wget").args(["-q", "-O", "-", "http://127.0.0.1:8080/absent"]));
+    outcome.expect_status(1).expect_stderr("404 Not Found");
+}
+
+#[test]
+fn debians_iperf3_measures_streams_and_datagrams_of_a_tap() {
+    enter_tap_network();
+    let mut server =
+        Conversation::start(with_network_programs(Command::new("iperf3")).args(["-s", "--forceflush"]));
+    server.expect("Server listening");
+    let mut command = with_debians_programs();
+    // Out, in, several streams both ways at once, and datagrams; what iperf3 counts has to have arrived.
+    let script = "for how in '' -R '-P 4 --bidir' '-u -b 100M -l 1400' '-u -R -b 100M -l 1400'; do \
+        echo \"how $how\"; /lib64/iperf3 -c 10.9.0.1 -n 8M -f m $how || exit 1; done";
+    command.args(["--net", TAP, "--", "/bin/sh", "-c", script]).stdin(Stdio::null());
+    let outcome = run(&mut command);
+    println!("{outcome}");
+    assert_eq!(outcome.expect_status(0).stdout.matches("iperf Done.").count(), 5, "{outcome}");
+    let lines = outcome.stdout.lines().filter(|line| line.ends_with("receiver"));
+    assert!(lines.clone().count() >= 5, "{outcome}");
+    for line in lines {
+        let word = line.split_whitespace().rev().nth(2).unwrap_or_default();
+        assert!(!line.contains(" 0.00 Bytes") && !word.is_empty(), "{line}");
+    }
+}
+
+#[test]
+fn a_prebooted_kernel_goes_on_with_a_card_on_a_tap() {
+    enter_tap_network();
+    let image = Image::copy_of("busybox");
+    // There is no such tap, and nobody needs one before there is a guest.
+    let outcome = run(image.command("preboot").args(["--net", "tap9,mac=06:00:0a:09:00:02"]));
+    outcome.expect_status(0).expect_stderr("preboot/1-128-n is there");
+    let bytes = pattern(MIB);
+    // Every guest has an address of its own.
+    for address in ["10.9.0.2", "10.9.0.3"] {
+        let client = take("10.9.0.1:5002", || {});
+        let server = give("10.9.0.1:5001", bytes.clone());
+        let net = format!("tap0,mac=06:00:0a:09:00:02,ip={address}/24,gw=10.9.0.1");
+        let script = "ip -4 addr show eth0 | grep -o 'inet [0-9./]*'; ip link show eth0 | grep -o 'ether [0-9a-f:]*'; \
+                      wget -q -O /tmp/f http://10.9.0.1:5001/ && nc 10.9.0.1 5002 < /tmp/f";
+        let outcome = image.continued_shell(&["--net", &net], script);
+        let expected = format!("inet {address}/24\nether 06:00:0a:09:00:02\n");
+        assert_eq!(outcome.expect_status(0).stdout, expected, "{outcome}");
+        assert_eq!(outcome.stderr, "", "{outcome}");
+        server.join().unwrap();
+        assert!(client.join().unwrap() == bytes);
+    }
+    // A kernel reads the address of its card once.
+    let report = image.path().join("report.json");
+    let mut command = image.command("boot");
+    let outcome = run(command.arg("--report-json").arg(&report).args(["--net", TAP, "--", "true"]));
+    outcome.expect_status(0).expect_stderr("booting without it");
+    assert!(!has_continued(&report), "{outcome}");
+}
+
+#[test]
+fn a_prebooted_kernel_goes_on_with_a_card_on_passt() {
+    enter_host_network();
+    let image = Image::copy_of("busybox");
+    let outcome = run(image.command("preboot").args(["--net", "user"]));
+    outcome.expect_status(0).expect_stderr("preboot/1-128-n is there");
+    assert!(!passt_runs(), "nobody is there for whom it would work");
+    let report = image.path().join("report.json");
+    let mut command = with_network_programs(image.command("boot"));
+    command.args(["--net", "user", "-p", "8080:80", "--report-json"]).arg(&report);
+    let script = "wget -q -O - http://192.0.2.1:5001/ | wc -c; nc -l -p 80 -e /bin/cat & \
+                  while ! netstat -ltn | grep -q ':80 '; do sleep 0; done; echo ready; wait";
+    let server = give("192.0.2.1:5001", pattern(MIB));
+    let mut guest = Conversation::start(command.args(["--", "/bin/sh", "-c", script]));
+    assert_eq!(guest.expect(""), MIB.to_string());
+    server.join().unwrap();
+    guest.expect("ready");
+    let mut stream = TcpStream::connect("127.0.0.1:8080").unwrap();
+    let mut back = [0; 4];
+    stream.write_all(b"word").unwrap();
+    stream.read_exact(&mut back).unwrap();
+    assert_eq!(back, *b"word");
+    drop(stream);
+    guest.expect_status(0);
+    assert!(has_continued(&report), "it booted");
+    wait_for_end_of_passt();
 }
 
 /// Whether a passt runs.
@@ -147,12 +254,8 @@ fn a_port_of_the_host_leads_into_the_guest() {
     // The guest says when it listens, and gives back what it gets.
     let script = "nc -l -p 80 -e /bin/cat & while ! netstat -ltn | grep -q ':80 '; do sleep 0; done; \
                   echo ready; wait";
-    let mut command = on_passt(&["-p", "8080:80"], script);
-    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
-    let mut output = BufReader::new(child.stdout.take().unwrap());
-    let mut line = String::new();
-    output.read_line(&mut line).unwrap();
-    assert_eq!(line.trim_end(), "ready");
+    let mut guest = Conversation::start(&mut on_passt(&["-p", "8080:80"], script));
+    guest.expect("ready");
     let bytes = pattern(MIB);
     let mut stream = TcpStream::connect("127.0.0.1:8080").unwrap();
     let (mut writer, sent) = (stream.try_clone().unwrap(), bytes.clone());
@@ -163,19 +266,18 @@ fn a_port_of_the_host_leads_into_the_guest() {
     writer.join().unwrap();
     drop(stream);
     assert!(back == bytes);
-    assert!(child.wait().unwrap().success());
+    guest.expect_status(0);
     wait_for_end_of_passt();
 }
 
 #[test]
 fn passt_ends_with_a_machine_that_is_killed() {
     enter_host_network();
-    let mut child = on_passt(&[], "echo ready; sleep 1000").stdout(Stdio::piped()).spawn().unwrap();
-    let mut line = String::new();
-    BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    let mut guest = Conversation::start(&mut on_passt(&[], "echo ready; sleep 1000"));
+    guest.expect("ready");
     assert!(passt_runs());
-    child.kill().unwrap();
-    child.wait().unwrap();
+    // Kills it.
+    drop(guest);
     wait_for_end_of_passt();
 }
 

@@ -29,24 +29,43 @@ pub(crate) struct Opened {
     starting: Vec<net::Starting>,
 }
 
+/// What is behind devices that are opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Behind {
+    /// What the configuration names.
+    Everything,
+    /// The image's root filesystem.
+    Root,
+    Nothing,
+}
+
 impl Opened {
     /// Opens what the devices of a configuration need.
     pub(crate) fn new(config: &Config) -> Result<Self, Error> {
-        Self::open(config, false)
+        Self::open(config, Behind::Everything)
     }
 
     /// The same with nothing behind them: what a kernel reads of its devices while it boots, it would believe of all
     /// others.
     pub(crate) fn blank(config: &Config) -> Result<Self, Error> {
-        Self::open(config, true)
+        Self::open(config, Behind::Nothing)
     }
 
-    fn open(config: &Config, is_blank: bool) -> Result<Self, Error> {
+    /// The same with the image's root filesystem, for a guest that tries a kernel out: nobody's disks and networks are
+    /// to notice.
+    pub(crate) fn trial(config: &Config) -> Result<Self, Error> {
+        Self::open(config, Behind::Root)
+    }
+
+    fn open(config: &Config, behind: Behind) -> Result<Self, Error> {
         let devices = &config.devices;
         let mut opened = Self::default();
-        for drive in devices.disks() {
+        let is_blank = behind != Behind::Everything;
+        for (number, drive) in devices.disks().enumerate() {
             let mut device = Block::open(&drive)?;
-            if is_blank {
+            // The root filesystem comes behind the drives.
+            let is_root = number == devices.drives.len();
+            if is_blank && !(is_root && behind == Behind::Root) {
                 device = device.blank().map_err(Error::host("make a blank disk"))?;
             }
             opened.add(&drive.drive_id, device);

@@ -154,14 +154,14 @@ impl Machine {
         Self::assemble(config, timeline, origin, opened, freeze_at)
     }
 
-    /// A machine that continues from a pre-booted kernel or is not built.
+    /// A machine that continues from a pre-booted kernel, to try it out, or is not built.
     pub(crate) fn continue_from(
         config: &Config,
         preboot: Preboot,
         timeline: Timeline,
     ) -> Result<Self, Error> {
         let origin = Origin { preboot: Some(preboot), ..Origin::default() };
-        Self::assemble(config, timeline, origin, Opened::new(config)?, None)
+        Self::assemble(config, timeline, origin, Opened::trial(config)?, None)
     }
 
     fn assemble(

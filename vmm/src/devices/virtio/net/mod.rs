@@ -7,6 +7,8 @@
 mod header;
 mod nowhere;
 mod passt;
+#[cfg(any(test, fuzzing))]
+mod sockets;
 mod tap;
 #[cfg(test)]
 mod tests;

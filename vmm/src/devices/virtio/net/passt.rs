@@ -5,7 +5,7 @@
 
 use super::header::{self, Header};
 use super::{Link, Received, feature};
-use crate::config::devices::{NetworkInterface, PortForward, user_network};
+use crate::config::devices::{MacAddress, NetworkInterface, PortForward, user_network};
 use crate::devices::virtio::{Chain, Segment};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, socketpair};
@@ -97,7 +97,11 @@ impl Passt {
             }
             _ => format!("passt cannot be started: {error}"),
         })?;
-        Ok((Self::connected(ours), Starting(child)))
+        let mut passt = Self::connected(ours);
+        passt
+            .announce(interface.mac())
+            .map_err(|error| format!("passt cannot be told of the guest: {error}"))?;
+        Ok((passt, Starting(child)))
     }
 
     /// A stream to something that speaks like passt.
@@ -113,6 +117,15 @@ impl Passt {
         }
     }
 
+    /// Says which card the guest has. passt reads it in the guest's first frame, and until then sends to everybody,
+    /// from whom no guest takes a TCP segment: a guest that only listens could never be reached.
+    pub(super) fn announce(&mut self, mac: MacAddress) -> io::Result<()> {
+        let frame = announcement(mac, user_network::ADDRESS);
+        self.output = [&u32::try_from(frame.len()).unwrap_or(0).to_be_bytes()[..], &frame].concat();
+        self.unsent = 0..self.output.len();
+        self.flush()
+    }
+
     /// Finds the next whole frame in what was read.
     fn find_frame(&mut self) -> io::Result<()> {
         let Some((length, rest)) = self.input[self.unread.clone()].split_first_chunk() else { return Ok(()) };
@@ -126,6 +139,14 @@ impl Passt {
         }
         Ok(())
     }
+}
+
+/// An ARP announcement (RFC 826, and RFC 5227, section 2.3): it asks for the sender's own address, so nobody answers.
+fn announcement(mac: MacAddress, address: Ipv4Addr) -> Vec<u8> {
+    /// Of Ethernet and IPv4, with addresses of six and four bytes.
+    const REQUEST: [u8; 8] = [0, 1, 8, 0, 6, 4, 0, 1];
+    let (mac, address) = (&mac.0[..], &address.octets()[..]);
+    [&[0xff; 6], mac, &[8, 6], &REQUEST, mac, address, &[0; 6], address].concat()
 }
 
 /// The command line of passt, but for its socket.

@@ -1,0 +1,43 @@
+//! Any driver of a network card, and any peer: nothing panics, nothing outside guest memory is touched, and a reset mends what was broken.
+//!
+//! `cargo +nightly fuzz run net -- -max_total_time=600`, in the folder above this one.
+#![no_main]
+
+use kindling::config::devices::NetworkInterface;
+use kindling::devices::virtio::driver::Driver;
+use kindling::devices::virtio::net::Net;
+use libfuzzer_sys::fuzz_target;
+use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socketpair};
+
+fuzz_target!(|bytes: &[u8]| {
+    // What the other end is, whether its first frame is of a plausible length, and how much it says.
+    let Some(([first, second], bytes)) = bytes.split_first_chunk() else { return };
+    let is_passt = first & 1 == 0;
+    let (said, bytes) = bytes.split_at(usize::from(*second).min(bytes.len()));
+    let kind = if is_passt { SocketType::STREAM } else { SocketType::SEQPACKET };
+    let (ours, its) = socketpair(AddressFamily::UNIX, kind, SocketFlags::NONBLOCK, None).unwrap();
+    let mut stream = Vec::new();
+    if is_passt && first & 2 == 0 {
+        stream.extend([0, 0, first >> 2, 60]);
+    }
+    stream.extend(said);
+    // Once as frames that a buffer holds, and once as one that it does not.
+    for frame in [&stream[..], said, &[&stream[..], &[0; 5000]].concat()] {
+        let _ = send(&its, frame, SendFlags::NOSIGNAL);
+    }
+    let interface = NetworkInterface {
+        iface_id: "net0".into(),
+        host_dev_name: "tap0".into(),
+        guest_mac: None,
+        mtu: None,
+        guest_ip: None,
+        gateway: None,
+        nameserver: None,
+        rx_rate_limiter: None,
+        tx_rate_limiter: None,
+        forwards: Vec::new(),
+    };
+    let device =
+        if is_passt { Net::on_stream(ours, &interface) } else { Net::on_datagrams(ours, &interface) };
+    Driver::new(device).misbehave(bytes);
+});
