@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::Stdio;
+use tests::network::{enter_new, make_tap, shell};
 
 /// How often a process's first thread, which runs the event loop, has gone to sleep or been put aside.
 fn switches(process: u32) -> u64 {
@@ -15,10 +16,20 @@ fn the_event_loop_sleeps_while_the_guest_does() {
     let folder = tempfile::tempdir().unwrap();
     let disk = folder.path().join("disk");
     std::fs::write(&disk, vec![1; 1 << 20]).unwrap();
-    // Half a minute, in which the guest's own clock ticks as it likes.
-    let script = "dd if=/dev/vda of=/dev/null 2>/dev/null; echo sleeping; sleep 30; echo awake; read word; echo has $word";
+    enter_new();
+    make_tap("tap0", "10.9.0.1");
+    // The host's IPv6 would ask for routers and neighbours.
+    shell(
+        "for file in /proc/sys/net/ipv6/conf/tap0/disable_ipv6; do test ! -e $file || echo 1 > $file; done",
+    );
+    // Within ten seconds free pages are reported. Then half a minute, in which the guest's own clock ticks as it likes.
+    // There is no entropy device: the guest's kernel asks for more of it every ten seconds. Nor are there packets:
+    // after one, both ends ask for a while whether the other is still there.
+    let script = "set -e; dd if=/dev/vda of=/dev/null 2>/dev/null; sleep 10; \
+                  echo sleeping; sleep 30; echo awake; read word; echo has $word";
     let mut command = tests::boot();
     command.arg("--drive").arg(&disk).arg("--vsock").arg(folder.path().join("vsock"));
+    command.args(["--balloon", "8", "--net", "tap0,ip=10.9.0.2/24"]);
     command.args(["--", "/bin/sh", "-c", script]);
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     let process = child.id();

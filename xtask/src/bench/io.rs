@@ -39,8 +39,7 @@ impl Bench<'_> {
         let disk = Devices { disk: Some(disk(self.scratch)?), ..Devices::default() };
         self.devices = disk.clone();
         self.boot(Task::Greet, None, |_| Ok(()))?;
-        // Ours has no network card yet.
-        let tap = self.peers.tap.clone().filter(|_| !self.vmm.kind.is_ours());
+        let tap = self.peers.tap.clone();
         let with_tap = tap.map(|tap| Devices { tap: Some(tap), ..self.devices.clone() });
         self.try_devices("a network card", with_tap);
         let vsock = self.peers.vsock.clone();

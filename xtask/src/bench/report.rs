@@ -175,7 +175,9 @@ impl Report {
         if row.metric == Metric::SpawnToInit && self.is_stand_in(row) {
             return "*".to_owned();
         }
-        format!("{:.2}x", row.metric.scaled(row.median) / row.metric.scaled(first.median))
+        let ratio = row.metric.scaled(row.median) / row.metric.scaled(first.median);
+        // Larger ones would touch the value.
+        if ratio < 100.0 { format!("{ratio:.2}x") } else { format!("{ratio:.0}x") }
     }
 
     /// Whether init's first byte stands for its first instruction.

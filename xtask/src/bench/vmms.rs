@@ -157,6 +157,9 @@ fn kindling(
     if let Some(disk) = &devices.disk {
         command.arg("--drive").arg(disk);
     }
+    if let Some(tap) = &devices.tap {
+        command.arg("--net").arg(tap);
+    }
     if let Some(path) = &devices.vsock {
         command.arg("--vsock").arg(path);
     }

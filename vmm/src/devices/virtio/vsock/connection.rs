@@ -101,7 +101,12 @@ pub(super) struct Connection {
     /// The first packet: [`op::REQUEST`] or [`op::RESPONSE`].
     opening: Option<u16>,
     owes_credit: bool,
-    asked_for_credit: bool,
+    /// The guest had room since it was asked for some.
+    may_ask: bool,
+    /// It was asked and has not answered.
+    awaits_credit: bool,
+    /// It has told of room without being asked.
+    offers_credit: bool,
     told_shutdown: u32,
 }
 
@@ -130,7 +135,9 @@ impl Connection {
             appetite: 1,
             opening: Some(op::REQUEST),
             owes_credit: false,
-            asked_for_credit: false,
+            may_ask: true,
+            awaits_credit: false,
+            offers_credit: false,
             told_shutdown: 0,
         }
     }
@@ -157,7 +164,10 @@ impl Connection {
     pub(super) fn handle(&mut self, id: u32, header: &Header, chain: &mut Chain, watcher: &Watcher) -> After {
         self.guest_buf_alloc = header.buf_alloc;
         self.guest_fwd_cnt = header.fwd_cnt;
-        self.asked_for_credit = false;
+        if header.op == op::CREDIT_UPDATE {
+            self.offers_credit |= !std::mem::take(&mut self.awaits_credit);
+        }
+        self.may_ask |= self.credit() > 0;
         match (header.op, self.state) {
             (op::RST, _) => return After::GuestEnded { answer: false },
             (op::RESPONSE, State::Requested) if self.opening.is_none() => {
@@ -298,7 +308,7 @@ impl Connection {
         self.opening.is_some()
             || self.owes_credit && self.state == State::Established
             || self.shutdown_to_tell() != 0
-            || self.can_read() && (self.credit() > 0 || !self.asked_for_credit)
+            || self.can_read() && (self.credit() > 0 || self.has_to_ask())
     }
 
     fn can_read(&self) -> bool {
@@ -311,6 +321,12 @@ impl Connection {
     /// Bytes that the guest has room for. What it says about that can hurt nobody but itself.
     const fn credit(&self) -> u32 {
         self.guest_buf_alloc.saturating_sub(self.sent.wrapping_sub(self.guest_fwd_cnt))
+    }
+
+    /// Whether the guest, which has no room left, is to be asked for some. A guest that tells of room by itself is
+    /// not: it would answer at once, as often as it is asked, with what little its program has read meanwhile.
+    const fn has_to_ask(&self) -> bool {
+        self.may_ask && !self.offers_credit
     }
 
     /// What has ended on the host's side and the guest does not know.
@@ -344,8 +360,8 @@ impl Connection {
                     Ok(count) => return Ok(Turn::Sent(count, After::Open)),
                 }
             }
-            if !self.asked_for_credit {
-                self.asked_for_credit = true;
+            if self.has_to_ask() {
+                (self.may_ask, self.awaits_credit) = (false, true);
                 return self.send_control(queues, chain, guest_cid, op::CREDIT_REQUEST, 0);
             }
         }
