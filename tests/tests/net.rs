@@ -148,7 +148,6 @@ fn debians_iperf3_measures_streams_and_datagrams_of_a_tap() {
         echo \"how $how\"; /lib64/iperf3 -c 10.9.0.1 -n 8M -f m $how || exit 1; done";
     command.args(["--net", TAP, "--", "/bin/sh", "-c", script]).stdin(Stdio::null());
     let outcome = run(&mut command);
-    println!("{outcome}");
     assert_eq!(outcome.expect_status(0).stdout.matches("iperf Done.").count(), 5, "{outcome}");
     let lines = outcome.stdout.lines().filter(|line| line.ends_with("receiver"));
     assert!(lines.clone().count() >= 5, "{outcome}");
