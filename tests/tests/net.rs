@@ -149,12 +149,9 @@ fn debians_iperf3_measures_streams_and_datagrams_of_a_tap() {
     command.args(["--net", TAP, "--", "/bin/sh", "-c", script]).stdin(Stdio::null());
     let outcome = run(&mut command);
     assert_eq!(outcome.expect_status(0).stdout.matches("iperf Done.").count(), 5, "{outcome}");
-    let lines = outcome.stdout.lines().filter(|line| line.ends_with("receiver"));
+    let mut lines = outcome.stdout.lines().filter(|line| line.ends_with("receiver"));
     assert!(lines.clone().count() >= 5, "{outcome}");
-    for line in lines {
-        let word = line.split_whitespace().rev().nth(2).unwrap_or_default();
-        assert!(!line.contains(" 0.00 Bytes") && !word.is_empty(), "{line}");
-    }
+    assert!(!lines.any(|line| line.contains(" 0.00 MBytes ")), "nothing arrived: {outcome}");
 }
 
 #[test]
