@@ -151,7 +151,7 @@ fn debians_iperf3_measures_streams_and_datagrams_of_a_tap() {
     assert_eq!(outcome.expect_status(0).stdout.matches("iperf Done.").count(), 5, "{outcome}");
     let mut lines = outcome.stdout.lines().filter(|line| line.ends_with("receiver"));
     assert!(lines.clone().count() >= 5, "{outcome}");
-    assert!(!lines.any(|line| line.contains(" 0.00 MBytes ")), "nothing arrived: {outcome}");
+    assert!(!lines.any(|line| line.contains(" 0.00 Bytes ")), "nothing arrived: {outcome}");
 }
 
 #[test]
