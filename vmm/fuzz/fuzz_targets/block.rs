@@ -3,7 +3,7 @@
 //! `cargo +nightly fuzz run block -- -max_total_time=600`, in the folder above this one.
 #![no_main]
 
-use kindling::config::devices::{CacheType, Drive};
+use kindling::config::devices::Drive;
 use kindling::devices::virtio::block::Block;
 use kindling::devices::virtio::driver::Driver;
 use libfuzzer_sys::fuzz_target;
@@ -11,16 +11,6 @@ use libfuzzer_sys::fuzz_target;
 fuzz_target!(|bytes: &[u8]| {
     let file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
     file.as_file().set_len(64 << 10).unwrap();
-    let drive = Drive {
-        drive_id: "disk".into(),
-        path_on_host: file.path().into(),
-        is_root_device: false,
-        is_read_only: false,
-        partuuid: None,
-        cache_type: CacheType::Writeback,
-        io_engine: None,
-        rate_limiter: None,
-        direct: false,
-    };
+    let drive = Drive::new("disk", file.path());
     Driver::new(Block::open(&drive).unwrap()).misbehave(bytes);
 });

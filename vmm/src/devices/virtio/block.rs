@@ -498,17 +498,7 @@ mod tests {
         }
 
         fn drive(&self) -> Drive {
-            Drive {
-                drive_id: "disk0".into(),
-                path_on_host: self.folder.path().join("disk"),
-                is_root_device: false,
-                is_read_only: false,
-                partuuid: None,
-                cache_type: CacheType::Writeback,
-                io_engine: None,
-                rate_limiter: None,
-                direct: false,
-            }
+            Drive::new("disk0", self.folder.path().join("disk"))
         }
 
         fn start(&self) -> Driver {
