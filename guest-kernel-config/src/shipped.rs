@@ -24,23 +24,12 @@ const SHIPPED: [(&str, &str); 17] = [
 ];
 
 /// The fragments that every image's kernel is made of.
-pub const DEFAULT: [&str; 11] = [
-    "base",
-    "kvm-guest",
-    "console",
-    "virtio",
-    "block",
-    "net",
-    "ipv6",
-    "vsock",
-    "filesystems",
-    "balloon",
-    "pmem",
-];
+pub const DEFAULT: [&str; 10] =
+    ["base", "kvm-guest", "console", "virtio", "block", "net", "ipv6", "vsock", "filesystems", "balloon"];
 
 /// The fragments that an image may ask for on top.
-pub const OPTIONAL: [&str; 6] =
-    ["uniprocessor", "sysfs", "container", "hardening", "paravirt-spinlocks", "debug"];
+pub const OPTIONAL: [&str; 7] =
+    ["pmem", "uniprocessor", "sysfs", "container", "hardening", "paravirt-spinlocks", "debug"];
 
 /// All fragments of this crate, default and optional.
 ///

@@ -3,11 +3,19 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::process::{Command, Stdio};
 use tests::conversation::{Conversation, PREAMBLE};
-use tests::{boot, run, testbed};
+use tests::{kindling, run, testbed};
 
 /// The kernel finds the device while init starts.
 const WAIT: &str = "until [ -b /dev/pmem0 ]; do sleep 0.01; done;";
+
+/// `kindling boot` of the image whose kernel has the driver.
+fn boot() -> Command {
+    let mut command = kindling();
+    command.arg("boot").arg("--image").arg(testbed("images/pmem")).stdin(Stdio::null());
+    command
+}
 
 fn option(path: &Path, flags: &str) -> String {
     format!("{}{flags}", path.display())

@@ -158,6 +158,13 @@ fn lay_out_testbed() -> Result<PathBuf> {
         out: Some(images.join("busybox")),
         ..Image::default()
     })?;
+    build_image::build(&Image {
+        name: "pmem".to_owned(),
+        root: Some(root.path().into()),
+        config_fragment: vec!["pmem".into()],
+        out: Some(images.join("pmem")),
+        ..Image::default()
+    })?;
     filesystem(&testbed)?;
     test_root::build(&images)?;
     fs::copy(cargo::release_binary("tests", "vsock-guest")?, root.path().join("bin/vsock-guest"))?;
