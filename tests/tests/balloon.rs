@@ -64,9 +64,8 @@ fn memory_that_was_freed_is_the_hosts_again_and_can_be_had_once_more() {
 fn a_balloon_is_missing_in_the_guests_memory() {
     let (mut command, _file) = boot_with(&json!({ "amount_mib": 384, "deflate_on_oom": false }), 512);
     let script = format!(
-        "{PREAMBLE} available() {{ grep MemAvailable /proc/meminfo | tr -dc 0-9; }}; \
-         while [ $(available) -gt $((128 * 1024)) ]; do sleep 0.01; done; \
-         echo total $(grep MemTotal /proc/meminfo | tr -dc 0-9); heard"
+        "{PREAMBLE} total() {{ grep MemTotal /proc/meminfo | tr -dc 0-9; }}; \
+         while [ $(total) -ge $((128 * 1024)) ]; do sleep 0.01; done; echo total $(total); heard"
     );
     let mut guest = Conversation::start(command.args(["--", "/bin/sh", "-c", &script]));
     let total = number(&guest.expect("total"));
