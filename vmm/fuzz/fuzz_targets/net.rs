@@ -25,18 +25,7 @@ fuzz_target!(|bytes: &[u8]| {
     for frame in [&stream[..], said, &[&stream[..], &[0; 5000]].concat()] {
         let _ = send(&its, frame, SendFlags::NOSIGNAL);
     }
-    let interface = NetworkInterface {
-        iface_id: "net0".into(),
-        host_dev_name: "tap0".into(),
-        guest_mac: None,
-        mtu: None,
-        guest_ip: None,
-        gateway: None,
-        nameserver: None,
-        rx_rate_limiter: None,
-        tx_rate_limiter: None,
-        forwards: Vec::new(),
-    };
+    let interface = NetworkInterface::new("net0", "tap0");
     let device =
         if is_passt { Net::on_stream(ours, &interface) } else { Net::on_datagrams(ours, &interface) };
     Driver::new(device).misbehave(bytes);

@@ -337,6 +337,25 @@ impl TryFrom<String> for InterfaceAddress {
     }
 }
 
+impl NetworkInterface {
+    /// A card of which nothing is said but its name and its other end.
+    #[must_use]
+    pub fn new(iface_id: impl Into<String>, host_dev_name: impl Into<String>) -> Self {
+        Self {
+            iface_id: iface_id.into(),
+            host_dev_name: host_dev_name.into(),
+            guest_mac: None,
+            mtu: None,
+            guest_ip: None,
+            gateway: None,
+            nameserver: None,
+            rx_rate_limiter: None,
+            tx_rate_limiter: None,
+            forwards: Vec::new(),
+        }
+    }
+}
+
 /// An Ethernet address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]

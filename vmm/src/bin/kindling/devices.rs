@@ -100,19 +100,8 @@ fn interface(text: &OsStr, number: usize) -> Result<NetworkInterface, ConfigErro
     let value = text.to_string_lossy().into_owned();
     let wrong = |what: String| ConfigError::DeviceOption { option: "net", value: value.clone(), what };
     let mut parts = value.split(',');
-    let host_dev_name = parts.next().unwrap_or_default().to_owned();
-    let mut interface = NetworkInterface {
-        iface_id: format!("net{number}"),
-        host_dev_name,
-        guest_mac: None,
-        mtu: None,
-        guest_ip: None,
-        gateway: None,
-        nameserver: None,
-        rx_rate_limiter: None,
-        tx_rate_limiter: None,
-        forwards: Vec::new(),
-    };
+    let host_dev_name = parts.next().unwrap_or_default();
+    let mut interface = NetworkInterface::new(format!("net{number}"), host_dev_name);
     let ipv4 = |text: &str| {
         text.parse().map_err(|_| wrong(format!("{text:?} is not an IPv4 address such as 10.0.0.1"))).map(Some)
     };

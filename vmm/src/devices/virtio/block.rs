@@ -200,11 +200,11 @@ impl Block {
         chain.read(&mut header)?;
         let status = chain.split_writable(1)?;
         let [kind, _, sector_low, sector_high] = words(header);
-        let sector = u64::from(sector_high) << 32 | u64::from(sector_low);
+        let offset = byte_offset(sector_low, sector_high);
         let answer = |chain, result| Ok(Parsed::Answer(chain, status, result, 0));
         let (operation, offset, length) = match kind {
-            request::IN => (Operation::Read, sector.checked_mul(SECTOR), chain.writable_len()),
-            request::OUT => (Operation::Write, sector.checked_mul(SECTOR), chain.readable_len()),
+            request::IN => (Operation::Read, offset, chain.writable_len()),
+            request::OUT => (Operation::Write, offset, chain.readable_len()),
             request::FLUSH if self.cache_type == CacheType::Unsafe => return answer(chain, Status::Ok),
             request::FLUSH => (Operation::Flush, Some(0), 0),
             request::GET_ID => {
@@ -221,7 +221,7 @@ impl Block {
                 }
                 chain.read(&mut range)?;
                 let [sector_low, sector_high, count, flags] = words(range);
-                let sector = u64::from(sector_high) << 32 | u64::from(sector_low);
+                let offset = byte_offset(sector_low, sector_high);
                 let bytes = u64::from(count) * SECTOR;
                 let operation = match (kind, flags) {
                     (request::DISCARD, 0) | (request::WRITE_ZEROES, request::UNMAP) => {
@@ -230,10 +230,10 @@ impl Block {
                     (request::WRITE_ZEROES, 0) => Operation::Zero(bytes),
                     _ => return answer(chain, Status::Unsupported),
                 };
-                if bytes == 0 || !self.has(sector.checked_mul(SECTOR), bytes) {
+                if bytes == 0 || !self.has(offset, bytes) {
                     return answer(chain, Status::IoError);
                 }
-                (operation, sector.checked_mul(SECTOR), 0)
+                (operation, offset, 0)
             }
             _ => return answer(chain, Status::Unsupported),
         };
@@ -323,6 +323,11 @@ fn status_of(error: &io::Error) -> Status {
         Some(libc::EOPNOTSUPP | libc::ENOSYS) => Status::Unsupported,
         _ => Status::IoError,
     }
+}
+
+/// Where a sector is, in bytes, by the halves of its number; none where no file is so long.
+fn byte_offset(sector_low: u32, sector_high: u32) -> Option<u64> {
+    (u64::from(sector_high) << 32 | u64::from(sector_low)).checked_mul(SECTOR)
 }
 
 /// Four little-endian numbers.

@@ -336,13 +336,9 @@ impl Transport {
         }
     }
 
-    const fn features_fit_in(&self, offered: u64) -> bool {
-        let chosen = self.state.driver_features;
-        chosen & !offered == 0 && chosen & feature::VERSION_1 != 0
-    }
-
     fn features_fit(&self) -> bool {
-        self.features_fit_in(self.offered())
+        let chosen = self.state.driver_features;
+        chosen & !self.offered() == 0 && chosen & feature::VERSION_1 != 0
     }
 
     fn activate(&mut self) -> Result<(), Broken> {

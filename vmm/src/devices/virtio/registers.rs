@@ -23,10 +23,10 @@ pub(super) const QUEUE_SIZE_MAX: usize = 0x034;
 pub(super) const QUEUE_SIZE: usize = 0x038;
 pub(super) const QUEUE_READY: usize = 0x044;
 /// Written by the driver with the number of a queue that has new chains.
-pub const DOORBELL: u64 = 0x050;
+pub const DOORBELL: u64 = DOORBELL_OFFSET as u64;
 pub(super) const INTERRUPT_STATUS: usize = 0x060;
 /// Written by the driver with what it has seen in the interrupt status.
-pub const ACKNOWLEDGE: u64 = 0x064;
+pub const ACKNOWLEDGE: u64 = ACKNOWLEDGE_OFFSET as u64;
 pub(super) const DOORBELL_OFFSET: usize = 0x050;
 pub(super) const ACKNOWLEDGE_OFFSET: usize = 0x064;
 /// Bit of the interrupt status: a queue has used chains.
@@ -38,7 +38,7 @@ pub(super) const QUEUE_DESCRIPTORS: usize = 0x080;
 pub(super) const QUEUE_DRIVER: usize = 0x090;
 pub(super) const QUEUE_DEVICE: usize = 0x0a0;
 /// Where the addresses of a queue start, which mean nothing before the queue is ready, and their bytes.
-pub const QUEUE_ADDRESSES: u64 = 0x080;
+pub const QUEUE_ADDRESSES: u64 = QUEUE_DESCRIPTORS as u64;
 /// Bytes of them.
 pub const QUEUE_ADDRESSES_LEN: u32 = 0x028;
 /// Lengths and addresses of shared memory regions, of which there is none: all ones.
