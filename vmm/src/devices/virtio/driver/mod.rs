@@ -209,8 +209,13 @@ impl Driver {
         bytes
     }
 
-    /// Guest memory for data; it is used again from its start when it is full.
+    /// Guest memory for data; it is used again from its start when it is full. What has a sector or more starts at a
+    /// multiple of one, as direct I/O wants it; anything smaller starts anywhere.
     pub fn allocate(&mut self, length: u32) -> u64 {
+        const SECTOR: u32 = 512;
+        if length >= SECTOR {
+            self.next_data = self.next_data.next_multiple_of(SECTOR.into());
+        }
         if self.next_data + u64::from(length) > MEMORY {
             self.next_data = DATA;
         }
