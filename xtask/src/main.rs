@@ -3,6 +3,7 @@
 
 mod archive;
 mod bench;
+mod boot_code;
 mod build_image;
 mod cache;
 mod cargo;
@@ -52,11 +53,16 @@ enum Command {
     RootPrices(root_prices::Arguments),
     /// Runs a command on an emulated machine that has KVM
     Lab(lab::Arguments),
+    /// Lists the VMM's functions that a boot executes, for the linker: vmm/boot-code.ld
+    BootCode(boot_code::Arguments),
     /// Removes the cache and says what that frees
     Clean(clean::Arguments),
     /// The part of `bench` that runs beside the monitors
     #[command(hide = true)]
     Measure(bench::measure::Arguments),
+    /// The part of `boot-code` that runs beside the VMM
+    #[command(hide = true)]
+    FollowBoots(boot_code::follow::Arguments),
     /// The part of `profile` that runs beside the VMM
     #[command(hide = true)]
     ProfileBoots(profile::boots::Arguments),
@@ -77,6 +83,8 @@ fn main() -> ExitCode {
         Command::Clean(arguments) => clean::run(&arguments),
         Command::Profile(arguments) => profile::run(&arguments),
         Command::ProfileBoots(arguments) => profile::boots::run(&arguments),
+        Command::BootCode(arguments) => boot_code::run(&arguments),
+        Command::FollowBoots(arguments) => boot_code::follow::run(&arguments),
         Command::Measure(arguments) => bench::measure::run(&arguments),
     };
     match result {

@@ -9,8 +9,8 @@ mod files;
 mod io;
 pub(crate) mod measure;
 mod metric;
-mod payload;
-mod peer;
+pub(crate) mod payload;
+pub(crate) mod peer;
 mod plan;
 mod process;
 mod report;
@@ -94,24 +94,29 @@ fn vmms(request: &Request, has_image: bool) -> Result<Vec<Vmm>> {
     Ok(always.into_iter().chain(request.vmms.iter().cloned()).collect())
 }
 
-/// The default image with the payload in its root filesystem.
+/// What guests boot.
 fn guest(request: &Request) -> Result<Guest> {
-    let root = tempfile::tempdir()?;
-    put(root.path(), payload::PATH, &payload::program())?;
-    let mut name = "bench".to_owned();
-    if request.scenario == Scenario::Io {
-        put(root.path(), payload::IO_PATH, &fs::read(cargo::release_binary("io-payload", "io-payload")?)?)?;
-        name += "-io";
-    }
-    let image = build_image::build(&build_image::Arguments {
-        name,
-        root: Some(root.path().into()),
-        ..build_image::Arguments::default()
-    })?;
+    let image = image(request.scenario == Scenario::Io)?;
     let initrd = image.join("initramfs.cpio");
     Ok(match &request.kernel {
         Some(kernel) => Guest { kernel: kernel.clone(), initrd, image: None },
         None => Guest { kernel: image.join("vmlinux"), initrd, image: Some(image) },
+    })
+}
+
+/// The default image with the payload in its root filesystem, or with the one that uses devices as well.
+pub(crate) fn image(uses_devices: bool) -> Result<PathBuf> {
+    let root = tempfile::tempdir()?;
+    put(root.path(), payload::PATH, &payload::program())?;
+    let mut name = "bench".to_owned();
+    if uses_devices {
+        put(root.path(), payload::IO_PATH, &fs::read(cargo::release_binary("io-payload", "io-payload")?)?)?;
+        name += "-io";
+    }
+    build_image::build(&build_image::Arguments {
+        name,
+        root: Some(root.path().into()),
+        ..build_image::Arguments::default()
     })
 }
 

@@ -5,9 +5,9 @@
 /// that the text is looked for without it.
 pub(super) const TEXT: &str = "the payload runs";
 /// Where it lies in the guest.
-pub(super) const PATH: &str = "/bin/payload";
+pub(crate) const PATH: &str = "/bin/payload";
 /// Where the payload that uses devices lies in the guest.
-pub(super) const IO_PATH: &str = "/bin/io-payload";
+pub(crate) const IO_PATH: &str = "/bin/io-payload";
 /// The argument with which it waits for a byte on its standard input.
 pub(super) const WAIT: &str = "wait";
 

@@ -15,16 +15,16 @@ const TAP: &str = "kindling-bench";
 
 /// Those that there are, by what a guest's device leads to.
 #[derive(Debug, Default)]
-pub(super) struct Peers {
+pub(crate) struct Peers {
     /// A tap device.
-    pub(super) tap: Option<String>,
+    pub(crate) tap: Option<String>,
     /// A Unix socket, or the kernel's vsock.
-    pub(super) vsock: Option<PathBuf>,
+    pub(crate) vsock: Option<PathBuf>,
 }
 
 impl Peers {
     /// Those that this host can have; why it cannot have the others.
-    pub(super) fn new(folder: &Path, omitted: &mut Vec<String>) -> Self {
+    pub(crate) fn new(folder: &Path, omitted: &mut Vec<String>) -> Self {
         let mut try_to = |what: &str, result: Result<()>| {
             let _ = result.map_err(|error| omitted.push(format!("{what}: {error:#}")));
         };

@@ -1,0 +1,200 @@
+//! The linker's map (`-Map`, as LLD writes it): which piece of code of which object file is where.
+//!
+//! Each line is an address, the same again, a size and an alignment in hexadecimal numbers, then a name. By the
+//! indentation of the name it is an output section, an input section as `FILE:(SECTION)`, or a symbol.
+
+use anyhow::{Result, ensure};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// The output sections with the program's code.
+const CODE: [&str; 2] = [".text.boot", ".text"];
+
+/// An input section.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Piece {
+    /// The object file, within its archive: `libc.a(read.o)`.
+    file: String,
+    /// The section's name.
+    section: String,
+}
+
+/// The pieces of code, by the addresses of their symbols.
+#[derive(Debug)]
+pub(super) struct LinkMap {
+    pieces: Vec<Piece>,
+    /// Symbols' addresses, and the place of their piece.
+    symbols: BTreeMap<u64, usize>,
+}
+
+impl LinkMap {
+    /// Reads a map.
+    pub(super) fn parse(text: &str) -> Result<Self> {
+        let mut this = Self { pieces: Vec::new(), symbols: BTreeMap::new() };
+        let mut is_code = false;
+        let mut is_piece = false;
+        for line in text.lines() {
+            let Some((address, size, name)) = split(line) else { continue };
+            let indentation = name.len() - name.trim_start().len();
+            let name = name.trim_start();
+            match indentation {
+                0 => is_code = CODE.contains(&name),
+                8 if is_code => {
+                    let piece = piece(name);
+                    is_piece = size > 0 && piece.is_some();
+                    if is_piece {
+                        this.pieces.extend(piece);
+                        this.symbols.insert(address, this.pieces.len() - 1);
+                    }
+                }
+                16 if is_code && is_piece => {
+                    this.symbols.insert(address, this.pieces.len() - 1);
+                }
+                _ => {}
+            }
+        }
+        ensure!(!this.pieces.is_empty(), "it names no code");
+        Ok(this)
+    }
+
+    /// Where functions begin.
+    pub(super) fn addresses(&self) -> impl Iterator<Item = u64> {
+        self.symbols.keys().copied()
+    }
+
+    /// The patterns that name the pieces with these addresses.
+    pub(super) fn patterns(&self, addresses: &BTreeSet<u64>) -> BTreeSet<String> {
+        let reached = addresses.iter().filter_map(|address| self.pieces.get(*self.symbols.get(address)?));
+        reached.flat_map(|piece| piece.patterns(&self.pieces)).collect()
+    }
+}
+
+/// Address, size and name of a line; the name with the indentation in front of it.
+fn split(line: &str) -> Option<(u64, u64, &str)> {
+    /// Four numbers and the spaces between them, before the name.
+    const NUMBERS: usize = 16 + 1 + 16 + 1 + 8 + 1 + 5 + 1;
+    let (numbers, name) = line.split_at_checked(NUMBERS)?;
+    let mut numbers = numbers.split_whitespace();
+    let mut next = || u64::from_str_radix(numbers.next()?, 16).ok();
+    let (address, _, size) = (next()?, next()?, next()?);
+    Some((address, size, name))
+}
+
+/// `FILE:(SECTION)`; none for what the linker made.
+fn piece(name: &str) -> Option<Piece> {
+    let (path, section) = name.strip_suffix(')')?.rsplit_once(":(")?;
+    let file = path.rsplit('/').next()?;
+    // Within a section: `.text+0x10`.
+    let section = section.split("+0x").next()?;
+    (!file.starts_with('<')).then(|| Piece { file: file.to_owned(), section: section.to_owned() })
+}
+
+impl Piece {
+    /// The patterns that take this piece, of all that there are. More than one where there are pieces that do the
+    /// same on other processors.
+    fn patterns(&self, all: &[Self]) -> Vec<String> {
+        let in_archive = self.file.strip_suffix(')').and_then(|file| file.split_once('('));
+        if let Some(symbol) = self.section.strip_prefix(".text.").filter(|_| !is_of_c(in_archive)) {
+            return vec![format!("*(.text.{})", without_digests(symbol))];
+        }
+        // What has no name of its own and is in no archive is the start of every program, or the compiler's.
+        let Some((archive, object)) = in_archive else {
+            let is_start = self.file.ends_with("crt1.o");
+            return is_start.then(|| "*crt1.o(.text)".to_owned()).into_iter().collect();
+        };
+        let relatives = all.iter().filter_map(|other| {
+            let other = other.file.strip_prefix(archive)?.strip_prefix('(')?.strip_suffix(')')?;
+            (is_relative(object, other)).then_some(other)
+        });
+        let objects = std::iter::once(object).chain(relatives);
+        objects.map(|object| format!("*{archive}:{object}(.text .text.*)")).collect()
+    }
+}
+
+/// Whether an object file is of an archive of C, where sections have names of processors, rather than of Rust, where
+/// they have those of functions.
+fn is_of_c(in_archive: Option<(&str, &str)>) -> bool {
+    in_archive.is_some_and(|(archive, _)| archive.ends_with(".a"))
+}
+
+/// A mangled name with a star for what changes when something else does.
+fn without_digests(symbol: &str) -> String {
+    // The older mangling ends with `17h`, sixteen digits and `E`, behind which the optimiser may have put more.
+    if symbol.contains("_ZN") {
+        return symbol.rfind("17h").map_or(symbol.to_owned(), |end| symbol[..end + 3].to_owned() + "*");
+    }
+    // The newer one has `Cs`, digits and `_` before each name of a crate.
+    let mut parts = symbol.split("Cs");
+    let mut name = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        name += "Cs";
+        match part.split_once('_') {
+            Some((digits, rest)) if digits.chars().all(|digit| digit.is_ascii_alphanumeric()) => {
+                name += "*_";
+                name += rest;
+            }
+            _ => name += part,
+        }
+    }
+    name
+}
+
+/// Whether an object file has the same function as another, for processors that are common today: AVX2 or AVX-512
+/// with vectors of 32 bytes.
+fn is_relative(object: &str, other: &str) -> bool {
+    let (Some((function, _)), Some((same, processor))) = (object.split_once('-'), other.split_once('-'))
+    else {
+        return false;
+    };
+    let is_common = ["avx2", "evex", "avx-unaligned"].iter().any(|name| processor.starts_with(name));
+    let is_rare = ["rtm", "512"].iter().any(|name| processor.contains(name));
+    function == same && is_common && !is_rare
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MAP: &str = "             VMA              LMA     Size Align Out     In      Symbol
+             324              324       10     1 .rodata
+             324              324       10     1         /a/main.o:(.rodata.name)
+            1000             1000      900    64 .text
+            1000             1000       22    16         /lib/rcrt1.o:(.text)
+            1000             1000       22     1                 _start
+            1100             1100       40     1         /a/k-1.rcgu.o:(.text._ZN3abc4main17h1dc085950fcb0189E)
+            1100             1100       40     1                 abc::main::h1dc085950fcb0189
+            1200             1200       40     1         /lib/libc.a(memcpy-sse2.o):(.text+0x0)
+            1200             1200       10     1                 one
+            1210             1210       30     1                 two
+            1300             1300       40     1         /lib/libc.a(memcpy-evex-erms.o):(.text.evex)
+            1300             1300       40     1         /lib/libc.a(memcpy-avx512-erms.o):(.text.avx512)
+            1400             1400       10    16         <internal>:(.iplt)
+            1400             1400        0     1                 three
+            1500             1500       10    16         /a/k-1.rcgu.o:(.text.main)
+            1600             1600       10    16         /a/k-1.rcgu.o:(.text)
+            1700             1700       10    16         /a/libstd-1.rlib(std-1.rcgu.o):(.text._RNvCsfLfy6EI15iL_3std4main)
+";
+
+    #[test]
+    fn functions_are_named_by_what_the_linker_looks_at() {
+        let map = LinkMap::parse(MAP).unwrap();
+        let all: Vec<u64> = map.addresses().collect();
+        assert_eq!(all, [0x1000, 0x1100, 0x1200, 0x1210, 0x1300, 0x1500, 0x1600, 0x1700]);
+        let patterns = |addresses: &[u64]| Vec::from_iter(map.patterns(&addresses.iter().copied().collect()));
+        assert_eq!(patterns(&[0x1000, 0x1500, 0x1600]), ["*(.text.main)", "*crt1.o(.text)"]);
+        assert_eq!(patterns(&[0x1700]), ["*(.text._RNvCs*_3std4main)"]);
+        assert_eq!(patterns(&[0x1100]), ["*(.text._ZN3abc4main17h*)"]);
+    }
+
+    #[test]
+    fn what_other_processors_do_instead_is_named_as_well() {
+        let map = LinkMap::parse(MAP).unwrap();
+        let patterns = Vec::from_iter(map.patterns(&BTreeSet::from([0x1210])));
+        let expected = ["*libc.a:memcpy-evex-erms.o(.text .text.*)", "*libc.a:memcpy-sse2.o(.text .text.*)"];
+        assert_eq!(patterns, expected);
+    }
+
+    #[test]
+    fn a_map_of_another_linker_is_refused() {
+        assert!(LinkMap::parse("Memory Configuration\n\n.text 0x1000 0x20\n").is_err());
+    }
+}
