@@ -106,10 +106,12 @@ pub(super) struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    /// Boots the kernel once for the guests that follow, where they continue from it. That ends with the
-    /// result, so that no other monitor finds it.
-    fn preboot(&self) -> Result<Option<Prebooted>> {
-        let Some(mut command) = self.vmm.preboot(self.guest, self.case) else { return Ok(None) };
+    /// Boots the kernel once for the guests with these devices that follow, where they continue from it. That ends
+    /// with the result, so that no other monitor finds it.
+    pub(super) fn preboot(&self) -> Result<Option<Prebooted>> {
+        let Some(mut command) = self.vmm.preboot(self.guest, self.case, &self.devices) else {
+            return Ok(None);
+        };
         let output = command.output().context("it cannot be started")?;
         let place = self.guest.image.as_ref().map(|image| Prebooted(image.join("preboot")));
         if !output.status.success() {
@@ -147,7 +149,7 @@ impl Bench<'_> {
 }
 
 /// Kernels that were booted before, as long as this exists.
-struct Prebooted(PathBuf);
+pub(super) struct Prebooted(PathBuf);
 
 impl Drop for Prebooted {
     fn drop(&mut self) {

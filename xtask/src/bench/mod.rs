@@ -87,9 +87,7 @@ fn vmms(request: &Request, has_image: bool) -> Result<Vec<Vmm>> {
         (arguments::PREBOOTED, Kind::Prebooted, ours),
         (arguments::QEMUS, Kind::Qemu, PathBuf::from(QEMU)),
     ];
-    // How a guest came to its devices makes no difference to what they cost.
-    let has_preboot = has_image && request.scenario == Scenario::Boot;
-    let always = always.into_iter().filter(|(_, kind, _)| has_preboot || *kind != Kind::Prebooted);
+    let always = always.into_iter().filter(|(_, kind, _)| has_image || *kind != Kind::Prebooted);
     let always = always.map(|(name, kind, path)| Vmm { name: name.to_owned(), kind, path });
     Ok(always.into_iter().chain(request.vmms.iter().cloned()).collect())
 }

@@ -102,12 +102,14 @@ impl Kind {
 }
 
 impl Vmm {
-    /// The command that boots the kernel once for later guests of this size, for a monitor that does so.
-    pub(super) fn preboot(&self, guest: &Guest, case: Case) -> Option<Command> {
+    /// The command that boots the kernel once for later guests of this size with these devices, for a monitor that
+    /// does so.
+    pub(super) fn preboot(&self, guest: &Guest, case: Case, devices: &Devices) -> Option<Command> {
         let image = guest.image.as_ref().filter(|_| self.kind == Kind::Prebooted)?;
         let mut command = Command::new(&self.path);
         command.arg("preboot").arg("--image").arg(image);
         command.args(["--memory", &case.memory_mib.to_string(), "--vcpus", &case.vcpus.to_string()]);
+        kindling_devices(&mut command, devices);
         Some(command)
     }
 
@@ -154,6 +156,13 @@ fn kindling(
     if let Some(report) = report {
         command.arg("--report-json").arg(report);
     }
+    kindling_devices(command, devices);
+    if !task.payload().is_empty() {
+        command.arg("--").args(task.payload());
+    }
+}
+
+fn kindling_devices(command: &mut Command, devices: &Devices) {
     if let Some(disk) = &devices.disk {
         command.arg("--drive").arg(disk);
     }
@@ -162,9 +171,6 @@ fn kindling(
     }
     if let Some(path) = &devices.vsock {
         command.arg("--vsock").arg(path);
-    }
-    if !task.payload().is_empty() {
-        command.arg("--").args(task.payload());
     }
 }
 
