@@ -158,11 +158,12 @@ impl Opened {
                 doorbell: vm.doorbell(start, device.serves_at_once())?,
                 memory: memory.clone(),
             };
-            // The addresses of a queue matter when it becomes ready.
-            vm.collect_writes(GuestAddress(start.0 + QUEUE_ADDRESSES), QUEUE_ADDRESSES_LEN);
             let mut transport = Transport::new(device, name, wiring);
             if let Some(state) = states.get(number) {
                 transport.restore(state);
+            } else {
+                // The addresses of a queue matter when it becomes ready.
+                vm.collect_writes(GuestAddress(start.0 + QUEUE_ADDRESSES), QUEUE_ADDRESSES_LEN);
             }
             let transport = Arc::new(Mutex::new(transport));
             bus.claim(start.0..=start.0 + layout::PAGE_SIZE - 1, transport.clone());

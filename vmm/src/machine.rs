@@ -325,13 +325,14 @@ impl DevicesBuilder<'_> {
         let mut io_apic = None;
         if config.boot_source.interrupt_controllers == InterruptControllers::IoApic {
             let mut device = IoApic::new(&opened.lines(), vm.message_routes());
+            let start = layout::IO_APIC.0;
             if let Some(state) = state {
                 device.restore(&state.io_apic);
+            } else {
+                // What it selects matters when that register is accessed.
+                vm.collect_writes(GuestAddress(start + u64::from(io_apic::SELECT)), 4);
             }
             let device = Arc::new(Mutex::new(device));
-            let start = layout::IO_APIC.0;
-            // What it selects matters when that register is accessed.
-            vm.collect_writes(GuestAddress(start + u64::from(io_apic::SELECT)), 4);
             buses.memory.claim(start..=start + layout::PAGE_SIZE - 1, device.clone());
             io_apic = Some(device);
         }

@@ -25,6 +25,7 @@ use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VmFd};
 use rustix::io_uring::{IoringRegisterOp, io_uring_params, io_uring_register, io_uring_setup};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
@@ -180,6 +181,8 @@ pub fn msr_indices() -> Result<Vec<u32>, KvmError> {
 pub struct Vm {
     fd: Arc<VmFd>,
     supported_cpuid: CpuId,
+    /// Whether there are registers whose writes wait.
+    collects: AtomicBool,
     /// Writes that wait, once there is a vCPU.
     collected: OnceLock<Arc<CoalescedWrites>>,
 }
@@ -208,7 +211,12 @@ impl Vm {
                 fd.enable_cap(&capability).map_err(KvmError::ioctl(what))?;
             }
         }
-        Ok(Self { fd: Arc::new(fd), collected: OnceLock::new(), supported_cpuid: hypervisor.supported_cpuid })
+        Ok(Self {
+            fd: Arc::new(fd),
+            collects: AtomicBool::new(false),
+            collected: OnceLock::new(),
+            supported_cpuid: hypervisor.supported_cpuid,
+        })
     }
 
     /// What CPUID says to the first of `count` vCPUs.
@@ -348,9 +356,11 @@ impl Vm {
     }
 
     /// Lets writes of these registers wait for the next access to a register that comes to this process. Where KVM
-    /// cannot do that, each is an exit of its own.
+    /// cannot do that, each is an exit of its own. It takes KVM about as long as three exits (exact lab), and has to come
+    /// before the vCPUs: it is for guests that boot.
     pub fn collect_writes(&self, start: GuestAddress, length: u32) {
-        let _ = self.fd.register_coalesced_mmio(IoEventAddress::Mmio(start.0), length);
+        let result = self.fd.register_coalesced_mmio(IoEventAddress::Mmio(start.0), length);
+        self.collects.fetch_or(result.is_ok(), Ordering::Relaxed);
     }
 
     /// Makes the machine outlive this process by the milliseconds that destroying it takes.
@@ -393,7 +403,8 @@ impl Vm {
         let fd = self.fd.create_vcpu(id.into()).map_err(KvmError::ioctl("create a vCPU"))?;
         let cpuid = cpuid::for_vcpu(&self.supported_cpuid, id, count);
         fd.set_cpuid2(&cpuid).map_err(KvmError::ioctl("set a vCPU's CPUID"))?;
-        if self.collected.get().is_none()
+        if self.collects.load(Ordering::Relaxed)
+            && self.collected.get().is_none()
             && let Ok(ring) = CoalescedWrites::of(&fd)
         {
             let _ = self.collected.set(Arc::new(ring));
