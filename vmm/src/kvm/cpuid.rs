@@ -33,6 +33,26 @@ pub(super) fn host_has_svm() -> bool {
     highest_extended >= 0x8000_0001 && core::arch::x86_64::__cpuid(0x8000_0001).ecx & SVM != 0
 }
 
+/// Leaves that KVM itself asks for most: features, and how wide an address is.
+const ASKED_MOST: [u32; 4] = [0x7, 0x1, 0x8000_0001, 0x8000_0008];
+
+/// Leaves that [`adapt`] may give a content.
+const ADAPTED: [u32; 5] = [0x6, 0xb, 0x1f, 0x8000_0008, 0x8000_001e];
+
+/// What KVM supports, without the entries that say nothing and with those first that KVM asks for most. It looks
+/// each up by going through all (`cpuid_entry2_find` in arch/x86/kvm/cpuid.c), a hundred times and more when
+/// a vCPU is made; to a guest, an entry that is missing among others says zeroes (`kvm_cpuid`, there).
+pub(super) fn in_short(supported: &CpuId) -> CpuId {
+    let is_asked_most = |entry: &&kvm_cpuid_entry2| ASKED_MOST.contains(&entry.function);
+    let (first, others): (Vec<_>, Vec<_>) = supported.as_slice().iter().partition(is_asked_most);
+    let says_something = |entry: &&kvm_cpuid_entry2| {
+        entry.eax | entry.ebx | entry.ecx | entry.edx != 0 || ADAPTED.contains(&entry.function)
+    };
+    let entries: Vec<_> = first.into_iter().chain(others).filter(says_something).copied().collect();
+    // They are fewer than there were, so that there is room for them.
+    CpuId::from_entries(&entries).unwrap_or_else(|_| supported.clone())
+}
+
 /// CPUID of vCPU `id` in a machine of `count`: one package, one thread per core.
 pub(super) fn for_vcpu(supported: &CpuId, id: u8, count: u8) -> CpuId {
     let mut cpuid = supported.clone();
@@ -127,6 +147,15 @@ mod tests {
         assert_eq!((cores.eax, cores.ebx, cores.ecx, cores.edx), (2, 4, 0x201, 3));
         assert_eq!(adapted(0x8000_001e, 0, 3, 4).eax, 3);
         assert_eq!(adapted(0x8000_0008, 0, 3, 16).ecx, 15 | 4 << 12);
+    }
+
+    #[test]
+    fn what_says_nothing_is_left_out_unless_it_is_adapted() {
+        let empty = |function| kvm_cpuid_entry2 { function, ..Default::default() };
+        let supported = [entry(0, 0), empty(2), empty(6), entry(1, 0), empty(7), entry(7, 1)];
+        let short = in_short(&CpuId::from_entries(&supported).unwrap());
+        let left: Vec<_> = short.as_slice().iter().map(|entry| (entry.function, entry.index)).collect();
+        assert_eq!(left, [(1, 0), (7, 1), (0, 0), (6, 0)]);
     }
 
     #[test]

@@ -103,7 +103,7 @@ impl Hypervisor {
         }
         let supported_cpuid =
             supported_cpuid(&kvm).map_err(KvmError::ioctl("say which CPUID leaves it supports"))?;
-        Ok(Self { kvm, supported_cpuid })
+        Ok(Self { kvm, supported_cpuid: cpuid::in_short(&supported_cpuid) })
     }
 
     /// What CPUID says to the first of `count` vCPUs on this host.
