@@ -21,6 +21,7 @@ mod root_prices;
 mod root_tree;
 mod run;
 mod test;
+mod test_lab;
 mod test_root;
 mod vmlinux;
 

@@ -50,7 +50,9 @@ pub(super) fn pack(job: &Job) -> Result<File> {
     }
     archive.directory(WORKING_DIRECTORY, 0o755)?;
     let stripped = tempfile::tempdir()?;
-    let init = strip(&std::env::current_exe()?, stripped.path(), "init")?;
+    // By this name it is there even when another build has replaced it.
+    let this_program = format!("/proc/{}/exe", std::process::id());
+    let init = strip(Path::new(&this_program), stripped.path(), "init")?;
     archive.file("init", &init, 0o755)?;
     archive.file("bin/busybox", &busybox()?, 0o755)?;
     add_modules(&mut archive)?;
