@@ -22,6 +22,7 @@ mod root_tree;
 mod run;
 mod test;
 mod test_lab;
+mod test_network;
 mod test_root;
 mod vmlinux;
 

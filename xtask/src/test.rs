@@ -7,7 +7,7 @@
 
 use crate::build_image::{self, Arguments as Image};
 use crate::host::Host;
-use crate::{cache, cargo, debian, lab, profile, test_lab, test_root};
+use crate::{cache, cargo, debian, lab, profile, test_lab, test_network, test_root};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::fs;
@@ -178,7 +178,7 @@ fn lay_out_testbed() -> Result<PathBuf> {
         Some(file) => drop(fs::copy(file, testbed.join(FIRECRACKER))?),
         None => drop(fs::remove_file(testbed.join(FIRECRACKER))),
     }
-    network(&testbed, root.path())?;
+    test_network::build(&testbed, root.path())?;
     let bzimage = fs::read(lab::kernel()?)?;
     fs::write(testbed.join("debian/vmlinuz"), &bzimage)?;
     unpack_kernel(&bzimage, &testbed.join("debian/vmlinux"))?;
@@ -224,46 +224,6 @@ fn busybox_root(root: &Path) -> Result<()> {
     fs::write(root.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\n")?;
     fs::write(root.join("etc/data"), "no program\n")?;
     fs::set_permissions(root.join("etc/data"), fs::Permissions::from_mode(0o644))?;
-    Ok(())
-}
-
-/// Debian's programs for networks with their libraries, which the lab has not; a folder for a root filesystem's too.
-fn network(testbed: &Path, root: &Path) -> Result<()> {
-    const FILES: [(&str, &str); 13] = [
-        ("passt", "usr/bin/passt"),
-        ("iperf3", "usr/bin/iperf3"),
-        ("libiperf0", "usr/lib/x86_64-linux-gnu/libiperf.so.0"),
-        ("libsctp1", "usr/lib/x86_64-linux-gnu/libsctp.so.1"),
-        ("nginx", "usr/sbin/nginx"),
-        ("libcrypt1", "lib/x86_64-linux-gnu/libcrypt.so.1"),
-        ("libpcre2-8-0", "usr/lib/x86_64-linux-gnu/libpcre2-8.so.0"),
-        ("libssl3", "usr/lib/x86_64-linux-gnu/libssl.so.3"),
-        ("libssl3", "usr/lib/x86_64-linux-gnu/libcrypto.so.3"),
-        ("zlib1g", "lib/x86_64-linux-gnu/libz.so.1"),
-        ("libc6", "lib/x86_64-linux-gnu/libc.so.6"),
-        ("libc6", "lib/x86_64-linux-gnu/libm.so.6"),
-        ("libc6", "lib/x86_64-linux-gnu/ld-linux-x86-64.so.2"),
-    ];
-    let folder = testbed.join("network");
-    fs::create_dir_all(&folder)?;
-    for (package, path) in FILES {
-        let file = debian::unpacked(package)?.join(path);
-        let name = file.file_name().unwrap_or_default();
-        fs::copy(&file, folder.join(name)).with_context(|| format!("cannot copy {}", file.display()))?;
-    }
-    // The guest has all but passt, under the name that programs have for their loader's folder.
-    let shell = Shell::new()?;
-    cmd!(shell, "cp --archive {folder} {root}/lib64").quiet().run()?;
-    fs::remove_file(root.join("lib64/passt"))?;
-    fs::create_dir(root.join("lib"))?;
-    std::os::unix::fs::symlink("/lib64", root.join("lib/x86_64-linux-gnu"))?;
-    fs::write(root.join("etc/group"), "root:x:0:\n")?;
-    build_image::build(&Image {
-        name: "network".to_owned(),
-        root: Some(root.into()),
-        out: Some(testbed.join("images/network")),
-        ..Image::default()
-    })?;
     Ok(())
 }
 
