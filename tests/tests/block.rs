@@ -160,8 +160,8 @@ fn a_disk_in_use_is_refused_to_others() {
     run(&mut with_drive(&disk, "", "true")).expect_status(0);
 }
 
-/// A guest that says nothing for so long stands still. It is the lab's time.
-const STILL: Duration = Duration::from_secs(10);
+/// A guest that says nothing for so long stands still.
+const STILL: Duration = Duration::from_secs(30);
 
 /// A monitor that is killed at any moment leaves a disk on which everything is that fsync promised, and a
 /// filesystem that mends itself. `KINDLING_ROUNDS` says how often; it is done a few times otherwise.

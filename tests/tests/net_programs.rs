@@ -53,7 +53,7 @@ fn curl_reads_from_a_guests_nginx_across_passt() {
 }
 
 /// Measures with iperf3 what passes between a guest and its host, which is at this address, and prints it.
-fn iperf3_measures(network: &[&str], address: &str) {
+fn iperf3_measures(name: &str, network: &[&str], address: &str) {
     let mut server =
         Conversation::start(with_network_programs(Command::new("iperf3")).args(["-s", "--forceflush"]));
     server.expect("Server listening");
@@ -71,7 +71,8 @@ fn iperf3_measures(network: &[&str], address: &str) {
         .collect();
     let outcome = run(&mut guest(network, &clients.join("; ")));
     let parts: Vec<_> = outcome.expect_status(0).stdout.split("next\n").collect();
-    for ((name, _), part) in WAYS.iter().zip(parts) {
+    let _ = writeln!(std::io::stderr());
+    for ((way, _), part) in WAYS.iter().zip(parts) {
         assert!(part.contains("iperf Done."), "{outcome}");
         // What iperf3 counts has to have arrived: the receivers' lines, or those of their sum.
         let receivers: Vec<_> = part.lines().filter(|line| line.ends_with("receiver")).collect();
@@ -92,18 +93,18 @@ fn iperf3_measures(network: &[&str], address: &str) {
         assert!(!rates.is_empty() && rates.iter().all(|&rate| rate > 0.0), "nothing arrived: {outcome}");
         // Not collected by the test's harness: these are the figures.
         let rates: Vec<_> = rates.iter().map(|rate| format!("{rate:.0} Mbit/s")).collect();
-        let _ = writeln!(std::io::stderr(), "{} {name}: {}", network[1], rates.join(" and "));
+        let _ = writeln!(std::io::stderr(), "{name}, {way}: {}", rates.join(" and "));
     }
 }
 
 #[test]
 fn iperf3_measures_a_tap() {
     enter_tap_network();
-    iperf3_measures(&["--net", TAP], "10.9.0.1");
+    iperf3_measures("tap", &["--net", TAP], "10.9.0.1");
 }
 
 #[test]
 fn iperf3_measures_passt() {
     enter_host_network();
-    iperf3_measures(&["--net", "user"], "192.0.2.1");
+    iperf3_measures("passt", &["--net", "user"], "192.0.2.1");
 }

@@ -70,7 +70,9 @@ pub(crate) fn run(cpus: u8, programs: &[&Program], testbed: &Path, filter: &str)
 
 /// A lab that runs these programs and says after each how it ended.
 fn job(cpus: u8, programs: &[&Program], testbed: &Path, filter: &str) -> Job {
-    let takes_long = programs.iter().any(|program| program.takes_long);
+    let rounds = std::env::var(ROUNDS).ok();
+    // What takes long takes three times as long where instructions are counted.
+    let takes_long = rounds.is_some() || programs.iter().any(|program| program.takes_long);
     let lab = if takes_long { "lab" } else { "exact lab" };
     let kind = format!("in the {lab}, {cpus} processor{}", if cpus == 1 { "" } else { "s" });
     let mut script = String::new();
@@ -84,13 +86,12 @@ fn job(cpus: u8, programs: &[&Program], testbed: &Path, filter: &str) -> Job {
         with.push((path.clone(), format!("/tests/{name}")));
     }
     Job {
-        // What takes long takes three times as long where instructions are counted.
         exact: !takes_long,
         cpus,
         memory_mib: MEMORY_MIB,
         command: ["/bin/sh", "-c", &script].map(str::to_owned).to_vec(),
         environment: std::iter::once(("KINDLING_TESTBED".to_owned(), TESTBED.to_owned()))
-            .chain(std::env::var(ROUNDS).ok().map(|rounds| (ROUNDS.to_owned(), rounds)))
+            .chain(rounds.map(|rounds| (ROUNDS.to_owned(), rounds)))
             .collect(),
         with,
         get: Vec::new(),
