@@ -2,6 +2,7 @@
 
 use crate::PATIENCE;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::thread::JoinHandle;
@@ -55,14 +56,19 @@ impl Conversation {
     /// With all that was said, when it does not come.
     #[track_caller]
     pub fn expect(&mut self, start: &str) -> String {
-        let until = Instant::now() + PATIENCE;
+        self.hear(start, PATIENCE).unwrap_or_else(|| {
+            panic!("the guest does not say {start:?} but\n{}\n{}", self.said.join("\n"), self.end())
+        })
+    }
+
+    /// The same; nothing when it does not come so soon.
+    pub fn hear(&mut self, start: &str, limit: Duration) -> Option<String> {
+        let until = Instant::now() + limit;
         loop {
-            let Ok(line) = self.lines.recv_timeout(until.saturating_duration_since(Instant::now())) else {
-                panic!("the guest does not say {start:?} but\n{}\n{}", self.said.join("\n"), self.end());
-            };
+            let line = self.lines.recv_timeout(until.saturating_duration_since(Instant::now())).ok()?;
             self.said.push(line.clone());
             if let Some(rest) = line.strip_prefix(start) {
-                return rest.trim().to_owned();
+                return Some(rest.trim().to_owned());
             }
         }
     }
@@ -85,6 +91,18 @@ impl Conversation {
         let status = status.expect("the VMM has ended");
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("no VmRSS");
         line.trim().trim_end_matches(" kB").parse().expect("no number")
+    }
+
+    /// Whether the VMM has not ended.
+    #[must_use]
+    pub fn runs(&mut self) -> bool {
+        self.child.try_wait().is_ok_and(|status| status.is_none())
+    }
+
+    /// The process of the VMM, by its folder in /proc.
+    #[must_use]
+    pub fn process(&self) -> PathBuf {
+        format!("/proc/{}", self.child.id()).into()
     }
 
     /// The sections of /proc/PID/smaps whose mapping is of a file with this name, as text.

@@ -4,6 +4,7 @@
 //! the tests, takes it to where there is a KVM, and names it in `KINDLING_TESTBED`.
 
 pub mod conversation;
+pub mod io_uring;
 pub mod machine_code;
 pub mod network;
 pub mod vsock;

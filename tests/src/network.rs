@@ -31,30 +31,67 @@ pub fn shell(script: &str) {
     assert!(status.success(), "{script}: {status}");
 }
 
-/// Makes a tap device with an address that stays when nobody is attached; the numbers are of linux/if_tun.h.
+/// Makes a tap device with an address that stays when nobody is attached.
 ///
 /// # Panics
 /// When it cannot be made.
 pub fn make_tap(name: &str, address: &str) {
-    const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
     const TUNSETPERSIST: libc::c_ulong = 0x4004_54cb;
+    change_tap(name, TUNSETPERSIST, 1);
+    shell(&format!("ifconfig {name} {address} netmask 255.255.255.0 up"));
+}
+
+/// Gives a tap device to a user.
+///
+/// # Panics
+/// When that fails.
+pub fn give_tap(name: &str, user: u32) {
+    const TUNSETOWNER: libc::c_ulong = 0x4004_54cc;
+    change_tap(name, TUNSETOWNER, user);
+}
+
+/// Attaches to a tap device, which is made if it is not there, and changes one thing; the numbers are of
+/// linux/if_tun.h.
+fn change_tap(name: &str, what: libc::c_ulong, value: u32) {
+    const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
     const TAP_WITHOUT_PACKET_INFORMATION: u16 = 0x1002;
     let tun = File::options().read(true).write(true).open("/dev/net/tun").expect("no tun");
     let mut request = [0_u8; 40];
     request[..name.len()].copy_from_slice(name.as_bytes());
     request[16..18].copy_from_slice(&TAP_WITHOUT_PACKET_INFORMATION.to_le_bytes());
-    // SAFETY: TUNSETIFF takes a struct ifreq of 40 bytes, TUNSETPERSIST a number.
+    // SAFETY: TUNSETIFF takes a struct ifreq of 40 bytes, the others a number.
     let results = unsafe {
         [
             libc::ioctl(tun.as_raw_fd(), TUNSETIFF, request.as_mut_ptr()),
-            libc::ioctl(tun.as_raw_fd(), TUNSETPERSIST, 1),
+            libc::ioctl(tun.as_raw_fd(), what, libc::c_ulong::from(value)),
         ]
     };
     assert_eq!(results, [0, 0], "{}", std::io::Error::last_os_error());
-    shell(&format!("ifconfig {name} {address} netmask 255.255.255.0 up"));
 }
 
-/// Makes the testbed's passt and iperf3 programs that can be started: the lab has no C library of its own.
+/// A card on the tap device of [`enter_tap_network`].
+pub const TAP: &str = "tap0,ip=10.9.0.2/24,gw=10.9.0.1,dns=10.9.0.1";
+
+/// A network with a tap device that leads to the guest.
+///
+/// # Panics
+/// When it cannot be made.
+pub fn enter_tap_network() {
+    enter_new();
+    make_tap("tap0", "10.9.0.1");
+}
+
+/// A network that looks as if it led to the Internet: passt asks where the way out is.
+///
+/// # Panics
+/// When it cannot be made.
+pub fn enter_host_network() {
+    enter_new();
+    make_tap("up0", "192.0.2.1");
+    shell("route add default gw 192.0.2.254");
+}
+
+/// Makes the testbed's passt, iperf3 and curl programs that can be started: the lab has no C library of its own.
 ///
 /// # Panics
 /// When that fails.

@@ -3,32 +3,22 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use tests::conversation::Conversation;
-use tests::network::{enter_new, give, make_tap, pattern, shell, take, with_network_programs};
-use tests::{Image, PATIENCE, boot, has_continued, kindling, run, testbed};
+use tests::network::{
+    TAP, enter_host_network, enter_new, enter_tap_network, give, give_tap, make_tap, pattern, shell, take,
+    with_network_programs,
+};
+use tests::{Image, PATIENCE, boot, has_continued, run};
 
 const MIB: usize = 1 << 20;
-const TAP: &str = "tap0,ip=10.9.0.2/24,gw=10.9.0.1,dns=10.9.0.1";
 
 /// A guest on a tap device.
 fn on_tap(script: &str) -> Command {
     let mut command = boot();
     command.args(["--net", TAP, "--", "/bin/sh", "-c", script]);
     command
-}
-
-/// A network with a tap device that leads to the guest.
-fn enter_tap_network() {
-    enter_new();
-    make_tap("tap0", "10.9.0.1");
-}
-
-/// A network that looks as if it led to the Internet: passt asks where the way out is.
-fn enter_host_network() {
-    enter_new();
-    make_tap("up0", "192.0.2.1");
-    shell("route add default gw 192.0.2.254");
 }
 
 #[test]
@@ -105,53 +95,6 @@ fn on_passt(options: &[&str], script: &str) -> Command {
     let mut command = with_network_programs(boot());
     command.args(["--net", "user"]).args(options).args(["--", "/bin/sh", "-c", script]);
     command
-}
-
-/// A guest with programs of Debian.
-fn with_debians_programs() -> Command {
-    let mut command = with_network_programs(kindling());
-    command.arg("boot").arg("--image").arg(testbed("images/network"));
-    command
-}
-
-#[test]
-fn debians_nginx_serves_clients_of_the_host() {
-    enter_host_network();
-    let script = "cd /tmp; head -c 4194304 /dev/urandom > f; sha256sum < f; \
-        echo 'user root; daemon off; pid pid; events {} http { access_log off; client_body_temp_path b; \
-            proxy_temp_path p; fastcgi_temp_path c; uwsgi_temp_path u; scgi_temp_path s; \
-            server { listen 80; root /tmp; } }' > conf; \
-        /lib64/nginx -p /tmp -e stderr -c conf & \
-        while ! netstat -ltn | grep -q ':80 '; do sleep 0; done; echo ready; wait";
-    let mut command = with_debians_programs();
-    command.args(["--net", "user", "-p", "8080:80", "--", "/bin/sh", "-c", script]);
-    let mut guest = Conversation::start(&mut command);
-    let sum = guest.expect("");
-    guest.expect("ready");
-    // Four at once, and each whole.
-    let get = "for i in 1 2 3 4; do wget -q -O - http://127.0.0.1:8080/f | sha256sum & done; wait";
-    let outcome = run(Command::new("/bin/sh").args(["-c", get]));
-    assert_eq!(outcome.expect_status(0).stdout, format!("{sum}\n").repeat(4), "{outcome}");
-    let outcome = run(Command::new("wget").args(["-q", "-O", "-", "http://127.0.0.1:8080/absent"]));
-    outcome.expect_status(1).expect_stderr("404 Not Found");
-}
-
-#[test]
-fn debians_iperf3_measures_streams_and_datagrams_of_a_tap() {
-    enter_tap_network();
-    let mut server =
-        Conversation::start(with_network_programs(Command::new("iperf3")).args(["-s", "--forceflush"]));
-    server.expect("Server listening");
-    let mut command = with_debians_programs();
-    // Out, in, several streams both ways at once, and datagrams; what iperf3 counts has to have arrived.
-    let script = "for how in '' -R '-P 4 --bidir' '-u -b 100M -l 1400' '-u -R -b 100M -l 1400'; do \
-        echo \"how $how\"; /lib64/iperf3 -c 10.9.0.1 -n 8M -f m $how || exit 1; done";
-    command.args(["--net", TAP, "--", "/bin/sh", "-c", script]).stdin(Stdio::null());
-    let outcome = run(&mut command);
-    assert_eq!(outcome.expect_status(0).stdout.matches("iperf Done.").count(), 5, "{outcome}");
-    let mut lines = outcome.stdout.lines().filter(|line| line.ends_with("receiver"));
-    assert!(lines.clone().count() >= 5, "{outcome}");
-    assert!(!lines.any(|line| line.contains(" 0.00 Bytes ")), "nothing arrived: {outcome}");
 }
 
 #[test]
@@ -300,4 +243,18 @@ fn taps_that_cannot_be_used_are_named() {
     // The second card of the same guest finds its tap in use by the first.
     let outcome = run(boot().args(["--net", "tap0", "--net", "tap0", "--", "true"]));
     outcome.expect_status(2).expect_stderr("another program uses it");
+}
+
+#[test]
+fn a_tap_of_another_user_is_named() {
+    enter_tap_network();
+    give_tap("tap0", 1001);
+    shell("chmod 666 /dev/net/tun");
+    let boot_as = |user: u32| run(boot().args(["--net", "tap0", "--", "true"]).uid(user));
+    let outcome = boot_as(1000);
+    outcome.expect_status(2).expect_stderr("it belongs to another user; `ip tuntap add tap0 mode tap user");
+    assert_eq!(outcome.stderr.lines().count(), 1, "{outcome}");
+    // Whatever its owner may not use then, it is not the tap.
+    let outcome = boot_as(1001);
+    assert!(!outcome.stderr.contains("tap0"), "{outcome}");
 }

@@ -3,7 +3,7 @@
 
 use crate::bus::MemoryBus;
 use crate::config::{Config, ConfigError};
-use crate::devices::virtio::balloon::Balloon;
+use crate::devices::virtio::balloon::{self, Balloon};
 use crate::devices::virtio::block::Block;
 use crate::devices::virtio::entropy::Entropy;
 use crate::devices::virtio::net::{self, Net};
@@ -27,6 +27,8 @@ pub(crate) struct Opened {
     files: Vec<PlacedFile>,
     /// Programs that were started for them, and have to run before the guest does.
     starting: Vec<net::Starting>,
+    /// What the balloon is changed with while the guest runs.
+    pub(crate) balloon: Option<balloon::Control>,
 }
 
 /// What is behind devices that are opened.
@@ -94,6 +96,7 @@ impl Opened {
         }
         if let Some(balloon) = &devices.balloon {
             let device = Balloon::new(balloon).map_err(Error::host("make an eventfd"))?;
+            opened.balloon = Some(device.control());
             opened.add("balloon", if is_blank { device.blank() } else { device });
         }
         let mut next = layout::behind_ram(config.machine.mem_size_mib * layout::MIB);

@@ -13,7 +13,7 @@ use crate::devices::io_apic::{self, IoApic};
 use crate::devices::kernel_log::KernelLog;
 use crate::devices::legacy::{AbsentClock, KeyboardController, ResetControl};
 use crate::devices::serial::SerialPort;
-use crate::devices::virtio::Transport;
+use crate::devices::virtio::{Transport, balloon};
 use crate::event_loop::Input;
 use crate::function_marks::{FunctionMarks, MarkError};
 use crate::kvm::{Hypervisor, KvmError, Vcpu, Vm};
@@ -113,6 +113,7 @@ pub(crate) struct Devices {
     pub(crate) kernel_log: Option<Arc<Mutex<KernelLog>>>,
     /// The virtio devices, in the order of their registers.
     pub(crate) virtio: Vec<Arc<Mutex<Transport>>>,
+    pub(crate) balloon: Option<balloon::Control>,
     pub(crate) input: Option<Input>,
 }
 
@@ -337,6 +338,7 @@ impl DevicesBuilder<'_> {
             io_apic = Some(device);
         }
         let states = state.map_or(&[][..], |state| &state.virtio);
+        let balloon = opened.balloon.clone();
         let virtio = opened.connect(vm, memory, &mut buses.memory, states)?;
         let bus = &mut buses.ports;
         let one = |port: u16| port..=port;
@@ -351,7 +353,7 @@ impl DevicesBuilder<'_> {
         if let Some(log) = &kernel_log {
             bus.claim(one(port::KERNEL_LOG), log.clone());
         }
-        Ok(Devices { buses: Arc::new(buses), marks, serial, io_apic, kernel_log, virtio, input })
+        Ok(Devices { buses: Arc::new(buses), marks, serial, io_apic, kernel_log, virtio, balloon, input })
     }
 }
 

@@ -1,6 +1,7 @@
 //! A machine that runs: one thread per vCPU, and the thread that waits for its end.
 
 use crate::bus::{GuestRequest, lock};
+use crate::devices::virtio::balloon;
 use crate::event_loop::{EventLoop, LoopEnd};
 use crate::exit::{Exit, ExitReason};
 use crate::kvm::{ExitCounts, Registers, Vcpu, VcpuEnd};
@@ -169,6 +170,12 @@ impl Running {
     /// When the host has no descriptor left.
     pub fn stop_handle(&self) -> Result<StopHandle, Error> {
         self.stop.try_clone().map(StopHandle).map_err(Error::host("duplicate an eventfd"))
+    }
+
+    /// With which others change the size of the guest's balloon and read its statistics, if it has one.
+    #[must_use]
+    pub fn balloon(&self) -> Option<balloon::Control> {
+        self.machine.devices.balloon.clone()
     }
 
     /// Waits for the machine's end and gives back what it used.

@@ -227,3 +227,59 @@ fn describe(directory: &Path, name: &str) -> Result<ImageFile> {
 pub(crate) fn relative(path: &Path) -> String {
     path.strip_prefix(host::workspace()).unwrap_or(path).display().to_string()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+
+    /// A filesystem in memory of so many MiB, at a folder of its own; nothing for users who are not root.
+    struct SmallDisk(tempfile::TempDir);
+
+    impl SmallDisk {
+        fn new(mib: u64) -> Option<Self> {
+            let place = tempfile::tempdir().unwrap();
+            let size = std::ffi::CString::new(format!("size={mib}m")).unwrap();
+            mount("none", place.path(), "tmpfs", MountFlags::empty(), &*size).ok()?;
+            Some(Self(place))
+        }
+    }
+
+    impl Drop for SmallDisk {
+        fn drop(&mut self) {
+            let _ = unmount(self.0.path(), UnmountFlags::DETACH);
+        }
+    }
+
+    #[test]
+    fn a_disk_that_becomes_full_leaves_the_image_as_it_was() {
+        let Some(disk) = SmallDisk::new(16) else {
+            eprintln!("not tested: only root can make a small filesystem");
+            return;
+        };
+        let (root, out) = (tempfile::tempdir().unwrap(), disk.0.path().join("image"));
+        fs::create_dir(&out).unwrap();
+        fs::write(out.join("old"), "old").unwrap();
+        fs::write(root.path().join("file"), "small").unwrap();
+        let arguments = Arguments {
+            root: Some(root.path().into()),
+            root_type: Some(RootType::Erofs),
+            ..Arguments::default()
+        };
+        // Somebody fills the tree when its size is known already, so that nothing refuses it before it is written.
+        let survey = Survey::of(root.path()).unwrap();
+        fs::write(root.path().join("file"), vec![1; 32 << 20]).unwrap();
+        let draft = Draft::beside(&out).unwrap();
+        let init = root.path().join("init");
+        fs::write(&init, "init").unwrap();
+        let error = write_root(&arguments, Some(&survey), &init, draft.path());
+        let text = format!("{:#}", error.unwrap_err());
+        assert!(text.contains("No space left on device"), "{text}");
+        drop(draft);
+        let names = |folder: &Path| -> Vec<_> {
+            fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name()).collect()
+        };
+        assert_eq!(names(disk.0.path()), ["image"]);
+        assert_eq!(names(&out), ["old"]);
+    }
+}

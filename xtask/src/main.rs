@@ -21,6 +21,8 @@ mod root_prices;
 mod root_tree;
 mod run;
 mod test;
+mod test_lab;
+mod test_network;
 mod test_root;
 mod vmlinux;
 

@@ -166,11 +166,14 @@ pub(crate) fn make_erofs(root: &Path, survey: &Survey, keep_owners: bool, target
         .context("cannot run mkfs.erofs")?;
     if !output.status.success() {
         let words = String::from_utf8_lossy(&output.stderr);
+        // One that a signal killed says nothing.
+        let status = output.status.to_string();
+        let why = [words.trim(), &status].into_iter().find(|words| !words.is_empty()).unwrap_or_default();
         let hint = survey.long_name.as_ref().map(|path| {
             format!("; mkfs.erofs 1.5 does not take names of {LONG_NAME} bytes such as that of {path}")
         });
         let hint = hint.unwrap_or_default();
-        bail!("mkfs.erofs could not make {}: {}{hint}", target.display(), words.trim());
+        bail!("mkfs.erofs could not make {}: {why}{hint}", target.display());
     }
     let words = String::from_utf8_lossy(&output.stdout);
     Ok(words.lines().next().unwrap_or_default().trim_start_matches("mkfs.erofs ").to_owned())
@@ -273,5 +276,32 @@ mod tests {
         File::create(root.path().join("large")).unwrap().set_len(1 << 42).unwrap();
         let error = erofs(root.path(), false).unwrap_err().to_string();
         assert!(error.contains(" needs 4194304 MiB, and "), "{error}");
+    }
+
+    #[test]
+    #[ignore = "takes long: cargo test --package xtask 100_000 -- --ignored"]
+    fn a_tree_of_100_000_files_becomes_a_disk() {
+        let root = tempfile::tempdir().unwrap();
+        for folder in 0..100 {
+            let folder = root.path().join(folder.to_string());
+            fs::create_dir(&folder).unwrap();
+            for file in 0..1000 {
+                fs::write(folder.join(file.to_string()), file.to_string()).unwrap();
+            }
+        }
+        let survey = Survey::of(root.path()).unwrap();
+        let place = tempfile::tempdir().unwrap();
+        let target = place.path().join("root.erofs");
+        make_erofs(root.path(), &survey, false, &target).unwrap();
+        assert!(fs::metadata(&target).unwrap().len() <= survey.blocks + (1 << 20));
+        let output = |program: &str, option: &str| {
+            let output = Command::new(program).arg(option).arg(&target).output().unwrap();
+            assert!(output.status.success(), "{output:?}");
+            String::from_utf8(output.stdout).unwrap()
+        };
+        output("fsck.erofs", "-d1");
+        let found = output("dump.erofs", "-S");
+        let line = found.lines().find(|line| line.contains("regular file count")).unwrap();
+        assert!(line.ends_with("100000"), "{line}");
     }
 }

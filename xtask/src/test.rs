@@ -7,15 +7,13 @@
 
 use crate::build_image::{self, Arguments as Image};
 use crate::host::Host;
-use crate::lab::{self, Job};
-use crate::{cargo, debian, profile, test_root};
+use crate::{cache, cargo, debian, lab, profile, test_lab, test_network, test_root};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
 use xshell::{Shell, cmd};
 
 #[derive(Args, Debug)]
@@ -27,15 +25,9 @@ pub(crate) struct Arguments {
     ignored: bool,
 }
 
-/// Where the testbed is inside the lab.
-const TESTBED: &str = "/testbed";
 /// Processors of the lab for tests of several vCPUs: as many as the largest of their guests has.
 const SMP_LAB_CPUS: u8 = 4;
-/// MiB of memory of the lab: the largest guest has 4096.
-const LAB_MEMORY_MIB: u64 = 6144;
 
-/// Says how often a test does what it does a few times otherwise.
-const ROUNDS: &str = "KINDLING_ROUNDS";
 /// Another monitor, and the test that needs it.
 const FIRECRACKER: &str = "firecracker";
 
@@ -49,8 +41,12 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
         failed.push("the crates' own tests".to_owned());
     }
     debian::ensure_lab_tools()?;
+    // Another run here would change the testbed under this one.
+    let _lock =
+        cache::lock(&format!("testbed-{}", cache::key(&[&cargo::target_directory().to_string_lossy()])))?;
     let testbed = lay_out_testbed()?;
-    let programs = programs(arguments.ignored)?;
+    let place = tempfile::Builder::new().prefix("test-programs-").tempdir_in(cargo::target_directory())?;
+    let programs = programs(arguments.ignored, place.path())?;
     let chosen = |prefix: &str| -> Vec<&Program> {
         let others = ["on_host_", "exact_", "smp_"];
         let belongs = |name: &str| match prefix {
@@ -71,11 +67,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
             failed.extend(here("on this host's KVM", &booting, &testbed, filter)?);
         }
         Host::Lab => {
-            failed.extend(in_lab(1, &booting, &testbed, filter)?);
-            failed.extend(in_lab(SMP_LAB_CPUS, &chosen("smp_"), &testbed, filter)?);
+            failed.extend(test_lab::run(1, &booting, &testbed, filter)?);
+            failed.extend(test_lab::run(SMP_LAB_CPUS, &chosen("smp_"), &testbed, filter)?);
         }
     }
-    failed.extend(in_lab(1, &chosen("exact_"), &testbed, filter)?);
+    failed.extend(test_lab::run(1, &chosen("exact_"), &testbed, filter)?);
     if failed.is_empty() {
         return Ok(0);
     }
@@ -93,16 +89,16 @@ fn unit_tests() -> Result<bool> {
 
 /// A test program.
 #[derive(Debug)]
-struct Program {
-    name: String,
-    path: PathBuf,
+pub(crate) struct Program {
+    pub(crate) name: String,
+    pub(crate) path: PathBuf,
     /// Whether those of its tests run that take long, instead of the others.
-    takes_long: bool,
+    pub(crate) takes_long: bool,
 }
 
 impl Program {
     /// A filter that names the program chooses all of its tests.
-    fn arguments(&self, filter: &str) -> Vec<String> {
+    pub(crate) fn arguments(&self, filter: &str) -> Vec<String> {
         let mut arguments = vec!["--test-threads=1".to_owned()];
         if self.takes_long {
             arguments.push("--ignored".to_owned());
@@ -114,8 +110,9 @@ impl Program {
     }
 }
 
-/// Builds the test programs and asks cargo where they are.
-fn programs(takes_long: bool) -> Result<Vec<Program>> {
+/// Builds the test programs, asks cargo where they are, and keeps them in a folder: whoever builds them meanwhile
+/// replaces cargo's files.
+fn programs(takes_long: bool, place: &Path) -> Result<Vec<Program>> {
     let shell = cargo::shell()?;
     let output = cmd!(shell, "cargo test --quiet --package tests --tests --no-run --message-format=json")
         .quiet()
@@ -128,7 +125,9 @@ fn programs(takes_long: bool) -> Result<Vec<Program>> {
         if let (true, Some(path), Some(name)) =
             (is_test, message["executable"].as_str(), message["target"]["name"].as_str())
         {
-            programs.push(Program { name: name.to_owned(), path: path.into(), takes_long });
+            let kept = place.join(name);
+            fs::hard_link(path, &kept).with_context(|| format!("cannot link {path}"))?;
+            programs.push(Program { name: name.to_owned(), path: kept, takes_long });
         }
     }
     if programs.is_empty() {
@@ -179,7 +178,7 @@ fn lay_out_testbed() -> Result<PathBuf> {
         Some(file) => drop(fs::copy(file, testbed.join(FIRECRACKER))?),
         None => drop(fs::remove_file(testbed.join(FIRECRACKER))),
     }
-    network(&testbed, root.path())?;
+    test_network::build(&testbed, root.path())?;
     let bzimage = fs::read(lab::kernel()?)?;
     fs::write(testbed.join("debian/vmlinuz"), &bzimage)?;
     unpack_kernel(&bzimage, &testbed.join("debian/vmlinux"))?;
@@ -228,46 +227,6 @@ fn busybox_root(root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Debian's programs for networks with their libraries, which the lab has not; a folder for a root filesystem's too.
-fn network(testbed: &Path, root: &Path) -> Result<()> {
-    const FILES: [(&str, &str); 13] = [
-        ("passt", "usr/bin/passt"),
-        ("iperf3", "usr/bin/iperf3"),
-        ("libiperf0", "usr/lib/x86_64-linux-gnu/libiperf.so.0"),
-        ("libsctp1", "usr/lib/x86_64-linux-gnu/libsctp.so.1"),
-        ("nginx", "usr/sbin/nginx"),
-        ("libcrypt1", "lib/x86_64-linux-gnu/libcrypt.so.1"),
-        ("libpcre2-8-0", "usr/lib/x86_64-linux-gnu/libpcre2-8.so.0"),
-        ("libssl3", "usr/lib/x86_64-linux-gnu/libssl.so.3"),
-        ("libssl3", "usr/lib/x86_64-linux-gnu/libcrypto.so.3"),
-        ("zlib1g", "lib/x86_64-linux-gnu/libz.so.1"),
-        ("libc6", "lib/x86_64-linux-gnu/libc.so.6"),
-        ("libc6", "lib/x86_64-linux-gnu/libm.so.6"),
-        ("libc6", "lib/x86_64-linux-gnu/ld-linux-x86-64.so.2"),
-    ];
-    let folder = testbed.join("network");
-    fs::create_dir_all(&folder)?;
-    for (package, path) in FILES {
-        let file = debian::unpacked(package)?.join(path);
-        let name = file.file_name().unwrap_or_default();
-        fs::copy(&file, folder.join(name)).with_context(|| format!("cannot copy {}", file.display()))?;
-    }
-    // The guest has all but passt, under the name that programs have for their loader's folder.
-    let shell = Shell::new()?;
-    cmd!(shell, "cp --archive {folder} {root}/lib64").quiet().run()?;
-    fs::remove_file(root.join("lib64/passt"))?;
-    fs::create_dir(root.join("lib"))?;
-    std::os::unix::fs::symlink("/lib64", root.join("lib/x86_64-linux-gnu"))?;
-    fs::write(root.join("etc/group"), "root:x:0:\n")?;
-    build_image::build(&Image {
-        name: "network".to_owned(),
-        root: Some(root.into()),
-        out: Some(testbed.join("images/network")),
-        ..Image::default()
-    })?;
-    Ok(())
-}
-
 /// Takes the vmlinux out of a bzImage. Its header says where the compressed kernel is
 /// (`payload_offset` at 0x248, counted from the end of the setup sectors at 0x1f1, and
 /// `payload_length`), whose last four bytes are the uncompressed length
@@ -308,57 +267,4 @@ fn here(place: &str, programs: &[&Program], testbed: &Path, filter: &str) -> Res
         }
     }
     Ok(failed)
-}
-
-/// How long a test may say nothing; the slowest take half a minute.
-const SILENCE: Duration = Duration::from_secs(180);
-/// The same for those that take long.
-const LONG_SILENCE: Duration = Duration::from_secs(3600);
-/// How often a lab that stands still is started: QEMU sometimes delivers a guest's interrupt twice
-/// (docs/architecture.md, "The lab").
-const ATTEMPTS: u8 = 4;
-
-/// Runs test programs in one exact lab, where they do the same every time; the names of those that
-/// failed.
-fn in_lab(cpus: u8, programs: &[&Program], testbed: &Path, filter: &str) -> Result<Vec<String>> {
-    if programs.is_empty() {
-        return Ok(Vec::new());
-    }
-    let kind = format!("in the exact lab, {cpus} processor{}", if cpus == 1 { "" } else { "s" });
-    let failures = tempfile::NamedTempFile::new()?;
-    let mut script = String::from("touch failures\n");
-    let mut with = vec![(testbed.to_owned(), TESTBED.to_owned())];
-    for program in programs {
-        let Program { name, path, .. } = program;
-        let arguments = program.arguments(filter).join(" ");
-        script +=
-            &format!("echo; echo '{name} ({kind})'\n/tests/{name} {arguments} || echo {name} >> failures\n");
-        with.push((path.clone(), format!("/tests/{name}")));
-    }
-    let job = Job {
-        exact: true,
-        cpus,
-        memory_mib: LAB_MEMORY_MIB,
-        command: ["/bin/sh", "-c", &script].map(str::to_owned).to_vec(),
-        environment: std::iter::once(("KINDLING_TESTBED".to_owned(), TESTBED.to_owned()))
-            .chain(std::env::var(ROUNDS).ok().map(|rounds| (ROUNDS.to_owned(), rounds)))
-            .collect(),
-        with,
-        get: vec![(lab::inside("failures"), failures.path().into())],
-    };
-    let silence = if programs.iter().any(|program| program.takes_long) { LONG_SILENCE } else { SILENCE };
-    let mut attempt = 1;
-    let status = loop {
-        match job.run_unless_silent(silence) {
-            Err(error) if error.is::<lab::Silent>() && attempt < ATTEMPTS => {
-                attempt += 1;
-                println!("\n{error:#}\nstarting this lab once more, attempt {attempt} of {ATTEMPTS}");
-            }
-            other => break other?,
-        }
-    };
-    if status != 0 {
-        bail!("the lab's shell ended with status {status}");
-    }
-    Ok(fs::read_to_string(failures.path())?.lines().map(str::to_owned).collect())
 }

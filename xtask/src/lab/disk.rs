@@ -50,7 +50,9 @@ pub(super) fn pack(job: &Job) -> Result<File> {
     }
     archive.directory(WORKING_DIRECTORY, 0o755)?;
     let stripped = tempfile::tempdir()?;
-    let init = strip(&std::env::current_exe()?, stripped.path(), "init")?;
+    // By this name it is there even when another build has replaced it.
+    let this_program = format!("/proc/{}/exe", std::process::id());
+    let init = strip(Path::new(&this_program), stripped.path(), "init")?;
     archive.file("init", &init, 0o755)?;
     archive.file("bin/busybox", &busybox()?, 0o755)?;
     add_modules(&mut archive)?;
@@ -90,6 +92,7 @@ fn add_modules(archive: &mut Archive) -> Result<()> {
         "drivers/crypto/ccp/ccp",
         "arch/x86/kvm/kvm",
         "arch/x86/kvm/kvm-amd",
+        "drivers/block/brd",
         "drivers/net/tun",
         "net/vmw_vsock/vsock",
         "net/vmw_vsock/vmw_vsock_virtio_transport_common",

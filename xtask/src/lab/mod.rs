@@ -86,9 +86,10 @@ impl Job {
         qemu::run(self, None)
     }
 
-    /// The same, but a lab that says nothing for so long is an error, which is [`Silent`].
-    pub(crate) fn run_unless_silent(&self, limit: Duration) -> Result<u8> {
-        qemu::run(self, Some(limit))
+    /// The same, but a lab that says nothing for so long is an error, which is [`Silent`]. What the command printed
+    /// to its standard output is in `output` in either case.
+    pub(crate) fn run_unless_silent(&self, limit: Duration, output: &mut Vec<u8>) -> Result<u8> {
+        qemu::run(self, Some((limit, output)))
     }
 }
 

@@ -26,9 +26,12 @@ impl fmt::Display for Silent {
     }
 }
 
-/// Boots a lab, runs its job, and returns the command's exit status. A lab that says nothing for
-/// `silence` is stopped.
-pub(super) fn run(job: &Job, silence: Option<Duration>) -> Result<u8> {
+/// For how long a lab may say nothing, and where a copy of its command's output goes.
+type Watch<'a> = Option<(Duration, &'a mut Vec<u8>)>;
+
+/// Boots a lab, runs its job, and returns the command's exit status. A lab that is watched and says nothing is
+/// stopped.
+pub(super) fn run(job: &Job, watch: Watch<'_>) -> Result<u8> {
     debian::ensure_lab_tools()?;
     let kernel = disk::kernel()?;
     let initramfs = disk::pack(job)?;
@@ -39,7 +42,7 @@ pub(super) fn run(job: &Job, silence: Option<Duration>) -> Result<u8> {
     if let Some(input) = child.stdin.take() {
         std::thread::spawn(move || forward_input(input));
     }
-    let result = serve(job, channel, silence);
+    let result = serve(job, channel, watch);
     // The lab has powered off, or it is of no use any more.
     let _ = child.kill();
     let _ = child.wait();
@@ -52,10 +55,13 @@ pub(super) fn run(job: &Job, silence: Option<Duration>) -> Result<u8> {
     })
 }
 
+/// TCG says at every start which features of the processor model it does not have.
+const UNSUPPORTED: &str = "TCG doesn't support requested feature";
+
 fn last_lines(path: &Path) -> String {
     let bytes = fs::read(path).unwrap_or_default();
     let text = String::from_utf8_lossy(&bytes);
-    let lines: Vec<&str> = text.lines().collect();
+    let lines: Vec<&str> = text.lines().filter(|line| !line.contains(UNSUPPORTED)).collect();
     lines[lines.len().saturating_sub(20)..].join("\n")
 }
 
@@ -76,7 +82,6 @@ fn spawn(job: &Job, kernel: &Path, initramfs: &File, console: &Path, messages: F
         .args(["-append", "console=ttyS0 quiet panic=-1 mitigations=off"])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
-        // TCG says at every start which features of the processor model it does not have.
         .stderr(messages);
     if job.counts_instructions() {
         command.args(["-icount", "shift=0,sleep=off"]);
@@ -114,10 +119,10 @@ fn forward_input(mut channel: ChildStdin) {
 }
 
 /// Passes the command's output on and its files back, until it ends.
-fn serve(job: &Job, mut channel: ChildStdout, silence: Option<Duration>) -> Result<u8> {
+fn serve(job: &Job, mut channel: ChildStdout, mut watch: Watch<'_>) -> Result<u8> {
     let mut file: Option<File> = None;
     loop {
-        if let Some(limit) = silence {
+        if let &mut Some((limit, _)) = &mut watch {
             let time = Timespec::try_from(limit)?;
             let mut descriptors = [PollFd::new(&channel, PollFlags::IN)];
             let ready = retry_on_intr(|| poll(&mut descriptors, Some(&time)))?;
@@ -125,7 +130,12 @@ fn serve(job: &Job, mut channel: ChildStdout, silence: Option<Duration>) -> Resu
         }
         let (kind, data) = frame::read(&mut channel).context("its channel closed")?;
         match kind {
-            Kind::Output => write_through(io::stdout(), &data)?,
+            Kind::Output => {
+                write_through(io::stdout(), &data)?;
+                if let Some((_, output)) = &mut watch {
+                    output.extend(data);
+                }
+            }
             Kind::Error => write_through(io::stderr(), &data)?,
             Kind::FileName => file = Some(create(job, &String::from_utf8_lossy(&data))?),
             Kind::FileData => {

@@ -1,0 +1,69 @@
+//! A program that uses the library changes its guest while it runs.
+
+use kindling::config::devices::Balloon;
+use kindling::config::image::Image;
+use kindling::{ExitReason, Instant, Machine, Timeline};
+use std::time::Duration;
+use tests::{PATIENCE, testbed};
+
+const MIB: u64 = 1 << 20;
+
+/// Bytes of memory that this process has, its guest's among them.
+fn resident() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
+}
+
+/// Waits until something is so that nobody reports.
+#[track_caller]
+fn wait_until(what: &str, is_so: impl Fn() -> bool) {
+    let until = std::time::Instant::now() + PATIENCE;
+    while !is_so() {
+        assert!(
+            std::time::Instant::now() < until,
+            "{what}: not within {PATIENCE:?}; {} MiB",
+            resident() / MIB
+        );
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+#[test]
+fn a_guest_gives_2_gib_to_its_balloon_and_gets_them_back() {
+    const AMOUNT: u64 = 2048;
+    // The guest uses the memory, is without it, and uses it again; files of a tmpfs are memory.
+    let script = format!(
+        "mount -o remount,size=95% /tmp
+         total() {{ grep MemTotal /proc/meminfo | tr -dc 0-9; }}
+         fill() {{ dd if=/dev/zero of=/tmp/file bs=1M count={AMOUNT} 2>/dev/null && [ $(wc -c < /tmp/file) = {} ]; }}
+         all=$(total)
+         fill || exit 1
+         rm /tmp/file
+         while [ $(total) -gt $((all - {AMOUNT} * 1024)) ]; do sleep 0.1; done
+         while [ $(total) -lt $all ]; do sleep 0.1; done
+         fill || exit 2",
+        AMOUNT * MIB
+    );
+    let directory = testbed("images/busybox");
+    let mut config = Image::open(&directory).unwrap().config(&directory);
+    config.machine.mem_size_mib = 3072;
+    config.devices.balloon = Some(Balloon { stats_polling_interval_s: 1, ..Balloon::default() });
+    config.guest.arguments = ["/bin/sh", "-c", &script].map(|word| word.as_bytes().to_vec()).to_vec();
+    config.console = kindling::config::Console::Null;
+    let running = Machine::new(&config, Timeline::starting_at(Instant::now())).unwrap().start().unwrap();
+    let balloon = running.balloon().unwrap();
+    let guest = std::thread::spawn(move || running.wait());
+
+    wait_until("the guest uses its memory", || resident() > AMOUNT * MIB);
+    balloon.set_amount(AMOUNT);
+    assert_eq!(balloon.amount(), AMOUNT);
+    wait_until("the balloon is full", || balloon.actual() == AMOUNT);
+    wait_until("the host has the memory", || resident() < 1024 * MIB);
+    let total = || balloon.statistics().total_memory.unwrap_or(u64::MAX);
+    wait_until("the guest says so", || total() < 1024 * MIB);
+    balloon.set_amount(0);
+    wait_until("the balloon is empty", || balloon.actual() == 0);
+    let exit = guest.join().unwrap();
+    assert_eq!(exit.reason, ExitReason::Payload(0), "{:?}", exit.console_tail);
+}
