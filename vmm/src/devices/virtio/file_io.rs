@@ -155,8 +155,10 @@ impl std::fmt::Debug for Ring {
 impl FileIo {
     /// For at most `depth` jobs at a time.
     pub(super) fn new(file: File, depth: u16) -> Self {
-        let is_memory = rustix::fs::fstatfs(&file)
-            .is_ok_and(|status| u64::try_from(status.f_type) == Ok(libc::TMPFS_MAGIC.unsigned_abs()));
+        // The filesystem of a block device is the one that has its name.
+        let is_memory = file.metadata().is_ok_and(|metadata| metadata.is_file())
+            && rustix::fs::fstatfs(&file)
+                .is_ok_and(|status| u64::try_from(status.f_type) == Ok(libc::TMPFS_MAGIC.unsigned_abs()));
         let is_direct = rustix::fs::fcntl_getfl(&file).is_ok_and(|flags| flags.contains(OFlags::DIRECT));
         let speed = match (is_memory, is_direct) {
             (true, _) => Speed::Memory,
@@ -350,5 +352,17 @@ impl Drop for Worker {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_is_not_memory_because_its_name_is_there() {
+        // /dev is a tmpfs almost everywhere, and what its names stand for is elsewhere.
+        let device = File::open("/dev/null").unwrap();
+        assert_eq!(FileIo::new(device, 1).speed, Speed::Cached);
     }
 }
