@@ -155,8 +155,10 @@ impl std::fmt::Debug for Ring {
 impl FileIo {
     /// For at most `depth` jobs at a time.
     pub(super) fn new(file: File, depth: u16) -> Self {
-        let is_memory = rustix::fs::fstatfs(&file)
-            .is_ok_and(|status| u64::try_from(status.f_type) == Ok(libc::TMPFS_MAGIC.unsigned_abs()));
+        // The filesystem of a block device is the one that has its name.
+        let is_memory = file.metadata().is_ok_and(|metadata| metadata.is_file())
+            && rustix::fs::fstatfs(&file)
+                .is_ok_and(|status| u64::try_from(status.f_type) == Ok(libc::TMPFS_MAGIC.unsigned_abs()));
         let is_direct = rustix::fs::fcntl_getfl(&file).is_ok_and(|flags| flags.contains(OFlags::DIRECT));
         let speed = match (is_memory, is_direct) {
             (true, _) => Speed::Memory,
@@ -312,8 +314,9 @@ impl Worker {
     }
 
     fn finished(&self, into: &mut Vec<Done>) {
+        let mut work = self.shared.lock();
         let _ = self.shared.finished_event.read();
-        into.append(&mut self.shared.lock().finished);
+        into.append(&mut work.finished);
     }
 
     fn wait(&self) {
@@ -336,9 +339,13 @@ impl Shared {
             let Some((number, job, file)) = work.waiting.pop_front() else { return };
             drop(work);
             let result = job.execute(file.as_fd(), false);
-            self.lock().finished.push((number, result));
-            self.changed.notify_all();
+            // The event belongs to the entry: whoever takes one has taken both. Of one that came later a device
+            // after a reset would know nothing, and the event loop would see it for ever.
+            let mut work = self.lock();
+            work.finished.push((number, result));
             let _ = self.finished_event.write(1);
+            drop(work);
+            self.changed.notify_all();
         }
     }
 }
@@ -349,6 +356,37 @@ impl Drop for Worker {
         self.shared.changed.notify_all();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_is_not_memory_because_its_name_is_there() {
+        // /dev is a tmpfs almost everywhere, and what its names stand for is elsewhere.
+        let device = File::open("/dev/null").unwrap();
+        assert_eq!(FileIo::new(device, 1).speed, Speed::Cached);
+    }
+
+    #[test]
+    fn a_thread_calls_for_nothing_that_was_taken_already() {
+        // The job's end is waited for as at a reset, and the thread may be anywhere then.
+        for _ in 0..500 {
+            let worker = Worker::start().unwrap();
+            // SAFETY: there are no segments.
+            let job = unsafe { Job::new(Operation::Flush, 0, &[]) };
+            worker.submit(0, job, &Arc::new(File::open("/dev/null").unwrap()));
+            let mut done = Vec::new();
+            while done.is_empty() {
+                worker.wait();
+                worker.finished(&mut done);
+            }
+            let shared = Arc::clone(&worker.shared);
+            drop(worker);
+            assert!(shared.finished_event.read().is_err(), "an event that nobody would ever take");
         }
     }
 }

@@ -116,12 +116,15 @@ impl Ring {
     /// # Errors
     /// When the driver claims more chains than there can be, or a descriptor that there is not.
     pub(super) fn next(&mut self) -> Result<Option<u16>, String> {
-        let ready = u16::from_le(self.available(2).load(Ordering::Acquire)).wrapping_sub(self.next_available);
-        if ready == 0 {
+        let end = u16::from_le(self.available(2).load(Ordering::Acquire));
+        if end == self.next_available {
             return Ok(None);
         }
-        if ready > self.size {
-            return Err(format!("{ready} chains are available, more than its size"));
+        // Those that the device has not given back take a descriptor each (section 2.7): however long the host
+        // takes over them, a device never has more of them than its queue has places.
+        let claimed = end.wrapping_sub(self.next_used);
+        if claimed > self.size {
+            return Err(format!("{claimed} chains are available or not given back, more than its size"));
         }
         let entry = self.available(4 + 2 * self.place(self.next_available));
         let head = u16::from_le(entry.load(Ordering::Relaxed));

@@ -1,7 +1,7 @@
 //! What holds for every device: its registers, and the checks of chains.
 
 use super::driver::{Driver, INDIRECT, NEXT, Piece, WRITE};
-use super::{Broken, Device, Event, Queues, Watcher};
+use super::{Broken, Chain, Device, Event, Queues, Watcher};
 use crate::bus::BusDevice;
 use proptest::prelude::*;
 
@@ -258,6 +258,57 @@ fn an_index_that_jumps_breaks_the_device() {
     driver.offer(0, 8);
     driver.ring();
     assert!(driver.is_broken(), "a head outside the table");
+}
+
+/// A device that keeps what it gets, as one does whose host takes its time.
+#[derive(Debug, Default)]
+struct Keeper(Vec<Chain>);
+
+impl Device for Keeper {
+    fn kind(&self) -> u32 {
+        42
+    }
+
+    fn queue_sizes(&self) -> &'static [u16] {
+        &[8]
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn configuration(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    fn activate(&mut self, _: u64, _: &mut Queues, _: &Watcher) -> Result<(), Broken> {
+        Ok(())
+    }
+
+    fn serve(&mut self, _: Event, queues: &mut Queues) -> Result<(), Broken> {
+        while let Some(chain) = queues.pop(0)? {
+            self.0.push(chain);
+        }
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.0.clear();
+    }
+}
+
+#[test]
+fn a_driver_cannot_offer_again_what_the_device_still_has() {
+    let mut driver = Driver::started(Keeper::default());
+    for _ in 0..8 {
+        driver.push(0, &[Piece::Out(vec![1])]);
+    }
+    driver.ring();
+    assert!(!driver.is_broken(), "a full queue is a driver's right");
+    driver.offer(0, 0);
+    driver.ring();
+    assert!(driver.is_broken(), "nothing bounds what the device has to keep");
+    assert!(driver.transport.failure().unwrap().contains("more than its size"));
 }
 
 #[test]

@@ -393,6 +393,8 @@ impl Device for Vsock {
         self.by_ports.clear();
         self.queue.clear();
         self.resets.clear();
+        // It holds chains where one of them broke the device.
+        self.batch = Batch::default();
     }
 
     fn end(&mut self) {

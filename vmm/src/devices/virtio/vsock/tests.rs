@@ -497,6 +497,33 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
+#[test]
+fn a_reset_forgets_chains_that_were_taken_when_the_device_broke() {
+    let mut guest = Guest::new(0);
+    let listener = UnixListener::bind(guest.path("_80")).unwrap();
+    let connect = |guest: &mut Guest| {
+        guest.op(REQUEST, 1000, 80);
+        guest.expect(RESPONSE);
+        listener.accept().unwrap().0
+    };
+    guest.offer(1);
+    let mut program = connect(&mut guest);
+    // A read that fills its chain, so that the next one may have two: one of them has no room for a header.
+    program.write_all(&[1; 8 * CHAIN as usize]).unwrap();
+    assert_eq!(guest.expect(RW).len + HEADER_LEN, CHAIN);
+    guest.driver.push(RX, &[Piece::In(CHAIN)]);
+    guest.driver.push(RX, &[Piece::In(1)]);
+    guest.driver.ring();
+    assert!(guest.driver.is_broken());
+    guest.driver.start(u64::MAX);
+    guest.offer(4);
+    let mut program = connect(&mut guest);
+    program.write_all(b"hello").unwrap();
+    // The first chain had the response.
+    let used = guest.driver.wait(RX);
+    assert_eq!((used.head, &used.bytes[HEADER_SIZE..HEADER_SIZE + 5]), (1, &b"hello"[..]));
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
 
