@@ -177,6 +177,21 @@ impl Chain {
         }
     }
 
+    /// Leaves out the next bytes that could be written, at most all, which were written by other means.
+    pub(super) fn skip_writable(&mut self, mut count: usize) {
+        while count > 0
+            && let Some(segment) = self.segments.get_mut(self.writable)
+        {
+            let skipped = segment.len().min(count);
+            segment.skip(skipped);
+            count -= skipped;
+            if segment.is_empty() {
+                self.start += usize::from(self.start == self.writable);
+                self.writable += 1;
+            }
+        }
+    }
+
     /// Leaves out what could be read behind so many bytes.
     pub fn limit_readable(&mut self, count: usize) {
         limit(&mut self.segments[self.start..self.writable], count);

@@ -1,29 +1,30 @@
 //! Network card (section 5.1): frames between the guest and a tap device or passt of the host.
 //!
 //! Each direction is in one of a few states: it waits for the driver, for the host, for its rate limiter or for
-//! its next turn, and only what it waits for wakes it up. A frame from the host goes straight into the driver's
-//! buffers where these have room for any frame, and by way of a buffer of the link's where they have not.
+//! its next turn, and only what it waits for wakes it up.
 
+mod buffers;
 mod header;
 mod nowhere;
 mod passt;
+mod receive;
 #[cfg(any(test, fuzzing))]
 mod sockets;
 mod tap;
 #[cfg(test)]
 mod tests;
+mod transmit;
 
 use super::rate_limiter::RateLimiter;
-use super::vectored::SEGMENTS_MAX;
 use super::{Broken, Chain, Device, Event, Queues, Segment, Watcher};
 use crate::config::ConfigError;
 use crate::config::devices::{MacAddress, NetworkInterface};
 use crate::timeline::Instant;
-use header::Header;
+use buffers::{Buffers, Frame, Room};
 use nowhere::Nowhere;
 use passt::Passt;
+use receive::Expectation;
 use rustix::event::epoll::EventFlags;
-use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -77,12 +78,13 @@ trait Link: Send + fmt::Debug {
     /// Readable when there is a frame, writable when there is room for one.
     fn fd(&self) -> BorrowedFd<'_>;
 
-    /// Takes the next frame from the host, into guest memory if all frames fit there. None is held.
-    fn receive(&mut self, room: &[Segment]) -> io::Result<Received>;
+    /// Takes the next frame from the host, into guest memory as far as there is room; none where it was of no use.
+    fn receive(&mut self, room: &Room) -> io::Result<Option<Frame>>;
 
-    /// The frame that it holds until it is released.
-    fn held(&self) -> Option<(Header, &[u8])>;
+    /// The bytes of the frame that were not placed, until it is released.
+    fn rest(&self) -> &[u8];
 
+    /// The frame that was taken last is done with.
     fn release(&mut self);
 
     /// Sends a frame. `WouldBlock` when it has to be sent again, as the whole chain.
@@ -97,17 +99,6 @@ trait Link: Send + fmt::Debug {
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
-}
-
-/// What became of a frame from the host.
-#[derive(Debug)]
-enum Received {
-    /// It lies in guest memory behind the place for its header, and has so many bytes.
-    Straight(Header, usize),
-    /// The link holds it.
-    Held,
-    /// It was of no use.
-    Dropped,
 }
 
 /// What a direction waits for.
@@ -152,56 +143,6 @@ impl Direction {
     }
 }
 
-/// Buffers of the driver that were taken, in order.
-#[derive(Debug, Default)]
-struct Buffers {
-    /// Those that have no frame yet.
-    chains: VecDeque<Chain>,
-    /// Bytes that they have room for.
-    room: u64,
-    /// Those that have, with the bytes of it; empty but for a moment.
-    full: Vec<(Chain, u32)>,
-}
-
-impl Buffers {
-    fn push(&mut self, chain: Chain) {
-        self.room += chain.writable_len();
-        self.chains.push_back(chain);
-    }
-
-    /// Puts a frame into the first buffers, which have room for it. Without `bytes` it lies there already.
-    fn fill(&mut self, mut header: Header, length: usize, bytes: Option<&[u8]>) -> Result<(), Broken> {
-        let mut left = (header::LENGTH + length) as u64;
-        let mut room = 0;
-        let is_needed = |chain: &&Chain| {
-            let is_needed = room < left;
-            room += chain.writable_len();
-            is_needed
-        };
-        let count = self.chains.iter().take_while(is_needed).count();
-        header.set_buffers(u16::try_from(count).unwrap_or(u16::MAX));
-        let mut header = &header.0[..];
-        let mut rest = bytes.unwrap_or_default();
-        for mut chain in self.chains.drain(..count) {
-            let room = chain.writable_len();
-            self.room -= room;
-            let taken = room.min(left);
-            left -= taken;
-            chain.write(header)?;
-            let count = usize::try_from(taken).unwrap_or(usize::MAX) - header.len();
-            let (part, others) = rest.split_at(count.min(rest.len()));
-            chain.write(part)?;
-            (header, rest) = (&[], others);
-            self.full.push((chain, u32::try_from(taken).unwrap_or(u32::MAX)));
-        }
-        Ok(())
-    }
-
-    fn clear(&mut self) {
-        *self = Self::default();
-    }
-}
-
 /// A network card.
 #[derive(Debug)]
 pub struct Net {
@@ -213,9 +154,13 @@ pub struct Net {
     features: u64,
     rx: Direction,
     tx: Direction,
+    /// For frames from the host.
     buffers: Buffers,
+    /// The frame that the driver gets next.
+    frame: Option<Frame>,
+    expectation: Expectation,
     /// Scratch space: where the next frame may go.
-    segments: Vec<Segment>,
+    room: Room,
     watcher: Option<Watcher>,
     /// What the link is watched for.
     watched: EventFlags,
@@ -255,185 +200,12 @@ impl Net {
             rx: Direction::new(interface.rx_rate_limiter.as_ref()),
             tx: Direction::new(interface.tx_rate_limiter.as_ref()),
             buffers: Buffers::default(),
-            segments: Vec::new(),
+            frame: None,
+            expectation: Expectation::default(),
+            room: Room::default(),
             watcher: None,
             watched: EventFlags::empty(),
         }
-    }
-
-    const fn has(&self, feature: u64) -> bool {
-        self.features & feature != 0
-    }
-
-    /// Moves frames to the driver until it has to wait.
-    fn receive(&mut self, queues: &mut Queues) -> Result<(), Broken> {
-        self.rx.wait = self.receive_frames(queues)?;
-        queues.notify(RX)
-    }
-
-    fn receive_frames(&mut self, queues: &mut Queues) -> Result<Wait, Broken> {
-        for _ in 0..BUDGET {
-            if self.link.held().is_some() && !self.deliver_held(queues)? {
-                return Ok(Wait::Driver);
-            }
-            if !self.is_up {
-                return Ok(Wait::Driver);
-            }
-            if let Err(until) = self.rx.limiter.ready() {
-                return Ok(Wait::Limiter(until));
-            }
-            if !self.gather(FRAME_MAX, queues)? && self.buffers.chains.is_empty() {
-                if queues.rearm(RX)? {
-                    continue;
-                }
-                return Ok(Wait::Driver);
-            }
-            self.list_room();
-            match self.link.receive(&self.segments) {
-                Ok(Received::Straight(header, length)) => {
-                    self.rx.limiter.charge(length as u64);
-                    self.deliver_straight(header, length, queues)?;
-                }
-                Ok(Received::Held) => {
-                    let length = self.link.held().map_or(0, |(_, frame)| frame.len());
-                    self.rx.limiter.charge(length as u64);
-                }
-                Ok(Received::Dropped) => self.rx.dropped += 1,
-                Err(error) if is_to_be_repeated(&error) => return Ok(Wait::Link),
-                Err(_) => self.disconnect(queues),
-            }
-        }
-        queues.yield_turn();
-        Ok(Wait::Turn)
-    }
-
-    /// Takes buffers until a frame of so many bytes fits; `false` when the driver has too few.
-    fn gather(&mut self, length: usize, queues: &mut Queues) -> Result<bool, Broken> {
-        while !self.has_room(length) {
-            let Some(chain) = queues.pop(RX)? else { return Ok(false) };
-            if chain.writable_len() < header::LENGTH as u64 {
-                return Err(Broken::because("a buffer has no room for a packet's header"));
-            }
-            self.buffers.push(chain);
-        }
-        Ok(true)
-    }
-
-    /// Whether the buffers that were taken are enough for a frame. Without merging it has one, whatever its size.
-    fn has_room(&self, length: usize) -> bool {
-        if self.has(feature::MRG_RXBUF) {
-            self.buffers.room >= (header::LENGTH + length) as u64
-        } else {
-            !self.buffers.chains.is_empty()
-        }
-    }
-
-    /// Lists where the next frame may go, behind its header.
-    fn list_room(&mut self) {
-        self.segments.clear();
-        let count = if self.has(feature::MRG_RXBUF) { self.buffers.chains.len() } else { 1 };
-        let mut header = header::LENGTH;
-        let mut room = 0_usize;
-        for segment in self.buffers.chains.iter().take(count).flat_map(Chain::writable) {
-            if room >= FRAME_MAX || self.segments.len() >= SEGMENTS_MAX {
-                return;
-            }
-            let mut segment = *segment;
-            let skipped = header.min(segment.len());
-            segment.skip(skipped);
-            header -= skipped;
-            room = room.saturating_add(segment.len());
-            if !segment.is_empty() {
-                self.segments.push(segment);
-            }
-        }
-    }
-
-    /// Gives a frame to the driver that is in its memory already.
-    fn deliver_straight(&mut self, header: Header, length: usize, queues: &mut Queues) -> Result<(), Broken> {
-        let Some(header) = header.for_driver(self.features) else {
-            self.rx.dropped += 1;
-            return Ok(());
-        };
-        self.buffers.fill(header, length, None)?;
-        queues.complete_together(RX, self.buffers.full.drain(..))
-    }
-
-    /// Gives the frame to the driver that the link holds, or drops it; `false` when that has to wait for buffers.
-    fn deliver_held(&mut self, queues: &mut Queues) -> Result<bool, Broken> {
-        let length = self.link.held().map_or(0, |(_, frame)| frame.len());
-        while !self.gather(length, queues)? {
-            // Where the driver has given all that it can, more will not come.
-            if self.buffers.chains.len() >= queues.size(RX) {
-                break;
-            }
-            if !queues.rearm(RX)? {
-                return Ok(false);
-            }
-        }
-        let merges = self.has(feature::MRG_RXBUF);
-        let first = self.buffers.chains.front().map_or(0, Chain::writable_len);
-        let room = if merges { self.buffers.room } else { first };
-        let frame =
-            self.link.held().and_then(|(header, frame)| Some((header.for_driver(self.features)?, frame)));
-        match frame {
-            Some((header, frame)) if room >= (header::LENGTH + length) as u64 => {
-                self.buffers.fill(header, length, Some(frame))?;
-            }
-            _ => self.rx.dropped += 1,
-        }
-        self.link.release();
-        queues.complete_together(RX, self.buffers.full.drain(..))?;
-        Ok(true)
-    }
-
-    /// Moves frames to the host until it has to wait.
-    fn transmit(&mut self, queues: &mut Queues) -> Result<(), Broken> {
-        self.tx.wait = self.transmit_frames(queues)?;
-        queues.notify(TX)
-    }
-
-    fn transmit_frames(&mut self, queues: &mut Queues) -> Result<Wait, Broken> {
-        for _ in 0..BUDGET {
-            let Some(mut chain) = queues.pop(TX)? else {
-                if queues.rearm(TX)? {
-                    continue;
-                }
-                return Ok(Wait::Driver);
-            };
-            if let Err(until) = self.tx.limiter.ready() {
-                queues.put_back(TX, chain);
-                return Ok(Wait::Limiter(until));
-            }
-            let length = chain.readable_len().saturating_sub(header::LENGTH as u64);
-            match self.send(&mut chain, length) {
-                Err(error) if is_to_be_repeated(&error) => {
-                    queues.put_back(TX, chain);
-                    return Ok(Wait::Link);
-                }
-                Ok(()) => {}
-                Err(error) => {
-                    self.tx.dropped += 1;
-                    if is_end(&error) {
-                        self.disconnect(queues);
-                    }
-                }
-            }
-            self.tx.limiter.charge(length);
-            queues.complete(TX, chain, 0)?;
-        }
-        queues.yield_turn();
-        Ok(Wait::Turn)
-    }
-
-    fn send(&mut self, chain: &mut Chain, length: u64) -> io::Result<()> {
-        if !self.is_up {
-            return Err(io::ErrorKind::NotConnected.into());
-        }
-        if !(header::ETHERNET as u64..=FRAME_MAX as u64).contains(&length) {
-            return Err(io::ErrorKind::InvalidInput.into());
-        }
-        self.link.send(chain)
     }
 
     /// The link has gone: the tap device was removed, or passt ended. The driver sees a card without its cable.
@@ -530,6 +302,7 @@ impl Device for Net {
             }
         }
         self.features = features;
+        self.buffers.are_merged = has(feature::MRG_RXBUF);
         self.watcher = Some(watcher.clone());
         Ok(())
     }
@@ -559,7 +332,8 @@ impl Device for Net {
     fn reset(&mut self) {
         self.unwatch();
         self.buffers.clear();
-        self.segments.clear();
+        self.frame = None;
+        self.link.release();
         (self.rx.wait, self.tx.wait) = (Wait::Driver, Wait::Driver);
         if self.watcher.take().is_some() {
             // From now on the host does for the guest what its driver does not say that it can.

@@ -1,8 +1,7 @@
 //! The link of a card that leads nowhere: nothing comes from it, and what is sent is gone.
 
-use super::header::Header;
-use super::{Link, Received};
-use crate::devices::virtio::{Chain, Segment};
+use super::{Frame, Link, Room};
+use crate::devices::virtio::Chain;
 use rustix::event::{EventfdFlags, eventfd};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -35,12 +34,12 @@ impl Link for Nowhere {
         self.fd.as_fd()
     }
 
-    fn receive(&mut self, _: &[Segment]) -> io::Result<Received> {
+    fn receive(&mut self, _: &Room) -> io::Result<Option<Frame>> {
         Err(io::ErrorKind::WouldBlock.into())
     }
 
-    fn held(&self) -> Option<(Header, &[u8])> {
-        None
+    fn rest(&self) -> &[u8] {
+        &[]
     }
 
     fn release(&mut self) {}

@@ -4,9 +4,9 @@
 //! sends them. passt checks no more than that: it leaves no segmentation and no checksums to others.
 
 use super::header::{self, Header};
-use super::{Link, Received, feature};
+use super::{Frame, Link, Room, feature};
 use crate::config::devices::{MacAddress, NetworkInterface, PortForward, user_network};
-use crate::devices::virtio::{Chain, Segment};
+use crate::devices::virtio::Chain;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, socketpair};
 use std::io::{self, Read};
@@ -210,7 +210,7 @@ impl Link for Passt {
         self.socket.as_fd()
     }
 
-    fn receive(&mut self, _room: &[Segment]) -> io::Result<Received> {
+    fn receive(&mut self, _: &Room) -> io::Result<Option<Frame>> {
         self.find_frame()?;
         if self.held.is_none() {
             self.input.copy_within(self.unread.clone(), 0);
@@ -223,14 +223,14 @@ impl Link for Passt {
             self.unread.end += count;
             self.find_frame()?;
         }
-        self.held.map(|_| Received::Held).ok_or_else(|| io::ErrorKind::WouldBlock.into())
+        self.held.ok_or(io::ErrorKind::WouldBlock)?;
+        // passt computed the checksums a moment ago, and nothing changed the frame on its way here.
+        Ok(Some(Frame { header: Header::checked(self.tells_checked), placed: 0 }))
     }
 
-    fn held(&self) -> Option<(Header, &[u8])> {
+    fn rest(&self) -> &[u8] {
         let start = self.unread.start + LENGTH;
-        let frame = self.input.get(start..start + self.held?)?;
-        // passt computed the checksums a moment ago, and nothing changed the frame on its way here.
-        Some((Header::checked(self.tells_checked), frame))
+        self.held.and_then(|length| self.input.get(start..start + length)).unwrap_or_default()
     }
 
     fn release(&mut self) {

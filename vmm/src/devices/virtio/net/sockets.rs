@@ -1,11 +1,10 @@
 //! Cards whose other end is a socket, for tests and fuzzing.
 
-use super::header::Header;
 use super::passt::Passt;
 use super::tap::Tap;
-use super::{Link, Net, Received};
+use super::{Frame, Link, Net, Room};
 use crate::config::devices::NetworkInterface;
-use crate::devices::virtio::{Chain, Segment};
+use crate::devices::virtio::Chain;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 
@@ -40,12 +39,12 @@ impl Link for Datagrams {
         self.0.fd()
     }
 
-    fn receive(&mut self, room: &[Segment]) -> io::Result<Received> {
+    fn receive(&mut self, room: &Room) -> io::Result<Option<Frame>> {
         self.0.receive(room)
     }
 
-    fn held(&self) -> Option<(Header, &[u8])> {
-        self.0.held()
+    fn rest(&self) -> &[u8] {
+        self.0.rest()
     }
 
     fn release(&mut self) {

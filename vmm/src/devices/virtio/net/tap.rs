@@ -4,8 +4,8 @@
 #![expect(unsafe_code, reason = "ioctls, and reads and writes of guest memory")]
 
 use super::header::{self, Header};
-use super::{FRAME_MAX, Link, Received, feature};
-use crate::devices::virtio::vectored::{self, SEGMENTS_MAX};
+use super::{FRAME_MAX, Frame, Link, Room, feature};
+use crate::devices::virtio::vectored;
 use crate::devices::virtio::{Chain, Segment};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -49,11 +49,12 @@ pub(super) fn features() -> u64 {
 #[derive(Debug)]
 pub(super) struct Tap {
     fd: OwnedFd,
-    /// A frame that was read when the driver had no room for all that a frame can be; made when it is needed.
-    buffer: Vec<u8>,
-    /// Bytes of that frame with its header; none where it was taken.
-    held: usize,
     header: Header,
+    /// For what finds no room in guest memory; made when it is needed.
+    buffer: Vec<u8>,
+    /// Bytes of the frame that are in it.
+    rest: usize,
+    /// Scratch space: where the next frame goes.
     segments: Vec<Segment>,
 }
 
@@ -110,36 +111,12 @@ impl Tap {
 
     /// Of a descriptor that moves a frame with each read and write.
     pub(super) const fn attached(fd: OwnedFd) -> Self {
-        Self { fd, buffer: Vec::new(), held: 0, header: Header([0; header::LENGTH]), segments: Vec::new() }
+        Self { fd, header: Header([0; header::LENGTH]), buffer: Vec::new(), rest: 0, segments: Vec::new() }
     }
 
     fn set_offload(&self, offload: usize) -> io::Result<()> {
         // SAFETY: TUNSETOFFLOAD takes a number.
         Ok(unsafe { ioctl(&self.fd, rustix::ioctl::IntegerSetter::<TUNSETOFFLOAD>::new_usize(offload)) }?)
-    }
-
-    /// Reads into guest memory, behind a header of our own.
-    fn read_straight(&mut self, room: &[Segment]) -> io::Result<Received> {
-        self.segments.clear();
-        self.segments.push(Segment::own(&mut self.header.0));
-        self.segments.extend(room);
-        // SAFETY: the header is ours; the rest was checked to lie in guest memory when its chains were made, and
-        // the device holds that memory. The guest may use it meanwhile, which the kernel copes with.
-        let length = unsafe { vectored::read(self.fd.as_fd(), &self.segments) }?;
-        let frame = length.checked_sub(header::LENGTH).filter(|frame| *frame <= FRAME_MAX);
-        Ok(frame.map_or(Received::Dropped, |frame| Received::Straight(self.header, frame)))
-    }
-
-    /// Reads into a buffer.
-    fn read_aside(&mut self) -> io::Result<Received> {
-        // One byte more than the largest: what fills it was cut off.
-        self.buffer.resize(header::LENGTH + FRAME_MAX + 1, 0);
-        let length = rustix::io::read(&self.fd, &mut self.buffer[..])?;
-        if length < header::LENGTH || length == self.buffer.len() {
-            return Ok(Received::Dropped);
-        }
-        self.held = length;
-        Ok(Received::Held)
     }
 }
 
@@ -156,7 +133,6 @@ impl Link for Tap {
     }
 
     fn accept(&mut self, features: u64) -> io::Result<()> {
-        self.held = 0;
         let accepted = OFFLOADS.iter().filter(|(feature, _)| features & feature != 0);
         self.set_offload(accepted.fold(0, |all, (_, flag)| all | flag))
     }
@@ -165,27 +141,35 @@ impl Link for Tap {
         self.fd.as_fd()
     }
 
-    fn receive(&mut self, room: &[Segment]) -> io::Result<Received> {
-        let bytes: usize = room.iter().map(Segment::len).fold(0, usize::saturating_add);
-        let result = if bytes >= FRAME_MAX && room.len() < SEGMENTS_MAX {
-            self.read_straight(room)
-        } else {
-            self.read_aside()
-        };
-        match result {
-            // The kernel had a frame that it cannot describe (`tun_put_user` in drivers/net/tun.c).
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(Received::Dropped),
-            result => result,
+    fn receive(&mut self, room: &Room) -> io::Result<Option<Frame>> {
+        if self.buffer.is_empty() {
+            // One byte more than the longest frame: what fills it was cut off.
+            self.buffer = vec![0; FRAME_MAX + 1];
         }
+        self.segments.clear();
+        self.segments.push(Segment::own(&mut self.header.0));
+        self.segments.extend_from_slice(&room.segments);
+        self.segments.push(Segment::own(&mut self.buffer));
+        // SAFETY: header and buffer are ours; the rest was checked to lie in guest memory when its chains were made,
+        // and the device holds that memory. The guest may use it meanwhile, which the kernel copes with.
+        let result = unsafe { vectored::read(self.fd.as_fd(), &self.segments) };
+        let length = match result {
+            // The kernel had a frame that it cannot describe (`tun_put_user` in drivers/net/tun.c).
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => None,
+            result => result?.checked_sub(header::LENGTH).filter(|length| *length <= FRAME_MAX),
+        };
+        let Some(length) = length else { return Ok(None) };
+        let placed = length.min(room.length);
+        self.rest = length - placed;
+        Ok(Some(Frame { header: self.header, placed }))
     }
 
-    fn held(&self) -> Option<(Header, &[u8])> {
-        let (header, frame) = self.buffer.get(..self.held)?.split_first_chunk()?;
-        Some((Header(*header), frame))
+    fn rest(&self) -> &[u8] {
+        &self.buffer[..self.rest]
     }
 
     fn release(&mut self) {
-        self.held = 0;
+        self.rest = 0;
     }
 
     fn send(&mut self, chain: &mut Chain) -> io::Result<()> {
