@@ -271,6 +271,59 @@ fn without_buffers_frames_wait_and_nobody_is_woken() {
 }
 
 #[test]
+fn long_frames_come_whole_whatever_came_before() {
+    // Of buffers with places of seven bytes for the header, too.
+    for first in [1526, 7] {
+        let (mut driver, its) = tap(u64::MAX);
+        // Enough for the longest frame, and at most one descriptor for each place of the queue.
+        let mut missing = 80;
+        // Unexpected, expected, between short ones, and after so many of these that no long one is expected.
+        let lengths = [50_000, 60_000, 60, 40_000, 1518, 1519, 60, 60, 60, 60, 60, 60, 60, 60, 60, 30_000];
+        for (length, seed) in lengths.into_iter().zip(0..) {
+            for _ in 0..missing {
+                driver.push(RX, &[Piece::In(first), Piece::In(900), Piece::In(600)]);
+            }
+            driver.ring();
+            put(&its, &[&[0; 12], &frame(length, seed)[..]].concat());
+            settle(&mut driver);
+            let (header, bytes) = received(&mut driver).unwrap();
+            assert!(bytes == frame(length, seed), "{length} bytes, {seed}");
+            missing = u16::from_le_bytes([header[10], header[11]]);
+        }
+    }
+}
+
+#[test]
+fn a_frame_that_is_in_the_driver_s_memory_in_part_waits_for_buffers() {
+    for with_reset in [false, true] {
+        let (mut driver, its) = tap(u64::MAX);
+        driver.push(RX, &[Piece::In(1526)]);
+        driver.ring();
+        put(&its, &[&[0; 12], &frame(4000, 1)[..]].concat());
+        put(&its, &[&[0; 12], &frame(700, 2)[..]].concat());
+        settle(&mut driver);
+        assert_eq!(received(&mut driver), None, "it has half of it");
+        assert!(!driver.run(Some(0)), "and waits for the driver alone");
+        if with_reset {
+            driver.start(u64::MAX);
+        }
+        driver.push(RX, &[Piece::In(1526)]);
+        driver.ring();
+        if !with_reset {
+            assert_eq!(received(&mut driver), None);
+            driver.push(RX, &[Piece::In(100), Piece::In(1900)]);
+            driver.ring();
+            let (header, bytes) = received(&mut driver).unwrap();
+            assert_eq!(u16::from_le_bytes([header[10], header[11]]), 3);
+            assert!(bytes == frame(4000, 1));
+            driver.push(RX, &[Piece::In(1526)]);
+            driver.ring();
+        }
+        assert!(received(&mut driver).unwrap().1 == frame(700, 2), "a reset loses what had begun to arrive");
+    }
+}
+
+#[test]
 fn a_frame_larger_than_all_that_the_driver_can_give_is_dropped() {
     let (mut driver, its) = tap(u64::MAX);
     for _ in 0..256 {
