@@ -3,6 +3,7 @@
 use kindling::config::devices::Balloon;
 use kindling::config::image::Image;
 use kindling::{ExitReason, Instant, Machine, Timeline};
+use std::io::Write;
 use std::time::Duration;
 use tests::{PATIENCE, testbed};
 
@@ -27,6 +28,11 @@ fn wait_until(what: &str, is_so: impl Fn() -> bool) {
         );
         std::thread::sleep(Duration::from_millis(50));
     }
+}
+
+/// Says how far a long test is. It is not collected by the test's harness, so that whoever waits sees it at once.
+fn say(what: &str) {
+    let _ = writeln!(std::io::stderr(), "{what}");
 }
 
 #[test]
@@ -61,14 +67,17 @@ fn a_guest_gives_2_gib_to_its_balloon_and_gets_them_back() {
         std::fs::read_to_string(console.path()).unwrap().contains("used")
     });
     assert!(resident() > AMOUNT * MIB, "{} MiB", resident() / MIB);
+    say("used");
     balloon.set_amount(AMOUNT);
     assert_eq!(balloon.amount(), AMOUNT);
     wait_until("the balloon is full", || balloon.actual() == AMOUNT);
     wait_until("the host has the memory", || resident() < 1024 * MIB);
     let total = || balloon.statistics().total_memory.unwrap_or(u64::MAX);
     wait_until("the guest says so", || total() < 1024 * MIB);
+    say("given");
     balloon.set_amount(0);
     wait_until("the balloon is empty", || balloon.actual() == 0);
+    say("back");
     let exit = guest.join().unwrap();
     assert_eq!(exit.reason, ExitReason::Payload(0), "{:?}", exit.console_tail);
 }
