@@ -3,6 +3,7 @@
 use kindling::config::devices::Balloon;
 use kindling::config::image::Image;
 use kindling::{ExitReason, Instant, Machine, Timeline};
+use std::io::Write;
 use std::time::Duration;
 use tests::{PATIENCE, testbed};
 
@@ -29,6 +30,11 @@ fn wait_until(what: &str, is_so: impl Fn() -> bool) {
     }
 }
 
+/// Says how far a long test is. It is not collected by the test's harness, so that whoever waits sees it at once.
+fn say(what: &str) {
+    let _ = writeln!(std::io::stderr(), "{what}");
+}
+
 #[test]
 fn a_guest_gives_2_gib_to_its_balloon_and_gets_them_back() {
     const AMOUNT: u64 = 2048;
@@ -36,10 +42,11 @@ fn a_guest_gives_2_gib_to_its_balloon_and_gets_them_back() {
     let script = format!(
         "mount -o remount,size=95% /tmp
          total() {{ grep MemTotal /proc/meminfo | tr -dc 0-9; }}
-         fill() {{ dd if=/dev/zero of=/tmp/file bs=1M count={AMOUNT} 2>/dev/null && [ $(wc -c < /tmp/file) = {} ]; }}
+         fill() {{ dd if=/dev/zero of=/tmp/file bs=1M count={AMOUNT} 2>/dev/null && [ $(stat -c %s /tmp/file) = {} ]; }}
          all=$(total)
          fill || exit 1
          rm /tmp/file
+         echo used
          while [ $(total) -gt $((all - {AMOUNT} * 1024)) ]; do sleep 0.1; done
          while [ $(total) -lt $all ]; do sleep 0.1; done
          fill || exit 2",
@@ -50,20 +57,27 @@ fn a_guest_gives_2_gib_to_its_balloon_and_gets_them_back() {
     config.machine.mem_size_mib = 3072;
     config.devices.balloon = Some(Balloon { stats_polling_interval_s: 1, ..Balloon::default() });
     config.guest.arguments = ["/bin/sh", "-c", &script].map(|word| word.as_bytes().to_vec()).to_vec();
-    config.console = kindling::config::Console::Null;
+    let console = tempfile::NamedTempFile::new().unwrap();
+    config.console = kindling::config::Console::File(console.path().into());
     let running = Machine::new(&config, Timeline::starting_at(Instant::now())).unwrap().start().unwrap();
     let balloon = running.balloon().unwrap();
     let guest = std::thread::spawn(move || running.wait());
 
-    wait_until("the guest uses its memory", || resident() > AMOUNT * MIB);
+    wait_until("the guest has used its memory", || {
+        std::fs::read_to_string(console.path()).unwrap().contains("used")
+    });
+    assert!(resident() > AMOUNT * MIB, "{} MiB", resident() / MIB);
+    say("used");
     balloon.set_amount(AMOUNT);
     assert_eq!(balloon.amount(), AMOUNT);
     wait_until("the balloon is full", || balloon.actual() == AMOUNT);
     wait_until("the host has the memory", || resident() < 1024 * MIB);
     let total = || balloon.statistics().total_memory.unwrap_or(u64::MAX);
     wait_until("the guest says so", || total() < 1024 * MIB);
+    say("given");
     balloon.set_amount(0);
     wait_until("the balloon is empty", || balloon.actual() == 0);
+    say("back");
     let exit = guest.join().unwrap();
     assert_eq!(exit.reason, ExitReason::Payload(0), "{:?}", exit.console_tail);
 }
