@@ -200,7 +200,7 @@ type Describe = Box<dyn Fn(&mut Driver, u64)>;
 #[test]
 fn bad_chains_break_the_device() {
     let memory_end = 16 << 20;
-    let cases: [(&str, Describe); 11] = [
+    let cases: [(&str, Describe); 12] = [
         ("does not end", Box::new(|driver, data| driver.describe(0, 0, data, 16, NEXT, 0))),
         ("does not end", Box::new(|driver, data| driver.describe(0, 0, data, 16, NEXT, 8))),
         ("leaves memory", Box::new(move |driver, _| driver.describe(0, 0, memory_end, 1, 0, 0))),
@@ -227,6 +227,16 @@ fn bad_chains_break_the_device() {
             Box::new(|driver, data| {
                 let entries: Vec<_> =
                     (0..9).map(|at| (data, 16, if at < 8 { NEXT } else { 0 }, at + 1)).collect();
+                table(driver, data, &entries);
+                driver.describe(0, 0, data, 9 * 16, INDIRECT, 0);
+            }),
+        ),
+        (
+            "is longer than its queue",
+            Box::new(|driver, data| {
+                // Of no bytes each: they could be 65,535 and would be looked at one after the other.
+                let entries: Vec<_> =
+                    (0..9).map(|at| (data, 0, if at < 8 { NEXT } else { 0 }, at + 1)).collect();
                 table(driver, data, &entries);
                 driver.describe(0, 0, data, 9 * 16, INDIRECT, 0);
             }),
