@@ -358,6 +358,31 @@ fn the_state_is_what_the_driver_set() {
     assert!(text.contains("\"next_available\":1,\"next_used\":1"), "{text}");
 }
 
+#[test]
+fn a_state_that_no_driver_can_reach_breaks_the_device() {
+    let text = serde_json::to_string(&echo().transport.state()).unwrap();
+    let restored = |from: &str, to: &str| {
+        let changed = text.replacen(from, to, 1);
+        assert_eq!(changed == text, from == to, "{from} in {text}");
+        let mut driver = Driver::new(Echo::default());
+        driver.transport.restore(&serde_json::from_str(&changed).unwrap());
+        driver.is_broken()
+    };
+    assert!(!restored("", ""));
+    for (from, to) in [
+        ("\"size\":8", "\"size\":0"),
+        ("\"size\":8", "\"size\":7"),
+        ("\"size\":8", "\"size\":16"),
+        ("\"descriptors\":65536", "\"descriptors\":65537"),
+        ("\"driver\":98304", "\"driver\":98305"),
+        ("\"device\":114688", "\"device\":114690"),
+        ("\"driver_features\":", "\"driver_features\":1"),
+        ("\"status\":15", "\"status\":7"),
+    ] {
+        assert!(restored(from, to), "{to} instead of {from}");
+    }
+}
+
 proptest! {
     /// Whatever a driver does, nothing panics and a reset mends it.
     #[test]
