@@ -399,7 +399,9 @@ impl Device for Block {
                 if let Some(request) = self.deferred.take() {
                     self.submit(request, queues)?;
                 }
-                if self.serve_queue(false, queues)? == Left::Something && self.resume_at.is_none() {
+                let is_unfinished =
+                    self.serve_queue(false, queues)? == Left::Something && self.resume_at.is_none();
+                if self.io.is_held_up() || is_unfinished {
                     queues.yield_turn();
                 }
                 Ok(())

@@ -207,13 +207,23 @@ impl FileIo {
                 // SAFETY: whoever made the job keeps its memory until it comes back, and the file is open as
                 // long as `self`, which waits for its jobs.
                 unsafe { ring.0.submission().push(&entry) }.map_err(|_| io::ErrorKind::WouldBlock)?;
-                submit(&ring.0)?;
+                // Where the host has no memory for it, the job stays in the ring, see `is_held_up`.
+                submit(&ring.0);
             }
             Some(Engine::Thread(worker)) => worker.submit(number, job, &self.file),
             None => {}
         }
         self.pending += 1;
         Ok(())
+    }
+
+    /// Whether the host had no memory for a job yet. It is asked again with each call.
+    pub(super) fn is_held_up(&mut self) -> bool {
+        let Some(Engine::Ring(ring)) = &mut self.engine else { return false };
+        if !ring.0.submission().is_empty() {
+            submit(&ring.0);
+        }
+        !ring.0.submission().is_empty()
     }
 
     /// Jobs that have come back.
@@ -252,15 +262,9 @@ impl Drop for FileIo {
     }
 }
 
-/// Submits what is in the ring.
-fn submit(ring: &IoUring) -> io::Result<()> {
-    loop {
-        match ring.submit() {
-            Ok(_) => return Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
+/// Submits what is in the ring. What the host does not take now is still there afterwards.
+fn submit(ring: &IoUring) {
+    while ring.submit().is_err_and(|error| error.kind() == io::ErrorKind::Interrupted) {}
 }
 
 impl Engine {
@@ -388,5 +392,64 @@ mod tests {
             drop(worker);
             assert!(shared.finished_event.read().is_err(), "an event that nobody would ever take");
         }
+    }
+
+    /// Runs something on a thread for which the host has no memory for requests.
+    fn without_memory<T: Send>(what: impl FnOnce() -> T + Send) -> T {
+        use libc::{BPF_ABS, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W, sock_filter};
+        let instruction = |code: u32, jt, jf, k| sock_filter { code: code.try_into().unwrap(), jt, jf, k };
+        let number = u32::try_from(libc::SYS_io_uring_enter).unwrap();
+        let error = libc::SECCOMP_RET_ERRNO | u32::try_from(libc::EAGAIN).unwrap();
+        let mut filter = [
+            instruction(BPF_LD | BPF_W | BPF_ABS, 0, 0, 0),
+            instruction(BPF_JMP | BPF_JEQ | BPF_K, 0, 1, number),
+            instruction(BPF_RET | BPF_K, 0, 0, error),
+            instruction(BPF_RET | BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
+        ];
+        let mut filter = move || {
+            let program = libc::sock_fprog { len: 4, filter: filter.as_mut_ptr() };
+            // SAFETY: the program outlives the call, which copies it, and it is this thread's alone.
+            let result = unsafe {
+                libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+                    | libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program)
+            };
+            assert_eq!(result, 0, "{}", io::Error::last_os_error());
+        };
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(move || {
+                filter();
+                what()
+            });
+            thread.join().unwrap()
+        })
+    }
+
+    #[test]
+    fn a_job_that_the_host_has_no_memory_for_is_done_later_and_once() {
+        use rustix::event::epoll;
+        let watcher = Watcher::new(Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC).unwrap()), 1);
+        let mut io = FileIo::new(tempfile::tempfile().unwrap(), 4);
+        // SAFETY: there are no segments.
+        let job = || unsafe { Job::new(Operation::Flush, 0, &[]) };
+        without_memory(|| io.submit(0, job(), 0, &watcher)).unwrap();
+        if matches!(io.engine, Some(Engine::Ring(_))) {
+            assert!(without_memory(|| io.is_held_up()));
+        }
+        assert!(!io.is_held_up());
+        io.submit(1, job(), 0, &watcher).unwrap();
+        let mut done = Vec::new();
+        while io.is_busy() {
+            assert!(done.len() < 2);
+            match &mut io.engine {
+                Some(Engine::Ring(ring)) => drop(ring.0.submit_and_wait(1)),
+                Some(Engine::Thread(worker)) => worker.wait(),
+                None => panic!("nobody does it"),
+            }
+            io.finished(&mut done);
+        }
+        let mut numbers: Vec<_> =
+            done.into_iter().map(|(number, result)| (number, result.unwrap())).collect();
+        numbers.sort_unstable();
+        assert_eq!(numbers, [(0, 0), (1, 0)]);
     }
 }

@@ -394,15 +394,17 @@ impl Transport {
         }
     }
 
-    /// Goes on from where a device of the same shape was left, as soon as it is connected to the event loop. What a
-    /// queue does not take is missed when the device begins to work, and breaks it.
+    /// Goes on from where a device of the same shape was left, as soon as it is connected to the event loop. What no
+    /// driver can set breaks the device; rings outside memory do so when it begins to work.
     pub fn restore(&mut self, state: &State) {
         self.state = state.registers.clone();
+        let chosen = self.state.status & (status::FEATURES_OK | status::DRIVER_OK);
+        let mut is_possible = chosen == 0 || chosen != status::DRIVER_OK && self.features_fit();
         for (queue, state) in self.queues.queues.iter_mut().zip(&state.queues) {
-            let _ = queue.try_set_size(state.size);
-            let _ = queue.try_set_desc_table_address(GuestAddress(state.descriptors));
-            let _ = queue.try_set_avail_ring_address(GuestAddress(state.driver));
-            let _ = queue.try_set_used_ring_address(GuestAddress(state.device));
+            is_possible &= queue.try_set_size(state.size).is_ok()
+                && queue.try_set_desc_table_address(GuestAddress(state.descriptors)).is_ok()
+                && queue.try_set_avail_ring_address(GuestAddress(state.driver)).is_ok()
+                && queue.try_set_used_ring_address(GuestAddress(state.device)).is_ok();
             queue.set_next_avail(state.next_available);
             queue.set_next_used(state.next_used);
             queue.set_ready(state.is_ready);
@@ -413,6 +415,9 @@ impl Transport {
         self.registers.set_configuration(&self.device.configuration());
         if self.device.configuration() != state.configuration {
             self.queues.interrupt_for_configuration();
+        }
+        if !is_possible {
+            self.fail(Broken::because("it was left as no driver can leave it"));
         }
     }
 }

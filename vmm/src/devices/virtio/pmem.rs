@@ -96,6 +96,7 @@ impl Pmem {
 
     fn serve_queue(&mut self, queues: &mut Queues) -> Result<(), Broken> {
         if !self.flushing.is_empty() {
+            self.retry(queues);
             return Ok(());
         }
         let result = self.take_chains(queues).and_then(|()| self.flush(queues));
@@ -132,10 +133,20 @@ impl Pmem {
         };
         let status = match self.io.attempt(&flush_job()) {
             Some(result) => result.map_or(Status::IoError, |_| Status::Ok),
-            None if self.io.submit(0, flush_job(), FILE, watcher).is_ok() => return Ok(()),
+            None if self.io.submit(0, flush_job(), FILE, watcher).is_ok() => {
+                self.retry(queues);
+                return Ok(());
+            }
             None => Status::IoError,
         };
         self.finish_all(status, queues)
+    }
+
+    /// Comes back as long as the host has no memory for the flush.
+    fn retry(&mut self, queues: &Queues) {
+        if self.io.is_held_up() {
+            queues.yield_turn();
+        }
     }
 
     fn finish_all(&mut self, status: Status, queues: &mut Queues) -> Result<(), Broken> {

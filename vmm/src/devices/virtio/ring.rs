@@ -143,7 +143,7 @@ impl Ring {
         segments: &mut Vec<Segment>,
     ) -> Result<usize, &'static str> {
         let (mut table, mut length, mut index) = (self.descriptors, u32::from(self.size), u32::from(head));
-        let (mut is_indirect, mut left, mut bytes) = (false, length, 0_u32);
+        let (mut is_indirect, mut left, mut pieces, mut bytes) = (false, length, 0, 0_u32);
         let mut readable = None;
         loop {
             if index >= length || left == 0 {
@@ -166,9 +166,10 @@ impl Ring {
                 (false, Some(_)) => return Err("has something to read behind something to write"),
                 _ => {}
             }
-            if segments.len() == usize::from(self.size) {
+            if pieces == self.size {
                 return Err("is longer than its queue");
             }
+            pieces += 1;
             // One of no bytes says nothing, wherever it points.
             if descriptor.length > 0 {
                 bytes = bytes.checked_add(descriptor.length).ok_or("is longer than 4 GiB")?;

@@ -200,7 +200,7 @@ type Describe = Box<dyn Fn(&mut Driver, u64)>;
 #[test]
 fn bad_chains_break_the_device() {
     let memory_end = 16 << 20;
-    let cases: [(&str, Describe); 11] = [
+    let cases: [(&str, Describe); 12] = [
         ("does not end", Box::new(|driver, data| driver.describe(0, 0, data, 16, NEXT, 0))),
         ("does not end", Box::new(|driver, data| driver.describe(0, 0, data, 16, NEXT, 8))),
         ("leaves memory", Box::new(move |driver, _| driver.describe(0, 0, memory_end, 1, 0, 0))),
@@ -227,6 +227,16 @@ fn bad_chains_break_the_device() {
             Box::new(|driver, data| {
                 let entries: Vec<_> =
                     (0..9).map(|at| (data, 16, if at < 8 { NEXT } else { 0 }, at + 1)).collect();
+                table(driver, data, &entries);
+                driver.describe(0, 0, data, 9 * 16, INDIRECT, 0);
+            }),
+        ),
+        (
+            "is longer than its queue",
+            Box::new(|driver, data| {
+                // Of no bytes each: they could be 65,535 and would be looked at one after the other.
+                let entries: Vec<_> =
+                    (0..9).map(|at| (data, 0, if at < 8 { NEXT } else { 0 }, at + 1)).collect();
                 table(driver, data, &entries);
                 driver.describe(0, 0, data, 9 * 16, INDIRECT, 0);
             }),
@@ -346,6 +356,31 @@ fn the_state_is_what_the_driver_set() {
     let text = serde_json::to_string(&driver.transport.state()).unwrap();
     assert!(text.contains("\"status\":15"), "{text}");
     assert!(text.contains("\"next_available\":1,\"next_used\":1"), "{text}");
+}
+
+#[test]
+fn a_state_that_no_driver_can_reach_breaks_the_device() {
+    let text = serde_json::to_string(&echo().transport.state()).unwrap();
+    let restored = |from: &str, to: &str| {
+        let changed = text.replacen(from, to, 1);
+        assert_eq!(changed == text, from == to, "{from} in {text}");
+        let mut driver = Driver::new(Echo::default());
+        driver.transport.restore(&serde_json::from_str(&changed).unwrap());
+        driver.is_broken()
+    };
+    assert!(!restored("", ""));
+    for (from, to) in [
+        ("\"size\":8", "\"size\":0"),
+        ("\"size\":8", "\"size\":7"),
+        ("\"size\":8", "\"size\":16"),
+        ("\"descriptors\":65536", "\"descriptors\":65537"),
+        ("\"driver\":98304", "\"driver\":98305"),
+        ("\"device\":114688", "\"device\":114690"),
+        ("\"driver_features\":", "\"driver_features\":1"),
+        ("\"status\":15", "\"status\":7"),
+    ] {
+        assert!(restored(from, to), "{to} instead of {from}");
+    }
 }
 
 proptest! {
