@@ -54,22 +54,24 @@ impl GuestMemory {
         Ok(extents.0)
     }
 
-    /// Addresses of the pages of files laid over it that are copies by now, in ascending order: the guest wrote to
-    /// them, or a device did. Where the host does not say which, all of them.
+    /// The pages of files laid over it that are copies by now: the guest wrote to them, or a device did. Where the
+    /// host does not say which, all of them.
     ///
     /// # Errors
     /// When the host does not say which pages it has.
-    pub fn copied(&self) -> Result<Vec<u64>, MemoryError> {
-        let mut copied = Vec::new();
-        for file in super::lock_ranges(&self.files).iter() {
+    pub fn copied(&self) -> Result<Vec<Extent>, MemoryError> {
+        let mut files = super::lock_ranges(&self.files).clone();
+        files.sort_unstable_by_key(|file| file.start);
+        let mut extents = Extents::default();
+        for file in files {
             let (host, size) = self.host_range(file.start, file.end - file.start)?;
             let pages = Pages::of(host, size as u64)
                 .map_err(|source| MemoryError::Contents { address: file.start, source })?;
-            let numbers = (0..).zip(pages.are_copied()).filter(|(_, is_copied)| *is_copied);
-            copied.extend(numbers.map(|(number, _)| file.start + number * PAGE_SIZE));
+            for (number, _) in (0..).zip(pages.are_copied()).filter(|(_, is_copied)| *is_copied) {
+                extents.add(file.start + number * PAGE_SIZE, file.start, 0);
+            }
         }
-        copied.sort_unstable();
-        Ok(copied)
+        Ok(extents.0)
     }
 
     fn is_zero(&self, address: u64) -> Result<bool, MemoryError> {
@@ -90,13 +92,6 @@ impl GuestMemory {
         }
         Ok(())
     }
-}
-
-/// Pages as extents; their addresses are in ascending order.
-pub fn extents(pages: impl IntoIterator<Item = u64>) -> Vec<Extent> {
-    let mut extents = Extents::default();
-    pages.into_iter().for_each(|address| extents.add(address, 0, 0));
-    extents.0
 }
 
 /// Extents under construction, from low addresses to high ones.
@@ -224,9 +219,8 @@ mod tests {
         for page in [1001, 264, 260, 261] {
             memory.write(at(page), &[1]).unwrap();
         }
-        let copied = memory.copied().unwrap();
-        assert_eq!(copied, [260, 261, 264, 1001].map(|page| page * PAGE_SIZE));
-        assert_eq!(extents(copied), [extent(260, 2), extent(264, 1), extent(1001, 1)]);
+        let copied = [extent(260, 2), extent(264, 1), extent(1001, 1)];
+        assert_eq!(memory.copied().unwrap(), copied);
     }
 
     #[test]
@@ -236,7 +230,7 @@ mod tests {
         file.write_all_at(&[7; 4 * PAGE], 0).unwrap();
         memory.map_file(GuestAddress(MIB), &file, 0, 4 * PAGE_SIZE).unwrap();
         memory.copy_ahead(&[extent(257, 2)]).unwrap();
-        assert_eq!(memory.copied().unwrap(), [257 * PAGE_SIZE, 258 * PAGE_SIZE]);
+        assert_eq!(memory.copied().unwrap(), [extent(257, 2)]);
         file.write_all_at(&[8; 4 * PAGE], 0).unwrap();
         let mut bytes = [0; 4 * PAGE];
         memory.read(GuestAddress(MIB), &mut bytes).unwrap();

@@ -8,7 +8,7 @@
 mod contents;
 mod mapped_file;
 
-pub use contents::{Extent, are_valid, extents};
+pub use contents::{Extent, are_valid};
 pub use mapped_file::MappedFile;
 
 use crate::layout::{self, PAGE_SIZE};

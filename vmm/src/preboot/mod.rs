@@ -29,7 +29,6 @@ use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
 
 /// Where init executes again what the frozen machine executed last.
 const FREEZE_AT: BootMark = BootMark::InitEntered;
@@ -145,16 +144,8 @@ pub(crate) struct State {
     pub(crate) virtio: Vec<virtio::State>,
     /// The pages in the file.
     extents: Vec<Extent>,
-    written: Written,
-}
-
-/// The pages in the file that a guest writes to from its start to the end of a payload that does nothing.
-#[derive(Debug, Default, Serialize, Deserialize)]
-struct Written {
-    /// To be copied before it starts.
-    at_start: Vec<Extent>,
-    /// To be copied when its init starts.
-    at_init: Vec<Extent>,
+    /// Those among them that a guest writes to until the end of a payload that does nothing.
+    written: Vec<Extent>,
 }
 
 /// A pre-booted kernel that a machine can continue from.
@@ -192,8 +183,7 @@ impl Preboot {
         }
         let ram = layout::ram_ranges(asked.mem_size_mib * layout::MIB);
         let ram: Vec<_> = ram.into_iter().map(|(start, size)| start.0..start.0 + size).collect();
-        let State { extents, written, .. } = &this.state;
-        let pages = [extents, &written.at_start, &written.at_init];
+        let pages = [&this.state.extents, &this.state.written];
         if !pages.into_iter().all(|extents| memory::are_valid(extents, &ram)) {
             let what = "its pages are not those of a guest".to_owned();
             return Err(PrebootError::Invalid { path: this.path, what });
@@ -227,18 +217,25 @@ impl Preboot {
         PrebootError::Other { path: self.path.clone(), made }
     }
 
-    /// Puts the guest's pages into its memory: maps them, and copies those that it is going to write to early.
+    /// Puts the guest's pages into its memory: maps them, and with several vCPUs copies those that it is going to
+    /// write to. A page that is copied when a vCPU writes to it is taken from the others first, and those that want
+    /// it spin in KVM until it is back (`kvm_faultin_pfn` in arch/x86/kvm/mmu/mmu.c).
     pub(crate) fn fill(&self, memory: &GuestMemory) -> Result<(), MemoryError> {
         memory.map_contents(&self.state.extents, &self.file, file::PAGES)?;
-        memory.copy_ahead(&self.state.written.at_start)
+        if self.has_one_vcpu() { Ok(()) } else { memory.copy_ahead(&self.state.written) }
     }
 
-    /// Has the pages that the guest is going to write to later copied when its init has started.
+    /// With one vCPU, has those pages copied when its init has started, which so need not wait for them.
     pub(crate) fn fill_at_init(&self, memory: &GuestMemory, marks: &mut BootMarks) {
-        let (memory, extents) = (memory.clone(), self.state.written.at_init.clone());
-        // What could not be copied is mapped.
-        let fill = move || drop(memory.copy_ahead(&extents));
-        marks.call_at(FREEZE_AT as u8, fill);
+        if self.has_one_vcpu() {
+            let (memory, written) = (memory.clone(), self.state.written.clone());
+            // What cannot be copied is mapped.
+            marks.call_at(FREEZE_AT as u8, move || drop(memory.copy_ahead(&written)));
+        }
+    }
+
+    const fn has_one_vcpu(&self) -> bool {
+        self.state.vcpus.len() == 1
     }
 }
 
@@ -279,28 +276,13 @@ pub fn make(config: &Config, path: &Path) -> Result<(), Error> {
 }
 
 /// Lets a guest continue from a new file, to its end. Tells to which pages of the file it wrote.
-///
-/// A guest with one vCPU gets most of them when its init has started, which so need not wait. With several, all
-/// are there before: a page that is copied when a vCPU writes to it is taken from the others first, and those that
-/// want it spin in KVM until it is back (`kvm_faultin_pfn` in arch/x86/kvm/mmu/mmu.c).
-fn try_out(config: &Config, preboot: Preboot) -> Result<Written, Error> {
+fn try_out(config: &Config, preboot: Preboot) -> Result<Vec<Extent>, Error> {
     let machine = Machine::continue_from(config, preboot, Timeline::starting_at(Instant::now()))?;
     let memory = machine.memory.clone();
-    let early = Arc::new(Mutex::new(None));
-    let note = {
-        let (memory, early) = (memory.clone(), Arc::clone(&early));
-        move || *lock(&early) = Some(memory.copied())
-    };
-    lock(&machine.devices.marks).call_at(FREEZE_AT as u8, note);
     match machine.start()?.wait().reason {
-        ExitReason::Payload(0) => {}
-        reason => return Err(PrebootError::Trial(reason.to_string()).into()),
+        ExitReason::Payload(0) => Ok(memory.copied()?),
+        reason => Err(PrebootError::Trial(reason.to_string()).into()),
     }
-    let written = memory.copied()?;
-    let early = lock(&early).take().transpose()?.unwrap_or_default();
-    let is_early = |page: &u64| config.machine.vcpu_count > 1 || early.binary_search(page).is_ok();
-    let (at_start, at_init): (Vec<_>, Vec<_>) = written.into_iter().partition(is_early);
-    Ok(Written { at_start: memory::extents(at_start), at_init: memory::extents(at_init) })
 }
 
 impl State {
@@ -346,7 +328,7 @@ impl Frozen {
             serial: lock(&machine.devices.serial).state(),
             virtio: machine.devices.virtio.iter().map(|device| lock(device).state()).collect(),
             extents: machine.memory.contents()?,
-            written: Written::default(),
+            written: Vec::new(),
         })
     }
 }
