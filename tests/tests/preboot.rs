@@ -126,6 +126,10 @@ fn a_damaged_file_is_named_and_not_used() {
     damaged(&|bytes| bytes[15] = 1, "its state is longer than any");
     damaged(&|bytes| bytes.truncate(1000), "it ends inside its state");
     damaged(&|bytes| bytes[16] = 0xff, "");
+    // The state ends with a number of pages that a guest writes to.
+    let end = 16 + u32::from_le_bytes(good[12..16].try_into().unwrap()) as usize;
+    assert!((1..128).contains(&good[end - 1]), "{}", good[end - 1]);
+    damaged(&|bytes| bytes[end - 1] = 0, "its pages are not those of a guest");
     damaged(&|bytes| bytes.truncate(good.len() - 1), "it ends before its last page");
     fs::remove_file(&file).unwrap();
     fs::create_dir(&file).unwrap();

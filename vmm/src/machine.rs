@@ -210,6 +210,9 @@ impl Machine {
             state,
         };
         let devices = devices.build()?;
+        if let Some(preboot) = &preboot {
+            preboot.fill_at_init(&memory, &mut lock(&devices.marks));
+        }
         timeline.reached("devices built");
 
         let mut vcpus =

@@ -2,6 +2,7 @@
 
 use crate::bus::{BusDevice, GuestRequest};
 use crate::timeline::Instant;
+use std::fmt;
 
 /// A mark and when it arrived.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,6 +19,16 @@ pub struct BootMarks {
     marks: Vec<Mark>,
     /// The stage at which the machine is to stop where it is.
     freeze_at: Option<u8>,
+    /// What is to be done when a stage is first reached.
+    action: Option<(u8, Action)>,
+}
+
+struct Action(Box<dyn FnOnce() + Send>);
+
+impl fmt::Debug for Action {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Action")
+    }
 }
 
 impl BootMarks {
@@ -27,7 +38,12 @@ impl BootMarks {
     /// Marks that make the machine stop where it is when `stage` is reached.
     #[must_use]
     pub const fn freezing_at(stage: u8) -> Self {
-        Self { marks: Vec::new(), freeze_at: Some(stage) }
+        Self { marks: Vec::new(), freeze_at: Some(stage), action: None }
+    }
+
+    /// Sets what is done when `stage` is first reached, before the guest goes on; one action at most.
+    pub fn call_at(&mut self, stage: u8, action: impl FnOnce() + Send + 'static) {
+        self.action = Some((stage, Action(Box::new(action))));
     }
 
     /// The marks so far, in order.
@@ -45,6 +61,9 @@ impl BusDevice for BootMarks {
             && self.marks.len() < Self::CAPACITY
         {
             self.marks.push(Mark { stage, at: Instant::now() });
+            if let Some((_, Action(action))) = self.action.take_if(|(at, _)| *at == stage) {
+                action();
+            }
             return (self.freeze_at == Some(stage)).then_some(GuestRequest::Freeze);
         }
         None
@@ -70,6 +89,18 @@ mod tests {
         let mut device = BootMarks::freezing_at(0x11);
         assert_eq!(device.write(0, &[0x10]), None);
         assert_eq!(device.write(0, &[0x11]), Some(GuestRequest::Freeze));
+    }
+
+    #[test]
+    fn one_mark_has_an_action_once() {
+        let (sender, calls) = std::sync::mpsc::channel();
+        let mut device = BootMarks::default();
+        device.call_at(0x11, move || sender.send(()).unwrap());
+        let mut calls_after = |stage| {
+            device.write(0, &[stage]);
+            calls.try_iter().count()
+        };
+        assert_eq!([0x10, 0x11, 0x11].map(&mut calls_after), [0, 1, 0]);
     }
 
     #[test]

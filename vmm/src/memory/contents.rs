@@ -1,9 +1,7 @@
 //! What there is in guest memory, and putting it back.
 
 use super::{GuestMemory, MemoryError};
-use crate::layout::{self, PAGE, PAGE_SIZE};
-use rustix::fs::{SeekFrom, seek};
-use rustix::io::Errno;
+use crate::layout::{PAGE, PAGE_SIZE};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io;
@@ -42,15 +40,35 @@ impl GuestMemory {
         let mut extents = Extents::default();
         for region in self.inner.iter() {
             let (start, length) = (region.start_addr().0, region.len());
-            let kept = kept_pages(region.as_ptr(), length)
+            let pages = Pages::of(region.as_ptr(), length)
                 .map_err(|source| MemoryError::Contents { address: start, source })?;
-            for (number, is_kept) in (0..).zip(kept) {
+            for (number, is_kept) in (0..).zip(pages.are_kept()) {
                 let address = start + number * PAGE_SIZE;
                 // A page of a file has content whether the host has read it yet or not.
                 let is_known = is_kept || files.iter().any(|range| range.contains(&address));
                 if is_known && !self.is_zero(address)? {
-                    extents.add(address, start);
+                    extents.add(address, start, GAP_PAGES);
                 }
+            }
+        }
+        Ok(extents.0)
+    }
+
+    /// The pages of files laid over it that are copies by now: the guest wrote to them, or a device did. Where the
+    /// host does not say which, all of them.
+    ///
+    /// # Errors
+    /// When the host does not say which pages it has.
+    pub fn copied(&self) -> Result<Vec<Extent>, MemoryError> {
+        let mut files = super::lock_ranges(&self.files).clone();
+        files.sort_unstable_by_key(|file| file.start);
+        let mut extents = Extents::default();
+        for file in files {
+            let (host, size) = self.host_range(file.start, file.end - file.start)?;
+            let pages = Pages::of(host, size as u64)
+                .map_err(|source| MemoryError::Contents { address: file.start, source })?;
+            for (number, _) in (0..).zip(pages.are_copied()).filter(|(_, is_copied)| *is_copied) {
+                extents.add(file.start + number * PAGE_SIZE, file.start, 0);
             }
         }
         Ok(extents.0)
@@ -76,63 +94,16 @@ impl GuestMemory {
     }
 }
 
-impl GuestMemory {
-    /// Reads the pages of a file into guest memory, those of each extent in turn; holes of the file are left
-    /// out, and what is longest is mapped: the kernel's list of pages, 16 MiB for each GiB of memory, of which
-    /// a start needs little.
-    ///
-    /// # Errors
-    /// When an extent is not guest memory, or the file cannot be read.
-    pub fn read_contents(&self, extents: &[Extent], file: &File, offset: u64) -> Result<(), MemoryError> {
-        let mut position = offset;
-        for extent in extents {
-            let end = position + extent.length();
-            let mut from = position;
-            while let Some(data) = next_data(file, from, end) {
-                let address = GuestAddress(extent.start + (data.start - position));
-                let length = data.end - data.start;
-                if length >= LONG {
-                    self.map_file(address, file, data.start, length)?;
-                } else {
-                    self.read_file(address, file, data.start, length)?;
-                }
-                from = data.end;
-            }
-            position = end;
-        }
-        Ok(())
-    }
-}
-
-/// Bytes in a row that are longer than anything that a kernel writes to all over.
-const LONG: u64 = 8 * layout::MIB;
-
-/// The next part of a file that is no hole, from `from` on and before `end`. A file system that does not know
-/// its holes has none.
-fn next_data(file: &File, from: u64, end: u64) -> Option<Range<u64>> {
-    if from >= end {
-        return None;
-    }
-    let start = match seek(file, SeekFrom::Data(from)) {
-        Ok(start) => start,
-        // There is nothing but a hole up to the end of the file.
-        Err(Errno::NXIO) => return None,
-        Err(_) => return Some(from..end),
-    };
-    let stop = seek(file, SeekFrom::Hole(start)).unwrap_or(end).min(end);
-    (start < end).then_some(start..stop)
-}
-
 /// Extents under construction, from low addresses to high ones.
 #[derive(Debug, Default)]
 struct Extents(Vec<Extent>);
 
 impl Extents {
-    /// Adds a page of the region that starts at `region`.
-    fn add(&mut self, address: u64, region: u64) {
+    /// Adds a page of the region that starts at `region`, and up to `gap` pages between it and the last one.
+    fn add(&mut self, address: u64, region: u64, gap: u64) {
         if let Some(last) = self.0.last_mut()
             && last.start >= region
-            && address - (last.start + last.length()) <= GAP_PAGES * PAGE_SIZE
+            && address - (last.start + last.length()) <= gap * PAGE_SIZE
             && let Ok(pages) = u32::try_from((address - last.start) / PAGE_SIZE + 1)
         {
             last.pages = pages;
@@ -142,22 +113,39 @@ impl Extents {
     }
 }
 
-/// For each page of a mapping, whether the host keeps it anywhere: in memory or in swap
-/// (Documentation/admin-guide/mm/pagemap.rst).
-fn kept_pages(address: *mut u8, length: u64) -> io::Result<Vec<bool>> {
-    const PRESENT_OR_SWAPPED: u64 = 1 << 63 | 1 << 62;
-    const ENTRY: usize = size_of::<u64>();
-    let pages = usize::try_from(length.div_ceil(PAGE_SIZE)).map_err(io::Error::other)?;
-    let mut entries = vec![0; pages * ENTRY];
-    let first = address.addr() / PAGE * ENTRY;
-    match File::open("/proc/self/pagemap") {
-        Ok(file) => file.read_exact_at(&mut entries, first as u64)?,
-        // A program with privileges of its own may not look. Then every page has to be.
-        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Ok(vec![true; pages]),
-        Err(error) => return Err(error),
+/// What the host says of the pages of a mapping (Documentation/admin-guide/mm/pagemap.rst).
+struct Pages(Vec<[u8; 8]>);
+
+impl Pages {
+    const PRESENT: u64 = 1 << 63;
+    const SWAPPED: u64 = 1 << 62;
+    const OF_A_FILE: u64 = 1 << 61;
+
+    fn of(address: *mut u8, length: u64) -> io::Result<Self> {
+        let pages = usize::try_from(length.div_ceil(PAGE_SIZE)).map_err(io::Error::other)?;
+        let mut entries = vec![[0; 8]; pages];
+        match File::open("/proc/self/pagemap") {
+            Ok(file) => file.read_exact_at(entries.as_flattened_mut(), (address.addr() / PAGE * 8) as u64)?,
+            // A program with privileges of its own may not look. Then every page may be anything.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                entries.fill(Self::PRESENT.to_le_bytes());
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(Self(entries))
     }
-    let entries = entries.as_chunks::<ENTRY>().0;
-    Ok(entries.iter().map(|entry| u64::from_le_bytes(*entry) & PRESENT_OR_SWAPPED != 0).collect())
+
+    /// For each, whether the host keeps it anywhere: in memory or in swap.
+    fn are_kept(&self) -> impl Iterator<Item = bool> {
+        self.0.iter().map(|entry| u64::from_le_bytes(*entry) & (Self::PRESENT | Self::SWAPPED) != 0)
+    }
+
+    /// For each page of a file that is mapped copy-on-write, whether it has been copied.
+    fn are_copied(&self) -> impl Iterator<Item = bool> {
+        self.are_kept()
+            .zip(&self.0)
+            .map(|(is_kept, entry)| is_kept && u64::from_le_bytes(*entry) & Self::OF_A_FILE == 0)
+    }
 }
 
 /// Whether extents are whole pages in ascending order that do not overlap, inside these ranges.
@@ -206,38 +194,6 @@ mod tests {
         let mut byte = [0];
         copy.read(GuestAddress(7 * PAGE_SIZE + 4095), &mut byte).unwrap();
         assert_eq!(byte, [2]);
-        let copy = GuestMemory::anonymous(64 * MIB).unwrap();
-        copy.read_contents(&extents, &file, PAGE_SIZE).unwrap();
-        assert_eq!(copy.contents().unwrap(), extents);
-    }
-
-    #[test]
-    fn what_is_long_is_mapped() {
-        let mut file = tempfile::tempfile().unwrap();
-        file.write_all(&vec![1; 9 << 20]).unwrap();
-        let memory = GuestMemory::anonymous(16 * MIB).unwrap();
-        memory.read_contents(&[extent(256, 2304)], &file, 0).unwrap();
-        let mapped = super::super::lock_ranges(&memory.files).clone();
-        assert!(
-            !mapped.is_empty() && mapped.iter().all(|range| range.end - range.start >= LONG),
-            "{mapped:?}"
-        );
-        assert_eq!(memory.contents().unwrap(), [extent(256, 2304)]);
-    }
-
-    #[test]
-    fn holes_of_a_file_are_not_read() {
-        let mut file = tempfile::tempfile().unwrap();
-        file.write_all(&[1; PAGE]).unwrap();
-        file.set_len(9 * PAGE_SIZE).unwrap();
-        file.write_all_at(&[2; PAGE], 6 * PAGE_SIZE).unwrap();
-        assert_eq!(next_data(&file, 0, 9 * PAGE_SIZE), Some(0..PAGE_SIZE));
-        assert_eq!(next_data(&file, PAGE_SIZE, 9 * PAGE_SIZE), Some(6 * PAGE_SIZE..7 * PAGE_SIZE));
-        assert_eq!(next_data(&file, PAGE_SIZE, 6 * PAGE_SIZE), None);
-        assert_eq!(next_data(&file, 7 * PAGE_SIZE, 9 * PAGE_SIZE), None);
-        let memory = GuestMemory::anonymous(MIB).unwrap();
-        memory.read_contents(&[extent(3, 9)], &file, 0).unwrap();
-        assert_eq!(memory.contents().unwrap(), [extent(3, 7)]);
     }
 
     #[test]
@@ -247,6 +203,52 @@ mod tests {
         file.write_all(&[7; 2 * PAGE]).unwrap();
         memory.map_file(GuestAddress(MIB), &file, 0, 2 * PAGE_SIZE).unwrap();
         assert_eq!(memory.contents().unwrap(), [extent(256, 2)]);
+    }
+
+    #[test]
+    fn pages_that_are_written_are_copies() {
+        let memory = GuestMemory::anonymous(8 * MIB).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&[7; 9 * PAGE], 0).unwrap();
+        let at = |page: u64| GuestAddress(page * PAGE_SIZE);
+        // The higher one first: what counts is where they are.
+        memory.map_file(at(1000), &file, 0, 2 * PAGE_SIZE).unwrap();
+        memory.map_file(at(256), &file, 0, 9 * PAGE_SIZE).unwrap();
+        memory.read(at(258), &mut [0; PAGE]).unwrap();
+        memory.write(at(100), &[1]).unwrap();
+        for page in [1001, 264, 260, 261] {
+            memory.write(at(page), &[1]).unwrap();
+        }
+        let copied = [extent(260, 2), extent(264, 1), extent(1001, 1)];
+        assert_eq!(memory.copied().unwrap(), copied);
+    }
+
+    #[test]
+    fn pages_are_copied_ahead_and_stay_the_same() {
+        let memory = GuestMemory::anonymous(8 * MIB).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&[7; 4 * PAGE], 0).unwrap();
+        memory.map_file(GuestAddress(MIB), &file, 0, 4 * PAGE_SIZE).unwrap();
+        memory.copy_ahead(&[extent(257, 2)]).unwrap();
+        assert_eq!(memory.copied().unwrap(), [extent(257, 2)]);
+        file.write_all_at(&[8; 4 * PAGE], 0).unwrap();
+        let mut bytes = [0; 4 * PAGE];
+        memory.read(GuestAddress(MIB), &mut bytes).unwrap();
+        assert_eq!([0, 1, 2, 3].map(|page| bytes[page * PAGE]), [8, 7, 7, 8]);
+        let outside = memory.copy_ahead(&[extent(2048, 1)]);
+        assert!(matches!(outside, Err(MemoryError::Outside { .. })), "{outside:?}");
+    }
+
+    /// A file that became shorter is an error, and no signal.
+    #[test]
+    fn pages_that_are_gone_are_not_copied() {
+        let memory = GuestMemory::anonymous(8 * MIB).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(2 * PAGE_SIZE).unwrap();
+        memory.map_file(GuestAddress(MIB), &file, 0, 2 * PAGE_SIZE).unwrap();
+        file.set_len(PAGE_SIZE).unwrap();
+        let copied = memory.copy_ahead(&[extent(256, 2)]);
+        assert!(matches!(copied, Err(MemoryError::Copy { address: 0x10_0000, .. })), "{copied:?}");
     }
 
     #[test]

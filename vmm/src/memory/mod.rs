@@ -43,6 +43,16 @@ pub enum MemoryError {
         /// What the host said.
         source: io::Error,
     },
+    /// Pages of a file could not be copied.
+    #[error("cannot copy {length} bytes of a file at guest address {address:#x}")]
+    Copy {
+        /// Guest-physical address of the pages.
+        address: u64,
+        /// Their length in bytes.
+        length: u64,
+        /// What the host said.
+        source: io::Error,
+    },
     /// A range that is not guest memory, or not whole pages where those are needed.
     #[error("{length} bytes at guest address {address:#x} are outside guest memory")]
     Outside {
@@ -200,15 +210,39 @@ impl GuestMemory {
     /// When the range is not guest memory. A range that goes on behind its end is cut off there.
     pub fn use_small_pages(&self, range: Range<u64>) -> Result<(), MemoryError> {
         let end = range.end.min(self.low_end().0);
-        let length = end.saturating_sub(range.start);
-        let outside = || MemoryError::Outside { address: range.start, length };
-        let size = usize::try_from(length).map_err(|_| outside())?;
-        let slice = self.inner.get_slice(GuestAddress(range.start), size).map_err(|_| outside())?;
-        let target = slice.ptr_guard_mut().as_ptr();
-        // SAFETY: `get_slice` returned `size` bytes of this guest's own mapping, and MADV_NOHUGEPAGE
+        let (target, size) = self.host_range(range.start, end.saturating_sub(range.start))?;
+        // SAFETY: `host_range` returned `size` bytes of this guest's own mapping, and MADV_NOHUGEPAGE
         // does not change their content. Hosts without huge pages refuse it, which is as well.
         unsafe { libc::madvise(target.cast(), size, libc::MADV_NOHUGEPAGE) };
         Ok(())
+    }
+
+    /// Copies pages of files that were laid over it now, and not when they are first written to. A host that
+    /// cannot (Linux before 5.14) does it then.
+    ///
+    /// # Errors
+    /// When an extent is not guest memory, the files cannot be read or the host has no memory.
+    pub fn copy_ahead(&self, extents: &[Extent]) -> Result<(), MemoryError> {
+        for extent in extents {
+            let (host, size) = self.host_range(extent.start, extent.length())?;
+            // SAFETY: `host_range` returned `size` bytes of this guest's own mapping, and MADV_POPULATE_WRITE
+            // does not change their content.
+            let result = unsafe { libc::madvise(host.cast(), size, libc::MADV_POPULATE_WRITE) };
+            let error = io::Error::last_os_error();
+            if result != 0 && error.raw_os_error() != Some(libc::EINVAL) {
+                let address = extent.start;
+                return Err(MemoryError::Copy { address, length: extent.length(), source: error });
+            }
+        }
+        Ok(())
+    }
+
+    /// Where a range of guest memory in one piece is in this process, and its length.
+    fn host_range(&self, address: u64, length: u64) -> Result<(*mut u8, usize), MemoryError> {
+        let outside = || MemoryError::Outside { address, length };
+        let size = usize::try_from(length).map_err(|_| outside())?;
+        let slice = self.inner.get_slice(GuestAddress(address), size).map_err(|_| outside())?;
+        Ok((slice.ptr_guard_mut().as_ptr(), size))
     }
 
     /// Lays a part of a file over guest memory, copy-on-write: the guest sees the file's bytes,
@@ -230,12 +264,10 @@ impl GuestMemory {
         if [address.0, offset, length].iter().any(|value| value % PAGE_SIZE != 0) || length == 0 {
             return Err(outside());
         }
-        let size = usize::try_from(length).map_err(|_| outside())?;
-        let slice = self.inner.get_slice(address, size).map_err(|_| outside())?;
+        let (target, size) = self.host_range(address.0, length)?;
         let failed = |source| MemoryError::MapFile { address: address.0, length, source };
         let offset = libc::off_t::try_from(offset).map_err(|_| failed(io::ErrorKind::InvalidInput.into()))?;
-        let target = slice.ptr_guard_mut().as_ptr();
-        // SAFETY: `get_slice` returned `size` bytes of this guest's own mapping, which stay mapped
+        // SAFETY: `host_range` returned `size` bytes of this guest's own mapping, which stay mapped
         // as long as `self`; MAP_FIXED replaces exactly those pages, in the same address range and
         // with the same access, so every pointer into the mapping stays valid. Guest memory is
         // only accessed through volatile slices, never through references.

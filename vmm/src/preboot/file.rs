@@ -3,18 +3,17 @@
 //! ```text
 //!      0  "KINDLING"  format: u32  length of the state: u32
 //!     16  state, in postcard's encoding
-//!         zeroes up to a multiple of 4 KiB
-//!         pages of guest memory, those of each extent in turn
+//! 256 Ki  pages of guest memory, those of each extent in turn
 //! ```
 //! Integers are little-endian. The file appears by renaming, so that it is whole or absent.
 
 use super::{PrebootError, State};
 use crate::layout::{PAGE, PAGE_SIZE};
-use crate::memory::{GuestMemory, MemoryError};
+use crate::memory::{Extent, GuestMemory, MemoryError};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use vm_memory::GuestAddress;
@@ -22,10 +21,13 @@ use vm_memory::GuestAddress;
 const MAGIC: [u8; 8] = *b"KINDLING";
 const HEADER_LEN: usize = 16;
 /// Version of everything behind the magic; another one is not read.
-const FORMAT: u32 = 2;
-/// A state takes 3 KiB and 7 KiB for each of 16 vCPUs. A hostile one takes memory, before it is refused, of
+const FORMAT: u32 = 3;
+/// A state takes 6 KiB and 7 KiB for each of 16 vCPUs. A hostile one takes memory, before it is refused, of
 /// 600 times its length.
 const STATE_MAX: u32 = 192 << 10;
+/// Where the pages start, whatever the length of the state, which is written again when they are there.
+pub(super) const PAGES: u64 = 256 << 10;
+const _: () = assert!(HEADER_LEN as u64 + STATE_MAX as u64 <= PAGES && PAGES.is_multiple_of(PAGE_SIZE));
 
 /// Opens a file, and nothing that could block or lead elsewhere.
 pub(super) fn open(path: &Path) -> Result<File, PrebootError> {
@@ -42,8 +44,8 @@ pub(super) fn open(path: &Path) -> Result<File, PrebootError> {
     Ok(file)
 }
 
-/// Reads the state of a file, and checks that its pages are there; also where they start.
-pub(super) fn read(file: &File, path: &Path) -> Result<(State, u64), PrebootError> {
+/// Reads the state of a file, and checks that its pages are there.
+pub(super) fn read(file: &File, path: &Path) -> Result<State, PrebootError> {
     let failed = |source| PrebootError::Read { path: path.into(), source };
     let invalid = |what: &str| PrebootError::Invalid { path: path.into(), what: what.to_owned() };
     let length = file.metadata().map_err(failed)?.len();
@@ -63,26 +65,29 @@ pub(super) fn read(file: &File, path: &Path) -> Result<(State, u64), PrebootErro
     let mut bytes = vec![0; usize::try_from(word(12)).unwrap_or(0)];
     file.read_exact_at(&mut bytes, HEADER_LEN as u64).map_err(|_| invalid("it ends inside its state"))?;
     let state: State = postcard::from_bytes(&bytes).map_err(|error| invalid(&error.to_string()))?;
-    let data = first_page(bytes.len());
     let pages: u64 = state.extents.iter().map(|extent| u64::from(extent.pages)).sum();
-    if data + pages * PAGE_SIZE > length {
+    if PAGES + pages * PAGE_SIZE > length {
         return Err(invalid("it ends before its last page"));
     }
-    Ok((state, data))
+    Ok(state)
 }
 
-/// Writes a state and the pages that its extents name.
-pub(super) fn write(file: &mut File, state: &State, memory: &GuestMemory) -> Result<(), WriteError> {
+/// Writes a state, in place of the one that is there.
+pub(super) fn write_state(file: &File, state: &State) -> io::Result<()> {
     let bytes = postcard::to_allocvec(state).map_err(io::Error::other)?;
     let length = u32::try_from(bytes.len()).ok().filter(|&length| length <= STATE_MAX);
     let length = length.ok_or_else(|| io::Error::other("the state is too long"))?;
-    file.write_all(&MAGIC)?;
-    file.write_all(&FORMAT.to_le_bytes())?;
-    file.write_all(&length.to_le_bytes())?;
-    file.write_all(&bytes)?;
-    let mut position = first_page(bytes.len());
+    file.write_all_at(&MAGIC, 0)?;
+    file.write_all_at(&FORMAT.to_le_bytes(), 8)?;
+    file.write_all_at(&length.to_le_bytes(), 12)?;
+    file.write_all_at(&bytes, HEADER_LEN as u64)
+}
+
+/// Writes the pages that extents name.
+pub(super) fn write_pages(file: &File, extents: &[Extent], memory: &GuestMemory) -> Result<(), WriteError> {
+    let mut position = PAGES;
     let mut page = [0; PAGE];
-    for extent in &state.extents {
+    for extent in extents {
         for number in 0..u64::from(extent.pages) {
             memory.read(GuestAddress(extent.start + number * PAGE_SIZE), &mut page)?;
             if page != [0; PAGE] {
@@ -93,7 +98,6 @@ pub(super) fn write(file: &mut File, state: &State, memory: &GuestMemory) -> Res
     }
     // What is not written is a hole, the last pages too.
     file.set_len(position)?;
-    file.sync_all()?;
     Ok(())
 }
 
@@ -104,9 +108,4 @@ pub(super) enum WriteError {
     File(#[from] io::Error),
     #[error(transparent)]
     Memory(#[from] MemoryError),
-}
-
-/// Where the pages start behind a state of so many bytes.
-fn first_page(state: usize) -> u64 {
-    (HEADER_LEN + state).next_multiple_of(PAGE) as u64
 }

@@ -9,9 +9,11 @@
 //! before the payload runs.
 
 mod file;
+mod place;
 
 use crate::bus::lock;
 use crate::config::{Config, Console, GuestConfig};
+use crate::devices::boot_mark::BootMarks;
 use crate::devices::{io_apic, serial, virtio};
 use crate::exit::ExitReason;
 use crate::kvm::{self, Hypervisor, KvmError, Vcpu, VcpuState, Vm};
@@ -22,18 +24,19 @@ use crate::running::Frozen;
 use crate::timeline::{Instant, Timeline};
 use guest_protocol::BootMark;
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, mkdir, open, openat, renameat, unlinkat};
-use rustix::io::Errno;
+use place::Place;
 use serde::{Deserialize, Serialize};
-use std::ffi::OsString;
-use std::fs::{File, Permissions};
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 /// Where init executes again what the frozen machine executed last.
 const FREEZE_AT: BootMark = BootMark::InitEntered;
+
+/// Guests that continue from a new file one after the other. The first tells which pages guests write to, and the
+/// next starts as all later ones do; what vCPUs do side by side is not quite the same each time, and the list
+/// has what either wrote to.
+const TRIALS: u32 = 2;
 
 /// Why there is no pre-booted kernel to continue from, or none could be made.
 #[derive(Debug, thiserror::Error)]
@@ -141,6 +144,8 @@ pub(crate) struct State {
     pub(crate) virtio: Vec<virtio::State>,
     /// The pages in the file.
     extents: Vec<Extent>,
+    /// Those among them that a guest writes to until the end of a payload that does nothing.
+    written: Vec<Extent>,
 }
 
 /// A pre-booted kernel that a machine can continue from.
@@ -149,8 +154,6 @@ pub(crate) struct Preboot {
     path: PathBuf,
     pub(crate) state: State,
     file: File,
-    /// Where the pages start in the file.
-    pages: u64,
 }
 
 impl Preboot {
@@ -165,8 +168,8 @@ impl Preboot {
 
     /// Reads one that is open; `path` is for messages.
     fn read(file: File, path: &Path, config: &Config) -> Result<Self, PrebootError> {
-        let (state, pages) = file::read(&file, path)?;
-        let this = Self { path: path.into(), state, file, pages };
+        let state = file::read(&file, path)?;
+        let this = Self { path: path.into(), state, file };
         let asked = MadeFor::config(config)?;
         let made = &this.state.made_for;
         if made.vmm != asked.vmm {
@@ -180,7 +183,8 @@ impl Preboot {
         }
         let ram = layout::ram_ranges(asked.mem_size_mib * layout::MIB);
         let ram: Vec<_> = ram.into_iter().map(|(start, size)| start.0..start.0 + size).collect();
-        if !memory::are_valid(&this.state.extents, &ram) {
+        let pages = [&this.state.extents, &this.state.written];
+        if !pages.into_iter().all(|extents| memory::are_valid(extents, &ram)) {
             let what = "its pages are not those of a guest".to_owned();
             return Err(PrebootError::Invalid { path: this.path, what });
         }
@@ -213,15 +217,25 @@ impl Preboot {
         PrebootError::Other { path: self.path.clone(), made }
     }
 
-    /// Puts the guest's pages into its memory. They are mapped where there is one vCPU: it needs a tenth of
-    /// them. With several, each first write of one would take the page from all the others, which stop for it
-    /// and spin at its door until it is there (`kvm_faultin_pfn` in arch/x86/kvm/mmu/mmu.c); so most are read.
+    /// Puts the guest's pages into its memory: maps them, and with several vCPUs copies those that it is going to
+    /// write to. A page that is copied when a vCPU writes to it is taken from the others first, and those that want
+    /// it spin in KVM until it is back (`kvm_faultin_pfn` in arch/x86/kvm/mmu/mmu.c).
     pub(crate) fn fill(&self, memory: &GuestMemory) -> Result<(), MemoryError> {
-        if self.state.vcpus.len() > 1 {
-            memory.read_contents(&self.state.extents, &self.file, self.pages)
-        } else {
-            memory.map_contents(&self.state.extents, &self.file, self.pages)
+        memory.map_contents(&self.state.extents, &self.file, file::PAGES)?;
+        if self.has_one_vcpu() { Ok(()) } else { memory.copy_ahead(&self.state.written) }
+    }
+
+    /// With one vCPU, has those pages copied when its init has started, which so need not wait for them.
+    pub(crate) fn fill_at_init(&self, memory: &GuestMemory, marks: &mut BootMarks) {
+        if self.has_one_vcpu() {
+            let (memory, written) = (memory.clone(), self.state.written.clone());
+            // What cannot be copied is mapped.
+            marks.call_at(FREEZE_AT as u8, move || drop(memory.copy_ahead(&written)));
         }
+    }
+
+    const fn has_one_vcpu(&self) -> bool {
+        self.state.vcpus.len() == 1
     }
 }
 
@@ -242,25 +256,31 @@ pub fn make(config: &Config, path: &Path) -> Result<(), Error> {
     let made_for = MadeFor::config(&config)?;
     let running = Machine::build(&config, Timeline::starting_at(Instant::now()), Some(FREEZE_AT))?.start()?;
     let mut frozen = running.freeze().map_err(|reason| PrebootError::Ended(reason.to_string()))?;
-    let state = frozen.state(made_for)?;
+    let mut state = frozen.state(made_for)?;
     let failed = |source| PrebootError::Write { path: path.into(), source };
     let place = Place::of(path).map_err(failed)?;
-    let mut file = place.file_without_a_name().map_err(failed)?;
-    file::write(&mut file, &state, &frozen.machine().memory).map_err(|error| match error {
+    let file = place.file_without_a_name().map_err(failed)?;
+    file::write_pages(&file, &state.extents, &frozen.machine().memory).map_err(|error| match error {
         file::WriteError::File(source) => failed(source),
         file::WriteError::Memory(error) => failed(io::Error::other(error)),
     })?;
     drop(frozen);
-    try_out(&config, Preboot::read(file.try_clone().map_err(failed)?, path, &config)?)?;
+    file::write_state(&file, &state).map_err(failed)?;
+    for _ in 0..TRIALS {
+        let preboot = Preboot::read(file.try_clone().map_err(failed)?, path, &config)?;
+        state.written = try_out(&config, preboot)?;
+        file::write_state(&file, &state).map_err(failed)?;
+    }
     place.publish(&file).map_err(failed)?;
     Ok(())
 }
 
-/// Lets a guest continue from a new file, to its end.
-fn try_out(config: &Config, preboot: Preboot) -> Result<(), Error> {
+/// Lets a guest continue from a new file, to its end. Tells to which pages of the file it wrote.
+fn try_out(config: &Config, preboot: Preboot) -> Result<Vec<Extent>, Error> {
     let machine = Machine::continue_from(config, preboot, Timeline::starting_at(Instant::now()))?;
+    let memory = machine.memory.clone();
     match machine.start()?.wait().reason {
-        ExitReason::Payload(0) => Ok(()),
+        ExitReason::Payload(0) => Ok(memory.copied()?),
         reason => Err(PrebootError::Trial(reason.to_string()).into()),
     }
 }
@@ -308,59 +328,7 @@ impl Frozen {
             serial: lock(&machine.devices.serial).state(),
             virtio: machine.devices.virtio.iter().map(|device| lock(device).state()).collect(),
             extents: machine.memory.contents()?,
+            written: Vec::new(),
         })
-    }
-}
-
-/// Where a file is to appear: a name in a folder that is no link, whoever the folder above belongs to.
-struct Place {
-    folder: OwnedFd,
-    name: OsString,
-}
-
-impl Place {
-    fn of(path: &Path) -> io::Result<Self> {
-        let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
-        match mkdir(folder, Mode::from_raw_mode(0o755)) {
-            Ok(()) | Err(Errno::EXIST) => {}
-            Err(error) => return Err(error.into()),
-        }
-        let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        Ok(Self { folder: open(folder, flags, Mode::empty())?, name })
-    }
-
-    /// A file of which nothing is left where this program is stopped.
-    fn file_without_a_name(&self) -> io::Result<File> {
-        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-        let file = File::from(openat(&self.folder, ".", flags, Mode::from_raw_mode(0o644))?);
-        // Whatever the caller's mask: there is nothing in it that another user's guest could not tell him.
-        file.set_permissions(Permissions::from_mode(0o644))?;
-        Ok(file)
-    }
-
-    /// Gives the file its name, in place of what has it.
-    fn publish(&self, file: &File) -> io::Result<()> {
-        /// Drafts that programs which were killed in this moment may have left.
-        const ATTEMPTS: u32 = 100;
-        let open_file = format!("/proc/self/fd/{}", file.as_raw_fd());
-        let mut draft = self.name.clone();
-        // A link cannot replace what is there, and a rename can.
-        for attempt in 0..ATTEMPTS {
-            draft.clone_from(&self.name);
-            draft.push(format!(".draft-{}-{attempt}", std::process::id()));
-            match linkat(CWD, &open_file, &self.folder, &draft, AtFlags::SYMLINK_FOLLOW) {
-                Err(Errno::EXIST) => {}
-                result => {
-                    result?;
-                    break;
-                }
-            }
-        }
-        let renamed = renameat(&self.folder, &draft, &self.folder, &self.name);
-        if renamed.is_err() {
-            let _ = unlinkat(&self.folder, &draft, AtFlags::empty());
-        }
-        Ok(renamed?)
     }
 }
