@@ -40,8 +40,9 @@ fn every_command_is_one() {
         for line in quoted(&text).chain(fenced) {
             if let Some(words) = line.trim().strip_prefix("cargo xtask ") {
                 let command = words.split_whitespace().next().unwrap_or_default();
-                let file = format!("xtask/src/{}.rs", command.replace('-', "_"));
-                let folder = format!("xtask/src/{command}/mod.rs");
+                let module = command.replace('-', "_");
+                let file = format!("xtask/src/{module}.rs");
+                let folder = format!("xtask/src/{module}/mod.rs");
                 let exists = root().join(&file).exists() || root().join(&folder).exists();
                 assert!(exists, "{name} names `cargo xtask {command}`, which is no command");
             }
