@@ -33,6 +33,10 @@ impl Listener {
     /// Makes the socket, also in place of one that nobody listens on any more.
     pub(super) fn bind(path: &Path) -> Result<Self, ConfigError> {
         let wrong = |what: String| ConfigError::VsockSocket { path: path.into(), what };
+        // Such a socket would get an abstract name, which every user of the host may connect to.
+        if path.as_os_str().is_empty() {
+            return Err(wrong("its path is empty; choose one such as ./vsock".into()));
+        }
         let socket = match UnixListener::bind(path) {
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
                 remove_stale(path).map_err(wrong)?;
@@ -47,13 +51,10 @@ impl Listener {
         Ok(this)
     }
 
-    /// A socket that no program finds, and from which none is found.
+    /// A socket that no program finds, because it has no name, and from which none is found.
     pub(super) fn nowhere() -> io::Result<Self> {
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
         let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-        // Linux chooses a name that is free (unix(7), "Autobind feature").
-        rustix::net::bind(&socket, &SocketAddrUnix::new_unnamed())?;
-        rustix::net::listen(&socket, 1)?;
         Ok(Self { socket: socket.into(), path: None, file: None })
     }
 
@@ -198,6 +199,17 @@ mod tests {
         let (program, socket) = UnixStream::pair().unwrap();
         drop(program);
         assert_eq!(read_request(&socket), Asked::Nonsense, "it has left");
+    }
+
+    #[test]
+    fn nowhere_is_found_by_nobody() {
+        // Linux gives abstract names to sockets without one, and lists those in /proc/net/unix for everybody.
+        let listener = Listener::nowhere().unwrap();
+        assert!(listener.socket.local_addr().unwrap().is_unnamed());
+        assert!(listener.accept().is_err(), "it is watched no longer after its first event");
+        assert!(listener.connect(1).is_err());
+        let error = Listener::bind(Path::new("")).unwrap_err().to_string();
+        assert!(error.ends_with("its path is empty; choose one such as ./vsock"), "{error}");
     }
 
     #[test]

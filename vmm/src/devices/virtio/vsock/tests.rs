@@ -524,6 +524,19 @@ fn a_reset_forgets_chains_that_were_taken_when_the_device_broke() {
     assert_eq!((used.head, &used.bytes[HEADER_SIZE..HEADER_SIZE + 5]), (1, &b"hello"[..]));
 }
 
+#[test]
+fn a_kernel_that_is_booted_for_many_is_left_in_peace() {
+    let config = Config { guest_cid: 3, uds_path: "unused".into(), vsock_id: None };
+    let mut driver = Driver::started(Vsock::blank(&config).unwrap());
+    let events = (0..10).take_while(|_| driver.run(Some(0))).count();
+    assert!(events < 3, "a socket without a name calls once and no more");
+    driver.push(TX, &[Piece::Out(packet(REQUEST, 1000, 80).to_bytes().to_vec())]);
+    driver.push(RX, &[Piece::In(CHAIN)]);
+    driver.ring();
+    let header = *driver.wait(RX).bytes.first_chunk().unwrap();
+    assert_eq!(Header::from_bytes(&header).op, RST);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
 
