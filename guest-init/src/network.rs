@@ -7,7 +7,7 @@ use crate::voice::say;
 use core::fmt::{self, Write};
 use guest_protocol::frame::Network;
 use rustix::fd::OwnedFd;
-use rustix::fs::{CWD, Mode, OFlags, mkdirat, open};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, mkdirat, open, unlinkat};
 use rustix::io::Errno;
 use rustix::ioctl::{Opcode, Setter, ioctl};
 use rustix::net::{AddressFamily, SocketType, socket};
@@ -160,10 +160,15 @@ fn add_default_route(socket: &OwnedFd, gateway: [u8; 4]) -> Result<(), Errno> {
     unsafe { ioctl(socket, Setter::<SIOCADDRT, _>::new(route)) }
 }
 
+/// Where the C library looks for name servers (resolv.conf(5)).
+const RESOLV_CONF: &str = "/etc/resolv.conf";
+
 fn write_nameserver([a, b, c, d]: [u8; 4]) -> Result<(), Errno> {
     let _ = mkdirat(CWD, "/etc", Mode::from_raw_mode(0o755));
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC;
-    let file = open("/etc/resolv.conf", flags, Mode::from_raw_mode(0o644))?;
+    // In an image it may be a link to a file that only its own init makes, or anything else.
+    let _ = unlinkat(CWD, RESOLV_CONF, AtFlags::empty());
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+    let file = open(RESOLV_CONF, flags, Mode::from_raw_mode(0o644))?;
     let mut line = Line::<32>::default();
     let _ = writeln!(line, "nameserver {a}.{b}.{c}.{d}");
     rustix::io::write(&file, &line.bytes[..line.length]).map(drop)

@@ -218,6 +218,8 @@ fn busybox_root(root: &Path) -> Result<()> {
     let busybox = root.join("bin/busybox");
     fs::copy(lab::busybox()?, &busybox)?;
     let shell = Shell::new()?;
+    // As images with systemd have it: a link to what nobody makes here.
+    std::os::unix::fs::symlink("../run/systemd/resolve/stub-resolv.conf", root.join("etc/resolv.conf"))?;
     for name in cmd!(shell, "{busybox} --list").quiet().read()?.lines().filter(|name| *name != "busybox") {
         std::os::unix::fs::symlink("busybox", root.join("bin").join(name))?;
     }

@@ -7,7 +7,7 @@ use super::{Broken, Chain, Device, Event, Left, Queues, Segment, Watcher};
 use crate::config::ConfigError;
 use crate::config::devices::{CacheType, Drive};
 use crate::timeline::Instant;
-use rustix::fs::{FlockOperation, Mode, OFlags, flock};
+use rustix::fs::{FlockOperation, Mode, OFlags, fcntl_getfl, fcntl_setfl, flock};
 use rustix::io::Errno;
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
@@ -451,6 +451,10 @@ pub(super) fn open_file(path: &Path, is_read_only: bool, is_direct: bool) -> Res
     if !kind.is_file() && !kind.is_block_device() {
         return Err("it is neither a file nor a block device".into());
     }
+    // It has served its purpose. On a filesystem that does not know NOWAIT, io_uring would take it to mean that no
+    // request may wait (`io_rw_init_file` in io_uring/rw.c).
+    let flags = fcntl_getfl(&file).map_err(|error| error.to_string())?;
+    fcntl_setfl(&file, flags - OFlags::NONBLOCK).map_err(|error| error.to_string())?;
     let lock = if is_read_only {
         FlockOperation::NonBlockingLockShared
     } else {
