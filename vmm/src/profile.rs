@@ -12,6 +12,12 @@ use vmm_sys_util::signal::SIGRTMIN;
 /// more exits than this is not booting any more.
 const RECORDS_MAX: usize = 1 << 20;
 
+/// Samples that a boot can leave at most: each has a part of a stack, 4 KiB at most.
+const SAMPLES_MAX: usize = 1 << 16;
+
+/// How often the time to the next sample is doubled at most, for a guest that did not get on.
+const DOUBLINGS_MAX: u32 = 6;
+
 /// The least time after which a sample that was missed is tried again: much more than one takes.
 const AGAIN_MIN: Duration = Duration::from_millis(1);
 
@@ -144,14 +150,17 @@ impl Recorder {
 
     /// Whether the time of the next sample has come.
     pub(crate) fn sample_is_due(&self) -> bool {
-        self.samples.len() < RECORDS_MAX
+        self.samples.len() < SAMPLES_MAX
             && self.timer.as_ref().is_some_and(|timer| timer.due <= Instant::now())
     }
 
-    /// Records where the vCPU is, and waits for the next time.
+    /// Records where the vCPU is, and waits for the next time: longer where it is the same instruction as before. An
+    /// entry of the guest may take as long as the interval, and then it would never get on.
     pub(crate) fn sample(&mut self, instruction: u64, stack: Vec<u64>) {
+        let stood_still = self.samples.last().is_some_and(|last| last.instruction == instruction);
         self.samples.push(Sample { at: Instant::now(), vcpu: self.vcpu, instruction, stack });
         if let Some(timer) = &mut self.timer {
+            timer.doublings = if stood_still { (timer.doublings + 1).min(DOUBLINGS_MAX) } else { 0 };
             timer.rearm();
         }
     }
@@ -181,6 +190,8 @@ impl Recorder {
 struct SampleTimer {
     id: libc::timer_t,
     interval: Duration,
+    /// How often it is doubled the next time.
+    doublings: u32,
     due: Instant,
 }
 
@@ -202,7 +213,7 @@ impl SampleTimer {
         if result != 0 {
             return Err(io::Error::last_os_error());
         }
-        let mut this = Self { id, interval, due: Instant(0) };
+        let mut this = Self { id, interval, doublings: 0, due: Instant(0) };
         this.rearm();
         Ok(this)
     }
@@ -213,11 +224,12 @@ impl SampleTimer {
             tv_nsec: duration.subsec_nanos().into(),
         };
         // A signal that arrives just before the vCPU is entered is lost; a later one is not.
-        let again = self.interval.saturating_mul(8).max(AGAIN_MIN);
-        let setting = libc::itimerspec { it_interval: time(again), it_value: time(self.interval) };
+        let interval = self.interval.saturating_mul(1 << self.doublings);
+        let again = interval.saturating_mul(8).max(AGAIN_MIN);
+        let setting = libc::itimerspec { it_interval: time(again), it_value: time(interval) };
         // SAFETY: the timer is this one's own, and the kernel reads the setting.
         unsafe { libc::timer_settime(self.id, 0, &raw const setting, std::ptr::null_mut()) };
-        let interval = u64::try_from(self.interval.as_nanos()).unwrap_or(u64::MAX);
+        let interval = u64::try_from(interval.as_nanos()).unwrap_or(u64::MAX);
         self.due = Instant(Instant::now().0.saturating_add(interval));
     }
 }
