@@ -356,8 +356,8 @@ impl Vm {
     }
 
     /// Lets writes of these registers wait for the next access to a register that comes to this process. Where KVM
-    /// cannot do that, each is an exit of its own. It takes KVM about as long as three exits (exact lab), and has to come
-    /// before the vCPUs: it is for guests that boot.
+    /// cannot do that, each is an exit of its own. It takes KVM about as long as three exits (exact lab), and has to
+    /// come before the vCPUs: it is for guests that boot.
     pub fn collect_writes(&self, start: GuestAddress, length: u32) {
         let result = self.fd.register_coalesced_mmio(IoEventAddress::Mmio(start.0), length);
         self.collects.fetch_or(result.is_ok(), Ordering::Relaxed);
