@@ -28,6 +28,7 @@ pub mod devices;
 mod event_loop;
 mod exit;
 pub mod function_marks;
+mod gate;
 pub mod host;
 pub mod kvm;
 pub mod layout;

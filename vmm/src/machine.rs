@@ -16,6 +16,7 @@ use crate::devices::serial::SerialPort;
 use crate::devices::virtio::{Transport, balloon};
 use crate::event_loop::Input;
 use crate::function_marks::{FunctionMarks, MarkError};
+use crate::gate::Gate;
 use crate::kvm::{Hypervisor, KvmError, Vcpu, Vm};
 use crate::layout;
 use crate::memory::{GuestMemory, MemoryError};
@@ -90,6 +91,8 @@ impl Error {
 #[derive(Debug)]
 pub struct Machine {
     pub(crate) vcpus: Vec<Vcpu>,
+    /// What all vCPUs but one wait for, where they do.
+    pub(crate) gate: Option<Arc<Gate>>,
     pub(crate) devices: Devices,
     pub(crate) timeline: Timeline,
     pub(crate) stopping: Arc<AtomicBool>,
@@ -210,9 +213,7 @@ impl Machine {
             state,
         };
         let devices = devices.build()?;
-        if let Some(preboot) = &preboot {
-            preboot.fill_at_init(&memory, &mut lock(&devices.marks));
-        }
+        let gate = preboot.as_ref().map(|preboot| preboot.go_on_at_init(&memory, &mut lock(&devices.marks)));
         timeline.reached("devices built");
 
         let mut vcpus =
@@ -231,7 +232,7 @@ impl Machine {
         timeline.reached("vCPUs created");
 
         let is_kept = freeze_at.is_some();
-        Ok(Self { vcpus, devices, timeline, stopping, vm, memory, is_kept, preboot_refusal: refusal })
+        Ok(Self { vcpus, gate, devices, timeline, stopping, vm, memory, is_kept, preboot_refusal: refusal })
     }
 
     /// Why this machine boots although its configuration names a pre-booted kernel: the file is damaged, or

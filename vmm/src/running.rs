@@ -119,11 +119,16 @@ impl Running {
         let devices = machine.devices.virtio.clone();
         let event_loop = EventLoop::new(&ended, &stop, machine.devices.input.take(), devices)
             .map_err(Error::host("make an epoll instance"))?;
-        let vcpus = std::mem::take(&mut machine.vcpus);
+        let mut vcpus: Vec<_> = std::mem::take(&mut machine.vcpus).into_iter().enumerate().collect();
+        // The first vCPU starts last: the others wait inside KVM until it wakes them. Where they wait at a gate
+        // for one of them, that one comes first.
+        match &machine.gate {
+            Some(gate) => vcpus.sort_by_key(|&(id, _)| id != gate.first()),
+            None => vcpus.reverse(),
+        }
         let outcomes = Arc::default();
         let mut this = Self { threads: Vec::new(), outcomes, ended, stop, event_loop, machine };
-        // The first vCPU starts last: the others wait inside KVM until it wakes them.
-        for (id, vcpu) in vcpus.into_iter().enumerate().rev() {
+        for (id, vcpu) in vcpus {
             this.start_vcpu(id, vcpu)?;
         }
         Ok(this)
@@ -135,9 +140,13 @@ impl Running {
         let stopping: Arc<AtomicBool> = Arc::clone(&self.machine.stopping);
         let outcomes = Arc::clone(&self.outcomes);
         let is_kept = self.machine.is_kept;
+        let gate = self.machine.gate.clone();
         let run = move || {
             // Whoever started this process may have blocked the signal.
             let _ = unblock_signal(SIGRTMIN());
+            if let Some(gate) = gate {
+                gate.pass(id);
+            }
             // Without a timer there are no samples, which the profile shows.
             if let Some(recorder) = &mut vcpu.recorder {
                 let _ = recorder.start_sampling();
@@ -222,6 +231,9 @@ impl Running {
     /// Makes every vCPU thread end, and waits for it.
     fn stop_vcpus(&mut self) {
         self.machine.stopping.store(true, Ordering::Release);
+        if let Some(gate) = &self.machine.gate {
+            gate.open();
+        }
         // All at once: one vCPU may wait for a lock that another holds while it writes, and only
         // that write can be interrupted. A thread that has left its outcome is as good as ended.
         while lock(&self.outcomes).len() < self.threads.len() {

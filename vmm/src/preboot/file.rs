@@ -21,7 +21,7 @@ use vm_memory::GuestAddress;
 const MAGIC: [u8; 8] = *b"KINDLING";
 const HEADER_LEN: usize = 16;
 /// Version of everything behind the magic; another one is not read.
-const FORMAT: u32 = 3;
+const FORMAT: u32 = 4;
 /// A state takes 6 KiB and 7 KiB for each of 16 vCPUs. A hostile one takes memory, before it is refused, of
 /// 600 times its length.
 const STATE_MAX: u32 = 192 << 10;

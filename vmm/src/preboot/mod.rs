@@ -16,6 +16,7 @@ use crate::config::{Config, Console, GuestConfig};
 use crate::devices::boot_mark::BootMarks;
 use crate::devices::{io_apic, serial, virtio};
 use crate::exit::ExitReason;
+use crate::gate::Gate;
 use crate::kvm::{self, Hypervisor, KvmError, Vcpu, VcpuState, Vm};
 use crate::layout;
 use crate::machine::{Error, Machine};
@@ -29,6 +30,7 @@ use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Where init executes again what the frozen machine executed last.
 const FREEZE_AT: BootMark = BootMark::InitEntered;
@@ -37,6 +39,10 @@ const FREEZE_AT: BootMark = BootMark::InitEntered;
 /// next starts as all later ones do; what vCPUs do side by side is not quite the same each time, and the list
 /// has what either wrote to.
 const TRIALS: u32 = 2;
+
+/// What the guests run that try a kernel out: init's own program, which every image has and which ends at once where
+/// it is not process 1.
+const TRIAL_PAYLOAD: &str = "/proc/self/exe";
 
 /// Why there is no pre-booted kernel to continue from, or none could be made.
 #[derive(Debug, thiserror::Error)]
@@ -138,6 +144,8 @@ pub(crate) struct State {
     /// Nanoseconds of the machine's clock at that time.
     clock: u64,
     pub(crate) vcpus: Vec<VcpuState>,
+    /// Which of them is in front of init's mark.
+    marked: usize,
     pub(crate) io_apic: io_apic::State,
     pub(crate) serial: serial::State,
     /// The virtio devices, in the order of their registers.
@@ -183,6 +191,10 @@ impl Preboot {
         }
         let ram = layout::ram_ranges(asked.mem_size_mib * layout::MIB);
         let ram: Vec<_> = ram.into_iter().map(|(start, size)| start.0..start.0 + size).collect();
+        if this.state.marked >= this.state.vcpus.len() {
+            let what = "none of its vCPUs runs init".to_owned();
+            return Err(PrebootError::Invalid { path: this.path, what });
+        }
         let pages = [&this.state.extents, &this.state.written];
         if !pages.into_iter().all(|extents| memory::are_valid(extents, &ram)) {
             let what = "its pages are not those of a guest".to_owned();
@@ -217,25 +229,22 @@ impl Preboot {
         PrebootError::Other { path: self.path.clone(), made }
     }
 
-    /// Puts the guest's pages into its memory: maps them, and with several vCPUs copies those that it is going to
-    /// write to. A page that is copied when a vCPU writes to it is taken from the others first, and those that want
-    /// it spin in KVM until it is back (`kvm_faultin_pfn` in arch/x86/kvm/mmu/mmu.c).
+    /// Puts the guest's pages into its memory.
     pub(crate) fn fill(&self, memory: &GuestMemory) -> Result<(), MemoryError> {
-        memory.map_contents(&self.state.extents, &self.file, file::PAGES)?;
-        if self.has_one_vcpu() { Ok(()) } else { memory.copy_ahead(&self.state.written) }
+        memory.map_contents(&self.state.extents, &self.file, file::PAGES)
     }
 
-    /// With one vCPU, has those pages copied when its init has started, which so need not wait for them.
-    pub(crate) fn fill_at_init(&self, memory: &GuestMemory, marks: &mut BootMarks) {
-        if self.has_one_vcpu() {
-            let (memory, written) = (memory.clone(), self.state.written.clone());
+    /// Has those pages copied that the guest is going to write to when its init has started, which so need not wait
+    /// for them, and lets the other vCPUs start then.
+    pub(crate) fn go_on_at_init(&self, memory: &GuestMemory, marks: &mut BootMarks) -> Arc<Gate> {
+        let gate = Arc::new(Gate::closed_but_for(self.state.marked));
+        let (memory, written, opened) = (memory.clone(), self.state.written.clone(), Arc::clone(&gate));
+        marks.call_at(FREEZE_AT as u8, move || {
             // What cannot be copied is mapped.
-            marks.call_at(FREEZE_AT as u8, move || drop(memory.copy_ahead(&written)));
-        }
-    }
-
-    const fn has_one_vcpu(&self) -> bool {
-        self.state.vcpus.len() == 1
+            let _ = memory.copy_ahead(&written);
+            opened.open();
+        });
+        gate
     }
 }
 
@@ -248,7 +257,7 @@ impl Preboot {
 pub fn make(config: &Config, path: &Path) -> Result<(), Error> {
     let config = Config {
         console: Console::Null,
-        guest: GuestConfig::default(),
+        guest: GuestConfig { arguments: vec![TRIAL_PAYLOAD.into()], ..GuestConfig::default() },
         profile: None,
         preboot: None,
         ..config.clone()
@@ -324,6 +333,7 @@ impl Frozen {
             tsc,
             clock,
             vcpus,
+            marked: self.marked,
             io_apic: lock(io_apic).state(),
             serial: lock(&machine.devices.serial).state(),
             virtio: machine.devices.virtio.iter().map(|device| lock(device).state()).collect(),
