@@ -123,7 +123,7 @@ impl Running {
         // The first vCPU starts last: the others wait inside KVM until it wakes them. Where they wait at a gate
         // for one of them, that one comes first.
         match &machine.gate {
-            Some(gate) => vcpus.sort_by_key(|&(id, _)| id != gate.first()),
+            Some(gate) => vcpus.swap(0, gate.first()),
             None => vcpus.reverse(),
         }
         let outcomes = Arc::default();
