@@ -8,6 +8,7 @@
 
 extern crate alloc;
 
+mod agent;
 mod greeting;
 mod heap;
 mod kernel_log;
@@ -15,6 +16,7 @@ mod machine;
 mod mem;
 mod network;
 mod payload;
+mod program;
 mod question;
 mod renewal;
 mod root;
@@ -50,7 +52,9 @@ fn main() -> ! {
         machine::mark(BootMark::RootEntered);
     }
 
-    let code = if answer.spec.arguments.is_empty() {
+    let code = if answer.spec.agent {
+        agent::serve(&answer.spec)
+    } else if answer.spec.arguments.is_empty() {
         greeting::print(&answer);
         0
     } else {

@@ -1,6 +1,7 @@
 //! What init is asked to run, whoever asks: the VMM's frame or the kernel command line.
 
 use alloc::vec::Vec;
+use guest_protocol::agent::TerminalSize;
 use guest_protocol::frame::{self, FrameError, Item, Network};
 
 /// The guest's configuration.
@@ -28,6 +29,12 @@ pub struct PayloadSpec {
     pub renewal: Renewal,
     /// Network cards that get an address.
     pub networks: Vec<Network>,
+    /// Further groups.
+    pub groups: Vec<u32>,
+    /// Size of the terminal that the payload gets; none where it gets pipes.
+    pub terminal: Option<TerminalSize>,
+    /// Whether the payload's streams lead to the agent.
+    pub agent: bool,
 }
 
 /// What two guests may not have from the same boot of a kernel; empty where this guest's kernel is its own.
@@ -60,6 +67,9 @@ impl PayloadSpec {
                 Item::RootDevice(path) => spec.root_device = Some(path.into()),
                 Item::Entropy(bytes) => spec.renewal.entropy = Some(bytes.into()),
                 Item::Network(network) => spec.networks.push(network),
+                Item::Group(id) => spec.groups.push(id),
+                Item::Terminal(size) => spec.terminal = Some(size),
+                Item::Agent => spec.agent = true,
             }
         }
         Ok(spec)
@@ -173,7 +183,7 @@ mod tests {
                 vm_age: None,
                 kernel_log: false,
                 renewal: Renewal::default(),
-                networks: Vec::new(),
+                ..PayloadSpec::default()
             }
         );
     }

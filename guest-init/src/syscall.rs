@@ -4,6 +4,7 @@
 
 use core::arch::asm;
 use core::ffi::CStr;
+use rustix::fd::{FromRawFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal};
 
@@ -12,6 +13,7 @@ const FORK: usize = 57;
 const EXECVE: usize = 59;
 const RT_SIGTIMEDWAIT: usize = 128;
 const SYSLOG: usize = 103;
+const SIGNALFD4: usize = 289;
 const IOPL: usize = 172;
 const EXIT_GROUP: usize = 231;
 
@@ -59,6 +61,16 @@ impl SignalSet {
         let number = unsafe { call(RT_SIGTIMEDWAIT, [(&raw const self.0).addr(), 0, 0, Self::SIZE]) }?;
         i32::try_from(number).ok().and_then(Signal::from_named_raw).ok_or(Errno::INVAL)
     }
+}
+
+/// A descriptor that is readable while one of these signals waits, which must be blocked.
+pub(crate) fn signalfd(signals: SignalSet) -> Result<OwnedFd, Errno> {
+    const NEW: usize = usize::MAX;
+    const FLAGS: usize = 0o4000 | 0o2_000_000; // SFD_NONBLOCK | SFD_CLOEXEC
+    // SAFETY: the kernel reads the set.
+    let fd = unsafe { call(SIGNALFD4, [NEW, (&raw const signals.0).addr(), SignalSet::SIZE, FLAGS]) }?;
+    // SAFETY: the descriptor is new and nobody else's.
+    Ok(unsafe { OwnedFd::from_raw_fd(i32::try_from(fd).map_err(|_| Errno::BADF)?) })
 }
 
 /// Starts a child process that goes on from here: `None` in the child, its id in the parent.

@@ -20,6 +20,7 @@
 //! # }
 //! ```
 
+pub mod agent;
 mod attach;
 pub mod boot;
 pub mod bus;

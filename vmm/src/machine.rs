@@ -242,6 +242,12 @@ impl Machine {
         self.preboot_refusal.as_ref()
     }
 
+    /// Has something done when the guest first marks `stage`, on the thread of the vCPU that marks it, which goes on
+    /// afterwards.
+    pub fn at_mark(&self, stage: BootMark, action: impl FnOnce() + Send + 'static) {
+        lock(&self.devices.marks).call_at(stage as u8, action);
+    }
+
     /// Starts the vCPUs.
     ///
     /// # Errors

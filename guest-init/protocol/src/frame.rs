@@ -4,9 +4,10 @@
 //! "KNDL"  version: u16  zero: u16  length of the items: u32   item*
 //! item = tag: u8  length: u32  bytes
 //! ```
-//! All integers are little-endian. Arguments, environment entries and networks keep their order; every
+//! All integers are little-endian. Arguments, environment entries, networks and groups keep their order; every
 //! other item appears at most once. Decoding borrows from the frame and allocates nothing.
 
+use crate::agent::TerminalSize;
 use core::fmt;
 
 const MAGIC: [u8; 4] = *b"KNDL";
@@ -47,6 +48,12 @@ pub enum Item<'a> {
     RootDevice(&'a [u8]),
     /// The address of a network card; any number of them.
     Network(Network),
+    /// Another group of the payload; any number of them.
+    Group(u32),
+    /// The payload gets a terminal of this size.
+    Terminal(TerminalSize),
+    /// The payload's streams lead to the agent, which serves as long as the guest lives.
+    Agent,
 }
 
 /// What a network card is told before the payload runs.
@@ -101,6 +108,9 @@ impl Item<'_> {
             Self::Entropy(_) => 10,
             Self::RootDevice(_) => 11,
             Self::Network(_) => 12,
+            Self::Group(_) => 13,
+            Self::Terminal(_) => 14,
+            Self::Agent => 15,
         }
     }
 }
@@ -178,9 +188,9 @@ fn value_len(item: &Item<'_>) -> usize {
         | Item::Hostname(bytes)
         | Item::Entropy(bytes)
         | Item::RootDevice(bytes) => bytes.len(),
-        Item::UserId(_) | Item::GroupId(_) => 4,
+        Item::UserId(_) | Item::GroupId(_) | Item::Group(_) | Item::Terminal(_) => 4,
         Item::VmAge(_) | Item::RealTime(_) => 8,
-        Item::KernelLog => 0,
+        Item::KernelLog | Item::Agent => 0,
         Item::Network(_) => Network::LENGTH,
     }
 }
@@ -196,9 +206,10 @@ fn encode_item<S: Extend<u8>>(item: &Item<'_>, sink: &mut S) -> Result<(), Frame
         | Item::Hostname(bytes)
         | Item::Entropy(bytes)
         | Item::RootDevice(bytes) => sink.extend(bytes.iter().copied()),
-        Item::UserId(id) | Item::GroupId(id) => sink.extend(id.to_le_bytes()),
+        Item::UserId(id) | Item::GroupId(id) | Item::Group(id) => sink.extend(id.to_le_bytes()),
         Item::VmAge(time) | Item::RealTime(time) => sink.extend(time.to_le_bytes()),
-        Item::KernelLog => {}
+        Item::KernelLog | Item::Agent => {}
+        Item::Terminal(size) => sink.extend(size.to_bytes()),
         Item::Network(network) => sink.extend(network.to_bytes()),
     }
     Ok(())
@@ -273,6 +284,10 @@ fn parse_item(tag: u8, value: &[u8]) -> Result<Item<'_>, FrameError> {
         10 => Item::Entropy(value),
         11 => Item::RootDevice(value),
         12 => Item::Network(Network::from_bytes(value).ok_or(number)?),
+        13 => Item::Group(u32::from_le_bytes(value.try_into().map_err(|_| number)?)),
+        14 => Item::Terminal(TerminalSize::from_bytes(value).ok_or(number)?),
+        15 if value.is_empty() => Item::Agent,
+        15 => return Err(number),
         _ => return Err(FrameError::UnknownItem(tag)),
     })
 }
@@ -290,7 +305,10 @@ mod tests {
         bytes
     }
 
-    const EVERY_KIND: [Item<'_>; 13] = [
+    const EVERY_KIND: [Item<'_>; 16] = [
+        Item::Group(4),
+        Item::Terminal(TerminalSize { rows: 24, columns: 80 }),
+        Item::Agent,
         Item::Network(Network {
             card: 1,
             prefix: 24,

@@ -6,6 +6,7 @@
 //! have no effect, so that the same init also boots elsewhere.
 #![no_std]
 
+pub mod agent;
 pub mod frame;
 
 /// The I/O ports of the VMM. QEMU's and Firecracker's machines leave this range unassigned.
@@ -62,16 +63,19 @@ pub enum BootMark {
     PayloadStarted = 0x14,
     /// The payload's process has ended.
     PayloadEnded = 0x15,
+    /// The agent takes connections.
+    AgentReady = 0x17,
 }
 
 impl BootMark {
     /// Every mark, in the order of a boot.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::InitEntered,
         Self::FilesystemsMounted,
         Self::SystemReady,
         Self::Configured,
         Self::RootEntered,
+        Self::AgentReady,
         Self::PayloadStarted,
         Self::PayloadEnded,
     ];
@@ -93,6 +97,7 @@ impl BootMark {
             Self::RootEntered => "init: root filesystem entered",
             Self::PayloadStarted => "payload started",
             Self::PayloadEnded => "payload ended",
+            Self::AgentReady => "init: agent takes connections",
         }
     }
 }

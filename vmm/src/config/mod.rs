@@ -354,7 +354,7 @@ fn validate_guest(guest: &GuestConfig) -> Result<(), ConfigError> {
         }
     }
     // setresuid takes the largest number for "unchanged", which would leave the payload root.
-    if [guest.user_id, guest.group_id].contains(&u32::MAX) {
+    if [guest.user_id, guest.group_id].contains(&u32::MAX) || guest.groups.contains(&u32::MAX) {
         return Err(ConfigError::Id);
     }
     guest.to_frame(0, false, Some(&Renewal::LENGTH)).map_err(|_| ConfigError::PayloadTooLong)?;

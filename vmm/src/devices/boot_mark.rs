@@ -20,7 +20,7 @@ pub struct BootMarks {
     /// The stage at which the machine is to stop where it is.
     freeze_at: Option<u8>,
     /// What is to be done when a stage is first reached.
-    action: Option<(u8, Action)>,
+    actions: Vec<(u8, Action)>,
 }
 
 struct Action(Box<dyn FnOnce() + Send>);
@@ -38,12 +38,12 @@ impl BootMarks {
     /// Marks that make the machine stop where it is when `stage` is reached.
     #[must_use]
     pub const fn freezing_at(stage: u8) -> Self {
-        Self { marks: Vec::new(), freeze_at: Some(stage), action: None }
+        Self { marks: Vec::new(), freeze_at: Some(stage), actions: Vec::new() }
     }
 
-    /// Sets what is done when `stage` is first reached, before the guest goes on; one action at most.
+    /// Adds what is done when `stage` is first reached, before the guest goes on.
     pub fn call_at(&mut self, stage: u8, action: impl FnOnce() + Send + 'static) {
-        self.action = Some((stage, Action(Box::new(action))));
+        self.actions.push((stage, Action(Box::new(action))));
     }
 
     /// The marks so far, in order.
@@ -61,7 +61,7 @@ impl BusDevice for BootMarks {
             && self.marks.len() < Self::CAPACITY
         {
             self.marks.push(Mark { stage, at: Instant::now() });
-            if let Some((_, Action(action))) = self.action.take_if(|(at, _)| *at == stage) {
+            for (_, Action(action)) in self.actions.extract_if(.., |(at, _)| *at == stage) {
                 action();
             }
             return (self.freeze_at == Some(stage)).then_some(GuestRequest::Freeze);

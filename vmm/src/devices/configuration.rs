@@ -2,6 +2,7 @@
 
 use crate::bus::{BusDevice, GuestRequest};
 use crate::timeline::Instant;
+use guest_protocol::agent::TerminalSize;
 use guest_protocol::frame::{self, FrameError, Item, Network};
 use std::io;
 
@@ -27,6 +28,12 @@ pub struct GuestConfig {
     pub root_device: Option<Vec<u8>>,
     /// Network cards that init gives an address; those of the machine's own configuration come before them.
     pub networks: Vec<Network>,
+    /// Further group ids.
+    pub groups: Vec<u32>,
+    /// Size of the terminal that the payload gets from the agent; none where it gets pipes.
+    pub terminal: Option<TerminalSize>,
+    /// Whether the payload's streams lead to the agent (`guest_protocol::agent`), over vsock.
+    pub agent: bool,
 }
 
 impl GuestConfig {
@@ -52,6 +59,9 @@ impl GuestConfig {
             .chain(self.root_device.iter().map(|bytes| Item::RootDevice(bytes)))
             .chain([Item::UserId(self.user_id), Item::GroupId(self.group_id), Item::VmAge(vm_age)])
             .chain(self.networks.iter().map(|network| Item::Network(*network)))
+            .chain(self.groups.iter().map(|id| Item::Group(*id)))
+            .chain(self.terminal.map(Item::Terminal))
+            .chain(self.agent.then_some(Item::Agent))
             .chain(kernel_log.then_some(Item::KernelLog))
             .chain(renewed.into_iter().flatten());
         let mut bytes = Vec::new();

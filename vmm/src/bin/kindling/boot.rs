@@ -91,7 +91,7 @@ pub(crate) struct Arguments {
     pub(crate) command: Vec<OsString>,
 }
 
-fn parse_user(text: &str) -> Result<(u32, u32), String> {
+pub(crate) fn parse_user(text: &str) -> Result<(u32, u32), String> {
     let number = |text: &str| {
         text.parse::<u32>().map_err(|_| format!("{text:?} is not a number from 0 to 4294967295"))
     };
@@ -247,8 +247,7 @@ impl Arguments {
             hostname: self.hostname.as_ref().map(bytes),
             user_id,
             group_id,
-            root_device: None,
-            networks: Vec::new(),
+            ..GuestConfig::default()
         }
     }
 }

@@ -8,9 +8,12 @@
 mod boot;
 mod devices;
 mod doctor;
+mod exec;
+mod instances;
 mod plain;
 mod preboot;
 mod report;
+mod run;
 mod signals;
 #[cfg(not(test))]
 mod start;
@@ -35,6 +38,10 @@ enum Command {
     Boot(Box<boot::Arguments>),
     /// Boots an image's kernel once, so that `kindling boot` continues from there on this host
     Preboot(preboot::Arguments),
+    /// Runs a program of a container image in a guest of its own; the exit status is the program's
+    Run(Box<run::Arguments>),
+    /// Runs one more program in a guest that runs
+    Exec(exec::Arguments),
     /// Says what this host can do for microVMs, and what would make it better
     Doctor(doctor::Arguments),
 }
@@ -54,6 +61,8 @@ fn run() -> u8 {
     match Arguments::parse().command {
         Command::Boot(arguments) => boot::run(&arguments, started),
         Command::Preboot(arguments) => preboot::run(&arguments),
+        Command::Run(arguments) => run::run(&arguments, started),
+        Command::Exec(arguments) => exec::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
     }
 }

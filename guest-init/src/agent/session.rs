@@ -1,0 +1,266 @@
+//! A process of the host's: its control connection, its streams, its end.
+
+use super::pump::Pump;
+use super::watch::{Token, Watch};
+use crate::program::{self, Program};
+use crate::syscall;
+use crate::voice::say;
+use alloc::vec::Vec;
+use guest_init::payload_spec::PayloadSpec;
+use guest_protocol::agent::{Message, TerminalSize};
+use rustix::event::epoll::EventFlags;
+use rustix::fd::OwnedFd;
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::io::Errno;
+use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
+use rustix::termios::{Winsize, tcsetwinsize};
+
+/// How far a session is.
+#[derive(PartialEq, Eq)]
+pub(super) enum State {
+    Lives,
+    /// The host knows how the process ended, and a child of it still holds its output.
+    Known,
+    /// Nothing is left to do.
+    Over,
+}
+
+pub(super) struct Session {
+    pub(super) token: u64,
+    pub(super) slot: usize,
+    /// The process, while it lives.
+    pub(super) process: Option<Pid>,
+    /// Its exit status, when it has ended.
+    pub(super) code: Option<u8>,
+    control: Option<OwnedFd>,
+    /// The control connection was there and is closed.
+    is_left: bool,
+    /// The beginning of a message.
+    received: Vec<u8>,
+    terminal: Option<OwnedFd>,
+    /// Standard input, output, error.
+    streams: [Pump; 3],
+}
+
+/// A process's ends of its streams.
+struct Ends([OwnedFd; 3]);
+
+impl Session {
+    pub(super) fn new(token: u64, slot: usize) -> Self {
+        Self {
+            token,
+            slot,
+            process: None,
+            code: None,
+            control: None,
+            is_left: false,
+            received: Vec::new(),
+            terminal: None,
+            streams: Default::default(),
+        }
+    }
+
+    pub(super) fn state(&self) -> State {
+        let has_ended = self.process.is_none();
+        match self.streams.iter().all(|stream| stream.source.is_none()) {
+            true if has_ended && self.is_left => State::Over,
+            false if has_ended && self.is_left => State::Known,
+            _ => State::Lives,
+        }
+    }
+
+    /// Starts the process. What stands in the way is said on the console and becomes its exit status.
+    pub(super) fn start(&mut self, spec: &PayloadSpec) {
+        if self.process.is_some() || self.code.is_some() {
+            return;
+        }
+        self.code = match self.try_start(spec) {
+            Ok(process) => {
+                self.process = Some(process);
+                None
+            }
+            Err((what, error)) => {
+                say(format_args!("init: cannot {what}: {error}\n"));
+                self.streams.iter_mut().for_each(Pump::close);
+                Some(program::NOT_EXECUTABLE)
+            }
+        };
+    }
+
+    fn try_start(&mut self, spec: &PayloadSpec) -> Result<Pid, (&'static str, Errno)> {
+        let program =
+            Program::new(spec).ok_or(("start a program with a NUL in its strings", Errno::INVAL))?;
+        let ends = match spec.terminal {
+            Some(size) => self.open_terminal(size),
+            None => self.open_pipes(),
+        };
+        let ends = ends.map_err(|error| ("make a process's streams", error))?;
+        match syscall::fork() {
+            Ok(None) => {
+                ends.enter(spec.terminal.is_some());
+                program.execute(spec)
+            }
+            Ok(Some(process)) => Ok(process),
+            Err(error) => Err(("start a process", error)),
+        }
+    }
+
+    fn open_pipes(&mut self) -> Result<Ends, Errno> {
+        let (read, input) = pipe_with(PipeFlags::CLOEXEC)?;
+        let (output, write) = pipe_with(PipeFlags::CLOEXEC)?;
+        let (error, write_error) = pipe_with(PipeFlags::CLOEXEC)?;
+        self.streams[0].target = Some(input);
+        self.streams[1].source = Some(output);
+        self.streams[2].source = Some(error);
+        Ok(Ends([read, write, write_error]))
+    }
+
+    fn open_terminal(&mut self, size: TerminalSize) -> Result<Ends, Errno> {
+        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+        let master = openpt(flags)?;
+        unlockpt(&master)?;
+        resize(&master, size);
+        let process = ioctl_tiocgptpeer(&master, flags)?;
+        fcntl_setfl(&master, fcntl_getfl(&master)? | OFlags::NONBLOCK)?;
+        // A stream each: epoll takes a descriptor once.
+        let copy = |fd: &OwnedFd| rustix::io::fcntl_dupfd_cloexec(fd, 0);
+        self.streams[0].target = Some(copy(&master)?);
+        self.streams[1].source = Some(copy(&master)?);
+        self.streams[0].is_terminal = true;
+        self.streams[1].is_terminal = true;
+        self.terminal = Some(master);
+        let (output, error) = (copy(&process)?, copy(&process)?);
+        Ok(Ends([process, output, error]))
+    }
+
+    /// The process's end.
+    pub(super) fn end(&mut self, code: u8, watch: &Watch) {
+        (self.process, self.code) = (None, Some(code));
+        self.streams[0].close();
+        for number in [1, 2] {
+            self.streams[number].cut();
+            self.advance(number, watch);
+        }
+        self.tell_end();
+    }
+
+    fn tell_end(&self) {
+        if let (Some(control), Some(code)) = (&self.control, self.code) {
+            let mut message = Vec::new();
+            Message::Exited(code).encode(&mut message);
+            // There is room for it: nothing else is ever sent there. A host that is gone does not want it.
+            let _ = rustix::io::write(control, &message);
+        }
+    }
+
+    pub(super) fn attach_control(&mut self, socket: OwnedFd, watch: &Watch) {
+        self.control = Some(socket);
+        self.tell_end();
+        self.read_control(watch);
+    }
+
+    /// The host's end of a stream has come.
+    pub(super) fn attach(&mut self, number: usize, socket: OwnedFd, watch: &Watch) {
+        let stream = &mut self.streams[number];
+        if self.code.is_some() && stream.source.is_none() {
+            // There is nothing to read, and nobody to write to.
+            return;
+        }
+        if number == 0 {
+            stream.source = Some(socket);
+        } else {
+            stream.target = Some(socket);
+        }
+        self.advance(number, watch);
+    }
+
+    pub(super) fn advance(&mut self, number: usize, watch: &Watch) {
+        if let Some(stream) = self.streams.get_mut(number) {
+            stream.advance(watch, Token::Stream(self.slot, number));
+        }
+    }
+
+    /// Reads and obeys what the host says.
+    pub(super) fn read_control(&mut self, watch: &Watch) {
+        let mut buffer = [0; 4096];
+        loop {
+            let Some(control) = &self.control else { return };
+            match rustix::io::read(control, &mut buffer) {
+                Ok(count @ 1..) => self.received.extend_from_slice(&buffer[..count]),
+                Err(Errno::AGAIN | Errno::INTR) => {
+                    return watch.once(control, Token::Control(self.slot), EventFlags::IN);
+                }
+                Ok(0) | Err(_) => return self.leave(),
+            }
+            if self.obey(watch).is_none() {
+                return self.leave();
+            }
+        }
+    }
+
+    /// Obeys the messages that are whole; `None` after one that is none.
+    fn obey(&mut self, watch: &Watch) -> Option<()> {
+        let received = core::mem::take(&mut self.received);
+        let mut rest = &received[..];
+        while let Some((message, length)) = Message::split(rest).ok()? {
+            match message {
+                Message::Start(frame) => {
+                    self.start(&PayloadSpec::from_frame(frame).ok()?);
+                    (0..3).for_each(|number| self.advance(number, watch));
+                    self.tell_end();
+                }
+                Message::Signal(number) => self.signal(number),
+                Message::Resize(size) => {
+                    self.terminal.iter().for_each(|terminal| resize(terminal, size));
+                }
+                Message::Exited(_) => return None,
+            }
+            rest = &rest[length..];
+        }
+        self.received = rest.to_vec();
+        Some(())
+    }
+
+    /// Signals that a terminal sends go to all who would be in its foreground, others to the process alone.
+    fn signal(&self, number: u8) {
+        let (Some(process), Some(signal)) = (self.process, Signal::from_named_raw(number.into())) else {
+            return;
+        };
+        let _ = match signal {
+            Signal::INT | Signal::QUIT | Signal::HUP => kill_process_group(process, signal),
+            _ => kill_process(process, signal),
+        };
+    }
+
+    /// The host is done with this process. One at a terminal is hung up on; another one goes on unheard.
+    fn leave(&mut self) {
+        (self.control, self.terminal, self.is_left) = (None, None, true);
+        self.received = Vec::new();
+        if self.streams[0].is_terminal {
+            self.streams.iter_mut().for_each(Pump::close);
+        }
+    }
+}
+
+fn resize(terminal: &OwnedFd, size: TerminalSize) {
+    let size = Winsize { ws_row: size.rows, ws_col: size.columns, ws_xpixel: 0, ws_ypixel: 0 };
+    let _ = tcsetwinsize(terminal, size);
+}
+
+impl Ends {
+    /// Makes them the standard streams of this process, which has a session of its own.
+    fn enter(self, is_terminal: bool) {
+        let Self([input, output, error]) = self;
+        let _ = rustix::process::setsid();
+        if is_terminal {
+            let _ = rustix::process::ioctl_tiocsctty(&input);
+        }
+        // The descriptors are above the standard ones, which init has open, and are closed by exec.
+        let _ = rustix::stdio::dup2_stdin(&input);
+        let _ = rustix::stdio::dup2_stdout(&output);
+        let _ = rustix::stdio::dup2_stderr(&error);
+        core::mem::forget((input, output, error));
+    }
+}

@@ -1,0 +1,135 @@
+//! A program to become: its strings, its user, its directory, and what its end says.
+#![expect(unsafe_code, reason = "exec")]
+
+use crate::machine;
+use crate::syscall::{self, SignalSet};
+use crate::voice::say;
+use alloc::ffi::CString;
+use alloc::vec::Vec;
+use core::ffi::CStr;
+use guest_init::payload_spec::PayloadSpec;
+use rustix::fs::{CWD, Mode, mkdirat};
+use rustix::io::Errno;
+use rustix::process::{Gid, Uid, WaitStatus};
+
+const DEFAULT_ENVIRONMENT: [&CStr; 3] =
+    [c"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", c"HOME=/root", c"TERM=linux"];
+
+/// Exit statuses of what could not be executed, as shells have them.
+const NOT_FOUND: u8 = 127;
+pub(crate) const NOT_EXECUTABLE: u8 = 126;
+const SIGNAL_BASE: i32 = 128;
+
+/// The exit status that stands for a process's end: 128 + signal when one killed it.
+pub(crate) fn exit_code(status: WaitStatus) -> u8 {
+    let code = status
+        .exit_status()
+        .or_else(|| status.terminating_signal().map(|signal| SIGNAL_BASE + signal))
+        .unwrap_or(255);
+    code.to_le_bytes()[0]
+}
+
+/// The payload's strings in the form that execve takes, made before the fork.
+pub(crate) struct Program {
+    arguments: Vec<CString>,
+    environment: Vec<CString>,
+}
+
+impl Program {
+    /// The program of a specification, unless one of its strings has a NUL in it.
+    pub(crate) fn new(spec: &PayloadSpec) -> Option<Self> {
+        let strings = |list: &[Vec<u8>]| -> Option<Vec<CString>> {
+            list.iter().map(|bytes| CString::new(bytes.as_slice()).ok()).collect()
+        };
+        let mut environment = strings(&spec.environment)?;
+        // TERM says what a terminal can do; at a pipe there is none.
+        let has_terminal = !spec.agent || spec.terminal.is_some();
+        for entry in DEFAULT_ENVIRONMENT.into_iter().take(if has_terminal { 3 } else { 2 }) {
+            let name = entry.to_bytes().split_inclusive(|&byte| byte == b'=').next()?;
+            if !environment.iter().any(|given| given.as_bytes().starts_with(name)) {
+                environment.push(entry.into());
+            }
+        }
+        Some(Self { arguments: strings(&spec.arguments)?, environment })
+    }
+
+    /// Becomes the payload. Runs in the child; what fails is said and becomes its exit status.
+    pub(crate) fn execute(&self, spec: &PayloadSpec) -> ! {
+        machine::drop_ports();
+        if let Err((what, error)) = become_user(spec) {
+            say(format_args!("init: cannot {what}: {error}\n"));
+            syscall::exit(NOT_EXECUTABLE);
+        }
+        let error = self.try_paths();
+        let name = self.arguments[0].to_string_lossy();
+        let code = if matches!(error, Errno::NOENT | Errno::NOTDIR) {
+            say(format_args!("init: {name}: not found\n"));
+            NOT_FOUND
+        } else {
+            say(format_args!("init: {name}: cannot execute: {error}\n"));
+            NOT_EXECUTABLE
+        };
+        syscall::exit(code)
+    }
+
+    /// Executes the program where it is, or in the first directory of PATH that has it. Returns
+    /// only when that failed everywhere.
+    fn try_paths(&self) -> Errno {
+        let program = &self.arguments[0];
+        if program.as_bytes().contains(&b'/') {
+            return self.execve(program);
+        }
+        let path = self.environment.iter().find_map(|entry| entry.as_bytes().strip_prefix(b"PATH="));
+        let mut result = Errno::NOENT;
+        for directory in path.unwrap_or_default().split(|&byte| byte == b':') {
+            let candidate = [directory, b"/", program.as_bytes()].concat();
+            let Ok(candidate) = CString::new(candidate) else { continue };
+            match self.execve(&candidate) {
+                Errno::NOENT | Errno::NOTDIR => {}
+                error => result = error,
+            }
+        }
+        result
+    }
+
+    fn execve(&self, path: &CStr) -> Errno {
+        let pointers = |list: &[CString]| -> Vec<*const u8> {
+            list.iter().map(|text| text.as_ptr().cast()).chain([core::ptr::null()]).collect()
+        };
+        let (arguments, environment) = (pointers(&self.arguments), pointers(&self.environment));
+        // SAFETY: both vectors end with a null pointer and point to strings that end with NUL and
+        // live as long as `self`.
+        unsafe { syscall::execve(path, arguments.as_ptr(), environment.as_ptr()) }
+    }
+}
+
+/// Directory, user and signal mask of the payload.
+fn become_user(spec: &PayloadSpec) -> Result<(), (&'static str, Errno)> {
+    if let Some(directory) = &spec.working_directory {
+        if spec.agent {
+            make_directories(directory);
+        }
+        rustix::process::chdir(directory.as_slice())
+            .map_err(|error| ("enter the working directory", error))?;
+    }
+    if [spec.user_id, spec.group_id].contains(&u32::MAX) || spec.groups.contains(&u32::MAX) {
+        return Err(("set the user", Errno::INVAL));
+    }
+    let (uid, gid) = (Uid::from_raw(spec.user_id), Gid::from_raw(spec.group_id));
+    if !(uid.is_root() && gid.is_root() && spec.groups.is_empty()) {
+        let groups: Vec<Gid> = spec.groups.iter().map(|&id| Gid::from_raw(id)).collect();
+        rustix::thread::set_thread_groups(&groups).map_err(|error| ("set the groups", error))?;
+        rustix::thread::set_thread_res_gid(gid, gid, gid).map_err(|error| ("set the group", error))?;
+        rustix::thread::set_thread_res_uid(uid, uid, uid).map_err(|error| ("set the user", error))?;
+    }
+    SignalSet::of([]).block().map_err(|error| ("unblock signals", error))?;
+    Ok(())
+}
+
+/// Makes a directory and those above it, where they are missing. What cannot be made is found out by who enters it.
+fn make_directories(path: &[u8]) {
+    let ends = path.iter().enumerate().skip(1).filter(|(_, byte)| **byte == b'/').map(|(at, _)| at);
+    for end in ends.chain([path.len()]) {
+        let _ = mkdirat(CWD, &path[..end], Mode::from_raw_mode(0o755));
+    }
+}

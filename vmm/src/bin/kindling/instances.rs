@@ -1,0 +1,232 @@
+//! Guests with a name: each has a folder in the user's runtime directory, with the socket to its agent and a file
+//! whose lock its VMM holds as long as it lives.
+
+use rustix::fs::{FlockOperation, Mode, OFlags, flock, mkdir, open};
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+/// Why there is no such guest, or none can be made.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum InstanceError {
+    /// A name that a folder or a hostname cannot have.
+    #[error(
+        "{0:?} is no name for a guest: letters, digits, '.', '_' and '-', at most 48, and the first a letter or digit"
+    )]
+    Name(String),
+    /// A guest of this name exists.
+    #[error("there is a guest named {name} already{}", if *is_alive { "" } else { ", which has ended; `kindling rm` forgets it" })]
+    Taken {
+        /// The name.
+        name: String,
+        /// Whether it runs.
+        is_alive: bool,
+    },
+    /// No guest has this name.
+    #[error("there is no guest named {0}; `kindling ps` lists them")]
+    Unknown(String),
+    /// The guest does not run any more.
+    #[error("the guest {0} has ended; `kindling rm {0}` forgets it")]
+    Ended(String),
+    /// The folder belongs to somebody else.
+    #[error("{} belongs to another user or may be written by others; set XDG_RUNTIME_DIR to a folder of yours", .0.display())]
+    NotOurs(PathBuf),
+    /// The host refused something.
+    #[error("cannot {what} {}", path.display())]
+    Host {
+        /// What was tried.
+        what: &'static str,
+        /// With what.
+        path: PathBuf,
+        /// The host's answer.
+        source: io::Error,
+    },
+}
+
+/// What is known of a guest besides its name.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Record {
+    /// What it was made from, as the user wrote it.
+    pub(crate) image: String,
+    /// What it runs.
+    pub(crate) command: Vec<String>,
+    /// Process id of its VMM.
+    pub(crate) pid: u32,
+    /// Seconds since 1970.
+    pub(crate) started: u64,
+    pub(crate) memory_mib: u64,
+    pub(crate) vcpus: u8,
+    /// The signal that asks its payload to end.
+    pub(crate) stop_signal: u8,
+    /// Exit status, once it has one.
+    pub(crate) status: Option<u8>,
+}
+
+/// A guest's folder, which this process holds the lock of.
+#[derive(Debug)]
+pub(crate) struct Instance {
+    name: String,
+    folder: PathBuf,
+    _lock: File,
+}
+
+const LOCK: &str = "lock";
+const RECORD: &str = "guest.json";
+const SOCKET: &str = "vsock";
+
+impl Instance {
+    /// Makes the folder of a new guest. Without a name it gets one that no other has.
+    pub(crate) fn create(name: Option<&str>) -> Result<Self, InstanceError> {
+        let parent = runtime_directory()?;
+        if let Some(name) = name {
+            check_name(name)?;
+            return Self::make(&parent, name);
+        }
+        loop {
+            let mut bytes = [0; 4];
+            // A name need not be hard to guess, only new.
+            let _ = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
+            match Self::make(&parent, &format!("k{:08x}", u32::from_le_bytes(bytes))) {
+                Err(InstanceError::Taken { .. }) => {}
+                result => return result,
+            }
+        }
+    }
+
+    fn make(parent: &Path, name: &str) -> Result<Self, InstanceError> {
+        let folder = parent.join(name);
+        match mkdir(&folder, Mode::from_raw_mode(0o700)) {
+            Ok(()) => {}
+            Err(Errno::EXIST) => {
+                let is_alive = is_locked(&folder);
+                return Err(InstanceError::Taken { name: name.to_owned(), is_alive });
+            }
+            Err(error) => return Err(host("make the folder", &folder)(error.into())),
+        }
+        let path = folder.join(LOCK);
+        let lock = open(&path, OFlags::CREATE | OFlags::RDWR | OFlags::CLOEXEC, Mode::from_raw_mode(0o600))
+            .map_err(|error| host("make", &path)(error.into()))?;
+        flock(&lock, FlockOperation::NonBlockingLockExclusive)
+            .map_err(|error| host("lock", &path)(error.into()))?;
+        Ok(Self { name: name.to_owned(), folder, _lock: lock.into() })
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The Unix socket of its vsock.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.folder.join(SOCKET)
+    }
+
+    /// Writes down what it is, for others to read: whole or as it was before.
+    pub(crate) fn write(&self, record: &Record) -> Result<(), InstanceError> {
+        let (draft, path) = (self.folder.join(".draft"), self.folder.join(RECORD));
+        let text = serde_json::to_vec_pretty(record).unwrap_or_default();
+        let write = || -> io::Result<()> {
+            File::create(&draft)?.write_all(&text)?;
+            std::fs::rename(&draft, &path)
+        };
+        write().map_err(host("write", &path))
+    }
+
+    /// Forgets the guest.
+    pub(crate) fn remove(self) {
+        // Who looks at it meanwhile finds it whole or not at all.
+        let _ = std::fs::remove_dir_all(&self.folder);
+    }
+}
+
+/// A guest of this user's that was found by its name.
+#[derive(Debug)]
+pub(crate) struct Found {
+    pub(crate) name: String,
+    pub(crate) folder: PathBuf,
+    pub(crate) record: Record,
+    pub(crate) is_alive: bool,
+}
+
+impl Found {
+    /// The guest of a name.
+    pub(crate) fn named(name: &str) -> Result<Self, InstanceError> {
+        check_name(name).map_err(|_| InstanceError::Unknown(name.to_owned()))?;
+        let folder = runtime_directory()?.join(name);
+        if !folder.is_dir() {
+            return Err(InstanceError::Unknown(name.to_owned()));
+        }
+        let is_alive = is_locked(&folder);
+        let text = std::fs::read(folder.join(RECORD)).unwrap_or_default();
+        // One that ended before it could say what it is can still be forgotten.
+        let record = serde_json::from_slice(&text).unwrap_or_default();
+        Ok(Self { name: name.to_owned(), folder, record, is_alive })
+    }
+
+    /// The same, unless it has ended.
+    pub(crate) fn alive(name: &str) -> Result<Self, InstanceError> {
+        let found = Self::named(name)?;
+        if found.is_alive { Ok(found) } else { Err(InstanceError::Ended(name.to_owned())) }
+    }
+
+    /// The Unix socket of its vsock.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.folder.join(SOCKET)
+    }
+}
+
+fn host(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> InstanceError {
+    move |source| InstanceError::Host { what, path: path.to_owned(), source }
+}
+
+fn check_name(name: &str) -> Result<(), InstanceError> {
+    /// A Unix socket's path has 107 bytes at most.
+    const LONGEST: usize = 48;
+    let is_fine = name.len() <= LONGEST
+        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
+        && name.bytes().next().is_some_and(|first| first.is_ascii_alphanumeric());
+    if is_fine { Ok(()) } else { Err(InstanceError::Name(name.to_owned())) }
+}
+
+/// Whether the VMM of the guest in a folder lives.
+fn is_locked(folder: &Path) -> bool {
+    let lock = open(folder.join(LOCK), OFlags::RDWR | OFlags::CLOEXEC, Mode::empty());
+    // It is let go of again at once.
+    lock.is_ok_and(|lock| flock(&lock, FlockOperation::NonBlockingLockExclusive) == Err(Errno::WOULDBLOCK))
+}
+
+/// Where the guests of this user are: nobody else may look into it.
+pub(crate) fn runtime_directory() -> Result<PathBuf, InstanceError> {
+    let user = rustix::process::geteuid().as_raw();
+    let given = std::env::var_os("XDG_RUNTIME_DIR").filter(|path| Path::new(path).is_absolute());
+    let folder = match given {
+        Some(path) => PathBuf::from(path).join("kindling"),
+        None => std::env::temp_dir().join(format!("kindling-{user}")),
+    };
+    match mkdir(&folder, Mode::from_raw_mode(0o700)) {
+        Ok(()) | Err(Errno::EXIST) => {}
+        Err(error) => return Err(host("make the folder", &folder)(error.into())),
+    }
+    let metadata = folder.symlink_metadata().map_err(host("look at", &folder))?;
+    if !metadata.is_dir() || metadata.uid() != user || metadata.mode() & 0o022 != 0 {
+        return Err(InstanceError::NotOurs(folder));
+    }
+    Ok(folder)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_those_of_folders_and_hosts() {
+        for name in ["a", "web-1", "A.b_c", "0", &"x".repeat(48)] {
+            check_name(name).unwrap();
+        }
+        for name in ["", ".", "..", "a/b", "-a", "a b", "ä", &"x".repeat(49)] {
+            assert!(check_name(name).is_err(), "{name}");
+        }
+    }
+}

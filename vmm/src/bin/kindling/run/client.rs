@@ -1,0 +1,127 @@
+//! The streams of a process in a guest, connected to those of this process.
+
+use super::signals;
+use kindling::agent::{AgentError, Control, Process};
+use rustix::event::{PollFd, PollFlags, poll};
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::thread;
+
+/// Bytes that are read at once: what a pipe holds.
+const CHUNK: usize = 64 << 10;
+
+/// Where a process's streams lead.
+#[derive(Debug)]
+pub(crate) struct Streams {
+    /// None for an input that has ended.
+    pub(crate) input: Option<File>,
+    pub(crate) output: File,
+    pub(crate) error: File,
+}
+
+impl Streams {
+    /// This process's own.
+    pub(crate) fn own() -> io::Result<Self> {
+        let copy = |fd: BorrowedFd<'_>| fd.try_clone_to_owned().map(File::from);
+        Ok(Self {
+            input: Some(copy(rustix::stdio::stdin())?),
+            output: copy(rustix::stdio::stdout())?,
+            error: copy(rustix::stdio::stderr())?,
+        })
+    }
+}
+
+/// Carries everything to and fro until the process has ended and all that it wrote is delivered; its exit status.
+pub(crate) fn serve(
+    mut process: Process,
+    streams: Streams,
+    signals: &signals::Receiver,
+) -> Result<u8, AgentError> {
+    let lost = |_| AgentError::Lost;
+    let control = Arc::new(process.control().map_err(lost)?);
+    signals.pass_on_to(Arc::clone(&control));
+    let input = process.input.try_clone().map_err(lost)?;
+    // Nobody waits for this one: it may read from a terminal at which nobody types any more.
+    thread::spawn(move || carry_input(streams.input, &input));
+    let output = process.output.try_clone().map_err(lost)?;
+    let writers = [Some((output, streams.output)), process.error.take().map(|error| (error, streams.error))];
+    let writers = writers.into_iter().flatten().map(|(from, to)| thread::spawn(move || carry(&from, to)));
+    let writers: Vec<_> = writers.collect();
+    let code = process.wait();
+    for writer in writers {
+        let _ = writer.join();
+    }
+    control.close();
+    code
+}
+
+fn carry_input(input: Option<File>, to: &UnixStream) {
+    let mut buffer = vec![0; CHUNK];
+    if let Some(mut input) = input {
+        while let Ok(count @ 1..) = read(&mut input, &mut buffer) {
+            let mut to = to;
+            if to.write_all(&buffer[..count]).is_err() {
+                break;
+            }
+        }
+    }
+    let _ = to.shutdown(Shutdown::Write);
+}
+
+/// Carries output until it ends. Where nobody takes it, whoever writes it learns so, as at a pipe.
+fn carry(mut from: &UnixStream, mut to: File) {
+    let mut buffer = vec![0; CHUNK];
+    while let Ok(count @ 1..) = from.read(&mut buffer) {
+        if write_all(&mut to, &buffer[..count]).is_err() {
+            let _ = from.shutdown(Shutdown::Both);
+            return;
+        }
+    }
+}
+
+/// Reads once. A descriptor that others made non-blocking is waited for.
+fn read(from: &mut File, buffer: &mut [u8]) -> io::Result<usize> {
+    loop {
+        match from.read(buffer) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => wait(from.as_fd(), PollFlags::IN)?,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
+        }
+    }
+}
+
+fn write_all(to: &mut File, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match to.write(bytes) {
+            Ok(count) => bytes = &bytes[count..],
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => wait(to.as_fd(), PollFlags::OUT)?,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+fn wait(fd: BorrowedFd<'_>, flags: PollFlags) -> io::Result<()> {
+    poll(&mut [PollFd::from_borrowed_fd(fd, flags)], None)?;
+    Ok(())
+}
+
+/// Sends a size of this process's terminal.
+pub(crate) fn send_size(control: &Control) {
+    if let Some(size) = terminal_size() {
+        control.resize(size);
+    }
+}
+
+/// Rows and columns of the terminal at one of the standard streams.
+pub(crate) fn terminal_size() -> Option<guest_protocol::agent::TerminalSize> {
+    [rustix::stdio::stdout(), rustix::stdio::stdin(), rustix::stdio::stderr()].into_iter().find_map(|fd| {
+        let size = rustix::termios::tcgetwinsize(fd).ok()?;
+        Some(guest_protocol::agent::TerminalSize { rows: size.ws_row, columns: size.ws_col })
+    })
+}

@@ -1,0 +1,370 @@
+//! `kindling run`: a program in a guest of its own, as if it ran here.
+
+pub(crate) mod client;
+pub(crate) mod signals;
+mod source;
+
+use crate::devices::DeviceArguments;
+use crate::instances::{Instance, InstanceError, Record};
+use crate::terminal::RawTerminal;
+use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, complain, report, tell};
+use clap::Args;
+use client::Streams;
+use guest_protocol::BootMark;
+use guest_protocol::agent::TerminalSize;
+use kindling::agent::{AgentError, Process};
+use kindling::config::devices::Vsock;
+use kindling::config::image::Image;
+use kindling::config::{Config, ConfigError, Console, GuestConfig, MachineConfig};
+use kindling::{Error, Exit, ExitReason, Instant, Machine, StopHandle, Timeline, preboot};
+use source::{Prepared, SourceError, bytes};
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, OnceLock, mpsc};
+use std::thread;
+use std::time::Duration;
+
+#[derive(Args, Debug)]
+pub(crate) struct Arguments {
+    /// Container image: an OCI layout, an archive of `docker save`, a registry's name; or an EROFS filesystem
+    #[arg(value_name = "IMAGE")]
+    image: OsString,
+    /// Environment entry of the command, NAME=VALUE, or NAME to take its value from here; may be repeated
+    #[arg(long, short = 'e', value_name = "NAME[=VALUE]")]
+    env: Vec<OsString>,
+    /// Working directory of the command
+    #[arg(long, short = 'w', value_name = "DIR")]
+    workdir: Option<OsString>,
+    /// User of the command, and its group
+    #[arg(long, short = 'u', value_name = "USER[:GROUP]")]
+    user: Option<String>,
+    /// Replaces the image's entrypoint
+    #[arg(long, value_name = "PROGRAM")]
+    entrypoint: Option<OsString>,
+    /// Give the command a terminal
+    #[arg(long, short = 't')]
+    tty: bool,
+    /// Accepted and without effect: the command always has this command's input
+    #[arg(long, short = 'i')]
+    interactive: bool,
+    /// Memory of the guest in MiB
+    #[arg(long, short = 'm', value_name = "MIB", default_value_t = 512)]
+    memory: u64,
+    /// Virtual processors of the guest, 1 to 16
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    cpus: u64,
+    /// Kill the guest after this many seconds; exit status 124
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=31_536_000))]
+    timeout: Option<u64>,
+    /// Name of the guest, by which `kindling exec` finds it
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
+    /// Hostname of the guest [default: its name]
+    #[arg(long, value_name = "NAME")]
+    hostname: Option<OsString>,
+    /// Accepted and without effect: a guest that ends leaves nothing behind
+    #[arg(long)]
+    rm: bool,
+    /// Network: none, user for networking without root, or a tap device
+    #[arg(long, value_name = "none|user|TAP", default_value = "none")]
+    net: OsString,
+    /// A port of the host that leads to one of the guest; takes `--net user`; may be repeated
+    #[arg(long, short = 'p', value_name = "HOST:GUEST")]
+    publish: Vec<OsString>,
+    /// When to ask a registry for an image
+    #[arg(long, value_name = "missing|always|never", default_value = "missing",
+          value_parser = ["missing", "always", "never"])]
+    pull: String,
+    /// Boot the kernel even where it has been booted before
+    #[arg(long)]
+    cold: bool,
+    /// CLOCK_MONOTONIC in nanoseconds when the caller started this command
+    #[arg(long, value_name = "NS", hide = true)]
+    started_at: Option<u64>,
+    /// Print when each step was reached
+    #[arg(long)]
+    report: bool,
+    /// Command instead of the image's
+    #[arg(value_name = "COMMAND", trailing_var_arg = true, allow_hyphen_values = true)]
+    command: Vec<OsString>,
+}
+
+/// The exit status of a guest that took too long.
+const STATUS_TIMEOUT: u8 = 124;
+/// Stands in for a signal where the time limit stopped the guest.
+const BY_TIMEOUT: u8 = u8::MAX;
+
+/// Why there is no process to wait for.
+#[derive(Debug, thiserror::Error)]
+enum RunError {
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    #[error(transparent)]
+    Instance(#[from] InstanceError),
+    #[error(transparent)]
+    Machine(#[from] Error),
+    #[error("the image names no command; write one behind its name")]
+    NoCommand,
+    #[error("ports are published with --net user, not --net {0:?}")]
+    Publish(OsString),
+    #[error("the host refused to {0}")]
+    Host(&'static str, #[source] std::io::Error),
+}
+
+impl From<ConfigError> for RunError {
+    fn from(error: ConfigError) -> Self {
+        Self::Machine(error.into())
+    }
+}
+
+impl RunError {
+    const fn status(&self) -> u8 {
+        match self {
+            Self::Machine(error) if !error.is_users() => STATUS_FAILURE,
+            Self::Host(..) | Self::Instance(InstanceError::Host { .. }) => STATUS_FAILURE,
+            _ => STATUS_BAD_REQUEST,
+        }
+    }
+}
+
+/// Runs the program; the exit status.
+pub(crate) fn run(arguments: &Arguments, entered: Instant) -> u8 {
+    let start = arguments.started_at.map_or(entered, Instant);
+    let mut timeline = Timeline::starting_at(start);
+    timeline.reached_at("command entered", entered);
+    execute(arguments, timeline).unwrap_or_else(|error| {
+        complain(&error);
+        error.status()
+    })
+}
+
+fn execute(arguments: &Arguments, mut timeline: Timeline) -> Result<u8, RunError> {
+    let prepared = source::prepare(&arguments.image, arguments.user.as_deref(), &arguments.pull)?;
+    timeline.reached("root filesystem found");
+    let instance = Instance::create(arguments.name.as_deref())?;
+    let result = start(arguments, &instance, &prepared, timeline);
+    instance.remove();
+    result
+}
+
+/// What the threads of a guest tell each other.
+enum Event {
+    AgentReady,
+    GuestEnded,
+}
+
+fn start(
+    arguments: &Arguments,
+    instance: &Instance,
+    prepared: &Prepared,
+    timeline: Timeline,
+) -> Result<u8, RunError> {
+    let config = arguments.config(instance, prepared)?;
+    // Before any thread is started.
+    let stopped_by = Arc::new(AtomicU8::new(0));
+    let stop: Arc<OnceLock<StopHandle>> = Arc::default();
+    let give_up = {
+        let (stopped_by, stop) = (Arc::clone(&stopped_by), Arc::clone(&stop));
+        move |signal| {
+            stopped_by.store(signal, Ordering::Release);
+            stop.get().map(StopHandle::stop);
+        }
+    };
+    let signals = signals::receive(give_up.clone());
+    let streams = Streams::own().map_err(|error| RunError::Host("duplicate a standard stream", error))?;
+
+    let machine = Machine::new(&config, timeline)?;
+    if let Some(refusal) = machine.preboot_refusal() {
+        complain(refusal);
+    }
+    let (sender, events) = mpsc::channel();
+    let ready = sender.clone();
+    machine.at_mark(BootMark::AgentReady, move || drop(ready.send(Event::AgentReady)));
+    let running = machine.start()?;
+    let _ = stop.set(running.stop_handle()?);
+    instance.write(&arguments.record(&config))?;
+    if let Some(seconds) = arguments.timeout {
+        thread::spawn(move || {
+            thread::sleep(Duration::from_secs(seconds));
+            give_up(BY_TIMEOUT);
+        });
+    }
+    let terminal = arguments.tty.then(RawTerminal::enter).flatten();
+    let (socket, has_terminal) = (instance.socket(), arguments.tty);
+    let client = thread::spawn(move || match events.recv() {
+        Ok(Event::AgentReady) => client::serve(Process::payload(&socket, has_terminal)?, streams, &signals),
+        Ok(Event::GuestEnded) | Err(_) => Err(AgentError::Lost),
+    });
+    let (exit, remains) = running.wait_for_end();
+    let _ = sender.send(Event::GuestEnded);
+    // Threads do not panic: the profile aborts the process on a panic.
+    let code = client.join().unwrap_or(Err(AgentError::Lost));
+    drop(terminal);
+    remains.leave_to_kernel();
+    Ok(arguments.finish(&exit, code, stopped_by.load(Ordering::Acquire)))
+}
+
+impl Arguments {
+    fn config(&self, instance: &Instance, prepared: &Prepared) -> Result<Config, RunError> {
+        let kernel = source::kernel_image()?;
+        let image = Image::open(&kernel)?;
+        let mut config = image.config(&kernel);
+        let vcpu_count = u8::try_from(self.cpus).map_err(|_| ConfigError::VcpuCount(self.cpus))?;
+        config.machine = MachineConfig { vcpu_count, mem_size_mib: self.memory };
+        config.console = Console::Null;
+        config.devices.root = Some(prepared.rootfs.clone());
+        /// The first number that a guest can have; each guest is alone behind its socket.
+        const GUEST_CID: u32 = 3;
+        config.devices.vsock =
+            Some(Vsock { guest_cid: GUEST_CID, uds_path: instance.socket(), vsock_id: None });
+        let mut network = DeviceArguments { publish: self.publish.clone(), ..DeviceArguments::default() };
+        match self.net.to_str() {
+            Some("none") if self.publish.is_empty() => {}
+            Some("none") => network.net.push("user".into()),
+            _ => network.net.push(self.net.clone()),
+        }
+        network.add_to(&mut config.devices)?;
+        config.guest = self.guest(instance, prepared)?;
+        config.validate()?;
+        if !self.cold {
+            config.preboot = preboot_path(&config);
+            make_preboot(&config);
+        }
+        Ok(config)
+    }
+
+    fn guest(&self, instance: &Instance, prepared: &Prepared) -> Result<GuestConfig, RunError> {
+        let of_image = &prepared.config;
+        let strings = |list: &[String]| list.iter().map(|text| text.clone().into_bytes()).collect::<Vec<_>>();
+        let entrypoint = match &self.entrypoint {
+            Some(program) if program.is_empty() => Vec::new(),
+            Some(program) => vec![bytes(program)],
+            None => strings(&of_image.entrypoint),
+        };
+        let command = if !self.command.is_empty() {
+            self.command.iter().map(bytes).collect()
+        } else if self.entrypoint.is_some() {
+            Vec::new()
+        } else {
+            strings(&of_image.cmd)
+        };
+        let arguments = [entrypoint, command].concat();
+        if arguments.is_empty() {
+            return Err(RunError::NoCommand);
+        }
+        let mut environment = strings(&of_image.env);
+        for entry in &self.env {
+            set(&mut environment, entry);
+        }
+        let name = self.hostname.clone().unwrap_or_else(|| instance.name().into());
+        let mut default = |entry: String| {
+            let name = entry.split_inclusive('=').next().unwrap_or_default().as_bytes().to_vec();
+            if !environment.iter().any(|given| given.starts_with(&name)) {
+                environment.push(entry.into_bytes());
+            }
+        };
+        if let Some(home) = &of_image.user.home {
+            default(format!("HOME={home}"));
+        }
+        default(format!("HOSTNAME={}", name.to_string_lossy()));
+        if self.tty {
+            default(format!("TERM={}", std::env::var("TERM").unwrap_or_else(|_| "xterm".to_owned())));
+        }
+        let workdir = self.workdir.as_ref().map(bytes);
+        let of_image_workdir =
+            Some(of_image.working_dir.clone().into_bytes()).filter(|directory| !directory.is_empty());
+        Ok(GuestConfig {
+            arguments,
+            environment,
+            working_directory: workdir.or(of_image_workdir),
+            hostname: Some(bytes(&name)),
+            user_id: of_image.user.uid,
+            group_id: of_image.user.gid,
+            groups: of_image.user.groups.clone(),
+            terminal: self
+                .tty
+                .then(|| client::terminal_size().unwrap_or(TerminalSize { rows: 24, columns: 80 })),
+            agent: true,
+            ..GuestConfig::default()
+        })
+    }
+
+    fn record(&self, config: &Config) -> Record {
+        let text = |bytes: &Vec<u8>| String::from_utf8_lossy(bytes).into_owned();
+        let since_1970 = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        Record {
+            image: self.image.to_string_lossy().into_owned(),
+            command: config.guest.arguments.iter().map(text).collect(),
+            pid: std::process::id(),
+            started: since_1970.map_or(0, |time| time.as_secs()),
+            memory_mib: config.machine.mem_size_mib,
+            vcpus: config.machine.vcpu_count,
+            stop_signal: 15,
+            status: None,
+        }
+    }
+
+    /// Says what went wrong, if something did; the exit status.
+    fn finish(&self, exit: &Exit, code: Result<u8, AgentError>, stopped_by: u8) -> u8 {
+        for failure in &exit.device_failures {
+            tell(&format!(
+                "kindling: a device stopped because its driver broke a rule of virtio: {}\n",
+                report::printable(failure)
+            ));
+        }
+        if self.report {
+            tell(&report::timeline(exit));
+        }
+        match (code, &exit.reason) {
+            // What the process said counts, whatever the machine did afterwards.
+            (Ok(code), _) => code,
+            (Err(_), ExitReason::Stopped) if stopped_by == BY_TIMEOUT => {
+                let seconds = self.timeout.unwrap_or_default();
+                tell(&format!("kindling: killed after {seconds} s, as --timeout says\n"));
+                STATUS_TIMEOUT
+            }
+            (Err(_), ExitReason::Stopped) if stopped_by != 0 => 128_u8.saturating_add(stopped_by),
+            (Err(_), ExitReason::Payload(code)) => *code,
+            (Err(_), _) => {
+                tell(&report::failure(exit));
+                STATUS_FAILURE
+            }
+        }
+    }
+}
+
+/// Sets an entry of an environment: `NAME=VALUE`, or `NAME` for what it is here, if it is set here.
+fn set(environment: &mut Vec<Vec<u8>>, entry: &OsString) {
+    let mut text = bytes(entry);
+    if !text.contains(&b'=') {
+        let Some(value) = std::env::var_os(entry) else { return };
+        text.push(b'=');
+        text.extend(bytes(&value));
+    }
+    let name = text.iter().take_while(|&&byte| byte != b'=').count() + 1;
+    match environment.iter_mut().find(|given| given.starts_with(&text[..name])) {
+        Some(given) => *given = text,
+        None => environment.push(text),
+    }
+}
+
+/// Where the kernel is that was booted before for guests like this one; the same for all root filesystems.
+fn preboot_path(config: &Config) -> Option<PathBuf> {
+    const ENOUGH: usize = 16;
+    let digests = config.boot_source.image_digests.as_ref()?;
+    let kernel = source::cache()?.join("kernels").join(digests.get(..ENOUGH)?);
+    Some(Image::preboot_path(&kernel, &config.machine, &config.devices))
+}
+
+/// Boots the kernel for later guests, where that has not been done. Where it cannot be done this guest boots itself.
+fn make_preboot(config: &Config) {
+    let Some(path) = config.preboot.as_ref().filter(|path| !path.exists()) else { return };
+    let folder = path.parent().unwrap_or(path);
+    let made = std::fs::create_dir_all(folder)
+        .map_err(|error| error.to_string())
+        .and_then(|()| preboot::make(config, path).map_err(|error| error.to_string()));
+    if let Err(error) = made {
+        tell(&format!("kindling: {}; this guest boots its kernel itself\n", report::printable(&error)));
+    }
+}

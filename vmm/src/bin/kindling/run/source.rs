@@ -1,0 +1,123 @@
+//! What a guest is made from: the kernel's image, and a root filesystem with what its image says of the command.
+
+use serde::Deserialize;
+use std::ffi::{OsStr, OsString};
+use std::io::{self, Read};
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+/// Why there is nothing to run.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SourceError {
+    /// No kernel.
+    #[error(
+        "there is no kernel to run it on: set KINDLING_IMAGE to a folder that `cargo xtask build-image` made"
+    )]
+    NoKernel,
+    /// The program that converts images said why not.
+    #[error("{}", if .0.is_empty() { "kindling-oci ended without a word" } else { .0.as_str() })]
+    Prepare(String),
+    /// That program is not there.
+    #[error("cannot run kindling-oci, which has to lie beside kindling")]
+    NoConverter(#[source] io::Error),
+    /// It printed something else.
+    #[error("kindling-oci and kindling are of different versions")]
+    Version(#[source] serde_json::Error),
+}
+
+/// A root filesystem, and what its image says of how to use it.
+#[derive(Debug, Default, Deserialize)]
+pub(crate) struct Prepared {
+    pub(crate) rootfs: PathBuf,
+    #[serde(default)]
+    pub(crate) config: ImageConfig,
+}
+
+/// What an image says of its command.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct ImageConfig {
+    pub(crate) entrypoint: Vec<String>,
+    pub(crate) cmd: Vec<String>,
+    pub(crate) env: Vec<String>,
+    pub(crate) user: User,
+    pub(crate) working_dir: String,
+    pub(crate) stop_signal: Option<String>,
+}
+
+/// A user of an image.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct User {
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
+    pub(crate) groups: Vec<u32>,
+    pub(crate) home: Option<String>,
+}
+
+/// A root filesystem from what a user named: a file that is one, or an image that is converted first.
+pub(crate) fn prepare(image: &OsStr, user: Option<&str>, pull: &str) -> Result<Prepared, SourceError> {
+    if is_erofs(Path::new(image)) {
+        let user = user.map(numeric_user).transpose()?.unwrap_or_default();
+        return Ok(Prepared { rootfs: image.into(), config: ImageConfig { user, ..ImageConfig::default() } });
+    }
+    let program = std::env::current_exe().map_err(SourceError::NoConverter)?.with_file_name("kindling-oci");
+    let mut command = Command::new(program);
+    command.args(["prepare", "--pull", pull]);
+    if let Some(user) = user {
+        command.args(["--user", user]);
+    }
+    let output = command.arg("--").arg(image).stdin(Stdio::null()).stderr(Stdio::inherit()).output();
+    let output = output.map_err(SourceError::NoConverter)?;
+    if !output.status.success() {
+        // It has said why.
+        return Err(SourceError::Prepare(format!("{} cannot be run", Path::new(image).display())));
+    }
+    serde_json::from_slice(&output.stdout).map_err(SourceError::Version)
+}
+
+/// Whether a file is a filesystem of the kind that guests mount (`struct erofs_super_block` in fs/erofs/erofs_fs.h).
+fn is_erofs(path: &Path) -> bool {
+    const AT: usize = 1024;
+    const MAGIC: [u8; 4] = 0xe0f5_e1e2_u32.to_le_bytes();
+    let mut head = [0; AT + 4];
+    path.is_file()
+        && std::fs::File::open(path).and_then(|mut file| file.read_exact(&mut head)).is_ok()
+        && head[AT..] == MAGIC
+}
+
+fn numeric_user(text: &str) -> Result<User, SourceError> {
+    let number = |text: &str| text.parse().ok().filter(|&id| id != u32::MAX);
+    let (uid, gid) = text.split_once(':').unwrap_or((text, text));
+    match (number(uid), number(gid)) {
+        (Some(uid), Some(gid)) => Ok(User { uid, gid, ..User::default() }),
+        _ => Err(SourceError::Prepare(format!(
+            "{text:?} is not UID or UID:GID, and a bare filesystem has no names"
+        ))),
+    }
+}
+
+/// The folder with the kernel: named by KINDLING_IMAGE, or where an installation or a build has it.
+pub(crate) fn kernel_image() -> Result<PathBuf, SourceError> {
+    if let Some(path) = std::env::var_os("KINDLING_IMAGE").filter(|path| !path.is_empty()) {
+        return Ok(path.into());
+    }
+    let program = std::env::current_exe().unwrap_or_default();
+    let beside = program.ancestors().skip(1);
+    let places =
+        beside.flat_map(|folder| [folder.join("share/kindling/default"), folder.join("images/default")]);
+    places.into_iter().find(|place| place.join("image.json").is_file()).ok_or(SourceError::NoKernel)
+}
+
+/// Where pre-booted kernels are kept: the user's cache.
+pub(crate) fn cache() -> Option<PathBuf> {
+    let given = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let cache = given("XDG_CACHE_HOME").or_else(|| Some(given("HOME")?.join(".cache")))?;
+    Some(cache.join("kindling"))
+}
+
+/// The words of a command in the form that a guest's configuration has.
+pub(crate) fn bytes(text: &OsString) -> Vec<u8> {
+    text.clone().into_vec()
+}
