@@ -164,6 +164,11 @@ fn lay_out_testbed() -> Result<PathBuf> {
         out: Some(images.join("pmem")),
         ..Image::default()
     })?;
+    let (busybox, root_folder) = (testbed.join("busybox.erofs"), root.path());
+    cmd!(Shell::new()?, "mkfs.erofs -T0 --all-root -E noinline_data {busybox} {root_folder}")
+        .quiet()
+        .ignore_stdout()
+        .run()?;
     filesystem(&testbed)?;
     test_root::build(&images)?;
     fs::copy(cargo::release_binary("tests", "vsock-guest")?, root.path().join("bin/vsock-guest"))?;

@@ -1,0 +1,294 @@
+//! `kindling run` and `kindling exec` are like running the program itself: its streams, signals, terminal and exit
+//! status are the caller's.
+
+use std::io::{Read, Write};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use tests::conversation::Conversation;
+use tests::{PATIENCE, kindling, run, start, testbed};
+
+/// A user's home and runtime directory, of which each test has its own.
+struct User(tempfile::TempDir);
+
+impl User {
+    fn new() -> Self {
+        Self(tempfile::tempdir().expect("cannot make a folder"))
+    }
+
+    /// `kindling COMMAND` as this user, without input. Kernels that are booted once are shared by all.
+    fn command(&self, name: &str) -> Command {
+        let mut command = kindling();
+        command
+            .arg(name)
+            .env("XDG_RUNTIME_DIR", self.0.path())
+            .env("XDG_CACHE_HOME", std::env::temp_dir())
+            .env("KINDLING_IMAGE", testbed("images/default"))
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// `kindling run OPTIONS IMAGE` with busybox.
+    fn run(&self, options: &[&str]) -> Command {
+        let mut command = self.command("run");
+        command.args(options).arg(testbed("busybox.erofs"));
+        command
+    }
+
+    /// A shell script in a guest.
+    fn shell(&self, script: &str) -> Command {
+        let mut command = self.run(&[]);
+        command.args(["sh", "-c", script]);
+        command
+    }
+
+    /// Whether no guest has left anything.
+    fn is_tidy(&self) -> bool {
+        std::fs::read_dir(self.0.path().join("kindling")).is_ok_and(|mut entries| entries.next().is_none())
+    }
+}
+
+#[test]
+fn a_program_has_its_streams_to_itself() {
+    let user = User::new();
+    let outcome = run(&mut user.shell("echo out; echo err >&2; printf 'a\\r\\0b'; exit 7"));
+    outcome.expect_status(7);
+    assert_eq!((outcome.stdout.as_str(), outcome.stderr.as_str()), ("out\na\0b", "err\n"));
+    assert!(user.is_tidy());
+}
+
+#[test]
+fn every_byte_goes_through() {
+    let user = User::new();
+    let bytes: Vec<u8> =
+        (0..3_000_000_u32).flat_map(|number| number.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
+    let mut child = user.run(&[]).arg("cat").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let (mut input, sent) = (child.stdin.take().unwrap(), bytes.clone());
+    let writer = std::thread::spawn(move || input.write_all(&sent));
+    let mut got = Vec::new();
+    child.stdout.take().unwrap().read_to_end(&mut got).unwrap();
+    writer.join().unwrap().unwrap();
+    assert!(got == bytes, "{} bytes of {} came back, or others", got.len(), bytes.len());
+    assert!(child.wait().unwrap().success());
+}
+
+#[test]
+fn input_that_ends_is_the_end_of_a_file() {
+    let user = User::new();
+    assert_eq!(run(user.run(&[]).args(["wc", "-c"])).expect_status(0).stdout, "0\n");
+}
+
+#[test]
+fn a_program_that_does_not_read_is_none_the_worse() {
+    let user = User::new();
+    let mut command = user.run(&[]);
+    let mut child = command.arg("true").stdin(Stdio::piped()).spawn().unwrap();
+    let mut input = child.stdin.take().unwrap();
+    let writer = std::thread::spawn(move || while input.write_all(&[0; 4096]).is_ok() {});
+    assert!(child.wait().unwrap().success());
+    writer.join().unwrap();
+}
+
+#[test]
+fn who_reads_no_more_ends_who_writes() {
+    let user = User::new();
+    let mut child = user.run(&[]).arg("yes").stdout(Stdio::piped()).spawn().unwrap();
+    let mut line = [0; 2];
+    child.stdout.take().unwrap().read_exact(&mut line).unwrap();
+    assert_eq!(&line, b"y\n");
+    // SIGPIPE, as in a shell.
+    assert_eq!(child.wait().unwrap().code(), Some(128 + libc::SIGPIPE));
+}
+
+#[test]
+fn statuses_are_those_of_shells() {
+    let user = User::new();
+    let status = |arguments: &[&str]| run(user.run(&[]).args(arguments));
+    status(&["true"]).expect_status(0);
+    status(&["sh", "-c", "exit 255"]).expect_status(255);
+    status(&["sh", "-c", "kill -KILL $$"]).expect_status(128 + 9);
+    status(&["no-such-program"]).expect_status(127).expect_stderr("no-such-program: not found");
+    status(&["/etc/data"]).expect_status(126).expect_stderr("/etc/data: cannot execute");
+}
+
+#[test]
+fn environment_directory_user_and_names_are_as_asked() {
+    let user = User::new();
+    let script = "echo $A $B $HOME; pwd; id -u; id -g; hostname; echo ${TERM-none}";
+    let options = ["-e", "A=one two", "-e", "B", "-w", "/srv/deep/er", "-u", "1000:100", "--name", "box"];
+    let outcome = run(user.run(&options).env("B", "here").args(["sh", "-c", script]));
+    assert_eq!(
+        outcome.expect_status(0).stdout,
+        "one two here /root\n/srv/deep/er\n1000\n100\nbox\nnone\n",
+        "{outcome}"
+    );
+}
+
+#[test]
+fn signals_are_the_programs() {
+    let user = User::new();
+    let script = "trap 'echo asked; exit 9' TERM; echo ready; while :; do sleep 1; done";
+    let mut child = user.shell(script).stdout(Stdio::piped()).spawn().unwrap();
+    let mut output = child.stdout.take().unwrap();
+    let mut line = [0; 6];
+    output.read_exact(&mut line).unwrap();
+    signal(&child, libc::SIGTERM);
+    let mut rest = String::new();
+    output.read_to_string(&mut rest).unwrap();
+    assert_eq!((rest.as_str(), child.wait().unwrap().code()), ("asked\n", Some(9)));
+}
+
+#[test]
+fn a_program_that_nobody_stops_is_killed_in_time() {
+    let user = User::new();
+    let outcome = run(user.run(&["--timeout", "1"]).args(["sleep", "1000"]));
+    outcome.expect_status(124).expect_stderr("killed after 1 s");
+    assert!(user.is_tidy());
+}
+
+#[test]
+fn the_third_signal_ends_the_guest() {
+    let user = User::new();
+    let mut child = user
+        .shell("trap '' TERM; echo ready; while :; do sleep 1; done")
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdout.as_mut().unwrap().read_exact(&mut [0; 6]).unwrap();
+    // Signals that are on their way count once, so each is sent until the guest has ended.
+    let status = loop {
+        signal(&child, libc::SIGTERM);
+        if let Some(status) = child.try_wait().unwrap() {
+            break status;
+        }
+        std::thread::yield_now();
+    };
+    assert_eq!(status.code(), Some(128 + libc::SIGTERM));
+    assert!(user.is_tidy());
+}
+
+#[test]
+fn a_background_child_does_not_keep_a_status() {
+    let user = User::new();
+    let outcome = run(&mut user.shell("sleep 1000 & echo done; exit 3"));
+    assert_eq!(outcome.expect_status(3).stdout, "done\n");
+}
+
+#[test]
+fn a_guest_that_dies_is_explained() {
+    let user = User::new();
+    let outcome = run(&mut user.shell(
+        "echo b > /proc/sysrq-trigger; echo c > /proc/sysrq-trigger; kill -9 -1; poweroff -f; sleep 100",
+    ));
+    outcome.expect_status(125).expect_stderr("guest");
+    assert!(user.is_tidy());
+}
+
+#[test]
+fn a_terminal_is_one() {
+    let user = User::new();
+    let outcome = run(user.run(&["-t"]).env("TERM", "vt100").args([
+        "sh",
+        "-c",
+        "tty; echo $TERM; stty size; echo err >&2",
+    ]));
+    assert_eq!(outcome.expect_status(0).stdout, "/dev/pts/0\nvt100\n24 80\nerr\n", "{outcome}");
+}
+
+#[test]
+fn what_cannot_be_run_is_named() {
+    let user = User::new();
+    let mut named = |arguments: &[&str], text: &str| {
+        run(user.command("run").args(arguments)).expect_status(2).expect_stderr(text);
+        assert!(user.is_tidy() || !user.0.path().join("kindling").exists());
+    };
+    let image = testbed("busybox.erofs");
+    let image = image.to_str().unwrap();
+    named(&[image], "the image names no command");
+    named(&["--name", "a/b", image, "true"], "is no name for a guest");
+    named(&["--cpus", "99", image, "true"], "vcpu_count is 99");
+    named(&["-u", "somebody", image, "true"], "somebody");
+    named(&["-e", "=x", image, "true"], "environment entry");
+    named(&["--memory", "1", image, "true"], "mem_size_mib is 1");
+}
+
+#[test]
+fn more_programs_run_in_a_guest() {
+    let user = User::new();
+    let mut guest = Conversation::start(user.run(&["--name", "one"]).args([
+        "sh",
+        "-c",
+        "echo ready; read -r line; echo $line",
+    ]));
+    guest.expect("ready");
+    let exec = |arguments: &[&str]| run(user.command("exec").arg("one").args(arguments));
+    let outcome = exec(&["sh", "-c", "echo out; echo err >&2; exit 4"]);
+    assert_eq!((outcome.expect_status(4).stdout.as_str(), outcome.stderr.as_str()), ("out\n", "err\n"));
+    assert_eq!(
+        exec(&["-w", "/etc", "-u", "5", "-e", "X=y", "sh", "-c", "pwd; id -u; echo $X"]).stdout,
+        "/etc\n5\ny\n"
+    );
+    exec(&["nothing"]).expect_status(127);
+    // A child that holds the output keeps neither this command nor its own life.
+    let outcome = exec(&["sh", "-c", "(sleep 1; touch /tmp/later; sleep 1000) & echo $!"]);
+    let child = outcome.expect_status(0).stdout.clone();
+    exec(&["sh", "-c", &format!("while [ ! -e /tmp/later ]; do sleep 1; done; kill -0 {}", child.trim())])
+        .expect_status(0);
+    run(user.run(&["--name", "one"]).arg("true"))
+        .expect_status(2)
+        .expect_stderr("there is a guest named one already");
+    run(user.command("exec").args(["two", "true"])).expect_status(2).expect_stderr("no guest named two");
+    // Many at once, each with its own.
+    let many: Vec<_> = (0..20)
+        .map(|number| {
+            start(
+                user.command("exec")
+                    .args(["one", "sh", "-c"])
+                    .arg(format!("cat /proc/self/stat > /dev/null; exit {number}")),
+            )
+        })
+        .collect();
+    for (number, started) in (0..).zip(many) {
+        started.finish_within(PATIENCE).expect_status(number);
+    }
+    guest.say("end");
+    guest.expect("end");
+}
+
+/// A reader that does not read stops its own writer and nothing else, and memory stays where it is.
+#[test]
+fn a_reader_that_waits_stops_one_writer() {
+    let user = User::new();
+    let mut guest =
+        Conversation::start(user.run(&["--name", "still"]).args(["sh", "-c", "echo ready; read -r line"]));
+    guest.expect("ready");
+    let mut stuck = user.command("exec").args(["still", "yes"]).stdout(Stdio::piped()).spawn().unwrap();
+    let exec = |script: &str| {
+        run(user.command("exec").args(["still", "sh", "-c", script])).expect_status(0).stdout.clone()
+    };
+    // The writer sleeps in its pipe in the end.
+    exec("while ! grep -q S /proc/$(pidof yes)/stat; do sleep 1; done");
+    let written = exec("grep wchar /proc/$(pidof yes)/io 2>/dev/null || echo none");
+    assert_eq!(written, exec("sleep 1; grep wchar /proc/$(pidof yes)/io 2>/dev/null || echo none"));
+    signal(&stuck, libc::SIGKILL);
+    let _ = stuck.wait();
+    guest.say("end");
+}
+
+#[expect(unsafe_code, reason = "kill has no safe wrapper in std")]
+fn signal(child: &std::process::Child, number: i32) {
+    let pid = i32::try_from(child.id()).expect("a process id");
+    // SAFETY: kill has no memory effects; the process is our child and not yet waited for.
+    unsafe { libc::kill(pid, number) };
+}
+
+#[test]
+fn a_dead_guests_folder_says_so() {
+    let user = User::new();
+    let mut guest =
+        Conversation::start(user.run(&["--name", "gone"]).args(["sh", "-c", "echo ready; read -r line"]));
+    guest.expect("ready");
+    guest.kill();
+    assert!(Path::new(&user.0.path().join("kindling/gone")).exists());
+    run(user.command("exec").args(["gone", "true"])).expect_status(2).expect_stderr("has ended");
+    run(user.run(&["--name", "gone"]).arg("true")).expect_status(2).expect_stderr("kindling rm");
+}
