@@ -56,6 +56,16 @@ pub struct State {
     queues: Vec<QueueState>,
 }
 
+/// A device that cannot be written down, because its driver waits for requests.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the device {device} has {requests} requests in flight")]
+pub struct InFlight {
+    /// What it is called.
+    pub device: String,
+    /// How many.
+    pub requests: usize,
+}
+
 /// The registers that a driver sets before the device works.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Registers {
@@ -372,8 +382,14 @@ impl Transport {
     }
 
     /// The device as its driver has left it.
-    #[must_use]
-    pub fn state(&self) -> State {
+    ///
+    /// # Errors
+    /// When it is at work: whoever goes on from there would know nothing of what it has begun.
+    pub fn state(&self) -> Result<State, InFlight> {
+        let requests = self.queues.in_flight();
+        if requests > 0 {
+            return Err(InFlight { device: self.name.clone(), requests });
+        }
         let queue = |(number, queue): (usize, &virtio_queue::Queue)| {
             let (next_available, next_used) = self.queues.position(number);
             QueueState {
@@ -386,12 +402,12 @@ impl Transport {
                 next_used,
             }
         };
-        State {
+        Ok(State {
             shape: Self::shape(self.device.as_ref()),
             configuration: self.device.configuration(),
             registers: self.state.clone(),
             queues: self.queues.queues.iter().enumerate().map(queue).collect(),
-        }
+        })
     }
 
     /// Goes on from where a device of the same shape was left, as soon as it is connected to the event loop. What no

@@ -22,7 +22,7 @@ mod tests;
 mod vectored;
 pub mod vsock;
 
-pub use mmio::{Shape, State, Transport, Wiring};
+pub use mmio::{InFlight, Shape, State, Transport, Wiring};
 pub use queue::{Chain, Queues, Segment};
 pub use registers::{
     ACKNOWLEDGE, ACKNOWLEDGE_QUEUES, DOORBELL, QUEUE_ADDRESSES, QUEUE_ADDRESSES_LEN, RegisterPage,
