@@ -168,6 +168,14 @@ impl FileIo {
         Self { file: Arc::new(file), speed, pending: 0, engine: None, depth: depth.into() }
     }
 
+    /// For a file that stands for a disk of which everything takes time.
+    #[cfg(test)]
+    pub(super) fn slow(file: File) -> Self {
+        let mut this = Self::new(file, 4);
+        this.speed = Speed::Direct;
+        this
+    }
+
     /// Whether there are jobs that it can do at once.
     pub(super) const fn can_be_quick(&self) -> bool {
         !matches!(self.speed, Speed::Direct)

@@ -98,6 +98,8 @@ pub struct Transport {
     state: Registers,
     queues: Queues,
     watcher: Option<Watcher>,
+    /// The driver has begun a reset, and the device still touches guest memory.
+    is_resetting: bool,
     /// Why the device broke first.
     failure: Option<Broken>,
 }
@@ -128,6 +130,7 @@ impl Transport {
             state: Registers::default(),
             queues,
             watcher: None,
+            is_resetting: false,
             failure: None,
         };
         this.show_identity();
@@ -187,9 +190,10 @@ impl Transport {
     }
 
     fn pass(&mut self, event: Event) {
-        if self.is_working()
-            && let Err(reason) = self.device.serve(event, &mut self.queues)
-        {
+        if !self.is_working() {
+            // Nobody waits for the answer, but the event would come again and again.
+            self.device.is_at_rest();
+        } else if let Err(reason) = self.device.serve(event, &mut self.queues) {
             self.fail(reason);
         }
     }
@@ -366,10 +370,17 @@ impl Transport {
         Ok(())
     }
 
+    /// Linux takes a device to be reset when its write is done (`vm_reset` in drivers/virtio/virtio_mmio.c), so that the
+    /// write waits for a device that still touches the driver's memory. Nobody waits with it: not for the device's
+    /// lock either.
     fn reset(&mut self) {
         self.device.reset();
         self.queues.reset();
         self.state = Registers::default();
+        self.is_resetting = !self.device.is_at_rest();
+        if self.is_resetting {
+            return;
+        }
         self.registers.set(register::INTERRUPT_STATUS, 0);
         self.set_status(0);
         self.registers.set_configuration(&self.device.configuration());
@@ -477,7 +488,10 @@ impl BusDevice for Transport {
         if let Ok(value) = <[u8; 4]>::try_from(data)
             && offset % 4 == 0
         {
-            self.write_register(offset, u32::from_le_bytes(value));
+            let value = u32::from_le_bytes(value);
+            self.write_register(offset, value);
+            let waits = self.is_resetting && offset == register::STATUS && value == 0;
+            return waits.then_some(GuestRequest::Again);
         }
         None
     }
