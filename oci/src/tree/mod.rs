@@ -92,14 +92,14 @@ impl Tree {
         let attributes = self.checked(path, attributes, &kind)?;
         let (parent, name) = self.parent_of(path)?;
         let old = match &name {
-            Some(name) => self.names(parent).and_then(|names| names.get(&**name)).map(|found| found.node),
+            Some(name) => self.names(parent).and_then(|names| names.get(*name)).map(|found| found.node),
             None => Some(NodeId::ROOT),
         };
         if let Kind::Directory(directory) = &mut kind {
             if let Some(old) = old.filter(|&old| self.names(old).is_some()) {
                 self.nodes[old.index()].attributes = attributes;
                 if let Some(name) = name {
-                    self.mention(parent, &name);
+                    self.mention(parent, name);
                 }
                 return Ok(());
             }
@@ -168,7 +168,7 @@ impl Tree {
     }
 
     /// Puts a node under a name, in place of what was there.
-    fn put(&mut self, parent: NodeId, name: Box<[u8]>, id: NodeId) {
+    fn put(&mut self, parent: NodeId, name: &[u8], id: NodeId) {
         let is_directory = self.names(id).is_some();
         // First the new name, so that a file linked to itself is never without one.
         self.nodes[id.index()].links += if is_directory { 2 } else { 1 };
@@ -176,7 +176,7 @@ impl Tree {
             self.nodes[parent.index()].links += 1;
         }
         let found = Name { node: id, layer: self.layer };
-        let old = self.names_mut(parent).and_then(|names| names.insert(name, found));
+        let old = self.names_mut(parent).and_then(|names| names.insert(name.into(), found));
         if let Some(old) = old {
             self.unlink(parent, old.node);
         }
@@ -255,7 +255,7 @@ impl Tree {
 
     /// The directory that a path's last name belongs to, which is made where it is missing, and the name; none for
     /// the root.
-    fn parent_of(&mut self, path: &[u8]) -> Result<(NodeId, Option<Box<[u8]>>), Error> {
+    fn parent_of<'p>(&mut self, path: &'p [u8]) -> Result<(NodeId, Option<&'p [u8]>), Error> {
         if path.len() > MAX_PATH {
             return Err(Error::LongName(Shown::new(path)));
         }
@@ -269,7 +269,7 @@ impl Tree {
         }
         let parent = self.make_way(path, names)?;
         self.account(name.map_or(0, |name| name.len() + NAME_COST))?;
-        Ok((parent, name.map(Box::from)))
+        Ok((parent, name))
     }
 
     /// The directory of a path. What is missing is made; what is there has been mentioned by this layer.
@@ -284,7 +284,7 @@ impl Tree {
                     }
                     self.account(name.len() + NAME_COST)?;
                     let id = self.add(empty_directory(way.at))?;
-                    self.put(way.at, name.into(), id);
+                    self.put(way.at, &name, id);
                     way.at = id;
                 }
                 Some((id, Kind::Directory(_))) => {

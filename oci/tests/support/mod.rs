@@ -144,8 +144,15 @@ impl Place {
         prepare(&self.path(image).display().to_string(), &options, &mut |_, _| {})
     }
 
-    /// The whole line, and the exit status.
+    /// The whole line, and whether it is the user's to mend; nothing is left behind.
     pub fn error(&self, image: &str) -> (String, bool) {
+        let found = self.error_beside_cache(image);
+        assert!(self.drafts().is_empty(), "{:?}", self.drafts());
+        found
+    }
+
+    /// The same where other images were converted before.
+    pub fn error_beside_cache(&self, image: &str) -> (String, bool) {
         let error = self.prepare(image).unwrap_err();
         let is_users = error.is_users();
         let mut line = error.to_string();
@@ -154,7 +161,6 @@ impl Place {
             line += &format!(": {error}");
             cause = error.source();
         }
-        assert!(self.drafts().is_empty(), "{:?}", self.drafts());
         (line, is_users)
     }
 
