@@ -40,12 +40,8 @@ pub(crate) fn convert(
     let count = image.layers.len();
     for (number, layer) in (1..).zip(&image.layers) {
         begin(number, count);
-        let blob = store.blob(&layer.name)?.ok_or_else(|| Error::Missing(layer.name.clone()))?;
-        layer::apply(blob, layer.check, &mut tree, &mut data).map_err(|source| Error::Layer {
-            number,
-            count,
-            source,
-        })?;
+        layer::apply(store.layer(layer)?, layer.check, &mut tree, &mut data)
+            .map_err(|source| Error::Layer { number, count, source })?;
     }
     let written = data.finish().map_err(erofs::Error::Write);
     let size = written.and_then(|end| erofs::write(&tree, file, end, uuid(image.id)));

@@ -1,7 +1,8 @@
 //! Why an image cannot be had.
 
-use crate::digest::{Digest, NoDigest};
-use crate::{erofs, layer, tarball, user};
+use crate::digest::Digest;
+use crate::source::RegistryError;
+use crate::{erofs, layer, reference, tarball, user};
 use std::io;
 use std::path::PathBuf;
 
@@ -43,10 +44,10 @@ pub enum Error {
     #[error("it is not whole: {0} is missing; save or pull it again")]
     Missing(String),
     /// A document is another one.
-    #[error("its {name} has the digest {found}; it was damaged or exchanged, save or pull it again")]
+    #[error("its {expected} has the digest {found}; it was damaged or exchanged, save or pull it again")]
     Digest {
-        /// The document, by the digest that it should have.
-        name: String,
+        /// The digest that it should have.
+        expected: Digest,
         /// The digest that it has.
         found: Digest,
     },
@@ -118,12 +119,15 @@ pub enum Error {
     /// Nowhere to put files.
     #[error("none of --cache, KINDLING_CACHE, XDG_CACHE_HOME and HOME says where to keep images")]
     NoCache,
-    /// A reference is not written as one.
-    #[error("neither a file nor the name of an image in a registry: {0}")]
-    Reference(&'static str),
-    /// A digest in a reference.
+    /// Neither a file nor a reference.
+    #[error("there is no such file or folder, and as the name of an image in a registry it is wrong")]
+    Reference(#[from] reference::Error),
+    /// Not to be pulled.
+    #[error("it has not been pulled before; `--pull missing` pulls it")]
+    NotPulled,
+    /// The registry does not give it.
     #[error(transparent)]
-    ReferenceDigest(#[from] NoDigest),
+    Registry(#[from] RegistryError),
 }
 
 impl Error {
@@ -134,6 +138,7 @@ impl Error {
             Self::Layer { source, .. } => source.is_of_the_image(),
             Self::Archive(tarball::Error::Read(error)) => error.raw_os_error().is_none(),
             Self::Filesystem(source) => matches!(source, erofs::Error::TooLarge(_)),
+            Self::Registry(source) => source.is_users(),
             Self::Cache { .. } => false,
             _ => true,
         }

@@ -3,6 +3,7 @@
 use crate::compression::decompress;
 use crate::digest::{Digest, Hashed, drain};
 use crate::erofs::{BLOCK, BlockWriter, CopyError};
+use crate::source::BrokenOff;
 use crate::tarball::{self, Entry, Tarball};
 use crate::tree::{self, Kind, Shown, Tree};
 use std::io::{self, Read};
@@ -69,9 +70,10 @@ impl Error {
     }
 }
 
-/// An error of reading: the system's, or the decompressor's.
+/// An error of reading: the system's or the network's, or the decompressor's.
 fn read_error(error: io::Error) -> Error {
-    if error.raw_os_error().is_some() { Error::Read(error) } else { Error::Damaged(error) }
+    let is_broken_off = error.get_ref().is_some_and(|inner| inner.is::<BrokenOff>());
+    if error.raw_os_error().is_some() || is_broken_off { Error::Read(error) } else { Error::Damaged(error) }
 }
 
 impl From<tarball::Error> for Error {

@@ -2,7 +2,7 @@
 #![expect(clippy::print_stderr, clippy::print_stdout, reason = "a command speaks to its user")]
 
 use clap::{Parser, Subcommand};
-use kindling_oci::{Options, prepare};
+use kindling_oci::{Options, Pull, prepare};
 use std::error::Error as _;
 use std::io::{IsTerminal, stderr};
 use std::path::PathBuf;
@@ -22,8 +22,18 @@ enum Command {
     Prepare(Prepare),
 }
 
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum When {
+    Missing,
+    Always,
+    Never,
+}
+
 #[derive(Debug, clap::Args)]
 struct Prepare {
+    /// When to ask the registry: where the image has not been pulled before, each time, or not at all
+    #[arg(long, value_enum, default_value = "missing", value_name = "WHEN")]
+    pull: When,
     /// Where converted images are kept [default: $XDG_CACHE_HOME/kindling]
     #[arg(long, value_name = "DIR")]
     cache: Option<PathBuf>,
@@ -33,14 +43,19 @@ struct Prepare {
     /// Say nothing about progress
     #[arg(long)]
     quiet: bool,
-    /// A folder with an OCI layout or an archive, with :TAG where it has several images
+    /// A folder with an OCI layout or an archive, with :TAG where it has several images, or a name in a registry
     image: String,
 }
 
 fn main() -> ExitCode {
     let Command::Prepare(arguments) = Arguments::parse().command;
     let says = !arguments.quiet && stderr().is_terminal();
-    let options = Options { cache: arguments.cache, user: arguments.user };
+    let pull = match arguments.pull {
+        When::Missing => Pull::Missing,
+        When::Always => Pull::Always,
+        When::Never => Pull::Never,
+    };
+    let options = Options { cache: arguments.cache, pull, user: arguments.user };
     let mut begin = |number, count| {
         if says {
             eprintln!("{}: converting layer {number} of {count} ...", arguments.image);

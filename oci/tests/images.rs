@@ -263,7 +263,7 @@ fn what_is_not_whole_is_made_again() {
 fn several_at_once_convert_once() {
     let place = Place::new();
     place.layout().write(vec![Layer::new().file("a", &"b".repeat(1 << 20))], Packing::Gzip);
-    let options = || kindling_oci::Options { cache: Some(place.path("cache")), user: None };
+    let options = || kindling_oci::Options { cache: Some(place.path("cache")), ..Default::default() };
     let image = place.path("image").display().to_string();
     let converted = std::sync::atomic::AtomicUsize::new(0);
     std::thread::scope(|scope| {

@@ -1,14 +1,18 @@
-//! Where an image comes from: a folder, an archive.
+//! Where an image comes from: a folder, an archive, a registry.
 
 mod archive;
 mod docker;
 mod layout;
+mod registry;
 
 use crate::digest::Digest;
 use crate::error::Error;
 use crate::layer::Check;
 use crate::manifest::{Descriptor, ImageConfig, Platform};
+use crate::reference::Reference;
 use archive::Archive;
+use registry::Registry;
+pub(crate) use registry::{BrokenOff, RegistryError};
 use serde::de::DeserializeOwned;
 use std::fs::File;
 use std::io::{self, Read};
@@ -29,7 +33,7 @@ pub(crate) struct Image {
 /// A layer.
 #[derive(Debug)]
 pub(crate) struct Layer {
-    /// Its name in the store.
+    /// Its name in a folder or an archive.
     pub(crate) name: String,
     pub(crate) check: Check,
 }
@@ -39,6 +43,7 @@ pub(crate) struct Layer {
 pub(crate) enum Store {
     Folder(PathBuf),
     Archive(Archive),
+    Registry(Registry),
 }
 
 impl Store {
@@ -52,9 +57,16 @@ impl Store {
         Ok(Self::Archive(Archive::open(file, path, scratch)?))
     }
 
+    /// A registry, of which nothing is asked yet.
+    pub(crate) fn registry(reference: Reference) -> Self {
+        Self::Registry(Registry::new(reference))
+    }
+
     /// The image in it, or that of a name.
     pub(crate) fn image(&self, tag: Option<&str>) -> Result<Image, Error> {
-        if let Some(index) = self.document("index.json")? {
+        if let Self::Registry(registry) = self {
+            registry.image()
+        } else if let Some(index) = self.document("index.json")? {
             layout::find(self, &index, tag)
         } else if let (Self::Archive(_), Some(manifest)) = (self, self.document("manifest.json")?) {
             docker::find(self, &manifest, tag)
@@ -63,9 +75,18 @@ impl Store {
         }
     }
 
+    /// A layer's content.
+    pub(crate) fn layer(&self, layer: &Layer) -> Result<Box<dyn Read + '_>, Error> {
+        if let (Self::Registry(registry), Check::Blob(digest, _)) = (self, layer.check) {
+            return Ok(Box::new(registry.layer(digest)?));
+        }
+        self.file(&layer.name)?.ok_or_else(|| Error::Missing(layer.name.clone()))
+    }
+
     /// A file's content; none where it does not exist.
-    pub(crate) fn blob(&self, name: &str) -> Result<Option<Box<dyn Read + '_>>, Error> {
+    fn file(&self, name: &str) -> Result<Option<Box<dyn Read + '_>>, Error> {
         match self {
+            Self::Registry(_) => Ok(None),
             Self::Folder(folder) => {
                 let path = folder.join(name);
                 match File::open(&path) {
@@ -82,9 +103,9 @@ impl Store {
 
     /// A small file's content.
     fn document(&self, name: &str) -> Result<Option<Vec<u8>>, Error> {
-        let Some(blob) = self.blob(name)? else { return Ok(None) };
+        let Some(file) = self.file(name)? else { return Ok(None) };
         let mut content = Vec::new();
-        blob.take(MAX_DOCUMENT + 1)
+        file.take(MAX_DOCUMENT + 1)
             .read_to_end(&mut content)
             .map_err(|source| Error::Read { path: name.into(), source })?;
         if content.len() as u64 > MAX_DOCUMENT {
@@ -96,10 +117,15 @@ impl Store {
     /// A document that is named by its digest.
     fn described(&self, descriptor: &Descriptor) -> Result<Vec<u8>, Error> {
         let name = blob_name(descriptor.digest);
-        let content = self.document(&name)?.ok_or_else(|| Error::Missing(name.clone()))?;
-        let found = Digest::of(&content);
-        if found == descriptor.digest { Ok(content) } else { Err(Error::Digest { name, found }) }
+        let content = self.document(&name)?.ok_or(Error::Missing(name))?;
+        check_digest(descriptor.digest, &content)?;
+        Ok(content)
     }
+}
+
+fn check_digest(expected: Digest, content: &[u8]) -> Result<(), Error> {
+    let found = Digest::of(content);
+    if found == expected { Ok(()) } else { Err(Error::Digest { expected, found }) }
 }
 
 /// Where an OCI layout has a blob.

@@ -140,7 +140,8 @@ impl Place {
     }
 
     pub fn prepare_as(&self, image: &str, user: Option<&str>) -> Result<Prepared, Error> {
-        let options = Options { cache: Some(self.path("cache")), user: user.map(str::to_owned) };
+        let options =
+            Options { cache: Some(self.path("cache")), user: user.map(str::to_owned), ..Options::default() };
         prepare(&self.path(image).display().to_string(), &options, &mut |_, _| {})
     }
 
