@@ -32,12 +32,14 @@ impl Answer {
     }
 }
 
+/// Paths that were asked for, with the header `Authorization`.
+type Asked = Mutex<Vec<(String, Option<String>)>>;
+
 /// A server on this machine; it ends with the test program.
 struct Server {
     address: String,
     answers: Arc<Mutex<HashMap<String, Answer>>>,
-    /// Paths that were asked for, with the header `Authorization`.
-    asked: Arc<Mutex<Vec<(String, Option<String>)>>>,
+    asked: Arc<Asked>,
 }
 
 impl Server {
@@ -108,12 +110,7 @@ impl Server {
     }
 }
 
-fn serve(
-    stream: TcpStream,
-    host: &str,
-    answers: &Mutex<HashMap<String, Answer>>,
-    asked: &Mutex<Vec<(String, Option<String>)>>,
-) {
+fn serve(stream: TcpStream, host: &str, answers: &Mutex<HashMap<String, Answer>>, asked: &Asked) {
     let mut lines = BufReader::new(&stream).lines().map_while(Result::ok);
     let Some(first) = lines.next() else { return };
     let path = first.split(' ').nth(1).unwrap().to_owned();
