@@ -4,6 +4,8 @@
 //! merged into one EROFS, once for each image; no file of it is ever unpacked on the host. `docs/oci.md` is for
 //! users.
 
+#![forbid(unsafe_code)]
+
 mod cache;
 mod compression;
 mod convert;

@@ -1,4 +1,5 @@
 //! `kindling-oci`: the program that `kindling run` executes for images of containers.
+#![forbid(unsafe_code)]
 #![expect(clippy::print_stderr, clippy::print_stdout, reason = "a command speaks to its user")]
 
 use clap::{Parser, Subcommand};

@@ -1,6 +1,6 @@
-//! The root filesystem of `tests/tests/root.rs` once more, by way of a container image.
+//! Container images in tests: the root filesystem of `tests/tests/root.rs` once more, by way of one, and a registry.
 
-use crate::cargo;
+use crate::{cargo, debian};
 use anyhow::{Context, Result};
 use kindling::config::image::{DESCRIPTION, Image, ImageFile, sha256, sha256_of};
 use serde_json::{Value, json};
@@ -8,6 +8,14 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 use xshell::{Shell, cmd};
+
+/// Puts what `tests/tests/on_host_oci.rs` uses into the testbed.
+pub(crate) fn programs(testbed: &Path) -> Result<()> {
+    fs::copy(cargo::release_binary("kindling-oci", "kindling-oci")?, testbed.join("kindling-oci"))?;
+    let registry = debian::unpacked("docker-registry")?.join("usr/bin/docker-registry");
+    fs::copy(registry, testbed.join("docker-registry"))?;
+    Ok(())
+}
 
 /// Builds the image `oci`: all of the image `root`, but with what `kindling-oci` makes of a tree as one layer of an
 /// archive of `docker save`.

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use ureq::http::Response;
 use ureq::tls::{PemItem, RootCerts, TlsConfig, parse_pem};
-use ureq::{Agent, Body, BodyReader};
+use ureq::{Agent, Body, BodyReader, Proxy};
 
 /// The certificates that this machine trusts, where distributions keep them in one file.
 const SYSTEM_ROOTS: [&str; 3] =
@@ -78,9 +78,11 @@ pub(crate) struct Registry {
 
 impl Registry {
     pub(super) fn new(reference: Reference) -> Self {
+        let is_loopback = reference.is_loopback();
         let config = Agent::config_builder()
             .http_status_as_error(false)
-            .https_only(!reference.is_loopback())
+            .proxy(if is_loopback { None } else { Proxy::try_from_env() })
+            .https_only(!is_loopback)
             .tls_config(TlsConfig::builder().root_certs(roots()).build())
             .timeout_connect(Some(PATIENCE))
             .timeout_recv_response(Some(PATIENCE))
