@@ -93,6 +93,11 @@ impl Conversation {
         line.trim().trim_end_matches(" kB").parse().expect("no number")
     }
 
+    /// Sends the VMM a signal.
+    pub fn signal(&self, signal: i32) {
+        crate::kill(self.child.id(), signal);
+    }
+
     /// Whether the VMM has not ended.
     #[must_use]
     pub fn runs(&mut self) -> bool {
@@ -147,7 +152,16 @@ impl Conversation {
     /// # Panics
     /// When it does not end with this status.
     #[track_caller]
-    pub fn expect_status(mut self, status: i32) {
+    pub fn expect_status(self, status: i32) {
+        drop(self.expect_end(&format!("exit status: {status}")));
+    }
+
+    /// Waits for the guest's end, which may also be a signal; what it said on standard error.
+    ///
+    /// # Panics
+    /// When it ends in another way.
+    #[track_caller]
+    pub fn expect_end(mut self, end: &str) -> String {
         let until = Instant::now() + PATIENCE;
         // Its output ends with it.
         while let Ok(line) = self.lines.recv_timeout(until.saturating_duration_since(Instant::now())) {
@@ -157,8 +171,10 @@ impl Conversation {
         while self.child.try_wait().is_ok_and(|status| status.is_none()) && Instant::now() < until {
             std::thread::sleep(Duration::from_millis(10));
         }
-        let end = self.end();
-        assert!(end.starts_with(&format!("exit status: {status}\n")), "{end}\n{text}");
+        let seen = self.end();
+        let (how, errors) = seen.split_once('\n').unwrap_or_default();
+        assert!(how.starts_with(end), "{seen}\n{text}");
+        errors.to_owned()
     }
 
     /// Ends it if it has not ended; how it did, and what it said on standard error.

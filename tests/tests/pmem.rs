@@ -103,6 +103,25 @@ fn guests_that_read_one_file_have_its_pages_in_memory_once() {
 }
 
 #[test]
+fn a_file_that_is_made_shorter_ends_its_guests() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(4 << 20).unwrap();
+    let script = format!("{PREAMBLE} {WAIT} echo ready; heard; cat /dev/pmem0 > /dev/null; echo still here");
+    for flags in ["", ":ro"] {
+        let option = option(file.path(), flags);
+        let mut guest = Conversation::start(boot().args(["--pmem", &option, "--", "/bin/sh", "-c", &script]));
+        guest.expect("ready");
+        file.as_file().set_len(1 << 20).unwrap();
+        guest.go_on();
+        let errors = guest.expect_end("exit status: 125");
+        let expected =
+            format!("{} is memory of the guest, and somebody made it shorter", file.path().display());
+        assert!(errors.contains(&expected), "{errors}");
+        file.as_file().set_len(4 << 20).unwrap();
+    }
+}
+
+#[test]
 fn files_that_cannot_be_memory_are_refused() {
     let file = tempfile::NamedTempFile::new().unwrap();
     file.as_file().set_len(5).unwrap();

@@ -3,6 +3,7 @@
 use std::fs;
 use std::process::{Command, Stdio};
 use std::time::{Duration, SystemTime};
+use tests::conversation::{Conversation, PREAMBLE};
 use tests::{Image, has_continued, run, testbed};
 
 fn image() -> Image {
@@ -35,6 +36,32 @@ fn no_two_guests_have_the_same_random_numbers() {
     }
     let stack = |lines: &[&str]| lines.iter().find(|line| line.ends_with("[stack]")).unwrap().to_string();
     assert_ne!(stack(&lines[0]), stack(&lines[1]), "places in memory");
+}
+
+#[test]
+fn a_bus_error_is_explained_where_the_file_was_made_shorter() {
+    let image = image();
+    let path = image.preboot("1", "128");
+    let script = format!("{PREAMBLE} echo ready; heard");
+    let [whole, shorter] = [(); 2].map(|()| {
+        let mut guest = Conversation::start(image.command("boot").args(["--", "/bin/sh", "-c", &script]));
+        guest.expect("ready");
+        guest
+    });
+    // What the host sends to a process that touches what is gone. Here it may be that nobody does.
+    whole.signal(libc::SIGBUS);
+    whole.expect_end("signal: 7");
+    // The guest does not touch it before the VMM has the signal.
+    shorter.signal(libc::SIGSTOP);
+    fs::File::options().write(true).open(&path).unwrap().set_len(4096).unwrap();
+    shorter.signal(libc::SIGBUS);
+    shorter.signal(libc::SIGCONT);
+    let errors = shorter.expect_end("exit status: 125");
+    let path = path.display();
+    let expected = format!(
+        "kindling: {path} is memory of the guest, and somebody made it shorter while the guest ran\n"
+    );
+    assert_eq!(errors, expected);
 }
 
 #[test]

@@ -15,6 +15,8 @@ pub enum GuestRequest {
     Reset,
     /// The guest is where the machine was to stop and be kept.
     Freeze,
+    /// The write has to wait for the host, and is made again in a moment.
+    Again,
 }
 
 /// A device with registers, in I/O ports or in memory.

@@ -5,10 +5,11 @@ use crate::bus::lock;
 use crate::devices::console::EscapeFilter;
 use crate::devices::serial::SerialPort;
 use crate::devices::virtio::{Transport, Watcher};
+use crate::memory::{self, BackingFile};
 use crate::timeline::Instant;
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
-use rustix::io::Errno;
+use rustix::io::{Errno, read};
 use std::fs::File;
 use std::io::{self, IsTerminal, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -61,12 +62,16 @@ pub(crate) enum LoopEnd {
     Stopped,
     /// The person at the terminal asked to leave.
     Left,
+    /// A file that is guest memory has become shorter.
+    MemoryLost,
 }
 
 const VCPU_ENDED: u64 = 0;
 const STOP: u64 = 1;
 const SOURCE: u64 = 2;
 const DRAINED: u64 = 3;
+/// A file that is guest memory has changed.
+const MEMORY: u64 = 5;
 /// Not an event: the port was busy, and input is offered again.
 const RETRY: u64 = 4;
 /// How long to wait before that, in nanoseconds.
@@ -82,6 +87,9 @@ pub(crate) struct EventLoop {
     /// Input waits for a port that was busy.
     retry: bool,
     devices: Vec<Arc<Mutex<Transport>>>,
+    /// Files that are guest memory, and what tells of changes of theirs.
+    files: Vec<Arc<BackingFile>>,
+    changes: Option<OwnedFd>,
     /// When each device wants to be called at the latest.
     deadlines: Vec<Option<Instant>>,
 }
@@ -92,6 +100,7 @@ impl EventLoop {
         stop: &EventFd,
         input: Option<Input>,
         devices: Vec<Arc<Mutex<Transport>>>,
+        files: Vec<Arc<BackingFile>>,
     ) -> io::Result<Self> {
         let epoll = Arc::new(epoll::create(CreateFlags::CLOEXEC)?);
         watch(&epoll, borrow(ended), VCPU_ENDED)?;
@@ -100,7 +109,12 @@ impl EventLoop {
             lock(device).watch(Watcher::new(Arc::clone(&epoll), number))?;
         }
         let deadlines = vec![None; devices.len()];
-        let mut this = Self { epoll, input, retry: false, devices, deadlines };
+        // Without a watch the guest runs as well, as long as nobody makes its files shorter.
+        let changes = memory::watch(&files).unwrap_or(None);
+        if let Some(changes) = &changes {
+            watch(&epoll, changes.as_fd(), MEMORY)?;
+        }
+        let mut this = Self { epoll, input, retry: false, devices, files, changes, deadlines };
         if let Some(input) = &mut this.input {
             watch(&this.epoll, borrow(&input.drained), DRAINED)?;
             input.state = match watch(&this.epoll, input.source.as_fd(), SOURCE) {
@@ -140,11 +154,19 @@ impl EventLoop {
                 match data.u64() {
                     VCPU_ENDED => return LoopEnd::VcpuEnded,
                     STOP => return LoopEnd::Stopped,
+                    MEMORY if self.has_lost_memory() => return LoopEnd::MemoryLost,
                     SOURCE | DRAINED if self.serve_input(serial, data.u64()) => return LoopEnd::Left,
                     _ => {}
                 }
             }
         }
+    }
+
+    fn has_lost_memory(&self) -> bool {
+        // What happened says nothing that is not seen in the files.
+        let mut happened = [0; 4096];
+        while self.changes.as_ref().is_some_and(|changes| read(changes, &mut happened).is_ok()) {}
+        self.files.iter().any(|file| file.is_shorter())
     }
 
     /// How long to wait at most.

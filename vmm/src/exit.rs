@@ -1,6 +1,7 @@
 //! How a machine ended.
 
 use crate::kvm::{ExitCounts, Registers};
+use crate::memory::BackingFile;
 use crate::profile::Profile;
 use crate::timeline::Timeline;
 
@@ -25,6 +26,11 @@ pub enum ExitReason {
     },
     /// This program or the host's KVM failed.
     VmmFailure(String),
+    /// A file that is guest memory became shorter.
+    MemoryLost {
+        /// Its path, as the host had it then.
+        path: String,
+    },
     /// Somebody stopped the machine.
     Stopped,
     /// The person at the terminal left with Ctrl-A x.
@@ -46,7 +52,7 @@ impl ExitReason {
             Self::KvmInternalError { .. } => 121,
             Self::TripleFault => 122,
             Self::GuestPanic => 123,
-            Self::VmmFailure(_) => 125,
+            Self::VmmFailure(_) | Self::MemoryLost { .. } => 125,
             // 128 + SIGTERM, unless the caller knows which signal it was.
             Self::Stopped => 143,
         }
@@ -72,6 +78,7 @@ impl std::fmt::Display for ExitReason {
             }
             Self::KvmInternalError { suberror } => write!(f, "KVM failed with internal error {suberror}"),
             Self::VmmFailure(what) => write!(f, "{what}"),
+            Self::MemoryLost { path } => write!(f, "{path}{}", BackingFile::MADE_SHORTER),
             Self::Stopped => write!(f, "the machine was stopped"),
             Self::Left => write!(f, "the terminal left the machine"),
         }

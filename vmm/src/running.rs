@@ -6,6 +6,7 @@ use crate::event_loop::{EventLoop, LoopEnd};
 use crate::exit::{Exit, ExitReason};
 use crate::kvm::{ExitCounts, Registers, Vcpu, VcpuEnd};
 use crate::machine::{Error, Machine};
+use crate::memory::BackingFile;
 use crate::profile::{Profile, Recorder};
 use crate::timeline::Instant;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -117,7 +118,8 @@ impl Running {
             || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(Error::host("make an eventfd"));
         let (ended, stop) = (eventfd()?, eventfd()?);
         let devices = machine.devices.virtio.clone();
-        let event_loop = EventLoop::new(&ended, &stop, machine.devices.input.take(), devices)
+        let files = machine.memory.backing_files();
+        let event_loop = EventLoop::new(&ended, &stop, machine.devices.input.take(), devices, files)
             .map_err(Error::host("make an epoll instance"))?;
         let mut vcpus: Vec<_> = std::mem::take(&mut machine.vcpus).into_iter().enumerate().collect();
         // The first vCPU starts last: the others wait inside KVM until it wakes them. Where they wait at a gate
@@ -185,6 +187,12 @@ impl Running {
     #[must_use]
     pub fn balloon(&self) -> Option<balloon::Control> {
         self.machine.devices.balloon.clone()
+    }
+
+    /// Files that the guest's memory is mapped from.
+    #[must_use]
+    pub fn backing_files(&self) -> Vec<Arc<BackingFile>> {
+        self.machine.memory.backing_files()
     }
 
     /// Waits for the machine's end and gives back what it used.
@@ -273,14 +281,17 @@ impl Running {
         });
         let console_tail = lock(&devices.serial).last_lines(CONSOLE_LINES);
         let mut registers = None;
+        let files = self.machine.memory.backing_files();
         let reason = match end {
             LoopEnd::Left => ExitReason::Left,
             LoopEnd::Stopped => ExitReason::Stopped,
+            LoopEnd::MemoryLost => lost_memory(&files).unwrap_or(ExitReason::Stopped),
             // What ended first is why the machine ended; the rest stopped because of it.
             LoopEnd::VcpuEnded => match outcomes.into_iter().next() {
                 Some(outcome) => {
                     registers = outcome.registers;
-                    reason_of(outcome.end, &console_tail)
+                    let lost = outcome.end.is_bad_address().then(|| lost_memory(&files)).flatten();
+                    lost.unwrap_or_else(|| reason_of(outcome.end, &console_tail))
                 }
                 None => ExitReason::Stopped,
             },
@@ -318,11 +329,23 @@ impl VcpuEnd {
     const fn is_failure(&self) -> bool {
         !matches!(self, Self::Request(_) | Self::Stopped)
     }
+
+    /// Whether KVM found no memory where the guest has some.
+    fn is_bad_address(&self) -> bool {
+        matches!(self, Self::RunFailed(error) if error.raw_os_error() == Some(libc::EFAULT))
+    }
 }
 
 /// Whether the kernel's last words were those of a panic (`panic` in kernel/panic.c).
 fn has_panicked(console: &[String]) -> bool {
     console.iter().any(|line| line.contains("Kernel panic - not syncing"))
+}
+
+/// That a file which is guest memory has become shorter, if one has.
+fn lost_memory(files: &[Arc<BackingFile>]) -> Option<ExitReason> {
+    let mut path = [0; 4096];
+    let path = String::from_utf8_lossy(files.iter().find(|file| file.is_shorter())?.path(&mut path));
+    Some(ExitReason::MemoryLost { path: path.into_owned() })
 }
 
 fn reason_of(end: VcpuEnd, console: &[String]) -> ExitReason {
@@ -334,7 +357,7 @@ fn reason_of(end: VcpuEnd, console: &[String]) -> ExitReason {
         VcpuEnd::Request(GuestRequest::Reset) if has_panicked(console) => ExitReason::GuestPanic,
         VcpuEnd::Request(GuestRequest::Reset) => ExitReason::Reset,
         // Nobody asked this machine to stop there.
-        VcpuEnd::Request(GuestRequest::Freeze) => ExitReason::Stopped,
+        VcpuEnd::Request(GuestRequest::Freeze | GuestRequest::Again) => ExitReason::Stopped,
         VcpuEnd::TripleFault if has_panicked(console) => ExitReason::GuestPanic,
         VcpuEnd::TripleFault => ExitReason::TripleFault,
         VcpuEnd::InternalError { suberror } => ExitReason::KvmInternalError { suberror },

@@ -164,8 +164,8 @@ fn lay_out_testbed() -> Result<PathBuf> {
         out: Some(images.join("pmem")),
         ..Image::default()
     })?;
-    let (busybox, root_folder) = (testbed.join("busybox.erofs"), root.path());
-    cmd!(Shell::new()?, "mkfs.erofs -T0 --all-root -E noinline_data {busybox} {root_folder}")
+    let (shell, busybox, root_folder) = (Shell::new()?, testbed.join("busybox.erofs"), root.path());
+    cmd!(shell, "mkfs.erofs -T0 --all-root -E noinline_data {busybox} {root_folder}")
         .quiet()
         .ignore_stdout()
         .run()?;

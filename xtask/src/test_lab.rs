@@ -4,7 +4,7 @@
 //! replaced by another one for what has not ended: QEMU sometimes delivers a guest's interrupt twice
 //! (docs/architecture.md, "The lab").
 
-use crate::lab::{Job, Silent};
+use crate::lab::{ATTEMPTS, Job, Silent};
 use crate::test::Program;
 use anyhow::{Result, bail};
 use std::fmt::Write;
@@ -19,8 +19,6 @@ const MEMORY_MIB: u64 = 6144;
 const SILENCE: Duration = Duration::from_secs(180);
 /// The same for those that take long.
 const LONG_SILENCE: Duration = Duration::from_secs(3600);
-/// How often a program is started before it counts as failed because its lab stands still.
-const ATTEMPTS: u8 = 4;
 /// Says how often a test does what it does a few times otherwise.
 const ROUNDS: &str = "KINDLING_ROUNDS";
 

@@ -14,9 +14,13 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 use vm_memory::GuestAddress;
 use x86_64::registers::control::{Cr0Flags, Cr4Flags, EferFlags};
 use x86_64::registers::rflags::RFlags;
+
+/// How long a write waits before it is made again.
+const AGAIN_INTERVAL: Duration = Duration::from_millis(1);
 
 /// Exits of a vCPU to this program, by what the guest did. Exits that KVM answers itself are not
 /// among them.
@@ -182,7 +186,12 @@ impl Vcpu {
                     counts.mmio_writes += 1;
                     record(ExitKind::MmioWrite, address);
                     pass_on_collected();
-                    if let Some(request) = buses.memory.write(address, data) {
+                    let mut request = buses.memory.write(address, data);
+                    while request == Some(GuestRequest::Again) && !stopping.load(Ordering::Acquire) {
+                        std::thread::sleep(AGAIN_INTERVAL);
+                        request = buses.memory.write(address, data);
+                    }
+                    if let Some(request) = request.filter(|&request| request != GuestRequest::Again) {
                         return VcpuEnd::Request(request);
                     }
                 }

@@ -36,7 +36,7 @@ impl GuestMemory {
     /// # Errors
     /// When the host does not say which pages it has.
     pub fn contents(&self) -> Result<Vec<Extent>, MemoryError> {
-        let files = super::lock_ranges(&self.files).clone();
+        let files = super::lock(&self.files).clone();
         let mut extents = Extents::default();
         for region in self.inner.iter() {
             let (start, length) = (region.start_addr().0, region.len());
@@ -60,7 +60,7 @@ impl GuestMemory {
     /// # Errors
     /// When the host does not say which pages it has.
     pub fn copied(&self) -> Result<Vec<Extent>, MemoryError> {
-        let mut files = super::lock_ranges(&self.files).clone();
+        let mut files = super::lock(&self.files).clone();
         files.sort_unstable_by_key(|file| file.start);
         let mut extents = Extents::default();
         for file in files {
@@ -87,10 +87,13 @@ impl GuestMemory {
     pub fn map_contents(&self, extents: &[Extent], file: &File, offset: u64) -> Result<(), MemoryError> {
         let mut position = offset;
         for extent in extents {
-            self.map_file(GuestAddress(extent.start), file, position, extent.length())?;
+            self.map_part(GuestAddress(extent.start), file, position, extent.length())?;
             position += extent.length();
         }
-        Ok(())
+        match extents {
+            [first, ..] => self.remember(file, GuestAddress(first.start), position - offset),
+            [] => Ok(()),
+        }
     }
 }
 

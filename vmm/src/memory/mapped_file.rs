@@ -1,9 +1,11 @@
 //! A file in this process's memory, in the form in which a guest can have it as memory of its own.
 
+use super::BackingFile;
 use crate::layout::HUGE_PAGE_SIZE;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 
 /// A file that is mapped whole, shared with everyone else who maps or reads it: its pages are in the host's memory
 /// once. It starts at a multiple of 2 MiB and ends at one, with zeroes behind the file's end.
@@ -15,6 +17,7 @@ pub struct MappedFile {
     start: *mut libc::c_void,
     size: usize,
     is_writable: bool,
+    backing: Arc<BackingFile>,
 }
 
 // SAFETY: the mapping belongs to no thread, and is not accessed through this structure.
@@ -25,7 +28,7 @@ unsafe impl Sync for MappedFile {}
 impl MappedFile {
     /// Maps the first `length` bytes, at least one, of a file.
     ///
-    /// A file that somebody makes shorter takes its pages away: a guest that touches them then ends.
+    /// A file that somebody makes shorter takes its pages away: a guest that touches them then ends ([`BackingFile`]).
     ///
     /// # Errors
     /// When the host refuses: no space for so large a mapping, or a file that cannot be mapped.
@@ -35,6 +38,7 @@ impl MappedFile {
         let length = usize::try_from(length).map_err(too_large)?;
         let size = length.checked_next_multiple_of(align);
         let size = size.ok_or_else(|| io::Error::from_raw_os_error(libc::EFBIG))?;
+        let backing = Arc::new(BackingFile::new(file, true)?);
         let protection = libc::PROT_READ | if is_writable { libc::PROT_WRITE } else { 0 };
         let reserved_size = size.saturating_add(align);
         // SAFETY: a mapping at an address of the kernel's choice replaces nothing.
@@ -46,7 +50,7 @@ impl MappedFile {
             return Err(io::Error::last_os_error());
         }
         let start = reserved.wrapping_byte_add(reserved.addr().next_multiple_of(align) - reserved.addr());
-        let this = Self { reserved, reserved_size, start, size, is_writable };
+        let this = Self { reserved, reserved_size, start, size, is_writable, backing };
         // SAFETY: the file lies within what was just reserved, of which nobody else knows: the reservation is
         // 2 MiB larger than needed, so that it fits behind the first multiple.
         let mapped = unsafe {
@@ -69,6 +73,12 @@ impl MappedFile {
     #[must_use]
     pub const fn size(&self) -> u64 {
         self.size as u64
+    }
+
+    /// The file.
+    #[must_use]
+    pub const fn backing(&self) -> &Arc<BackingFile> {
+        &self.backing
     }
 
     /// Whether what is written there is written to the file.

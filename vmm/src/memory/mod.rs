@@ -5,9 +5,12 @@
 //! and all guests of a host share its unmodified pages.
 #![expect(unsafe_code, reason = "maps files over guest memory")]
 
+mod backing;
 mod contents;
 mod mapped_file;
 
+pub use backing::BackingFile;
+pub(crate) use backing::watch;
 pub use contents::{Extent, are_valid};
 pub use mapped_file::MappedFile;
 
@@ -89,13 +92,15 @@ pub struct GuestMemory {
     files: Arc<Mutex<Vec<Range<u64>>>>,
     /// Files beside it that the guest has as memory as well.
     mapped: Arc<[PlacedFile]>,
+    /// All of these files.
+    backing: Arc<Mutex<Vec<Arc<BackingFile>>>>,
 }
 
 /// A file with its guest-physical address.
 pub type PlacedFile = (GuestAddress, Arc<MappedFile>);
 
-fn lock_ranges(ranges: &Mutex<Vec<Range<u64>>>) -> MutexGuard<'_, Vec<Range<u64>>> {
-    ranges.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock<T>(list: &Mutex<Vec<T>>) -> MutexGuard<'_, Vec<T>> {
+    list.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl GuestMemory {
@@ -122,12 +127,13 @@ impl GuestMemory {
         }
         let inner =
             GuestMemoryMmap::from_regions(regions).map_err(|error| failed(io::Error::other(error)))?;
-        Ok(Self { inner, files: Arc::default(), mapped: Arc::default() })
+        Ok(Self { inner, files: Arc::default(), mapped: Arc::default(), backing: Arc::default() })
     }
 
     /// The same memory with files beside it: a guest can let its devices read and write there as well.
     #[must_use]
     pub fn with_files(&self, files: Vec<PlacedFile>) -> Self {
+        lock(&self.backing).extend(files.iter().map(|(_, file)| Arc::clone(file.backing())));
         Self { mapped: files.into(), ..self.clone() }
     }
 
@@ -135,6 +141,12 @@ impl GuestMemory {
     #[must_use]
     pub fn mapped_files(&self) -> &[PlacedFile] {
         &self.mapped
+    }
+
+    /// All files that lie over it or beside it.
+    #[must_use]
+    pub fn backing_files(&self) -> Vec<Arc<BackingFile>> {
+        lock(&self.backing).clone()
     }
 
     /// Where these bytes are, if all of them are in one file, and in one that can be written if they are to be.
@@ -260,6 +272,24 @@ impl GuestMemory {
         offset: u64,
         length: u64,
     ) -> Result<(), MemoryError> {
+        self.map_part(address, file, offset, length)?;
+        self.remember(file, address, length)
+    }
+
+    /// Keeps the file in mind, which lies over memory here and perhaps elsewhere.
+    fn remember(&self, file: &File, address: GuestAddress, length: u64) -> Result<(), MemoryError> {
+        let failed = |source| MemoryError::MapFile { address: address.0, length, source };
+        lock(&self.backing).push(Arc::new(BackingFile::new(file, false).map_err(failed)?));
+        Ok(())
+    }
+
+    fn map_part(
+        &self,
+        address: GuestAddress,
+        file: &File,
+        offset: u64,
+        length: u64,
+    ) -> Result<(), MemoryError> {
         let outside = || MemoryError::Outside { address: address.0, length };
         if [address.0, offset, length].iter().any(|value| value % PAGE_SIZE != 0) || length == 0 {
             return Err(outside());
@@ -284,7 +314,7 @@ impl GuestMemory {
         if result == libc::MAP_FAILED {
             return Err(failed(io::Error::last_os_error()));
         }
-        lock_ranges(&self.files).push(address.0..address.0 + length);
+        lock(&self.files).push(address.0..address.0 + length);
         Ok(())
     }
 }

@@ -89,6 +89,9 @@ pub enum PrebootError {
     /// The machine cannot be written down where it stopped.
     #[error("the guest stopped where it cannot be kept: {0}")]
     NotKeepable(&'static str),
+    /// A device has begun what those of later guests would know nothing of.
+    #[error("the guest stopped where it cannot be kept")]
+    Device(#[from] virtio::InFlight),
     /// A guest that continued from the new file did not end well.
     #[error("a guest that continued from it did not end as it should: {0}; build the image anew")]
     Trial(String),
@@ -326,6 +329,8 @@ impl Frozen {
         let since = u128::from(later.saturating_sub(tsc)) * 1_000_000 / u128::from(khz.max(1));
         let clock = machine.vm.clock()?.saturating_sub(u64::try_from(since).unwrap_or(0));
         let vcpus = self.vcpus.iter().map(|vcpu| vcpu.state(&known)).collect::<Result<_, _>>()?;
+        let virtio = machine.devices.virtio.iter().map(|device| lock(device).state());
+        let virtio = virtio.collect::<Result<_, _>>().map_err(PrebootError::from)?;
         let io_apic = machine.devices.io_apic.as_ref().ok_or(PrebootError::NotAnImage)?;
         Ok(State {
             cpuid: features(&machine.vm.cpuid(made_for.vcpu_count)).copied().collect(),
@@ -336,7 +341,7 @@ impl Frozen {
             marked: self.marked,
             io_apic: lock(io_apic).state(),
             serial: lock(&machine.devices.serial).state(),
-            virtio: machine.devices.virtio.iter().map(|device| lock(device).state()).collect(),
+            virtio,
             extents: machine.memory.contents()?,
             written: Vec::new(),
         })

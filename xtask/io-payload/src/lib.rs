@@ -1,7 +1,7 @@
 //! What the payload of `cargo xtask bench --scenario io` and whoever starts it agree on.
 //!
-//! The payload's argument is how often it does each operation. It does those for whose device it finds, and then
-//! says on one line for each of them its name and the nanoseconds of all repetitions on the guest's clock, and at
+//! The payload's first argument is how often it does each operation, and a second one, [`REPORTS`], says that its
+//! balloon gives free memory back. It does the operations for whose device it finds, and then says on one line for each of them its name and the nanoseconds of all repetitions on the guest's clock, and at
 //! last [`END`]. At the beginning and end of the repetitions it writes to [`MARK_PORT`], which no monitor
 //! answers, but which KVM's tracepoints show.
 
@@ -15,6 +15,8 @@ pub const MARK_PORT: u16 = 0x80;
 pub const DONE: u8 = 0xff;
 /// What the payload says at the end.
 pub const END: &str = "all operations are done";
+/// The argument of a guest whose kernel names free memory to its host, of which a program learns nothing otherwise.
+pub const REPORTS: &str = "reports";
 /// Bytes of the disk that it reads and overwrites.
 pub const DISK_BYTES: u64 = 32 << 20;
 
@@ -121,6 +123,9 @@ pub fn give_address(interface: &str, address: Ipv4Addr) -> io::Result<()> {
     Ok(())
 }
 
+/// MiB that a guest gives back at once, half of what the smallest guest has.
+const REPORTED_MIB: u32 = 64;
+
 /// What is done with a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -151,11 +156,16 @@ pub enum Operation {
     VsockSend64k,
     /// 64 KiB of a vsock stream from the host.
     VsockReceive64k,
+    /// 4 KiB of the host's random numbers.
+    EntropyRead4k,
+    /// 1 MiB of memory that the guest used before and does not need any more, given back to the host. It has no
+    /// marks: the guest's kernel does it when it likes.
+    BalloonReport1m,
 }
 
 impl Operation {
     /// All of them, in the order in which they are done.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 15] = [
         Self::BlockRead4k,
         Self::BlockRead4kDepth32,
         Self::BlockWrite4k,
@@ -169,6 +179,8 @@ impl Operation {
         Self::VsockRoundTrip64,
         Self::VsockSend64k,
         Self::VsockReceive64k,
+        Self::EntropyRead4k,
+        Self::BalloonReport1m,
     ];
 
     /// What the payload and the bench's rows call it.
@@ -188,6 +200,8 @@ impl Operation {
             Self::VsockRoundTrip64 => "vsock_round_trip_64",
             Self::VsockSend64k => "vsock_send_64k",
             Self::VsockReceive64k => "vsock_receive_64k",
+            Self::EntropyRead4k => "entropy_read_4k",
+            Self::BalloonReport1m => "balloon_report_1m",
         }
     }
 
@@ -208,6 +222,8 @@ impl Operation {
             Self::VsockRoundTrip64 => "vsock echo 64",
             Self::VsockSend64k => "vsock out 64k",
             Self::VsockReceive64k => "vsock in 64k",
+            Self::EntropyRead4k => "random 4k",
+            Self::BalloonReport1m => "give back 1m",
         }
     }
 
@@ -220,7 +236,9 @@ impl Operation {
             | Self::TcpSend64k
             | Self::TcpReceive64k
             | Self::VsockSend64k
-            | Self::VsockReceive64k => count.div_ceil(8),
+            | Self::VsockReceive64k
+            | Self::EntropyRead4k => count.div_ceil(8),
+            Self::BalloonReport1m => REPORTED_MIB,
             _ => count,
         }
     }

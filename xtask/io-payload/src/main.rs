@@ -1,13 +1,16 @@
 //! The payload of `cargo xtask bench --scenario io`.
 
+mod balloon;
 mod block;
 mod net;
 mod vsock;
 
 use anyhow::{Context, Result};
 use block::Disk;
-use io_payload::{DONE, END, MARK_PORT, Operation};
+use io_payload::{DONE, END, MARK_PORT, Operation, REPORTS};
 use net::Card;
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 use std::time::Instant;
 use vsock::Vsock;
@@ -16,12 +19,15 @@ use vsock::Vsock;
 const DISK: &str = "/dev/vda";
 
 fn main() -> Result<()> {
-    let count = std::env::args().nth(1).context("how often? the first argument says it")?.parse()?;
+    let mut arguments = std::env::args().skip(1);
+    let count = arguments.next().context("how often? the first argument says it")?.parse()?;
+    let reports = arguments.next().is_some_and(|word| word == REPORTS);
     allow_mark_port()?;
     let mut devices = Devices {
         disk: Path::new(DISK).exists().then(|| Disk::open(DISK)).transpose()?,
         card: Card::open()?,
         vsock: Vsock::open(),
+        random: random_numbers(),
     };
     let mut measured = Vec::new();
     for operation in Operation::ALL {
@@ -36,6 +42,10 @@ fn main() -> Result<()> {
         mark(DONE);
         measured.push((operation, time));
     }
+    if reports {
+        let operation = Operation::BalloonReport1m;
+        measured.push((operation, balloon::time_of_reports(operation.repetitions(count))?));
+    }
     say(&measured);
     Ok(())
 }
@@ -45,6 +55,7 @@ struct Devices {
     disk: Option<Disk>,
     card: Option<Card>,
     vsock: Option<Vsock>,
+    random: Option<File>,
 }
 
 impl Devices {
@@ -55,11 +66,27 @@ impl Devices {
             self.disk.as_mut().map(|disk| disk.repeat(operation, count))
         } else if name.starts_with("vsock") {
             self.vsock.as_mut().map(|vsock| vsock.repeat(operation, count))
+        } else if name.starts_with("entropy") {
+            self.random.as_mut().map(|random| read_random(random, count))
+        } else if name.starts_with("balloon") {
+            None
         } else {
             self.card.as_mut().map(|card| card.repeat(operation, count))
         };
         done.transpose().map(|done| done.is_some()).with_context(|| format!("{name} failed"))
     }
+}
+
+/// The host's random numbers, if there is a device for them.
+fn random_numbers() -> Option<File> {
+    let mut file = File::open("/dev/hwrng").ok()?;
+    // The name is there without a device.
+    file.read_exact(&mut [0]).is_ok().then_some(file)
+}
+
+fn read_random(file: &mut File, count: u32) -> Result<()> {
+    let mut numbers = [0; 4096];
+    (0..count).try_for_each(|_| Ok(file.read_exact(&mut numbers)?))
 }
 
 /// The console is slow: nothing is said before the end.

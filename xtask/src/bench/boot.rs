@@ -14,7 +14,8 @@ impl Bench<'_> {
     /// that has just started has more to do than the run (15 ms were seen).
     pub(super) fn boots(&mut self, tracer: Option<&Tracer>, runs: u32) -> Result<()> {
         self.boot(Task::Speak, None, |_| Ok(()))?;
-        for _ in 0..runs {
+        for run in 1..=runs {
+            eprintln!("run {run} of {runs} ...");
             self.greeting(tracer.is_none())?;
             self.payload()?;
             self.memory()?;

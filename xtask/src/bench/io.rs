@@ -19,9 +19,11 @@ const EVENTS: [&str; 4] = ["kvm_entry", "kvm_exit", "kvm_userspace_exit", "kvm_p
 impl Bench<'_> {
     /// Guests with all devices, beside guests without.
     pub(super) fn operations(&mut self, tracer: Option<&Tracer>, runs: u32) -> Result<()> {
+        let others = self.entropy_and_balloon();
         let devices = self.all_devices()?;
         let _kernel = self.preboot()?;
-        for _ in 0..runs {
+        for run in 1..=runs {
+            eprintln!("run {run} of {runs} ...");
             self.devices = Devices::default();
             let (boot, memory) = self.presence()?;
             self.devices = devices.clone();
@@ -29,7 +31,12 @@ impl Bench<'_> {
             self.add(Metric::DevicesBoot, boot_with.saturating_sub(boot));
             self.add(Metric::DevicesMemory, memory_with.saturating_sub(memory));
             // How a guest came to its devices makes no difference to what they cost.
-            if self.vmm.kind != Kind::Prebooted {
+            if self.vmm.kind == Kind::Prebooted {
+                continue;
+            }
+            self.timed(tracer)?;
+            if others.entropy || others.balloon {
+                self.devices = others.clone();
                 self.timed(tracer)?;
             }
         }
@@ -52,6 +59,14 @@ impl Bench<'_> {
         Ok(self.devices.clone())
     }
 
+    /// The devices of a guest of their own: the kernel uses them whenever it likes, which would be in the way of the
+    /// other devices' operations.
+    fn entropy_and_balloon(&mut self) -> Devices {
+        self.try_devices("entropy", Some(Devices { entropy: true, ..Devices::default() }));
+        self.try_devices("a balloon", Some(Devices { balloon: true, ..self.devices.clone() }));
+        std::mem::take(&mut self.devices)
+    }
+
     /// Boots with more devices, and keeps them if that succeeds.
     fn try_devices(&mut self, what: &str, devices: Option<Devices>) {
         let Some(devices) = devices else { return };
@@ -70,11 +85,12 @@ impl Bench<'_> {
 
     /// One guest for times, and one for what KVM says of it.
     fn timed(&mut self, tracer: Option<&Tracer>) -> Result<()> {
-        let times = reported(&self.boot(Task::Operate(COUNT), None, |_| Ok(()))?.console)?;
+        let task = Task::Operate { count: COUNT, reports: self.devices.balloon };
+        let times = reported(&self.boot(task, None, |_| Ok(()))?.console)?;
         let traced = match tracer {
             Some(tracer) => {
                 tracer.start(&EVENTS)?;
-                let run = self.boot(Task::Operate(COUNT), None, |_| Ok(()))?;
+                let run = self.boot(task, None, |_| Ok(()))?;
                 evaluate(&tracer.finish()?, run.spawned)
             }
             None => Vec::new(),

@@ -61,8 +61,10 @@ user exits, guest faults: KVM's kvm_userspace_exit and kvm_page_fault until the 
 const IO_LEGEND: &str = "\
 read, write: random places of a disk, a raw file in memory on the host; past the guest's page cache; one request
   at a time, or 32 (x32); 128k: one after the other
-what the devices add: to the time from the spawn to init's first byte on the console, and to the memory that only
-  the monitor's process has; beside the same guest without them
+random: of /dev/hwrng; give back: of 64 MiB that the guest freed, by free page reporting, what is missing of the
+  guest's time beyond its ticks
+what the devices add: a disk, a network card and a vsock; to the time from the spawn to init's first byte on the
+  console, and to the memory that only the monitor's process has; beside the same guest without them
 the host's part: the whole without the time between KVM's entries of the guest and its exits, from another run
 the ratio is to the first row of the same table; below each median are smallest and largest value
 ";

@@ -59,6 +59,10 @@ pub(super) struct Devices {
     pub(super) tap: Option<String>,
     /// Where its vsock leads to, for monitors that lead it to Unix sockets; others have the kernel's.
     pub(super) vsock: Option<PathBuf>,
+    /// Whether it has the host's random numbers.
+    pub(super) entropy: bool,
+    /// Whether its kernel names free memory to the host.
+    pub(super) balloon: bool,
 }
 
 /// What init does.
@@ -70,8 +74,8 @@ pub(super) enum Task {
     Speak,
     /// It runs the payload, which waits for a byte.
     Wait,
-    /// It runs the payload that uses devices, each so many times.
-    Operate(u32),
+    /// It runs the payload that uses devices, each so many times, or the memory that its kernel names to the host.
+    Operate { count: u32, reports: bool },
 }
 
 impl Task {
@@ -80,7 +84,10 @@ impl Task {
             Self::Greet => Vec::new(),
             Self::Speak => vec![payload::PATH.to_owned()],
             Self::Wait => vec![payload::PATH.to_owned(), payload::WAIT.to_owned()],
-            Self::Operate(count) => vec![payload::IO_PATH.to_owned(), count.to_string()],
+            Self::Operate { count, reports } => {
+                let reports = reports.then(|| io_payload::REPORTS.to_owned());
+                [payload::IO_PATH.to_owned(), count.to_string()].into_iter().chain(reports).collect()
+            }
         }
     }
 
@@ -89,7 +96,7 @@ impl Task {
         match self {
             Self::Greet => "Hello from Kindling",
             Self::Speak | Self::Wait => payload::TEXT,
-            Self::Operate(_) => io_payload::END,
+            Self::Operate { .. } => io_payload::END,
         }
     }
 }
@@ -172,6 +179,12 @@ fn kindling_devices(command: &mut Command, devices: &Devices) {
     if let Some(path) = &devices.vsock {
         command.arg("--vsock").arg(path);
     }
+    if devices.entropy {
+        command.arg("--entropy");
+    }
+    if devices.balloon {
+        command.args(["--balloon", "0"]);
+    }
 }
 
 /// QEMU at its fastest: no device that a guest does not need, no ACPI tables, no option ROM, interrupt
@@ -205,6 +218,14 @@ fn qemu(command: &mut Command, guest: &Guest, case: Case, task: Task, devices: &
         command.args(["-device", "vhost-vsock-device,guest-cid=3,bus=virtio-mmio-bus.2"]);
         words += " virtio_mmio.device=512@0xfeb00400:7";
     }
+    if devices.entropy {
+        command.args(["-device", "virtio-rng-device,bus=virtio-mmio-bus.3"]);
+        words += " virtio_mmio.device=512@0xfeb00600:8";
+    }
+    if devices.balloon {
+        command.args(["-device", "virtio-balloon-device,free-page-reporting=on,bus=virtio-mmio-bus.4"]);
+        words += " virtio_mmio.device=512@0xfeb00800:9";
+    }
     command.args(["-append", &command_line(Kind::Qemu, task, &words)]);
 }
 
@@ -230,6 +251,14 @@ fn firecracker_configuration(guest: &Guest, case: Case, task: Task, devices: &De
     }
     if let Some(path) = &devices.vsock {
         configuration["vsock"] = serde_json::json!({ "guest_cid": 3, "uds_path": path });
+    }
+    if devices.entropy {
+        configuration["entropy"] = serde_json::json!({});
+    }
+    if devices.balloon {
+        configuration["balloon"] = serde_json::json!({
+            "amount_mib": 0, "deflate_on_oom": true, "free_page_reporting": true,
+        });
     }
     configuration
 }

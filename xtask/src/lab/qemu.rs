@@ -16,7 +16,7 @@ use std::time::Duration;
 
 /// The lab said nothing for this long, and was stopped.
 #[derive(Debug)]
-pub(crate) struct Silent(Duration);
+pub(crate) struct Silent(pub(super) Duration);
 
 impl std::error::Error for Silent {}
 

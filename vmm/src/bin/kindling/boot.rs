@@ -134,6 +134,7 @@ fn boot(arguments: &Arguments, timeline: Timeline) -> Result<Exit, Error> {
     signals::stop_on_termination(stop)
         .map_err(|source| Error::Host { what: "install signal handlers", source })?;
     let terminal = (config.console == Console::Stdio).then(RawTerminal::enter).flatten();
+    signals::explain_bus_errors(running.backing_files());
     let (exit, remains) = running.wait_for_end();
     drop(terminal);
     remains.leave_to_kernel();

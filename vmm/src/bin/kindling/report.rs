@@ -193,6 +193,9 @@ const fn advice(reason: &ExitReason) -> &'static str {
         ExitReason::KvmInternalError { .. } => {
             "`kindling doctor` shows whether this host's KVM can run Linux at all"
         }
+        ExitReason::MemoryLost { .. } => {
+            "files that guests have as memory are replaced by renaming, not rewritten"
+        }
         _ => "please report this with the lines above",
     }
 }

@@ -1,11 +1,13 @@
-//! SIGTERM, SIGINT, SIGHUP and SIGQUIT stop the machine, so that it is taken down in order.
+//! SIGTERM, SIGINT, SIGHUP and SIGQUIT stop the machine, so that it is taken down in order. SIGBUS ends it at once,
+//! where a file that is guest memory has become shorter.
 #![expect(unsafe_code, reason = "signal handlers")]
 
-use crate::terminal;
+use crate::{STATUS_FAILURE, terminal};
 use kindling::StopHandle;
+use kindling::memory::BackingFile;
 use std::io;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::{Arc, OnceLock};
 
 static STOP: OnceLock<StopHandle> = OnceLock::new();
 static RECEIVED: AtomicI32 = AtomicI32::new(0);
@@ -45,6 +47,38 @@ pub(crate) fn stop_on_termination(handle: StopHandle) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+static FILES: OnceLock<Vec<Arc<BackingFile>>> = OnceLock::new();
+
+extern "C" fn explain(signal: libc::c_int) {
+    terminal::restore_from_handler();
+    // All of this makes system calls on what was prepared, and nothing else.
+    if let Some(file) = FILES.get().into_iter().flatten().find(|file| file.is_shorter()) {
+        let mut path = [0; 1024];
+        let path = file.path(&mut path);
+        for part in [b"kindling: ", path, BackingFile::MADE_SHORTER.as_bytes(), b"\n"] {
+            let _ = rustix::io::write(rustix::stdio::stderr(), part);
+        }
+        // SAFETY: _exit may be called in a signal handler.
+        unsafe { libc::_exit(STATUS_FAILURE.into()) }
+    }
+    // SAFETY: the handler was installed with SA_RESETHAND, so this raises the default action.
+    unsafe { libc::raise(signal) };
+}
+
+/// Says why, when this process touches guest memory that is gone because one of these files is shorter than it was.
+pub(crate) fn explain_bus_errors(files: Vec<Arc<BackingFile>>) {
+    if files.is_empty() || FILES.set(files).is_err() {
+        return;
+    }
+    // SAFETY: an all-zero sigaction is valid, and the handler only does what handlers may.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = explain as extern "C" fn(libc::c_int) as libc::sighandler_t;
+        action.sa_flags = libc::SA_RESETHAND;
+        libc::sigaction(libc::SIGBUS, &raw const action, std::ptr::null_mut());
+    }
 }
 
 /// The signal that stopped the machine, if one did.

@@ -91,6 +91,8 @@ struct Request {
     offset: u64,
     /// Bytes of data in guest memory.
     length: u64,
+    /// The driver has reset the device since.
+    is_forgotten: bool,
 }
 
 /// What a chain amounts to.
@@ -243,7 +245,7 @@ impl Block {
             && (length > 0 || !matches!(operation, Operation::Read | Operation::Write))
             && !(changes && self.is_read_only);
         let Some(offset) = offset.filter(|_| is_possible) else { return answer(chain, Status::IoError) };
-        Ok(Parsed::Request(Request { chain, status, operation, offset, length }))
+        Ok(Parsed::Request(Request { chain, status, operation, offset, length, is_forgotten: false }))
     }
 
     /// Whether the disk has these bytes.
@@ -278,12 +280,16 @@ impl Block {
         Ok(())
     }
 
+    /// The request of this number, which has come back.
+    fn take(&mut self, number: u32) -> Option<Request> {
+        self.in_flight.get_mut(usize::try_from(number).ok()?)?.take()
+    }
+
     fn take_finished(&mut self, queues: &mut Queues) -> Result<(), Broken> {
         let mut finished = std::mem::take(&mut self.finished);
         self.io.finished(&mut finished);
         for (number, result) in finished.drain(..) {
-            let slot = usize::try_from(number).ok().and_then(|slot| self.in_flight.get_mut(slot));
-            let Some(request) = slot.and_then(Option::take) else { continue };
+            let Some(request) = self.take(number).filter(|request| !request.is_forgotten) else { continue };
             let status = match result {
                 Ok(moved) if moved == request.length => Status::Ok,
                 // The disk's file has become shorter, or a signal came in between.
@@ -415,10 +421,21 @@ impl Device for Block {
     }
 
     fn reset(&mut self) {
-        self.io.drain();
-        self.in_flight.clear();
+        // What is on its way keeps its memory until it comes back.
+        self.in_flight.iter_mut().flatten().for_each(|request| request.is_forgotten = true);
         self.deferred = None;
         self.resume_at = None;
+    }
+
+    fn is_at_rest(&mut self) -> bool {
+        self.io.is_held_up();
+        let mut finished = std::mem::take(&mut self.finished);
+        self.io.finished(&mut finished);
+        for (number, _) in finished.drain(..) {
+            self.take(number);
+        }
+        self.finished = finished;
+        !self.io.is_busy()
     }
 }
 
@@ -489,7 +506,9 @@ fn direct_alignment(file: &File) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bus::{BusDevice, GuestRequest};
     use crate::devices::virtio::driver::{Driver, Piece};
+    use std::io::Write;
     use std::os::unix::fs::FileExt;
 
     const MIB: u64 = 1 << 20;
@@ -687,6 +706,45 @@ mod tests {
             driver.start(u64::MAX);
             assert_eq!(status(&mut driver, &[header(FLUSH, 0), Piece::In(1)]), 0, "a reset mends it");
             drop(driver);
+        }
+    }
+
+    #[test]
+    fn a_reset_waits_for_a_disk_that_hangs_and_nobody_waits_with_it() {
+        if io_uring::IoUring::new(1).is_err() {
+            // Threads do not read pipes at a place.
+            return;
+        }
+        for breaks in [false, true] {
+            // The disk hangs until somebody writes into the pipe.
+            let (reader, writer) = std::io::pipe().unwrap();
+            let mut block = Block::open(&Disk::new(&[0; 4096]).drive()).unwrap();
+            block.io = FileIo::slow(std::os::fd::OwnedFd::from(reader).into());
+            let mut driver = Driver::started(block);
+            // Dropped before the driver, which would wait for the disk where an assertion fails.
+            let mut writer = writer;
+            let request = [header(IN, 0), Piece::In(512), Piece::In(1)];
+            driver.push(0, &request);
+            driver.ring();
+            assert_eq!(driver.pop(0), None);
+            if breaks {
+                driver.offer(0, 999);
+                driver.ring();
+                assert!(driver.is_broken());
+            }
+            let reset = |driver: &mut Driver| driver.transport.write(0x70, &[0; 4]);
+            assert_eq!(reset(&mut driver), Some(GuestRequest::Again));
+            assert_eq!(reset(&mut driver), Some(GuestRequest::Again));
+            assert_ne!(driver.status(), 0);
+            writer.write_all(&[7; 512]).unwrap();
+            assert!(driver.run(Some(60_000)), "what comes back is taken");
+            assert!(!driver.run(Some(0)), "and only once");
+            assert_eq!(reset(&mut driver), None);
+            assert_eq!(driver.status(), 0);
+            driver.start(u64::MAX);
+            writer.write_all(&[8; 512]).unwrap();
+            let used = driver.request(0, &request);
+            assert_eq!((&used.bytes[..512], used.bytes[512]), (&[8; 512][..], 0));
         }
     }
 

@@ -168,6 +168,14 @@ impl FileIo {
         Self { file: Arc::new(file), speed, pending: 0, engine: None, depth: depth.into() }
     }
 
+    /// For a file that stands for a disk of which everything takes time.
+    #[cfg(test)]
+    pub(super) fn slow(file: File) -> Self {
+        let mut this = Self::new(file, 4);
+        this.speed = Speed::Direct;
+        this
+    }
+
     /// Whether there are jobs that it can do at once.
     pub(super) const fn can_be_quick(&self) -> bool {
         !matches!(self.speed, Speed::Direct)
@@ -365,7 +373,7 @@ impl Drop for Worker {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
     #[test]
@@ -394,12 +402,16 @@ mod tests {
         }
     }
 
-    /// Runs something on a thread for which the host has no memory for requests.
-    fn without_memory<T: Send>(what: impl FnOnce() -> T + Send) -> T {
+    /// Runs something on a thread whose system calls of one kind end with an error.
+    pub(crate) fn refusing<T: Send>(
+        call: libc::c_long,
+        error: libc::c_int,
+        what: impl FnOnce() -> T + Send,
+    ) -> T {
         use libc::{BPF_ABS, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W, sock_filter};
         let instruction = |code: u32, jt, jf, k| sock_filter { code: code.try_into().unwrap(), jt, jf, k };
-        let number = u32::try_from(libc::SYS_io_uring_enter).unwrap();
-        let error = libc::SECCOMP_RET_ERRNO | u32::try_from(libc::EAGAIN).unwrap();
+        let number = u32::try_from(call).unwrap();
+        let error = libc::SECCOMP_RET_ERRNO | u32::try_from(error).unwrap();
         let mut filter = [
             instruction(BPF_LD | BPF_W | BPF_ABS, 0, 0, 0),
             instruction(BPF_JMP | BPF_JEQ | BPF_K, 0, 1, number),
@@ -422,6 +434,11 @@ mod tests {
             });
             thread.join().unwrap()
         })
+    }
+
+    /// Runs something on a thread for which the host has no memory for requests.
+    fn without_memory<T: Send>(what: impl FnOnce() -> T + Send) -> T {
+        refusing(libc::SYS_io_uring_enter, libc::EAGAIN, what)
     }
 
     #[test]

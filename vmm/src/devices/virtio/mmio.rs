@@ -56,6 +56,16 @@ pub struct State {
     queues: Vec<QueueState>,
 }
 
+/// A device that cannot be written down, because its driver waits for requests.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the device {device} has {requests} requests in flight")]
+pub struct InFlight {
+    /// What it is called.
+    pub device: String,
+    /// How many.
+    pub requests: usize,
+}
+
 /// The registers that a driver sets before the device works.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Registers {
@@ -88,6 +98,8 @@ pub struct Transport {
     state: Registers,
     queues: Queues,
     watcher: Option<Watcher>,
+    /// The driver has begun a reset, and the device still touches guest memory.
+    is_resetting: bool,
     /// Why the device broke first.
     failure: Option<Broken>,
 }
@@ -118,6 +130,7 @@ impl Transport {
             state: Registers::default(),
             queues,
             watcher: None,
+            is_resetting: false,
             failure: None,
         };
         this.show_identity();
@@ -177,9 +190,10 @@ impl Transport {
     }
 
     fn pass(&mut self, event: Event) {
-        if self.is_working()
-            && let Err(reason) = self.device.serve(event, &mut self.queues)
-        {
+        if !self.is_working() {
+            // Nobody waits for the answer, but the event would come again and again.
+            self.device.is_at_rest();
+        } else if let Err(reason) = self.device.serve(event, &mut self.queues) {
             self.fail(reason);
         }
     }
@@ -356,10 +370,17 @@ impl Transport {
         Ok(())
     }
 
+    /// Linux takes a device to be reset when its write is done (`vm_reset` in drivers/virtio/virtio_mmio.c), so that the
+    /// write waits for a device that still touches the driver's memory. Nobody waits with it: not for the device's
+    /// lock either.
     fn reset(&mut self) {
         self.device.reset();
         self.queues.reset();
         self.state = Registers::default();
+        self.is_resetting = !self.device.is_at_rest();
+        if self.is_resetting {
+            return;
+        }
         self.registers.set(register::INTERRUPT_STATUS, 0);
         self.set_status(0);
         self.registers.set_configuration(&self.device.configuration());
@@ -372,8 +393,14 @@ impl Transport {
     }
 
     /// The device as its driver has left it.
-    #[must_use]
-    pub fn state(&self) -> State {
+    ///
+    /// # Errors
+    /// When it is at work: whoever goes on from there would know nothing of what it has begun.
+    pub fn state(&self) -> Result<State, InFlight> {
+        let requests = self.queues.in_flight();
+        if requests > 0 {
+            return Err(InFlight { device: self.name.clone(), requests });
+        }
         let queue = |(number, queue): (usize, &virtio_queue::Queue)| {
             let (next_available, next_used) = self.queues.position(number);
             QueueState {
@@ -386,12 +413,12 @@ impl Transport {
                 next_used,
             }
         };
-        State {
+        Ok(State {
             shape: Self::shape(self.device.as_ref()),
             configuration: self.device.configuration(),
             registers: self.state.clone(),
             queues: self.queues.queues.iter().enumerate().map(queue).collect(),
-        }
+        })
     }
 
     /// Goes on from where a device of the same shape was left, as soon as it is connected to the event loop. What no
@@ -461,7 +488,10 @@ impl BusDevice for Transport {
         if let Ok(value) = <[u8; 4]>::try_from(data)
             && offset % 4 == 0
         {
-            self.write_register(offset, u32::from_le_bytes(value));
+            let value = u32::from_le_bytes(value);
+            self.write_register(offset, value);
+            let waits = self.is_resetting && offset == register::STATUS && value == 0;
+            return waits.then_some(GuestRequest::Again);
         }
         None
     }

@@ -22,7 +22,7 @@ mod tests;
 mod vectored;
 pub mod vsock;
 
-pub use mmio::{Shape, State, Transport, Wiring};
+pub use mmio::{InFlight, Shape, State, Transport, Wiring};
 pub use queue::{Chain, Queues, Segment};
 pub use registers::{
     ACKNOWLEDGE, ACKNOWLEDGE_QUEUES, DOORBELL, QUEUE_ADDRESSES, QUEUE_ADDRESSES_LEN, RegisterPage,
@@ -139,8 +139,14 @@ pub trait Device: Send + fmt::Debug {
         None
     }
 
-    /// The driver starts over: nothing may touch guest memory any more that was asked for before.
+    /// The driver starts over: what was asked for before is forgotten.
     fn reset(&mut self);
+
+    /// Whether nothing that was forgotten touches guest memory any more. A device that does not work is asked after each
+    /// of its events, and by who resets it until it is so.
+    fn is_at_rest(&mut self) -> bool {
+        true
+    }
 
     /// The machine has ended: what others on this host can see of the device goes away. Whoever ends with the
     /// machine drops no device.

@@ -209,8 +209,13 @@ impl Device for Pmem {
     }
 
     fn reset(&mut self) {
-        self.io.drain();
         self.flushing.clear();
+    }
+
+    fn is_at_rest(&mut self) -> bool {
+        self.io.is_held_up();
+        self.io.finished(&mut Vec::new());
+        !self.io.is_busy()
     }
 }
 

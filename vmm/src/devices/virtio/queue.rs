@@ -308,6 +308,12 @@ impl Queues {
         self.ring(queue).map_or_else(unused, |ring| (ring.next_available, ring.next_used))
     }
 
+    /// Chains that were taken and not given back.
+    pub(super) fn in_flight(&self) -> usize {
+        let of_ring = |ring: &Ring| usize::from(ring.next_available.wrapping_sub(ring.next_used));
+        self.rings.iter().flatten().map(of_ring).sum()
+    }
+
     fn ring(&self, queue: usize) -> Option<&Ring> {
         self.rings.get(queue)?.as_ref()
     }

@@ -353,14 +353,29 @@ fn a_driver_that_asks_for_no_interrupt_gets_none() {
 fn the_state_is_what_the_driver_set() {
     let mut driver = echo();
     driver.request(0, &[Piece::Out(vec![1]), Piece::In(1)]);
-    let text = serde_json::to_string(&driver.transport.state()).unwrap();
+    let text = serde_json::to_string(&driver.transport.state().unwrap()).unwrap();
     assert!(text.contains("\"status\":15"), "{text}");
     assert!(text.contains("\"next_available\":1,\"next_used\":1"), "{text}");
 }
 
 #[test]
+fn a_device_with_requests_in_flight_has_no_state() {
+    let mut driver = Driver::started(Keeper::default());
+    driver.transport.state().unwrap();
+    for _ in 0..2 {
+        driver.push(0, &[Piece::Out(vec![1])]);
+    }
+    driver.transport.state().unwrap();
+    driver.ring();
+    let error = driver.transport.state().unwrap_err();
+    assert_eq!(error.to_string(), "the device device has 2 requests in flight");
+    driver.start(u64::MAX);
+    driver.transport.state().unwrap();
+}
+
+#[test]
 fn a_state_that_no_driver_can_reach_breaks_the_device() {
-    let text = serde_json::to_string(&echo().transport.state()).unwrap();
+    let text = serde_json::to_string(&echo().transport.state().unwrap()).unwrap();
     let restored = |from: &str, to: &str| {
         let changed = text.replacen(from, to, 1);
         assert_eq!(changed == text, from == to, "{from} in {text}");

@@ -207,7 +207,7 @@ fn the_target_changes_while_the_guest_runs() {
 fn a_balloon_that_takes_the_place_of_another_knows_what_the_guest_has() {
     let (mut driver, _) = started(&EVERYTHING);
     driver.transport.write(CONFIGURATION + 4, &77_u32.to_le_bytes());
-    let state = driver.transport.state();
+    let state = driver.transport.state().unwrap();
     let balloon = Balloon::new(&Config { amount_mib: 1, ..EVERYTHING }).unwrap();
     assert_eq!(crate::devices::virtio::Transport::shape(&balloon), state.shape);
     let mut other = Driver::new(balloon);

@@ -111,7 +111,9 @@ impl Driver {
     /// Writes a register.
     pub fn write(&mut self, register: usize, value: u32) {
         let offset = u16::try_from(register).expect("no register");
-        self.transport.write(offset, &value.to_le_bytes());
+        while self.transport.write(offset, &value.to_le_bytes()).is_some() {
+            std::thread::yield_now();
+        }
     }
 
     /// Reads a register.

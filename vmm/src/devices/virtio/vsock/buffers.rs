@@ -1,11 +1,22 @@
 //! What data passes through: chains of the guest that one read fills, and what a Unix socket has not taken yet.
 
-use super::RX;
 use super::packet::HEADER_SIZE;
+use super::{CONNECTIONS_MAX, RX};
 use crate::devices::virtio::{Broken, Chain, Queues, Segment};
 
 /// Bytes of the guest that are kept for a Unix socket that takes no more, and which the guest is told of.
 pub(super) const BUF_ALLOC: u32 = 128 << 10;
+/// The same for connections beyond [`LARGE_MAX`].
+pub(super) const BUF_ALLOC_SMALL: u32 = 8 << 10;
+/// Connections at a time that are given [`BUF_ALLOC`]. What a guest is promised cannot be taken back, so that it is
+/// promised no more than may be kept.
+pub(super) const LARGE_MAX: usize = 64;
+/// Bytes that are kept for all connections together: those whose Unix sockets nobody reads, also after the guest
+/// has closed them.
+pub(super) const KEPT_MAX: usize =
+    LARGE_MAX * BUF_ALLOC as usize + (CONNECTIONS_MAX - LARGE_MAX) * BUF_ALLOC_SMALL as usize;
+const _: () = assert!(KEPT_MAX <= 16 << 20, "docs/vsock.md says so");
+
 /// Chains of the guest that one read fills.
 #[derive(Debug, Default)]
 pub(super) struct Batch {
@@ -69,16 +80,24 @@ impl Batch {
     }
 }
 
-/// Bytes of the guest that a Unix socket has not taken yet; at most [`BUF_ALLOC`].
+/// Bytes of the guest that a Unix socket has not taken yet.
 #[derive(Debug)]
 pub(super) struct Buffer {
+    /// How many there can be.
+    size: u32,
     bytes: Vec<u8>,
     /// Where those start that are still to be written.
     start: usize,
 }
 
 impl Buffer {
-    pub(super) const EMPTY: Self = Self { bytes: Vec::new(), start: 0 };
+    pub(super) const fn new(size: u32) -> Self {
+        Self { size, bytes: Vec::new(), start: 0 }
+    }
+
+    pub(super) const fn size(&self) -> u32 {
+        self.size
+    }
 
     pub(super) const fn len(&self) -> usize {
         self.bytes.len() - self.start
@@ -92,12 +111,17 @@ impl Buffer {
         &self.bytes[self.start..]
     }
 
-    /// Takes the next bytes of a chain.
+    /// How many more it takes.
+    pub(super) const fn room(&self) -> usize {
+        self.size as usize - self.len()
+    }
+
+    /// Takes the next bytes of a chain, for which there is room.
     pub(super) fn append(&mut self, chain: &mut Chain, count: usize) -> Result<(), Broken> {
         if self.bytes.capacity() == 0 {
-            self.bytes.reserve_exact(BUF_ALLOC as usize);
+            self.bytes.reserve_exact(self.size as usize);
         }
-        if self.bytes.len() + count > BUF_ALLOC as usize {
+        if self.bytes.len() + count > self.size as usize {
             self.bytes.drain(..self.start);
             self.start = 0;
         }
@@ -110,7 +134,7 @@ impl Buffer {
     pub(super) fn consume(&mut self, count: usize) {
         self.start += count;
         if self.is_empty() {
-            *self = Self::EMPTY;
+            *self = Self::new(self.size);
         }
     }
 }

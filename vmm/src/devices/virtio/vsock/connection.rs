@@ -4,7 +4,7 @@
 //! socket until the guest has a chain and room for it. What the guest sends goes to the Unix socket at once; only
 //! what that does not take is kept, which is bounded by the credit that the guest was given.
 
-use super::buffers::{BUF_ALLOC, Batch, Buffer, Receiver};
+use super::buffers::{Batch, Buffer, Receiver};
 use super::packet::{HEADER_LEN, HOST_CID, Header, STREAM, op, shutdown};
 use super::stream::{receive, send};
 use super::{RX, next_chain};
@@ -16,8 +16,6 @@ use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 
-/// Bytes that the guest learns of late that they were written on: half its credit is always there.
-const LAG_MAX: u32 = BUF_ALLOC / 2;
 /// Chains that one read from the Unix socket fills at most. Linux gives chains of less than 4 KiB, so that this is
 /// about 64 KiB.
 const CHAINS_MAX: usize = 16;
@@ -111,14 +109,14 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// A program of the host asks for a port of the guest.
-    pub(super) const fn requested(stream: UnixStream, ports: Ports) -> Self {
+    /// A program of the host asks for a port of the guest. So many bytes are kept for the program at most.
+    pub(super) const fn requested(stream: UnixStream, ports: Ports, buf_alloc: u32) -> Self {
         Self {
             ports,
             is_queued: false,
             stream,
             state: State::Requested,
-            buffer: Buffer::EMPTY,
+            buffer: Buffer::new(buf_alloc),
             forwarded: 0,
             told_forwarded: 0,
             guest_shutdown: 0,
@@ -143,15 +141,20 @@ impl Connection {
     }
 
     /// The guest's request has reached a program of the host.
-    pub(super) fn accepted(stream: UnixStream, request: &Header) -> Self {
+    pub(super) fn accepted(stream: UnixStream, request: &Header, buf_alloc: u32) -> Self {
         let ports = Ports { host: request.dst_port, guest: request.src_port };
         Self {
             state: State::Established,
             opening: Some(op::RESPONSE),
             guest_buf_alloc: request.buf_alloc,
             guest_fwd_cnt: request.fwd_cnt,
-            ..Self::requested(stream, ports)
+            ..Self::requested(stream, ports, buf_alloc)
         }
+    }
+
+    /// Bytes that are kept for its Unix socket at most.
+    pub(super) const fn buf_alloc(&self) -> u32 {
+        self.buffer.size()
     }
 
     /// Events that its socket is watched for. Once each, so that data that has to wait for the guest does not
@@ -189,7 +192,7 @@ impl Connection {
 
     fn forward(&mut self, id: u32, length: u32, chain: &mut Chain, watcher: &Watcher) -> After {
         let length = length as usize;
-        if length > BUF_ALLOC as usize - self.buffer.len() {
+        if length > self.buffer.room() {
             return After::Reset;
         }
         chain.limit_readable(length);
@@ -219,7 +222,8 @@ impl Connection {
         #[expect(clippy::cast_possible_truncation, reason = "counts of one call are below 2^32")]
         let count = count as u32;
         self.forwarded = self.forwarded.wrapping_add(count);
-        self.owes_credit |= self.forwarded.wrapping_sub(self.told_forwarded) >= LAG_MAX;
+        // The guest learns late that bytes were written on, and always has half its credit.
+        self.owes_credit |= self.forwarded.wrapping_sub(self.told_forwarded) >= self.buf_alloc() / 2;
     }
 
     fn shut_down(&mut self, flags: u32) -> After {
@@ -405,7 +409,7 @@ impl Connection {
             kind: STREAM,
             op,
             flags,
-            buf_alloc: BUF_ALLOC,
+            buf_alloc: self.buf_alloc(),
             fwd_cnt: self.forwarded,
         }
     }

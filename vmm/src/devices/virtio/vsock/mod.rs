@@ -14,7 +14,8 @@ mod tests;
 use super::{Broken, Chain, Device, Event, Queues, Watcher};
 use crate::config::ConfigError;
 use crate::config::devices::Vsock as Config;
-use buffers::Batch;
+use crate::timeline::Instant;
+use buffers::{BUF_ALLOC, BUF_ALLOC_SMALL, Batch, LARGE_MAX};
 use connection::{After, Connection, Ports, Turn};
 use host::{Asked, Listener};
 use packet::{HEADER_LEN, HEADER_SIZE, HOST_CID, Header, STREAM, op};
@@ -40,6 +41,9 @@ const BUDGET: usize = 256;
 /// Programs that are accepted before others have their turn.
 const ACCEPT_BUDGET: usize = 16;
 
+/// Nanoseconds after which a host is asked again that had no descriptor or memory left.
+const RETRY: u64 = 100_000_000;
+
 /// The token of the listening socket; those of connections and programs follow.
 const LISTENER: u32 = 0;
 const LAST_ID: u32 = u32::MAX >> 1;
@@ -64,8 +68,10 @@ pub struct Vsock {
     next_port: u32,
     batch: Batch,
     watcher: Option<Watcher>,
-    /// The host has no descriptors left: nobody is accepted until a connection ends.
+    /// The listening socket is not watched.
     is_deferred: bool,
+    /// When it is watched again, where the host had no descriptor or memory left.
+    resume_at: Option<Instant>,
 }
 
 impl Vsock {
@@ -99,11 +105,18 @@ impl Vsock {
             batch: Batch::default(),
             watcher: None,
             is_deferred: false,
+            resume_at: None,
         }
     }
 
     fn is_full(&self) -> bool {
         self.connections.len() + self.programs.len() >= CONNECTIONS_MAX
+    }
+
+    /// Bytes that are kept for the next connection at most.
+    fn buf_alloc(&self) -> u32 {
+        let large = self.connections.values().filter(|connection| connection.buf_alloc() == BUF_ALLOC);
+        if large.count() < LARGE_MAX { BUF_ALLOC } else { BUF_ALLOC_SMALL }
     }
 
     /// A number that no connection and no program has.
@@ -144,9 +157,13 @@ impl Vsock {
                 // Closing it tells its program that there is no connection.
                 Ok(Some(_)) => {}
                 Ok(None) => return,
-                Err(_) => {
+                Err(error) => {
+                    // The program waits, and the event would come again at once and for ever.
                     watcher.remove(&self.listener);
                     self.is_deferred = true;
+                    if host::is_short(&error) {
+                        self.resume_at = Some(later());
+                    }
                     return;
                 }
             }
@@ -170,16 +187,17 @@ impl Vsock {
         match asked {
             Asked::Port(port) => {
                 let ports = self.take_ports(port);
-                self.insert(id, Connection::requested(socket, ports));
+                self.insert(id, Connection::requested(socket, ports, self.buf_alloc()));
             }
             _ => self.accept_again(),
         }
     }
 
-    /// A descriptor has become free.
+    /// A descriptor has become free, or may have.
     fn accept_again(&mut self) {
         if let Some(watcher) = self.watcher.as_ref().filter(|_| self.is_deferred) {
             self.is_deferred = watcher.add(&self.listener, LISTENER, EventFlags::IN).is_err();
+            self.resume_at = self.is_deferred.then(later);
         }
     }
 
@@ -241,7 +259,7 @@ impl Vsock {
         if watcher.add(&socket, id, Connection::EVENTS).is_err() {
             return false;
         }
-        self.insert(id, Connection::accepted(socket, request));
+        self.insert(id, Connection::accepted(socket, request, self.buf_alloc()));
         true
     }
 
@@ -333,6 +351,11 @@ impl Vsock {
     }
 }
 
+/// When the host is asked again.
+fn later() -> Instant {
+    Instant(Instant::now().0.saturating_add(RETRY))
+}
+
 /// The next chain for a packet to the guest. Where there is none, the guest rings when it has made some.
 fn next_chain(queues: &mut Queues) -> Result<Option<Chain>, Broken> {
     match queues.pop(RX)? {
@@ -373,7 +396,7 @@ impl Device for Vsock {
             Event::Ready(LISTENER, _) => self.accept(),
             Event::Ready(id, flags) => self.serve_socket(id, flags),
             Event::Doorbell => self.take_packets(queues)?,
-            Event::Deadline => {}
+            Event::Deadline => self.accept_again(),
         }
         let was_held_up = self.resets.len() >= RESETS_MAX;
         self.send_packets(queues)?;
@@ -384,7 +407,12 @@ impl Device for Vsock {
         queues.notify(RX)
     }
 
+    fn deadline(&self) -> Option<Instant> {
+        self.resume_at
+    }
+
     fn reset(&mut self) {
+        self.resume_at = None;
         if let Some(watcher) = self.watcher.take() {
             watcher.remove(&self.listener);
         }

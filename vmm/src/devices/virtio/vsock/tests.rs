@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::devices::virtio::driver::{Driver, Piece};
+use crate::devices::virtio::file_io::tests::refusing;
 use proptest::prelude::*;
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
@@ -300,7 +301,7 @@ fn a_guest_that_takes_no_more_is_not_read_for() {
 fn data_waits_for_a_program_that_does_not_read_and_then_comes_whole() {
     let mut guest = Guest::new(8);
     let mut socket = guest.connection();
-    let sent = fill_up(&mut guest);
+    let sent = fill_up(&mut guest, 1000);
     // The guest closes; the device does not lose what it has accepted.
     guest.send(Header { flags: 3, ..packet(SHUTDOWN, 1000, 80) }, &[]);
     guest.expect(RST);
@@ -316,23 +317,23 @@ fn data_waits_for_a_program_that_does_not_read_and_then_comes_whole() {
 }
 
 /// Sends until the device gives no more credit; all that was sent.
-fn fill_up(guest: &mut Guest) -> Vec<u8> {
+fn fill_up(guest: &mut Guest, port: u32) -> Vec<u8> {
     let mut sent = Vec::new();
-    let mut fwd_cnt = 0;
-    let mut buf_alloc = buffers::BUF_ALLOC as usize;
+    let (mut fwd_cnt, mut buf_alloc) = (0, 0);
     loop {
         let length = (buf_alloc - (sent.len() - fwd_cnt)).min(10_007);
         if length == 0 {
-            guest.op(CREDIT_REQUEST, 1000, 80);
+            guest.op(CREDIT_REQUEST, port, 80);
             let update = guest.expect(CREDIT_UPDATE);
-            if fwd_cnt == update.fwd_cnt as usize {
+            let credit = (update.fwd_cnt as usize, update.buf_alloc as usize);
+            if credit == (fwd_cnt, buf_alloc) {
                 return sent;
             }
-            (fwd_cnt, buf_alloc) = (update.fwd_cnt as usize, update.buf_alloc as usize);
+            (fwd_cnt, buf_alloc) = credit;
             continue;
         }
         let bytes: Vec<u8> = (sent.len()..sent.len() + length).map(|at| (at / 7).to_le_bytes()[0]).collect();
-        guest.data(1000, 80, &bytes);
+        guest.data(port, 80, &bytes);
         sent.extend(bytes);
         while let Some((header, _)) = guest.poll() {
             assert_eq!(header.op, CREDIT_UPDATE);
@@ -345,7 +346,7 @@ fn fill_up(guest: &mut Guest) -> Vec<u8> {
 fn a_guest_that_sends_beyond_its_credit_is_cut_off() {
     let mut guest = Guest::new(8);
     let socket = guest.connection();
-    fill_up(&mut guest);
+    fill_up(&mut guest, 1000);
     guest.data(1000, 80, b"x");
     guest.expect(RST);
     drop(socket);
@@ -411,11 +412,13 @@ fn connections_are_bounded() {
     let mut guest = Guest::new(8);
     let listener = UnixListener::bind(guest.path("_80")).unwrap();
     let mut sockets = Vec::new();
+    let mut promised = 0;
     for port in 0..1024 {
         guest.op(REQUEST, port, 80);
-        guest.expect(RESPONSE);
+        promised += guest.expect(RESPONSE).buf_alloc;
         sockets.push(listener.accept().unwrap().0);
     }
+    assert_eq!(promised, 64 * (128 << 10) + 960 * (8 << 10));
     guest.op(REQUEST, 5000, 80);
     guest.expect(RST);
     let mut program = UnixStream::connect(guest.path("")).unwrap();
@@ -425,6 +428,62 @@ fn connections_are_bounded() {
     assert_eq!(guest.expect(SHUTDOWN).flags, 3);
     guest.op(REQUEST, 5000, 80);
     guest.expect(RESPONSE);
+}
+
+#[test]
+fn data_that_nobody_reads_takes_a_bounded_part_of_memory() {
+    let mut guest = Guest::new(8);
+    let listener = UnixListener::bind(guest.path("_80")).unwrap();
+    let connect = |guest: &mut Guest, port| {
+        guest.op(REQUEST, port, 80);
+        (guest.expect(RESPONSE).buf_alloc, listener.accept().unwrap().0)
+    };
+    let mut programs = Vec::new();
+    for port in 0..64 {
+        let (promised, program) = connect(&mut guest, port);
+        assert_eq!(promised, 128 << 10);
+        programs.push(program);
+        fill_up(&mut guest, port);
+        // What the guest has sent is still kept for the program.
+        guest.send(Header { flags: 3, ..packet(SHUTDOWN, port, 80) }, &[]);
+        guest.expect(RST);
+    }
+    let (promised, mut program) = connect(&mut guest, 1000);
+    assert_eq!(promised, 8 << 10);
+    let sent = fill_up(&mut guest, 1000);
+    let mut received = vec![0; sent.len()];
+    let reader = std::thread::spawn(move || {
+        program.read_exact(&mut received).unwrap();
+        (program, received)
+    });
+    while !reader.is_finished() {
+        guest.driver.run(Some(1));
+    }
+    let (_program, received) = reader.join().unwrap();
+    assert!(received == sent);
+    // When one of the others leaves, its place is free.
+    drop(programs.pop());
+    while guest.poll().is_some() {}
+    assert_eq!(connect(&mut guest, 1001).0, 128 << 10);
+}
+
+#[test]
+fn a_host_without_descriptors_is_asked_again() {
+    for error in [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM] {
+        let mut guest = Guest::new(8);
+        let mut program = UnixStream::connect(guest.path("")).unwrap();
+        program.write_all(b"CONNECT 52\n").unwrap();
+        refusing(libc::SYS_accept4, error, || {
+            let turns = (0..10).take_while(|_| guest.driver.run(Some(0))).count();
+            assert!(turns < 10, "it spins");
+            guest.driver.transport.serve_deadline();
+            assert!(guest.driver.run(Some(0)), "it is asked");
+        });
+        assert!(guest.driver.transport.deadline().is_some(), "error {error}: nobody is accepted any more");
+        guest.driver.transport.serve_deadline();
+        assert_eq!(guest.expect(REQUEST).dst_port, 52);
+        assert_eq!(guest.driver.transport.deadline(), None);
+    }
 }
 
 #[test]
