@@ -14,6 +14,9 @@ pub(super) struct Vmm(OwnedFd);
 /// The exit status of a guest that nobody asked.
 const STATUS_KILLED: u8 = 128 + 9;
 
+/// How long a VMM may take to end in order.
+const PATIENCE: Duration = Duration::from_secs(2);
+
 impl Found {
     /// Its VMM, if it lives. Another process may have got the number since it was written down: so the process is
     /// held first, and counts if the guest's lock is still taken and the same number still stands there.
@@ -34,8 +37,12 @@ impl Found {
     /// Ends the guest without asking it, and writes down that it was ended.
     pub(super) fn kill(&self) -> Result<(), InstanceError> {
         let Some(vmm) = self.vmm()? else { return Ok(()) };
-        vmm.send(Signal::KILL);
-        vmm.wait(None);
+        // `run/signals.rs` stops the machine, gives the terminal back and writes down the end.
+        vmm.send(Signal::POWER);
+        if !vmm.wait(Some(Instant::now() + PATIENCE)) {
+            vmm.send(Signal::KILL);
+            vmm.wait(None);
+        }
         match self.take() {
             // It has removed its folder itself, or another did.
             Err(InstanceError::Unknown(_) | InstanceError::Runs(_)) => Ok(()),

@@ -55,7 +55,7 @@ pub(crate) struct Arguments {
     #[arg(long, short = 'd')]
     detach: bool,
     /// This process is the one that stays with a detached guest
-    #[arg(long, hide = true)]
+    #[arg(long, hide = true, requires = "detach")]
     stay: bool,
     /// Memory of the guest in MiB
     #[arg(long, short = 'm', value_name = "MIB", default_value_t = 512)]

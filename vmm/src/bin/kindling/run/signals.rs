@@ -9,8 +9,13 @@ use std::thread;
 
 const PASSED_ON: [libc::c_int; 7] =
     [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT, libc::SIGUSR1, libc::SIGUSR2, libc::SIGWINCH];
+/// What `kindling kill` sends: the end of the guest without a question, but with an orderly end of this process.
+const POWER: libc::c_int = libc::SIGPWR;
 /// Those that a process without a terminal passes on besides: nobody sends them but for the guest.
 const PASSED_ON_DETACHED: [libc::c_int; 2] = [libc::SIGALRM, libc::SIGCONT];
+
+/// The signal that a guest without power ended by, in the eyes of others.
+const KILLED: u8 = 9;
 
 /// Times that somebody asks a process to end before it is not asked any more.
 const PATIENCE: u32 = 3;
@@ -48,6 +53,10 @@ pub(crate) fn receive(is_detached: bool, give_up: impl Fn(u8) + Send + 'static) 
             if unsafe { libc::sigwait(&raw const signals, &raw mut number) } != 0 {
                 return;
             }
+            if number == POWER {
+                give_up(KILLED);
+                continue;
+            }
             let asks_to_end = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT].contains(&number);
             asked = u32::from(asks_to_end).saturating_add(asked);
             let control = waiting.lock().unwrap_or_else(PoisonError::into_inner).clone();
@@ -70,7 +79,7 @@ fn block(more: &[libc::c_int]) -> libc::sigset_t {
     unsafe {
         libc::sigemptyset(set.as_mut_ptr());
         let mut set = set.assume_init();
-        for &number in PASSED_ON.iter().chain(more) {
+        for &number in PASSED_ON.iter().chain(more).chain(&[POWER]) {
             let mut action = MaybeUninit::<libc::sigaction>::zeroed();
             libc::sigaction(number, std::ptr::null(), action.as_mut_ptr());
             if action.assume_init().sa_sigaction != libc::SIG_IGN {
