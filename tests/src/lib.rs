@@ -7,6 +7,7 @@ pub mod conversation;
 pub mod io_uring;
 pub mod machine_code;
 pub mod network;
+pub mod user;
 pub mod vsock;
 
 use std::fmt;
@@ -245,10 +246,14 @@ impl Started {
     }
 }
 
+/// Sends a signal to a process of a test's.
+///
+/// # Panics
+/// When the number is none of a process.
 #[expect(unsafe_code, reason = "kill has no safe wrapper in std")]
-fn kill(pid: u32, signal: i32) {
+pub fn kill(pid: u32, signal: i32) {
     let pid = i32::try_from(pid).expect("a process id");
-    // SAFETY: kill has no memory effects; the process is our child and not yet waited for.
+    // SAFETY: kill has no memory effects; the process is a test's own and has not ended.
     unsafe { libc::kill(pid, signal) };
 }
 

@@ -2,49 +2,10 @@
 //! status are the caller's.
 
 use std::io::{Read, Write};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use tests::conversation::Conversation;
-use tests::{PATIENCE, kindling, run, start, testbed};
-
-/// A user's home and runtime directory, of which each test has its own.
-struct User(tempfile::TempDir);
-
-impl User {
-    fn new() -> Self {
-        Self(tempfile::tempdir().expect("cannot make a folder"))
-    }
-
-    /// `kindling COMMAND` as this user, without input. Kernels that are booted once are shared by all.
-    fn command(&self, name: &str) -> Command {
-        let mut command = kindling();
-        command
-            .arg(name)
-            .env("XDG_RUNTIME_DIR", self.0.path())
-            .env("XDG_CACHE_HOME", std::env::temp_dir())
-            .env("KINDLING_IMAGE", testbed("images/default"))
-            .stdin(Stdio::null());
-        command
-    }
-
-    /// `kindling run OPTIONS IMAGE` with busybox.
-    fn run(&self, options: &[&str]) -> Command {
-        let mut command = self.command("run");
-        command.args(options).arg(testbed("busybox.erofs"));
-        command
-    }
-
-    /// A shell script in a guest.
-    fn shell(&self, script: &str) -> Command {
-        let mut command = self.run(&[]);
-        command.args(["sh", "-c", script]);
-        command
-    }
-
-    /// Whether no guest has left anything.
-    fn is_tidy(&self) -> bool {
-        std::fs::read_dir(self.0.path().join("kindling")).is_ok_and(|mut entries| entries.next().is_none())
-    }
-}
+use tests::user::User;
+use tests::{PATIENCE, run, start, testbed};
 
 #[test]
 fn a_program_has_its_streams_to_itself() {
@@ -196,7 +157,7 @@ fn what_cannot_be_run_is_named() {
     let user = User::new();
     let named = |arguments: &[&str], text: &str| {
         run(user.command("run").args(arguments)).expect_status(2).expect_stderr(text);
-        assert!(user.is_tidy() || !user.0.path().join("kindling").exists());
+        assert!(user.is_tidy() || !user.folder().join("kindling").exists());
     };
     let image = testbed("busybox.erofs");
     let image = image.to_str().unwrap();

@@ -63,7 +63,7 @@ fn execute(arguments: &Arguments) -> Result<u8, ExecError> {
     let guest = Found::alive(&arguments.name)?;
     let frame = arguments.guest().to_frame(0, false, None)?;
     // A second request to end is one too many: then this command ends, and the agent hangs up on the process.
-    let signals = signals::receive(|signal| std::process::exit(128 + i32::from(signal)));
+    let signals = signals::receive(false, |signal| std::process::exit(128 + i32::from(signal)));
     let process = Process::start(&guest.socket(), token(), &frame, arguments.tty)?;
     let terminal = arguments.tty.then(RawTerminal::enter).flatten();
     let code = client::serve(process, Streams::own()?, &signals);

@@ -1,6 +1,20 @@
 //! Guests with a name: each has a folder in the user's runtime directory, with the socket to its agent and a file
-//! whose lock its VMM holds as long as it lives.
+//! whose lock its VMM holds as long as it lives. A file for each command that looks after them is below.
 
+pub(crate) mod inspect;
+pub(crate) mod kill;
+pub(crate) mod log;
+pub(crate) mod logs;
+pub(crate) mod ps;
+pub(crate) mod rm;
+pub(crate) mod signal;
+pub(crate) mod stats;
+pub(crate) mod stop;
+mod view;
+mod vmm;
+pub(crate) mod wait;
+
+use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, complain};
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, mkdir, open};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
@@ -18,7 +32,8 @@ pub(crate) enum InstanceError {
     )]
     Name(String),
     /// A guest of this name exists.
-    #[error("there is a guest named {name} already{}", if *is_alive { "" } else { ", which has ended; `kindling rm` forgets it" })]
+    #[error("there is a guest named {name} already{}",
+            if *is_alive { String::new() } else { format!(", which has ended; `kindling rm {name}` forgets it") })]
     Taken {
         /// The name.
         name: String,
@@ -26,8 +41,20 @@ pub(crate) enum InstanceError {
         is_alive: bool,
     },
     /// No guest has this name.
-    #[error("there is no guest named {0}; `kindling ps` lists them")]
+    #[error("there is no guest named {0}; `kindling ps -a` lists them")]
     Unknown(String),
+    /// The guest runs, and should not.
+    #[error("the guest {0} runs; `kindling stop {0}` ends it, and `kindling rm -f {0}` does not ask it")]
+    Runs(String),
+    /// Its VMM has not said yet who it is.
+    #[error("the guest {0} is being started; try again")]
+    Starting(String),
+    /// A guest in the foreground.
+    #[error("the output of the guest {0} went to the `kindling run` that started it; with -d it is kept")]
+    NoLog(String),
+    /// The guest is gone, and nobody knows how it ended.
+    #[error("nothing says how the guest {0} ended: {1}")]
+    NoStatus(String, &'static str),
     /// The guest does not run any more.
     #[error("the guest {0} has ended; `kindling rm {0}` forgets it")]
     Ended(String),
@@ -46,8 +73,19 @@ pub(crate) enum InstanceError {
     },
 }
 
+impl InstanceError {
+    /// The exit status of a command that it stopped.
+    pub(crate) const fn status(&self) -> u8 {
+        match self {
+            Self::Host { .. } | Self::NoStatus(..) => STATUS_FAILURE,
+            _ => STATUS_BAD_REQUEST,
+        }
+    }
+}
+
 /// What is known of a guest besides its name.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub(crate) struct Record {
     /// What it was made from, as the user wrote it.
     pub(crate) image: String,
@@ -61,6 +99,8 @@ pub(crate) struct Record {
     pub(crate) vcpus: u8,
     /// The signal that asks its payload to end.
     pub(crate) stop_signal: u8,
+    /// Whether its folder stays when it has ended, until somebody removes it.
+    pub(crate) is_kept: bool,
     /// Exit status, once it has one.
     pub(crate) status: Option<u8>,
 }
@@ -76,6 +116,8 @@ pub(crate) struct Instance {
 const LOCK: &str = "lock";
 const RECORD: &str = "guest.json";
 const SOCKET: &str = "vsock";
+/// What the VMM of a detached guest has to say.
+pub(crate) const REPORT: &str = "report";
 
 impl Instance {
     /// Makes the folder of a new guest. Without a name it gets one that no other has.
@@ -97,25 +139,39 @@ impl Instance {
     }
 
     fn make(parent: &Path, name: &str) -> Result<Self, InstanceError> {
-        let folder = parent.join(name);
-        match mkdir(&folder, Mode::from_raw_mode(0o700)) {
-            Ok(()) => {}
-            Err(Errno::EXIST) => {
-                let is_alive = is_locked(&folder);
-                return Err(InstanceError::Taken { name: name.to_owned(), is_alive });
-            }
-            Err(error) => return Err(host("make the folder", &folder)(error.into())),
-        }
-        let path = folder.join(LOCK);
+        let (folder, draft) = (parent.join(name), parent.join(aside()));
+        // One of a process that had this one's number and did not get far.
+        let _ = std::fs::remove_dir_all(&draft);
+        mkdir(&draft, Mode::from_raw_mode(0o700))
+            .map_err(|error| host("make the folder", &draft)(error.into()))?;
+        let path = draft.join(LOCK);
         let lock = open(&path, OFlags::CREATE | OFlags::RDWR | OFlags::CLOEXEC, Mode::from_raw_mode(0o600))
             .map_err(|error| host("make", &path)(error.into()))?;
         flock(&lock, FlockOperation::NonBlockingLockExclusive)
             .map_err(|error| host("lock", &path)(error.into()))?;
-        Ok(Self { name: name.to_owned(), folder, _lock: lock.into() })
+        // It appears with its lock held, so that nobody takes it for one whose VMM is dead. No folder that has a
+        // file is replaced.
+        let result = rustix::fs::rename(&draft, &folder);
+        if result.is_err() {
+            let _ = std::fs::remove_dir_all(&draft);
+        }
+        match result {
+            Ok(()) => Ok(Self { name: name.to_owned(), folder, _lock: lock.into() }),
+            Err(Errno::EXIST | Errno::NOTEMPTY) => {
+                let is_alive = is_locked(&folder);
+                Err(InstanceError::Taken { name: name.to_owned(), is_alive })
+            }
+            Err(error) => Err(host("make the folder", &folder)(error.into())),
+        }
     }
 
     pub(crate) fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Where everything is that belongs to it.
+    pub(crate) fn folder(&self) -> &Path {
+        &self.folder
     }
 
     /// The Unix socket of its vsock.
@@ -134,10 +190,18 @@ impl Instance {
         write().map_err(host("write", &path))
     }
 
+    /// Writes down how it ended.
+    pub(crate) fn finish(&self, status: u8) -> Result<(), InstanceError> {
+        self.write(&Record { status: Some(status), ..read_record(&self.folder) })
+    }
+
     /// Forgets the guest.
     pub(crate) fn remove(self) {
         // Who looks at it meanwhile finds it whole or not at all.
-        let _ = std::fs::remove_dir_all(&self.folder);
+        let aside = self.folder.with_file_name(aside());
+        let _ = std::fs::remove_dir_all(&aside);
+        let _ = std::fs::rename(&self.folder, &aside);
+        let _ = std::fs::remove_dir_all(&aside);
     }
 }
 
@@ -158,11 +222,46 @@ impl Found {
         if !folder.is_dir() {
             return Err(InstanceError::Unknown(name.to_owned()));
         }
+        Ok(Self::in_folder(name.to_owned(), folder))
+    }
+
+    fn in_folder(name: String, folder: PathBuf) -> Self {
         let is_alive = is_locked(&folder);
-        let text = std::fs::read(folder.join(RECORD)).unwrap_or_default();
-        // One that ended before it could say what it is can still be forgotten.
-        let record = serde_json::from_slice(&text).unwrap_or_default();
-        Ok(Self { name: name.to_owned(), folder, record, is_alive })
+        let record = read_record(&folder);
+        Self { name, folder, record, is_alive }
+    }
+
+    /// All guests of this user, the oldest first.
+    pub(crate) fn all() -> Result<Vec<Self>, InstanceError> {
+        let parent = runtime_directory()?;
+        let entries = parent.read_dir().map_err(host("read", &parent))?;
+        let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        let names = names.filter(|name| check_name(name).is_ok() && parent.join(name).join(LOCK).exists());
+        let mut all: Vec<_> = names.map(|name| Self::in_folder(name.clone(), parent.join(name))).collect();
+        all.sort_by(|a, b| (a.record.started, &a.name).cmp(&(b.record.started, &b.name)));
+        Ok(all)
+    }
+
+    /// Takes the folder of a guest that has ended, so that it can be changed or removed.
+    pub(crate) fn take(&self) -> Result<Instance, InstanceError> {
+        let path = self.folder.join(LOCK);
+        let lock = match open(&path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()) {
+            Err(Errno::NOENT) => return Err(InstanceError::Unknown(self.name.clone())),
+            result => File::from(result.map_err(|error| host("open", &path)(error.into()))?),
+        };
+        // Others who look whether it is locked hold it for a moment, but not alone.
+        while flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+            if flock(&lock, FlockOperation::NonBlockingLockShared).is_err() {
+                return Err(InstanceError::Runs(self.name.clone()));
+            }
+            std::thread::yield_now();
+        }
+        let number = |metadata: io::Result<std::fs::Metadata>| metadata.map(|metadata| metadata.ino()).ok();
+        if number(lock.metadata()) != number(path.metadata()) {
+            // Somebody was faster and removed it, and maybe another has the name now.
+            return Err(InstanceError::Unknown(self.name.clone()));
+        }
+        Ok(Instance { name: self.name.clone(), folder: self.folder.clone(), _lock: lock })
     }
 
     /// The same, unless it has ended.
@@ -175,6 +274,28 @@ impl Found {
     pub(crate) fn socket(&self) -> PathBuf {
         self.folder.join(SOCKET)
     }
+}
+
+/// Does something to each guest of a command. What goes wrong with one is said and does not keep the others.
+pub(crate) fn each(names: &[String], mut action: impl FnMut(&str) -> Result<(), InstanceError>) -> u8 {
+    names.iter().fold(0, |status, name| match action(name) {
+        Ok(()) => status,
+        Err(error) => {
+            complain(&error);
+            status.max(error.status())
+        }
+    })
+}
+
+/// One that ended before it could say what it is can still be forgotten.
+fn read_record(folder: &Path) -> Record {
+    let text = std::fs::read(folder.join(RECORD)).unwrap_or_default();
+    serde_json::from_slice(&text).unwrap_or_default()
+}
+
+/// Name of a folder that is made or removed. No guest can have it.
+fn aside() -> String {
+    format!(".{}", std::process::id())
 }
 
 fn host(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> InstanceError {
@@ -192,9 +313,9 @@ fn check_name(name: &str) -> Result<(), InstanceError> {
 
 /// Whether the VMM of the guest in a folder lives.
 fn is_locked(folder: &Path) -> bool {
-    let lock = open(folder.join(LOCK), OFlags::RDWR | OFlags::CLOEXEC, Mode::empty());
-    // It is let go of again at once.
-    lock.is_ok_and(|lock| flock(&lock, FlockOperation::NonBlockingLockExclusive) == Err(Errno::WOULDBLOCK))
+    let lock = open(folder.join(LOCK), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+    // Shared, so that two who look do not take each other for its VMM. It is let go of again at once.
+    lock.is_ok_and(|lock| flock(&lock, FlockOperation::NonBlockingLockShared) == Err(Errno::WOULDBLOCK))
 }
 
 /// Where the guests of this user are: nobody else may look into it.

@@ -42,6 +42,22 @@ enum Command {
     Run(Box<run::Arguments>),
     /// Runs one more program in a guest that runs
     Exec(exec::Arguments),
+    /// Lists the guests that `kindling run` started
+    Ps(instances::ps::Arguments),
+    /// Prints what a detached guest wrote
+    Logs(instances::logs::Arguments),
+    /// Waits for a guest's end; the exit status is the guest's
+    Wait(instances::wait::Arguments),
+    /// Asks guests to end, and ends those that do not
+    Stop(instances::stop::Arguments),
+    /// Sends guests a signal, or ends them
+    Kill(instances::kill::Arguments),
+    /// Forgets guests that have ended
+    Rm(instances::rm::Arguments),
+    /// Prints all that is known of guests, as JSON
+    Inspect(instances::inspect::Arguments),
+    /// Prints what guests use of the host
+    Stats(instances::stats::Arguments),
     /// Says what this host can do for microVMs, and what would make it better
     Doctor(doctor::Arguments),
 }
@@ -63,6 +79,14 @@ fn run() -> u8 {
         Command::Preboot(arguments) => preboot::run(&arguments),
         Command::Run(arguments) => run::run(&arguments, started),
         Command::Exec(arguments) => exec::run(&arguments),
+        Command::Ps(arguments) => instances::ps::run(&arguments),
+        Command::Logs(arguments) => instances::logs::run(&arguments),
+        Command::Wait(arguments) => instances::wait::run(&arguments),
+        Command::Stop(arguments) => instances::stop::run(&arguments),
+        Command::Kill(arguments) => instances::kill::run(&arguments),
+        Command::Rm(arguments) => instances::rm::run(&arguments),
+        Command::Inspect(arguments) => instances::inspect::run(&arguments),
+        Command::Stats(arguments) => instances::stats::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
     }
 }
@@ -78,6 +102,17 @@ fn complain(error: &dyn Error) {
     }
     // A file's author chooses some of the words; they must not reach the terminal as commands.
     tell(&format!("kindling: {}\n", report::printable(&line)));
+}
+
+/// Writes to standard output; the exit status. Who reads no more has read enough.
+fn say(bytes: &[u8]) -> u8 {
+    match std::io::stdout().write_all(bytes) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            complain(&error);
+            STATUS_FAILURE
+        }
+        _ => 0,
+    }
 }
 
 /// Writes to standard error, and does without where nobody reads it.

@@ -1,6 +1,7 @@
 //! The streams of a process in a guest, connected to those of this process.
 
 use super::signals;
+use crate::instances::log::{Log, Stream};
 use kindling::agent::{AgentError, Control, Process};
 use rustix::event::{PollFd, PollFlags, poll};
 use std::fs::File;
@@ -19,8 +20,15 @@ const CHUNK: usize = 64 << 10;
 pub(crate) struct Streams {
     /// None for an input that has ended.
     pub(crate) input: Option<File>,
-    pub(crate) output: File,
-    pub(crate) error: File,
+    pub(crate) output: Sink,
+    pub(crate) error: Sink,
+}
+
+/// Where one stream of output leads.
+#[derive(Debug)]
+pub(crate) enum Sink {
+    File(File),
+    Log(Arc<Log>, Stream),
 }
 
 impl Streams {
@@ -29,9 +37,19 @@ impl Streams {
         let copy = |fd: BorrowedFd<'_>| fd.try_clone_to_owned().map(File::from);
         Ok(Self {
             input: Some(copy(rustix::stdio::stdin())?),
-            output: copy(rustix::stdio::stdout())?,
-            error: copy(rustix::stdio::stderr())?,
+            output: Sink::File(copy(rustix::stdio::stdout())?),
+            error: Sink::File(copy(rustix::stdio::stderr())?),
         })
+    }
+
+    /// A log's, and nothing to read.
+    pub(crate) fn of_log(log: Log) -> Self {
+        let log = Arc::new(log);
+        Self {
+            input: None,
+            output: Sink::Log(Arc::clone(&log), Stream::Output),
+            error: Sink::Log(log, Stream::Error),
+        }
     }
 }
 
@@ -73,10 +91,17 @@ fn carry_input(input: Option<File>, to: &UnixStream) {
 }
 
 /// Carries output until it ends. Where nobody takes it, whoever writes it learns so, as at a pipe.
-fn carry(mut from: &UnixStream, mut to: File) {
+fn carry(mut from: &UnixStream, to: Sink) {
     let mut buffer = vec![0; CHUNK];
     while let Ok(count @ 1..) = from.read(&mut buffer) {
-        if write_all(&mut to, &buffer[..count]).is_err() {
+        let result = match &to {
+            Sink::File(file) => write_all(file, &buffer[..count]),
+            Sink::Log(log, stream) => {
+                log.add(*stream, &buffer[..count]);
+                Ok(())
+            }
+        };
+        if result.is_err() {
             let _ = from.shutdown(Shutdown::Both);
             return;
         }
@@ -94,7 +119,7 @@ fn read(from: &mut File, buffer: &mut [u8]) -> io::Result<usize> {
     }
 }
 
-fn write_all(to: &mut File, mut bytes: &[u8]) -> io::Result<()> {
+fn write_all(mut to: &File, mut bytes: &[u8]) -> io::Result<()> {
     while !bytes.is_empty() {
         match to.write(bytes) {
             Ok(count) => bytes = &bytes[count..],

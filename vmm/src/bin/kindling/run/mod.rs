@@ -1,15 +1,18 @@
 //! `kindling run`: a program in a guest of its own, as if it ran here.
 
 pub(crate) mod client;
+mod detached;
 pub(crate) mod signals;
 mod source;
 
 use crate::devices::DeviceArguments;
-use crate::instances::{Instance, InstanceError, Record};
+use crate::instances::log::Log;
+use crate::instances::{Instance, InstanceError, Record, signal};
 use crate::terminal::RawTerminal;
 use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, complain, report, tell};
 use clap::Args;
 use client::Streams;
+use detached::Starter;
 use guest_protocol::BootMark;
 use guest_protocol::agent::TerminalSize;
 use kindling::agent::{AgentError, Process};
@@ -48,6 +51,12 @@ pub(crate) struct Arguments {
     /// Accepted and without effect: the command always has this command's input
     #[arg(long, short = 'i')]
     interactive: bool,
+    /// Leave the guest to itself when it is ready, and print its name; `kindling logs` has its output
+    #[arg(long, short = 'd')]
+    detach: bool,
+    /// This process is the one that stays with a detached guest
+    #[arg(long, hide = true, requires = "detach")]
+    stay: bool,
     /// Memory of the guest in MiB
     #[arg(long, short = 'm', value_name = "MIB", default_value_t = 512)]
     memory: u64,
@@ -63,7 +72,7 @@ pub(crate) struct Arguments {
     /// Hostname of the guest [default: its name]
     #[arg(long, value_name = "NAME")]
     hostname: Option<OsString>,
-    /// Accepted and without effect: a guest that ends leaves nothing behind
+    /// Leave nothing of a detached guest behind when it ends; one in the foreground leaves nothing anyway
     #[arg(long)]
     rm: bool,
     /// Network: none, user for networking without root, or a tap device
@@ -133,6 +142,12 @@ pub(crate) fn run(arguments: &Arguments, entered: Instant) -> u8 {
     let start = arguments.started_at.map_or(entered, Instant);
     let mut timeline = Timeline::starting_at(start);
     timeline.reached_at("command entered", entered);
+    if arguments.detach && !arguments.stay {
+        return detached::start().unwrap_or_else(|error| {
+            complain(&error);
+            STATUS_FAILURE
+        });
+    }
     execute(arguments, timeline).unwrap_or_else(|error| {
         complain(&error);
         error.status()
@@ -143,9 +158,23 @@ fn execute(arguments: &Arguments, mut timeline: Timeline) -> Result<u8, RunError
     let prepared = source::prepare(&arguments.image, arguments.user.as_deref(), &arguments.pull)?;
     timeline.reached("root filesystem found");
     let instance = Instance::create(arguments.name.as_deref())?;
-    let result = start(arguments, &instance, &prepared, timeline);
-    instance.remove();
-    result
+    let starter = arguments.stay.then(|| Starter::new(&instance)).transpose();
+    let starter = starter.map_err(|error| RunError::Host("make a file", error));
+    let result = starter.and_then(|starter| {
+        let starter = starter.map(Arc::new);
+        let code = start(arguments, &instance, &prepared, starter.clone(), timeline)?;
+        Ok((code, starter.is_some_and(|starter| starter.has_gone())))
+    });
+    match result {
+        Ok((code, true)) if !arguments.rm => {
+            instance.finish(code)?;
+            Ok(code)
+        }
+        result => {
+            instance.remove();
+            result.map(|(code, _)| code)
+        }
+    }
 }
 
 /// What the threads of a guest tell each other.
@@ -158,6 +187,7 @@ fn start(
     arguments: &Arguments,
     instance: &Instance,
     prepared: &Prepared,
+    starter: Option<Arc<Starter>>,
     timeline: Timeline,
 ) -> Result<u8, RunError> {
     let config = arguments.config(instance, prepared)?;
@@ -171,8 +201,16 @@ fn start(
             stop.get().map(StopHandle::stop);
         }
     };
-    let signals = signals::receive(give_up.clone());
-    let streams = Streams::own().map_err(|error| RunError::Host("duplicate a standard stream", error))?;
+    let signals = signals::receive(arguments.detach, give_up.clone());
+    let streams = match &starter {
+        Some(_) => Log::create(instance.folder()).map(Streams::of_log),
+        None => Streams::own(),
+    };
+    let streams = streams.map_err(|error| RunError::Host("open the program's streams", error))?;
+    instance.write(&arguments.record(&config, prepared))?;
+    if !arguments.cold {
+        make_preboot(&config);
+    }
 
     let machine = Machine::new(&config, timeline)?;
     if let Some(refusal) = machine.preboot_refusal() {
@@ -182,18 +220,28 @@ fn start(
     let ready = sender.clone();
     machine.at_mark(BootMark::AgentReady, move || drop(ready.send(Event::AgentReady)));
     let running = machine.start()?;
-    let _ = stop.set(running.stop_handle()?);
-    instance.write(&arguments.record(&config))?;
+    let handle = running.stop_handle()?;
+    // A signal that came before had nothing to stop yet.
+    let handle = stop.get_or_init(|| handle);
+    if stopped_by.load(Ordering::Acquire) != 0 {
+        handle.stop();
+    }
     if let Some(seconds) = arguments.timeout {
         thread::spawn(move || {
             thread::sleep(Duration::from_secs(seconds));
             give_up(BY_TIMEOUT);
         });
     }
-    let terminal = arguments.tty.then(RawTerminal::enter).flatten();
-    let (socket, has_terminal) = (instance.socket(), arguments.tty);
+    let terminal = (arguments.tty && !arguments.detach).then(RawTerminal::enter).flatten();
+    let (name, socket, has_terminal) = (instance.name().to_owned(), instance.socket(), arguments.tty);
     let client = thread::spawn(move || match events.recv() {
-        Ok(Event::AgentReady) => client::serve(Process::payload(&socket, has_terminal)?, streams, &signals),
+        Ok(Event::AgentReady) => {
+            let process = Process::payload(&socket, has_terminal)?;
+            if let Some(starter) = starter {
+                starter.let_go(&name);
+            }
+            client::serve(process, streams, &signals)
+        }
         Ok(Event::GuestEnded) | Err(_) => Err(AgentError::Lost),
     });
     let (exit, remains) = running.wait_for_end();
@@ -229,7 +277,6 @@ impl Arguments {
         config.validate()?;
         if !self.cold {
             config.preboot = preboot_path(&config);
-            make_preboot(&config);
         }
         Ok(config)
     }
@@ -290,7 +337,8 @@ impl Arguments {
         })
     }
 
-    fn record(&self, config: &Config) -> Record {
+    fn record(&self, config: &Config, prepared: &Prepared) -> Record {
+        let stop_signal = prepared.config.stop_signal.as_deref().and_then(|name| signal::parse(name).ok());
         let text = |bytes: &Vec<u8>| String::from_utf8_lossy(bytes).into_owned();
         let since_1970 = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         Record {
@@ -300,7 +348,11 @@ impl Arguments {
             started: since_1970.map_or(0, |time| time.as_secs()),
             memory_mib: config.machine.mem_size_mib,
             vcpus: config.machine.vcpu_count,
-            stop_signal: 15,
+            stop_signal: stop_signal
+                .map_or(libc::SIGTERM, |signal| signal.as_raw())
+                .try_into()
+                .unwrap_or_default(),
+            is_kept: self.detach && !self.rm,
             status: None,
         }
     }

@@ -9,6 +9,13 @@ use std::thread;
 
 const PASSED_ON: [libc::c_int; 7] =
     [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT, libc::SIGUSR1, libc::SIGUSR2, libc::SIGWINCH];
+/// What `kindling kill` sends: the end of the guest without a question, but with an orderly end of this process.
+const POWER: libc::c_int = libc::SIGPWR;
+/// Those that a process without a terminal passes on besides: nobody sends them but for the guest.
+const PASSED_ON_DETACHED: [libc::c_int; 2] = [libc::SIGALRM, libc::SIGCONT];
+
+/// The signal that a guest without power ended by, in the eyes of others.
+const KILLED: u8 = 9;
 
 /// Times that somebody asks a process to end before it is not asked any more.
 const PATIENCE: u32 = 3;
@@ -31,10 +38,12 @@ impl Receiver {
 }
 
 /// Starts to take signals. Before any other thread is started, because those inherit what is blocked. `give_up` is
-/// called with a signal that asks for the end where no process gets it, or where one was asked [`PATIENCE`] times.
-pub(crate) fn receive(give_up: impl Fn(u8) + Send + 'static) -> Receiver {
+/// called with a signal that asks for the end where no process gets it, or where one was asked [`PATIENCE`] times. A
+/// detached process has nobody who becomes impatient, and no terminal whose size could change.
+pub(crate) fn receive(is_detached: bool, give_up: impl Fn(u8) + Send + 'static) -> Receiver {
     let place = Place::default();
-    let signals = block();
+    let signals = block(if is_detached { &PASSED_ON_DETACHED } else { &[] });
+    let patience = if is_detached { u32::MAX } else { PATIENCE };
     let waiting = Arc::clone(&place);
     thread::spawn(move || {
         let mut asked = 0;
@@ -44,13 +53,17 @@ pub(crate) fn receive(give_up: impl Fn(u8) + Send + 'static) -> Receiver {
             if unsafe { libc::sigwait(&raw const signals, &raw mut number) } != 0 {
                 return;
             }
+            if number == POWER {
+                give_up(KILLED);
+                continue;
+            }
             let asks_to_end = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT].contains(&number);
-            asked += u32::from(asks_to_end);
+            asked = u32::from(asks_to_end).saturating_add(asked);
             let control = waiting.lock().unwrap_or_else(PoisonError::into_inner).clone();
             let number = u8::try_from(number).unwrap_or(0);
             match control {
-                Some(control) if i32::from(number) == libc::SIGWINCH => send_size(&control),
-                Some(control) if asked < PATIENCE => control.signal(number),
+                Some(control) if i32::from(number) == libc::SIGWINCH && !is_detached => send_size(&control),
+                Some(control) if asked < patience => control.signal(number),
                 _ if asks_to_end => give_up(number),
                 _ => {}
             }
@@ -60,13 +73,13 @@ pub(crate) fn receive(give_up: impl Fn(u8) + Send + 'static) -> Receiver {
 }
 
 /// Blocks what is passed on. What somebody wanted ignored, nohup for instance, stays ignored.
-fn block() -> libc::sigset_t {
+fn block(more: &[libc::c_int]) -> libc::sigset_t {
     let mut set = MaybeUninit::uninit();
     // SAFETY: sigemptyset initialises the set; the other functions read and change valid memory.
     unsafe {
         libc::sigemptyset(set.as_mut_ptr());
         let mut set = set.assume_init();
-        for number in PASSED_ON {
+        for &number in PASSED_ON.iter().chain(more).chain(&[POWER]) {
             let mut action = MaybeUninit::<libc::sigaction>::zeroed();
             libc::sigaction(number, std::ptr::null(), action.as_mut_ptr());
             if action.assume_init().sa_sigaction != libc::SIG_IGN {

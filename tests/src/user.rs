@@ -1,0 +1,67 @@
+//! A user of `kindling run`, who has nothing to do with others.
+
+use crate::{kindling, testbed};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+/// A user's home and runtime directory, of which each test has its own.
+#[derive(Debug)]
+pub struct User(tempfile::TempDir);
+
+impl Default for User {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl User {
+    /// Without guests.
+    ///
+    /// # Panics
+    /// When no folder can be made.
+    #[must_use]
+    pub fn new() -> Self {
+        Self(tempfile::tempdir().expect("cannot make a folder"))
+    }
+
+    /// The runtime directory.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        self.0.path()
+    }
+
+    /// `kindling COMMAND` as this user, without input. Kernels that are booted once are shared by all.
+    #[must_use]
+    pub fn command(&self, name: &str) -> Command {
+        let mut command = kindling();
+        command
+            .arg(name)
+            .env("XDG_RUNTIME_DIR", self.0.path())
+            .env("XDG_CACHE_HOME", std::env::temp_dir())
+            .env("KINDLING_IMAGE", testbed("images/default"))
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// `kindling run OPTIONS IMAGE` with busybox.
+    #[must_use]
+    pub fn run(&self, options: &[&str]) -> Command {
+        let mut command = self.command("run");
+        command.args(options).arg(testbed("busybox.erofs"));
+        command
+    }
+
+    /// A shell script in a guest.
+    #[must_use]
+    pub fn shell(&self, script: &str) -> Command {
+        let mut command = self.run(&[]);
+        command.args(["sh", "-c", script]);
+        command
+    }
+
+    /// Whether no guest has left anything.
+    #[must_use]
+    pub fn is_tidy(&self) -> bool {
+        std::fs::read_dir(self.0.path().join("kindling")).is_ok_and(|mut entries| entries.next().is_none())
+    }
+}

@@ -1,0 +1,240 @@
+//! Guests that nobody waits for: started with `kindling run -d`, and looked after by name.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::process::{ChildStdout, Stdio};
+use tests::conversation::Conversation;
+use tests::user::User;
+use tests::{Outcome, run, testbed};
+
+/// A script that ends with status 3 when /tmp/end is there.
+const UNTIL_END: &str = "echo out; echo err >&2; until [ -e /tmp/end ]; do sleep 1; done; echo end; exit 3";
+
+/// A command of a user's, run to its end.
+#[track_caller]
+fn kindling(user: &User, arguments: &[&str]) -> Outcome {
+    run(user.command(arguments[0]).args(&arguments[1..]))
+}
+
+/// Starts a detached guest with a shell script. That this returns at all shows that the guest's VMM holds none of
+/// the command's streams.
+#[track_caller]
+fn detach(user: &User, options: &[&str], script: &str) {
+    let outcome = run(user.run(&[&["-d"], options].concat()).args(["sh", "-c", script]));
+    let name = options.last().expect("a name");
+    outcome.expect_status(0);
+    assert_eq!((outcome.stdout, outcome.stderr), (format!("{name}\n"), String::new()));
+}
+
+/// The row of a guest, without its age.
+#[track_caller]
+fn row(user: &User, options: &[&str], name: &str) -> Option<String> {
+    let outcome = kindling(user, &[&["ps"], options].concat());
+    let row = outcome.expect_status(0).stdout.lines().find(|line| line.starts_with(name))?.to_owned();
+    let cells: Vec<_> = row.split("  ").map(str::trim).filter(|cell| !cell.is_empty()).collect();
+    Some(cells[..cells.len() - 1].join("|"))
+}
+
+#[track_caller]
+fn inspect(user: &User, name: &str) -> serde_json::Value {
+    serde_json::from_str(&kindling(user, &["inspect", name]).expect_status(0).stdout).expect("no JSON")
+}
+
+/// What the log of a guest says from now on, line by line.
+fn follow(user: &User, name: &str) -> (std::process::Child, BufReader<ChildStdout>) {
+    let mut command = user.command("logs");
+    let mut child = command
+        .args(["-f", name])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("cannot start");
+    let lines = BufReader::new(child.stdout.take().expect("no output"));
+    (child, lines)
+}
+
+#[track_caller]
+fn expect_line(lines: &mut BufReader<ChildStdout>, expected: &str) {
+    let mut line = String::new();
+    lines.read_line(&mut line).expect("cannot read");
+    assert_eq!(line, format!("{expected}\n"));
+}
+
+#[test]
+fn a_detached_guest_goes_on_and_is_kept() {
+    let user = User::new();
+    detach(&user, &["--name", "web"], UNTIL_END);
+    assert_eq!(
+        row(&user, &[], "web").expect("no row"),
+        format!("web|busybox.erofs|{}...|running", &command()[..40])
+    );
+    assert_eq!(kindling(&user, &["exec", "web", "touch", "/tmp/end"]).status, Some(0));
+    kindling(&user, &["wait", "web"]).expect_status(3);
+    assert_eq!(row(&user, &[], "web"), None, "it has ended");
+    assert!(row(&user, &["-a"], "web").expect("no row").ends_with("|exited 3"));
+    let log = kindling(&user, &["logs", "web"]);
+    assert_eq!((log.expect_status(0).stdout.as_str(), log.stderr.as_str()), ("out\nend\n", "err\n"));
+    kindling(&user, &["exec", "web", "true"]).expect_status(2).expect_stderr("the guest web has ended");
+    let details = inspect(&user, "web");
+    assert_eq!((&details["state"], &details["status"]), (&"exited".into(), &3.into()), "{details}");
+    assert_eq!((&details["pid"], &details["host"]), (&().into(), &().into()), "{details}");
+    run(user.run(&["--name", "web"]).arg("true"))
+        .expect_status(2)
+        .expect_stderr("`kindling rm web` forgets it");
+    assert_eq!(kindling(&user, &["rm", "web"]).expect_status(0).stdout, "web\n");
+    assert!(user.is_tidy());
+    kindling(&user, &["rm", "web"]).expect_status(2).expect_stderr("no guest named web");
+}
+
+/// The command of these guests as `ps` has it.
+fn command() -> String {
+    format!("sh -c {UNTIL_END}")
+}
+
+#[test]
+fn a_detached_guest_is_free_of_its_terminal() {
+    let user = User::new();
+    detach(&user, &["--name", "free"], UNTIL_END);
+    let details = inspect(&user, "free");
+    let pid = details["pid"].as_u64().expect("no pid");
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("no process");
+    let session: u64 =
+        stat.rsplit(") ").next().expect("no fields").split(' ').nth(3).unwrap().parse().unwrap();
+    assert_eq!(session, pid);
+    let folder = user.folder().join("kindling/free");
+    let open = |number: u8| fs::read_link(format!("/proc/{pid}/fd/{number}")).expect("not open");
+    let null = || "/dev/null".into();
+    assert_eq!([open(0), open(1), open(2)], [null(), null(), folder.join("report")]);
+    assert_eq!(details["state"], "running");
+    assert_eq!(details["socket"], folder.join("vsock").to_str().unwrap());
+    assert!(details["host"]["memory_kib"].as_u64() > Some(1024), "{details}");
+    let stats = kindling(&user, &["stats", "free"]);
+    let line = stats.expect_status(0).stdout.lines().nth(1).expect("no row").to_owned();
+    assert!(line.starts_with("free  ") && line.contains(" MiB  ") && line.ends_with(" s"), "{stats}");
+    let all: serde_json::Value =
+        serde_json::from_str(&kindling(&user, &["ps", "--json"]).stdout).expect("no JSON");
+    assert_eq!((&all[0]["name"], &all[0]["memory_mib"]), (&"free".into(), &512.into()), "{all}");
+    kindling(&user, &["rm", "free"]).expect_status(2).expect_stderr("the guest free runs");
+    kindling(&user, &["rm", "-f", "free"]).expect_status(0);
+    assert!(user.is_tidy());
+}
+
+#[test]
+fn a_guest_that_is_to_leave_nothing_leaves_nothing() {
+    let user = User::new();
+    detach(&user, &["--rm", "--name", "short"], UNTIL_END);
+    let (mut log, mut lines) = follow(&user, "short");
+    expect_line(&mut lines, "out");
+    kindling(&user, &["exec", "short", "touch", "/tmp/end"]).expect_status(0);
+    expect_line(&mut lines, "end");
+    assert!(log.wait().unwrap().success());
+    assert!(user.is_tidy());
+}
+
+#[test]
+fn a_start_that_fails_says_why_and_leaves_nothing() {
+    let user = User::new();
+    // The first block of a filesystem, which is right, and nothing behind it.
+    let mut bytes = fs::read(testbed("busybox.erofs")).unwrap();
+    bytes[4096..].fill(0);
+    let broken = user.folder().join("broken.erofs");
+    fs::write(&broken, bytes).unwrap();
+    let outcome = run(user.command("run").arg("-d").arg(&broken).arg("true"));
+    outcome
+        .expect_status(125)
+        .expect_stderr("last stage reached: init: ")
+        .expect_stderr("last lines of the console");
+    assert_eq!(outcome.stdout, "");
+    let outcome = run(&mut user.run(&["-d"]));
+    outcome.expect_status(2).expect_stderr("the image names no command");
+    assert!(user.is_tidy());
+}
+
+#[test]
+fn stop_asks_and_then_does_not_ask() {
+    let user = User::new();
+    let wait = "while :; do sleep 1; done";
+    detach(&user, &["--name", "polite"], &format!("trap 'echo asked; exit 9' TERM; echo ready; {wait}"));
+    detach(&user, &["--name", "deaf"], &format!("trap '' TERM; echo ready; {wait}"));
+    for name in ["polite", "deaf"] {
+        expect_line(&mut follow(&user, name).1, "ready");
+    }
+    let outcome = kindling(&user, &["stop", "--time", "5", "polite", "none", "deaf"]);
+    outcome.expect_status(2).expect_stderr("no guest named none");
+    assert_eq!(outcome.stdout, "polite\ndeaf\n");
+    assert!(row(&user, &["-a"], "polite").expect("no row").ends_with("|exited 9"));
+    assert!(row(&user, &["-a"], "deaf").expect("no row").ends_with("|exited 137"));
+    assert_eq!(kindling(&user, &["logs", "polite"]).stdout, "ready\nasked\n");
+    // One that has ended has stopped.
+    kindling(&user, &["stop", "deaf"]).expect_status(0);
+    kindling(&user, &["rm", "deaf", "polite"]).expect_status(0);
+    assert!(user.is_tidy());
+}
+
+#[test]
+fn signals_reach_the_program_as_often_as_they_are_sent() {
+    let user = User::new();
+    let script = "trap 'echo HUP' HUP; trap 'echo USR1' USR1; trap 'echo WINCH' WINCH; echo ready; \
+                  while :; do sleep 1; done";
+    detach(&user, &["--name", "told"], script);
+    let (mut log, mut lines) = follow(&user, "told");
+    expect_line(&mut lines, "ready");
+    // Whoever runs in the foreground would have ended with the third.
+    for name in ["HUP", "HUP", "HUP", "HUP", "USR1", "WINCH"] {
+        kindling(&user, &["kill", "-s", name, "told"]).expect_status(0);
+        expect_line(&mut lines, name);
+    }
+    kindling(&user, &["kill", "-s", "SEGV", "told"]).expect_status(2).expect_stderr("no signal that a guest");
+    assert_eq!(kindling(&user, &["kill", "told"]).expect_status(0).stdout, "told\n");
+    assert!(log.wait().unwrap().success(), "the end of the guest is the end of its log");
+    assert!(row(&user, &["-a"], "told").expect("no row").ends_with("|exited 137"));
+    kindling(&user, &["kill", "told"]).expect_status(2).expect_stderr("has ended");
+}
+
+#[test]
+fn a_guest_whose_vmm_is_killed_is_dead() {
+    let user = User::new();
+    detach(&user, &["--name", "gone"], UNTIL_END);
+    expect_line(&mut follow(&user, "gone").1, "out");
+    let pid = inspect(&user, "gone")["pid"].to_string();
+    tests::kill(pid.parse().unwrap(), libc::SIGKILL);
+    kindling(&user, &["wait", "gone"]).expect_status(125).expect_stderr("its VMM crashed or was killed");
+    assert_eq!(row(&user, &[], "gone"), None);
+    assert!(row(&user, &["-a"], "gone").expect("no row").ends_with("|dead"));
+    for command in [&["exec", "gone", "true"][..], &["kill", "gone"], &["stats", "gone"]] {
+        kindling(&user, command).expect_status(2).expect_stderr("the guest gone has ended");
+    }
+    assert_eq!(kindling(&user, &["logs", "-f", "gone"]).expect_status(0).stdout, "out\n");
+    kindling(&user, &["stop", "gone"]).expect_status(0);
+    run(user.run(&["--name", "gone"]).arg("true")).expect_status(2).expect_stderr("`kindling rm gone`");
+    // Its number may be another's now: this test's.
+    let record = user.folder().join("kindling/gone/guest.json");
+    let text = fs::read_to_string(&record).unwrap();
+    let number = |pid: &str| format!("\"pid\": {pid},");
+    assert!(text.contains(&number(&pid)), "{text}");
+    fs::write(&record, text.replace(&number(&pid), &number(&std::process::id().to_string()))).unwrap();
+    kindling(&user, &["rm", "-f", "gone"]).expect_status(0);
+    assert!(user.is_tidy());
+    run(user.run(&["--name", "gone"]).args(["sh", "-c", "exit 4"])).expect_status(4);
+}
+
+#[test]
+fn a_guest_in_the_foreground_is_looked_after_too() {
+    let user = User::new();
+    let start = |name: &str| {
+        let mut guest =
+            Conversation::start(user.run(&["--name", name]).args(["sh", "-c", "echo ready; cat"]));
+        guest.expect("ready");
+        guest
+    };
+    let guest = start("front");
+    assert!(row(&user, &[], "front").expect("no row").ends_with("|running"));
+    kindling(&user, &["logs", "front"]).expect_status(2).expect_stderr("went to the `kindling run`");
+    kindling(&user, &["stop", "front"]).expect_status(0);
+    assert!(user.is_tidy());
+    drop(guest);
+    let guest = start("front");
+    kindling(&user, &["kill", "front"]).expect_status(0);
+    assert!(user.is_tidy());
+    drop(guest);
+}

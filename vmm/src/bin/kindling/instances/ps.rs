@@ -1,0 +1,60 @@
+//! `kindling ps`: which guests there are.
+
+use super::{Found, InstanceError, view};
+use crate::{complain, report, say};
+use clap::Args;
+
+#[derive(Args, Debug)]
+pub(crate) struct Arguments {
+    /// Those that have ended, too
+    #[arg(long, short = 'a')]
+    all: bool,
+    /// All that is known of each, as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Prints them; the exit status.
+pub(crate) fn run(arguments: &Arguments) -> u8 {
+    match list(arguments) {
+        Ok(text) => say(text.as_bytes()),
+        Err(error) => {
+            complain(&error);
+            error.status()
+        }
+    }
+}
+
+fn list(arguments: &Arguments) -> Result<String, InstanceError> {
+    let mut guests = Found::all()?;
+    guests.retain(|guest| arguments.all || guest.is_alive);
+    if arguments.json {
+        let views: Vec<_> = guests.iter().map(Found::view).collect();
+        // Structures of strings and numbers always serialize.
+        return Ok(serde_json::to_string_pretty(&views).unwrap_or_default() + "\n");
+    }
+    let rows: Vec<_> = guests.iter().map(row).collect();
+    Ok(view::table(["NAME", "IMAGE", "COMMAND", "STATUS", "AGE"], &rows))
+}
+
+fn row(guest: &Found) -> [String; 5] {
+    /// Characters of a cell that others chose.
+    const ENOUGH: usize = 40;
+    let short = |text: &str| {
+        let mut text = report::printable(text).replace('\t', " ");
+        if let Some((end, _)) = text.char_indices().nth(ENOUGH) {
+            text.truncate(end);
+            text.push_str("...");
+        }
+        text
+    };
+    // The end of a path says more than its beginning.
+    let image = guest.record.image.rsplit('/').next().unwrap_or_default();
+    [
+        guest.name.clone(),
+        short(image),
+        short(&guest.record.command.join(" ")),
+        guest.state().to_string(),
+        guest.age(),
+    ]
+}

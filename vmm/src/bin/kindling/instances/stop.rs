@@ -1,0 +1,45 @@
+//! `kindling stop`: asks guests to end, and ends those that do not.
+
+use super::{Found, InstanceError};
+use crate::say;
+use clap::Args;
+use rustix::process::Signal;
+use std::time::{Duration, Instant};
+
+#[derive(Args, Debug)]
+pub(crate) struct Arguments {
+    /// Seconds in which a guest may end by itself
+    #[arg(long, short = 't', value_name = "SECONDS", default_value_t = 10,
+          value_parser = clap::value_parser!(u64).range(..=31_536_000))]
+    time: u64,
+    /// Names of the guests
+    #[arg(value_name = "NAME", required = true)]
+    names: Vec<String>,
+}
+
+/// Asks all, then waits for each; the exit status.
+pub(crate) fn run(arguments: &Arguments) -> u8 {
+    let mut asked = Vec::new();
+    let status = super::each(&arguments.names, |name| {
+        let guest = Found::named(name)?;
+        let vmm = guest.vmm()?;
+        if let Some(vmm) = &vmm {
+            let signal = Signal::from_named_raw(guest.record.stop_signal.into());
+            vmm.send(signal.unwrap_or(Signal::TERM));
+        }
+        asked.push((guest, vmm));
+        Ok(())
+    });
+    let until = Instant::now() + Duration::from_secs(arguments.time);
+    asked.iter().fold(status, |status, (guest, vmm)| {
+        let has_ended = vmm.as_ref().is_none_or(|vmm| vmm.wait(Some(until)));
+        let result = if has_ended { Ok::<_, InstanceError>(()) } else { guest.kill() };
+        match result {
+            Ok(()) => say(format!("{}\n", guest.name).as_bytes()).max(status),
+            Err(error) => {
+                crate::complain(&error);
+                status.max(error.status())
+            }
+        }
+    })
+}

@@ -1,0 +1,128 @@
+//! A guest as its user sees it.
+
+use super::{Found, Record};
+use serde::Serialize;
+use std::fmt;
+use std::path::PathBuf;
+use std::time::SystemTime;
+
+/// How a guest is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum State {
+    Running,
+    Exited(u8),
+    /// Its VMM ended without saying how the guest did.
+    Dead,
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Running => f.write_str("running"),
+            Self::Exited(status) => write!(f, "exited {status}"),
+            Self::Dead => f.write_str("dead"),
+        }
+    }
+}
+
+/// The same for programs.
+#[derive(Debug, Serialize)]
+pub(super) struct View<'a> {
+    name: &'a str,
+    state: &'static str,
+    /// Exit status of one that has ended.
+    status: Option<u8>,
+    /// Process id of the VMM of one that runs.
+    pid: Option<u32>,
+    image: &'a str,
+    command: &'a [String],
+    /// Seconds since 1970.
+    started: u64,
+    memory_mib: u64,
+    vcpus: u8,
+    stop_signal: u8,
+    is_kept: bool,
+    folder: &'a PathBuf,
+    /// The Unix socket of its vsock.
+    socket: PathBuf,
+}
+
+impl Found {
+    pub(super) fn state(&self) -> State {
+        match (self.is_alive, self.record.status) {
+            (true, _) => State::Running,
+            (false, Some(status)) => State::Exited(status),
+            (false, None) => State::Dead,
+        }
+    }
+
+    pub(super) fn view(&self) -> View<'_> {
+        let Record { image, command, pid, started, memory_mib, vcpus, stop_signal, is_kept, status } =
+            &self.record;
+        View {
+            name: &self.name,
+            state: match self.state() {
+                State::Running => "running",
+                State::Exited(_) => "exited",
+                State::Dead => "dead",
+            },
+            status: *status,
+            pid: self.is_alive.then_some(*pid),
+            image,
+            command,
+            started: *started,
+            memory_mib: *memory_mib,
+            vcpus: *vcpus,
+            stop_signal: *stop_signal,
+            is_kept: *is_kept,
+            folder: &self.folder,
+            socket: self.socket(),
+        }
+    }
+
+    /// How long ago it was started, in words.
+    pub(super) fn age(&self) -> String {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs());
+        in_words(now.saturating_sub(self.record.started))
+    }
+}
+
+fn in_words(seconds: u64) -> String {
+    match seconds {
+        0..120 => format!("{seconds} s"),
+        120..7_200 => format!("{} min", seconds / 60),
+        7_200..172_800 => format!("{} h", seconds / 3_600),
+        _ => format!("{} d", seconds / 86_400),
+    }
+}
+
+/// A table whose columns are as wide as their widest cell.
+pub(super) fn table<const N: usize>(head: [&str; N], rows: &[[String; N]]) -> String {
+    let mut lines = vec![head.map(str::to_owned)];
+    lines.extend_from_slice(rows);
+    let widths: [usize; N] = std::array::from_fn(|column| {
+        lines.iter().map(|line| line[column].chars().count()).max().unwrap_or(0)
+    });
+    let line = |cells: &[String; N]| {
+        let padded: Vec<_> = cells.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        format!("{}\n", padded.join("  ").trim_end())
+    };
+    lines.iter().map(line).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ages_are_short() {
+        let words = [0, 119, 120, 7_199, 7_200, 172_800].map(in_words);
+        assert_eq!(words, ["0 s", "119 s", "2 min", "119 min", "2 h", "2 d"]);
+    }
+
+    #[test]
+    fn columns_are_as_wide_as_they_must() {
+        let text = table(["A", "LONG"], &[["wide".into(), "x".into()], [String::new(), "ü".into()]]);
+        assert_eq!(text, "A     LONG\nwide  x\n      ü\n");
+    }
+}
