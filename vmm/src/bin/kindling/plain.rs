@@ -83,7 +83,7 @@ mod tests {
     fn by_clap(line: &[OsString]) -> Option<Arguments> {
         match crate::Arguments::try_parse_from(line).ok()?.command {
             Command::Boot(arguments) => Some(*arguments),
-            Command::Preboot(_) | Command::Doctor(_) => None,
+            _ => None,
         }
     }
 

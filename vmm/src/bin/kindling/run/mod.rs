@@ -115,8 +115,6 @@ enum RunError {
     Machine(#[from] Error),
     #[error("the image names no command; write one behind its name")]
     NoCommand,
-    #[error("ports are published with --net user, not --net {0:?}")]
-    Publish(OsString),
     #[error("the host refused to {0}")]
     Host(&'static str, #[source] std::io::Error),
 }
