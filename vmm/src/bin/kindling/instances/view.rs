@@ -122,7 +122,7 @@ mod tests {
 
     #[test]
     fn columns_are_as_wide_as_they_must() {
-        let text = table(["A", "LONG"], &[["wide".into(), "x".into()], [String::new(), "ü".into()]]);
-        assert_eq!(text, "A     LONG\nwide  x\n      ü\n");
+        let text = table(["A", "LONG"], &[["wüde".into(), "x".into()], [String::new(), "y".into()]]);
+        assert_eq!(text, "A     LONG\nwüde  x\n      y\n");
     }
 }
