@@ -1,7 +1,10 @@
-//! Hands the linker the order of this program's code: `boot-code.ld` says why there is one.
+//! Hands the linker the order of this program's code and what it leaves out: `boot-code.ld` and `no-unwinding.ld` say
+//! why.
 
 fn main() {
-    const ORDER: &str = "boot-code.ld";
-    println!("cargo:rerun-if-changed={ORDER}");
-    println!("cargo:rustc-link-arg-bins=-T{}/{ORDER}", env!("CARGO_MANIFEST_DIR"));
+    for script in ["boot-code.ld", "no-unwinding.ld"] {
+        println!("cargo:rerun-if-changed={script}");
+        println!("cargo:rustc-link-arg-bins=-T{}/{script}", env!("CARGO_MANIFEST_DIR"));
+    }
+    println!("cargo:rustc-link-arg-bins=-Wl,--no-eh-frame-hdr");
 }

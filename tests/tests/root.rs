@@ -10,9 +10,14 @@ use tests::{Image, Outcome, PATIENCE, has_continued, kindling, run, start, testb
 /// What a program prints in a guest with this image.
 #[track_caller]
 fn guest(options: &[&str], command: &[&str]) -> Outcome {
+    guest_of("images/root", options, command)
+}
+
+#[track_caller]
+fn guest_of(image: &str, options: &[&str], command: &[&str]) -> Outcome {
     run(kindling()
         .args(["boot", "--memory", "256", "--image"])
-        .arg(testbed("images/root"))
+        .arg(testbed(image))
         .args(options)
         .arg("--")
         .args(command)
@@ -60,6 +65,12 @@ print(len(expected & found) > 2500, len(expected ^ found))
 #[test]
 fn everything_is_as_in_the_tree() {
     let outcome = guest(&[], &["/usr/bin/python", "-B", "-c", COMPARE]);
+    assert_eq!(outcome.expect_status(0).stdout, "True 0\n", "{outcome}");
+}
+
+#[test]
+fn everything_is_as_in_the_tree_of_a_container_image() {
+    let outcome = guest_of("images/oci", &[], &["/usr/bin/python", "-B", "-c", COMPARE]);
     assert_eq!(outcome.expect_status(0).stdout, "True 0\n", "{outcome}");
 }
 

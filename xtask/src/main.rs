@@ -23,6 +23,7 @@ mod run;
 mod test;
 mod test_lab;
 mod test_network;
+mod test_oci;
 mod test_root;
 mod vmlinux;
 

@@ -7,6 +7,7 @@
 use crate::build_image::{self, Arguments as Image};
 use crate::debian;
 use crate::root_tree::RootType;
+use crate::test_oci;
 use anyhow::{Context, Result};
 use kindling::config::image::{sha256, sha256_of};
 use rustix::fs::{CWD, FileType, Mode, XattrFlags, mknodat, setxattr};
@@ -34,7 +35,7 @@ const PACKAGES: [&str; 12] = [
     "base-files",
 ];
 
-/// Builds the image `root` into a folder.
+/// Builds the image `root` into a folder, and `oci` from the same tree.
 pub(crate) fn build(images: &Path) -> Result<()> {
     // Not in /tmp, which may be a filesystem without extended attributes.
     let place = tempfile::tempdir_in(images)?;
@@ -64,7 +65,7 @@ pub(crate) fn build(images: &Path) -> Result<()> {
         out: Some(images.join("root")),
         ..Image::default()
     })?;
-    Ok(())
+    test_oci::build(images, root)
 }
 
 /// Files of every kind. What only root can make is there where root builds.

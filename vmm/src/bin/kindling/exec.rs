@@ -63,12 +63,19 @@ fn execute(arguments: &Arguments) -> Result<u8, ExecError> {
     let guest = Found::alive(&arguments.name)?;
     let frame = arguments.guest().to_frame(0, false, None)?;
     // A second request to end is one too many: then this command ends, and the agent hangs up on the process.
-    let signals = signals::receive(false, |signal| std::process::exit(128 + i32::from(signal)));
+    let signals = signals::receive(false, leave);
     let process = Process::start(&guest.socket(), token(), &frame, arguments.tty)?;
     let terminal = arguments.tty.then(RawTerminal::enter).flatten();
     let code = client::serve(process, Streams::own()?, &signals);
     drop(terminal);
     Ok(code?)
+}
+
+/// Ends this command; the agent then hangs up on the process.
+#[expect(clippy::exit, reason = "the main thread waits for a process that does not end")]
+fn leave(signal: u8) {
+    crate::terminal::restore_from_handler();
+    std::process::exit(128 + i32::from(signal));
 }
 
 /// A number that no other process of a guest has, but for one chance in 2^64.

@@ -1,0 +1,77 @@
+//! Makes one filesystem of an image's layers.
+
+use crate::digest::Digest;
+use crate::erofs::{self, BLOCK, BlockWriter};
+use crate::error::Error;
+use crate::layer::{self, Check};
+use crate::prepared::Record;
+use crate::source::{Image, Store};
+use crate::tree::{Kind, Tree};
+use crate::user::{self, Users};
+use rustix::fs::FallocateFlags;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+/// The digest of everything that a filesystem is made from, as far as it is checked.
+///
+/// The configuration's digest alone would not do: whoever makes an image can name another's configuration beside
+/// layers of their own.
+pub(crate) fn key(image: &Image) -> Digest {
+    let mut text = image.id.to_string();
+    for layer in &image.layers {
+        let (what, digest) = match layer.check {
+            Check::Blob(digest, _) => ("blob", digest),
+            Check::Content(digest) => ("content", digest),
+        };
+        text += &format!(" {what} {digest}");
+    }
+    Digest::of(text.as_bytes())
+}
+
+/// Writes an image's filesystem into an empty file. `begin` is told of each layer: its number and their count.
+pub(crate) fn convert(
+    store: &Store,
+    image: &Image,
+    file: &File,
+    begin: &mut dyn FnMut(usize, usize),
+) -> Result<Record, Error> {
+    let mut tree = Tree::new();
+    let mut data = BlockWriter::new(file, BLOCK);
+    let count = image.layers.len();
+    for (number, layer) in (1..).zip(&image.layers) {
+        begin(number, count);
+        layer::apply(store.layer(layer)?, layer.check, &mut tree, &mut data)
+            .map_err(|source| Error::Layer { number, count, source })?;
+    }
+    let written = data.finish().map_err(erofs::Error::Write);
+    let size = written.and_then(|end| erofs::write(&tree, file, end, uuid(image.id)));
+    let size = size.map_err(Error::Filesystem)?;
+    for (start, length) in tree.dead_data() {
+        let length = length.next_multiple_of(BLOCK);
+        // Where the disk cannot, the data stays, and nothing leads to it.
+        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        let _ = rustix::fs::fallocate(file, hole, start, length);
+    }
+    let users =
+        Users { passwd: text(&tree, file, b"/etc/passwd")?, group: text(&tree, file, b"/etc/group")? };
+    Ok(Record::new(image.id, size, image.config.config.clone().unwrap_or_default(), users))
+}
+
+/// An identity of the filesystem's own, equal for equal images (RFC 9562, version 8).
+fn uuid(id: Digest) -> [u8; 16] {
+    let mut uuid = id.bytes().first_chunk::<16>().copied().unwrap_or_default();
+    uuid[6] = uuid[6] & 0x0f | 0x80;
+    uuid[8] = uuid[8] & 0x3f | 0x80;
+    uuid
+}
+
+/// The beginning of a text file of the image; nothing where there is none.
+fn text(tree: &Tree, file: &File, path: &[u8]) -> Result<String, Error> {
+    let Some(Kind::File { start, size }) = tree.find(path).map(|node| &node.kind) else {
+        return Ok(String::new());
+    };
+    let mut content = vec![0; usize::try_from((*size).min(user::MAX_FILE)).unwrap_or_default()];
+    file.read_exact_at(&mut content, *start)
+        .map_err(|source| Error::Filesystem(erofs::Error::Write(source)))?;
+    Ok(String::from_utf8_lossy(&content).into_owned())
+}

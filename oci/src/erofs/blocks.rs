@@ -1,0 +1,163 @@
+//! Writes a file front to back through one large buffer, and leaves blocks of zeroes out.
+
+use super::format::{BLOCK, BLOCK_SIZE};
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::FileExt;
+
+const BUFFER: usize = 256 * BLOCK_SIZE;
+
+/// A place in a file that moves on by what is written. The file is new: what is left out is zero.
+#[derive(Debug)]
+pub(crate) struct BlockWriter<'a> {
+    file: &'a File,
+    /// Where the buffer begins in the file: always at a block.
+    offset: u64,
+    buffer: Box<[u8]>,
+    used: usize,
+}
+
+/// Which side of a copy failed.
+#[derive(Debug)]
+pub(crate) enum CopyError {
+    Read(io::Error),
+    Write(io::Error),
+}
+
+impl<'a> BlockWriter<'a> {
+    /// Begins at an offset, which is that of a block.
+    pub(crate) fn new(file: &'a File, offset: u64) -> Self {
+        debug_assert_eq!(offset % BLOCK, 0);
+        Self { file, offset, buffer: vec![0; BUFFER].into(), used: 0 }
+    }
+
+    /// Where the next byte goes.
+    pub(crate) const fn position(&self) -> u64 {
+        self.offset + self.used as u64
+    }
+
+    /// Copies exactly so many bytes.
+    pub(crate) fn copy(&mut self, from: &mut impl Read, mut length: u64) -> Result<(), CopyError> {
+        while length > 0 {
+            let free = self.free().map_err(CopyError::Write)?;
+            let wanted = free.len().min(usize::try_from(length).unwrap_or(usize::MAX));
+            match from.read(&mut free[..wanted]) {
+                Ok(0) => return Err(CopyError::Read(io::ErrorKind::UnexpectedEof.into())),
+                Ok(count) => {
+                    self.used += count;
+                    length -= count as u64;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(CopyError::Read(error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes bytes.
+    pub(crate) fn push(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            let free = self.free()?;
+            let (now, later) = bytes.split_at(free.len().min(bytes.len()));
+            free[..now.len()].copy_from_slice(now);
+            self.used += now.len();
+            bytes = later;
+        }
+        Ok(())
+    }
+
+    /// Writes zeroes, of which whole blocks cost nothing.
+    pub(crate) fn zeros(&mut self, length: u64) -> io::Result<()> {
+        let head = length.min(self.position().next_multiple_of(BLOCK) - self.position());
+        self.few_zeros(head)?;
+        let blocks = (length - head) / BLOCK * BLOCK;
+        if blocks > 0 {
+            self.flush()?;
+            self.offset += blocks;
+        }
+        self.few_zeros(length - head - blocks)
+    }
+
+    /// Less than a block of them.
+    fn few_zeros(&mut self, length: u64) -> io::Result<()> {
+        let zeros = [0; BLOCK_SIZE];
+        self.push(&zeros[..usize::try_from(length).unwrap_or(BLOCK_SIZE)])
+    }
+
+    /// Writes zeroes up to the next block.
+    pub(crate) fn pad(&mut self) -> io::Result<()> {
+        self.zeros(self.position().next_multiple_of(BLOCK) - self.position())
+    }
+
+    /// Pads and writes what the buffer has; where the file ends then.
+    pub(crate) fn finish(mut self) -> io::Result<u64> {
+        self.pad()?;
+        self.flush()?;
+        Ok(self.offset)
+    }
+
+    fn free(&mut self) -> io::Result<&mut [u8]> {
+        if self.used == BUFFER {
+            self.flush()?;
+        }
+        Ok(&mut self.buffer[self.used..])
+    }
+
+    /// Writes the buffer, which holds whole blocks, but for those that are zero.
+    fn flush(&mut self) -> io::Result<()> {
+        let (blocks, _) = self.buffer[..self.used].as_chunks::<BLOCK_SIZE>();
+        let is_zero = |block: &[u8; BLOCK_SIZE]| *block == [0; BLOCK_SIZE];
+        let mut at = self.offset;
+        for run in blocks.chunk_by(|a, b| is_zero(a) == is_zero(b)) {
+            let bytes = run.as_flattened();
+            if !is_zero(&run[0]) {
+                self.file.write_all_at(bytes, at)?;
+            }
+            at += bytes.len() as u64;
+        }
+        self.offset += self.used as u64;
+        self.used = 0;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::MetadataExt;
+
+    #[test]
+    fn what_is_written_is_there_and_zeroes_take_no_room() {
+        let file = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let mut expected = Vec::new();
+        let mut writer = BlockWriter::new(&file, 0);
+        let data: Vec<u8> = (1..=255).cycle().take(3 * BUFFER + 77).collect();
+        writer.copy(&mut &data[..], data.len() as u64).unwrap();
+        expected.extend_from_slice(&data);
+        writer.zeros(5).unwrap();
+        expected.resize(expected.len() + 5, 0);
+        writer.zeros(1 << 30).unwrap();
+        writer.push(b"end").unwrap();
+        let end = writer.position();
+        assert_eq!(end, expected.len() as u64 + (1 << 30) + 3);
+        assert_eq!(writer.finish().unwrap(), end.next_multiple_of(BLOCK));
+        let mut found = vec![0; expected.len()];
+        file.read_exact_at(&mut found, 0).unwrap();
+        assert!(found == expected);
+        let mut last = [0; 3];
+        file.read_exact_at(&mut last, end - 3).unwrap();
+        assert_eq!(&last, b"end");
+        assert!(file.metadata().unwrap().blocks() * 512 < 4 << 20);
+    }
+
+    #[test]
+    fn the_side_that_failed_is_named() {
+        let file = tempfile::tempfile().unwrap();
+        let mut writer = BlockWriter::new(&file, 0);
+        assert!(matches!(writer.copy(&mut &b"abc"[..], 4), Err(CopyError::Read(_))));
+        let file = File::open("/dev/null").unwrap();
+        let mut writer = BlockWriter::new(&file, 0);
+        let mut endless = io::repeat(1);
+        assert!(matches!(writer.copy(&mut endless, 2 * BUFFER as u64), Err(CopyError::Write(_))));
+    }
+}

@@ -1,0 +1,161 @@
+//! Container images become read-only root filesystems for guests.
+//!
+//! An image is a list of tar archives, the layers, each of which adds to and takes from those below. Here they are
+//! merged into one EROFS, once for each image; no file of it is ever unpacked on the host. `docs/oci.md` is for
+//! users.
+
+#![forbid(unsafe_code)]
+
+mod cache;
+mod compression;
+mod convert;
+mod digest;
+mod erofs;
+mod error;
+mod layer;
+mod manifest;
+mod prepared;
+mod reference;
+mod source;
+mod sparse;
+mod tarball;
+mod tree;
+mod user;
+
+pub use digest::Digest;
+pub use error::Error;
+pub use prepared::{Config, Prepared};
+pub use user::{User, Users};
+
+use cache::{Cache, Entry};
+use reference::Reference;
+use source::Store;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+/// When a registry is asked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Pull {
+    /// Where the name is not known yet.
+    #[default]
+    Missing,
+    /// Each time, since a name may mean another image by now.
+    Always,
+    /// Not at all.
+    Never,
+}
+
+/// How an image is to be prepared.
+#[derive(Debug, Default)]
+pub struct Options {
+    /// Where converted images are kept, if not where the environment says.
+    pub cache: Option<PathBuf>,
+    /// When a registry is asked.
+    pub pull: Pull,
+    /// As whom it runs, if not as the user whom it names.
+    pub user: Option<String>,
+}
+
+/// Converts an image, if that was not done before. `begin` is told of each layer: its number and their count.
+///
+/// # Errors
+/// Where there is no such image, or it is not whole and sound.
+pub fn prepare(
+    image: &str,
+    options: &Options,
+    begin: &mut dyn FnMut(usize, usize),
+) -> Result<Prepared, Error> {
+    let cache = Cache::open(options.cache.as_deref())?;
+    let entry = match locate(image)? {
+        Place::File(path, tag) => from_file(&cache, &path, tag, begin)?,
+        Place::Registry(reference) => from_registry(&cache, reference, options.pull, begin)?,
+    };
+    entry.record.prepared(entry.rootfs, options.user.as_deref())
+}
+
+fn from_file(
+    cache: &Cache,
+    path: &Path,
+    tag: Option<&str>,
+    begin: &mut dyn FnMut(usize, usize),
+) -> Result<Entry, Error> {
+    // Of an archive that has been seen before nothing has to be read.
+    let name = version(path, tag)?;
+    let known = name.as_deref().and_then(|name| cache.get(cache.recall(name)?));
+    match known {
+        Some(entry) => Ok(entry),
+        None => from_store(cache, &Store::open(path, cache.scratch())?, tag, name.as_deref(), begin),
+    }
+}
+
+fn from_registry(
+    cache: &Cache,
+    reference: Reference,
+    pull: Pull,
+    begin: &mut dyn FnMut(usize, usize),
+) -> Result<Entry, Error> {
+    let name = format!("registry {reference}");
+    let known = cache.recall(&name).and_then(|key| cache.get(key));
+    match (known, pull) {
+        (Some(entry), Pull::Missing | Pull::Never) => Ok(entry),
+        (None, Pull::Never) => Err(Error::NotPulled),
+        (None, Pull::Missing) | (_, Pull::Always) => {
+            from_store(cache, &Store::registry(reference), None, Some(&name), begin)
+        }
+    }
+}
+
+/// Converts an image that may not have been converted before, and remembers the name that led to it.
+fn from_store(
+    cache: &Cache,
+    store: &Store,
+    tag: Option<&str>,
+    name: Option<&str>,
+    begin: &mut dyn FnMut(usize, usize),
+) -> Result<Entry, Error> {
+    let image = store.image(tag)?;
+    let key = convert::key(&image);
+    let entry = cache.get_or_make(key, |file| convert::convert(store, &image, file, begin))?;
+    if let Some(name) = name {
+        cache.remember(name, key)?;
+    }
+    Ok(entry)
+}
+
+/// Where an image is.
+#[derive(Debug)]
+enum Place<'a> {
+    File(PathBuf, Option<&'a str>),
+    Registry(Reference),
+}
+
+/// Takes `PATH`, `PATH:TAG` or the name of an image in a registry for what it is.
+fn locate(image: &str) -> Result<Place<'_>, Error> {
+    let ends = image.match_indices(':').map(|(at, _)| (at, Some(&image[at + 1..])));
+    for (end, tag) in [(image.len(), None)].into_iter().chain(ends) {
+        let path = Path::new(&image[..end]);
+        if path.is_file() || path.join("index.json").exists() {
+            return Ok(Place::File(path.into(), tag));
+        }
+    }
+    // What looks like a path is none of a registry's names.
+    match Path::new(image).exists() {
+        true => Err(Error::NoImage),
+        false if image.starts_with(['/', '.']) => Err(Error::NotFound),
+        false => Ok(Place::Registry(Reference::parse(image)?)),
+    }
+}
+
+/// What tells a version of an archive from others; none of a folder, whose index says it.
+fn version(path: &Path, tag: Option<&str>) -> Result<Option<String>, Error> {
+    let failed = |source| Error::Read { path: path.into(), source };
+    let metadata = fs::metadata(path).map_err(failed)?;
+    if metadata.is_dir() {
+        return Ok(None);
+    }
+    let path = path.canonicalize().map_err(failed)?;
+    let times = (metadata.mtime(), metadata.mtime_nsec(), metadata.ctime(), metadata.ctime_nsec());
+    let file = (metadata.dev(), metadata.ino(), metadata.len(), times);
+    Ok(Some(format!("archive {} {file:?} {tag:?}", path.display())))
+}

@@ -1,0 +1,161 @@
+//! Where an image comes from: a folder, an archive, a registry.
+
+mod archive;
+mod docker;
+mod layout;
+mod registry;
+
+use crate::digest::Digest;
+use crate::error::Error;
+use crate::layer::Check;
+use crate::manifest::{Descriptor, ImageConfig, Platform};
+use crate::reference::Reference;
+use archive::Archive;
+use registry::Registry;
+pub(crate) use registry::{BrokenOff, RegistryError};
+use serde::de::DeserializeOwned;
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+/// Bytes of a manifest, an index or a configuration: registries take half of that.
+pub(crate) const MAX_DOCUMENT: u64 = 8 << 20;
+
+/// An image whose layers can be read.
+#[derive(Debug)]
+pub(crate) struct Image {
+    /// The digest of its configuration, by which people know it.
+    pub(crate) id: Digest,
+    pub(crate) config: ImageConfig,
+    pub(crate) layers: Vec<Layer>,
+}
+
+/// A layer.
+#[derive(Debug)]
+pub(crate) struct Layer {
+    /// Its name in a folder or an archive.
+    pub(crate) name: String,
+    pub(crate) check: Check,
+}
+
+/// Files of one or more images.
+#[derive(Debug)]
+pub(crate) enum Store {
+    Folder(PathBuf),
+    Archive(Archive),
+    Registry(Registry),
+}
+
+impl Store {
+    /// Opens a folder or an archive. A compressed archive is unpacked into a file in `scratch` that has no name.
+    pub(crate) fn open(path: &Path, scratch: &Path) -> Result<Self, Error> {
+        let failed = |source| Error::Read { path: path.into(), source };
+        let file = File::open(path).map_err(failed)?;
+        if file.metadata().map_err(failed)?.is_dir() {
+            return Ok(Self::Folder(path.into()));
+        }
+        Ok(Self::Archive(Archive::open(file, path, scratch)?))
+    }
+
+    /// A registry, of which nothing is asked yet.
+    pub(crate) fn registry(reference: Reference) -> Self {
+        Self::Registry(Registry::new(reference))
+    }
+
+    /// The image in it, or that of a name.
+    pub(crate) fn image(&self, tag: Option<&str>) -> Result<Image, Error> {
+        if let Self::Registry(registry) = self {
+            registry.image()
+        } else if let Some(index) = self.document("index.json")? {
+            layout::find(self, &index, tag)
+        } else if let (Self::Archive(_), Some(manifest)) = (self, self.document("manifest.json")?) {
+            docker::find(self, &manifest, tag)
+        } else {
+            Err(Error::NoImage)
+        }
+    }
+
+    /// A layer's content.
+    pub(crate) fn layer(&self, layer: &Layer) -> Result<Box<dyn Read + '_>, Error> {
+        if let (Self::Registry(registry), Check::Blob(digest, _)) = (self, layer.check) {
+            return Ok(Box::new(registry.layer(digest)?));
+        }
+        self.file(&layer.name)?.ok_or_else(|| Error::Missing(layer.name.clone()))
+    }
+
+    /// A file's content; none where it does not exist.
+    fn file(&self, name: &str) -> Result<Option<Box<dyn Read + '_>>, Error> {
+        match self {
+            Self::Registry(_) => Ok(None),
+            Self::Folder(folder) => {
+                let path = folder.join(name);
+                match File::open(&path) {
+                    Ok(file) => Ok(Some(Box::new(file))),
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+                    Err(source) => Err(Error::Read { path, source }),
+                }
+            }
+            Self::Archive(archive) => {
+                Ok(archive.member(name).map(|range| Box::new(range) as Box<dyn Read + '_>))
+            }
+        }
+    }
+
+    /// A small file's content.
+    fn document(&self, name: &str) -> Result<Option<Vec<u8>>, Error> {
+        let Some(file) = self.file(name)? else { return Ok(None) };
+        let mut content = Vec::new();
+        file.take(MAX_DOCUMENT + 1)
+            .read_to_end(&mut content)
+            .map_err(|source| Error::Read { path: name.into(), source })?;
+        if content.len() as u64 > MAX_DOCUMENT {
+            return Err(Error::LargeDocument(name.to_owned()));
+        }
+        Ok(Some(content))
+    }
+
+    /// A document that is named by its digest.
+    fn described(&self, descriptor: &Descriptor) -> Result<Vec<u8>, Error> {
+        let name = blob_name(descriptor.digest);
+        let content = self.document(&name)?.ok_or(Error::Missing(name))?;
+        check_digest(descriptor.digest, &content)?;
+        Ok(content)
+    }
+}
+
+fn check_digest(expected: Digest, content: &[u8]) -> Result<(), Error> {
+    let found = Digest::of(content);
+    if found == expected { Ok(()) } else { Err(Error::Digest { expected, found }) }
+}
+
+/// Where an OCI layout has a blob.
+fn blob_name(digest: Digest) -> String {
+    format!("blobs/sha256/{}", digest.hex())
+}
+
+fn parse<T: DeserializeOwned>(name: &str, document: &[u8]) -> Result<T, Error> {
+    serde_json::from_slice(document).map_err(|source| Error::Document { name: name.to_owned(), source })
+}
+
+/// The image of a configuration and its layers.
+fn assemble(id: Digest, config: &[u8], layers: Vec<Layer>) -> Result<Image, Error> {
+    let config: ImageConfig = parse("configuration", config)?;
+    if !runs_here(&config.os, &config.architecture) {
+        return Err(Error::Platform(format!("{}/{}", config.os, config.architecture)));
+    }
+    let named = config.rootfs.diff_ids.as_deref().unwrap_or_default().len();
+    if named != layers.len() {
+        return Err(Error::LayerCount { layers: layers.len(), named });
+    }
+    Ok(Image { id, config, layers })
+}
+
+fn runs_here(os: &str, architecture: &str) -> bool {
+    (os, architecture) == ("linux", "amd64")
+}
+
+impl Platform {
+    fn runs_here(&self) -> bool {
+        runs_here(&self.os, &self.architecture)
+    }
+}

@@ -1,0 +1,162 @@
+//! Users as images and people name them, looked up in the image's own /etc/passwd and /etc/group.
+
+use serde::{Deserialize, Serialize};
+
+/// Bytes of such a file that are looked at.
+pub(crate) const MAX_FILE: u64 = 1 << 20;
+
+/// Who a program runs as.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct User {
+    /// The user's number.
+    pub uid: u32,
+    /// The group's number.
+    pub gid: u32,
+    /// All groups, that one too.
+    pub groups: Vec<u32>,
+    /// The user's directory.
+    pub home: String,
+    /// The user's name; empty where the number has none.
+    pub name: String,
+}
+
+/// A user is not known.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Not in passwd.
+    #[error("the image's /etc/passwd has no user {0:?}; a number needs no entry there")]
+    User(String),
+    /// Not in group.
+    #[error("the image's /etc/group has no group {0:?}; a number needs no entry there")]
+    Group(String),
+}
+
+/// What an image says of its users.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Users {
+    /// Content of /etc/passwd.
+    pub passwd: String,
+    /// Content of /etc/group.
+    pub group: String,
+}
+
+impl Users {
+    /// Looks up `NAME`, `UID`, `NAME:GROUP` or `UID:GID`; nothing means root.
+    ///
+    /// # Errors
+    /// Where a name is not there.
+    pub fn find(&self, text: &str) -> Result<User, Error> {
+        let (user, group) = text.split_once(':').map_or((text, None), |(user, group)| (user, Some(group)));
+        let user = if user.is_empty() { "0" } else { user };
+        // An entry of that name goes before the entry, if any, of that number.
+        let number = id(user);
+        let entries = || self.passwd.lines().filter_map(Entry::parse);
+        let entry = entries()
+            .find(|entry| entry.name == user)
+            .or_else(|| entries().find(|entry| Some(entry.uid) == number));
+        let (name, uid, gid, home) = match (entry, number) {
+            (Some(entry), _) => (entry.name, entry.uid, entry.gid, entry.home),
+            (None, Some(uid)) => ("", uid, 0, ""),
+            (None, None) => return Err(Error::User(user.to_owned())),
+        };
+        let (gid, groups) = match group.filter(|group| !group.is_empty()) {
+            Some(group) => {
+                let gid = self.group_id(group)?;
+                (gid, vec![gid])
+            }
+            None => (gid, self.groups_of(name, gid)),
+        };
+        let home = if home.is_empty() { "/" } else { home };
+        Ok(User { uid, gid, groups, home: home.to_owned(), name: name.to_owned() })
+    }
+
+    fn group_id(&self, group: &str) -> Result<u32, Error> {
+        let named = self.group.lines().filter_map(group_entry).find(|(name, ..)| *name == group);
+        named.map(|(_, gid, _)| gid).or_else(|| id(group)).ok_or_else(|| Error::Group(group.to_owned()))
+    }
+
+    /// The groups that have the user among their members, behind the user's own.
+    fn groups_of(&self, user: &str, gid: u32) -> Vec<u32> {
+        let mut groups = vec![gid];
+        for (_, gid, members) in self.group.lines().filter_map(group_entry) {
+            if !user.is_empty() && members.split(',').any(|member| member == user) && !groups.contains(&gid) {
+                groups.push(gid);
+            }
+        }
+        groups
+    }
+}
+
+/// A number that a user or group can have; the highest means "nobody" to system calls.
+fn id(text: &str) -> Option<u32> {
+    text.parse().ok().filter(|&id| id != u32::MAX)
+}
+
+/// A line of passwd.
+#[derive(Debug)]
+struct Entry<'a> {
+    name: &'a str,
+    uid: u32,
+    gid: u32,
+    home: &'a str,
+}
+
+impl<'a> Entry<'a> {
+    fn parse(line: &'a str) -> Option<Self> {
+        let mut fields = line.split(':');
+        let name = fields.next().filter(|name| !name.is_empty())?;
+        let uid = id(fields.nth(1)?)?;
+        let gid = id(fields.next()?)?;
+        Some(Self { name, uid, gid, home: fields.nth(1).unwrap_or_default() })
+    }
+}
+
+/// Name, number and members of a line of group.
+fn group_entry(line: &str) -> Option<(&str, u32, &str)> {
+    let mut fields = line.split(':');
+    let name = fields.next().filter(|name| !name.is_empty())?;
+    let gid = id(fields.nth(1)?)?;
+    Some((name, gid, fields.next().unwrap_or_default()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn find(text: &str) -> (u32, u32, Vec<u32>, String, String) {
+        let users = Users {
+            passwd: "root:x:0:0:root:/root:/bin/sh\nbroken\nweb:x:33:33:web:/var/www:/bin/false\n\
+                     12:x:77:78::/twelve:\n"
+                .to_owned(),
+            group: "root:x:0:\nweb:x:33:\nlog:x:4:web,root\nmail:x:8:web\n".to_owned(),
+        };
+        let User { uid, gid, groups, home, name } = users.find(text).unwrap();
+        (uid, gid, groups, home, name)
+    }
+
+    #[test]
+    fn users_are_found_by_name_and_number() {
+        let is = |text, uid, gid, groups: &[u32], home: &str, name: &str| {
+            assert_eq!(find(text), (uid, gid, groups.to_vec(), home.to_owned(), name.to_owned()), "{text:?}");
+        };
+        for root in ["", "0", "root", ":"] {
+            is(root, 0, 0, &[0, 4], "/root", "root");
+        }
+        is("web", 33, 33, &[33, 4, 8], "/var/www", "web");
+        is("33", 33, 33, &[33, 4, 8], "/var/www", "web");
+        is("web:log", 33, 4, &[4], "/var/www", "web");
+        is("web:1000", 33, 1000, &[1000], "/var/www", "web");
+        is("1000", 1000, 0, &[0], "/", "");
+        is("1000:mail", 1000, 8, &[8], "/", "");
+        is("12", 77, 78, &[78], "/twelve", "12");
+    }
+
+    #[test]
+    fn what_is_not_there_is_named() {
+        let error = |text| Users::default().find(text).unwrap_err().to_string();
+        assert!(error("nobody").starts_with("the image's /etc/passwd has no user \"nobody\""));
+        assert!(error("-1").starts_with("the image's /etc/passwd has no user \"-1\""));
+        assert!(error("4294967295").starts_with("the image's /etc/passwd has no user"));
+        assert!(error("0:wheel").starts_with("the image's /etc/group has no group \"wheel\""));
+    }
+}

@@ -1,0 +1,280 @@
+//! The forms in which images come, what is told about them, and the cache.
+
+mod support;
+
+use kindling_oci::Digest;
+use serde_json::{Value, json};
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+use support::reader::{line, list};
+use support::{Layer, Packing, Place};
+use tar::Builder;
+
+/// An archive of `docker save` of before its OCI layouts, with one image for each name.
+fn saved(names: &[&str]) -> Vec<u8> {
+    saved_with(names, names)
+}
+
+fn saved_with(names: &[&str], linked: &[&str]) -> Vec<u8> {
+    let mut archive = Builder::new(Vec::new());
+    let mut add = |name: &str, content: &[u8]| {
+        let mut header = Layer::header(tar::EntryType::Regular, name.as_bytes(), 0o644, content.len() as u64);
+        header.set_cksum();
+        archive.append(&header, content).unwrap();
+    };
+    let mut manifest = Vec::new();
+    for name in names {
+        let layer = Layer::new().file("name", name).bytes();
+        let digests = [Digest::of(&layer), Digest::of(&layer)];
+        let config = json!({
+            "architecture": "amd64", "os": "linux",
+            "config": { "Cmd": null, "Env": null, "User": "", "WorkingDir": "" },
+            "rootfs": { "type": "layers", "diff_ids": digests },
+        });
+        let config = config.to_string();
+        let id = Digest::of(config.as_bytes()).hex();
+        add(&format!("{id}.json"), config.as_bytes());
+        add(&format!("{name}/layer.tar"), &layer);
+        manifest.push(json!({
+            "Config": format!("{id}.json"), "RepoTags": [format!("example/{name}:1")],
+            "Layers": [format!("{name}/layer.tar"), format!("again-{name}/layer.tar")],
+        }));
+    }
+    add("manifest.json", Value::from(manifest).to_string().as_bytes());
+    for name in linked {
+        let mut header =
+            Layer::header(tar::EntryType::Symlink, format!("again-{name}/layer.tar").as_bytes(), 0o777, 0);
+        header.set_link_name(format!("../{name}/layer.tar")).unwrap();
+        header.set_cksum();
+        archive.append(&header, &b""[..]).unwrap();
+    }
+    archive.into_inner().unwrap()
+}
+
+#[test]
+fn archives_of_docker_save_are_read() {
+    let place = Place::new();
+    fs::write(place.path("one.tar"), saved(&["one"])).unwrap();
+    let prepared = place.prepare("one.tar").unwrap();
+    assert!(line(&list(&prepared.rootfs), "/name").ends_with("\"one\""));
+    for packing in [Packing::Gzip, Packing::Zstd] {
+        fs::write(place.path("packed"), packing.pack(&saved(&["one"]))).unwrap();
+        assert_eq!(place.prepare("packed").unwrap().rootfs, prepared.rootfs);
+        // From memory, the archive itself is not looked at.
+        assert_eq!(place.prepare("packed").unwrap().rootfs, prepared.rootfs);
+    }
+    fs::write(place.path("two.tar"), saved(&["one", "two"])).unwrap();
+    let (message, is_users) = place.error_beside_cache("two.tar");
+    assert_eq!(message, "it has several images; add one of these to its name: example/one:1, example/two:1");
+    assert!(is_users);
+    assert_eq!(place.prepare("two.tar:example/one:1").unwrap().digest, prepared.digest);
+    let two = place.prepare("two.tar:two:1").unwrap();
+    assert!(line(&list(&two.rootfs), "/name").ends_with("\"two\""));
+    let (message, _) = place.error_beside_cache("two.tar:three");
+    assert_eq!(message, "it has no image \"three\"; it has example/one:1, example/two:1");
+}
+
+#[test]
+fn damaged_archives_of_docker_save_are_refused() {
+    let place = Place::new();
+    let whole = saved(&["one"]);
+    let at = |needle: &[u8]| whole.windows(needle.len()).position(|bytes| bytes == needle).unwrap();
+    let content = at(b"one/layer.tar") + 1024;
+    let mut exchanged = whole.clone();
+    exchanged[content] ^= 0x20;
+    fs::write(place.path("exchanged.tar"), &exchanged).unwrap();
+    let (line, is_users) = place.error("exchanged.tar");
+    assert!(line.starts_with("layer 1 of 2: its content has the digest sha256:"), "{line}");
+    assert!(is_users);
+    for length in [600, content + 10] {
+        fs::write(place.path("cut.tar"), &whole[..length]).unwrap();
+        let (line, is_users) = place.error("cut.tar");
+        assert_eq!(
+            line,
+            "the archive is damaged; save the image again: the archive ends in the middle of a file"
+        );
+        assert!(is_users);
+    }
+    let packed = Packing::Gzip.pack(&whole);
+    fs::write(place.path("cut.tar.gz"), &packed[..packed.len() / 2]).unwrap();
+    let (line, is_users) = place.error("cut.tar.gz");
+    assert!(line.starts_with("the archive is damaged; save the image again"), "{line}");
+    assert!(is_users);
+    fs::write(place.path("nolink.tar"), saved_with(&["one"], &[])).unwrap();
+    assert_eq!(
+        place.error("nolink.tar").0,
+        "it is not whole: again-one/layer.tar is missing; save or pull it again"
+    );
+}
+
+#[test]
+fn an_archive_of_a_layout_is_read_as_one() {
+    let place = Place::new();
+    place.layout().write(vec![Layer::new().file("a", "b")], Packing::Gzip);
+    let mut archive = Builder::new(fs::File::create(place.path("layout.tar")).unwrap());
+    archive.append_dir_all(".", place.path("image")).unwrap();
+    archive.finish().unwrap();
+    let (folder, archive) = (place.prepare("image").unwrap(), place.prepare("layout.tar").unwrap());
+    assert_eq!(folder.rootfs, archive.rootfs);
+}
+
+#[test]
+fn an_index_of_several_images_is_asked_by_name_and_platform() {
+    let place = Place::new();
+    let layout = place.layout();
+    let image = |content: &str| {
+        let (layer, digest) = layout.layer(&Layer::new().file("name", content).bytes(), Packing::Plain);
+        layout.manifest(&layout.config(&[digest]), &[layer])
+    };
+    let named = |mut manifest: Value, name: &str| {
+        manifest["annotations"] = json!({ "org.opencontainers.image.ref.name": name });
+        manifest
+    };
+    let for_platform = |mut manifest: Value, os: &str, architecture: &str| {
+        manifest["platform"] = json!({ "os": os, "architecture": architecture });
+        manifest
+    };
+    let inner = layout.document(
+        "application/vnd.oci.image.index.v1+json",
+        &json!({ "schemaVersion": 2, "manifests": [
+            for_platform(image("arm"), "linux", "arm64"),
+            for_platform(image("three"), "linux", "amd64"),
+            for_platform(image("proof"), "unknown", "unknown"),
+        ]}),
+    );
+    layout.index(&[
+        named(image("one"), "1"),
+        named(image("two"), "docker.io/library/x:2"),
+        named(inner, "3"),
+    ]);
+    for (tag, content) in [("1", "one"), ("2", "two"), ("docker.io/library/x:2", "two"), ("3", "three")] {
+        let prepared = place.prepare(&format!("image:{tag}")).unwrap();
+        assert!(line(&list(&prepared.rootfs), "/name").ends_with(&format!("{content:?}")), "{tag}");
+    }
+    let (line, _) = place.error_beside_cache("image");
+    assert_eq!(line, "it has several images; add one of these to its name: 1, 3, docker.io/library/x:2");
+    let (line, _) = place.error_beside_cache("image:4");
+    assert_eq!(line, "it has no image \"4\"; it has 1, 3, docker.io/library/x:2");
+}
+
+fn command(place: &Place, words: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_kindling-oci"))
+        .arg("prepare")
+        .args(words)
+        .current_dir(place.folder.path())
+        .env("KINDLING_CACHE", place.path("cache"))
+        .output()
+        .unwrap()
+}
+
+#[test]
+fn the_command_prints_one_messageof_json() {
+    let place = Place::new();
+    let layout = place.layout();
+    let layer = Layer::new()
+        .symlink("etc", "/usr/etc")
+        .file("usr/etc/passwd", "root:x:0:0::/root:/bin/sh\nweb:x:33:34::/srv:/bin/sh\n")
+        .file("usr/etc/group", "web:x:34:\nlog:x:5:web\n");
+    let (layer, digest) = layout.layer(&layer.bytes(), Packing::Plain);
+    let config = json!({
+        "architecture": "amd64", "os": "linux",
+        "config": {
+            "User": "web", "Entrypoint": ["/bin/server"], "Cmd": ["--port", "80"], "Env": ["A=b"],
+            "WorkingDir": "srv", "StopSignal": "SIGQUIT", "ExposedPorts": { "80/tcp": {}, "53/udp": {}, "9": {} },
+        },
+        "rootfs": { "type": "layers", "diff_ids": [digest] },
+    });
+    layout.index(&[layout.manifest(&config, &[layer])]);
+    let output = command(&place, &["image"]);
+    assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(text.lines().count(), 1);
+    let value: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(
+        value["config"],
+        json!({
+            "entrypoint": ["/bin/server"], "cmd": ["--port", "80"], "env": ["A=b"],
+            "user": { "uid": 33, "gid": 34, "groups": [34, 5], "home": "/srv", "name": "web" },
+            "working_dir": "/srv", "stop_signal": "SIGQUIT", "exposed_ports": ["53/udp", "80/tcp", "9/tcp"],
+        })
+    );
+    assert_eq!(value["digest"], Digest::of(config.to_string().as_bytes()).to_string());
+    support::check(Path::new(value["rootfs"].as_str().unwrap()));
+    let output = command(&place, &["--user", "7:log", "image"]);
+    let value: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let user = json!({ "uid": 7, "gid": 5, "groups": [5], "home": "/", "name": "" });
+    assert_eq!(value["config"]["user"], user);
+}
+
+#[test]
+fn the_commands_exit_status_says_who_can_mend_it() {
+    let place = Place::new();
+    let failed = |words: &[&str]| {
+        let output = command(&place, words);
+        assert!(output.stdout.is_empty(), "{output:?}");
+        (output.status.code().unwrap(), String::from_utf8(output.stderr).unwrap())
+    };
+    assert_eq!(failed(&["./no"]), (2, "error: ./no: there is no such file or folder\n".to_owned()));
+    place.layout().write(vec![Layer::new()], Packing::Plain);
+    let no_user =
+        "error: image: the image's /etc/passwd has no user \"web\"; a number needs no entry there\n";
+    assert_eq!(failed(&["--user", "web", "image"]), (2, no_user.to_owned()));
+    fs::write(place.path("file"), "").unwrap();
+    let (status, line) = failed(&["--cache", "file", "image"]);
+    assert_eq!(status, 1);
+    assert!(line.ends_with("/file/oci/v1: Not a directory (os error 20)\n"), "{line}");
+    assert_eq!(failed(&["--pull"]).0, 2);
+}
+
+#[test]
+fn a_converted_image_is_found_again_without_its_layers() {
+    let place = Place::new();
+    let layout = place.layout();
+    layout.write(vec![Layer::new().file("a", "b")], Packing::Plain);
+    let first = place.prepare("image").unwrap();
+    let layer = layout.blob_path(&Digest::of(&Layer::new().file("a", "b").bytes()).to_string());
+    fs::remove_file(layer).unwrap();
+    assert_eq!(place.prepare("image").unwrap().rootfs, first.rootfs);
+}
+
+#[test]
+fn what_is_not_whole_is_made_again() {
+    let place = Place::new();
+    place.layout().write(vec![Layer::new().file("a", "b")], Packing::Plain);
+    let rootfs = place.prepare("image").unwrap().rootfs;
+    let content = fs::read(&rootfs).unwrap();
+    fs::OpenOptions::new().write(true).open(&rootfs).unwrap().set_len(4096).unwrap();
+    place.prepare("image").unwrap();
+    assert!(fs::read(&rootfs).unwrap() == content);
+    fs::write(rootfs.with_file_name("image.json"), "{").unwrap();
+    place.prepare("image").unwrap();
+    assert!(fs::read(&rootfs).unwrap() == content);
+    // Someone was interrupted.
+    let entry = rootfs.parent().unwrap();
+    let draft = entry.with_file_name(format!(".draft-{}", entry.file_name().unwrap().display()));
+    fs::rename(entry, &draft).unwrap();
+    place.prepare("image").unwrap();
+    assert!(fs::read(&rootfs).unwrap() == content);
+    assert_eq!(place.drafts().len(), 1);
+}
+
+#[test]
+fn several_at_once_convert_once() {
+    let place = Place::new();
+    place.layout().write(vec![Layer::new().file("a", &"b".repeat(1 << 20))], Packing::Gzip);
+    let options = || kindling_oci::Options { cache: Some(place.path("cache")), ..Default::default() };
+    let image = place.path("image").display().to_string();
+    let converted = std::sync::atomic::AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                let mut begin = |_, _| {
+                    converted.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                };
+                kindling_oci::prepare(&image, &options(), &mut begin).unwrap();
+            });
+        }
+    });
+    assert_eq!(converted.into_inner(), 1);
+}
