@@ -80,8 +80,11 @@ impl Found {
         }
     }
 
-    /// How long ago it was started, in words.
+    /// How long ago it was started, in words; nothing where it did not come so far.
     pub(super) fn age(&self) -> String {
+        if self.record.started == 0 {
+            return String::new();
+        }
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs());
         in_words(now.saturating_sub(self.record.started))
     }
