@@ -134,9 +134,10 @@ fn a_guest_that_is_to_leave_nothing_leaves_nothing() {
 #[test]
 fn a_start_that_fails_says_why_and_leaves_nothing() {
     let user = User::new();
-    // The first block of a filesystem, which is right, and nothing behind it.
+    /// Where a filesystem's description ends, which is right here, and nothing is behind it.
+    const SUPERBLOCK_END: usize = 1024 + 128;
     let mut bytes = fs::read(testbed("busybox.erofs")).unwrap();
-    bytes[4096..].fill(0);
+    bytes[SUPERBLOCK_END..].fill(0);
     let broken = user.folder().join("broken.erofs");
     fs::write(&broken, bytes).unwrap();
     let outcome = run(user.command("run").arg("-d").arg(&broken).arg("true"));

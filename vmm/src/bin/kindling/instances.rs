@@ -350,4 +350,33 @@ mod tests {
             assert!(check_name(name).is_err(), "{name}");
         }
     }
+
+    #[test]
+    fn a_folder_has_one_owner_at_a_time() {
+        let parent = tempfile::tempdir().unwrap();
+        let parent = parent.path();
+        let found = || Found::in_folder("one".to_owned(), parent.join("one"));
+        let taken = || match Instance::make(parent, "one") {
+            Err(InstanceError::Taken { is_alive, .. }) => is_alive,
+            result => panic!("{result:?}"),
+        };
+        let instance = Instance::make(parent, "one").unwrap();
+        assert!(found().is_alive && taken());
+        assert!(matches!(found().take(), Err(InstanceError::Runs(_))));
+        instance.write(&Record { status: None, pid: 7, ..Record::default() }).unwrap();
+        instance.finish(3).unwrap();
+        drop(instance);
+        assert!(!found().is_alive && !taken());
+        assert_eq!((found().record.pid, found().record.status), (7, Some(3)));
+        // Somebody else who looks is not its VMM.
+        let looker = File::open(parent.join("one").join(LOCK)).unwrap();
+        flock(&looker, FlockOperation::LockShared).unwrap();
+        assert!(!found().is_alive);
+        drop(looker);
+        let before = found();
+        before.take().unwrap().remove();
+        assert_eq!(parent.read_dir().unwrap().count(), 0);
+        assert!(matches!(before.take(), Err(InstanceError::Unknown(_))));
+        drop(Instance::make(parent, "one").unwrap());
+    }
 }

@@ -80,8 +80,11 @@ impl Found {
         }
     }
 
-    /// How long ago it was started, in words.
+    /// How long ago it was started, in words; nothing where it did not come so far.
     pub(super) fn age(&self) -> String {
+        if self.record.started == 0 {
+            return String::new();
+        }
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs());
         in_words(now.saturating_sub(self.record.started))
     }
@@ -122,7 +125,7 @@ mod tests {
 
     #[test]
     fn columns_are_as_wide_as_they_must() {
-        let text = table(["A", "LONG"], &[["wide".into(), "x".into()], [String::new(), "ü".into()]]);
-        assert_eq!(text, "A     LONG\nwide  x\n      ü\n");
+        let text = table(["A", "LONG"], &[["wüde".into(), "x".into()], [String::new(), "y".into()]]);
+        assert_eq!(text, "A     LONG\nwüde  x\n      y\n");
     }
 }
