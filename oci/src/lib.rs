@@ -139,11 +139,12 @@ fn locate(image: &str) -> Result<Place<'_>, Error> {
             return Ok(Place::File(path.into(), tag));
         }
     }
-    // What looks like a path is none of a registry's names.
+    // A folder `debian` beside one does not keep anyone from the image `debian`.
+    let is_path = image.starts_with(['/', '.']);
     match Path::new(image).exists() {
-        true => Err(Error::NoImage),
-        false if image.starts_with(['/', '.']) => Err(Error::NotFound),
-        false => Ok(Place::Registry(Reference::parse(image)?)),
+        true if is_path || image.contains('/') => Err(Error::NoImage),
+        false if is_path => Err(Error::NotFound),
+        _ => Ok(Place::Registry(Reference::parse(image)?)),
     }
 }
 

@@ -225,6 +225,16 @@ fn the_commands_exit_status_says_who_can_mend_it() {
     assert_eq!(status, 1);
     assert!(line.ends_with("/file/oci/v1: Not a directory (os error 20)\n"), "{line}");
     assert_eq!(failed(&["--pull"]).0, 2);
+    fs::create_dir_all(place.path("debian/empty")).unwrap();
+    let (status, line) = failed(&["debian/empty"]);
+    assert_eq!(status, 2);
+    assert!(line.starts_with("error: debian/empty: it is neither an OCI layout nor an archive"), "{line}");
+    // A folder of that name does not hide the image in a registry.
+    let (status, line) = failed(&["--pull", "never", "debian"]);
+    assert_eq!(
+        (status, &*line),
+        (2, "error: debian: it has not been pulled before; `--pull missing` pulls it\n")
+    );
 }
 
 #[test]

@@ -38,6 +38,8 @@ fn files_of_every_kind_keep_what_they_are() {
             ("SCHILY.xattr.strange.attribute", b"y"),
         ])
         .file("attributes", "")
+        .pax(&[("SCHILY.xattr.strange.attribute", b"y")])
+        .file("none", "")
         .pax(&[("path", long.as_bytes()), ("uid", b"3000000000"), ("gid", b"7")])
         .file("short", "");
     let lines = Place::new().merged(vec![layer]);
@@ -54,6 +56,7 @@ fn files_of_every_kind_keep_what_they_are() {
         "/folder 41777 0:0 2 1700000000.0 folder".to_owned(),
         "/folder/other 106755 70000:4000000000 2 1700000000.0 \"abc\"".to_owned(),
         "/link 120777 0:0 1 1700000000.0 \"/folder/../x\"".to_owned(),
+        "/none 100644 0:0 1 1700000000.0 \"\"".to_owned(),
         "/null 20666 0:0 1 1700000000.0 device 0x103".to_owned(),
         "/owned 106755 70000:4000000000 2 1700000000.0 \"abc\"".to_owned(),
         format!("/{long} 100644 3000000000:7 1 1700000000.0 \"\""),
