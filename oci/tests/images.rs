@@ -281,6 +281,15 @@ fn several_at_once_convert_once() {
             scope.spawn(|| {
                 let mut begin = |_, _| {
                     converted.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                    // Nobody else can come in.
+                    let mut files =
+                        fs::read_dir(place.path("cache/oci/v1")).unwrap().map(|file| file.unwrap().path());
+                    let lock =
+                        files.find(|path| path.extension().is_some_and(|name| name == "lock")).unwrap();
+                    assert!(matches!(
+                        fs::File::open(lock).unwrap().try_lock(),
+                        Err(fs::TryLockError::WouldBlock)
+                    ));
                 };
                 kindling_oci::prepare(&image, &options(), &mut begin).unwrap();
             });
