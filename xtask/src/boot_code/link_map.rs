@@ -122,7 +122,12 @@ fn without_digests(symbol: &str) -> String {
     if symbol.contains("_ZN") {
         return symbol.rfind("17h").map_or(symbol.to_owned(), |end| symbol[..end + 3].to_owned() + "*");
     }
-    // The newer one has `Cs`, digits and `_` before each name of a crate.
+    // The newer one has `Cs`, digits and `_` before each name of a crate, and behind it the optimiser may have put a
+    // number, which is another in each build.
+    let is_newer = symbol.contains("_R");
+    let numbered =
+        symbol.rsplit_once('.').filter(|(_, number)| number.bytes().all(|byte| byte.is_ascii_digit()));
+    let symbol = numbered.filter(|_| is_newer).map_or(symbol, |(symbol, _)| symbol);
     let mut parts = symbol.split("Cs");
     let mut name = parts.next().unwrap_or_default().to_owned();
     for part in parts {
@@ -134,6 +139,9 @@ fn without_digests(symbol: &str) -> String {
             }
             _ => name += part,
         }
+    }
+    if is_newer {
+        name += "*";
     }
     name
 }
@@ -181,7 +189,7 @@ mod tests {
         assert_eq!(all, [0x1000, 0x1100, 0x1200, 0x1210, 0x1300, 0x1500, 0x1600, 0x1700]);
         let patterns = |addresses: &[u64]| Vec::from_iter(map.patterns(&addresses.iter().copied().collect()));
         assert_eq!(patterns(&[0x1000, 0x1500, 0x1600]), ["*(.text.main)", "*crt1.o(.text)"]);
-        assert_eq!(patterns(&[0x1700]), ["*(.text._RNvCs*_3std4main)"]);
+        assert_eq!(patterns(&[0x1700]), ["*(.text._RNvCs*_3std4main*)"]);
         assert_eq!(patterns(&[0x1100]), ["*(.text._ZN3abc4main17h*)"]);
     }
 
