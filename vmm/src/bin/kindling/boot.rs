@@ -151,12 +151,7 @@ fn raise_descriptor_limit() {
 }
 
 fn finish(arguments: &Arguments, exit: &Exit) -> u8 {
-    for failure in &exit.device_failures {
-        tell(&format!(
-            "kindling: a device stopped because its driver broke a rule of virtio: {}\n",
-            report::printable(failure)
-        ));
-    }
+    tell(&report::device_failures(exit));
     if exit.reason.is_failure() {
         tell(&report::failure(exit));
     }

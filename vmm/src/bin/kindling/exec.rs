@@ -6,7 +6,6 @@ use crate::run::signals;
 use crate::terminal::RawTerminal;
 use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, complain};
 use clap::Args;
-use guest_protocol::agent::TerminalSize;
 use kindling::agent::{AgentError, Process};
 use kindling::config::GuestConfig;
 use std::ffi::OsString;
@@ -89,14 +88,13 @@ impl Arguments {
     fn guest(&self) -> GuestConfig {
         let bytes = |text: &OsString| text.clone().into_vec();
         let (user_id, group_id) = self.user.unwrap_or_default();
-        let size = || client::terminal_size().unwrap_or(TerminalSize { rows: 24, columns: 80 });
         GuestConfig {
             arguments: self.command.iter().map(bytes).collect(),
             environment: self.env.iter().map(bytes).collect(),
             working_directory: self.workdir.as_ref().map(bytes),
             user_id,
             group_id,
-            terminal: self.tty.then(size),
+            terminal: self.tty.then(client::new_terminal_size),
             agent: true,
             ..GuestConfig::default()
         }

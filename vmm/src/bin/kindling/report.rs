@@ -34,6 +34,15 @@ pub(crate) fn timeline(exit: &Exit) -> String {
     text
 }
 
+/// A line for each device that stopped.
+pub(crate) fn device_failures(exit: &Exit) -> String {
+    let line = |failure: &String| {
+        let failure = printable(failure);
+        format!("kindling: a device stopped because its driver broke a rule of virtio: {failure}\n")
+    };
+    exit.device_failures.iter().map(line).collect()
+}
+
 #[derive(Serialize)]
 struct Json<'a> {
     status: u8,

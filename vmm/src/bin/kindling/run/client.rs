@@ -2,6 +2,7 @@
 
 use super::signals;
 use crate::instances::log::{Log, Stream};
+use guest_protocol::agent::TerminalSize;
 use kindling::agent::{AgentError, Control, Process};
 use rustix::event::{PollFd, PollFlags, poll};
 use std::fs::File;
@@ -143,10 +144,15 @@ pub(crate) fn send_size(control: &Control) {
     }
 }
 
+/// What a terminal of a guest's is to start with: the size of this process's, or the usual one where it has none.
+pub(crate) fn new_terminal_size() -> TerminalSize {
+    terminal_size().unwrap_or(TerminalSize { rows: 24, columns: 80 })
+}
+
 /// Rows and columns of the terminal at one of the standard streams.
-pub(crate) fn terminal_size() -> Option<guest_protocol::agent::TerminalSize> {
+fn terminal_size() -> Option<TerminalSize> {
     [rustix::stdio::stdout(), rustix::stdio::stdin(), rustix::stdio::stderr()].into_iter().find_map(|fd| {
         let size = rustix::termios::tcgetwinsize(fd).ok()?;
-        Some(guest_protocol::agent::TerminalSize { rows: size.ws_row, columns: size.ws_col })
+        Some(TerminalSize { rows: size.ws_row, columns: size.ws_col })
     })
 }

@@ -14,9 +14,7 @@ use clap::Args;
 use client::Streams;
 use detached::Starter;
 use guest_protocol::BootMark;
-use guest_protocol::agent::TerminalSize;
 use kindling::agent::{AgentError, Process};
-use kindling::config::devices::Vsock;
 use kindling::config::image::Image;
 use kindling::config::{Config, ConfigError, Console, GuestConfig, MachineConfig};
 use kindling::{Error, Exit, ExitReason, Instant, Machine, StopHandle, Timeline, preboot};
@@ -260,17 +258,17 @@ impl Arguments {
         config.machine = MachineConfig { vcpu_count, mem_size_mib: self.memory };
         config.console = Console::Null;
         config.devices.root = Some(prepared.rootfs.clone());
-        /// The first number that a guest can have; each guest is alone behind its socket.
-        const GUEST_CID: u32 = 3;
-        config.devices.vsock =
-            Some(Vsock { guest_cid: GUEST_CID, uds_path: instance.socket(), vsock_id: None });
-        let mut network = DeviceArguments { publish: self.publish.clone(), ..DeviceArguments::default() };
+        let mut devices = DeviceArguments {
+            publish: self.publish.clone(),
+            vsock: Some(instance.socket().into()),
+            ..DeviceArguments::default()
+        };
         match self.net.to_str() {
             Some("none") if self.publish.is_empty() => {}
-            Some("none") => network.net.push("user".into()),
-            _ => network.net.push(self.net.clone()),
+            Some("none") => devices.net.push("user".into()),
+            _ => devices.net.push(self.net.clone()),
         }
-        network.add_to(&mut config.devices)?;
+        devices.add_to(&mut config.devices)?;
         config.guest = self.guest(instance, prepared)?;
         config.validate()?;
         if !self.cold {
@@ -327,9 +325,7 @@ impl Arguments {
             user_id: of_image.user.uid,
             group_id: of_image.user.gid,
             groups: of_image.user.groups.clone(),
-            terminal: self
-                .tty
-                .then(|| client::terminal_size().unwrap_or(TerminalSize { rows: 24, columns: 80 })),
+            terminal: self.tty.then(client::new_terminal_size),
             agent: true,
             ..GuestConfig::default()
         })
@@ -357,12 +353,7 @@ impl Arguments {
 
     /// Says what went wrong, if something did; the exit status.
     fn finish(&self, exit: &Exit, code: Result<u8, AgentError>, stopped_by: u8) -> u8 {
-        for failure in &exit.device_failures {
-            tell(&format!(
-                "kindling: a device stopped because its driver broke a rule of virtio: {}\n",
-                report::printable(failure)
-            ));
-        }
+        tell(&report::device_failures(exit));
         if self.report {
             tell(&report::timeline(exit));
         }
