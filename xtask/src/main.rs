@@ -9,6 +9,7 @@ mod cache;
 mod cargo;
 mod clean;
 mod debian;
+mod docker_archive;
 mod host;
 mod kernel;
 mod kernel_config;

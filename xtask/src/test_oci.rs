@@ -1,13 +1,12 @@
 //! Container images in tests: the root filesystem of `tests/tests/root.rs` once more, by way of one, and a registry.
 
-use crate::{cargo, debian};
+use crate::{cargo, debian, docker_archive};
 use anyhow::{Context, Result};
-use kindling::config::image::{DESCRIPTION, Image, ImageFile, sha256, sha256_of};
+use kindling::config::image::{DESCRIPTION, Image, ImageFile, sha256};
 use serde_json::{Value, json};
 use std::fs;
 use std::path::Path;
 use std::process::Command;
-use xshell::{Shell, cmd};
 
 /// Puts what `tests/tests/on_host_oci.rs` uses into the testbed.
 pub(crate) fn programs(testbed: &Path) -> Result<()> {
@@ -22,28 +21,10 @@ pub(crate) fn programs(testbed: &Path) -> Result<()> {
 pub(crate) fn build(images: &Path, tree: &Path) -> Result<()> {
     let place = tempfile::tempdir_in(images)?;
     let place = place.path();
-    let shell = Shell::new()?;
-    shell.change_dir(place);
-    let attributes = ["--xattrs", "--xattrs-include=*", "--sparse", "--sort=name"];
-    cmd!(
-        shell,
-        "tar --create --format=posix {attributes...} --numeric-owner --file layer.tar --directory {tree} ."
-    )
-    .quiet()
-    .run()?;
-    let digest = sha256_of(&place.join("layer.tar"))?;
-    let config = json!({
-        "architecture": "amd64", "os": "linux", "rootfs": { "diff_ids": [format!("sha256:{digest}")] },
-    });
-    fs::write(place.join("config.json"), config.to_string())?;
-    fs::write(
-        place.join("manifest.json"),
-        json!([{ "Config": "config.json", "Layers": ["layer.tar"] }]).to_string(),
-    )?;
-    cmd!(shell, "tar --create --file image.tar manifest.json config.json layer.tar").quiet().run()?;
+    let archive = docker_archive::write(place, tree, &json!({}))?;
     let output = Command::new(cargo::release_binary("kindling-oci", "kindling-oci")?)
         .args(["prepare", "--cache"])
-        .args([place, &place.join("image.tar")])
+        .args([place, &archive])
         .output()?;
     anyhow::ensure!(output.status.success(), "kindling-oci: {}", String::from_utf8_lossy(&output.stderr));
     let prepared: Value = serde_json::from_slice(&output.stdout)?;
