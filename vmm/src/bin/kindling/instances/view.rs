@@ -44,6 +44,7 @@ pub(super) struct View<'a> {
     vcpus: u8,
     stop_signal: u8,
     is_kept: bool,
+    volumes: &'a [String],
     folder: &'a PathBuf,
     /// The Unix socket of its vsock.
     socket: PathBuf,
@@ -59,8 +60,19 @@ impl Found {
     }
 
     pub(super) fn view(&self) -> View<'_> {
-        let Record { image, command, payload, pid, started, memory_mib, vcpus, stop_signal, is_kept, status } =
-            &self.record;
+        let Record {
+            image,
+            command,
+            payload,
+            pid,
+            started,
+            memory_mib,
+            vcpus,
+            stop_signal,
+            is_kept,
+            volumes,
+            status,
+        } = &self.record;
         View {
             name: &self.name,
             state: match self.state() {
@@ -78,6 +90,7 @@ impl Found {
             vcpus: *vcpus,
             stop_signal: *stop_signal,
             is_kept: *is_kept,
+            volumes,
             folder: &self.folder,
             socket: self.socket(),
         }
@@ -103,7 +116,7 @@ fn in_words(seconds: u64) -> String {
 }
 
 /// A table whose columns are as wide as their widest cell.
-pub(super) fn table<const N: usize>(head: [&str; N], rows: &[[String; N]]) -> String {
+pub(crate) fn table<const N: usize>(head: [&str; N], rows: &[[String; N]]) -> String {
     let mut lines = vec![head.map(str::to_owned)];
     lines.extend_from_slice(rows);
     let widths: [usize; N] = std::array::from_fn(|column| {
