@@ -44,6 +44,8 @@ pub(super) struct Console {
 const STREAM_BYTES: u64 = 1 << 30;
 /// How much of it at once.
 const PIECE: usize = 64 << 10;
+/// After how much of it somebody is told.
+const STEP: u64 = 128 << 20;
 /// A stream that is not through by then stands still.
 const STREAM_LIMIT: Duration = Duration::from_secs(120);
 /// What a guest says that waits for more commands.
@@ -242,6 +244,10 @@ fn echo(
         let count = output.read(&mut piece)? as u64;
         ensure!(count > 0, "{left} bytes did not come back");
         left = left.saturating_sub(count);
+        if left % STEP < count {
+            // A lab that says nothing is taken for one that stands still.
+            eprintln!("{} MiB left", left >> 20);
+        }
     }
     let nanoseconds = Instant::now().since(start);
     let memory_growth = memory()?.saturating_sub(memory_before);
