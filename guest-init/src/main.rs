@@ -9,6 +9,7 @@
 extern crate alloc;
 
 mod agent;
+mod copy;
 mod greeting;
 mod heap;
 mod kernel_log;

@@ -25,6 +25,7 @@ mod test_lab;
 mod test_network;
 mod test_oci;
 mod test_root;
+mod test_volumes;
 mod vmlinux;
 
 use clap::{Parser, Subcommand};
