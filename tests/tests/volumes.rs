@@ -54,11 +54,15 @@ fn what_is_written_is_there_for_the_next_guest() {
 fn a_new_volume_has_what_the_image_has_there() {
     let user = User::new();
     let list = "cd /srv/data; stat -c '%n %a %u %g' . tool deep/er/file; stat -c '%n %y' deep; readlink link;
-        md5sum < deep/er/file; getfattr -d deep 2>/dev/null";
+        md5sum < deep/er/file";
     let expected = shell(&user, &[], list).expect_status(0).stdout.clone();
     assert_eq!(expected.lines().next(), Some(". 2770 70 71"), "{expected}");
     assert!(expected.contains("deep 2001-09-09 01:46:40.000000005"), "{expected}");
     assert_eq!(shell(&user, &["-v", DATA], list).expect_status(0).stdout, expected);
+    let attributes = run(Command::new(testbed("e2fsprogs/debugfs"))
+        .args(["-R", "ea_get -x /data/deep user.colour"])
+        .arg(disk(&user, "data")));
+    assert!(attributes.stdout.contains("62 6c 75 65 00 72 65 64"), "{attributes}");
     // Once: what is removed stays away.
     shell(&user, &["-v", DATA], "rm -r /srv/data/deep").expect_status(0);
     assert_eq!(shell(&user, &["-v", DATA], "ls -A /srv/data").expect_status(0).stdout, "link\ntool\n");
@@ -146,8 +150,12 @@ fn a_full_volume_is_its_own_guests_trouble() {
     expect_clean(&disk(&user, "data"));
     volume(&user, &["create", "--size", "16M", "large"]).expect_status(0);
     // What the image has does not fit.
-    let outcome = shell(&user, &["-v", "large:/bin"], "true");
-    outcome.expect_status(125).expect_stderr("cannot copy what the image has to the volume of /bin: ");
+    let outcome = shell(&user, &["-v", "large:/srv/large"], "true");
+    let expected = "cannot copy what the image has to the volume of /srv/large: ";
+    outcome.expect_status(125).expect_stderr(expected);
+    // It is as new as it was, for another place.
+    let outcome = shell(&user, &["-v", "large:/srv/data"], "ls -A /srv/data");
+    assert_eq!(outcome.expect_status(0).stdout, "deep\nlink\ntool\n");
     assert!(user.is_tidy());
 }
 
@@ -199,4 +207,27 @@ fn a_damaged_volume_is_named() {
     drop(file);
     let outcome = shell(&user, &["-v", DATA], "true");
     outcome.expect_status(125).expect_stderr("cannot mount the volume of /srv/data: ");
+}
+
+#[test]
+fn a_read_only_root_leaves_what_is_written_for_a_while() {
+    let user = User::new();
+    let script = "for d in / /etc /srv /root /tmp /run /dev/shm /var/tmp /srv/data; do
+            echo x 2>/dev/null > $d/written && echo $d
+        done; mount | grep -c ' on / .*[(]ro,'; cat /etc/hostname /etc/hosts; ls -A /srv/data";
+    let outcome = shell(&user, &["--read-only", "--name", "box", "-v", DATA], script);
+    let expected = "/tmp\n/run\n/dev/shm\n/var/tmp\n/srv/data\n1\nbox\n127.0.0.1\tlocalhost\n127.0.1.1\tbox\n\
+                    deep\nlink\ntool\nwritten\n";
+    assert_eq!(outcome.expect_status(0).stdout, expected, "{outcome}");
+    shell(&user, &[], "echo x > /etc/written").expect_status(0);
+}
+
+#[test]
+fn programs_find_what_they_take_for_granted() {
+    let user = User::new();
+    let script = "stat -c '%a' /dev/shm /tmp; test -c /dev/pts/ptmx && echo a | cat /dev/stdin > /dev/stdout;
+        echo b > /dev/fd/1; echo c > /dev/stderr; stat -c '%a %u' /etc /etc/hosts";
+    let outcome = shell(&user, &[], script);
+    let expected = "1777\n1777\na\nb\n755 0\n644 0\n";
+    assert_eq!((outcome.expect_status(0).stdout.as_str(), outcome.stderr.as_str()), (expected, "c\n"));
 }

@@ -85,6 +85,9 @@ pub(crate) struct Arguments {
     /// A volume of this name, or a folder of the host, at a path of the guest; :ro only reads; may be repeated
     #[arg(long, short = 'v', value_name = "SOURCE:GUEST[:ro]")]
     volume: Vec<OsString>,
+    /// Programs only read the root filesystem; they write to volumes, /dev/shm, /run, /tmp and /var/tmp
+    #[arg(long)]
+    read_only: bool,
     /// When to ask a registry for an image
     #[arg(long, value_name = "missing|always|never", default_value = "missing",
           value_parser = ["missing", "always", "never"])]
@@ -356,6 +359,7 @@ impl Arguments {
             groups: of_image.user.groups.clone(),
             terminal: self.tty.then(client::new_terminal_size),
             agent: true,
+            is_root_read_only: self.read_only,
             ..GuestConfig::default()
         })
     }
