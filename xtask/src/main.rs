@@ -8,6 +8,7 @@ mod build_image;
 mod cache;
 mod cargo;
 mod clean;
+mod container;
 mod debian;
 mod host;
 mod kernel;
