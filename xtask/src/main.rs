@@ -8,6 +8,7 @@ mod build_image;
 mod cache;
 mod cargo;
 mod clean;
+mod container;
 mod debian;
 mod docker_archive;
 mod host;
@@ -26,6 +27,7 @@ mod test_lab;
 mod test_network;
 mod test_oci;
 mod test_root;
+mod test_volumes;
 mod vmlinux;
 
 use clap::{Parser, Subcommand};

@@ -33,6 +33,7 @@ pub(super) fn parse(mut words: impl Iterator<Item = OsString>) -> Option<Argumen
             "--net" => once(&mut net, value(words.next())?)?,
             "--publish" | "-p" => parsed.publish.push(value(words.next())?),
             "--volume" | "-v" => parsed.volume.push(value(words.next())?),
+            "--read-only" => switch(&mut parsed.read_only)?,
             "--pull" => {
                 let when = text(words.next()).filter(|when| PULL.contains(&when.as_str()))?;
                 once(&mut pull, when)?;
@@ -66,7 +67,7 @@ mod tests {
     fn a_line_with_everything_needs_no_clap() {
         is_plain(
             "kindling run -e A=1 --env B --workdir / -u a:b --entrypoint e -t -i -m 64 --cpus 2 --timeout 5 --name n \
-             --hostname h --rm --net user -p 1:2 --publish 3:4 -v a:/b --pull never --cold --report --started-at 5 image sh -c -e",
+             --hostname h --rm --net user -p 1:2 --publish 3:4 -v a:/b --read-only --pull never --cold --report --started-at 5 image sh -c -e",
         );
         is_plain("kindling run image");
         is_plain("kindling run image -- sh -c -- -e");

@@ -85,6 +85,9 @@ pub(crate) struct Arguments {
     /// A volume of this name, or a folder of the host, at a path of the guest; :ro only reads; may be repeated
     #[arg(long, short = 'v', value_name = "SOURCE:GUEST[:ro]")]
     pub(crate) volume: Vec<OsString>,
+    /// Programs only read the root filesystem; they write to volumes, /dev/shm, /run, /tmp and /var/tmp
+    #[arg(long)]
+    pub(crate) read_only: bool,
     /// When to ask a registry for an image
     #[arg(long, value_name = "missing|always|never", default_value = "missing",
           value_parser = PULL)]
@@ -125,6 +128,7 @@ impl Default for Arguments {
             net: "none".into(),
             publish: Vec::new(),
             volume: Vec::new(),
+            read_only: false,
             pull: PULL[0].to_owned(),
             cold: false,
             started_at: None,
@@ -392,6 +396,7 @@ impl Arguments {
             groups: of_image.user.groups.clone(),
             terminal: self.tty.then(client::new_terminal_size),
             agent: true,
+            is_root_read_only: self.read_only,
             ..GuestConfig::default()
         })
     }
