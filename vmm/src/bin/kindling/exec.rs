@@ -4,12 +4,11 @@ use crate::instances::{Found, InstanceError};
 use crate::run::client::{self, Streams};
 use crate::run::signals;
 use crate::terminal::RawTerminal;
-use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, complain};
+use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, bytes, complain};
 use clap::Args;
 use kindling::agent::{AgentError, Process};
 use kindling::config::GuestConfig;
 use std::ffi::OsString;
-use std::os::unix::ffi::OsStringExt;
 
 #[derive(Args, Debug)]
 pub(crate) struct Arguments {
@@ -78,7 +77,7 @@ fn leave(signal: u8) {
 }
 
 /// A number that no other process of a guest has, but for one chance in 2^64.
-fn token() -> u64 {
+pub(crate) fn token() -> u64 {
     let mut bytes = [0; 8];
     let _ = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
     u64::from_le_bytes(bytes).max(1)
@@ -86,7 +85,6 @@ fn token() -> u64 {
 
 impl Arguments {
     fn guest(&self) -> GuestConfig {
-        let bytes = |text: &OsString| text.clone().into_vec();
         let (user_id, group_id) = self.user.unwrap_or_default();
         GuestConfig {
             arguments: self.command.iter().map(bytes).collect(),
