@@ -4,7 +4,6 @@ use crate::bytes::{NoBytes, Reader};
 use crate::entry::{Entry, Kind, is_name};
 use crate::send::CHUNK_HEAD;
 use crate::{CHUNK, Failure, MAX_DEPTH, What};
-use alloc::format;
 use alloc::vec::Vec;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{
@@ -13,6 +12,7 @@ use rustix::fs::{
     utimensat,
 };
 use rustix::io::{Errno, pwrite, retry_on_intr};
+use rustix::path::DecInt;
 use rustix::process::getpid;
 
 /// Where things go, and what of them is kept.
@@ -125,8 +125,8 @@ impl<F: AsFd> Receiver<'_, F> {
             (FileType::RegularFile, Kind::Directory) => Err(self.failure(What::NotDirectory)),
             (FileType::RegularFile, _) => {
                 // Where links lead to a file, it is that file that is replaced.
-                let link = format!("/proc/self/fd/{}", rustix::fd::AsRawFd::as_raw_fd(&there));
-                let real = readlinkat(CWD, link.as_str(), Vec::new()).map_err(self.failed(What::Open))?;
+                let link = [b"/proc/self/fd/", DecInt::from_fd(&there).as_bytes()].concat();
+                let real = readlinkat(CWD, link, Vec::new()).map_err(self.failed(What::Open))?;
                 let (parent, name) = split(real.to_bytes());
                 let directory = openat(CWD, parent, flags | OFlags::DIRECTORY, Mode::empty())
                     .map_err(Failure::of(What::Open, parent))?;
@@ -209,12 +209,13 @@ impl<F: AsFd> Receiver<'_, F> {
     fn draft<'p, T>(
         &mut self,
         parent: BorrowedFd<'p>,
-        make: impl Fn(&str) -> Result<T, Errno>,
+        make: impl Fn(&[u8]) -> Result<T, Errno>,
     ) -> Result<(Draft<'p>, T), Failure> {
         const ATTEMPTS: u32 = 1000;
         for _ in 0..ATTEMPTS {
             self.made += 1;
-            let name = format!(".kindling-cp-{}-{}", getpid().as_raw_pid(), self.made);
+            let (process, number) = (DecInt::new(getpid().as_raw_pid()), DecInt::new(self.made));
+            let name = [b".kindling-cp-", process.as_bytes(), b"-", number.as_bytes()].concat();
             match make(&name) {
                 Ok(thing) => return Ok((Draft { parent, name: Some(name) }, thing)),
                 // Left by a process that was killed and had this one's number.
@@ -316,7 +317,7 @@ fn times(entry: &Entry) -> Timestamps {
 /// A file or link that has not got its name yet, and goes where it does not get one.
 struct Draft<'p> {
     parent: BorrowedFd<'p>,
-    name: Option<alloc::string::String>,
+    name: Option<Vec<u8>>,
 }
 
 impl Draft<'_> {
@@ -331,7 +332,7 @@ impl Draft<'_> {
 impl Drop for Draft<'_> {
     fn drop(&mut self) {
         if let Some(name) = &self.name {
-            let _ = unlinkat(self.parent, name.as_str(), AtFlags::empty());
+            let _ = unlinkat(self.parent, &name[..], AtFlags::empty());
         }
     }
 }

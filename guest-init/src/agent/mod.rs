@@ -20,7 +20,7 @@ use guest_protocol::agent::{self, Hello, Role};
 use rustix::event::epoll::EventFlags;
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
-use rustix::process::{Signal, WaitOptions, wait};
+use rustix::process::{Resource, Rlimit, Signal, WaitOptions, getrlimit, setrlimit, wait};
 use session::{Session, State};
 use watch::{Token, Watch};
 
@@ -29,6 +29,9 @@ use watch::{Token, Watch};
 const SESSIONS: usize = 256;
 /// Connections that may be on their way to say what they are for. Where there are as many, the first makes room.
 const NEWCOMERS: usize = 256;
+
+/// Of which a session has eight, and a newcomer one.
+const DESCRIPTORS: u64 = 4096;
 
 /// A connection that has not said whole yet what it is for.
 struct Newcomer {
@@ -79,6 +82,7 @@ const fn advice(error: Errno) -> &'static str {
 
 impl Agent {
     fn new() -> Result<Self, (&'static str, Errno)> {
+        limit_descriptors(DESCRIPTORS);
         let watch = Watch::new().map_err(|error| ("make an epoll instance", error))?;
         let children = SignalSet::of([Signal::CHILD]);
         children.block().map_err(|error| ("block signals", error))?;
@@ -196,6 +200,13 @@ impl Agent {
             }
         }
     }
+}
+
+/// Lets this process have so many descriptors.
+fn limit_descriptors(current: u64) {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    let current = Some(maximum.map_or(current, |maximum| maximum.min(current)));
+    let _ = setrlimit(Resource::Nofile, Rlimit { current, maximum });
 }
 
 /// A place in a list: one that is free, a new one if there are not too many, or that of the oldest who has to go. Who

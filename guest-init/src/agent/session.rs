@@ -19,6 +19,9 @@ use rustix::process::{Pid, Signal};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 
+/// Descriptors that a process may have before it asks for more, as everywhere.
+const PROCESS_DESCRIPTORS: u64 = 1024;
+
 /// How far a session is.
 #[derive(PartialEq, Eq)]
 pub(super) enum State {
@@ -38,7 +41,7 @@ pub(super) struct Session {
     pub(super) process: Option<Pid>,
     /// Its exit status, when it has ended.
     pub(super) code: Option<u8>,
-    /// No process could be started.
+    /// No process could be started, or its program is known not to be executed.
     is_refused: bool,
     /// Ends when the program is executed, with a byte before where it cannot be.
     execution: Option<OwnedFd>,
@@ -142,6 +145,7 @@ impl Session {
         let ends = ends.map_err(|error| ("make a process's streams", error))?;
         match syscall::fork() {
             Ok(None) => {
+                super::limit_descriptors(PROCESS_DESCRIPTORS);
                 ends.enter(terminal.is_some());
                 child();
                 syscall::exit(program::NOT_EXECUTABLE)
@@ -210,7 +214,7 @@ impl Session {
                 watch.once(execution, Token::Execution(self.slot), EventFlags::IN)
             }
             // Why it is not will be its exit status.
-            Ok(_) | Err(_) => {}
+            Ok(_) | Err(_) => self.is_refused = true,
         }
     }
 

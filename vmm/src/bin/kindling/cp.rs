@@ -242,9 +242,10 @@ impl Default for Interruption {
         let (by, streams) = (Arc::<AtomicU8>::default(), Arc::<OnceLock<[UnixStream; 2]>>::default());
         let receiver = signals::receive(false, {
             let (by, streams) = (Arc::clone(&by), Arc::clone(&streams));
-            move |signal| {
-                by.store(signal, Ordering::Release);
-                hang_up(&streams);
+            move |signal| match (by.swap(signal, Ordering::AcqRel), streams.get()) {
+                (0, Some(streams)) => hang_up(streams),
+                // Nothing has begun, or whoever sends it does not want to wait any more.
+                _ => leave(signal),
             }
         });
         // No process is ever told of one.
@@ -261,17 +262,19 @@ impl Interruption {
     /// Ends this process's streams, as soon as there is a signal.
     fn ends(&self, process: &Process) -> Result<(), io::Error> {
         let _ = self.streams.set([process.input.try_clone()?, process.output.try_clone()?]);
-        if self.signal() != 0 {
-            hang_up(&self.streams);
-        }
         Ok(())
     }
 }
 
-fn hang_up(streams: &OnceLock<[UnixStream; 2]>) {
-    for stream in streams.get().into_iter().flatten() {
+fn hang_up(streams: &[UnixStream]) {
+    for stream in streams {
         let _ = stream.shutdown(Shutdown::Both);
     }
+}
+
+#[expect(clippy::exit, reason = "the main thread waits for a guest that does not answer")]
+fn leave(signal: u8) {
+    std::process::exit(128 + i32::from(signal));
 }
 
 #[cfg(test)]
