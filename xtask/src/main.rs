@@ -10,6 +10,7 @@ mod cargo;
 mod clean;
 mod container;
 mod debian;
+mod docker_archive;
 mod host;
 mod kernel;
 mod kernel_config;
