@@ -12,9 +12,9 @@ use rustix::fd::OwnedFd;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, mkdirat, open, renameat, statat, syncfs};
 use rustix::io::Errno;
 use rustix::mount::{
-    FsPickFlags, MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, fsconfig_reconfigure,
-    fsconfig_set_flag, fspick, mount, move_mount, open_tree, unmount,
+    MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount, move_mount, open_tree, unmount,
 };
+use rustix::path::DecInt;
 use rustix::process::{WaitOptions, wait};
 use rustix::thread::{Timespec, nanosleep};
 
@@ -115,26 +115,21 @@ pub(crate) fn make_directories(path: &[u8]) {
 }
 
 impl Written {
-    /// Ends all processes and makes the filesystems read-only, so that the next guest finds them whole and without a
-    /// journal to go through. Where that fails the journal is there all the same.
+    /// Ends all processes and unmounts the filesystems, so that the next guest finds them whole and without a journal
+    /// to go through. Where the program has mounted one elsewhere too, the journal is there all the same.
     pub(crate) fn leave(self) {
         if self.0.is_empty() {
             return;
         }
         end_processes();
-        for tree in self.0 {
-            if let Err(error) = make_read_only(&tree) {
-                say(format_args!("init: cannot make a volume read-only: {error}\n"));
+        for tree in self.0.into_iter().rev() {
+            // By its descriptor: the program may have put something else over it. It goes when that is closed.
+            let path = [b"/proc/self/fd/", DecInt::from_fd(&tree).as_bytes()].concat();
+            if let Err(error) = unmount(path, UnmountFlags::DETACH) {
+                say(format_args!("init: cannot unmount a volume: {error}\n"));
             }
         }
     }
-}
-
-/// The filesystem of a mount, wherever else the guest has mounted it.
-fn make_read_only(tree: &OwnedFd) -> Result<(), Errno> {
-    let filesystem = fspick(tree, "", FsPickFlags::FSPICK_EMPTY_PATH | FsPickFlags::FSPICK_CLOEXEC)?;
-    fsconfig_set_flag(&filesystem, "ro")?;
-    fsconfig_reconfigure(&filesystem)
 }
 
 /// Ends all processes but this one. One that waits for a device may take its time, and is not waited for then.

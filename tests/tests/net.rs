@@ -190,7 +190,7 @@ fn streams_pass_passt_both_ways() {
 
 /// Its root filesystem is a disk, with a link in the file's place.
 #[test]
-fn an_image_learns_of_its_name_server_and_its_own_name() {
+fn a_container_learns_of_its_name_server_and_its_own_name() {
     enter_host_network();
     let user = User::new();
     let mut command = with_network_programs(user.run(&["--net", "user", "--name", "box"]));

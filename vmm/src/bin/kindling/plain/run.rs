@@ -32,6 +32,7 @@ pub(super) fn parse(mut words: impl Iterator<Item = OsString>) -> Option<Argumen
             "--rm" => switch(&mut parsed.rm)?,
             "--net" => once(&mut net, value(words.next())?)?,
             "--publish" | "-p" => parsed.publish.push(value(words.next())?),
+            "--read-only" => switch(&mut parsed.read_only)?,
             "--volume" | "-v" => parsed.volume.push(value(words.next())?),
             "--read-only" => switch(&mut parsed.read_only)?,
             "--pull" => {
