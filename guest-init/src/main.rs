@@ -1,6 +1,6 @@
 //! PID 1 of a Kindling guest, in the order it happens: mark the first instruction, mount, set the
-//! system up, ask for the configuration, enter the image's root where it is a disk, run the payload, report
-//! its exit.
+//! system up, ask for the configuration, enter the image's root where it is a disk, mount what the host adds, run
+//! the payload, report its exit.
 //!
 //! There is no C library below it and nothing above it but the payload.
 #![no_std]
@@ -14,6 +14,7 @@ mod heap;
 mod kernel_log;
 mod machine;
 mod mem;
+mod mounts;
 mod network;
 mod payload;
 mod program;
@@ -51,6 +52,7 @@ fn main() -> ! {
         root::enter(device);
         machine::mark(BootMark::RootEntered);
     }
+    let written = mounts::mount_all(&answer.spec.mounts);
 
     let code = if answer.spec.agent {
         agent::serve(&answer.spec)
@@ -60,6 +62,7 @@ fn main() -> ! {
     } else {
         payload::run(&answer.spec)
     };
+    written.leave();
     if answer.spec.kernel_log {
         kernel_log::send();
     }

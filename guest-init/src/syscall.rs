@@ -11,6 +11,7 @@ use rustix::process::{Pid, Signal};
 const RT_SIGPROCMASK: usize = 14;
 const FORK: usize = 57;
 const EXECVE: usize = 59;
+const KILL: usize = 62;
 const RT_SIGTIMEDWAIT: usize = 128;
 const SYSLOG: usize = 103;
 const SIGNALFD4: usize = 289;
@@ -112,6 +113,13 @@ pub(crate) fn read_kernel_log(text: &mut [u8]) -> Result<usize, Errno> {
     const READ_ALL: usize = 3;
     // SAFETY: the kernel writes at most as many bytes as it is told that there are.
     unsafe { call(SYSLOG, [READ_ALL, text.as_mut_ptr().addr(), text.len(), 0]) }
+}
+
+/// Kills every process but this one, of which that is process 1's alone.
+pub(crate) fn kill_all() {
+    const ALL: usize = usize::MAX;
+    // SAFETY: the call has no effect on this process. Where there is no other, there is nothing to do.
+    let _ = unsafe { call(KILL, [ALL, Signal::KILL.as_raw().unsigned_abs() as usize, 0, 0]) };
 }
 
 /// Ends this process.

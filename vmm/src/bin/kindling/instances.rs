@@ -10,7 +10,7 @@ pub(crate) mod rm;
 pub(crate) mod signal;
 pub(crate) mod stats;
 pub(crate) mod stop;
-mod view;
+pub(crate) mod view;
 mod vmm;
 pub(crate) mod wait;
 
@@ -101,6 +101,8 @@ pub(crate) struct Record {
     pub(crate) stop_signal: u8,
     /// Whether its folder stays when it has ended, until somebody removes it.
     pub(crate) is_kept: bool,
+    /// Names of its volumes.
+    pub(crate) volumes: Vec<String>,
     /// Exit status, once it has one.
     pub(crate) status: Option<u8>,
 }

@@ -18,6 +18,7 @@ mod signals;
 #[cfg(not(test))]
 mod start;
 mod terminal;
+mod volumes;
 
 use clap::{Parser, Subcommand};
 use kindling::Instant;
@@ -58,6 +59,8 @@ enum Command {
     Inspect(instances::inspect::Arguments),
     /// Prints what guests use of the host
     Stats(instances::stats::Arguments),
+    /// Makes volumes for `kindling run -v`, lists them, and removes them
+    Volume(volumes::command::Arguments),
     /// Says what this host can do for microVMs, and what would make it better
     Doctor(doctor::Arguments),
 }
@@ -87,6 +90,7 @@ fn run() -> u8 {
         Command::Rm(arguments) => instances::rm::run(&arguments),
         Command::Inspect(arguments) => instances::inspect::run(&arguments),
         Command::Stats(arguments) => instances::stats::run(&arguments),
+        Command::Volume(arguments) => volumes::command::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
     }
 }

@@ -42,6 +42,7 @@ pub(super) struct View<'a> {
     vcpus: u8,
     stop_signal: u8,
     is_kept: bool,
+    volumes: &'a [String],
     folder: &'a PathBuf,
     /// The Unix socket of its vsock.
     socket: PathBuf,
@@ -57,7 +58,7 @@ impl Found {
     }
 
     pub(super) fn view(&self) -> View<'_> {
-        let Record { image, command, pid, started, memory_mib, vcpus, stop_signal, is_kept, status } =
+        let Record { image, command, pid, started, memory_mib, vcpus, stop_signal, is_kept, volumes, status } =
             &self.record;
         View {
             name: &self.name,
@@ -75,6 +76,7 @@ impl Found {
             vcpus: *vcpus,
             stop_signal: *stop_signal,
             is_kept: *is_kept,
+            volumes,
             folder: &self.folder,
             socket: self.socket(),
         }
@@ -100,7 +102,7 @@ fn in_words(seconds: u64) -> String {
 }
 
 /// A table whose columns are as wide as their widest cell.
-pub(super) fn table<const N: usize>(head: [&str; N], rows: &[[String; N]]) -> String {
+pub(crate) fn table<const N: usize>(head: [&str; N], rows: &[[String; N]]) -> String {
     let mut lines = vec![head.map(str::to_owned)];
     lines.extend_from_slice(rows);
     let widths: [usize; N] = std::array::from_fn(|column| {

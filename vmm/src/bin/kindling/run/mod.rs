@@ -2,6 +2,7 @@
 
 pub(crate) mod client;
 mod detached;
+pub(crate) mod mounts;
 pub(crate) mod signals;
 mod source;
 
@@ -9,6 +10,7 @@ use crate::devices::DeviceArguments;
 use crate::instances::log::Log;
 use crate::instances::{Instance, InstanceError, Record, signal};
 use crate::terminal::RawTerminal;
+use crate::volumes::{self, VolumeError};
 use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, complain, report, tell};
 use clap::Args;
 use client::Streams;
@@ -18,6 +20,7 @@ use kindling::agent::{AgentError, Process};
 use kindling::config::image::Image;
 use kindling::config::{Config, ConfigError, Console, GuestConfig, MachineConfig};
 use kindling::{Error, Exit, ExitReason, Instant, Machine, StopHandle, Timeline, preboot};
+use mounts::{MountError, Source, Wanted};
 use source::{Prepared, SourceError, bytes};
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -79,6 +82,9 @@ pub(crate) struct Arguments {
     /// A port of the host that leads to one of the guest; takes `--net user`; may be repeated
     #[arg(long, short = 'p', value_name = "HOST:GUEST")]
     publish: Vec<OsString>,
+    /// A volume of this name, or a folder of the host, at a path of the guest; :ro only reads; may be repeated
+    #[arg(long, short = 'v', value_name = "SOURCE:GUEST[:ro]")]
+    volume: Vec<OsString>,
     /// When to ask a registry for an image
     #[arg(long, value_name = "missing|always|never", default_value = "missing",
           value_parser = ["missing", "always", "never"])]
@@ -111,6 +117,12 @@ enum RunError {
     Instance(#[from] InstanceError),
     #[error(transparent)]
     Machine(#[from] Error),
+    #[error(transparent)]
+    Mount(#[from] MountError),
+    #[error(transparent)]
+    Volume(#[from] VolumeError),
+    #[error("--volume {}: folders of the host cannot be mounted yet; NAME:GUEST is a volume", .0.display())]
+    Folder(PathBuf),
     #[error("the image names no command; write one behind its name")]
     NoCommand,
     #[error("the host refused to {0}")]
@@ -127,7 +139,9 @@ impl RunError {
     const fn status(&self) -> u8 {
         match self {
             Self::Machine(error) if !error.is_users() => STATUS_FAILURE,
-            Self::Host(..) | Self::Instance(InstanceError::Host { .. }) => STATUS_FAILURE,
+            Self::Host(..)
+            | Self::Instance(InstanceError::Host { .. })
+            | Self::Volume(VolumeError::Host { .. }) => STATUS_FAILURE,
             _ => STATUS_BAD_REQUEST,
         }
     }
@@ -186,7 +200,8 @@ fn start(
     starter: Option<Arc<Starter>>,
     timeline: Timeline,
 ) -> Result<u8, RunError> {
-    let config = arguments.config(instance, prepared)?;
+    let wanted = mounts::parse_all(&arguments.volume)?;
+    let config = arguments.config(instance, prepared, &wanted)?;
     // Before any thread is started.
     let stopped_by = Arc::new(AtomicU8::new(0));
     let stop: Arc<OnceLock<StopHandle>> = Arc::default();
@@ -203,7 +218,7 @@ fn start(
         None => Streams::own(),
     };
     let streams = streams.map_err(|error| RunError::Host("open the program's streams", error))?;
-    instance.write(&arguments.record(&config, prepared))?;
+    instance.write(&arguments.record(&config, prepared, &wanted))?;
     if !arguments.cold {
         make_preboot(&config);
     }
@@ -250,7 +265,12 @@ fn start(
 }
 
 impl Arguments {
-    fn config(&self, instance: &Instance, prepared: &Prepared) -> Result<Config, RunError> {
+    fn config(
+        &self,
+        instance: &Instance,
+        prepared: &Prepared,
+        wanted: &[Wanted],
+    ) -> Result<Config, RunError> {
         let kernel = source::kernel_image()?;
         let image = Image::open(&kernel)?;
         let mut config = image.config(&kernel);
@@ -270,6 +290,15 @@ impl Arguments {
         }
         devices.add_to(&mut config.devices)?;
         config.guest = self.guest(instance, prepared)?;
+        for wanted in wanted {
+            match &wanted.source {
+                Source::Volume(name) => {
+                    let disk = volumes::for_guest(name, wanted.is_read_only)?;
+                    mounts::add_volume(&mut config, disk, wanted);
+                }
+                Source::Folder(path) => return Err(RunError::Folder(path.clone())),
+            }
+        }
         config.validate()?;
         if !self.cold {
             config.preboot = preboot_path(&config);
@@ -331,7 +360,7 @@ impl Arguments {
         })
     }
 
-    fn record(&self, config: &Config, prepared: &Prepared) -> Record {
+    fn record(&self, config: &Config, prepared: &Prepared, wanted: &[Wanted]) -> Record {
         let stop_signal = prepared.config.stop_signal.as_deref().and_then(|name| signal::parse(name).ok());
         let text = |bytes: &Vec<u8>| String::from_utf8_lossy(bytes).into_owned();
         let since_1970 = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
@@ -347,6 +376,7 @@ impl Arguments {
                 .try_into()
                 .unwrap_or_default(),
             is_kept: self.detach && !self.rm,
+            volumes: wanted.iter().filter_map(Wanted::volume).map(str::to_owned).collect(),
             status: None,
         }
     }

@@ -1,0 +1,139 @@
+//! Filesystems of the host's that the guest has in its root: volumes, which are disks of its own, and folders.
+
+use crate::syscall;
+use crate::voice::{give_up, say};
+use alloc::string::String;
+use alloc::vec::Vec;
+use guest_init::payload_spec::Mount;
+use guest_protocol::frame::MountKind;
+use rustix::fd::OwnedFd;
+use rustix::fs::{CWD, Mode, OFlags, mkdirat, open};
+use rustix::io::Errno;
+use rustix::mount::{
+    FsPickFlags, MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, fsconfig_reconfigure,
+    fsconfig_set_flag, fspick, mount, move_mount, open_tree, unmount,
+};
+use rustix::process::{WaitOptions, wait};
+use rustix::thread::{Timespec, nanosleep};
+
+/// The directory of a volume that programs see: not its root, where ext4 has a `lost+found`.
+const DATA: &str = "data";
+
+/// What cannot be done, and why.
+type Failure = (&'static str, Errno);
+
+/// Mounts that may be written and whose disks are to be left in order.
+pub(crate) struct Written(Vec<OwnedFd>);
+
+/// Mounts all in their order. Init ends the machine where one fails: its program would write to another place than its
+/// user thinks.
+pub(crate) fn mount_all(mounts: &[Mount]) -> Written {
+    let mut written = Vec::new();
+    for mount in mounts {
+        let result = match mount.kind {
+            MountKind::Volume => mount_volume(mount),
+            MountKind::Folder => mount_folder(mount),
+        };
+        match result {
+            Ok(tree) => written.extend(tree),
+            Err((what, error)) => give_up(format_args!(
+                "cannot {what} {}: {error}{}",
+                String::from_utf8_lossy(&mount.target),
+                advice(error)
+            )),
+        }
+    }
+    Written(written)
+}
+
+const fn advice(error: Errno) -> &'static str {
+    match error {
+        Errno::UCLEAN | Errno::INVAL | Errno::BADMSG | Errno::IO => {
+            "; its filesystem is damaged: e2fsck can mend it"
+        }
+        Errno::NODEV => "; the guest's kernel has no such filesystem",
+        _ => "",
+    }
+}
+
+/// Mounts a volume's data. Returns the mount if it can be written.
+fn mount_volume(volume: &Mount) -> Result<Option<OwnedFd>, Failure> {
+    let target = volume.target.as_slice();
+    make_directories(target);
+    let access = if volume.is_read_only { MountFlags::RDONLY } else { MountFlags::empty() };
+    // What is deleted gives its room back to the host.
+    mount(volume.source.as_slice(), target, "ext4", access, c"discard")
+        .map_err(|error| ("mount the volume of", error))?;
+    let failed = |error| ("mount what is in the volume of", error);
+    let whole =
+        open(target, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).map_err(failed)?;
+    if !volume.is_read_only {
+        match mkdirat(&whole, DATA, Mode::from_raw_mode(0o755)) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(error) => return Err(("make the first directory of the volume of", error)),
+        }
+    }
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let data = open_tree(&whole, DATA, flags).map_err(failed)?;
+    unmount(target, UnmountFlags::DETACH).map_err(failed)?;
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_SYMLINKS;
+    move_mount(&data, "", CWD, target, flags).map_err(failed)?;
+    Ok((!volume.is_read_only).then_some(data))
+}
+
+/// Mounts a folder of the host's, which the host keeps in order itself.
+fn mount_folder(folder: &Mount) -> Result<Option<OwnedFd>, Failure> {
+    make_directories(&folder.target);
+    let access = if folder.is_read_only { MountFlags::RDONLY } else { MountFlags::empty() };
+    mount(folder.source.as_slice(), folder.target.as_slice(), "virtiofs", access, c"")
+        .map_err(|error| ("mount the host's folder on", error))?;
+    Ok(None)
+}
+
+/// Makes a directory and those above it, where they are missing. What cannot be made is found out by who uses it.
+pub(crate) fn make_directories(path: &[u8]) {
+    let ends = path.iter().enumerate().skip(1).filter(|(_, byte)| **byte == b'/').map(|(at, _)| at);
+    for end in ends.chain([path.len()]) {
+        let _ = mkdirat(CWD, &path[..end], Mode::from_raw_mode(0o755));
+    }
+}
+
+impl Written {
+    /// Ends all processes and makes the filesystems read-only, so that the next guest finds them whole and without a
+    /// journal to go through. Where that fails the journal is there all the same.
+    pub(crate) fn leave(self) {
+        if self.0.is_empty() {
+            return;
+        }
+        end_processes();
+        for tree in self.0 {
+            if let Err(error) = make_read_only(&tree) {
+                say(format_args!("init: cannot make a volume read-only: {error}\n"));
+            }
+        }
+    }
+}
+
+/// The filesystem of a mount, wherever else the guest has mounted it.
+fn make_read_only(tree: &OwnedFd) -> Result<(), Errno> {
+    let filesystem = fspick(tree, "", FsPickFlags::FSPICK_EMPTY_PATH | FsPickFlags::FSPICK_CLOEXEC)?;
+    fsconfig_set_flag(&filesystem, "ro")?;
+    fsconfig_reconfigure(&filesystem)
+}
+
+/// Ends all processes but this one. One that waits for a device may take its time, and is not waited for then.
+fn end_processes() {
+    /// Of a millisecond each.
+    const TURNS: u32 = 2000;
+    syscall::kill_all();
+    for _ in 0..TURNS {
+        loop {
+            match wait(WaitOptions::NOHANG) {
+                Ok(Some(_)) => {}
+                Ok(None) => break,
+                Err(_) => return,
+            }
+        }
+        let _ = nanosleep(&Timespec { tv_sec: 0, tv_nsec: 1_000_000 });
+    }
+}
