@@ -9,9 +9,9 @@ mod serve;
 
 use folder::Folder;
 use std::ffi::OsString;
+use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -59,8 +59,8 @@ impl Arguments {
 
 fn run() -> Result<(), Error> {
     let arguments = Arguments::parse(std::env::args_os().skip(1)).ok_or(Error::Usage)?;
-    let socket = rustix::stdio::stdin().try_clone_to_owned().map_err(Error::Serve)?;
-    let socket = UnixStream::from(socket);
+    // A file, whose calls are those that remain.
+    let socket = File::from(rustix::stdio::stdin().try_clone_to_owned().map_err(Error::Serve)?);
     let cannot = |error: io::Error| Error::Folder(arguments.folder.clone(), error);
     let folder = Folder::open(&arguments.folder, arguments.is_read_only, arguments.owner).map_err(cannot)?;
     sandbox::enter(folder.root().as_fd(), arguments.is_read_only)?;

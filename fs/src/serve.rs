@@ -3,9 +3,9 @@
 use crate::folder::Folder;
 use fuse_backend_rs::api::server::Server;
 use fuse_backend_rs::transport::{FuseBuf, FuseDevWriter, Reader, Writer};
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixStream;
 
 /// Bytes that a message can have: 1 MiB of data and what goes with it, as the library has it.
 const MESSAGE_MAX: usize = (1 << 20) + 4096;
@@ -15,7 +15,7 @@ const REQUEST_HEADER: usize = 40;
 const REPLY_HEADER: u32 = 16;
 
 /// Serves a folder until the socket ends.
-pub(crate) fn serve(socket: &UnixStream, folder: Folder) -> io::Result<()> {
+pub(crate) fn serve(socket: &File, folder: Folder) -> io::Result<()> {
     let server = Server::new(folder);
     let mut input = vec![0; MESSAGE_MAX];
     let mut output = vec![0; MESSAGE_MAX];
@@ -30,7 +30,7 @@ pub(crate) fn serve(socket: &UnixStream, folder: Folder) -> io::Result<()> {
         }
         input.copy_within(unread.clone(), 0);
         unread = 0..unread.len();
-        match (&*socket).read(&mut input[unread.end..])? {
+        match (&mut &*socket).read(&mut input[unread.end..])? {
             0 => return Ok(()),
             count => unread.end += count,
         }
@@ -47,12 +47,7 @@ fn next_length(bytes: &[u8]) -> io::Result<Option<usize>> {
     Ok(Some(length))
 }
 
-fn handle(
-    server: &Server<Folder>,
-    socket: &UnixStream,
-    request: &mut [u8],
-    output: &mut [u8],
-) -> io::Result<()> {
+fn handle(server: &Server<Folder>, socket: &File, request: &mut [u8], output: &mut [u8]) -> io::Result<()> {
     let unique = request[8..16].to_vec();
     let reader = Reader::<()>::from_fuse_buffer(FuseBuf::new(request)).map_err(io::Error::other)?;
     let writer = FuseDevWriter::new(socket.as_raw_fd(), output).map_err(io::Error::other)?;
@@ -60,7 +55,7 @@ fn handle(
         // It makes no sense. Whether it had a reply is not known; the device passes no second one on.
         let error = -libc::EINVAL;
         let reply = [&REPLY_HEADER.to_le_bytes()[..], &error.to_le_bytes(), &unique].concat();
-        return (&*socket).write_all(&reply);
+        return (&mut &*socket).write_all(&reply);
     }
     Ok(())
 }

@@ -11,7 +11,7 @@ mod server;
 #[cfg(test)]
 mod tests;
 
-pub use server::Server;
+pub use server::{Server, find_folder};
 
 use super::queue::fill;
 use super::stream::{receive, send};
@@ -29,9 +29,6 @@ const REQUESTS: usize = 1;
 /// Linux makes no request of more pages than the queue has descriptors, less four for headers
 /// (`virtio_fs_get_tree` in fs/fuse/virtio_fs.c), and the largest that FUSE knows has 256.
 const QUEUE_SIZES: &[u16] = &[64, 256];
-
-/// Requests that can wait at a time: a driver that makes more uses descriptors that the device still has.
-const WAITING_MAX: usize = 64 + 256;
 
 /// Bytes of the tag in the configuration space (section 5.11.4).
 const TAG_MAX: usize = 36;
@@ -66,6 +63,7 @@ pub struct SharedFolder {
     server: Option<Server>,
     /// Why there is none any more.
     failure: Option<String>,
+    /// No more than the queues have descriptors: the ring sees to it.
     waiting: BTreeMap<u64, Waiting>,
     /// The number of the next request.
     next: u64,
@@ -182,9 +180,6 @@ impl SharedFolder {
 
     /// Takes one request; its bytes.
     fn take_request(&mut self, queue: usize, mut chain: Chain, queues: &mut Queues) -> Result<usize, Broken> {
-        if self.waiting.len() >= WAITING_MAX {
-            return Err(Broken::because("more requests are under way than its queues have room for"));
-        }
         let length = usize::try_from(chain.readable_len()).unwrap_or(usize::MAX);
         if length > MESSAGE_MAX {
             return Err(Broken::because(format!("a request has {length} bytes; FUSE has none of that size")));
@@ -399,7 +394,8 @@ impl SharedFolder {
 
 /// Answers a request with an error.
 fn refuse(waiting: Waiting, queues: &mut Queues) -> Result<(), Broken> {
-    const LENGTH: u32 = REPLY_HEADER as u32;
+    const LENGTH: u32 = 16;
+    const _: () = assert!(LENGTH as usize == REPLY_HEADER);
     let mut header = [0; REPLY_HEADER];
     header[..4].copy_from_slice(&LENGTH.to_le_bytes());
     header[4..8].copy_from_slice(&ERROR.to_le_bytes());

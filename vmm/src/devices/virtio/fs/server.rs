@@ -3,13 +3,12 @@
 use crate::config::ConfigError;
 use crate::config::devices::SharedFolder as Config;
 use rustix::fs::{Access, access};
-use std::ffi::OsString;
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 /// A process that serves a folder, and the socket to it. It ends when the socket is closed.
@@ -24,7 +23,7 @@ impl Server {
     pub(super) fn start(config: &Config) -> Result<Self, ConfigError> {
         let path = &config.path_on_host;
         let wrong = |what: String| ConfigError::SharedFolder { path: path.clone(), what };
-        let folder = check(path).map_err(wrong)?;
+        let folder = find_folder(path)?;
         let program = std::env::current_exe()
             .map(|program| program.with_file_name("kindling-fs"))
             .map_err(|error| wrong(format!("this program does not find itself: {error}")))?;
@@ -78,17 +77,22 @@ impl Drop for Server {
     }
 }
 
-/// Checks that a folder is one which its user can look into, and says where it is.
-fn check(path: &Path) -> Result<OsString, String> {
+/// Where a folder is, which its user has to be able to look into.
+///
+/// # Errors
+/// When it is none, or not for this user.
+pub fn find_folder(path: &Path) -> Result<PathBuf, ConfigError> {
+    let wrong = |what: &str| ConfigError::SharedFolder { path: path.to_owned(), what: what.to_owned() };
     let refused = |error: io::Error| match error.kind() {
-        io::ErrorKind::NotFound => "there is no such folder".to_owned(),
-        io::ErrorKind::PermissionDenied => "it is not for this user to read".to_owned(),
-        _ => error.to_string(),
+        io::ErrorKind::NotFound => wrong("there is no such folder"),
+        io::ErrorKind::NotADirectory => wrong("it lies in what is no folder"),
+        io::ErrorKind::PermissionDenied => wrong("it is not for this user to read"),
+        _ => wrong(&error.to_string()),
     };
     let folder = path.canonicalize().map_err(refused)?;
     if !folder.is_dir() {
-        return Err("it is no folder; share the one that it is in".to_owned());
+        return Err(wrong("it is no folder; share the one that it is in"));
     }
     access(&folder, Access::READ_OK | Access::EXEC_OK).map_err(|error| refused(error.into()))?;
-    Ok(folder.into_os_string())
+    Ok(folder)
 }
