@@ -9,12 +9,14 @@
 extern crate alloc;
 
 mod agent;
+mod copy;
 mod greeting;
 mod heap;
 mod kernel_log;
 mod machine;
 mod mem;
 mod mounts;
+mod names;
 mod network;
 mod payload;
 mod program;
@@ -49,10 +51,15 @@ fn main() -> ! {
     network::configure(&answer.spec.networks);
     machine::mark(BootMark::Configured);
     if let Some(device) = &answer.spec.root_device {
-        root::enter(device);
+        root::enter(device, &answer.spec);
         machine::mark(BootMark::RootEntered);
+    } else {
+        names::write(&answer.spec);
     }
     let written = mounts::mount_all(&answer.spec.mounts);
+    if answer.spec.is_root_read_only {
+        root::make_read_only();
+    }
 
     let code = if answer.spec.agent {
         agent::serve(&answer.spec)

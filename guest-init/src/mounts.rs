@@ -1,23 +1,28 @@
 //! Filesystems of the host's that the guest has in its root: volumes, which are disks of its own, and folders.
 
+use crate::copy;
 use crate::syscall;
 use crate::voice::{give_up, say};
 use alloc::string::String;
 use alloc::vec::Vec;
+use core::ffi::CStr;
 use guest_init::payload_spec::Mount;
 use guest_protocol::frame::MountKind;
 use rustix::fd::OwnedFd;
-use rustix::fs::{CWD, Mode, OFlags, mkdirat, open};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, mkdirat, open, renameat, statat, syncfs};
 use rustix::io::Errno;
 use rustix::mount::{
-    FsPickFlags, MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, fsconfig_reconfigure,
-    fsconfig_set_flag, fspick, mount, move_mount, open_tree, unmount,
+    MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount, move_mount, open_tree, unmount,
 };
+use rustix::path::DecInt;
 use rustix::process::{WaitOptions, wait};
 use rustix::thread::{Timespec, nanosleep};
 
-/// The directory of a volume that programs see: not its root, where ext4 has a `lost+found`.
-const DATA: &str = "data";
+/// The directory of a volume that programs see: not its root, where ext4 has a `lost+found`. It is there when it has
+/// all that the first image had.
+const DATA: &CStr = c"data";
+/// What it is called until then.
+const DRAFT: &CStr = c"draft";
 
 /// What cannot be done, and why.
 type Failure = (&'static str, Errno);
@@ -60,18 +65,19 @@ const fn advice(kind: MountKind, error: Errno) -> &'static str {
 fn mount_volume(volume: &Mount) -> Result<Option<OwnedFd>, Failure> {
     let target = volume.target.as_slice();
     make_directories(target);
+    let directory = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let image =
+        open(target, directory, Mode::empty()).map_err(|error| ("find the place of a volume,", error))?;
     let access = if volume.is_read_only { MountFlags::RDONLY } else { MountFlags::empty() };
     // What is deleted gives its room back to the host.
     mount(volume.source.as_slice(), target, "ext4", access, c"discard")
         .map_err(|error| ("mount the volume of", error))?;
     let failed = |error| ("mount what is in the volume of", error);
-    let whole =
-        open(target, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).map_err(failed)?;
-    if !volume.is_read_only {
-        match mkdirat(&whole, DATA, Mode::from_raw_mode(0o755)) {
-            Ok(()) | Err(Errno::EXIST) => {}
-            Err(error) => return Err(("make the first directory of the volume of", error)),
-        }
+    let whole = open(target, directory, Mode::empty()).map_err(failed)?;
+    if !volume.is_read_only
+        && statat(&whole, DATA, AtFlags::empty()).is_err_and(|error| error == Errno::NOENT)
+    {
+        fill(&whole, &image).map_err(|error| ("copy what the image has to the volume of", error))?;
     }
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     let data = open_tree(&whole, DATA, flags).map_err(failed)?;
@@ -79,6 +85,16 @@ fn mount_volume(volume: &Mount) -> Result<Option<OwnedFd>, Failure> {
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_SYMLINKS;
     move_mount(&data, "", CWD, target, flags).map_err(failed)?;
     Ok((!volume.is_read_only).then_some(data))
+}
+
+/// Gives a new volume what the image has in its place. A guest that ends meanwhile leaves it as new as it was.
+fn fill(whole: &OwnedFd, image: &OwnedFd) -> Result<(), Errno> {
+    copy::remove(whole, DRAFT)?;
+    mkdirat(whole, DRAFT, Mode::from_raw_mode(0o755))?;
+    copy::directory(image, &copy::open_directory(whole, DRAFT)?)?;
+    // The name may not be on the disk before what it stands for.
+    syncfs(whole)?;
+    renameat(whole, DRAFT, whole, DATA)
 }
 
 /// Mounts a folder of the host's, which the host keeps in order itself. What is a device or has another's rights there
@@ -101,26 +117,21 @@ pub(crate) fn make_directories(path: &[u8]) {
 }
 
 impl Written {
-    /// Ends all processes and makes the filesystems read-only, so that the next guest finds them whole and without a
-    /// journal to go through. Where that fails the journal is there all the same.
+    /// Ends all processes and unmounts the filesystems, so that the next guest finds them whole and without a journal
+    /// to go through. Where the program has mounted one elsewhere too, the journal is there all the same.
     pub(crate) fn leave(self) {
         if self.0.is_empty() {
             return;
         }
         end_processes();
-        for tree in self.0 {
-            if let Err(error) = make_read_only(&tree) {
-                say(format_args!("init: cannot make a volume read-only: {error}\n"));
+        for tree in self.0.into_iter().rev() {
+            // By its descriptor: the program may have put something else over it. It goes when that is closed.
+            let path = [b"/proc/self/fd/", DecInt::from_fd(&tree).as_bytes()].concat();
+            if let Err(error) = unmount(path, UnmountFlags::DETACH) {
+                say(format_args!("init: cannot unmount a volume: {error}\n"));
             }
         }
     }
-}
-
-/// The filesystem of a mount, wherever else the guest has mounted it.
-fn make_read_only(tree: &OwnedFd) -> Result<(), Errno> {
-    let filesystem = fspick(tree, "", FsPickFlags::FSPICK_EMPTY_PATH | FsPickFlags::FSPICK_CLOEXEC)?;
-    fsconfig_set_flag(&filesystem, "ro")?;
-    fsconfig_reconfigure(&filesystem)
 }
 
 /// Ends all processes but this one. One that waits for a device may take its time, and is not waited for then.

@@ -37,6 +37,8 @@ pub struct PayloadSpec {
     pub agent: bool,
     /// Filesystems to mount, in this order.
     pub mounts: Vec<Mount>,
+    /// Whether programs may only read the root.
+    pub is_root_read_only: bool,
 }
 
 /// A filesystem of the host's, and where it goes.
@@ -93,6 +95,7 @@ impl PayloadSpec {
                 Item::Terminal(size) => spec.terminal = Some(size),
                 Item::Agent => spec.agent = true,
                 Item::Mount(mount) => spec.mounts.push(mount.into()),
+                Item::ReadOnlyRoot => spec.is_root_read_only = true,
             }
         }
         Ok(spec)

@@ -4,7 +4,9 @@
 use guest_protocol::agent::{
     BadMessage, Hello, MESSAGE_HEADER_LEN, Message, PAYLOAD, PORT, Role, TerminalSize,
 };
+use rustix::net::{RecvFlags, recv};
 use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
@@ -111,6 +113,13 @@ impl Process {
     }
 }
 
+/// Has something to read when the process has ended.
+impl AsFd for Process {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.control.as_fd()
+    }
+}
+
 impl Control {
     /// Sends a signal: those of a terminal's keys, and the one for its end, to the process and its foreground
     /// children, others to the process alone.
@@ -148,11 +157,10 @@ fn ask(socket: &Path, hello: Hello, more: &[u8]) -> Result<UnixStream, AgentErro
 /// Reads the line that says that the guest has taken the connection, and not a byte more.
 fn expect_ok(mut stream: &UnixStream) -> io::Result<()> {
     const LONGEST: usize = 32;
-    let mut line = Vec::new();
-    while !line.ends_with(b"\n") && line.len() < LONGEST {
-        let mut byte = [0];
-        stream.read_exact(&mut byte)?;
-        line.extend(byte);
-    }
-    if line.starts_with(b"OK ") { Ok(()) } else { Err(io::ErrorKind::InvalidData.into()) }
+    let mut seen = [0; LONGEST];
+    // What follows the line is the process's, so it is looked at before it is taken. The VMM writes it at once.
+    let (_, count) = recv(stream, &mut seen, RecvFlags::PEEK)?;
+    let end = seen[..count].iter().position(|&byte| byte == b'\n').ok_or(io::ErrorKind::InvalidData)?;
+    stream.read_exact(&mut seen[..=end])?;
+    if seen.starts_with(b"OK ") { Ok(()) } else { Err(io::ErrorKind::InvalidData.into()) }
 }

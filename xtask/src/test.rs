@@ -7,7 +7,7 @@
 
 use crate::build_image::{self, Arguments as Image};
 use crate::host::Host;
-use crate::{cache, cargo, debian, lab, profile, test_lab, test_network, test_oci, test_root};
+use crate::{cache, cargo, debian, lab, profile, test_lab, test_network, test_oci, test_root, test_volumes};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::fs;
@@ -172,6 +172,7 @@ fn lay_out_testbed() -> Result<PathBuf> {
         .ignore_stdout()
         .run()?;
     filesystem(&testbed)?;
+    test_volumes::build(&testbed, root.path())?;
     test_root::build(&images)?;
     test_oci::programs(&testbed)?;
     fs::copy(cargo::release_binary("tests", "vsock-guest")?, root.path().join("bin/vsock-guest"))?;

@@ -56,6 +56,8 @@ pub enum Item<'a> {
     Agent,
     /// A filesystem that init mounts in the root before the payload runs; any number of them.
     Mount(Mount<'a>),
+    /// The root can be read alone when all is mounted.
+    ReadOnlyRoot,
 }
 
 /// A filesystem of the host's, and where it goes.
@@ -157,6 +159,7 @@ impl Item<'_> {
             Self::Terminal(_) => 14,
             Self::Agent => 15,
             Self::Mount(_) => 16,
+            Self::ReadOnlyRoot => 17,
         }
     }
 }
@@ -236,7 +239,7 @@ fn value_len(item: &Item<'_>) -> usize {
         | Item::RootDevice(bytes) => bytes.len(),
         Item::UserId(_) | Item::GroupId(_) | Item::Group(_) | Item::Terminal(_) => 4,
         Item::VmAge(_) | Item::RealTime(_) => 8,
-        Item::KernelLog | Item::Agent => 0,
+        Item::KernelLog | Item::Agent | Item::ReadOnlyRoot => 0,
         Item::Network(_) => Network::LENGTH,
         Item::Mount(mount) => Mount::HEAD + mount.source.len() + mount.target.len(),
     }
@@ -255,7 +258,7 @@ fn encode_item<S: Extend<u8>>(item: &Item<'_>, sink: &mut S) -> Result<(), Frame
         | Item::RootDevice(bytes) => sink.extend(bytes.iter().copied()),
         Item::UserId(id) | Item::GroupId(id) | Item::Group(id) => sink.extend(id.to_le_bytes()),
         Item::VmAge(time) | Item::RealTime(time) => sink.extend(time.to_le_bytes()),
-        Item::KernelLog | Item::Agent => {}
+        Item::KernelLog | Item::Agent | Item::ReadOnlyRoot => {}
         Item::Terminal(size) => sink.extend(size.to_bytes()),
         Item::Network(network) => sink.extend(network.to_bytes()),
         Item::Mount(mount) => mount.write(sink)?,
@@ -337,6 +340,8 @@ fn parse_item(tag: u8, value: &[u8]) -> Result<Item<'_>, FrameError> {
         15 if value.is_empty() => Item::Agent,
         15 => return Err(number),
         16 => Item::Mount(Mount::from_bytes(value).ok_or(number)?),
+        17 if value.is_empty() => Item::ReadOnlyRoot,
+        17 => return Err(number),
         _ => return Err(FrameError::UnknownItem(tag)),
     })
 }
@@ -354,7 +359,8 @@ mod tests {
         bytes
     }
 
-    const EVERY_KIND: [Item<'_>; 18] = [
+    const EVERY_KIND: [Item<'_>; 19] = [
+        Item::ReadOnlyRoot,
         Item::Group(4),
         Item::Terminal(TerminalSize { rows: 24, columns: 80 }),
         Item::Agent,

@@ -36,6 +36,8 @@ pub struct GuestConfig {
     pub agent: bool,
     /// Filesystems that init mounts before the payload runs, in this order.
     pub mounts: Vec<Mount>,
+    /// Whether programs may only read the root filesystem.
+    pub is_root_read_only: bool,
 }
 
 /// A filesystem that init mounts.
@@ -85,6 +87,7 @@ impl GuestConfig {
             .chain(self.terminal.map(Item::Terminal))
             .chain(self.agent.then_some(Item::Agent))
             .chain(self.mounts.iter().map(Mount::item))
+            .chain(self.is_root_read_only.then_some(Item::ReadOnlyRoot))
             .chain(kernel_log.then_some(Item::KernelLog))
             .chain(renewed.into_iter().flatten());
         let mut bytes = Vec::new();

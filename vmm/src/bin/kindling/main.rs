@@ -33,7 +33,7 @@ struct Arguments {
     command: Command,
 }
 
-#[derive(Debug, Subcommand)]
+#[derive(Debug, PartialEq, Eq, Subcommand)]
 enum Command {
     /// Boots a kernel and stays until its guest ends; the exit status is the guest's
     Boot(Box<boot::Arguments>),
@@ -74,10 +74,8 @@ const STATUS_FAILURE: u8 = 125;
 #[cfg_attr(test, expect(dead_code, reason = "tests have an entry of their own"))]
 fn run() -> u8 {
     let started = Instant::now();
-    if let Some(arguments) = plain::parse(std::env::args_os()) {
-        return boot::run(&arguments, started);
-    }
-    match Arguments::parse().command {
+    let command = plain::parse(std::env::args_os()).unwrap_or_else(|| Arguments::parse().command);
+    match command {
         Command::Boot(arguments) => boot::run(&arguments, started),
         Command::Preboot(arguments) => preboot::run(&arguments),
         Command::Run(arguments) => run::run(&arguments, started),

@@ -6,7 +6,7 @@ use clap::Args;
 use rustix::process::Signal;
 use std::time::{Duration, Instant};
 
-#[derive(Args, Debug)]
+#[derive(Args, Debug, PartialEq, Eq)]
 pub(crate) struct Arguments {
     /// Seconds in which a guest may end by itself
     #[arg(long, short = 't', value_name = "SECONDS", default_value_t = 10,

@@ -1,6 +1,6 @@
 //! A guest as its user sees it.
 
-use super::{Found, Record};
+use super::{Found, Payload, Record};
 use serde::Serialize;
 use std::fmt;
 use std::path::PathBuf;
@@ -36,6 +36,8 @@ pub(super) struct View<'a> {
     pid: Option<u32>,
     image: &'a str,
     command: &'a [String],
+    #[serde(flatten)]
+    payload: &'a Payload,
     /// Seconds since 1970.
     started: u64,
     memory_mib: u64,
@@ -58,8 +60,19 @@ impl Found {
     }
 
     pub(super) fn view(&self) -> View<'_> {
-        let Record { image, command, pid, started, memory_mib, vcpus, stop_signal, is_kept, volumes, status } =
-            &self.record;
+        let Record {
+            image,
+            command,
+            payload,
+            pid,
+            started,
+            memory_mib,
+            vcpus,
+            stop_signal,
+            is_kept,
+            volumes,
+            status,
+        } = &self.record;
         View {
             name: &self.name,
             state: match self.state() {
@@ -71,6 +84,7 @@ impl Found {
             pid: self.is_alive.then_some(*pid),
             image,
             command,
+            payload,
             started: *started,
             memory_mib: *memory_mib,
             vcpus: *vcpus,

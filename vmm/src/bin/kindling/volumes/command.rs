@@ -8,13 +8,13 @@ use serde::Serialize;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
-#[derive(Args, Debug)]
+#[derive(Args, Debug, PartialEq, Eq)]
 pub(crate) struct Arguments {
     #[command(subcommand)]
     action: Action,
 }
 
-#[derive(Debug, Subcommand)]
+#[derive(Debug, Subcommand, PartialEq, Eq)]
 enum Action {
     /// Makes an empty volume; `kindling run -v` makes those it needs by itself
     Create {
