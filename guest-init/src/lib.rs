@@ -3,4 +3,5 @@
 
 extern crate alloc;
 
+pub mod interpreter;
 pub mod payload_spec;

@@ -8,7 +8,10 @@ use crate::voice::say;
 use alloc::ffi::CString;
 use alloc::vec::Vec;
 use core::ffi::CStr;
+use guest_init::interpreter;
 use guest_init::payload_spec::PayloadSpec;
+use rustix::fd::OwnedFd;
+use rustix::fs::{Access, Mode, OFlags, access, open};
 use rustix::io::Errno;
 use rustix::process::{Gid, Uid, WaitStatus};
 
@@ -53,43 +56,54 @@ impl Program {
         Some(Self { arguments: strings(&spec.arguments)?, environment })
     }
 
-    /// Becomes the payload. Runs in the child; what fails is said and becomes its exit status.
-    pub(crate) fn execute(&self, spec: &PayloadSpec) -> ! {
+    /// Becomes the payload. Runs in the child; what fails is said and becomes its exit status, and a byte in `failed`.
+    pub(crate) fn execute(&self, spec: &PayloadSpec, failed: Option<OwnedFd>) -> ! {
         machine::drop_ports();
-        if let Err((what, error)) = become_user(spec) {
-            say(format_args!("init: cannot {what}: {error}\n"));
-            syscall::exit(NOT_EXECUTABLE);
-        }
-        let error = self.try_paths();
-        let name = self.arguments[0].to_string_lossy();
-        let code = if matches!(error, Errno::NOENT | Errno::NOTDIR) {
-            say(format_args!("init: {name}: not found\n"));
-            NOT_FOUND
-        } else {
-            say(format_args!("init: {name}: cannot execute: {error}\n"));
-            NOT_EXECUTABLE
+        let code = match become_user(spec) {
+            Ok(()) => self.try_paths(),
+            Err((what, error)) => {
+                say(format_args!("init: cannot {what}: {error}\n"));
+                NOT_EXECUTABLE
+            }
         };
+        if let Some(failed) = failed {
+            let _ = rustix::io::write(failed, &[code]);
+        }
         syscall::exit(code)
     }
 
-    /// Executes the program where it is, or in the first directory of PATH that has it. Returns
-    /// only when that failed everywhere.
-    fn try_paths(&self) -> Errno {
+    /// Executes the program where it is, or in the first directory of PATH that has it. Returns only when that
+    /// failed everywhere, and with the exit status for it.
+    fn try_paths(&self) -> u8 {
         let program = &self.arguments[0];
-        if program.as_bytes().contains(&b'/') {
-            return self.execve(program);
-        }
+        let name = program.to_string_lossy();
         let path = self.environment.iter().find_map(|entry| entry.as_bytes().strip_prefix(b"PATH="));
+        let (path, is_path) = (path.unwrap_or_default(), program.as_bytes().contains(&b'/'));
         let mut result = Errno::NOENT;
-        for directory in path.unwrap_or_default().split(|&byte| byte == b':') {
-            let candidate = [directory, b"/", program.as_bytes()].concat();
-            let Ok(candidate) = CString::new(candidate) else { continue };
+        for directory in path.split(|&byte| byte == b':') {
+            let candidate = match is_path {
+                true => Ok(program.clone()),
+                false => CString::new([directory, b"/", program.as_bytes()].concat()),
+            };
+            let Ok(candidate) = candidate else { continue };
             match self.execve(&candidate) {
+                Errno::NOENT | Errno::NOTDIR if access(&candidate, Access::EXISTS).is_ok() => {
+                    say_what_it_needs(&name, &candidate);
+                    return NOT_FOUND;
+                }
                 Errno::NOENT | Errno::NOTDIR => {}
                 error => result = error,
             }
+            if is_path {
+                break;
+            }
         }
-        result
+        if result == Errno::NOENT {
+            say(format_args!("init: {name}: not found\n"));
+            return NOT_FOUND;
+        }
+        say(format_args!("init: {name}: cannot execute: {result}\n"));
+        NOT_EXECUTABLE
     }
 
     fn execve(&self, path: &CStr) -> Errno {
@@ -101,6 +115,16 @@ impl Program {
         // live as long as `self`.
         unsafe { syscall::execve(path, arguments.as_ptr(), environment.as_ptr()) }
     }
+}
+
+/// The program is there, and the kernel did not find what it names in turn.
+fn say_what_it_needs(name: &str, path: &CStr) {
+    let mut head = [0; interpreter::HEAD];
+    let file = open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+    let length = file.and_then(|file| rustix::io::read(file, &mut head)).unwrap_or(0);
+    let needed = interpreter::of(&head[..length]).unwrap_or(b"an interpreter");
+    let needed = alloc::string::String::from_utf8_lossy(needed);
+    say(format_args!("init: {name}: needs {needed}, which is not there\n"));
 }
 
 /// Directory, user and signal mask of the payload.

@@ -4,7 +4,7 @@
 
 use core::arch::asm;
 use core::ffi::CStr;
-use rustix::fd::{FromRawFd, OwnedFd};
+use rustix::fd::{BorrowedFd, FromRawFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal};
 
@@ -15,6 +15,7 @@ const KILL: usize = 62;
 const RT_SIGTIMEDWAIT: usize = 128;
 const SYSLOG: usize = 103;
 const SIGNALFD4: usize = 289;
+const CLOSE_RANGE: usize = 436;
 const IOPL: usize = 172;
 const EXIT_GROUP: usize = 231;
 
@@ -79,6 +80,23 @@ pub(crate) fn fork() -> Result<Option<Pid>, Errno> {
     // SAFETY: init has one thread, so that the child's copy of its memory is consistent.
     let child = unsafe { call(FORK, [0; 4]) }?;
     Ok(i32::try_from(child).ok().and_then(Pid::from_raw))
+}
+
+/// Sends a signal of any number to a process, or to all of its group.
+pub(crate) fn kill(process: Pid, signal: u8, to_group: bool) -> Result<(), Errno> {
+    let id = isize::try_from(process.as_raw_pid()).unwrap_or(0);
+    let target = if to_group { -id } else { id };
+    // SAFETY: signals of other processes affect no memory of this one.
+    unsafe { call(KILL, [target.cast_unsigned(), signal.into(), 0, 0]) }.map(drop)
+}
+
+/// Closes all descriptors but the standard streams, which are returned. For a child that goes on as this program and
+/// has no use for what its parent held.
+pub(crate) fn keep_standard_streams() -> [BorrowedFd<'static>; 3] {
+    // SAFETY: whoever owned the others is another process, of which this one is a copy that never returns there.
+    let _ = unsafe { call(CLOSE_RANGE, [3, u32::MAX as usize, 0, 0]) };
+    // SAFETY: init has its standard streams open from the start, and nobody closes them.
+    [0, 1, 2].map(|number| unsafe { BorrowedFd::borrow_raw(number) })
 }
 
 /// Becomes another program; returns only when that fails.

@@ -151,6 +151,51 @@ fn a_start_that_fails_says_why_and_leaves_nothing() {
     assert!(user.is_tidy());
 }
 
+/// What a shell says of a command that it cannot find is said before there is a name to look it up by.
+#[test]
+fn a_program_that_cannot_be_started_is_no_guest() {
+    let user = User::new();
+    let start = |options: &[&str], program: &str, status: i32, text: &str| {
+        let outcome = run(user.run(&[&["-d"], options].concat()).arg(program));
+        outcome.expect_status(status).expect_stderr(text);
+        assert_eq!((outcome.stdout.as_str(), outcome.stderr.lines().count()), ("", 1), "{outcome}");
+        assert!(user.is_tidy());
+    };
+    start(&[], "no-such-program", 127, "no-such-program: not found");
+    start(&["-t"], "/no/such/program", 127, "/no/such/program: not found");
+    start(&["--rm"], "/etc/data", 126, "/etc/data: cannot execute");
+    start(&["-w", "/etc/data"], "true", 126, "cannot enter the working directory");
+    // One that was started has been, however soon it ends.
+    let outcome = run(user.run(&["-d", "--name", "soon"]).arg("false"));
+    assert_eq!((outcome.expect_status(0).stdout.as_str(), outcome.stderr.as_str()), ("soon\n", ""));
+    kindling(&user, &["wait", "soon"]).expect_status(1);
+}
+
+#[test]
+fn signals_without_a_name_of_their_own_reach_the_program() {
+    let user = User::new();
+    let script = "trap 'echo three' 37; trap 'echo last' 64; echo ready; while :; do sleep 1; done";
+    detach(&user, &["--name", "told"], script);
+    let (_log, mut lines) = follow(&user, "told");
+    expect_line(&mut lines, "ready");
+    for (signal, line) in [("RTMIN+3", "three"), ("SIGRTMAX", "last"), ("37", "three")] {
+        kindling(&user, &["kill", "-s", signal, "told"]).expect_status(0);
+        expect_line(&mut lines, line);
+    }
+    // Interrupts of vCPUs are nobody else's.
+    kindling(&user, &["kill", "-s", "RTMIN", "told"])
+        .expect_status(2)
+        .expect_stderr("no signal that a guest");
+    kindling(&user, &["rm", "-f", "told"]).expect_status(0);
+    // In the foreground too.
+    let mut guest = Conversation::start(user.run(&["--name", "front"]).args(["sh", "-c", script]));
+    guest.expect("ready");
+    for signal in ["RTMIN+3", "RTMIN+3", "RTMIN+3", "RTMIN+3"] {
+        kindling(&user, &["kill", "-s", signal, "front"]).expect_status(0);
+        guest.expect("three");
+    }
+}
+
 #[test]
 fn stop_asks_and_then_does_not_ask() {
     let user = User::new();

@@ -1,7 +1,9 @@
 //! `kindling run` and `kindling exec` are like running the program itself: its streams, signals, terminal and exit
 //! status are the caller's.
 
+use guest_protocol::agent::{Hello, Role};
 use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::process::Stdio;
 use tests::conversation::Conversation;
 use tests::user::User;
@@ -214,6 +216,94 @@ fn more_programs_run_in_a_guest() {
     }
     guest.go_on();
     guest.expect("end");
+}
+
+#[test]
+fn what_exec_cannot_run_has_the_status_of_shells() {
+    let user = User::new();
+    let mut guest =
+        Conversation::start(user.run(&["--name", "one"]).args(["sh", "-c", "echo ready; read -r line"]));
+    guest.expect("ready");
+    let exec = |arguments: &[&str], status: i32, text: &str| {
+        let outcome = run(user.command("exec").arg("one").args(arguments));
+        outcome.expect_status(status).expect_stderr(text);
+        assert_eq!((outcome.stdout.as_str(), outcome.stderr.lines().count()), ("", 1), "{outcome}");
+    };
+    exec(&["nothing"], 127, "nothing: not found");
+    exec(&["/etc/data"], 126, "/etc/data: cannot execute");
+    exec(&["/etc"], 126, "/etc: cannot execute");
+    exec(&["-w", "/etc/data", "true"], 126, "cannot enter the working directory");
+    let make = "cd /bin; printf '#!/bin/no-shell -x\\n' > script; printf x | dd of=busybox2 2> /dev/null; \
+                chmod +x script busybox2";
+    run(user.command("exec").args(["one", "sh", "-c", make])).expect_status(0);
+    exec(&["script"], 127, "script: needs /bin/no-shell, which is not there");
+    exec(&["/bin/script"], 127, "/bin/script: needs /bin/no-shell, which is not there");
+    exec(&["busybox2"], 126, "busybox2: cannot execute");
+    guest.go_on();
+}
+
+#[test]
+fn a_guest_that_dies_in_the_middle_of_exec_is_said() {
+    let user = User::new();
+    let mut guest =
+        Conversation::start(user.run(&["--name", "one"]).args(["sh", "-c", "echo ready; read -r line"]));
+    guest.expect("ready");
+    let mut child =
+        Conversation::start(user.command("exec").args(["one", "sh", "-c", "echo here; sleep 1000"]));
+    child.expect("here");
+    guest.signal(libc::SIGKILL);
+    assert_eq!(
+        child.expect_end("exit status: 125").lines().collect::<Vec<_>>(),
+        ["kindling: the guest ended, or its agent hung up, before the process had ended"]
+    );
+    // The payload's end is the guest's, whoever else runs in it.
+    let user = User::new();
+    let mut guest =
+        Conversation::start(user.run(&["--name", "one"]).args(["sh", "-c", "echo ready; read -r line"]));
+    guest.expect("ready");
+    let mut child =
+        Conversation::start(user.command("exec").args(["one", "sh", "-c", "echo here; sleep 1000"]));
+    child.expect("here");
+    guest.go_on();
+    guest.expect_status(0);
+    child.expect_status(125);
+}
+
+/// Whoever connects and does not say what for, or leaves before there is a process, takes nobody's place.
+#[test]
+fn who_connects_for_nothing_takes_no_place() {
+    const MANY: u64 = 300;
+    let user = User::new();
+    let mut guest =
+        Conversation::start(user.run(&["--name", "one"]).args(["sh", "-c", "echo ready; read -r line"]));
+    guest.expect("ready");
+    let connect = |more: &[u8]| {
+        let mut stream = UnixStream::connect(user.folder().join("kindling/one/vsock")).unwrap();
+        stream.write_all(&[&b"CONNECT 1000\n"[..], more].concat()).unwrap();
+        let mut answer = [0; 3];
+        stream.read_exact(&mut answer).unwrap();
+        assert_eq!(&answer, b"OK ");
+        stream
+    };
+    let hello = |token, role| Hello { token, role }.to_bytes();
+    let exec = || run(user.command("exec").args(["one", "echo", "fine"])).expect_status(0).stdout.clone();
+    let silent: Vec<_> = (0..MANY).map(|_| connect(&[])).collect();
+    assert_eq!(exec(), "fine\n");
+    drop(silent);
+    // With its streams still there, and without its control.
+    let streams: Vec<_> = (0..MANY)
+        .map(|token| {
+            let input = connect(&hello(1000 + token, Role::Input));
+            drop(connect(&hello(1000 + token, Role::Control)));
+            input
+        })
+        .collect();
+    assert_eq!(exec(), "fine\n");
+    let alone: Vec<_> = (0..MANY).map(|token| connect(&hello(2000 + token, Role::Output))).collect();
+    assert_eq!(exec(), "fine\n");
+    drop((streams, alone));
+    guest.go_on();
+    guest.expect_status(0);
 }
 
 /// A reader that does not read stops its own writer and nothing else, and memory stays where it is.

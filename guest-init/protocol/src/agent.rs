@@ -11,8 +11,12 @@
 //!
 //! ```text
 //! host to guest:  1 Start (a configuration frame)   2 Signal (its number: u8)   3 Resize (rows: u16, columns: u16)
-//! guest to host:  16 Exited (exit status: u8)
+//!                 4 TellStart   5 Send (follows: u8, path)   6 Receive (keeps owners: u8, path)
+//! guest to host:  16 Exited (exit status: u8, was executed: u8)   17 Started
 //! ```
+//! Send and Receive start a process that is a part of init: one writes files to its output, the other makes files of
+//! its input, in the form of the crate `guest-copy`. Their standard error is a `guest_copy::Failure` or nothing.
+//!
 //! The process of token [`PAYLOAD`] is the one that the configuration frame names: it runs already, and its streams
 //! wait to be fetched. When it has ended and its control connection is closed, the guest ends.
 
@@ -111,8 +115,31 @@ pub enum Message<'a> {
     Signal(u8),
     /// Its terminal has another size.
     Resize(TerminalSize),
-    /// It ended with this exit status, which is 128 + signal when a signal killed it.
-    Exited(u8),
+    /// Say when its program is executed.
+    TellStart,
+    /// Start to send this file, link or directory.
+    Send {
+        /// Whether it is what a link leads to rather than the link.
+        follows: bool,
+        /// Its path.
+        path: &'a [u8],
+    },
+    /// Start to receive a file, link or directory.
+    Receive {
+        /// Whether things keep their owners, instead of becoming root's.
+        keeps_owners: bool,
+        /// Where it goes.
+        path: &'a [u8],
+    },
+    /// It ended.
+    Exited {
+        /// Its exit status, which is 128 + signal when a signal killed it.
+        status: u8,
+        /// Whether its program was executed; else the status says why not.
+        was_executed: bool,
+    },
+    /// Its program is executed.
+    Started,
 }
 
 /// Bytes that are no message.
@@ -136,7 +163,13 @@ impl<'a> Message<'a> {
             (1, frame) => Self::Start(frame),
             (2, &[number]) => Self::Signal(number),
             (3, size) => Self::Resize(TerminalSize::from_bytes(size).ok_or(BadMessage)?),
-            (16, &[status]) => Self::Exited(status),
+            (4, []) => Self::TellStart,
+            (5, &[follows @ 0..=1, ref path @ ..]) => Self::Send { follows: follows == 1, path },
+            (6, &[keeps_owners @ 0..=1, ref path @ ..]) => {
+                Self::Receive { keeps_owners: keeps_owners == 1, path }
+            }
+            (16, &[status, was_executed @ 0..=1]) => Self::Exited { status, was_executed: was_executed == 1 },
+            (17, []) => Self::Started,
             _ => return Err(BadMessage),
         };
         Ok(Some((message, MESSAGE_HEADER_LEN + length)))
@@ -144,16 +177,20 @@ impl<'a> Message<'a> {
 
     /// Writes the message into a byte sink that grows. A frame to start from is at most [`MAX_FRAME`] bytes long.
     pub fn encode<S: Extend<u8>>(&self, sink: &mut S) {
-        let mut write = |kind: u8, content: &[u8]| {
+        let mut write = |kind: u8, first: &[u8], rest: &[u8]| {
             sink.extend([kind, 0, 0, 0]);
-            sink.extend(u32::try_from(content.len()).unwrap_or(u32::MAX).to_le_bytes());
-            sink.extend(content.iter().copied());
+            sink.extend(u32::try_from(first.len() + rest.len()).unwrap_or(u32::MAX).to_le_bytes());
+            sink.extend(first.iter().chain(rest).copied());
         };
-        match self {
-            Self::Start(frame) => write(1, frame),
-            Self::Signal(number) => write(2, &[*number]),
-            Self::Resize(size) => write(3, &size.to_bytes()),
-            Self::Exited(status) => write(16, &[*status]),
+        match *self {
+            Self::Start(frame) => write(1, frame, &[]),
+            Self::Signal(number) => write(2, &[number], &[]),
+            Self::Resize(size) => write(3, &size.to_bytes(), &[]),
+            Self::TellStart => write(4, &[], &[]),
+            Self::Send { follows, path } => write(5, &[follows.into()], path),
+            Self::Receive { keeps_owners, path } => write(6, &[keeps_owners.into()], path),
+            Self::Exited { status, was_executed } => write(16, &[status, was_executed.into()], &[]),
+            Self::Started => write(17, &[], &[]),
         }
     }
 }
@@ -178,9 +215,16 @@ mod tests {
     #[test]
     fn messages_survive_and_come_whole_or_not_at_all() {
         let size = TerminalSize { rows: 24, columns: 80 };
-        for message in
-            [Message::Start(b"frame"), Message::Signal(15), Message::Resize(size), Message::Exited(7)]
-        {
+        for message in [
+            Message::Start(b"frame"),
+            Message::Signal(15),
+            Message::Resize(size),
+            Message::TellStart,
+            Message::Send { follows: true, path: b"/a" },
+            Message::Receive { keeps_owners: false, path: b"" },
+            Message::Exited { status: 7, was_executed: true },
+            Message::Started,
+        ] {
             let mut bytes = Vec::new();
             message.encode(&mut bytes);
             let length = bytes.len();
@@ -200,10 +244,23 @@ mod tests {
     }
 
     proptest! {
+        /// Bytes that are a message are the bytes of that message.
         #[test]
-        fn any_bytes_split_without_harm(bytes in prop::collection::vec(any::<u8>(), 0..64)) {
-            if let Ok(Some((_, length))) = Message::split(&bytes) {
-                prop_assert!(length <= bytes.len());
+        fn any_bytes_split_without_harm(
+            kind in 0_u8..20, length in 0_u8..9, content in prop::collection::vec(0_u8..3, 0..16),
+        ) {
+            let bytes = [&[kind, 0, 0, 0, length, 0, 0, 0], &content[..]].concat();
+            if let Ok(Some((message, length))) = Message::split(&bytes) {
+                let mut again = Vec::new();
+                message.encode(&mut again);
+                prop_assert_eq!(&again[..], &bytes[..length]);
+            }
+        }
+
+        #[test]
+        fn any_hello_survives(bytes in any::<[u8; Hello::LEN]>()) {
+            if let Some(hello) = Hello::from_bytes(bytes) {
+                prop_assert_eq!(hello.to_bytes(), bytes);
             }
         }
     }

@@ -3,6 +3,7 @@
 //! One thread and one epoll. Nothing here waits for anything else, and nothing is kept of a stream but what a pipe
 //! of the kernel's holds: a host that stops reading stops the process that writes.
 
+mod copying;
 mod pump;
 mod session;
 mod socket;
@@ -19,17 +20,23 @@ use guest_protocol::agent::{self, Hello, Role};
 use rustix::event::epoll::EventFlags;
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
-use rustix::process::{Signal, WaitOptions, wait};
+use rustix::process::{Resource, Rlimit, Signal, WaitOptions, getrlimit, setrlimit, wait};
 use session::{Session, State};
 use watch::{Token, Watch};
 
-/// Processes that the host may have at a time, with those that ended while a child of theirs holds their output.
+/// Processes that the host may have at a time, with those that ended while a child of theirs holds their output. Where
+/// there are as many, the one that was announced first and never started makes room.
 const SESSIONS: usize = 256;
-/// Connections that may be on their way to say what they are for.
+/// Connections that may be on their way to say what they are for. Where there are as many, the first makes room.
 const NEWCOMERS: usize = 256;
+
+/// Of which a session has eight, and a newcomer one.
+const DESCRIPTORS: u64 = 4096;
 
 /// A connection that has not said whole yet what it is for.
 struct Newcomer {
+    /// Connections that came before.
+    number: u64,
     socket: OwnedFd,
     bytes: [u8; Hello::LEN],
     length: usize,
@@ -41,6 +48,8 @@ struct Agent {
     signals: OwnedFd,
     newcomers: Vec<Option<Newcomer>>,
     sessions: Vec<Option<Session>>,
+    /// Newcomers and sessions so far.
+    count: u64,
 }
 
 /// Runs the payload and whatever else the host asks for. Returns the payload's exit status when the host has it.
@@ -73,6 +82,7 @@ const fn advice(error: Errno) -> &'static str {
 
 impl Agent {
     fn new() -> Result<Self, (&'static str, Errno)> {
+        limit_descriptors(DESCRIPTORS);
         let watch = Watch::new().map_err(|error| ("make an epoll instance", error))?;
         let children = SignalSet::of([Signal::CHILD]);
         children.block().map_err(|error| ("block signals", error))?;
@@ -80,7 +90,7 @@ impl Agent {
         let listener = socket::listen(agent::PORT).map_err(|error| ("listen on its vsock port", error))?;
         watch.once(&listener, Token::Listener, EventFlags::IN);
         watch.once(&signals, Token::Signals, EventFlags::IN);
-        Ok(Self { watch, listener, signals, newcomers: Vec::new(), sessions: Vec::new() })
+        Ok(Self { watch, listener, signals, newcomers: Vec::new(), sessions: Vec::new(), count: 0 })
     }
 
     /// Waits for events and serves them.
@@ -91,6 +101,7 @@ impl Agent {
                 Token::Signals => self.reap(),
                 Token::Newcomer(slot) => self.greet(slot),
                 Token::Control(slot) => self.with_session(slot, Session::read_control),
+                Token::Execution(slot) => self.with_session(slot, Session::tell_start),
                 Token::Stream(slot, number) => {
                     self.with_session(slot, |session, watch| session.advance(number, watch));
                 }
@@ -123,16 +134,23 @@ impl Agent {
             .position(|place| place.as_ref().is_some_and(|session| session.token == token));
         let slot = match found {
             Some(slot) => slot,
-            None => free_slot(&mut self.sessions, SESSIONS)?,
+            None => {
+                let age = |session: &Session| session.is_idle().then_some(session.number);
+                free_slot(&mut self.sessions, SESSIONS, age)?
+            }
         };
-        Some(self.sessions[slot].get_or_insert_with(|| Session::new(token, slot)))
+        self.count += 1;
+        let number = self.count;
+        Some(self.sessions[slot].get_or_insert_with(|| Session::new(token, number, slot)))
     }
 
     fn accept(&mut self) {
         while let Ok(socket) = socket::accept(&self.listener) {
-            // Who cannot be served is hung up on.
-            let Some(slot) = free_slot(&mut self.newcomers, NEWCOMERS) else { continue };
-            self.newcomers[slot] = Some(Newcomer { socket, bytes: [0; Hello::LEN], length: 0 });
+            let age = |newcomer: &Newcomer| Some(newcomer.number);
+            let Some(slot) = free_slot(&mut self.newcomers, NEWCOMERS, age) else { continue };
+            self.count += 1;
+            self.newcomers[slot] =
+                Some(Newcomer { number: self.count, socket, bytes: [0; Hello::LEN], length: 0 });
             self.greet(slot);
         }
         self.watch.once(&self.listener, Token::Listener, EventFlags::IN);
@@ -184,14 +202,29 @@ impl Agent {
     }
 }
 
-/// A place in a list that is free, at its end if need be and there are not too many.
-fn free_slot<T>(list: &mut Vec<Option<T>>, most: usize) -> Option<usize> {
-    let slot = list.iter().position(Option::is_none).unwrap_or(list.len());
-    if slot == list.len() {
-        if slot == most {
-            return None;
+/// Lets this process have so many descriptors.
+fn limit_descriptors(current: u64) {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    let current = Some(maximum.map_or(current, |maximum| maximum.min(current)));
+    let _ = setrlimit(Resource::Nofile, Rlimit { current, maximum });
+}
+
+/// A place in a list: one that is free, a new one if there are not too many, or that of the oldest who has to go. Who
+/// has no age stays.
+fn free_slot<T>(list: &mut Vec<Option<T>>, most: usize, age: impl Fn(&T) -> Option<u64>) -> Option<usize> {
+    let free = list.iter().position(Option::is_none);
+    let slot = match free {
+        Some(slot) => slot,
+        None if list.len() < most => {
+            list.push(None);
+            list.len() - 1
         }
-        list.push(None);
-    }
+        None => {
+            let ages =
+                list.iter().enumerate().filter_map(|(slot, place)| Some((age(place.as_ref()?)?, slot)));
+            ages.min()?.1
+        }
+    };
+    list[slot] = None;
     Some(slot)
 }

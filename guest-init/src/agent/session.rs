@@ -1,7 +1,9 @@
 //! A process of the host's: its control connection, its streams, its end.
 
+use super::copying;
 use super::pump::Pump;
 use super::watch::{Token, Watch};
+use crate::machine;
 use crate::program::{self, Program};
 use crate::syscall;
 use crate::voice::say;
@@ -13,9 +15,12 @@ use rustix::fd::OwnedFd;
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+use rustix::process::{Pid, Signal};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
+
+/// Descriptors that a process may have before it asks for more, as everywhere.
+const PROCESS_DESCRIPTORS: u64 = 1024;
 
 /// How far a session is.
 #[derive(PartialEq, Eq)]
@@ -29,11 +34,19 @@ pub(super) enum State {
 
 pub(super) struct Session {
     pub(super) token: u64,
+    /// Sessions that were made before.
+    pub(super) number: u64,
     pub(super) slot: usize,
     /// The process, while it lives.
     pub(super) process: Option<Pid>,
     /// Its exit status, when it has ended.
     pub(super) code: Option<u8>,
+    /// No process could be started, or its program is known not to be executed.
+    is_refused: bool,
+    /// Ends when the program is executed, with a byte before where it cannot be.
+    execution: Option<OwnedFd>,
+    /// The host wants to know.
+    tells_start: bool,
     control: Option<OwnedFd>,
     /// The control connection was there and is closed.
     is_left: bool,
@@ -48,12 +61,16 @@ pub(super) struct Session {
 struct Ends([OwnedFd; 3]);
 
 impl Session {
-    pub(super) fn new(token: u64, slot: usize) -> Self {
+    pub(super) fn new(token: u64, number: u64, slot: usize) -> Self {
         Self {
             token,
+            number,
             slot,
             process: None,
             code: None,
+            is_refused: false,
+            execution: None,
+            tells_start: false,
             control: None,
             is_left: false,
             received: Vec::new(),
@@ -71,36 +88,67 @@ impl Session {
         }
     }
 
-    /// Starts the process. What stands in the way is said on the console and becomes its exit status.
+    /// Whether it was never more than a token: nobody has asked for a process.
+    pub(super) fn is_idle(&self) -> bool {
+        self.process.is_none() && self.code.is_none()
+    }
+
+    /// Starts a program.
     pub(super) fn start(&mut self, spec: &PayloadSpec) {
-        if self.process.is_some() || self.code.is_some() {
-            return;
+        let Some(program) = Program::new(spec) else {
+            return self.began(Err(("start a program with a NUL in its strings", Errno::INVAL)));
+        };
+        let (execution, failed) = match pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK) {
+            Ok((execution, failed)) => (Some(execution), Some(failed)),
+            Err(_) => (None, None),
+        };
+        if self.is_idle() {
+            self.execution = execution;
+            let process = self.fork(spec.terminal, || program.execute(spec, failed));
+            self.began(process);
         }
-        self.code = match self.try_start(spec) {
-            Ok(process) => {
-                self.process = Some(process);
-                None
-            }
+    }
+
+    /// Starts a process that is a part of this program.
+    fn start_own(&mut self, work: impl FnOnce() -> u8) {
+        if self.is_idle() {
+            let process = self.fork(None, || {
+                machine::drop_ports();
+                syscall::exit(work())
+            });
+            self.began(process);
+        }
+    }
+
+    /// A process has begun, or what stands in the way is said on the console and becomes its exit status.
+    fn began(&mut self, process: Result<Pid, (&'static str, Errno)>) {
+        match process {
+            Ok(process) => self.process = Some(process),
             Err((what, error)) => {
                 say(format_args!("init: cannot {what}: {error}\n"));
                 self.streams.iter_mut().for_each(Pump::close);
-                Some(program::NOT_EXECUTABLE)
+                (self.code, self.is_refused) = (Some(program::NOT_EXECUTABLE), true);
             }
-        };
+        }
     }
 
-    fn try_start(&mut self, spec: &PayloadSpec) -> Result<Pid, (&'static str, Errno)> {
-        let program =
-            Program::new(spec).ok_or(("start a program with a NUL in its strings", Errno::INVAL))?;
-        let ends = match spec.terminal {
+    /// A child with streams of its own.
+    fn fork(
+        &mut self,
+        terminal: Option<TerminalSize>,
+        child: impl FnOnce(),
+    ) -> Result<Pid, (&'static str, Errno)> {
+        let ends = match terminal {
             Some(size) => self.open_terminal(size),
             None => self.open_pipes(),
         };
         let ends = ends.map_err(|error| ("make a process's streams", error))?;
         match syscall::fork() {
             Ok(None) => {
-                ends.enter(spec.terminal.is_some());
-                program.execute(spec)
+                super::limit_descriptors(PROCESS_DESCRIPTORS);
+                ends.enter(terminal.is_some());
+                child();
+                syscall::exit(program::NOT_EXECUTABLE)
             }
             Ok(Some(process)) => Ok(process),
             Err(error) => Err(("start a process", error)),
@@ -144,15 +192,38 @@ impl Session {
             self.advance(number, watch);
         }
         self.tell_end();
+        self.forget_unclaimed();
     }
 
-    fn tell_end(&self) {
-        if let (Some(control), Some(code)) = (&self.control, self.code) {
-            let mut message = Vec::new();
-            Message::Exited(code).encode(&mut message);
-            // There is room for it: nothing else is ever sent there. A host that is gone does not want it.
-            let _ = rustix::io::write(control, &message);
+    fn tell_end(&mut self) {
+        let (Some(status), true) = (self.code, self.control.is_some()) else { return };
+        let ran = |execution| rustix::io::read(execution, &mut [0; 1][..]) == Ok(0);
+        let was_executed = !self.is_refused && self.execution.take().is_none_or(ran);
+        self.tell(Message::Exited { status, was_executed });
+    }
+
+    /// Tells the host that the program is executed, if it wants to know and as soon as that is so.
+    pub(super) fn tell_start(&mut self, watch: &Watch) {
+        let (true, Some(execution)) = (self.tells_start, &self.execution) else { return };
+        match rustix::io::read(execution, &mut [0; 1][..]) {
+            Ok(0) => {
+                self.execution = None;
+                self.tell(Message::Started);
+            }
+            Err(Errno::AGAIN | Errno::INTR) => {
+                watch.once(execution, Token::Execution(self.slot), EventFlags::IN)
+            }
+            // Why it is not will be its exit status.
+            Ok(_) | Err(_) => self.is_refused = true,
         }
+    }
+
+    fn tell(&self, message: Message<'_>) {
+        let Some(control) = &self.control else { return };
+        let mut bytes = Vec::new();
+        message.encode(&mut bytes);
+        // There is room for it: next to nothing is ever sent there. A host that is gone does not want it.
+        let _ = rustix::io::write(control, &bytes);
     }
 
     pub(super) fn attach_control(&mut self, socket: OwnedFd, watch: &Watch) {
@@ -205,17 +276,26 @@ impl Session {
         let received = core::mem::take(&mut self.received);
         let mut rest = &received[..];
         while let Some((message, length)) = Message::split(rest).ok()? {
+            let was_idle = self.is_idle();
             match message {
-                Message::Start(frame) => {
-                    self.start(&PayloadSpec::from_frame(frame).ok()?);
-                    (0..3).for_each(|number| self.advance(number, watch));
-                    self.tell_end();
+                Message::Start(frame) => self.start(&PayloadSpec::from_frame(frame).ok()?),
+                Message::Send { follows, path } => self.start_own(|| copying::send(path, follows)),
+                Message::Receive { keeps_owners, path } => {
+                    self.start_own(|| copying::receive(path, keeps_owners));
+                }
+                Message::TellStart => {
+                    self.tells_start = true;
+                    self.tell_start(watch);
                 }
                 Message::Signal(number) => self.signal(number),
                 Message::Resize(size) => {
                     self.terminal.iter().for_each(|terminal| resize(terminal, size));
                 }
-                Message::Exited(_) => return None,
+                Message::Exited { .. } | Message::Started => return None,
+            }
+            if was_idle && !self.is_idle() {
+                (0..3).for_each(|number| self.advance(number, watch));
+                self.tell_end();
             }
             rest = &rest[length..];
         }
@@ -225,21 +305,28 @@ impl Session {
 
     /// Signals that a terminal sends go to all who would be in its foreground, others to the process alone.
     fn signal(&self, number: u8) {
-        let (Some(process), Some(signal)) = (self.process, Signal::from_named_raw(number.into())) else {
-            return;
-        };
-        let _ = match signal {
-            Signal::INT | Signal::QUIT | Signal::HUP => kill_process_group(process, signal),
-            _ => kill_process(process, signal),
-        };
+        let is_terminals =
+            [Signal::INT, Signal::QUIT, Signal::HUP].iter().any(|signal| signal.as_raw() == number.into());
+        if let Some(process) = self.process {
+            let _ = syscall::kill(process, number, is_terminals);
+        }
     }
 
     /// The host is done with this process. One at a terminal is hung up on; another one goes on unheard.
     fn leave(&mut self) {
         (self.control, self.terminal, self.is_left) = (None, None, true);
         self.received = Vec::new();
-        if self.streams[0].is_terminal {
+        if self.streams[0].is_terminal || self.is_idle() {
             self.streams.iter_mut().for_each(Pump::close);
+        }
+        self.forget_unclaimed();
+    }
+
+    /// Output that the host has not come for will not be fetched by a host that is gone.
+    fn forget_unclaimed(&mut self) {
+        if self.is_left {
+            let unclaimed = self.streams[1..].iter_mut().filter(|stream| stream.target.is_none());
+            unclaimed.for_each(Pump::close);
         }
     }
 }

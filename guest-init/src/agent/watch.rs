@@ -12,6 +12,8 @@ pub(super) enum Token {
     Signals,
     Newcomer(usize),
     Control(usize),
+    /// Says that a session's program is executed.
+    Execution(usize),
     /// A session's stream of a number.
     Stream(usize, usize),
 }
@@ -23,7 +25,8 @@ impl Token {
             Self::Signals => 1,
             Self::Newcomer(slot) => ((slot as u64) << 8) | 2,
             Self::Control(slot) => ((slot as u64) << 8) | 3,
-            Self::Stream(slot, number) => ((slot as u64) << 8) | (4 + number as u64),
+            Self::Execution(slot) => ((slot as u64) << 8) | 4,
+            Self::Stream(slot, number) => ((slot as u64) << 8) | (5 + number as u64),
         }
     }
 
@@ -34,7 +37,8 @@ impl Token {
             1 => Self::Signals,
             2 => Self::Newcomer(slot),
             3 => Self::Control(slot),
-            number => Self::Stream(slot, usize::try_from(number).unwrap_or(usize::MAX).saturating_sub(4)),
+            4 => Self::Execution(slot),
+            number => Self::Stream(slot, usize::try_from(number).unwrap_or(usize::MAX).saturating_sub(5)),
         }
     }
 }

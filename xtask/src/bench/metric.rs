@@ -39,7 +39,7 @@ pub(super) enum Metric {
     RunBusybox,
     /// From the spawn of `kindling exec` to its end, for a program that does nothing.
     ExecTrue,
-    /// For a GiB to go into `cat` and to come back.
+    /// For a MiB of a stream to go into `cat` and to come back.
     Stream,
     /// What the monitor's memory without its guest's grows by meanwhile.
     StreamMemory,
@@ -191,7 +191,7 @@ impl Metric {
             Self::RunHello => "kindling run of a small program, ms",
             Self::RunBusybox => "kindling run of a program of busybox, ms",
             Self::ExecTrue => "kindling exec of true, ms",
-            Self::Stream => "1 GiB into cat and back, ms",
+            Self::Stream => "a MiB into cat and back, ms",
             Self::StreamMemory => "what memory without the guest's grows by meanwhile, MiB",
             Self::Operation(_, part) => return format!("{}: {}", self.title(), part.title()),
         }
@@ -216,7 +216,7 @@ impl Metric {
             Self::RunHello => "hello, ms",
             Self::RunBusybox => "busybox, ms",
             Self::ExecTrue => "exec true, ms",
-            Self::Stream => "1 GiB, ms",
+            Self::Stream => "stream, ms/MiB",
             Self::StreamMemory => "growth, MiB",
             Self::Operation(operation, _) => operation.title(),
         }

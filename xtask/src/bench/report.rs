@@ -74,8 +74,8 @@ const RUN_LEGEND: &str = "\
 hello: `kindling run` of a small static program from a container image, from the spawn to the end of the process;
   busybox: the same of its echo. The kernel was booted and the image converted for a run before
 exec true: `kindling exec` of busybox's true in a guest that runs, from the spawn to the end of the process
-1 GiB: through the standard input of `cat` in a guest and back from its standard output; without `kindling run`,
-  through a port of a virtio console; who sends and who receives is in it
+stream: for each MiB of 1 GiB through the standard input of `cat` in a guest and back from its standard output; without
+  `kindling run`, of 64 MiB through a port of a virtio console. Who sends and who receives is in it
 growth: of the memory that only the monitor's process has, without its guest's, from before to after
 ";
 

@@ -40,10 +40,15 @@ pub(super) struct Console {
     pub(super) initrd: PathBuf,
 }
 
-/// What goes through `cat`.
+/// What goes through `cat` under `kindling run`.
 const STREAM_BYTES: u64 = 1 << 30;
+/// What goes through that of another monitor: a lab stands still some time with so many interrupts as those take
+/// (docs/architecture.md, "The lab"), and what is told is the time for a MiB.
+const OTHERS_STREAM_BYTES: u64 = 64 << 20;
 /// How much of it at once.
 const PIECE: usize = 64 << 10;
+/// After how much of it somebody is told.
+const STEP: u64 = 128 << 20;
 /// A stream that is not through by then stands still.
 const STREAM_LIMIT: Duration = Duration::from_secs(120);
 /// What a guest says that waits for more commands.
@@ -118,7 +123,7 @@ impl Bench<'_> {
                 let exec = self.one_more_program(images)?;
                 self.add(Metric::ExecTrue, exec);
             }
-            eprintln!("{} MiB through cat ...", STREAM_BYTES >> 20);
+            eprintln!("a stream through cat ...");
             let stream = if is_ours { self.stream(images)? } else { self.console_stream(images)? };
             self.add(Metric::Stream, stream.nanoseconds);
             self.add(Metric::StreamMemory, stream.memory_growth);
@@ -162,7 +167,7 @@ impl Bench<'_> {
         let mut monitor = Monitor::start(run)?;
         let input = monitor.child.stdin.take().context("it has no input")?;
         let output = monitor.child.stdout.take().context("it has no output")?;
-        let streamed = echo(input, output, || self.private_memory(monitor.child.id()))?;
+        let streamed = echo(STREAM_BYTES, input, output, || self.private_memory(monitor.child.id()))?;
         monitor.end()?;
         Ok(streamed)
     }
@@ -182,7 +187,9 @@ impl Bench<'_> {
                 result => break result.context("it ended before it listened")?,
             }
         };
-        let streamed = echo(stream.try_clone()?, stream, || self.private_memory(monitor.child.id()))?;
+        let streamed = echo(OTHERS_STREAM_BYTES, stream.try_clone()?, stream, || {
+            self.private_memory(monitor.child.id())
+        })?;
         monitor.end()?;
         Ok(streamed)
     }
@@ -212,6 +219,7 @@ impl Bench<'_> {
 /// How a stream went.
 #[derive(Clone, Copy, Debug)]
 struct Streamed {
+    /// For each MiB.
     nanoseconds: u64,
     /// What the monitor's memory without its guest's grew by.
     memory_growth: u64,
@@ -219,6 +227,7 @@ struct Streamed {
 
 /// Sends bytes and takes them back. The guest is up when the first one has returned; that does not count.
 fn echo(
+    bytes: u64,
     mut input: impl Write + Send + 'static,
     mut output: impl Read,
     memory: impl Fn() -> Result<u64>,
@@ -229,7 +238,7 @@ fn echo(
     let start = Instant::now();
     let writer = thread::spawn(move || {
         let piece = vec![0; PIECE];
-        let mut left = STREAM_BYTES;
+        let mut left = bytes;
         while left > 0 {
             input.write_all(&piece)?;
             left = left.saturating_sub(PIECE as u64);
@@ -237,18 +246,22 @@ fn echo(
         std::io::Result::Ok(input)
     });
     let mut piece = vec![0; PIECE];
-    let mut left = STREAM_BYTES;
+    let mut left = bytes;
     while left > 0 {
         let count = output.read(&mut piece)? as u64;
         ensure!(count > 0, "{left} bytes did not come back");
         left = left.saturating_sub(count);
+        if left % STEP < count {
+            // A lab that says nothing is taken for one that stands still.
+            eprintln!("{} MiB left", left >> 20);
+        }
     }
     let nanoseconds = Instant::now().since(start);
     let memory_growth = memory()?.saturating_sub(memory_before);
     // The end of its input is the end of the guest; a socket ends with the last who has it.
     let input = writer.join().map_err(|_| anyhow::anyhow!("the writer panicked"))?.context("cannot write")?;
     drop((input, output));
-    Ok(Streamed { nanoseconds, memory_growth })
+    Ok(Streamed { nanoseconds: nanoseconds / (bytes >> 20), memory_growth })
 }
 
 /// A monitor's process, which is killed when its time is over and when this goes away.

@@ -2,7 +2,7 @@
 
 use crate::devices::DeviceArguments;
 use crate::terminal::RawTerminal;
-use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, complain, report, signals, tell};
+use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, bytes, complain, report, signals, tell};
 use clap::{ArgGroup, Args};
 use kindling::config::image::Image;
 use kindling::config::{
@@ -11,7 +11,6 @@ use kindling::config::{
 use kindling::function_marks;
 use kindling::{Error, Exit, ExitReason, Instant, Machine, Timeline};
 use std::ffi::OsString;
-use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -143,7 +142,7 @@ fn boot(arguments: &Arguments, timeline: Timeline) -> Result<Exit, Error> {
 
 /// Takes as many descriptors as the host allows: each connection of a vsock is one, and the usual limit of 1024 is for
 /// programs that use select(2).
-fn raise_descriptor_limit() {
+pub(crate) fn raise_descriptor_limit() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
     // With fewer, connections beyond them are refused.
@@ -235,7 +234,6 @@ impl Arguments {
 
     /// What the guest runs: what its image does, and what these arguments put in its place.
     fn guest(&self, mut guest: GuestConfig) -> GuestConfig {
-        let bytes = |text: &OsString| text.clone().into_vec();
         if !self.command.is_empty() {
             guest.arguments = self.command.iter().map(bytes).collect();
         }

@@ -2,10 +2,10 @@
 
 use crate::instances::{Found, InstanceError, Record};
 use crate::run::client::{self, Streams};
-use crate::run::source::{self, SourceError, bytes};
+use crate::run::source::{self, SourceError};
 use crate::run::{set, signals};
 use crate::terminal::RawTerminal;
-use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, complain};
+use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, bytes, complain};
 use clap::Args;
 use kindling::agent::{AgentError, Process};
 use kindling::config::GuestConfig;
@@ -81,7 +81,7 @@ fn leave(signal: u8) {
 }
 
 /// A number that no other process of a guest has, but for one chance in 2^64.
-fn token() -> u64 {
+pub(crate) fn token() -> u64 {
     let mut bytes = [0; 8];
     let _ = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
     u64::from_le_bytes(bytes).max(1)

@@ -6,6 +6,7 @@
 #![cfg_attr(not(test), no_main)]
 
 mod boot;
+mod cp;
 mod devices;
 mod doctor;
 mod exec;
@@ -23,7 +24,9 @@ mod volumes;
 use clap::{Parser, Subcommand};
 use kindling::Instant;
 use std::error::Error;
+use std::ffi::OsString;
 use std::io::Write;
+use std::os::unix::ffi::OsStrExt;
 
 /// Boots Linux microVMs within milliseconds.
 #[derive(Debug, Parser)]
@@ -43,6 +46,8 @@ enum Command {
     Run(Box<run::Arguments>),
     /// Runs one more program in a guest that runs
     Exec(exec::Arguments),
+    /// Copies files into a guest that runs, or from there
+    Cp(cp::Arguments),
     /// Lists the guests that `kindling run` started
     Ps(instances::ps::Arguments),
     /// Prints what a detached guest wrote
@@ -80,6 +85,7 @@ fn run() -> u8 {
         Command::Preboot(arguments) => preboot::run(&arguments),
         Command::Run(arguments) => run::run(&arguments, started),
         Command::Exec(arguments) => exec::run(&arguments),
+        Command::Cp(arguments) => cp::run(&arguments),
         Command::Ps(arguments) => instances::ps::run(&arguments),
         Command::Logs(arguments) => instances::logs::run(&arguments),
         Command::Wait(arguments) => instances::wait::run(&arguments),
@@ -91,6 +97,11 @@ fn run() -> u8 {
         Command::Volume(arguments) => volumes::command::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
     }
+}
+
+/// A word of the command line in the form that guests have it in.
+fn bytes(text: &OsString) -> Vec<u8> {
+    text.as_bytes().to_vec()
 }
 
 /// Prints an error with its causes on one line.

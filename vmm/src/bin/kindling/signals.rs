@@ -6,6 +6,8 @@ use crate::{STATUS_FAILURE, terminal};
 use kindling::StopHandle;
 use kindling::memory::BackingFile;
 use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, OnceLock};
 
@@ -30,15 +32,12 @@ pub(crate) fn stop_on_termination(handle: StopHandle) -> io::Result<()> {
     // There is one machine in this process, so the slot is empty.
     let _ = STOP.set(handle);
     for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT] {
+        if is_ignored(signal) {
+            continue;
+        }
         // SAFETY: an all-zero sigaction is valid, and the handler only does what handlers may.
         let result = unsafe {
             let mut action: libc::sigaction = std::mem::zeroed();
-            libc::sigaction(signal, std::ptr::null(), &raw mut action);
-            if action.sa_sigaction == libc::SIG_IGN {
-                // nohup, or a shell that put this command into the background, wants it ignored.
-                continue;
-            }
-            action = std::mem::zeroed();
             action.sa_sigaction = stop as extern "C" fn(libc::c_int) as libc::sighandler_t;
             libc::sigaction(signal, &raw const action, std::ptr::null_mut())
         };
@@ -47,6 +46,23 @@ pub(crate) fn stop_on_termination(handle: StopHandle) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Whether a signal is ignored: nohup, or a shell that put this command into the background, wants it so.
+pub(crate) fn is_ignored(signal: libc::c_int) -> bool {
+    let mut action = MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: an all-zero sigaction is valid, and sigaction writes nothing but a valid one.
+    unsafe {
+        libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr());
+        action.assume_init().sa_sigaction == libc::SIG_IGN
+    }
+}
+
+/// Sends a signal, also one of those that have no name, to the process behind a pidfd. One that has ended needs none.
+pub(crate) fn send(process: BorrowedFd<'_>, signal: u8) {
+    let (signal, nothing) = (libc::c_int::from(signal), std::ptr::null::<libc::siginfo_t>());
+    // SAFETY: the descriptor is open, and without details of the signal the kernel reads no memory.
+    unsafe { libc::syscall(libc::SYS_pidfd_send_signal, process.as_raw_fd(), signal, nothing, 0) };
 }
 
 static FILES: OnceLock<Vec<Arc<BackingFile>>> = OnceLock::new();

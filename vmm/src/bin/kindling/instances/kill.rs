@@ -3,13 +3,12 @@
 use super::{Found, InstanceError, signal};
 use crate::say;
 use clap::Args;
-use rustix::process::Signal;
 
 #[derive(Args, Debug, PartialEq, Eq)]
 pub(crate) struct Arguments {
     /// Signal for the program of each guest, by name or number; KILL ends the guest
     #[arg(long, short = 's', value_name = "SIGNAL", default_value = "KILL", value_parser = signal::parse)]
-    signal: Signal,
+    signal: u8,
     /// Names of the guests
     #[arg(value_name = "NAME", required = true)]
     names: Vec<String>,
@@ -19,7 +18,7 @@ pub(crate) struct Arguments {
 pub(crate) fn run(arguments: &Arguments) -> u8 {
     super::each(&arguments.names, |name| {
         let guest = Found::alive(name)?;
-        if arguments.signal == Signal::KILL {
+        if i32::from(arguments.signal) == libc::SIGKILL {
             guest.kill()?;
         } else {
             guest.vmm()?.ok_or_else(|| InstanceError::Ended(name.to_owned()))?.send(arguments.signal);

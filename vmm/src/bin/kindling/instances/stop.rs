@@ -3,7 +3,6 @@
 use super::{Found, InstanceError};
 use crate::say;
 use clap::Args;
-use rustix::process::Signal;
 use std::time::{Duration, Instant};
 
 #[derive(Args, Debug, PartialEq, Eq)]
@@ -17,6 +16,8 @@ pub(crate) struct Arguments {
     names: Vec<String>,
 }
 
+const SIGTERM: u8 = 15;
+
 /// Asks all, then waits for each; the exit status.
 pub(crate) fn run(arguments: &Arguments) -> u8 {
     let mut asked = Vec::new();
@@ -24,8 +25,8 @@ pub(crate) fn run(arguments: &Arguments) -> u8 {
         let guest = Found::named(name)?;
         let vmm = guest.vmm()?;
         if let Some(vmm) = &vmm {
-            let signal = Signal::from_named_raw(guest.record.stop_signal.into());
-            vmm.send(signal.unwrap_or(Signal::TERM));
+            // One whose description is damaged has none.
+            vmm.send(if guest.record.stop_signal == 0 { SIGTERM } else { guest.record.stop_signal });
         }
         asked.push((guest, vmm));
         Ok(())

@@ -1,10 +1,11 @@
 //! The process that runs a guest: signals for it, and its end.
 
 use super::{Found, InstanceError, host, is_locked, read_record};
+use crate::signals;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::time::{Duration, Instant};
 
 /// The VMM of a guest.
@@ -13,6 +14,10 @@ pub(super) struct Vmm(OwnedFd);
 
 /// The exit status of a guest that nobody asked.
 const STATUS_KILLED: u8 = 128 + 9;
+
+/// SIGPWR, and what it is followed by where that does not help.
+const POWER: u8 = 30;
+const KILL: u8 = 9;
 
 /// How long a VMM may take to end in order.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -38,9 +43,9 @@ impl Found {
     pub(super) fn kill(&self) -> Result<(), InstanceError> {
         let Some(vmm) = self.vmm()? else { return Ok(()) };
         // `run/signals.rs` stops the machine, gives the terminal back and writes down the end.
-        vmm.send(Signal::POWER);
+        vmm.send(POWER);
         if !vmm.wait(Some(Instant::now() + PATIENCE)) {
-            vmm.send(Signal::KILL);
+            vmm.send(KILL);
             vmm.wait(None);
         }
         match self.take() {
@@ -63,9 +68,8 @@ impl Found {
 
 impl Vmm {
     /// Sends it a signal, which it passes on to its guest's payload if it can.
-    pub(super) fn send(&self, signal: Signal) {
-        // One that has ended needs none.
-        let _ = pidfd_send_signal(&self.0, signal);
+    pub(super) fn send(&self, signal: u8) {
+        signals::send(self.0.as_fd(), signal);
     }
 
     /// Waits for its end, until a time; whether it has ended.

@@ -44,6 +44,12 @@ impl Streams {
         })
     }
 
+    /// This process's standard error, and nothing to read.
+    pub(crate) fn complaints() -> io::Result<Self> {
+        let copy = || rustix::stdio::stderr().try_clone_to_owned().map(|copy| Sink::File(copy.into()));
+        Ok(Self { input: None, output: copy()?, error: copy()? })
+    }
+
     /// A log's, and nothing to read.
     pub(crate) fn of_log(log: Log) -> Self {
         let log = Arc::new(log);

@@ -11,7 +11,7 @@ use crate::instances::log::Log;
 use crate::instances::{Instance, InstanceError, Payload, Record, signal};
 use crate::terminal::RawTerminal;
 use crate::volumes::{self, VolumeError};
-use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, complain, report, tell};
+use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, boot, bytes, complain, report, tell};
 use clap::Args;
 use client::Streams;
 use detached::Starter;
@@ -21,7 +21,7 @@ use kindling::config::image::Image;
 use kindling::config::{Config, ConfigError, Console, GuestConfig, MachineConfig};
 use kindling::{Error, Exit, ExitReason, Instant, Machine, StopHandle, Timeline, preboot};
 use mounts::{MountError, Source, Wanted};
-use source::{Prepared, SourceError, bytes};
+use source::{Prepared, SourceError};
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -143,6 +143,7 @@ pub(crate) const PULL: [&str; 3] = ["missing", "always", "never"];
 /// Time limits: up to a year.
 pub(crate) const TIMEOUT_SECONDS: std::ops::RangeInclusive<u64> = 1..=31_536_000;
 
+const SIGTERM: u8 = 15;
 /// The exit status of a guest that took too long.
 const STATUS_TIMEOUT: u8 = 124;
 /// Stands in for a signal where the time limit stopped the guest.
@@ -256,6 +257,7 @@ fn start(
         None => Streams::own(),
     };
     let streams = streams.map_err(|error| RunError::Host("open the program's streams", error))?;
+    boot::raise_descriptor_limit();
     instance.write(&arguments.record(&config, prepared, &wanted))?;
     if !arguments.cold {
         make_preboot(&config);
@@ -285,10 +287,16 @@ fn start(
     let (name, socket, has_terminal) = (instance.name().to_owned(), instance.socket(), arguments.tty);
     let client = thread::spawn(move || match events.recv() {
         Ok(Event::AgentReady) => {
-            let process = Process::payload(&socket, has_terminal)?;
-            if let Some(starter) = starter {
-                starter.let_go(&name);
-            }
+            let mut process = Process::payload(&socket, has_terminal)?;
+            let streams = match starter {
+                None => streams,
+                Some(starter) if process.wait_for_start()? => {
+                    starter.let_go(&name);
+                    streams
+                }
+                // There will be nobody who reads a log; what init has to say is for whoever waits.
+                Some(_) => Streams::complaints().map_err(|_| AgentError::Lost)?,
+            };
             client::serve(process, streams, &signals)
         }
         Ok(Event::GuestEnded) | Err(_) => Err(AgentError::Lost),
@@ -415,10 +423,7 @@ impl Arguments {
             started: since_1970.map_or(0, |time| time.as_secs()),
             memory_mib: config.machine.mem_size_mib,
             vcpus: config.machine.vcpu_count,
-            stop_signal: stop_signal
-                .map_or(libc::SIGTERM, |signal| signal.as_raw())
-                .try_into()
-                .unwrap_or_default(),
+            stop_signal: stop_signal.unwrap_or(SIGTERM),
             is_kept: self.detach && !self.rm,
             volumes: wanted.iter().filter_map(Wanted::volume).map(str::to_owned).collect(),
             status: None,

@@ -2,17 +2,27 @@
 #![expect(unsafe_code, reason = "signal sets have no safe interface")]
 
 use super::client::send_size;
+use crate::instances::signal::is_real_time;
+use crate::signals::is_ignored;
 use kindling::agent::Control;
 use std::mem::MaybeUninit;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
-const PASSED_ON: [libc::c_int; 7] =
-    [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT, libc::SIGUSR1, libc::SIGUSR2, libc::SIGWINCH];
+const PASSED_ON: [libc::c_int; 8] = [
+    libc::SIGTERM,
+    libc::SIGINT,
+    libc::SIGHUP,
+    libc::SIGQUIT,
+    libc::SIGUSR1,
+    libc::SIGUSR2,
+    libc::SIGWINCH,
+    libc::SIGALRM,
+];
 /// What `kindling kill` sends: the end of the guest without a question, but with an orderly end of this process.
 const POWER: libc::c_int = libc::SIGPWR;
-/// Those that a process without a terminal passes on besides: nobody sends them but for the guest.
-const PASSED_ON_DETACHED: [libc::c_int; 2] = [libc::SIGALRM, libc::SIGCONT];
+/// What a process without a terminal passes on besides: nobody sends it but for the guest.
+const PASSED_ON_DETACHED: [libc::c_int; 1] = [libc::SIGCONT];
 
 /// The signal that a guest without power ended by, in the eyes of others.
 const KILLED: u8 = 9;
@@ -80,11 +90,12 @@ fn block(more: &[libc::c_int]) -> libc::sigset_t {
         libc::sigemptyset(set.as_mut_ptr());
         let mut set = set.assume_init();
         for &number in PASSED_ON.iter().chain(more).chain(&[POWER]) {
-            let mut action = MaybeUninit::<libc::sigaction>::zeroed();
-            libc::sigaction(number, std::ptr::null(), action.as_mut_ptr());
-            if action.assume_init().sa_sigaction != libc::SIG_IGN {
+            if !is_ignored(number) {
                 libc::sigaddset(&raw mut set, number);
             }
+        }
+        for number in (1..=64).filter(|&number| is_real_time(number)) {
+            libc::sigaddset(&raw mut set, number.into());
         }
         libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut());
         set

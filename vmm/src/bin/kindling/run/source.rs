@@ -1,9 +1,8 @@
 //! What a guest is made from: the kernel's image, and a root filesystem with what its image says of the command.
 
 use serde::{Deserialize, Serialize};
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::io::{self, Read};
-use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -120,9 +119,4 @@ pub(crate) fn cache() -> Option<PathBuf> {
     let given = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let cache = given("XDG_CACHE_HOME").or_else(|| Some(given("HOME")?.join(".cache")))?;
     Some(cache.join("kindling"))
-}
-
-/// The words of a command in the form that a guest's configuration has.
-pub(crate) fn bytes(text: &OsString) -> Vec<u8> {
-    text.clone().into_vec()
 }

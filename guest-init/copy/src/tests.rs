@@ -1,0 +1,339 @@
+//! Both ends together, and the receiver against streams that nobody would send in good faith.
+
+extern crate std;
+use crate::entry::{Entry, Kind};
+use crate::{CHUNK, Destination, Failure, MAX_DEPTH, Source, What, receive, send};
+use alloc::vec;
+use alloc::vec::Vec;
+use proptest::prelude::*;
+use rustix::fs::{CWD, Mode, Timespec, Timestamps, UTIME_OMIT};
+use std::fs;
+use std::io::{Seek, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::path::Path;
+use std::prelude::rust_2024::*;
+use std::{format, thread};
+
+fn destination(path: &Path) -> Destination<'_> {
+    Destination { path: path.as_os_str().as_bytes(), name: None, keeps_owners: false, mode_bits: 0o7777 }
+}
+
+fn copy(from: &Path, name: &str, to: Destination<'_>) -> Result<Option<Failure>, Failure> {
+    let (read, write) = rustix::pipe::pipe().unwrap();
+    thread::scope(|scope| {
+        let sender = scope.spawn(move || {
+            let source = Source { path: from.as_os_str().as_bytes(), name: name.as_bytes(), follows: false };
+            send(source, write)
+        });
+        let received = receive(to, read);
+        let sent = sender.join().unwrap();
+        received.and(sent)
+    })
+}
+
+/// What a stream of these bytes does.
+fn receive_bytes(bytes: &[u8], to: Destination<'_>) -> Result<(), Failure> {
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(bytes).unwrap();
+    file.rewind().unwrap();
+    receive(to, file)
+}
+
+fn entry(kind: Kind, name: &[u8]) -> Vec<u8> {
+    let name_length = u8::try_from(name.len()).unwrap();
+    [&Entry { kind, name_length, mode: 0o644, ..Entry::LEAVE }.to_bytes()[..], name].concat()
+}
+
+fn chunk(offset: u64, bytes: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(bytes.len()).unwrap();
+    [&offset.to_le_bytes()[..], &length.to_le_bytes(), bytes].concat()
+}
+
+fn set_time(path: &Path, seconds: i64, nanoseconds: i64) {
+    let times = Timestamps {
+        last_access: Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT },
+        last_modification: Timespec { tv_sec: seconds, tv_nsec: nanoseconds },
+    };
+    rustix::fs::utimensat(CWD, path, &times, rustix::fs::AtFlags::SYMLINK_NOFOLLOW).unwrap();
+}
+
+/// Names, kinds, modes, times and contents below a folder.
+fn list(folder: &Path) -> Vec<std::string::String> {
+    let mut lines = Vec::new();
+    let mut names: Vec<_> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    names.sort();
+    for path in names {
+        let metadata = path.symlink_metadata().unwrap();
+        let content = match metadata.file_type() {
+            kind if kind.is_symlink() => fs::read_link(&path).unwrap().as_os_str().as_bytes().to_vec(),
+            kind if kind.is_file() => fs::read(&path).unwrap(),
+            _ => Vec::new(),
+        };
+        lines.push(format!(
+            "{:?} {:o} {}.{:09} {:?}",
+            path.file_name().unwrap(),
+            metadata.mode(),
+            metadata.mtime(),
+            metadata.mtime_nsec(),
+            content
+        ));
+        if metadata.is_dir() {
+            lines.extend(list(&path));
+        }
+    }
+    lines
+}
+
+/// A tree with everything that is copied.
+fn plant(root: &Path) {
+    fs::create_dir_all(root.join("deep/er")).unwrap();
+    fs::write(root.join("deep/er/file"), b"content").unwrap();
+    fs::write(root.join("empty"), b"").unwrap();
+    fs::write(root.join("long"), vec![7; 3 * CHUNK + 5]).unwrap();
+    fs::write(root.join("run"), b"#!").unwrap();
+    fs::set_permissions(root.join("run"), Permissions::from_mode(0o4751)).unwrap();
+    symlink("/nowhere", root.join("link")).unwrap();
+    fs::write(root.join(std::ffi::OsStr::from_bytes(b"\xff\n")), b"odd").unwrap();
+    set_time(&root.join("deep/er/file"), 1_000_000_000, 123_456_789);
+    set_time(&root.join("link"), -5, 1);
+    fs::set_permissions(root.join("deep"), Permissions::from_mode(0o711)).unwrap();
+    set_time(&root.join("deep"), 5, 7);
+}
+
+use std::fs::Permissions;
+
+#[test]
+fn a_tree_arrives_as_it_was() {
+    let folder = tempfile::tempdir().unwrap();
+    let (from, to) = (folder.path().join("from"), folder.path().join("to"));
+    plant(&from);
+    assert_eq!(copy(&from, "from", destination(&to)), Ok(None));
+    assert_eq!(list(&from), list(&to));
+    // Once more, over what is there.
+    assert_eq!(copy(&from, ".", destination(&to)), Ok(None));
+    assert_eq!(list(&from), list(&to));
+    // And into it.
+    assert_eq!(copy(&from, "from", destination(&to)), Ok(None));
+    assert_eq!(list(&from), list(&to.join("from")));
+}
+
+#[test]
+fn bits_that_are_not_wanted_are_dropped() {
+    let folder = tempfile::tempdir().unwrap();
+    let (from, to) = (folder.path().join("from"), folder.path().join("to"));
+    plant(&from);
+    copy(&from, "from", Destination { mode_bits: 0o777, ..destination(&to) }).unwrap();
+    assert_eq!(to.join("run").metadata().unwrap().mode() & 0o7777, 0o751);
+}
+
+#[test]
+fn holes_stay_holes() {
+    let folder = tempfile::tempdir().unwrap();
+    let (from, to) = (folder.path().join("from"), folder.path().join("to"));
+    let mut file = fs::File::create(&from).unwrap();
+    file.seek(std::io::SeekFrom::Start(1 << 30)).unwrap();
+    file.write_all(b"middle").unwrap();
+    file.set_len(1 << 31).unwrap();
+    copy(&from, "from", destination(&to)).unwrap();
+    let copied = to.metadata().unwrap();
+    assert_eq!(copied.len(), 1 << 31);
+    assert!(copied.blocks() <= file.metadata().unwrap().blocks().max(64), "{} blocks", copied.blocks());
+    let mut bytes = [0; 8];
+    std::os::unix::fs::FileExt::read_exact_at(&fs::File::open(&to).unwrap(), &mut bytes, (1 << 30) - 1)
+        .unwrap();
+    assert_eq!(&bytes, b"\0middle\0");
+}
+
+#[test]
+fn where_things_go() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    fs::write(path("file"), b"new").unwrap();
+    plant(&path("tree"));
+    fs::create_dir(path("there")).unwrap();
+    let to = |name: &str| copy(&path("file"), "file", destination(&path(name)));
+    let tree_to = |name: &str| copy(&path("tree"), "tree", destination(&path(name)));
+    // A name that nothing has, and one that a file has.
+    to("fresh").unwrap();
+    fs::write(path("old"), b"old").unwrap();
+    to("old").unwrap();
+    assert_eq!(fs::read(path("old")).unwrap(), b"new");
+    // A directory, also behind a link.
+    symlink("there", path("link")).unwrap();
+    to("link").unwrap();
+    assert_eq!(fs::read(path("there/file")).unwrap(), b"new");
+    // What a link leads to is replaced, the link is not.
+    symlink("fresh", path("indirect")).unwrap();
+    fs::write(path("fresh"), b"old").unwrap();
+    to("indirect").unwrap();
+    assert!(path("indirect").is_symlink());
+    assert_eq!(fs::read(path("fresh")).unwrap(), b"new");
+    // What cannot be.
+    let what = |result: Result<Option<Failure>, Failure>| result.unwrap_err().what;
+    assert_eq!(what(to("missing/")), What::NoDirectory);
+    assert_eq!(what(to("missing/file")), What::Open);
+    assert_eq!(what(tree_to("old")), What::NotDirectory);
+    fs::create_dir(path("there/file2")).unwrap();
+    assert_eq!(what(copy(&path("file"), "file2", destination(&path("there")))), What::Replace);
+    fs::write(path("there/tree"), b"").unwrap();
+    assert_eq!(what(tree_to("there")), What::NotDirectory);
+    assert_eq!(
+        what(copy(&path("nothing"), "x", destination(&path("y")))),
+        What::Ended,
+        "the receiver's word"
+    );
+    assert_eq!(what(to("/dev/null")), What::Special);
+    assert!(
+        !fs::read_dir(folder.path())
+            .unwrap()
+            .any(|entry| { entry.unwrap().file_name().as_bytes().starts_with(b".kindling") })
+    );
+}
+
+#[test]
+fn what_is_neither_file_nor_directory_nor_link_is_left_out() {
+    let folder = tempfile::tempdir().unwrap();
+    let (from, to) = (folder.path().join("from"), folder.path().join("to"));
+    fs::create_dir(&from).unwrap();
+    fs::write(from.join("file"), b"").unwrap();
+    rustix::fs::mknodat(CWD, from.join("pipe"), rustix::fs::FileType::Fifo, Mode::RWXU, 0).unwrap();
+    let left_out = copy(&from, "from", destination(&to)).unwrap().unwrap();
+    assert_eq!(
+        (left_out.what, &left_out.path[..]),
+        (What::LeftOut, from.join("pipe").as_os_str().as_bytes())
+    );
+    assert_eq!(fs::read_dir(&to).unwrap().count(), 1);
+    assert_eq!(copy(&from.join("pipe"), "pipe", destination(&to)).unwrap_err().what, What::Ended);
+}
+
+#[test]
+fn nothing_gets_out() {
+    let folder = tempfile::tempdir().unwrap();
+    let outside = folder.path().join("outside");
+    fs::create_dir(&outside).unwrap();
+    let root = || entry(Kind::Directory, b"tree");
+    let file = |name: &[u8]| [entry(Kind::File, name), chunk(0, b"bad"), chunk(3, b"")].concat();
+    let link = |name: &[u8], target: &[u8]| [entry(Kind::Link, name), chunk(0, target)].concat();
+    let leave = || entry(Kind::Leave, b"");
+    let absolute = outside.as_os_str().as_bytes();
+    let streams: [(&str, Vec<u8>); 9] = [
+        ("the parent", [root(), file(b"..")].concat()),
+        ("a path", [root(), file(b"../outside/x")].concat()),
+        ("an absolute path", [root(), file(&[absolute, b"/x"].concat())].concat()),
+        ("a directory that is the parent", [root(), entry(Kind::Directory, b"..")].concat()),
+        ("through a link", [root(), link(b"a", absolute), entry(Kind::Directory, b"a"), file(b"x")].concat()),
+        (
+            "through a link upwards",
+            [root(), link(b"a", b".."), entry(Kind::Directory, b"a"), file(b"x")].concat(),
+        ),
+        ("more leaves than directories", [leave()].concat()),
+        ("the root is the parent", file(b"..")),
+        ("a name with NUL", [root(), file(b"a\0b")].concat()),
+    ];
+    for (what, bytes) in streams {
+        let to = folder.path().join("to");
+        fs::create_dir(&to).unwrap();
+        let failure = receive_bytes(&bytes, destination(&to)).unwrap_err();
+        assert!(matches!(failure.what, What::Malformed | What::NotDirectory), "{what}: {failure}");
+        assert_eq!(fs::read_dir(&outside).unwrap().count(), 0, "{what}");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2, "{what}");
+        fs::remove_dir_all(&to).unwrap();
+    }
+    // A link that is there already is as good as one that was sent.
+    let to = folder.path().join("to");
+    fs::create_dir(&to).unwrap();
+    symlink(&outside, to.join("a")).unwrap();
+    let bytes = [entry(Kind::Directory, b"."), entry(Kind::Directory, b"a"), file(b"x")].concat();
+    let inside = Destination { name: Some(b"."), ..destination(&to) };
+    assert_eq!(receive_bytes(&bytes, inside).unwrap_err().what, What::NotDirectory);
+    // And a file takes the link's place.
+    receive_bytes(&[entry(Kind::Directory, b"."), file(b"a"), leave()].concat(), inside).unwrap();
+    assert!(to.join("a").symlink_metadata().unwrap().is_file());
+    assert_eq!(fs::read_dir(&outside).unwrap().count(), 0);
+}
+
+#[test]
+fn a_stream_that_breaks_off_leaves_what_was_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let to = folder.path().join("to");
+    fs::write(&to, b"old").unwrap();
+    let whole = [entry(Kind::File, b"x"), chunk(0, b"new"), chunk(3, b"")].concat();
+    for length in 0..whole.len() {
+        assert_eq!(
+            receive_bytes(&whole[..length], destination(&to)).unwrap_err().what,
+            What::Ended,
+            "{length}"
+        );
+        assert_eq!(fs::read(&to).unwrap(), b"old");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+    receive_bytes(&whole, destination(&to)).unwrap();
+    assert_eq!(fs::read(&to).unwrap(), b"new");
+}
+
+#[test]
+fn chunks_go_forwards_and_are_bounded() {
+    let folder = tempfile::tempdir().unwrap();
+    let to = folder.path().join("to");
+    let result = |chunks: &[Vec<u8>]| {
+        receive_bytes(&[entry(Kind::File, b"x"), chunks.concat()].concat(), destination(&to))
+            .map_err(|failure| failure.what)
+    };
+    assert_eq!(result(&[chunk(5, b"a"), chunk(5, b"b")]), Err(What::Malformed));
+    assert_eq!(result(&[chunk(5, b"a"), chunk(3, b"")]), Err(What::Malformed));
+    assert_eq!(result(&[chunk(u64::MAX, b"a")]), Err(What::Malformed));
+    let long = [&0_u64.to_le_bytes()[..], &u32::MAX.to_le_bytes()].concat();
+    assert_eq!(result(&[long]), Err(What::Malformed));
+    assert!(!to.exists());
+    assert_eq!(result(&[chunk(1, b"a"), chunk(9, b"")]), Ok(()));
+    assert_eq!(fs::read(&to).unwrap(), b"\0a\0\0\0\0\0\0\0");
+}
+
+#[test]
+fn depth_is_bounded() {
+    let folder = tempfile::tempdir().unwrap();
+    let to = folder.path().join("to");
+    let bytes = entry(Kind::Directory, b"d").repeat(MAX_DEPTH + 1);
+    assert_eq!(receive_bytes(&bytes, destination(&to)).unwrap_err().what, What::Depth);
+    assert_eq!(copy(&to, "to", destination(&folder.path().join("again"))).unwrap_err().what, What::Ended);
+    let bytes = [entry(Kind::Directory, b"d").repeat(MAX_DEPTH), entry(Kind::Leave, b"").repeat(MAX_DEPTH)];
+    receive_bytes(&bytes.concat(), destination(&folder.path().join("fits"))).unwrap();
+}
+
+/// Pieces of which streams are made, right and wrong.
+fn piece() -> impl Strategy<Value = Vec<u8>> {
+    let name = prop::sample::select(vec![&b"a"[..], b"b", b"c", b".", b"..", b"a/b", b"/etc", b"a\0"]);
+    let kind = prop::sample::select(vec![Kind::File, Kind::Directory, Kind::Directory, Kind::Link]);
+    let target = prop::sample::select(vec![&b".."[..], b"/", b"b", b"../outside", b""]);
+    prop_oneof![
+        (kind, name).prop_map(|(kind, name)| entry(kind, name)),
+        Just(entry(Kind::Leave, b"")),
+        (0_u64..9, prop::collection::vec(any::<u8>(), 0..9))
+            .prop_map(|(offset, bytes)| chunk(offset, &bytes)),
+        target.prop_map(|target| [entry(Kind::Link, b"a"), chunk(0, target)].concat()),
+        Just([entry(Kind::File, b"b"), chunk(0, b"x"), chunk(1, b"")].concat()),
+        prop::collection::vec(any::<u8>(), 0..40),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    /// Whatever comes, nothing appears beside the destination.
+    #[test]
+    fn any_stream_stays_inside(pieces in prop::collection::vec(piece(), 0..24)) {
+        let folder = tempfile::tempdir().unwrap();
+        let outside = folder.path().join("outside");
+        fs::create_dir(&outside).unwrap();
+        let to = folder.path().join("to");
+        fs::create_dir(&to).unwrap();
+        let bytes = [entry(Kind::Directory, b"."), pieces.concat()].concat();
+        let _ = receive_bytes(&bytes, destination(&to));
+        prop_assert_eq!(fs::read_dir(&outside).unwrap().count(), 0);
+        prop_assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2);
+        // Nor is anything half made.
+        for line in list(&to) {
+            prop_assert!(!line.contains("kindling-cp"), "{}", line);
+        }
+    }
+}
