@@ -162,8 +162,6 @@ enum RunError {
     Mount(#[from] MountError),
     #[error(transparent)]
     Volume(#[from] VolumeError),
-    #[error("--volume {}: folders of the host cannot be mounted yet; NAME:GUEST is a volume", .0.display())]
-    Folder(PathBuf),
     #[error("the image names no command; write one behind its name")]
     NoCommand,
     #[error("the host refused to {0}")]
@@ -344,7 +342,7 @@ impl Arguments {
                     let disk = volumes::for_guest(name, wanted.is_read_only)?;
                     mounts::add_volume(&mut config, disk, wanted);
                 }
-                Source::Folder(path) => return Err(RunError::Folder(path.clone())),
+                Source::Folder(path) => mounts::add_folder(&mut config, path, wanted)?,
             }
         }
         config.validate()?;
