@@ -33,10 +33,13 @@ pub(crate) fn enter(folder: BorrowedFd<'_>, is_read_only: bool) -> Result<(), Er
     let host = |what| move |error: rustix::io::Errno| Error::Host { what, source: error.into() };
     // Modes of new files are as the guest says, which has a umask of its own.
     umask(Mode::empty());
-    // Each file that the guest knows is a descriptor.
-    let maximum = getrlimit(Resource::Nofile).maximum;
-    let limit = Rlimit { current: maximum, maximum };
-    setrlimit(Resource::Nofile, limit).map_err(host("its limit of descriptors"))?;
+    // Each file that the guest knows is a descriptor. Root may have more than it was started with.
+    let most = std::fs::read_to_string("/proc/sys/fs/nr_open").ok().and_then(|text| text.trim().parse().ok());
+    let limit = |limit: Option<u64>| Rlimit { current: limit, maximum: limit };
+    let own = limit(getrlimit(Resource::Nofile).maximum);
+    setrlimit(Resource::Nofile, most.map_or(own.clone(), |most| limit(Some(most))))
+        .or_else(|_| setrlimit(Resource::Nofile, own))
+        .map_err(host("its limit of descriptors"))?;
     set_no_new_privs(true).map_err(host("new privileges"))?;
     let none = CapabilitySet::empty();
     set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })

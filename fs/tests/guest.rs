@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 
 /// Opcodes of linux/fuse.h.
 mod op {
@@ -340,15 +340,10 @@ fn a_guest_that_begins_anew_has_nothing() {
 #[test]
 fn a_guest_that_holds_too_much_has_an_error() {
     let folder = folder();
-    let mut server = {
-        let (socket, its) = UnixStream::pair().unwrap();
-        let mut command = Command::new("sh");
-        let script =
-            format!("ulimit -n 64; exec {} --owner 0:0 -- \"$0\"", env!("CARGO_BIN_EXE_kindling-fs"));
-        command.args(["-c", &script]).arg(folder.path()).stdin(OwnedFd::from(its)).stdout(Stdio::null());
-        Server { process: command.spawn().unwrap(), socket, next: 1 }
-    };
-    server.ask(op::INIT, 0, &[&words(&[7, 38, 0, 0, 0, 0])[..], &[0; 40]].concat()).unwrap();
+    let mut server = Server::start(folder.path(), &[]);
+    let limit = rustix::process::Rlimit { current: Some(64), maximum: Some(64) };
+    let process = rustix::process::Pid::from_child(&server.process);
+    rustix::process::prlimit(Some(process), rustix::process::Resource::Nofile, limit).unwrap();
     let file = server.lookup(ROOT, "file").unwrap();
     let opened = (0..100).take_while(|_| server.open(file, 0).is_ok()).count();
     assert!((40..64).contains(&opened), "{opened}");

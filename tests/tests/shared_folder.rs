@@ -118,6 +118,37 @@ fn nothing_leads_out() {
     assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 1);
 }
 
+/// The second guard: the server has what is moved open, as the guest has, and the host's kernel does not let it in.
+#[test]
+fn what_was_moved_away_is_out_of_reach() {
+    if !has_landlock() {
+        println!("this host has no Landlock");
+        return;
+    }
+    let (outside, shared) = (tempfile::tempdir().unwrap(), Shared::new());
+    fs::create_dir(shared.path().join("inner")).unwrap();
+    fs::write(shared.path().join("inner/secret"), "secret").unwrap();
+    let mut command = shared.command(&[], "");
+    command.args(["sh", "-c", "cd /shared/inner; echo ready; read line; cat secret; echo x > new"]);
+    let mut child =
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut output = BufReader::new(child.stdout.take().unwrap());
+    wait_for_ready(&mut output);
+    fs::rename(shared.path().join("inner"), outside.path().join("inner")).unwrap();
+    child.stdin.take().unwrap().write_all(b"\n").unwrap();
+    let mut rest = String::new();
+    output.read_to_string(&mut rest).unwrap();
+    let stderr = String::from_utf8_lossy(&child.wait_with_output().unwrap().stderr).into_owned();
+    assert_eq!((rest.as_str(), stderr.matches("Permission denied").count()), ("", 2), "{stderr}");
+    assert_eq!(fs::read_dir(outside.path().join("inner")).unwrap().count(), 1);
+}
+
+/// Whether the host's kernel confines a process that may also move files.
+fn has_landlock() -> bool {
+    use landlock::{AccessFs, CompatLevel, Compatible, Ruleset, RulesetAttr};
+    Ruleset::default().set_compatibility(CompatLevel::HardRequirement).handle_access(AccessFs::Refer).is_ok()
+}
+
 #[test]
 fn a_folder_that_is_only_read_stays_as_it_is() {
     let shared = Shared::new();
@@ -192,6 +223,17 @@ fn server_of(vmm: u32) -> u32 {
 fn state_of(process: u32) -> Option<char> {
     let stat = fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
     stat.rsplit(") ").next()?.chars().next()
+}
+
+#[test]
+fn a_kernel_that_was_booted_before_goes_on_with_any_folder() {
+    for _ in 0..2 {
+        let shared = Shared::new();
+        fs::write(shared.path().join("file"), "its own").unwrap();
+        let outcome = run(shared.command(&["--report"], "").args(["cat", "/shared/file"]));
+        assert_eq!(outcome.expect_status(0).stdout, "its own");
+        outcome.expect_stderr("pre-booted kernel loaded");
+    }
 }
 
 #[test]

@@ -23,7 +23,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 const KIND: u32 = 26;
-/// Requests of which the driver has no more than one under way for each file that it forgets.
+/// Where the driver says what it has forgotten, past all other requests.
 const HIPRIO: usize = 0;
 const REQUESTS: usize = 1;
 /// Linux makes no request of more pages than the queue has descriptors, less four for headers
