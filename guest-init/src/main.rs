@@ -1,6 +1,6 @@
 //! PID 1 of a Kindling guest, in the order it happens: mark the first instruction, mount, set the
-//! system up, ask for the configuration, enter the image's root where it is a disk, run the payload, report
-//! its exit.
+//! system up, ask for the configuration, enter the image's root where it is a disk, mount what the host adds, run
+//! the payload, report its exit.
 //!
 //! There is no C library below it and nothing above it but the payload.
 #![no_std]
@@ -9,11 +9,14 @@
 extern crate alloc;
 
 mod agent;
+mod copy;
 mod greeting;
 mod heap;
 mod kernel_log;
 mod machine;
 mod mem;
+mod mounts;
+mod names;
 mod network;
 mod payload;
 mod program;
@@ -48,8 +51,14 @@ fn main() -> ! {
     network::configure(&answer.spec.networks);
     machine::mark(BootMark::Configured);
     if let Some(device) = &answer.spec.root_device {
-        root::enter(device);
+        root::enter(device, &answer.spec);
         machine::mark(BootMark::RootEntered);
+    } else {
+        names::write(&answer.spec);
+    }
+    let written = mounts::mount_all(&answer.spec.mounts);
+    if answer.spec.is_root_read_only {
+        root::make_read_only();
     }
 
     let code = if answer.spec.agent {
@@ -60,6 +69,7 @@ fn main() -> ! {
     } else {
         payload::run(&answer.spec)
     };
+    written.leave();
     if answer.spec.kernel_log {
         kernel_log::send();
     }

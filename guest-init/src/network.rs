@@ -7,7 +7,6 @@ use crate::voice::say;
 use core::fmt::{self, Write};
 use guest_protocol::frame::Network;
 use rustix::fd::OwnedFd;
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, mkdirat, open, unlinkat};
 use rustix::io::Errno;
 use rustix::ioctl::{Opcode, Setter, ioctl};
 use rustix::net::{AddressFamily, SocketType, socket};
@@ -82,11 +81,6 @@ pub(crate) fn configure(networks: &[Network]) {
             say(format_args!("init: cannot set up eth{}: {error}\n", network.card));
         }
     }
-    // The first one that knows a name server has the word.
-    if let Some(nameserver) = networks.iter().find_map(|network| network.nameserver) {
-        // A root filesystem that cannot be written keeps what it has.
-        let _ = write_nameserver(nameserver);
-    }
 }
 
 fn any_socket() -> Result<OwnedFd, Errno> {
@@ -158,20 +152,6 @@ fn add_default_route(socket: &OwnedFd, gateway: [u8; 4]) -> Result<(), Errno> {
     };
     // SAFETY: SIOCADDRT reads a struct rtentry, which Route lays out in full size; it names no device.
     unsafe { ioctl(socket, Setter::<SIOCADDRT, _>::new(route)) }
-}
-
-/// Where the C library looks for name servers (resolv.conf(5)).
-const RESOLV_CONF: &str = "/etc/resolv.conf";
-
-fn write_nameserver([a, b, c, d]: [u8; 4]) -> Result<(), Errno> {
-    let _ = mkdirat(CWD, "/etc", Mode::from_raw_mode(0o755));
-    // In an image it may be a link to a file that only its own init makes, or anything else.
-    let _ = unlinkat(CWD, RESOLV_CONF, AtFlags::empty());
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-    let file = open(RESOLV_CONF, flags, Mode::from_raw_mode(0o644))?;
-    let mut line = Line::<32>::default();
-    let _ = writeln!(line, "nameserver {a}.{b}.{c}.{d}");
-    rustix::io::write(&file, &line.bytes[..line.length]).map(drop)
 }
 
 // What the ioctls read: sizes of arch/x86 with 64 bits.

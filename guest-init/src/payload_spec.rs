@@ -2,7 +2,7 @@
 
 use alloc::vec::Vec;
 use guest_protocol::agent::TerminalSize;
-use guest_protocol::frame::{self, FrameError, Item, Network};
+use guest_protocol::frame::{self, FrameError, Item, MountKind, Network};
 
 /// The guest's configuration.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -35,6 +35,30 @@ pub struct PayloadSpec {
     pub terminal: Option<TerminalSize>,
     /// Whether the payload's streams lead to the agent.
     pub agent: bool,
+    /// Filesystems to mount, in this order.
+    pub mounts: Vec<Mount>,
+    /// Whether programs may only read the root.
+    pub is_root_read_only: bool,
+}
+
+/// A filesystem of the host's, and where it goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mount {
+    /// What it is.
+    pub kind: MountKind,
+    /// Whether the guest may only read.
+    pub is_read_only: bool,
+    /// The disk, or the device's tag.
+    pub source: Vec<u8>,
+    /// The directory.
+    pub target: Vec<u8>,
+}
+
+impl From<frame::Mount<'_>> for Mount {
+    fn from(mount: frame::Mount<'_>) -> Self {
+        let frame::Mount { kind, is_read_only, source, target } = mount;
+        Self { kind, is_read_only, source: source.into(), target: target.into() }
+    }
 }
 
 /// What two guests may not have from the same boot of a kernel; empty where this guest's kernel is its own.
@@ -70,6 +94,8 @@ impl PayloadSpec {
                 Item::Group(id) => spec.groups.push(id),
                 Item::Terminal(size) => spec.terminal = Some(size),
                 Item::Agent => spec.agent = true,
+                Item::Mount(mount) => spec.mounts.push(mount.into()),
+                Item::ReadOnlyRoot => spec.is_root_read_only = true,
             }
         }
         Ok(spec)

@@ -2,6 +2,7 @@
 #![expect(unsafe_code, reason = "exec")]
 
 use crate::machine;
+use crate::mounts::make_directories;
 use crate::syscall::{self, SignalSet};
 use crate::voice::say;
 use alloc::ffi::CString;
@@ -10,7 +11,7 @@ use core::ffi::CStr;
 use guest_init::interpreter;
 use guest_init::payload_spec::PayloadSpec;
 use rustix::fd::OwnedFd;
-use rustix::fs::{Access, CWD, Mode, OFlags, access, mkdirat, open};
+use rustix::fs::{Access, Mode, OFlags, access, open};
 use rustix::io::Errno;
 use rustix::process::{Gid, Uid, WaitStatus};
 
@@ -147,12 +148,4 @@ fn become_user(spec: &PayloadSpec) -> Result<(), (&'static str, Errno)> {
     }
     SignalSet::of([]).block().map_err(|error| ("unblock signals", error))?;
     Ok(())
-}
-
-/// Makes a directory and those above it, where they are missing. What cannot be made is found out by who enters it.
-fn make_directories(path: &[u8]) {
-    let ends = path.iter().enumerate().skip(1).filter(|(_, byte)| **byte == b'/').map(|(at, _)| at);
-    for end in ends.chain([path.len()]) {
-        let _ = mkdirat(CWD, &path[..end], Mode::from_raw_mode(0o755));
-    }
 }

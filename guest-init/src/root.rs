@@ -3,12 +3,15 @@
 //!
 //! The initramfs stays where it is, out of sight: it has no more in it than this program.
 
+use crate::mounts::make_directories;
+use crate::names;
 use crate::voice::{give_up, say};
 use alloc::string::String;
+use guest_init::payload_spec::PayloadSpec;
 use rustix::fd::OwnedFd;
 use rustix::fs::{CWD, Mode, OFlags, mkdirat, open};
 use rustix::io::Errno;
-use rustix::mount::{MountFlags, MoveMountFlags, mount, mount_move, move_mount};
+use rustix::mount::{MountFlags, MoveMountFlags, mount, mount_move, mount_remount, move_mount};
 use rustix::process::{chdir, chroot};
 
 /// Where the overlay is put together.
@@ -24,8 +27,8 @@ const MOVED: [&str; 5] = ["/dev", "/proc", "/sys", "/run", "/tmp"];
 
 /// Makes the filesystem on a device the root, below a writable overlay. Init ends the machine where that
 /// fails: nothing that the payload could be is anywhere else.
-pub(crate) fn enter(device: &[u8]) {
-    if let Err((what, error)) = mount_overlay(device).and_then(|()| switch()) {
+pub(crate) fn enter(device: &[u8], spec: &PayloadSpec) {
+    if let Err((what, error)) = mount_overlay(device, spec).and_then(|()| switch()) {
         let device = String::from_utf8_lossy(device);
         give_up(format_args!(
             "cannot {what} of the image's root filesystem on {device}: {error}{}",
@@ -51,7 +54,7 @@ const fn advice(error: Errno) -> &'static str {
 
 type Failure = (&'static str, Errno);
 
-fn mount_overlay(device: &[u8]) -> Result<(), Failure> {
+fn mount_overlay(device: &[u8], spec: &PayloadSpec) -> Result<(), Failure> {
     let directory = |path: &str| {
         mkdirat(CWD, path, Mode::from_raw_mode(0o755)).map_err(|error| ("make the mount points", error))
     };
@@ -61,6 +64,7 @@ fn mount_overlay(device: &[u8]) -> Result<(), Failure> {
     [LOWER, UPPER, WORK, ROOT].into_iter().try_for_each(directory)?;
     mount(device, LOWER, "erofs", MountFlags::RDONLY, c"")
         .map_err(|error| ("mount the read-only layer", error))?;
+    names::write_above(LOWER, UPPER, spec);
     mount("overlay", ROOT, "overlay", MountFlags::empty(), LAYERS)
         .map_err(|error| ("mount the overlay", error))
 }
@@ -96,5 +100,18 @@ fn attach(tree: &OwnedFd, path: &str) -> Result<(), Errno> {
             attach()
         }
         result => result,
+    }
+}
+
+/// Takes the root from its programs' writing when all is in its place; what else is mounted stays as it is. What
+/// programs write for a while they write to /dev/shm, /run, /tmp and /var/tmp.
+pub(crate) fn make_read_only() {
+    const TEMPORARY: &str = "/var/tmp";
+    make_directories(TEMPORARY.as_bytes());
+    let flags = MountFlags::NOSUID | MountFlags::NODEV;
+    let result = mount("tmpfs", TEMPORARY, "tmpfs", flags, c"mode=1777")
+        .and_then(|()| mount_remount("/", MountFlags::RDONLY, c""));
+    if let Err(error) = result {
+        give_up(format_args!("cannot make the root filesystem read-only: {error}"));
     }
 }

@@ -133,6 +133,13 @@ pub(crate) fn read_kernel_log(text: &mut [u8]) -> Result<usize, Errno> {
     unsafe { call(SYSLOG, [READ_ALL, text.as_mut_ptr().addr(), text.len(), 0]) }
 }
 
+/// Kills every process but this one, of which that is process 1's alone.
+pub(crate) fn kill_all() {
+    const ALL: usize = usize::MAX;
+    // SAFETY: the call has no effect on this process. Where there is no other, there is nothing to do.
+    let _ = unsafe { call(KILL, [ALL, Signal::KILL.as_raw().unsigned_abs() as usize, 0, 0]) };
+}
+
 /// Ends this process.
 pub(crate) fn exit(code: u8) -> ! {
     loop {

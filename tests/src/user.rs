@@ -38,6 +38,8 @@ impl User {
             .arg(name)
             .env("XDG_RUNTIME_DIR", self.0.path())
             .env("XDG_CACHE_HOME", std::env::temp_dir())
+            .env("XDG_DATA_HOME", self.0.path().join("data"))
+            .env("PATH", format!("{}:/bin:/usr/bin", testbed("e2fsprogs").display()))
             .env("KINDLING_IMAGE", testbed("images/default"))
             .stdin(Stdio::null());
         command

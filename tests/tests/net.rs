@@ -10,6 +10,7 @@ use tests::network::{
     TAP, enter_host_network, enter_new, enter_tap_network, give, give_tap, make_tap, pattern, shell, take,
     with_network_programs,
 };
+use tests::user::User;
 use tests::{Image, PATIENCE, boot, has_continued, run};
 
 const MIB: usize = 1 << 20;
@@ -184,6 +185,19 @@ fn streams_pass_passt_both_ways() {
     assert_eq!(outcome.stderr, "", "{outcome}");
     server.join().unwrap();
     assert!(client.join().unwrap() == bytes);
+    wait_for_end_of_passt();
+}
+
+/// Its root filesystem is a disk, with a link in the file's place.
+#[test]
+fn a_container_learns_of_its_name_server_and_its_own_name() {
+    enter_host_network();
+    let user = User::new();
+    let mut command = with_network_programs(user.run(&["--net", "user", "--name", "box"]));
+    let outcome =
+        run(command.args(["sh", "-c", "cat /etc/resolv.conf /etc/hosts; stat -c %F /etc/resolv.conf"]));
+    let expected = "nameserver 10.0.2.3\n127.0.0.1\tlocalhost\n10.0.2.15\tbox\nregular file\n";
+    assert_eq!(outcome.expect_status(0).stdout, expected, "{outcome}");
     wait_for_end_of_passt();
 }
 

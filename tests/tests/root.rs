@@ -70,7 +70,7 @@ fn everything_is_as_in_the_tree() {
 
 #[test]
 fn everything_is_as_in_the_tree_of_a_container_image() {
-    let outcome = guest_of("images/oci", &[], &["/usr/bin/python", "-B", "-c", COMPARE]);
+    let outcome = guest_of("images/oci", &["--user", "0"], &["/usr/bin/python", "-B", "-c", COMPARE]);
     assert_eq!(outcome.expect_status(0).stdout, "True 0\n", "{outcome}");
 }
 
@@ -150,6 +150,16 @@ fn another_initramfs_replaces_it() {
     );
     let expected = "ls: /odd: No such file or directory\nls: /dev/vd*: No such file or directory\n0\n";
     assert_eq!(outcome.stdout, expected, "{outcome}");
+}
+
+/// `build-image --from` keeps what the container image says of its command.
+#[test]
+fn an_image_of_a_container_runs_its_command() {
+    let of_image = guest_of("images/oci", &[], &[]);
+    assert_eq!(of_image.expect_status(0).stdout, "word image /\n/odd\n7\n8\n", "{of_image}");
+    let command = ["/bin/bash", "-c", "echo $WORD $OTHER; pwd; id -u"];
+    let other = guest_of("images/oci", &["-e", "OTHER=mine", "--user", "9", "--workdir", "/etc"], &command);
+    assert_eq!(other.expect_status(0).stdout, "word mine\n/etc\n9\n", "{other}");
 }
 
 /// A guest with an image whose root filesystem is damaged at an offset.

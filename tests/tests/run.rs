@@ -174,11 +174,9 @@ fn what_cannot_be_run_is_named() {
 #[test]
 fn more_programs_run_in_a_guest() {
     let user = User::new();
-    let mut guest = Conversation::start(user.run(&["--name", "one"]).args([
-        "sh",
-        "-c",
-        "echo ready; read -r line; echo end",
-    ]));
+    let options = ["--name", "one", "-e", "OF=guest", "-e", "BOTH=guest", "-w", "/srv", "-u", "7:8"];
+    let script = "echo ready; read -r line; echo end";
+    let mut guest = Conversation::start(user.run(&options).args(["sh", "-c", script]));
     guest.expect("ready");
     let exec = |arguments: &[&str]| run(user.command("exec").arg("one").args(arguments));
     let outcome = exec(&["sh", "-c", "echo out; echo err >&2; exit 4"]);
@@ -187,6 +185,12 @@ fn more_programs_run_in_a_guest() {
         exec(&["-w", "/etc", "-u", "5", "-e", "X=y", "sh", "-c", "pwd; id -u; echo $X"]).stdout,
         "/etc\n5\ny\n"
     );
+    // What it is not told it has from the guest's own.
+    assert_eq!(
+        exec(&["-e", "BOTH=command", "sh", "-c", "pwd; id -u; id -g; echo $OF $BOTH $HOSTNAME"]).stdout,
+        "/srv\n7\n8\nguest command one\n"
+    );
+    exec(&["-u", "nobody", "true"]).expect_status(2).expect_stderr("\"nobody\" is not UID or UID:GID");
     exec(&["nothing"]).expect_status(127);
     // A child that holds the output keeps neither this command nor its own life.
     let outcome = exec(&["sh", "-c", "(sleep 1; touch /tmp/later; sleep 1000) & echo $!"]);

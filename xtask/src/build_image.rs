@@ -2,6 +2,7 @@
 
 use crate::archive::Archive;
 use crate::cache::{self, Draft};
+use crate::container;
 use crate::kernel::{self, Kernel};
 use crate::root_tree::{self, RootType, Survey};
 use crate::{cargo, host};
@@ -28,6 +29,13 @@ pub(crate) struct Arguments {
     /// Folder whose content becomes the root filesystem
     #[arg(long, value_name = "DIR")]
     pub(crate) root: Option<PathBuf>,
+    /// Container image that becomes the root filesystem, and whose command the guest runs: an OCI layout, an archive of
+    /// `docker save`, or a registry's name
+    #[arg(long, value_name = "OCI", conflicts_with_all = ["root", "init"])]
+    pub(crate) from: Option<String>,
+    /// Where it is kept when it is converted, instead of the user's cache
+    #[arg(skip)]
+    pub(crate) from_cache: Option<PathBuf>,
     /// What the root filesystem is [default: an initramfs up to 3 MiB, EROFS above]
     #[arg(long, value_enum, requires = "root")]
     pub(crate) root_type: Option<RootType>,
@@ -52,6 +60,8 @@ impl Default for Arguments {
             config_fragment: Vec::new(),
             init: None,
             root: None,
+            from: None,
+            from_cache: None,
             root_type: None,
             keep_owners: false,
             cmdline: None,
@@ -106,6 +116,11 @@ pub(crate) fn build_of(
     };
     // A root that cannot be one is named before a kernel is built for it.
     let survey = arguments.root.as_deref().map(Survey::of).transpose()?;
+    let prepared = arguments
+        .from
+        .as_deref()
+        .map(|image| container::prepare(image, arguments.from_cache.as_deref()))
+        .transpose()?;
     let kernel = kernel::build(source, &compose(fragments)?)?;
     let init = match &arguments.init {
         Some(path) => path.clone(),
@@ -117,13 +132,22 @@ pub(crate) fn build_of(
     // A copy, not a link: what somebody does to an image must not change the cache.
     let vmlinux = draft.path().join("vmlinux");
     fs::copy(&kernel.vmlinux, &vmlinux).with_context(|| format!("cannot write {}", vmlinux.display()))?;
-    let root = write_root(arguments, survey.as_ref(), &init, draft.path())?;
+    let tool = match &prepared {
+        Some(prepared) => {
+            root_filesystem(&init, None, false, &draft.path().join(INITRAMFS))?;
+            fs::copy(&prepared.rootfs, draft.path().join(EROFS))
+                .context("cannot copy the root filesystem")?;
+            Some(("kindling-oci", env!("CARGO_PKG_VERSION").to_owned()))
+        }
+        None => write_root(arguments, survey.as_ref(), &init, draft.path())?.map(|tool| ("mkfs.erofs", tool)),
+    };
     let image = Image {
         format: Image::FORMAT,
         name: arguments.name.clone(),
         kernel: describe(draft.path(), "vmlinux")?,
         initrd: describe(draft.path(), INITRAMFS)?,
-        root: root.as_ref().map(|_| describe(draft.path(), EROFS)).transpose()?,
+        root: tool.as_ref().map(|_| describe(draft.path(), EROFS)).transpose()?,
+        container: prepared.map(container::Prepared::into_container),
         boot_args: arguments
             .cmdline
             .clone()
@@ -137,7 +161,7 @@ pub(crate) fn build_of(
             .tools
             .clone()
             .into_iter()
-            .chain(root.map(|tool| ("mkfs.erofs".to_owned(), tool)))
+            .chain(tool.map(|(name, version)| (name.to_owned(), version)))
             .collect(),
         build_time: 0,
     };

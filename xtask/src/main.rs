@@ -8,7 +8,9 @@ mod build_image;
 mod cache;
 mod cargo;
 mod clean;
+mod container;
 mod debian;
+mod docker_archive;
 mod host;
 mod kernel;
 mod kernel_config;
@@ -25,6 +27,7 @@ mod test_lab;
 mod test_network;
 mod test_oci;
 mod test_root;
+mod test_volumes;
 mod vmlinux;
 
 use clap::{Parser, Subcommand};

@@ -7,7 +7,7 @@
 
 use crate::build_image::{self, Arguments as Image};
 use crate::host::Host;
-use crate::{cache, cargo, debian, lab, profile, test_lab, test_network, test_oci, test_root};
+use crate::{cache, cargo, debian, lab, profile, test_lab, test_network, test_oci, test_root, test_volumes};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::fs;
@@ -145,6 +145,8 @@ fn lay_out_testbed() -> Result<PathBuf> {
     fs::create_dir_all(&images)?;
     fs::create_dir_all(testbed.join("debian"))?;
     fs::copy(cargo::release_binary("kindling", "kindling")?, testbed.join("kindling"))?;
+    fs::copy(cargo::release_binary("kindling-fs", "kindling-fs")?, testbed.join("kindling-fs"))?;
+    fs::copy(cargo::release_binary("tests", "folder-guest")?, testbed.join("folder-guest"))?;
     let image = Image { out: Some(images.join("default")), ..Image::default() };
     let (_, kernel) = build_image::build_with_kernel(&image)?;
     fs::write(testbed.join("functions"), profile::function_list(&kernel)?)?;
@@ -170,6 +172,7 @@ fn lay_out_testbed() -> Result<PathBuf> {
         .ignore_stdout()
         .run()?;
     filesystem(&testbed)?;
+    test_volumes::build(&testbed, root.path())?;
     test_root::build(&images)?;
     test_oci::programs(&testbed)?;
     fs::copy(cargo::release_binary("tests", "vsock-guest")?, root.path().join("bin/vsock-guest"))?;

@@ -1,13 +1,11 @@
 //! Container images in tests: the root filesystem of `tests/tests/root.rs` once more, by way of one, and a registry.
 
-use crate::{cargo, debian};
-use anyhow::{Context, Result};
-use kindling::config::image::{DESCRIPTION, Image, ImageFile, sha256, sha256_of};
-use serde_json::{Value, json};
+use crate::build_image::{self, Arguments as Image};
+use crate::{cargo, debian, docker_archive};
+use anyhow::Result;
+use serde_json::json;
 use std::fs;
 use std::path::Path;
-use std::process::Command;
-use xshell::{Shell, cmd};
 
 /// Puts what `tests/tests/on_host_oci.rs` uses into the testbed.
 pub(crate) fn programs(testbed: &Path) -> Result<()> {
@@ -17,48 +15,22 @@ pub(crate) fn programs(testbed: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Builds the image `oci`: all of the image `root`, but with what `kindling-oci` makes of a tree as one layer of an
-/// archive of `docker save`.
+/// Builds the image `oci` from a container image with a tree as its one layer, and a command of its own.
 pub(crate) fn build(images: &Path, tree: &Path) -> Result<()> {
     let place = tempfile::tempdir_in(images)?;
     let place = place.path();
-    let shell = Shell::new()?;
-    shell.change_dir(place);
-    let attributes = ["--xattrs", "--xattrs-include=*", "--sparse", "--sort=name"];
-    cmd!(
-        shell,
-        "tar --create --format=posix {attributes...} --numeric-owner --file layer.tar --directory {tree} ."
-    )
-    .quiet()
-    .run()?;
-    let digest = sha256_of(&place.join("layer.tar"))?;
     let config = json!({
-        "architecture": "amd64", "os": "linux", "rootfs": { "diff_ids": [format!("sha256:{digest}")] },
+        "Entrypoint": ["/bin/bash", "-c"], "Cmd": ["echo $WORD $OTHER $HOME; pwd; id -u; id -g"],
+        "Env": ["WORD=word", "OTHER=image"], "User": "7:8", "WorkingDir": "/odd",
     });
-    fs::write(place.join("config.json"), config.to_string())?;
-    fs::write(
-        place.join("manifest.json"),
-        json!([{ "Config": "config.json", "Layers": ["layer.tar"] }]).to_string(),
-    )?;
-    cmd!(shell, "tar --create --file image.tar manifest.json config.json layer.tar").quiet().run()?;
-    let output = Command::new(cargo::release_binary("kindling-oci", "kindling-oci")?)
-        .args(["prepare", "--cache"])
-        .args([place, &place.join("image.tar")])
-        .output()?;
-    anyhow::ensure!(output.status.success(), "kindling-oci: {}", String::from_utf8_lossy(&output.stderr));
-    let prepared: Value = serde_json::from_slice(&output.stdout)?;
-    let rootfs = prepared["rootfs"].as_str().context("kindling-oci names no filesystem")?;
-
-    let (from, to) = (images.join("root"), images.join("oci"));
-    fs::create_dir_all(&to)?;
-    let mut image = Image::open(&from)?;
-    for file in [&image.kernel.file, &image.initrd.file] {
-        fs::copy(from.join(file), to.join(file))?;
-    }
-    let content = fs::read(rootfs)?;
-    let size = u64::try_from(content.len())?;
-    image.root = Some(ImageFile { file: "root.erofs".to_owned(), size, sha256: sha256(&content) });
-    fs::write(to.join("root.erofs"), content)?;
-    fs::write(to.join(DESCRIPTION), serde_json::to_vec(&image)?)?;
+    let archive = docker_archive::write(place, tree, &config)?;
+    build_image::build(&Image {
+        name: "oci".to_owned(),
+        from: Some(archive.display().to_string()),
+        // The user's cache is no place for it.
+        from_cache: Some(place.to_owned()),
+        out: Some(images.join("oci")),
+        ..Image::default()
+    })?;
     Ok(())
 }

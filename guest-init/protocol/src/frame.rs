@@ -4,7 +4,7 @@
 //! "KNDL"  version: u16  zero: u16  length of the items: u32   item*
 //! item = tag: u8  length: u32  bytes
 //! ```
-//! All integers are little-endian. Arguments, environment entries, networks and groups keep their order; every
+//! All integers are little-endian. Arguments, environment entries, networks, groups and mounts keep their order; every
 //! other item appears at most once. Decoding borrows from the frame and allocates nothing.
 
 use crate::agent::TerminalSize;
@@ -54,6 +54,53 @@ pub enum Item<'a> {
     Terminal(TerminalSize),
     /// The payload's streams lead to the agent, which serves as long as the guest lives.
     Agent,
+    /// A filesystem that init mounts in the root before the payload runs; any number of them.
+    Mount(Mount<'a>),
+    /// The root can be read alone when all is mounted.
+    ReadOnlyRoot,
+}
+
+/// A filesystem of the host's, and where it goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mount<'a> {
+    /// What it is.
+    pub kind: MountKind,
+    /// Whether the guest may only read.
+    pub is_read_only: bool,
+    /// The disk, such as `/dev/vda`, or the device's tag.
+    pub source: &'a [u8],
+    /// The directory, which is made where it is missing.
+    pub target: &'a [u8],
+}
+
+/// What a [`Mount`] is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum MountKind {
+    /// A volume: a disk with ext4.
+    Volume = 1,
+    /// A folder of the host's, through virtio-fs.
+    Folder = 2,
+}
+
+impl<'a> Mount<'a> {
+    /// Kind, access and length of the source, which stand in front of source and target.
+    const HEAD: usize = 4;
+
+    fn from_bytes(bytes: &'a [u8]) -> Option<Self> {
+        let (&[kind, access, low, high], names) = bytes.split_first_chunk()?;
+        let kind = [MountKind::Volume, MountKind::Folder].into_iter().find(|&known| known as u8 == kind)?;
+        let (source, target) = names.split_at_checked(u16::from_le_bytes([low, high]).into())?;
+        (access <= 1).then_some(Self { kind, is_read_only: access == 1, source, target })
+    }
+
+    fn write<S: Extend<u8>>(&self, sink: &mut S) -> Result<(), FrameError> {
+        let length = u16::try_from(self.source.len()).map_err(|_| FrameError::TooLong)?;
+        sink.extend([self.kind as u8, self.is_read_only.into()]);
+        sink.extend(length.to_le_bytes());
+        sink.extend(self.source.iter().chain(self.target).copied());
+        Ok(())
+    }
 }
 
 /// What a network card is told before the payload runs.
@@ -111,6 +158,8 @@ impl Item<'_> {
             Self::Group(_) => 13,
             Self::Terminal(_) => 14,
             Self::Agent => 15,
+            Self::Mount(_) => 16,
+            Self::ReadOnlyRoot => 17,
         }
     }
 }
@@ -190,8 +239,9 @@ fn value_len(item: &Item<'_>) -> usize {
         | Item::RootDevice(bytes) => bytes.len(),
         Item::UserId(_) | Item::GroupId(_) | Item::Group(_) | Item::Terminal(_) => 4,
         Item::VmAge(_) | Item::RealTime(_) => 8,
-        Item::KernelLog | Item::Agent => 0,
+        Item::KernelLog | Item::Agent | Item::ReadOnlyRoot => 0,
         Item::Network(_) => Network::LENGTH,
+        Item::Mount(mount) => Mount::HEAD + mount.source.len() + mount.target.len(),
     }
 }
 
@@ -208,9 +258,10 @@ fn encode_item<S: Extend<u8>>(item: &Item<'_>, sink: &mut S) -> Result<(), Frame
         | Item::RootDevice(bytes) => sink.extend(bytes.iter().copied()),
         Item::UserId(id) | Item::GroupId(id) | Item::Group(id) => sink.extend(id.to_le_bytes()),
         Item::VmAge(time) | Item::RealTime(time) => sink.extend(time.to_le_bytes()),
-        Item::KernelLog | Item::Agent => {}
+        Item::KernelLog | Item::Agent | Item::ReadOnlyRoot => {}
         Item::Terminal(size) => sink.extend(size.to_bytes()),
         Item::Network(network) => sink.extend(network.to_bytes()),
+        Item::Mount(mount) => mount.write(sink)?,
     }
     Ok(())
 }
@@ -288,6 +339,9 @@ fn parse_item(tag: u8, value: &[u8]) -> Result<Item<'_>, FrameError> {
         14 => Item::Terminal(TerminalSize::from_bytes(value).ok_or(number)?),
         15 if value.is_empty() => Item::Agent,
         15 => return Err(number),
+        16 => Item::Mount(Mount::from_bytes(value).ok_or(number)?),
+        17 if value.is_empty() => Item::ReadOnlyRoot,
+        17 => return Err(number),
         _ => return Err(FrameError::UnknownItem(tag)),
     })
 }
@@ -305,7 +359,8 @@ mod tests {
         bytes
     }
 
-    const EVERY_KIND: [Item<'_>; 16] = [
+    const EVERY_KIND: [Item<'_>; 19] = [
+        Item::ReadOnlyRoot,
         Item::Group(4),
         Item::Terminal(TerminalSize { rows: 24, columns: 80 }),
         Item::Agent,
@@ -328,6 +383,13 @@ mod tests {
         Item::RealTime(1_700_000_000_000_000_000),
         Item::Entropy(&[1, 2, 3]),
         Item::RootDevice(b"/dev/vda"),
+        Item::Mount(Mount {
+            kind: MountKind::Volume,
+            is_read_only: false,
+            source: b"/dev/vdb",
+            target: b"/var/lib/data",
+        }),
+        Item::Mount(Mount { kind: MountKind::Folder, is_read_only: true, source: b"", target: b"" }),
     ];
 
     #[test]
@@ -363,6 +425,14 @@ mod tests {
         let mut items = decode(&bytes).unwrap();
         assert_eq!(items.next(), Some(Err(FrameError::NumberLength(7))));
         assert_eq!(items.next(), None, "an error ends the iteration");
+        let mount = Mount { kind: MountKind::Volume, is_read_only: false, source: b"s", target: b"" };
+        // Its kind, its access, the length of its source.
+        for (at, value) in [(0, 0), (0, 3), (1, 2), (2, 2), (3, 1)] {
+            let mut bytes = frame(&[Item::Mount(mount)]);
+            bytes[HEADER_LEN + ITEM_HEADER_LEN + at] = value;
+            let mut items = decode(&bytes).unwrap();
+            assert_eq!(items.next(), Some(Err(FrameError::NumberLength(16))), "{at}: {value}");
+        }
     }
 
     #[test]

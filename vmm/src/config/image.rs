@@ -1,7 +1,8 @@
 //! A bootable image: a folder with a kernel, a root filesystem and a description of both.
 
 use super::{
-    BootSource, Config, ConfigError, Devices, InterruptControllers, MachineConfig, json::read_bounded,
+    BootSource, Config, ConfigError, Devices, GuestConfig, InterruptControllers, MachineConfig,
+    json::read_bounded,
 };
 use crate::layout::VCPUS_MAX;
 use serde::{Deserialize, Serialize};
@@ -32,6 +33,9 @@ pub struct Image {
     /// The root filesystem's file, EROFS, where it is not the initramfs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub root: Option<ImageFile>,
+    /// What the root filesystem's container image runs, where it is of one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub container: Option<Container>,
     /// The kernel command line.
     pub boot_args: String,
     /// vCPUs that the kernel was built for, at most; as many as a machine can have where the
@@ -54,6 +58,41 @@ pub struct Image {
 
 const fn any_number_of_vcpus() -> u8 {
     VCPUS_MAX
+}
+
+/// What a container image runs when nobody asks for something else.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Container {
+    /// The image's id, the digest of its configuration.
+    pub digest: String,
+    /// Entrypoint and command.
+    pub arguments: Vec<String>,
+    /// Environment entries, `NAME=value`.
+    pub environment: Vec<String>,
+    /// Working directory.
+    pub working_directory: String,
+    /// User id.
+    pub user_id: u32,
+    /// Group id.
+    pub group_id: u32,
+    /// Further group ids.
+    pub groups: Vec<u32>,
+}
+
+impl Container {
+    fn guest(&self) -> GuestConfig {
+        let strings = |list: &[String]| list.iter().map(|text| text.clone().into_bytes()).collect();
+        GuestConfig {
+            arguments: strings(&self.arguments),
+            environment: strings(&self.environment),
+            working_directory: Some(self.working_directory.clone().into_bytes()),
+            user_id: self.user_id,
+            group_id: self.group_id,
+            groups: self.groups.clone(),
+            ..GuestConfig::default()
+        }
+    }
 }
 
 /// One file of an image.
@@ -139,6 +178,7 @@ impl Image {
     pub fn config(&self, directory: &Path) -> Config {
         let mut config = Config::new(self.boot_source(directory));
         config.devices.root = self.root.as_ref().map(|file| directory.join(&file.file));
+        config.guest = self.container.as_ref().map(Container::guest).unwrap_or_default();
         config
     }
 
@@ -213,6 +253,7 @@ mod tests {
             kernel: file("vmlinux", b"kernel"),
             initrd: file("initrd", b""),
             root: None,
+            container: None,
             boot_args: "quiet".into(),
             vcpus_max: 16,
             kernel_version: "6.12.0".into(),
@@ -298,6 +339,28 @@ mod tests {
         image.root = Some(ImageFile { file: "../root.erofs".into(), ..file });
         save(path, &image);
         assert!(Image::open(path).unwrap_err().to_string().contains("is not the name of a file"));
+    }
+
+    #[test]
+    fn what_a_container_image_runs_is_what_its_guest_runs() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path();
+        let mut image = image(path);
+        assert_eq!(image.config(path).guest, GuestConfig::default());
+        image.container = Some(Container {
+            digest: "sha256:0".into(),
+            arguments: vec!["sh".into(), "-c".into()],
+            environment: vec!["A=b".into()],
+            working_directory: "/srv".into(),
+            user_id: 5,
+            group_id: 6,
+            groups: vec![7],
+        });
+        save(path, &image);
+        let guest = Image::open(path).unwrap().config(path).guest;
+        assert_eq!(guest.arguments, [&b"sh"[..], b"-c"]);
+        assert_eq!((guest.environment, guest.working_directory), (vec![b"A=b".into()], Some(b"/srv".into())));
+        assert_eq!((guest.user_id, guest.group_id, guest.groups), (5, 6, vec![7]));
     }
 
     #[test]

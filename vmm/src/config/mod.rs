@@ -6,10 +6,10 @@ pub mod devices;
 pub mod image;
 mod json;
 
-pub use crate::devices::configuration::GuestConfig;
+pub use crate::devices::configuration::{GuestConfig, Mount};
 pub use crate::profile::ProfileConfig;
 pub use devices::Devices;
-pub use guest_protocol::frame::Network;
+pub use guest_protocol::frame::{MountKind, Network};
 pub use json::from_json_file;
 pub(crate) use json::read_bounded;
 
@@ -246,6 +246,14 @@ pub enum ConfigError {
         /// What is wrong with it.
         what: String,
     },
+    /// A folder that cannot be shared with a guest.
+    #[error("cannot share {}: {what}", path.display())]
+    SharedFolder {
+        /// The folder.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: String,
+    },
     /// A balloon that would take everything.
     #[error("a balloon of {asked} MiB is too large for a guest of {memory} MiB: it needs some itself")]
     BalloonTooLarge {
@@ -342,7 +350,9 @@ fn validate_guest(guest: &GuestConfig) -> Result<(), ConfigError> {
         .chain(guest.environment.iter().map(|bytes| ("an environment entry", bytes)))
         .chain(guest.working_directory.iter().map(|bytes| ("the working directory", bytes)))
         .chain(guest.hostname.iter().map(|bytes| ("the hostname", bytes)))
-        .chain(guest.root_device.iter().map(|bytes| ("the root device", bytes)));
+        .chain(guest.root_device.iter().map(|bytes| ("the root device", bytes)))
+        .chain(guest.mounts.iter().map(|mount| ("the source of a mount", &mount.source)))
+        .chain(guest.mounts.iter().map(|mount| ("the target of a mount", &mount.target)));
     for (what, bytes) in strings {
         if bytes.contains(&0) {
             return Err(ConfigError::NulByte(what));

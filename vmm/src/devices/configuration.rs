@@ -3,7 +3,7 @@
 use crate::bus::{BusDevice, GuestRequest};
 use crate::timeline::Instant;
 use guest_protocol::agent::TerminalSize;
-use guest_protocol::frame::{self, FrameError, Item, Network};
+use guest_protocol::frame::{self, FrameError, Item, MountKind, Network};
 use std::io;
 
 /// What the guest runs and how, in the guest's own terms.
@@ -34,6 +34,30 @@ pub struct GuestConfig {
     pub terminal: Option<TerminalSize>,
     /// Whether the payload's streams lead to the agent (`guest_protocol::agent`), over vsock.
     pub agent: bool,
+    /// Filesystems that init mounts before the payload runs, in this order.
+    pub mounts: Vec<Mount>,
+    /// Whether programs may only read the root filesystem.
+    pub is_root_read_only: bool,
+}
+
+/// A filesystem that init mounts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mount {
+    /// What it is.
+    pub kind: MountKind,
+    /// Whether the guest may only read.
+    pub is_read_only: bool,
+    /// The guest's name for the disk, such as `/dev/vda`, or the device's tag.
+    pub source: Vec<u8>,
+    /// An absolute path in the guest, where directories are made that are missing.
+    pub target: Vec<u8>,
+}
+
+impl Mount {
+    fn item(&self) -> Item<'_> {
+        let Self { kind, is_read_only, source, target } = self;
+        Item::Mount(frame::Mount { kind: *kind, is_read_only: *is_read_only, source, target })
+    }
 }
 
 impl GuestConfig {
@@ -62,6 +86,8 @@ impl GuestConfig {
             .chain(self.groups.iter().map(|id| Item::Group(*id)))
             .chain(self.terminal.map(Item::Terminal))
             .chain(self.agent.then_some(Item::Agent))
+            .chain(self.mounts.iter().map(Mount::item))
+            .chain(self.is_root_read_only.then_some(Item::ReadOnlyRoot))
             .chain(kernel_log.then_some(Item::KernelLog))
             .chain(renewed.into_iter().flatten());
         let mut bytes = Vec::new();

@@ -89,6 +89,11 @@ impl Arguments {
         if self.json.is_some() && self.json == self.svg {
             bail!("--json and --svg name the same file");
         }
+        if self.scenario == Scenario::Run && (kernel.is_some() || !self.vmm.is_empty()) {
+            bail!(
+                "--scenario run: programs run on the default image's kernel, under this build; leave out --kernel and --vmm"
+            );
+        }
         let vcpus = list("--vcpus", &self.vcpus, 1, VCPUS_MAX.into())?;
         Ok(Request {
             exact: self.exact,
@@ -241,6 +246,8 @@ mod tests {
             (vec!["--kernel", &absent], format!("--kernel: there is no {absent}")),
             (vec!["--json", &folder], format!("--json: {folder} is not the name of a file")),
             (vec!["--svg", "/absent/x"], "--svg: there is no folder /absent".to_owned()),
+            (vec!["--scenario", "run", "--kernel", &plain], "leave out --kernel".to_owned()),
+            (vec!["--scenario", "run", "--vmm", "a=/bin/sh"], "leave out --kernel".to_owned()),
             (vec!["--svg", "x", "--json", "x"], "--json and --svg name the same file".to_owned()),
         ] {
             let error = check(&words).unwrap_err();

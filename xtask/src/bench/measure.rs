@@ -22,7 +22,7 @@ pub(crate) struct Arguments {
 
 /// A monitor that has not ended by then hangs. In the lab these are its own seconds, and a guest
 /// that turns in circles takes a minute for them.
-const LIMIT: Duration = Duration::from_secs(10);
+pub(super) const LIMIT: Duration = Duration::from_secs(10);
 /// How often a run is made until it succeeds: a guest in the lab can hang through no fault of its own or of its
 /// monitor (docs/architecture.md, "The lab").
 const ATTEMPTS: u32 = 4;
@@ -49,7 +49,7 @@ pub(super) fn measure(plan: &Plan) -> Result<Outcome> {
         }
     };
     let peers = match plan.scenario {
-        Scenario::Boot => Peers::default(),
+        Scenario::Boot | Scenario::Run => Peers::default(),
         Scenario::Io => Peers::new(scratch.path(), &mut outcome.omitted),
     };
     for &case in &plan.cases {
@@ -68,6 +68,9 @@ pub(super) fn measure(plan: &Plan) -> Result<Outcome> {
             let result = bench.preboot().and_then(|_kernel| match plan.scenario {
                 Scenario::Boot => bench.boots(tracer.as_ref(), plan.runs),
                 Scenario::Io => bench.operations(tracer.as_ref(), plan.runs),
+                Scenario::Run => {
+                    bench.programs(plan.images.as_ref().context("the plan has no images")?, plan.runs)
+                }
             });
             outcome.omitted.append(&mut bench.omitted);
             match result {
@@ -93,7 +96,7 @@ fn machine() -> String {
 /// One monitor with one size of guest.
 pub(super) struct Bench<'a> {
     pub(super) vmm: &'a Vmm,
-    guest: &'a Guest,
+    pub(super) guest: &'a Guest,
     pub(super) case: Case,
     /// What the next guests have.
     pub(super) devices: Devices,

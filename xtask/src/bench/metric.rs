@@ -1,6 +1,7 @@
 //! What is measured: its name in files, its unit, its titles in tables and pictures.
 
 use super::plan::Scenario;
+use clap::ValueEnum;
 use io_payload::Operation;
 use serde::{Deserialize, Serialize};
 
@@ -32,6 +33,16 @@ pub(super) enum Metric {
     DevicesBoot,
     /// What devices add to [`Self::VmmPrivateMemory`].
     DevicesMemory,
+    /// From the spawn of `kindling run` to its end, for one small program.
+    RunHello,
+    /// The same for a program of busybox's.
+    RunBusybox,
+    /// From the spawn of `kindling exec` to its end, for a program that does nothing.
+    ExecTrue,
+    /// For a MiB of a stream to go into `cat` and to come back.
+    Stream,
+    /// What the monitor's memory without its guest's grows by meanwhile.
+    StreamMemory,
     /// A part of what an operation on a device takes.
     Operation(Operation, Part),
 }
@@ -101,6 +112,10 @@ impl Metric {
                     ],
                 ),
             ],
+            Scenario::Run => vec![(
+                "",
+                vec![Self::RunHello, Self::RunBusybox, Self::ExecTrue, Self::Stream, Self::StreamMemory],
+            )],
             Scenario::Io => vec![("what the devices add", vec![Self::DevicesBoot, Self::DevicesMemory])],
         };
         if scenario == Scenario::Io {
@@ -134,6 +149,11 @@ impl Metric {
             Self::GuestPageFaults => "guest_page_faults",
             Self::DevicesBoot => "devices_boot",
             Self::DevicesMemory => "devices_memory",
+            Self::RunHello => "run_hello",
+            Self::RunBusybox => "run_busybox",
+            Self::ExecTrue => "exec_true",
+            Self::Stream => "stream",
+            Self::StreamMemory => "stream_memory",
             Self::Operation(operation, part) => return operation.name().to_owned() + part.suffix(),
         }
         .to_owned()
@@ -142,7 +162,10 @@ impl Metric {
     /// The unit of its values.
     pub(super) const fn unit(self) -> Unit {
         match self {
-            Self::VmmPrivateMemory | Self::VmmProportionalMemory | Self::DevicesMemory => Unit::Bytes,
+            Self::VmmPrivateMemory
+            | Self::VmmProportionalMemory
+            | Self::DevicesMemory
+            | Self::StreamMemory => Unit::Bytes,
             Self::UserExits | Self::GuestPageFaults | Self::Operation(_, Part::Exits | Part::UserExits) => {
                 Unit::Count
             }
@@ -165,6 +188,11 @@ impl Metric {
             Self::GuestPageFaults => "faults on guest memory until then",
             Self::DevicesBoot => "what devices add to the boot, ms",
             Self::DevicesMemory => "what devices add to private memory, MiB",
+            Self::RunHello => "kindling run of a small program, ms",
+            Self::RunBusybox => "kindling run of a program of busybox, ms",
+            Self::ExecTrue => "kindling exec of true, ms",
+            Self::Stream => "a MiB into cat and back, ms",
+            Self::StreamMemory => "what memory without the guest's grows by meanwhile, MiB",
             Self::Operation(_, part) => return format!("{}: {}", self.title(), part.title()),
         }
         .to_owned()
@@ -185,6 +213,11 @@ impl Metric {
             Self::GuestPageFaults => "guest faults",
             Self::DevicesBoot => "boot, ms",
             Self::DevicesMemory => "private, MiB",
+            Self::RunHello => "hello, ms",
+            Self::RunBusybox => "busybox, ms",
+            Self::ExecTrue => "exec true, ms",
+            Self::Stream => "stream, ms/MiB",
+            Self::StreamMemory => "growth, MiB",
             Self::Operation(operation, _) => operation.title(),
         }
     }
@@ -225,7 +258,7 @@ impl TryFrom<String> for Metric {
     type Error = String;
 
     fn try_from(name: String) -> Result<Self, String> {
-        let mut all = Self::all(Scenario::Boot).chain(Self::all(Scenario::Io));
+        let mut all = Scenario::value_variants().iter().flat_map(|&scenario| Self::all(scenario));
         all.find(|metric| metric.name() == name).ok_or(name)
     }
 }
@@ -250,7 +283,7 @@ mod tests {
 
     #[test]
     fn names_lead_back_to_their_metrics() {
-        for metric in Metric::all(Scenario::Boot).chain(Metric::all(Scenario::Io)) {
+        for metric in Scenario::value_variants().iter().flat_map(|&scenario| Metric::all(scenario)) {
             assert_eq!(Metric::try_from(metric.name()), Ok(metric));
         }
         assert!(Metric::try_from("block_read_4k_".to_owned()).is_err());

@@ -14,6 +14,7 @@ pub(crate) mod peer;
 mod plan;
 mod process;
 mod report;
+mod run;
 mod smaps;
 mod statistics;
 mod svg;
@@ -50,12 +51,13 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     debian::ensure_lab_tools()?;
     let guest = guest(&request)?;
     let vmms = vmms(&request, guest.image.is_some())?;
+    let folder = tempfile::tempdir()?;
+    let images = (request.scenario == Scenario::Run).then(|| run::Images::make(folder.path())).transpose()?;
+    let (scenario, runs) = (request.scenario, request.runs);
+    let plan = Plan { scenario, vmms, guest, images, cases: request.cases().flatten().collect(), runs };
     let outcome = match host {
-        Host::Hardware => {
-            let cases = request.cases().flatten().collect();
-            measure::measure(&Plan { scenario: request.scenario, vmms, guest, cases, runs: request.runs })?
-        }
-        Host::Lab => in_labs(&request, &vmms, &guest)?,
+        Host::Hardware => measure::measure(&plan)?,
+        Host::Lab => in_labs(&request, &plan)?,
     };
     let report = Report {
         scenario: request.scenario,
@@ -90,7 +92,9 @@ fn vmms(request: &Request, has_image: bool) -> Result<Vec<Vmm>> {
         (arguments::PREBOOTED, Kind::Prebooted, ours),
         (arguments::QEMUS, Kind::Qemu, PathBuf::from(QEMU)),
     ];
-    let always = always.into_iter().filter(|(_, kind, _)| has_image || *kind != Kind::Prebooted);
+    // Programs are run from kernels that were booted before without asking for it.
+    let has_prebooted = has_image && request.scenario != Scenario::Run;
+    let always = always.into_iter().filter(|(_, kind, _)| has_prebooted || *kind != Kind::Prebooted);
     let always = always.map(|(name, kind, path)| Vmm { name: name.to_owned(), kind, path });
     Ok(always.into_iter().chain(request.vmms.iter().cloned()).collect())
 }
@@ -132,10 +136,10 @@ fn put(root: &Path, path: &str, program: &[u8]) -> Result<()> {
 /// Carries the request out in one lab for each number of vCPUs: a guest is measured where there are
 /// as many processors as it has vCPUs. Where that is one, what guest, monitor and the host's kernel do adds up, on
 /// whichever thread they do it.
-fn in_labs(request: &Request, vmms: &[Vmm], guest: &Guest) -> Result<Outcome> {
+fn in_labs(request: &Request, plan: &Plan) -> Result<Outcome> {
     let mut whole = Outcome::default();
     for cases in request.cases() {
-        let outcome = in_lab(cases, request, vmms, guest)?;
+        let outcome = in_lab(cases, plan)?;
         whole.machine = outcome.machine;
         whole.samples.extend(outcome.samples);
         whole.failures.extend(outcome.failures);
@@ -146,7 +150,8 @@ fn in_labs(request: &Request, vmms: &[Vmm], guest: &Guest) -> Result<Outcome> {
     Ok(whole)
 }
 
-fn in_lab(cases: Vec<Case>, request: &Request, vmms: &[Vmm], guest: &Guest) -> Result<Outcome> {
+fn in_lab(cases: Vec<Case>, plan: &Plan) -> Result<Outcome> {
+    let guest = &plan.guest;
     let cpus = cases.iter().map(|case| case.vcpus).max().unwrap_or(1);
     let memory = cases.iter().map(|case| case.memory_mib).max().unwrap_or(0);
     let mut with: Vec<(PathBuf, String)> = Vec::new();
@@ -166,19 +171,22 @@ fn in_lab(cases: Vec<Case>, request: &Request, vmms: &[Vmm], guest: &Guest) -> R
             image: None,
         },
     };
+    let images = plan.images.as_ref().map(|images| {
+        let place = |path: &Path, name: &str| put(path, &format!("/vmms/{name}"));
+        images.map(place)
+    });
     let mut there = Vec::new();
-    for (number, vmm) in vmms.iter().enumerate() {
+    for (number, vmm) in plan.vmms.iter().enumerate() {
         // QEMU finds its firmware relative to its own place.
         let path = if vmm.kind == Kind::Qemu { QEMU.to_owned() } else { format!("/vmms/{number}") };
         with.push((vmm.path.clone(), path.clone()));
         with.extend(files::needed(vmm)?);
         there.push(Vmm { path: path.into(), ..vmm.clone() });
     }
-    let (plan, outcome) = (tempfile::NamedTempFile::new()?, tempfile::NamedTempFile::new()?);
-    let (scenario, runs) = (request.scenario, request.runs);
-    let content = Plan { scenario, vmms: there, guest: inside, cases, runs };
-    fs::write(plan.path(), serde_json::to_vec(&content)?)?;
-    with.push((plan.path().into(), lab::inside("plan.json")));
+    let (file, outcome) = (tempfile::NamedTempFile::new()?, tempfile::NamedTempFile::new()?);
+    let content = Plan { vmms: there, guest: inside, images, cases, ..*plan };
+    fs::write(file.path(), serde_json::to_vec(&content)?)?;
+    with.push((file.path().into(), lab::inside("plan.json")));
     let status = lab::Job {
         exact: true,
         cpus,

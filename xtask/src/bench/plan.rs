@@ -1,6 +1,7 @@
 //! What is measured: the plan that goes to where the guests run, and what comes back from there.
 
 use super::metric::Metric;
+use super::run::Images;
 use super::vmms::{Guest, Vmm};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
@@ -14,6 +15,8 @@ pub(super) struct Plan {
     pub(super) vmms: Vec<Vmm>,
     /// What all of them boot.
     pub(super) guest: Guest,
+    /// What programs come from, where guests run some.
+    pub(super) images: Option<Images>,
     /// Sizes of guests.
     pub(super) cases: Vec<Case>,
     /// How often each of the measurements is made.
@@ -25,8 +28,10 @@ pub(super) struct Plan {
 pub(super) enum Scenario {
     /// Boot to init, run a payload, end
     Boot,
-    /// Use a disk
+    /// Use devices
     Io,
+    /// Run programs of container images, and stream through one
+    Run,
 }
 
 impl Scenario {
@@ -35,6 +40,7 @@ impl Scenario {
         match self {
             Self::Boot => "boot",
             Self::Io => "io",
+            Self::Run => "run",
         }
     }
 }

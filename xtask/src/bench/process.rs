@@ -31,7 +31,7 @@ const LAST_LINES: usize = 12;
 /// More output than this is no boot's.
 const OUTPUT_MAX: usize = 1 << 20;
 
-/// Runs a monitor until it ends by itself with status 0, within `limit`. When its output has `text`,
+/// Runs a monitor until it ends by itself with status 0, within `limit`. When its output has `text`, which may be empty,
 /// `at_text` is called with its process id, and a line is written to its console.
 ///
 /// # Errors
@@ -139,6 +139,9 @@ impl Watched {
 
     /// When the first byte of a text on the console arrived, if all of it has.
     fn arrival(&self, text: &str) -> Option<Instant> {
+        if text.is_empty() {
+            return Some(self.spawned);
+        }
         let at = self.console.windows(text.len()).position(|window| window == text.as_bytes())?;
         self.arrivals.iter().rev().find(|(offset, _)| *offset <= at).map(|(_, time)| *time)
     }

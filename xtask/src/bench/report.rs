@@ -69,6 +69,16 @@ the host's part: the whole without the time between KVM's entries of the guest a
 the ratio is to the first row of the same table; below each median are smallest and largest value
 ";
 
+/// Lines under the tables of programs.
+const RUN_LEGEND: &str = "\
+hello: `kindling run` of a small static program from a container image, from the spawn to the end of the process;
+  busybox: the same of its echo. The kernel was booted and the image converted for a run before
+exec true: `kindling exec` of busybox's true in a guest that runs, from the spawn to the end of the process
+stream: for each MiB of 1 GiB through the standard input of `cat` in a guest and back from its standard output; without
+  `kindling run`, of 64 MiB through a port of a virtio console. Who sends and who receives is in it
+growth: of the memory that only the monitor's process has, without its guest's, from before to after
+";
+
 impl Report {
     /// As JSON.
     pub(super) fn json(&self) -> serde_json::Result<String> {
@@ -94,6 +104,7 @@ impl Report {
         text.push_str(match self.scenario {
             Scenario::Boot => BOOT_LEGEND,
             Scenario::Io => IO_LEGEND,
+            Scenario::Run => RUN_LEGEND,
         });
         for note in &host.notes {
             let _ = writeln!(text, "{note}");

@@ -2,6 +2,7 @@
 
 use super::payload;
 use super::plan::Case;
+use super::run::Console;
 use anyhow::{Context, Result};
 use guest_protocol::DEFAULT_COMMAND_LINE;
 use serde::{Deserialize, Serialize};
@@ -120,6 +121,21 @@ impl Vmm {
         Some(command)
     }
 
+    /// The command that boots a guest of QEMU's in which `cat` reads from a port of a virtio console and writes to it.
+    /// The port leads to a Unix socket that the monitor makes, and the guest boots when somebody has connected.
+    pub(super) fn console_command(&self, console: &Console, case: Case, socket: &Path) -> Command {
+        let mut command = Command::new(&self.path);
+        qemu_machine(&mut command, case);
+        command.args(["-serial", "null", "-kernel"]).arg(&console.kernel).arg("-initrd").arg(&console.initrd);
+        let socket = socket.display();
+        command.args(["-chardev", &format!("socket,id=port,path={socket},server=on,wait=on")]);
+        command.args(["-device", "virtio-serial-device,bus=virtio-mmio-bus.0"]);
+        command.args(["-device", "virtserialport,chardev=port,name=port"]);
+        let words = " virtio_mmio.device=512@0xfeb00000:5 -- /bin/sh -c cat<>/dev/vport0p1>&0";
+        command.args(["-append", &(command_line(Kind::Qemu, Task::Greet, "") + words)]);
+        command
+    }
+
     /// The command that boots the guest. Files that the monitor needs are written into `scratch`;
     /// ours writes its report to `report`.
     pub(super) fn command(
@@ -190,15 +206,18 @@ fn kindling_devices(command: &mut Command, devices: &Devices) {
 /// QEMU at its fastest: no device that a guest does not need, no ACPI tables, no option ROM, interrupt
 /// controllers in KVM (20 % faster to the end than its default, which splits them; exact lab), the
 /// kernel loaded by qboot, and the end by a triple fault, as docs/system/i386/microvm.rst advises.
-///
-/// Of its ways to use a disk, Linux's own asynchronous I/O without an I/O thread takes the fewest instructions
-/// (against aio=threads and aio=io_uring, each with cache=none, with and without such a thread; exact lab).
-fn qemu(command: &mut Command, guest: &Guest, case: Case, task: Task, devices: &Devices) {
+fn qemu_machine(command: &mut Command, case: Case) {
     let machine = "microvm,accel=kvm,kernel-irqchip=on,acpi=off,pic=off,pit=off,rtc=off,isa-serial=on,x-option-roms=off,\
                    auto-kernel-cmdline=off";
     command.args(["-machine", machine, "-cpu", "host"]);
     command.args(["-m", &case.memory_mib.to_string(), "-smp", &case.vcpus.to_string()]);
     command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
+}
+
+/// Of QEMU's ways to use a disk, Linux's own asynchronous I/O without an I/O thread takes the fewest instructions
+/// (against aio=threads and aio=io_uring, each with cache=none, with and without such a thread; exact lab).
+fn qemu(command: &mut Command, guest: &Guest, case: Case, task: Task, devices: &Devices) {
+    qemu_machine(command, case);
     command.args(["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]);
     command.arg("-kernel").arg(&guest.kernel).arg("-initrd").arg(&guest.initrd);
     let mut words = String::new();

@@ -204,7 +204,7 @@ impl Arguments {
             Some("null") => Console::Null,
             _ => Console::File(self.console.clone()),
         };
-        config.guest = self.guest();
+        config.guest = self.guest(config.guest);
         if self.profile.is_some() {
             let list = self.profile_functions.as_deref().map(function_marks::functions_from_file);
             config.profile = Some(ProfileConfig {
@@ -232,16 +232,21 @@ impl Arguments {
         }
     }
 
-    fn guest(&self) -> GuestConfig {
-        let (user_id, group_id) = self.user.unwrap_or_default();
-        GuestConfig {
-            arguments: self.command.iter().map(bytes).collect(),
-            environment: self.env.iter().map(bytes).collect(),
-            working_directory: self.workdir.as_ref().map(bytes),
-            hostname: self.hostname.as_ref().map(bytes),
-            user_id,
-            group_id,
-            ..GuestConfig::default()
+    /// What the guest runs: what its image does, and what these arguments put in its place.
+    fn guest(&self, mut guest: GuestConfig) -> GuestConfig {
+        if !self.command.is_empty() {
+            guest.arguments = self.command.iter().map(bytes).collect();
         }
+        for entry in self.env.iter().map(bytes) {
+            let name = entry.split_inclusive(|&byte| byte == b'=').next().unwrap_or_default();
+            guest.environment.retain(|given| !given.starts_with(name));
+            guest.environment.push(entry);
+        }
+        guest.working_directory = self.workdir.as_ref().map(bytes).or(guest.working_directory);
+        guest.hostname = self.hostname.as_ref().map(bytes);
+        if let Some((user_id, group_id)) = self.user {
+            (guest.user_id, guest.group_id, guest.groups) = (user_id, group_id, Vec::new());
+        }
+        guest
     }
 }

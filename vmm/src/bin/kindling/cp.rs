@@ -15,7 +15,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, OnceLock};
 
-#[derive(Args, Debug)]
+#[derive(Args, Debug, PartialEq, Eq)]
 pub(crate) struct Arguments {
     /// Keep users and groups, by their numbers; else things are root's in a guest, and the caller's here
     #[arg(long, short = 'a')]

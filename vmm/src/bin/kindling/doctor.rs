@@ -5,7 +5,7 @@ use kindling::host::{Finding, Report, Sources, Status};
 use kindling::kvm::probe::probe;
 use std::io::IsTerminal;
 
-#[derive(Args, Debug)]
+#[derive(Args, Debug, PartialEq, Eq)]
 #[command(
     after_help = "Exit status: 0 where KVM is hardware that runs guests at full speed, 1 where it is not, \
                         2 for a wrong argument.\n\n\

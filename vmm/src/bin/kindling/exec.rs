@@ -1,8 +1,9 @@
 //! `kindling exec`: one more process in a guest that runs.
 
-use crate::instances::{Found, InstanceError};
+use crate::instances::{Found, InstanceError, Record};
 use crate::run::client::{self, Streams};
-use crate::run::signals;
+use crate::run::source::{self, SourceError};
+use crate::run::{set, signals};
 use crate::terminal::RawTerminal;
 use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, bytes, complain};
 use clap::Args;
@@ -10,34 +11,37 @@ use kindling::agent::{AgentError, Process};
 use kindling::config::GuestConfig;
 use std::ffi::OsString;
 
-#[derive(Args, Debug)]
+#[derive(Args, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Arguments {
     /// Name of the guest
-    name: String,
-    /// Environment entry of the command, NAME=VALUE; may be repeated
-    #[arg(long, short = 'e', value_name = "NAME=VALUE")]
-    env: Vec<OsString>,
-    /// Working directory of the command
+    pub(crate) name: String,
+    /// Environment entry of the command beside the guest's, NAME=VALUE, or NAME to take its value from here; may be
+    /// repeated
+    #[arg(long, short = 'e', value_name = "NAME[=VALUE]")]
+    pub(crate) env: Vec<OsString>,
+    /// Working directory of the command [default: the guest's]
     #[arg(long, short = 'w', value_name = "DIR")]
-    workdir: Option<OsString>,
-    /// User and group of the command, as numbers
-    #[arg(long, short = 'u', value_name = "UID[:GID]", value_parser = crate::boot::parse_user)]
-    user: Option<(u32, u32)>,
+    pub(crate) workdir: Option<OsString>,
+    /// User of the command, and its group [default: the guest's]
+    #[arg(long, short = 'u', value_name = "USER[:GROUP]")]
+    pub(crate) user: Option<String>,
     /// Give the command a terminal
     #[arg(long, short = 't')]
-    tty: bool,
+    pub(crate) tty: bool,
     /// Accepted and without effect: the command always has this command's input
     #[arg(long, short = 'i')]
-    interactive: bool,
+    pub(crate) interactive: bool,
     /// Command
     #[arg(value_name = "COMMAND", required = true, trailing_var_arg = true, allow_hyphen_values = true)]
-    command: Vec<OsString>,
+    pub(crate) command: Vec<OsString>,
 }
 
 #[derive(Debug, thiserror::Error)]
 enum ExecError {
     #[error(transparent)]
     Instance(#[from] InstanceError),
+    #[error(transparent)]
+    User(#[from] SourceError),
     #[error(transparent)]
     Agent(#[from] AgentError),
     #[error(transparent)]
@@ -59,7 +63,7 @@ pub(crate) fn run(arguments: &Arguments) -> u8 {
 
 fn execute(arguments: &Arguments) -> Result<u8, ExecError> {
     let guest = Found::alive(&arguments.name)?;
-    let frame = arguments.guest().to_frame(0, false, None)?;
+    let frame = arguments.guest(&guest.record)?.to_frame(0, false, None)?;
     // A second request to end is one too many: then this command ends, and the agent hangs up on the process.
     let signals = signals::receive(false, leave);
     let process = Process::start(&guest.socket(), token(), &frame, arguments.tty)?;
@@ -84,17 +88,30 @@ pub(crate) fn token() -> u64 {
 }
 
 impl Arguments {
-    fn guest(&self) -> GuestConfig {
-        let (user_id, group_id) = self.user.unwrap_or_default();
-        GuestConfig {
+    /// The command as the guest's own would be, but for what is asked for.
+    fn guest(&self, guest: &Record) -> Result<GuestConfig, SourceError> {
+        let of_guest = &guest.payload;
+        let mut environment: Vec<_> = of_guest.environment.iter().map(|entry| entry.clone().into()).collect();
+        let other_user =
+            self.user.as_deref().map(|user| source::user(guest.image.as_ref(), user)).transpose()?;
+        if let Some(home) = other_user.as_ref().and_then(|user| user.home.as_ref()) {
+            set(&mut environment, &format!("HOME={home}").into());
+        }
+        for entry in &self.env {
+            set(&mut environment, entry);
+        }
+        let workdir = self.workdir.as_ref().map(bytes);
+        let user = other_user.as_ref().unwrap_or(&of_guest.user);
+        Ok(GuestConfig {
             arguments: self.command.iter().map(bytes).collect(),
-            environment: self.env.iter().map(bytes).collect(),
-            working_directory: self.workdir.as_ref().map(bytes),
-            user_id,
-            group_id,
+            environment,
+            working_directory: workdir.or_else(|| of_guest.working_directory.clone().map(String::into_bytes)),
+            user_id: user.uid,
+            group_id: user.gid,
+            groups: user.groups.clone(),
             terminal: self.tty.then(client::new_terminal_size),
             agent: true,
             ..GuestConfig::default()
-        }
+        })
     }
 }

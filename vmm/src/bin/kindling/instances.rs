@@ -10,10 +10,11 @@ pub(crate) mod rm;
 pub(crate) mod signal;
 pub(crate) mod stats;
 pub(crate) mod stop;
-mod view;
+pub(crate) mod view;
 mod vmm;
 pub(crate) mod wait;
 
+use crate::run::source::User;
 use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, complain};
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, mkdir, open};
 use rustix::io::Errno;
@@ -91,6 +92,8 @@ pub(crate) struct Record {
     pub(crate) image: String,
     /// What it runs.
     pub(crate) command: Vec<String>,
+    /// With what it runs that, and what one more command gets.
+    pub(crate) payload: Payload,
     /// Process id of its VMM.
     pub(crate) pid: u32,
     /// Seconds since 1970.
@@ -101,8 +104,20 @@ pub(crate) struct Record {
     pub(crate) stop_signal: u8,
     /// Whether its folder stays when it has ended, until somebody removes it.
     pub(crate) is_kept: bool,
+    /// Names of its volumes.
+    pub(crate) volumes: Vec<String>,
     /// Exit status, once it has one.
     pub(crate) status: Option<u8>,
+}
+
+/// What a guest's command has, and one more command gets.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct Payload {
+    /// Entries of the environment; in one that is not UTF-8 a mark stands for what is not.
+    pub(crate) environment: Vec<String>,
+    pub(crate) working_directory: Option<String>,
+    pub(crate) user: User,
 }
 
 /// A guest's folder, which this process holds the lock of.

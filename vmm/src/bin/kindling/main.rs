@@ -19,6 +19,7 @@ mod signals;
 #[cfg(not(test))]
 mod start;
 mod terminal;
+mod volumes;
 
 use clap::{Parser, Subcommand};
 use kindling::Instant;
@@ -35,7 +36,7 @@ struct Arguments {
     command: Command,
 }
 
-#[derive(Debug, Subcommand)]
+#[derive(Debug, PartialEq, Eq, Subcommand)]
 enum Command {
     /// Boots a kernel and stays until its guest ends; the exit status is the guest's
     Boot(Box<boot::Arguments>),
@@ -63,6 +64,8 @@ enum Command {
     Inspect(instances::inspect::Arguments),
     /// Prints what guests use of the host
     Stats(instances::stats::Arguments),
+    /// Makes volumes for `kindling run -v`, lists them, and removes them
+    Volume(volumes::command::Arguments),
     /// Says what this host can do for microVMs, and what would make it better
     Doctor(doctor::Arguments),
 }
@@ -76,10 +79,8 @@ const STATUS_FAILURE: u8 = 125;
 #[cfg_attr(test, expect(dead_code, reason = "tests have an entry of their own"))]
 fn run() -> u8 {
     let started = Instant::now();
-    if let Some(arguments) = plain::parse(std::env::args_os()) {
-        return boot::run(&arguments, started);
-    }
-    match Arguments::parse().command {
+    let command = plain::parse(std::env::args_os()).unwrap_or_else(|| Arguments::parse().command);
+    match command {
         Command::Boot(arguments) => boot::run(&arguments, started),
         Command::Preboot(arguments) => preboot::run(&arguments),
         Command::Run(arguments) => run::run(&arguments, started),
@@ -93,6 +94,7 @@ fn run() -> u8 {
         Command::Rm(arguments) => instances::rm::run(&arguments),
         Command::Inspect(arguments) => instances::inspect::run(&arguments),
         Command::Stats(arguments) => instances::stats::run(&arguments),
+        Command::Volume(arguments) => volumes::command::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
     }
 }

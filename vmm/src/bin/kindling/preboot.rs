@@ -8,7 +8,7 @@ use kindling::config::{Config, ConfigError, MachineConfig};
 use kindling::{Error, preboot};
 use std::path::PathBuf;
 
-#[derive(Args, Debug)]
+#[derive(Args, Debug, PartialEq, Eq)]
 pub(crate) struct Arguments {
     /// Folder made by `cargo xtask build-image`; the result goes into its subfolder `preboot`
     #[arg(long, value_name = "DIR")]

@@ -7,7 +7,7 @@ use crate::say;
 use clap::Args;
 use serde::Serialize;
 
-#[derive(Args, Debug)]
+#[derive(Args, Debug, PartialEq, Eq)]
 pub(crate) struct Arguments {
     /// Names of the guests
     #[arg(value_name = "NAME", required = true)]

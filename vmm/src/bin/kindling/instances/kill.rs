@@ -4,7 +4,7 @@ use super::{Found, InstanceError, signal};
 use crate::say;
 use clap::Args;
 
-#[derive(Args, Debug)]
+#[derive(Args, Debug, PartialEq, Eq)]
 pub(crate) struct Arguments {
     /// Signal for the program of each guest, by name or number; KILL ends the guest
     #[arg(long, short = 's', value_name = "SIGNAL", default_value = "KILL", value_parser = signal::parse)]

@@ -4,7 +4,7 @@ use super::{Found, InstanceError, view};
 use crate::{complain, report, say};
 use clap::Args;
 
-#[derive(Args, Debug)]
+#[derive(Args, Debug, PartialEq, Eq)]
 pub(crate) struct Arguments {
     /// Those that have ended, too
     #[arg(long, short = 'a')]

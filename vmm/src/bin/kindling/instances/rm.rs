@@ -4,7 +4,7 @@ use super::Found;
 use crate::say;
 use clap::Args;
 
-#[derive(Args, Debug)]
+#[derive(Args, Debug, PartialEq, Eq)]
 pub(crate) struct Arguments {
     /// End those that run, without asking them
     #[arg(long, short = 'f')]

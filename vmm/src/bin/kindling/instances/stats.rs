@@ -5,7 +5,7 @@ use crate::{complain, say};
 use clap::Args;
 use serde::Serialize;
 
-#[derive(Args, Debug)]
+#[derive(Args, Debug, PartialEq, Eq)]
 pub(crate) struct Arguments {
     /// Names of the guests [default: all that run]
     #[arg(value_name = "NAME")]

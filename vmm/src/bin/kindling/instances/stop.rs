@@ -5,7 +5,7 @@ use crate::say;
 use clap::Args;
 use std::time::{Duration, Instant};
 
-#[derive(Args, Debug)]
+#[derive(Args, Debug, PartialEq, Eq)]
 pub(crate) struct Arguments {
     /// Seconds in which a guest may end by itself
     #[arg(long, short = 't', value_name = "SECONDS", default_value_t = 10,

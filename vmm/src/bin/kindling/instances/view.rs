@@ -1,6 +1,6 @@
 //! A guest as its user sees it.
 
-use super::{Found, Record};
+use super::{Found, Payload, Record};
 use serde::Serialize;
 use std::fmt;
 use std::path::PathBuf;
@@ -36,12 +36,15 @@ pub(super) struct View<'a> {
     pid: Option<u32>,
     image: &'a str,
     command: &'a [String],
+    #[serde(flatten)]
+    payload: &'a Payload,
     /// Seconds since 1970.
     started: u64,
     memory_mib: u64,
     vcpus: u8,
     stop_signal: u8,
     is_kept: bool,
+    volumes: &'a [String],
     folder: &'a PathBuf,
     /// The Unix socket of its vsock.
     socket: PathBuf,
@@ -57,8 +60,19 @@ impl Found {
     }
 
     pub(super) fn view(&self) -> View<'_> {
-        let Record { image, command, pid, started, memory_mib, vcpus, stop_signal, is_kept, status } =
-            &self.record;
+        let Record {
+            image,
+            command,
+            payload,
+            pid,
+            started,
+            memory_mib,
+            vcpus,
+            stop_signal,
+            is_kept,
+            volumes,
+            status,
+        } = &self.record;
         View {
             name: &self.name,
             state: match self.state() {
@@ -70,11 +84,13 @@ impl Found {
             pid: self.is_alive.then_some(*pid),
             image,
             command,
+            payload,
             started: *started,
             memory_mib: *memory_mib,
             vcpus: *vcpus,
             stop_signal: *stop_signal,
             is_kept: *is_kept,
+            volumes,
             folder: &self.folder,
             socket: self.socket(),
         }
@@ -100,7 +116,7 @@ fn in_words(seconds: u64) -> String {
 }
 
 /// A table whose columns are as wide as their widest cell.
-pub(super) fn table<const N: usize>(head: [&str; N], rows: &[[String; N]]) -> String {
+pub(crate) fn table<const N: usize>(head: [&str; N], rows: &[[String; N]]) -> String {
     let mut lines = vec![head.map(str::to_owned)];
     lines.extend_from_slice(rows);
     let widths: [usize; N] = std::array::from_fn(|column| {

@@ -5,7 +5,7 @@ use super::{Found, InstanceError};
 use crate::complain;
 use clap::Args;
 
-#[derive(Args, Debug)]
+#[derive(Args, Debug, PartialEq, Eq)]
 pub(crate) struct Arguments {
     /// Name of the guest
     name: String,

@@ -36,8 +36,9 @@ impl Streams {
     /// This process's own.
     pub(crate) fn own() -> io::Result<Self> {
         let copy = |fd: BorrowedFd<'_>| fd.try_clone_to_owned().map(File::from);
+        let input = copy(rustix::stdio::stdin())?;
         Ok(Self {
-            input: Some(copy(rustix::stdio::stdin())?),
+            input: (!is_null_device(&input)).then_some(input),
             output: Sink::File(copy(rustix::stdio::stdout())?),
             error: Sink::File(copy(rustix::stdio::stderr())?),
         })
@@ -60,7 +61,18 @@ impl Streams {
     }
 }
 
+/// What is looked at until there is something to do.
+enum Watched {
+    /// The end of the process.
+    Process,
+    Input(File, UnixStream),
+    Output(UnixStream, Sink),
+}
+
 /// Carries everything to and fro until the process has ended and all that it wrote is delivered; its exit status.
+///
+/// A stream gets a thread when it has something to carry. To start one takes as long as a dozen system calls, and most
+/// streams of a short command only turn out to have ended.
 pub(crate) fn serve(
     mut process: Process,
     streams: Streams,
@@ -70,13 +82,29 @@ pub(crate) fn serve(
     let control = Arc::new(process.control().map_err(lost)?);
     signals.pass_on_to(Arc::clone(&control));
     let input = process.input.try_clone().map_err(lost)?;
-    // Nobody waits for this one: it may read from a terminal at which nobody types any more.
-    thread::spawn(move || carry_input(streams.input, &input));
     let output = process.output.try_clone().map_err(lost)?;
-    let writers = [Some((output, streams.output)), process.error.take().map(|error| (error, streams.error))];
-    let writers = writers.into_iter().flatten().map(|(from, to)| thread::spawn(move || carry(&from, to)));
-    let writers: Vec<_> = writers.collect();
-    let code = process.wait();
+    let mut watched = vec![Watched::Process, Watched::Output(output, streams.output)];
+    watched.extend(process.error.take().map(|error| Watched::Output(error, streams.error)));
+    match streams.input {
+        Some(from) => watched.push(Watched::Input(from, input)),
+        None => drop(input.shutdown(Shutdown::Write)),
+    }
+    let (mut code, mut writers) = (Err(AgentError::Lost), Vec::new());
+    // Nobody waits for input: it may come from a terminal at which nobody types any more.
+    while watched.iter().any(|one| !matches!(one, Watched::Input(..))) {
+        for one in take_ready(&mut watched, &process).map_err(lost)? {
+            match one {
+                Watched::Process => code = process.wait(),
+                Watched::Input(from, to) => drop(thread::spawn(move || carry_input(from, &to))),
+                Watched::Output(mut from, to) => {
+                    let mut buffer = vec![0; CHUNK];
+                    if let Ok(count @ 1..) = from.read(&mut buffer) {
+                        writers.push(thread::spawn(move || carry(&from, &to, buffer, count)));
+                    }
+                }
+            }
+        }
+    }
     for writer in writers {
         let _ = writer.join();
     }
@@ -84,24 +112,34 @@ pub(crate) fn serve(
     code
 }
 
-fn carry_input(input: Option<File>, to: &UnixStream) {
+/// Waits until something can be read from one of them or more, and takes these.
+fn take_ready(watched: &mut Vec<Watched>, process: &Process) -> io::Result<Vec<Watched>> {
+    let fds = watched.iter().map(|one| match one {
+        Watched::Process => process.as_fd(),
+        Watched::Input(from, _) => from.as_fd(),
+        Watched::Output(from, _) => from.as_fd(),
+    });
+    let mut fds: Vec<_> = fds.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
+    rustix::io::retry_on_intr(|| poll(&mut fds, None))?;
+    let mut ready = fds.into_iter().map(|fd| !fd.revents().is_empty()).collect::<Vec<_>>().into_iter();
+    Ok(watched.extract_if(.., |_| ready.next().unwrap_or(false)).collect())
+}
+
+fn carry_input(mut from: File, mut to: &UnixStream) {
     let mut buffer = vec![0; CHUNK];
-    if let Some(mut input) = input {
-        while let Ok(count @ 1..) = read(&mut input, &mut buffer) {
-            let mut to = to;
-            if to.write_all(&buffer[..count]).is_err() {
-                break;
-            }
+    while let Ok(count @ 1..) = read(&mut from, &mut buffer) {
+        if to.write_all(&buffer[..count]).is_err() {
+            break;
         }
     }
     let _ = to.shutdown(Shutdown::Write);
 }
 
-/// Carries output until it ends. Where nobody takes it, whoever writes it learns so, as at a pipe.
-fn carry(mut from: &UnixStream, to: Sink) {
-    let mut buffer = vec![0; CHUNK];
-    while let Ok(count @ 1..) = from.read(&mut buffer) {
-        let result = match &to {
+/// Carries output, of which some bytes have been read, until it ends. Where nobody takes it, whoever writes it learns
+/// so, as at a pipe.
+fn carry(mut from: &UnixStream, to: &Sink, mut buffer: Vec<u8>, mut count: usize) {
+    while count > 0 {
+        let result = match to {
             Sink::File(file) => write_all(file, &buffer[..count]),
             Sink::Log(log, stream) => {
                 log.add(*stream, &buffer[..count]);
@@ -112,7 +150,17 @@ fn carry(mut from: &UnixStream, to: Sink) {
             let _ = from.shutdown(Shutdown::Both);
             return;
         }
+        count = from.read(&mut buffer).unwrap_or(0);
     }
+}
+
+/// Whether it is /dev/null, which has ended before somebody reads it.
+fn is_null_device(file: &File) -> bool {
+    use rustix::fs::{FileType, fstat, makedev};
+    let is_null = |stat: rustix::fs::Stat| {
+        FileType::from_raw_mode(stat.st_mode).is_char_device() && stat.st_rdev == makedev(1, 3)
+    };
+    fstat(file).is_ok_and(is_null)
 }
 
 /// Reads once. A descriptor that others made non-blocking is waited for.

@@ -2,13 +2,15 @@
 
 pub(crate) mod client;
 mod detached;
+pub(crate) mod mounts;
 pub(crate) mod signals;
-mod source;
+pub(crate) mod source;
 
 use crate::devices::DeviceArguments;
 use crate::instances::log::Log;
-use crate::instances::{Instance, InstanceError, Record, signal};
+use crate::instances::{Instance, InstanceError, Payload, Record, signal};
 use crate::terminal::RawTerminal;
+use crate::volumes::{self, VolumeError};
 use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, boot, bytes, complain, report, tell};
 use clap::Args;
 use client::Streams;
@@ -18,6 +20,7 @@ use kindling::agent::{AgentError, Process};
 use kindling::config::image::Image;
 use kindling::config::{Config, ConfigError, Console, GuestConfig, MachineConfig};
 use kindling::{Error, Exit, ExitReason, Instant, Machine, StopHandle, Timeline, preboot};
+use mounts::{MountError, Source, Wanted};
 use source::{Prepared, SourceError};
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -26,76 +29,119 @@ use std::sync::{Arc, OnceLock, mpsc};
 use std::thread;
 use std::time::Duration;
 
-#[derive(Args, Debug)]
+#[derive(Args, Debug, PartialEq, Eq)]
 pub(crate) struct Arguments {
     /// Container image: an OCI layout, an archive of `docker save`, a registry's name; or an EROFS filesystem
     #[arg(value_name = "IMAGE")]
-    image: OsString,
+    pub(crate) image: OsString,
     /// Environment entry of the command, NAME=VALUE, or NAME to take its value from here; may be repeated
     #[arg(long, short = 'e', value_name = "NAME[=VALUE]")]
-    env: Vec<OsString>,
+    pub(crate) env: Vec<OsString>,
     /// Working directory of the command
     #[arg(long, short = 'w', value_name = "DIR")]
-    workdir: Option<OsString>,
+    pub(crate) workdir: Option<OsString>,
     /// User of the command, and its group
     #[arg(long, short = 'u', value_name = "USER[:GROUP]")]
-    user: Option<String>,
+    pub(crate) user: Option<String>,
     /// Replaces the image's entrypoint
     #[arg(long, value_name = "PROGRAM")]
-    entrypoint: Option<OsString>,
+    pub(crate) entrypoint: Option<OsString>,
     /// Give the command a terminal
     #[arg(long, short = 't')]
-    tty: bool,
+    pub(crate) tty: bool,
     /// Accepted and without effect: the command always has this command's input
     #[arg(long, short = 'i')]
-    interactive: bool,
+    pub(crate) interactive: bool,
     /// Leave the guest to itself when it is ready, and print its name; `kindling logs` has its output
     #[arg(long, short = 'd')]
-    detach: bool,
+    pub(crate) detach: bool,
     /// This process is the one that stays with a detached guest
     #[arg(long, hide = true, requires = "detach")]
-    stay: bool,
+    pub(crate) stay: bool,
     /// Memory of the guest in MiB
-    #[arg(long, short = 'm', value_name = "MIB", default_value_t = 512)]
-    memory: u64,
+    #[arg(long, short = 'm', value_name = "MIB", default_value_t = Self::default().memory)]
+    pub(crate) memory: u64,
     /// Virtual processors of the guest, 1 to 16
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    cpus: u64,
+    #[arg(long, value_name = "N", default_value_t = Self::default().cpus)]
+    pub(crate) cpus: u64,
     /// Kill the guest after this many seconds; exit status 124
-    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=31_536_000))]
-    timeout: Option<u64>,
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(TIMEOUT_SECONDS))]
+    pub(crate) timeout: Option<u64>,
     /// Name of the guest, by which `kindling exec` finds it
     #[arg(long, value_name = "NAME")]
-    name: Option<String>,
+    pub(crate) name: Option<String>,
     /// Hostname of the guest [default: its name]
     #[arg(long, value_name = "NAME")]
-    hostname: Option<OsString>,
+    pub(crate) hostname: Option<OsString>,
     /// Leave nothing of a detached guest behind when it ends; one in the foreground leaves nothing anyway
     #[arg(long)]
-    rm: bool,
+    pub(crate) rm: bool,
     /// Network: none, user for networking without root, or a tap device
     #[arg(long, value_name = "none|user|TAP", default_value = "none")]
-    net: OsString,
+    pub(crate) net: OsString,
     /// A port of the host that leads to one of the guest; takes `--net user`; may be repeated
     #[arg(long, short = 'p', value_name = "HOST:GUEST")]
-    publish: Vec<OsString>,
+    pub(crate) publish: Vec<OsString>,
+    /// A volume of this name, or a folder of the host, at a path of the guest; :ro only reads; may be repeated
+    #[arg(long, short = 'v', value_name = "SOURCE:GUEST[:ro]")]
+    pub(crate) volume: Vec<OsString>,
+    /// Programs only read the root filesystem; they write to volumes, /dev/shm, /run, /tmp and /var/tmp
+    #[arg(long)]
+    pub(crate) read_only: bool,
     /// When to ask a registry for an image
     #[arg(long, value_name = "missing|always|never", default_value = "missing",
-          value_parser = ["missing", "always", "never"])]
-    pull: String,
+          value_parser = PULL)]
+    pub(crate) pull: String,
     /// Boot the kernel even where it has been booted before
     #[arg(long)]
-    cold: bool,
+    pub(crate) cold: bool,
     /// CLOCK_MONOTONIC in nanoseconds when the caller started this command
     #[arg(long, value_name = "NS", hide = true)]
-    started_at: Option<u64>,
+    pub(crate) started_at: Option<u64>,
     /// Print when each step was reached
     #[arg(long)]
-    report: bool,
+    pub(crate) report: bool,
     /// Command instead of the image's
     #[arg(value_name = "COMMAND", trailing_var_arg = true, allow_hyphen_values = true)]
-    command: Vec<OsString>,
+    pub(crate) command: Vec<OsString>,
 }
+
+/// Of a line that names nothing but an image.
+impl Default for Arguments {
+    fn default() -> Self {
+        Self {
+            image: OsString::new(),
+            env: Vec::new(),
+            workdir: None,
+            user: None,
+            entrypoint: None,
+            tty: false,
+            interactive: false,
+            detach: false,
+            stay: false,
+            memory: 512,
+            cpus: 1,
+            timeout: None,
+            name: None,
+            hostname: None,
+            rm: false,
+            net: "none".into(),
+            publish: Vec::new(),
+            volume: Vec::new(),
+            read_only: false,
+            pull: PULL[0].to_owned(),
+            cold: false,
+            started_at: None,
+            report: false,
+            command: Vec::new(),
+        }
+    }
+}
+
+/// When a registry is asked; the first without asking.
+pub(crate) const PULL: [&str; 3] = ["missing", "always", "never"];
+/// Time limits: up to a year.
+pub(crate) const TIMEOUT_SECONDS: std::ops::RangeInclusive<u64> = 1..=31_536_000;
 
 const SIGTERM: u8 = 15;
 /// The exit status of a guest that took too long.
@@ -112,6 +158,10 @@ enum RunError {
     Instance(#[from] InstanceError),
     #[error(transparent)]
     Machine(#[from] Error),
+    #[error(transparent)]
+    Mount(#[from] MountError),
+    #[error(transparent)]
+    Volume(#[from] VolumeError),
     #[error("the image names no command; write one behind its name")]
     NoCommand,
     #[error("the host refused to {0}")]
@@ -128,7 +178,9 @@ impl RunError {
     const fn status(&self) -> u8 {
         match self {
             Self::Machine(error) if !error.is_users() => STATUS_FAILURE,
-            Self::Host(..) | Self::Instance(InstanceError::Host { .. }) => STATUS_FAILURE,
+            Self::Host(..)
+            | Self::Instance(InstanceError::Host { .. })
+            | Self::Volume(VolumeError::Host { .. }) => STATUS_FAILURE,
             _ => STATUS_BAD_REQUEST,
         }
     }
@@ -187,7 +239,8 @@ fn start(
     starter: Option<Arc<Starter>>,
     timeline: Timeline,
 ) -> Result<u8, RunError> {
-    let config = arguments.config(instance, prepared)?;
+    let wanted = mounts::parse_all(&arguments.volume)?;
+    let config = arguments.config(instance, prepared, &wanted)?;
     // Before any thread is started.
     let stopped_by = Arc::new(AtomicU8::new(0));
     let stop: Arc<OnceLock<StopHandle>> = Arc::default();
@@ -205,7 +258,7 @@ fn start(
     };
     let streams = streams.map_err(|error| RunError::Host("open the program's streams", error))?;
     boot::raise_descriptor_limit();
-    instance.write(&arguments.record(&config, prepared))?;
+    instance.write(&arguments.record(&config, prepared, &wanted))?;
     if !arguments.cold {
         make_preboot(&config);
     }
@@ -258,7 +311,12 @@ fn start(
 }
 
 impl Arguments {
-    fn config(&self, instance: &Instance, prepared: &Prepared) -> Result<Config, RunError> {
+    fn config(
+        &self,
+        instance: &Instance,
+        prepared: &Prepared,
+        wanted: &[Wanted],
+    ) -> Result<Config, RunError> {
         let kernel = source::kernel_image()?;
         let image = Image::open(&kernel)?;
         let mut config = image.config(&kernel);
@@ -278,6 +336,15 @@ impl Arguments {
         }
         devices.add_to(&mut config.devices)?;
         config.guest = self.guest(instance, prepared)?;
+        for wanted in wanted {
+            match &wanted.source {
+                Source::Volume(name) => {
+                    let disk = volumes::for_guest(name, wanted.is_read_only)?;
+                    mounts::add_volume(&mut config, disk, wanted);
+                }
+                Source::Folder(path) => mounts::add_folder(&mut config, path, wanted)?,
+            }
+        }
         config.validate()?;
         if !self.cold {
             config.preboot = preboot_path(&config);
@@ -335,23 +402,30 @@ impl Arguments {
             groups: of_image.user.groups.clone(),
             terminal: self.tty.then(client::new_terminal_size),
             agent: true,
+            is_root_read_only: self.read_only,
             ..GuestConfig::default()
         })
     }
 
-    fn record(&self, config: &Config, prepared: &Prepared) -> Record {
+    fn record(&self, config: &Config, prepared: &Prepared, wanted: &[Wanted]) -> Record {
         let stop_signal = prepared.config.stop_signal.as_deref().and_then(|name| signal::parse(name).ok());
         let text = |bytes: &Vec<u8>| String::from_utf8_lossy(bytes).into_owned();
         let since_1970 = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         Record {
             image: self.image.to_string_lossy().into_owned(),
             command: config.guest.arguments.iter().map(text).collect(),
+            payload: Payload {
+                environment: config.guest.environment.iter().map(text).collect(),
+                working_directory: config.guest.working_directory.as_ref().map(text),
+                user: prepared.config.user.clone(),
+            },
             pid: std::process::id(),
             started: since_1970.map_or(0, |time| time.as_secs()),
             memory_mib: config.machine.mem_size_mib,
             vcpus: config.machine.vcpu_count,
             stop_signal: stop_signal.unwrap_or(SIGTERM),
             is_kept: self.detach && !self.rm,
+            volumes: wanted.iter().filter_map(Wanted::volume).map(str::to_owned).collect(),
             status: None,
         }
     }
@@ -381,7 +455,7 @@ impl Arguments {
 }
 
 /// Sets an entry of an environment: `NAME=VALUE`, or `NAME` for what it is here, if it is set here.
-fn set(environment: &mut Vec<Vec<u8>>, entry: &OsString) {
+pub(crate) fn set(environment: &mut Vec<Vec<u8>>, entry: &OsString) {
     let mut text = bytes(entry);
     if !text.contains(&b'=') {
         let Some(value) = std::env::var_os(entry) else { return };

@@ -1,6 +1,6 @@
 //! What a guest is made from: the kernel's image, and a root filesystem with what its image says of the command.
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use std::ffi::OsStr;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -46,7 +46,7 @@ pub(crate) struct ImageConfig {
 }
 
 /// A user of an image.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default)]
 pub(crate) struct User {
     pub(crate) uid: u32,
@@ -84,6 +84,11 @@ fn is_erofs(path: &Path) -> bool {
     path.is_file()
         && std::fs::File::open(path).and_then(|mut file| file.read_exact(&mut head)).is_ok()
         && head[AT..] == MAGIC
+}
+
+/// A user of the image that a guest was made from.
+pub(crate) fn user(image: &OsStr, text: &str) -> Result<User, SourceError> {
+    numeric_user(text).or_else(|_| prepare(image, Some(text), "never").map(|prepared| prepared.config.user))
 }
 
 fn numeric_user(text: &str) -> Result<User, SourceError> {

@@ -1,0 +1,70 @@
+//! The arguments of `kindling exec`.
+
+use super::{command, is_option, once, switch, text, value};
+use crate::exec::Arguments;
+use std::ffi::OsString;
+
+pub(super) fn parse(mut words: impl Iterator<Item = OsString>) -> Option<Arguments> {
+    let mut parsed = Arguments::default();
+    loop {
+        let word = words.next()?;
+        if !is_option(&word) {
+            parsed.name = word.into_string().ok().filter(|name| !name.is_empty())?;
+            break;
+        }
+        match word.to_str()? {
+            "--env" | "-e" => parsed.env.push(value(words.next())?),
+            "--workdir" | "-w" => once(&mut parsed.workdir, value(words.next())?)?,
+            "--user" | "-u" => once(&mut parsed.user, text(words.next())?)?,
+            "--tty" | "-t" => switch(&mut parsed.tty)?,
+            "--interactive" | "-i" => switch(&mut parsed.interactive)?,
+            _ => return None,
+        }
+    }
+    parsed.command = command(words)?;
+    (!parsed.command.is_empty()).then_some(parsed)
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::plain::parse;
+    use crate::plain::tests::{by_clap, is_plain, knows_every_option, line};
+    use proptest::prelude::*;
+    use std::ffi::OsString;
+
+    #[test]
+    fn lines_that_need_no_clap() {
+        is_plain("kindling exec -e A=1 --env B --workdir / -u a:b -t -i name sh -c -e");
+        is_plain("kindling exec name true");
+        is_plain("kindling exec name -- true -- -e");
+        knows_every_option("exec", "", " name true", &[]);
+    }
+
+    #[test]
+    fn what_is_unusual_is_left_to_clap() {
+        for text in [
+            "kindling exec",
+            "kindling exec --help",
+            "kindling exec name",
+            "kindling exec name -e",
+            "kindling exec name --",
+            "kindling exec -t -t name true",
+        ] {
+            assert_eq!(parse(line(text)), None, "{text}");
+        }
+    }
+
+    proptest! {
+        /// Whatever is accepted here, clap accepts and understands in the same way.
+        #[test]
+        fn clap_agrees(words in prop::collection::vec(prop::sample::select(vec![
+            "--env", "-e", "--workdir", "-w", "--user", "-u", "--tty", "-t", "-i", "--", "1", "a", "a", "b=c", "-", "-1",
+            "", "é", "exec", "help", "--name=a", "-ti", "-ea",
+        ]), 0..6)) {
+            let line: Vec<OsString> = ["kindling", "exec"].into_iter().chain(words).map(OsString::from).collect();
+            if let Some(parsed) = parse(line.clone()) {
+                prop_assert_eq!(Some(parsed), by_clap(&line));
+            }
+        }
+    }
+}

@@ -1,0 +1,31 @@
+//! A folder as a container image: an archive as `docker save` writes it, with the folder as its one layer.
+
+use anyhow::Result;
+use kindling::config::image::sha256_of;
+use serde_json::{Value, json};
+use std::fs;
+use std::path::{Path, PathBuf};
+use xshell::{Shell, cmd};
+
+/// Writes `image.tar` into `place`. `config` is what the image says of its command.
+pub(crate) fn write(place: &Path, tree: &Path, config: &Value) -> Result<PathBuf> {
+    let shell = Shell::new()?;
+    shell.change_dir(place);
+    let attributes = ["--xattrs", "--xattrs-include=*", "--sparse", "--sort=name"];
+    cmd!(
+        shell,
+        "tar --create --format=posix {attributes...} --numeric-owner --file layer.tar --directory {tree} ."
+    )
+    .quiet()
+    .run()?;
+    let digest = sha256_of(&place.join("layer.tar"))?;
+    let description = json!({
+        "architecture": "amd64", "os": "linux", "config": config,
+        "rootfs": { "diff_ids": [format!("sha256:{digest}")] },
+    });
+    fs::write(place.join("config.json"), description.to_string())?;
+    let manifest = json!([{ "Config": "config.json", "Layers": ["layer.tar"] }]);
+    fs::write(place.join("manifest.json"), manifest.to_string())?;
+    cmd!(shell, "tar --create --file image.tar manifest.json config.json layer.tar").quiet().run()?;
+    Ok(place.join("image.tar"))
+}
