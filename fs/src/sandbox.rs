@@ -37,7 +37,7 @@ pub(crate) fn enter(folder: BorrowedFd<'_>, is_read_only: bool) -> Result<(), Er
     let most = std::fs::read_to_string("/proc/sys/fs/nr_open").ok().and_then(|text| text.trim().parse().ok());
     let limit = |limit: Option<u64>| Rlimit { current: limit, maximum: limit };
     let own = limit(getrlimit(Resource::Nofile).maximum);
-    setrlimit(Resource::Nofile, most.map_or(own.clone(), |most| limit(Some(most))))
+    setrlimit(Resource::Nofile, most.map_or(own, |most| limit(Some(most))))
         .or_else(|_| setrlimit(Resource::Nofile, own))
         .map_err(host("its limit of descriptors"))?;
     set_no_new_privs(true).map_err(host("new privileges"))?;
