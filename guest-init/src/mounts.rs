@@ -44,19 +44,19 @@ pub(crate) fn mount_all(mounts: &[Mount]) -> Written {
             Err((what, error)) => give_up(format_args!(
                 "cannot {what} {}: {error}{}",
                 String::from_utf8_lossy(&mount.target),
-                advice(error)
+                advice(mount.kind, error)
             )),
         }
     }
     Written(written)
 }
 
-const fn advice(error: Errno) -> &'static str {
-    match error {
-        Errno::UCLEAN | Errno::INVAL | Errno::BADMSG | Errno::IO => {
+const fn advice(kind: MountKind, error: Errno) -> &'static str {
+    match (kind, error) {
+        (MountKind::Volume, Errno::UCLEAN | Errno::INVAL | Errno::BADMSG | Errno::IO) => {
             "; its filesystem is damaged: e2fsck can mend it"
         }
-        Errno::NODEV => "; the guest's kernel has no such filesystem",
+        (_, Errno::NODEV) => "; the guest's kernel has no such filesystem",
         _ => "",
     }
 }
@@ -97,11 +97,13 @@ fn fill(whole: &OwnedFd, image: &OwnedFd) -> Result<(), Errno> {
     renameat(whole, DRAFT, whole, DATA)
 }
 
-/// Mounts a folder of the host's, which the host keeps in order itself.
+/// Mounts a folder of the host's, which the host keeps in order itself. What is a device or has another's rights there
+/// is not so here.
 fn mount_folder(folder: &Mount) -> Result<Option<OwnedFd>, Failure> {
     make_directories(&folder.target);
     let access = if folder.is_read_only { MountFlags::RDONLY } else { MountFlags::empty() };
-    mount(folder.source.as_slice(), folder.target.as_slice(), "virtiofs", access, c"")
+    let flags = access | MountFlags::NOSUID | MountFlags::NODEV;
+    mount(folder.source.as_slice(), folder.target.as_slice(), "virtiofs", flags, c"")
         .map_err(|error| ("mount the host's folder on", error))?;
     Ok(None)
 }

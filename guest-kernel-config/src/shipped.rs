@@ -3,7 +3,7 @@
 use crate::fragment::{Fragment, FragmentError, Origin};
 
 /// Each fragment's name and text, in the order in which they build on each other.
-const SHIPPED: [(&str, &str); 17] = [
+const SHIPPED: [(&str, &str); 18] = [
     ("base", include_str!("../fragments/base.config")),
     ("kvm-guest", include_str!("../fragments/kvm-guest.config")),
     ("console", include_str!("../fragments/console.config")),
@@ -13,6 +13,7 @@ const SHIPPED: [(&str, &str); 17] = [
     ("ipv6", include_str!("../fragments/ipv6.config")),
     ("vsock", include_str!("../fragments/vsock.config")),
     ("filesystems", include_str!("../fragments/filesystems.config")),
+    ("virtio-fs", include_str!("../fragments/virtio-fs.config")),
     ("balloon", include_str!("../fragments/balloon.config")),
     ("pmem", include_str!("../fragments/pmem.config")),
     ("uniprocessor", include_str!("../fragments/uniprocessor.config")),
@@ -24,8 +25,19 @@ const SHIPPED: [(&str, &str); 17] = [
 ];
 
 /// The fragments that every image's kernel is made of.
-pub const DEFAULT: [&str; 10] =
-    ["base", "kvm-guest", "console", "virtio", "block", "net", "ipv6", "vsock", "filesystems", "balloon"];
+pub const DEFAULT: [&str; 11] = [
+    "base",
+    "kvm-guest",
+    "console",
+    "virtio",
+    "block",
+    "net",
+    "ipv6",
+    "vsock",
+    "filesystems",
+    "virtio-fs",
+    "balloon",
+];
 
 /// The fragments that an image may ask for on top.
 pub const OPTIONAL: [&str; 7] =

@@ -273,7 +273,6 @@ fn memory_stays_where_it_is() {
     fs::remove_file(guest.here("large")).unwrap();
     let client_back = peak_of(guest.cp(&["one:/tmp/large", "large"]));
     let out_vmm = vmm_kib(&guest);
-    eprintln!("client {client} and {client_back} KiB, VMM {before}, then {in_vmm} and {out_vmm} KiB");
     assert!(client.max(client_back) < 8 << 10, "{client} and {client_back} KiB");
     assert!(in_vmm.max(out_vmm) < before + 1024, "{before}, then {in_vmm} and {out_vmm} KiB");
     let mut expected = Noise(1);

@@ -30,6 +30,8 @@ fn every_path_exists() {
         "guest-kernel-config/",
         "oci/src/",
         "oci/tests/",
+        "fs/src/",
+        "fs/tests/",
         "xtask/",
         "tests/",
         "docs/",

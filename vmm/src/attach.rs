@@ -6,6 +6,7 @@ use crate::config::{Config, ConfigError};
 use crate::devices::virtio::balloon::{self, Balloon};
 use crate::devices::virtio::block::Block;
 use crate::devices::virtio::entropy::Entropy;
+use crate::devices::virtio::fs::SharedFolder;
 use crate::devices::virtio::net::{self, Net};
 use crate::devices::virtio::pmem::Pmem;
 use crate::devices::virtio::vsock::Vsock;
@@ -109,6 +110,10 @@ impl Opened {
             next = layout::behind(start, file.size());
             opened.files.push((start, file));
             opened.add(&pmem.id, device);
+        }
+        for folder in &devices.shared_folders {
+            let device = if is_blank { SharedFolder::blank(folder) } else { SharedFolder::open(folder)? };
+            opened.add(&folder.tag, device);
         }
         Ok(opened)
     }

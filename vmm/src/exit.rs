@@ -96,8 +96,7 @@ pub struct Exit {
     pub exits: ExitCounts,
     /// Accesses to I/O ports that no device has.
     pub unclaimed_ports: u64,
-    /// What drivers of the guest did to their devices that no driver may, so that the device stopped: for each
-    /// such device its name and the first reason.
+    /// A sentence for each device that stopped because its driver broke a rule, or that has nobody behind it any more.
     pub device_failures: Vec<String>,
     /// The last lines of console output.
     pub console_tail: Vec<String>,

@@ -19,7 +19,7 @@ const GUEST_MIB: u64 = 128;
 /// Default fragments that cannot be in a kernel without this one.
 fn dependents(name: &str) -> &'static [&'static str] {
     match name {
-        "virtio" => &["block", "net", "ipv6", "vsock", "balloon"],
+        "virtio" => &["block", "net", "ipv6", "vsock", "virtio-fs", "balloon"],
         "net" => &["ipv6"],
         _ => &[],
     }

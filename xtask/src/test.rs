@@ -145,6 +145,8 @@ fn lay_out_testbed() -> Result<PathBuf> {
     fs::create_dir_all(&images)?;
     fs::create_dir_all(testbed.join("debian"))?;
     fs::copy(cargo::release_binary("kindling", "kindling")?, testbed.join("kindling"))?;
+    fs::copy(cargo::release_binary("kindling-fs", "kindling-fs")?, testbed.join("kindling-fs"))?;
+    fs::copy(cargo::release_binary("tests", "folder-guest")?, testbed.join("folder-guest"))?;
     let image = Image { out: Some(images.join("default")), ..Image::default() };
     let (_, kernel) = build_image::build_with_kernel(&image)?;
     fs::write(testbed.join("functions"), profile::function_list(&kernel)?)?;

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 /// The virtio devices of a machine, in the order in which the guest finds them: drives, network interfaces,
-/// vsock, entropy, balloon, pmem.
+/// vsock, entropy, balloon, pmem, shared folders.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Devices {
     /// Disks; the guest calls them /dev/vda, /dev/vdb and so on.
@@ -26,6 +26,8 @@ pub struct Devices {
     pub balloon: Option<Balloon>,
     /// Files that the guest sees as memory; it calls them /dev/pmem0, /dev/pmem1 and so on.
     pub pmem: Vec<Pmem>,
+    /// Folders of the host, which the guest mounts by their tags.
+    pub shared_folders: Vec<SharedFolder>,
     /// File of the image's root filesystem, which init mounts. The guest finds it behind the drives, so that
     /// those have the same names with every image.
     pub root: Option<PathBuf>,
@@ -57,10 +59,12 @@ impl Devices {
             + self.entropy.is_some() as usize
             + self.balloon.is_some() as usize
             + self.pmem.len()
+            + self.shared_folders.len()
             + self.root.is_some() as usize
     }
 
-    /// A letter for each, by its kind: disk, read-only disk, network card, vsock, entropy, balloon, memory.
+    /// A letter for each, by its kind: disk, read-only disk, network card, vsock, entropy, balloon, memory,
+    /// folder.
     #[must_use]
     pub fn kinds(&self) -> String {
         let drives = self.disks().map(|drive| if drive.is_read_only { 'r' } else { 'd' });
@@ -68,7 +72,9 @@ impl Devices {
         let single =
             [(self.vsock.is_some(), 'v'), (self.entropy.is_some(), 'e'), (self.balloon.is_some(), 'b')];
         let single = single.into_iter().filter(|(is_there, _)| *is_there).map(|(_, letter)| letter);
-        drives.chain(interfaces).chain(single).chain(self.pmem.iter().map(|_| 'm')).collect()
+        let pmem = self.pmem.iter().map(|_| 'm');
+        let folders = self.shared_folders.iter().map(|_| 'f');
+        drives.chain(interfaces).chain(single).chain(pmem).chain(folders).collect()
     }
 
     /// Checks everything that can be checked without opening a file, for a machine with so many MiB of memory.
@@ -79,6 +85,7 @@ impl Devices {
         let ids = self.drives.iter().map(|drive| &drive.drive_id);
         let ids = ids.chain(self.network_interfaces.iter().map(|interface| &interface.iface_id));
         let ids = ids.chain(self.pmem.iter().map(|pmem| &pmem.id));
+        let ids = ids.chain(self.shared_folders.iter().map(|folder| &folder.tag));
         let mut seen = BTreeSet::new();
         for id in ids {
             if id.is_empty() || !id.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-".contains(&byte))
@@ -103,6 +110,9 @@ impl Devices {
         }
         for interface in &self.network_interfaces {
             interface.validate()?;
+        }
+        if let Some(folder) = self.shared_folders.iter().find(|folder| folder.tag.len() > TAG_MAX) {
+            return Err(ConfigError::DeviceId(folder.tag.clone()));
         }
         if let Some(vsock) = &self.vsock {
             vsock.validate()?;
@@ -487,6 +497,22 @@ pub struct Pmem {
     /// Whether the guest may only read.
     #[serde(default)]
     pub read_only: bool,
+}
+
+/// Bytes of a shared folder's tag (section 5.11.4 of the virtio specification).
+const TAG_MAX: usize = 36;
+
+/// A folder of the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SharedFolder {
+    /// What the guest mounts it by, up to 36 bytes.
+    pub tag: String,
+    /// The folder.
+    pub path_on_host: PathBuf,
+    /// Whether the guest may only read.
+    pub read_only: bool,
+    /// User and group that files of this process's user and group belong to in the guest.
+    pub owner: (u32, u32),
 }
 
 /// Limits of a device. What goes beyond waits.

@@ -92,6 +92,7 @@ pub fn from_json_file(path: &Path) -> Result<Config, ConfigError> {
         entropy: file.entropy,
         balloon: file.balloon,
         pmem: file.pmem,
+        shared_folders: Vec::new(),
         root: None,
     };
     Ok(Config { machine: machine(file.machine_config)?, devices, ..Config::new(boot_source) })

@@ -246,6 +246,14 @@ pub enum ConfigError {
         /// What is wrong with it.
         what: String,
     },
+    /// A folder that cannot be shared with a guest.
+    #[error("cannot share {}: {what}", path.display())]
+    SharedFolder {
+        /// The folder.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: String,
+    },
     /// A balloon that would take everything.
     #[error("a balloon of {asked} MiB is too large for a guest of {memory} MiB: it needs some itself")]
     BalloonTooLarge {

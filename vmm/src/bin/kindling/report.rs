@@ -34,12 +34,9 @@ pub(crate) fn timeline(exit: &Exit) -> String {
     text
 }
 
-/// A line for each device that stopped.
+/// A line for each device that stopped, or has nobody behind it any more.
 pub(crate) fn device_failures(exit: &Exit) -> String {
-    let line = |failure: &String| {
-        let failure = printable(failure);
-        format!("kindling: a device stopped because its driver broke a rule of virtio: {failure}\n")
-    };
+    let line = |failure: &String| format!("kindling: {}\n", printable(failure));
     exit.device_failures.iter().map(line).collect()
 }
 

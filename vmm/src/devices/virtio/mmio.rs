@@ -183,10 +183,13 @@ impl Transport {
         self.is_working().then(|| self.device.deadline()).flatten()
     }
 
-    /// What the driver did wrong, if it did.
+    /// What the driver did wrong, or else what failed on the host's side, if anything did.
     #[must_use]
     pub fn failure(&self) -> Option<String> {
-        self.failure.as_ref().map(|reason| format!("{}: {reason}", self.name))
+        let of_driver = self.failure.as_ref().map(|reason| {
+            format!("a device stopped because its driver broke a rule of virtio: {}: {reason}", self.name)
+        });
+        of_driver.or_else(|| Some(format!("{}: {}", self.name, self.device.failure()?)))
     }
 
     fn pass(&mut self, event: Event) {

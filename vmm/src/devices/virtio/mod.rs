@@ -10,6 +10,7 @@ pub mod block;
 pub mod driver;
 pub mod entropy;
 mod file_io;
+pub mod fs;
 mod mmio;
 pub mod net;
 pub mod pmem;
@@ -17,6 +18,7 @@ mod queue;
 mod rate_limiter;
 mod registers;
 mod ring;
+mod stream;
 #[cfg(test)]
 mod tests;
 mod vectored;
@@ -146,6 +148,11 @@ pub trait Device: Send + fmt::Debug {
     /// of its events, and by who resets it until it is so.
     fn is_at_rest(&mut self) -> bool {
         true
+    }
+
+    /// What went wrong on the host's side, if something did: the driver has errors instead of answers since then.
+    fn failure(&self) -> Option<String> {
+        None
     }
 
     /// The machine has ended: what others on this host can see of the device goes away. Whoever ends with the

@@ -34,7 +34,6 @@ pub(super) fn parse(mut words: impl Iterator<Item = OsString>) -> Option<Argumen
             "--publish" | "-p" => parsed.publish.push(value(words.next())?),
             "--read-only" => switch(&mut parsed.read_only)?,
             "--volume" | "-v" => parsed.volume.push(value(words.next())?),
-            "--read-only" => switch(&mut parsed.read_only)?,
             "--pull" => {
                 let when = text(words.next()).filter(|when| PULL.contains(&when.as_str()))?;
                 once(&mut pull, when)?;

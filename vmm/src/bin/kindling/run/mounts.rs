@@ -1,7 +1,8 @@
 //! `-v`: what of the host's a guest has in its root, as its user writes it.
 
-use kindling::config::devices::Drive;
-use kindling::config::{Config, Mount, MountKind};
+use kindling::config::devices::{Drive, SharedFolder};
+use kindling::config::{Config, ConfigError, Mount, MountKind};
+use kindling::devices::virtio::fs::find_folder;
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
@@ -117,6 +118,26 @@ pub(super) fn add_volume(config: &mut Config, disk: PathBuf, wanted: &Wanted) {
         source: format!("/dev/vd{letter}").into_bytes(),
         target: wanted.target.as_os_str().as_bytes().to_vec(),
     });
+}
+
+/// Gives a machine a folder of the host's, whose files belong to the user that its program runs as.
+pub(super) fn add_folder(config: &mut Config, path: &Path, wanted: &Wanted) -> Result<(), ConfigError> {
+    // The tag is known to kernels that were booted before, and the same for all first, second and third folders.
+    let tag = format!("folder{}", config.devices.shared_folders.len());
+    let is_read_only = wanted.is_read_only;
+    config.devices.shared_folders.push(SharedFolder {
+        tag: tag.clone(),
+        path_on_host: find_folder(path)?,
+        read_only: is_read_only,
+        owner: (config.guest.user_id, config.guest.group_id),
+    });
+    config.guest.mounts.push(Mount {
+        kind: MountKind::Folder,
+        is_read_only,
+        source: tag.into_bytes(),
+        target: wanted.target.as_os_str().as_bytes().to_vec(),
+    });
+    Ok(())
 }
 
 #[cfg(test)]

@@ -6,9 +6,9 @@
 
 use super::buffers::{Batch, Buffer, Receiver};
 use super::packet::{HEADER_LEN, HOST_CID, Header, STREAM, op, shutdown};
-use super::stream::{receive, send};
 use super::{RX, next_chain};
 use crate::devices::virtio::queue::fill;
+use crate::devices::virtio::stream::{receive, send};
 use crate::devices::virtio::{Broken, Chain, Queues, Segment, Watcher};
 use rustix::event::epoll::EventFlags;
 use rustix::net::SendFlags;

@@ -7,7 +7,6 @@ mod buffers;
 mod connection;
 mod host;
 mod packet;
-mod stream;
 #[cfg(test)]
 mod tests;
 

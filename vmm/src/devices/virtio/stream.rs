@@ -1,7 +1,7 @@
 //! Unix sockets that read and write guest memory, and never wait.
 #![expect(unsafe_code, reason = "sends and receives with addresses of guest memory")]
 
-use crate::devices::virtio::Segment;
+use super::Segment;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;

@@ -1,0 +1,74 @@
+//! What the guest sees of a file's attributes.
+#![expect(unsafe_code, reason = "makes a structure of libc whose padding has no names")]
+
+use fuse_backend_rs::abi::fuse_abi::{stat64, statvfs64};
+use fuse_backend_rs::api::filesystem::Entry;
+use rustix::fs::{FileType, Stat, StatVfs};
+
+/// Whom files of others belong to: nobody, as in a user namespace (/proc/sys/kernel/overflowuid).
+const NOBODY: u32 = 65_534;
+/// Bits that would give a program of the guest another user's rights.
+const SET_ID: u32 = 0o6000;
+
+/// Who owns files, here and in the guest.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Owner {
+    /// User and group of this process.
+    pub(crate) here: (u32, u32),
+    /// Whom their files belong to in the guest.
+    pub(crate) there: (u32, u32),
+}
+
+impl Owner {
+    /// A user of the host as the guest sees it.
+    pub(crate) const fn user(&self, user: u32) -> u32 {
+        if user == self.here.0 { self.there.0 } else { NOBODY }
+    }
+
+    /// A group of the host as the guest sees it.
+    pub(crate) const fn group(&self, group: u32) -> u32 {
+        if group == self.here.1 { self.there.1 } else { NOBODY }
+    }
+
+    /// All attributes.
+    pub(crate) fn attributes(&self, stat: &Stat) -> stat64 {
+        let hidden = if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile { SET_ID } else { 0 };
+        let mut attributes = Entry::default().attr;
+        attributes.st_ino = stat.st_ino;
+        attributes.st_mode = stat.st_mode & !hidden;
+        attributes.st_nlink = stat.st_nlink;
+        attributes.st_uid = self.user(stat.st_uid);
+        attributes.st_gid = self.group(stat.st_gid);
+        attributes.st_rdev = stat.st_rdev;
+        attributes.st_size = stat.st_size;
+        attributes.st_blksize = stat.st_blksize;
+        attributes.st_blocks = stat.st_blocks;
+        attributes.st_atime = stat.st_atime;
+        attributes.st_atime_nsec = nanoseconds(stat.st_atime_nsec);
+        attributes.st_mtime = stat.st_mtime;
+        attributes.st_mtime_nsec = nanoseconds(stat.st_mtime_nsec);
+        attributes.st_ctime = stat.st_ctime;
+        attributes.st_ctime_nsec = nanoseconds(stat.st_ctime_nsec);
+        attributes
+    }
+}
+
+fn nanoseconds(nanoseconds: u64) -> i64 {
+    i64::try_from(nanoseconds).unwrap_or(0)
+}
+
+/// Size and free space of the host's filesystem.
+pub(crate) const fn filesystem(stat: &StatVfs) -> statvfs64 {
+    // SAFETY: all fields are integers, for which zeroes are values.
+    let mut attributes: statvfs64 = unsafe { std::mem::zeroed() };
+    attributes.f_bsize = stat.f_bsize;
+    attributes.f_frsize = stat.f_frsize;
+    attributes.f_blocks = stat.f_blocks;
+    attributes.f_bfree = stat.f_bfree;
+    attributes.f_bavail = stat.f_bavail;
+    attributes.f_files = stat.f_files;
+    attributes.f_ffree = stat.f_ffree;
+    attributes.f_favail = stat.f_favail;
+    attributes.f_namemax = stat.f_namemax;
+    attributes
+}

@@ -1,0 +1,369 @@
+//! The program as a guest sees it, and as no guest's kernel would use it: each request is put together here.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{MetadataExt, symlink};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Child, Command};
+
+/// Opcodes of linux/fuse.h.
+mod op {
+    pub(crate) const LOOKUP: u32 = 1;
+    pub(crate) const FORGET: u32 = 2;
+    pub(crate) const GETATTR: u32 = 3;
+    pub(crate) const SETATTR: u32 = 4;
+    pub(crate) const READLINK: u32 = 5;
+    pub(crate) const SYMLINK: u32 = 6;
+    pub(crate) const MKNOD: u32 = 8;
+    pub(crate) const MKDIR: u32 = 9;
+    pub(crate) const UNLINK: u32 = 10;
+    pub(crate) const RMDIR: u32 = 11;
+    pub(crate) const RENAME: u32 = 12;
+    pub(crate) const LINK: u32 = 13;
+    pub(crate) const OPEN: u32 = 14;
+    pub(crate) const READ: u32 = 15;
+    pub(crate) const WRITE: u32 = 16;
+    pub(crate) const STATFS: u32 = 17;
+    pub(crate) const SETXATTR: u32 = 21;
+    pub(crate) const GETXATTR: u32 = 22;
+    pub(crate) const INIT: u32 = 26;
+    pub(crate) const OPENDIR: u32 = 27;
+    pub(crate) const READDIR: u32 = 28;
+    pub(crate) const CREATE: u32 = 35;
+    pub(crate) const DESTROY: u32 = 38;
+}
+
+const ROOT: u64 = 1;
+const O_RDWR: u32 = 2;
+const O_WRONLY: u32 = 1;
+
+/// A process that serves a folder.
+struct Server {
+    process: Child,
+    socket: UnixStream,
+    next: u64,
+}
+
+impl Server {
+    fn start(folder: &Path, options: &[&str]) -> Self {
+        let (socket, its) = UnixStream::pair().unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_kindling-fs"));
+        command.args(options).args(["--owner", "0:0", "--"]).arg(folder).stdin(OwnedFd::from(its));
+        let mut this = Self { process: command.spawn().unwrap(), socket, next: 1 };
+        // Version 7.38, 128 KiB of reading ahead, and everything that there is.
+        let init = words(&[7, 38, 128 << 10, u32::MAX, u32::MAX, 0]);
+        let reply = this.ask(op::INIT, 0, &[&init[..], &[0; 40]].concat()).unwrap();
+        assert_eq!(reply[..4], 7_u32.to_le_bytes());
+        this
+    }
+
+    fn send(&mut self, opcode: u32, inode: u64, body: &[u8]) {
+        self.next += 1;
+        let mut message = words(&[u32::try_from(40 + body.len()).unwrap(), opcode]);
+        message.extend([self.next, inode].map(u64::to_le_bytes).concat());
+        // User 12, group 34, process 56.
+        message.extend(words(&[12, 34, 56, 0]));
+        message.extend(body);
+        self.socket.write_all(&message).unwrap();
+    }
+
+    fn receive(&mut self) -> Result<Vec<u8>, i32> {
+        let mut header = [0; 16];
+        self.socket.read_exact(&mut header).unwrap();
+        let mut body = vec![0; usize::try_from(number(&header, 0)).unwrap() - 16];
+        self.socket.read_exact(&mut body).unwrap();
+        if long(&header, 8) < self.next {
+            // What makes no sense may have two replies, of which the device passes one on.
+            return self.receive();
+        }
+        assert_eq!(long(&header, 8), self.next);
+        match i32::from_le_bytes(header[4..8].try_into().unwrap()) {
+            0 => Ok(body),
+            error => Err(-error),
+        }
+    }
+
+    fn ask(&mut self, opcode: u32, inode: u64, body: &[u8]) -> Result<Vec<u8>, i32> {
+        self.send(opcode, inode, body);
+        self.receive()
+    }
+
+    fn lookup(&mut self, parent: u64, name: &str) -> Result<u64, i32> {
+        Ok(long(&self.ask(op::LOOKUP, parent, &text(name))?, 0))
+    }
+
+    fn open(&mut self, inode: u64, flags: u32) -> Result<u64, i32> {
+        Ok(long(&self.ask(op::OPEN, inode, &words(&[flags, 0]))?, 0))
+    }
+
+    fn read(&mut self, inode: u64, handle: u64, offset: u64, size: u32) -> Result<Vec<u8>, i32> {
+        let body = [&longs(&[handle, offset])[..], &words(&[size, 0]), &[0; 16]].concat();
+        self.ask(op::READ, inode, &body)
+    }
+
+    fn write(&mut self, handle: u64, offset: u64, bytes: &[u8], size: u32) -> Result<Vec<u8>, i32> {
+        let body = [&longs(&[handle, offset])[..], &words(&[size, 0]), &[0; 16], bytes].concat();
+        self.ask(op::WRITE, 7, &body)
+    }
+
+    fn end(mut self) {
+        drop(self.socket);
+        assert!(self.process.wait().unwrap().success());
+    }
+}
+
+fn words(words: &[u32]) -> Vec<u8> {
+    words.iter().flat_map(|word| word.to_le_bytes()).collect()
+}
+
+fn longs(longs: &[u64]) -> Vec<u8> {
+    longs.iter().flat_map(|long| long.to_le_bytes()).collect()
+}
+
+fn text(text: &str) -> Vec<u8> {
+    [text.as_bytes(), b"\0"].concat()
+}
+
+fn number(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
+}
+
+fn long(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
+}
+
+/// Each request that changes something, for a file and a directory that are known.
+fn changes(file: u64) -> Vec<(&'static str, u32, u64, Vec<u8>)> {
+    let rename = [longs(&[ROOT]), text("file"), text("other")].concat();
+    let link = [longs(&[file]), text("other")].concat();
+    // FATTR_MODE of struct fuse_setattr_in.
+    let mut setattr = vec![0; 88];
+    setattr[0] = 1;
+    setattr[68..72].copy_from_slice(&0o644_u32.to_le_bytes());
+    let create = [words(&[O_RDWR | 0o100, 0o644, 0, 0]), text("other")].concat();
+    let xattr = [words(&[1, 0]), text("user.a"), b"v".to_vec()].concat();
+    vec![
+        ("symlink", op::SYMLINK, ROOT, [text("other"), text("target")].concat()),
+        ("mknod", op::MKNOD, ROOT, [words(&[0o100_644, 0, 0, 0]), text("other")].concat()),
+        ("mkdir", op::MKDIR, ROOT, [words(&[0o755, 0]), text("other")].concat()),
+        ("unlink", op::UNLINK, ROOT, text("file")),
+        ("rmdir", op::RMDIR, ROOT, text("folder")),
+        ("rename", op::RENAME, ROOT, rename),
+        ("link", op::LINK, ROOT, link),
+        ("setattr", op::SETATTR, file, setattr),
+        ("create", op::CREATE, ROOT, create),
+        ("setxattr", op::SETXATTR, file, xattr),
+        ("open for writing", op::OPEN, file, words(&[O_WRONLY, 0])),
+        ("open and truncate", op::OPEN, file, words(&[0o1000, 0])),
+    ]
+}
+
+fn folder() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("file"), "content").unwrap();
+    fs::create_dir(folder.path().join("folder")).unwrap();
+    folder
+}
+
+#[test]
+fn files_are_found_read_and_written() {
+    let folder = folder();
+    let mut server = Server::start(folder.path(), &[]);
+    let file = server.lookup(ROOT, "file").unwrap();
+    let handle = server.open(file, O_RDWR).unwrap();
+    assert_eq!(server.read(file, handle, 3, 100).unwrap(), b"tent");
+    assert_eq!(number(&server.write(handle, 7, b" and more", 9).unwrap(), 0), 9);
+    assert_eq!(fs::read_to_string(folder.path().join("file")).unwrap(), "content and more");
+    let directory = long(&server.ask(op::OPENDIR, ROOT, &words(&[0, 0])).unwrap(), 0);
+    let names = server.read_directory(directory);
+    assert_eq!(names, ["file", "folder"]);
+    assert!(server.ask(op::STATFS, ROOT, &[]).unwrap().len() >= 80);
+    server.end();
+}
+
+impl Server {
+    fn read_directory(&mut self, handle: u64) -> Vec<String> {
+        let body = [&longs(&[handle, 0])[..], &words(&[4096, 0]), &[0; 16]].concat();
+        let reply = self.ask(op::READDIR, ROOT, &body).unwrap();
+        let (mut names, mut at) = (Vec::new(), 0);
+        while at < reply.len() {
+            let length = usize::try_from(number(&reply, at + 16)).unwrap();
+            names.push(String::from_utf8(reply[at + 24..at + 24 + length].to_vec()).unwrap());
+            at += (24 + length).next_multiple_of(8);
+        }
+        names.sort();
+        names
+    }
+}
+
+#[test]
+fn no_name_leads_out() {
+    let outside = tempfile::tempdir().unwrap();
+    fs::write(outside.path().join("secret"), "").unwrap();
+    let folder = folder();
+    let out = outside.path().to_str().unwrap();
+    symlink(out, folder.path().join("link")).unwrap();
+    let mut server = Server::start(folder.path(), &[]);
+    let inner = server.lookup(ROOT, "folder").unwrap();
+    for name in ["..", ".", "", "/", "/etc", "../x", "folder/..", "link/secret", &format!("{out}/secret")] {
+        for parent in [ROOT, inner] {
+            assert_eq!(server.lookup(parent, name), Err(libc::EINVAL), "{name:?}");
+            let made = server.ask(op::MKDIR, parent, &[words(&[0o755, 0]), text(name)].concat());
+            assert_eq!(made, Err(libc::EINVAL), "{name:?}");
+            let create = [words(&[O_RDWR | 0o100, 0o644, 0, 0]), text(name)].concat();
+            assert_eq!(server.ask(op::CREATE, parent, &create), Err(libc::EINVAL), "{name:?}");
+            let rename = [longs(&[ROOT]), text("file"), text(name)].concat();
+            assert_eq!(server.ask(op::RENAME, parent, &rename), Err(libc::EINVAL), "{name:?}");
+        }
+    }
+    // A link is known as what it is, and leads nowhere.
+    let link = server.lookup(ROOT, "link").unwrap();
+    assert_eq!(server.ask(op::READLINK, link, &[]).unwrap(), out.as_bytes());
+    assert_eq!(server.lookup(link, "secret"), Err(libc::ENOTDIR));
+    assert_eq!(server.open(link, 0), Err(libc::ENXIO));
+    assert_eq!(server.ask(op::OPENDIR, link, &words(&[0, 0])), Err(libc::ENXIO));
+    let create = [words(&[O_RDWR | 0o100, 0o644, 0, 0]), text("link")].concat();
+    assert_eq!(server.ask(op::CREATE, ROOT, &create), Err(libc::ELOOP));
+    assert_eq!(
+        server.ask(op::GETXATTR, link, &[words(&[0, 0]), text("user.a")].concat()),
+        Err(libc::EOPNOTSUPP)
+    );
+    let mut setattr = vec![0; 88];
+    setattr[0] = 1;
+    assert_eq!(server.ask(op::SETATTR, link, &setattr), Err(libc::EOPNOTSUPP));
+    server.end();
+    assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn what_is_only_read_stays_as_it_is() {
+    let folder = folder();
+    let mut server = Server::start(folder.path(), &["--read-only"]);
+    let file = server.lookup(ROOT, "file").unwrap();
+    for (name, opcode, inode, body) in changes(file) {
+        assert_eq!(server.ask(opcode, inode, &body), Err(libc::EROFS), "{name}");
+    }
+    let handle = server.open(file, 0).unwrap();
+    assert_eq!(server.read(file, handle, 0, 100).unwrap(), b"content");
+    assert_eq!(server.write(handle, 0, b"x", 1), Err(libc::EBADF));
+    server.end();
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2);
+}
+
+#[test]
+fn what_may_change_changes() {
+    let folder = folder();
+    let mut server = Server::start(folder.path(), &[]);
+    let file = server.lookup(ROOT, "file").unwrap();
+    for (name, opcode, inode, body) in changes(file) {
+        // The filesystem of the tests may have no extended attributes.
+        let result = server.ask(opcode, inode, &body);
+        assert!(
+            result.is_ok()
+                || result == Err(libc::EOPNOTSUPP)
+                || result == Err(libc::EEXIST)
+                || result == Err(libc::ENOENT),
+            "{name}: {result:?}"
+        );
+        let _ = fs::remove_file(folder.path().join("other"));
+        let _ = fs::remove_dir(folder.path().join("other"));
+        fs::write(folder.path().join("file"), "").unwrap();
+    }
+    server.end();
+}
+
+#[test]
+fn no_device_and_no_others_rights_are_made() {
+    let folder = folder();
+    let mut server = Server::start(folder.path(), &[]);
+    for kind in [0o020_000, 0o060_000, 0o170_000] {
+        let body = [words(&[kind | 0o666, 0x103, 0, 0]), text("device")].concat();
+        assert_eq!(server.ask(op::MKNOD, ROOT, &body), Err(libc::EPERM));
+    }
+    let create = [words(&[O_RDWR | 0o100, 0o6755, 0, 0]), text("program")].concat();
+    server.ask(op::CREATE, ROOT, &create).unwrap();
+    assert_eq!(fs::metadata(folder.path().join("program")).unwrap().mode() & 0o7777, 0o755);
+    server.end();
+}
+
+#[test]
+fn what_makes_no_sense_is_an_error() {
+    let folder = folder();
+    let mut server = Server::start(folder.path(), &[]);
+    for inode in [0, 2, 77, u64::MAX] {
+        assert_eq!(server.lookup(inode, "file"), Err(libc::ESTALE), "{inode}");
+        assert_eq!(server.ask(op::GETATTR, inode, &[0; 16]), Err(libc::ESTALE), "{inode}");
+    }
+    for handle in [0, 1, 99, u64::MAX] {
+        assert_eq!(server.read(ROOT, handle, 0, 10), Err(libc::EBADF));
+        assert_eq!(server.write(handle, 0, b"x", 1), Err(libc::EBADF));
+    }
+    // Too short for what it is, no end of a name, sizes of another world.
+    for opcode in 0..60 {
+        if opcode != op::FORGET && opcode != 36 && opcode != 42 && opcode != op::INIT && opcode != op::DESTROY
+        {
+            let _ = server.ask(opcode, ROOT, b"");
+            let _ = server.ask(opcode, ROOT, &[0xff; 7]);
+        }
+    }
+    let file = server.lookup(ROOT, "file").unwrap();
+    let handle = server.open(file, O_RDWR).unwrap();
+    assert!(server.read(file, handle, u64::MAX, 10).is_err());
+    assert!(server.read(file, handle, 0, u32::MAX).is_err());
+    let _ = server.write(handle, u64::MAX, b"x", 1);
+    let _ = server.write(handle, 0, b"x", u32::MAX);
+    let directory = long(&server.ask(op::OPENDIR, ROOT, &words(&[0, 0])).unwrap(), 0);
+    let body = [&longs(&[directory, u64::MAX])[..], &words(&[4096, 0]), &[0; 16]].concat();
+    assert!(server.ask(op::READDIR, ROOT, &body).is_err());
+    assert_eq!(server.lookup(ROOT, "file").unwrap(), file, "it goes on");
+    server.end();
+}
+
+#[test]
+fn a_guest_that_begins_anew_has_nothing() {
+    let folder = folder();
+    let mut server = Server::start(folder.path(), &[]);
+    let file = server.lookup(ROOT, "file").unwrap();
+    let handle = server.open(file, 0).unwrap();
+    server.ask(op::DESTROY, 0, &[]).unwrap();
+    assert_eq!(server.read(file, handle, 0, 10), Err(libc::EBADF));
+    assert_eq!(server.open(file, 0), Err(libc::ESTALE));
+    server.ask(op::INIT, 0, &[&words(&[7, 38, 0, 0, 0, 0])[..], &[0; 40]].concat()).unwrap();
+    let file = server.lookup(ROOT, "file").unwrap();
+    let handle = server.open(file, 0).unwrap();
+    assert_eq!(server.read(file, handle, 0, 10).unwrap(), b"content");
+    server.end();
+}
+
+#[test]
+fn a_guest_that_holds_too_much_has_an_error() {
+    let folder = folder();
+    let mut server = Server::start(folder.path(), &[]);
+    let limit = rustix::process::Rlimit { current: Some(64), maximum: Some(64) };
+    let process = rustix::process::Pid::from_child(&server.process);
+    rustix::process::prlimit(Some(process), rustix::process::Resource::Nofile, limit).unwrap();
+    let file = server.lookup(ROOT, "file").unwrap();
+    let opened = (0..100).take_while(|_| server.open(file, 0).is_ok()).count();
+    assert!((40..64).contains(&opened), "{opened}");
+    assert_eq!(server.open(file, 0), Err(libc::EMFILE));
+    assert_eq!(server.lookup(ROOT, "folder"), Err(libc::EMFILE));
+    server.ask(op::GETATTR, file, &[0; 16]).unwrap();
+    server.end();
+}
+
+#[test]
+fn what_was_forgotten_is_not_kept() {
+    let folder = folder();
+    let mut server = Server::start(folder.path(), &[]);
+    let file = server.lookup(ROOT, "file").unwrap();
+    assert_eq!(server.lookup(ROOT, "file").unwrap(), file);
+    server.send(op::FORGET, file, &longs(&[1]));
+    server.ask(op::GETATTR, file, &[0; 16]).unwrap();
+    server.send(op::FORGET, file, &longs(&[u64::MAX]));
+    assert_eq!(server.ask(op::GETATTR, file, &[0; 16]), Err(libc::ESTALE));
+    server.send(op::FORGET, ROOT, &longs(&[u64::MAX]));
+    server.ask(op::GETATTR, ROOT, &[0; 16]).unwrap();
+    server.end();
+}

@@ -1,0 +1,322 @@
+//! What programs do with files, in a folder of the host: `folder-guest FOLDER NAMES`, with so many in
+//! one directory. What is not as on any disk is a panic.
+#![expect(unsafe_code, reason = "mappings of files")]
+#![expect(clippy::print_stdout, reason = "a program speaks to its user")]
+
+use rustix::fs::{FallocateFlags, Mode, OFlags, RenameFlags, SeekFrom, XattrFlags};
+use rustix::io::Errno;
+use std::collections::BTreeSet;
+use std::fs::{self, File, OpenOptions};
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, symlink};
+use std::path::Path;
+use std::time::{Duration, UNIX_EPOCH};
+
+fn main() {
+    let folder = std::env::args_os().nth(1).expect("folder-guest FOLDER");
+    std::env::set_current_dir(folder).unwrap();
+    let checks: [(&str, fn()); 13] = [
+        ("contents", contents),
+        ("appending", appending),
+        ("names", names),
+        ("links", links),
+        ("removed files", removed_files),
+        ("directories", directories),
+        ("many names", many_names),
+        ("attributes", attributes),
+        ("times", times),
+        ("extended attributes", extended_attributes),
+        ("sizes", sizes),
+        ("mappings", mappings),
+        ("special files", special_files),
+    ];
+    for (name, check) in checks {
+        fs::create_dir("check").unwrap();
+        check();
+        fs::remove_dir_all("check").unwrap();
+        println!("{name}");
+    }
+}
+
+/// A file in the folder of the present check.
+fn at(name: &str) -> String {
+    format!("check/{name}")
+}
+
+fn errno<T: std::fmt::Debug>(result: std::io::Result<T>) -> Errno {
+    Errno::from_io_error(&result.expect_err("it should fail")).expect("an error of the host")
+}
+
+fn contents() {
+    let data: Vec<u8> =
+        (0..700_000_u32).flat_map(|number| number.wrapping_mul(40_503).to_le_bytes()).collect();
+    fs::write(at("a"), &data).unwrap();
+    assert!(fs::read(at("a")).unwrap() == data);
+    let file = OpenOptions::new().read(true).write(true).open(at("a")).unwrap();
+    file.write_all_at(b"in the middle", 1_234_567).unwrap();
+    let mut piece = [0; 13];
+    file.read_exact_at(&mut piece, 1_234_567).unwrap();
+    assert_eq!(&piece, b"in the middle");
+    file.sync_all().unwrap();
+    file.sync_data().unwrap();
+    // Past the page cache, in pieces that no page fits.
+    let direct = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(at("a")).unwrap();
+    let mut pieces = vec![0; 1_500_000];
+    direct.read_exact_at(&mut pieces, 999).unwrap();
+    assert!(pieces[..1_000_000] == data[999..1_000_999]);
+    assert_eq!(direct.read_at(&mut pieces, 1 << 40).unwrap(), 0);
+    File::options().write(true).truncate(true).open(at("a")).unwrap();
+    assert_eq!(fs::metadata(at("a")).unwrap().len(), 0);
+}
+
+fn appending() {
+    let open = || OpenOptions::new().append(true).create(true).open(at("log")).unwrap();
+    let (mut first, mut second) = (open(), open());
+    for _ in 0..100 {
+        first.write_all(b"first ").unwrap();
+        second.write_all(b"second ").unwrap();
+    }
+    assert_eq!(fs::read_to_string(at("log")).unwrap(), "first second ".repeat(100));
+    assert_eq!(fs::metadata(at("log")).unwrap().len(), 1300);
+}
+
+fn names() {
+    fs::write(at("a"), "a").unwrap();
+    fs::write(at("b"), "b").unwrap();
+    fs::rename(at("a"), at("b")).unwrap();
+    assert_eq!(fs::read_to_string(at("b")).unwrap(), "a");
+    assert_eq!(fs::metadata(at("a")).unwrap_err().kind(), ErrorKind::NotFound);
+    fs::create_dir(at("d")).unwrap();
+    fs::rename(at("b"), at("d/c")).unwrap();
+    fs::write(at("e"), "e").unwrap();
+    let rename =
+        |flags| rustix::fs::renameat_with(rustix::fs::CWD, at("e"), rustix::fs::CWD, at("d/c"), flags);
+    assert_eq!(rename(RenameFlags::NOREPLACE), Err(Errno::EXIST));
+    rename(RenameFlags::EXCHANGE).unwrap();
+    assert_eq!(
+        (fs::read_to_string(at("e")).unwrap(), fs::read_to_string(at("d/c")).unwrap()),
+        ("a".into(), "e".into())
+    );
+    let longest = "x".repeat(255);
+    fs::write(at(&longest), "").unwrap();
+    assert_eq!(errno(fs::write(at(&(longest + "x")), "")), Errno::NAMETOOLONG);
+    // Any bytes but two.
+    let odd = at("\n \t\"*?\u{1f980}\u{7f}");
+    fs::write(&odd, "odd").unwrap();
+    assert_eq!(fs::read_to_string(odd).unwrap(), "odd");
+    assert_eq!(errno(File::create_new(at("e"))), Errno::EXIST);
+}
+
+fn links() {
+    fs::write(at("a"), "one").unwrap();
+    fs::hard_link(at("a"), at("b")).unwrap();
+    fs::write(at("b"), "two").unwrap();
+    assert_eq!(fs::read_to_string(at("a")).unwrap(), "two");
+    let (a, b) = (fs::metadata(at("a")).unwrap(), fs::metadata(at("b")).unwrap());
+    assert_eq!((a.ino(), a.nlink(), b.nlink()), (b.ino(), 2, 2));
+    symlink("a", at("inside")).unwrap();
+    assert_eq!(fs::read_to_string(at("inside")).unwrap(), "two");
+    fs::hard_link(at("inside"), at("inside too")).unwrap();
+    assert_eq!(fs::read_link(at("inside too")).unwrap(), Path::new("a"));
+    let target = "x/".repeat(2000);
+    symlink(&target, at("long")).unwrap();
+    assert_eq!(fs::read_link(at("long")).unwrap(), Path::new(&target));
+    symlink("loop", at("loop")).unwrap();
+    assert_eq!(errno(fs::read(at("loop"))), Errno::LOOP);
+}
+
+fn removed_files() {
+    let mut file = File::create_new(at("a")).unwrap();
+    fs::remove_file(at("a")).unwrap();
+    file.write_all(b"still there").unwrap();
+    file.set_len(20).unwrap();
+    let mut text = [0; 11];
+    assert_eq!(file.metadata().unwrap().len(), 20);
+    assert_eq!(file.metadata().unwrap().nlink(), 0);
+    file.read_exact_at(&mut text, 0).unwrap();
+    assert_eq!(&text, b"still there");
+    let only_written = OpenOptions::new().write(true).create_new(true).open(at("c")).unwrap();
+    assert_eq!(errno(only_written.read_at(&mut text, 0)), Errno::BADF);
+    let mut other = OpenOptions::new().read(true).write(true).create_new(true).open(at("b")).unwrap();
+    fs::remove_file(at("b")).unwrap();
+    other.write_all(b"still there").unwrap();
+    other.read_exact_at(&mut text, 0).unwrap();
+    assert_eq!(&text, b"still there");
+    let mut end = Vec::new();
+    other.read_to_end(&mut end).unwrap();
+    assert!(end.is_empty());
+}
+
+fn directories() {
+    fs::create_dir_all(at("a/b/c")).unwrap();
+    assert_eq!(errno(fs::remove_dir(at("a"))), Errno::NOTEMPTY);
+    assert_eq!(errno(fs::create_dir(at("a"))), Errno::EXIST);
+    assert_eq!(errno(fs::remove_file(at("a/b/c"))), Errno::ISDIR);
+    fs::write(at("file"), "").unwrap();
+    assert_eq!(errno(fs::read_dir(at("file"))), Errno::NOTDIR);
+    assert_eq!(errno(fs::rename(at("a"), at("a/b/d"))), Errno::INVAL);
+    // Its place is known by whoever is in it.
+    let before = std::env::current_dir().unwrap();
+    std::env::set_current_dir(at("a/b")).unwrap();
+    fs::rename("../../a", "../../z").unwrap();
+    assert!(std::env::current_dir().unwrap().ends_with("check/z/b"));
+    assert!(fs::metadata("../b/c").unwrap().is_dir());
+    File::open(".").unwrap().sync_all().unwrap();
+    std::env::set_current_dir(before).unwrap();
+}
+
+fn many_names() {
+    let count: usize =
+        std::env::args().nth(2).and_then(|text| text.parse().ok()).expect("folder-guest FOLDER NAMES");
+    for number in 0..count {
+        File::create_new(at(&format!("a file with the number {number}"))).unwrap();
+    }
+    let found: BTreeSet<_> = fs::read_dir("check").unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(found.len(), count);
+    // Removing while reading leaves nothing out.
+    let mut removed = 0;
+    for entry in fs::read_dir("check").unwrap() {
+        fs::remove_file(entry.unwrap().path()).unwrap();
+        removed += 1;
+    }
+    assert_eq!(removed, count);
+    assert_eq!(fs::read_dir("check").unwrap().count(), 0);
+}
+
+fn attributes() {
+    let path = at("a");
+    let file = OpenOptions::new().write(true).create_new(true).mode(0o640).open(&path).unwrap();
+    let mode = || fs::metadata(at("a")).unwrap().mode() & 0o7777;
+    assert_eq!(mode(), 0o640);
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o451)).unwrap();
+    assert_eq!(mode(), 0o451);
+    // Nobody on the host is to have the rights of whom the folder belongs to.
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o6755)).unwrap();
+    assert_eq!(mode(), 0o755);
+    let metadata = fs::metadata(&path).unwrap();
+    let (user, group) = (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw());
+    assert_eq!((metadata.uid(), metadata.gid()), (user, group), "files belong to who made them");
+    std::os::unix::fs::chown(&path, Some(user), Some(group)).unwrap();
+    assert_eq!(errno(std::os::unix::fs::chown(&path, Some(user + 1), None)), Errno::PERM);
+    assert_eq!(errno(std::os::unix::fs::chown(&path, None, Some(group + 1))), Errno::PERM);
+    drop(file);
+    let space = rustix::fs::statvfs("check").unwrap();
+    assert!(space.f_blocks > 0 && space.f_bavail <= space.f_blocks);
+}
+
+fn times() {
+    let (old, older) =
+        (UNIX_EPOCH + Duration::new(1_000_000_000, 123_456_789), UNIX_EPOCH - Duration::from_secs(5));
+    let file = File::create_new(at("a")).unwrap();
+    let made = file.metadata().unwrap().modified().unwrap();
+    file.set_times(fs::FileTimes::new().set_modified(old).set_accessed(older)).unwrap();
+    let metadata = fs::metadata(at("a")).unwrap();
+    assert_eq!((metadata.modified().unwrap(), metadata.accessed().unwrap()), (old, older));
+    fs::write(at("a"), "new").unwrap();
+    let modified = fs::metadata(at("a")).unwrap().modified().unwrap();
+    assert!(modified >= made, "{modified:?} is before {made:?}");
+    symlink("nowhere", at("link")).unwrap();
+    let times = rustix::fs::Timestamps {
+        last_access: rustix::fs::Timespec { tv_sec: 7, tv_nsec: 1 },
+        last_modification: rustix::fs::Timespec { tv_sec: 8, tv_nsec: 2 },
+    };
+    rustix::fs::utimensat(rustix::fs::CWD, at("link"), &times, rustix::fs::AtFlags::SYMLINK_NOFOLLOW)
+        .unwrap();
+    let link = fs::symlink_metadata(at("link")).unwrap();
+    assert_eq!((link.atime(), link.atime_nsec(), link.mtime(), link.mtime_nsec()), (7, 1, 8, 2));
+}
+
+fn extended_attributes() {
+    fs::write(at("a"), "").unwrap();
+    let set = |name, value: &[u8], flags| rustix::fs::setxattr(at("a"), name, value, flags);
+    match set("user.one", b"1", XattrFlags::empty()) {
+        // The host's filesystem has none.
+        Err(Errno::OPNOTSUPP) => return,
+        result => result.unwrap(),
+    }
+    let large = vec![7; 2000];
+    set("user.two", &large, XattrFlags::CREATE).unwrap();
+    assert_eq!(set("user.two", b"", XattrFlags::CREATE), Err(Errno::EXIST));
+    assert_eq!(set("user.three", b"", XattrFlags::REPLACE), Err(Errno::NODATA));
+    let mut value = [0; 4000];
+    let length = rustix::fs::getxattr(at("a"), "user.two", &mut value).unwrap();
+    assert_eq!(value[..length], large);
+    assert_eq!(rustix::fs::getxattr(at("a"), "user.two", &mut value[..10]), Err(Errno::RANGE));
+    assert_eq!(rustix::fs::getxattr(at("a"), "user.none", &mut value), Err(Errno::NODATA));
+    let length = rustix::fs::listxattr(at("a"), &mut value).unwrap();
+    let names: BTreeSet<_> = value[..length].split_inclusive(|byte| *byte == 0).collect();
+    assert_eq!(names, BTreeSet::from([&b"user.one\0"[..], b"user.two\0"]));
+    rustix::fs::removexattr(at("a"), "user.one").unwrap();
+    assert_eq!(rustix::fs::removexattr(at("a"), "user.one"), Err(Errno::NODATA));
+    assert_eq!(set("trusted.a", b"", XattrFlags::empty()), Err(Errno::OPNOTSUPP));
+}
+
+fn sizes() {
+    const FAR: u64 = 5 << 30;
+    let file = OpenOptions::new().read(true).write(true).create_new(true).open(at("a")).unwrap();
+    file.write_all_at(b"far", FAR).unwrap();
+    let metadata = file.metadata().unwrap();
+    assert_eq!(metadata.len(), FAR + 3);
+    assert!(metadata.blocks() < 1 << 20, "{} blocks", metadata.blocks());
+    let mut piece = [1; 6];
+    file.read_exact_at(&mut piece, FAR - 3).unwrap();
+    assert_eq!(&piece, b"\0\0\0far");
+    assert_eq!(rustix::fs::seek(&file, SeekFrom::Data(0)).unwrap() & !0xf_ffff, FAR & !0xf_ffff);
+    assert_eq!(rustix::fs::seek(&file, SeekFrom::Hole(0)).unwrap(), 0);
+    file.set_len(10).unwrap();
+    assert_eq!(rustix::fs::seek(&file, SeekFrom::End(0)).unwrap(), 10);
+    rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, 8192).unwrap();
+    assert_eq!(file.metadata().unwrap().len(), 8192);
+    file.write_all_at(&[1; 8192], 0).unwrap();
+    let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    rustix::fs::fallocate(&file, hole, 0, 4096).unwrap();
+    let mut bytes = [1; 8192];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    assert!(bytes[..4096] == [0; 4096] && bytes[4096..] == [1; 4096]);
+    assert!(file.set_len(u64::MAX >> 1).is_err());
+}
+
+fn mappings() {
+    use rustix::mm::{MapFlags, MsyncFlags, ProtFlags, mmap, msync, munmap};
+    const LENGTH: usize = 3 * 4096;
+    let file = OpenOptions::new().read(true).write(true).create_new(true).open(at("a")).unwrap();
+    file.set_len(LENGTH as u64).unwrap();
+    let access = ProtFlags::READ | ProtFlags::WRITE;
+    // SAFETY: the mapping is a new one, and this program alone has it.
+    let place = unsafe { mmap(std::ptr::null_mut(), LENGTH, access, MapFlags::SHARED, &file, 0) }.unwrap();
+    // SAFETY: the file is as long as the mapping.
+    let bytes = unsafe { std::slice::from_raw_parts_mut(place.cast::<u8>(), LENGTH) };
+    bytes[5000..5005].copy_from_slice(b"maped");
+    // SAFETY: it is the mapping.
+    unsafe { msync(place, LENGTH, MsyncFlags::SYNC) }.unwrap();
+    let direct = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(at("a")).unwrap();
+    let mut piece = [0; 5];
+    direct.read_exact_at(&mut piece, 5000).unwrap();
+    assert_eq!(&piece, b"maped", "what is in the mapping is in the file");
+    file.write_all_at(b"other", 9000).unwrap();
+    assert_eq!(&bytes[9000..9005], b"other", "what is in the file is in the mapping");
+    bytes[0] = b'x';
+    // SAFETY: nobody uses the mapping any more.
+    unsafe { munmap(place, LENGTH) }.unwrap();
+    drop(file);
+    assert_eq!(fs::read(at("a")).unwrap()[0], b'x');
+}
+
+fn special_files() {
+    use rustix::fs::{CWD, FileType, mknodat};
+    let make = |name: &str, kind| mknodat(CWD, at(name), kind, Mode::from_raw_mode(0o600), 0x103);
+    make("fifo", FileType::Fifo).unwrap();
+    let writer = std::thread::spawn(|| fs::write(at("fifo"), "through"));
+    assert_eq!(fs::read_to_string(at("fifo")).unwrap(), "through");
+    writer.join().unwrap().unwrap();
+    let listener = std::os::unix::net::UnixListener::bind(at("socket")).unwrap();
+    std::os::unix::net::UnixStream::connect(at("socket")).unwrap();
+    drop(listener);
+    if rustix::process::getuid().is_root() {
+        assert_eq!(make("device", FileType::CharacterDevice), Err(Errno::PERM));
+    }
+    assert_eq!(
+        errno(rustix::fs::open(at("socket"), OFlags::RDONLY, Mode::empty()).map_err(Into::into)),
+        Errno::NXIO
+    );
+}

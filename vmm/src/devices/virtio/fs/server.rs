@@ -1,0 +1,98 @@
+//! The process that serves a folder: `kindling-fs` beside this program.
+
+use crate::config::ConfigError;
+use crate::config::devices::SharedFolder as Config;
+use rustix::fs::{Access, access};
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+/// A process that serves a folder, and the socket to it. It ends when the socket is closed.
+#[derive(Debug)]
+pub struct Server {
+    socket: UnixStream,
+    process: Option<Child>,
+}
+
+impl Server {
+    /// Starts it. That it is ready does not matter: what is sent before waits in the socket.
+    pub(super) fn start(config: &Config) -> Result<Self, ConfigError> {
+        let path = &config.path_on_host;
+        let wrong = |what: String| ConfigError::SharedFolder { path: path.clone(), what };
+        let folder = find_folder(path)?;
+        let program = std::env::current_exe()
+            .map(|program| program.with_file_name("kindling-fs"))
+            .map_err(|error| wrong(format!("this program does not find itself: {error}")))?;
+        let (ours, its) =
+            UnixStream::pair().map_err(|error| wrong(format!("the host gave no socket: {error}")))?;
+        let mut command = Command::new(program);
+        command.arg("--owner").arg(format!("{}:{}", config.owner.0, config.owner.1));
+        if config.read_only {
+            command.arg("--read-only");
+        }
+        command.arg("--").arg(folder).stdin(OwnedFd::from(its)).stdout(Stdio::null());
+        command.env_clear().current_dir("/");
+        // Ctrl-C at a terminal is for the guest's program, which may still have something to write.
+        command.process_group(0);
+        let process = command.spawn().map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => wrong("kindling-fs has to lie beside this program".into()),
+            _ => wrong(format!("kindling-fs cannot be started: {error}")),
+        })?;
+        Ok(Self { socket: ours, process: Some(process) })
+    }
+
+    /// Something of this process that behaves like one, or not.
+    #[cfg(any(test, fuzzing))]
+    #[must_use]
+    pub const fn connected(socket: UnixStream) -> Self {
+        Self { socket, process: None }
+    }
+
+    pub(super) const fn socket(&self) -> &UnixStream {
+        &self.socket
+    }
+
+    /// Ends it without waiting, which may take long where a disk hangs.
+    pub(super) fn leave(mut self) {
+        let _ = self.socket.shutdown(Shutdown::Both);
+        if let Some(mut process) = self.process.take() {
+            // It may have ended already.
+            let _ = process.kill();
+            let _ = process.try_wait();
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            // It sees the end of its requests, whoever else has a copy of the socket, and nothing of it remains.
+            let _ = self.socket.shutdown(Shutdown::Both);
+            let _ = process.wait();
+        }
+    }
+}
+
+/// Where a folder is, which its user has to be able to look into.
+///
+/// # Errors
+/// When it is none, or not for this user.
+pub fn find_folder(path: &Path) -> Result<PathBuf, ConfigError> {
+    let wrong = |what: &str| ConfigError::SharedFolder { path: path.to_owned(), what: what.to_owned() };
+    let refused = |error: io::Error| match error.kind() {
+        io::ErrorKind::NotFound => wrong("there is no such folder"),
+        io::ErrorKind::NotADirectory => wrong("it lies in what is no folder"),
+        io::ErrorKind::PermissionDenied => wrong("it is not for this user to read"),
+        _ => wrong(&error.to_string()),
+    };
+    let folder = path.canonicalize().map_err(refused)?;
+    if !folder.is_dir() {
+        return Err(wrong("it is no folder; share the one that it is in"));
+    }
+    access(&folder, Access::READ_OK | Access::EXEC_OK).map_err(|error| refused(error.into()))?;
+    Ok(folder)
+}
