@@ -8,6 +8,7 @@ use crate::error::Error;
 use crate::prepared::Record;
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 /// Changes with everything that changes what an image becomes.
@@ -39,7 +40,9 @@ impl Cache {
         let folder = folder.ok_or(Error::NoCache)?;
         let folder = std::path::absolute(&folder).map_err(|source| Error::Cache { path: folder, source })?;
         let folder = folder.join("oci").join(FORMAT);
-        fs::create_dir_all(&folder).map_err(|source| Error::Cache { path: folder.clone(), source })?;
+        // An image may be one that not everybody can have.
+        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder);
+        made.map_err(|source| Error::Cache { path: folder.clone(), source })?;
         Ok(Self { folder })
     }
 

@@ -1,11 +1,11 @@
 //! `kindling-oci`: the program that `kindling run` executes for images of containers.
 #![forbid(unsafe_code)]
-#![expect(clippy::print_stderr, clippy::print_stdout, reason = "a command speaks to its user")]
+#![expect(clippy::print_stdout, reason = "a command speaks to its user")]
 
 use clap::{Parser, Subcommand};
 use kindling_oci::{Options, Pull, prepare};
 use std::error::Error as _;
-use std::io::{IsTerminal, stderr};
+use std::io::{IsTerminal, Write, stderr};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -59,7 +59,7 @@ fn main() -> ExitCode {
     let options = Options { cache: arguments.cache, pull, user: arguments.user };
     let mut begin = |number, count| {
         if says {
-            eprintln!("{}: converting layer {number} of {count} ...", arguments.image);
+            tell(&printable(&format!("{}: converting layer {number} of {count} ...", arguments.image)));
         }
     };
     let prepared = match prepare(&arguments.image, &options, &mut begin) {
@@ -71,7 +71,7 @@ fn main() -> ExitCode {
                 line += &format!(": {error}");
                 cause = error.source();
             }
-            eprintln!("error: {}", line.replace('\n', " "));
+            tell(&format!("error: {}", printable(&line)));
             return ExitCode::from(if error.is_users() { 2 } else { 1 });
         }
     };
@@ -81,8 +81,32 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Err(error) => {
-            eprintln!("error: {}: its description is no text: {error}", arguments.image);
+            tell(&printable(&format!("error: {}: its description is no text: {error}", arguments.image)));
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Writes a line to standard error, and does without where nobody reads it.
+fn tell(line: &str) {
+    let _ = writeln!(stderr(), "{line}");
+}
+
+/// Some of the words are an image's or a registry's; they must not reach the terminal as commands, nor fill it.
+fn printable(line: &str) -> String {
+    const MOST: usize = 2000;
+    let mut line = line.chars().map(|c| if c.is_control() { ' ' } else { c });
+    let start: String = line.by_ref().take(MOST).collect();
+    if line.next().is_some() { start + "..." } else { start }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_is_one_and_has_an_end() {
+        assert_eq!(printable("a\n\u{1b}[2J\u{9b}ü"), "a  [2J ü");
+        assert_eq!(printable(&"x".repeat(3000)).len(), 2003);
     }
 }

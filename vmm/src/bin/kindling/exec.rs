@@ -55,7 +55,9 @@ pub(crate) fn run(arguments: &Arguments) -> u8 {
     execute(arguments).unwrap_or_else(|error| {
         complain(&error);
         match error {
-            ExecError::Host(_) | ExecError::Agent(AgentError::Lost) => STATUS_FAILURE,
+            ExecError::Host(_)
+            | ExecError::User(SourceError::Failed(_))
+            | ExecError::Agent(AgentError::Lost) => STATUS_FAILURE,
             _ => STATUS_BAD_REQUEST,
         }
     })

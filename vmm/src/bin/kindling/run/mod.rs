@@ -14,7 +14,7 @@ use crate::terminal::RawTerminal;
 use crate::volumes::VolumeError;
 use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, boot, complain, report, tell};
 pub(crate) use arguments::{Arguments, PULL, TIMEOUT_SECONDS};
-use client::Streams;
+use client::{Outcome, Streams};
 use detached::Starter;
 use guest_protocol::BootMark;
 use kindling::agent::{AgentError, Process};
@@ -23,6 +23,7 @@ use kindling::{Error, Exit, ExitReason, Instant, Machine, StopHandle, Timeline, 
 pub(crate) use machine::set;
 use mounts::{MountError, Wanted};
 use source::{Prepared, SourceError};
+use std::os::unix::fs::DirBuilderExt;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, OnceLock, mpsc};
 use std::thread;
@@ -64,6 +65,7 @@ impl RunError {
         match self {
             Self::Machine(error) if !error.is_users() => STATUS_FAILURE,
             Self::Host(..)
+            | Self::Source(SourceError::Failed(_))
             | Self::Instance(InstanceError::Host { .. })
             | Self::Volume(VolumeError::Host { .. }) => STATUS_FAILURE,
             _ => STATUS_BAD_REQUEST,
@@ -125,18 +127,20 @@ fn start(
     timeline: Timeline,
 ) -> Result<u8, RunError> {
     let wanted = mounts::parse_all(&arguments.volume)?;
-    let config = arguments.config(instance, prepared, &wanted)?;
-    // Before any thread is started.
+    // Before any thread is started, and before there is something to leave behind.
     let stopped_by = Arc::new(AtomicU8::new(0));
     let stop: Arc<OnceLock<StopHandle>> = Arc::default();
+    let (tell, told) = mpsc::channel();
     let give_up = {
-        let (stopped_by, stop) = (Arc::clone(&stopped_by), Arc::clone(&stop));
+        let (stopped_by, stop, tell) = (Arc::clone(&stopped_by), Arc::clone(&stop), tell.clone());
         move |signal| {
             stopped_by.store(signal, Ordering::Release);
             stop.get().map(StopHandle::stop);
+            let _ = tell.send(Outcome::GivenUp);
         }
     };
     let signals = signals::receive(arguments.detach, give_up.clone());
+    let config = arguments.config(instance, prepared, &wanted)?;
     let streams = match &starter {
         Some(_) => Log::create(instance.folder()).map(Streams::of_log),
         None => Streams::own(),
@@ -170,7 +174,7 @@ fn start(
     }
     let terminal = (arguments.tty && !arguments.detach).then(RawTerminal::enter).flatten();
     let (name, socket, has_terminal) = (instance.name().to_owned(), instance.socket(), arguments.tty);
-    let client = thread::spawn(move || match events.recv() {
+    let converse = move || match events.recv() {
         Ok(Event::AgentReady) => {
             let mut process = Process::payload(&socket, has_terminal)?;
             let streams = match starter {
@@ -185,11 +189,11 @@ fn start(
             client::serve(process, streams, &signals)
         }
         Ok(Event::GuestEnded) | Err(_) => Err(AgentError::Lost),
-    });
+    };
+    thread::spawn(move || tell.send(Outcome::Process(converse())));
     let (exit, remains) = running.wait_for_end();
     let _ = sender.send(Event::GuestEnded);
-    // Threads do not panic: the profile aborts the process on a panic.
-    let code = client.join().unwrap_or(Err(AgentError::Lost));
+    let code = client::outcome(&told);
     drop(terminal);
     remains.leave_to_kernel();
     Ok(arguments.finish(&exit, code, stopped_by.load(Ordering::Acquire)))
@@ -247,7 +251,11 @@ impl Arguments {
 fn make_preboot(config: &Config) {
     let Some(path) = config.preboot.as_ref().filter(|path| !path.exists()) else { return };
     let folder = path.parent().unwrap_or(path);
-    let made = std::fs::create_dir_all(folder)
+    // Others could change a kernel that they may write to.
+    let made = std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(folder)
         .map_err(|error| error.to_string())
         .and_then(|()| preboot::make(config, path).map_err(|error| error.to_string()));
     if let Err(error) = made {

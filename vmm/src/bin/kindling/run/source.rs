@@ -17,6 +17,9 @@ pub(crate) enum SourceError {
     /// The program that converts images said why not.
     #[error("{}", if .0.is_empty() { "kindling-oci ended without a word" } else { .0.as_str() })]
     Prepare(String),
+    /// It failed, and another image would not help.
+    #[error("{0} cannot be prepared")]
+    Failed(String),
     /// That program is not there.
     #[error("cannot run kindling-oci, which has to lie beside kindling")]
     NoConverter(#[source] io::Error),
@@ -70,8 +73,14 @@ pub(crate) fn prepare(image: &OsStr, user: Option<&str>, pull: &str) -> Result<P
     let output = command.arg("--").arg(image).stdin(Stdio::null()).stderr(Stdio::inherit()).output();
     let output = output.map_err(SourceError::NoConverter)?;
     if !output.status.success() {
+        /// Of kindling-oci, where another image or another name mends it.
+        const USERS: i32 = 2;
         // It has said why.
-        return Err(SourceError::Prepare(format!("{} cannot be run", Path::new(image).display())));
+        let image = Path::new(image).display();
+        return Err(match output.status.code() {
+            Some(USERS) => SourceError::Prepare(format!("{image} cannot be run")),
+            _ => SourceError::Failed(image.to_string()),
+        });
     }
     serde_json::from_slice(&output.stdout).map_err(SourceError::Version)
 }
