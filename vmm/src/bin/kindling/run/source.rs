@@ -64,8 +64,7 @@ pub(crate) fn prepare(image: &OsStr, user: Option<&str>, pull: &str) -> Result<P
         let user = user.map(numeric_user).transpose()?.unwrap_or_default();
         return Ok(Prepared { rootfs: image.into(), config: ImageConfig { user, ..ImageConfig::default() } });
     }
-    let program = std::env::current_exe().map_err(SourceError::NoConverter)?.with_file_name("kindling-oci");
-    let mut command = Command::new(program);
+    let mut command = Command::new(converter()?);
     command.args(["prepare", "--pull", pull]);
     if let Some(user) = user {
         command.args(["--user", user]);
@@ -83,6 +82,11 @@ pub(crate) fn prepare(image: &OsStr, user: Option<&str>, pull: &str) -> Result<P
         });
     }
     serde_json::from_slice(&output.stdout).map_err(SourceError::Version)
+}
+
+/// The program that converts images.
+pub(crate) fn converter() -> Result<PathBuf, SourceError> {
+    Ok(std::env::current_exe().map_err(SourceError::NoConverter)?.with_file_name("kindling-oci"))
 }
 
 /// Whether a file is a filesystem of the kind that guests mount (`struct erofs_super_block` in fs/erofs/erofs_fs.h).
