@@ -206,6 +206,7 @@ impl Arguments {
         let since_1970 = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         Record {
             image: self.image.to_string_lossy().into_owned(),
+            directory: std::env::current_dir().unwrap_or_default(),
             command: config.guest.arguments.iter().map(text).collect(),
             payload: Payload {
                 environment: config.guest.environment.iter().map(text).collect(),

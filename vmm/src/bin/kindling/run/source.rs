@@ -60,12 +60,22 @@ pub(crate) struct User {
 
 /// A root filesystem from what a user named: a file that is one, or an image that is converted first.
 pub(crate) fn prepare(image: &OsStr, user: Option<&str>, pull: &str) -> Result<Prepared, SourceError> {
-    if is_erofs(Path::new(image)) {
+    prepare_in(Path::new("."), image, user, pull)
+}
+
+/// The same where paths begin in another directory.
+fn prepare_in(
+    directory: &Path,
+    image: &OsStr,
+    user: Option<&str>,
+    pull: &str,
+) -> Result<Prepared, SourceError> {
+    if is_erofs(&directory.join(image)) {
         let user = user.map(numeric_user).transpose()?.unwrap_or_default();
         return Ok(Prepared { rootfs: image.into(), config: ImageConfig { user, ..ImageConfig::default() } });
     }
     let mut command = Command::new(converter()?);
-    command.args(["prepare", "--pull", pull]);
+    command.current_dir(directory).args(["prepare", "--pull", pull]);
     if let Some(user) = user {
         command.args(["--user", user]);
     }
@@ -99,9 +109,14 @@ fn is_erofs(path: &Path) -> bool {
         && head[AT..] == MAGIC
 }
 
-/// A user of the image that a guest was made from.
-pub(crate) fn user(image: &OsStr, text: &str) -> Result<User, SourceError> {
-    numeric_user(text).or_else(|_| prepare(image, Some(text), "never").map(|prepared| prepared.config.user))
+/// A user of the image that a guest was made from, which was named in `directory`.
+pub(crate) fn user(directory: &Path, image: &OsStr, text: &str) -> Result<User, SourceError> {
+    if text.contains(':')
+        && let Ok(user) = numeric_user(text)
+    {
+        return Ok(user);
+    }
+    prepare_in(directory, image, Some(text), "never").map(|prepared| prepared.config.user)
 }
 
 fn numeric_user(text: &str) -> Result<User, SourceError> {
