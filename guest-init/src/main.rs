@@ -13,6 +13,7 @@ mod copy;
 mod greeting;
 mod heap;
 mod kernel_log;
+mod limits;
 mod machine;
 mod mem;
 mod mounts;
@@ -62,6 +63,7 @@ fn main() -> ! {
     }
 
     let code = if answer.spec.agent {
+        limits::raise();
         agent::serve(&answer.spec)
     } else if answer.spec.arguments.is_empty() {
         greeting::print(&answer);

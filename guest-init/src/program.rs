@@ -1,6 +1,7 @@
 //! A program to become: its strings, its user, its directory, and what its end says.
 #![expect(unsafe_code, reason = "exec")]
 
+use crate::limits;
 use crate::machine;
 use crate::mounts::make_directories;
 use crate::syscall::{self, SignalSet};
@@ -59,6 +60,9 @@ impl Program {
     /// Becomes the payload. Runs in the child; what fails is said and becomes its exit status, and a byte in `failed`.
     pub(crate) fn execute(&self, spec: &PayloadSpec, failed: Option<OwnedFd>) -> ! {
         machine::drop_ports();
+        if spec.agent {
+            limits::limit_program();
+        }
         let code = match become_user(spec) {
             Ok(()) => self.try_paths(),
             Err((what, error)) => {

@@ -7,9 +7,10 @@ use crate::mounts::make_directories;
 use crate::names;
 use crate::voice::{give_up, say};
 use alloc::string::String;
+use core::mem::MaybeUninit;
 use guest_init::payload_spec::PayloadSpec;
 use rustix::fd::OwnedFd;
-use rustix::fs::{CWD, Mode, OFlags, mkdirat, open};
+use rustix::fs::{CWD, Mode, OFlags, RawDir, mkdirat, open};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, MoveMountFlags, mount, mount_move, mount_remount, move_mount};
 use rustix::process::{chdir, chroot};
@@ -23,12 +24,14 @@ const ROOT: &str = "/overlay/root";
 const LAYERS: &core::ffi::CStr = c"lowerdir=/overlay/lower,upperdir=/overlay/upper,workdir=/overlay/work";
 
 /// What is mounted in the initramfs and moves into the new root; what lies below moves with it.
-const MOVED: [&str; 5] = ["/dev", "/proc", "/sys", "/run", "/tmp"];
+const MOVED: [&str; 5] = ["/dev", "/proc", "/sys", RUN, TMP];
+const RUN: &str = "/run";
+const TMP: &str = "/tmp";
 
 /// Makes the filesystem on a device the root, below a writable overlay. Init ends the machine where that
 /// fails: nothing that the payload could be is anywhere else.
 pub(crate) fn enter(device: &[u8], spec: &PayloadSpec) {
-    if let Err((what, error)) = mount_overlay(device, spec).and_then(|()| switch()) {
+    if let Err((what, error)) = mount_overlay(device, spec).and_then(|()| switch(spec)) {
         let device = String::from_utf8_lossy(device);
         give_up(format_args!(
             "cannot {what} of the image's root filesystem on {device}: {error}{}",
@@ -69,7 +72,7 @@ fn mount_overlay(device: &[u8], spec: &PayloadSpec) -> Result<(), Failure> {
         .map_err(|error| ("mount the overlay", error))
 }
 
-fn switch() -> Result<(), Failure> {
+fn switch(spec: &PayloadSpec) -> Result<(), Failure> {
     let mounted = MOVED.map(|path| {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         Some((path, open(path, flags, Mode::empty()).ok()?))
@@ -81,6 +84,11 @@ fn switch() -> Result<(), Failure> {
     chdir("/").map_err(failed)?;
     // Only here do links of the image lead to where they lead for its programs.
     for (path, tree) in mounted.into_iter().flatten() {
+        // What an image has there, a folder for sockets for instance, its programs need. Where the root can only be
+        // read, they need more that they can write there.
+        if [RUN, TMP].contains(&path) && !spec.is_root_read_only && has_content(path) {
+            continue;
+        }
         match attach(&tree, path) {
             // Not everything is mounted: the default kernel has no sysfs.
             Ok(()) | Err(Errno::INVAL) => {}
@@ -88,6 +96,20 @@ fn switch() -> Result<(), Failure> {
         }
     }
     Ok(())
+}
+
+fn has_content(directory: &str) -> bool {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let Ok(directory) = open(directory, flags, Mode::empty()) else { return false };
+    let mut buffer = [const { MaybeUninit::uninit() }; 1024];
+    let mut entries = RawDir::new(&directory, &mut buffer);
+    loop {
+        match entries.next() {
+            Some(Ok(entry)) if [c".", c".."].contains(&entry.file_name()) => {}
+            Some(Ok(_)) => return true,
+            Some(Err(_)) | None => return false,
+        }
+    }
 }
 
 /// Moves a mount to a path, where a directory is made if there is none.

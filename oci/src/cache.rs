@@ -7,14 +7,21 @@ use crate::digest::Digest;
 use crate::error::Error;
 use crate::prepared::Record;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 /// Changes with everything that changes what an image becomes.
 const FORMAT: &str = "v1";
 
+const DRAFT: &str = ".draft-";
 const ROOTFS: &str = "root.erofs";
 const RECORD: &str = "image.json";
+/// The names by which an image was asked for, one a line. It is as old as the last use.
+const NAMES: &str = "names";
+/// More names than this are not noted.
+const MAX_NAMES: usize = 16;
 
 /// Where converted images are.
 #[derive(Debug)]
@@ -29,6 +36,33 @@ pub(crate) struct Entry {
     pub(crate) record: Record,
 }
 
+/// What is said of a converted image.
+#[derive(Clone, Debug)]
+pub struct Stored {
+    key: Digest,
+    /// The image's id: the digest of its configuration.
+    pub id: Digest,
+    /// The names by which it was asked for.
+    pub names: Vec<String>,
+    /// Bytes on disk.
+    pub bytes: u64,
+    /// When it was asked for last.
+    pub used: SystemTime,
+}
+
+impl Stored {
+    pub(crate) fn is_called(&self, name: &str) -> bool {
+        self.names.iter().any(|known| known == name)
+    }
+
+    /// Whether these are the first digits of its id, and enough of them.
+    pub(crate) fn has_id(&self, digits: &str) -> bool {
+        const ENOUGH: usize = 4;
+        let digits = digits.strip_prefix("sha256:").unwrap_or(digits);
+        digits.len() >= ENOUGH && self.id.hex().starts_with(digits)
+    }
+}
+
 impl Cache {
     /// The cache in a folder, or where the environment says.
     pub(crate) fn open(folder: Option<&Path>) -> Result<Self, Error> {
@@ -39,7 +73,9 @@ impl Cache {
         let folder = folder.ok_or(Error::NoCache)?;
         let folder = std::path::absolute(&folder).map_err(|source| Error::Cache { path: folder, source })?;
         let folder = folder.join("oci").join(FORMAT);
-        fs::create_dir_all(&folder).map_err(|source| Error::Cache { path: folder.clone(), source })?;
+        // An image may be one that not everybody can have.
+        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder);
+        made.map_err(|source| Error::Cache { path: folder.clone(), source })?;
         Ok(Self { folder })
     }
 
@@ -67,13 +103,11 @@ impl Cache {
             return Ok(entry);
         }
         let failed = |path: &Path, source| Error::Cache { path: path.into(), source };
-        let lock = self.folder.join(format!("{}.lock", key.hex()));
-        let locked = File::create(&lock).and_then(|file| file.lock().map(|()| file));
-        let _lock = locked.map_err(|error| failed(&lock, error))?;
+        let _lock = self.lock(&key.hex())?;
         if let Some(entry) = self.get(key) {
             return Ok(entry);
         }
-        let draft = self.folder.join(format!(".draft-{}", key.hex()));
+        let draft = self.draft(&key.hex());
         remove(&draft).and_then(|()| fs::create_dir(&draft)).map_err(|error| failed(&draft, error))?;
         let result = self.make(key, &draft, make);
         if result.is_err() {
@@ -92,13 +126,105 @@ impl Cache {
         let failed = |path: &Path, source| Error::Cache { path: path.into(), source };
         let rootfs = draft.join(ROOTFS);
         let file = File::options().read(true).write(true).create_new(true).open(&rootfs);
-        let record = make(&file.map_err(|error| failed(&rootfs, error))?)?;
+        let file = file.map_err(|error| failed(&rootfs, error))?;
+        let record = make(&file)?;
+        // After a crash of the machine its size would not say that its data are missing; of the record one sees it.
+        file.sync_all().map_err(|error| failed(&rootfs, error))?;
         let text = serde_json::to_vec(&record).map_err(io::Error::from);
         text.and_then(|text| fs::write(draft.join(RECORD), text))
             .map_err(|error| failed(&draft.join(RECORD), error))?;
         let target = self.folder.join(key.hex());
         remove(&target).and_then(|()| fs::rename(draft, &target)).map_err(|error| failed(&target, error))?;
         Ok(Entry { rootfs: target.join(ROOTFS), record })
+    }
+
+    /// Notes that an image was asked for. A cache that cannot be written stays as it is.
+    pub(crate) fn note_use(&self, entry: &Entry, name: &str) {
+        let path = entry.rootfs.with_file_name(NAMES);
+        let known = fs::read_to_string(&path).unwrap_or_default();
+        if known.lines().any(|line| line == name) || known.lines().count() >= MAX_NAMES || name.contains('\n')
+        {
+            let _ = File::open(&path).and_then(|file| file.set_modified(SystemTime::now()));
+        } else if let Ok(mut file) = File::options().append(true).create(true).open(&path) {
+            let _ = writeln!(file, "{name}");
+        }
+    }
+
+    /// All images that are whole.
+    pub(crate) fn images(&self) -> Result<Vec<Stored>, Error> {
+        let names = self.entries()?;
+        Ok(names.iter().filter_map(|name| self.stored(format!("sha256:{name}").parse().ok()?)).collect())
+    }
+
+    fn stored(&self, key: Digest) -> Option<Stored> {
+        let entry = self.get(key)?;
+        let names = entry.rootfs.with_file_name(NAMES);
+        let used = names.metadata().or_else(|_| entry.rootfs.metadata()).and_then(|file| file.modified());
+        Some(Stored {
+            key,
+            id: entry.record.digest,
+            names: fs::read_to_string(names).unwrap_or_default().lines().map(str::to_owned).collect(),
+            bytes: entry.rootfs.metadata().ok()?.blocks() * 512,
+            used: used.ok()?,
+        })
+    }
+
+    fn entries(&self) -> Result<Vec<String>, Error> {
+        let failed = |source| Error::Cache { path: self.folder.clone(), source };
+        let entries = fs::read_dir(&self.folder).map_err(failed)?;
+        Ok(entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect())
+    }
+
+    /// Removes an image, and the names that lead to it.
+    pub(crate) fn remove(&self, stored: &Stored) -> Result<(), Error> {
+        let key = stored.key.hex();
+        let _lock = self.lock(&key)?;
+        let (folder, draft) = (self.folder.join(&key), self.draft(&key));
+        // At once, for those who look for it, and then in peace.
+        remove(&draft)
+            .and_then(|()| fs::rename(&folder, &draft))
+            .and_then(|()| remove(&draft))
+            .map_err(|source| Error::Cache { path: folder, source })?;
+        self.remove_names()
+    }
+
+    /// Removes names that lead nowhere.
+    fn remove_names(&self) -> Result<(), Error> {
+        for name in self.entries()?.iter().filter(|name| name.ends_with(".name")) {
+            let path = self.folder.join(name);
+            let key: Option<Digest> = fs::read_to_string(&path).ok().and_then(|text| text.parse().ok());
+            if key.is_none_or(|key| self.get(key).is_none()) {
+                let _ = fs::remove_file(path);
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes what conversions left that did not end, and names that lead nowhere.
+    pub(crate) fn remove_leftovers(&self) -> Result<(), Error> {
+        for key in self.entries()?.iter().filter_map(|name| name.strip_prefix(DRAFT)) {
+            let draft = self.draft(key);
+            let lock = File::create(self.lock_path(key));
+            // Who holds the lock is at work.
+            if lock.is_ok_and(|lock| lock.try_lock().is_ok() && remove(&draft).is_err()) {
+                return Err(Error::Cache { path: draft, source: io::ErrorKind::Other.into() });
+            }
+        }
+        self.remove_names()
+    }
+
+    fn draft(&self, key: &str) -> PathBuf {
+        self.folder.join(format!("{DRAFT}{key}"))
+    }
+
+    fn lock_path(&self, key: &str) -> PathBuf {
+        self.folder.join(format!("{key}.lock"))
+    }
+
+    fn lock(&self, key: &str) -> Result<File, Error> {
+        let path = self.lock_path(key);
+        let locked = File::create(&path).and_then(|file| file.lock().map(|()| file));
+        locked.map_err(|source| Error::Cache { path, source })
     }
 
     /// The key that a name led to.

@@ -4,7 +4,10 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use std::fmt::{self, Debug, Display, Formatter};
 use std::io::{self, Read};
+use std::mem;
 use std::str::FromStr;
+use std::sync::mpsc::{self, SyncSender};
+use std::thread::{self, JoinHandle};
 
 /// The SHA-256 digest of a blob.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -87,31 +90,54 @@ impl Debug for Digest {
     }
 }
 
-/// A reader that digests what is read.
+/// Bytes that are digested at once.
+const CHUNK: usize = 256 << 10;
+/// Chunks that wait for their turn.
+const WAITING: usize = 4;
+
+/// A reader that digests what is read, in a thread of its own: that takes longer than all else together where the
+/// processor has no instructions for it.
 #[derive(Debug)]
 pub(crate) struct Hashed<R> {
     inner: R,
-    hasher: Sha256,
+    pending: Vec<u8>,
     bytes: u64,
+    chunks: SyncSender<Vec<u8>>,
+    hasher: JoinHandle<Digest>,
 }
 
 impl<R: Read> Hashed<R> {
-    pub(crate) fn new(inner: R) -> Self {
-        Self { inner, hasher: Sha256::new(), bytes: 0 }
+    pub(crate) fn new(inner: R) -> io::Result<Self> {
+        let (chunks, coming) = mpsc::sync_channel(WAITING);
+        let hasher = thread::Builder::new().spawn(move || {
+            let mut hasher = Sha256::new();
+            coming.into_iter().for_each(|chunk: Vec<u8>| hasher.update(&chunk));
+            Digest(hasher.finalize().into())
+        })?;
+        Ok(Self { inner, pending: Vec::with_capacity(CHUNK), bytes: 0, chunks, hasher })
     }
 
     /// Reads what is left; the digest and the length of all.
     pub(crate) fn finish(mut self) -> io::Result<(Digest, u64)> {
         drain(&mut self)?;
-        Ok((Digest(self.hasher.finalize().into()), self.bytes))
+        let Self { pending, bytes, chunks, hasher, .. } = self;
+        chunks.send(pending).map_err(io::Error::other)?;
+        // The thread's end is that of the chunks.
+        drop(chunks);
+        let digest = hasher.join().map_err(|_| io::Error::other("the thread that digests has ended"))?;
+        Ok((digest, bytes))
     }
 }
 
 impl<R: Read> Read for Hashed<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let length = self.inner.read(buffer)?;
-        self.hasher.update(&buffer[..length]);
         self.bytes += length as u64;
+        self.pending.extend_from_slice(&buffer[..length]);
+        if self.pending.len() >= CHUNK {
+            let chunk = mem::replace(&mut self.pending, Vec::with_capacity(CHUNK));
+            self.chunks.send(chunk).map_err(io::Error::other)?;
+        }
         Ok(length)
     }
 }
@@ -148,8 +174,12 @@ mod tests {
 
     #[test]
     fn what_is_read_is_digested() {
-        let mut hashed = Hashed::new(&b"abc"[..]);
+        let mut hashed = Hashed::new(&b"abc"[..]).unwrap();
         hashed.read_exact(&mut [0]).unwrap();
         assert_eq!(hashed.finish().unwrap(), (Digest::of(b"abc"), 3));
+        let many: Vec<u8> = (0..=255).cycle().take(20 * CHUNK + 1).collect();
+        let mut hashed = Hashed::new(&many[..]).unwrap();
+        hashed.read_exact(&mut vec![0; 3 * CHUNK + 7]).unwrap();
+        assert_eq!(hashed.finish().unwrap(), (Digest::of(&many), many.len() as u64));
     }
 }

@@ -122,6 +122,9 @@ pub enum Error {
     /// Neither a file nor a reference.
     #[error("there is no such file or folder, and as the name of an image in a registry it is wrong")]
     Reference(#[from] reference::Error),
+    /// Nothing to remove.
+    #[error("no image of this name or id is kept; `kindling image ls` has those that are")]
+    NotStored,
     /// Not to be pulled.
     #[error("it has not been pulled before; `--pull missing` pulls it")]
     NotPulled,

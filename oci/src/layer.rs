@@ -96,7 +96,7 @@ pub(crate) fn apply(
     match check {
         Check::Blob(expected, size) => {
             // One byte more is enough to see that it is too long.
-            let mut blob = Hashed::new(blob.take(size.saturating_add(1)));
+            let mut blob = Hashed::new(blob.take(size.saturating_add(1))).map_err(Error::Read)?;
             let result = decompress(&mut blob).map_err(read_error).and_then(|content| {
                 let mut content = unpack(content, tree, data)?;
                 drain(&mut content).map_err(read_error)
@@ -117,7 +117,7 @@ pub(crate) fn apply(
             result
         }
         Check::Content(expected) => {
-            let content = Hashed::new(decompress(blob).map_err(read_error)?);
+            let content = Hashed::new(decompress(blob).map_err(read_error)?).map_err(Error::Read)?;
             let (found, _) = unpack(content, tree, data)?.finish().map_err(read_error)?;
             if found == expected { Ok(()) } else { Err(Error::Digest { expected, found }) }
         }

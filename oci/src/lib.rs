@@ -12,6 +12,7 @@ mod convert;
 mod digest;
 mod erofs;
 mod error;
+mod inventory;
 mod layer;
 mod manifest;
 mod prepared;
@@ -22,8 +23,10 @@ mod tarball;
 mod tree;
 mod user;
 
+pub use cache::Stored;
 pub use digest::Digest;
 pub use error::Error;
+pub use inventory::{list, prune, remove};
 pub use prepared::{Config, Prepared};
 pub use user::{User, Users};
 
@@ -71,6 +74,7 @@ pub fn prepare(
         Place::File(path, tag) => from_file(&cache, &path, tag, begin)?,
         Place::Registry(reference) => from_registry(&cache, reference, options.pull, begin)?,
     };
+    cache.note_use(&entry, &name(image));
     entry.record.prepared(entry.rootfs, options.user.as_deref())
 }
 
@@ -121,6 +125,18 @@ fn from_store(
         cache.remember(name, key)?;
     }
     Ok(entry)
+}
+
+/// The name by which an image is known later, from wherever it is asked for.
+fn name(image: &str) -> String {
+    match locate(image) {
+        Ok(Place::File(path, tag)) => {
+            let path = path.canonicalize().unwrap_or(path).display().to_string();
+            tag.map_or(path.clone(), |tag| format!("{path}:{tag}"))
+        }
+        Ok(Place::Registry(reference)) => reference.to_string(),
+        Err(_) => image.to_owned(),
+    }
 }
 
 /// Where an image is.

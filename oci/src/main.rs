@@ -1,13 +1,14 @@
 //! `kindling-oci`: the program that `kindling run` executes for images of containers.
 #![forbid(unsafe_code)]
-#![expect(clippy::print_stderr, clippy::print_stdout, reason = "a command speaks to its user")]
+#![expect(clippy::print_stdout, reason = "a command speaks to its user")]
 
 use clap::{Parser, Subcommand};
-use kindling_oci::{Options, Pull, prepare};
+use kindling_oci::{Error, Options, Pull, Stored, prepare};
 use std::error::Error as _;
-use std::io::{IsTerminal, stderr};
+use std::io::{IsTerminal, Write, stderr};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 /// Makes root filesystems of container images.
 #[derive(Debug, Parser)]
@@ -21,6 +22,32 @@ struct Arguments {
 enum Command {
     /// Converts an image, if that was not done before, and prints where it is and what it starts
     Prepare(Prepare),
+    /// Lists the images that were converted, those that were used last in front
+    #[command(visible_alias = "list")]
+    Ls(Kept),
+    /// Removes images; guests that run keep what they have
+    Rm {
+        #[command(flatten)]
+        kept: Kept,
+        /// Name or id
+        #[arg(required = true)]
+        images: Vec<String>,
+    },
+    /// Removes images that were not used for some time, and what was left half made
+    Prune {
+        #[command(flatten)]
+        kept: Kept,
+        /// How long not, in days
+        #[arg(long, value_name = "DAYS", default_value_t = 30)]
+        unused: u32,
+    },
+}
+
+#[derive(Debug, clap::Args)]
+struct Kept {
+    /// Where converted images are kept [default: $XDG_CACHE_HOME/kindling]
+    #[arg(long, value_name = "DIR")]
+    cache: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
@@ -49,31 +76,51 @@ struct Prepare {
 }
 
 fn main() -> ExitCode {
-    let Command::Prepare(arguments) = Arguments::parse().command;
+    match Arguments::parse().command {
+        Command::Prepare(arguments) => print(&arguments),
+        Command::Ls(kept) => match kindling_oci::list(kept.cache.as_deref()) {
+            Ok(images) => {
+                print!("{}", table(&images));
+                ExitCode::SUCCESS
+            }
+            Err(error) => complain("", &error),
+        },
+        Command::Rm { kept, images } => {
+            let remove = |image: &String| match kindling_oci::remove(kept.cache.as_deref(), image) {
+                Ok(removed) => say_removed(&removed),
+                Err(error) => complain(&format!("{image}: "), &error),
+            };
+            // What can be removed is.
+            let codes: Vec<_> = images.iter().map(remove).collect();
+            codes.into_iter().find(|code| *code != ExitCode::SUCCESS).unwrap_or(ExitCode::SUCCESS)
+        }
+        Command::Prune { kept, unused } => {
+            let unused = Duration::from_secs(u64::from(unused) * 86_400);
+            match kindling_oci::prune(kept.cache.as_deref(), unused) {
+                Ok(removed) => say_removed(&removed),
+                Err(error) => complain("", &error),
+            }
+        }
+    }
+}
+
+/// Prints what an image has become.
+fn print(arguments: &Prepare) -> ExitCode {
     let says = !arguments.quiet && stderr().is_terminal();
     let pull = match arguments.pull {
         When::Missing => Pull::Missing,
         When::Always => Pull::Always,
         When::Never => Pull::Never,
     };
-    let options = Options { cache: arguments.cache, pull, user: arguments.user };
+    let options = Options { cache: arguments.cache.clone(), pull, user: arguments.user.clone() };
     let mut begin = |number, count| {
         if says {
-            eprintln!("{}: converting layer {number} of {count} ...", arguments.image);
+            tell(&printable(&format!("{}: converting layer {number} of {count} ...", arguments.image)));
         }
     };
     let prepared = match prepare(&arguments.image, &options, &mut begin) {
         Ok(prepared) => prepared,
-        Err(error) => {
-            let mut line = format!("{}: {error}", arguments.image);
-            let mut cause = error.source();
-            while let Some(error) = cause {
-                line += &format!(": {error}");
-                cause = error.source();
-            }
-            eprintln!("error: {}", line.replace('\n', " "));
-            return ExitCode::from(if error.is_users() { 2 } else { 1 });
-        }
+        Err(error) => return complain(&format!("{}: ", arguments.image), &error),
     };
     match serde_json::to_string(&prepared) {
         Ok(line) => {
@@ -81,8 +128,71 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Err(error) => {
-            eprintln!("error: {}: its description is no text: {error}", arguments.image);
+            tell(&printable(&format!("error: {}: its description is no text: {error}", arguments.image)));
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Writes a line to standard error, and does without where nobody reads it.
+fn tell(line: &str) {
+    let _ = writeln!(stderr(), "{line}");
+}
+
+/// Some of the words are an image's or a registry's; they must not reach the terminal as commands, nor fill it.
+fn printable(line: &str) -> String {
+    const MOST: usize = 2000;
+    let mut line = line.chars().map(|c| if c.is_control() { ' ' } else { c });
+    let start: String = line.by_ref().take(MOST).collect();
+    if line.next().is_some() { start + "..." } else { start }
+}
+
+/// Says on one line what is wrong; the exit status.
+fn complain(what: &str, error: &Error) -> ExitCode {
+    let mut line = format!("{what}{error}");
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        line += &format!(": {error}");
+        cause = error.source();
+    }
+    tell(&format!("error: {}", printable(&line)));
+    ExitCode::from(if error.is_users() { 2 } else { 1 })
+}
+
+fn say_removed(images: &[Stored]) -> ExitCode {
+    for image in images {
+        println!("{}  {:.1} MiB", image.id, mib(image.bytes));
+    }
+    ExitCode::SUCCESS
+}
+
+/// A line for each name of each image.
+fn table(images: &[Stored]) -> String {
+    let mut text = format!("{:12}  {:>11}  {:>8}  NAME\n", "ID", "SIZE", "UNUSED");
+    for image in images {
+        let days = image.used.elapsed().unwrap_or_default().as_secs() / 86_400;
+        let unnamed = [String::new()];
+        for name in if image.names.is_empty() { &unnamed[..] } else { &image.names } {
+            let (id, size) = (image.id.hex(), format!("{:.1} MiB", mib(image.bytes)));
+            text +=
+                &format!("{:12}  {size:>11}  {:>8}  {}\n", &id[..12], format!("{days} d"), printable(name));
+        }
+    }
+    text
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a tenth of a MiB is shown")]
+fn mib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_is_one_and_has_an_end() {
+        assert_eq!(printable("a\n\u{1b}[2J\u{9b}ü"), "a  [2J ü");
+        assert_eq!(printable(&"x".repeat(3000)).len(), 2003);
     }
 }

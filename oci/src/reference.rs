@@ -100,7 +100,8 @@ fn without_port(host: &str) -> &str {
     }
 }
 
-fn is_loopback(host: &str) -> bool {
+/// Whether a host, with or without its port, is this machine.
+pub(crate) fn is_loopback(host: &str) -> bool {
     let host = without_port(host);
     host == "localhost"
         || host.parse::<Ipv4Addr>().is_ok_and(|address| address.is_loopback())

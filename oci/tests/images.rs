@@ -159,8 +159,11 @@ fn an_index_of_several_images_is_asked_by_name_and_platform() {
 }
 
 fn command(place: &Place, words: &[&str]) -> Output {
+    subcommand(place, &[&["prepare"], words].concat())
+}
+
+fn subcommand(place: &Place, words: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_kindling-oci"))
-        .arg("prepare")
         .args(words)
         .current_dir(place.folder.path())
         .env("KINDLING_CACHE", place.path("cache"))
@@ -267,6 +270,54 @@ fn what_is_not_whole_is_made_again() {
     place.prepare("image").unwrap();
     assert!(fs::read(&rootfs).unwrap() == content);
     assert_eq!(place.drafts().len(), 1);
+}
+
+#[test]
+fn images_are_listed_and_removed() {
+    let place = Place::new();
+    fs::write(place.path("one.tar"), saved(&["one"])).unwrap();
+    place.layout().write(vec![Layer::new().file("a", "b")], Packing::Plain);
+    let succeed = |words: &[&str]| {
+        let output = subcommand(&place, words);
+        assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let row_of = |name: &str| {
+        let path = place.path(name).canonicalize().unwrap().display().to_string();
+        succeed(&["ls"]).lines().find(|line| line.ends_with(&path)).map(str::to_owned)
+    };
+    let first = place.prepare("one.tar").unwrap();
+    let second = place.prepare("image").unwrap();
+    place.prepare("image").unwrap();
+    assert_eq!(succeed(&["ls"]).lines().count(), 3);
+    assert!(row_of("one.tar").unwrap().starts_with(&first.digest.hex()[..12]));
+    assert!(row_of("image").unwrap().contains(" MiB       0 d  "), "{:?}", row_of("image"));
+
+    let open = fs::File::open(&first.rootfs).unwrap();
+    assert!(succeed(&["rm", "one.tar"]).starts_with(&first.digest.to_string()));
+    assert_eq!((row_of("one.tar"), first.rootfs.exists()), (None, false));
+    // Who has it open keeps it.
+    assert!(std::os::unix::fs::FileExt::read_at(&open, &mut [0; 4096], 0).unwrap() == 4096);
+    let output = subcommand(&place, &["rm", "one.tar", &second.digest.hex()[..3]]);
+    assert_eq!(output.status.code(), Some(2));
+    let unknown = "no image of this name or id is kept; `kindling image ls` has those that are";
+    let lines = format!("error: one.tar: {unknown}\nerror: {}: {unknown}\n", &second.digest.hex()[..3]);
+    assert_eq!(String::from_utf8(output.stderr).unwrap(), lines);
+    assert!(place.prepare("one.tar").is_ok());
+    succeed(&["rm", &first.digest.hex()[..4]]);
+
+    // Someone was interrupted, and someone else is at work.
+    let entry = second.rootfs.parent().unwrap();
+    let beside = |name: &str| entry.with_file_name(name);
+    fs::create_dir(beside(".draft-left")).unwrap();
+    fs::create_dir(beside(".draft-busy")).unwrap();
+    let busy = fs::File::create(beside("busy.lock")).unwrap();
+    busy.lock().unwrap();
+    assert_eq!(succeed(&["prune"]), "");
+    assert!(row_of("image").is_some());
+    assert_eq!(succeed(&["prune", "--unused", "0"]).lines().count(), 1);
+    assert_eq!(place.drafts(), [".draft-busy"]);
+    assert_eq!(succeed(&["ls"]).lines().count(), 1);
 }
 
 #[test]

@@ -136,6 +136,18 @@ fn opaque_folders_hide_what_is_below_them_wherever_the_mark_stands() {
 }
 
 #[test]
+fn marks_without_end_take_no_time_without_end() {
+    // Each by itself looks at all that is there: 40,000 times 40,000 names would take minutes.
+    const MANY: usize = 40_000;
+    let files = (0..MANY).fold(Layer::new(), |layer, number| layer.file(&format!("d/{number}"), ""));
+    let both = (0..MANY).fold(files, |layer, _| layer.file("d/.wh..wh..opq", ""));
+    let place = Place::new();
+    place.layout().write(vec![Layer::new().file("d/old", ""), both], Packing::Plain);
+    let prepared = place.prepare("image").unwrap();
+    assert_eq!(support::reader::list(&prepared.rootfs).len(), 2 + MANY);
+}
+
+#[test]
 fn a_whiteout_hides_nothing_of_its_own_layer() {
     let lower = || Layer::new().file("x", "1").file("d/old", "1");
     let before = Layer::new().file(".wh.x", "").file("x", "2").file(".wh.d", "").file("d/new", "2");

@@ -7,6 +7,7 @@ pub mod conversation;
 pub mod io_uring;
 pub mod machine_code;
 pub mod network;
+pub mod terminal;
 pub mod user;
 pub mod vsock;
 

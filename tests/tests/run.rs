@@ -108,6 +108,17 @@ fn a_program_that_nobody_stops_is_killed_in_time() {
 }
 
 #[test]
+fn a_reader_that_waits_does_not_keep_a_guest_beyond_its_time() {
+    let user = User::new();
+    let mut child = user.run(&["--timeout", "1"]).arg("yes").stdout(Stdio::piped()).spawn().unwrap();
+    // Nobody reads until it has ended.
+    let output = child.stdout.take();
+    assert_eq!(child.wait().unwrap().code(), Some(124));
+    drop(output);
+    assert!(user.is_tidy());
+}
+
+#[test]
 fn the_third_signal_ends_the_guest() {
     let user = User::new();
     let mut child = user

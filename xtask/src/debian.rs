@@ -20,6 +20,7 @@ const KERNEL_BUILD: [(&str, &str); 8] = [
 const LAB: [(&str, &str); 2] =
     [("/usr/bin/qemu-system-x86_64", "qemu-system-x86"), ("/usr/bin/zstd", "zstd")];
 const EROFS: [(&str, &str); 1] = [("/usr/bin/mkfs.erofs", "erofs-utils")];
+const IMAGES: [(&str, &str); 2] = [("/usr/bin/mmdebstrap", "mmdebstrap"), ("/usr/bin/umoci", "umoci")];
 
 /// Installs what building a kernel needs and is not there.
 pub(crate) fn ensure_kernel_build_tools() -> Result<()> {
@@ -34,6 +35,18 @@ pub(crate) fn ensure_lab_tools() -> Result<()> {
 /// Installs what makes read-only root filesystems and is not there.
 pub(crate) fn ensure_erofs_tools() -> Result<()> {
     ensure(&EROFS)
+}
+
+/// Installs what makes container images of packages and is not there.
+pub(crate) fn ensure_image_tools() -> Result<()> {
+    ensure(&IMAGES)
+}
+
+/// The name of this machine's release of Debian.
+pub(crate) fn release() -> String {
+    let text = fs::read_to_string("/etc/os-release").unwrap_or_default();
+    let name = text.lines().find_map(|line| line.strip_prefix("VERSION_CODENAME="));
+    name.unwrap_or("stable").to_owned()
 }
 
 fn ensure(needed: &[(&str, &str)]) -> Result<()> {

@@ -23,6 +23,7 @@ mod root_prices;
 mod root_tree;
 mod run;
 mod test;
+mod test_images;
 mod test_lab;
 mod test_network;
 mod test_oci;
@@ -49,6 +50,12 @@ enum Command {
     Test(test::Arguments),
     /// Compares Kindling with other monitors: times, memory, exits
     Bench(Box<bench::Arguments>),
+    /// Compares converting a container image with mkfs.erofs, on this machine
+    BenchConvert {
+        /// How often each is measured
+        #[arg(long, default_value_t = 5)]
+        runs: usize,
+    },
     /// Shows where the time of one boot goes
     Profile(Box<profile::Arguments>),
     /// Makes a bootable image: kernel, root filesystem and their description
@@ -81,6 +88,7 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Run(arguments) => run::run(&arguments),
         Command::Test(arguments) => test::run(&arguments),
+        Command::BenchConvert { runs } => bench::convert::run(runs),
         Command::Bench(arguments) => bench::run(&arguments),
         Command::BuildImage(arguments) => build_image::run(&arguments),
         Command::KernelConfig(arguments) => kernel_config::run(&arguments),

@@ -189,6 +189,7 @@ fn measure(variants: &[Variant], place: &Path) -> Result<Vec<Measured>> {
             (place.to_owned(), "/prices".to_owned()),
         ],
         get,
+        disk: None,
     };
     let status = job.run()?;
     ensure!(status == 0, "a kernel of the list did not boot (status {status}); its output is above");

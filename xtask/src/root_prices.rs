@@ -98,6 +98,7 @@ fn measure(images: &[(u64, &str, String)], place: &Path) -> Result<()> {
         environment: Vec::new(),
         with,
         get,
+        disk: None,
     };
     let status = job.run()?;
     ensure!(status == 0, "a guest did not end well (status {status}); its output is above");

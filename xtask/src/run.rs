@@ -69,6 +69,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
             environment: Vec::new(),
             with: vec![(kindling, "/bin/kindling".to_owned()), (image, "/images/default".to_owned())],
             get: Vec::<(String, PathBuf)>::new(),
+            disk: None,
         }
         .run(),
     }

@@ -7,7 +7,11 @@
 
 use crate::build_image::{self, Arguments as Image};
 use crate::host::Host;
-use crate::{cache, cargo, debian, lab, profile, test_lab, test_network, test_oci, test_root, test_volumes};
+use crate::test_images::Images;
+use crate::{
+    cache, cargo, debian, lab, profile, test_images, test_lab, test_network, test_oci, test_root,
+    test_volumes,
+};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::fs;
@@ -45,6 +49,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let _lock =
         cache::lock(&format!("testbed-{}", cache::key(&[&cargo::target_directory().to_string_lossy()])))?;
     let testbed = lay_out_testbed()?;
+    let images = test_images::build()?;
     let place = tempfile::Builder::new().prefix("test-programs-").tempdir_in(cargo::target_directory())?;
     let programs = programs(arguments.ignored, place.path())?;
     let chosen = |prefix: &str| -> Vec<&Program> {
@@ -55,7 +60,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
         };
         programs.iter().filter(|program| belongs(&program.name)).collect()
     };
-    failed.extend(here("on this host", &chosen("on_host_"), &testbed, filter)?);
+    failed.extend(here("on this host", &chosen("on_host_"), &testbed, &images, filter)?);
     let mut booting = chosen("");
     if !testbed.join(FIRECRACKER).exists() {
         println!("\nno {FIRECRACKER} in PATH: the test that boots the image with it is not part of this run");
@@ -64,14 +69,14 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     match host {
         Host::Hardware => {
             booting.extend(chosen("smp_"));
-            failed.extend(here("on this host's KVM", &booting, &testbed, filter)?);
+            failed.extend(here("on this host's KVM", &booting, &testbed, &images, filter)?);
         }
         Host::Lab => {
-            failed.extend(test_lab::run(1, &booting, &testbed, filter)?);
-            failed.extend(test_lab::run(SMP_LAB_CPUS, &chosen("smp_"), &testbed, filter)?);
+            failed.extend(test_lab::run(1, &booting, &testbed, Some(&images.disk), filter)?);
+            failed.extend(test_lab::run(SMP_LAB_CPUS, &chosen("smp_"), &testbed, None, filter)?);
         }
     }
-    failed.extend(test_lab::run(1, &chosen("exact_"), &testbed, filter)?);
+    failed.extend(test_lab::run(1, &chosen("exact_"), &testbed, None, filter)?);
     if failed.is_empty() {
         return Ok(0);
     }
@@ -266,13 +271,20 @@ fn unpack_kernel(bzimage: &[u8], target: &Path) -> Result<()> {
 }
 
 /// Runs test programs on this machine; the names of those that failed.
-fn here(place: &str, programs: &[&Program], testbed: &Path, filter: &str) -> Result<Vec<String>> {
+fn here(
+    place: &str,
+    programs: &[&Program],
+    testbed: &Path,
+    images: &Images,
+    filter: &str,
+) -> Result<Vec<String>> {
     let mut failed = Vec::new();
     for program in programs {
         let Program { name, path, .. } = program;
         println!("\n{name} ({place})");
         let mut command = Command::new(path);
-        command.args(program.arguments(filter)).env("KINDLING_TESTBED", testbed).stdin(Stdio::null());
+        command.args(program.arguments(filter)).stdin(Stdio::null());
+        command.env("KINDLING_TESTBED", testbed).env(test_images::VARIABLE, &images.folder);
         if !command.status()?.success() {
             failed.push(name.clone());
         }

@@ -4,8 +4,9 @@
 //! replaced by another one for what has not ended: QEMU sometimes delivers a guest's interrupt twice
 //! (docs/architecture.md, "The lab").
 
-use crate::lab::{ATTEMPTS, Job, Silent};
+use crate::lab::{ATTEMPTS, DISK, Job, Silent};
 use crate::test::Program;
+use crate::test_images;
 use anyhow::{Result, bail};
 use std::fmt::Write;
 use std::path::Path;
@@ -23,14 +24,20 @@ const LONG_SILENCE: Duration = Duration::from_secs(3600);
 const ROUNDS: &str = "KINDLING_ROUNDS";
 
 /// Runs test programs one after the other; those that failed.
-pub(crate) fn run(cpus: u8, programs: &[&Program], testbed: &Path, filter: &str) -> Result<Vec<String>> {
+pub(crate) fn run(
+    cpus: u8,
+    programs: &[&Program],
+    testbed: &Path,
+    images: Option<&Path>,
+    filter: &str,
+) -> Result<Vec<String>> {
     let mut failed = Vec::new();
     let mut left = programs.to_vec();
     let mut attempt = 1;
     while !left.is_empty() {
         let silence = if left.iter().any(|program| program.takes_long) { LONG_SILENCE } else { SILENCE };
         let mut output = Vec::new();
-        let result = job(cpus, &left, testbed, filter).run_unless_silent(silence, &mut output);
+        let result = job(cpus, &left, testbed, images, filter).run_unless_silent(silence, &mut output);
         let count = left.len();
         left.retain(|program| match verdict(&program.name, &output) {
             Some(Verdict::Passed) => false,
@@ -67,7 +74,7 @@ pub(crate) fn run(cpus: u8, programs: &[&Program], testbed: &Path, filter: &str)
 }
 
 /// A lab that runs these programs and says after each how it ended.
-fn job(cpus: u8, programs: &[&Program], testbed: &Path, filter: &str) -> Job {
+fn job(cpus: u8, programs: &[&Program], testbed: &Path, images: Option<&Path>, filter: &str) -> Job {
     let rounds = std::env::var(ROUNDS).ok();
     // What takes long takes three times as long where instructions are counted.
     let takes_long = rounds.is_some() || programs.iter().any(|program| program.takes_long);
@@ -88,11 +95,14 @@ fn job(cpus: u8, programs: &[&Program], testbed: &Path, filter: &str) -> Job {
         cpus,
         memory_mib: MEMORY_MIB,
         command: ["/bin/sh", "-c", &script].map(str::to_owned).to_vec(),
-        environment: std::iter::once(("KINDLING_TESTBED".to_owned(), TESTBED.to_owned()))
+        environment: [("KINDLING_TESTBED", TESTBED), (test_images::VARIABLE, DISK)]
+            .map(|(name, value)| (name.to_owned(), value.to_owned()))
+            .into_iter()
             .chain(rounds.map(|rounds| (ROUNDS.to_owned(), rounds)))
             .collect(),
         with,
         get: Vec::new(),
+        disk: images.map(Path::to_owned),
     }
 }
 

@@ -13,6 +13,8 @@ use tar::EntryType;
 
 /// Files of an archive; an image has some for each of its layers.
 const MAX_MEMBERS: usize = 100_000;
+/// Bytes of a name or link that is one of an image's files: those with digests in them have 80.
+const MAX_NAME: usize = 512;
 /// Links from one name to the next.
 const MAX_LINKS: usize = 8;
 
@@ -109,7 +111,8 @@ fn members(file: &mut File) -> Result<HashMap<String, Member>, Error> {
             EntryType::Link => Some(Member::Link(normalise(&link, ""))),
             _ => None,
         };
-        if let Some(member) = member {
+        let is_short = entry.path.len().max(entry.link.len()) <= MAX_NAME;
+        if let Some(member) = member.filter(|_| is_short) {
             members.insert(normalise(&path, ""), member);
         }
         if members.len() > MAX_MEMBERS {

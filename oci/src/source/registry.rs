@@ -6,7 +6,7 @@ use super::{Image, MAX_DOCUMENT, assemble, check_digest, parse};
 use crate::digest::Digest;
 use crate::error::Error;
 use crate::manifest::{DOCKER_INDEX, DOCKER_MANIFEST, Descriptor, Document, OCI_INDEX, OCI_MANIFEST};
-use crate::reference::{Reference, Version};
+use crate::reference::{Reference, Version, is_loopback};
 use serde::Deserialize;
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -195,7 +195,8 @@ impl Registry {
         };
         let parameters = parameters_of(parameters);
         let realm = parameters.get("realm").ok_or_else(|| RegistryError::Denied(host()))?;
-        if !realm.starts_with("https://") && !self.reference.is_loopback() {
+        let is_here = self.reference.is_loopback() && is_on_loopback(realm);
+        if !realm.starts_with("https://") && !is_here {
             return Err(RegistryError::Realm(host(), realm.clone()));
         }
         let mut request = self.agent.get(realm);
@@ -232,6 +233,13 @@ impl Registry {
 struct Token {
     token: Option<String>,
     access_token: Option<String>,
+}
+
+/// Whether a URL without TLS leads to this machine.
+fn is_on_loopback(url: &str) -> bool {
+    let rest = url.strip_prefix("http://").unwrap_or_default();
+    let host = rest.split(['/', '?', '#']).next().unwrap_or_default();
+    !host.contains('@') && is_loopback(host)
 }
 
 fn strip_scheme<'a>(challenge: &'a str, scheme: &str) -> Option<&'a str> {
@@ -340,6 +348,24 @@ impl Read for Download<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn passwords_without_tls_stay_on_this_machine() {
+        for url in ["http://localhost/token", "http://127.0.0.1:5000?a=b", "http://[::1]:5000/t"] {
+            assert!(is_on_loopback(url), "{url}");
+        }
+        for url in [
+            "http://example.org/localhost",
+            "http://localhost@example.org/",
+            "http://localhost:1@example.org/",
+            "http://localhost.example.org",
+            "ftp://localhost/",
+            "localhost",
+            "",
+        ] {
+            assert!(!is_on_loopback(url), "{url}");
+        }
+    }
 
     #[test]
     fn challenges_are_read() {

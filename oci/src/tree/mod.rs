@@ -158,9 +158,17 @@ impl Tree {
         let mut folders = vec![directory];
         while let Some(folder) = folders.pop() {
             let layer = self.layer;
-            let Some(names) = self.names_mut(folder) else { continue };
-            let hidden: Vec<_> = names.extract_if(.., |_, found| found.layer < layer).collect();
-            folders.extend(names.values().map(|found| found.node));
+            let Some(Kind::Directory(directory)) =
+                self.nodes.get_mut(folder.index()).map(|node| &mut node.kind)
+            else {
+                continue;
+            };
+            // All that came since is this layer's own. Or else a layer of marks alone would take for ever.
+            if std::mem::replace(&mut directory.cleared, layer) == layer {
+                continue;
+            }
+            let hidden: Vec<_> = directory.names.extract_if(.., |_, found| found.layer < layer).collect();
+            folders.extend(directory.names.values().map(|found| found.node));
             for (_, found) in hidden {
                 self.unlink(folder, found.node);
             }

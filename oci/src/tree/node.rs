@@ -91,6 +91,8 @@ pub enum Kind {
 pub struct Directory {
     pub(super) parent: NodeId,
     pub(super) names: BTreeMap<Box<[u8]>, Name>,
+    /// The last layer that hid what those below it have here.
+    pub(super) cleared: u32,
 }
 
 /// A name and the last layer that said something about it.
@@ -102,7 +104,7 @@ pub(super) struct Name {
 
 impl Directory {
     const fn below(parent: NodeId) -> Self {
-        Self { parent, names: BTreeMap::new() }
+        Self { parent, names: BTreeMap::new(), cleared: 0 }
     }
 
     pub(crate) const fn parent(&self) -> NodeId {

@@ -5,6 +5,7 @@
 
 mod arguments;
 mod boot;
+pub(crate) mod convert;
 mod files;
 mod io;
 pub(crate) mod measure;
@@ -196,6 +197,7 @@ fn in_lab(cases: Vec<Case>, plan: &Plan) -> Result<Outcome> {
         environment: Vec::new(),
         with,
         get: vec![(lab::inside("outcome.json"), outcome.path().into())],
+        disk: None,
     }
     .run_again_if_silent(SILENCE)?;
     if status != 0 {

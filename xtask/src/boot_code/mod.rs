@@ -137,6 +137,7 @@ fn in_lab(plan: &follow::Plan, program: PathBuf, image: PathBuf) -> Result<Vec<B
             (file(DISK), lab::inside(DISK)),
         ],
         get: vec![(lab::inside("reached.json"), file("reached.json"))],
+        disk: None,
         ..lab::Job::default()
     }
     .run()?;

@@ -93,6 +93,7 @@ fn add_modules(archive: &mut Archive) -> Result<()> {
         "arch/x86/kvm/kvm",
         "arch/x86/kvm/kvm-amd",
         "drivers/block/brd",
+        "drivers/block/virtio_blk",
         "drivers/net/tun",
         "net/vmw_vsock/vsock",
         "net/vmw_vsock/vmw_vsock_virtio_transport_common",

@@ -109,6 +109,7 @@ fn mount_filesystems() -> Result<()> {
 fn run(channel: &Channel) -> Result<u8> {
     let request: Request = serde_json::from_slice(&fs::read(REQUEST)?)?;
     load_modules()?;
+    mount_disk()?;
     install_busybox()?;
     let status = run_command(&request, channel)?;
     for name in &request.get {
@@ -126,6 +127,16 @@ fn load_modules() -> Result<()> {
     for module in modules {
         rustix::system::finit_module(File::open(&module)?, c"", COMPRESSED_FILE)
             .with_context(|| format!("cannot load {}", module.display()))?;
+    }
+    Ok(())
+}
+
+/// Mounts the job's disk, if it has one.
+fn mount_disk() -> Result<()> {
+    const DEVICE: &str = "/dev/vda";
+    if fs::exists(DEVICE)? {
+        fs::create_dir_all(super::DISK)?;
+        mount(DEVICE, super::DISK, "ext4", MountFlags::RDONLY, c"").context("cannot mount the disk")?;
     }
     Ok(())
 }

@@ -33,18 +33,24 @@ pub(crate) struct Arguments {
     /// File or folder to put into the lab's working directory, or at DEST; may be repeated
     #[arg(long, value_name = "FILE[:DEST]")]
     with: Vec<String>,
+    /// Image of an ext4 filesystem, which is at /disk in the lab, read-only
+    #[arg(long, value_name = "FILE")]
+    disk: Option<PathBuf>,
     /// File to copy back when the command has ended, into the current directory or to DEST; may
     /// be repeated
     #[arg(long, value_name = "FILE[:DEST]")]
     get: Vec<String>,
-    /// Command to run; `kindling`, busybox's commands and the default image (/images/default) are
-    /// there
+    /// Command to run; `kindling` with `kindling-oci`, busybox's commands and the default image (/images/default)
+    /// are there
     #[arg(last = true, required = true, value_name = "COMMAND")]
     command: Vec<String>,
 }
 
 /// Where commands run inside the lab.
 pub(crate) const WORKING_DIRECTORY: &str = "/work";
+
+/// Where a job's disk is inside the lab.
+pub(crate) const DISK: &str = "/disk";
 
 /// How often a job is started before it counts as failed because its lab stands still.
 pub(crate) const ATTEMPTS: u8 = 4;
@@ -74,6 +80,8 @@ pub(crate) struct Job {
     pub(crate) with: Vec<(PathBuf, String)>,
     /// Files of the lab, and where they go on the host.
     pub(crate) get: Vec<(String, PathBuf)>,
+    /// An ext4 filesystem that is read from where it is, at [`DISK`]: what is in `with` takes memory.
+    pub(crate) disk: Option<PathBuf>,
 }
 
 impl Job {
@@ -119,7 +127,11 @@ fn again_if_silent(mut run: impl FnMut() -> Result<u8>) -> Result<u8> {
 pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let kindling = cargo::release_binary("kindling", "kindling")?;
     let image = build_image::build(&build_image::Arguments::default())?;
-    let mut with = vec![(kindling, "/bin/kindling".to_owned()), (image, "/images/default".to_owned())];
+    let mut with = vec![
+        (kindling, "/bin/kindling".to_owned()),
+        (cargo::release_binary("kindling-oci", "kindling-oci")?, "/bin/kindling-oci".to_owned()),
+        (image, "/images/default".to_owned()),
+    ];
     for text in &arguments.with {
         with.push(into_lab(text)?);
     }
@@ -132,6 +144,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
         environment: Vec::new(),
         with,
         get,
+        disk: arguments.disk.clone(),
     };
     job.run()
 }

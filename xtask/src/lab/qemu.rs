@@ -83,6 +83,9 @@ fn spawn(job: &Job, kernel: &Path, initramfs: &File, console: &Path, messages: F
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(messages);
+    if let Some(disk) = &job.disk {
+        command.args(["-drive", &format!("if=virtio,format=raw,readonly=on,file={}", disk.display())]);
+    }
     if job.counts_instructions() {
         command.args(["-icount", "shift=0,sleep=off"]);
     }

@@ -247,6 +247,7 @@ impl Session<'_> {
                 (place.join("functions"), lab::inside("functions")),
             ],
             get: files.iter().map(|name| (lab::inside(name), place.join(name))).collect(),
+            disk: None,
         }
         .run()?;
         if status != 0 {

@@ -55,7 +55,9 @@ pub(crate) fn run(arguments: &Arguments) -> u8 {
     execute(arguments).unwrap_or_else(|error| {
         complain(&error);
         match error {
-            ExecError::Host(_) | ExecError::Agent(AgentError::Lost) => STATUS_FAILURE,
+            ExecError::Host(_)
+            | ExecError::User(SourceError::Failed(_))
+            | ExecError::Agent(AgentError::Lost) => STATUS_FAILURE,
             _ => STATUS_BAD_REQUEST,
         }
     })
@@ -92,8 +94,11 @@ impl Arguments {
     fn guest(&self, guest: &Record) -> Result<GuestConfig, SourceError> {
         let of_guest = &guest.payload;
         let mut environment: Vec<_> = of_guest.environment.iter().map(|entry| entry.clone().into()).collect();
-        let other_user =
-            self.user.as_deref().map(|user| source::user(guest.image.as_ref(), user)).transpose()?;
+        let other_user = self
+            .user
+            .as_deref()
+            .map(|user| source::user(&guest.directory, guest.image.as_ref(), user))
+            .transpose()?;
         if let Some(home) = other_user.as_ref().and_then(|user| user.home.as_ref()) {
             set(&mut environment, &format!("HOME={home}").into());
         }

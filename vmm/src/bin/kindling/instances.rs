@@ -90,6 +90,8 @@ impl InstanceError {
 pub(crate) struct Record {
     /// What it was made from, as the user wrote it.
     pub(crate) image: String,
+    /// Where that was, for an image that is a path.
+    pub(crate) directory: PathBuf,
     /// What it runs.
     pub(crate) command: Vec<String>,
     /// With what it runs that, and what one more command gets.

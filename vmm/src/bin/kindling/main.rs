@@ -10,6 +10,7 @@ mod cp;
 mod devices;
 mod doctor;
 mod exec;
+mod images;
 mod instances;
 mod plain;
 mod preboot;
@@ -64,6 +65,8 @@ enum Command {
     Inspect(instances::inspect::Arguments),
     /// Prints what guests use of the host
     Stats(instances::stats::Arguments),
+    /// Lists what container images have become, and removes it
+    Image(images::Arguments),
     /// Makes volumes for `kindling run -v`, lists them, and removes them
     Volume(volumes::command::Arguments),
     /// Says what this host can do for microVMs, and what would make it better
@@ -94,6 +97,7 @@ fn run() -> u8 {
         Command::Rm(arguments) => instances::rm::run(&arguments),
         Command::Inspect(arguments) => instances::inspect::run(&arguments),
         Command::Stats(arguments) => instances::stats::run(&arguments),
+        Command::Image(arguments) => images::run(&arguments),
         Command::Volume(arguments) => volumes::command::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
     }

@@ -170,6 +170,23 @@ pub(crate) fn failure(exit: &Exit) -> String {
     text
 }
 
+/// JSON of what others chose some words of: as in [`printable`], none of them is a command to the terminal. What JSON
+/// lets stand of control characters are DEL and those of ISO 6429 beyond ASCII.
+pub(crate) fn printable_json(value: &impl Serialize) -> String {
+    // Structures of strings and numbers always serialize.
+    let text = serde_json::to_string_pretty(value).unwrap_or_default() + "\n";
+    let mut escaped = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '\u{7f}'..='\u{9f}' => {
+                let _ = write!(escaped, "\\u{:04x}", u32::from(c));
+            }
+            c => escaped.push(c),
+        }
+    }
+    escaped
+}
+
 /// A guest's text must not move the reader's cursor or change the terminal's state.
 pub(crate) fn printable(line: &str) -> String {
     line.chars().map(|c| if c.is_control() && c != '\t' { '.' } else { c }).collect()
@@ -203,5 +220,18 @@ const fn advice(reason: &ExitReason) -> &'static str {
             "files that guests have as memory are replaced by renaming, not rewritten"
         }
         _ => "please report this with the lines above",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn json_has_no_commands_for_terminals() {
+        let words = ["a\u{1b}[2J", "\u{9b}2J\u{7f}", "ü"];
+        let text = printable_json(&words);
+        assert_eq!(text.chars().find(|c| c.is_control() && *c != '\n'), None);
+        assert_eq!(serde_json::from_str::<[String; 3]>(&text).unwrap(), words);
     }
 }

@@ -3,7 +3,7 @@
 use super::stats::Use;
 use super::view::View;
 use super::{Found, InstanceError};
-use crate::say;
+use crate::{report, say};
 use clap::Args;
 use serde::Serialize;
 
@@ -40,5 +40,5 @@ fn describe(guest: &Found) -> Result<String, InstanceError> {
         host: guest.host_use()?,
         report: String::from_utf8_lossy(&report).into_owned(),
     };
-    Ok(serde_json::to_string_pretty(&details).unwrap_or_default() + "\n")
+    Ok(report::printable_json(&details))
 }

@@ -42,9 +42,10 @@ fn print(arguments: &Arguments) -> Result<(), InstanceError> {
     let mut has_ended = vmm.is_none();
     loop {
         while let Some((stream, bytes)) = reader.next().map_err(failed("read the log in"))? {
-            if deliver(stream, &bytes).is_err() {
+            match deliver(stream, &bytes) {
                 // Nobody reads it any more.
-                return Ok(());
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
+                result => result.map_err(failed("deliver the log in"))?,
             }
         }
         let (false, Some(vmm)) = (has_ended, &vmm) else { return Ok(()) };

@@ -30,8 +30,7 @@ fn list(arguments: &Arguments) -> Result<String, InstanceError> {
     guests.retain(|guest| arguments.all || guest.is_alive);
     if arguments.json {
         let views: Vec<_> = guests.iter().map(Found::view).collect();
-        // Structures of strings and numbers always serialize.
-        return Ok(serde_json::to_string_pretty(&views).unwrap_or_default() + "\n");
+        return Ok(report::printable_json(&views));
     }
     let rows: Vec<_> = guests.iter().map(row).collect();
     Ok(view::table(["NAME", "IMAGE", "COMMAND", "STATUS", "AGE"], &rows))

@@ -17,6 +17,7 @@ pub(crate) struct Arguments {
 }
 
 const SIGTERM: u8 = 15;
+const SIGKILL: u8 = 9;
 
 /// Asks all, then waits for each; the exit status.
 pub(crate) fn run(arguments: &Arguments) -> u8 {
@@ -24,9 +25,13 @@ pub(crate) fn run(arguments: &Arguments) -> u8 {
     let status = super::each(&arguments.names, |name| {
         let guest = Found::named(name)?;
         let vmm = guest.vmm()?;
-        if let Some(vmm) = &vmm {
+        match (&vmm, guest.record.stop_signal) {
+            (None, _) => {}
+            // Nobody can be asked with it: the VMM would die of it, and leave everything as it is.
+            (Some(_), SIGKILL) => guest.kill()?,
             // One whose description is damaged has none.
-            vmm.send(if guest.record.stop_signal == 0 { SIGTERM } else { guest.record.stop_signal });
+            (Some(vmm), 0) => vmm.send(SIGTERM),
+            (Some(vmm), signal) => vmm.send(signal),
         }
         asked.push((guest, vmm));
         Ok(())

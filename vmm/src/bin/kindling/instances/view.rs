@@ -35,6 +35,7 @@ pub(super) struct View<'a> {
     /// Process id of the VMM of one that runs.
     pid: Option<u32>,
     image: &'a str,
+    directory: &'a PathBuf,
     command: &'a [String],
     #[serde(flatten)]
     payload: &'a Payload,
@@ -62,6 +63,7 @@ impl Found {
     pub(super) fn view(&self) -> View<'_> {
         let Record {
             image,
+            directory,
             command,
             payload,
             pid,
@@ -83,6 +85,7 @@ impl Found {
             status: *status,
             pid: self.is_alive.then_some(*pid),
             image,
+            directory,
             command,
             payload,
             started: *started,

@@ -11,7 +11,9 @@ use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::mpsc::Receiver;
 use std::thread;
+use std::time::Duration;
 
 /// Bytes that are read at once: what a pipe holds.
 const CHUNK: usize = 64 << 10;
@@ -112,6 +114,27 @@ pub(crate) fn serve(
     code
 }
 
+/// What became of the process in the guest.
+pub(super) enum Outcome {
+    Process(Result<u8, AgentError>),
+    /// Nobody wants to wait any more.
+    GivenUp,
+}
+
+/// Waits until all that the process wrote is delivered; its exit status. Who has given up waits no longer for one who
+/// does not read.
+pub(super) fn outcome(told: &Receiver<Outcome>) -> Result<u8, AgentError> {
+    const PATIENCE: Duration = Duration::from_secs(1);
+    let mut is_given_up = false;
+    loop {
+        match if is_given_up { told.recv_timeout(PATIENCE).ok() } else { told.recv().ok() } {
+            Some(Outcome::Process(code)) => return code,
+            Some(Outcome::GivenUp) if !is_given_up => is_given_up = true,
+            _ => return Err(AgentError::Lost),
+        }
+    }
+}
+
 /// Waits until something can be read from one of them or more, and takes these.
 fn take_ready(watched: &mut Vec<Watched>, process: &Process) -> io::Result<Vec<Watched>> {
     let fds = watched.iter().map(|one| match one {
@@ -135,6 +158,11 @@ fn carry_input(mut from: File, mut to: &UnixStream) {
     let _ = to.shutdown(Shutdown::Write);
 }
 
+/// What is lost for another reason than that nobody wants it.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot write what the program says")]
+struct Undelivered(#[source] io::Error);
+
 /// Carries output, of which some bytes have been read, until it ends. Where nobody takes it, whoever writes it learns
 /// so, as at a pipe.
 fn carry(mut from: &UnixStream, to: &Sink, mut buffer: Vec<u8>, mut count: usize) {
@@ -146,7 +174,10 @@ fn carry(mut from: &UnixStream, to: &Sink, mut buffer: Vec<u8>, mut count: usize
                 Ok(())
             }
         };
-        if result.is_err() {
+        if let Err(error) = result {
+            if error.kind() != io::ErrorKind::BrokenPipe {
+                crate::complain(&Undelivered(error));
+            }
             let _ = from.shutdown(Shutdown::Both);
             return;
         }

@@ -1,147 +1,33 @@
 //! `kindling run`: a program in a guest of its own, as if it ran here.
 
+mod arguments;
 pub(crate) mod client;
 mod detached;
+mod machine;
 pub(crate) mod mounts;
 pub(crate) mod signals;
 pub(crate) mod source;
 
-use crate::devices::DeviceArguments;
 use crate::instances::log::Log;
 use crate::instances::{Instance, InstanceError, Payload, Record, signal};
 use crate::terminal::RawTerminal;
-use crate::volumes::{self, VolumeError};
-use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, boot, bytes, complain, report, tell};
-use clap::Args;
-use client::Streams;
+use crate::volumes::VolumeError;
+use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, boot, complain, report, tell};
+pub(crate) use arguments::{Arguments, PULL, TIMEOUT_SECONDS};
+use client::{Outcome, Streams};
 use detached::Starter;
 use guest_protocol::BootMark;
 use kindling::agent::{AgentError, Process};
-use kindling::config::image::Image;
-use kindling::config::{Config, ConfigError, Console, GuestConfig, MachineConfig};
+use kindling::config::{Config, ConfigError};
 use kindling::{Error, Exit, ExitReason, Instant, Machine, StopHandle, Timeline, preboot};
-use mounts::{MountError, Source, Wanted};
+pub(crate) use machine::set;
+use mounts::{MountError, Wanted};
 use source::{Prepared, SourceError};
-use std::ffi::OsString;
-use std::path::PathBuf;
+use std::os::unix::fs::DirBuilderExt;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, OnceLock, mpsc};
 use std::thread;
 use std::time::Duration;
-
-#[derive(Args, Debug, PartialEq, Eq)]
-pub(crate) struct Arguments {
-    /// Container image: an OCI layout, an archive of `docker save`, a registry's name; or an EROFS filesystem
-    #[arg(value_name = "IMAGE")]
-    pub(crate) image: OsString,
-    /// Environment entry of the command, NAME=VALUE, or NAME to take its value from here; may be repeated
-    #[arg(long, short = 'e', value_name = "NAME[=VALUE]")]
-    pub(crate) env: Vec<OsString>,
-    /// Working directory of the command
-    #[arg(long, short = 'w', value_name = "DIR")]
-    pub(crate) workdir: Option<OsString>,
-    /// User of the command, and its group
-    #[arg(long, short = 'u', value_name = "USER[:GROUP]")]
-    pub(crate) user: Option<String>,
-    /// Replaces the image's entrypoint
-    #[arg(long, value_name = "PROGRAM")]
-    pub(crate) entrypoint: Option<OsString>,
-    /// Give the command a terminal
-    #[arg(long, short = 't')]
-    pub(crate) tty: bool,
-    /// Accepted and without effect: the command always has this command's input
-    #[arg(long, short = 'i')]
-    pub(crate) interactive: bool,
-    /// Leave the guest to itself when it is ready, and print its name; `kindling logs` has its output
-    #[arg(long, short = 'd')]
-    pub(crate) detach: bool,
-    /// This process is the one that stays with a detached guest
-    #[arg(long, hide = true, requires = "detach")]
-    pub(crate) stay: bool,
-    /// Memory of the guest in MiB
-    #[arg(long, short = 'm', value_name = "MIB", default_value_t = Self::default().memory)]
-    pub(crate) memory: u64,
-    /// Virtual processors of the guest, 1 to 16
-    #[arg(long, value_name = "N", default_value_t = Self::default().cpus)]
-    pub(crate) cpus: u64,
-    /// Kill the guest after this many seconds; exit status 124
-    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(TIMEOUT_SECONDS))]
-    pub(crate) timeout: Option<u64>,
-    /// Name of the guest, by which `kindling exec` finds it
-    #[arg(long, value_name = "NAME")]
-    pub(crate) name: Option<String>,
-    /// Hostname of the guest [default: its name]
-    #[arg(long, value_name = "NAME")]
-    pub(crate) hostname: Option<OsString>,
-    /// Leave nothing of a detached guest behind when it ends; one in the foreground leaves nothing anyway
-    #[arg(long)]
-    pub(crate) rm: bool,
-    /// Network: none, user for networking without root, or a tap device
-    #[arg(long, value_name = "none|user|TAP", default_value = "none")]
-    pub(crate) net: OsString,
-    /// A port of the host that leads to one of the guest; takes `--net user`; may be repeated
-    #[arg(long, short = 'p', value_name = "HOST:GUEST")]
-    pub(crate) publish: Vec<OsString>,
-    /// A volume of this name, or a folder of the host, at a path of the guest; :ro only reads; may be repeated
-    #[arg(long, short = 'v', value_name = "SOURCE:GUEST[:ro]")]
-    pub(crate) volume: Vec<OsString>,
-    /// Programs only read the root filesystem; they write to volumes, /dev/shm, /run, /tmp and /var/tmp
-    #[arg(long)]
-    pub(crate) read_only: bool,
-    /// When to ask a registry for an image
-    #[arg(long, value_name = "missing|always|never", default_value = "missing",
-          value_parser = PULL)]
-    pub(crate) pull: String,
-    /// Boot the kernel even where it has been booted before
-    #[arg(long)]
-    pub(crate) cold: bool,
-    /// CLOCK_MONOTONIC in nanoseconds when the caller started this command
-    #[arg(long, value_name = "NS", hide = true)]
-    pub(crate) started_at: Option<u64>,
-    /// Print when each step was reached
-    #[arg(long)]
-    pub(crate) report: bool,
-    /// Command instead of the image's
-    #[arg(value_name = "COMMAND", trailing_var_arg = true, allow_hyphen_values = true)]
-    pub(crate) command: Vec<OsString>,
-}
-
-/// Of a line that names nothing but an image.
-impl Default for Arguments {
-    fn default() -> Self {
-        Self {
-            image: OsString::new(),
-            env: Vec::new(),
-            workdir: None,
-            user: None,
-            entrypoint: None,
-            tty: false,
-            interactive: false,
-            detach: false,
-            stay: false,
-            memory: 512,
-            cpus: 1,
-            timeout: None,
-            name: None,
-            hostname: None,
-            rm: false,
-            net: "none".into(),
-            publish: Vec::new(),
-            volume: Vec::new(),
-            read_only: false,
-            pull: PULL[0].to_owned(),
-            cold: false,
-            started_at: None,
-            report: false,
-            command: Vec::new(),
-        }
-    }
-}
-
-/// When a registry is asked; the first without asking.
-pub(crate) const PULL: [&str; 3] = ["missing", "always", "never"];
-/// Time limits: up to a year.
-pub(crate) const TIMEOUT_SECONDS: std::ops::RangeInclusive<u64> = 1..=31_536_000;
 
 const SIGTERM: u8 = 15;
 /// The exit status of a guest that took too long.
@@ -179,6 +65,7 @@ impl RunError {
         match self {
             Self::Machine(error) if !error.is_users() => STATUS_FAILURE,
             Self::Host(..)
+            | Self::Source(SourceError::Failed(_))
             | Self::Instance(InstanceError::Host { .. })
             | Self::Volume(VolumeError::Host { .. }) => STATUS_FAILURE,
             _ => STATUS_BAD_REQUEST,
@@ -240,18 +127,20 @@ fn start(
     timeline: Timeline,
 ) -> Result<u8, RunError> {
     let wanted = mounts::parse_all(&arguments.volume)?;
-    let config = arguments.config(instance, prepared, &wanted)?;
-    // Before any thread is started.
+    // Before any thread is started, and before there is something to leave behind.
     let stopped_by = Arc::new(AtomicU8::new(0));
     let stop: Arc<OnceLock<StopHandle>> = Arc::default();
+    let (tell, told) = mpsc::channel();
     let give_up = {
-        let (stopped_by, stop) = (Arc::clone(&stopped_by), Arc::clone(&stop));
+        let (stopped_by, stop, tell) = (Arc::clone(&stopped_by), Arc::clone(&stop), tell.clone());
         move |signal| {
             stopped_by.store(signal, Ordering::Release);
             stop.get().map(StopHandle::stop);
+            let _ = tell.send(Outcome::GivenUp);
         }
     };
     let signals = signals::receive(arguments.detach, give_up.clone());
+    let config = arguments.config(instance, prepared, &wanted)?;
     let streams = match &starter {
         Some(_) => Log::create(instance.folder()).map(Streams::of_log),
         None => Streams::own(),
@@ -285,7 +174,7 @@ fn start(
     }
     let terminal = (arguments.tty && !arguments.detach).then(RawTerminal::enter).flatten();
     let (name, socket, has_terminal) = (instance.name().to_owned(), instance.socket(), arguments.tty);
-    let client = thread::spawn(move || match events.recv() {
+    let converse = move || match events.recv() {
         Ok(Event::AgentReady) => {
             let mut process = Process::payload(&socket, has_terminal)?;
             let streams = match starter {
@@ -300,119 +189,24 @@ fn start(
             client::serve(process, streams, &signals)
         }
         Ok(Event::GuestEnded) | Err(_) => Err(AgentError::Lost),
-    });
+    };
+    thread::spawn(move || tell.send(Outcome::Process(converse())));
     let (exit, remains) = running.wait_for_end();
     let _ = sender.send(Event::GuestEnded);
-    // Threads do not panic: the profile aborts the process on a panic.
-    let code = client.join().unwrap_or(Err(AgentError::Lost));
+    let code = client::outcome(&told);
     drop(terminal);
     remains.leave_to_kernel();
     Ok(arguments.finish(&exit, code, stopped_by.load(Ordering::Acquire)))
 }
 
 impl Arguments {
-    fn config(
-        &self,
-        instance: &Instance,
-        prepared: &Prepared,
-        wanted: &[Wanted],
-    ) -> Result<Config, RunError> {
-        let kernel = source::kernel_image()?;
-        let image = Image::open(&kernel)?;
-        let mut config = image.config(&kernel);
-        let vcpu_count = u8::try_from(self.cpus).map_err(|_| ConfigError::VcpuCount(self.cpus))?;
-        config.machine = MachineConfig { vcpu_count, mem_size_mib: self.memory };
-        config.console = Console::Null;
-        config.devices.root = Some(prepared.rootfs.clone());
-        let mut devices = DeviceArguments {
-            publish: self.publish.clone(),
-            vsock: Some(instance.socket().into()),
-            ..DeviceArguments::default()
-        };
-        match self.net.to_str() {
-            Some("none") if self.publish.is_empty() => {}
-            Some("none") => devices.net.push("user".into()),
-            _ => devices.net.push(self.net.clone()),
-        }
-        devices.add_to(&mut config.devices)?;
-        config.guest = self.guest(instance, prepared)?;
-        for wanted in wanted {
-            match &wanted.source {
-                Source::Volume(name) => {
-                    let disk = volumes::for_guest(name, wanted.is_read_only)?;
-                    mounts::add_volume(&mut config, disk, wanted);
-                }
-                Source::Folder(path) => mounts::add_folder(&mut config, path, wanted)?,
-            }
-        }
-        config.validate()?;
-        if !self.cold {
-            config.preboot = preboot_path(&config);
-        }
-        Ok(config)
-    }
-
-    fn guest(&self, instance: &Instance, prepared: &Prepared) -> Result<GuestConfig, RunError> {
-        let of_image = &prepared.config;
-        let strings = |list: &[String]| list.iter().map(|text| text.clone().into_bytes()).collect::<Vec<_>>();
-        let entrypoint = match &self.entrypoint {
-            Some(program) if program.is_empty() => Vec::new(),
-            Some(program) => vec![bytes(program)],
-            None => strings(&of_image.entrypoint),
-        };
-        let command = if !self.command.is_empty() {
-            self.command.iter().map(bytes).collect()
-        } else if self.entrypoint.is_some() {
-            Vec::new()
-        } else {
-            strings(&of_image.cmd)
-        };
-        let arguments = [entrypoint, command].concat();
-        if arguments.is_empty() {
-            return Err(RunError::NoCommand);
-        }
-        let mut environment = strings(&of_image.env);
-        for entry in &self.env {
-            set(&mut environment, entry);
-        }
-        let name = self.hostname.clone().unwrap_or_else(|| instance.name().into());
-        let mut default = |entry: String| {
-            let name = entry.split_inclusive('=').next().unwrap_or_default().as_bytes().to_vec();
-            if !environment.iter().any(|given| given.starts_with(&name)) {
-                environment.push(entry.into_bytes());
-            }
-        };
-        if let Some(home) = &of_image.user.home {
-            default(format!("HOME={home}"));
-        }
-        default(format!("HOSTNAME={}", name.to_string_lossy()));
-        if self.tty {
-            default(format!("TERM={}", std::env::var("TERM").unwrap_or_else(|_| "xterm".to_owned())));
-        }
-        let workdir = self.workdir.as_ref().map(bytes);
-        let of_image_workdir =
-            Some(of_image.working_dir.clone().into_bytes()).filter(|directory| !directory.is_empty());
-        Ok(GuestConfig {
-            arguments,
-            environment,
-            working_directory: workdir.or(of_image_workdir),
-            hostname: Some(bytes(&name)),
-            user_id: of_image.user.uid,
-            group_id: of_image.user.gid,
-            groups: of_image.user.groups.clone(),
-            terminal: self.tty.then(client::new_terminal_size),
-            agent: true,
-            is_root_read_only: self.read_only,
-            ..GuestConfig::default()
-        })
-    }
-
     fn record(&self, config: &Config, prepared: &Prepared, wanted: &[Wanted]) -> Record {
         let stop_signal = prepared.config.stop_signal.as_deref().and_then(|name| signal::parse(name).ok());
         let text = |bytes: &Vec<u8>| String::from_utf8_lossy(bytes).into_owned();
         let since_1970 = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         Record {
             image: self.image.to_string_lossy().into_owned(),
+            directory: std::env::current_dir().unwrap_or_default(),
             command: config.guest.arguments.iter().map(text).collect(),
             payload: Payload {
                 environment: config.guest.environment.iter().map(text).collect(),
@@ -454,34 +248,15 @@ impl Arguments {
     }
 }
 
-/// Sets an entry of an environment: `NAME=VALUE`, or `NAME` for what it is here, if it is set here.
-pub(crate) fn set(environment: &mut Vec<Vec<u8>>, entry: &OsString) {
-    let mut text = bytes(entry);
-    if !text.contains(&b'=') {
-        let Some(value) = std::env::var_os(entry) else { return };
-        text.push(b'=');
-        text.extend(bytes(&value));
-    }
-    let name = text.iter().take_while(|&&byte| byte != b'=').count() + 1;
-    match environment.iter_mut().find(|given| given.starts_with(&text[..name])) {
-        Some(given) => *given = text,
-        None => environment.push(text),
-    }
-}
-
-/// Where the kernel is that was booted before for guests like this one; the same for all root filesystems.
-fn preboot_path(config: &Config) -> Option<PathBuf> {
-    const ENOUGH: usize = 16;
-    let digests = config.boot_source.image_digests.as_ref()?;
-    let kernel = source::cache()?.join("kernels").join(digests.get(..ENOUGH)?);
-    Some(Image::preboot_path(&kernel, &config.machine, &config.devices))
-}
-
 /// Boots the kernel for later guests, where that has not been done. Where it cannot be done this guest boots itself.
 fn make_preboot(config: &Config) {
     let Some(path) = config.preboot.as_ref().filter(|path| !path.exists()) else { return };
     let folder = path.parent().unwrap_or(path);
-    let made = std::fs::create_dir_all(folder)
+    // Others could change a kernel that they may write to.
+    let made = std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(folder)
         .map_err(|error| error.to_string())
         .and_then(|()| preboot::make(config, path).map_err(|error| error.to_string()));
     if let Err(error) = made {

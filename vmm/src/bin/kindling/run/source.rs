@@ -17,6 +17,9 @@ pub(crate) enum SourceError {
     /// The program that converts images said why not.
     #[error("{}", if .0.is_empty() { "kindling-oci ended without a word" } else { .0.as_str() })]
     Prepare(String),
+    /// It failed, and another image would not help.
+    #[error("{0} cannot be prepared")]
+    Failed(String),
     /// That program is not there.
     #[error("cannot run kindling-oci, which has to lie beside kindling")]
     NoConverter(#[source] io::Error),
@@ -57,23 +60,43 @@ pub(crate) struct User {
 
 /// A root filesystem from what a user named: a file that is one, or an image that is converted first.
 pub(crate) fn prepare(image: &OsStr, user: Option<&str>, pull: &str) -> Result<Prepared, SourceError> {
-    if is_erofs(Path::new(image)) {
+    prepare_in(Path::new("."), image, user, pull)
+}
+
+/// The same where paths begin in another directory.
+fn prepare_in(
+    directory: &Path,
+    image: &OsStr,
+    user: Option<&str>,
+    pull: &str,
+) -> Result<Prepared, SourceError> {
+    if is_erofs(&directory.join(image)) {
         let user = user.map(numeric_user).transpose()?.unwrap_or_default();
         return Ok(Prepared { rootfs: image.into(), config: ImageConfig { user, ..ImageConfig::default() } });
     }
-    let program = std::env::current_exe().map_err(SourceError::NoConverter)?.with_file_name("kindling-oci");
-    let mut command = Command::new(program);
-    command.args(["prepare", "--pull", pull]);
+    let mut command = Command::new(converter()?);
+    command.current_dir(directory).args(["prepare", "--pull", pull]);
     if let Some(user) = user {
         command.args(["--user", user]);
     }
     let output = command.arg("--").arg(image).stdin(Stdio::null()).stderr(Stdio::inherit()).output();
     let output = output.map_err(SourceError::NoConverter)?;
     if !output.status.success() {
+        /// Of kindling-oci, where another image or another name mends it.
+        const USERS: i32 = 2;
         // It has said why.
-        return Err(SourceError::Prepare(format!("{} cannot be run", Path::new(image).display())));
+        let image = Path::new(image).display();
+        return Err(match output.status.code() {
+            Some(USERS) => SourceError::Prepare(format!("{image} cannot be run")),
+            _ => SourceError::Failed(image.to_string()),
+        });
     }
     serde_json::from_slice(&output.stdout).map_err(SourceError::Version)
+}
+
+/// The program that converts images.
+pub(crate) fn converter() -> Result<PathBuf, SourceError> {
+    Ok(std::env::current_exe().map_err(SourceError::NoConverter)?.with_file_name("kindling-oci"))
 }
 
 /// Whether a file is a filesystem of the kind that guests mount (`struct erofs_super_block` in fs/erofs/erofs_fs.h).
@@ -86,9 +109,14 @@ fn is_erofs(path: &Path) -> bool {
         && head[AT..] == MAGIC
 }
 
-/// A user of the image that a guest was made from.
-pub(crate) fn user(image: &OsStr, text: &str) -> Result<User, SourceError> {
-    numeric_user(text).or_else(|_| prepare(image, Some(text), "never").map(|prepared| prepared.config.user))
+/// A user of the image that a guest was made from, which was named in `directory`.
+pub(crate) fn user(directory: &Path, image: &OsStr, text: &str) -> Result<User, SourceError> {
+    if text.contains(':')
+        && let Ok(user) = numeric_user(text)
+    {
+        return Ok(user);
+    }
+    prepare_in(directory, image, Some(text), "never").map(|prepared| prepared.config.user)
 }
 
 fn numeric_user(text: &str) -> Result<User, SourceError> {

@@ -8,8 +8,8 @@
 use crate::config::ConfigError;
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType, accept_with, connect, recv,
-    socket_with,
+    AddressFamily, RecvFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType, accept_with, connect, recv,
+    shutdown, socket_with,
 };
 use std::ffi::OsString;
 use std::fs;
@@ -78,8 +78,15 @@ impl Listener {
         Ok(socket.into())
     }
 
+    /// Lets no program connect any more. Those that nobody has accepted yet would wait as long as this process lives.
+    pub(super) fn close(&mut self) {
+        self.remove_file();
+        let _ = shutdown(&self.socket, Shutdown::Both);
+        while let Ok(Some(_)) = self.accept() {}
+    }
+
     /// Removes the file, if it is still this socket's.
-    pub(super) fn remove_file(&mut self) {
+    fn remove_file(&mut self) {
         let Some(path) = &self.path else { return };
         if self.file.take().is_some_and(|file| file_at(path) == Some(file)) {
             // Whoever may make a file may remove it, but for rights that somebody took away meanwhile.

@@ -426,6 +426,6 @@ impl Device for Vsock {
 
     fn end(&mut self) {
         self.reset();
-        self.listener.remove_file();
+        self.listener.close();
     }
 }

@@ -530,6 +530,15 @@ fn the_file_goes_with_the_machine() {
     assert!(!guest.path("").exists());
 }
 
+#[test]
+fn a_program_that_nobody_has_accepted_does_not_outwait_the_machine() {
+    let mut guest = Guest::new(1);
+    let mut waiting = UnixStream::connect(guest.path("")).unwrap();
+    waiting.set_nonblocking(true).unwrap();
+    guest.driver.transport.end();
+    expect_end(&mut waiting);
+}
+
 /// What somebody does in a random run.
 #[derive(Clone, Debug)]
 enum Step {

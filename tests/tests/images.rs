@@ -1,0 +1,336 @@
+//! Real programs from container images, as people have them: an image for each, made of Debian's packages
+//! (`xtask/test-images/build.sh`). What they do to their guest hurts nobody else.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use tests::conversation::Conversation;
+use tests::network::{enter_host_network, pattern, with_network_programs};
+use tests::terminal::Terminal;
+use tests::user::User;
+use tests::{Outcome, run, start, testbed};
+
+fn images() -> PathBuf {
+    let folder = std::env::var_os("KINDLING_TEST_IMAGES");
+    folder.expect("KINDLING_TEST_IMAGES is not set: these tests are run by `cargo xtask test`").into()
+}
+
+/// `kindling run OPTIONS IMAGE`, with an image that was converted before.
+fn program(user: &User, options: &[&str], image: &str) -> Command {
+    let mut command = user.command("run");
+    command.args(options).arg(format!("{}/layout:{image}", images().display()));
+    command.env("KINDLING_CACHE", images().join("cache"));
+    command
+}
+
+/// A command of a user's, run to its end.
+#[track_caller]
+fn kindling(user: &User, arguments: &[&str]) -> Outcome {
+    run(user.command(arguments[0]).args(&arguments[1..]))
+}
+
+/// Runs a script that comes from standard input.
+#[track_caller]
+fn from_stdin(command: &mut Command, script: &str) -> Outcome {
+    let mut started = start(command.stdin(Stdio::piped()));
+    started.child.stdin.take().unwrap().write_all(script.as_bytes()).unwrap();
+    started.finish_within(tests::PATIENCE)
+}
+
+#[test]
+fn busybox_runs_what_its_image_names() {
+    let user = User::new();
+    let outcome = from_stdin(&mut program(&user, &[], "busybox"), "echo hello; exit 3");
+    assert_eq!(outcome.expect_status(3).stdout, "hello\n");
+    assert!(user.is_tidy());
+}
+
+#[test]
+fn a_python_script_comes_from_stdin_and_its_traceback_goes_to_stderr() {
+    let user = User::new();
+    let outcome = from_stdin(&mut program(&user, &[], "python"), "print('out')\nraise ValueError('no')\n");
+    assert_eq!(outcome.expect_status(1).stdout, "out\n");
+    assert_eq!(
+        outcome.stderr,
+        "Traceback (most recent call last):\n  File \"<stdin>\", line 2, in <module>\nValueError: no\n"
+    );
+}
+
+#[test]
+fn python_has_threads_processes_and_names() {
+    let script = r#"
+import multiprocessing, os, resource, socket, subprocess, threading
+from multiprocessing import shared_memory
+
+def square(number):
+    return number * number
+
+if __name__ == "__main__":
+    found = []
+    threads = [threading.Thread(target=lambda number=number: found.append(number)) for number in range(20)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    print("threads", sum(found))
+    with multiprocessing.Pool(3) as pool:
+        print("processes", pool.map(square, range(5)))
+    memory = shared_memory.SharedMemory(create=True, size=1 << 20)
+    memory.buf[0] = 7
+    other = shared_memory.SharedMemory(memory.name)
+    print("shared", other.buf[0])
+    other.close(); memory.close(); memory.unlink()
+    print("names", socket.gethostbyname("localhost"), socket.gethostname(), open("/etc/hostname").read().strip())
+    socket.gethostbyname(socket.gethostname())
+    print("user", os.getuid(), os.environ["HOME"], os.getcwd(), oct(os.umask(0)))
+    print("descriptors", *resource.getrlimit(resource.RLIMIT_NOFILE))
+    socket.socket().bind(("", 80))
+    socket.socket(socket.AF_INET, socket.SOCK_DGRAM, socket.IPPROTO_ICMP)
+    if os.path.exists("/usr/bin/su"):
+        print(subprocess.run(["su", "nobody"], stdin=subprocess.DEVNULL, capture_output=True).returncode)
+    print(subprocess.run(["greet"], check=True, capture_output=True, text=True).stdout, end="")
+"#;
+    let user = User::new();
+    let options = ["--name", "box", "-u", "www-data"];
+    let outcome = from_stdin(&mut program(&user, &options, "python"), script);
+    assert_eq!(
+        outcome.expect_status(0).stdout,
+        "threads 190\nprocesses [0, 1, 4, 9, 16]\nshared 7\nnames 127.0.0.1 box box\n\
+         user 33 /var/www / 0o22\ndescriptors 1024 524288\n1\nhello from a wheel\n",
+        "{outcome}"
+    );
+    assert_eq!(outcome.stderr, "");
+}
+
+#[test]
+fn python_gets_every_byte_and_gives_it_back() {
+    let user = User::new();
+    let bytes = pattern(4 << 20);
+    let script = "import sys, shutil; shutil.copyfileobj(sys.stdin.buffer, sys.stdout.buffer)";
+    let mut command = program(&user, &[], "python");
+    let mut child =
+        command.args(["python3", "-c", script]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let (mut input, sent) = (child.stdin.take().unwrap(), bytes.clone());
+    let writer = std::thread::spawn(move || input.write_all(&sent));
+    let mut got = Vec::new();
+    child.stdout.take().unwrap().read_to_end(&mut got).unwrap();
+    writer.join().unwrap().unwrap();
+    assert!(got == bytes, "{} bytes of {} came back, or others", got.len(), bytes.len());
+    assert!(child.wait().unwrap().success());
+}
+
+#[test]
+fn node_runs_threads() {
+    let user = User::new();
+    let script = "const { Worker } = require('worker_threads'); let sum = 0; \
+        for (let n = 1; n <= 3; n++) \
+            new Worker(`require('worker_threads').parentPort.postMessage(${n} * 7)`, { eval: true }) \
+                .on('message', (value) => { sum += value; if (sum === 42) console.log('hello', sum); }); \
+        process.exitCode = 5;";
+    let outcome = from_stdin(&mut program(&user, &["-m", "1024"], "node"), script);
+    assert_eq!((outcome.expect_status(5).stdout.as_str(), outcome.stderr.as_str()), ("hello 42\n", ""));
+}
+
+/// As the official image: logs to the standard streams, and a signal to stop that is not the usual one.
+#[test]
+fn nginx_serves_a_page_logs_it_and_stops_when_it_is_asked() {
+    enter_host_network();
+    let user = User::new();
+    let mut server =
+        with_network_programs(program(&user, &["-d", "--name", "web", "-p", "8080:80"], "nginx"));
+    run(&mut server).expect_status(0);
+    let curl = |options: &[&str], path: &str| {
+        let url = format!("http://127.0.0.1:8080/{path}");
+        run(with_network_programs(Command::new("curl")).arg("-sSf").args(options).arg(&url))
+    };
+    // passt accepts what nobody in the guest may listen to yet.
+    let patient = ["--retry", "60", "--retry-delay", "1", "--retry-all-errors"];
+    let page = curl(&patient, "index.html");
+    assert!(page.expect_status(0).stdout.ends_with("a page of nginx\n"), "{page}");
+    curl(&[], "absent").expect_status(22);
+    assert!(kindling(&user, &["inspect", "web"]).stdout.contains("\"stop_signal\": 3"), "SIGQUIT");
+    kindling(&user, &["stop", "web"]).expect_status(0);
+    // What did not end by itself has 137.
+    kindling(&user, &["wait", "web"]).expect_status(0);
+    let log = kindling(&user, &["logs", "web"]);
+    let (pages, errors) = (&log.expect_status(0).stdout, &log.stderr);
+    assert!(pages.contains("\"GET /index.html HTTP/1.1\" 200 16 "), "{log}");
+    assert!(
+        errors.contains("open() \"/var/www/html/absent\" failed (2: No such file or directory)"),
+        "{log}"
+    );
+    kindling(&user, &["rm", "web"]).expect_status(0);
+    assert!(user.is_tidy());
+}
+
+/// Whether PostgreSQL in the guest `db` answers, after some time.
+#[track_caller]
+fn expect_database(user: &User) {
+    let mut guest = Conversation::start(user.command("exec").args([
+        "db",
+        "sh",
+        "-c",
+        "until pg_isready; do sleep 1; done; echo ready; cat",
+    ]));
+    guest.expect("ready");
+}
+
+#[track_caller]
+fn sql(user: &User, statement: &str) -> String {
+    kindling(user, &["exec", "db", "psql", "-At", "-c", statement]).expect_status(0).stdout.clone()
+}
+
+#[test]
+fn postgres_keeps_what_it_was_told_when_its_guest_is_stopped_and_killed() {
+    let user = User::new();
+    let start = || {
+        let options = ["-d", "--rm", "--name", "db", "-v", "data:/var/lib/postgresql/data"];
+        run(&mut program(&user, &options, "postgres")).expect_status(0);
+        expect_database(&user);
+    };
+    start();
+    assert_eq!(
+        sql(&user, "create table words (word text); insert into words values ('one')"),
+        "CREATE TABLE\nINSERT 0 1\n"
+    );
+    assert_eq!(kindling(&user, &["stop", "--time", "60", "db"]).expect_status(0).stdout, "db\n");
+    start();
+    assert_eq!(sql(&user, "insert into words values ('two') returning word"), "two\nINSERT 0 1\n");
+    // The end of the machine, without a question.
+    kindling(&user, &["kill", "db"]).expect_status(0);
+    start();
+    assert_eq!(sql(&user, "select string_agg(word, ' ') from words"), "one two\n");
+    let owner = kindling(&user, &["exec", "db", "sh", "-c", "whoami; stat -c %U:%a $PGDATA"]);
+    assert_eq!(owner.expect_status(0).stdout, "postgres\npostgres:700\n");
+    kindling(&user, &["kill", "db"]).expect_status(0);
+}
+
+/// A guest beside another one: it answers, whatever happens there.
+struct Neighbour(Conversation);
+
+impl Neighbour {
+    fn new(user: &User) -> Self {
+        let script = "echo ready; while read -r line; do echo $line; done";
+        let mut guest = Conversation::start(user.run(&["--memory", "64"]).args(["sh", "-c", script]));
+        guest.expect("ready");
+        Self(guest)
+    }
+
+    #[track_caller]
+    fn expect_answer(&mut self) {
+        self.0.go_on();
+        self.0.expect("on");
+    }
+}
+
+#[test]
+fn a_fork_bomb_hurts_its_own_guest() {
+    let user = User::new();
+    let mut neighbour = Neighbour::new(&user);
+    let bomb = "echo ready; read -r line; bomb() { bomb | bomb & }; bomb; sleep 1000";
+    let mut guest =
+        Conversation::start(user.run(&["--name", "bomb", "--memory", "64"]).args(["sh", "-c", bomb]));
+    guest.expect("ready");
+    let before = guest.rss_kib();
+    guest.go_on();
+    guest.wait_until("the bomb goes off", |guest| guest.rss_kib() > before + (12 << 10));
+    neighbour.expect_answer();
+    assert!(guest.rss_kib() < 96 << 10, "{} KiB", guest.rss_kib());
+    kindling(&user, &["kill", "bomb"]).expect_status(0);
+    neighbour.expect_answer();
+}
+
+#[test]
+fn a_program_that_takes_all_memory_is_killed_and_nobody_else() {
+    let user = User::new();
+    let mut neighbour = Neighbour::new(&user);
+    let script =
+        "import sys\nprint('ready', flush=True)\nall = []\nwhile True: all.append(bytearray(1 << 20))";
+    let outcome = run(program(&user, &["--memory", "128"], "python").args(["python3", "-c", script]));
+    outcome.expect_status(128 + libc::SIGKILL);
+    assert_eq!((outcome.stdout.as_str(), outcome.stderr.as_str()), ("ready\n", ""));
+    // One that is not the guest's program leaves it alive.
+    let mut guest = Conversation::start(user.run(&["--name", "hog", "--memory", "128"]).args([
+        "sh",
+        "-c",
+        "echo ready; read -r line; echo end",
+    ]));
+    guest.expect("ready");
+    kindling(&user, &["exec", "hog", "sh", "-c", "tail /dev/zero"]).expect_status(128 + libc::SIGKILL);
+    kindling(&user, &["exec", "hog", "true"]).expect_status(0);
+    guest.go_on();
+    guest.expect("end");
+    neighbour.expect_answer();
+}
+
+#[test]
+fn a_full_disk_is_the_guests_own() {
+    let user = User::new();
+    let script = "dd if=/dev/zero of=/large bs=1M; echo $?; rm /large; echo more > /small && cat /small";
+    let outcome = run(user.run(&["--memory", "128"]).args(["sh", "-c", script]));
+    assert_eq!(outcome.expect_status(0).stdout, "1\nmore\n");
+    outcome.expect_stderr("No space left on device");
+}
+
+#[test]
+fn an_image_that_finds_no_room_leaves_nothing() {
+    let place = tempfile::tempdir().unwrap();
+    let path = place.path().to_str().unwrap();
+    // Without rights to mount there is no small disk to be had.
+    if !Command::new("mount")
+        .args(["-t", "tmpfs", "-o", "size=8m", "tmpfs", path])
+        .status()
+        .unwrap()
+        .success()
+    {
+        return;
+    }
+    let image = format!("{}/layout:node", images().display());
+    let outcome = run(Command::new(testbed("kindling-oci")).args(["prepare", "--cache", path, &image]));
+    outcome.expect_status(1).expect_stderr("No space left on device");
+    assert_eq!(outcome.stderr.lines().count(), 1, "{outcome}");
+    assert_eq!(files_in(place.path()), 0, "{outcome}");
+    assert!(Command::new("umount").arg(path).status().unwrap().success());
+}
+
+/// Bytes of all files in a folder.
+fn files_in(folder: &Path) -> u64 {
+    let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    entries.map(|path| if path.is_dir() { files_in(&path) } else { path.metadata().unwrap().len() }).sum()
+}
+
+#[test]
+fn programs_for_a_whole_screen_work_at_a_terminal() {
+    let user = User::new();
+    let mut terminal = Terminal::open();
+    terminal.resize(30, 100);
+    let script = "trap 'stty size; echo resized' WINCH; stty size; echo rea''dy; read -r line; vi /tmp/f; cat /tmp/f; top";
+    let mut child = terminal.start(user.run(&["-t"]).env("TERM", "vt100").args(["sh", "-c", script]));
+    assert!(terminal.wait_for("ready").starts_with("30 100\r\n"));
+    terminal.resize(40, 120);
+    assert!(terminal.wait_for("resized").contains("40 120\r\n"));
+    terminal.type_keys(b"on\n");
+    // vi draws a tilde for each line that is not there.
+    terminal.wait_for("~");
+    terminal.type_keys(b"i");
+    terminal.wait_for("I /tmp/f");
+    terminal.type_keys(b"typed");
+    terminal.wait_for("typed");
+    terminal.type_keys(b"\x1b");
+    terminal.wait_for("- /tmp/f");
+    terminal.type_keys(b":wq\r");
+    terminal.wait_for("typed\r\n");
+    terminal.wait_for("Mem:");
+    terminal.type_keys(b"q");
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn a_guest_in_the_background_may_have_a_terminal() {
+    let user = User::new();
+    let script = "tty; stty size; echo err >&2; exit 4";
+    run(user.run(&["-d", "-t", "--name", "screen"]).args(["sh", "-c", script])).expect_status(0);
+    kindling(&user, &["wait", "screen"]).expect_status(4);
+    let log = kindling(&user, &["logs", "screen"]);
+    assert_eq!((log.expect_status(0).stdout.as_str(), log.stderr.as_str()), ("/dev/pts/0\n24 80\nerr\n", ""));
+    kindling(&user, &["rm", "screen"]).expect_status(0);
+}
