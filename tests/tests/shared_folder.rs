@@ -40,7 +40,7 @@ impl Shared {
 fn programs_find_a_disk() {
     let shared = Shared::new();
     fs::copy(testbed("folder-guest"), shared.path().join("folder-guest")).unwrap();
-    let outcome = shared.shell("/shared/folder-guest /shared 10000");
+    let outcome = shared.shell("/shared/folder-guest /shared 1000");
     outcome.expect_status(0);
     assert_eq!(outcome.stdout.lines().count(), 13, "{outcome}");
     // As another user the folder is that one's.
@@ -70,14 +70,25 @@ fn what_one_writes_the_other_reads() {
 }
 
 #[test]
+fn a_directory_may_be_large() {
+    let shared = Shared::new();
+    for number in 0..10_000 {
+        fs::File::create(shared.path().join(format!("a file with the number {number}"))).unwrap();
+    }
+    let outcome = shared.shell("cd /shared; ls | sort -u | wc -l; rm *9; ls | wc -l");
+    assert_eq!(outcome.expect_status(0).stdout, "10000\n9000\n", "{outcome}");
+    assert_eq!(fs::read_dir(shared.path()).unwrap().count(), 9_000);
+}
+
+#[test]
 fn what_changes_on_the_host_is_seen() {
     let shared = Shared::new();
     let file = shared.path().join("file");
     fs::write(&file, "old").unwrap();
     let script = "cat /shared/file; echo; ls /shared; \
-                  until [ -e /shared/next ]; do :; done; cat /shared/file; \
-                  until ! [ -e /shared/gone ]; do :; done; echo; \
-                  exec 3< /shared/file; until [ \"$(stat -c %s /shared/file)\" = 6 ]; do :; done; cat <&3";
+                  until [ -e /shared/next ]; do usleep 20000; done; cat /shared/file; \
+                  until ! [ -e /shared/gone ]; do usleep 20000; done; echo; \
+                  exec 3< /shared/file; until [ \"$(stat -c %s /shared/file)\" = 6 ]; do usleep 20000; done; cat <&3";
     fs::write(shared.path().join("gone"), "").unwrap();
     let mut child =
         shared.command(&[], "").args(["sh", "-c", script]).stdout(Stdio::piped()).spawn().unwrap();

@@ -263,7 +263,8 @@ impl SharedFolder {
     /// Passes replies on, until there is none or others are to have their turn: the socket stays ready.
     fn take_replies(&mut self, queues: &mut Queues) -> Result<(), Broken> {
         let mut replies = 0;
-        while replies < BUDGET {
+        // Nobody says that there is something in the buffer.
+        while replies < BUDGET || !self.incoming.unread.is_empty() {
             match self.receive() {
                 Ok(Progress::More) => {}
                 Ok(Progress::Reply) => {

@@ -103,6 +103,23 @@ fn requests_go_and_replies_come_with_the_drivers_numbers() {
 }
 
 #[test]
+fn replies_that_came_together_are_all_passed_on() {
+    let mut pair = Pair::new();
+    pair.ask(LOOKUP, 1, 8);
+    pair.ask(LOOKUP, 2, 8);
+    let (first, second) = (pair.next(), pair.next());
+    // More than one turn has, and none of it left in the socket.
+    let mut all = reply(0, first.1, b"first");
+    for _ in 0..400 {
+        all.extend(reply(0, first.1, b""));
+    }
+    all.extend(reply(0, second.1, b"second"));
+    pair.answer(&all);
+    expect(pair.driver.pop(1), &reply(0, 1, b"first"));
+    expect(pair.driver.pop(1), &reply(0, 2, b"second"));
+}
+
+#[test]
 fn two_requests_with_one_number_are_two() {
     let mut pair = Pair::new();
     pair.ask(LOOKUP, 1, 8);
