@@ -63,8 +63,16 @@ fn run() -> Result<(), Error> {
     let socket = File::from(rustix::stdio::stdin().try_clone_to_owned().map_err(Error::Serve)?);
     let cannot = |error: io::Error| Error::Folder(arguments.folder.clone(), error);
     let folder = Folder::open(&arguments.folder, arguments.is_read_only, arguments.owner).map_err(cannot)?;
+    // What takes calls that do not remain.
+    let mut reply = serve::Reply::new().map_err(Error::Serve)?;
     sandbox::enter(folder.root().as_fd(), arguments.is_read_only)?;
-    serve::serve(&socket, folder).map_err(Error::Serve)
+    match serve::serve(&socket, folder, &mut reply) {
+        // The other end is gone, whatever it had asked for.
+        Err(error) if [io::ErrorKind::BrokenPipe, io::ErrorKind::ConnectionReset].contains(&error.kind()) => {
+            Ok(())
+        }
+        result => result.map_err(Error::Serve),
+    }
 }
 
 fn main() -> ExitCode {

@@ -28,17 +28,20 @@ pub(crate) enum Error {
     Filter(#[from] seccompiler::BackendError),
 }
 
+/// Files that a guest can know at a time: some hundred MiB of the host's kernel.
+const FILES_MAX: u64 = 1 << 18;
+
 /// Gives up everything that serving a folder does not need.
 pub(crate) fn enter(folder: BorrowedFd<'_>, is_read_only: bool) -> Result<(), Error> {
     let host = |what| move |error: rustix::io::Errno| Error::Host { what, source: error.into() };
     // Modes of new files are as the guest says, which has a umask of its own.
     umask(Mode::empty());
-    // Each file that the guest knows is a descriptor. Root may have more than it was started with.
-    let most = std::fs::read_to_string("/proc/sys/fs/nr_open").ok().and_then(|text| text.trim().parse().ok());
+    // Each file that the guest knows is a descriptor, and memory of the host's kernel. Root may have more than it was
+    // started with.
     let limit = |limit: Option<u64>| Rlimit { current: limit, maximum: limit };
-    let own = limit(getrlimit(Resource::Nofile).maximum);
-    setrlimit(Resource::Nofile, most.map_or(own, |most| limit(Some(most))))
-        .or_else(|_| setrlimit(Resource::Nofile, own))
+    let own = getrlimit(Resource::Nofile).maximum;
+    setrlimit(Resource::Nofile, limit(Some(FILES_MAX)))
+        .or_else(|_| setrlimit(Resource::Nofile, limit(own.map(|own| own.min(FILES_MAX)))))
         .map_err(host("its limit of descriptors"))?;
     set_no_new_privs(true).map_err(host("new privileges"))?;
     let none = CapabilitySet::empty();

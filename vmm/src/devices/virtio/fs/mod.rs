@@ -362,12 +362,14 @@ impl SharedFolder {
     // Both.
 
     /// The server is gone, or is not to be trusted any more: whoever waits for it has an error instead.
-    fn lose(&mut self, lost: Lost, queues: &mut Queues) -> Result<(), Broken> {
+    fn lose(&mut self, mut lost: Lost, queues: &mut Queues) -> Result<(), Broken> {
         if let Some(server) = self.server.take() {
             if let Some(watcher) = &self.watcher {
                 watcher.remove(server.socket());
             }
-            server.leave();
+            if let Some(words) = server.leave() {
+                lost = format!("{lost}; it said: {words}");
+            }
         }
         self.failure.get_or_insert(lost);
         self.unsent = Vec::new();

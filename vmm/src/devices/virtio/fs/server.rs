@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStderr, Command, Stdio};
 
 /// A process that serves a folder, and the socket to it. It ends when the socket is closed.
 #[derive(Debug)]
@@ -35,6 +35,8 @@ impl Server {
             command.arg("--read-only");
         }
         command.arg("--").arg(folder).stdin(OwnedFd::from(its)).stdout(Stdio::null());
+        // Not this program's: who reads that until its end would wait for a detached guest's server.
+        command.stderr(Stdio::piped());
         command.env_clear().current_dir("/");
         // Ctrl-C at a terminal is for the guest's program, which may still have something to write.
         command.process_group(0);
@@ -56,14 +58,14 @@ impl Server {
         &self.socket
     }
 
-    /// Ends it without waiting, which may take long where a disk hangs.
-    pub(super) fn leave(mut self) {
+    /// Ends it without waiting, which may take long where a disk hangs. What it said, if it did.
+    pub(super) fn leave(mut self) -> Option<String> {
         let _ = self.socket.shutdown(Shutdown::Both);
-        if let Some(mut process) = self.process.take() {
-            // It may have ended already.
-            let _ = process.kill();
-            let _ = process.try_wait();
-        }
+        let mut process = self.process.take()?;
+        // It may have ended already.
+        let _ = process.kill();
+        let _ = process.try_wait();
+        last_words(process.stderr.take()?)
     }
 }
 
@@ -75,6 +77,16 @@ impl Drop for Server {
             let _ = process.wait();
         }
     }
+}
+
+/// The line that it ended with. Nobody waits for one.
+fn last_words(stderr: ChildStderr) -> Option<String> {
+    const MOST: usize = 1024;
+    let mut words = [0; MOST];
+    rustix::io::ioctl_fionbio(&stderr, true).ok()?;
+    let count = rustix::io::read(&stderr, &mut words).ok()?;
+    let text = String::from_utf8_lossy(&words[..count]);
+    text.lines().rfind(|line| !line.is_empty()).map(str::to_owned)
 }
 
 /// Where a folder is, which its user has to be able to look into.
