@@ -3,6 +3,7 @@
 
 mod archive;
 mod bench;
+mod bench_convert;
 mod boot_code;
 mod build_image;
 mod cache;
@@ -88,7 +89,7 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Run(arguments) => run::run(&arguments),
         Command::Test(arguments) => test::run(&arguments),
-        Command::BenchConvert { runs } => bench::convert::run(runs),
+        Command::BenchConvert { runs } => bench_convert::run(runs),
         Command::Bench(arguments) => bench::run(&arguments),
         Command::BuildImage(arguments) => build_image::run(&arguments),
         Command::KernelConfig(arguments) => kernel_config::run(&arguments),

@@ -5,7 +5,6 @@
 
 mod arguments;
 mod boot;
-pub(crate) mod convert;
 mod files;
 mod io;
 pub(crate) mod measure;
