@@ -131,6 +131,12 @@ impl Process {
         }
     }
 
+    /// Its exit status, where the guest has told it before somebody waits for it.
+    #[must_use]
+    pub const fn status(&self) -> Option<u8> {
+        self.status
+    }
+
     /// Waits for its end; its exit status, which is 128 + signal when a signal killed it. What it wrote may still be
     /// on its way.
     ///
@@ -175,7 +181,7 @@ fn read_news(mut control: impl Read) -> Result<News, AgentError> {
     }
 }
 
-/// Has something to read when the process has ended.
+/// Has something to read when the process has ended, unless [`Process::status`] is known already.
 impl AsFd for Process {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.control.as_fd()

@@ -85,13 +85,16 @@ pub(crate) fn serve(
     signals.pass_on_to(Arc::clone(&control));
     let input = process.input.try_clone().map_err(lost)?;
     let output = process.output.try_clone().map_err(lost)?;
-    let mut watched = vec![Watched::Process, Watched::Output(output, streams.output)];
+    let mut watched = vec![Watched::Output(output, streams.output)];
     watched.extend(process.error.take().map(|error| Watched::Output(error, streams.error)));
     match streams.input {
         Some(from) => watched.push(Watched::Input(from, input)),
         None => drop(input.shutdown(Shutdown::Write)),
     }
-    let (mut code, mut writers) = (Err(AgentError::Lost), Vec::new());
+    let (mut code, mut writers) = (process.status().ok_or(AgentError::Lost), Vec::new());
+    if code.is_err() {
+        watched.push(Watched::Process);
+    }
     // Nobody waits for input: it may come from a terminal at which nobody types any more.
     while watched.iter().any(|one| !matches!(one, Watched::Input(..))) {
         for one in take_ready(&mut watched, &process).map_err(lost)? {
