@@ -1,6 +1,7 @@
 //! A user of `kindling run`, who has nothing to do with others.
 
 use crate::{kindling, testbed};
+use std::io::{Read, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -66,4 +67,20 @@ impl User {
     pub fn is_tidy(&self) -> bool {
         std::fs::read_dir(self.0.path().join("kindling")).is_ok_and(|mut entries| entries.next().is_none())
     }
+}
+
+/// Sends bytes into a command and compares what comes back with them; it ends with status 0.
+///
+/// # Panics
+/// When other bytes come back, or it fails.
+#[track_caller]
+pub fn expect_echo(command: &mut Command, bytes: &[u8]) {
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let (mut input, sent) = (child.stdin.take().unwrap(), bytes.to_vec());
+    let writer = std::thread::spawn(move || input.write_all(&sent));
+    let mut got = Vec::new();
+    child.stdout.take().unwrap().read_to_end(&mut got).unwrap();
+    writer.join().unwrap().unwrap();
+    assert!(got == bytes, "{} bytes of {} came back, or others", got.len(), bytes.len());
+    assert!(child.wait().unwrap().success());
 }

@@ -2,13 +2,13 @@
 //! (`xtask/test-images/build.sh`). What they do to their guest hurts nobody else.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use tests::conversation::Conversation;
 use tests::network::{enter_host_network, pattern, with_network_programs};
 use tests::terminal::Terminal;
-use tests::user::User;
+use tests::user::{User, expect_echo};
 use tests::{Outcome, run, start, testbed};
 
 fn images() -> PathBuf {
@@ -106,16 +106,7 @@ fn python_gets_every_byte_and_gives_it_back() {
     let user = User::new();
     let bytes = pattern(4 << 20);
     let script = "import sys, shutil; shutil.copyfileobj(sys.stdin.buffer, sys.stdout.buffer)";
-    let mut command = program(&user, &[], "python");
-    let mut child =
-        command.args(["python3", "-c", script]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-    let (mut input, sent) = (child.stdin.take().unwrap(), bytes.clone());
-    let writer = std::thread::spawn(move || input.write_all(&sent));
-    let mut got = Vec::new();
-    child.stdout.take().unwrap().read_to_end(&mut got).unwrap();
-    writer.join().unwrap().unwrap();
-    assert!(got == bytes, "{} bytes of {} came back, or others", got.len(), bytes.len());
-    assert!(child.wait().unwrap().success());
+    expect_echo(program(&user, &[], "python").args(["python3", "-c", script]), &bytes);
 }
 
 #[test]

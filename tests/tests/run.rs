@@ -6,7 +6,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::process::Stdio;
 use tests::conversation::Conversation;
-use tests::user::User;
+use tests::user::{User, expect_echo};
 use tests::{PATIENCE, run, start, testbed};
 
 #[test]
@@ -23,14 +23,7 @@ fn every_byte_goes_through() {
     let user = User::new();
     let bytes: Vec<u8> =
         (0..3_000_000_u32).flat_map(|number| number.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
-    let mut child = user.run(&[]).arg("cat").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-    let (mut input, sent) = (child.stdin.take().unwrap(), bytes.clone());
-    let writer = std::thread::spawn(move || input.write_all(&sent));
-    let mut got = Vec::new();
-    child.stdout.take().unwrap().read_to_end(&mut got).unwrap();
-    writer.join().unwrap().unwrap();
-    assert!(got == bytes, "{} bytes of {} came back, or others", got.len(), bytes.len());
-    assert!(child.wait().unwrap().success());
+    expect_echo(user.run(&[]).arg("cat"), &bytes);
 }
 
 #[test]
