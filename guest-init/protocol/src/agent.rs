@@ -2,20 +2,24 @@
 //! end.
 //!
 //! All of it is vsock connections that the host opens to [`PORT`] of the guest. A process has one for its control
-//! and one for each of its streams, and each begins with a [`Hello`] that says whose it is. A stream's bytes are the
-//! stream: vsock's own flow control is its back-pressure, and the end of a direction is the end of the file. So a
-//! reader that stops reading stops one writer and nothing else.
+//! and one for each stream that carries something, and each begins with a [`Hello`] that says whose it is. A stream's
+//! bytes are the stream: vsock's own flow control is its back-pressure, and the end of a direction is the end of the
+//! file. So a reader that stops reading stops one writer and nothing else. Most commands say little, and a connection
+//! takes as long as some ten thousand instructions of theirs: the host comes for output when it is told that there is
+//! some, and for input when it has some.
 //!
 //! Control carries messages, each a kind (one byte), three zeroes and the length of its content (four bytes, little
 //! endian), then the content:
 //!
 //! ```text
 //! host to guest:  1 Start (a configuration frame)   2 Signal (its number: u8)   3 Resize (rows: u16, columns: u16)
-//!                 4 TellStart   5 Send (follows: u8, path)   6 Receive (keeps owners: u8, path)
-//! guest to host:  16 Exited (exit status: u8, was executed: u8)   17 Started
+//!                 4 TellStart   5 Send (follows: u8, path)   6 Receive (keeps owners: u8, path)   7 EndInput
+//! guest to host:  16 Exited (exit status: u8, was executed: u8)   17 Started   18 HasOutput (its role: u8)
 //! ```
 //! Send and Receive start a process that is a part of init: one writes files to its output, the other makes files of
 //! its input, in the form of the crate `guest-copy`. Their standard error is a `guest_copy::Failure` or nothing.
+//!
+//! Whoever was not told of output until Exited has missed none. EndInput is for an input that nobody connected to.
 //!
 //! The process of token [`PAYLOAD`] is the one that the configuration frame names: it runs already, and its streams
 //! wait to be fetched. When it has ended and its control connection is closed, the guest ends.
@@ -46,6 +50,18 @@ pub enum Role {
     Error = 3,
 }
 
+impl Role {
+    const fn from_byte(byte: u8) -> Option<Self> {
+        match byte {
+            0 => Some(Self::Control),
+            1 => Some(Self::Input),
+            2 => Some(Self::Output),
+            3 => Some(Self::Error),
+            _ => None,
+        }
+    }
+}
+
 /// The first bytes of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Hello {
@@ -70,14 +86,7 @@ impl Hello {
     #[must_use]
     pub fn from_bytes(bytes: [u8; Self::LEN]) -> Option<Self> {
         let [a, b, c, d, e, f, g, h, role, 0, 0, 0] = bytes else { return None };
-        let role = match role {
-            0 => Role::Control,
-            1 => Role::Input,
-            2 => Role::Output,
-            3 => Role::Error,
-            _ => return None,
-        };
-        Some(Self { token: u64::from_le_bytes([a, b, c, d, e, f, g, h]), role })
+        Some(Self { token: u64::from_le_bytes([a, b, c, d, e, f, g, h]), role: Role::from_byte(role)? })
     }
 }
 
@@ -131,6 +140,8 @@ pub enum Message<'a> {
         /// Where it goes.
         path: &'a [u8],
     },
+    /// There is no input, or no more.
+    EndInput,
     /// It ended.
     Exited {
         /// Its exit status, which is 128 + signal when a signal killed it.
@@ -140,6 +151,8 @@ pub enum Message<'a> {
     },
     /// Its program is executed.
     Started,
+    /// There is something to read in this stream of output, to which nobody has connected.
+    HasOutput(Role),
 }
 
 /// Bytes that are no message.
@@ -168,8 +181,10 @@ impl<'a> Message<'a> {
             (6, &[keeps_owners @ 0..=1, ref path @ ..]) => {
                 Self::Receive { keeps_owners: keeps_owners == 1, path }
             }
+            (7, []) => Self::EndInput,
             (16, &[status, was_executed @ 0..=1]) => Self::Exited { status, was_executed: was_executed == 1 },
             (17, []) => Self::Started,
+            (18, &[role @ 2..=3]) => Self::HasOutput(Role::from_byte(role).ok_or(BadMessage)?),
             _ => return Err(BadMessage),
         };
         Ok(Some((message, MESSAGE_HEADER_LEN + length)))
@@ -189,8 +204,10 @@ impl<'a> Message<'a> {
             Self::TellStart => write(4, &[], &[]),
             Self::Send { follows, path } => write(5, &[follows.into()], path),
             Self::Receive { keeps_owners, path } => write(6, &[keeps_owners.into()], path),
+            Self::EndInput => write(7, &[], &[]),
             Self::Exited { status, was_executed } => write(16, &[status, was_executed.into()], &[]),
             Self::Started => write(17, &[], &[]),
+            Self::HasOutput(role) => write(18, &[role as u8], &[]),
         }
     }
 }
@@ -222,8 +239,11 @@ mod tests {
             Message::TellStart,
             Message::Send { follows: true, path: b"/a" },
             Message::Receive { keeps_owners: false, path: b"" },
+            Message::EndInput,
             Message::Exited { status: 7, was_executed: true },
             Message::Started,
+            Message::HasOutput(Role::Output),
+            Message::HasOutput(Role::Error),
         ] {
             let mut bytes = Vec::new();
             message.encode(&mut bytes);

@@ -41,8 +41,10 @@ enum Step {
 impl Pump {
     /// The process has ended: what it wrote is still delivered, and what its children write from now on is not.
     pub(super) fn cut(&mut self) {
-        if !self.is_terminal {
-            self.left = self.source.as_ref().and_then(|source| rustix::io::ioctl_fionread(source).ok());
+        match &self.source {
+            None => self.close(),
+            Some(_) if self.is_terminal => {}
+            Some(source) => self.left = rustix::io::ioctl_fionread(source).ok(),
         }
     }
 
@@ -55,7 +57,7 @@ impl Pump {
     /// Moves what can be moved now, and asks to be called when there is more.
     pub(super) fn advance(&mut self, watch: &Watch, token: Token) {
         for _ in 0..TURNS {
-            if self.source.is_some() && self.target.is_some() && self.left == Some(0) {
+            if self.source.is_some() && self.left == Some(0) {
                 self.discard();
             }
             let (Some(source), Some(target)) = (&self.source, &self.target) else { return };
@@ -76,6 +78,19 @@ impl Pump {
         }
     }
 
+    /// Whether there is something to read that nobody has come for. Asks to be called when there may be; a stream that
+    /// has ended without it is closed.
+    pub(super) fn has_unclaimed(&mut self, watch: &Watch, token: Token) -> bool {
+        let (Some(source), None) = (&self.source, &self.target) else { return false };
+        let state = state(source);
+        if !state.intersects(PollFlags::IN | PollFlags::HUP) {
+            watch.once(source, token, EventFlags::IN);
+        } else if !state.contains(PollFlags::IN) {
+            self.close();
+        }
+        state.contains(PollFlags::IN)
+    }
+
     /// From here on nobody wants what comes; a program that a closed pipe would end goes on.
     fn discard(&mut self) {
         self.left = None;
@@ -93,15 +108,18 @@ fn move_pages(source: &OwnedFd, target: &OwnedFd) -> Step {
         Ok(0) => Step::Ended,
         Ok(count) => Step::Moved(count),
         // One of the two has to wait; the kernel does not say which.
-        Err(Errno::AGAIN) if is_readable(source) => Step::Full,
+        Err(Errno::AGAIN) if !state(source).is_empty() => Step::Full,
         Err(Errno::AGAIN | Errno::INTR) => Step::Empty,
         Err(_) => Step::Ended,
     }
 }
 
-fn is_readable(source: &OwnedFd) -> bool {
+/// Whether there is something to read, and whether nobody can write any more.
+fn state(source: &OwnedFd) -> PollFlags {
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    poll(&mut [PollFd::new(source, PollFlags::IN)], Some(&now)).is_ok_and(|count| count > 0)
+    let mut polled = [PollFd::new(source, PollFlags::IN)];
+    let _ = poll(&mut polled, Some(&now));
+    polled[0].revents()
 }
 
 fn copy(source: &OwnedFd, target: &OwnedFd, rest: &mut Vec<u8>) -> Step {

@@ -9,7 +9,7 @@ use crate::syscall;
 use crate::voice::say;
 use alloc::vec::Vec;
 use guest_init::payload_spec::PayloadSpec;
-use guest_protocol::agent::{Message, TerminalSize};
+use guest_protocol::agent::{Message, Role, TerminalSize};
 use rustix::event::epoll::EventFlags;
 use rustix::fd::OwnedFd;
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
@@ -55,6 +55,8 @@ pub(super) struct Session {
     terminal: Option<OwnedFd>,
     /// Standard input, output, error.
     streams: [Pump; 3],
+    /// Of which of these the host knows that they have something to read.
+    is_offered: [bool; 3],
 }
 
 /// A process's ends of its streams.
@@ -76,6 +78,7 @@ impl Session {
             received: Vec::new(),
             terminal: None,
             streams: Default::default(),
+            is_offered: [false; 3],
         }
     }
 
@@ -228,6 +231,7 @@ impl Session {
 
     pub(super) fn attach_control(&mut self, socket: OwnedFd, watch: &Watch) {
         self.control = Some(socket);
+        (1..3).for_each(|number| self.advance(number, watch));
         self.tell_end();
         self.read_control(watch);
     }
@@ -248,8 +252,13 @@ impl Session {
     }
 
     pub(super) fn advance(&mut self, number: usize, watch: &Watch) {
-        if let Some(stream) = self.streams.get_mut(number) {
-            stream.advance(watch, Token::Stream(self.slot, number));
+        let Some(stream) = self.streams.get_mut(number) else { return };
+        let token = Token::Stream(self.slot, number);
+        stream.advance(watch, token);
+        let has_host = self.control.is_some() && !self.is_offered[number];
+        if has_host && stream.has_unclaimed(watch, token) {
+            self.is_offered[number] = true;
+            self.tell(Message::HasOutput(if number == 1 { Role::Output } else { Role::Error }));
         }
     }
 
@@ -287,11 +296,12 @@ impl Session {
                     self.tells_start = true;
                     self.tell_start(watch);
                 }
+                Message::EndInput => self.streams[0].close(),
                 Message::Signal(number) => self.signal(number),
                 Message::Resize(size) => {
                     self.terminal.iter().for_each(|terminal| resize(terminal, size));
                 }
-                Message::Exited { .. } | Message::Started => return None,
+                Message::Exited { .. } | Message::Started | Message::HasOutput(_) => return None,
             }
             if was_idle && !self.is_idle() {
                 (0..3).for_each(|number| self.advance(number, watch));

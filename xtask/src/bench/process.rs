@@ -31,8 +31,8 @@ const LAST_LINES: usize = 12;
 /// More output than this is no boot's.
 const OUTPUT_MAX: usize = 1 << 20;
 
-/// Runs a monitor until it ends by itself with status 0, within `limit`. When its output has `text`, which may be empty,
-/// `at_text` is called with its process id, and a line is written to its console.
+/// Runs a monitor until it ends by itself with status 0, within `limit`. When its output has `text`, `at_text` is called
+/// with its process id, and a line is written to its console. For an empty text that is at once, and nothing is written.
 ///
 /// # Errors
 /// When it does not start, says something else, hangs or fails, with its last output. It does not
@@ -91,8 +91,10 @@ impl Watched {
             let seen = self.arrival(text);
             if let (Some(_), None, Some(act)) = (seen, ended, at_text.take_if(|_| seen.is_some())) {
                 act(self.child.id())?;
-                // A monitor that has ended by now reads nothing.
-                let _ = self.stdin.as_mut().map(|stdin| stdin.write_all(b"\n"));
+                if !text.is_empty() {
+                    // A monitor that has ended by now reads nothing.
+                    let _ = self.stdin.as_mut().map(|stdin| stdin.write_all(b"\n"));
+                }
             }
             let Some(ended) = ended.filter(|_| quiet) else { continue };
             let status = self.child.wait()?;

@@ -1,11 +1,11 @@
 //! `kindling cp`: files into a guest that runs, or from there, by the rules of `docker cp`.
 
 use crate::instances::{Found, InstanceError};
-use crate::run::signals;
+use crate::run::signals::Signals;
 use crate::{STATUS_BAD_REQUEST, bytes, complain, exec};
 use clap::Args;
 use guest_copy::{Destination, Failure, Source, What};
-use kindling::agent::{AgentError, Process};
+use kindling::agent::{AgentError, News, Process, Role};
 use std::ffi::{OsStr, OsString};
 use std::io::{self, Read};
 use std::net::Shutdown;
@@ -14,6 +14,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::thread;
 
 #[derive(Args, Debug, PartialEq, Eq)]
 pub(crate) struct Arguments {
@@ -50,7 +51,7 @@ enum CpError {
     There { name: String, failure: Failure },
     #[error("the copying process in the guest {name} ended with status {status} and without a word")]
     Wordless { name: String, status: u8 },
-    #[error("the host refused to duplicate a stream")]
+    #[error("the host refused a descriptor")]
     Host(#[from] io::Error),
 }
 
@@ -67,7 +68,13 @@ impl CpError {
 
 /// Copies; the exit status.
 pub(crate) fn run(arguments: &Arguments) -> u8 {
-    let interruption = Interruption::default();
+    let interruption = match Interruption::watch() {
+        Ok(interruption) => interruption,
+        Err(error) => {
+            complain(&CpError::Host(error));
+            return STATUS_FAILED;
+        }
+    };
     let result = execute(arguments, &interruption);
     match (interruption.signal(), result) {
         (0, Ok(left_out)) => {
@@ -90,14 +97,16 @@ fn execute(arguments: &Arguments, interruption: &Interruption) -> Result<Option<
         (Place::Guest(name, path), Place::Here(to)) => {
             let guest = Found::alive(name)?;
             let process = Process::fetch(&guest.socket(), exec::token(), path, arguments.follow_link)?;
-            interruption.ends(&process)?;
-            fetch(arguments, name, path, to, process)
+            let stream = process.place().connect(Role::Output)?;
+            interruption.ends(&stream)?;
+            fetch(arguments, name, path, to, process, &stream)
         }
         (Place::Here(path), Place::Guest(name, to)) => {
             let guest = Found::alive(name)?;
             let process = Process::bring(&guest.socket(), exec::token(), to, arguments.archive)?;
-            interruption.ends(&process)?;
-            bring(arguments, name, path, process)
+            let stream = process.place().connect(Role::Input)?;
+            interruption.ends(&stream)?;
+            bring(arguments, name, path, process, &stream)
         }
         _ => Err(CpError::NotOne),
     }
@@ -109,6 +118,7 @@ fn fetch(
     path: &[u8],
     to: &[u8],
     process: Process,
+    output: &UnixStream,
 ) -> Result<Option<CpError>, CpError> {
     /// Nobody here runs a guest's program with the rights of whoever copied it.
     const NO_SPECIAL_BITS: u16 = 0o777;
@@ -118,7 +128,7 @@ fn fetch(
         keeps_owners: arguments.archive,
         mode_bits: NO_SPECIAL_BITS,
     };
-    match guest_copy::receive(destination, &process.output) {
+    match guest_copy::receive(destination, output) {
         Ok(()) => verdict(name, process),
         // The guest may know why.
         Err(failure) if matches!(failure.what, What::Ended | What::Receive) => {
@@ -133,16 +143,17 @@ fn bring(
     name: &str,
     path: &[u8],
     mut process: Process,
+    input: &UnixStream,
 ) -> Result<Option<CpError>, CpError> {
     let source = Source { path, name: &base_name(path), follows: arguments.follow_link };
-    let result = guest_copy::send(source, &process.input);
-    let _ = process.input.shutdown(Shutdown::Write);
+    let result = guest_copy::send(source, input);
+    let _ = input.shutdown(Shutdown::Write);
     match result {
         Ok(left_out) => Ok(verdict(name, process)?.or(left_out.map(CpError::Here))),
         Err(failure) if failure.what == What::Send => verdict(name, process).and(Err(CpError::Here(failure))),
         Err(failure) => {
             // When it has ended, it has removed what was half made.
-            let _ = process.wait();
+            while !matches!(process.wait_for_news(), Err(_) | Ok(News::Exited { .. })) {}
             Err(CpError::Here(failure))
         }
     }
@@ -151,11 +162,17 @@ fn bring(
 /// What the guest says of a copy: what was left out, or what went wrong.
 fn verdict(name: &str, mut process: Process) -> Result<Option<CpError>, CpError> {
     let mut words = Vec::new();
-    if let Some(error) = process.error.take() {
-        // What breaks off is no failure that could be read.
-        let _ = error.take(Failure::MOST_BYTES as u64 + 1).read_to_end(&mut words);
-    }
-    let status = process.wait()?;
+    let status = loop {
+        match process.wait_for_news()? {
+            News::Exited { status, .. } => break status,
+            News::HasOutput(Role::Error) => {
+                let error = process.place().connect(Role::Error)?;
+                // What breaks off is no failure that could be read.
+                let _ = error.take(Failure::MOST_BYTES as u64 + 1).read_to_end(&mut words);
+            }
+            News::HasOutput(_) | News::Started => {}
+        }
+    };
     let name = name.to_owned();
     match (status, Failure::from_bytes(&words)) {
         (0, None) => Ok(None),
@@ -233,42 +250,36 @@ fn base_name(path: &[u8]) -> Vec<u8> {
 #[derive(Debug)]
 struct Interruption {
     by: Arc<AtomicU8>,
-    streams: Arc<OnceLock<[UnixStream; 2]>>,
-}
-
-impl Default for Interruption {
-    /// Before any other thread is started.
-    fn default() -> Self {
-        let (by, streams) = (Arc::<AtomicU8>::default(), Arc::<OnceLock<[UnixStream; 2]>>::default());
-        let receiver = signals::receive(false, {
-            let (by, streams) = (Arc::clone(&by), Arc::clone(&streams));
-            move |signal| match (by.swap(signal, Ordering::AcqRel), streams.get()) {
-                (0, Some(streams)) => hang_up(streams),
-                // Nothing has begun, or whoever sends it does not want to wait any more.
-                _ => leave(signal),
-            }
-        });
-        // No process is ever told of one.
-        drop(receiver);
-        Self { by, streams }
-    }
+    stream: Arc<OnceLock<UnixStream>>,
 }
 
 impl Interruption {
+    /// Before any other thread is started.
+    fn watch() -> io::Result<Self> {
+        let (by, stream) = (Arc::<AtomicU8>::default(), Arc::<OnceLock<UnixStream>>::default());
+        let mut signals = Signals::keep(false)?;
+        let this = Self { by: Arc::clone(&by), stream: Arc::clone(&stream) };
+        thread::spawn(move || {
+            loop {
+                let signal = signals.wait_for_end();
+                match (by.swap(signal, Ordering::AcqRel), stream.get()) {
+                    (0, Some(stream)) => drop(stream.shutdown(Shutdown::Both)),
+                    // Nothing has begun, or whoever sends it does not want to wait any more.
+                    _ => leave(signal),
+                }
+            }
+        });
+        Ok(this)
+    }
+
     fn signal(&self) -> u8 {
         self.by.load(Ordering::Acquire)
     }
 
-    /// Ends this process's streams, as soon as there is a signal.
-    fn ends(&self, process: &Process) -> Result<(), io::Error> {
-        let _ = self.streams.set([process.input.try_clone()?, process.output.try_clone()?]);
+    /// Ends a process's stream, as soon as there is a signal.
+    fn ends(&self, stream: &UnixStream) -> Result<(), io::Error> {
+        let _ = self.stream.set(stream.try_clone()?);
         Ok(())
-    }
-}
-
-fn hang_up(streams: &[UnixStream]) {
-    for stream in streams {
-        let _ = stream.shutdown(Shutdown::Both);
     }
 }
 

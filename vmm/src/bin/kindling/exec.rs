@@ -1,9 +1,10 @@
 //! `kindling exec`: one more process in a guest that runs.
 
 use crate::instances::{Found, InstanceError, Record};
-use crate::run::client::{self, Streams};
+use crate::run::client::{self, Service, Streams};
+use crate::run::set;
+use crate::run::signals::Signals;
 use crate::run::source::{self, SourceError};
-use crate::run::{set, signals};
 use crate::terminal::RawTerminal;
 use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, bytes, complain};
 use clap::Args;
@@ -46,7 +47,7 @@ enum ExecError {
     Agent(#[from] AgentError),
     #[error(transparent)]
     Command(#[from] guest_protocol::frame::FrameError),
-    #[error("the host refused to duplicate a standard stream")]
+    #[error("the host refused a descriptor")]
     Host(#[from] std::io::Error),
 }
 
@@ -66,11 +67,15 @@ pub(crate) fn run(arguments: &Arguments) -> u8 {
 fn execute(arguments: &Arguments) -> Result<u8, ExecError> {
     let guest = Found::alive(&arguments.name)?;
     let frame = arguments.guest(&guest.record)?.to_frame(0, false, None)?;
-    // A second request to end is one too many: then this command ends, and the agent hangs up on the process.
-    let signals = signals::receive(false, leave);
-    let process = Process::start(&guest.socket(), token(), &frame, arguments.tty)?;
+    let process = Process::start(&guest.socket(), token(), &frame)?;
+    // Until here a signal ends this command, and the agent hangs up on the process.
+    let mut signals = Signals::keep(false)?;
+    if arguments.tty {
+        // It may have changed since it was asked for.
+        client::send_size(&process);
+    }
     let terminal = arguments.tty.then(RawTerminal::enter).flatten();
-    let code = client::serve(process, Streams::own()?, &signals);
+    let code = Service { signals: &mut signals, give_up: &mut leave }.serve(process, Streams::own()?);
     drop(terminal);
     Ok(code?)
 }

@@ -1,14 +1,14 @@
 //! The streams of a process in a guest, connected to those of this process.
 
-use super::signals;
+use super::signals::Signals;
 use crate::instances::log::{Log, Stream};
 use guest_protocol::agent::TerminalSize;
-use kindling::agent::{AgentError, Control, Process};
-use rustix::event::{PollFd, PollFlags, poll};
+use kindling::agent::{AgentError, Control, News, Place, Process, Role};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
@@ -63,58 +63,174 @@ impl Streams {
     }
 }
 
-/// What is looked at until there is something to do.
-enum Watched {
-    /// The end of the process.
-    Process,
-    Input(File, UnixStream),
-    Output(UnixStream, Sink),
+/// What a process in a guest is served with.
+pub(crate) struct Service<'a> {
+    pub(crate) signals: &'a mut Signals,
+    /// Is called with a signal for which nobody waits any longer.
+    pub(crate) give_up: &'a mut dyn FnMut(u8),
 }
 
-/// Carries everything to and fro until the process has ended and all that it wrote is delivered; its exit status.
-///
-/// A stream gets a thread when it has something to carry. To start one takes as long as a dozen system calls, and most
-/// streams of a short command only turn out to have ended.
-pub(crate) fn serve(
-    mut process: Process,
-    streams: Streams,
-    signals: &signals::Receiver,
-) -> Result<u8, AgentError> {
-    let lost = |_| AgentError::Lost;
-    let control = Arc::new(process.control().map_err(lost)?);
-    signals.pass_on_to(Arc::clone(&control));
-    let input = process.input.try_clone().map_err(lost)?;
-    let output = process.output.try_clone().map_err(lost)?;
-    let mut watched = vec![Watched::Output(output, streams.output)];
-    watched.extend(process.error.take().map(|error| Watched::Output(error, streams.error)));
-    match streams.input {
-        Some(from) => watched.push(Watched::Input(from, input)),
-        None => drop(input.shutdown(Shutdown::Write)),
-    }
-    let (mut code, mut writers) = (process.status().ok_or(AgentError::Lost), Vec::new());
-    if code.is_err() {
-        watched.push(Watched::Process);
-    }
-    // Nobody waits for input: it may come from a terminal at which nobody types any more.
-    while watched.iter().any(|one| !matches!(one, Watched::Input(..))) {
-        for one in take_ready(&mut watched, &process).map_err(lost)? {
-            match one {
-                Watched::Process => code = process.wait(),
-                Watched::Input(from, to) => drop(thread::spawn(move || carry_input(from, &to))),
-                Watched::Output(mut from, to) => {
-                    let mut buffer = vec![0; CHUNK];
-                    if let Ok(count @ 1..) = from.read(&mut buffer) {
-                        writers.push(thread::spawn(move || carry(&from, &to, buffer, count)));
+impl Service<'_> {
+    /// Carries everything to and fro until the process has ended and all that it wrote is delivered; its exit status.
+    ///
+    /// A stream gets a connection and a thread when it has something to carry: both take longer than a short command.
+    pub(crate) fn serve(&mut self, mut process: Process, streams: Streams) -> Result<u8, AgentError> {
+        let lost = |_| AgentError::Lost;
+        let mut input = streams.input;
+        if input.is_none() {
+            process.end_input();
+        }
+        let (mut output, mut error) = (Some(streams.output), Some(streams.error));
+        let (mut code, mut writers) = (None, Writers::default());
+        while code.is_none() || writers.is_any_left() {
+            match self.wait(&process, code.is_none(), input.as_ref(), &writers).map_err(lost)? {
+                // Nobody waits for input: it may come from a terminal at which nobody types any more.
+                Ready::Input => {
+                    let (from, control) = (input.take(), process.control().map_err(lost)?);
+                    let place = process.place().clone();
+                    drop(thread::spawn(move || from.map(|from| carry_input(from, &place, &control))));
+                }
+                Ready::Writer => writers.take_note(),
+                Ready::News => {}
+            }
+            while code.is_none() {
+                match process.news() {
+                    Ok(None) => break,
+                    Ok(Some(News::Exited { status, .. })) => code = Some(Ok(status)),
+                    Ok(Some(News::HasOutput(role))) => {
+                        let sink = if role == Role::Error { error.take() } else { output.take() };
+                        let place = process.place().clone();
+                        if let Some(sink) = sink {
+                            writers.start(move || carry_output(&place, role, &sink)).map_err(lost)?;
+                        }
                     }
+                    // Nobody asked, or has been told.
+                    Ok(Some(News::Started)) => {}
+                    Err(error) => code = Some(Err(error)),
                 }
             }
         }
+        code.unwrap_or(Err(AgentError::Lost))
     }
-    for writer in writers {
-        let _ = writer.join();
+
+    /// Waits until a process's program is executed, or cannot be: whether it was.
+    pub(crate) fn wait_for_start(&mut self, process: &mut Process) -> Result<bool, AgentError> {
+        process.ask_for_start();
+        let mut earlier = Vec::new();
+        let was_executed = loop {
+            match process.news()? {
+                None => {
+                    let _ = self.wait(process, true, None, &Writers::default()).map_err(|_| AgentError::Lost)?;
+                }
+                Some(News::Started) => break true,
+                Some(news) => {
+                    earlier.push(news);
+                    if let News::Exited { was_executed, .. } = news {
+                        break was_executed;
+                    }
+                }
+            }
+        };
+        process.put_back(earlier);
+        Ok(was_executed)
     }
-    control.close();
-    code
+
+    /// Waits for something to do, and passes on signals meanwhile.
+    fn wait(
+        &mut self,
+        process: &Process,
+        has_news: bool,
+        input: Option<&File>,
+        writers: &Writers,
+    ) -> io::Result<Ready> {
+        loop {
+            let watched = [
+                has_news.then(|| (process.as_fd(), Ready::News)),
+                input.map(|input| (input.as_fd(), Ready::Input)),
+                writers.done.as_ref().map(|done| (done.as_fd(), Ready::Writer)),
+            ];
+            let watched = watched.into_iter().flatten();
+            if let Some(ready) = wait_for_any(watched, self.signals)? {
+                return Ok(ready);
+            }
+            if let Some(signal) = self.signals.pass_on(Some(process)) {
+                (self.give_up)(signal);
+            }
+        }
+    }
+}
+
+/// What there is to do.
+#[derive(Clone, Copy)]
+enum Ready {
+    News,
+    Input,
+    Writer,
+}
+
+/// Waits until one of these can be read, or nothing can but a signal.
+fn wait_for_any<'a, T: Copy>(
+    watched: impl Iterator<Item = (BorrowedFd<'a>, T)>,
+    signals: &'a Signals,
+) -> io::Result<Option<T>> {
+    let (mut fds, names): (Vec<_>, Vec<_>) = watched
+        .map(|(fd, name)| (fd, Some(name)))
+        .chain([(signals.as_fd(), None)])
+        .map(|(fd, name)| (PollFd::from_borrowed_fd(fd, PollFlags::IN), name))
+        .unzip();
+    rustix::io::retry_on_intr(|| poll(&mut fds, None))?;
+    // Signals first: who asks for the end does not want to wait for all the rest.
+    let is_signal = fds.last().is_some_and(|fd| !fd.revents().is_empty());
+    let first = fds.iter().position(|fd| !fd.revents().is_empty()).filter(|_| !is_signal);
+    Ok(first.and_then(|at| names[at]))
+}
+
+/// Threads that deliver output.
+#[derive(Default)]
+struct Writers {
+    running: u64,
+    /// Counts those that have ended.
+    done: Option<Arc<OwnedFd>>,
+}
+
+impl Writers {
+    fn start(&mut self, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
+        let done = match &self.done {
+            Some(done) => Arc::clone(done),
+            None => Arc::clone(self.done.insert(Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?))),
+        };
+        self.running += 1;
+        thread::spawn(move || {
+            work();
+            let _ = rustix::io::write(&*done, &1_u64.to_ne_bytes());
+        });
+        Ok(())
+    }
+
+    const fn is_any_left(&self) -> bool {
+        self.running > 0
+    }
+
+    /// Some have ended.
+    fn take_note(&mut self) {
+        let mut count = [0; 8];
+        if let Some(done) = &self.done
+            && rustix::io::read(&**done, &mut count).is_ok()
+        {
+            self.running = self.running.saturating_sub(u64::from_ne_bytes(count));
+        }
+    }
+}
+
+/// Waits until somebody says that a guest is ready for a process to be served, and passes on signals meanwhile.
+pub(super) fn wait_for_ready(said: &UnixStream, service: &mut Service<'_>) -> bool {
+    loop {
+        match wait_for_any([(said.as_fd(), ())].into_iter(), service.signals) {
+            Ok(Some(())) => return matches!((&mut &*said).read(&mut [0]), Ok(1)),
+            Ok(None) => service.signals.pass_on(None).map(&mut *service.give_up).unwrap_or_default(),
+            Err(_) => return false,
+        }
+    }
 }
 
 /// What became of the process in the guest.
@@ -138,24 +254,15 @@ pub(super) fn outcome(told: &Receiver<Outcome>) -> Result<u8, AgentError> {
     }
 }
 
-/// Waits until something can be read from one of them or more, and takes these.
-fn take_ready(watched: &mut Vec<Watched>, process: &Process) -> io::Result<Vec<Watched>> {
-    let fds = watched.iter().map(|one| match one {
-        Watched::Process => process.as_fd(),
-        Watched::Input(from, _) => from.as_fd(),
-        Watched::Output(from, _) => from.as_fd(),
-    });
-    let mut fds: Vec<_> = fds.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
-    rustix::io::retry_on_intr(|| poll(&mut fds, None))?;
-    let mut ready = fds.into_iter().map(|fd| !fd.revents().is_empty()).collect::<Vec<_>>().into_iter();
-    Ok(watched.extract_if(.., |_| ready.next().unwrap_or(false)).collect())
-}
-
-fn carry_input(mut from: File, mut to: &UnixStream) {
+/// Carries input to a process, which is connected to when there is some.
+fn carry_input(mut from: File, place: &Place, control: &Control) {
     let mut buffer = vec![0; CHUNK];
-    while let Ok(count @ 1..) = read(&mut from, &mut buffer) {
-        if to.write_all(&buffer[..count]).is_err() {
-            break;
+    let Ok(mut count @ 1..) = read(&mut from, &mut buffer) else { return control.end_input() };
+    let Ok(mut to) = place.connect(Role::Input) else { return };
+    while to.write_all(&buffer[..count]).is_ok() {
+        match read(&mut from, &mut buffer) {
+            Ok(next @ 1..) => count = next,
+            _ => break,
         }
     }
     let _ = to.shutdown(Shutdown::Write);
@@ -166,10 +273,11 @@ fn carry_input(mut from: File, mut to: &UnixStream) {
 #[error("cannot write what the program says")]
 struct Undelivered(#[source] io::Error);
 
-/// Carries output, of which some bytes have been read, until it ends. Where nobody takes it, whoever writes it learns
-/// so, as at a pipe.
-fn carry(mut from: &UnixStream, to: &Sink, mut buffer: Vec<u8>, mut count: usize) {
-    while count > 0 {
+/// Carries output until it ends. Where nobody takes it, whoever writes it learns so, as at a pipe.
+fn carry_output(place: &Place, role: Role, to: &Sink) {
+    let Ok(mut from) = place.connect(role) else { return };
+    let mut buffer = vec![0; CHUNK];
+    while let Ok(count @ 1..) = from.read(&mut buffer) {
         let result = match to {
             Sink::File(file) => write_all(file, &buffer[..count]),
             Sink::Log(log, stream) => {
@@ -184,7 +292,6 @@ fn carry(mut from: &UnixStream, to: &Sink, mut buffer: Vec<u8>, mut count: usize
             let _ = from.shutdown(Shutdown::Both);
             return;
         }
-        count = from.read(&mut buffer).unwrap_or(0);
     }
 }
 
@@ -226,9 +333,9 @@ fn wait(fd: BorrowedFd<'_>, flags: PollFlags) -> io::Result<()> {
 }
 
 /// Sends a size of this process's terminal.
-pub(crate) fn send_size(control: &Control) {
+pub(crate) fn send_size(process: &Process) {
     if let Some(size) = terminal_size() {
-        control.resize(size);
+        process.resize(size);
     }
 }
 

@@ -14,7 +14,7 @@ use crate::terminal::RawTerminal;
 use crate::volumes::VolumeError;
 use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, boot, complain, report, tell};
 pub(crate) use arguments::{Arguments, PULL, TIMEOUT_SECONDS};
-use client::{Outcome, Streams};
+use client::{Outcome, Service, Streams};
 use detached::Starter;
 use guest_protocol::BootMark;
 use kindling::agent::{AgentError, Process};
@@ -22,8 +22,12 @@ use kindling::config::{Config, ConfigError};
 use kindling::{Error, Exit, ExitReason, Instant, Machine, StopHandle, Timeline, preboot};
 pub(crate) use machine::set;
 use mounts::{MountError, Wanted};
+use signals::Signals;
 use source::{Prepared, SourceError};
+use std::io::Write;
+use std::net::Shutdown;
 use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, OnceLock, mpsc};
 use std::thread;
@@ -113,12 +117,6 @@ fn execute(arguments: &Arguments, mut timeline: Timeline) -> Result<u8, RunError
     }
 }
 
-/// What the threads of a guest tell each other.
-enum Event {
-    AgentReady,
-    GuestEnded,
-}
-
 fn start(
     arguments: &Arguments,
     instance: &Instance,
@@ -139,7 +137,8 @@ fn start(
             let _ = tell.send(Outcome::GivenUp);
         }
     };
-    let signals = signals::receive(arguments.detach, give_up.clone());
+    let mut signals = Signals::keep(arguments.detach)
+        .map_err(|error| RunError::Host("make a descriptor for signals", error))?;
     let config = arguments.config(instance, prepared, &wanted)?;
     let streams = match &starter {
         Some(_) => Log::create(instance.folder()).map(Streams::of_log),
@@ -156,9 +155,10 @@ fn start(
     if let Some(refusal) = machine.preboot_refusal() {
         complain(refusal);
     }
-    let (sender, events) = mpsc::channel();
-    let ready = sender.clone();
-    machine.at_mark(BootMark::AgentReady, move || drop(ready.send(Event::AgentReady)));
+    let (ready, said_ready) =
+        UnixStream::pair().map_err(|error| RunError::Host("make a pair of sockets", error))?;
+    let to_say = ready.try_clone().map_err(|error| RunError::Host("duplicate a socket", error))?;
+    machine.at_mark(BootMark::AgentReady, move || drop((&to_say).write(&[1])));
     let running = machine.start()?;
     let handle = running.stop_handle()?;
     // A signal that came before had nothing to stop yet.
@@ -167,32 +167,40 @@ fn start(
         handle.stop();
     }
     if let Some(seconds) = arguments.timeout {
+        let give_up = give_up.clone();
         thread::spawn(move || {
             thread::sleep(Duration::from_secs(seconds));
             give_up(BY_TIMEOUT);
         });
     }
     let terminal = (arguments.tty && !arguments.detach).then(RawTerminal::enter).flatten();
-    let (name, socket, has_terminal) = (instance.name().to_owned(), instance.socket(), arguments.tty);
-    let converse = move || match events.recv() {
-        Ok(Event::AgentReady) => {
-            let mut process = Process::payload(&socket, has_terminal)?;
-            let streams = match starter {
-                None => streams,
-                Some(starter) if process.wait_for_start()? => {
-                    starter.let_go(&name);
-                    streams
-                }
-                // There will be nobody who reads a log; what init has to say is for whoever waits.
-                Some(_) => Streams::complaints().map_err(|_| AgentError::Lost)?,
-            };
-            client::serve(process, streams, &signals)
+    let (name, socket, tty, mut give_up) =
+        (instance.name().to_owned(), instance.socket(), arguments.tty, give_up);
+    let converse = move || {
+        let mut service = Service { signals: &mut signals, give_up: &mut give_up };
+        if !client::wait_for_ready(&said_ready, &mut service) {
+            return Err(AgentError::Lost);
         }
-        Ok(Event::GuestEnded) | Err(_) => Err(AgentError::Lost),
+        let mut process = Process::payload(&socket)?;
+        if tty && starter.is_none() {
+            // It may have changed since it was asked for.
+            client::send_size(&process);
+        }
+        let streams = match starter {
+            None => streams,
+            Some(starter) if service.wait_for_start(&mut process)? => {
+                starter.let_go(&name);
+                streams
+            }
+            // There will be nobody who reads a log; what init has to say is for whoever waits.
+            Some(_) => Streams::complaints().map_err(|_| AgentError::Lost)?,
+        };
+        service.serve(process, streams)
     };
     thread::spawn(move || tell.send(Outcome::Process(converse())));
     let (exit, remains) = running.wait_for_end();
-    let _ = sender.send(Event::GuestEnded);
+    // One that has never been ready is not waited for any longer.
+    let _ = ready.shutdown(Shutdown::Both);
     let code = client::outcome(&told);
     drop(terminal);
     remains.leave_to_kernel();

@@ -1,13 +1,14 @@
-//! Signals that this process gets are the guest's process's: a thread waits for them and passes them on.
+//! Signals that this process gets are the guest's process's: it keeps them, and passes them on.
 #![expect(unsafe_code, reason = "signal sets have no safe interface")]
 
 use super::client::send_size;
 use crate::instances::signal::is_real_time;
 use crate::signals::is_ignored;
-use kindling::agent::Control;
+use kindling::agent::Process;
+use rustix::event::{PollFd, PollFlags, poll};
+use std::io;
 use std::mem::MaybeUninit;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 
 const PASSED_ON: [libc::c_int; 8] = [
     libc::SIGTERM,
@@ -30,56 +31,80 @@ const KILLED: u8 = 9;
 /// Times that somebody asks a process to end before it is not asked any more.
 const PATIENCE: u32 = 3;
 
-type Place = Arc<Mutex<Option<Arc<Control>>>>;
-
-/// Who gets the signals, once there is somebody.
+/// Signals that wait to be passed on. They are blocked in this thread and in those that it starts from then on.
 #[derive(Debug)]
-pub(crate) struct Receiver {
-    place: Place,
+pub(crate) struct Signals {
+    descriptor: OwnedFd,
+    is_detached: bool,
+    /// Times that somebody has asked for the end.
+    asked: u32,
 }
 
-impl Receiver {
-    /// Signals go to this process in a guest from now on.
-    pub(crate) fn pass_on_to(&self, control: Arc<Control>) {
-        // The size may have changed since it was asked for.
-        send_size(&control);
-        *self.place.lock().unwrap_or_else(PoisonError::into_inner) = Some(control);
+impl Signals {
+    /// Keeps signals from here on. Before any other thread is started. A detached process has nobody who becomes
+    /// impatient, and no terminal whose size could change.
+    ///
+    /// # Errors
+    /// When the host has no descriptor left.
+    pub(crate) fn keep(is_detached: bool) -> io::Result<Self> {
+        let set = block(if is_detached { &PASSED_ON_DETACHED } else { &[] });
+        // SAFETY: the set is initialised; the descriptor is new and nobody else's.
+        let descriptor = unsafe {
+            match libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) {
+                -1 => return Err(io::Error::last_os_error()),
+                descriptor => OwnedFd::from_raw_fd(descriptor),
+            }
+        };
+        Ok(Self { descriptor, is_detached, asked: 0 })
     }
-}
 
-/// Starts to take signals. Before any other thread is started, because those inherit what is blocked. `give_up` is
-/// called with a signal that asks for the end where no process gets it, or where one was asked [`PATIENCE`] times. A
-/// detached process has nobody who becomes impatient, and no terminal whose size could change.
-pub(crate) fn receive(is_detached: bool, give_up: impl Fn(u8) + Send + 'static) -> Receiver {
-    let place = Place::default();
-    let signals = block(if is_detached { &PASSED_ON_DETACHED } else { &[] });
-    let patience = if is_detached { u32::MAX } else { PATIENCE };
-    let waiting = Arc::clone(&place);
-    thread::spawn(move || {
-        let mut asked = 0;
-        loop {
-            let mut number = 0;
-            // SAFETY: the set is initialised, and the number may be written.
-            if unsafe { libc::sigwait(&raw const signals, &raw mut number) } != 0 {
-                return;
+    /// Passes on what has come by now. A signal that asks for the end where no process gets it, or where one was asked
+    /// [`PATIENCE`] times, is for the caller.
+    pub(crate) fn pass_on(&mut self, process: Option<&Process>) -> Option<u8> {
+        let patience = if self.is_detached { u32::MAX } else { PATIENCE };
+        while let Some(number) = self.next() {
+            if libc::c_int::from(number) == POWER {
+                return Some(KILLED);
             }
-            if number == POWER {
-                give_up(KILLED);
-                continue;
-            }
-            let asks_to_end = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT].contains(&number);
-            asked = u32::from(asks_to_end).saturating_add(asked);
-            let control = waiting.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            let number = u8::try_from(number).unwrap_or(0);
-            match control {
-                Some(control) if i32::from(number) == libc::SIGWINCH && !is_detached => send_size(&control),
-                Some(control) if asked < patience => control.signal(number),
-                _ if asks_to_end => give_up(number),
+            let asks_to_end =
+                [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT].contains(&number.into());
+            self.asked = u32::from(asks_to_end).saturating_add(self.asked);
+            match process {
+                Some(process) if libc::c_int::from(number) == libc::SIGWINCH && !self.is_detached => {
+                    send_size(process);
+                }
+                Some(process) if self.asked < patience => process.signal(number),
+                _ if asks_to_end => return Some(number),
                 _ => {}
             }
         }
-    });
-    Receiver { place }
+        None
+    }
+
+    /// Waits for one that asks for the end.
+    pub(crate) fn wait_for_end(&mut self) -> u8 {
+        loop {
+            if let Some(signal) = self.pass_on(None) {
+                return signal;
+            }
+            let _ = poll(&mut [PollFd::new(&self.descriptor, PollFlags::IN)], None);
+        }
+    }
+
+    /// One that has come.
+    fn next(&self) -> Option<u8> {
+        let mut bytes = [0; size_of::<libc::signalfd_siginfo>()];
+        rustix::io::read(&self.descriptor, &mut bytes).ok().filter(|&count| count == bytes.len())?;
+        // It begins with the signal's number.
+        Some(bytes[0])
+    }
+}
+
+/// Has something to read when a signal has come.
+impl AsFd for Signals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.descriptor.as_fd()
+    }
 }
 
 /// Blocks what is passed on. What somebody wanted ignored, nohup for instance, stays ignored.
