@@ -338,6 +338,55 @@ fn signal(child: &std::process::Child, number: i32) {
     unsafe { libc::kill(pid, number) };
 }
 
+/// The first run of a size boots a kernel for later ones, which takes a while.
+#[test]
+fn who_does_not_want_to_wait_for_a_kernel_leaves_nothing() {
+    let user = User::new();
+    let cache = user.folder().join("cache");
+    let mut command = user.run(&["--name", "one"]);
+    let started = start(command.arg("true").env("XDG_CACHE_HOME", &cache));
+    // Its folder is the last that is made before.
+    let kernels = cache.join("kindling/kernels");
+    let is_begun = || {
+        let inner = std::fs::read_dir(&kernels).ok().and_then(|mut kernels| kernels.next()?.ok());
+        inner.is_some_and(|kernel| kernel.path().join("preboot").is_dir())
+    };
+    let begin = std::time::Instant::now();
+    while !is_begun() {
+        assert!(begin.elapsed() < PATIENCE, "no kernel is booted");
+        std::thread::yield_now();
+    }
+    started.signal(libc::SIGINT);
+    started.finish_within(PATIENCE).expect_status(128 + libc::SIGINT);
+    assert!(user.is_tidy());
+    let preboot = std::fs::read_dir(&kernels).unwrap().next().unwrap().unwrap().path().join("preboot");
+    assert_eq!(std::fs::read_dir(preboot).unwrap().count(), 0);
+}
+
+/// A folder above the program may be one where anybody makes folders.
+#[test]
+fn a_kernel_of_somebody_else_is_not_run() {
+    let user = User::new();
+    let (program, folder) = (user.folder().join("bin/kindling"), user.folder().join("images/default"));
+    std::fs::create_dir_all(program.parent().unwrap()).unwrap();
+    std::fs::copy(testbed("kindling"), &program).unwrap();
+    std::fs::create_dir_all(&folder).unwrap();
+    for file in std::fs::read_dir(testbed("images/default")).unwrap() {
+        let file = file.unwrap();
+        std::os::unix::fs::symlink(file.path(), folder.join(file.file_name())).unwrap();
+    }
+    let run_copy = |status| {
+        let mut command = std::process::Command::new(&program);
+        command.arg("run").arg(testbed("busybox.erofs")).arg("true").stdin(Stdio::null());
+        command.env("XDG_RUNTIME_DIR", user.folder()).env("XDG_CACHE_HOME", std::env::temp_dir());
+        run(&mut command).expect_status(status).stderr.clone()
+    };
+    run_copy(0);
+    std::os::unix::fs::chown(&folder, Some(12345), None).unwrap();
+    let words = run_copy(2);
+    assert!(words.contains("there is no kernel to run it on"), "{words}");
+}
+
 #[test]
 fn a_dead_guests_folder_says_so() {
     let user = User::new();

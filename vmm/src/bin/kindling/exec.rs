@@ -2,7 +2,7 @@
 
 use crate::instances::{Found, InstanceError, Record};
 use crate::run::client::{self, Service, Streams};
-use crate::run::set;
+use crate::run::environment::{self, EnvironmentError};
 use crate::run::signals::Signals;
 use crate::run::source::{self, SourceError};
 use crate::terminal::RawTerminal;
@@ -10,7 +10,8 @@ use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, bytes, complain};
 use clap::Args;
 use kindling::agent::{AgentError, Process};
 use kindling::config::GuestConfig;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
+use std::path::PathBuf;
 
 #[derive(Args, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Arguments {
@@ -20,6 +21,9 @@ pub(crate) struct Arguments {
     /// repeated
     #[arg(long, short = 'e', value_name = "NAME[=VALUE]")]
     pub(crate) env: Vec<OsString>,
+    /// File with such entries, one a line; those of -e come after them; may be repeated
+    #[arg(long, value_name = "FILE")]
+    pub(crate) env_file: Vec<PathBuf>,
     /// Working directory of the command [default: the guest's]
     #[arg(long, short = 'w', value_name = "DIR")]
     pub(crate) workdir: Option<OsString>,
@@ -43,6 +47,8 @@ enum ExecError {
     Instance(#[from] InstanceError),
     #[error(transparent)]
     User(#[from] SourceError),
+    #[error(transparent)]
+    Environment(#[from] EnvironmentError),
     #[error(transparent)]
     Agent(#[from] AgentError),
     #[error(transparent)]
@@ -96,7 +102,7 @@ pub(crate) fn token() -> u64 {
 
 impl Arguments {
     /// The command as the guest's own would be, but for what is asked for.
-    fn guest(&self, guest: &Record) -> Result<GuestConfig, SourceError> {
+    fn guest(&self, guest: &Record) -> Result<GuestConfig, ExecError> {
         let of_guest = &guest.payload;
         let mut environment: Vec<_> = of_guest.environment.iter().map(|entry| entry.clone().into()).collect();
         let other_user = self
@@ -105,11 +111,9 @@ impl Arguments {
             .map(|user| source::user(&guest.directory, guest.image.as_ref(), user))
             .transpose()?;
         if let Some(home) = other_user.as_ref().and_then(|user| user.home.as_ref()) {
-            set(&mut environment, &format!("HOME={home}").into());
+            environment::set(&mut environment, OsStr::new(&format!("HOME={home}")));
         }
-        for entry in &self.env {
-            set(&mut environment, entry);
-        }
+        environment::set_all(&mut environment, &self.env_file, &self.env)?;
         let workdir = self.workdir.as_ref().map(bytes);
         let user = other_user.as_ref().unwrap_or(&of_guest.user);
         Ok(GuestConfig {

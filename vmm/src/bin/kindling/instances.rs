@@ -21,6 +21,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::{self, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -128,6 +129,8 @@ pub(crate) struct Instance {
     name: String,
     folder: PathBuf,
     _lock: File,
+    /// Keeps systemd-tmpfiles from clearing the folder away, where that is in /tmp and old (tmpfiles.d(5)).
+    _keep: Option<OwnedFd>,
 }
 
 const LOCK: &str = "lock";
@@ -173,7 +176,7 @@ impl Instance {
             let _ = std::fs::remove_dir_all(&draft);
         }
         match result {
-            Ok(()) => Ok(Self { name: name.to_owned(), folder, _lock: lock.into() }),
+            Ok(()) => Ok(Self { name: name.to_owned(), folder, _lock: lock.into(), _keep: keep(parent) }),
             Err(Errno::EXIST | Errno::NOTEMPTY) => {
                 let is_alive = is_locked(&folder);
                 Err(InstanceError::Taken { name: name.to_owned(), is_alive })
@@ -214,6 +217,11 @@ impl Instance {
 
     /// Forgets the guest.
     pub(crate) fn remove(self) {
+        self.forget();
+    }
+
+    /// The same, where this process ends at once.
+    pub(crate) fn forget(&self) {
         // Who looks at it meanwhile finds it whole or not at all.
         let aside = self.folder.with_file_name(aside());
         let _ = std::fs::remove_dir_all(&aside);
@@ -278,7 +286,7 @@ impl Found {
             // Somebody was faster and removed it, and maybe another has the name now.
             return Err(InstanceError::Unknown(self.name.clone()));
         }
-        Ok(Instance { name: self.name.clone(), folder: self.folder.clone(), _lock: lock })
+        Ok(Instance { name: self.name.clone(), folder: self.folder.clone(), _lock: lock, _keep: None })
     }
 
     /// The same, unless it has ended.
@@ -308,6 +316,12 @@ pub(crate) fn each(names: &[String], mut action: impl FnMut(&str) -> Result<(), 
 fn read_record(folder: &Path) -> Record {
     let text = std::fs::read(folder.join(RECORD)).unwrap_or_default();
     serde_json::from_slice(&text).unwrap_or_default()
+}
+
+/// A lock on a directory, which any number may have.
+fn keep(directory: &Path) -> Option<OwnedFd> {
+    let directory = open(directory, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).ok()?;
+    flock(&directory, FlockOperation::NonBlockingLockShared).ok().map(|()| directory)
 }
 
 /// Name of a folder that is made or removed. No guest can have it.

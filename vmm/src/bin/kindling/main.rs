@@ -25,7 +25,7 @@ mod volumes;
 use clap::{Parser, Subcommand};
 use kindling::Instant;
 use std::error::Error;
-use std::ffi::OsString;
+use std::ffi::OsStr;
 use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
 
@@ -104,8 +104,8 @@ fn run() -> u8 {
 }
 
 /// A word of the command line in the form that guests have it in.
-fn bytes(text: &OsString) -> Vec<u8> {
-    text.as_bytes().to_vec()
+fn bytes(text: impl AsRef<OsStr>) -> Vec<u8> {
+    text.as_ref().as_bytes().to_vec()
 }
 
 /// Prints an error with its causes on one line.

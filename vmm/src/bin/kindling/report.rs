@@ -171,25 +171,32 @@ pub(crate) fn failure(exit: &Exit) -> String {
 }
 
 /// JSON of what others chose some words of: as in [`printable`], none of them is a command to the terminal. What JSON
-/// lets stand of control characters are DEL and those of ISO 6429 beyond ASCII.
+/// lets stand of these are DEL and those beyond ASCII.
 pub(crate) fn printable_json(value: &impl Serialize) -> String {
     // Structures of strings and numbers always serialize.
     let text = serde_json::to_string_pretty(value).unwrap_or_default() + "\n";
     let mut escaped = String::with_capacity(text.len());
     for c in text.chars() {
-        match c {
-            '\u{7f}'..='\u{9f}' => {
-                let _ = write!(escaped, "\\u{:04x}", u32::from(c));
-            }
-            c => escaped.push(c),
+        // What JSON has escaped is ASCII by now, and its own line ends stay.
+        if !c.is_ascii() && is_command(c) || c == '\u{7f}' {
+            let _ = write!(escaped, "\\u{:04x}", u32::from(c));
+        } else {
+            escaped.push(c);
         }
     }
     escaped
 }
 
-/// A guest's text must not move the reader's cursor or change the terminal's state.
+/// A guest's text must not move the reader's cursor, change the terminal's state or the order of what stands beside it.
 pub(crate) fn printable(line: &str) -> String {
-    line.chars().map(|c| if c.is_control() && c != '\t' { '.' } else { c }).collect()
+    line.chars().map(|c| if is_command(c) && c != '\t' { '.' } else { c }).collect()
+}
+
+/// Whether a character is none to be seen but one that terminals obey: a control character, or one of those that set the
+/// direction of writing (Unicode Standard Annex 9, table "Explicit directional formatting characters").
+fn is_command(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 fn last_stage(exit: &Exit) -> &'static str {
@@ -229,9 +236,16 @@ mod tests {
 
     #[test]
     fn json_has_no_commands_for_terminals() {
-        let words = ["a\u{1b}[2J", "\u{9b}2J\u{7f}", "ü"];
+        let words = ["a\u{1b}[2J", "\u{9b}2J\u{7f}", "ü", "a\u{202e}b"];
         let text = printable_json(&words);
-        assert_eq!(text.chars().find(|c| c.is_control() && *c != '\n'), None);
-        assert_eq!(serde_json::from_str::<[String; 3]>(&text).unwrap(), words);
+        assert_eq!(text.chars().find(|&c| is_command(c) && c != '\n'), None);
+        assert_eq!(serde_json::from_str::<[String; 4]>(&text).unwrap(), words);
+    }
+
+    #[test]
+    fn lines_have_none_either() {
+        assert_eq!(printable("a\u{1b}[2J\tü\u{9b}"), "a.[2J\tü.");
+        // What would show "exe.txt" as "txt.exe".
+        assert_eq!(printable("\u{202e}exe\u{2066}\u{200f}"), ".exe..");
     }
 }

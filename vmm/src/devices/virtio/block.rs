@@ -9,9 +9,9 @@ use crate::config::devices::{CacheType, Drive};
 use crate::timeline::Instant;
 use rustix::fs::{FlockOperation, Mode, OFlags, fcntl_getfl, fcntl_setfl, flock};
 use rustix::io::Errno;
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
 const KIND: u32 = 2;
@@ -477,13 +477,17 @@ pub(super) fn open_file(path: &Path, is_read_only: bool, is_direct: bool) -> Res
     } else {
         FlockOperation::NonBlockingLockExclusive
     };
-    match flock(&file, lock) {
-        Err(Errno::WOULDBLOCK) => {
-            Err("it is in use: another device or another guest has it, and one of them writes".into())
-        }
-        // Some filesystems have no locks.
-        _ => Ok(file),
+    // Some filesystems have no locks.
+    if flock(&file, lock) == Err(Errno::WOULDBLOCK) {
+        return Err("it is in use: another device or another guest has it, and one of them writes".into());
     }
+    if is_at(&file, path) { Ok(file) } else { Err("it was removed or replaced just now".into()) }
+}
+
+/// Whether a path leads to this file. Before it was locked, somebody could remove it, who then believed it unused.
+fn is_at(file: &File, path: &Path) -> bool {
+    let identity = |metadata: io::Result<Metadata>| metadata.map(|file| (file.dev(), file.ino())).ok();
+    identity(file.metadata()) == identity(path.metadata())
 }
 
 /// Bytes of a file or block device.
@@ -540,6 +544,17 @@ mod tests {
             self.file.read_exact_at(&mut bytes, offset).unwrap();
             bytes
         }
+    }
+
+    #[test]
+    fn a_file_that_was_removed_while_it_was_opened_is_no_disk() {
+        let disk = Disk::new(&[0; 512]);
+        let path = disk.folder.path().join("disk");
+        assert!(is_at(&disk.file, &path));
+        std::fs::remove_file(&path).unwrap();
+        assert!(!is_at(&disk.file, &path));
+        std::fs::write(&path, [0; 512]).unwrap();
+        assert!(!is_at(&disk.file, &path), "another of its name");
     }
 
     fn header(kind: u32, sector: u64) -> Piece {

@@ -14,6 +14,7 @@ pub(super) fn parse(mut words: impl Iterator<Item = OsString>) -> Option<Argumen
         }
         match word.to_str()? {
             "--env" | "-e" => parsed.env.push(value(words.next())?),
+            "--env-file" => parsed.env_file.push(value(words.next())?.into()),
             "--workdir" | "-w" => once(&mut parsed.workdir, value(words.next())?)?,
             "--user" | "-u" => once(&mut parsed.user, text(words.next())?)?,
             "--tty" | "-t" => switch(&mut parsed.tty)?,
@@ -58,7 +59,7 @@ mod tests {
         /// Whatever is accepted here, clap accepts and understands in the same way.
         #[test]
         fn clap_agrees(words in prop::collection::vec(prop::sample::select(vec![
-            "--env", "-e", "--workdir", "-w", "--user", "-u", "--tty", "-t", "-i", "--", "1", "a", "a", "b=c", "-", "-1",
+            "--env", "-e", "--env-file", "--workdir", "-w", "--user", "-u", "--tty", "-t", "-i", "--", "1", "a", "a", "b=c", "-", "-1",
             "", "é", "exec", "help", "--name=a", "-ti", "-ea",
         ]), 0..6)) {
             let line: Vec<OsString> = ["kindling", "exec"].into_iter().chain(words).map(OsString::from).collect();

@@ -15,6 +15,7 @@ pub(super) fn parse(mut words: impl Iterator<Item = OsString>) -> Option<Argumen
         }
         match word.to_str()? {
             "--env" | "-e" => parsed.env.push(value(words.next())?),
+            "--env-file" => parsed.env_file.push(value(words.next())?.into()),
             "--workdir" | "-w" => once(&mut parsed.workdir, value(words.next())?)?,
             "--user" | "-u" => once(&mut parsed.user, text(words.next())?)?,
             "--entrypoint" => once(&mut parsed.entrypoint, value(words.next())?)?,
@@ -91,6 +92,8 @@ mod tests {
             "kindling run -ti image",
             "kindling run --timeout 0 image",
             "kindling run --pull often image",
+            "kindling run --memory 512m image",
+            "kindling run --network user image",
             "kindling run --stay image",
             "kindling run -- image",
             "kindling run image -e",
@@ -104,7 +107,7 @@ mod tests {
         /// Whatever is accepted here, clap accepts and understands in the same way.
         #[test]
         fn clap_agrees(words in prop::collection::vec(prop::sample::select(vec![
-            "--env", "-e", "--workdir", "-w", "--user", "-u", "--entrypoint", "--tty", "-t", "-i", "-d", "--stay", "-m",
+            "--env", "-e", "--env-file", "--workdir", "-w", "--user", "-u", "--entrypoint", "--tty", "-t", "-i", "-d", "--stay", "-m",
             "--memory", "--cpus", "--timeout", "--name", "--hostname", "--rm", "--net", "-p", "--pull", "never", "--cold",
             "--started-at", "--report", "--", "1", "007", "a", "a", "b=c", "-", "-1", "", "é", "run", "help",
             "--name=a", "-ti", "-ea",

@@ -2,6 +2,7 @@
 
 use clap::Args;
 use std::ffi::OsString;
+use std::path::PathBuf;
 
 #[derive(Args, Debug, PartialEq, Eq)]
 pub(crate) struct Arguments {
@@ -11,6 +12,9 @@ pub(crate) struct Arguments {
     /// Environment entry of the command, NAME=VALUE, or NAME to take its value from here; may be repeated
     #[arg(long, short = 'e', value_name = "NAME[=VALUE]")]
     pub(crate) env: Vec<OsString>,
+    /// File with such entries, one a line; those of -e come after them; may be repeated
+    #[arg(long, value_name = "FILE")]
+    pub(crate) env_file: Vec<PathBuf>,
     /// Working directory of the command
     #[arg(long, short = 'w', value_name = "DIR")]
     pub(crate) workdir: Option<OsString>,
@@ -32,8 +36,8 @@ pub(crate) struct Arguments {
     /// This process is the one that stays with a detached guest
     #[arg(long, hide = true, requires = "detach")]
     pub(crate) stay: bool,
-    /// Memory of the guest in MiB
-    #[arg(long, short = 'm', value_name = "MIB", default_value_t = Self::default().memory)]
+    /// Memory of the guest in MiB, or with a unit: 512, 512m, 2g
+    #[arg(long, short = 'm', value_name = "MIB", default_value_t = Self::default().memory, value_parser = mebibytes)]
     pub(crate) memory: u64,
     /// Virtual processors of the guest, 1 to 16
     #[arg(long, value_name = "N", default_value_t = Self::default().cpus)]
@@ -51,7 +55,7 @@ pub(crate) struct Arguments {
     #[arg(long)]
     pub(crate) rm: bool,
     /// Network: none, user for networking without root, or a tap device
-    #[arg(long, value_name = "none|user|TAP", default_value = "none")]
+    #[arg(long, alias = "network", value_name = "none|user|TAP", default_value = "none")]
     pub(crate) net: OsString,
     /// A port of the host that leads to one of the guest; takes `--net user`; may be repeated
     #[arg(long, short = 'p', value_name = "HOST:GUEST")]
@@ -86,6 +90,7 @@ impl Default for Arguments {
         Self {
             image: OsString::new(),
             env: Vec::new(),
+            env_file: Vec::new(),
             workdir: None,
             user: None,
             entrypoint: None,
@@ -116,3 +121,31 @@ impl Default for Arguments {
 pub(crate) const PULL: [&str; 3] = ["missing", "always", "never"];
 /// Time limits: up to a year.
 pub(crate) const TIMEOUT_SECONDS: std::ops::RangeInclusive<u64> = 1..=31_536_000;
+
+/// Memory as users write it, in MiB.
+fn mebibytes(text: &str) -> Result<u64, &'static str> {
+    let digits = text.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
+    let factor = match &text[digits.len()..] {
+        "" | "m" | "M" => 1,
+        "g" | "G" => 1 << 10,
+        _ => return Err("MiB as a number, or with m or g behind it"),
+    };
+    let number =
+        digits.bytes().all(|byte| byte.is_ascii_digit()).then(|| digits.parse::<u64>().ok()).flatten();
+    number.and_then(|number| number.checked_mul(factor)).ok_or("MiB as a number, or with m or g behind it")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::mebibytes;
+
+    #[test]
+    fn memory_may_have_a_unit() {
+        for (text, mib) in [("512", 512), ("0512m", 512), ("2g", 2048), ("3G", 3072)] {
+            assert_eq!(mebibytes(text), Ok(mib), "{text}");
+        }
+        for text in ["", "m", "+5", "-5", "1.5g", "512mb", "1k", "18446744073709551615g", "5 g", "é"] {
+            assert!(mebibytes(text).is_err(), "{text}");
+        }
+    }
+}

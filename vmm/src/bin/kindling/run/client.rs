@@ -120,7 +120,8 @@ impl Service<'_> {
         let was_executed = loop {
             match process.news()? {
                 None => {
-                    let _ = self.wait(process, true, None, &Writers::default()).map_err(|_| AgentError::Lost)?;
+                    let _ =
+                        self.wait(process, true, None, &Writers::default()).map_err(|_| AgentError::Lost)?;
                 }
                 Some(News::Started) => break true,
                 Some(news) => {
@@ -218,6 +219,20 @@ impl Writers {
             && rustix::io::read(&**done, &mut count).is_ok()
         {
             self.running = self.running.saturating_sub(u64::from_ne_bytes(count));
+        }
+    }
+}
+
+/// Waits until somebody ends their side of a connection, or for a signal that asks for the end.
+pub(super) fn signal_before(end: &UnixStream, signals: &mut Signals) -> Option<u8> {
+    loop {
+        match wait_for_any([(end.as_fd(), ())].into_iter(), signals) {
+            Ok(None) => {
+                if let Some(signal) = signals.pass_on(None) {
+                    return Some(signal);
+                }
+            }
+            Ok(Some(())) | Err(_) => return None,
         }
     }
 }

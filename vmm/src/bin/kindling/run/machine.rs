@@ -2,13 +2,12 @@
 
 use super::mounts::{self, Source, Wanted};
 use super::source::{self, Prepared};
-use super::{Arguments, RunError, client};
+use super::{Arguments, RunError, client, environment};
 use crate::devices::DeviceArguments;
 use crate::instances::Instance;
 use crate::{bytes, volumes};
 use kindling::config::image::Image;
 use kindling::config::{Config, ConfigError, Console, GuestConfig, MachineConfig};
-use std::ffi::OsString;
 use std::path::PathBuf;
 
 impl Arguments {
@@ -73,9 +72,7 @@ impl Arguments {
             return Err(RunError::NoCommand);
         }
         let mut environment = strings(&of_image.env);
-        for entry in &self.env {
-            set(&mut environment, entry);
-        }
+        environment::set_all(&mut environment, &self.env_file, &self.env)?;
         let name = self.hostname.clone().unwrap_or_else(|| instance.name().into());
         let mut default = |entry: String| {
             let name = entry.split_inclusive('=').next().unwrap_or_default().as_bytes().to_vec();
@@ -106,21 +103,6 @@ impl Arguments {
             is_root_read_only: self.read_only,
             ..GuestConfig::default()
         })
-    }
-}
-
-/// Sets an entry of an environment: `NAME=VALUE`, or `NAME` for what it is here, if it is set here.
-pub(crate) fn set(environment: &mut Vec<Vec<u8>>, entry: &OsString) {
-    let mut text = bytes(entry);
-    if !text.contains(&b'=') {
-        let Some(value) = std::env::var_os(entry) else { return };
-        text.push(b'=');
-        text.extend(bytes(&value));
-    }
-    let name = text.iter().take_while(|&&byte| byte != b'=').count() + 1;
-    match environment.iter_mut().find(|given| given.starts_with(&text[..name])) {
-        Some(given) => *given = text,
-        None => environment.push(text),
     }
 }
 

@@ -3,6 +3,7 @@
 mod arguments;
 pub(crate) mod client;
 mod detached;
+pub(crate) mod environment;
 mod machine;
 pub(crate) mod mounts;
 pub(crate) mod signals;
@@ -16,11 +17,11 @@ use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, boot, complain, report, tell};
 pub(crate) use arguments::{Arguments, PULL, TIMEOUT_SECONDS};
 use client::{Outcome, Service, Streams};
 use detached::Starter;
+use environment::EnvironmentError;
 use guest_protocol::BootMark;
 use kindling::agent::{AgentError, Process};
 use kindling::config::{Config, ConfigError};
 use kindling::{Error, Exit, ExitReason, Instant, Machine, StopHandle, Timeline, preboot};
-pub(crate) use machine::set;
 use mounts::{MountError, Wanted};
 use signals::Signals;
 use source::{Prepared, SourceError};
@@ -28,6 +29,7 @@ use std::io::Write;
 use std::net::Shutdown;
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, OnceLock, mpsc};
 use std::thread;
@@ -52,6 +54,8 @@ enum RunError {
     Mount(#[from] MountError),
     #[error(transparent)]
     Volume(#[from] VolumeError),
+    #[error(transparent)]
+    Environment(#[from] EnvironmentError),
     #[error("the image names no command; write one behind its name")]
     NoCommand,
     #[error("the host refused to {0}")]
@@ -148,7 +152,7 @@ fn start(
     boot::raise_descriptor_limit();
     instance.write(&arguments.record(&config, prepared, &wanted))?;
     if !arguments.cold {
-        make_preboot(&config);
+        make_preboot(&config, &mut signals, instance)?;
     }
 
     let machine = Machine::new(&config, timeline)?;
@@ -257,17 +261,40 @@ impl Arguments {
 }
 
 /// Boots the kernel for later guests, where that has not been done. Where it cannot be done this guest boots itself.
-fn make_preboot(config: &Config) {
-    let Some(path) = config.preboot.as_ref().filter(|path| !path.exists()) else { return };
-    let folder = path.parent().unwrap_or(path);
-    // Others could change a kernel that they may write to.
-    let made = std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(folder)
-        .map_err(|error| error.to_string())
-        .and_then(|()| preboot::make(config, path).map_err(|error| error.to_string()));
+/// Meanwhile a signal ends this process at once: nothing is left of what is not whole.
+fn make_preboot(config: &Config, signals: &mut Signals, instance: &Instance) -> Result<(), RunError> {
+    let Some(path) = config.preboot.as_ref().filter(|path| !path.exists()) else { return Ok(()) };
+    let (done, is_done) =
+        UnixStream::pair().map_err(|error| RunError::Host("make a pair of sockets", error))?;
+    let made = thread::scope(|scope| {
+        scope.spawn(|| {
+            if let Some(signal) = client::signal_before(&is_done, signals) {
+                instance.forget();
+                leave(signal);
+            }
+        });
+        let made = preboot_in_own_folder(config, path);
+        let _ = done.shutdown(Shutdown::Both);
+        made
+    });
     if let Err(error) = made {
         tell(&format!("kindling: {}; this guest boots its kernel itself\n", report::printable(&error)));
     }
+    Ok(())
+}
+
+fn preboot_in_own_folder(config: &Config, path: &Path) -> Result<(), String> {
+    let folder = path.parent().unwrap_or(path);
+    // Others could change a kernel that they may write to.
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(folder)
+        .map_err(|error| error.to_string())?;
+    preboot::make(config, path).map_err(|error| error.to_string())
+}
+
+#[expect(clippy::exit, reason = "the main thread waits for a guest that may not answer")]
+fn leave(signal: u8) {
+    std::process::exit(128 + i32::from(signal));
 }

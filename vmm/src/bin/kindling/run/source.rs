@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use std::ffi::OsStr;
 use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -139,7 +140,22 @@ pub(crate) fn kernel_image() -> Result<PathBuf, SourceError> {
     let beside = program.ancestors().skip(1);
     let places =
         beside.flat_map(|folder| [folder.join("share/kindling/default"), folder.join("images/default")]);
-    places.into_iter().find(|place| place.join("image.json").is_file()).ok_or(SourceError::NoKernel)
+    places
+        .into_iter()
+        .find(|place| is_trusted(&place.join("image.json"), &program))
+        .ok_or(SourceError::NoKernel)
+}
+
+/// Whether a file is there that is the user's, root's or of whoever made the program: a folder above the program may be
+/// one in which everybody makes folders, /tmp for instance.
+fn is_trusted(file: &Path, program: &Path) -> bool {
+    let owner = |path: &Path| path.metadata().map(|metadata| metadata.uid()).ok();
+    let own = rustix::process::geteuid().as_raw();
+    let by_trusted = |place: &Path| {
+        let uid = owner(place);
+        uid.is_some() && [Some(0), Some(own), owner(program)].contains(&uid)
+    };
+    file.is_file() && by_trusted(file) && file.parent().is_some_and(by_trusted)
 }
 
 /// Where pre-booted kernels are kept: the user's cache.

@@ -1,0 +1,98 @@
+//! The environment of a program: what its image or its guest has, then files of entries, then entries.
+
+use crate::bytes;
+use std::ffi::{OsStr, OsString};
+use std::io::{self, Read};
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+
+/// Bytes of a file of entries: more than an environment may have.
+const LONGEST: u64 = 1 << 20;
+
+/// A file of entries cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum EnvironmentError {
+    #[error("cannot read the file of entries {}", path.display())]
+    Read { path: PathBuf, source: io::Error },
+    #[error("the file of entries {} has more than 1 MiB", .0.display())]
+    Long(PathBuf),
+    #[error("{}:{line}: an entry begins with its name", path.display())]
+    NoName { path: PathBuf, line: usize },
+}
+
+/// Sets the entries of files, a line each, and then others, as `docker run --env-file` and `-e` do.
+///
+/// Of a line nothing is undone, neither quotes nor backslashes; empty ones and those that begin with `#` are none.
+pub(crate) fn set_all(
+    environment: &mut Vec<Vec<u8>>,
+    files: &[PathBuf],
+    entries: &[OsString],
+) -> Result<(), EnvironmentError> {
+    for path in files {
+        for (line, text) in (1..).zip(read(path)?.split(|&byte| byte == b'\n')) {
+            // Files that were written on Windows end their lines otherwise.
+            let text = text.strip_suffix(b"\r").unwrap_or(text).trim_ascii_start();
+            match text {
+                [] | [b'#', ..] => {}
+                [b'=', ..] => return Err(EnvironmentError::NoName { path: path.clone(), line }),
+                _ => set(environment, OsStr::from_bytes(text)),
+            }
+        }
+    }
+    entries.iter().for_each(|entry| set(environment, entry));
+    Ok(())
+}
+
+fn read(path: &PathBuf) -> Result<Vec<u8>, EnvironmentError> {
+    let mut text = Vec::new();
+    let file = std::fs::File::open(path).and_then(|file| file.take(LONGEST + 1).read_to_end(&mut text));
+    match file {
+        Err(source) => Err(EnvironmentError::Read { path: path.clone(), source }),
+        Ok(_) if text.len() as u64 > LONGEST => Err(EnvironmentError::Long(path.clone())),
+        Ok(_) => Ok(text),
+    }
+}
+
+/// Sets an entry: `NAME=VALUE`, or `NAME` for what it is here, if it is set here.
+pub(crate) fn set(environment: &mut Vec<Vec<u8>>, entry: &OsStr) {
+    let mut text = bytes(entry);
+    if !text.contains(&b'=') {
+        let Some(value) = std::env::var_os(entry) else { return };
+        text.push(b'=');
+        text.extend(bytes(&value));
+    }
+    let name = text.iter().take_while(|&&byte| byte != b'=').count() + 1;
+    match environment.iter_mut().find(|given| given.starts_with(&text[..name])) {
+        Some(given) => *given = text,
+        None => environment.push(text),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_come_before_entries_and_later_ones_win() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("env");
+        std::fs::write(&path, "# a comment\n\nA=1\r\n  B=\"two words\" \nB2\nC=3\nPATH\n").unwrap();
+        let mut environment = vec![b"A=image".to_vec(), b"Z=image".to_vec()];
+        set_all(&mut environment, &[path], &["C=4".into(), "D=5".into()]).unwrap();
+        let path = format!("PATH={}", std::env::var("PATH").unwrap());
+        let expected = ["A=1", "Z=image", "B=\"two words\" ", "C=4", &path, "D=5"];
+        assert_eq!(environment, expected.map(|entry| entry.as_bytes().to_vec()));
+    }
+
+    #[test]
+    fn files_that_are_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("env");
+        let refused = || set_all(&mut Vec::new(), std::slice::from_ref(&path), &[]).unwrap_err().to_string();
+        assert!(refused().starts_with("cannot read the file of entries "), "{}", refused());
+        std::fs::write(&path, "A=1\n=2\n").unwrap();
+        assert!(refused().ends_with("env:2: an entry begins with its name"), "{}", refused());
+        std::fs::write(&path, vec![b'\n'; (1 << 20) + 1]).unwrap();
+        assert!(refused().ends_with("has more than 1 MiB"), "{}", refused());
+    }
+}
