@@ -1,5 +1,6 @@
 //! Puts a layer into the tree, and its files' data into the filesystem.
 
+use crate::ahead;
 use crate::compression::decompress;
 use crate::digest::{Digest, Hashed, drain};
 use crate::erofs::{BLOCK, BlockWriter, CopyError};
@@ -7,6 +8,7 @@ use crate::source::BrokenOff;
 use crate::tarball::{self, Entry, Tarball};
 use crate::tree::{self, Kind, Shown, Tree};
 use std::io::{self, Read};
+use std::thread;
 use tar::EntryType;
 
 /// Bytes of all files of an image. Zeroes cost no room, so that the disk alone would not set an end.
@@ -87,7 +89,7 @@ impl From<tarball::Error> for Error {
 
 /// Adds a layer to the tree and its data to the filesystem.
 pub(crate) fn apply(
-    blob: impl Read,
+    blob: impl Read + Send,
     check: Check,
     tree: &mut Tree,
     data: &mut BlockWriter<'_>,
@@ -95,12 +97,23 @@ pub(crate) fn apply(
     tree.begin_layer();
     match check {
         Check::Blob(expected, size) => {
-            // One byte more is enough to see that it is too long.
-            let mut blob = Hashed::new(blob.take(size.saturating_add(1))).map_err(Error::Read)?;
-            let result = decompress(&mut blob).map_err(read_error).and_then(|content| {
-                let mut content = unpack(content, tree, data)?;
-                drain(&mut content).map_err(read_error)
+            // Inflating takes longer than all the rest, and a digest has a thread of its own anyway.
+            let (result, blob) = thread::scope(|scope| {
+                let (sender, mut content) = ahead::channel();
+                let reading = scope.spawn(move || {
+                    // One byte more is enough to see that it is too long.
+                    let mut blob = Hashed::new(blob.take(size.saturating_add(1)))?;
+                    sender.send_all(decompress(&mut blob));
+                    Ok(blob)
+                });
+                let result =
+                    unpack(&mut content, tree, data).and_then(|content| drain(content).map_err(read_error));
+                // Else it waits until the rest is read, where the archive is a bad one.
+                drop(content);
+                (result, reading.join())
             });
+            let blob = blob.unwrap_or_else(|_| Err(io::Error::other("the thread that reads has ended")));
+            let blob = blob.map_err(Error::Read)?;
             if let Err(error) = &result
                 && !error.is_of_the_image()
             {

@@ -76,7 +76,7 @@ impl Store {
     }
 
     /// A layer's content.
-    pub(crate) fn layer(&self, layer: &Layer) -> Result<Box<dyn Read + '_>, Error> {
+    pub(crate) fn layer(&self, layer: &Layer) -> Result<Box<dyn Read + Send + '_>, Error> {
         if let (Self::Registry(registry), Check::Blob(digest, _)) = (self, layer.check) {
             return Ok(Box::new(registry.layer(digest)?));
         }
@@ -84,7 +84,7 @@ impl Store {
     }
 
     /// A file's content; none where it does not exist.
-    fn file(&self, name: &str) -> Result<Option<Box<dyn Read + '_>>, Error> {
+    fn file(&self, name: &str) -> Result<Option<Box<dyn Read + Send + '_>>, Error> {
         match self {
             Self::Registry(_) => Ok(None),
             Self::Folder(folder) => {
@@ -96,7 +96,7 @@ impl Store {
                 }
             }
             Self::Archive(archive) => {
-                Ok(archive.member(name).map(|range| Box::new(range) as Box<dyn Read + '_>))
+                Ok(archive.member(name).map(|range| Box::new(range) as Box<dyn Read + Send + '_>))
             }
         }
     }

@@ -8,11 +8,10 @@ use crate::error::Error;
 use crate::manifest::{DOCKER_INDEX, DOCKER_MANIFEST, Descriptor, Document, OCI_INDEX, OCI_MANIFEST};
 use crate::reference::{Reference, Version, is_loopback};
 use serde::Deserialize;
-use std::cell::RefCell;
 use std::collections::HashMap;
 use std::io::{self, Read};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use ureq::http::Response;
 use ureq::tls::{PemItem, RootCerts, TlsConfig, parse_pem};
@@ -73,7 +72,7 @@ pub(crate) struct Registry {
     reference: Reference,
     agent: Agent,
     /// What goes into the header `Authorization`, once it is known.
-    authorization: RefCell<Option<String>>,
+    authorization: Mutex<Option<String>>,
 }
 
 impl Registry {
@@ -89,7 +88,7 @@ impl Registry {
             .timeout_per_read(Some(PATIENCE))
             .user_agent(concat!("kindling/", env!("CARGO_PKG_VERSION")))
             .build();
-        Self { reference, agent: config.into(), authorization: RefCell::new(None) }
+        Self { reference, agent: config.into(), authorization: Mutex::default() }
     }
 
     /// The image that the reference means.
@@ -129,6 +128,10 @@ impl Registry {
         Ok(content)
     }
 
+    fn authorization(&self) -> MutexGuard<'_, Option<String>> {
+        self.authorization.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// A layer, as it arrives.
     pub(super) fn layer(&self, digest: Digest) -> Result<Download<'_>, Error> {
         let path = format!("blobs/{digest}");
@@ -159,7 +162,7 @@ impl Registry {
                 request = request
                     .header("Accept", [OCI_INDEX, OCI_MANIFEST, DOCKER_INDEX, DOCKER_MANIFEST].join(", "));
             }
-            if let Some(authorization) = &*self.authorization.borrow() {
+            if let Some(authorization) = &*self.authorization() {
                 request = request.header("Authorization", authorization);
             }
             if from > 0 {
@@ -173,7 +176,7 @@ impl Registry {
         if response.status() == 401 {
             let challenge = response.headers().get("www-authenticate").and_then(|value| value.to_str().ok());
             let authorization = self.authorize(challenge.unwrap_or_default())?;
-            *self.authorization.borrow_mut() = Some(authorization);
+            *self.authorization() = Some(authorization);
             response = ask()?;
         }
         let expected = if from > 0 { 206 } else { 200 };
