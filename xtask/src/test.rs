@@ -51,7 +51,12 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let testbed = lay_out_testbed()?;
     let images = test_images::build()?;
     let place = tempfile::Builder::new().prefix("test-programs-").tempdir_in(cargo::target_directory())?;
-    let programs = programs(arguments.ignored, place.path())?;
+    let mut programs = programs(arguments.ignored, place.path())?;
+    // A lab takes longer to boot than most tests.
+    programs.retain(|program| program.has_tests(filter));
+    if programs.is_empty() {
+        bail!("no test and no test program has {filter:?} in its name");
+    }
     let chosen = |prefix: &str| -> Vec<&Program> {
         let others = ["on_host_", "exact_", "smp_"];
         let belongs = |name: &str| match prefix {
@@ -102,6 +107,13 @@ pub(crate) struct Program {
 }
 
 impl Program {
+    /// Whether a filter leaves it something to do.
+    fn has_tests(&self, filter: &str) -> bool {
+        let output = Command::new(&self.path).arg("--list").args(self.arguments(filter)).output();
+        // One that cannot say so fails where it is run, and is seen there.
+        output.map_or(true, |output| String::from_utf8_lossy(&output.stdout).contains(": test\n"))
+    }
+
     /// A filter that names the program chooses all of its tests.
     pub(crate) fn arguments(&self, filter: &str) -> Vec<String> {
         let mut arguments = vec!["--test-threads=1".to_owned()];
