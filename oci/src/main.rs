@@ -1,11 +1,10 @@
 //! `kindling-oci`: the program that `kindling run` executes for images of containers.
 #![forbid(unsafe_code)]
-#![expect(clippy::print_stdout, reason = "a command speaks to its user")]
 
 use clap::{Parser, Subcommand};
 use kindling_oci::{Error, Options, Pull, Stored, prepare};
 use std::error::Error as _;
-use std::io::{IsTerminal, Write, stderr};
+use std::io::{ErrorKind, IsTerminal, Write, stderr, stdout};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -79,10 +78,7 @@ fn main() -> ExitCode {
     match Arguments::parse().command {
         Command::Prepare(arguments) => print(&arguments),
         Command::Ls(kept) => match kindling_oci::list(kept.cache.as_deref()) {
-            Ok(images) => {
-                print!("{}", table(&images));
-                ExitCode::SUCCESS
-            }
+            Ok(images) => say(&table(&images)),
             Err(error) => complain("", &error),
         },
         Command::Rm { kept, images } => {
@@ -123,14 +119,22 @@ fn print(arguments: &Prepare) -> ExitCode {
         Err(error) => return complain(&format!("{}: ", arguments.image), &error),
     };
     match serde_json::to_string(&prepared) {
-        Ok(line) => {
-            println!("{line}");
-            ExitCode::SUCCESS
-        }
+        Ok(line) => say(&format!("{line}\n")),
         Err(error) => {
             tell(&printable(&format!("error: {}: its description is no text: {error}", arguments.image)));
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Writes to standard output. Who reads no more has read enough.
+fn say(text: &str) -> ExitCode {
+    match stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            tell(&format!("error: cannot write to standard output: {error}"));
+            ExitCode::FAILURE
+        }
+        _ => ExitCode::SUCCESS,
     }
 }
 
@@ -160,10 +164,8 @@ fn complain(what: &str, error: &Error) -> ExitCode {
 }
 
 fn say_removed(images: &[Stored]) -> ExitCode {
-    for image in images {
-        println!("{}  {:.1} MiB", image.id, mib(image.bytes));
-    }
-    ExitCode::SUCCESS
+    let lines = images.iter().map(|image| format!("{}  {:.1} MiB\n", image.id, mib(image.bytes)));
+    say(&lines.collect::<String>())
 }
 
 /// A line for each name of each image.

@@ -2,7 +2,7 @@
 //!
 //! The budget is `tests/boot-budget.json`: nanoseconds of the exact lab for each phase, for the way
 //! to init and to the end of the process, and exits to the VMM on the way to init; for a boot, and for
-//! a start from a pre-booted kernel. What needs 2 % more fails here, and raising a number is an edit that
+//! a start from a pre-booted kernel; and nanoseconds of `kindling run` and `kindling exec`. What needs 2 % more fails here, and raising a number is an edit that
 //! a reviewer sees. So is lowering one after an improvement, which a budget that is 10 % above the
 //! measurement asks for.
 
@@ -11,7 +11,9 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
+use tests::conversation::Conversation;
+use tests::user::User;
 use tests::{Image, kindling, run, testbed};
 
 const BUDGET: &str = include_str!("../boot-budget.json");
@@ -36,6 +38,18 @@ struct Budgets {
     boot: Budget,
     /// A start of its pre-booted kernel.
     preboot: Budget,
+    /// A program as its user starts it.
+    program: ProgramBudget,
+}
+
+/// Nanoseconds from the spawn of a command to its end, for busybox's `true`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ProgramBudget {
+    /// `kindling run` on a kernel that was booted before.
+    run_ns: u64,
+    /// `kindling exec` in a guest that runs.
+    exec_ns: u64,
 }
 
 #[derive(Debug, Deserialize)]
@@ -162,6 +176,37 @@ fn check(image: &Image, budget: &Budget) {
         budget.spawn_to_init_ns <= total + total / 10 && budget.spawn_to_exit_ns <= exit + exit / 10,
         "the budget of tests/boot-budget.json is far above the boot: lower it\n{table}"
     );
+}
+
+#[test]
+fn programs_keep_to_their_budget() {
+    let budgets: Budgets = serde_json::from_str(BUDGET).unwrap();
+    let user = User::new();
+    check_program("run", budgets.program.run_ns, || user.shell("true"));
+    let mut guest =
+        Conversation::start(user.run(&["--name", "one"]).args(["sh", "-c", "echo ready; read -r line"]));
+    guest.expect("ready");
+    check_program("exec", budgets.program.exec_ns, || {
+        let mut exec = user.command("exec");
+        exec.args(["one", "true"]);
+        exec
+    });
+    guest.go_on();
+    guest.expect_status(0);
+}
+
+fn check_program(name: &str, budget: u64, mut command: impl FnMut() -> Command) {
+    let mut measure = || {
+        let mut command = command();
+        let start = now();
+        assert!(command.status().unwrap().success());
+        u64::try_from(now() - start).unwrap()
+    };
+    // The first one reads what the others find in memory, and the first of all boots the kernel.
+    measure();
+    let ns = (0..BOOTS).map(|_| measure()).min().unwrap();
+    assert!(ns <= limit(budget) + TICK_NS, "{name}: {ns} ns, {budget} by tests/boot-budget.json");
+    assert!(budget <= ns + ns / 10, "{name}: {ns} ns; lower the {budget} of tests/boot-budget.json");
 }
 
 #[test]

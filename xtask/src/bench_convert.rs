@@ -32,6 +32,8 @@ pub(crate) struct Figures {
     pub(crate) digest: Times,
     /// `kindling-oci prepare` of the same layer compressed with gzip.
     pub(crate) gzip: Times,
+    /// `tar` for that layer, whose tree `mkfs.erofs` would still have to take.
+    pub(crate) unpack: Times,
 }
 
 /// What something took.
@@ -52,6 +54,7 @@ impl fmt::Display for Figures {
             ("kindling-oci, layer of tar", self.plain),
             ("  of which the digest, beside the rest", self.digest),
             ("kindling-oci, layer of tar.gz", self.gzip),
+            ("tar on that layer, before mkfs.erofs", self.unpack),
         ] {
             let ratio = times.waited.as_secs_f64() / self.mkfs.waited.as_secs_f64();
             writeln!(f, "{name:36} {:7.0}    {:7.0}  {ratio:5.2}x", ms(times.processor), ms(times.waited))?;
@@ -88,15 +91,22 @@ pub(crate) fn measure(runs: usize) -> Result<Figures> {
         command.args(["prepare", "--cache"]).args([&cache, archive]);
         time(&mut command).and_then(|time| Ok((time, fs::remove_dir_all(&cache)?).0))
     };
-    let mut times: [Vec<Times>; 4] = Default::default();
+    let mut times: [Vec<Times>; 5] = Default::default();
     for _ in 0..runs {
         let mut mkfs = Command::new("mkfs.erofs");
         times[0].push(time(mkfs.args(["-T0", "-E", "noinline_data"]).args([&erofs, &tree]))?);
         times[1].push(prepare(&plain)?);
         times[2].push(measured(UsageWho::RUSAGE_THREAD, || Ok(sha256_of(&layer).map(drop)?))?);
         times[3].push(prepare(&gzip)?);
+        let (unpacked, compressed) = (place.join("unpacked"), place.join("layer.tar.gz"));
+        fs::create_dir(&unpacked)?;
+        let mut tar = Command::new("tar");
+        times[4].push(time(
+            tar.arg("--extract").arg("--file").arg(compressed).arg("--directory").arg(&unpacked),
+        )?);
+        fs::remove_dir_all(unpacked)?;
     }
-    let [mkfs, plain, digest, gzip] = times.map(|times| {
+    let [mkfs, plain, digest, gzip, unpack] = times.map(|times| {
         let median = |part: fn(&Times) -> Duration| {
             let mut times: Vec<_> = times.iter().map(part).collect();
             times.sort_unstable();
@@ -104,7 +114,7 @@ pub(crate) fn measure(runs: usize) -> Result<Figures> {
         };
         Times { processor: median(|times| times.processor), waited: median(|times| times.waited) }
     });
-    Ok(Figures { bytes: layer.metadata()?.len(), mkfs, plain, digest, gzip })
+    Ok(Figures { bytes: layer.metadata()?.len(), mkfs, plain, digest, gzip, unpack })
 }
 
 /// What a command takes.

@@ -21,10 +21,9 @@ const LOADER: &str = "ld-linux-x86-64.so.2";
 /// Where packages have their libraries.
 const PLACES: [&str; 2] = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"];
 
-/// Lays out the folder `e2fsprogs` of the testbed, and `volumes.erofs` from `root` with some more files.
-pub(crate) fn build(testbed: &Path, root: &Path) -> Result<()> {
-    let folder = testbed.join("e2fsprogs");
-    fs::create_dir_all(&folder)?;
+/// Puts Debian's mke2fs and debugfs into a folder.
+pub(crate) fn programs(folder: &Path) -> Result<()> {
+    fs::create_dir_all(folder)?;
     for (package, library) in LIBRARIES.into_iter().chain([("libc6", LOADER)]) {
         let unpacked = debian::unpacked(package)?;
         let file =
@@ -42,7 +41,12 @@ pub(crate) fn build(testbed: &Path, root: &Path) -> Result<()> {
         fs::write(folder.join(program), script)?;
         fs::set_permissions(folder.join(program), Permissions::from_mode(0o755))?;
     }
+    Ok(())
+}
 
+/// Lays out the folder `e2fsprogs` of the testbed, and `volumes.erofs` from `root` with some more files.
+pub(crate) fn build(testbed: &Path, root: &Path) -> Result<()> {
+    programs(&testbed.join("e2fsprogs"))?;
     let place = tempfile::tempdir_in(cargo::target_directory())?;
     let (place, image) = (place.path(), testbed.join("volumes.erofs"));
     let shell = Shell::new()?;

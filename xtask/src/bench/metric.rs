@@ -37,6 +37,10 @@ pub(super) enum Metric {
     RunHello,
     /// The same for a program of busybox's.
     RunBusybox,
+    /// [`Self::RunBusybox`] with a volume that there was before.
+    RunVolume,
+    /// [`Self::RunBusybox`] with a folder of the host.
+    RunFolder,
     /// From the spawn of `kindling exec` to its end, for a program that does nothing.
     ExecTrue,
     /// For a MiB of a stream to go into `cat` and to come back.
@@ -112,10 +116,10 @@ impl Metric {
                     ],
                 ),
             ],
-            Scenario::Run => vec![(
-                "",
-                vec![Self::RunHello, Self::RunBusybox, Self::ExecTrue, Self::Stream, Self::StreamMemory],
-            )],
+            Scenario::Run => vec![
+                ("", vec![Self::RunHello, Self::RunBusybox, Self::RunVolume, Self::RunFolder]),
+                ("", vec![Self::ExecTrue, Self::Stream, Self::StreamMemory]),
+            ],
             Scenario::Io => vec![("what the devices add", vec![Self::DevicesBoot, Self::DevicesMemory])],
         };
         if scenario == Scenario::Io {
@@ -151,6 +155,8 @@ impl Metric {
             Self::DevicesMemory => "devices_memory",
             Self::RunHello => "run_hello",
             Self::RunBusybox => "run_busybox",
+            Self::RunVolume => "run_volume",
+            Self::RunFolder => "run_folder",
             Self::ExecTrue => "exec_true",
             Self::Stream => "stream",
             Self::StreamMemory => "stream_memory",
@@ -190,6 +196,8 @@ impl Metric {
             Self::DevicesMemory => "what devices add to private memory, MiB",
             Self::RunHello => "kindling run of a small program, ms",
             Self::RunBusybox => "kindling run of a program of busybox, ms",
+            Self::RunVolume => "the same with a volume, ms",
+            Self::RunFolder => "the same with a folder of the host, ms",
             Self::ExecTrue => "kindling exec of true, ms",
             Self::Stream => "a MiB into cat and back, ms",
             Self::StreamMemory => "what memory without the guest's grows by meanwhile, MiB",
@@ -215,6 +223,8 @@ impl Metric {
             Self::DevicesMemory => "private, MiB",
             Self::RunHello => "hello, ms",
             Self::RunBusybox => "busybox, ms",
+            Self::RunVolume => "volume, ms",
+            Self::RunFolder => "folder, ms",
             Self::ExecTrue => "exec true, ms",
             Self::Stream => "stream, ms/MiB",
             Self::StreamMemory => "growth, MiB",

@@ -73,6 +73,7 @@ the ratio is to the first row of the same table; below each median are smallest 
 const RUN_LEGEND: &str = "\
 hello: `kindling run` of a small static program from a container image, from the spawn to the end of the process;
   busybox: the same of its echo. The kernel was booted and the image converted for a run before
+volume, folder: busybox with `-v NAME:GUEST`, of a volume that was used before, and with `-v /HOST:GUEST`
 exec true: `kindling exec` of busybox's true in a guest that runs, from the spawn to the end of the process
 stream: for each MiB of 1 GiB through the standard input of `cat` in a guest and back from its standard output; without
   `kindling run`, of 64 MiB through a port of a virtio console. Who sends and who receives is in it

@@ -4,7 +4,7 @@ use super::measure::{Bench, LIMIT, SETTLE};
 use super::metric::Metric;
 use super::payload;
 use super::{process, smaps};
-use crate::{build_image, cargo, docker_archive, lab};
+use crate::{build_image, cargo, docker_archive, lab, test_volumes};
 use anyhow::{Context, Result, ensure};
 use kindling::Instant;
 use rustix::process::{Pid, Signal, kill_process};
@@ -25,6 +25,10 @@ use std::time::Duration;
 pub(super) struct Images {
     /// The program that reads container images, which lies beside ours.
     pub(super) converter: PathBuf,
+    /// The program that serves folders, which lies there too.
+    server: PathBuf,
+    /// A folder with the program that makes filesystems for volumes.
+    filesystems: PathBuf,
     /// A container image of one small program that needs nothing else.
     hello: PathBuf,
     /// A container image of busybox.
@@ -53,6 +57,10 @@ const STEP: u64 = 128 << 20;
 const STREAM_LIMIT: Duration = Duration::from_secs(120);
 /// What a guest says that waits for more commands.
 const READY: &str = "ready";
+/// A volume of a program's.
+const VOLUME: [&str; 2] = ["-v", "data:/data"];
+/// A folder of the host's, the one where this runs.
+const FOLDER: [&str; 2] = ["-v", ".:/data"];
 /// The name of the guest in which commands are run.
 const NAME: &str = "bench";
 
@@ -70,11 +78,15 @@ impl Images {
             config_fragment: vec![fragment],
             ..build_image::Arguments::default()
         })?;
+        let filesystems = folder.join("e2fsprogs");
+        test_volumes::programs(&filesystems)?;
         let image = |place: &Path, command| {
             docker_archive::write(place, &place.join("tree"), &json!({ "Cmd": [command] }))
         };
         Ok(Self {
             converter: cargo::release_binary("kindling-oci", "kindling-oci")?,
+            server: cargo::release_binary("kindling-fs", "kindling-fs")?,
+            filesystems,
             hello: image(&hello, payload::PATH)?,
             busybox: image(&busybox, "sh")?,
             console: Console { kernel: console.join("vmlinux"), initrd: console.join("initramfs.cpio") },
@@ -85,6 +97,8 @@ impl Images {
     pub(super) fn map(&self, mut place: impl FnMut(&Path, &str) -> PathBuf) -> Self {
         Self {
             converter: place(&self.converter, "kindling-oci"),
+            server: place(&self.server, "kindling-fs"),
+            filesystems: place(&self.filesystems, "e2fsprogs"),
             hello: place(&self.hello, "hello.tar"),
             busybox: place(&self.busybox, "busybox.tar"),
             console: Console {
@@ -110,16 +124,24 @@ impl Bench<'_> {
         let is_ours = self.vmm.kind.is_ours();
         if is_ours {
             // For the first one the images are converted and the kernel is booted.
-            self.program(&images.hello, &[], payload::TEXT)?;
-            self.program(&images.busybox, &["echo", READY], READY)?;
+            self.program(images, &images.hello, &[], &[], payload::TEXT)?;
+            for options in [&[][..], &VOLUME, &FOLDER] {
+                self.program(images, &images.busybox, options, &["echo", READY], READY)?;
+            }
         }
         for run in 1..=runs {
             eprintln!("run {run} of {runs} ...");
             if is_ours {
-                let hello = self.program(&images.hello, &[], payload::TEXT)?;
+                let hello = self.program(images, &images.hello, &[], &[], payload::TEXT)?;
                 self.add(Metric::RunHello, hello);
-                let busybox = self.program(&images.busybox, &["echo", READY], READY)?;
-                self.add(Metric::RunBusybox, busybox);
+                for (metric, options) in [
+                    (Metric::RunBusybox, &[][..]),
+                    (Metric::RunVolume, &VOLUME),
+                    (Metric::RunFolder, &FOLDER),
+                ] {
+                    let busybox = self.program(images, &images.busybox, options, &["echo", READY], READY)?;
+                    self.add(metric, busybox);
+                }
                 let exec = self.one_more_program(images)?;
                 self.add(Metric::ExecTrue, exec);
             }
@@ -132,10 +154,19 @@ impl Bench<'_> {
     }
 
     /// `kindling run` of a program that says something; nanoseconds until it has ended.
-    fn program(&self, image: &Path, command: &[&str], text: &str) -> Result<u64> {
+    fn program(
+        &self,
+        images: &Images,
+        image: &Path,
+        options: &[&str],
+        command: &[&str],
+        text: &str,
+    ) -> Result<u64> {
         thread::sleep(SETTLE);
-        let mut run = self.run_command(image, &[]);
-        run.args(command);
+        let mut run = self.run_command(image, options);
+        // A volume that is not there is made with this.
+        let path = std::env::var("PATH").unwrap_or_default();
+        run.args(command).env("PATH", format!("{}:{path}", images.filesystems.display()));
         let run = process::run(run, text, LIMIT, |_| Ok(()))?;
         Ok(run.ended.since(run.spawned))
     }
@@ -205,7 +236,9 @@ impl Bench<'_> {
     fn kindling(&self, name: &str) -> Command {
         let mut command = Command::new(&self.vmm.path);
         command.arg(name).envs(self.guest.image.as_ref().map(|image| ("KINDLING_IMAGE", image)));
-        command.env("XDG_RUNTIME_DIR", self.scratch).env("XDG_CACHE_HOME", self.scratch);
+        for variable in ["XDG_RUNTIME_DIR", "XDG_CACHE_HOME", "XDG_DATA_HOME"] {
+            command.env(variable, self.scratch);
+        }
         command
     }
 

@@ -40,8 +40,8 @@ pub(crate) struct Arguments {
     /// be repeated
     #[arg(long, value_name = "FILE[:DEST]")]
     get: Vec<String>,
-    /// Command to run; `kindling` with `kindling-oci`, busybox's commands and the default image (/images/default)
-    /// are there
+    /// Command to run; `kindling` with `kindling-oci` and `kindling-fs`, busybox's commands and the default image
+    /// (/images/default) are there
     #[arg(last = true, required = true, value_name = "COMMAND")]
     command: Vec<String>,
 }
@@ -130,6 +130,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let mut with = vec![
         (kindling, "/bin/kindling".to_owned()),
         (cargo::release_binary("kindling-oci", "kindling-oci")?, "/bin/kindling-oci".to_owned()),
+        (cargo::release_binary("kindling-fs", "kindling-fs")?, "/bin/kindling-fs".to_owned()),
         (image, "/images/default".to_owned()),
     ];
     for text in &arguments.with {

@@ -28,13 +28,17 @@ pub(crate) fn run(arguments: &Arguments) -> u8 {
     let probe = probe();
     let report = Report::new(&Sources::host(), &probe);
     end_quietly_when_nobody_reads();
-    if arguments.json {
+    let text = if arguments.json {
         // Structures of strings always serialize.
-        println!("{}", serde_json::to_string_pretty(&report).unwrap_or_default());
+        serde_json::to_string_pretty(&report).unwrap_or_default() + "\n"
     } else {
-        print!("{}", screen(&report, Style::of_stdout()));
+        screen(&report, Style::of_stdout())
+    };
+    match crate::say(text.as_bytes()) {
+        0 if probe.is_good() => STATUS_GOOD,
+        0 => STATUS_NOT_GOOD,
+        failure => failure,
     }
-    if probe.is_good() { STATUS_GOOD } else { STATUS_NOT_GOOD }
 }
 
 /// Lets a closed pipe end this process as it ends other commands (`kindling doctor | head`). Rust

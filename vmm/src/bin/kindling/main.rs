@@ -2,7 +2,6 @@
 //!
 //! Exit status: the guest's own, 2 for a request that cannot be met, and the codes of
 //! [`kindling::ExitReason::status`] and 125 for everything that went wrong on the way.
-#![expect(clippy::print_stdout, reason = "a command speaks to its user")]
 #![cfg_attr(not(test), no_main)]
 
 mod boot;
@@ -110,6 +109,13 @@ fn bytes(text: impl AsRef<OsStr>) -> Vec<u8> {
 
 /// Prints an error with its causes on one line.
 fn complain(error: &dyn Error) {
+    let line = with_causes(error);
+    // A file's author chooses some of the words; they must not reach the terminal as commands.
+    tell(&format!("kindling: {}\n", report::printable(&line)));
+}
+
+/// An error and what led to it.
+fn with_causes(error: &dyn Error) -> String {
     let mut line = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
@@ -117,8 +123,7 @@ fn complain(error: &dyn Error) {
         line.push_str(&cause.to_string());
         source = cause.source();
     }
-    // A file's author chooses some of the words; they must not reach the terminal as commands.
-    tell(&format!("kindling: {}\n", report::printable(&line)));
+    line
 }
 
 /// Writes to standard output; the exit status. Who reads no more has read enough.

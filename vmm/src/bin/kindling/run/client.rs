@@ -82,17 +82,8 @@ impl Service<'_> {
         }
         let (mut output, mut error) = (Some(streams.output), Some(streams.error));
         let (mut code, mut writers) = (None, Writers::default());
-        while code.is_none() || writers.is_any_left() {
-            match self.wait(&process, code.is_none(), input.as_ref(), &writers).map_err(lost)? {
-                // Nobody waits for input: it may come from a terminal at which nobody types any more.
-                Ready::Input => {
-                    let (from, control) = (input.take(), process.control().map_err(lost)?);
-                    let place = process.place().clone();
-                    drop(thread::spawn(move || from.map(|from| carry_input(from, &place, &control))));
-                }
-                Ready::Writer => writers.take_note(),
-                Ready::News => {}
-            }
+        loop {
+            // Before anything is waited for: some of it may have been put back, and nothing follows it.
             while code.is_none() {
                 match process.news() {
                     Ok(None) => break,
@@ -108,6 +99,21 @@ impl Service<'_> {
                     Ok(Some(News::Started)) => {}
                     Err(error) => code = Some(Err(error)),
                 }
+            }
+            if code.is_some() && !writers.is_any_left() {
+                break;
+            }
+            // What is not read yet is for whoever reads after this command.
+            let wanted = input.as_ref().filter(|_| code.is_none());
+            match self.wait(&process, code.is_none(), wanted, &writers).map_err(lost)? {
+                // Nobody waits for input: it may come from a terminal at which nobody types any more.
+                Ready::Input => {
+                    let (from, control) = (input.take(), process.control().map_err(lost)?);
+                    let place = process.place().clone();
+                    drop(thread::spawn(move || from.map(|from| carry_input(from, &place, &control))));
+                }
+                Ready::Writer => writers.take_note(),
+                Ready::News => {}
             }
         }
         code.unwrap_or(Err(AgentError::Lost))

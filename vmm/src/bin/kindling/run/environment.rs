@@ -18,6 +18,8 @@ pub(crate) enum EnvironmentError {
     Long(PathBuf),
     #[error("{}:{line}: an entry begins with its name", path.display())]
     NoName { path: PathBuf, line: usize },
+    #[error("{}:{line}: a name has no blanks in it", path.display())]
+    BlankInName { path: PathBuf, line: usize },
 }
 
 /// Sets the entries of files, a line each, and then others, as `docker run --env-file` and `-e` do.
@@ -35,12 +37,19 @@ pub(crate) fn set_all(
             match text {
                 [] | [b'#', ..] => {}
                 [b'=', ..] => return Err(EnvironmentError::NoName { path: path.clone(), line }),
+                _ if text.split(|&byte| byte == b'=').next().is_some_and(has_blank) => {
+                    return Err(EnvironmentError::BlankInName { path: path.clone(), line });
+                }
                 _ => set(environment, OsStr::from_bytes(text)),
             }
         }
     }
     entries.iter().for_each(|entry| set(environment, entry));
     Ok(())
+}
+
+fn has_blank(name: &[u8]) -> bool {
+    name.iter().any(u8::is_ascii_whitespace)
 }
 
 fn read(path: &PathBuf) -> Result<Vec<u8>, EnvironmentError> {
@@ -92,6 +101,10 @@ mod tests {
         assert!(refused().starts_with("cannot read the file of entries "), "{}", refused());
         std::fs::write(&path, "A=1\n=2\n").unwrap();
         assert!(refused().ends_with("env:2: an entry begins with its name"), "{}", refused());
+        for line in ["export A=1", "a line of prose", "A =1"] {
+            std::fs::write(&path, line).unwrap();
+            assert!(refused().ends_with("env:1: a name has no blanks in it"), "{}", refused());
+        }
         std::fs::write(&path, vec![b'\n'; (1 << 20) + 1]).unwrap();
         assert!(refused().ends_with("has more than 1 MiB"), "{}", refused());
     }

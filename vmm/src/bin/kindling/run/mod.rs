@@ -273,9 +273,9 @@ fn make_preboot(config: &Config, signals: &mut Signals, instance: &Instance) -> 
                 leave(signal);
             }
         });
-        let made = preboot_in_own_folder(config, path);
-        let _ = done.shutdown(Shutdown::Both);
-        made
+        // Its end is that of the other thread, whatever happens here.
+        let _done = done;
+        preboot_in_own_folder(config, path)
     });
     if let Err(error) = made {
         tell(&format!("kindling: {}; this guest boots its kernel itself\n", report::printable(&error)));
@@ -291,7 +291,7 @@ fn preboot_in_own_folder(config: &Config, path: &Path) -> Result<(), String> {
         .mode(0o700)
         .create(folder)
         .map_err(|error| error.to_string())?;
-    preboot::make(config, path).map_err(|error| error.to_string())
+    preboot::make(config, path).map_err(|error| crate::with_causes(&error))
 }
 
 #[expect(clippy::exit, reason = "the main thread waits for a guest that may not answer")]

@@ -2,7 +2,9 @@
 
 use crate::config::ConfigError;
 use crate::config::devices::SharedFolder as Config;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Access, access};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
@@ -74,8 +76,18 @@ impl Drop for Server {
         if let Some(mut process) = self.process.take() {
             // It sees the end of its requests, whoever else has a copy of the socket, and nothing of it remains.
             let _ = self.socket.shutdown(Shutdown::Both);
-            let _ = process.wait();
+            wait_a_little(&process);
+            let _ = process.kill();
+            let _ = process.try_wait();
         }
+    }
+}
+
+/// Waits for a process's end, but not for the disk that it may wait for.
+fn wait_a_little(process: &Child) {
+    const PATIENCE: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+    if let Ok(process) = pidfd_open(Pid::from_child(process), PidfdFlags::empty()) {
+        let _ = poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&PATIENCE));
     }
 }
 
