@@ -83,7 +83,7 @@ impl Folder {
         let root = Arc::new(rustix::fs::open(path, only_name, Mode::empty())?);
         let descriptors = rustix::fs::open("/proc/self/fd", only_name, Mode::empty())?;
         let stat = rustix::fs::fstat(&root)?;
-        let inode = Inode { fd: Arc::clone(&root), kind: FileType::Directory };
+        let inode = Inode { fd: Arc::clone(&root), kind: FileType::Directory, seen: Arc::default() };
         Ok(Self {
             root,
             descriptors,
@@ -145,8 +145,11 @@ impl Folder {
     /// Tells the guest of a file.
     fn entry(&self, fd: OwnedFd) -> io::Result<Entry> {
         let stat = rustix::fs::fstat(&fd)?;
-        let inode = Inode { fd: Arc::new(fd), kind: FileType::from_raw_mode(stat.st_mode) };
-        let inode = self.inodes().remember(inode, identity(&stat));
+        let inode =
+            Inode { fd: Arc::new(fd), kind: FileType::from_raw_mode(stat.st_mode), seen: Arc::default() };
+        let mut inodes = self.inodes();
+        let inode = inodes.remember(inode, identity(&stat));
+        inodes.get(inode)?.seen.tell(&stat);
         Ok(Entry {
             inode,
             attr: self.owner.attributes(&stat),
@@ -162,7 +165,9 @@ impl Folder {
     }
 
     fn stat(&self, inode: &Inode) -> io::Result<(stat64, Duration)> {
-        Ok((self.owner.attributes(&rustix::fs::fstat(&*inode.fd)?), VALID))
+        let stat = rustix::fs::fstat(&*inode.fd)?;
+        inode.seen.tell(&stat);
+        Ok((self.owner.attributes(&stat), VALID))
     }
 }
 
@@ -355,6 +360,9 @@ impl FileSystem for Folder {
             self.for_writing()?;
         }
         let inode = self.inodes().get(inode)?;
+        if inode.kind == FileType::RegularFile && inode.seen.is_stale(&rustix::fs::fstat(&*inode.fd)?) {
+            return Err(Errno::STALE.into());
+        }
         let file = self.reopen(&inode, flags)?;
         Ok((Some(self.handles().add(file)), OpenOptions::empty(), None))
     }

@@ -1,5 +1,6 @@
 //! The files that the guest knows: each is a descriptor that leads to it, wherever it is moved.
 
+use crate::seen::Seen;
 use rustix::fs::FileType;
 use std::collections::BTreeMap;
 use std::io;
@@ -17,6 +18,8 @@ pub(crate) type Identity = (u64, u64);
 pub(crate) struct Inode {
     pub(crate) fd: Arc<OwnedFd>,
     pub(crate) kind: FileType,
+    /// What the guest knows of it.
+    pub(crate) seen: Arc<Seen>,
 }
 
 #[derive(Debug)]
@@ -90,7 +93,7 @@ mod tests {
 
     fn inode() -> Inode {
         let fd = rustix::fs::open("/", rustix::fs::OFlags::PATH, rustix::fs::Mode::empty()).unwrap();
-        Inode { fd: Arc::new(fd), kind: FileType::Directory }
+        Inode { fd: Arc::new(fd), kind: FileType::Directory, seen: Arc::default() }
     }
 
     #[test]

@@ -5,6 +5,7 @@ mod attributes;
 mod folder;
 mod inodes;
 mod sandbox;
+mod seen;
 mod serve;
 
 use folder::Folder;

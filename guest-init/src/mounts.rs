@@ -2,7 +2,7 @@
 
 use crate::copy;
 use crate::syscall;
-use crate::voice::{give_up, say};
+use crate::voice::{Words, give_up, say};
 use alloc::string::String;
 use alloc::vec::Vec;
 use core::ffi::CStr;
@@ -42,8 +42,9 @@ pub(crate) fn mount_all(mounts: &[Mount]) -> Written {
         match result {
             Ok(tree) => written.extend(tree),
             Err((what, error)) => give_up(format_args!(
-                "cannot {what} {}: {error}{}",
+                "cannot {what} {}: {}{}",
                 String::from_utf8_lossy(&mount.target),
+                Words(error),
                 advice(mount.kind, error)
             )),
         }
@@ -54,7 +55,7 @@ pub(crate) fn mount_all(mounts: &[Mount]) -> Written {
 const fn advice(kind: MountKind, error: Errno) -> &'static str {
     match (kind, error) {
         (MountKind::Volume, Errno::UCLEAN | Errno::INVAL | Errno::BADMSG | Errno::IO) => {
-            "; its filesystem is damaged: e2fsck can mend it"
+            "; its filesystem is damaged, which e2fsck can mend, or its disk on the host is full"
         }
         (_, Errno::NODEV) => "; the guest's kernel has no such filesystem",
         _ => "",

@@ -5,7 +5,7 @@ use crate::limits;
 use crate::machine;
 use crate::mounts::make_directories;
 use crate::syscall::{self, SignalSet};
-use crate::voice::say;
+use crate::voice::{Words, say};
 use alloc::ffi::CString;
 use alloc::vec::Vec;
 use core::ffi::CStr;
@@ -65,8 +65,14 @@ impl Program {
         }
         let code = match become_user(spec) {
             Ok(()) => self.try_paths(),
+            Err(("enter the working directory", error)) => {
+                let directory = spec.working_directory.as_deref().unwrap_or_default();
+                let directory = alloc::string::String::from_utf8_lossy(directory);
+                say(format_args!("init: cannot enter the working directory {directory}: {}\n", Words(error)));
+                NOT_EXECUTABLE
+            }
             Err((what, error)) => {
-                say(format_args!("init: cannot {what}: {error}\n"));
+                say(format_args!("init: cannot {what}: {}\n", Words(error)));
                 NOT_EXECUTABLE
             }
         };
@@ -106,7 +112,7 @@ impl Program {
             say(format_args!("init: {name}: not found\n"));
             return NOT_FOUND;
         }
-        say(format_args!("init: {name}: cannot execute: {result}\n"));
+        say(format_args!("init: {name}: cannot execute: {}\n", Words(result)));
         NOT_EXECUTABLE
     }
 

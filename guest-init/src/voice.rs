@@ -3,6 +3,7 @@
 
 use core::fmt::{self, Write};
 use guest_protocol::ExitStatus;
+use rustix::io::Errno;
 use uart_16550::Uart16550;
 
 /// The first serial port of a PC.
@@ -18,6 +19,28 @@ pub(crate) fn say(text: fmt::Arguments<'_>) {
 pub(crate) fn drain() {
     // SAFETY: init never closes its standard streams. Where this is no terminal, nothing waits.
     let _ = rustix::termios::tcdrain(unsafe { rustix::stdio::stderr() });
+}
+
+/// What an error number means, where a user of the guest may meet it.
+pub(crate) struct Words(pub(crate) Errno);
+
+impl fmt::Display for Words {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.0 {
+            Errno::ACCESS => "permission denied",
+            Errno::IO => "input/output error",
+            Errno::LOOP => "too many levels of symbolic links",
+            Errno::NOENT => "no such file or directory",
+            Errno::NOEXEC => "exec format error",
+            Errno::NOMEM => "out of memory",
+            Errno::NOSPC => "no space left on device",
+            Errno::NOTDIR => "not a directory",
+            Errno::PERM => "operation not permitted",
+            Errno::ROFS => "read-only file system",
+            Errno::TOOBIG => "argument list too long",
+            error => return fmt::Display::fmt(&error, f),
+        })
+    }
 }
 
 struct Stderr;

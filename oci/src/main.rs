@@ -3,6 +3,7 @@
 
 use clap::{Parser, Subcommand};
 use kindling_oci::{Error, Options, Pull, Stored, prepare};
+use rustix::process::{Signal, getppid, set_parent_process_death_signal};
 use std::error::Error as _;
 use std::io::{ErrorKind, IsTerminal, Write, stderr, stdout};
 use std::path::PathBuf;
@@ -70,6 +71,9 @@ struct Prepare {
     /// Say nothing about progress
     #[arg(long)]
     quiet: bool,
+    /// The process that this is done for, which started it: with its end this ends
+    #[arg(long, hide = true, value_name = "PID")]
+    r#for: Option<u32>,
     /// A folder with an OCI layout or an archive, with :TAG where it has several images, or a name in a registry
     image: String,
 }
@@ -102,6 +106,9 @@ fn main() -> ExitCode {
 
 /// Prints what an image has become.
 fn print(arguments: &Prepare) -> ExitCode {
+    if let Some(process) = arguments.r#for {
+        end_with(process);
+    }
     let says = !arguments.quiet && stderr().is_terminal();
     let pull = match arguments.pull {
         When::Missing => Pull::Missing,
@@ -124,6 +131,18 @@ fn print(arguments: &Prepare) -> ExitCode {
             tell(&printable(&format!("error: {}: its description is no text: {error}", arguments.image)));
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Ends this process with the one that started it.
+#[expect(clippy::exit, reason = "nobody wants the image any more")]
+fn end_with(parent: u32) {
+    // Whatever is half made is removed by who makes it next. A kernel that refuses lets it be made to its end.
+    let _ = set_parent_process_death_signal(Some(Signal::TERM));
+    let own = getppid().and_then(|pid| u32::try_from(pid.as_raw_nonzero().get()).ok());
+    if own != Some(parent) {
+        // It ended before.
+        std::process::exit(1);
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::{kindling, testbed};
 use std::io::{Read, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 /// A user's home and runtime directory, of which each test has its own.
@@ -66,6 +66,36 @@ impl User {
     #[must_use]
     pub fn is_tidy(&self) -> bool {
         std::fs::read_dir(self.0.path().join("kindling")).is_ok_and(|mut entries| entries.next().is_none())
+    }
+}
+
+/// A disk of 8 MiB, as long as this lives.
+#[derive(Debug)]
+pub struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    /// Mounts it on a folder, which is made. Says so where this user may not mount.
+    ///
+    /// # Panics
+    /// When the folder cannot be made.
+    #[must_use]
+    #[expect(clippy::print_stdout, reason = "what is not tested is said")]
+    pub fn at(folder: &Path) -> Option<Self> {
+        std::fs::create_dir_all(folder).expect("cannot make a folder");
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", "size=8m,mode=700", "tmpfs"]).arg(folder);
+        if mount.status().is_ok_and(|status| status.success()) {
+            return Some(Self(folder.to_owned()));
+        }
+        println!("no small disk: this user may not mount");
+        None
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        // A process that ends may still have something open there.
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
     }
 }
 

@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use tests::conversation::Conversation;
 use tests::network::{enter_host_network, pattern, with_network_programs};
 use tests::terminal::Terminal;
-use tests::user::{User, expect_echo};
+use tests::user::{SmallDisk, User, expect_echo};
 use tests::{Outcome, run, start, testbed};
 
 fn images() -> PathBuf {
@@ -264,27 +264,47 @@ fn a_full_disk_is_the_guests_own() {
     outcome.expect_stderr("No space left on device");
 }
 
+/// Whoever converts an image for a command ends with the command.
 #[test]
-#[expect(clippy::print_stdout, reason = "what is not tested is said")]
+fn nobody_converts_an_image_for_a_command_that_has_ended() {
+    let user = User::new();
+    let cache = user.folder().join("cache");
+    let mut command = user.command("run");
+    command.arg(format!("{}/layout:node", images().display())).env("XDG_CACHE_HOME", &cache);
+    let mut child = command.spawn().unwrap();
+    let converter = loop {
+        let tasks = fs::read_to_string(format!("/proc/{0}/task/{0}/children", child.id())).unwrap();
+        if let Some(child) = tasks.split_whitespace().next() {
+            break child.to_owned();
+        }
+        std::thread::yield_now();
+    };
+    // It has begun, so that it has said whose it is.
+    while !cache.join("kindling/oci").exists() {
+        std::thread::yield_now();
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let is_there = || {
+        let stat = fs::read_to_string(format!("/proc/{converter}/stat")).unwrap_or_default();
+        stat.contains("(kindling-oci) ") && !stat.contains(") Z ")
+    };
+    while is_there() {
+        std::thread::yield_now();
+    }
+    assert!(files_in(&cache) < 100 << 20, "the image was converted to its end");
+}
+
+#[test]
 fn an_image_that_finds_no_room_leaves_nothing() {
     let place = tempfile::tempdir().unwrap();
+    let Some(_disk) = SmallDisk::at(place.path()) else { return };
     let path = place.path().to_str().unwrap();
-    // Without rights to mount there is no small disk to be had.
-    if !Command::new("mount")
-        .args(["-t", "tmpfs", "-o", "size=8m", "tmpfs", path])
-        .status()
-        .unwrap()
-        .success()
-    {
-        println!("no small disk: this user may not mount");
-        return;
-    }
     let image = format!("{}/layout:node", images().display());
     let outcome = run(Command::new(testbed("kindling-oci")).args(["prepare", "--cache", path, &image]));
     outcome.expect_status(1).expect_stderr("No space left on device");
     assert_eq!(outcome.stderr.lines().count(), 1, "{outcome}");
     assert_eq!(files_in(place.path()), 0, "{outcome}");
-    assert!(Command::new("umount").arg(path).status().unwrap().success());
 }
 
 /// Bytes of all files in a folder.

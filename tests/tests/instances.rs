@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::process::{ChildStdout, Stdio};
 use tests::conversation::Conversation;
-use tests::user::User;
+use tests::user::{SmallDisk, User};
 use tests::{Outcome, run, testbed};
 
 /// A script that ends with status 3 when /tmp/end is there.
@@ -24,6 +24,24 @@ fn detach(user: &User, options: &[&str], script: &str) {
     let name = options.last().expect("a name");
     outcome.expect_status(0);
     assert_eq!((outcome.stdout, outcome.stderr), (format!("{name}\n"), String::new()));
+}
+
+/// How a guest ended is known, though there was no room for what it said.
+#[test]
+fn a_full_runtime_directory_has_room_for_a_status() {
+    let user = User::new();
+    let Some(_disk) = SmallDisk::at(&user.folder().join("small")) else { return };
+    let command = |arguments: &[&str]| {
+        let mut command = user.command(arguments[0]);
+        command.args(&arguments[1..]).env("XDG_RUNTIME_DIR", user.folder().join("small"));
+        command
+    };
+    let image = testbed("busybox.erofs");
+    let mut start = command(&["run", "-d", "--name", "full"]);
+    start.arg(image).args(["sh", "-c", "yes | head -c 9000000; exit 6"]);
+    run(&mut start).expect_status(0);
+    run(&mut command(&["wait", "full"])).expect_status(6);
+    run(&mut command(&["rm", "full"])).expect_status(0);
 }
 
 /// The row of a guest, without its age.

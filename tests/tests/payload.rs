@@ -33,7 +33,7 @@ fn a_missing_program_is_127_and_named() {
 #[test]
 fn a_file_that_is_no_program_is_126() {
     let outcome = run(boot().args(["--", "/etc/data"])).expect_status(126).stdout.clone();
-    assert_eq!(outcome, "init: /etc/data: cannot execute: os error 13\n");
+    assert_eq!(outcome, "init: /etc/data: cannot execute: permission denied\n");
     run(boot().args(["--", "/tmp"])).expect_status(126);
 }
 

@@ -338,6 +338,32 @@ fn signal(child: &std::process::Child, number: i32) {
     unsafe { libc::kill(pid, number) };
 }
 
+#[test]
+fn networks_volumes_and_kernels_that_are_not_there_are_named() {
+    let user = User::new();
+    let refused = |options: &[&str], words: &str| {
+        let outcome = run(user.run(options).arg("true").env("XDG_DATA_HOME", user.folder()));
+        outcome.expect_status(2).expect_stderr(words);
+        assert_eq!(outcome.stderr.lines().count(), 1, "{outcome}");
+        assert!(user.is_tidy());
+    };
+    refused(&["--net", "none", "-p", "8080:80"], "--net none says that there is none");
+    refused(&["--network", "host"], "there is no network \"host\": --net user reaches");
+    for ports in ["127.0.0.1:80:80", "53:53/udp", "99999:80"] {
+        refused(&["-p", ports], "two TCP ports from 1 to 65535");
+    }
+    refused(
+        &["-v", "data:/a", "-v", "data:/b"],
+        "--volume data:/b: this volume is mounted elsewhere already",
+    );
+    let nowhere = run(user.run(&[]).arg("true").env("KINDLING_IMAGE", "/nowhere"));
+    nowhere.expect_status(2).expect_stderr("KINDLING_IMAGE is /nowhere, where there is no image.json");
+    let outcome = run(user.run(&["-w", "/etc/data/x"]).arg("true"));
+    outcome
+        .expect_status(126)
+        .expect_stderr("cannot enter the working directory /etc/data/x: not a directory");
+}
+
 /// The first run of a size boots a kernel for later ones, which takes a while.
 #[test]
 fn who_does_not_want_to_wait_for_a_kernel_leaves_nothing() {

@@ -40,7 +40,7 @@ impl Shared {
 fn programs_find_a_disk() {
     let shared = Shared::new();
     fs::copy(testbed("folder-guest"), shared.path().join("folder-guest")).unwrap();
-    let outcome = shared.shell("/shared/folder-guest /shared 1000");
+    let outcome = shared.shell("/shared/folder-guest /shared 200");
     outcome.expect_status(0);
     assert_eq!(outcome.stdout.lines().count(), 13, "{outcome}");
     // As another user the folder is that one's.
@@ -108,6 +108,29 @@ fn what_changes_on_the_host_is_seen() {
     output.read_to_string(&mut rest).unwrap();
     assert_eq!(rest, "longer");
     assert!(child.wait().unwrap().success());
+}
+
+/// A file that becomes longer is whole for whoever opens it next, however soon.
+#[test]
+fn a_file_that_is_opened_has_its_length() {
+    let shared = Shared::new();
+    fs::write(shared.path().join("file"), "0").unwrap();
+    let mut command = shared.command(&[], "");
+    command.args(["sh", "-c", "while cat /shared/file && echo && read line; do :; done"]);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let (mut input, mut output) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
+    for length in 1..20 {
+        let mut line = String::new();
+        output.read_line(&mut line).unwrap();
+        assert_eq!(line, "0".repeat(length) + "\n");
+        // Into the same file, and as editors do it.
+        let name = if length % 2 == 0 { "file" } else { "new" };
+        fs::write(shared.path().join(name), "0".repeat(length + 1)).unwrap();
+        fs::rename(shared.path().join(name), shared.path().join("file")).unwrap();
+        input.write_all(b"\n").unwrap();
+    }
+    drop(input);
+    assert!(!child.wait().unwrap().success());
 }
 
 #[test]

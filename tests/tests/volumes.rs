@@ -4,7 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 use tests::conversation::Conversation;
-use tests::user::User;
+use tests::user::{SmallDisk, User};
 use tests::{Outcome, run, testbed};
 
 const DATA: &str = "data:/srv/data";
@@ -49,6 +49,19 @@ fn what_is_written_is_there_for_the_next_guest() {
     // A volume begins as a hole.
     assert!(std::os::unix::fs::MetadataExt::blocks(&fs::metadata(disk(&user, "new")).unwrap()) < 64 << 11);
     assert!(user.is_tidy());
+}
+
+/// What a program wrote and the host has no room for cannot be kept; nobody should have to find out later.
+#[test]
+fn a_full_disk_of_the_hosts_is_told() {
+    let user = User::new();
+    let place = user.folder().join("small");
+    let Some(_disk) = SmallDisk::at(&place) else { return };
+    let script = "dd if=/dev/zero bs=1M count=12 | tr '\\0' x > /srv/x";
+    let mut command = command(&user, &["-v", "full:/srv"], script);
+    let outcome = run(command.env("XDG_DATA_HOME", &place));
+    let disk = place.join("kindling/volumes/full");
+    outcome.expect_stderr(&format!("writing {} failed: No space left on device", disk.display()));
 }
 
 #[test]

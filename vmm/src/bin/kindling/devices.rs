@@ -83,7 +83,7 @@ impl DeviceArguments {
             let port = |text: &str| text.parse().ok().filter(|&port: &u16| port != 0);
             let ports =
                 ports.and_then(|(host, guest)| Some(PortForward { host: port(host)?, guest: port(guest)? }));
-            let forward = ports.ok_or_else(|| wrong("it is not of the form 8080:80"))?;
+            let forward = ports.ok_or_else(|| wrong("it is not of the form 8080:80, two TCP ports from 1 to 65535; there is no address and no UDP"))?;
             let interface = devices.network_interfaces.iter_mut().find(|card| card.is_user());
             interface.ok_or_else(|| wrong("it needs --net user"))?.forwards.push(forward);
         }

@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 /// Why there is no such guest, or none can be made.
@@ -135,6 +135,9 @@ pub(crate) struct Instance {
 
 const LOCK: &str = "lock";
 const RECORD: &str = "guest.json";
+/// How it ended, once it has: the number, and blanks behind it.
+const STATUS: &str = "status";
+const NO_STATUS: &str = "    ";
 const SOCKET: &str = "vsock";
 /// What the VMM of a detached guest has to say.
 pub(crate) const REPORT: &str = "report";
@@ -204,6 +207,10 @@ impl Instance {
         let (draft, path) = (self.folder.join(".draft"), self.folder.join(RECORD));
         let text = serde_json::to_vec_pretty(record).unwrap_or_default();
         let write = || -> io::Result<()> {
+            if record.is_kept {
+                // Where the disk is full in the end, there is still room for how the guest ended.
+                std::fs::write(self.folder.join(STATUS), NO_STATUS)?;
+            }
             File::create(&draft)?.write_all(&text)?;
             std::fs::rename(&draft, &path)
         };
@@ -212,7 +219,10 @@ impl Instance {
 
     /// Writes down how it ended.
     pub(crate) fn finish(&self, status: u8) -> Result<(), InstanceError> {
-        self.write(&Record { status: Some(status), ..read_record(&self.folder) })
+        let path = self.folder.join(STATUS);
+        let file = File::options().write(true).create(true).truncate(false).open(&path);
+        let text = format!("{status:<0$}", NO_STATUS.len());
+        file.and_then(|file| file.write_all_at(text.as_bytes(), 0)).map_err(host("write", &path))
     }
 
     /// Forgets the guest.
@@ -315,7 +325,9 @@ pub(crate) fn each(names: &[String], mut action: impl FnMut(&str) -> Result<(), 
 /// One that ended before it could say what it is can still be forgotten.
 fn read_record(folder: &Path) -> Record {
     let text = std::fs::read(folder.join(RECORD)).unwrap_or_default();
-    serde_json::from_slice(&text).unwrap_or_default()
+    let record: Record = serde_json::from_slice(&text).unwrap_or_default();
+    let status = std::fs::read_to_string(folder.join(STATUS)).ok();
+    Record { status: status.and_then(|text| text.trim().parse().ok()), ..record }
 }
 
 /// A lock on a directory, which any number may have.

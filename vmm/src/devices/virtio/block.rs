@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use std::fs::{File, Metadata};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 const KIND: u32 = 2;
 const QUEUE: usize = 0;
@@ -79,6 +79,10 @@ pub struct Block {
     in_flight: Vec<Option<Request>>,
     watcher: Option<Watcher>,
     finished: Vec<Done>,
+    /// Where the file is.
+    path: PathBuf,
+    /// The first thing that the host could not do.
+    failure: Option<String>,
 }
 
 /// A request that was understood.
@@ -136,6 +140,8 @@ impl Block {
             in_flight: Vec::new(),
             watcher: None,
             finished: Vec::new(),
+            path: drive.path_on_host.clone(),
+            failure: None,
         })
     }
 
@@ -258,7 +264,10 @@ impl Block {
     fn attempt(&mut self, request: Request, queues: &mut Queues) -> Result<Option<Request>, Broken> {
         match self.io.attempt(&request.job()) {
             Some(Ok(moved)) if moved == request.length => finish(request, Status::Ok, queues)?,
-            Some(Err(error)) => finish(request, status_of(&error), queues)?,
+            Some(Err(error)) => {
+                let status = self.judge(request.operation, &error);
+                finish(request, status, queues)?;
+            }
             // A part is done anew with the rest: it may have ended where the host would have had to wait.
             Some(Ok(_)) | None => return Ok(Some(request)),
         }
@@ -285,6 +294,16 @@ impl Block {
         self.in_flight.get_mut(usize::try_from(number).ok()?)?.take()
     }
 
+    /// What a request is answered that the host could not do.
+    fn judge(&mut self, operation: Operation, error: &io::Error) -> Status {
+        if let Some(libc::EOPNOTSUPP | libc::ENOSYS) = error.raw_os_error() {
+            return Status::Unsupported;
+        }
+        let what = if operation == Operation::Read { "reading" } else { "writing" };
+        self.failure.get_or_insert_with(|| format!("{what} {} failed: {error}", self.path.display()));
+        Status::IoError
+    }
+
     fn take_finished(&mut self, queues: &mut Queues) -> Result<(), Broken> {
         let mut finished = std::mem::take(&mut self.finished);
         self.io.finished(&mut finished);
@@ -294,7 +313,7 @@ impl Block {
                 Ok(moved) if moved == request.length => Status::Ok,
                 // The disk's file has become shorter, or a signal came in between.
                 Ok(_) => Status::IoError,
-                Err(error) => status_of(&error),
+                Err(error) => self.judge(request.operation, &error),
             };
             finish(request, status, queues)?;
         }
@@ -322,13 +341,6 @@ fn finish(request: Request, status: Status, queues: &mut Queues) -> Result<(), B
     fill(request.status, &[status as u8]);
     let read = if request.operation == Operation::Read && status == Status::Ok { request.length } else { 0 };
     queues.complete(QUEUE, request.chain, u32::try_from(read + 1).unwrap_or(u32::MAX))
-}
-
-fn status_of(error: &io::Error) -> Status {
-    match error.raw_os_error() {
-        Some(libc::EOPNOTSUPP | libc::ENOSYS) => Status::Unsupported,
-        _ => Status::IoError,
-    }
 }
 
 /// Where a sector is, in bytes, by the halves of its number; none where no file is so long.
@@ -384,6 +396,10 @@ impl Device for Block {
     fn activate(&mut self, _: u64, _: &mut Queues, watcher: &Watcher) -> Result<(), Broken> {
         self.watcher = Some(watcher.clone());
         Ok(())
+    }
+
+    fn failure(&self) -> Option<String> {
+        self.failure.clone()
     }
 
     fn serves_at_once(&self) -> bool {

@@ -150,7 +150,7 @@ pub trait Device: Send + fmt::Debug {
         true
     }
 
-    /// What went wrong on the host's side, if something did: the driver has errors instead of answers since then.
+    /// What went wrong first on the host's side, if something did: the driver had an error for an answer.
     fn failure(&self) -> Option<String> {
         None
     }

@@ -6,7 +6,7 @@ use std::ffi::OsString;
 
 pub(super) fn parse(mut words: impl Iterator<Item = OsString>) -> Option<Arguments> {
     let mut parsed = Arguments::default();
-    let (mut memory, mut cpus, mut net, mut pull) = (None, None, None, None);
+    let (mut memory, mut cpus, mut pull) = (None, None, None);
     loop {
         let word = words.next()?;
         if !is_option(&word) {
@@ -31,7 +31,7 @@ pub(super) fn parse(mut words: impl Iterator<Item = OsString>) -> Option<Argumen
             "--name" => once(&mut parsed.name, text(words.next())?)?,
             "--hostname" => once(&mut parsed.hostname, value(words.next())?)?,
             "--rm" => switch(&mut parsed.rm)?,
-            "--net" => once(&mut net, value(words.next())?)?,
+            "--net" => once(&mut parsed.net, value(words.next())?)?,
             "--publish" | "-p" => parsed.publish.push(value(words.next())?),
             "--read-only" => switch(&mut parsed.read_only)?,
             "--volume" | "-v" => parsed.volume.push(value(words.next())?),
@@ -52,7 +52,6 @@ pub(super) fn parse(mut words: impl Iterator<Item = OsString>) -> Option<Argumen
     parsed.command = command(words)?;
     parsed.memory = memory.unwrap_or(parsed.memory);
     parsed.cpus = cpus.unwrap_or(parsed.cpus);
-    parsed.net = net.unwrap_or(parsed.net);
     parsed.pull = pull.unwrap_or(parsed.pull);
     Some(parsed)
 }

@@ -54,9 +54,9 @@ pub(crate) struct Arguments {
     /// Leave nothing of a detached guest behind when it ends; one in the foreground leaves nothing anyway
     #[arg(long)]
     pub(crate) rm: bool,
-    /// Network: none, user for networking without root, or a tap device
-    #[arg(long, alias = "network", value_name = "none|user|TAP", default_value = "none")]
-    pub(crate) net: OsString,
+    /// Network [default: none]: none, user for networking without root, or a tap device
+    #[arg(long, alias = "network", value_name = "none|user|TAP")]
+    pub(crate) net: Option<OsString>,
     /// A port of the host that leads to one of the guest; takes `--net user`; may be repeated
     #[arg(long, short = 'p', value_name = "HOST:GUEST")]
     pub(crate) publish: Vec<OsString>,
@@ -104,7 +104,7 @@ impl Default for Arguments {
             name: None,
             hostname: None,
             rm: false,
-            net: "none".into(),
+            net: None,
             publish: Vec::new(),
             volume: Vec::new(),
             read_only: false,

@@ -29,10 +29,15 @@ impl Arguments {
             vsock: Some(instance.socket().into()),
             ..DeviceArguments::default()
         };
-        match self.net.to_str() {
-            Some("none") if self.publish.is_empty() => {}
-            Some("none") => devices.net.push("user".into()),
-            _ => devices.net.push(self.net.clone()),
+        match &self.net {
+            None if self.publish.is_empty() => {}
+            None => devices.net.push("user".into()),
+            Some(net) if net == "none" && self.publish.is_empty() => {}
+            Some(net) if net == "none" => return Err(RunError::NoNetwork),
+            Some(net) if ["host", "bridge", "default"].iter().any(|name| net == name) => {
+                return Err(RunError::Network(net.clone()));
+            }
+            Some(net) => devices.net.push(net.clone()),
         }
         devices.add_to(&mut config.devices)?;
         config.guest = self.guest(instance, prepared)?;

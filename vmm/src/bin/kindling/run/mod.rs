@@ -56,6 +56,10 @@ enum RunError {
     Volume(#[from] VolumeError),
     #[error(transparent)]
     Environment(#[from] EnvironmentError),
+    #[error("--publish needs a network, and --net none says that there is none")]
+    NoNetwork,
+    #[error("there is no network {0:?}: --net user reaches what the host does, and --publish lets in")]
+    Network(std::ffi::OsString),
     #[error("the image names no command; write one behind its name")]
     NoCommand,
     #[error("the host refused to {0}")]

@@ -52,6 +52,9 @@ pub(super) fn parse_all(texts: &[OsString]) -> Result<Vec<Wanted>, MountError> {
         if all.iter().any(|other| other.target == wanted.target) {
             return Err(wrong("something else is mounted there already"));
         }
+        if wanted.volume().is_some() && all.iter().any(|other| other.volume() == wanted.volume()) {
+            return Err(wrong("this volume is mounted elsewhere already"));
+        }
         all.push(wanted);
     }
     all.sort_by(|a, b| a.target.cmp(&b.target));

@@ -15,6 +15,15 @@ pub(crate) enum SourceError {
         "there is no kernel to run it on: set KINDLING_IMAGE to a folder that `cargo xtask build-image` made"
     )]
     NoKernel,
+    /// Another image or another name mends it. The program that converts images has said what.
+    #[error("{0} cannot be run")]
+    Refused(String),
+    /// No kernel where the user says.
+    #[error(
+        "KINDLING_IMAGE is {}, where there is no image.json: name a folder that `cargo xtask build-image` made",
+        .0.display()
+    )]
+    NoKernelAt(PathBuf),
     /// The program that converts images said why not.
     #[error("{}", if .0.is_empty() { "kindling-oci ended without a word" } else { .0.as_str() })]
     Prepare(String),
@@ -76,7 +85,8 @@ fn prepare_in(
         return Ok(Prepared { rootfs: image.into(), config: ImageConfig { user, ..ImageConfig::default() } });
     }
     let mut command = Command::new(converter()?);
-    command.current_dir(directory).args(["prepare", "--pull", pull]);
+    let own = std::process::id().to_string();
+    command.current_dir(directory).args(["prepare", "--pull", pull, "--for", &own]);
     if let Some(user) = user {
         command.args(["--user", user]);
     }
@@ -88,7 +98,7 @@ fn prepare_in(
         // It has said why.
         let image = Path::new(image).display();
         return Err(match output.status.code() {
-            Some(USERS) => SourceError::Prepare(format!("{image} cannot be run")),
+            Some(USERS) => SourceError::Refused(image.to_string()),
             _ => SourceError::Failed(image.to_string()),
         });
     }
@@ -117,7 +127,13 @@ pub(crate) fn user(directory: &Path, image: &OsStr, text: &str) -> Result<User, 
     {
         return Ok(user);
     }
-    prepare_in(directory, image, Some(text), "never").map(|prepared| prepared.config.user)
+    match prepare_in(directory, image, Some(text), "never") {
+        Ok(prepared) => Ok(prepared.config.user),
+        Err(SourceError::Refused(_)) => {
+            Err(SourceError::Prepare(format!("{text:?} is no user of the guest")))
+        }
+        Err(error) => Err(error),
+    }
 }
 
 fn numeric_user(text: &str) -> Result<User, SourceError> {
@@ -134,7 +150,8 @@ fn numeric_user(text: &str) -> Result<User, SourceError> {
 /// The folder with the kernel: named by KINDLING_IMAGE, or where an installation or a build has it.
 pub(crate) fn kernel_image() -> Result<PathBuf, SourceError> {
     if let Some(path) = std::env::var_os("KINDLING_IMAGE").filter(|path| !path.is_empty()) {
-        return Ok(path.into());
+        let path = PathBuf::from(path);
+        return if path.join("image.json").exists() { Ok(path) } else { Err(SourceError::NoKernelAt(path)) };
     }
     let program = std::env::current_exe().unwrap_or_default();
     let beside = program.ancestors().skip(1);
