@@ -123,6 +123,11 @@ fn print(arguments: &Prepare) -> ExitCode {
     };
     let prepared = match prepare(&arguments.image, &options, &mut begin) {
         Ok(prepared) => prepared,
+        Err(error @ Error::Registry(_)) => {
+            // A file's name with a letter too many is the name of an image in a registry.
+            let what = format!("{}: there is no such file here, and as a name: ", arguments.image);
+            return complain(&what, &error);
+        }
         Err(error) => return complain(&format!("{}: ", arguments.image), &error),
     };
     match serde_json::to_string(&prepared) {
