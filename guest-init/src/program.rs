@@ -65,14 +65,9 @@ impl Program {
         }
         let code = match become_user(spec) {
             Ok(()) => self.try_paths(),
-            Err(("enter the working directory", error)) => {
-                let directory = spec.working_directory.as_deref().unwrap_or_default();
-                let directory = alloc::string::String::from_utf8_lossy(directory);
-                say(format_args!("init: cannot enter the working directory {directory}: {}\n", Words(error)));
-                NOT_EXECUTABLE
-            }
-            Err((what, error)) => {
-                say(format_args!("init: cannot {what}: {}\n", Words(error)));
+            Err((what, name, error)) => {
+                let name = alloc::string::String::from_utf8_lossy(name);
+                say(format_args!("init: cannot {what}{name}: {}\n", Words(error)));
                 NOT_EXECUTABLE
             }
         };
@@ -137,25 +132,27 @@ fn say_what_it_needs(name: &str, path: &CStr) {
     say(format_args!("init: {name}: needs {needed}, which is not there\n"));
 }
 
-/// Directory, user and signal mask of the payload.
-fn become_user(spec: &PayloadSpec) -> Result<(), (&'static str, Errno)> {
+/// Directory, user and signal mask of the payload; what cannot be done, to what, and why.
+fn become_user(spec: &PayloadSpec) -> Result<(), (&'static str, &[u8], Errno)> {
     if let Some(directory) = &spec.working_directory {
         if spec.agent {
             make_directories(directory);
         }
         rustix::process::chdir(directory.as_slice())
-            .map_err(|error| ("enter the working directory", error))?;
+            .map_err(|error| ("enter the working directory ", directory.as_slice(), error))?;
     }
     if [spec.user_id, spec.group_id].contains(&u32::MAX) || spec.groups.contains(&u32::MAX) {
-        return Err(("set the user", Errno::INVAL));
+        return Err(("set the user", &[], Errno::INVAL));
     }
     let (uid, gid) = (Uid::from_raw(spec.user_id), Gid::from_raw(spec.group_id));
     if !(uid.is_root() && gid.is_root() && spec.groups.is_empty()) {
         let groups: Vec<Gid> = spec.groups.iter().map(|&id| Gid::from_raw(id)).collect();
-        rustix::thread::set_thread_groups(&groups).map_err(|error| ("set the groups", error))?;
-        rustix::thread::set_thread_res_gid(gid, gid, gid).map_err(|error| ("set the group", error))?;
-        rustix::thread::set_thread_res_uid(uid, uid, uid).map_err(|error| ("set the user", error))?;
+        rustix::thread::set_thread_groups(&groups).map_err(|error| ("set the groups", &[][..], error))?;
+        rustix::thread::set_thread_res_gid(gid, gid, gid)
+            .map_err(|error| ("set the group", &[][..], error))?;
+        rustix::thread::set_thread_res_uid(uid, uid, uid)
+            .map_err(|error| ("set the user", &[][..], error))?;
     }
-    SignalSet::of([]).block().map_err(|error| ("unblock signals", error))?;
+    SignalSet::of([]).block().map_err(|error| ("unblock signals", &[][..], error))?;
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! `kindling cp`: files into a guest that runs, or from there, by the rules of `docker cp`.
 
 use crate::instances::{Found, InstanceError};
-use crate::run::signals::Signals;
+use crate::run::signals::{self, Signals};
 use crate::{STATUS_BAD_REQUEST, bytes, complain, exec};
 use clap::Args;
 use guest_copy::{Destination, Failure, Source, What};
@@ -265,7 +265,7 @@ impl Interruption {
                 match (by.swap(signal, Ordering::AcqRel), stream.get()) {
                     (0, Some(stream)) => drop(stream.shutdown(Shutdown::Both)),
                     // Nothing has begun, or whoever sends it does not want to wait any more.
-                    _ => leave(signal),
+                    _ => signals::leave(signal),
                 }
             }
         });
@@ -281,11 +281,6 @@ impl Interruption {
         let _ = self.stream.set(stream.try_clone()?);
         Ok(())
     }
-}
-
-#[expect(clippy::exit, reason = "the main thread waits for a guest that does not answer")]
-fn leave(signal: u8) {
-    std::process::exit(128 + i32::from(signal));
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use crate::instances::{Found, InstanceError, Record};
 use crate::run::client::{self, Service, Streams};
 use crate::run::environment::{self, EnvironmentError};
-use crate::run::signals::Signals;
+use crate::run::signals::{self, Signals};
 use crate::run::source::{self, SourceError};
 use crate::terminal::RawTerminal;
 use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, bytes, complain};
@@ -81,16 +81,10 @@ fn execute(arguments: &Arguments) -> Result<u8, ExecError> {
         client::send_size(&process);
     }
     let terminal = arguments.tty.then(RawTerminal::enter).flatten();
-    let code = Service { signals: &mut signals, give_up: &mut leave }.serve(process, Streams::own()?);
+    let code =
+        Service { signals: &mut signals, give_up: &mut signals::leave }.serve(process, Streams::own()?);
     drop(terminal);
     Ok(code?)
-}
-
-/// Ends this command; the agent then hangs up on the process.
-#[expect(clippy::exit, reason = "the main thread waits for a process that does not end")]
-fn leave(signal: u8) {
-    crate::terminal::restore_from_handler();
-    std::process::exit(128 + i32::from(signal));
 }
 
 /// A number that no other process of a guest has, but for one chance in 2^64.

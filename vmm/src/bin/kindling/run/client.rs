@@ -229,7 +229,7 @@ impl Writers {
     }
 }
 
-/// Waits until somebody ends their side of a connection, or for a signal that asks for the end.
+/// Waits until somebody says something over a connection or ends it, or for a signal that asks for the end.
 pub(super) fn signal_before(end: &UnixStream, signals: &mut Signals) -> Option<u8> {
     loop {
         match wait_for_any([(end.as_fd(), ())].into_iter(), signals) {
@@ -245,13 +245,10 @@ pub(super) fn signal_before(end: &UnixStream, signals: &mut Signals) -> Option<u
 
 /// Waits until somebody says that a guest is ready for a process to be served, and passes on signals meanwhile.
 pub(super) fn wait_for_ready(said: &UnixStream, service: &mut Service<'_>) -> bool {
-    loop {
-        match wait_for_any([(said.as_fd(), ())].into_iter(), service.signals) {
-            Ok(Some(())) => return matches!((&mut &*said).read(&mut [0]), Ok(1)),
-            Ok(None) => service.signals.pass_on(None).map(&mut *service.give_up).unwrap_or_default(),
-            Err(_) => return false,
-        }
+    while let Some(signal) = signal_before(said, service.signals) {
+        (service.give_up)(signal);
     }
+    matches!((&mut &*said).read(&mut [0]), Ok(1))
 }
 
 /// What became of the process in the guest.

@@ -274,7 +274,7 @@ fn make_preboot(config: &Config, signals: &mut Signals, instance: &Instance) -> 
         scope.spawn(|| {
             if let Some(signal) = client::signal_before(&is_done, signals) {
                 instance.forget();
-                leave(signal);
+                signals::leave(signal);
             }
         });
         // Its end is that of the other thread, whatever happens here.
@@ -296,9 +296,4 @@ fn preboot_in_own_folder(config: &Config, path: &Path) -> Result<(), String> {
         .create(folder)
         .map_err(|error| error.to_string())?;
     preboot::make(config, path).map_err(|error| crate::with_causes(&error))
-}
-
-#[expect(clippy::exit, reason = "the main thread waits for a guest that may not answer")]
-fn leave(signal: u8) {
-    std::process::exit(128 + i32::from(signal));
 }

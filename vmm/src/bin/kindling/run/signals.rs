@@ -107,6 +107,13 @@ impl AsFd for Signals {
     }
 }
 
+/// Ends this command as a signal would. The agent then hangs up on a process that it served.
+#[expect(clippy::exit, reason = "what this command waits for may never come")]
+pub(crate) fn leave(signal: u8) {
+    crate::terminal::restore_from_handler();
+    std::process::exit(128 + i32::from(signal));
+}
+
 /// Blocks what is passed on. What somebody wanted ignored, nohup for instance, stays ignored.
 fn block(more: &[libc::c_int]) -> libc::sigset_t {
     let mut set = MaybeUninit::uninit();
