@@ -78,3 +78,68 @@ fn every_command_is_one() {
         }
     }
 }
+
+/// A figure of a document and what it has to be, within 5 %: sizes are rounded, and small changes need no new text.
+fn expect_figure(name: &str, before: &str, after: &str, actual: f64) {
+    let text = std::fs::read_to_string(root().join(name)).unwrap();
+    let written = text.split(before).skip(1).find_map(|rest| {
+        let number: f64 = rest.split(after).next()?.trim().parse().ok()?;
+        Some(number)
+    });
+    let written = written.unwrap_or_else(|| panic!("{name} has no {before:?} with a number and {after:?}"));
+    let is_current = (written - actual).abs() <= actual * 0.05;
+    assert!(is_current, "{name} says {before}{written}{after}; now it is {actual:.2}");
+}
+
+#[expect(clippy::cast_precision_loss, reason = "sizes of files are far below 2^53")]
+fn size_of(file: &str) -> f64 {
+    std::fs::metadata(tests::testbed(file)).unwrap().len() as f64
+}
+
+#[test]
+fn sizes_are_those_of_the_files() {
+    let (kib, mib, mb) = (1024.0, 1_048_576.0, 1_000_000.0);
+    let (init, kindling) = (size_of("init"), size_of("kindling"));
+    let (kernel, root) = (size_of("images/default/vmlinux"), size_of("images/default/initramfs.cpio"));
+    for name in ["README.md", "docs/architecture.md"] {
+        expect_figure(name, "an init of ", " KiB", init / kib);
+    }
+    expect_figure("README.md", "Init has ", " KiB", init / kib);
+    expect_figure("README.md", "`kindling` ", " MB", kindling / mb);
+    expect_figure("README.md", "an image's kernel ", " MiB", kernel / mib);
+    expect_figure("README.md", "(Linux 6.12.117, ", " KiB kernel", kernel / kib);
+    expect_figure("README.md", " KiB kernel, ", " KiB root filesystem", root / kib);
+}
+
+/// The exact lab's times in the documents are within 10 % of the budget, as the boots are (`exact_boot`).
+#[test]
+fn times_are_those_of_the_budget() {
+    let budget = std::fs::read_to_string(root().join("tests/boot-budget.json")).unwrap();
+    let budget: serde_json::Value = serde_json::from_str(&budget).unwrap();
+    let millisecond = |kind: &str, figure: &str| budget[kind][figure].as_f64().unwrap() / 1e6;
+    let readme = std::fs::read_to_string(root().join("README.md")).unwrap();
+    let bench = std::fs::read_to_string(root().join("docs/bench.md")).unwrap();
+    let section = bench.split("boot: 128 MiB, 1 vCPU").nth(1).unwrap();
+    for (monitor, column, kind) in [("kindling ", 1, "boot"), ("kindling-preboot ", 0, "preboot")] {
+        for (row, place, figure) in [
+            ("spawn to init's first instruction", 1, "spawn_to_init_ns"),
+            ("spawn to the end of the process", 7, "spawn_to_exit_ns"),
+        ] {
+            let budget = millisecond(kind, figure);
+            let cells = readme.lines().find_map(|line| line.strip_prefix("| ")?.strip_prefix(row));
+            let cell = cells.unwrap().trim_start_matches(" | ").split(" | ").nth(column).unwrap();
+            let line = section.lines().find(|line| line.starts_with(monitor)).unwrap();
+            // Name and number, and behind each number but the first its ratio.
+            let measured = line.split_whitespace().nth(place).unwrap();
+            for (name, written) in [("README.md", cell.trim_end_matches(" ms")), ("docs/bench.md", measured)]
+            {
+                let written: f64 = written.parse().unwrap();
+                let is_current = written <= budget * 1.02 && budget <= written * 1.15;
+                assert!(
+                    is_current,
+                    "{name}: {monitor}{row} {written} ms; {budget} in tests/boot-budget.json"
+                );
+            }
+        }
+    }
+}

@@ -27,7 +27,7 @@
 
 use vm_memory::GuestAddress;
 
-/// Interrupt line of the in-kernel I/O APIC, which a device raises through an irqfd.
+/// Interrupt line of the guest's I/O APIC, which a device raises through an irqfd.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Gsi(pub u32);
 

@@ -5,6 +5,7 @@ mod archive;
 mod bench;
 mod bench_convert;
 mod boot_code;
+mod budget;
 mod build_image;
 mod cache;
 mod cargo;
@@ -28,6 +29,7 @@ mod test_images;
 mod test_lab;
 mod test_network;
 mod test_oci;
+mod test_report;
 mod test_root;
 mod test_volumes;
 mod vmlinux;
@@ -49,6 +51,8 @@ enum Command {
     Run(run::Arguments),
     /// Runs all tests: those of the crates, then those that boot guests
     Test(test::Arguments),
+    /// Measures the figures of tests/boot-budget.json in many labs, and how much they differ
+    Budget(budget::Arguments),
     /// Compares Kindling with other monitors: times, memory, exits
     Bench(Box<bench::Arguments>),
     /// Compares converting a container image with mkfs.erofs, on this machine
@@ -89,6 +93,7 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Run(arguments) => run::run(&arguments),
         Command::Test(arguments) => test::run(&arguments),
+        Command::Budget(arguments) => budget::run(&arguments),
         Command::BenchConvert { runs } => bench_convert::run(runs),
         Command::Bench(arguments) => bench::run(&arguments),
         Command::BuildImage(arguments) => build_image::run(&arguments),

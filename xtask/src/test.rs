@@ -6,8 +6,10 @@
 //! and several for those that start with `smp_`.
 
 use crate::build_image::{self, Arguments as Image};
-use crate::host::Host;
+use crate::host::{Host, workspace};
 use crate::test_images::Images;
+use crate::test_lab::Queue;
+use crate::test_report::{Report, Transcript};
 use crate::{
     cache, cargo, debian, lab, profile, test_images, test_lab, test_network, test_oci, test_root,
     test_volumes,
@@ -15,9 +17,11 @@ use crate::{
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::fs;
+use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Instant;
 use xshell::{Shell, cmd};
 
 #[derive(Args, Debug)]
@@ -32,23 +36,20 @@ pub(crate) struct Arguments {
 /// Processors of the lab for tests of several vCPUs: as many as the largest of their guests has.
 const SMP_LAB_CPUS: u8 = 4;
 
+/// How the names of programs begin that do not run where there is a KVM, with one processor.
+const ON_HOST: &str = "on_host_";
+const EXACT: &str = "exact_";
+const SMP: &str = "smp_";
+
 /// Another monitor, and the test that needs it.
 const FIRECRACKER: &str = "firecracker";
 
 /// Runs all tests; the exit status is 1 when one failed.
 pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
+    let started = Instant::now();
     let filter = arguments.filter.as_deref().unwrap_or("");
     let host = Host::choose(false, true);
-    let mut failed = Vec::new();
-    debian::ensure_erofs_tools()?;
-    if filter.is_empty() && !arguments.ignored && !unit_tests()? {
-        failed.push("the crates' own tests".to_owned());
-    }
-    debian::ensure_lab_tools()?;
-    // Another run here would change the testbed under this one.
-    let _lock =
-        cache::lock(&format!("testbed-{}", cache::key(&[&cargo::target_directory().to_string_lossy()])))?;
-    let testbed = lay_out_testbed()?;
+    let (_lock, testbed) = testbed()?;
     let images = test_images::build()?;
     let place = tempfile::Builder::new().prefix("test-programs-").tempdir_in(cargo::target_directory())?;
     let mut programs = programs(arguments.ignored, place.path())?;
@@ -57,44 +58,120 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     if programs.is_empty() {
         bail!("no test and no test program has {filter:?} in its name");
     }
-    let chosen = |prefix: &str| -> Vec<&Program> {
-        let others = ["on_host_", "exact_", "smp_"];
-        let belongs = |name: &str| match prefix {
-            "" => !others.iter().any(|other| name.starts_with(other)),
-            prefix => name.starts_with(prefix),
-        };
-        programs.iter().filter(|program| belongs(&program.name)).collect()
-    };
-    failed.extend(here("on this host", &chosen("on_host_"), &testbed, &images, filter)?);
-    let mut booting = chosen("");
     if !testbed.join(FIRECRACKER).exists() {
         println!("\nno {FIRECRACKER} in PATH: the test that boots the image with it is not part of this run");
-        booting.retain(|program| program.name != FIRECRACKER);
+        programs.retain(|program| program.name != FIRECRACKER);
     }
-    match host {
+    let chosen = |prefix: &str| programs.iter().filter(|program| program.prefix() == prefix).collect();
+    let here = |place, programs| Step::Here { place, programs, testbed: &testbed, images: &images, filter };
+    let queue = |cpus, prefix, images| Queue::new(cpus, chosen(prefix), &testbed, images, filter);
+    let crates = (filter.is_empty() && !arguments.ignored).then_some(Step::Crates);
+    let on_host = here("on this host", chosen(ON_HOST));
+    let (booting, smp, exact) =
+        (queue(1, "", Some(&*images.disk)), queue(SMP_LAB_CPUS, SMP, None), queue(1, EXACT, None));
+    let first = crates.into_iter().chain([on_host]);
+    let lanes: Vec<Vec<Step<'_>>> = match host {
         Host::Hardware => {
-            booting.extend(chosen("smp_"));
-            failed.extend(here("on this host's KVM", &booting, &testbed, &images, filter)?);
+            let kvm = "on this host's KVM";
+            let last = [here(kvm, chosen("")), here(kvm, chosen(SMP)), Step::Lab(&exact)];
+            vec![first.chain(last).collect()]
         }
-        Host::Lab => {
-            failed.extend(test_lab::run(1, &booting, &testbed, Some(&images.disk), filter)?);
-            failed.extend(test_lab::run(SMP_LAB_CPUS, &chosen("smp_"), &testbed, None, filter)?);
+        Host::Lab if two_labs_fit() => {
+            let second = [Step::Lab(&smp), Step::Lab(&exact), Step::Lab(&booting)];
+            vec![vec![Step::Lab(&booting)], first.chain(second).collect()]
+        }
+        Host::Lab => vec![first.chain([Step::Lab(&booting), Step::Lab(&smp), Step::Lab(&exact)]).collect()],
+    };
+    let report = Report::new(started, lanes.len() == 1 || programs.len() == 1);
+    let run = |lane: Vec<Step<'_>>| lane.iter().try_for_each(|step| step.run(&report));
+    let results: Vec<Result<()>> = std::thread::scope(|scope| {
+        let threads: Vec<_> = lanes.into_iter().map(|lane| scope.spawn(|| run(lane))).collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap_or_else(|_| bail!("a thread panicked")))
+            .collect()
+    });
+    let passed = report.finish();
+    results.into_iter().collect::<Result<()>>()?;
+    Ok(u8::from(!passed))
+}
+
+/// The testbed, and the lock that keeps another run from changing it.
+pub(crate) fn testbed() -> Result<(cache::Lock, PathBuf)> {
+    debian::ensure_erofs_tools()?;
+    debian::ensure_lab_tools()?;
+    let key = cache::key(&[&cargo::target_directory().to_string_lossy()]);
+    let lock = cache::lock(&format!("testbed-{key}"))?;
+    Ok((lock, lay_out_testbed()?))
+}
+
+/// Whether two labs run at once: one uses one processor, and its memory is the host's.
+fn two_labs_fit() -> bool {
+    const BOTH_KIB: u64 = 2 * test_lab::MEMORY_MIB * 1024;
+    let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let available = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.strip_suffix("kB"));
+    let available = available.and_then(|kib| kib.trim().parse().ok()).unwrap_or(0);
+    processors >= 2 && available >= BOTH_KIB
+}
+
+/// A part of a run: steps of one lane follow one another, and lanes run side by side.
+enum Step<'a> {
+    /// The tests inside the crates.
+    Crates,
+    /// Test programs on this machine.
+    Here {
+        place: &'static str,
+        programs: Vec<&'a Program>,
+        testbed: &'a Path,
+        images: &'a Images,
+        filter: &'a str,
+    },
+    /// Test programs in a lab.
+    Lab(&'a Queue<'a>),
+}
+
+impl Step<'_> {
+    fn run(&self, report: &Report) -> Result<()> {
+        match self {
+            Self::Crates => unit_tests(report),
+            Self::Here { place, programs, testbed, images, filter } => {
+                for program in programs {
+                    let mut command = Command::new(&program.path);
+                    command.args(program.arguments(filter));
+                    command.env("KINDLING_TESTBED", testbed).env(test_images::VARIABLE, &images.folder);
+                    run_here(command, report.transcript(&program.name, place))?;
+                }
+                Ok(())
+            }
+            Self::Lab(queue) => queue.work(report),
         }
     }
-    failed.extend(test_lab::run(1, &chosen("exact_"), &testbed, None, filter)?);
-    if failed.is_empty() {
-        return Ok(0);
-    }
-    println!("\nfailed: {}", failed.join(", "));
-    Ok(1)
 }
 
 /// The tests inside the crates. guest-init is built by itself, as everywhere.
-fn unit_tests() -> Result<bool> {
-    let shell = cargo::shell()?;
-    let all = cmd!(shell, "cargo test --quiet").quiet().run().is_ok();
-    let init = cmd!(shell, "cargo test --quiet --package guest-init").quiet().run().is_ok();
-    Ok(all && init)
+fn unit_tests(report: &Report) -> Result<()> {
+    for (name, package) in [("crates", &[][..]), ("crate of init", &["--package", "guest-init"])] {
+        let mut command = Command::new("cargo");
+        command.args(["test", "--quiet"]).args(package).current_dir(workspace());
+        run_here(command, report.transcript(name, "unit tests, on this host"))?;
+    }
+    Ok(())
+}
+
+/// Runs a command whose output, to both of its streams, goes into a transcript.
+fn run_here(mut command: Command, mut transcript: Transcript<'_>) -> Result<()> {
+    let (mut output, write) = std::io::pipe()?;
+    command.stdin(Stdio::null()).stdout(write.try_clone()?).stderr(write);
+    let mut child = command.spawn().with_context(|| format!("cannot start {:?}", command.get_program()))?;
+    // It holds the pipe's other end, which has to be closed for the output to end.
+    drop(command);
+    let mut buffer = [0; 8192];
+    while let length @ 1.. = output.read(&mut buffer)? {
+        transcript.add(&buffer[..length]);
+    }
+    transcript.end(child.wait()?.success());
+    Ok(())
 }
 
 /// A test program.
@@ -107,6 +184,11 @@ pub(crate) struct Program {
 }
 
 impl Program {
+    /// What says where it runs.
+    fn prefix(&self) -> &'static str {
+        [ON_HOST, EXACT, SMP].into_iter().find(|prefix| self.name.starts_with(prefix)).unwrap_or_default()
+    }
+
     /// Whether a filter leaves it something to do.
     fn has_tests(&self, filter: &str) -> bool {
         let output = Command::new(&self.path).arg("--list").args(self.arguments(filter)).output();
@@ -129,7 +211,7 @@ impl Program {
 
 /// Builds the test programs, asks cargo where they are, and keeps them in a folder: whoever builds them meanwhile
 /// replaces cargo's files.
-fn programs(takes_long: bool, place: &Path) -> Result<Vec<Program>> {
+pub(crate) fn programs(takes_long: bool, place: &Path) -> Result<Vec<Program>> {
     let shell = cargo::shell()?;
     let output = cmd!(shell, "cargo test --quiet --package tests --tests --no-run --message-format=json")
         .quiet()
@@ -164,6 +246,7 @@ fn lay_out_testbed() -> Result<PathBuf> {
     fs::copy(cargo::release_binary("kindling", "kindling")?, testbed.join("kindling"))?;
     fs::copy(cargo::release_binary("kindling-fs", "kindling-fs")?, testbed.join("kindling-fs"))?;
     fs::copy(cargo::release_binary("tests", "folder-guest")?, testbed.join("folder-guest"))?;
+    fs::copy(cargo::release_binary("guest-init", "guest-init")?, testbed.join("init"))?;
     let image = Image { out: Some(images.join("default")), ..Image::default() };
     let (_, kernel) = build_image::build_with_kernel(&image)?;
     fs::write(testbed.join("functions"), profile::function_list(&kernel)?)?;
@@ -280,26 +363,4 @@ fn unpack_kernel(bzimage: &[u8], target: &Path) -> Result<()> {
         Command::new(tool).args(["-d", "-c"]).stdin(input).stdout(fs::File::create(target)?).status()?;
     anyhow::ensure!(status.success(), "{tool} could not unpack the kernel");
     Ok(())
-}
-
-/// Runs test programs on this machine; the names of those that failed.
-fn here(
-    place: &str,
-    programs: &[&Program],
-    testbed: &Path,
-    images: &Images,
-    filter: &str,
-) -> Result<Vec<String>> {
-    let mut failed = Vec::new();
-    for program in programs {
-        let Program { name, path, .. } = program;
-        println!("\n{name} ({place})");
-        let mut command = Command::new(path);
-        command.args(program.arguments(filter)).stdin(Stdio::null());
-        command.env("KINDLING_TESTBED", testbed).env(test_images::VARIABLE, &images.folder);
-        if !command.status()?.success() {
-            failed.push(name.clone());
-        }
-    }
-    Ok(failed)
 }

@@ -1,136 +1,209 @@
-//! Test programs in the lab: the exact one, but for tests that take long.
+//! Test programs in labs: exact ones, but for tests that take long.
 //!
-//! One lab runs many, because packing and booting it takes longer than most of them. A lab that stands still is
-//! replaced by another one for what has not ended: QEMU sometimes delivers a guest's interrupt twice
-//! (docs/architecture.md, "The lab").
+//! A lab runs many programs, because packing and booting it takes longer than most of them. Its shell asks for the
+//! next one whenever one has ended, so that two labs work through one queue.
 
-use crate::lab::{ATTEMPTS, DISK, Job, Silent};
+use crate::lab::{ATTEMPTS, DISK, Driver, Job, Silent};
 use crate::test::Program;
 use crate::test_images;
+use crate::test_report::{Report, Transcript};
 use anyhow::{Result, bail};
-use std::fmt::Write;
+use std::collections::VecDeque;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 /// Where the testbed is inside the lab.
-const TESTBED: &str = "/testbed";
-/// MiB of memory of the lab: the largest guest has 4096.
-const MEMORY_MIB: u64 = 6144;
+pub(crate) const TESTBED: &str = "/testbed";
+/// MiB of memory of a lab: the largest guest has 4096.
+pub(crate) const MEMORY_MIB: u64 = 6144;
 /// How long a test may say nothing; the slowest take half a minute.
 const SILENCE: Duration = Duration::from_secs(180);
 /// The same for those that take long.
 const LONG_SILENCE: Duration = Duration::from_secs(3600);
 /// Says how often a test does what it does a few times otherwise.
 const ROUNDS: &str = "KINDLING_ROUNDS";
+/// Begins the lines that are for this program. The shell prints them at the start of a line.
+const MARK: &str = "test lab:";
+/// What follows the mark: the lab has booted, or how a program ended.
+const READY: &str = " ready\n";
+const PASSED: &str = " passed";
+const FAILED: &str = " failed";
 
-/// Runs test programs one after the other; those that failed.
-pub(crate) fn run(
+/// Test programs that wait for a lab, and what such a lab has.
+#[derive(Debug)]
+pub(crate) struct Queue<'a> {
+    /// Processors of the lab.
     cpus: u8,
-    programs: &[&Program],
-    testbed: &Path,
-    images: Option<&Path>,
-    filter: &str,
-) -> Result<Vec<String>> {
-    let mut failed = Vec::new();
-    let mut left = programs.to_vec();
-    let mut attempt = 1;
-    while !left.is_empty() {
-        let silence = if left.iter().any(|program| program.takes_long) { LONG_SILENCE } else { SILENCE };
-        let mut output = Vec::new();
-        let result = job(cpus, &left, testbed, images, filter).run_unless_silent(silence, &mut output);
-        let count = left.len();
-        left.retain(|program| match verdict(&program.name, &output) {
-            Some(Verdict::Passed) => false,
-            Some(Verdict::Failed) => {
-                failed.push(program.name.clone());
-                false
+    /// The disk with container images.
+    images: Option<&'a Path>,
+    testbed: &'a Path,
+    filter: &'a str,
+    /// All programs; every lab has them.
+    programs: Vec<&'a Program>,
+    /// Those that have not begun, with the number of labs that stood still in them.
+    waiting: Mutex<VecDeque<(&'a Program, u8)>>,
+}
+
+impl<'a> Queue<'a> {
+    pub(crate) fn new(
+        cpus: u8,
+        programs: Vec<&'a Program>,
+        testbed: &'a Path,
+        images: Option<&'a Path>,
+        filter: &'a str,
+    ) -> Self {
+        let waiting = programs.iter().map(|program| (*program, 0)).collect();
+        Self { cpus, images, testbed, filter, programs, waiting: Mutex::new(waiting) }
+    }
+
+    fn next(&self) -> Option<(&'a Program, u8)> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+    }
+
+    fn put_back(&self, program: &'a Program, stood_still: u8) {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).push_front((program, stood_still));
+    }
+
+    fn takes_long(&self) -> bool {
+        self.programs.iter().any(|program| program.takes_long)
+    }
+
+    /// How the report calls the lab.
+    fn place(&self) -> String {
+        let lab = if self.counts_instructions() { "exact lab" } else { "lab" };
+        format!("in the {lab}, {} processor{}", self.cpus, if self.cpus == 1 { "" } else { "s" })
+    }
+
+    /// What takes long takes three times as long where instructions are counted.
+    fn counts_instructions(&self) -> bool {
+        !self.takes_long() && std::env::var_os(ROUNDS).is_none()
+    }
+
+    /// Runs programs of the queue in a lab until there are none left. A lab that stands still is replaced.
+    pub(crate) fn work(&self, report: &Report) -> Result<()> {
+        while let Some(first) = self.next() {
+            report.lab_started();
+            let mut current = Some(self.begin(first, report));
+            let mut lines = Lines::default();
+            let mut answer = |data: &[u8]| {
+                let mut name = None;
+                lines.split(data, |line| match line.strip_prefix(MARK.as_bytes()) {
+                    Some(how) => {
+                        if !how.ends_with(READY.as_bytes()) {
+                            current
+                                .take()
+                                .map(|ended| ended.transcript.end(how.ends_with(PASSED.as_bytes())));
+                            current = self.next().map(|next| self.begin(next, report));
+                        }
+                        // An empty answer ends the shell's input, and with it the lab.
+                        let program = current.as_ref().map(|current| current.program);
+                        name =
+                            Some(program.map_or_else(String::new, |program| format!("{}\n", program.name)));
+                    }
+                    None => {
+                        current.iter_mut().for_each(|current| current.transcript.add(line));
+                    }
+                });
+                Ok(name.map(String::into_bytes))
+            };
+            let silence = if self.takes_long() { LONG_SILENCE } else { SILENCE };
+            let result = self.job().drive(silence, Driver { answer: &mut answer });
+            match (result, current) {
+                (Ok(0), None) => {}
+                (Ok(status), _) => bail!("the shell of a test lab ended with status {status}"),
+                (Err(error), Some(mut current)) if error.is::<Silent>() => {
+                    // The name of the test that runs is a line without an end.
+                    current.transcript.add(&lines.start);
+                    report.lab_stood_still();
+                    self.stood_still(current, &error);
+                }
+                (Err(error), _) => return Err(error),
             }
-            None => true,
-        });
-        if left.len() < count {
-            attempt = 1;
         }
-        let names: Vec<_> = left.iter().map(|program| &*program.name).collect();
-        match result {
-            Ok(_) if left.is_empty() => {}
-            Ok(status) => bail!("the lab's shell ended with status {status} before {}", names.join(", ")),
-            Err(error) if error.is::<Silent>() && attempt < ATTEMPTS && !left.is_empty() => {
-                attempt += 1;
-                println!(
-                    "\n{error:#}\na new lab for {} (attempt {attempt} of {ATTEMPTS} of the first)",
-                    names.join(", ")
-                );
-            }
-            Err(error) if error.is::<Silent>() && !left.is_empty() => {
-                println!("\n{error:#}\n{} is given up", names[0]);
-                failed.push(format!("{} (its lab stood still {ATTEMPTS} times)", names[0]));
-                left.remove(0);
-                attempt = 1;
-            }
-            Err(error) => return Err(error),
+        Ok(())
+    }
+
+    fn begin<'r>(&self, (program, stood_still): (&'a Program, u8), report: &'r Report) -> Current<'a, 'r> {
+        Current { program, stood_still, transcript: report.transcript(&program.name, &self.place()) }
+    }
+
+    /// Lets a program begin again whose lab stood still, [`ATTEMPTS`] times in all.
+    fn stood_still(&self, mut current: Current<'a, '_>, error: &anyhow::Error) {
+        let times = current.stood_still + 1;
+        let again = times < ATTEMPTS;
+        let next = if again { "begins again in another lab" } else { "has failed" };
+        let text =
+            format!("\n{error:#}\n{} {next}: its lab stood still, number {times}\n", current.program.name);
+        current.transcript.add(text.as_bytes());
+        if again {
+            current.transcript.abandon();
+            self.put_back(current.program, times);
+        } else {
+            current.transcript.end(false);
         }
     }
-    Ok(failed)
-}
 
-/// A lab that runs these programs and says after each how it ended.
-fn job(cpus: u8, programs: &[&Program], testbed: &Path, images: Option<&Path>, filter: &str) -> Job {
-    let rounds = std::env::var(ROUNDS).ok();
-    // What takes long takes three times as long where instructions are counted.
-    let takes_long = rounds.is_some() || programs.iter().any(|program| program.takes_long);
-    let lab = if takes_long { "lab" } else { "exact lab" };
-    let kind = format!("in the {lab}, {cpus} processor{}", if cpus == 1 { "" } else { "s" });
-    let mut script = String::new();
-    let mut with = vec![(testbed.to_owned(), TESTBED.to_owned())];
-    for program in programs {
-        let Program { name, path, .. } = program;
-        let arguments = program.arguments(filter).join(" ");
-        let _ = writeln!(script, "echo; echo '{name} ({kind})'; how={}", Verdict::Passed.word());
-        let _ = writeln!(script, "/tests/{name} {arguments} || how={}", Verdict::Failed.word());
-        let _ = writeln!(script, "echo; echo {name}: $how");
-        with.push((path.clone(), format!("/tests/{name}")));
-    }
-    Job {
-        exact: !takes_long,
-        cpus,
-        memory_mib: MEMORY_MIB,
-        command: ["/bin/sh", "-c", &script].map(str::to_owned).to_vec(),
-        environment: [("KINDLING_TESTBED", TESTBED), (test_images::VARIABLE, DISK)]
-            .map(|(name, value)| (name.to_owned(), value.to_owned()))
-            .into_iter()
-            .chain(rounds.map(|rounds| (ROUNDS.to_owned(), rounds)))
-            .collect(),
-        with,
-        get: Vec::new(),
-        disk: images.map(Path::to_owned),
-    }
-}
-
-/// How a program ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Verdict {
-    Passed,
-    Failed,
-}
-
-impl Verdict {
-    const fn word(self) -> &'static str {
-        match self {
-            Self::Passed => "passed",
-            Self::Failed => "failed",
+    /// A lab whose shell runs the programs that it is told, and says how each ended.
+    fn job(&self) -> Job {
+        let rounds = std::env::var(ROUNDS).ok();
+        let mut with = vec![(self.testbed.to_owned(), TESTBED.to_owned())];
+        let mut arguments = String::new();
+        for program in &self.programs {
+            with.push((program.path.clone(), format!("/tests/{}", program.name)));
+            let words = program.arguments(self.filter).join(" ");
+            arguments += &format!("{}) set -- {words};; ", program.name);
+        }
+        let script = format!(
+            "printf '{MARK}{READY}'\n\
+             while read -r name; do\n\
+             case $name in {arguments} esac\n\
+             if /tests/$name \"$@\" </dev/null; then how='{PASSED}'; else how='{FAILED}'; fi\n\
+             echo; echo \"{MARK}$how\"\n\
+             done"
+        );
+        Job {
+            exact: self.counts_instructions(),
+            cpus: self.cpus,
+            memory_mib: MEMORY_MIB,
+            command: ["/bin/sh", "-c", &script].map(str::to_owned).to_vec(),
+            environment: [("KINDLING_TESTBED", TESTBED), (test_images::VARIABLE, DISK)]
+                .map(|(name, value)| (name.to_owned(), value.to_owned()))
+                .into_iter()
+                .chain(rounds.map(|rounds| (ROUNDS.to_owned(), rounds)))
+                .collect(),
+            with,
+            get: Vec::new(),
+            disk: self.images.map(Path::to_owned),
         }
     }
 }
 
-/// What a lab's output says of a program; nothing where the program had not ended.
-fn verdict(name: &str, output: &[u8]) -> Option<Verdict> {
-    let output = String::from_utf8_lossy(output);
-    // The last line of a lab that stood still may be a part of one.
-    let (whole, _) = output.rsplit_once('\n')?;
-    let mut words = whole.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
-    words.find_map(|word| {
-        [Verdict::Passed, Verdict::Failed].into_iter().find(|verdict| verdict.word() == word)
-    })
+/// The program that runs in a lab.
+struct Current<'a, 'r> {
+    program: &'a Program,
+    /// The number of labs that stood still in it before.
+    stood_still: u8,
+    transcript: Transcript<'r>,
+}
+
+/// Splits output into lines.
+#[derive(Debug, Default)]
+struct Lines {
+    /// The start of a line whose end has not come.
+    start: Vec<u8>,
+}
+
+impl Lines {
+    /// Gives each whole line with its end to `take`.
+    fn split(&mut self, data: &[u8], mut take: impl FnMut(&[u8])) {
+        self.start.extend_from_slice(data);
+        while let Some(end) = self.start.iter().position(|&byte| byte == b'\n') {
+            let rest = self.start.split_off(end + 1);
+            take(&self.start);
+            self.start = rest;
+        }
+    }
 }
 
 #[cfg(test)]
@@ -138,13 +211,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_programs_that_ended_have_a_verdict() {
-        let output = b"\nnet (there)\ntest a ... ok\n\nnet: passed\n\nnet_more (there)\n\nnet_more: failed\n\nblock (there)\nblock: passed";
-        assert_eq!(verdict("net", output), Some(Verdict::Passed));
-        assert_eq!(verdict("net_more", output), Some(Verdict::Failed));
-        // Its line has no end.
-        assert_eq!(verdict("block", output), None);
-        assert_eq!(verdict("vsock", output), None);
-        assert_eq!(verdict("net", b""), None);
+    fn lines_are_whole_however_the_output_is_cut() {
+        let output = b"test a ... ok\n\ntest lab: passed\nno end";
+        for cut in 0..output.len() {
+            let mut lines = Lines::default();
+            let mut taken = Vec::new();
+            for part in [&output[..cut], &output[cut..]] {
+                lines.split(part, |line| taken.push(String::from_utf8(line.to_vec()).unwrap()));
+            }
+            assert_eq!(taken, ["test a ... ok\n", "\n", "test lab: passed\n"]);
+        }
     }
 }

@@ -5,13 +5,14 @@
 //! mode one instruction is one nanosecond of the lab's clock, so that times count instructions and
 //! are the same on every machine.
 
+mod corrected_qemu;
 mod disk;
 mod frame;
 pub(crate) mod guest;
 mod qemu;
 
 pub(crate) use disk::{busybox, kernel};
-pub(crate) use qemu::Silent;
+pub(crate) use qemu::{Driver, Silent};
 
 use crate::{build_image, cargo};
 use anyhow::{Context, Result, bail};
@@ -92,21 +93,21 @@ impl Job {
         self.exact || self.cpus > 1
     }
 
-    /// Runs the command; its exit status.
+    /// Runs the command with this process's standard streams; its exit status.
     pub(crate) fn run(&self) -> Result<u8> {
-        qemu::run(self, None)
+        qemu::run(self, None, None)
     }
 
-    /// The same, but a lab that says nothing for so long is an error, which is [`Silent`]. What the command printed
-    /// to its standard output is in `output` in either case.
-    pub(crate) fn run_unless_silent(&self, limit: Duration, output: &mut Vec<u8>) -> Result<u8> {
-        qemu::run(self, Some((limit, output)))
+    /// Runs the command with a driver in place of the standard streams. A lab that says nothing for `limit` is an
+    /// error, which is [`Silent`].
+    pub(crate) fn drive(&self, limit: Duration, driver: Driver<'_>) -> Result<u8> {
+        qemu::run(self, Some(limit), Some(driver))
     }
 
-    /// The same, but the job begins anew in another lab, [`ATTEMPTS`] times in all: it must leave nothing behind where
-    /// it has not ended.
+    /// Runs the command with the standard streams. A lab that says nothing for `limit` is replaced, [`ATTEMPTS`] times
+    /// in all: the job must leave nothing behind where it has not ended.
     pub(crate) fn run_again_if_silent(&self, limit: Duration) -> Result<u8> {
-        again_if_silent(|| self.run_unless_silent(limit, &mut Vec::new()))
+        again_if_silent(|| qemu::run(self, Some(limit), None))
     }
 }
 

@@ -1,7 +1,7 @@
 //! Running the lab: QEMU, and the other end of its channel.
 
 use super::frame::{self, Kind};
-use super::{Job, disk};
+use super::{Job, corrected_qemu, disk};
 use crate::debian;
 use anyhow::{Context, Result, bail, ensure};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -26,12 +26,15 @@ impl fmt::Display for Silent {
     }
 }
 
-/// For how long a lab may say nothing, and where a copy of its command's output goes.
-type Watch<'a> = Option<(Duration, &'a mut Vec<u8>)>;
+/// What drives a lab's command in place of this process's standard streams.
+pub(crate) struct Driver<'a> {
+    /// Takes what the command prints, to either of its streams. What it returns is the command's input; an empty
+    /// answer ends that.
+    pub(crate) answer: &'a mut dyn FnMut(&[u8]) -> Result<Option<Vec<u8>>>,
+}
 
-/// Boots a lab, runs its job, and returns the command's exit status. A lab that is watched and says nothing is
-/// stopped.
-pub(super) fn run(job: &Job, watch: Watch<'_>) -> Result<u8> {
+/// Boots a lab, runs its job, and returns the command's exit status. A lab that says nothing for `limit` is stopped.
+pub(super) fn run(job: &Job, limit: Option<Duration>, driver: Option<Driver<'_>>) -> Result<u8> {
     debian::ensure_lab_tools()?;
     let kernel = disk::kernel()?;
     let initramfs = disk::pack(job)?;
@@ -39,10 +42,20 @@ pub(super) fn run(job: &Job, watch: Watch<'_>) -> Result<u8> {
     let messages = tempfile::NamedTempFile::new()?;
     let mut child = spawn(job, &kernel, &initramfs, console.path(), messages.reopen()?)?;
     let channel = child.stdout.take().context("QEMU has no standard output")?;
-    if let Some(input) = child.stdin.take() {
-        std::thread::spawn(move || forward_input(input));
-    }
-    let result = serve(job, channel, watch);
+    let mut input = child.stdin.take().context("QEMU has no standard input")?;
+    let result = match driver {
+        Some(driver) => serve(job, channel, limit, |_, data| match (driver.answer)(data)? {
+            Some(answer) => Ok(frame::write(&mut input, Kind::Input, &answer)?),
+            None => Ok(()),
+        }),
+        None => {
+            std::thread::spawn(move || forward_input(input));
+            serve(job, channel, limit, |kind, data| match kind {
+                Kind::Error => write_through(io::stderr(), data),
+                _ => write_through(io::stdout(), data),
+            })
+        }
+    };
     // The lab has powered off, or it is of no use any more.
     let _ = child.kill();
     let _ = child.wait();
@@ -68,7 +81,7 @@ fn last_lines(path: &Path) -> String {
 fn spawn(job: &Job, kernel: &Path, initramfs: &File, console: &Path, messages: File) -> Result<Child> {
     // The file has no name of its own; QEMU opens it through this process.
     let initrd = format!("/proc/{}/fd/{}", std::process::id(), initramfs.as_raw_fd());
-    let mut command = Command::new("qemu-system-x86_64");
+    let mut command = Command::new(corrected_qemu::program());
     command
         .args(["-accel", "tcg,thread=single", "-cpu", "EPYC,+svm,+npt,-xsave", "-M", "q35,i8042=off"])
         .args(["-smp", &job.cpus.to_string(), "-m", &job.memory_mib.to_string()])
@@ -122,10 +135,15 @@ fn forward_input(mut channel: ChildStdin) {
 }
 
 /// Passes the command's output on and its files back, until it ends.
-fn serve(job: &Job, mut channel: ChildStdout, mut watch: Watch<'_>) -> Result<u8> {
+fn serve(
+    job: &Job,
+    mut channel: ChildStdout,
+    limit: Option<Duration>,
+    mut output: impl FnMut(Kind, &[u8]) -> Result<()>,
+) -> Result<u8> {
     let mut file: Option<File> = None;
     loop {
-        if let &mut Some((limit, _)) = &mut watch {
+        if let Some(limit) = limit {
             let time = Timespec::try_from(limit)?;
             let mut descriptors = [PollFd::new(&channel, PollFlags::IN)];
             let ready = retry_on_intr(|| poll(&mut descriptors, Some(&time)))?;
@@ -133,13 +151,7 @@ fn serve(job: &Job, mut channel: ChildStdout, mut watch: Watch<'_>) -> Result<u8
         }
         let (kind, data) = frame::read(&mut channel).context("its channel closed")?;
         match kind {
-            Kind::Output => {
-                write_through(io::stdout(), &data)?;
-                if let Some((_, output)) = &mut watch {
-                    output.extend(data);
-                }
-            }
-            Kind::Error => write_through(io::stderr(), &data)?,
+            Kind::Output | Kind::Error => output(kind, &data)?,
             Kind::FileName => file = Some(create(job, &String::from_utf8_lossy(&data))?),
             Kind::FileData => {
                 file.as_mut()

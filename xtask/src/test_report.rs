@@ -1,0 +1,171 @@
+//! What `cargo xtask test` prints: the output of each test program as one block, and a line that counts at the end.
+
+use std::io::{self, Write};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// The report of one run.
+#[derive(Debug)]
+pub(crate) struct Report {
+    started: Instant,
+    /// Output is printed as it comes, which only makes sense where programs run one after the other. Otherwise a
+    /// program's block is printed at its end.
+    live: bool,
+    counts: Mutex<Counts>,
+}
+
+#[derive(Debug, Default)]
+struct Counts {
+    passed: u64,
+    failed: u64,
+    labs: u32,
+    stood_still: u32,
+    /// The programs with a test that failed.
+    programs: Vec<String>,
+}
+
+impl Report {
+    pub(crate) fn new(started: Instant, live: bool) -> Self {
+        Self { started, live, counts: Mutex::default() }
+    }
+
+    fn count(&self, change: impl FnOnce(&mut Counts)) {
+        change(&mut self.counts.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    pub(crate) fn lab_started(&self) {
+        self.count(|counts| counts.labs += 1);
+    }
+
+    pub(crate) fn lab_stood_still(&self) {
+        self.count(|counts| counts.stood_still += 1);
+    }
+
+    /// Begins the block of a program.
+    pub(crate) fn transcript(&self, name: &str, place: &str) -> Transcript<'_> {
+        let mut transcript = Transcript {
+            report: self,
+            name: name.to_owned(),
+            started: Instant::now(),
+            text: Vec::new(),
+            printed: 0,
+        };
+        transcript.add(format!("\n{name} ({place})\n").as_bytes());
+        transcript
+    }
+
+    /// Prints the last lines; whether all tests passed.
+    pub(crate) fn finish(self) -> bool {
+        let counts = self.counts.into_inner().unwrap_or_else(PoisonError::into_inner);
+        if !counts.programs.is_empty() {
+            println!("\nfailed: {}", counts.programs.join(", "));
+        }
+        println!("\n{}", counts.line(self.started.elapsed()));
+        counts.programs.is_empty()
+    }
+}
+
+impl Counts {
+    fn line(&self, time: Duration) -> String {
+        let Self { passed, failed, labs, stood_still, .. } = self;
+        let (minutes, seconds) = (time.as_secs() / 60, time.as_secs() % 60);
+        format!(
+            "tests: {passed} passed, {failed} failed; labs: {labs} started, {stood_still} stood still; time: {minutes} min {seconds} s"
+        )
+    }
+
+    /// Counts the tests of libtest's summaries in a program's output.
+    fn add(&mut self, name: &str, output: &[u8], passed: bool) {
+        let output = String::from_utf8_lossy(output);
+        for summary in output.lines().filter_map(|line| line.strip_prefix("test result: ")) {
+            self.passed += number_before(summary, " passed");
+            self.failed += number_before(summary, " failed");
+        }
+        if !passed {
+            self.programs.push(name.to_owned());
+        }
+    }
+}
+
+/// The number in front of a word.
+fn number_before(text: &str, word: &str) -> u64 {
+    let before = text.split(word).next().unwrap_or_default();
+    before.rsplit(' ').next().and_then(|number| number.parse().ok()).unwrap_or(0)
+}
+
+/// The block of one program.
+#[derive(Debug)]
+pub(crate) struct Transcript<'a> {
+    report: &'a Report,
+    name: String,
+    started: Instant,
+    text: Vec<u8>,
+    /// Bytes of the text that were printed.
+    printed: usize,
+}
+
+impl Transcript<'_> {
+    pub(crate) fn add(&mut self, output: &[u8]) {
+        self.text.extend_from_slice(output);
+        if self.report.live {
+            self.print();
+        }
+    }
+
+    /// The program has ended.
+    pub(crate) fn end(mut self, passed: bool) {
+        let how = if passed { "passed" } else { "failed" };
+        let line = format!("{}: {how} in {} s\n", self.name, self.started.elapsed().as_secs());
+        self.text.extend_from_slice(line.as_bytes());
+        self.print();
+        self.report.count(|counts| counts.add(&self.name, &self.text, passed));
+    }
+
+    /// The program has not ended, and its tests do not count.
+    pub(crate) fn abandon(mut self) {
+        self.print();
+    }
+
+    /// A pipe that nobody reads must not end the tests.
+    fn print(&mut self) {
+        let mut output = io::stdout().lock();
+        let _ = output.write_all(&self.text[self.printed..]).and_then(|()| output.flush());
+        self.printed = self.text.len();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tests_are_counted_by_the_summaries_of_all_programs() {
+        let mut counts = Counts::default();
+        let output = b"test result: ok. 12 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out\n\
+            test result: FAILED. 3 passed; 2 failed; 0 ignored\n";
+        counts.add("several", output, false);
+        counts.add("one", b"test result: ok. 1 passed; 0 failed; 0 ignored\n", true);
+        // A program that ends without a summary counts none.
+        counts.add("broken", b"Segmentation fault\n", false);
+        (counts.labs, counts.stood_still) = (4, 1);
+        assert_eq!(
+            counts.line(Duration::from_secs(671)),
+            "tests: 16 passed, 2 failed; labs: 4 started, 1 stood still; time: 11 min 11 s"
+        );
+        assert_eq!(counts.programs, ["several", "broken"]);
+    }
+
+    #[test]
+    fn a_block_is_whole_and_an_abandoned_one_counts_nothing() {
+        let report = Report::new(Instant::now(), false);
+        let mut transcript = report.transcript("net", "here");
+        transcript.add(b"test result: ok. 2 passed; 0 failed\n");
+        transcript.abandon();
+        let mut transcript = report.transcript("net", "here");
+        transcript.add(b"test result: ok. 2 passed; 0 failed\n");
+        assert!(transcript.text.starts_with(b"\nnet (here)\n"));
+        transcript.end(true);
+        let counts = report.counts.into_inner().unwrap();
+        assert_eq!((counts.passed, counts.programs.len()), (2, 0));
+    }
+}
