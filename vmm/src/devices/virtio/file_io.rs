@@ -6,7 +6,7 @@
 #![expect(unsafe_code, reason = "reads and writes with addresses of guest memory")]
 
 use super::{Segment, Watcher};
-use io_uring::{IoUring, opcode, types};
+use io_uring::{IoUring, opcode, squeue, types};
 use rustix::event::epoll::EventFlags;
 use rustix::fs::OFlags;
 use std::collections::VecDeque;
@@ -95,7 +95,7 @@ impl Job {
         what | libc::FALLOC_FL_KEEP_SIZE
     }
 
-    fn entry(&self, fd: types::Fd) -> io_uring::squeue::Entry {
+    fn entry(&self, fd: types::Fd) -> squeue::Entry {
         let count = u32::try_from(self.count).unwrap_or(u32::MAX);
         match self.operation {
             Operation::Read => {
@@ -145,6 +145,25 @@ enum Engine {
 }
 
 struct Ring(IoUring);
+
+impl Ring {
+    /// Takes the jobs that have come back. Those for which the completion queue has no room stay with the kernel,
+    /// which keeps the ring readable and puts them there when it is entered.
+    fn finished(&mut self, into: &mut Vec<Done>) {
+        loop {
+            let before = into.len();
+            into.extend(self.0.completion().map(|entry| {
+                let number = u32::try_from(entry.user_data()).unwrap_or(u32::MAX);
+                let result = u64::try_from(entry.result());
+                (number, result.map_err(|_| io::Error::from_raw_os_error(-entry.result())))
+            }));
+            if into.len() == before || !self.0.submission().cq_overflow() {
+                return;
+            }
+            submit(&self.0);
+        }
+    }
+}
 
 impl std::fmt::Debug for Ring {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -205,7 +224,13 @@ impl FileIo {
     }
 
     /// Lets a job be done elsewhere. It comes back from [`Self::finished`], after an event with this token.
+    ///
+    /// # Errors
+    /// When as many jobs are on their way as the engine has room for, or the host has no engine.
     pub(super) fn submit(&mut self, number: u32, job: Job, token: u32, watcher: &Watcher) -> io::Result<()> {
+        if self.pending >= self.depth {
+            return Err(io::ErrorKind::QuotaExceeded.into());
+        }
         if self.engine.is_none() {
             self.engine = Some(Engine::new(self.depth, token, watcher)?);
         }
@@ -238,11 +263,7 @@ impl FileIo {
     pub(super) fn finished(&mut self, into: &mut Vec<Done>) {
         let before = into.len();
         match &mut self.engine {
-            Some(Engine::Ring(ring)) => into.extend(ring.0.completion().map(|entry| {
-                let number = u32::try_from(entry.user_data()).unwrap_or(u32::MAX);
-                let result = u64::try_from(entry.result());
-                (number, result.map_err(|_| io::Error::from_raw_os_error(-entry.result())))
-            })),
+            Some(Engine::Ring(ring)) => ring.finished(into),
             Some(Engine::Thread(worker)) => worker.finished(into),
             None => {}
         }
@@ -373,100 +394,4 @@ impl Drop for Worker {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
-    use super::*;
-
-    #[test]
-    fn a_device_is_not_memory_because_its_name_is_there() {
-        // /dev is a tmpfs almost everywhere, and what its names stand for is elsewhere.
-        let device = File::open("/dev/null").unwrap();
-        assert_eq!(FileIo::new(device, 1).speed, Speed::Cached);
-    }
-
-    #[test]
-    fn a_thread_calls_for_nothing_that_was_taken_already() {
-        // The job's end is waited for as at a reset, and the thread may be anywhere then.
-        for _ in 0..500 {
-            let worker = Worker::start().unwrap();
-            // SAFETY: there are no segments.
-            let job = unsafe { Job::new(Operation::Flush, 0, &[]) };
-            worker.submit(0, job, &Arc::new(File::open("/dev/null").unwrap()));
-            let mut done = Vec::new();
-            while done.is_empty() {
-                worker.wait();
-                worker.finished(&mut done);
-            }
-            let shared = Arc::clone(&worker.shared);
-            drop(worker);
-            assert!(shared.finished_event.read().is_err(), "an event that nobody would ever take");
-        }
-    }
-
-    /// Runs something on a thread whose system calls of one kind end with an error.
-    pub(crate) fn refusing<T: Send>(
-        call: libc::c_long,
-        error: libc::c_int,
-        what: impl FnOnce() -> T + Send,
-    ) -> T {
-        use libc::{BPF_ABS, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W, sock_filter};
-        let instruction = |code: u32, jt, jf, k| sock_filter { code: code.try_into().unwrap(), jt, jf, k };
-        let number = u32::try_from(call).unwrap();
-        let error = libc::SECCOMP_RET_ERRNO | u32::try_from(error).unwrap();
-        let mut filter = [
-            instruction(BPF_LD | BPF_W | BPF_ABS, 0, 0, 0),
-            instruction(BPF_JMP | BPF_JEQ | BPF_K, 0, 1, number),
-            instruction(BPF_RET | BPF_K, 0, 0, error),
-            instruction(BPF_RET | BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
-        ];
-        let mut filter = move || {
-            let program = libc::sock_fprog { len: 4, filter: filter.as_mut_ptr() };
-            // SAFETY: the program outlives the call, which copies it, and it is this thread's alone.
-            let result = unsafe {
-                libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-                    | libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program)
-            };
-            assert_eq!(result, 0, "{}", io::Error::last_os_error());
-        };
-        std::thread::scope(|scope| {
-            let thread = scope.spawn(move || {
-                filter();
-                what()
-            });
-            thread.join().unwrap()
-        })
-    }
-
-    /// Runs something on a thread for which the host has no memory for requests.
-    fn without_memory<T: Send>(what: impl FnOnce() -> T + Send) -> T {
-        refusing(libc::SYS_io_uring_enter, libc::EAGAIN, what)
-    }
-
-    #[test]
-    fn a_job_that_the_host_has_no_memory_for_is_done_later_and_once() {
-        use rustix::event::epoll;
-        let watcher = Watcher::new(Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC).unwrap()), 1);
-        let mut io = FileIo::new(tempfile::tempfile().unwrap(), 4);
-        // SAFETY: there are no segments.
-        let job = || unsafe { Job::new(Operation::Flush, 0, &[]) };
-        without_memory(|| io.submit(0, job(), 0, &watcher)).unwrap();
-        if matches!(io.engine, Some(Engine::Ring(_))) {
-            assert!(without_memory(|| io.is_held_up()));
-        }
-        assert!(!io.is_held_up());
-        io.submit(1, job(), 0, &watcher).unwrap();
-        let mut done = Vec::new();
-        while io.is_busy() {
-            assert!(done.len() < 2);
-            match &mut io.engine {
-                Some(Engine::Ring(ring)) => drop(ring.0.submit_and_wait(1)),
-                Some(Engine::Thread(worker)) => worker.wait(),
-                None => panic!("nobody does it"),
-            }
-            io.finished(&mut done);
-        }
-        let mut numbers: Vec<_> =
-            done.into_iter().map(|(number, result)| (number, result.unwrap())).collect();
-        numbers.sort_unstable();
-        assert_eq!(numbers, [(0, 0), (1, 0)]);
-    }
-}
+pub(super) mod tests;

@@ -2,6 +2,10 @@
 //!
 //! What a driver reads stands in the device's [`RegisterPage`]. Here is what its writes do.
 
+mod state;
+
+pub use state::{InFlight, Shape, State};
+
 use super::registers as register;
 use super::registers::{RegisterPage, SHARED_MEMORY};
 use super::{ACKNOWLEDGE_QUEUES, Broken, Device, Event, Left, Queues, Watcher, feature};
@@ -37,35 +41,6 @@ mod status {
 /// The token of the doorbell among the events of a device.
 const DOORBELL: u32 = u32::MAX;
 
-/// What a driver takes for granted of a device from its start on. A device of the same shape can take its place.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Shape {
-    kind: u32,
-    features: u64,
-    identity: Vec<u8>,
-}
-
-/// A device as its driver left it: what it has set, and where the queues are.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct State {
-    /// Which devices can go on from here.
-    pub shape: Shape,
-    /// The configuration space that the driver has seen.
-    configuration: Vec<u8>,
-    registers: Registers,
-    queues: Vec<QueueState>,
-}
-
-/// A device that cannot be written down, because its driver waits for requests.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the device {device} has {requests} requests in flight")]
-pub struct InFlight {
-    /// What it is called.
-    pub device: String,
-    /// How many.
-    pub requests: usize,
-}
-
 /// The registers that a driver sets before the device works.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Registers {
@@ -74,18 +49,6 @@ struct Registers {
     driver_features_select: u32,
     driver_features: u64,
     queue_select: u32,
-}
-
-/// One queue, with where device and driver are in it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-struct QueueState {
-    size: u16,
-    is_ready: bool,
-    descriptors: u64,
-    driver: u64,
-    device: u64,
-    next_available: u16,
-    next_used: u16,
 }
 
 /// A device behind its registers.
@@ -389,66 +352,11 @@ impl Transport {
         self.registers.set_configuration(&self.device.configuration());
     }
 
-    /// What a driver takes for granted of this device.
+    /// Chains that the device was given and has not given back.
+    #[cfg(any(test, fuzzing))]
     #[must_use]
-    pub fn shape(device: &dyn Device) -> Shape {
-        Shape { kind: device.kind(), features: device.features(), identity: device.identity() }
-    }
-
-    /// The device as its driver has left it.
-    ///
-    /// # Errors
-    /// When it is at work: whoever goes on from there would know nothing of what it has begun.
-    pub fn state(&self) -> Result<State, InFlight> {
-        let requests = self.queues.in_flight();
-        if requests > 0 {
-            return Err(InFlight { device: self.name.clone(), requests });
-        }
-        let queue = |(number, queue): (usize, &virtio_queue::Queue)| {
-            let (next_available, next_used) = self.queues.position(number);
-            QueueState {
-                size: queue.size(),
-                is_ready: queue.ready(),
-                descriptors: queue.desc_table(),
-                driver: queue.avail_ring(),
-                device: queue.used_ring(),
-                next_available,
-                next_used,
-            }
-        };
-        Ok(State {
-            shape: Self::shape(self.device.as_ref()),
-            configuration: self.device.configuration(),
-            registers: self.state.clone(),
-            queues: self.queues.queues.iter().enumerate().map(queue).collect(),
-        })
-    }
-
-    /// Goes on from where a device of the same shape was left, as soon as it is connected to the event loop. What no
-    /// driver can set breaks the device; rings outside memory do so when it begins to work.
-    pub fn restore(&mut self, state: &State) {
-        self.state = state.registers.clone();
-        let chosen = self.state.status & (status::FEATURES_OK | status::DRIVER_OK);
-        let mut is_possible = chosen == 0 || chosen != status::DRIVER_OK && self.features_fit();
-        for (queue, state) in self.queues.queues.iter_mut().zip(&state.queues) {
-            is_possible &= queue.try_set_size(state.size).is_ok()
-                && queue.try_set_desc_table_address(GuestAddress(state.descriptors)).is_ok()
-                && queue.try_set_avail_ring_address(GuestAddress(state.driver)).is_ok()
-                && queue.try_set_used_ring_address(GuestAddress(state.device)).is_ok();
-            queue.set_next_avail(state.next_available);
-            queue.set_next_used(state.next_used);
-            queue.set_ready(state.is_ready);
-        }
-        self.set_status(self.state.status);
-        self.show_selected();
-        self.device.restore_configuration(&state.configuration);
-        self.registers.set_configuration(&self.device.configuration());
-        if self.device.configuration() != state.configuration {
-            self.queues.interrupt_for_configuration();
-        }
-        if !is_possible {
-            self.fail(Broken::because("it was left as no driver can leave it"));
-        }
+    pub fn in_flight(&self) -> usize {
+        self.queues.in_flight()
     }
 }
 

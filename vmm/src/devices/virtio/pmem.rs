@@ -3,7 +3,7 @@
 //! The guest reads and writes the file without this device; guests that share a file share its pages in the
 //! host's memory. The device only says where the file is, and flushes it.
 
-use super::block::{length, open_file};
+use super::block::file::{length, open_file};
 use super::file_io::{Done, FileIo, Job, Operation};
 use super::queue::fill;
 use super::{Broken, Chain, Device, Event, Queues, Segment, Watcher};

@@ -310,8 +310,7 @@ impl Queues {
 
     /// Chains that were taken and not given back.
     pub(super) fn in_flight(&self) -> usize {
-        let of_ring = |ring: &Ring| usize::from(ring.next_available.wrapping_sub(ring.next_used));
-        self.rings.iter().flatten().map(of_ring).sum()
+        self.rings.iter().flatten().map(|ring| usize::from(ring.in_flight())).sum()
     }
 
     fn ring(&self, queue: usize) -> Option<&Ring> {

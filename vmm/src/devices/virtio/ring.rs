@@ -111,6 +111,11 @@ impl Ring {
         usize::from(index & (self.size - 1))
     }
 
+    /// Chains that were taken and not given back.
+    pub(super) const fn in_flight(&self) -> u16 {
+        self.next_available.wrapping_sub(self.next_used)
+    }
+
     /// The first descriptor of the next chain.
     ///
     /// # Errors
@@ -120,11 +125,14 @@ impl Ring {
         if end == self.next_available {
             return Ok(None);
         }
-        // Those that the device has not given back take a descriptor each (section 2.7): however long the host
-        // takes over them, a device never has more of them than its queue has places.
-        let claimed = end.wrapping_sub(self.next_used);
-        if claimed > self.size {
-            return Err(format!("{claimed} chains are available or not given back, more than its size"));
+        // The index only ever goes up (section 2.7.13.3). Counted from the device's own place, an index that went back
+        // is far ahead: believed, it would make the device take the whole ring again and again. Chains that were not
+        // given back take a descriptor each, so that the device never has more of them than the queue has places.
+        let (new, in_flight) = (end.wrapping_sub(self.next_available), self.in_flight());
+        if new > self.size.saturating_sub(in_flight) {
+            return Err(format!(
+                "{new} chains are available and {in_flight} not given back, more than its size"
+            ));
         }
         let entry = self.available(4 + 2 * self.place(self.next_available));
         let head = u16::from_le(entry.load(Ordering::Relaxed));

@@ -322,6 +322,22 @@ fn a_driver_cannot_offer_again_what_the_device_still_has() {
 }
 
 #[test]
+fn an_available_index_that_goes_back_breaks_the_device() {
+    for (taken, index) in [(4, 3), (8, 7), (8, 0), (1, 0), (4, 4_u16.wrapping_sub(9))] {
+        let mut driver = Driver::started(Keeper::default());
+        for _ in 0..taken {
+            driver.push(0, &[Piece::Out(vec![1])]);
+        }
+        driver.ring();
+        assert_eq!((driver.transport.in_flight(), driver.is_broken()), (taken, false));
+        driver.set_available(0, index);
+        driver.ring();
+        assert!(driver.is_broken(), "{taken} in flight, index {index}");
+        assert!(driver.transport.failure().unwrap().contains("more than its size"));
+    }
+}
+
+#[test]
 fn a_broken_device_rests_until_it_is_reset() {
     let mut driver = echo();
     driver.offer(0, 8);
@@ -392,6 +408,7 @@ fn a_state_that_no_driver_can_reach_breaks_the_device() {
         ("\"driver\":98304", "\"driver\":98305"),
         ("\"device\":114688", "\"device\":114690"),
         ("\"driver_features\":", "\"driver_features\":1"),
+        ("\"next_available\":0", "\"next_available\":3"),
         ("\"status\":15", "\"status\":7"),
     ] {
         assert!(restored(from, to), "{to} instead of {from}");
@@ -403,6 +420,14 @@ proptest! {
     #[test]
     fn any_driver_is_survived(bytes in prop::collection::vec(any::<u8>(), 0..600)) {
         Driver::new(Echo::default()).misbehave(&bytes);
+    }
+
+    /// A device that gives nothing back never has more chains than its queue has places.
+    #[test]
+    fn no_driver_makes_a_device_keep_more_than_its_queue_holds(
+        bytes in prop::collection::vec(any::<u8>(), 0..600)
+    ) {
+        Driver::new(Keeper::default()).misbehave(&bytes);
     }
 
     /// Any access to any register is harmless.

@@ -77,6 +77,8 @@ impl Driver {
         let mut bytes = Bytes(bytes);
         while !bytes.0.is_empty() {
             self.step(&mut bytes);
+            let places: usize = self.rings.iter().map(|ring| usize::from(ring.size)).sum();
+            assert!(self.transport.in_flight() <= places, "the device has more than its queues hold");
         }
         while self.run(Some(0)) {}
         self.start(u64::MAX);
@@ -127,12 +129,13 @@ impl Driver {
             }
             13 => self.start(bytes.u64()),
             14 => {
-                // The available index jumps.
-                let jump = bytes.u16();
-                let ring = &mut self.rings[queue];
-                ring.next_available = ring.next_available.wrapping_add(jump);
-                let (index, next) = (ring.available + 2, ring.next_available);
-                self.put(index, &next.to_le_bytes());
+                // The available index jumps: by a little, in either direction, or to anywhere.
+                let jump = match bytes.byte() % 4 {
+                    0 => bytes.u16(),
+                    1 => u16::from(bytes.byte() % 9),
+                    _ => u16::from(bytes.byte() % 9).wrapping_neg(),
+                };
+                self.set_available(queue, self.rings[queue].next_available.wrapping_add(jump));
             }
             _ => {
                 self.transport.serve_deadline();

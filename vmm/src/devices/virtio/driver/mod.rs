@@ -246,6 +246,12 @@ impl Driver {
         self.put(index, &next.to_le_bytes());
     }
 
+    /// Sets the index of the available ring, whatever it was.
+    pub fn set_available(&mut self, queue: usize, index: u16) {
+        self.rings[queue].next_available = index;
+        self.put(self.rings[queue].available + 2, &index.to_le_bytes());
+    }
+
     /// Makes a chain available; its first descriptor.
     pub fn push(&mut self, queue: usize, pieces: &[Piece]) -> u16 {
         let size = self.rings[queue].size;

@@ -1,0 +1,308 @@
+use super::*;
+use crate::bus::{BusDevice, GuestRequest};
+use crate::devices::virtio::driver::{Driver, Piece};
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+
+const MIB: u64 = 1 << 20;
+
+/// A drive on a file of this content, in a folder of its own.
+struct Disk {
+    folder: tempfile::TempDir,
+    file: File,
+}
+
+impl Disk {
+    fn new(bytes: &[u8]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("disk"), bytes).unwrap();
+        let file = File::open(folder.path().join("disk")).unwrap();
+        Self { folder, file }
+    }
+
+    fn drive(&self) -> Drive {
+        Drive::new("disk0", self.folder.path().join("disk"))
+    }
+
+    fn start(&self) -> Driver {
+        Driver::started(Block::open(&self.drive()).unwrap())
+    }
+
+    fn read(&self, offset: u64, length: usize) -> Vec<u8> {
+        let mut bytes = vec![0; length];
+        self.file.read_exact_at(&mut bytes, offset).unwrap();
+        bytes
+    }
+}
+
+#[test]
+fn a_file_that_was_removed_while_it_was_opened_is_no_disk() {
+    let disk = Disk::new(&[0; 512]);
+    let path = disk.folder.path().join("disk");
+    assert!(file::is_at(&disk.file, &path));
+    std::fs::remove_file(&path).unwrap();
+    assert!(!file::is_at(&disk.file, &path));
+    std::fs::write(&path, [0; 512]).unwrap();
+    assert!(!file::is_at(&disk.file, &path), "another of its name");
+}
+
+fn header(kind: u32, sector: u64) -> Piece {
+    let mut bytes = kind.to_le_bytes().to_vec();
+    bytes.extend([0; 4]);
+    bytes.extend(sector.to_le_bytes());
+    Piece::Out(bytes)
+}
+
+/// Numbers of section 5.2.6, written out once more.
+const IN: u32 = 0;
+const OUT: u32 = 1;
+const FLUSH: u32 = 4;
+const GET_ID: u32 = 8;
+const DISCARD: u32 = 11;
+const WRITE_ZEROES: u32 = 13;
+
+fn status(driver: &mut Driver, pieces: &[Piece]) -> u8 {
+    let used = driver.request(0, pieces);
+    *used.bytes.last().unwrap()
+}
+
+#[test]
+fn sectors_are_read_and_written() {
+    let content: Vec<u8> = (0..MIB).map(|at| (at / 512 % 251).to_le_bytes()[0]).collect();
+    let disk = Disk::new(&content);
+    let mut driver = disk.start();
+    assert_eq!(driver.configuration(0, 8), (MIB / 512).to_le_bytes());
+    let used = driver.request(0, &[header(IN, 3), Piece::In(1024), Piece::In(1)]);
+    assert_eq!(used.written, 1025);
+    assert_eq!(used.bytes, [vec![3; 512], vec![4; 512], vec![0]].concat());
+    assert_eq!(driver.interrupts(), 1);
+    let data = Piece::Out(vec![0xaa; 4096]);
+    assert_eq!(status(&mut driver, &[header(OUT, 8), data, Piece::In(1)]), 0);
+    assert_eq!(disk.read(8 * 512, 4096), vec![0xaa; 4096]);
+    assert_eq!(disk.read(7 * 512, 512), vec![7; 512]);
+    assert_eq!(disk.read(16 * 512, 512), vec![16; 512]);
+    assert_eq!(status(&mut driver, &[header(FLUSH, 0), Piece::In(1)]), 0);
+    let used = driver.request(0, &[header(GET_ID, 0), Piece::In(20), Piece::In(1)]);
+    assert_eq!(&used.bytes[..6], b"disk0\0");
+}
+
+#[test]
+fn ranges_are_discarded_and_zeroed() {
+    let disk = Disk::new(&vec![1; 64 << 10]);
+    let mut driver = disk.start();
+    let range = |sector: u64, count: u32, flags: u32| {
+        let mut bytes = sector.to_le_bytes().to_vec();
+        bytes.extend(count.to_le_bytes());
+        bytes.extend(flags.to_le_bytes());
+        Piece::Out(bytes)
+    };
+    assert_eq!(status(&mut driver, &[header(DISCARD, 0), range(0, 8, 0), Piece::In(1)]), 0);
+    assert_eq!(disk.read(0, 4096), vec![0; 4096]);
+    assert_eq!(disk.read(4096, 1), [1]);
+    assert_eq!(status(&mut driver, &[header(WRITE_ZEROES, 0), range(16, 8, 1), Piece::In(1)]), 0);
+    assert_eq!(disk.read(8192, 4096), vec![0; 4096]);
+    for (sector, count, flags, expected) in
+        [(127, 2, 0, 1), (u64::MAX, 1, 0, 1), (u64::MAX / 512, 1, 0, 1), (0, 0, 0, 1), (0, 1, 2, 2)]
+    {
+        let pieces = [header(DISCARD, 0), range(sector, count, flags), Piece::In(1)];
+        assert_eq!(status(&mut driver, &pieces), expected, "{sector} {count} {flags}");
+    }
+}
+
+#[test]
+fn what_is_not_on_the_disk_is_an_error_and_not_a_break() {
+    let disk = Disk::new(&[0; 4096]);
+    let mut driver = disk.start();
+    for (kind, sector, expected) in
+        [(IN, 8, 1), (IN, 7, 1), (IN, u64::MAX, 1), (IN, u64::MAX / 512, 1), (5, 0, 2), (u32::MAX, 0, 2)]
+    {
+        let pieces = [header(kind, sector), Piece::In(1024), Piece::In(1)];
+        assert_eq!(status(&mut driver, &pieces), expected, "{kind} {sector}");
+    }
+    assert_eq!(status(&mut driver, &[header(IN, 0), Piece::In(100), Piece::In(1)]), 1, "half a sector");
+    assert_eq!(status(&mut driver, &[header(IN, 0), Piece::In(1)]), 1, "no sector");
+    assert!(!driver.is_broken());
+}
+
+#[test]
+fn a_read_only_drive_is_not_written() {
+    let disk = Disk::new(&[1; 4096]);
+    let drive = Drive { is_read_only: true, ..disk.drive() };
+    let mut driver = Driver::started(Block::open(&drive).unwrap());
+    assert_ne!(driver.offered() & 1 << 5, 0);
+    let data = Piece::Out(vec![2; 512]);
+    assert_eq!(status(&mut driver, &[header(OUT, 0), data, Piece::In(1)]), 1);
+    assert_eq!(disk.read(0, 512), [1; 512]);
+}
+
+#[test]
+fn direct_access_waits_nowhere() {
+    // Direct reads have nothing in memory: each goes to the ring.
+    let content: Vec<u8> = (0..MIB).map(|at| (at / 4096).to_le_bytes()[0]).collect();
+    let disk = Disk::new(&content);
+    let block = match Block::open(&Drive { direct: true, ..disk.drive() }) {
+        Ok(block) => block,
+        // The folder for temporary files decides, and nothing else may be wrong.
+        Err(error) => {
+            assert!(error.to_string().ends_with("its filesystem has no direct I/O"), "{error}");
+            return;
+        }
+    };
+    let mut driver = Driver::started(block);
+    let mut pages = std::collections::BTreeMap::new();
+    for page in 0..64 {
+        let head = driver.push(0, &[header(IN, u64::from(page) * 8), Piece::In(4096), Piece::In(1)]);
+        pages.insert(head, page);
+    }
+    driver.ring();
+    for _ in 0..64 {
+        let used = driver.wait(0);
+        let page = pages.remove(&used.head).expect("each chain comes back once");
+        assert_eq!(used.bytes, [vec![page; 4096], vec![0]].concat());
+    }
+}
+
+#[test]
+fn what_is_in_memory_is_done_by_whoever_rings_up_to_a_bound() {
+    let disk = Disk::new(&[0; 4096]);
+    let mut driver = Driver::started(Block::open(&disk.drive()).unwrap().blank().unwrap());
+    // The first doorbell is the transport's own.
+    driver.ring();
+    for _ in 0..70 {
+        driver.push(0, &[header(IN, 0), Piece::In(512), Piece::In(1)]);
+    }
+    driver.write(0x50, 0);
+    let mut done = 0;
+    while driver.pop(0).is_some() {
+        done += 1;
+    }
+    assert_eq!(done, 64, "no event was needed");
+    for _ in 64..70 {
+        driver.wait(0);
+    }
+}
+
+#[test]
+fn direct_access_is_left_to_the_event_loop() {
+    let disk = Disk::new(&[0; 4096]);
+    if let Ok(block) = Block::open(&Drive { direct: true, ..disk.drive() }) {
+        // A tmpfs is memory however it is opened.
+        let is_memory = rustix::fs::fstatfs(&disk.file).unwrap().f_type == libc::TMPFS_MAGIC;
+        assert_eq!(block.serves_at_once(), is_memory);
+    }
+}
+
+#[test]
+fn chains_without_header_or_status_break_the_device_until_it_is_reset() {
+    let disk = Disk::new(&[0; 4096]);
+    for pieces in [
+        vec![Piece::In(1)],
+        vec![Piece::Out(vec![0; 15]), Piece::In(1)],
+        vec![header(IN, 0)],
+        vec![header(FLUSH, 0), Piece::In(0)],
+    ] {
+        let mut driver = disk.start();
+        driver.push(0, &pieces);
+        driver.ring();
+        assert!(driver.is_broken(), "{pieces:?}");
+        assert!(driver.transport.failure().is_some());
+        assert_eq!(driver.interrupts(), 1, "the driver is told");
+        driver.start(u64::MAX);
+        assert_eq!(status(&mut driver, &[header(FLUSH, 0), Piece::In(1)]), 0, "a reset mends it");
+        drop(driver);
+    }
+}
+
+#[test]
+fn a_reset_waits_for_a_disk_that_hangs_and_nobody_waits_with_it() {
+    if io_uring::IoUring::new(1).is_err() {
+        // Threads do not read pipes at a place.
+        return;
+    }
+    for breaks in [false, true] {
+        // The disk hangs until somebody writes into the pipe.
+        let (reader, writer) = std::io::pipe().unwrap();
+        let mut block = Block::open(&Disk::new(&[0; 4096]).drive()).unwrap();
+        block.io = FileIo::slow(std::os::fd::OwnedFd::from(reader).into());
+        let mut driver = Driver::started(block);
+        // Dropped before the driver, which would wait for the disk where an assertion fails.
+        let mut writer = writer;
+        let request = [header(IN, 0), Piece::In(512), Piece::In(1)];
+        driver.push(0, &request);
+        driver.ring();
+        assert_eq!(driver.pop(0), None);
+        if breaks {
+            driver.offer(0, 999);
+            driver.ring();
+            assert!(driver.is_broken());
+        }
+        let reset = |driver: &mut Driver| driver.transport.write(0x70, &[0; 4]);
+        assert_eq!(reset(&mut driver), Some(GuestRequest::Again));
+        assert_eq!(reset(&mut driver), Some(GuestRequest::Again));
+        assert_ne!(driver.status(), 0);
+        writer.write_all(&[7; 512]).unwrap();
+        assert!(driver.run(Some(60_000)), "what comes back is taken");
+        assert!(!driver.run(Some(0)), "and only once");
+        assert_eq!(reset(&mut driver), None);
+        assert_eq!(driver.status(), 0);
+        driver.start(u64::MAX);
+        writer.write_all(&[8; 512]).unwrap();
+        let used = driver.request(0, &request);
+        assert_eq!((&used.bytes[..512], used.bytes[512]), (&[8; 512][..], 0));
+    }
+}
+
+#[test]
+fn a_limited_drive_makes_requests_wait() {
+    use crate::config::devices::{RateLimiter, TokenBucket};
+    let disk = Disk::new(&[0; 4096]);
+    let bucket = TokenBucket { size: 2, one_time_burst: None, refill_time: 20 };
+    let limiter = RateLimiter { ops: Some(bucket), bandwidth: None };
+    let block = Block::open(&Drive { rate_limiter: Some(limiter), ..disk.drive() }).unwrap();
+    let mut driver = Driver::started(block);
+    for _ in 0..10 {
+        driver.push(0, &[header(FLUSH, 0), Piece::In(1)]);
+    }
+    let start = Instant::now();
+    driver.ring();
+    let mut done = 0;
+    while done < 10 {
+        match driver.pop(0) {
+            Some(_) => done += 1,
+            None => match driver.transport.deadline() {
+                Some(_) => driver.transport.serve_deadline(),
+                None => assert!(driver.run(Some(60_000)), "neither an event nor a deadline"),
+            },
+        }
+    }
+    // Three pass at once, and the others 10 ms apart: a lower bound holds on any machine.
+    assert!(start.0 + 60_000_000 < Instant::now().0);
+}
+
+#[test]
+fn files_that_are_no_disks_are_named() {
+    let disk = Disk::new(&[0; 4096]);
+    let error = |drive: &Drive| Block::open(drive).unwrap_err().to_string();
+    let at = |path: &str| Drive { path_on_host: path.into(), ..disk.drive() };
+    assert!(error(&at("/nonexistent/disk")).starts_with("/nonexistent/disk cannot be a drive: No such file"));
+    assert!(error(&at("/")).ends_with("it is a directory"));
+    assert!(error(&at("/dev/null")).ends_with("it is neither a file nor a block device"));
+    assert!(error(&Disk::new(&[]).drive()).ends_with("it is empty"));
+    assert!(error(&Disk::new(&[0; 513]).drive()).ends_with("its 513 bytes are not a multiple of 512"));
+    let open = Block::open(&disk.drive()).unwrap();
+    assert!(error(&disk.drive()).contains("it is in use"));
+    assert!(error(&Drive { is_read_only: true, ..disk.drive() }).contains("it is in use"));
+    drop(open);
+    let read_only = Drive { is_read_only: true, ..disk.drive() };
+    let (first, second) = (Block::open(&read_only).unwrap(), Block::open(&read_only).unwrap());
+    assert!(error(&disk.drive()).contains("it is in use"));
+    drop((first, second));
+}
+
+proptest::proptest! {
+    #[test]
+    fn any_driver_is_survived(bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..600)) {
+        let disk = Disk::new(&[0; 8192]);
+        Driver::new(Block::open(&disk.drive()).unwrap()).misbehave(&bytes);
+    }
+}

@@ -1,0 +1,127 @@
+use super::*;
+
+#[test]
+fn a_device_is_not_memory_because_its_name_is_there() {
+    // /dev is a tmpfs almost everywhere, and what its names stand for is elsewhere.
+    let device = File::open("/dev/null").unwrap();
+    assert_eq!(FileIo::new(device, 1).speed, Speed::Cached);
+}
+
+#[test]
+fn a_thread_calls_for_nothing_that_was_taken_already() {
+    // The job's end is waited for as at a reset, and the thread may be anywhere then.
+    for _ in 0..500 {
+        let worker = Worker::start().unwrap();
+        // SAFETY: there are no segments.
+        let job = unsafe { Job::new(Operation::Flush, 0, &[]) };
+        worker.submit(0, job, &Arc::new(File::open("/dev/null").unwrap()));
+        let mut done = Vec::new();
+        while done.is_empty() {
+            worker.wait();
+            worker.finished(&mut done);
+        }
+        let shared = Arc::clone(&worker.shared);
+        drop(worker);
+        assert!(shared.finished_event.read().is_err(), "an event that nobody would ever take");
+    }
+}
+
+/// Runs something on a thread whose system calls of one kind end with an error.
+pub(crate) fn refusing<T: Send>(
+    call: libc::c_long,
+    error: libc::c_int,
+    what: impl FnOnce() -> T + Send,
+) -> T {
+    use libc::{BPF_ABS, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W, sock_filter};
+    let instruction = |code: u32, jt, jf, k| sock_filter { code: code.try_into().unwrap(), jt, jf, k };
+    let number = u32::try_from(call).unwrap();
+    let error = libc::SECCOMP_RET_ERRNO | u32::try_from(error).unwrap();
+    let mut filter = [
+        instruction(BPF_LD | BPF_W | BPF_ABS, 0, 0, 0),
+        instruction(BPF_JMP | BPF_JEQ | BPF_K, 0, 1, number),
+        instruction(BPF_RET | BPF_K, 0, 0, error),
+        instruction(BPF_RET | BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let mut filter = move || {
+        let program = libc::sock_fprog { len: 4, filter: filter.as_mut_ptr() };
+        // SAFETY: the program outlives the call, which copies it, and it is this thread's alone.
+        let result = unsafe {
+            libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+                | libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program)
+        };
+        assert_eq!(result, 0, "{}", io::Error::last_os_error());
+    };
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(move || {
+            filter();
+            what()
+        });
+        thread.join().unwrap()
+    })
+}
+
+/// Runs something on a thread for which the host has no memory for requests.
+fn without_memory<T: Send>(what: impl FnOnce() -> T + Send) -> T {
+    refusing(libc::SYS_io_uring_enter, libc::EAGAIN, what)
+}
+
+fn watcher() -> Watcher {
+    use rustix::event::epoll;
+    Watcher::new(Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC).unwrap()), 1)
+}
+
+#[test]
+fn no_more_jobs_are_taken_than_there_is_room_for() {
+    let mut io = FileIo::new(tempfile::tempfile().unwrap(), 4);
+    // SAFETY: there are no segments.
+    let job = || unsafe { Job::new(Operation::Flush, 0, &[]) };
+    let watcher = watcher();
+    for number in 0..4 {
+        io.submit(number, job(), 0, &watcher).unwrap();
+    }
+    assert_eq!(io.submit(4, job(), 0, &watcher).unwrap_err().kind(), io::ErrorKind::QuotaExceeded);
+    io.drain();
+    io.submit(5, job(), 0, &watcher).unwrap();
+}
+
+#[test]
+fn jobs_that_the_completion_queue_has_no_room_for_come_back_as_well() {
+    // Hosts without io_uring have no such queue.
+    let Ok(ring) = IoUring::new(4) else { return };
+    let mut ring = Ring(ring);
+    for number in 0..40 {
+        // SAFETY: this operation names no memory.
+        unsafe { ring.0.submission().push(&opcode::Nop::new().build().user_data(number)) }.unwrap();
+        submit(&ring.0);
+    }
+    let mut done = Vec::new();
+    ring.finished(&mut done);
+    assert_eq!(done.iter().map(|(number, _)| *number).collect::<Vec<_>>(), Vec::from_iter(0..40));
+}
+
+#[test]
+fn a_job_that_the_host_has_no_memory_for_is_done_later_and_once() {
+    let watcher = watcher();
+    let mut io = FileIo::new(tempfile::tempfile().unwrap(), 4);
+    // SAFETY: there are no segments.
+    let job = || unsafe { Job::new(Operation::Flush, 0, &[]) };
+    without_memory(|| io.submit(0, job(), 0, &watcher)).unwrap();
+    if matches!(io.engine, Some(Engine::Ring(_))) {
+        assert!(without_memory(|| io.is_held_up()));
+    }
+    assert!(!io.is_held_up());
+    io.submit(1, job(), 0, &watcher).unwrap();
+    let mut done = Vec::new();
+    while io.is_busy() {
+        assert!(done.len() < 2);
+        match &mut io.engine {
+            Some(Engine::Ring(ring)) => drop(ring.0.submit_and_wait(1)),
+            Some(Engine::Thread(worker)) => worker.wait(),
+            None => panic!("nobody does it"),
+        }
+        io.finished(&mut done);
+    }
+    let mut numbers: Vec<_> = done.into_iter().map(|(number, result)| (number, result.unwrap())).collect();
+    numbers.sort_unstable();
+    assert_eq!(numbers, [(0, 0), (1, 0)]);
+}
