@@ -3,6 +3,8 @@
 //! What a driver reads stands in the device's [`RegisterPage`]. Here is what its writes do.
 
 mod state;
+#[cfg(test)]
+mod tests;
 
 pub use state::{InFlight, Shape, State};
 
@@ -309,7 +311,9 @@ impl Transport {
             new &= !status::DRIVER_OK;
         }
         self.set_status(new);
+        // What was broken before it was ready stays broken.
         if new & !old & status::DRIVER_OK != 0
+            && self.is_working()
             && let Err(reason) = self.activate()
         {
             self.fail(reason);
@@ -388,6 +392,11 @@ impl BusDevice for Transport {
 
     fn write(&mut self, offset: u16, data: &[u8]) -> Option<GuestRequest> {
         let offset = usize::from(offset);
+        // While a reset waits, the device still touches memory for the driver that was there before. Another vCPU
+        // must not start it for a new one meanwhile.
+        if self.is_resetting && (offset != register::STATUS || data != [0; 4]) {
+            return None;
+        }
         if let Some(offset) = offset.checked_sub(register::CONFIGURATION) {
             if self.is_working() {
                 self.device.write_configuration(offset, data);
@@ -401,8 +410,7 @@ impl BusDevice for Transport {
         {
             let value = u32::from_le_bytes(value);
             self.write_register(offset, value);
-            let waits = self.is_resetting && offset == register::STATUS && value == 0;
-            return waits.then_some(GuestRequest::Again);
+            return self.is_resetting.then_some(GuestRequest::Again);
         }
         None
     }

@@ -59,7 +59,8 @@ impl Transport {
     /// # Errors
     /// When it is at work: whoever goes on from there would know nothing of what it has begun.
     pub fn state(&self) -> Result<State, InFlight> {
-        let requests = self.queues.in_flight();
+        // What a reset waits for is not in the queues any more.
+        let requests = self.queues.in_flight().max(self.is_resetting.into());
         if requests > 0 {
             return Err(InFlight { device: self.name.clone(), requests });
         }

@@ -1,0 +1,146 @@
+//! A reset that has to wait: nothing but its end makes the device usable again.
+
+use crate::bus::{BusDevice, GuestRequest};
+use crate::devices::virtio::driver::Driver;
+use crate::devices::virtio::{Broken, Device, Event, Queues, Watcher};
+use proptest::prelude::*;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
+
+/// A device that touches guest memory until it is told that it does not.
+#[derive(Clone, Debug, Default)]
+struct Busy {
+    is_at_rest: Arc<AtomicBool>,
+    calls: Arc<AtomicU32>,
+}
+
+impl Busy {
+    fn count(&self) {
+        self.calls.fetch_add(1, SeqCst);
+    }
+}
+
+impl Device for Busy {
+    fn kind(&self) -> u32 {
+        42
+    }
+
+    fn queue_sizes(&self) -> &'static [u16] {
+        &[8]
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn configuration(&self) -> Vec<u8> {
+        vec![0; 8]
+    }
+
+    fn write_configuration(&mut self, _: usize, _: &[u8]) {
+        self.count();
+    }
+
+    fn activate(&mut self, _: u64, _: &mut Queues, _: &Watcher) -> Result<(), Broken> {
+        self.count();
+        Ok(())
+    }
+
+    fn serve(&mut self, _: Event, _: &mut Queues) -> Result<(), Broken> {
+        self.count();
+        Ok(())
+    }
+
+    fn reset(&mut self) {}
+
+    fn is_at_rest(&mut self) -> bool {
+        self.is_at_rest.load(SeqCst)
+    }
+}
+
+/// A driver that has begun to reset its device, which is busy, and the device.
+fn resetting() -> (Driver, Busy) {
+    let device = Busy::default();
+    device.is_at_rest.store(true, SeqCst);
+    let mut driver = Driver::started(device.clone());
+    while driver.run(Some(0)) {}
+    device.is_at_rest.store(false, SeqCst);
+    assert_eq!(driver.transport.write(0x70, &[0; 4]), Some(GuestRequest::Again));
+    device.calls.store(0, SeqCst);
+    (driver, device)
+}
+
+/// What a driver writes to start a device: registers and values.
+const START: [(u16, u32); 13] = [
+    (0x70, 1),
+    (0x70, 3),
+    (0x24, 1),
+    (0x20, 1),
+    (0x70, 11),
+    (0x30, 0),
+    (0x38, 8),
+    (0x80, 0x1_0000),
+    (0x90, 0x1_8000),
+    (0xa0, 0x1_c000),
+    (0x44, 1),
+    (0x70, 15),
+    (0x50, 0),
+];
+
+#[test]
+fn another_vcpu_cannot_start_a_device_whose_reset_waits() {
+    let (mut driver, device) = resetting();
+    for (register, value) in START {
+        assert_eq!(driver.transport.write(register, &value.to_le_bytes()), None, "{register:#x}");
+    }
+    driver.transport.write(0x100, &[1]);
+    while driver.run(Some(0)) {}
+    assert_eq!(device.calls.load(SeqCst), 0, "the device worked");
+    assert!(driver.transport.state().is_err(), "it still touches memory");
+    assert_eq!(driver.transport.write(0x70, &[0; 4]), Some(GuestRequest::Again));
+    device.is_at_rest.store(true, SeqCst);
+    assert_eq!(driver.transport.write(0x70, &[0; 4]), None);
+    assert_eq!((driver.status(), driver.read(0x44)), (0, 0));
+    for (register, value) in START {
+        assert_eq!(driver.transport.write(register, &value.to_le_bytes()), None, "{register:#x}");
+    }
+    assert_eq!((driver.status(), device.calls.load(SeqCst)), (15, 1));
+}
+
+#[test]
+fn what_was_broken_before_it_was_ready_is_not_started() {
+    let device = Busy::default();
+    let text = serde_json::to_string(&Driver::new(device.clone()).transport.state().unwrap()).unwrap();
+    let broken = text.replacen("\"status\":0", "\"status\":75", 1);
+    assert_ne!(broken, text);
+    let mut driver = Driver::new(device.clone());
+    driver.transport.restore(&serde_json::from_str(&broken).unwrap());
+    driver.transport.write(0x70, &79_u32.to_le_bytes());
+    assert_eq!((driver.is_broken(), device.calls.load(SeqCst)), (true, 0));
+}
+
+proptest! {
+    /// Whatever several vCPUs write meanwhile, the device is as after any reset when it is over.
+    #[test]
+    fn no_write_gets_past_a_reset_that_waits(
+        writes in prop::collection::vec(
+            prop_oneof![
+                prop::sample::select(&START[..]).prop_map(|(at, value)| (at, value.to_le_bytes().to_vec())),
+                (0_u16..0x200, prop::collection::vec(any::<u8>(), 0..9)),
+            ],
+            0..60,
+        )
+    ) {
+        let (mut driver, device) = resetting();
+        for (offset, data) in writes {
+            let waits = driver.transport.write(offset, &data);
+            prop_assert_eq!(waits.is_some(), offset == 0x70 && data == [0; 4]);
+            while driver.run(Some(0)) {}
+        }
+        prop_assert_eq!(device.calls.load(SeqCst), 0);
+        device.is_at_rest.store(true, SeqCst);
+        prop_assert_eq!(driver.transport.write(0x70, &[0; 4]), None);
+        let fresh = Driver::new(Busy::default());
+        prop_assert_eq!(driver.transport.state().unwrap(), fresh.transport.state().unwrap());
+    }
+}
