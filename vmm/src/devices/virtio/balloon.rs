@@ -40,12 +40,13 @@ mod feature {
 }
 
 /// Pages that a chain may name; Linux names 256. What goes beyond stays where it is.
-const PAGES_MAX: usize = 4096;
-/// Pages after which others have their turn: as many calls of the host, if no two pages are neighbours.
-const PAGES_PER_TURN: usize = 4096;
-/// Bytes of free pages after which others have their turn, and that a chain may name; Linux names 128 MiB at
-/// most (PAGE_REPORTING_CAPACITY of include/linux/page_reporting.h blocks of 4 MiB).
-const REPORTED_MAX: usize = 256 << 20;
+const PAGES_MAX: usize = 1024;
+/// Pages after which others have their turn: as many calls of the host, if no two pages are neighbours, each of some
+/// microseconds.
+const PAGES_PER_TURN: usize = 1024;
+/// Bytes of free pages after which others have their turn, and that a chain may name; Linux names as many at most
+/// (PAGE_REPORTING_CAPACITY of include/linux/page_reporting.h blocks of 4 MiB).
+const REPORTED_MAX: usize = 128 << 20;
 
 /// What others may ask of the balloon while the guest runs.
 #[derive(Clone, Debug)]
@@ -208,8 +209,9 @@ impl Balloon {
     /// Reads the numbers of the pages that a chain names.
     fn read_pages(&mut self, chain: &mut Chain) -> Result<(), Broken> {
         self.named.clear();
+        let count = usize::try_from(chain.readable_len() / 4).unwrap_or(PAGES_MAX).min(PAGES_MAX);
         let mut number = [0; 4];
-        while self.named.len() < PAGES_MAX && chain.readable_len() >= 4 {
+        for _ in 0..count {
             chain.read(&mut number)?;
             self.named.push(u32::from_le_bytes(number));
         }

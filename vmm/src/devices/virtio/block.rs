@@ -59,7 +59,8 @@ const SECTOR: u64 = 512;
 const ID_LEN: usize = 20;
 /// Chains that are served before others have their turn.
 const BUDGET: usize = 64;
-/// Bytes of requests after which they have it: copying these takes a tenth of a millisecond.
+/// Bytes of requests after which they have it: copying these takes a tenth of a millisecond. The last request may go
+/// beyond by what [`FileIo`] does inline.
 const BUDGET_BYTES: u64 = 1 << 20;
 
 /// A disk.

@@ -1,6 +1,6 @@
 //! Reading and writing a file on behalf of a guest, without ever waiting for it.
 //!
-//! What the host can do at once, because the file's pages are in memory, is done at once: that costs one
+//! What the host can do at once, because the file's pages are in memory and not many, is done at once: that costs one
 //! system call and no change of threads. Everything else goes to an io_uring, or where the host has none to a
 //! thread, and comes back as an event. Either is made when it is first needed.
 #![expect(unsafe_code, reason = "reads and writes with addresses of guest memory")]
@@ -16,6 +16,10 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use vmm_sys_util::eventfd::EventFd;
+
+/// Bytes of the largest job that is done inline: copying these takes two tenths of a millisecond, in which the device is
+/// locked. Linux makes no larger requests than 1280 KiB unless it is told to (`BLK_DEF_MAX_SECTORS_CAP` in block/blk.h).
+const INLINE_MAX: u64 = 2 << 20;
 
 /// What is to be done with a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +44,8 @@ pub(super) struct Job {
     /// Guest memory, which whoever asks keeps until the operation is done.
     segments: *const Segment,
     count: usize,
+    /// Whether moving its bytes takes so long that the device's thread has no time for it.
+    is_large: bool,
 }
 
 // SAFETY: the pointer is to segments that stay where they are until the job is done, see `Job::new`.
@@ -51,8 +57,10 @@ impl Job {
     /// # Safety
     /// The segments and the guest memory that they name stay until the job has been done or, having been
     /// submitted, has come back.
-    pub(super) const unsafe fn new(operation: Operation, offset: u64, segments: &[Segment]) -> Self {
-        Self { operation, offset, segments: segments.as_ptr(), count: segments.len() }
+    pub(super) unsafe fn new(operation: Operation, offset: u64, segments: &[Segment]) -> Self {
+        let bytes: u64 = segments.iter().map(|segment| segment.len() as u64).sum();
+        let is_large = bytes > INLINE_MAX;
+        Self { operation, offset, segments: segments.as_ptr(), count: segments.len(), is_large }
     }
 
     /// Does it now. With `must_not_wait` it fails with EAGAIN where that would take time, or where the
@@ -97,7 +105,7 @@ impl Job {
 
     fn entry(&self, fd: types::Fd) -> squeue::Entry {
         let count = u32::try_from(self.count).unwrap_or(u32::MAX);
-        match self.operation {
+        let entry = match self.operation {
             Operation::Read => {
                 opcode::Readv::new(fd, self.segments.cast(), count).offset(self.offset).build()
             }
@@ -108,7 +116,10 @@ impl Job {
             Operation::PunchHole(length) | Operation::Zero(length) => {
                 opcode::Fallocate::new(fd, length).offset(self.offset).mode(self.mode()).build()
             }
-        }
+        };
+        // Without the flag io_uring tries first whether a job can be done in the call that submits it, which for
+        // pages in memory means copying all of them.
+        if self.is_large { entry.flags(squeue::Flags::ASYNC) } else { entry }
     }
 }
 
@@ -208,8 +219,10 @@ impl FileIo {
     /// Does a job if the host can do it at once; otherwise `None`, or what is wrong with it.
     pub(super) fn attempt(&self, job: &Job) -> Option<io::Result<u64>> {
         match self.speed {
-            // Giving back a large range takes time all the same.
-            _ if matches!(job.operation, Operation::PunchHole(_) | Operation::Zero(_)) => None,
+            // Many bytes, or giving back a large range, take time all the same.
+            _ if job.is_large || matches!(job.operation, Operation::PunchHole(_) | Operation::Zero(_)) => {
+                None
+            }
             Speed::Memory => Some(job.execute(self.file.as_fd(), false)),
             Speed::Direct => None,
             Speed::Cached => match job.execute(self.file.as_fd(), true) {

@@ -183,6 +183,28 @@ fn what_is_in_memory_is_done_by_whoever_rings_up_to_a_bound() {
 }
 
 #[test]
+fn a_large_request_is_not_done_by_whoever_rings() {
+    let disk = Disk::new(&vec![7; 4 << 20]);
+    for (bytes, is_inline) in [(2 << 20, true), ((2 << 20) + 512, false)] {
+        for kind in [IN, OUT] {
+            let mut driver = Driver::started(Block::open(&disk.drive()).unwrap().blank().unwrap());
+            driver.ring();
+            let data = if kind == IN {
+                Piece::In(bytes)
+            } else {
+                Piece::Out(vec![1; usize::try_from(bytes).unwrap()])
+            };
+            driver.push(0, &[header(kind, 0), data, Piece::In(1)]);
+            driver.write(0x50, 0);
+            assert_eq!(driver.pop(0).is_some(), is_inline, "{bytes} bytes of {kind}");
+            if !is_inline {
+                assert_eq!(driver.wait(0).bytes.last(), Some(&0));
+            }
+        }
+    }
+}
+
+#[test]
 fn direct_access_is_left_to_the_event_loop() {
     let disk = Disk::new(&[0; 4096]);
     if let Ok(block) = Block::open(&Drive { direct: true, ..disk.drive() }) {

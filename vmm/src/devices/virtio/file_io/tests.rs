@@ -125,3 +125,26 @@ fn a_job_that_the_host_has_no_memory_for_is_done_later_and_once() {
     numbers.sort_unstable();
     assert_eq!(numbers, [(0, 0), (1, 0)]);
 }
+
+#[test]
+fn a_large_job_is_done_by_another_thread() {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(8 << 20).unwrap();
+    let io = FileIo::new(file, 4);
+    let mut bytes = vec![0; usize::try_from(INLINE_MAX).unwrap() + 1];
+    let all = Segment::own(&mut bytes);
+    let job = |segment: Segment| {
+        let segments = [segment];
+        // SAFETY: the bytes outlive both; a ring never sees the entry.
+        let job = unsafe { Job::new(Operation::Read, 0, &segments) };
+        (io.attempt(&job).is_some(), format!("{:?}", job.entry(types::Fd(0))))
+    };
+    let mut most = all;
+    most.skip(1);
+    let (is_inline, entry) = job(most);
+    // A file that is not in memory is not read inline, whatever its size.
+    assert!(is_inline || io.speed == Speed::Cached);
+    assert!(entry.contains("flags: 0,"), "{entry}");
+    let (is_inline, entry) = job(all);
+    assert!(!is_inline && !entry.contains("flags: 0,"), "{entry}");
+}

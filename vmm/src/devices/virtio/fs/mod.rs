@@ -7,6 +7,7 @@
 //! Requests have numbers of the device's own on their way, so that no reply can go astray: neither when a guest uses a
 //! number twice, nor when its driver has started over in the meantime.
 
+mod device;
 mod server;
 #[cfg(test)]
 mod tests;
@@ -15,7 +16,7 @@ pub use server::{Server, find_folder};
 
 use super::queue::fill;
 use super::stream::{receive, send};
-use super::{Broken, Chain, Device, Event, Left, Queues, Segment, Watcher};
+use super::{Broken, Chain, Left, Queues, Segment, Watcher};
 use crate::config::ConfigError;
 use crate::config::devices::SharedFolder as Config;
 use rustix::event::epoll::EventFlags;
@@ -46,7 +47,7 @@ const WITHOUT_REPLY: [u32; 2] = [2, 42];
 /// What a request is answered where there is no server: EIO.
 const ERROR: i32 = -libc::EIO;
 
-/// Requests, or replies, before others have their turn, and bytes of requests.
+/// Requests, or replies, before others have their turn, and their bytes.
 const BUDGET: usize = 256;
 const BYTES_PER_TURN: usize = 1 << 20;
 /// Bytes that are received at once: most replies are shorter. What is longer goes from the socket to the guest.
@@ -262,15 +263,16 @@ impl SharedFolder {
 
     /// Passes replies on, until there is none or others are to have their turn: the socket stays ready.
     fn take_replies(&mut self, queues: &mut Queues) -> Result<(), Broken> {
-        let mut replies = 0;
-        // Nobody says that there is something in the buffer.
-        while replies < BUDGET || !self.incoming.unread.is_empty() {
+        let (mut replies, mut bytes) = (0, 0);
+        // No event tells of what is in the buffer.
+        while replies < BUDGET && bytes < BYTES_PER_TURN || !self.incoming.unread.is_empty() {
             match self.receive() {
                 Ok(Progress::More) => {}
                 Ok(Progress::Reply) => {
                     replies += 1;
                     if let Some((waiting, header)) = self.incoming.target.take() {
                         let length = u32::from_le_bytes(field(&header, 0));
+                        bytes += length as usize;
                         fill(waiting.header, &header);
                         queues.complete(waiting.queue, waiting.chain, length)?;
                     }
@@ -427,84 +429,4 @@ fn field<const N: usize>(header: &[u8], at: usize) -> [u8; N] {
     let mut bytes = [0; N];
     bytes.copy_from_slice(&header[at..at + N]);
     bytes
-}
-
-impl Device for SharedFolder {
-    fn kind(&self) -> u32 {
-        KIND
-    }
-
-    fn queue_sizes(&self) -> &'static [u16] {
-        QUEUE_SIZES
-    }
-
-    fn features(&self) -> u64 {
-        // Without VIRTIO_FS_F_NOTIFICATION the server speaks only when it is asked.
-        0
-    }
-
-    fn configuration(&self) -> Vec<u8> {
-        // struct virtio_fs_config (section 5.11.4): the tag, padded with zeroes, and the number of request queues.
-        let mut bytes = self.tag.clone().into_bytes();
-        bytes.resize(TAG_MAX, 0);
-        bytes.extend(1_u32.to_le_bytes());
-        bytes
-    }
-
-    fn activate(&mut self, _: u64, _: &mut Queues, watcher: &Watcher) -> Result<(), Broken> {
-        if let Some(server) = &self.server {
-            watcher
-                .add(server.socket(), SERVER, self.events())
-                .map_err(|error| Broken::because(format!("its server cannot be watched: {error}")))?;
-        }
-        self.watcher = Some(watcher.clone());
-        Ok(())
-    }
-
-    fn serve_at_once(&mut self, queues: &mut Queues) -> Result<Left, Broken> {
-        let left = self.take_requests(queues)?;
-        self.notify(queues)?;
-        Ok(left)
-    }
-
-    fn serves_at_once(&self) -> bool {
-        true
-    }
-
-    fn serve(&mut self, event: Event, queues: &mut Queues) -> Result<(), Broken> {
-        if let Event::Ready(..) = event {
-            self.take_replies(queues)?;
-            if let Err(lost) = self.flush() {
-                self.lose(lost, queues)?;
-            }
-        }
-        if self.take_requests(queues)? == Left::Something {
-            queues.yield_turn();
-        }
-        self.notify(queues)
-    }
-
-    fn reset(&mut self) {
-        if let (Some(watcher), Some(server)) = (self.watcher.take(), &self.server) {
-            watcher.remove(server.socket());
-        }
-        // What is on its way comes back and is for nobody.
-        self.waiting.clear();
-        self.incoming.target = None;
-    }
-
-    fn failure(&self) -> Option<String> {
-        self.failure.clone()
-    }
-}
-
-impl SharedFolder {
-    fn notify(&self, queues: &mut Queues) -> Result<(), Broken> {
-        for queue in [HIPRIO, REQUESTS] {
-            if queues.is_ready(queue) {
-                queues.notify(queue)?;
-            }
-        }
-        Ok(())
-    }
 }

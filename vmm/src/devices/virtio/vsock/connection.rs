@@ -6,7 +6,7 @@
 
 use super::buffers::{Batch, Buffer, Receiver};
 use super::packet::{HEADER_LEN, HOST_CID, Header, STREAM, op, shutdown};
-use super::{RX, next_chain};
+use super::{BUDGET, BUDGET_BYTES, RX, next_chain};
 use crate::devices::virtio::queue::fill;
 use crate::devices::virtio::stream::{receive, send};
 use crate::devices::virtio::{Broken, Chain, Queues, Segment, Watcher};
@@ -414,7 +414,8 @@ impl Connection {
         }
     }
 
-    /// Reads from the Unix socket into as many chains as it is likely to fill; the number of packets.
+    /// Reads from the Unix socket into as many chains as it is likely to fill; the number of packets, as the budget
+    /// counts them.
     fn send_data(
         &mut self,
         queues: &mut Queues,
@@ -422,7 +423,9 @@ impl Connection {
         guest_cid: u64,
         batch: &mut Batch,
     ) -> Result<usize, Unsent> {
-        let room = batch.gather(queues, first, self.appetite, self.credit() as usize)?;
+        // A program that writes as fast as this reads would keep one read going for as long as there is room.
+        let credit = (self.credit() as usize).min(BUDGET_BYTES);
+        let room = batch.gather(queues, first, self.appetite, credit)?;
         let mut left = match self.receive(room, &batch.pieces) {
             Ok(bytes) => bytes,
             Err(unsent) => {
@@ -431,7 +434,7 @@ impl Connection {
             }
         };
         batch.put_back_behind(left, queues);
-        let packets = batch.chains.len();
+        let packets = batch.chains.len().max(left / (BUDGET_BYTES / BUDGET));
         for Receiver { chain, header, room } in batch.chains.drain(..) {
             #[expect(clippy::cast_possible_truncation, reason = "one read gives less than 2^31 bytes")]
             let bytes = left.min(room) as u32;

@@ -35,8 +35,10 @@ const CONNECTIONS_MAX: usize = 1024;
 /// Answers that wait for the guest to have a chain for them. With as many no packet of the guest is looked at
 /// (section 5.10.6.1: this stops a side that neglects its queue). Each connection may add one.
 const RESETS_MAX: usize = 256;
-/// Packets in either direction before others have their turn.
+/// Packets in either direction before others have their turn, and their bytes. Sending counts packets that are longer
+/// than Linux's as several.
 const BUDGET: usize = 256;
+const BUDGET_BYTES: usize = 1 << 20;
 /// Programs that are accepted before others have their turn.
 const ACCEPT_BUDGET: usize = 16;
 
@@ -204,7 +206,11 @@ impl Vsock {
 
     /// Takes packets of the guest.
     fn take_packets(&mut self, queues: &mut Queues) -> Result<(), Broken> {
+        let mut bytes = 0;
         for _ in 0..BUDGET {
+            if bytes >= BUDGET_BYTES {
+                break;
+            }
             if self.resets.len() >= RESETS_MAX {
                 return Ok(());
             }
@@ -214,12 +220,13 @@ impl Vsock {
                 }
                 return Ok(());
             };
-            let mut bytes = [0; HEADER_SIZE];
-            chain.read(&mut bytes)?;
-            let header = Header::from_bytes(&bytes);
+            let mut header = [0; HEADER_SIZE];
+            chain.read(&mut header)?;
+            let header = Header::from_bytes(&header);
             if u64::from(header.len) > chain.readable_len() {
                 return Err(Broken::because("a packet is longer than its chain"));
             }
+            bytes += header.len as usize;
             self.take_packet(&header, &mut chain);
             queues.complete(TX, chain, 0)?;
         }

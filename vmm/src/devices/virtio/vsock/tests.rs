@@ -1,5 +1,7 @@
 //! The device with a driver of no kernel on one side and real Unix sockets on the other.
 
+mod turns;
+
 use super::*;
 use crate::devices::virtio::driver::{Driver, Piece};
 use crate::devices::virtio::file_io::tests::refusing;

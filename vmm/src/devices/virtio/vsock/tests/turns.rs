@@ -1,0 +1,20 @@
+//! What the device does before others have their turn.
+
+use super::{Guest, HOST_CID, Header, Piece, RW, TX, packet};
+
+#[test]
+fn packets_of_many_bytes_are_taken_in_turns() {
+    const LENGTH: u32 = 64 << 10;
+    let mut guest = Guest::new(8);
+    let header = Header { len: LENGTH, ..packet(RW, 1000, 80) };
+    assert_eq!(header.dst_cid, HOST_CID);
+    let bytes = [&header.to_bytes()[..], &[0; LENGTH as usize]].concat();
+    for _ in 0..40 {
+        guest.driver.push(TX, &[Piece::Out(bytes.clone())]);
+    }
+    guest.driver.write(0x50, 0);
+    assert!(guest.driver.run(Some(0)));
+    assert_eq!(std::iter::from_fn(|| guest.driver.pop(TX)).count(), 16, "1 MiB in a turn");
+    guest.driver.ring();
+    assert_eq!(std::iter::from_fn(|| guest.driver.pop(TX)).count(), 24);
+}
