@@ -3,9 +3,11 @@
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::process::{ChildStdout, Stdio};
+use std::time::Instant;
 use tests::conversation::Conversation;
+use tests::terminal::Terminal;
 use tests::user::{SmallDisk, User};
-use tests::{Outcome, run, testbed};
+use tests::{Outcome, PATIENCE, kill, run, testbed};
 
 /// A script that ends with status 3 when /tmp/end is there.
 const UNTIL_END: &str = "echo out; echo err >&2; until [ -e /tmp/end ]; do sleep 1; done; echo end; exit 3";
@@ -42,6 +44,36 @@ fn a_full_runtime_directory_has_room_for_a_status() {
     run(&mut start).expect_status(0);
     run(&mut command(&["wait", "full"])).expect_status(6);
     run(&mut command(&["rm", "full"])).expect_status(0);
+}
+
+/// A monitor that is stopped stands for a guest that takes no connection, and nothing of what it is told.
+#[test]
+fn a_guest_that_takes_nothing_keeps_nobody_and_no_terminal() {
+    let user = User::new();
+    detach(&user, &["--name", "still"], UNTIL_END);
+    let pid = inspect(&user, "still")["pid"].as_u64().and_then(|pid| pid.try_into().ok()).expect("no pid");
+    kill(pid, libc::SIGSTOP);
+    let terminal = Terminal::open();
+    let before = terminal.flags();
+    let mut exec = terminal.start(user.command("exec").args(["-t", "still", "true"]));
+    // Raw mode comes when signals are the guest's.
+    let since = Instant::now();
+    while terminal.flags() & libc::ECHO != 0 {
+        assert!(since.elapsed() < PATIENCE, "no raw mode");
+        std::thread::yield_now();
+    }
+    // Each of these is one more thing to tell the guest, and the connection takes some 280.
+    for _ in 0..1000 {
+        kill(exec.id(), libc::SIGRTMIN() + 1);
+    }
+    for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGTERM] {
+        kill(exec.id(), signal);
+    }
+    assert_eq!(exec.wait().expect("cannot wait").code(), Some(128 + libc::SIGTERM));
+    assert_eq!(terminal.flags(), before);
+    kill(pid, libc::SIGCONT);
+    kindling(&user, &["exec", "still", "touch", "/tmp/end"]).expect_status(0);
+    kindling(&user, &["wait", "still"]).expect_status(3);
 }
 
 /// The row of a guest, without its age.

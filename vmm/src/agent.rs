@@ -1,9 +1,14 @@
 //! The host's side of a guest's agent (`guest_protocol::agent`): a process in the guest as a control connection and
 //! up to three streams, over the Unix socket that leads to the guest's vsock ports.
 
+mod outgoing;
+#[cfg(test)]
+mod tests;
+
 pub use guest_protocol::agent::Role;
 use guest_protocol::agent::{BadMessage, Hello, MESSAGE_HEADER_LEN, Message, PAYLOAD, PORT, TerminalSize};
-use rustix::event::{PollFd, PollFlags, poll};
+use outgoing::{Order, Outgoing};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
 use std::collections::VecDeque;
@@ -12,6 +17,12 @@ use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long a guest may take over what its agent does at once: taking a connection or a process's description, and
+/// saying how a process has ended whose streams have.
+pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Why a guest's agent cannot be talked to.
 #[derive(Debug, thiserror::Error)]
@@ -31,6 +42,15 @@ pub enum AgentError {
         /// The Unix socket of the guest's vsock.
         path: PathBuf,
     },
+    /// The agent does not do what it always does at once.
+    #[error(
+        "the guest behind {} does not answer; it hangs, or has no processor time. `kindling rm --force` ends it",
+        path.display()
+    )]
+    Silent {
+        /// The Unix socket of the guest's vsock.
+        path: PathBuf,
+    },
     /// The connection ended before the process did.
     #[error("the guest ended, or its agent hung up, before the process had ended")]
     Lost,
@@ -40,9 +60,11 @@ pub enum AgentError {
 #[derive(Debug)]
 pub struct Process {
     place: Place,
-    control: UnixStream,
+    control: Arc<Outgoing>,
     /// Whether the guest has taken the control connection.
     is_connected: bool,
+    /// When it is to have done so, and to know which process it is to start. A payload runs without that.
+    deadline: Option<Instant>,
     /// What came over it and is not a whole message yet.
     received: Vec<u8>,
     /// What it said and nobody has taken.
@@ -87,7 +109,7 @@ impl News {
 
 /// Says things of a process from elsewhere.
 #[derive(Debug)]
-pub struct Control(UnixStream);
+pub struct Control(Arc<Outgoing>);
 
 impl Process {
     /// The payload of a guest, which runs already.
@@ -129,15 +151,20 @@ impl Process {
     fn open(socket: &Path, token: u64, start: &[u8]) -> Result<Self, AgentError> {
         let place = Place { socket: socket.into(), token };
         // Whether the guest takes it is seen when it says something.
-        let control = place.ask(Role::Control, start)?;
-        Ok(Self::at(place, control))
+        let control = place.dial()?;
+        let limit = (!start.is_empty()).then_some(ANSWER_TIMEOUT);
+        let first = [&place.request(Role::Control)[..], start].concat();
+        Ok(Self::with(place, Outgoing::new(control, first), limit))
     }
 
-    const fn at(place: Place, control: UnixStream) -> Self {
+    /// What a connection has to be told first is on its way, and to be taken within a limit.
+    fn with(place: Place, control: Outgoing, limit: Option<Duration>) -> Self {
+        control.flush();
         Self {
             place,
-            control,
+            control: Arc::new(control),
             is_connected: false,
+            deadline: limit.map(|limit| Instant::now() + limit),
             received: Vec::new(),
             news: VecDeque::new(),
             heard: [false; 4],
@@ -151,52 +178,70 @@ impl Process {
     }
 
     /// What speaks for it elsewhere.
-    ///
-    /// # Errors
-    /// When the host has no descriptor left.
-    pub fn control(&self) -> io::Result<Control> {
-        self.control.try_clone().map(Control)
+    #[must_use]
+    pub fn control(&self) -> Control {
+        Control(Arc::clone(&self.control))
+    }
+
+    /// What its descriptor is to be polled for, and for how long, before [`Self::news`] is asked again. A guest that
+    /// takes nothing lets nobody wait: what it was told waits here.
+    #[must_use]
+    pub fn wants(&self) -> (PollFlags, Option<Duration>) {
+        let more = if self.control.is_empty() { PollFlags::empty() } else { PollFlags::OUT };
+        let left = self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        (PollFlags::IN | more, left)
     }
 
     /// Sends a signal: those of a terminal's keys, and the one for its end, to the process and its foreground
     /// children, others to the process alone.
     pub fn signal(&self, number: u8) {
-        tell(&self.control, Message::Signal(number));
+        self.control.say(Order::Signal(number));
     }
 
     /// Says how large the terminal is now.
     pub fn resize(&self, size: TerminalSize) {
-        tell(&self.control, Message::Resize(size));
+        self.control.say(Order::Resize(size));
     }
 
     /// Says that it has no input, or no more where none has been connected.
     pub fn end_input(&self) {
-        tell(&self.control, Message::EndInput);
+        self.control.say(Order::EndInput);
     }
 
     /// Asks for [`News::Started`]; where the program cannot be executed, [`News::Exited`] comes instead.
     pub fn ask_for_start(&self) {
-        tell(&self.control, Message::TellStart);
+        self.control.say(Order::TellStart);
     }
 
-    /// What came next, if something did: does not wait.
+    /// What came next, if something did: does not wait. Goes on telling the guest what it has not taken yet.
     ///
     /// # Errors
-    /// When the guest has ended, or says what it may not.
+    /// When the guest has ended, says what it may not, or does not take the process.
     pub fn news(&mut self) -> Result<Option<News>, AgentError> {
         /// More than a guest has to say of a process.
         const ENOUGH: usize = 256;
+        self.control.flush();
         loop {
+            if self.is_connected && self.control.is_empty() {
+                self.deadline = None;
+            }
             if let Some(news) = self.news.pop_front() {
                 return Ok(Some(news));
             }
             let mut bytes = [0; ENOUGH];
-            match recv(&self.control, &mut bytes, RecvFlags::DONTWAIT) {
+            match recv(self.control.stream(), &mut bytes, RecvFlags::DONTWAIT) {
                 Ok((_, count @ 1..)) => self.received.extend_from_slice(&bytes[..count]),
-                Err(Errno::AGAIN | Errno::INTR) => return Ok(None),
+                Err(Errno::AGAIN | Errno::INTR) => return self.in_time().map(|()| None),
                 Ok(_) | Err(_) => return Err(self.lost()),
             }
             self.understand()?;
+        }
+    }
+
+    fn in_time(&self) -> Result<(), AgentError> {
+        match self.deadline {
+            Some(deadline) if deadline <= Instant::now() => Err(self.place.silent()),
+            _ => Ok(()),
         }
     }
 
@@ -248,17 +293,20 @@ impl Process {
         self.news.extend(later);
     }
 
-    /// Waits for what comes next.
+    /// Waits for what comes next of a process that has only to end.
     ///
     /// # Errors
-    /// When the guest has ended, or says what it may not.
+    /// When the guest has ended, says what it may not, or does not answer.
     pub fn wait_for_news(&mut self) -> Result<News, AgentError> {
+        let until = Instant::now() + ANSWER_TIMEOUT;
         loop {
             if let Some(news) = self.news()? {
                 return Ok(news);
             }
-            let mut polled = [PollFd::new(&self.control, PollFlags::IN)];
-            rustix::io::retry_on_intr(|| poll(&mut polled, None)).map_err(|_| AgentError::Lost)?;
+            let left = until.saturating_duration_since(Instant::now());
+            if !wait(self.as_fd(), self.wants().0, left).map_err(|_| AgentError::Lost)? {
+                return Err(self.place.silent());
+            }
         }
     }
 }
@@ -268,22 +316,44 @@ impl Place {
     /// writing half of the input is its end.
     ///
     /// # Errors
-    /// When the agent cannot be reached.
+    /// When the agent cannot be reached, or does not answer.
     pub fn connect(&self, role: Role) -> Result<UnixStream, AgentError> {
-        let stream = self.ask(role, &[])?;
+        self.connect_within(role, ANSWER_TIMEOUT)
+    }
+
+    fn connect_within(&self, role: Role, limit: Duration) -> Result<UnixStream, AgentError> {
+        let failed = |source| AgentError::Connect { path: self.socket.clone(), source };
+        let mut stream = self.dial()?;
+        // It is little, so that the socket has room for it.
+        stream.write_all(&self.request(role)).map_err(failed)?;
+        if !wait(stream.as_fd(), PollFlags::IN, limit).map_err(failed)? {
+            return Err(self.silent());
+        }
         expect_accepted(&stream).map_err(|_| AgentError::Refused { path: self.socket.clone() })?;
         Ok(stream)
     }
 
-    /// Asks for a connection to the agent's port, in Firecracker's words, and says at once what it is for.
-    fn ask(&self, role: Role, more: &[u8]) -> Result<UnixStream, AgentError> {
+    fn dial(&self) -> Result<UnixStream, AgentError> {
         let failed = |source| AgentError::Connect { path: self.socket.clone(), source };
-        let mut stream = UnixStream::connect(&self.socket).map_err(failed)?;
-        let hello = Hello { token: self.token, role };
-        let request = [format!("CONNECT {PORT}\n").as_bytes(), &hello.to_bytes(), more].concat();
-        stream.write_all(&request).map_err(failed)?;
-        Ok(stream)
+        UnixStream::connect(&self.socket).map_err(failed)
     }
+
+    /// Asks for a connection to the agent's port, in Firecracker's words, and says at once what it is for.
+    fn request(&self, role: Role) -> Vec<u8> {
+        let hello = Hello { token: self.token, role };
+        [format!("CONNECT {PORT}\n").as_bytes(), &hello.to_bytes()].concat()
+    }
+
+    fn silent(&self) -> AgentError {
+        AgentError::Silent { path: self.socket.clone() }
+    }
+}
+
+/// Waits until a descriptor is ready; `false` where it is not in time.
+fn wait(fd: BorrowedFd<'_>, flags: PollFlags, limit: Duration) -> io::Result<bool> {
+    let limit = Timespec::try_from(limit).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let mut polled = [PollFd::from_borrowed_fd(fd, flags)];
+    Ok(rustix::io::retry_on_intr(|| poll(&mut polled, Some(&limit)))? > 0)
 }
 
 fn encoded(message: Message<'_>) -> Vec<u8> {
@@ -292,29 +362,24 @@ fn encoded(message: Message<'_>) -> Vec<u8> {
     bytes
 }
 
-fn tell(mut control: &UnixStream, message: Message<'_>) {
-    // A guest that is gone does not want to know.
-    let _ = control.write_all(&encoded(message));
-}
-
 impl Drop for Process {
     /// Ends the connection, which others may speak over. A guest whose payload has ended then ends.
     fn drop(&mut self) {
-        let _ = self.control.shutdown(Shutdown::Both);
+        let _ = self.control.stream().shutdown(Shutdown::Both);
     }
 }
 
 /// Has something to read when there may be news that [`Process::news`] has not had yet.
 impl AsFd for Process {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.control.as_fd()
+        self.control.stream().as_fd()
     }
 }
 
 impl Control {
     /// [`Process::end_input`].
     pub fn end_input(&self) {
-        tell(&self.0, Message::EndInput);
+        self.0.say(Order::EndInput);
     }
 }
 
@@ -333,101 +398,4 @@ fn expect_accepted(mut stream: &UnixStream) -> io::Result<()> {
     let end = seen[..count].iter().position(|&byte| byte == b'\n').ok_or(io::ErrorKind::InvalidData)?;
     stream.read_exact(&mut seen[..=end])?;
     if seen.starts_with(ACCEPTED) { Ok(()) } else { Err(io::ErrorKind::InvalidData.into()) }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    /// What a process says in pieces, and whether that ended in an error.
-    fn news<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> (Vec<News>, bool) {
-        let (here, mut there) = UnixStream::pair().unwrap();
-        let place = Place { socket: PathBuf::new(), token: 1 };
-        let mut process = Process::at(place, here);
-        let mut seen = Vec::new();
-        for piece in pieces {
-            there.write_all(piece).unwrap();
-            loop {
-                match process.news() {
-                    Ok(Some(news)) => seen.push(news),
-                    Ok(None) => break,
-                    Err(_) => return (seen, true),
-                }
-            }
-        }
-        (seen, false)
-    }
-
-    #[test]
-    fn news_come_whole_in_whatever_pieces() {
-        let exited = Message::Exited { status: 7, was_executed: true };
-        let messages = [Message::Started, Message::HasOutput(Role::Error), exited].map(encoded).concat();
-        let bytes = [b"OK 1073741824\n", &messages[..]].concat();
-        let expected =
-            [News::Started, News::HasOutput(Role::Error), News::Exited { status: 7, was_executed: true }];
-        for length in 1..=bytes.len() {
-            assert_eq!(news(bytes.chunks(length)), (expected.to_vec(), false), "{length}");
-        }
-    }
-
-    #[test]
-    fn words_that_only_the_host_has_are_none_of_a_guests() {
-        for message in [Message::Start(b""), Message::Signal(9), Message::TellStart, Message::EndInput] {
-            assert_eq!(news([&b"OK 1\n"[..], &encoded(message)]), (Vec::new(), true), "{message:?}");
-        }
-        // A message that would never end.
-        assert!(news([&b"OK 1\n"[..], &[1, 0, 0, 0, 0, 1, 0, 0], &[0; 64]]).1);
-        assert!(news([&b"OK, no\n"[..]]).1);
-        // What it has said already.
-        let started = encoded(Message::Started);
-        assert_eq!(news([&b"OK 1\n"[..], &started, &started]), (vec![News::Started], true));
-        assert!(news([&[b'1'; LONGEST_ANSWER][..]]).1);
-    }
-
-    #[test]
-    fn news_that_were_put_back_come_first() {
-        let (here, mut there) = UnixStream::pair().unwrap();
-        let place = Place { socket: PathBuf::new(), token: 1 };
-        let mut process = Process::at(place, here);
-        there.write_all(b"OK 1\n").unwrap();
-        there.write_all(&encoded(Message::Started)).unwrap();
-        assert_eq!(process.wait_for_news().unwrap(), News::Started);
-        there.write_all(&encoded(Message::HasOutput(Role::Error))).unwrap();
-        process.put_back([News::HasOutput(Role::Output), News::Started]);
-        for expected in [News::HasOutput(Role::Output), News::Started, News::HasOutput(Role::Error)] {
-            assert_eq!(process.wait_for_news().unwrap(), expected);
-        }
-        drop(there);
-        assert!(process.wait_for_news().is_err());
-    }
-
-    proptest! {
-        /// A guest may say anything.
-        #[test]
-        fn any_guest_is_heard(pieces in prop::collection::vec(prop::collection::vec(0_u8..20, 1..64), 0..4)) {
-            let pieces = pieces.iter().map(Vec::as_slice);
-            let bytes = pieces.clone().collect::<Vec<_>>().concat();
-            let (seen, is_error) = news([&b"OK 1\n"[..]].into_iter().chain(pieces));
-            prop_assert!(seen.len() * MESSAGE_HEADER_LEN <= bytes.len());
-            prop_assert!(is_error || Message::split(&bytes).is_ok());
-        }
-
-        #[test]
-        fn any_answer_is_read_to_its_line(bytes in prop::collection::vec(any::<u8>(), 0..64)) {
-            let answered = |bytes: &[u8]| {
-                let (mut here, mut there) = UnixStream::pair().unwrap();
-                there.write_all(bytes).unwrap();
-                drop(there);
-                let is_ok = expect_accepted(&here).is_ok();
-                let mut rest = Vec::new();
-                here.read_to_end(&mut rest).unwrap();
-                (is_ok, rest)
-            };
-            let (is_ok, rest) = answered(&bytes);
-            prop_assert!(bytes.len() - rest.len() <= 32);
-            prop_assert!(!is_ok || bytes.starts_with(b"OK "));
-            prop_assert_eq!(answered(&[&b"OK 7\n"[..], &bytes].concat()), (true, bytes));
-        }
-    }
 }

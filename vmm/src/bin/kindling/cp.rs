@@ -5,7 +5,7 @@ use crate::run::signals::{self, Signals};
 use crate::{STATUS_BAD_REQUEST, bytes, complain, exec};
 use clap::Args;
 use guest_copy::{Destination, Failure, Source, What};
-use kindling::agent::{AgentError, News, Process, Role};
+use kindling::agent::{ANSWER_TIMEOUT, AgentError, News, Process, Role};
 use std::ffi::{OsStr, OsString};
 use std::io::{self, Read};
 use std::net::Shutdown;
@@ -167,6 +167,7 @@ fn verdict(name: &str, mut process: Process) -> Result<Option<CpError>, CpError>
             News::Exited { status, .. } => break status,
             News::HasOutput(Role::Error) => {
                 let error = process.place().connect(Role::Error)?;
+                error.set_read_timeout(Some(ANSWER_TIMEOUT))?;
                 // What breaks off is no failure that could be read.
                 let _ = error.take(Failure::MOST_BYTES as u64 + 1).read_to_end(&mut words);
             }

@@ -64,7 +64,7 @@ pub(crate) fn run(arguments: &Arguments) -> u8 {
         match error {
             ExecError::Host(_)
             | ExecError::User(SourceError::Failed(_))
-            | ExecError::Agent(AgentError::Lost) => STATUS_FAILURE,
+            | ExecError::Agent(AgentError::Lost | AgentError::Silent { .. }) => STATUS_FAILURE,
             _ => STATUS_BAD_REQUEST,
         }
     })

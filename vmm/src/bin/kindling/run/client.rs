@@ -4,7 +4,7 @@ use super::signals::Signals;
 use crate::instances::log::{Log, Stream};
 use guest_protocol::agent::TerminalSize;
 use kindling::agent::{AgentError, Control, News, Place, Process, Role};
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
@@ -108,7 +108,7 @@ impl Service<'_> {
             match self.wait(&process, code.is_none(), wanted, &writers).map_err(lost)? {
                 // Nobody waits for input: it may come from a terminal at which nobody types any more.
                 Ready::Input => {
-                    let (from, control) = (input.take(), process.control().map_err(lost)?);
+                    let (from, control) = (input.take(), process.control());
                     let place = process.place().clone();
                     drop(thread::spawn(move || from.map(|from| carry_input(from, &place, &control))));
                 }
@@ -151,14 +151,18 @@ impl Service<'_> {
         writers: &Writers,
     ) -> io::Result<Ready> {
         loop {
+            let (flags, limit) = process.wants();
             let watched = [
-                has_news.then(|| (process.as_fd(), Ready::News)),
-                input.map(|input| (input.as_fd(), Ready::Input)),
-                writers.done.as_ref().map(|done| (done.as_fd(), Ready::Writer)),
+                has_news.then(|| (process.as_fd(), flags, Ready::News)),
+                input.map(|input| (input.as_fd(), PollFlags::IN, Ready::Input)),
+                writers.done.as_ref().map(|done| (done.as_fd(), PollFlags::IN, Ready::Writer)),
             ];
-            let watched = watched.into_iter().flatten();
-            if let Some(ready) = wait_for_any(watched, self.signals)? {
-                return Ok(ready);
+            let limit = limit.filter(|_| has_news);
+            match wait_for_any(watched.into_iter().flatten(), limit, self.signals)? {
+                Event::Ready(ready) => return Ok(ready),
+                // The process knows what it was too late for.
+                Event::Late => return Ok(Ready::News),
+                Event::Signal => {}
             }
             if let Some(signal) = self.signals.pass_on(Some(process)) {
                 (self.give_up)(signal);
@@ -175,21 +179,32 @@ enum Ready {
     Writer,
 }
 
-/// Waits until one of these can be read, or nothing can but a signal.
+/// What ended a wait.
+enum Event<T> {
+    Ready(T),
+    Signal,
+    /// Nothing came in time.
+    Late,
+}
+
+/// Waits until one of these is ready for what it is watched for, or a signal has come.
 fn wait_for_any<'a, T: Copy>(
-    watched: impl Iterator<Item = (BorrowedFd<'a>, T)>,
+    watched: impl Iterator<Item = (BorrowedFd<'a>, PollFlags, T)>,
+    limit: Option<Duration>,
     signals: &'a Signals,
-) -> io::Result<Option<T>> {
+) -> io::Result<Event<T>> {
     let (mut fds, names): (Vec<_>, Vec<_>) = watched
-        .map(|(fd, name)| (fd, Some(name)))
-        .chain([(signals.as_fd(), None)])
-        .map(|(fd, name)| (PollFd::from_borrowed_fd(fd, PollFlags::IN), name))
+        .map(|(fd, flags, name)| (PollFd::from_borrowed_fd(fd, flags), Some(name)))
+        .chain([(PollFd::from_borrowed_fd(signals.as_fd(), PollFlags::IN), None)])
         .unzip();
-    rustix::io::retry_on_intr(|| poll(&mut fds, None))?;
+    let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
+    rustix::io::retry_on_intr(|| poll(&mut fds, limit.as_ref()))?;
     // Signals first: who asks for the end does not want to wait for all the rest.
-    let is_signal = fds.last().is_some_and(|fd| !fd.revents().is_empty());
-    let first = fds.iter().position(|fd| !fd.revents().is_empty()).filter(|_| !is_signal);
-    Ok(first.and_then(|at| names[at]))
+    if fds.last().is_some_and(|fd| !fd.revents().is_empty()) {
+        return Ok(Event::Signal);
+    }
+    let first = fds.iter().position(|fd| !fd.revents().is_empty());
+    Ok(first.and_then(|at| names[at]).map_or(Event::Late, Event::Ready))
 }
 
 /// Threads that deliver output.
@@ -232,13 +247,13 @@ impl Writers {
 /// Waits until somebody says something over a connection or ends it, or for a signal that asks for the end.
 pub(super) fn signal_before(end: &UnixStream, signals: &mut Signals) -> Option<u8> {
     loop {
-        match wait_for_any([(end.as_fd(), ())].into_iter(), signals) {
-            Ok(None) => {
+        match wait_for_any([(end.as_fd(), PollFlags::IN, ())].into_iter(), None, signals) {
+            Ok(Event::Signal) => {
                 if let Some(signal) = signals.pass_on(None) {
                     return Some(signal);
                 }
             }
-            Ok(Some(())) | Err(_) => return None,
+            Ok(_) | Err(_) => return None,
         }
     }
 }
@@ -293,7 +308,16 @@ struct Undelivered(#[source] io::Error);
 
 /// Carries output until it ends. Where nobody takes it, whoever writes it learns so, as at a pipe.
 fn carry_output(place: &Place, role: Role, to: &Sink) {
-    let Ok(mut from) = place.connect(role) else { return };
+    let mut from = match place.connect(role) {
+        Ok(from) => from,
+        Err(error) => {
+            // A guest that has ended says so elsewhere.
+            if let AgentError::Silent { .. } = error {
+                crate::complain(&error);
+            }
+            return;
+        }
+    };
     let mut buffer = vec![0; CHUNK];
     while let Ok(count @ 1..) = from.read(&mut buffer) {
         let result = match to {
