@@ -162,6 +162,12 @@ impl EventLoop {
         }
     }
 
+    /// What tells of changes of files that are guest memory. Its end waits for SRCU (`fsnotify_destroy_group` in
+    /// fs/notify/group.c).
+    pub(crate) fn changes(&self) -> Option<BorrowedFd<'_>> {
+        self.changes.as_ref().map(AsFd::as_fd)
+    }
+
     fn has_lost_memory(&self) -> bool {
         // What happened says nothing that is not seen in the files.
         let mut happened = [0; 4096];

@@ -96,10 +96,10 @@ pub struct Remains(Running);
 
 impl Remains {
     /// Leaves them to the kernel, for a program that ends now: its end frees the memory, and KVM's
-    /// objects go when nobody waits for it any more.
+    /// objects and the watch on files go when nobody waits for it any more.
     pub fn leave_to_kernel(self) {
         // Where the host has no io_uring, the end of the process takes the time instead.
-        std::mem::forget(self.0.machine.vm.outlive_process());
+        std::mem::forget(self.0.machine.vm.outlive_process(self.0.event_loop.changes()));
         std::mem::forget(self);
     }
 }
@@ -369,5 +369,20 @@ fn reason_of(end: VcpuEnd, console: &[String]) -> ExitReason {
         }
         VcpuEnd::RunFailed(error) => ExitReason::VmmFailure(format!("KVM could not run a vCPU: {error}")),
         VcpuEnd::Stopped => ExitReason::Stopped,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kvm_ioctls::VcpuExit;
+
+    #[test]
+    fn memory_that_is_missing_is_recognised_however_kvm_says_so() {
+        let missing = VcpuExit::MemoryFault { flags: 0, gpa: 1 << 32, size: 4096 };
+        assert!(VcpuEnd::of_exit(&missing).is_bad_address());
+        assert!(VcpuEnd::RunFailed(io::Error::from_raw_os_error(libc::EFAULT)).is_bad_address());
+        assert!(!VcpuEnd::of_exit(&VcpuExit::Hlt).is_bad_address());
+        assert!(!VcpuEnd::RunFailed(io::Error::from_raw_os_error(libc::EINVAL)).is_bad_address());
     }
 }

@@ -22,6 +22,13 @@ const VMX: u32 = 1 << 5;
 /// Leaf 0x8000_0001, ECX: SVM. As above.
 const SVM: u32 = 1 << 2;
 
+/// What tells of performance counters. Leaf 1, ECX: the debug store in 64 bits, and the MSR of counters' capabilities;
+/// EDX: the debug store itself.
+const COUNTERS_1_ECX: u32 = 1 << 2 | 1 << 15;
+const COUNTERS_1_EDX: u32 = 1 << 21;
+/// Leaf 0x8000_0001, ECX: AMD's counters of a core, of a northbridge and of the last level of caches.
+const COUNTERS_AMD: u32 = 1 << 23 | 1 << 24 | 1 << 28;
+
 /// Whether this processor shows hardware virtualization (Intel VMX or AMD SVM).
 pub(super) fn host_has_virtualization() -> bool {
     core::arch::x86_64::__cpuid(1).ecx & VMX != 0 || host_has_svm()
@@ -73,10 +80,11 @@ fn adapt(entry: &mut kvm_cpuid_entry2, id: u8, count: u8) {
     match entry.function {
         0x1 => {
             entry.ecx |= TSC_DEADLINE | X2APIC | HYPERVISOR;
-            entry.ecx &= !VMX;
+            entry.ecx &= !(VMX | COUNTERS_1_ECX);
             // Bits 8 to 15 are the cache line flushed by CLFLUSH, in units of 8 bytes.
             entry.ebx = (entry.ebx & 0x0000_ffff) | count << 16 | id << 24;
             entry.edx = if count > 1 { entry.edx | MULTITHREADING } else { entry.edx & !MULTITHREADING };
+            entry.edx &= !COUNTERS_1_EDX;
         }
         // Caches: no thread shares one with another, the package has `count` cores.
         0x4 if entry.eax & 0x1f != 0 => {
@@ -84,9 +92,9 @@ fn adapt(entry: &mut kvm_cpuid_entry2, id: u8, count: u8) {
         }
         0x6 => entry.eax |= ALWAYS_RUNNING_APIC_TIMER,
         0xb | 0x1f => adapt_topology(entry, id, count),
-        // The performance counters are not offered.
-        0xa => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
-        0x8000_0001 => entry.ecx &= !SVM,
+        // Neither Intel's performance counters nor AMD's are offered, which the machine has not either.
+        0xa | 0x8000_0022 => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
+        0x8000_0001 => entry.ecx &= !(SVM | COUNTERS_AMD),
         // AMD: number of cores minus one, and the width of the core id.
         0x8000_0008 => entry.ecx = (count - 1) | id_bits(count) << 12,
         // AMD: the processor's APIC id and its core, one thread each.
@@ -156,6 +164,18 @@ mod tests {
         let short = in_short(&CpuId::from_entries(&supported).unwrap());
         let left: Vec<_> = short.as_slice().iter().map(|entry| (entry.function, entry.index)).collect();
         assert_eq!(left, [(1, 0), (7, 1), (0, 0), (6, 0)]);
+    }
+
+    #[test]
+    fn performance_counters_are_not_offered() {
+        for leaf in [0xa, 0x8000_0022] {
+            let entry = adapted(leaf, 0, 0, 1);
+            assert_eq!([entry.eax, entry.ebx, entry.ecx, entry.edx], [0; 4], "{leaf:#x}");
+        }
+        // Linux calls the bits pdcm, ds and dtes64, and perfctr_core, perfctr_nb and perfctr_llc.
+        let first = adapted(1, 0, 0, 1);
+        assert_eq!((first.ecx & (1 << 15 | 1 << 2), first.edx & 1 << 21), (0, 0));
+        assert_eq!(adapted(0x8000_0001, 0, 0, 1).ecx & (1 << 23 | 1 << 24 | 1 << 28), 0);
     }
 
     #[test]

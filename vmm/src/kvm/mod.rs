@@ -17,14 +17,15 @@ use crate::devices::virtio::{ACKNOWLEDGE, ACKNOWLEDGE_QUEUES, DOORBELL, Register
 use crate::layout::{self, Gsi};
 use crate::memory::GuestMemory;
 use kvm_bindings::{
-    CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY,
-    KvmIrqRouting, kvm_clock_data, kvm_enable_cap, kvm_irq_routing_entry,
-    kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_msi, kvm_userspace_memory_region,
+    CpuId, KVM_CAP_PMU_CAPABILITY, KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_MAX_CPUID_ENTRIES,
+    KVM_MEM_READONLY, KVM_PMU_CAP_DISABLE, KvmIrqRouting, kvm_clock_data, kvm_enable_cap,
+    kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_msi,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VmFd};
 use rustix::io_uring::{IoringRegisterOp, io_uring_params, io_uring_register, io_uring_setup};
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
@@ -135,6 +136,15 @@ fn open_device() -> Result<Kvm, KvmError> {
     }
 }
 
+/// Takes the performance counters from a machine that has no vCPUs yet. What CPUID says is not enough: KVM gives the
+/// guests of AMD processors four of them in any case (`amd_pmu_refresh` in arch/x86/kvm/svm/pmu.c), which time what others
+/// do on the processor. A KVM that has no counters for guests refuses, and so does Linux before 5.18.
+fn switch_counters_off(vm: &VmFd) {
+    let mut capability = kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, ..kvm_enable_cap::default() };
+    capability.args[0] = KVM_PMU_CAP_DISABLE.into();
+    let _ = vm.enable_cap(&capability);
+}
+
 /// The routing table of a machine whose lines are messages.
 #[derive(Debug)]
 struct MessageRoutes(Arc<VmFd>);
@@ -197,6 +207,7 @@ impl Vm {
     /// When KVM refuses.
     pub fn new(hypervisor: Hypervisor, controllers: InterruptControllers) -> Result<Self, KvmError> {
         let fd = hypervisor.kvm.create_vm().map_err(KvmError::ioctl("create a VM"))?;
+        switch_counters_off(&fd);
         fd.set_identity_map_address(layout::KVM_IDENTITY_MAP.0)
             .map_err(KvmError::ioctl("place its identity map"))?;
         fd.set_tss_address(usize::try_from(layout::KVM_TSS.0).unwrap_or(usize::MAX))
@@ -363,7 +374,8 @@ impl Vm {
         self.collects.fetch_or(result.is_ok(), Ordering::Relaxed);
     }
 
-    /// Makes the machine outlive this process by the milliseconds that destroying it takes.
+    /// Makes the machine outlive this process by the milliseconds that destroying it takes, and another file whose
+    /// end takes as long.
     ///
     /// A process ends when its files are closed, and closing the last file of a VM waits for RCU
     /// (`kvm_mmu_uninit_tdp_mmu` in arch/x86/kvm/mmu/tdp_mmu.c). An io_uring that knows the file holds
@@ -372,13 +384,15 @@ impl Vm {
     ///
     /// # Errors
     /// When the host has no io_uring or does not let this user have one.
-    pub fn outlive_process(&self) -> io::Result<OwnedFd> {
-        let file = self.fd.as_raw_fd();
-        // SAFETY: the parameters are all zero, which asks for an ordinary ring. Registering reads one
-        // descriptor, and no memory of this process is shared with the ring.
+    pub fn outlive_process(&self, other: Option<BorrowedFd<'_>>) -> io::Result<OwnedFd> {
+        const FILES: u32 = 2;
+        // An entry of -1 has no file.
+        let files = [Some(self.fd.as_raw_fd()), other.map(|fd| fd.as_raw_fd())].map(|fd| fd.unwrap_or(-1));
+        // SAFETY: the parameters are all zero, which asks for an ordinary ring. Registering reads the two
+        // descriptors, and no memory of this process is shared with the ring.
         unsafe {
             let ring = io_uring_setup(1, &mut io_uring_params::default())?;
-            io_uring_register(&ring, IoringRegisterOp::RegisterFiles, (&raw const file).cast(), 1)?;
+            io_uring_register(&ring, IoringRegisterOp::RegisterFiles, files.as_ptr().cast(), FILES)?;
             Ok(ring)
         }
     }

@@ -80,6 +80,17 @@ pub enum VcpuEnd {
     Stopped,
 }
 
+impl VcpuEnd {
+    /// The end that an exit is which this machine has no use for.
+    pub(crate) fn of_exit(exit: &VcpuExit<'_>) -> Self {
+        match exit {
+            // KVM fails with this error where it finds no memory behind a guest's, and newer ones say where.
+            VcpuExit::MemoryFault { .. } => Self::RunFailed(io::Error::from_raw_os_error(libc::EFAULT)),
+            other => Self::Unexpected(format!("{other:?}")),
+        }
+    }
+}
+
 /// The registers that tell where a guest was.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Registers {
@@ -199,7 +210,7 @@ impl Vcpu {
                 Ok(VcpuExit::Shutdown) => return VcpuEnd::TripleFault,
                 Ok(VcpuExit::FailEntry(reason, _)) => return VcpuEnd::EntryFailed { reason },
                 Ok(VcpuExit::InternalError) => return VcpuEnd::InternalError { suberror: self.suberror() },
-                Ok(other) => return VcpuEnd::Unexpected(format!("{other:?}")),
+                Ok(other) => return VcpuEnd::of_exit(&other),
                 Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => counts.other += 1,
                 Err(error) => return VcpuEnd::RunFailed(error.into()),
             }
