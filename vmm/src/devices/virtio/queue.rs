@@ -130,9 +130,8 @@ impl Chain {
             let segment = &mut self.segments[self.start];
             let count = segment.len().min(buffer.len() - done);
             // SAFETY: the segment was checked to lie in guest memory when the chain was made, and the
-            // caller holds that memory. The guest may write it meanwhile: bytes have no invalid values,
-            // and nothing else in this process refers to guest memory.
-            unsafe { std::ptr::copy(segment.as_ptr(), buffer[done..].as_mut_ptr(), count) };
+            // caller holds that memory. Nothing else in this process refers to guest memory.
+            unsafe { read_once(segment.as_ptr(), &mut buffer[done..done + count]) };
             segment.skip(count);
             done += count;
             if segment.is_empty() {
@@ -153,7 +152,8 @@ impl Chain {
                 return Err(Broken::because("a chain has too little room"));
             };
             let count = segment.len().min(bytes.len() - done);
-            // SAFETY: as above.
+            // SAFETY: the segment lies in guest memory, as in `read`. The guest may access it meanwhile: what it then
+            // sees is its own affair.
             unsafe { std::ptr::copy(bytes[done..].as_ptr(), segment.as_ptr(), count) };
             segment.skip(count);
             done += count;
@@ -233,6 +233,34 @@ impl Chain {
     }
 }
 
+/// Reads guest memory, each byte exactly once. The guest may write it meanwhile: of an ordinary read the compiler may
+/// make two, so that what is used is not what was checked.
+///
+/// # Safety
+/// As many bytes as the buffer has are mapped there.
+unsafe fn read_once(mut from: *const u8, buffer: &mut [u8]) {
+    // SAFETY: the three read what the caller vouches for, one after the other.
+    unsafe {
+        let rest = read_chunks::<64>(&mut from, buffer);
+        let rest = read_chunks::<8>(&mut from, rest);
+        read_chunks::<1>(&mut from, rest);
+    }
+}
+
+/// Reads as many chunks as fit; the rest of the buffer.
+///
+/// # Safety
+/// As for [`read_once`].
+unsafe fn read_chunks<'a, const N: usize>(from: &mut *const u8, buffer: &'a mut [u8]) -> &'a mut [u8] {
+    let (chunks, rest) = buffer.as_chunks_mut::<N>();
+    for chunk in chunks {
+        // SAFETY: the caller vouches for the memory; an array of bytes has no alignment.
+        *chunk = unsafe { from.cast::<[u8; N]>().read_volatile() };
+        *from = from.wrapping_add(N);
+    }
+    rest
+}
+
 fn total(segments: &[Segment]) -> u64 {
     segments.iter().map(|segment| segment.len() as u64).sum()
 }
@@ -247,7 +275,7 @@ fn limit(segments: &mut [Segment], mut count: usize) {
 /// Writes bytes into a segment, from its start; what does not fit is left out.
 pub(super) fn fill(segment: Segment, bytes: &[u8]) {
     let count = segment.len().min(bytes.len());
-    // SAFETY: as in `Chain::read`.
+    // SAFETY: as in `Chain::write`.
     unsafe { std::ptr::copy(bytes.as_ptr(), segment.as_ptr(), count) };
 }
 
@@ -444,5 +472,23 @@ impl GuestMemory {
     pub(super) fn range(&self, address: GuestAddress, length: usize) -> Option<Segment> {
         let slice = self.inner().get_slice(address, length).ok()?;
         Some(Segment(libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: length }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_read_whole_whatever_its_size_and_place() {
+        let memory: Vec<u8> = (0..400_u32).map(|at| (at % 251).to_le_bytes()[0]).collect();
+        for start in 0..9 {
+            for length in 0..200 {
+                let mut buffer = vec![0xff; length + 1];
+                // SAFETY: the memory is there.
+                unsafe { read_once(memory[start..].as_ptr(), &mut buffer[..length]) };
+                assert_eq!((&buffer[..length], buffer[length]), (&memory[start..start + length], 0xff));
+            }
+        }
     }
 }
