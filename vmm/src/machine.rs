@@ -317,8 +317,7 @@ impl DevicesBuilder<'_> {
         let Self { config, vm, memory, opened, created, stopping, freeze_at, state } = self;
         let drained =
             EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(Error::host("make an eventfd"))?;
-        let (target, input) = open_console(&config.console, &drained)?;
-        let output = ConsoleOutput::new(target, Arc::clone(stopping));
+        let (output, input) = open_console(&config.console, &drained, stopping)?;
         let interrupt = vm.interrupt(layout::SERIAL_GSI)?;
         let serial = match state {
             Some(state) => SerialPort::restored(&state.serial, interrupt, drained, output)
@@ -378,12 +377,17 @@ fn guest(config: &Config) -> GuestConfig {
 }
 
 /// Where console output goes and where its input comes from.
-fn open_console(console: &Console, drained: &EventFd) -> Result<(Option<File>, Option<Input>), Error> {
+fn open_console(
+    console: &Console,
+    drained: &EventFd,
+    stopping: &Arc<AtomicBool>,
+) -> Result<(ConsoleOutput, Option<Input>), Error> {
+    let stopping = Arc::clone(stopping);
     match console {
-        Console::Null => Ok((None, None)),
+        Console::Null => Ok((ConsoleOutput::new(None, stopping), None)),
         Console::File(path) => {
             let file = File::create(path).map_err(|source| Error::Console { path: path.clone(), source })?;
-            Ok((Some(file), None))
+            Ok((ConsoleOutput::to_file(file, stopping), None))
         }
         Console::Stdio => {
             let duplicate = |fd: std::os::fd::BorrowedFd<'_>| {
@@ -392,7 +396,8 @@ fn open_console(console: &Console, drained: &EventFd) -> Result<(Option<File>, O
             let output = duplicate(io::stdout().as_fd())?;
             let input = duplicate(io::stdin().as_fd())?;
             let drained = drained.try_clone().map_err(Error::host("duplicate an eventfd"))?;
-            Ok((Some(File::from(output)), Some(Input::new(File::from(input), drained))))
+            let output = ConsoleOutput::new(Some(File::from(output)), stopping);
+            Ok((output, Some(Input::new(File::from(input), drained))))
         }
     }
 }

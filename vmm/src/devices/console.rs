@@ -3,7 +3,9 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, Seek, SeekFrom, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -16,6 +18,8 @@ use rustix::event::{PollFd, PollFlags, poll};
 /// the machine is told to stop.
 pub struct ConsoleOutput {
     target: Option<File>,
+    /// Bytes of a file that has a bound.
+    length: Option<u64>,
     stopping: Arc<AtomicBool>,
     tail: VecDeque<u8>,
 }
@@ -29,11 +33,32 @@ impl fmt::Debug for ConsoleOutput {
 impl ConsoleOutput {
     /// Bytes of output that are kept for the report: about a screen.
     const TAIL: usize = 4096;
+    /// Bytes of a file that has a bound. When it is full, its older half is left out: of a guest that writes without
+    /// end the last words count, as in its log.
+    const FULL: u64 = 16 << 20;
 
     /// Output to a file, or to nowhere. Once `stopping` is set, a write that would wait gives up.
     #[must_use]
     pub fn new(target: Option<File>, stopping: Arc<AtomicBool>) -> Self {
-        Self { target, stopping, tail: VecDeque::new() }
+        Self { target, length: None, stopping, tail: VecDeque::new() }
+    }
+
+    /// Output to a new file, of which the last 8 to 16 MiB are kept. What is no regular file has no bound.
+    #[must_use]
+    pub fn to_file(file: File, stopping: Arc<AtomicBool>) -> Self {
+        let is_regular = file.metadata().is_ok_and(|metadata| metadata.is_file());
+        Self { length: is_regular.then_some(0), ..Self::new(Some(file), stopping) }
+    }
+
+    /// Makes room in a file for so many bytes.
+    fn make_room(&mut self, count: usize, full: u64) {
+        let (Some(file), Some(length)) = (&mut self.target, &mut self.length) else { return };
+        if *length + count as u64 > full {
+            // Where its content cannot be kept the file begins anew.
+            *length = keep_newer_half(file, *length).unwrap_or(0);
+            let _ = file.set_len(*length).and_then(|()| file.seek(SeekFrom::Start(*length)));
+        }
+        *length += count as u64;
     }
 
     /// The last lines of output: at most `lines` of them.
@@ -75,12 +100,29 @@ impl Write for ConsoleOutput {
             }
             self.tail.push_back(byte);
         }
+        self.make_room(bytes.len(), Self::FULL);
         self.write_target(bytes);
         Ok(bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+/// Copies the second half of a file over the first; its bytes.
+fn keep_newer_half(file: &File, length: u64) -> io::Result<u64> {
+    // It was opened for writing.
+    let old = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+    let (start, mut done) = (length / 2, 0);
+    let mut buffer = vec![0; 64 << 10];
+    loop {
+        let count = old.read_at(&mut buffer, start + done)?;
+        if count == 0 {
+            return Ok(done);
+        }
+        file.write_all_at(&buffer[..count], done)?;
+        done += count as u64;
     }
 }
 
@@ -119,6 +161,8 @@ impl EscapeFilter {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Read;
+    use std::os::fd::OwnedFd;
 
     fn null() -> ConsoleOutput {
         ConsoleOutput::new(None, Arc::default())
@@ -157,5 +201,37 @@ mod tests {
         assert_eq!(run(&[b"\x01", b"x"]), (true, vec![]), "split between two reads");
         assert_eq!(run(&[b"\x01\x01x"]), (false, b"\x01x".to_vec()));
         assert_eq!(run(&[b"\x01c"]), (false, b"\x01c".to_vec()));
+    }
+
+    #[test]
+    fn a_file_keeps_the_last_words() {
+        const FULL: u64 = 1000;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("console");
+        let mut output = ConsoleOutput::to_file(File::create(&path).unwrap(), Arc::default());
+        let mut all = String::new();
+        for number in 0..5000 {
+            let line = format!("line {number}\n");
+            output.make_room(line.len(), FULL);
+            output.write_target(line.as_bytes());
+            all.push_str(&line);
+            let length = std::fs::metadata(&path).unwrap().len();
+            assert!(length <= FULL && (length >= FULL / 2 - 20 || all.len() as u64 == length), "{length}");
+        }
+        assert!(all.ends_with(&std::fs::read_to_string(&path).unwrap()));
+    }
+
+    #[test]
+    fn only_files_have_a_bound() {
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        let mut output = ConsoleOutput::to_file(File::from(OwnedFd::from(writer)), Arc::default());
+        for _ in 0..10 {
+            output.make_room(10, 50);
+            output.write_target(&[7; 10]);
+        }
+        drop(output);
+        let mut all = Vec::new();
+        reader.read_to_end(&mut all).unwrap();
+        assert_eq!(all, [7; 100]);
     }
 }

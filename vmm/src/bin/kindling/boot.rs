@@ -41,7 +41,7 @@ pub(crate) struct Arguments {
     /// Virtual processors, 1 to 16 [default: 1]
     #[arg(long, value_name = "N")]
     pub(crate) vcpus: Option<u64>,
-    /// Where the serial console leads: stdio, null or a file
+    /// Where the serial console leads: stdio, null or a file, which keeps the last 8 to 16 MiB
     #[arg(long, value_name = "stdio|null|FILE", default_value = STDIO)]
     pub(crate) console: PathBuf,
     #[command(flatten)]
