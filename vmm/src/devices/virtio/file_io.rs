@@ -10,9 +10,10 @@ use io_uring::{IoUring, opcode, squeue, types};
 use rustix::event::epoll::EventFlags;
 use rustix::fs::OFlags;
 use std::collections::VecDeque;
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use vmm_sys_util::eventfd::EventFd;
@@ -32,7 +33,7 @@ pub(super) enum Operation {
     Flush,
     /// A range reads as zeroes; it may lose its place on the disk.
     PunchHole(u64),
-    /// A range reads as zeroes and keeps its place.
+    /// A range reads as zeroes and keeps its place, which it has to have ([`FileIo::zero`]).
     Zero(u64),
 }
 
@@ -214,6 +215,19 @@ impl FileIo {
     /// Whether jobs are on their way.
     pub(super) const fn is_busy(&self) -> bool {
         self.pending > 0
+    }
+
+    /// What makes a range read as zeroes that is to keep its place on the disk. In a file that has no place for all of
+    /// it, a sparse one, that is a hole: the range would otherwise get a place that it did not have, of any size and for
+    /// nothing.
+    pub(super) fn zero(&self, length: u64) -> Operation {
+        /// Bytes in which `st_blocks` counts, whatever the filesystem's blocks are.
+        const BLOCK: u64 = 512;
+        let is_sparse = |file: &Metadata| file.is_file() && file.blocks().saturating_mul(BLOCK) < file.len();
+        match self.file.metadata() {
+            Ok(metadata) if is_sparse(&metadata) => Operation::PunchHole(length),
+            _ => Operation::Zero(length),
+        }
     }
 
     /// Does a job if the host can do it at once; otherwise `None`, or what is wrong with it.

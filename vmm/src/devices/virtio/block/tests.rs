@@ -110,6 +110,46 @@ fn ranges_are_discarded_and_zeroed() {
 }
 
 #[test]
+fn zeroes_take_no_place_that_a_sparse_file_did_not_have() {
+    use std::os::unix::fs::MetadataExt;
+    let disk = Disk::new(&[]);
+    let path = disk.folder.path().join("disk");
+    let file = File::options().write(true).open(&path).unwrap();
+    file.set_len(1 << 30).unwrap();
+    file.write_all_at(&[7; 4096], 8192).unwrap();
+    let place = || std::fs::metadata(&path).unwrap().blocks() * 512;
+    let before = place();
+    let mut driver = disk.start();
+    let all = |flags: u32| {
+        let range = [&0_u64.to_le_bytes()[..], &(1_u32 << 21).to_le_bytes(), &flags.to_le_bytes()].concat();
+        [header(WRITE_ZEROES, 0), Piece::Out(range), Piece::In(1)]
+    };
+    for flags in [0, 1] {
+        assert_eq!(status(&mut driver, &all(flags)), 0);
+        assert!(place() <= before, "{before} bytes became {}", place());
+        assert_eq!(disk.read(8192, 4096), vec![0; 4096]);
+    }
+    assert_eq!(file.metadata().unwrap().len(), 1 << 30);
+}
+
+#[test]
+fn zeroes_keep_the_place_of_a_file_that_has_it() {
+    use std::os::unix::fs::MetadataExt;
+    let disk = Disk::new(&vec![1; 64 << 10]);
+    // A tmpfs cannot keep it, and says so: its driver writes zeroes then.
+    let is_memory = rustix::fs::fstatfs(&disk.file).unwrap().f_type == libc::TMPFS_MAGIC;
+    let place = || disk.file.metadata().unwrap().blocks();
+    disk.file.sync_all().unwrap();
+    let before = place();
+    let mut driver = disk.start();
+    let range = [&16_u64.to_le_bytes()[..], &8_u32.to_le_bytes(), &0_u32.to_le_bytes()].concat();
+    let status = status(&mut driver, &[header(WRITE_ZEROES, 0), Piece::Out(range), Piece::In(1)]);
+    assert_eq!(status, if is_memory { 2 } else { 0 });
+    assert_eq!(disk.read(8192, 4096), vec![if is_memory { 1 } else { 0 }; 4096]);
+    assert_eq!(place(), before);
+}
+
+#[test]
 fn what_is_not_on_the_disk_is_an_error_and_not_a_break() {
     let disk = Disk::new(&[0; 4096]);
     let mut driver = disk.start();
