@@ -60,6 +60,9 @@ impl MappedFile {
         if mapped == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
+        // SAFETY: the range is this mapping's own, and MADV_DONTDUMP does not change its content. What a guest has in
+        // memory is in no core dump of this process.
+        unsafe { libc::madvise(start, size, libc::MADV_DONTDUMP) };
         Ok(this)
     }
 

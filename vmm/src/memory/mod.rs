@@ -215,6 +215,17 @@ impl GuestMemory {
         Ok(())
     }
 
+    /// Leaves it out of core dumps of this process: what a guest has in memory is nobody's to read but the guest's, and
+    /// none of it says why this process failed. Files that are laid over it later are not meant.
+    pub(crate) fn keep_out_of_dumps(&self) {
+        for region in self.inner.iter() {
+            let Ok(size) = usize::try_from(region.len()) else { continue };
+            // SAFETY: the range is this guest's own mapping, and MADV_DONTDUMP does not change its content. No host
+            // refuses it.
+            unsafe { libc::madvise(region.as_ptr().cast(), size, libc::MADV_DONTDUMP) };
+        }
+    }
+
     /// Asks the host for pages of 4 KiB in a range of which little will be touched: a huge page is
     /// cleared whole at the first touch.
     ///
@@ -406,6 +417,45 @@ mod tests {
             (u64::MAX, 2, false),
         ] {
             assert_eq!(found(address, length, is_written), None, "{address:#x} {length}");
+        }
+    }
+
+    /// Flags of the mapping of this process that has this address, as in /proc/self/smaps.
+    fn flags(address: *const u8) -> String {
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut is_in = false;
+        for line in smaps.lines() {
+            let range = line.split(' ').next().and_then(|range| range.split_once('-'));
+            if let Some((start, end)) = range
+                && let (Ok(start), Ok(end)) =
+                    (usize::from_str_radix(start, 16), usize::from_str_radix(end, 16))
+            {
+                is_in = (start..end).contains(&address.addr());
+            }
+            if let Some(flags) = line.strip_prefix("VmFlags:").filter(|_| is_in) {
+                return format!("{flags} ");
+            }
+        }
+        panic!("{address:p} is not mapped")
+    }
+
+    #[test]
+    fn a_core_dump_has_nothing_of_a_guest() {
+        let file = file_of(&[1; 8192]);
+        let memory = GuestMemory::anonymous(4096 * MIB).unwrap();
+        memory.map_file(GuestAddress(MIB), &file, 0, 8192).unwrap();
+        memory.keep_out_of_dumps();
+        for address in [0, MIB, MIB + 4096, 2 * MIB, layout::RAM_ABOVE_GAP.0] {
+            let (host, _) = memory.host_range(address, 1).unwrap();
+            assert!(flags(host).contains(" dd "), "{address:#x}: {}", flags(host));
+        }
+        for is_writable in [false, true] {
+            let mapped = MappedFile::new(&file, 8192, is_writable).unwrap();
+            // In the file, and behind its end.
+            for offset in [0, 8192] {
+                let flags = flags(mapped.as_ptr().wrapping_add(offset));
+                assert!(flags.contains(" dd "), "{offset}: {flags}");
+            }
         }
     }
 
