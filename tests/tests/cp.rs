@@ -191,6 +191,59 @@ fn links_of_a_guest_are_not_followed_here() {
     assert_eq!(fs::read_dir(&outside).unwrap().count(), 0);
 }
 
+/// The last component of a destination is not followed either: an earlier copy made it, or the guest itself through a
+/// folder that it shares.
+#[test]
+fn links_that_a_guest_has_planted_are_not_followed() {
+    let guest = Guest::start(&[]);
+    let (home, rc) = (guest.user.folder().to_owned(), guest.user.folder().join("rc"));
+    fs::write(&rc, "old").unwrap();
+    // The same command twice: a link, then a file or a tree where the link is now.
+    guest.shell("ln -s ../rc /r.txt; ln -s .. /out");
+    guest.copied(&["one:/r.txt", "."]);
+    guest.copied(&["one:/out", "."]);
+    guest.shell("rm /r.txt /out; echo bad > /r.txt; mkdir /out; echo bad > /out/rc");
+    guest.copied(&["one:/r.txt", "r.txt"]);
+    assert_eq!(fs::read(guest.here("r.txt")).unwrap(), b"bad\n");
+    for (source, destination) in
+        [("one:/out/.", "out"), ("one:/out/.", "out/"), ("one:/out/.", "out/."), ("one:/r.txt", "out")]
+    {
+        guest.refused(&[source, destination], 1, "out is a symbolic link, which is not followed here");
+    }
+    guest.refused(&["one:/out", "."], 1, "out is there and is no directory");
+    assert_eq!(fs::read(&rc).unwrap(), b"old");
+    assert!(!home.join("r.txt").exists());
+}
+
+#[test]
+fn a_folder_that_a_guest_shares_is_no_way_out() {
+    let home = tempfile::tempdir().unwrap();
+    let shared = home.path().join("shared");
+    fs::create_dir(&shared).unwrap();
+    let guest = Guest::start(&["-v", &format!("{}:/shared", shared.display())]);
+    guest.shell("ln -s .. /shared/out; ln -s ../rc /shared/r.txt; mkdir /tree; echo bad > /tree/rc");
+    let to = |name: &str| shared.join(name).into_os_string().into_string().unwrap();
+    guest.refused(&["one:/tree/.", &to("out")], 1, "is a symbolic link");
+    guest.copied(&["one:/tree/rc", &to("r.txt")]);
+    assert_eq!(fs::read(shared.join("r.txt")).unwrap(), b"bad\n");
+    assert_eq!(fs::read_dir(home.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn a_guest_changes_no_directory_and_the_umask_counts() {
+    let guest = Guest::start(&[]);
+    fs::create_dir_all(guest.here("home/.ssh")).unwrap();
+    mode(&guest.here("home/.ssh"), 0o700);
+    guest.shell("mkdir -p /home/.ssh /home/new; echo x > /home/new/file; chmod -R 0777 /home");
+    let mut masked = Command::new("sh");
+    let cp = guest.cp(&["one:/home/.", "home"]);
+    masked.args(["-c", "umask 027; exec \"$@\"", "sh"]).arg(cp.get_program()).args(cp.get_args());
+    masked.current_dir(guest.here("")).envs(cp.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    run(&mut masked).expect_status(0);
+    let mode = |name: &str| guest.here(name).metadata().unwrap().mode() & 0o7777;
+    assert_eq!([mode("home/.ssh"), mode("home/new"), mode("home/new/file")], [0o700, 0o750, 0o750]);
+}
+
 #[test]
 fn what_cannot_be_copied_is_named() {
     let guest = Guest::start(&[]);

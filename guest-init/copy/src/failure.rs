@@ -39,10 +39,12 @@ pub enum What {
     Malformed,
     /// No failure: things that are neither file nor directory nor link, this one first, were left out.
     LeftOut,
+    /// A link where an untrusted sender's directory, or a file meant for a directory, was to go.
+    Link,
 }
 
 impl What {
-    const ALL: [Self; 15] = [
+    const ALL: [Self; 16] = [
         Self::Open,
         Self::Read,
         Self::Make,
@@ -58,6 +60,7 @@ impl What {
         Self::Ended,
         Self::Malformed,
         Self::LeftOut,
+        Self::Link,
     ];
 }
 
@@ -126,6 +129,9 @@ impl fmt::Display for Failure {
             What::NotDirectory => write!(f, "{path} is there and is no directory"),
             What::Ended => write!(f, "the copy ended in the middle of {path}"),
             What::Malformed => write!(f, "what was received for {path} is no copy of files"),
+            What::Link => {
+                write!(f, "{path} is a symbolic link, which is not followed here; name the directory itself")
+            }
             What::LeftOut => write!(f, "left out what is neither file, directory nor link, {path} for one"),
         }?;
         match self.error {

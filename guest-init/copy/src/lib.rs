@@ -10,7 +10,7 @@
 //! ```
 //! All integers are little-endian; the stream is one file, link or directory. A name is one component of a path, so
 //! that no stream can name what lies elsewhere: the receiver is always in a directory that it holds open, and never
-//! follows a link below where it began. Both ends keep a buffer of [`CHUNK`] bytes and a descriptor for each directory
+//! follows a link below where it began; where the sender is a guest, not even at the destination's last component. Both ends keep a buffer of [`CHUNK`] bytes and a descriptor for each directory
 //! they are in, of which there are at most [`MAX_DEPTH`], and nothing else.
 #![no_std]
 
@@ -25,7 +25,7 @@ mod send;
 mod tests;
 
 pub use failure::{Failure, What};
-pub use receive::{Destination, receive};
+pub use receive::{Destination, Sender, receive};
 pub use send::{Source, send};
 
 /// The most bytes of a chunk: what a pipe holds.

@@ -8,18 +8,29 @@ use alloc::vec::Vec;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{
     AtFlags, CWD, FileType, Gid, Mode, OFlags, Timespec, Timestamps, UTIME_OMIT, Uid, chownat, fchmod,
-    fchown, fstat, ftruncate, futimens, mkdirat, openat, readlinkat, renameat, symlinkat, unlinkat,
+    fchown, fstat, ftruncate, futimens, mkdirat, openat, readlinkat, renameat, statat, symlinkat, unlinkat,
     utimensat,
 };
 use rustix::io::{Errno, pwrite, retry_on_intr};
 use rustix::path::DecInt;
 use rustix::process::getpid;
 
+/// Whether the end that sends is believed to want no harm.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sender {
+    /// A symbolic link at the destination's path is followed.
+    Trusted,
+    /// It is not: an earlier stream, or another way into the destination's folder, may have planted it.
+    Untrusted,
+}
+
 /// Where things go, and what of them is kept.
 #[derive(Clone, Copy, Debug)]
 pub struct Destination<'a> {
     /// A directory that is there, in which case things go into it, or what the thing is called from now on.
     pub path: &'a [u8],
+    /// The origin of the stream.
+    pub sender: Sender,
     /// What the thing is called instead of what the stream says; `.` where the entries of a directory are meant.
     pub name: Option<&'a [u8]>,
     /// Whether things keep their owners.
@@ -49,8 +60,10 @@ pub fn receive(destination: Destination<'_>, from: impl AsFd) -> Result<(), Fail
 /// A directory that things go into.
 struct Level {
     directory: OwnedFd,
-    /// What it gets when it is left; nothing where it was there and only its entries were meant.
+    /// The attributes that it gets when it is left; none where only its entries were meant.
     attributes: Option<Entry>,
+    /// A directory that was there keeps its mode and owner.
+    is_new: bool,
     path_length: usize,
 }
 
@@ -92,48 +105,63 @@ impl<F: AsFd> Receiver<'_, F> {
         Ok((entry, name))
     }
 
-    /// Receives what the stream is of. Links on the way to where it goes are followed, as those of any path.
+    /// Receives what the stream is of. Links among the directories of the destination's path are followed, as in every
+    /// path; at its last component only those that a trusted sender may use.
     fn root(&mut self) -> Result<Option<Level>, Failure> {
         let (entry, name) = self.entry()?;
         let name = self.destination.name.map_or(name, Into::into);
-        let path = self.destination.path;
-        let flags = OFlags::PATH | OFlags::CLOEXEC;
-        let there = match openat(CWD, path, flags, Mode::empty()) {
-            Ok(there) => there,
-            Err(Errno::NOENT) => {
-                if path.ends_with(b"/") && entry.kind != Kind::Directory {
-                    return Err(self.failure(What::NoDirectory));
-                }
-                let (parent, name) = split(path);
-                let directory = openat(CWD, parent, flags | OFlags::DIRECTORY, Mode::empty())
-                    .map_err(Failure::of(What::Open, parent))?;
-                return self.place(entry, directory.as_fd(), name);
+        if name == b"." && entry.kind != Kind::Directory {
+            return Err(self.failure(What::Malformed));
+        }
+        let is_trusted = self.destination.sender == Sender::Trusted;
+        let (path, follow) = match self.destination.path {
+            path if is_trusted => (path, OFlags::empty()),
+            path => (without_end(path), OFlags::NOFOLLOW),
+        };
+        let needs_directory =
+            self.destination.path.ends_with(b"/") || path.len() < self.destination.path.len();
+        let there = match openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC | follow, Mode::empty()) {
+            Err(Errno::NOENT) if needs_directory && entry.kind != Kind::Directory => {
+                return Err(self.failure(What::NoDirectory));
             }
-            Err(error) => return Err(self.failed(What::Open)(error)),
+            Err(Errno::NOENT) => return self.place_at(entry, path),
+            result => result.map_err(self.failed(What::Open))?,
         };
         let stat = fstat(&there).map_err(self.failed(What::Open))?;
         match (FileType::from_raw_mode(stat.st_mode), entry.kind) {
             (FileType::Directory, Kind::Directory) if name == b"." => {
                 let directory =
                     openat(&there, ".", DIRECTORY, Mode::empty()).map_err(self.failed(What::Open))?;
-                Ok(Some(Level { directory, attributes: None, path_length: self.path.len() }))
+                let path_length = self.path.len();
+                Ok(Some(Level { directory, attributes: None, is_new: false, path_length }))
             }
             (FileType::Directory, _) => {
                 self.name(&name);
                 self.place(entry, there.as_fd(), &name)
             }
+            (FileType::Symlink, Kind::Directory) => Err(self.failure(What::Link)),
+            (FileType::Symlink, Kind::File) if needs_directory || leads_to_directory(path) => {
+                Err(self.failure(What::Link))
+            }
             (FileType::RegularFile, Kind::Directory) => Err(self.failure(What::NotDirectory)),
-            (FileType::RegularFile, _) => {
+            (FileType::RegularFile, _) if needs_directory => Err(self.failure(What::NotDirectory)),
+            (FileType::RegularFile, _) if is_trusted => {
                 // Where links lead to a file, it is that file that is replaced.
                 let link = [b"/proc/self/fd/", DecInt::from_fd(&there).as_bytes()].concat();
                 let real = readlinkat(CWD, link, Vec::new()).map_err(self.failed(What::Open))?;
-                let (parent, name) = split(real.to_bytes());
-                let directory = openat(CWD, parent, flags | OFlags::DIRECTORY, Mode::empty())
-                    .map_err(Failure::of(What::Open, parent))?;
-                self.place(entry, directory.as_fd(), name)
+                self.place_at(entry, real.to_bytes())
             }
+            (FileType::RegularFile | FileType::Symlink, _) => self.place_at(entry, path),
             _ => Err(self.failure(What::Special)),
         }
+    }
+
+    /// Receives one thing to a path whose last component is not followed.
+    fn place_at(&mut self, entry: Entry, path: &[u8]) -> Result<Option<Level>, Failure> {
+        let (parent, name) = split(path);
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let directory = openat(CWD, parent, flags, Mode::empty()).map_err(Failure::of(What::Open, parent))?;
+        self.place(entry, directory.as_fd(), name)
     }
 
     /// Receives what goes into the directories it is in.
@@ -142,10 +170,7 @@ impl<F: AsFd> Receiver<'_, F> {
             self.path.truncate(level.path_length);
             let (entry, name) = self.entry()?;
             if entry.kind == Kind::Leave {
-                if let Some(attributes) = level.attributes {
-                    self.set_attributes(&level.directory, &attributes)
-                        .map_err(self.failed(What::Attributes))?;
-                }
+                self.leave(&level).map_err(self.failed(What::Attributes))?;
                 continue;
             }
             self.name(&name);
@@ -157,6 +182,19 @@ impl<F: AsFd> Receiver<'_, F> {
             self.levels.extend(begun);
         }
         Ok(())
+    }
+
+    /// Gives a directory its attributes, when nothing goes into it any more.
+    fn leave(&self, level: &Level) -> Result<(), Errno> {
+        match &level.attributes {
+            Some(entry) if level.is_new => self.set_attributes(&level.directory, entry),
+            Some(entry) => match futimens(&level.directory, &times(entry)) {
+                // The directory of another user, in which the caller may make files.
+                Err(Errno::PERM) => Ok(()),
+                result => result,
+            },
+            None => Ok(()),
+        }
     }
 
     fn name(&mut self, name: &[u8]) {
@@ -194,15 +232,16 @@ impl<F: AsFd> Receiver<'_, F> {
     }
 
     fn directory(&self, entry: Entry, parent: BorrowedFd<'_>, name: &[u8]) -> Result<Level, Failure> {
-        match mkdirat(parent, name, Mode::RWXU) {
-            Ok(()) | Err(Errno::EXIST) => {}
+        let is_new = match mkdirat(parent, name, Mode::RWXU) {
+            Ok(()) => true,
+            Err(Errno::EXIST) => false,
             Err(error) => return Err(self.failed(What::Make)(error)),
-        }
+        };
         let directory = match openat(parent, name, DIRECTORY | OFlags::NOFOLLOW, Mode::empty()) {
             Err(Errno::NOTDIR | Errno::LOOP) => return Err(self.failure(What::NotDirectory)),
             result => result.map_err(self.failed(What::Open))?,
         };
-        Ok(Level { directory, attributes: Some(entry), path_length: self.path.len() })
+        Ok(Level { directory, attributes: Some(entry), is_new, path_length: self.path.len() })
     }
 
     /// Makes something under a name that nothing has.
@@ -335,6 +374,22 @@ impl Drop for Draft<'_> {
             let _ = unlinkat(self.parent, &name[..], AtFlags::empty());
         }
     }
+}
+
+/// A path without the slashes and dots behind its last component, which would make the kernel follow a link there.
+pub(crate) fn without_end(mut path: &[u8]) -> &[u8] {
+    while let Some(shorter) = path.strip_suffix(b"/").or_else(|| path.strip_suffix(b"/.")) {
+        if shorter.is_empty() {
+            return b"/";
+        }
+        path = shorter;
+    }
+    path
+}
+
+fn leads_to_directory(path: &[u8]) -> bool {
+    statat(CWD, path, AtFlags::empty())
+        .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Directory)
 }
 
 /// The directory of a path, and its last component.

@@ -2,7 +2,7 @@
 
 extern crate std;
 use crate::entry::{Entry, Kind};
-use crate::{CHUNK, Destination, Failure, MAX_DEPTH, Source, What, receive, send};
+use crate::{CHUNK, Destination, Failure, MAX_DEPTH, Sender, Source, What, receive, send};
 use alloc::vec;
 use alloc::vec::Vec;
 use proptest::prelude::*;
@@ -16,7 +16,13 @@ use std::prelude::rust_2024::*;
 use std::{format, thread};
 
 fn destination(path: &Path) -> Destination<'_> {
-    Destination { path: path.as_os_str().as_bytes(), name: None, keeps_owners: false, mode_bits: 0o7777 }
+    let path = path.as_os_str().as_bytes();
+    Destination { path, sender: Sender::Trusted, name: None, keeps_owners: false, mode_bits: 0o7777 }
+}
+
+/// The host's end of a copy out of a guest.
+fn from_guest(path: &[u8]) -> Destination<'_> {
+    Destination { path, sender: Sender::Untrusted, name: None, keeps_owners: false, mode_bits: 0o755 }
 }
 
 fn copy(from: &Path, name: &str, to: Destination<'_>) -> Result<Option<Failure>, Failure> {
@@ -189,6 +195,105 @@ fn where_things_go() {
             .unwrap()
             .any(|entry| { entry.unwrap().file_name().as_bytes().starts_with(b".kindling") })
     );
+}
+
+#[test]
+fn a_directory_that_is_there_keeps_its_mode() {
+    let folder = tempfile::tempdir().unwrap();
+    let to = folder.path().join("to");
+    for (sender, mode) in [(Sender::Trusted, 0o777), (Sender::Untrusted, 0o755)] {
+        fs::create_dir_all(to.join("there")).unwrap();
+        fs::set_permissions(&to, Permissions::from_mode(0o700)).unwrap();
+        fs::set_permissions(to.join("there"), Permissions::from_mode(0o700)).unwrap();
+        let directory = |name: &[u8]| {
+            let name_length = u8::try_from(name.len()).unwrap();
+            let open = Entry { kind: Kind::Directory, name_length, mode: 0o777, seconds: 5, ..Entry::LEAVE };
+            [&open.to_bytes()[..], name].concat()
+        };
+        let leave = || entry(Kind::Leave, b"");
+        let bytes = [directory(b"to"), directory(b"there"), leave(), directory(b"new"), leave(), leave()];
+        receive_bytes(
+            &bytes.concat(),
+            Destination { sender, mode_bits: 0o755 | mode, ..destination(folder.path()) },
+        )
+        .unwrap();
+        let seen = |name: &str| {
+            let data = to.join(name).metadata().unwrap();
+            (data.mode() & 0o7777, data.mtime())
+        };
+        assert_eq!([seen("."), seen("there"), seen("new")], [(0o700, 5), (0o700, 5), (u32::from(mode), 5)]);
+        fs::remove_dir_all(&to).unwrap();
+    }
+}
+
+/// Whatever a guest has planted where its copy goes, in an earlier answer or through a folder that it shares.
+#[test]
+fn a_link_where_a_guests_copy_goes_is_not_followed() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let file = || [entry(Kind::File, b"file"), chunk(0, b"new"), chunk(3, b"")].concat();
+    let tree = || [entry(Kind::Directory, b"tree"), file(), entry(Kind::Leave, b"")].concat();
+    let link = || [entry(Kind::Link, b"link"), chunk(0, b"elsewhere")].concat();
+    let plant = |target: &str| {
+        let _ = fs::remove_file(path("planted"));
+        symlink(target, path("planted")).unwrap();
+    };
+    for end in ["", "/", "//", "/.", "/./", "/.//./"] {
+        fs::create_dir(path("outside")).unwrap();
+        fs::write(path("secret"), b"old").unwrap();
+        let name = [path("planted").as_os_str().as_bytes(), end.as_bytes()].concat();
+        let to = from_guest(&name);
+        let contents = Destination { name: Some(b"."), ..to };
+        for target in ["outside", "secret", "missing"] {
+            for (stream, to) in [(tree(), to), (tree(), contents), (file(), to), (link(), to)] {
+                plant(target);
+                let is_directory = stream.starts_with(&[2]);
+                let result = receive_bytes(&stream, to).map_err(|failure| failure.what);
+                let is_refused =
+                    is_directory || stream.starts_with(&[1]) && (target == "outside" || !end.is_empty());
+                assert_eq!(result, if is_refused { Err(What::Link) } else { Ok(()) }, "{target}{end}");
+                let is_link = path("planted").is_symlink();
+                assert_eq!(is_link, is_refused || stream.starts_with(&[3]), "{target}{end}");
+            }
+        }
+        assert_eq!(fs::read_dir(path("outside")).unwrap().count(), 0);
+        assert_eq!(fs::read(path("secret")).unwrap(), b"old");
+        assert!(!path("missing").exists());
+        fs::remove_dir(path("outside")).unwrap();
+    }
+}
+
+#[test]
+fn a_guests_answer_is_what_was_asked_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let out = Destination { name: Some(b"."), ..from_guest(out.as_os_str().as_bytes()) };
+    for stream in [
+        [entry(Kind::Link, b"."), chunk(0, b"..")].concat(),
+        [entry(Kind::File, b"."), chunk(0, b"")].concat(),
+    ] {
+        assert_eq!(receive_bytes(&stream, out).unwrap_err().what, What::Malformed);
+    }
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn ends_of_paths_lead_nowhere() {
+    for (path, expected) in [
+        ("a", "a"),
+        ("a/", "a"),
+        ("a/b/.", "a/b"),
+        ("a/.//./", "a"),
+        ("/", "/"),
+        ("//.", "/"),
+        (".", "."),
+        ("./", "."),
+    ]
+    .into_iter()
+    .chain([("..", ".."), ("../.", ".."), ("a/..", "a/.."), (".a/", ".a"), ("a.", "a.")])
+    {
+        assert_eq!(crate::receive::without_end(path.as_bytes()), expected.as_bytes(), "{path}");
+    }
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! What a child of init does that copies files: `kindling cp`'s end in the guest. Its standard streams are the host's.
 
 use crate::syscall;
-use guest_copy::{Destination, Failure, Source};
+use guest_copy::{Destination, Failure, Sender, Source};
 use rustix::fd::AsFd;
 
 /// The exit status after a failure, which standard error says.
@@ -22,7 +22,8 @@ pub(super) fn send(path: &[u8], follows: bool) -> u8 {
 pub(super) fn receive(path: &[u8], keeps_owners: bool) -> u8 {
     const EVERY_BIT: u16 = 0o7777;
     let [input, _, error] = syscall::keep_standard_streams();
-    let destination = Destination { path, name: None, keeps_owners, mode_bits: EVERY_BIT };
+    let sender = Sender::Trusted;
+    let destination = Destination { path, sender, name: None, keeps_owners, mode_bits: EVERY_BIT };
     match guest_copy::receive(destination, input) {
         Ok(()) => 0,
         Err(failure) => say(error, &failure, FAILED),

@@ -4,8 +4,10 @@ use crate::instances::{Found, InstanceError};
 use crate::run::signals::{self, Signals};
 use crate::{STATUS_BAD_REQUEST, bytes, complain, exec};
 use clap::Args;
-use guest_copy::{Destination, Failure, Source, What};
+use guest_copy::{Destination, Failure, Sender, Source, What};
 use kindling::agent::{ANSWER_TIMEOUT, AgentError, News, Process, Role};
+use rustix::fs::Mode;
+use rustix::process::umask;
 use std::ffi::{OsStr, OsString};
 use std::io::{self, Read};
 use std::net::Shutdown;
@@ -120,13 +122,12 @@ fn fetch(
     process: Process,
     output: &UnixStream,
 ) -> Result<Option<CpError>, CpError> {
-    /// Nobody here runs a guest's program with the rights of whoever copied it.
-    const NO_SPECIAL_BITS: u16 = 0o777;
     let destination = Destination {
         path: to,
+        sender: Sender::Untrusted,
         name: Some(&base_name(path)),
         keeps_owners: arguments.archive,
-        mode_bits: NO_SPECIAL_BITS,
+        mode_bits: mode_bits(),
     };
     match guest_copy::receive(destination, output) {
         Ok(()) => verdict(name, process),
@@ -157,6 +158,16 @@ fn bring(
             Err(CpError::Here(failure))
         }
     }
+}
+
+/// The bits that the mode of a guest's file may have here: those that the umask leaves to a new file. Set-user-ID and
+/// set-group-ID would let others run a guest's program with the caller's rights.
+fn mode_bits() -> u16 {
+    const PERMISSIONS: u16 = 0o777;
+    // The kernel tells the mask only to a caller that sets one. Nothing is created meanwhile.
+    let mask = umask(Mode::RWXG | Mode::RWXO);
+    umask(mask);
+    PERMISSIONS & !u16::try_from(mask.as_raw_mode()).unwrap_or(PERMISSIONS)
 }
 
 /// What the guest says of a copy: what was left out, or what went wrong.
