@@ -1,5 +1,5 @@
 //! `kindling-fs`: serves one folder of the host to one guest, which asks in FUSE's words through the socket that is this
-//! program's standard input. It ends when the socket does.
+//! program's standard input. The folder, already open, is its standard output. It ends when the socket does.
 
 mod attributes;
 mod folder;
@@ -13,13 +13,11 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 /// What this program was asked for.
 #[derive(Debug, PartialEq, Eq)]
 struct Arguments {
-    folder: PathBuf,
     is_read_only: bool,
     /// User and group whose files those of this program's user and group are in the guest.
     owner: (u32, u32),
@@ -28,10 +26,12 @@ struct Arguments {
 /// Why a folder is not served.
 #[derive(Debug, thiserror::Error)]
 enum Error {
-    #[error("usage: kindling-fs [--read-only] --owner UID:GID -- FOLDER, with a socket as standard input")]
+    #[error(
+        "usage: kindling-fs [--read-only] --owner UID:GID, with a socket as standard input and the folder as standard output"
+    )]
     Usage,
-    #[error("cannot share {}", .0.display())]
-    Folder(PathBuf, #[source] io::Error),
+    #[error("cannot share the folder that is standard output")]
+    Folder(#[source] io::Error),
     #[error(transparent)]
     Sandbox(#[from] sandbox::Error),
     #[error("cannot go on")]
@@ -41,20 +41,18 @@ enum Error {
 impl Arguments {
     fn parse(mut arguments: impl Iterator<Item = OsString>) -> Option<Self> {
         let (mut is_read_only, mut owner) = (false, None);
-        loop {
-            match arguments.next()?.to_str()? {
+        while let Some(argument) = arguments.next() {
+            match argument.to_str()? {
                 "--read-only" => is_read_only = true,
                 "--owner" => {
                     let pair = arguments.next()?;
                     let (user, group) = pair.to_str()?.split_once(':')?;
                     owner = Some((user.parse().ok()?, group.parse().ok()?));
                 }
-                "--" => break,
                 _ => return None,
             }
         }
-        let folder = arguments.next()?.into();
-        arguments.next().is_none().then_some(Self { folder, is_read_only, owner: owner? })
+        Some(Self { is_read_only, owner: owner? })
     }
 }
 
@@ -62,8 +60,9 @@ fn run() -> Result<(), Error> {
     let arguments = Arguments::parse(std::env::args_os().skip(1)).ok_or(Error::Usage)?;
     // A file, whose calls are those that remain.
     let socket = File::from(rustix::stdio::stdin().try_clone_to_owned().map_err(Error::Serve)?);
-    let cannot = |error: io::Error| Error::Folder(arguments.folder.clone(), error);
-    let folder = Folder::open(&arguments.folder, arguments.is_read_only, arguments.owner).map_err(cannot)?;
+    let folder = rustix::stdio::stdout().try_clone_to_owned();
+    let folder = folder.and_then(|folder| Folder::new(folder, arguments.is_read_only, arguments.owner));
+    let folder = folder.map_err(Error::Folder)?;
     // What takes calls that do not remain.
     let mut reply = serve::Reply::new().map_err(Error::Serve)?;
     sandbox::enter(folder.root().as_fd(), arguments.is_read_only)?;

@@ -9,9 +9,13 @@ use landlock::{
     RulesetCreatedAttr, RulesetError,
 };
 use rustix::fs::Mode;
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit, umask};
+use rustix::process::{Resource, Rlimit, getpid, getrlimit, setrlimit, umask};
 use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities, set_no_new_privs};
-use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch, apply_filter};
+use seccompiler::{
+    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch, apply_filter,
+};
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::BorrowedFd;
 
@@ -25,7 +29,7 @@ pub(crate) enum Error {
     #[error("cannot confine its system calls")]
     Seccomp(#[from] seccompiler::Error),
     #[error("cannot confine its system calls")]
-    Filter(#[from] seccompiler::BackendError),
+    Filter(#[from] BackendError),
 }
 
 /// Files that a guest can know at a time: some hundred MiB of the host's kernel.
@@ -81,7 +85,6 @@ const CALLS: &[libc::c_long] = &[
     libc::SYS_close,
     libc::SYS_openat,
     libc::SYS_openat2,
-    libc::SYS_fcntl,
     libc::SYS_fstat,
     libc::SYS_newfstatat,
     libc::SYS_statx,
@@ -119,15 +122,55 @@ const CALLS: &[libc::c_long] = &[
     libc::SYS_rt_sigreturn,
     libc::SYS_gettid,
     libc::SYS_getpid,
-    libc::SYS_tgkill,
     libc::SYS_exit,
     libc::SYS_exit_group,
 ];
 
+/// What of fcntl remains: nothing that would make the kernel send signals.
+const FCNTL: &[libc::c_int] = &[libc::F_GETFD, libc::F_GETFL, libc::F_DUPFD_CLOEXEC];
+
 fn confine_calls() -> Result<(), Error> {
-    let rules = CALLS.iter().map(|call| (*call, Vec::new())).collect();
+    let argument = |index, value: u64| {
+        let condition = SeccompCondition::new(index, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)?;
+        SeccompRule::new(vec![condition])
+    };
+    let mut rules: BTreeMap<_, _> = CALLS.iter().map(|call| (*call, Vec::new())).collect();
+    let commands = FCNTL.iter().map(|command| argument(1, u64::from(command.unsigned_abs())));
+    rules.insert(libc::SYS_fcntl, commands.collect::<Result<_, _>>()?);
+    // A program that gives up does it by a signal to itself.
+    let own = u64::from(getpid().as_raw_pid().unsigned_abs());
+    rules.insert(libc::SYS_tgkill, vec![argument(0, own)?]);
     let refused = SeccompAction::Errno(libc::EPERM.unsigned_abs());
     let filter = SeccompFilter::new(rules, refused, SeccompAction::Allow, TargetArch::x86_64)?;
     let program: BpfProgram = filter.try_into()?;
     Ok(apply_filter(&program)?)
+}
+
+#[cfg(test)]
+#[expect(unsafe_code, reason = "calls that no safe function makes")]
+mod tests {
+    use super::*;
+
+    /// The result of a call that a thread makes when it is confined.
+    fn confined(call: fn() -> libc::c_long) -> Option<i32> {
+        let thread = std::thread::spawn(move || {
+            set_no_new_privs(true).unwrap();
+            confine_calls().unwrap();
+            (call() == -1).then(|| io::Error::last_os_error().raw_os_error().unwrap())
+        });
+        thread.join().unwrap()
+    }
+
+    #[test]
+    fn a_signal_goes_to_nobody_else() {
+        // SAFETY: signal 0 does nothing.
+        let own = || unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), libc::gettid(), 0) };
+        assert_eq!(confined(own), None);
+        // SAFETY: the same.
+        let first = || unsafe { libc::syscall(libc::SYS_tgkill, 1, 1, 0) };
+        assert_eq!(confined(first), Some(libc::EPERM));
+        // SAFETY: the call has no effect but on its descriptor.
+        let owner = || unsafe { libc::c_long::from(libc::fcntl(0, libc::F_SETOWN, 1)) };
+        assert_eq!(confined(owner), Some(libc::EPERM));
+    }
 }

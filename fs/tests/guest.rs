@@ -1,5 +1,7 @@
 //! The program as a guest sees it, and as no guest's kernel would use it: each request is put together here.
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{FileType, Mode, OFlags};
 use std::fs;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
@@ -49,8 +51,10 @@ struct Server {
 impl Server {
     fn start(folder: &Path, options: &[&str]) -> Self {
         let (socket, its) = UnixStream::pair().unwrap();
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let folder = rustix::fs::open(folder, flags, Mode::empty()).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_kindling-fs"));
-        command.args(options).args(["--owner", "0:0", "--"]).arg(folder).stdin(OwnedFd::from(its));
+        command.args(options).args(["--owner", "0:0"]).stdin(OwnedFd::from(its)).stdout(folder);
         let mut this = Self { process: command.spawn().unwrap(), socket, next: 1 };
         // Version 7.38, 128 KiB of reading ahead, and everything that there is.
         let init = words(&[7, 38, 128 << 10, u32::MAX, u32::MAX, 0]);
@@ -235,6 +239,65 @@ fn no_name_leads_out() {
     assert_eq!(server.ask(op::SETATTR, link, &setattr), Err(libc::EOPNOTSUPP));
     server.end();
     assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 1);
+}
+
+/// A filesystem that is mounted below the folder is there, and that is all.
+#[test]
+fn what_is_mounted_below_the_folder_is_out_of_reach() {
+    let mut server = Server::start(Path::new("/"), &[]);
+    let mounted = server.lookup(ROOT, "proc").unwrap();
+    assert_eq!(server.lookup(ROOT, "proc"), Ok(mounted));
+    assert!(server.ask(op::GETATTR, mounted, &[0; 16]).is_ok());
+    for name in ["self", "1", "sys", "version"] {
+        assert_eq!(server.lookup(mounted, name), Err(libc::ENOENT), "{name}");
+        let create = [words(&[O_RDWR | 0o100, 0o644, 0, 0]), text(name)].concat();
+        assert_eq!(server.ask(op::CREATE, mounted, &create), Err(libc::EXDEV), "{name}");
+    }
+    let directory = long(&server.ask(op::OPENDIR, mounted, &words(&[0, 0])).unwrap(), 0);
+    assert_eq!(server.read_directory(directory), [""; 0]);
+    assert_eq!(server.read(mounted, directory, 0, 10), Err(libc::EBADF));
+    for (name, opcode, inode, body) in changes(mounted) {
+        if inode == mounted {
+            let result = server.ask(opcode, mounted, &body);
+            assert!(matches!(result, Err(libc::EXDEV | libc::ESTALE)), "{name}: {result:?}");
+        }
+    }
+    for opcode in [op::OPEN, op::READLINK, op::STATFS, op::GETXATTR] {
+        let result = server.ask(opcode, mounted, &[words(&[0, 0]), text("user.a")].concat());
+        assert_eq!(result, Err(libc::EXDEV), "{opcode}");
+    }
+    server.end();
+}
+
+/// Opening a device or a FIFO would do something, or wait.
+#[test]
+fn only_files_and_directories_are_opened() {
+    let folder = folder();
+    rustix::fs::mknodat(rustix::fs::CWD, folder.path().join("fifo"), FileType::Fifo, Mode::RWXU, 0).unwrap();
+    let _socket = std::os::unix::net::UnixListener::bind(folder.path().join("socket")).unwrap();
+    // A FIFO's reader is told of a writer that came and went.
+    let reading = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let reader = rustix::fs::open(folder.path().join("fifo"), reading, Mode::empty()).unwrap();
+    let mut server = Server::start(folder.path(), &[]);
+    for name in ["fifo", "socket"] {
+        let inode = server.lookup(ROOT, name).unwrap();
+        for flags in [0, O_WRONLY, O_RDWR] {
+            assert_eq!(server.open(inode, flags), Err(libc::ENXIO), "{name}");
+            let create = [words(&[flags | 0o100, 0o644, 0, 0]), text(name)].concat();
+            assert_eq!(server.ask(op::CREATE, ROOT, &create), Err(libc::ENXIO), "{name}");
+        }
+    }
+    let mut events = [PollFd::new(&reader, PollFlags::IN)];
+    assert_eq!(poll(&mut events, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })), Ok(0));
+    let create = |flags: u32, name: &str| [words(&[flags, 0o644, 0, 0]), text(name)].concat();
+    assert_eq!(server.ask(op::CREATE, ROOT, &create(O_RDWR | 0o100, "folder")), Err(libc::EISDIR));
+    assert_eq!(server.ask(op::CREATE, ROOT, &create(O_RDWR | 0o300, "file")), Err(libc::EEXIST));
+    // One that is there is opened as it is, or emptied.
+    assert!(server.ask(op::CREATE, ROOT, &create(O_RDWR | 0o100, "file")).is_ok());
+    assert_eq!(fs::read(folder.path().join("file")).unwrap(), b"content");
+    assert!(server.ask(op::CREATE, ROOT, &create(O_RDWR | 0o1100, "file")).is_ok());
+    assert_eq!(fs::read(folder.path().join("file")).unwrap(), b"");
+    server.end();
 }
 
 #[test]

@@ -287,6 +287,21 @@ fn several_folders_and_folders_in_folders() {
     assert_eq!(outcome.expect_status(0).stdout, "file\n");
 }
 
+/// A share of the host's root: nothing in it is an interface of the host's kernel.
+#[test]
+fn what_is_mounted_below_a_folder_is_not_shared() {
+    let user = User::new();
+    let script = "cd /host; ls -d proc/ sys/ && ls -A proc sys | grep -v : | grep . ; \
+                  cat proc/self/mem || echo x > proc/self/oom_score_adj || mkdir proc/new || echo closed; ls -d etc";
+    let outcome = run(user.run(&["-v", "/:/host"]).args(["sh", "-c", script]));
+    assert_eq!(outcome.expect_status(0).stdout, "proc/\nsys/\nclosed\netc\n", "{outcome}");
+    // Another filesystem has a folder of its own, in the directory that stands for it.
+    let outcome = run(user
+        .run(&["-v", "/:/host", "-v", &format!("{}:/host/proc", user.folder().display())])
+        .args(["ls", "/host/proc"]));
+    assert!(outcome.expect_status(0).stdout.contains("kindling"), "{outcome}");
+}
+
 #[test]
 fn folders_that_cannot_be_shared_are_named() {
     let shared = Shared::new();
@@ -302,4 +317,8 @@ fn folders_that_cannot_be_shared_are_named() {
         assert_eq!(outcome.stderr, format!("kindling: cannot share {}: {expected}\n", path.display()));
         assert!(shared.user.is_tidy());
     }
+    let outcome = run(shared.user.run(&["-v", "/proc/self:/x"]).arg("true"));
+    outcome.expect_status(2);
+    let expected = "it is the host's proc, whose files are interfaces of its kernel";
+    assert_eq!(outcome.stderr, format!("kindling: cannot share /proc/self: {expected}\n"));
 }

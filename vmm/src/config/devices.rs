@@ -1,7 +1,7 @@
 //! The virtio devices that a user may ask for. The structures are the sections of Firecracker's JSON, and
 //! what it has no field for has a default.
 
-use super::ConfigError;
+use super::{ConfigError, HostFolder};
 use crate::layout::DEVICES_MAX;
 use guest_protocol::frame::Network;
 use serde::Deserialize;
@@ -508,7 +508,7 @@ pub struct SharedFolder {
     /// What the guest mounts it by, up to 36 bytes.
     pub tag: String,
     /// The folder.
-    pub path_on_host: PathBuf,
+    pub folder: HostFolder,
     /// Whether the guest may only read.
     pub read_only: bool,
     /// User and group that files of this process's user and group belong to in the guest.

@@ -3,6 +3,7 @@
 //! Names are those of Firecracker's JSON where it has the field.
 
 pub mod devices;
+mod host_folder;
 pub mod image;
 mod json;
 
@@ -10,6 +11,7 @@ pub use crate::devices::configuration::{GuestConfig, Mount};
 pub use crate::profile::ProfileConfig;
 pub use devices::Devices;
 pub use guest_protocol::frame::{MountKind, Network};
+pub use host_folder::HostFolder;
 pub use json::from_json_file;
 pub(crate) use json::read_bounded;
 

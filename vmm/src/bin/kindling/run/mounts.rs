@@ -1,8 +1,7 @@
 //! `-v`: what of the host's a guest has in its root, as its user writes it.
 
 use kindling::config::devices::{Drive, SharedFolder};
-use kindling::config::{Config, ConfigError, Mount, MountKind};
-use kindling::devices::virtio::fs::find_folder;
+use kindling::config::{Config, ConfigError, HostFolder, Mount, MountKind};
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
@@ -130,7 +129,7 @@ pub(super) fn add_folder(config: &mut Config, path: &Path, wanted: &Wanted) -> R
     let is_read_only = wanted.is_read_only;
     config.devices.shared_folders.push(SharedFolder {
         tag: tag.clone(),
-        path_on_host: find_folder(path)?,
+        folder: HostFolder::open(path)?,
         read_only: is_read_only,
         owner: (config.guest.user_id, config.guest.group_id),
     });

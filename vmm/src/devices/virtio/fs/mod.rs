@@ -12,7 +12,7 @@ mod server;
 #[cfg(test)]
 mod tests;
 
-pub use server::{Server, find_folder};
+pub use server::Server;
 
 use super::queue::fill;
 use super::stream::{receive, send};

@@ -3,14 +3,12 @@
 use crate::config::ConfigError;
 use crate::config::devices::SharedFolder as Config;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{Access, access};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::io;
 use std::net::Shutdown;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, Stdio};
 
 /// A process that serves a folder, and the socket to it. It ends when the socket is closed.
@@ -21,22 +19,22 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts it. That it is ready does not matter: what is sent before waits in the socket.
+    /// Starts it. That it is ready does not matter: what is sent before waits in the socket. The folder is its standard
+    /// output, so that it has the descriptor that was checked, and needs no path.
     pub(super) fn start(config: &Config) -> Result<Self, ConfigError> {
-        let path = &config.path_on_host;
-        let wrong = |what: String| ConfigError::SharedFolder { path: path.clone(), what };
-        let folder = find_folder(path)?;
+        let wrong = |what: String| ConfigError::SharedFolder { path: config.folder.path().to_owned(), what };
         let program = std::env::current_exe()
             .map(|program| program.with_file_name("kindling-fs"))
             .map_err(|error| wrong(format!("this program does not find itself: {error}")))?;
-        let (ours, its) =
-            UnixStream::pair().map_err(|error| wrong(format!("the host gave no socket: {error}")))?;
+        let no_descriptor = |error: io::Error| wrong(format!("the host gave no descriptor: {error}"));
+        let (ours, its) = UnixStream::pair().map_err(no_descriptor)?;
+        let folder = config.folder.as_fd().try_clone_to_owned().map_err(no_descriptor)?;
         let mut command = Command::new(program);
         command.arg("--owner").arg(format!("{}:{}", config.owner.0, config.owner.1));
         if config.read_only {
             command.arg("--read-only");
         }
-        command.arg("--").arg(folder).stdin(OwnedFd::from(its)).stdout(Stdio::null());
+        command.stdin(OwnedFd::from(its)).stdout(folder);
         // Not this program's: who reads that until its end would wait for a detached guest's server.
         command.stderr(Stdio::piped());
         command.env_clear().current_dir("/");
@@ -99,24 +97,4 @@ fn last_words(stderr: ChildStderr) -> Option<String> {
     let count = rustix::io::read(&stderr, &mut words).ok()?;
     let text = String::from_utf8_lossy(&words[..count]);
     text.lines().rfind(|line| !line.is_empty()).map(str::to_owned)
-}
-
-/// Where a folder is, which its user has to be able to look into.
-///
-/// # Errors
-/// When it is none, or not for this user.
-pub fn find_folder(path: &Path) -> Result<PathBuf, ConfigError> {
-    let wrong = |what: &str| ConfigError::SharedFolder { path: path.to_owned(), what: what.to_owned() };
-    let refused = |error: io::Error| match error.kind() {
-        io::ErrorKind::NotFound => wrong("there is no such folder"),
-        io::ErrorKind::NotADirectory => wrong("it lies in what is no folder"),
-        io::ErrorKind::PermissionDenied => wrong("it is not for this user to read"),
-        _ => wrong(&error.to_string()),
-    };
-    let folder = path.canonicalize().map_err(refused)?;
-    if !folder.is_dir() {
-        return Err(wrong("it is no folder; share the one that it is in"));
-    }
-    access(&folder, Access::READ_OK | Access::EXEC_OK).map_err(|error| refused(error.into()))?;
-    Ok(folder)
 }
