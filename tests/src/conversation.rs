@@ -62,7 +62,7 @@ impl Conversation {
     }
 
     /// The same; nothing when it does not come so soon.
-    pub fn hear(&mut self, start: &str, limit: Duration) -> Option<String> {
+    fn hear(&mut self, start: &str, limit: Duration) -> Option<String> {
         let until = Instant::now() + limit;
         loop {
             let line = self.lines.recv_timeout(until.saturating_duration_since(Instant::now())).ok()?;
@@ -96,12 +96,6 @@ impl Conversation {
     /// Sends the VMM a signal.
     pub fn signal(&self, signal: i32) {
         crate::kill(self.child.id(), signal);
-    }
-
-    /// Whether the VMM has not ended.
-    #[must_use]
-    pub fn runs(&mut self) -> bool {
-        self.child.try_wait().is_ok_and(|status| status.is_none())
     }
 
     /// The process of the VMM, by its folder in /proc.

@@ -160,9 +160,6 @@ fn a_disk_in_use_is_refused_to_others() {
     run(&mut with_drive(&disk, "", "true")).expect_status(0);
 }
 
-/// A guest that says nothing for so long stands still.
-const STILL: Duration = Duration::from_secs(30);
-
 /// A monitor that is killed at any moment leaves a disk on which everything is that fsync promised, and a
 /// filesystem that mends itself. `KINDLING_ROUNDS` says how often; it is done a few times otherwise.
 #[test]
@@ -174,30 +171,19 @@ fn what_was_promised_outlives_the_monitor() {
     let place = Place::new();
     let disk = place.filesystem();
     let mut promised: u32 = 0;
-    // Guests of the lab do so at times (docs/architecture.md, "The lab"), and it is a moment like any other.
-    let mut stood_still = 0;
     for round in 1..=rounds {
-        let (last, is_still) = write_until_killed(&disk, round, promised);
-        promised = last;
-        stood_still += u32::from(is_still);
-        let whole = loop {
-            match whole(&disk) {
-                Some(whole) => break whole,
-                None => stood_still += 1,
-            }
-            assert!(stood_still <= 1 + rounds / 20, "{stood_still} guests stood still in {round} rounds");
-        };
+        promised = write_until_killed(&disk, round, promised);
+        let whole = whole(&disk);
         assert!(whole >= promised, "round {round}: {promised} were promised, of which {} is lost", whole + 1);
         expect_clean(&disk);
         if round % 5 == 0 {
-            say(&format!("killed {round} times, {stood_still} guests stood still, {promised} promises kept"));
+            say(&format!("killed {round} times, {promised} promises kept"));
         }
     }
 }
 
-/// Lets a guest write files, each with fsync, and kills its monitor; the number of the last file that was promised,
-/// and whether the guest stood still.
-fn write_until_killed(disk: &Path, round: u32, mut promised: u32) -> (u32, bool) {
+/// Lets a guest write files, each with fsync, and kills its monitor; the number of the last file that was promised.
+fn write_until_killed(disk: &Path, round: u32, mut promised: u32) -> u32 {
     let script = format!(
         "mkdir /m && mount -t ext4 /dev/vda /m || exit 1
          i={promised}
@@ -212,28 +198,24 @@ fn write_until_killed(disk: &Path, round: u32, mut promised: u32) -> (u32, bool)
     let mut time = Duration::ZERO;
     for _ in 0..1 + (round * 7) % 23 {
         let since = Instant::now();
-        let Some(number) = guest.hear("promised ", STILL) else {
-            assert!(guest.runs(), "round {round}: the guest ended by itself");
-            return (promised, true);
-        };
-        promised = number.parse().unwrap();
+        promised = guest.expect("promised ").parse().unwrap();
         time = since.elapsed();
     }
     std::thread::sleep(time * (round * 61 % 100) / 100);
     // Kills it.
     drop(guest);
-    (promised, false)
+    promised
 }
 
-/// The number up to which all files of a disk are there and whole; nothing where the guest stands still.
-fn whole(disk: &Path) -> Option<u32> {
+/// The number up to which all files of a disk are there and whole.
+fn whole(disk: &Path) -> u32 {
     let script = "mkdir /m && mount -t ext4 /dev/vda /m && cat /m/file.* | sort -n |
         awk 'NF == 3 && $1 == $2 && $2 == $3 && $1 == last + 1 { last = $1 } END { print \"whole\", last + 0 }'
         umount /m && echo unmounted";
     let mut guest = Conversation::start(&mut with_drive(disk, "", script));
-    let number = guest.hear("whole ", STILL)?;
-    guest.hear("unmounted", STILL)?;
-    Some(number.parse().unwrap())
+    let number = guest.expect("whole ");
+    guest.expect("unmounted");
+    number.parse().unwrap()
 }
 
 #[test]

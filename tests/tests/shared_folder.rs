@@ -40,12 +40,12 @@ impl Shared {
 fn programs_find_a_disk() {
     let shared = Shared::new();
     fs::copy(testbed("folder-guest"), shared.path().join("folder-guest")).unwrap();
-    let outcome = shared.shell("/shared/folder-guest /shared 200");
+    let outcome = shared.shell("/shared/folder-guest /shared 1000");
     outcome.expect_status(0);
     assert_eq!(outcome.stdout.lines().count(), 13, "{outcome}");
     // As another user the folder is that one's.
     let outcome =
-        run(shared.command(&["-u", "1000:100"], "").args(["/shared/folder-guest", "/shared", "100"]));
+        run(shared.command(&["-u", "1000:100"], "").args(["/shared/folder-guest", "/shared", "1000"]));
     outcome.expect_status(0);
     assert_eq!(fs::read_dir(shared.path()).unwrap().count(), 1);
 }
