@@ -1,9 +1,9 @@
-//! The VMM as init sees it: three ports, and ways to end where there are none.
+//! The VMM as init sees it: its ports, and ways to end under a monitor that has none of them.
 #![expect(unsafe_code, reason = "port I/O")]
 
 use core::sync::atomic::{AtomicBool, Ordering};
 use guest_protocol::frame::MAX_FRAME;
-use guest_protocol::{BootMark, ExitStatus, port};
+use guest_protocol::{BootMark, ExitStatus, handshake, port};
 use rustix::system::{RebootCommand, reboot};
 use x86_64::instructions::port::Port;
 
@@ -11,6 +11,8 @@ use alloc::vec;
 use alloc::vec::Vec;
 
 static PORTS: AtomicBool = AtomicBool::new(false);
+/// Whether the monitor failed the handshake. Until then the ports are taken for this VMM's.
+static FOREIGN: AtomicBool = AtomicBool::new(false);
 
 /// Records that the kernel lets this process use I/O ports.
 pub(crate) fn allow_ports() {
@@ -22,15 +24,27 @@ pub(crate) fn has_ports() -> bool {
     PORTS.load(Ordering::Relaxed)
 }
 
+/// Whether writes to the VMM's ports are permitted: a foreign monitor may have another device there.
+fn has_vmm() -> bool {
+    has_ports() && !FOREIGN.load(Ordering::Relaxed)
+}
+
 /// Tells the VMM that a stage is reached.
 pub(crate) fn mark(stage: BootMark) {
-    if has_ports() {
+    if has_vmm() {
         // SAFETY: the kernel permits port I/O, and this port exists for this byte or not at all.
         unsafe { Port::new(port::BOOT_MARK).write(stage as u8) }
     }
 }
 
-/// The VMM's configuration frame, or `None` where no VMM answers.
+/// Bytes of the first read, which has the response and most frames whole.
+const FIRST_READ: usize = 512;
+
+/// Aligned to its size, so that it lies in one page and KVM fills it with one exit.
+#[repr(align(512))]
+struct FirstRead([u8; FIRST_READ]);
+
+/// The VMM's configuration frame, or `None` under a monitor that fails the handshake.
 ///
 /// # Errors
 /// The length that the VMM announced, when it is more than a frame can have.
@@ -38,29 +52,47 @@ pub(crate) fn read_configuration() -> Result<Option<Vec<u8>>, u32> {
     if !has_ports() {
         return Ok(None);
     }
+    let mut first = FirstRead([0; FIRST_READ]);
+    // SAFETY: reading the time stamp counter affects nothing.
+    let time = unsafe { core::arch::x86_64::_rdtsc() };
+    // Its low half differs at each start.
+    let [a, b, c, d, ..] = time.to_le_bytes();
+    let nonce = u32::from_le_bytes([a, b, c, d]);
     // SAFETY: as in `mark`.
-    let length: u32 = unsafe { Port::new(port::CONFIG_LENGTH).read() };
-    if length == port::NOBODY {
+    unsafe { Port::new(port::CONFIG_REQUEST).write(nonce) }
+    read_data(&mut first.0);
+    let Some((length, start)) = handshake::accept(nonce, &first.0) else {
+        FOREIGN.store(true, Ordering::Relaxed);
         return Ok(None);
-    }
+    };
     let size = usize::try_from(length).unwrap_or(usize::MAX);
     if size > MAX_FRAME {
         return Err(length);
     }
     let mut frame = vec![0; size];
-    // SAFETY: the buffer has `size` bytes, the kernel permits port I/O and the direction flag is
-    // clear. One string instruction costs one exit per page instead of one per byte.
-    unsafe {
-        core::arch::asm!("rep insb", in("dx") port::CONFIG_DATA, inout("rdi") frame.as_mut_ptr() => _,
-                         inout("rcx") size => _, options(nostack, preserves_flags));
-    }
+    let (head, rest) = frame.split_at_mut(size.min(start.len()));
+    head.copy_from_slice(&start[..head.len()]);
+    read_data(rest);
     Ok(Some(frame))
+}
+
+/// Fills `bytes` with the next ones of the configuration.
+fn read_data(bytes: &mut [u8]) {
+    if bytes.is_empty() {
+        return;
+    }
+    // SAFETY: the buffer has as many bytes as the instruction writes, the kernel permits port I/O and the
+    // direction flag is clear. One string instruction costs one exit per page instead of one per byte.
+    unsafe {
+        core::arch::asm!("rep insb", in("dx") port::CONFIG_DATA, inout("rdi") bytes.as_mut_ptr() => _,
+                         inout("rcx") bytes.len() => _, options(nostack, preserves_flags));
+    }
 }
 
 /// Sends the kernel's log to the VMM, four bytes with each exit. A string instruction (`rep outsb`)
 /// leaves with each single byte, and guests whose KVM emulated some thousand of them in a row hung.
 pub(crate) fn send_kernel_log(text: &[u8]) {
-    if !has_ports() {
+    if !has_vmm() {
         return;
     }
     let (words, rest) = text.as_chunks();
@@ -85,7 +117,7 @@ pub(crate) fn drop_ports() {
 pub(crate) fn end(status: ExitStatus) -> ! {
     rustix::fs::sync();
     crate::voice::drain();
-    if has_ports() {
+    if has_vmm() {
         // SAFETY: as in `mark`.
         unsafe { Port::new(port::EXIT).write(status.to_raw()) }
     }

@@ -6,6 +6,11 @@ use tests::{run, testbed};
 
 /// Boots under QEMU's microvm machine, in emulation, and returns what the console said.
 fn qemu(arguments: &str) -> String {
+    qemu_with(&[], arguments)
+}
+
+/// The same with more options of QEMU's.
+fn qemu_with(options: &[&str], arguments: &str) -> String {
     let line = format!("console=ttyS0 reboot=t panic=-1 quiet {arguments}");
     let outcome = run(Command::new("qemu-system-x86_64")
         .args(["-accel", "tcg", "-cpu", "max", "-M", "microvm,isa-serial=on,rtc=off", "-m", "128"])
@@ -14,9 +19,23 @@ fn qemu(arguments: &str) -> String {
         .arg("-initrd")
         .arg(testbed("images/busybox/initramfs.cpio"))
         .args(["-append", &line])
+        .args(options)
         .stdin(Stdio::null()));
     outcome.expect_status(0);
     outcome.stdout
+}
+
+/// Ports without a device read as all ones there; this device reads as a byte of its own, and takes writes.
+#[test]
+fn another_device_at_our_ports_is_not_taken_for_the_vmm() {
+    for byte in ["0x00", "0x0c", "0xff"] {
+        let device = |port, sink| format!("isa-debugcon,iobase={port},chardev={sink},readback={byte}");
+        let (request, data) = (device("0x558", "a"), device("0x55c", "b"));
+        let sinks = ["-chardev", "null,id=a", "-chardev", "null,id=b"];
+        let options = [&sinks[..], &["-device", &request, "-device", &data]].concat();
+        let console = qemu_with(&options, "-- /bin/sh -c \"echo it runs; exit 3\"");
+        assert!(console.contains("it runs\ninit: exit status 3\n"), "{byte}: {console}");
+    }
 }
 
 #[test]

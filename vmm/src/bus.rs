@@ -74,6 +74,11 @@ where
         self.claims.push(Claim { range, device });
     }
 
+    /// Gives these ports or addresses to a device, whether or not another one has them.
+    pub fn override_claims(&mut self, range: RangeInclusive<A>, device: Arc<Mutex<dyn BusDevice>>) {
+        self.claims.insert(0, Claim { range, device });
+    }
+
     /// Reads a port or an address.
     pub fn read(&self, at: A, data: &mut [u8]) {
         data.fill(0xff);
@@ -151,6 +156,20 @@ mod tests {
         assert_eq!(bus.write(0x10, &[1]), Some(GuestRequest::Reset));
         assert_eq!(lock(&device).0, [(3, vec![7, 8]), (0, vec![1])]);
         assert_eq!(bus.unclaimed(), 0);
+    }
+
+    #[test]
+    fn a_device_that_overrides_others_is_found_first() {
+        let (first, second) =
+            (Arc::new(Mutex::new(Recorder::default())), Arc::new(Mutex::new(Recorder::default())));
+        let mut bus = PortBus::default();
+        bus.claim(0x10..=0x13, first.clone());
+        bus.override_claims(0x11..=0x11, second.clone());
+        for port in 0x10..=0x12 {
+            bus.write(port, &[7]);
+        }
+        assert_eq!(lock(&first).0, [(0, vec![7]), (2, vec![7])]);
+        assert_eq!(lock(&second).0, [(0, vec![7])]);
     }
 
     #[test]

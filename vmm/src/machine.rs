@@ -3,7 +3,7 @@
 use crate::attach::Opened;
 use crate::boot::Hardware;
 use crate::boot::{self, BootError};
-use crate::bus::{Buses, lock};
+use crate::bus::{BusDevice, Buses, lock};
 use crate::config::{Config, ConfigError, Console, GuestConfig, InterruptControllers};
 use crate::devices::boot_mark::BootMarks;
 use crate::devices::configuration::Configuration;
@@ -27,6 +27,7 @@ use crate::timeline::{Instant, Timeline};
 use guest_protocol::{BootMark, port};
 use std::fs::File;
 use std::io;
+use std::ops::RangeInclusive;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
@@ -248,6 +249,15 @@ impl Machine {
         lock(&self.devices.marks).call_at(stage as u8, action);
     }
 
+    /// Gives I/O ports to a device of the program that embeds the machine. It takes the place of the machine's own
+    /// devices at these ports.
+    pub fn add_port_device(&mut self, ports: RangeInclusive<u16>, device: Arc<Mutex<dyn BusDevice>>) {
+        // No vCPU runs yet, so that the buses have this one owner.
+        if let Some(buses) = Arc::get_mut(&mut self.devices.buses) {
+            buses.ports.override_claims(ports, device);
+        }
+    }
+
     /// Starts the vCPUs.
     ///
     /// # Errors
@@ -353,7 +363,7 @@ impl DevicesBuilder<'_> {
         let one = |port: u16| port..=port;
         bus.claim(layout::SERIAL_PORT..=layout::SERIAL_PORT + 7, serial.clone());
         bus.claim(one(port::BOOT_MARK), marks.clone());
-        bus.claim(port::CONFIG_LENGTH..=port::CONFIG_DATA, Arc::new(Mutex::new(configuration)));
+        bus.claim(port::CONFIG_REQUEST..=port::CONFIG_DATA, Arc::new(Mutex::new(configuration)));
         bus.claim(one(port::EXIT), Arc::new(Mutex::new(ExitPort)));
         bus.claim(one(layout::KEYBOARD_CONTROLLER_PORT), Arc::new(Mutex::new(KeyboardController)));
         bus.claim(one(layout::RESET_CONTROL_PORT), Arc::new(Mutex::new(ResetControl)));

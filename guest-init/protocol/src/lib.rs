@@ -1,13 +1,14 @@
 //! All that a guest and its VMM agree on, in one crate without dependencies that both link.
 //!
-//! A guest talks to the VMM over three I/O ports ([`port`]): it marks the stages of its boot
+//! A guest talks to the VMM over a few I/O ports ([`port`]): it marks the stages of its boot
 //! ([`BootMark`]), asks for its configuration ([`frame`]) and ends with its exit status
-//! ([`ExitStatus`]). Where no such VMM is present the ports read as all ones and writes to them
-//! have no effect, so that the same init also boots elsewhere.
+//! ([`ExitStatus`]). The same init also boots under other monitors, whose unassigned ports may return
+//! anything: it recognizes this VMM by the response to a challenge ([`handshake`]).
 #![no_std]
 
 pub mod agent;
 pub mod frame;
+pub mod handshake;
 
 /// The I/O ports of the VMM. QEMU's and Firecracker's machines leave this range unassigned.
 pub mod port {
@@ -17,13 +18,11 @@ pub mod port {
     pub const KERNEL_LOG: u16 = 0x551;
     /// Four bytes written: the guest ends with that [`ExitStatus`](super::ExitStatus).
     pub const EXIT: u16 = 0x554;
-    /// Four bytes read: the length in bytes of the configuration frame, which this read also
-    /// makes anew; [`NOBODY`](super::port::NOBODY) where nothing answers.
-    pub const CONFIG_LENGTH: u16 = 0x558;
-    /// Each byte read is the next one of the configuration frame, and zero after its end.
+    /// Four bytes written: a nonce. The VMM makes the configuration frame anew.
+    pub const CONFIG_REQUEST: u16 = 0x558;
+    /// Each byte read is the next one of the [`response`](super::handshake::response) to the nonce and of the
+    /// configuration frame behind it, and zero after its end.
     pub const CONFIG_DATA: u16 = 0x55c;
-    /// What a four-byte read of a port returns that no device answers.
-    pub const NOBODY: u32 = u32::MAX;
 }
 
 /// The kernel command line of an image for which nobody chose another.

@@ -1,9 +1,10 @@
-//! The configuration ports: init reads the length of a frame, then the frame.
+//! The configuration ports: init writes a nonce, then reads the response to it and the configuration frame.
 
 use crate::bus::{BusDevice, GuestRequest};
 use crate::timeline::Instant;
 use guest_protocol::agent::TerminalSize;
 use guest_protocol::frame::{self, FrameError, Item, MountKind, Network};
+use guest_protocol::handshake;
 use std::io;
 
 /// What the guest runs and how, in the guest's own terms.
@@ -125,7 +126,7 @@ impl Renewal {
     }
 }
 
-/// The device behind `port::CONFIG_LENGTH` and `port::CONFIG_DATA`.
+/// The device behind `port::CONFIG_REQUEST` and `port::CONFIG_DATA`.
 #[derive(Debug)]
 pub struct Configuration {
     config: GuestConfig,
@@ -134,7 +135,8 @@ pub struct Configuration {
     kernel_log: bool,
     /// Whether the kernel has booted for another guest.
     renew: bool,
-    frame: Vec<u8>,
+    /// The response to the last nonce, and the frame.
+    answer: Vec<u8>,
     position: usize,
 }
 
@@ -153,34 +155,34 @@ impl Configuration {
         // The frame is made anew for each question, because it says how old the VM is; making it
         // once here shows that it can be made.
         config.to_frame(0, kernel_log, Some(&Renewal::LENGTH))?;
-        Ok(Self { config, vm_created, kernel_log, renew, frame: Vec::new(), position: 0 })
+        Ok(Self { config, vm_created, kernel_log, renew, answer: Vec::new(), position: 0 })
     }
 
-    fn restart(&mut self) -> u32 {
+    fn restart(&mut self, nonce: u32) {
         let age = Instant::now().since(self.vm_created);
         let renewal = self.renew.then(Renewal::now).transpose();
         // Init does not go on with an empty frame: no guest may run with the random numbers of another.
-        self.frame = renewal
+        let frame = renewal
             .ok()
             .and_then(|renewal| self.config.to_frame(age, self.kernel_log, renewal.as_ref()).ok())
             .unwrap_or_default();
+        let length = u32::try_from(frame.len()).unwrap_or(0);
+        self.answer = [&handshake::response(nonce, length), &*frame].concat();
         self.position = 0;
-        u32::try_from(self.frame.len()).unwrap_or(0)
     }
 }
 
 /// Offset of `port::CONFIG_DATA` from the device's first port.
-const DATA: u16 = guest_protocol::port::CONFIG_DATA - guest_protocol::port::CONFIG_LENGTH;
+const DATA: u16 = guest_protocol::port::CONFIG_DATA - guest_protocol::port::CONFIG_REQUEST;
 
 impl BusDevice for Configuration {
     fn read(&mut self, offset: u16, data: &mut [u8]) {
         match (offset, data.len()) {
-            (0, 4) => {
-                let length = self.restart();
-                data.copy_from_slice(&length.to_le_bytes());
-            }
+            // The init of earlier versions reads the length of its frame here. It does not take an empty
+            // frame for one, and says that init and VMM are of different versions.
+            (0, 4) => data.fill(0),
             (DATA, length) => {
-                let rest = self.frame.get(self.position..).unwrap_or_default();
+                let rest = self.answer.get(self.position..).unwrap_or_default();
                 let given = rest.len().min(length);
                 data.fill(0);
                 data[..given].copy_from_slice(&rest[..given]);
@@ -190,7 +192,10 @@ impl BusDevice for Configuration {
         }
     }
 
-    fn write(&mut self, _offset: u16, _data: &[u8]) -> Option<GuestRequest> {
+    fn write(&mut self, offset: u16, data: &[u8]) -> Option<GuestRequest> {
+        if let (0, &[a, b, c, d]) = (offset, data) {
+            self.restart(u32::from_le_bytes([a, b, c, d]));
+        }
         None
     }
 }
@@ -205,6 +210,15 @@ mod tests {
         data
     }
 
+    /// Writes the nonce and reads the answer in pieces; the frame.
+    fn request(device: &mut Configuration, nonce: u32) -> Vec<u8> {
+        assert_eq!(device.write(0, &nonce.to_le_bytes()), None);
+        let first = read(device, DATA, handshake::RESPONSE_LEN + 1);
+        let (length, start) = handshake::accept(nonce, &first).unwrap();
+        let rest = read(device, DATA, usize::try_from(length).unwrap() - start.len());
+        [start, &rest].concat()
+    }
+
     fn device() -> Configuration {
         let config =
             GuestConfig { arguments: vec![b"/bin/true".into()], user_id: 1000, ..GuestConfig::default() };
@@ -214,11 +228,8 @@ mod tests {
     #[test]
     fn the_frame_is_read_in_pieces_and_can_be_read_again() {
         let mut device = device();
-        for _ in 0..2 {
-            let length = read(&mut device, 0, 4);
-            let length = usize::try_from(u32::from_le_bytes(length.try_into().unwrap())).unwrap();
-            let mut bytes = read(&mut device, DATA, 1);
-            bytes.extend(read(&mut device, DATA, length - 1));
+        for nonce in [0, 0x1234_5678] {
+            let bytes = request(&mut device, nonce);
             let items: Vec<_> = frame::decode(&bytes).unwrap().map(Result::unwrap).collect();
             assert_eq!(items[..3], [Item::Argument(b"/bin/true"), Item::UserId(1000), Item::GroupId(0)]);
             assert!(matches!(items[3], Item::VmAge(_)));
@@ -230,10 +241,8 @@ mod tests {
     fn a_kernel_that_booted_before_renews_its_time_and_its_random_numbers() {
         let mut device = Configuration::new(GuestConfig::default(), Instant::now(), false, true).unwrap();
         let mut seeds = Vec::new();
-        for _ in 0..2 {
-            let length = read(&mut device, 0, 4);
-            let length = usize::try_from(u32::from_le_bytes(length.try_into().unwrap())).unwrap();
-            let bytes = read(&mut device, DATA, length);
+        for nonce in 0..2 {
+            let bytes = request(&mut device, nonce);
             let items: Vec<_> = frame::decode(&bytes).unwrap().map(Result::unwrap).collect();
             let [.., Item::RealTime(time), Item::Entropy(seed)] = items[..] else { panic!("{items:?}") };
             let now = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap();
@@ -250,9 +259,23 @@ mod tests {
         assert_eq!(read(&mut device, 0, 1), [0xff]);
         assert_eq!(read(&mut device, 0, 8), [0xff; 8]);
         assert_eq!(read(&mut device, 1, 4), [0xff; 4]);
+        for (offset, data) in [(0, &[][..]), (0, &[1; 3]), (0, &[1; 8]), (1, &[1; 4]), (DATA, &[1; 4])] {
+            assert_eq!(device.write(offset, data), None);
+            assert_eq!(
+                read(&mut device, DATA, 16),
+                [0; 16],
+                "{} bytes at {offset} are no request",
+                data.len()
+            );
+        }
         assert_eq!(device.write(0, &[0; 4]), None);
         assert_eq!(read(&mut device, DATA, 100_000).len(), 100_000);
         assert!(read(&mut device, DATA, 0).is_empty());
+    }
+
+    #[test]
+    fn the_init_of_an_earlier_version_reads_an_empty_frame() {
+        assert_eq!(read(&mut device(), 0, 4), [0; 4]);
     }
 
     #[test]

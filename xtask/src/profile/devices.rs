@@ -16,7 +16,7 @@ pub(super) fn name(reason: &str, address: u64) -> &'static str {
     match number {
         port::BOOT_MARK => "boot mark",
         port::EXIT => "exit status",
-        port::CONFIG_LENGTH | port::CONFIG_DATA => "configuration",
+        port::CONFIG_REQUEST | port::CONFIG_DATA => "configuration",
         layout::KEYBOARD_CONTROLLER_PORT => "keyboard controller",
         layout::RESET_CONTROL_PORT => "reset control",
         layout::RTC_DATA_PORT => "real-time clock",
