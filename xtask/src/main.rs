@@ -32,6 +32,7 @@ mod test_oci;
 mod test_report;
 mod test_root;
 mod test_volumes;
+mod transcripts;
 mod vmlinux;
 
 use clap::{Parser, Subcommand};
@@ -73,6 +74,8 @@ enum Command {
     Lab(lab::Arguments),
     /// Lists the VMM's functions that a boot executes, for the linker: vmm/boot-code.ld
     BootCode(boot_code::Arguments),
+    /// Writes the output of the commands that README and docs show into them
+    Transcripts,
     /// Removes the cache and says what that frees
     Clean(clean::Arguments),
     /// The part of `bench` that runs beside the monitors
@@ -99,6 +102,7 @@ fn main() -> ExitCode {
         Command::BuildImage(arguments) => build_image::run(&arguments),
         Command::KernelConfig(arguments) => kernel_config::run(&arguments),
         Command::RootPrices(arguments) => root_prices::run(&arguments),
+        Command::Transcripts => transcripts::run(),
         Command::Lab(arguments) => lab::run(&arguments),
         Command::Clean(arguments) => clean::run(&arguments),
         Command::Profile(arguments) => profile::run(&arguments),
