@@ -30,11 +30,10 @@ impl Owner {
         if group == self.here.1 { self.there.1 } else { NOBODY }
     }
 
-    /// All attributes.
+    /// All attributes but the file's number.
     pub(crate) fn attributes(&self, stat: &Stat) -> stat64 {
         let hidden = if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile { SET_ID } else { 0 };
         let mut attributes = Entry::default().attr;
-        attributes.st_ino = stat.st_ino;
         attributes.st_mode = stat.st_mode & !hidden;
         attributes.st_nlink = stat.st_nlink;
         attributes.st_uid = self.user(stat.st_uid);

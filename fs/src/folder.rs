@@ -11,7 +11,7 @@ use crate::attributes::Owner;
 use crate::inodes::{Inode, Inodes};
 use fuse_backend_rs::abi::fuse_abi::stat64;
 use fuse_backend_rs::api::filesystem::Entry;
-use rustix::fs::{FileType, Mode, OFlags, ResolveFlags};
+use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, Stat};
 use rustix::io::Errno;
 use rustix::process::{getegid, geteuid};
 use std::collections::BTreeMap;
@@ -35,6 +35,8 @@ pub(crate) struct Folder {
     root: Arc<OwnedFd>,
     /// /proc/self/fd, through which a descriptor that only names a file becomes one that reads or writes it.
     descriptors: OwnedFd,
+    /// The device that it is on.
+    device: u64,
     is_read_only: bool,
     owner: Owner,
     inodes: Mutex<Inodes>,
@@ -79,6 +81,7 @@ impl Folder {
         Ok(Self {
             root,
             descriptors,
+            device: stat.st_dev,
             is_read_only,
             owner: Owner { here: (geteuid().as_raw(), getegid().as_raw()), there: owner },
             inodes: Mutex::new(Inodes::new(inode, &stat)),
@@ -166,7 +169,7 @@ impl Folder {
         inodes.get(inode)?.seen.tell(&stat);
         Ok(Entry {
             inode,
-            attr: self.owner.attributes(&stat),
+            attr: self.attributes(&stat),
             attr_timeout: VALID,
             entry_timeout: VALID,
             ..Entry::default()
@@ -187,7 +190,21 @@ impl Folder {
     fn stat(&self, inode: &Inode) -> io::Result<(stat64, Duration)> {
         let stat = rustix::fs::fstat(&*inode.fd)?;
         inode.seen.tell(&stat);
-        Ok((self.owner.attributes(&stat), VALID))
+        Ok((self.attributes(&stat), VALID))
+    }
+
+    fn attributes(&self, stat: &Stat) -> stat64 {
+        let mut attributes = self.owner.attributes(stat);
+        attributes.st_ino = self.number(stat.st_dev, stat.st_ino);
+        attributes
+    }
+
+    /// The number by which programs of the guest tell a file from others: the host's, which stays the same. Files of
+    /// another device than the folder's, such as those of a subvolume, may have the numbers of others.
+    const fn number(&self, device: u64, number: u64) -> u64 {
+        /// Spreads neighbours over all numbers: 2^64 divided by the golden ratio, as multiplicative hashing has it.
+        const SPREAD: u64 = 0x9e37_79b9_7f4a_7c15;
+        number ^ (device ^ self.device).wrapping_mul(SPREAD)
     }
 }
 

@@ -46,6 +46,8 @@ struct Server {
     process: Child,
     socket: UnixStream,
     next: u64,
+    /// The guest's thread that asks.
+    thread: u32,
 }
 
 impl Server {
@@ -55,7 +57,7 @@ impl Server {
         let folder = rustix::fs::open(folder, flags, Mode::empty()).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_kindling-fs"));
         command.args(options).args(["--owner", "0:0"]).stdin(OwnedFd::from(its)).stdout(folder);
-        let mut this = Self { process: command.spawn().unwrap(), socket, next: 1 };
+        let mut this = Self { process: command.spawn().unwrap(), socket, next: 1, thread: 56 };
         // Version 7.38, 128 KiB of reading ahead, and everything that there is.
         let init = words(&[7, 38, 128 << 10, u32::MAX, u32::MAX, 0]);
         let reply = this.ask(op::INIT, 0, &[&init[..], &[0; 40]].concat()).unwrap();
@@ -67,8 +69,8 @@ impl Server {
         self.next += 1;
         let mut message = words(&[u32::try_from(40 + body.len()).unwrap(), opcode]);
         message.extend([self.next, inode].map(u64::to_le_bytes).concat());
-        // User 12, group 34, process 56.
-        message.extend(words(&[12, 34, 56, 0]));
+        // User 12, group 34.
+        message.extend(words(&[12, 34, self.thread, 0]));
         message.extend(body);
         self.socket.write_all(&message).unwrap();
     }
@@ -357,6 +359,54 @@ fn a_file_that_changed_is_looked_up_before_it_is_opened() {
     let handle = server.open(new, 0).unwrap();
     assert_eq!(server.read(new, handle, 0, 100).unwrap(), b"new content");
     server.end();
+}
+
+/// A second ESTALE would reach the program: SQLite then opens the file for reading only.
+#[test]
+fn threads_that_open_a_file_which_changes_all_open_it() {
+    let folder = folder();
+    let path = folder.path().join("file");
+    let mut server = Server::start(folder.path(), &[]);
+    let file = server.lookup(ROOT, "file").unwrap();
+    let mut open = |thread, text: &str| {
+        fs::write(&path, text).unwrap();
+        server.thread = thread;
+        let result = server.open(file, O_RDWR);
+        if result == Err(libc::ESTALE) {
+            server.lookup(ROOT, "file").unwrap();
+        }
+        result.map(|_| ())
+    };
+    assert_eq!(open(1, "1"), Err(libc::ESTALE));
+    assert_eq!(open(2, "22"), Err(libc::ESTALE));
+    assert_eq!(open(2, "333"), Ok(()));
+    assert_eq!(open(1, "4444"), Ok(()));
+}
+
+/// The number by which programs know a file is the same wherever they meet it, and as long as it lives.
+#[test]
+fn numbers_of_files_are_stable() {
+    let folder = folder();
+    let number_of = |name: &str| fs::symlink_metadata(folder.path().join(name)).unwrap().ino();
+    let mut server = Server::start(folder.path(), &[]);
+    for name in ["file", "folder"] {
+        for _ in 0..2 {
+            let reply = server.ask(op::LOOKUP, ROOT, &text(name)).unwrap();
+            let inode = long(&reply, 0);
+            // struct fuse_entry_out, struct fuse_attr_out: the attributes begin with it.
+            assert_eq!(long(&reply, 40), number_of(name));
+            assert_eq!(long(&server.ask(op::GETATTR, inode, &[0; 16]).unwrap(), 16), number_of(name));
+            server.send(op::FORGET, inode, &longs(&[1]));
+        }
+    }
+    let directory = long(&server.ask(op::OPENDIR, ROOT, &words(&[0, 0])).unwrap(), 0);
+    let body = [&longs(&[directory, 0])[..], &words(&[4096, 0]), &[0; 16]].concat();
+    let reply = server.ask(op::READDIR, ROOT, &body).unwrap();
+    assert!([number_of("file"), number_of("folder")].contains(&long(&reply, 0)));
+    // Another filesystem's may be the number of one here.
+    let root = fs::metadata("/proc").unwrap().ino();
+    let mut server = Server::start(Path::new("/"), &[]);
+    assert_ne!(long(&server.ask(op::LOOKUP, ROOT, &text("proc")).unwrap(), 40), root);
 }
 
 #[test]

@@ -201,7 +201,7 @@ impl FileSystem for Folder {
 
     fn open(
         &self,
-        _: &Context,
+        context: &Context,
         inode: u64,
         flags: u32,
         _: u32,
@@ -211,7 +211,9 @@ impl FileSystem for Folder {
             self.for_writing()?;
         }
         let inode = self.inode(inode)?;
-        if inode.kind == FileType::RegularFile && inode.seen.is_stale(&rustix::fs::fstat(&*inode.fd)?) {
+        if inode.kind == FileType::RegularFile
+            && inode.seen.is_stale(&rustix::fs::fstat(&*inode.fd)?, context.pid)
+        {
             return Err(Errno::STALE.into());
         }
         let file = self.reopen(&inode, flags)?;
@@ -396,6 +398,7 @@ impl FileSystem for Folder {
         }
         let mut handles = self.handles();
         let directory = handles.get(handle)?;
+        let device = rustix::fs::fstat(&*directory)?.st_dev;
         rustix::fs::seek(&*directory, SeekFrom::Start(offset))?;
         let mut buffer = Vec::with_capacity(usize::try_from(size).unwrap_or(MAX).clamp(MIN, MAX));
         let mut entries = RawDir::new(directory, buffer.spare_capacity_mut());
@@ -408,7 +411,7 @@ impl FileSystem for Folder {
                 continue;
             }
             let added = add(DirEntry {
-                ino: entry.ino(),
+                ino: self.number(device, entry.ino()),
                 offset: entry.next_entry_cookie(),
                 type_: entry.file_type().as_raw_mode() >> 12,
                 name,
