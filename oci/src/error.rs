@@ -120,7 +120,7 @@ pub enum Error {
     #[error("none of --cache, KINDLING_CACHE, XDG_CACHE_HOME and HOME says where to keep images")]
     NoCache,
     /// Neither a file nor a reference.
-    #[error("there is no such file or folder, and as the name of an image in a registry it is wrong")]
+    #[error("it is neither a path, as ./NAME is, nor the name of an image in a registry")]
     Reference(#[from] reference::Error),
     /// Nothing to remove.
     #[error("no image of this name or id is kept; `kindling image ls` has those that are")]

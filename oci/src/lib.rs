@@ -71,7 +71,7 @@ pub fn prepare(
     begin: &mut dyn FnMut(usize, usize),
 ) -> Result<Prepared, Error> {
     let cache = Cache::open(options.cache.as_deref())?;
-    let entry = match locate(image)? {
+    let entry = match locate(image, options.pull)? {
         Place::File(path, tag) => from_file(&cache, &path, tag, begin)?,
         Place::Registry(reference) => from_registry(&cache, reference, options.pull, begin)?,
     };
@@ -130,7 +130,7 @@ fn from_store(
 
 /// The name by which an image is known later, from wherever it is asked for.
 fn name(image: &str) -> String {
-    match locate(image) {
+    match locate(image, Pull::default()) {
         Ok(Place::File(path, tag)) => {
             let path = path.canonicalize().unwrap_or(path).display().to_string();
             tag.map_or(path.clone(), |tag| format!("{path}:{tag}"))
@@ -147,22 +147,47 @@ enum Place<'a> {
     Registry(Reference),
 }
 
-/// Takes `PATH`, `PATH:TAG` or the name of an image in a registry for what it is.
-fn locate(image: &str) -> Result<Place<'_>, Error> {
-    let ends = image.match_indices(':').map(|(at, _)| (at, Some(&image[at + 1..])));
-    for (end, tag) in [(image.len(), None)].into_iter().chain(ends) {
-        let path = Path::new(&image[..end]);
-        if path.is_file() || path.join("index.json").exists() {
+/// The prefix that names an OCI layout, as skopeo and podman have it.
+const LAYOUT: &str = "oci:";
+
+/// Names of files that are archives of images. No repository of a registry has such a name.
+const ARCHIVES: [&str; 9] =
+    [".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.xz", ".txz", ".tar.bz2", ".tbz2"];
+
+/// Decides by its form what a name means. The current directory may be a stranger's, so that nothing in it answers for
+/// a name of a registry: only `/...`, `./...`, `../...`, `oci:...` and files named as archives are paths.
+fn locate(image: &str, pull: Pull) -> Result<Place<'_>, Error> {
+    let (text, is_path) = match image.strip_prefix(LAYOUT) {
+        Some(layout) => (layout, true),
+        None => (image, image.starts_with(['/', '.'])),
+    };
+    let is_pulled = pull == Pull::Always || image.contains("@sha256:");
+    let ends = text.match_indices(':').map(|(at, _)| (at, Some(&text[at + 1..])));
+    for (end, tag) in [(text.len(), None)].into_iter().chain(ends) {
+        let (name, path) = (&text[..end], Path::new(&text[..end]));
+        let is_archive = || ARCHIVES.iter().any(|ending| name.ends_with(ending)) && path.is_file();
+        let is_here = if is_path {
+            path.is_file() || path.join("index.json").exists()
+        } else {
+            !is_pulled && is_archive()
+        };
+        if is_here {
             return Ok(Place::File(path.into(), tag));
         }
     }
-    // A folder `debian` beside one does not keep anyone from the image `debian`.
-    let is_path = image.starts_with(['/', '.']);
-    match Path::new(image).exists() {
-        true if is_path || image.contains('/') => Err(Error::NoImage),
-        false if is_path => Err(Error::NotFound),
-        _ => Ok(Place::Registry(Reference::parse(image)?)),
+    match is_path {
+        true if Path::new(text).exists() => Err(Error::NoImage),
+        true => Err(Error::NotFound),
+        false => Ok(Place::Registry(Reference::parse(image)?)),
     }
+}
+
+/// A file or folder of the current directory that a registry's name could be mistaken for.
+#[must_use]
+pub fn namesake(image: &str) -> Option<&str> {
+    let is_here = |name: &&str| !name.is_empty() && !name.starts_with(['/', '.']) && Path::new(name).exists();
+    let ends = image.match_indices(':').map(|(at, _)| at);
+    [image.len()].into_iter().chain(ends).map(|end| &image[..end]).find(is_here)
 }
 
 /// What tells a version of an archive from others; none of a folder, whose index says it.

@@ -204,7 +204,7 @@ fn the_command_prints_one_messageof_json() {
     );
     assert_eq!(value["digest"], Digest::of(config.to_string().as_bytes()).to_string());
     support::check(Path::new(value["rootfs"].as_str().unwrap()));
-    let output = command(&place, &["--user", "7:log", "image"]);
+    let output = command(&place, &["--user", "7:log", "./image"]);
     let value: Value = serde_json::from_slice(&output.stdout).unwrap();
     let user = json!({ "uid": 7, "gid": 5, "groups": [5], "home": "/", "name": "" });
     assert_eq!(value["config"]["user"], user);
@@ -221,23 +221,76 @@ fn the_commands_exit_status_says_who_can_mend_it() {
     assert_eq!(failed(&["./no"]), (2, "error: ./no: there is no such file or folder\n".to_owned()));
     place.layout().write(vec![Layer::new()], Packing::Plain);
     let no_user =
-        "error: image: the image's /etc/passwd has no user \"web\"; a number needs no entry there\n";
-    assert_eq!(failed(&["--user", "web", "image"]), (2, no_user.to_owned()));
+        "error: ./image: the image's /etc/passwd has no user \"web\"; a number needs no entry there\n";
+    assert_eq!(failed(&["--user", "web", "./image"]), (2, no_user.to_owned()));
     fs::write(place.path("file"), "").unwrap();
-    let (status, line) = failed(&["--cache", "file", "image"]);
+    let (status, line) = failed(&["--cache", "file", "./image"]);
     assert_eq!(status, 1);
     assert!(line.ends_with("/file/oci/v1: Not a directory (os error 20)\n"), "{line}");
     assert_eq!(failed(&["--pull"]).0, 2);
     fs::create_dir_all(place.path("debian/empty")).unwrap();
-    let (status, line) = failed(&["debian/empty"]);
+    let (status, line) = failed(&["./debian/empty"]);
     assert_eq!(status, 2);
-    assert!(line.starts_with("error: debian/empty: it is neither an OCI layout nor an archive"), "{line}");
-    // A folder of that name does not hide the image in a registry.
-    let (status, line) = failed(&["--pull", "never", "debian"]);
-    assert_eq!(
-        (status, &*line),
-        (2, "error: debian: it has not been pulled before; `--pull missing` pulls it\n")
+    assert!(line.starts_with("error: ./debian/empty: it is neither an OCI layout nor an archive"), "{line}");
+}
+
+/// The current directory may be a stranger's checkout.
+#[test]
+fn no_file_or_folder_answers_for_a_name_of_a_registry() {
+    let place = Place::new();
+    let failed = |words: &[&str]| {
+        let output = command(&place, words);
+        assert!(output.stdout.is_empty(), "{words:?}: {output:?}");
+        assert_eq!(output.status.code(), Some(2), "{words:?}: {output:?}");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let pinned = format!("busybox@{}", Digest::of(b""));
+    let layouts =
+        ["busybox", "busybox:1", "busybox@sha256", pinned.as_str(), "team/app", "host.example/app", "x.tar"];
+    for name in layouts {
+        let layout = support::Layout::new(place.path(name));
+        layout.write(vec![Layer::new().file("evil", "")], Packing::Plain);
+    }
+    fs::write(place.path("archive"), saved(&["one"])).unwrap();
+    for name in [&layouts[..], &["archive", "archive:one:1", "busybox:2", "team/app:1"]].concat() {
+        let line = failed(&["--pull", "never", name]);
+        assert!(line.contains("it has not been pulled before; `--pull missing` pulls it; ./"), "{line}");
+        assert!(line.ends_with(" names the file or folder here\n"), "{line}");
+    }
+    let line = failed(&["Busybox"]);
+    assert!(
+        line.starts_with("error: Busybox: it is neither a path, as ./NAME is, nor the name of an"),
+        "{line}"
     );
+    for name in
+        ["./busybox", "./busybox:1", "oci:busybox", "oci:team/app", "oci:./busybox", &format!("./{pinned}")]
+    {
+        let output = command(&place, &["--pull", "never", name]);
+        assert!(output.status.success(), "{name}: {output:?}");
+    }
+    assert_eq!(failed(&["oci:nothing"]), "error: oci:nothing: there is no such file or folder\n");
+}
+
+/// No repository is called `debian.tar`, so that its file needs no `./`, unless the registry is asked for.
+#[test]
+fn a_file_that_is_named_as_an_archive_is_one() {
+    let place = Place::new();
+    fs::create_dir(place.path("folder")).unwrap();
+    for name in ["a.tar", "folder/a.tar", "a.tgz"] {
+        fs::write(place.path(name), saved(&["one"])).unwrap();
+        for name in [name.to_owned(), format!("{name}:one:1")] {
+            let output = command(&place, &["--pull", "never", &name]);
+            assert!(output.status.success(), "{name}: {output:?}");
+        }
+    }
+    // Nothing listens there, so that the registry is asked in vain.
+    fs::create_dir(place.path("127.0.0.1:1")).unwrap();
+    let pinned = format!("127.0.0.1:1/a.tar@{}", Digest::of(b""));
+    for (name, pull) in [("127.0.0.1:1/a.tar", "always"), (pinned.as_str(), "missing")] {
+        fs::write(place.path(name), saved(&["one"])).unwrap();
+        let output = command(&place, &["--pull", pull, name]);
+        assert!(!output.status.success() && output.stdout.is_empty(), "{name}: {output:?}");
+    }
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use std::ffi::OsStr;
 use std::io::{self, Read};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -80,7 +81,7 @@ fn prepare_in(
     user: Option<&str>,
     pull: &str,
 ) -> Result<Prepared, SourceError> {
-    if is_erofs(&directory.join(image)) {
+    if names_a_filesystem(image, pull) && is_erofs(&directory.join(image)) {
         let user = user.map(numeric_user).transpose()?.unwrap_or_default();
         return Ok(Prepared { rootfs: image.into(), config: ImageConfig { user, ..ImageConfig::default() } });
     }
@@ -108,6 +109,16 @@ fn prepare_in(
 /// The program that converts images.
 pub(crate) fn converter() -> Result<PathBuf, SourceError> {
     Ok(std::env::current_exe().map_err(SourceError::NoConverter)?.with_file_name("kindling-oci"))
+}
+
+/// Whether a name can be that of a filesystem's file, by its form: the current directory may be a stranger's, so that
+/// no file in it answers for a name of a registry. `kindling-oci` does the same for its images.
+fn names_a_filesystem(image: &OsStr, pull: &str) -> bool {
+    let name = image.as_bytes();
+    let is_pinned = name.windows(8).any(|part| part == b"@sha256:");
+    name.starts_with(b"/")
+        || name.starts_with(b".")
+        || (name.ends_with(b".erofs") && pull != "always" && !is_pinned)
 }
 
 /// Whether a file is a filesystem of the kind that guests mount (`struct erofs_super_block` in fs/erofs/erofs_fs.h).
@@ -180,4 +191,23 @@ pub(crate) fn cache() -> Option<PathBuf> {
     let given = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let cache = given("XDG_CACHE_HOME").or_else(|| Some(given("HOME")?.join(".cache")))?;
     Some(cache.join("kindling"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_file_answers_for_a_name_of_a_registry() {
+        let names = |image: &str, pull| names_a_filesystem(image.as_ref(), pull);
+        for image in ["/a", "./busybox", "../x", "root.erofs", "folder/root.erofs"] {
+            assert!(names(image, "missing") && names(image, "never"), "{image}");
+        }
+        for image in
+            ["busybox", "busybox:1", "team/app", "host.example/app:1", "a@sha256:0.erofs", "root.erofs:1"]
+        {
+            assert!(!names(image, "missing"), "{image}");
+        }
+        assert!(!names("root.erofs", "always") && names("./root.erofs", "always"));
+    }
 }
