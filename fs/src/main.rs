@@ -32,6 +32,8 @@ enum Error {
     Usage,
     #[error("cannot share the folder that is standard output")]
     Folder(#[source] io::Error),
+    #[error("{}", trusted_path::SET_USER_ID)]
+    SetUserId,
     #[error(transparent)]
     Sandbox(#[from] sandbox::Error),
     #[error("cannot go on")]
@@ -57,6 +59,9 @@ impl Arguments {
 }
 
 fn run() -> Result<(), Error> {
+    if trusted_path::is_set_user_id() {
+        return Err(Error::SetUserId);
+    }
     let arguments = Arguments::parse(std::env::args_os().skip(1)).ok_or(Error::Usage)?;
     // A file, whose calls are those that remain.
     let socket = File::from(rustix::stdio::stdin().try_clone_to_owned().map_err(Error::Serve)?);

@@ -8,7 +8,7 @@ use crate::error::Error;
 use crate::prepared::Record;
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -73,9 +73,8 @@ impl Cache {
         let folder = folder.ok_or(Error::NoCache)?;
         let folder = std::path::absolute(&folder).map_err(|source| Error::Cache { path: folder, source })?;
         let folder = folder.join("oci").join(FORMAT);
-        // An image may be one that not everybody can have.
-        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder);
-        made.map_err(|source| Error::Cache { path: folder.clone(), source })?;
+        // What is in it is run later, and an image may be one that not everybody can have.
+        trusted_path::make_folder(&folder)?;
         Ok(Self { folder })
     }
 
@@ -204,7 +203,7 @@ impl Cache {
     pub(crate) fn remove_leftovers(&self) -> Result<(), Error> {
         for key in self.entries()?.iter().filter_map(|name| name.strip_prefix(DRAFT)) {
             let draft = self.draft(key);
-            let lock = File::create(self.lock_path(key));
+            let lock = trusted_path::lock_file(&self.lock_path(key));
             // Who holds the lock is at work.
             if lock.is_ok_and(|lock| lock.try_lock().is_ok() && remove(&draft).is_err()) {
                 return Err(Error::Cache { path: draft, source: io::ErrorKind::Other.into() });
@@ -223,7 +222,7 @@ impl Cache {
 
     fn lock(&self, key: &str) -> Result<File, Error> {
         let path = self.lock_path(key);
-        let locked = File::create(&path).and_then(|file| file.lock().map(|()| file));
+        let locked = trusted_path::lock_file(&path).and_then(|file| file.lock().map(|()| file));
         locked.map_err(|source| Error::Cache { path, source })
     }
 

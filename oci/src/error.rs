@@ -116,6 +116,9 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// The cache is not this user's alone.
+    #[error("the cache cannot be used")]
+    Untrusted(#[from] trusted_path::Error),
     /// Nowhere to put files.
     #[error("none of --cache, KINDLING_CACHE, XDG_CACHE_HOME and HOME says where to keep images")]
     NoCache,
@@ -142,7 +145,7 @@ impl Error {
             Self::Archive(tarball::Error::Read(error)) => error.raw_os_error().is_none(),
             Self::Filesystem(source) => matches!(source, erofs::Error::TooLarge(_)),
             Self::Registry(source) => source.is_users(),
-            Self::Cache { .. } => false,
+            Self::Cache { .. } | Self::Untrusted(trusted_path::Error::Host { .. }) => false,
             _ => true,
         }
     }

@@ -79,6 +79,10 @@ struct Prepare {
 }
 
 fn main() -> ExitCode {
+    if trusted_path::is_set_user_id() {
+        tell(&format!("error: {}", trusted_path::SET_USER_ID));
+        return ExitCode::from(2);
+    }
     match Arguments::parse().command {
         Command::Prepare(arguments) => print(&arguments),
         Command::Ls(kept) => match kindling_oci::list(kept.cache.as_deref()) {

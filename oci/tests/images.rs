@@ -226,7 +226,7 @@ fn the_commands_exit_status_says_who_can_mend_it() {
     fs::write(place.path("file"), "").unwrap();
     let (status, line) = failed(&["--cache", "file", "./image"]);
     assert_eq!(status, 1);
-    assert!(line.ends_with("/file/oci/v1: Not a directory (os error 20)\n"), "{line}");
+    assert!(line.ends_with("/file/oci: Not a directory (os error 20)\n"), "{line}");
     assert_eq!(failed(&["--pull"]).0, 2);
     fs::create_dir_all(place.path("debian/empty")).unwrap();
     let (status, line) = failed(&["./debian/empty"]);

@@ -353,10 +353,30 @@ fn network_cards() {
 
 #[test]
 fn networking_without_passt() {
+    if ["/usr/bin/passt", "/usr/local/bin/passt"].into_iter().any(|program| Path::new(program).exists()) {
+        println!("this host has passt in a folder of the system");
+        return;
+    }
     let place = Place::new();
     let kernel = place.kernel();
     let outcome = run(kindling().env("PATH", "").args(["boot", "--net", "user", "--kernel", &kernel]));
     outcome
         .expect_status(2)
         .expect_stderr("it needs the program passt, which Debian has in a package of this name");
+}
+
+#[test]
+fn where_no_guest_can_run_it_is_said_once() {
+    if kindling::kvm::probe::probe().is_good() {
+        println!("guests can run here");
+        return;
+    }
+    let place = Place::new();
+    let mut command = kindling();
+    command.arg("run").arg(tests::testbed("busybox.erofs")).arg("true").stdin(Stdio::null());
+    command.env("XDG_CACHE_HOME", place.0.path()).env("XDG_RUNTIME_DIR", place.0.path());
+    let outcome = run(command.env("KINDLING_IMAGE", tests::testbed("images/busybox")));
+    assert!([Some(2), Some(125)].contains(&outcome.status), "{outcome}");
+    assert_eq!(outcome.stderr.lines().count(), 1, "{outcome}");
+    outcome.expect_stderr("; `kindling doctor` says what this host lacks, and `cargo xtask run`");
 }

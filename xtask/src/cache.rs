@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 /// The cache directory, which exists after this call.
 pub(crate) fn directory() -> Result<PathBuf> {
     let path = locate(|name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from))?;
-    fs::create_dir_all(&path).with_context(|| format!("cannot create the cache {}", path.display()))?;
+    trusted_path::make_folder(&path).context("cannot use the cache")?;
     Ok(path)
 }
 
@@ -51,7 +51,7 @@ pub(crate) struct Lock {
 /// Locks something by name. Waiting for another process is said.
 pub(crate) fn lock(name: &str) -> Result<Lock> {
     let path = subdirectory("locks")?.join(name);
-    let file = File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
+    let file = trusted_path::lock_file(&path).with_context(|| format!("cannot create {}", path.display()))?;
     if file.try_lock().is_err() {
         eprintln!("waiting for another build to finish ...");
         file.lock().with_context(|| format!("cannot lock {}", path.display()))?;

@@ -231,21 +231,11 @@ fn make_filesystem(name: &str, path: &Path, size: u64) -> Result<(), VolumeError
     let _ = std::fs::remove_file(path);
     let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
     let file = file.and_then(|file| file.set_len(size).map(|()| file)).map_err(host("make", path))?;
-    // It is not in everybody's PATH.
-    let programs = ["mke2fs", "/usr/sbin/mke2fs", "/sbin/mke2fs"];
-    let output = programs.into_iter().find_map(|program| {
-        let mut command = Command::new(program);
-        command
-            .env("MKE2FS_CONFIG", "/dev/null")
-            .args(["-q", "-F", "-b", "4096", "-I", "256", "-i", "16384"]);
-        command.args(["-m", "0", "-e", "remount-ro", "-O", FEATURES, "-E"]);
-        command.arg("nodiscard,root_owner=0:0,lazy_itable_init=1,lazy_journal_init=1").arg(path);
-        match command.stdin(Stdio::null()).output() {
-            Err(error) if error.kind() == ErrorKind::NotFound => None,
-            result => Some(result),
-        }
-    });
-    let output = output.ok_or(VolumeError::NoMke2fs)?.map_err(host("make a filesystem in", path))?;
+    let mut command = Command::new(trusted_path::program("mke2fs").ok_or(VolumeError::NoMke2fs)?);
+    command.env("MKE2FS_CONFIG", "/dev/null").args(["-q", "-F", "-b", "4096", "-I", "256", "-i", "16384"]);
+    command.args(["-m", "0", "-e", "remount-ro", "-O", FEATURES, "-E"]);
+    command.arg("nodiscard,root_owner=0:0,lazy_itable_init=1,lazy_journal_init=1").arg(path);
+    let output = command.stdin(Stdio::null()).output().map_err(host("make a filesystem in", path))?;
     if !output.status.success() {
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
         let message = text.lines().rfind(|line| !line.trim().is_empty()).unwrap_or("it ended without a word");

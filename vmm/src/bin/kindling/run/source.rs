@@ -4,9 +4,9 @@ use serde::{Deserialize, Serialize};
 use std::ffi::OsStr;
 use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use trusted_path::Owners;
 
 /// Why there is nothing to run.
 #[derive(Debug, thiserror::Error)]
@@ -34,6 +34,9 @@ pub(crate) enum SourceError {
     /// That program is not there.
     #[error("cannot run kindling-oci, which has to lie beside kindling")]
     NoConverter(#[source] io::Error),
+    /// Others could change what is run.
+    #[error(transparent)]
+    Untrusted(#[from] trusted_path::Error),
     /// It printed something else.
     #[error("kindling-oci and kindling are of different versions")]
     Version(#[source] serde_json::Error),
@@ -108,7 +111,12 @@ fn prepare_in(
 
 /// The program that converts images.
 pub(crate) fn converter() -> Result<PathBuf, SourceError> {
-    Ok(std::env::current_exe().map_err(SourceError::NoConverter)?.with_file_name("kindling-oci"))
+    let program = std::env::current_exe().map_err(SourceError::NoConverter)?.with_file_name("kindling-oci");
+    match trusted_path::file(&program, Owners::and_of_program()) {
+        Ok(_) => Ok(program),
+        Err(error) if error.is_absent() => Err(SourceError::NoConverter(io::ErrorKind::NotFound.into())),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Whether a name can be that of a filesystem's file, by its form: the current directory may be a stranger's, so that
@@ -162,28 +170,20 @@ fn numeric_user(text: &str) -> Result<User, SourceError> {
 pub(crate) fn kernel_image() -> Result<PathBuf, SourceError> {
     if let Some(path) = std::env::var_os("KINDLING_IMAGE").filter(|path| !path.is_empty()) {
         let path = PathBuf::from(path);
-        return if path.join("image.json").exists() { Ok(path) } else { Err(SourceError::NoKernelAt(path)) };
+        if !path.join("image.json").exists() {
+            return Err(SourceError::NoKernelAt(path));
+        }
+        trusted_path::folder(&path, Owners::and_of_program())?;
+        return Ok(path);
     }
     let program = std::env::current_exe().unwrap_or_default();
     let beside = program.ancestors().skip(1);
-    let places =
+    let mut places =
         beside.flat_map(|folder| [folder.join("share/kindling/default"), folder.join("images/default")]);
-    places
-        .into_iter()
-        .find(|place| is_trusted(&place.join("image.json"), &program))
-        .ok_or(SourceError::NoKernel)
-}
-
-/// Whether a file is there that is the user's, root's or of whoever made the program: a folder above the program may be
-/// one in which everybody makes folders, /tmp for instance.
-fn is_trusted(file: &Path, program: &Path) -> bool {
-    let owner = |path: &Path| path.metadata().map(|metadata| metadata.uid()).ok();
-    let own = rustix::process::geteuid().as_raw();
-    let by_trusted = |place: &Path| {
-        let uid = owner(place);
-        uid.is_some() && [Some(0), Some(own), owner(program)].contains(&uid)
-    };
-    file.is_file() && by_trusted(file) && file.parent().is_some_and(by_trusted)
+    // A folder above the program may be one in which everybody makes folders, /tmp for instance.
+    let is_trusted =
+        |place: &PathBuf| trusted_path::file(&place.join("image.json"), Owners::and_of_program()).is_ok();
+    places.find(is_trusted).ok_or(SourceError::NoKernel)
 }
 
 /// Where pre-booted kernels are kept: the user's cache.

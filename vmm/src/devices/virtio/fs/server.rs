@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStderr, Command, Stdio};
+use trusted_path::Owners;
 
 /// A process that serves a folder, and the socket to it. It ends when the socket is closed.
 #[derive(Debug)]
@@ -26,6 +27,10 @@ impl Server {
         let program = std::env::current_exe()
             .map(|program| program.with_file_name("kindling-fs"))
             .map_err(|error| wrong(format!("this program does not find itself: {error}")))?;
+        trusted_path::file(&program, Owners::and_of_program()).map_err(|error| match error.is_absent() {
+            true => wrong("kindling-fs has to lie beside this program".into()),
+            false => wrong(error.to_string()),
+        })?;
         let no_descriptor = |error: io::Error| wrong(format!("the host gave no descriptor: {error}"));
         let (ours, its) = UnixStream::pair().map_err(no_descriptor)?;
         let folder = config.folder.as_fd().try_clone_to_owned().map_err(no_descriptor)?;
@@ -40,10 +45,8 @@ impl Server {
         command.env_clear().current_dir("/");
         // Ctrl-C at a terminal is for the guest's program, which may still have something to write.
         command.process_group(0);
-        let process = command.spawn().map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound => wrong("kindling-fs has to lie beside this program".into()),
-            _ => wrong(format!("kindling-fs cannot be started: {error}")),
-        })?;
+        let process =
+            command.spawn().map_err(|error| wrong(format!("kindling-fs cannot be started: {error}")))?;
         Ok(Self { socket: ours, process: Some(process) })
     }
 

@@ -1,0 +1,150 @@
+//! The walk to a file or folder.
+
+use crate::{Error, Owners, group};
+use rustix::fs::{FileType, Mode, OFlags, Stat, fstat, mkdirat, open, openat, readlinkat};
+use rustix::io::Errno;
+use std::ffi::{OsStr, OsString};
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Component, Path, PathBuf};
+
+/// Links that may be followed on one walk, as in the kernel (`MAXSYMLINKS` in include/linux/namei.h).
+const LINKS_MAX: u32 = 40;
+
+const STICKY: u32 = 0o1000;
+const GROUP_WRITES: u32 = 0o020;
+const OTHERS_WRITE: u32 = 0o002;
+
+/// What is at the end of a walk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Target {
+    File,
+    Folder,
+    /// A folder that is made where it is missing, with those above it.
+    NewFolder,
+}
+
+/// A walk on its way.
+#[derive(Debug)]
+pub(crate) struct Walk {
+    owners: Owners,
+    /// The folder that was reached.
+    at: OwnedFd,
+    /// Its path, for messages.
+    path: PathBuf,
+    /// The names that are left, the next one last.
+    names: Vec<OsString>,
+    links: u32,
+}
+
+impl Walk {
+    pub(crate) fn new(path: &Path, owners: Owners) -> Result<Self, Error> {
+        let absolute =
+            std::path::absolute(path).map_err(|source| Error::Host { path: path.to_owned(), source })?;
+        let mut walk = Self { owners, at: root()?, path: "/".into(), names: Vec::new(), links: 0 };
+        walk.push(&absolute);
+        Ok(walk)
+    }
+
+    /// Puts the names of a path in front of those that are left.
+    fn push(&mut self, path: &Path) {
+        let names = path.components().rev().filter_map(|part| match part {
+            Component::Normal(name) => Some(name.to_owned()),
+            Component::ParentDir => Some("..".into()),
+            _ => None,
+        });
+        self.names.extend(names);
+    }
+
+    pub(crate) fn to(mut self, target: Target) -> Result<OwnedFd, Error> {
+        loop {
+            let stat = self.stat(&self.at)?;
+            let Some(name) = self.names.pop() else { return self.arrive(&stat, target) };
+            self.check_passage(&stat)?;
+            self.path.push(&name);
+            let entry = self.open(&name, target)?;
+            let stat = self.stat(&entry)?;
+            if FileType::from_raw_mode(stat.st_mode) == FileType::Symlink {
+                self.check_owner(&stat, true)?;
+                self.follow(&entry)?;
+            } else {
+                self.at = entry;
+            }
+        }
+    }
+
+    fn open(&self, name: &OsStr, target: Target) -> Result<OwnedFd, Error> {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let open = || openat(&self.at, name, flags, Mode::empty());
+        let entry = match open() {
+            Err(Errno::NOENT) if target == Target::NewFolder => match mkdirat(&self.at, name, Mode::RWXU) {
+                Ok(()) | Err(Errno::EXIST) => open(),
+                Err(error) => Err(error),
+            },
+            result => result,
+        };
+        entry.map_err(|error| self.refused(error))
+    }
+
+    fn follow(&mut self, link: &OwnedFd) -> Result<(), Error> {
+        self.links += 1;
+        if self.links > LINKS_MAX {
+            return Err(self.refused(Errno::LOOP));
+        }
+        let text = readlinkat(link, "", Vec::new()).map_err(|error| self.refused(error))?;
+        let target = Path::new(OsStr::from_bytes(text.as_bytes()));
+        self.path.pop();
+        if target.is_absolute() {
+            (self.at, self.path) = (root()?, "/".into());
+        }
+        self.push(target);
+        Ok(())
+    }
+
+    /// Others may make entries in a folder on the way where its sticky bit keeps them from replacing those of this user.
+    fn check_passage(&self, stat: &Stat) -> Result<(), Error> {
+        self.check_owner(stat, true)?;
+        if stat.st_mode & STICKY != 0 { Ok(()) } else { self.check_mode(stat) }
+    }
+
+    fn arrive(self, stat: &Stat, target: Target) -> Result<OwnedFd, Error> {
+        let (kind, what) = match target {
+            Target::File => (FileType::RegularFile, "regular file"),
+            Target::Folder | Target::NewFolder => (FileType::Directory, "folder"),
+        };
+        if FileType::from_raw_mode(stat.st_mode) != kind {
+            return Err(Error::Kind { path: self.path, what });
+        }
+        self.check_owner(stat, false)?;
+        self.check_mode(stat)?;
+        Ok(self.at)
+    }
+
+    fn check_owner(&self, stat: &Stat, is_passage: bool) -> Result<(), Error> {
+        if self.owners.has(stat.st_uid) || (is_passage && group::is_unmapped(stat.st_uid)) {
+            return Ok(());
+        }
+        Err(Error::Owner { path: self.path.clone(), uid: stat.st_uid })
+    }
+
+    fn check_mode(&self, stat: &Stat) -> Result<(), Error> {
+        let by_group = stat.st_mode & GROUP_WRITES != 0 && !group::is_of_this_user_alone(stat.st_gid);
+        if by_group || stat.st_mode & OTHERS_WRITE != 0 {
+            return Err(Error::Writable(self.path.clone()));
+        }
+        Ok(())
+    }
+
+    fn stat(&self, entry: &OwnedFd) -> Result<Stat, Error> {
+        fstat(entry).map_err(|error| self.refused(error))
+    }
+
+    fn refused(&self, error: Errno) -> Error {
+        Error::Host { path: self.path.clone(), source: error.into() }
+    }
+}
+
+fn root() -> Result<OwnedFd, Error> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    open("/", flags, Mode::empty()).map_err(|error| Error::Host { path: "/".into(), source: error.into() })
+}
