@@ -107,6 +107,15 @@ pub struct ImageFile {
     pub sha256: String,
 }
 
+/// SHA-256 of an image's kernel and initramfs, each in 64 hexadecimal digits, as its description names them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Digests {
+    /// Of the kernel.
+    pub kernel: String,
+    /// Of the initramfs.
+    pub initrd: String,
+}
+
 impl Image {
     /// Version of the description that this program reads and writes.
     pub const FORMAT: u32 = 1;
@@ -133,6 +142,12 @@ impl Image {
                 return Err(invalid(format!(
                     "{:?} is not the name of a file in the image's folder",
                     file.file
+                )));
+            }
+            if !is_sha256(&file.sha256) {
+                let (digest, file) = (&file.sha256, &file.file);
+                return Err(invalid(format!(
+                    "{digest:?}, of {file}, is not a SHA-256: 64 hexadecimal digits"
                 )));
             }
             let path = directory.join(&file.file);
@@ -193,7 +208,10 @@ impl Image {
             // The kernels of images read the MP table: the fragment kvm-guest sees to it.
             interrupt_controllers: InterruptControllers::IoApic,
             vcpus_max: self.vcpus_max,
-            image_digests: Some(format!("{} {}", self.kernel.sha256, self.initrd.sha256)),
+            image_digests: Some(Digests {
+                kernel: self.kernel.sha256.clone(),
+                initrd: self.initrd.sha256.clone(),
+            }),
         }
     }
 
@@ -213,16 +231,31 @@ impl Image {
 /// # Errors
 /// When the file cannot be read.
 pub fn sha256_of(path: &Path) -> io::Result<String> {
-    let mut file = File::open(path)?;
+    sha256_copying(File::open(path)?, io::sink())
+}
+
+/// SHA-256 of all that a reader gives, in hexadecimal digits. The same bytes go to `copy`.
+///
+/// # Errors
+/// When it cannot be read, or the copy cannot be written.
+pub(crate) fn sha256_copying(mut reader: impl Read, mut copy: impl io::Write) -> io::Result<String> {
     let mut digest = Sha256::new();
     let mut buffer = vec![0; 1 << 20];
     loop {
-        match file.read(&mut buffer)? {
+        match reader.read(&mut buffer)? {
             0 => break,
-            length => digest.update(&buffer[..length]),
+            length => {
+                digest.update(&buffer[..length]);
+                copy.write_all(&buffer[..length])?;
+            }
         }
     }
     Ok(hexadecimal(&digest.finalize()))
+}
+
+/// Whether a text is a digest as this module writes it. It may become a part of a path.
+fn is_sha256(text: &str) -> bool {
+    text.len() == 64 && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }
 
 /// SHA-256 of bytes in hexadecimal digits.
@@ -369,7 +402,13 @@ mod tests {
         let path = directory.path();
         let good = image(path);
         type Change = fn(&mut Image);
-        let cases: [(&str, Change); 4] = [
+        let cases: [(&str, Change); 8] = [
+            ("of vmlinux, is not a SHA-256: 64 hexadecimal digits", |image| {
+                image.kernel.sha256 = "../../x".into()
+            }),
+            ("of initrd, is not a SHA-256", |image| image.initrd.sha256 = String::new()),
+            ("of vmlinux, is not a SHA-256", |image| image.kernel.sha256.make_ascii_uppercase()),
+            ("of vmlinux, is not a SHA-256", |image| image.kernel.sha256 += "0"),
             ("its format is 2", |image| image.format = 2),
             ("\"../vmlinux\" is not the name of a file", |image| image.kernel.file = "../vmlinux".into()),
             ("\"/vmlinux\" is not the name of a file", |image| image.kernel.file = "/vmlinux".into()),

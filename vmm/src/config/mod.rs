@@ -66,7 +66,7 @@ pub struct BootSource {
     /// vCPUs that the kernel was built for.
     pub vcpus_max: u8,
     /// Digests of kernel and initrd where both come from an image, which names them.
-    pub image_digests: Option<String>,
+    pub image_digests: Option<image::Digests>,
 }
 
 impl BootSource {

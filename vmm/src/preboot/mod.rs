@@ -10,8 +10,10 @@
 
 mod file;
 mod place;
+mod verified;
 
 use crate::bus::lock;
+use crate::config::image::{Digests, sha256};
 use crate::config::{Config, Console, GuestConfig};
 use crate::devices::boot_mark::BootMarks;
 use crate::devices::{io_apic, serial, virtio};
@@ -31,6 +33,7 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use verified::Verified;
 
 /// Where init executes again what the frozen machine executed last.
 const FREEZE_AT: BootMark = BootMark::InitEntered;
@@ -119,14 +122,27 @@ struct MadeFor {
 
 impl MadeFor {
     fn config(config: &Config) -> Result<Self, PrebootError> {
+        let Digests { kernel, initrd } = digests(config)?;
         Ok(Self {
             vmm: env!("CARGO_PKG_VERSION").to_owned(),
-            image: config.boot_source.image_digests.clone().ok_or(PrebootError::NotAnImage)?,
+            image: format!("{kernel} {initrd}"),
             boot_args: config.boot_source.boot_args.clone(),
             vcpu_count: config.machine.vcpu_count,
             mem_size_mib: config.machine.mem_size_mib,
         })
     }
+}
+
+fn digests(config: &Config) -> Result<&Digests, PrebootError> {
+    config.boot_source.image_digests.as_ref().ok_or(PrebootError::NotAnImage)
+}
+
+/// A name for the folder of the kernels that guests with this boot source can continue from: a digest of this program's
+/// version and of all that [`make`] reads. Nothing where they do not come from an image.
+#[must_use]
+pub fn key(config: &Config) -> Option<String> {
+    let MadeFor { vmm, image, boot_args, .. } = MadeFor::config(config).ok()?;
+    Some(sha256(format!("{vmm}\n{image}\n{boot_args}").as_bytes()))
 }
 
 /// What a kernel is patched for. Descriptions of caches are left out: where cores of a host are of different
@@ -252,10 +268,11 @@ impl Preboot {
 }
 
 /// Boots the machine of a configuration as far as init and keeps it in a file, which appears whole, and only
-/// after a guest has continued from it. Console and payload of the configuration play no part.
+/// after a guest has continued from it. Console and payload of the configuration play no part. Kernel and initrd are
+/// compared with the digests of their image first, and what was compared is booted.
 ///
 /// # Errors
-/// When the machine cannot be built, its guest does not reach init, the file cannot be written, or a guest that
+/// When kernel or initrd are others than their image names, the machine cannot be built, its guest does not reach init, the file cannot be written, or a guest that
 /// continues from it does not end well.
 pub fn make(config: &Config, path: &Path) -> Result<(), Error> {
     let config = Config {
@@ -266,6 +283,10 @@ pub fn make(config: &Config, path: &Path) -> Result<(), Error> {
         ..config.clone()
     };
     let made_for = MadeFor::config(&config)?;
+    // No kernel or initrd is larger than the memory that it goes into.
+    let max = config.machine.mem_size_mib.saturating_mul(layout::MIB);
+    let verified = Verified::read(&config.boot_source, digests(&config)?, max)?;
+    let config = Config { boot_source: verified.source.clone(), ..config };
     let running = Machine::build(&config, Timeline::starting_at(Instant::now()), Some(FREEZE_AT))?.start()?;
     let mut frozen = running.freeze().map_err(|reason| PrebootError::Ended(reason.to_string()))?;
     let mut state = frozen.state(made_for)?;

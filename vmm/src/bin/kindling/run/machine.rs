@@ -8,7 +8,9 @@ use crate::instances::Instance;
 use crate::{bytes, volumes};
 use kindling::config::image::Image;
 use kindling::config::{Config, ConfigError, Console, GuestConfig, MachineConfig};
+use kindling::preboot;
 use std::path::PathBuf;
+use trusted_path::Owners;
 
 impl Arguments {
     pub(super) fn config(
@@ -52,7 +54,7 @@ impl Arguments {
         }
         config.validate()?;
         if !self.cold {
-            config.preboot = preboot_path(&config);
+            config.preboot = preboot_path(&config)?;
         }
         Ok(config)
     }
@@ -112,9 +114,11 @@ impl Arguments {
 }
 
 /// Where the kernel is that was booted before for guests like this one; the same for all root filesystems.
-fn preboot_path(config: &Config) -> Option<PathBuf> {
-    const ENOUGH: usize = 16;
-    let digests = config.boot_source.image_digests.as_ref()?;
-    let kernel = source::cache()?.join("kernels").join(digests.get(..ENOUGH)?);
-    Some(Image::preboot_path(&kernel, &config.machine, &config.devices))
+fn preboot_path(config: &Config) -> Result<Option<PathBuf>, trusted_path::Error> {
+    let Some((cache, key)) = source::cache().zip(preboot::key(config)) else { return Ok(None) };
+    let path = Image::preboot_path(&cache.join("kernels").join(key), &config.machine, &config.devices);
+    match trusted_path::folder(path.parent().unwrap_or(&path), Owners::own()) {
+        Err(error) if !error.is_absent() => Err(error),
+        _ => Ok(Some(path)),
+    }
 }

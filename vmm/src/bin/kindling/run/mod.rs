@@ -27,7 +27,6 @@ use signals::Signals;
 use source::{Prepared, SourceError};
 use std::io::Write;
 use std::net::Shutdown;
-use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -54,6 +53,8 @@ enum RunError {
     Mount(#[from] MountError),
     #[error(transparent)]
     Volume(#[from] VolumeError),
+    #[error("the cache of kernels cannot be used")]
+    Cache(#[from] trusted_path::Error),
     #[error(transparent)]
     Environment(#[from] EnvironmentError),
     #[error("--publish needs a network, and --net none says that there is none")]
@@ -281,19 +282,21 @@ fn make_preboot(config: &Config, signals: &mut Signals, instance: &Instance) -> 
         let _done = done;
         preboot_in_own_folder(config, path)
     });
-    if let Err(error) = made {
-        tell(&format!("kindling: {}; this guest boots its kernel itself\n", report::printable(&error)));
+    match made {
+        Ok(()) => Ok(()),
+        // A kernel that is not what its image says is not run at all, and without KVM there is no guest.
+        Err(RunError::Machine(error @ (Error::Config(_) | Error::Kvm(_)))) => Err(error.into()),
+        Err(error @ RunError::Cache(_)) => Err(error),
+        Err(error) => {
+            let error = report::printable(&crate::with_causes(&error));
+            tell(&format!("kindling: {error}; this guest boots its kernel itself\n"));
+            Ok(())
+        }
     }
-    Ok(())
 }
 
-fn preboot_in_own_folder(config: &Config, path: &Path) -> Result<(), String> {
-    let folder = path.parent().unwrap_or(path);
+fn preboot_in_own_folder(config: &Config, path: &Path) -> Result<(), RunError> {
     // Others could change a kernel that they may write to.
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(folder)
-        .map_err(|error| error.to_string())?;
-    preboot::make(config, path).map_err(|error| crate::with_causes(&error))
+    trusted_path::make_folder(path.parent().unwrap_or(path))?;
+    Ok(preboot::make(config, path)?)
 }
