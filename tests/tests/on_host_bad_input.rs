@@ -352,6 +352,7 @@ fn network_cards() {
 }
 
 #[test]
+#[expect(clippy::print_stdout, reason = "a test that does not apply says so")]
 fn networking_without_passt() {
     if ["/usr/bin/passt", "/usr/local/bin/passt"].into_iter().any(|program| Path::new(program).exists()) {
         println!("this host has passt in a folder of the system");
@@ -366,6 +367,7 @@ fn networking_without_passt() {
 }
 
 #[test]
+#[expect(clippy::print_stdout, reason = "a test that does not apply says so")]
 fn where_no_guest_can_run_it_is_said_once() {
     if kindling::kvm::probe::probe().is_good() {
         println!("guests can run here");

@@ -4,7 +4,7 @@
 //! runs it in many labs, one after the other, and prints what each figure was in all of them, so that budgets and the
 //! margins of the test are set from a measurement.
 
-use crate::lab::{Driver, Job};
+use crate::lab::Job;
 use crate::test::{self, Program};
 use crate::test_lab::{self, TESTBED};
 use anyhow::{Context, Result, ensure};
@@ -74,7 +74,7 @@ fn measure(program: &Program, testbed: &std::path::Path, filter: Option<&str>) -
         output.extend_from_slice(data);
         Ok(None)
     };
-    let status = job.drive(SILENCE, Driver { answer: &mut answer })?;
+    let status = job.drive(SILENCE, &mut answer)?;
     Ok((status == 0, String::from_utf8_lossy(&output).into_owned()))
 }
 

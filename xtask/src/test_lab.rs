@@ -3,7 +3,7 @@
 //! A lab runs many programs, because packing and booting it takes longer than most of them. Its shell asks for the
 //! next one whenever one has ended, so that two labs work through one queue.
 
-use crate::lab::{ATTEMPTS, DISK, Driver, Job, Silent};
+use crate::lab::{ATTEMPTS, DISK, Job, Silent};
 use crate::test::Program;
 use crate::test_images;
 use crate::test_report::{Report, Transcript};
@@ -26,9 +26,9 @@ const ROUNDS: &str = "KINDLING_ROUNDS";
 /// Begins the lines that are for this program. The shell prints them at the start of a line.
 const MARK: &str = "test lab:";
 /// What follows the mark: the lab has booted, or how a program ended.
-const READY: &str = " ready\n";
-const PASSED: &str = " passed";
-const FAILED: &str = " failed";
+const READY: &str = "ready";
+const PASSED: &str = "passed";
+const FAILED: &str = "failed";
 
 /// Test programs that wait for a lab, and what such a lab has.
 #[derive(Debug)]
@@ -90,10 +90,11 @@ impl<'a> Queue<'a> {
                 let mut name = None;
                 lines.split(data, |line| match line.strip_prefix(MARK.as_bytes()) {
                     Some(how) => {
-                        if !how.ends_with(READY.as_bytes()) {
-                            current
-                                .take()
-                                .map(|ended| ended.transcript.end(how.ends_with(PASSED.as_bytes())));
+                        let how = how.trim_ascii();
+                        if how != READY.as_bytes() {
+                            if let Some(ended) = current.take() {
+                                ended.transcript.end(how == PASSED.as_bytes());
+                            }
                             current = self.next().map(|next| self.begin(next, report));
                         }
                         // An empty answer ends the shell's input, and with it the lab.
@@ -108,7 +109,7 @@ impl<'a> Queue<'a> {
                 Ok(name.map(String::into_bytes))
             };
             let silence = if self.takes_long() { LONG_SILENCE } else { SILENCE };
-            let result = self.job().drive(silence, Driver { answer: &mut answer });
+            let result = self.job().drive(silence, &mut answer);
             match (result, current) {
                 (Ok(0), None) => {}
                 (Ok(status), _) => bail!("the shell of a test lab ended with status {status}"),
@@ -155,11 +156,11 @@ impl<'a> Queue<'a> {
             arguments += &format!("{}) set -- {words};; ", program.name);
         }
         let script = format!(
-            "printf '{MARK}{READY}'\n\
+            "echo '{MARK} {READY}'\n\
              while read -r name; do\n\
              case $name in {arguments} esac\n\
              if /tests/$name \"$@\" </dev/null; then how='{PASSED}'; else how='{FAILED}'; fi\n\
-             echo; echo \"{MARK}$how\"\n\
+             echo; echo \"{MARK} $how\"\n\
              done"
         );
         Job {

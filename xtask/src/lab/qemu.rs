@@ -26,12 +26,9 @@ impl fmt::Display for Silent {
     }
 }
 
-/// What drives a lab's command in place of this process's standard streams.
-pub(crate) struct Driver<'a> {
-    /// Takes what the command prints, to either of its streams. What it returns is the command's input; an empty
-    /// answer ends that.
-    pub(crate) answer: &'a mut dyn FnMut(&[u8]) -> Result<Option<Vec<u8>>>,
-}
+/// Drives a lab's command in place of this process's standard streams: takes what the command prints to either of its
+/// streams, and returns what becomes the command's input; an empty answer ends that.
+pub(crate) type Driver<'a> = &'a mut dyn FnMut(&[u8]) -> Result<Option<Vec<u8>>>;
 
 /// Boots a lab, runs its job, and returns the command's exit status. A lab that says nothing for `limit` is stopped.
 pub(super) fn run(job: &Job, limit: Option<Duration>, driver: Option<Driver<'_>>) -> Result<u8> {
@@ -44,7 +41,7 @@ pub(super) fn run(job: &Job, limit: Option<Duration>, driver: Option<Driver<'_>>
     let channel = child.stdout.take().context("QEMU has no standard output")?;
     let mut input = child.stdin.take().context("QEMU has no standard input")?;
     let result = match driver {
-        Some(driver) => serve(job, channel, limit, |_, data| match (driver.answer)(data)? {
+        Some(driver) => serve(job, channel, limit, |_, data| match driver(data)? {
             Some(answer) => Ok(frame::write(&mut input, Kind::Input, &answer)?),
             None => Ok(()),
         }),
