@@ -16,7 +16,7 @@ pub(crate) mod wait;
 
 use crate::run::source::User;
 use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, complain};
-use rustix::fs::{FlockOperation, Mode, OFlags, flock, mkdir, open};
+use rustix::fs::{FlockOperation, Mode, OFlags, fcntl_lock, flock, mkdir, open};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
@@ -48,9 +48,11 @@ pub(crate) enum InstanceError {
     /// The guest runs, and should not.
     #[error("the guest {0} runs; `kindling stop {0}` ends it, and `kindling rm -f {0}` does not ask it")]
     Runs(String),
-    /// Its VMM has not said yet who it is.
-    #[error("the guest {0} is being started; try again")]
-    Starting(String),
+    /// Nothing says to this process which one its VMM is.
+    #[error(
+        "the guest {0} runs in another PID namespace, or another version of kindling runs it; use that one's kindling"
+    )]
+    Elsewhere(String),
     /// A guest in the foreground.
     #[error("the output of the guest {0} went to the `kindling run` that started it; with -d it is kept")]
     NoLog(String),
@@ -60,9 +62,9 @@ pub(crate) enum InstanceError {
     /// The guest does not run any more.
     #[error("the guest {0} has ended; `kindling rm {0}` forgets it")]
     Ended(String),
-    /// The folder belongs to somebody else.
-    #[error("{} belongs to another user or may be written by others; set XDG_RUNTIME_DIR to a folder of yours", .0.display())]
-    NotOurs(PathBuf),
+    /// Others can change the folder.
+    #[error("the folder of guests cannot be used; set XDG_RUNTIME_DIR to a folder of yours")]
+    NotOurs(#[source] trusted_path::Error),
     /// The host refused something.
     #[error("cannot {what} {}", path.display())]
     Host {
@@ -97,8 +99,6 @@ pub(crate) struct Record {
     pub(crate) command: Vec<String>,
     /// With what it runs that, and what one more command gets.
     pub(crate) payload: Payload,
-    /// Process id of its VMM.
-    pub(crate) pid: u32,
     /// Seconds since 1970.
     pub(crate) started: u64,
     pub(crate) memory_mib: u64,
@@ -129,11 +129,16 @@ pub(crate) struct Instance {
     name: String,
     folder: PathBuf,
     _lock: File,
+    /// What tells others which process the VMM is.
+    _monitor: Option<OwnedFd>,
     /// Keeps systemd-tmpfiles from clearing the folder away, where that is in /tmp and old (tmpfiles.d(5)).
     _keep: Option<OwnedFd>,
 }
 
 const LOCK: &str = "lock";
+/// Its VMM holds a POSIX lock on this file. Of such a lock the kernel says which process has it, as each process with
+/// numbers of its own has to call it. It is gone when the process closes any descriptor of the file, so that a VMM has one.
+const MONITOR: &str = "monitor";
 const RECORD: &str = "guest.json";
 /// How it ended, once it has: the number, and blanks behind it.
 const STATUS: &str = "status";
@@ -168,10 +173,10 @@ impl Instance {
         mkdir(&draft, Mode::from_raw_mode(0o700))
             .map_err(|error| host("make the folder", &draft)(error.into()))?;
         let path = draft.join(LOCK);
-        let lock = open(&path, OFlags::CREATE | OFlags::RDWR | OFlags::CLOEXEC, Mode::from_raw_mode(0o600))
-            .map_err(|error| host("make", &path)(error.into()))?;
+        let lock = trusted_path::lock_file(&path).map_err(host("make", &path))?;
         flock(&lock, FlockOperation::NonBlockingLockExclusive)
             .map_err(|error| host("lock", &path)(error.into()))?;
+        let monitor = hold_monitor(&draft.join(MONITOR))?;
         // It appears with its lock held, so that nobody takes it for one whose VMM is dead. No folder that has a
         // file is replaced.
         let result = rustix::fs::rename(&draft, &folder);
@@ -179,7 +184,13 @@ impl Instance {
             let _ = std::fs::remove_dir_all(&draft);
         }
         match result {
-            Ok(()) => Ok(Self { name: name.to_owned(), folder, _lock: lock.into(), _keep: keep(parent) }),
+            Ok(()) => Ok(Self {
+                name: name.to_owned(),
+                folder,
+                _lock: lock,
+                _monitor: Some(monitor),
+                _keep: keep(parent),
+            }),
             Err(Errno::EXIST | Errno::NOTEMPTY) => {
                 let is_alive = is_locked(&folder);
                 Err(InstanceError::Taken { name: name.to_owned(), is_alive })
@@ -296,7 +307,13 @@ impl Found {
             // Somebody was faster and removed it, and maybe another has the name now.
             return Err(InstanceError::Unknown(self.name.clone()));
         }
-        Ok(Instance { name: self.name.clone(), folder: self.folder.clone(), _lock: lock, _keep: None })
+        Ok(Instance {
+            name: self.name.clone(),
+            folder: self.folder.clone(),
+            _lock: lock,
+            _monitor: None,
+            _keep: None,
+        })
     }
 
     /// The same, unless it has ended.
@@ -328,6 +345,16 @@ fn read_record(folder: &Path) -> Record {
     let record: Record = serde_json::from_slice(&text).unwrap_or_default();
     let status = std::fs::read_to_string(folder.join(STATUS)).ok();
     Record { status: status.and_then(|text| text.trim().parse().ok()), ..record }
+}
+
+/// Makes the file of a VMM's lock, and locks it.
+fn hold_monitor(path: &Path) -> Result<OwnedFd, InstanceError> {
+    let flags = OFlags::CREATE | OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let monitor =
+        open(path, flags, Mode::from_raw_mode(0o600)).map_err(|error| host("make", path)(error.into()))?;
+    fcntl_lock(&monitor, FlockOperation::NonBlockingLockExclusive)
+        .map_err(|error| host("lock", path)(error.into()))?;
+    Ok(monitor)
 }
 
 /// A lock on a directory, which any number may have.
@@ -369,15 +396,11 @@ pub(crate) fn runtime_directory() -> Result<PathBuf, InstanceError> {
         Some(path) => PathBuf::from(path).join("kindling"),
         None => std::env::temp_dir().join(format!("kindling-{user}")),
     };
-    match mkdir(&folder, Mode::from_raw_mode(0o700)) {
-        Ok(()) | Err(Errno::EXIST) => {}
-        Err(error) => return Err(host("make the folder", &folder)(error.into())),
+    match trusted_path::make_folder(&folder) {
+        Ok(_) => Ok(folder),
+        Err(trusted_path::Error::Host { path, source }) => Err(host("make the folder", &path)(source)),
+        Err(error) => Err(InstanceError::NotOurs(error)),
     }
-    let metadata = folder.symlink_metadata().map_err(host("look at", &folder))?;
-    if !metadata.is_dir() || metadata.uid() != user || metadata.mode() & 0o022 != 0 {
-        return Err(InstanceError::NotOurs(folder));
-    }
-    Ok(folder)
 }
 
 #[cfg(test)]
@@ -394,6 +417,19 @@ mod tests {
         }
     }
 
+    /// `rm` holds the lock of a guest that has ended, whose number another process may have by then.
+    #[test]
+    fn a_folder_that_is_locked_by_another_has_no_vmm() {
+        let parent = tempfile::tempdir().unwrap();
+        drop(Instance::make(parent.path(), "one").unwrap());
+        let found = Found::in_folder("one".to_owned(), parent.path().join("one"));
+        let _taken = found.take().unwrap();
+        assert!(found.vmm().unwrap().is_none());
+        // An older version has no such file.
+        std::fs::remove_file(parent.path().join("one").join(MONITOR)).unwrap();
+        assert!(matches!(found.vmm(), Err(InstanceError::Elsewhere(_))));
+    }
+
     #[test]
     fn a_folder_has_one_owner_at_a_time() {
         let parent = tempfile::tempdir().unwrap();
@@ -406,11 +442,11 @@ mod tests {
         let instance = Instance::make(parent, "one").unwrap();
         assert!(found().is_alive && taken());
         assert!(matches!(found().take(), Err(InstanceError::Runs(_))));
-        instance.write(&Record { status: None, pid: 7, ..Record::default() }).unwrap();
+        instance.write(&Record { status: None, vcpus: 7, ..Record::default() }).unwrap();
         instance.finish(3).unwrap();
         drop(instance);
         assert!(!found().is_alive && !taken());
-        assert_eq!((found().record.pid, found().record.status), (7, Some(3)));
+        assert_eq!((found().record.vcpus, found().record.status), (7, Some(3)));
         // Somebody else who looks is not its VMM.
         let looker = File::open(parent.join("one").join(LOCK)).unwrap();
         flock(&looker, FlockOperation::LockShared).unwrap();

@@ -25,7 +25,7 @@ impl Found {
     /// What it uses, if it runs.
     pub(super) fn host_use(&self) -> Result<Option<Use>, InstanceError> {
         let Some(process) = self.vmm()? else { return Ok(None) };
-        let file = |name: &str| std::fs::read_to_string(format!("/proc/{}/{name}", self.record.pid));
+        let file = |name: &str| std::fs::read_to_string(format!("/proc/{}/{name}", process.pid));
         let (Ok(memory), Ok(stat)) = (file("smaps_rollup"), file("stat")) else { return Ok(None) };
         // The number was its own while the files were read if it still lives now.
         if process.wait(Some(std::time::Instant::now())) {

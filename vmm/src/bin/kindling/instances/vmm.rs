@@ -1,16 +1,21 @@
 //! The process that runs a guest: signals for it, and its end.
 
-use super::{Found, InstanceError, host, is_locked, read_record};
+use super::{Found, InstanceError, MONITOR, host, is_locked, read_record};
 use crate::signals;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::process::{Flock, FlockType, PidfdFlags, fcntl_getlk, pidfd_open};
 use std::time::{Duration, Instant};
 
 /// The VMM of a guest.
 #[derive(Debug)]
-pub(super) struct Vmm(OwnedFd);
+pub(super) struct Vmm {
+    process: OwnedFd,
+    /// Its number, as this process has to call it.
+    pub(super) pid: u32,
+}
 
 /// The exit status of a guest that nobody asked.
 const STATUS_KILLED: u8 = 128 + 9;
@@ -23,20 +28,26 @@ const KILL: u8 = 9;
 const PATIENCE: Duration = Duration::from_secs(2);
 
 impl Found {
-    /// Its VMM, if it lives. Another process may have got the number since it was written down: so the process is
-    /// held first, and counts if the guest's lock is still taken and the same number still stands there.
+    /// Its VMM, if it lives: the process that has the lock on its file. A number may be another process's a moment later.
+    /// So the process is held by it first, and counts if it still has the lock then.
     pub(super) fn vmm(&self) -> Result<Option<Vmm>, InstanceError> {
-        let number = self.record.pid;
-        let Some(pid) = i32::try_from(number).ok().and_then(Pid::from_raw) else {
-            let starting = Err(InstanceError::Starting(self.name.clone()));
-            return if is_locked(&self.folder) { starting } else { Ok(None) };
+        let failed = |what| move |error: Errno| host(what, &self.folder)(error.into());
+        let elsewhere = || Err(InstanceError::Elsewhere(self.name.clone()));
+        let monitor = match open(self.folder.join(MONITOR), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()) {
+            Err(Errno::NOENT) => return if is_locked(&self.folder) { elsewhere() } else { Ok(None) },
+            result => result.map_err(failed("look for the VMM of"))?,
         };
+        let holder =
+            || fcntl_getlk(&monitor, &Flock::from(FlockType::WriteLock)).map_err(failed("find the VMM of"));
+        let Some(lock) = holder()? else { return Ok(None) };
+        // It has no number where this process is.
+        let Some(pid) = lock.pid else { return elsewhere() };
         let process = match pidfd_open(pid, PidfdFlags::empty()) {
             Err(Errno::SRCH) => return Ok(None),
-            result => result.map_err(|error| host("hold the VMM of", &self.folder)(error.into()))?,
+            result => result.map_err(failed("hold the VMM of"))?,
         };
-        let is_it = is_locked(&self.folder) && read_record(&self.folder).pid == number;
-        Ok(is_it.then_some(Vmm(process)))
+        let is_it = holder()?.is_some_and(|lock| lock.pid == Some(pid));
+        Ok(is_it.then(|| Vmm { process, pid: pid.as_raw_nonzero().get().unsigned_abs() }))
     }
 
     /// Ends the guest without asking it, and writes down that it was ended.
@@ -69,12 +80,12 @@ impl Found {
 impl Vmm {
     /// Sends it a signal, which it passes on to its guest's payload if it can.
     pub(super) fn send(&self, signal: u8) {
-        signals::send(self.0.as_fd(), signal);
+        signals::send(self.process.as_fd(), signal);
     }
 
     /// Waits for its end, until a time; whether it has ended.
     pub(super) fn wait(&self, until: Option<Instant>) -> bool {
-        let mut fds = [PollFd::new(&self.0, PollFlags::IN)];
+        let mut fds = [PollFd::new(&self.process, PollFlags::IN)];
         loop {
             let left = until.map(|until| until.saturating_duration_since(Instant::now()));
             match poll(&mut fds, left.and_then(timespec).as_ref()) {
@@ -90,7 +101,7 @@ impl Vmm {
 
 impl AsFd for Vmm {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.process.as_fd()
     }
 }
 

@@ -230,7 +230,6 @@ impl Arguments {
                 working_directory: config.guest.working_directory.as_ref().map(text),
                 user: prepared.config.user.clone(),
             },
-            pid: std::process::id(),
             started: since_1970.map_or(0, |time| time.as_secs()),
             memory_mib: config.machine.mem_size_mib,
             vcpus: config.machine.vcpu_count,
