@@ -30,7 +30,7 @@ use std::os::unix::ffi::OsStrExt;
 
 /// Boots Linux microVMs within milliseconds.
 #[derive(Debug, Parser)]
-#[command(version, arg_required_else_help = true)]
+#[command(version, arg_required_else_help = true, args_override_self = true)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,

@@ -1,6 +1,6 @@
 //! The arguments of `kindling boot`.
 
-use super::{number, once, switch, text, value};
+use super::{number, text, value};
 use crate::boot::{Arguments, STDIO};
 use std::ffi::OsString;
 
@@ -9,28 +9,28 @@ pub(super) fn parse(mut words: impl Iterator<Item = OsString>) -> Option<Argumen
     let mut console = None;
     while let Some(word) = words.next() {
         match word.to_str()? {
-            "--image" => once(&mut parsed.image, value(words.next())?.into())?,
-            "--kernel" => once(&mut parsed.kernel, value(words.next())?.into())?,
-            "--config-file" => once(&mut parsed.config_file, value(words.next())?.into())?,
-            "--initrd" => once(&mut parsed.initrd, value(words.next())?.into())?,
-            "--cmdline" => once(&mut parsed.cmdline, text(words.next())?)?,
-            "--memory" => once(&mut parsed.memory, number(words.next())?)?,
-            "--vcpus" => once(&mut parsed.vcpus, number(words.next())?)?,
-            "--console" => once(&mut console, value(words.next())?.into())?,
+            "--image" => parsed.image = Some(value(words.next())?.into()),
+            "--kernel" => parsed.kernel = Some(value(words.next())?.into()),
+            "--config-file" => parsed.config_file = Some(value(words.next())?.into()),
+            "--initrd" => parsed.initrd = Some(value(words.next())?.into()),
+            "--cmdline" => parsed.cmdline = Some(text(words.next())?),
+            "--memory" => parsed.memory = Some(number(words.next())?),
+            "--vcpus" => parsed.vcpus = Some(number(words.next())?),
+            "--console" => console = Some(value(words.next())?.into()),
             "--drive" => parsed.devices.drive.push(value(words.next())?),
             "--net" => parsed.devices.net.push(value(words.next())?),
             "--publish" | "-p" => parsed.devices.publish.push(value(words.next())?),
-            "--vsock" => once(&mut parsed.devices.vsock, value(words.next())?)?,
-            "--entropy" => switch(&mut parsed.devices.entropy)?,
-            "--balloon" => once(&mut parsed.devices.balloon, number(words.next())?)?,
+            "--vsock" => parsed.devices.vsock = Some(value(words.next())?),
+            "--entropy" => parsed.devices.entropy = true,
+            "--balloon" => parsed.devices.balloon = Some(number(words.next())?),
             "--pmem" => parsed.devices.pmem.push(value(words.next())?),
             "--env" | "-e" => parsed.env.push(value(words.next())?),
-            "--workdir" | "-w" => once(&mut parsed.workdir, value(words.next())?)?,
-            "--hostname" => once(&mut parsed.hostname, value(words.next())?)?,
-            "--cold" => switch(&mut parsed.cold)?,
-            "--report" => switch(&mut parsed.report)?,
-            "--report-json" => once(&mut parsed.report_json, value(words.next())?.into())?,
-            "--started-at" => once(&mut parsed.started_at, number(words.next())?)?,
+            "--workdir" | "-w" => parsed.workdir = Some(value(words.next())?),
+            "--hostname" => parsed.hostname = Some(value(words.next())?),
+            "--cold" => parsed.cold = true,
+            "--report" => parsed.report = true,
+            "--report-json" => parsed.report_json = Some(value(words.next())?.into()),
+            "--started-at" => parsed.started_at = Some(number(words.next())?),
             "--" => {
                 parsed.command = words.collect();
                 break;
@@ -74,19 +74,24 @@ mod tests {
     }
 
     #[test]
+    fn the_last_of_an_option_counts() {
+        is_plain(
+            "kindling boot --image a --image b --memory 1 --memory 2 --report --report --console a --console b",
+        );
+    }
+
+    #[test]
     fn what_is_unusual_is_left_to_clap() {
         for text in [
             "kindling boot",
             "kindling boot --help",
             "kindling boot --image",
             "kindling boot --image --report",
-            "kindling boot --image a --image b",
             "kindling boot --image a --kernel b",
             "kindling boot --image=a",
             "kindling boot --image a --memory +5",
             "kindling boot --image a --memory 99999999999999999999",
             "kindling boot --image a word",
-            "kindling boot --image a --report --report",
             "kindling boot --image a --console ",
         ] {
             assert_eq!(parse(line(text)), None, "{text}");

@@ -1,6 +1,6 @@
 //! The arguments of `kindling exec`.
 
-use super::{command, is_option, once, switch, text, value};
+use super::{command, is_option, text, value};
 use crate::exec::Arguments;
 use std::ffi::OsString;
 
@@ -15,10 +15,10 @@ pub(super) fn parse(mut words: impl Iterator<Item = OsString>) -> Option<Argumen
         match word.to_str()? {
             "--env" | "-e" => parsed.env.push(value(words.next())?),
             "--env-file" => parsed.env_file.push(value(words.next())?.into()),
-            "--workdir" | "-w" => once(&mut parsed.workdir, value(words.next())?)?,
-            "--user" | "-u" => once(&mut parsed.user, text(words.next())?)?,
-            "--tty" | "-t" => switch(&mut parsed.tty)?,
-            "--interactive" | "-i" => switch(&mut parsed.interactive)?,
+            "--workdir" | "-w" => parsed.workdir = Some(value(words.next())?),
+            "--user" | "-u" => parsed.user = Some(text(words.next())?),
+            "--tty" | "-t" => parsed.tty = true,
+            "--interactive" | "-i" => parsed.interactive = true,
             _ => return None,
         }
     }
@@ -36,6 +36,7 @@ mod tests {
     #[test]
     fn lines_that_need_no_clap() {
         is_plain("kindling exec -e A=1 --env B --workdir / -u a:b -t -i name sh -c -e");
+        is_plain("kindling exec -t -t -w /a -w /b -u a -u b name true");
         is_plain("kindling exec name true");
         is_plain("kindling exec name -- true -- -e");
         knows_every_option("exec", "", " name true", &[]);
@@ -49,7 +50,6 @@ mod tests {
             "kindling exec name",
             "kindling exec name -e",
             "kindling exec name --",
-            "kindling exec -t -t name true",
         ] {
             assert_eq!(parse(line(text)), None, "{text}");
         }

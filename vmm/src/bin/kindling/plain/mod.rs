@@ -43,16 +43,6 @@ fn number(word: Option<OsString>) -> Option<u64> {
     word.bytes().all(|byte| byte.is_ascii_digit()).then(|| u64::from_str(&word).ok())?
 }
 
-/// Fills an option that was not given before.
-fn once<T>(option: &mut Option<T>, value: T) -> Option<()> {
-    option.is_none().then(|| *option = Some(value))
-}
-
-/// Sets a switch that was not set before.
-fn switch(switch: &mut bool) -> Option<()> {
-    (!std::mem::replace(switch, true)).then_some(())
-}
-
 /// All words of a command, which may follow a `--`; nothing where some of them may mean something to clap.
 fn command(mut words: impl Iterator<Item = OsString>) -> Option<Vec<OsString>> {
     let Some(first) = words.next() else { return Some(Vec::new()) };

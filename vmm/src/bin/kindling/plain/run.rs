@@ -1,6 +1,6 @@
 //! The arguments of `kindling run`.
 
-use super::{command, is_option, number, once, switch, text, value};
+use super::{command, is_option, number, text, value};
 use crate::run::{Arguments, PULL, TIMEOUT_SECONDS};
 use std::ffi::OsString;
 
@@ -16,38 +16,34 @@ pub(super) fn parse(mut words: impl Iterator<Item = OsString>) -> Option<Argumen
         match word.to_str()? {
             "--env" | "-e" => parsed.env.push(value(words.next())?),
             "--env-file" => parsed.env_file.push(value(words.next())?.into()),
-            "--workdir" | "-w" => once(&mut parsed.workdir, value(words.next())?)?,
-            "--user" | "-u" => once(&mut parsed.user, text(words.next())?)?,
-            "--entrypoint" => once(&mut parsed.entrypoint, value(words.next())?)?,
-            "--tty" | "-t" => switch(&mut parsed.tty)?,
-            "--interactive" | "-i" => switch(&mut parsed.interactive)?,
-            "--detach" | "-d" => switch(&mut parsed.detach)?,
-            "--memory" | "-m" => once(&mut memory, number(words.next())?)?,
-            "--cpus" => once(&mut cpus, number(words.next())?)?,
+            "--workdir" | "-w" => parsed.workdir = Some(value(words.next())?),
+            "--user" | "-u" => parsed.user = Some(text(words.next())?),
+            "--entrypoint" => parsed.entrypoint = Some(value(words.next())?),
+            "--tty" | "-t" => parsed.tty = true,
+            "--interactive" | "-i" => parsed.interactive = true,
+            "--detach" | "-d" => parsed.detach = true,
+            "--memory" | "-m" => memory = Some(number(words.next())?),
+            "--cpus" => cpus = Some(number(words.next())?),
             "--timeout" => {
                 let seconds = number(words.next()).filter(|seconds| TIMEOUT_SECONDS.contains(seconds))?;
-                once(&mut parsed.timeout, seconds)?;
+                parsed.timeout = Some(seconds);
             }
-            "--name" => once(&mut parsed.name, text(words.next())?)?,
-            "--hostname" => once(&mut parsed.hostname, value(words.next())?)?,
-            "--rm" => switch(&mut parsed.rm)?,
-            "--net" => once(&mut parsed.net, value(words.next())?)?,
+            "--name" => parsed.name = Some(text(words.next())?),
+            "--hostname" => parsed.hostname = Some(value(words.next())?),
+            "--rm" => parsed.rm = true,
+            "--net" => parsed.net = Some(value(words.next())?),
             "--publish" | "-p" => parsed.publish.push(value(words.next())?),
-            "--read-only" => switch(&mut parsed.read_only)?,
+            "--read-only" => parsed.read_only = true,
             "--volume" | "-v" => parsed.volume.push(value(words.next())?),
             "--pull" => {
                 let when = text(words.next()).filter(|when| PULL.contains(&when.as_str()))?;
-                once(&mut pull, when)?;
+                pull = Some(when);
             }
-            "--cold" => switch(&mut parsed.cold)?,
-            "--stay" => switch(&mut parsed.stay)?,
-            "--started-at" => once(&mut parsed.started_at, number(words.next())?)?,
-            "--report" => switch(&mut parsed.report)?,
+            "--cold" => parsed.cold = true,
+            "--started-at" => parsed.started_at = Some(number(words.next())?),
+            "--report" => parsed.report = true,
             _ => return None,
         }
-    }
-    if parsed.stay && !parsed.detach {
-        return None;
     }
     parsed.command = command(words)?;
     parsed.memory = memory.unwrap_or(parsed.memory);
@@ -75,8 +71,12 @@ mod tests {
 
     #[test]
     fn every_option_is_known() {
-        knows_every_option("run", "", " image true", &["stay", "pull", "detach"]);
-        for option in ["-d", "--detach", "-d --stay", "--pull always"] {
+        knows_every_option("run", "", " image true", &["pull"]);
+        for option in [
+            "--pull always",
+            "-t -t -d -d",
+            "-m 64 -m 65 --name a --name b -w / -w /b --pull never --pull always",
+        ] {
             is_plain(&format!("kindling run {option} image"));
         }
     }
@@ -86,14 +86,13 @@ mod tests {
         for text in [
             "kindling run",
             "kindling run --help",
-            "kindling run -t -t image",
             "kindling run --name=a image",
             "kindling run -ti image",
             "kindling run --timeout 0 image",
             "kindling run --pull often image",
             "kindling run --memory 512m image",
             "kindling run --network user image",
-            "kindling run --stay image",
+            "kindling stay image",
             "kindling run -- image",
             "kindling run image -e",
             "kindling run image sh -- -c",
@@ -106,7 +105,7 @@ mod tests {
         /// Whatever is accepted here, clap accepts and understands in the same way.
         #[test]
         fn clap_agrees(words in prop::collection::vec(prop::sample::select(vec![
-            "--env", "-e", "--env-file", "--workdir", "-w", "--user", "-u", "--entrypoint", "--tty", "-t", "-i", "-d", "--stay", "-m",
+            "--env", "-e", "--env-file", "--workdir", "-w", "--user", "-u", "--entrypoint", "--tty", "-t", "-i", "-d", "-m",
             "--memory", "--cpus", "--timeout", "--name", "--hostname", "--rm", "--net", "-p", "--pull", "never", "--cold",
             "--started-at", "--report", "--", "1", "007", "a", "a", "b=c", "-", "-1", "", "é", "run", "help",
             "--name=a", "-ti", "-ea",
