@@ -144,9 +144,14 @@ fn command() -> String {
 #[test]
 fn a_detached_guest_is_free_of_its_terminal() {
     let user = User::new();
-    detach(&user, &["--name", "free"], UNTIL_END);
+    detach(&user, &["-e", "TOKEN=hush-hush", "--name", "free"], UNTIL_END);
     let details = inspect(&user, "free");
     let pid = details["pid"].as_u64().expect("no pid");
+    // Every user of the host can read it.
+    let line = fs::read(format!("/proc/{pid}/cmdline")).expect("no process");
+    assert!(!String::from_utf8_lossy(&line).contains("hush-hush"));
+    let own = kindling(&user, &["exec", "free", "sh", "-c", "echo $TOKEN"]);
+    assert_eq!(own.expect_status(0).stdout, "hush-hush\n");
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("no process");
     let session: u64 =
         stat.rsplit(") ").next().expect("no fields").split(' ').nth(3).unwrap().parse().unwrap();

@@ -24,7 +24,7 @@ mod volumes;
 use clap::{Parser, Subcommand};
 use kindling::Instant;
 use std::error::Error;
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
 
@@ -45,6 +45,9 @@ enum Command {
     /// Runs a program of a container image in a guest of its own; the exit status is the program's
     Run(Box<run::Arguments>),
     /// Runs one more program in a guest that runs
+    /// Stays with a detached guest, which `kindling run -d` starts this for; its standard input has the command line
+    #[command(hide = true)]
+    Stay,
     Exec(exec::Arguments),
     /// Copies files into a guest that runs, or from there
     Cp(cp::Arguments),
@@ -81,12 +84,16 @@ const STATUS_FAILURE: u8 = 125;
 #[cfg_attr(test, expect(dead_code, reason = "tests have an entry of their own"))]
 fn run() -> u8 {
     let started = Instant::now();
-    let command = plain::parse(std::env::args_os()).unwrap_or_else(|| Arguments::parse().command);
-    match command {
+    if trusted_path::is_set_user_id() {
+        tell(&format!("kindling: {}\n", trusted_path::SET_USER_ID));
+        return STATUS_BAD_REQUEST;
+    }
+    match command(std::env::args_os().collect()) {
         Command::Boot(arguments) => boot::run(&arguments, started),
         Command::Preboot(arguments) => preboot::run(&arguments),
         Command::Run(arguments) => run::run(&arguments, started),
         Command::Exec(arguments) => exec::run(&arguments),
+        Command::Stay => run::stay(started),
         Command::Cp(arguments) => cp::run(&arguments),
         Command::Ps(arguments) => instances::ps::run(&arguments),
         Command::Logs(arguments) => instances::logs::run(&arguments),
@@ -103,6 +110,11 @@ fn run() -> u8 {
 }
 
 /// A word of the command line in the form that guests have it in.
+/// What a command line asks for. Where that cannot be said, this does not return.
+fn command(line: Vec<OsString>) -> Command {
+    plain::parse(line.iter().cloned()).unwrap_or_else(|| Arguments::parse_from(line).command)
+}
+
 fn bytes(text: impl AsRef<OsStr>) -> Vec<u8> {
     text.as_ref().as_bytes().to_vec()
 }

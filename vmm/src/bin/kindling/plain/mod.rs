@@ -15,10 +15,12 @@ use std::str::FromStr;
 
 /// The command that a line asks for, or `None` where clap has to look at it.
 pub(crate) fn parse(line: impl IntoIterator<Item = OsString>) -> Option<Command> {
-    let mut words = line.into_iter().skip(1);
+    let mut words = line.into_iter().collect::<Vec<_>>().into_iter();
+    words.next();
     Some(match words.next()?.to_str()? {
         "boot" => Command::Boot(Box::new(boot::parse(words)?)),
         "run" => Command::Run(Box::new(run::parse(words)?)),
+        "stay" if words.len() == 0 => Command::Stay,
         "exec" => Command::Exec(exec::parse(words)?),
         _ => return None,
     })

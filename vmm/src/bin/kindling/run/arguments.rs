@@ -34,7 +34,7 @@ pub(crate) struct Arguments {
     #[arg(long, short = 'd')]
     pub(crate) detach: bool,
     /// This process is the one that stays with a detached guest
-    #[arg(long, hide = true, requires = "detach")]
+    #[arg(skip)]
     pub(crate) stay: bool,
     /// Memory of the guest in MiB, or with a unit: 512, 512m, 2g
     #[arg(long, short = 'm', value_name = "MIB", default_value_t = Self::default().memory, value_parser = mebibytes)]

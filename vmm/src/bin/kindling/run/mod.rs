@@ -106,6 +106,21 @@ pub(crate) fn run(arguments: &Arguments, entered: Instant) -> u8 {
 fn execute(arguments: &Arguments, mut timeline: Timeline) -> Result<u8, RunError> {
     let prepared = source::prepare(&arguments.image, arguments.user.as_deref(), &arguments.pull)?;
     timeline.reached("root filesystem found");
+/// Runs what was written to this process, which stays with a detached guest; the exit status.
+pub(crate) fn stay(entered: Instant) -> u8 {
+    let failed = |error: std::io::Error| {
+        complain(&RunError::Host("read what is to be run", error));
+        STATUS_FAILURE
+    };
+    match detached::line().map(crate::command) {
+        Ok(crate::Command::Run(arguments)) if arguments.detach => {
+            run(&Arguments { stay: true, ..*arguments }, entered)
+        }
+        Ok(_) => failed(std::io::ErrorKind::InvalidInput.into()),
+        Err(error) => failed(error),
+    }
+}
+
     let instance = Instance::create(arguments.name.as_deref())?;
     let starter = arguments.stay.then(|| Starter::new(&instance)).transpose();
     let starter = starter.map_err(|error| RunError::Host("make a file", error));
