@@ -280,7 +280,7 @@ fn devices_that_make_no_sense() {
         (&["--net", "tap0,mtu=70000"], "\"70000\" is not a number of bytes"),
         (&["--net", "tap0,tap1"], "\"tap1\" is none of"),
         (&["-p", "8080:80"], "--publish 8080:80: it needs --net user"),
-        (&["--net", "user", "-p", "8080"], "it is not of the form 8080:80"),
+        (&["--net", "user", "-p", "8080"], "it names no port of the host"),
     ];
     for (arguments, expected) in table {
         refused(&[&["--kernel", &kernel], arguments].concat(), expected);

@@ -6,7 +6,7 @@ use crate::layout::DEVICES_MAX;
 use guest_protocol::frame::Network;
 use serde::Deserialize;
 use std::collections::BTreeSet;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -402,13 +402,28 @@ impl TryFrom<String> for MacAddress {
     }
 }
 
-/// A port of the host that leads to one of the guest.
+/// Ports of the host that lead to as many of the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PortForward {
-    /// On the host.
+    /// Whose ports.
+    pub protocol: Protocol,
+    /// The host's address that they are ports of; of all where none is named.
+    pub address: Option<IpAddr>,
+    /// The first one on the host.
     pub host: u16,
-    /// In the guest.
+    /// The first one in the guest.
     pub guest: u16,
+    /// How many follow each of them.
+    pub further: u16,
+}
+
+/// A protocol with ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
 }
 
 /// Sockets between guest and host.

@@ -1,10 +1,9 @@
 //! The short forms of devices on the command line.
 
+use crate::publish;
 use clap::Args;
 use kindling::config::ConfigError;
-use kindling::config::devices::{
-    Balloon, Devices, Drive, Entropy, NetworkInterface, Pmem, PortForward, Vsock,
-};
+use kindling::config::devices::{Balloon, Devices, Drive, Entropy, NetworkInterface, Pmem, Vsock};
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
@@ -20,7 +19,7 @@ pub(crate) struct DeviceArguments {
     #[arg(long, value_name = "TAP|user[,mac=MAC][,mtu=BYTES][,ip=ADDR/PREFIX][,gw=ADDR][,dns=ADDR]")]
     pub(crate) net: Vec<OsString>,
     /// With --net user: a port of the host that leads to one of the guest; may be repeated
-    #[arg(long, short = 'p', value_name = "HOST:GUEST")]
+    #[arg(long, short = 'p', value_name = "[ADDRESS:]HOST:GUEST[/tcp|/udp]")]
     pub(crate) publish: Vec<OsString>,
     /// A Unix socket that leads to the guest's vsock ports
     #[arg(long, value_name = "PATH")]
@@ -79,11 +78,7 @@ impl DeviceArguments {
                 value: text.to_string_lossy().into_owned(),
                 what: what.to_owned(),
             };
-            let ports = text.to_str().and_then(|text| text.split_once(':'));
-            let port = |text: &str| text.parse().ok().filter(|&port: &u16| port != 0);
-            let ports =
-                ports.and_then(|(host, guest)| Some(PortForward { host: port(host)?, guest: port(guest)? }));
-            let forward = ports.ok_or_else(|| wrong("it is not of the form 8080:80, two TCP ports from 1 to 65535; there is no address and no UDP"))?;
+            let forward = publish::parse(&text.to_string_lossy()).map_err(|what| wrong(&what))?;
             let interface = devices.network_interfaces.iter_mut().find(|card| card.is_user());
             interface.ok_or_else(|| wrong("it needs --net user"))?.forwards.push(forward);
         }
@@ -175,8 +170,7 @@ mod tests {
         };
         assert_eq!(publish(&["user"], "8080:80"), Ok(()));
         assert!(publish(&["tap0"], "8080:80").unwrap_err().contains("needs --net user"));
-        for text in ["8080", "0:80", "80:0", "65536:80", "a:b", ""] {
-            assert!(publish(&["user"], text).unwrap_err().contains("not of the form"), "{text}");
-        }
+        assert_eq!(publish(&["user"], "[::1]:8080:80/udp"), Ok(()));
+        assert!(publish(&["user"], "0:80").unwrap_err().contains("--publish 0:80: \"0\" is not a port"));
     }
 }

@@ -13,6 +13,7 @@ mod images;
 mod instances;
 mod plain;
 mod preboot;
+mod publish;
 mod report;
 mod run;
 mod signals;

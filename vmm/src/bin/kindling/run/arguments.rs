@@ -58,7 +58,7 @@ pub(crate) struct Arguments {
     #[arg(long, alias = "network", value_name = "none|user|TAP")]
     pub(crate) net: Option<OsString>,
     /// A port of the host that leads to one of the guest; takes `--net user`; may be repeated
-    #[arg(long, short = 'p', value_name = "HOST:GUEST")]
+    #[arg(long, short = 'p', value_name = "[ADDRESS:]HOST:GUEST[/tcp|/udp]")]
     pub(crate) publish: Vec<OsString>,
     /// A volume of this name, or a folder of the host, at a path of the guest; :ro only reads; may be repeated
     #[arg(long, short = 'v', value_name = "SOURCE:GUEST[:ro]")]

@@ -7,6 +7,7 @@ mod buffers;
 mod header;
 mod nowhere;
 mod passt;
+mod ports;
 mod receive;
 #[cfg(any(test, fuzzing))]
 mod sockets;

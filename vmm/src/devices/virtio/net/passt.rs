@@ -4,13 +4,14 @@
 //! sends them. passt checks no more than that: it leaves no segmentation and no checksums to others.
 
 use super::header::{self, Header};
+use super::ports;
 use super::{Frame, Link, Room, feature};
 use crate::config::devices::{MacAddress, NetworkInterface, PortForward, user_network};
 use crate::devices::virtio::Chain;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, socketpair};
 use std::io::{self, Read};
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::Ipv4Addr;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
@@ -27,6 +28,9 @@ const FRAME_MAX: usize = 65_535;
 const INPUT_SIZE: usize = 2 * (LENGTH + FRAME_MAX);
 /// Bytes of its messages that are read.
 const MESSAGES_MAX: u64 = 8192;
+
+/// What is said where there is no passt.
+const MISSING: &str = "it needs the program passt, which Debian has in a package of this name";
 
 /// The stream to a passt that runs, or starts.
 #[derive(Debug)]
@@ -46,7 +50,10 @@ pub(super) struct Passt {
 
 /// A passt that starts.
 #[derive(Debug)]
-pub(crate) struct Starting(Child);
+pub(crate) struct Starting {
+    child: Child,
+    forwards: Vec<PortForward>,
+}
 
 impl Starting {
     /// Waits until it runs: its first process ends when the one that stays is ready.
@@ -54,12 +61,12 @@ impl Starting {
     /// # Errors
     /// What it says is wrong.
     pub(crate) fn wait(mut self) -> Result<(), String> {
-        let status = self.0.wait().map_err(|error| format!("passt: {error}"))?;
+        let status = self.child.wait().map_err(|error| format!("passt: {error}"))?;
         if status.success() {
-            return Ok(());
+            return self.forwards.iter().try_for_each(ports::check_taken);
         }
         let mut messages = Vec::new();
-        if let Some(stream) = self.0.stderr.take() {
+        if let Some(stream) = self.child.stderr.take() {
             // What cannot be read is missing from the message.
             let _ = stream.take(MESSAGES_MAX).read_to_end(&mut messages);
         }
@@ -82,26 +89,19 @@ impl Passt {
     /// # Errors
     /// What is missing on the host, or in use.
     pub(super) fn start(interface: &NetworkInterface) -> Result<(Self, Starting), String> {
-        for forward in &interface.forwards {
-            check_port(forward.host)?;
-        }
+        interface.forwards.iter().try_for_each(ports::check_free)?;
         let (ours, its) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
             .map_err(|error| format!("the host gave no socket: {error}"))?;
-        let mut command = Command::new("passt");
+        let mut command = Command::new(trusted_path::program("passt").ok_or(MISSING)?);
         command.args(arguments(interface)).args(["--fd", &its.as_raw_fd().to_string()]);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         inherit(&mut command, its.as_raw_fd());
-        let child = command.spawn().map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound => {
-                "it needs the program passt, which Debian has in a package of this name".to_owned()
-            }
-            _ => format!("passt cannot be started: {error}"),
-        })?;
+        let child = command.spawn().map_err(|error| format!("passt cannot be started: {error}"))?;
         let mut passt = Self::connected(ours);
         passt
             .announce(interface.mac())
             .map_err(|error| format!("passt cannot be told of the guest: {error}"))?;
-        Ok((passt, Starting(child)))
+        Ok((passt, Starting { child, forwards: interface.forwards.clone() }))
     }
 
     /// A stream to something that speaks like passt.
@@ -159,28 +159,14 @@ fn arguments(interface: &NetworkInterface) -> Vec<String> {
     let mut arguments: Vec<String> = [
         &["--quiet", "--address", &address, "--netmask", &prefix, "--gateway", &gateway],
         // The guest gets at no service that listens on the host's loopback alone.
-        &["--no-map-gw", "--dns-forward", &nameserver, "--mtu", &mtu, "--udp-ports", "none"][..],
+        &["--no-map-gw", "--dns-forward", &nameserver, "--mtu", &mtu][..],
     ]
     .concat()
     .into_iter()
     .map(str::to_owned)
     .collect();
-    for PortForward { host, guest } in &interface.forwards {
-        arguments.extend(["--tcp-ports".to_owned(), format!("{host}:{guest}")]);
-    }
+    arguments.extend(ports::arguments(&interface.forwards));
     arguments
-}
-
-/// passt goes on without a port that it finds in use in one of the families of addresses.
-fn check_port(port: u16) -> Result<(), String> {
-    let result = TcpListener::bind((Ipv4Addr::UNSPECIFIED, port));
-    result.map(drop).map_err(|error| match error.kind() {
-        io::ErrorKind::AddrInUse => format!("port {port} of the host is in use; choose another one"),
-        io::ErrorKind::PermissionDenied => {
-            format!("port {port} of the host is not for this user; those from 1024 on are")
-        }
-        _ => format!("port {port} of the host: {error}"),
-    })
 }
 
 /// Leaves a descriptor open in a program that is started.
