@@ -65,9 +65,9 @@ impl Opened {
         let mut opened = Self::default();
         let is_blank = behind != Behind::Everything;
         for (number, drive) in devices.disks().enumerate() {
-            let mut device = Block::open(&drive)?;
             // The root filesystem comes behind the drives.
             let is_root = number == devices.drives.len();
+            let mut device = if is_root { Block::open_root(&drive)? } else { Block::open(&drive)? };
             if is_blank && !(is_root && behind == Behind::Root) {
                 device = device.blank().map_err(Error::host("make a blank disk"))?;
             }

@@ -3,7 +3,7 @@
 //! The guest reads and writes the file without this device; guests that share a file share its pages in the
 //! host's memory. The device only says where the file is, and flushes it.
 
-use super::block::file::{length, open_file};
+use super::block::file::{ForeignLock, length, open_file};
 use super::file_io::{Done, FileIo, Job, Operation};
 use super::queue::fill;
 use super::{Broken, Chain, Device, Event, Queues, Segment, Watcher};
@@ -52,7 +52,8 @@ impl Pmem {
     /// When it is missing, in use, empty, or nothing that can be memory.
     pub fn open(config: &Config, start: GuestAddress) -> Result<Self, ConfigError> {
         let wrong = |what: String| ConfigError::PmemFile { path: config.path_on_host.clone(), what };
-        let file = open_file(&config.path_on_host, config.read_only, false).map_err(wrong)?;
+        let file =
+            open_file(&config.path_on_host, config.read_only, false, ForeignLock::InUse).map_err(wrong)?;
         let length = length(&file).map_err(|error| wrong(error.to_string()))?;
         if length == 0 {
             return Err(wrong("it is empty".into()));

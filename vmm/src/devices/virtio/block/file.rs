@@ -7,11 +7,19 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
+/// What the lock of another process on a file means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::devices::virtio) enum ForeignLock {
+    InUse,
+    Ignored,
+}
+
 /// Opens a file that can be a disk, and says to others that it is in use.
 pub(in crate::devices::virtio) fn open_file(
     path: &Path,
     is_read_only: bool,
     is_direct: bool,
+    foreign_lock: ForeignLock,
 ) -> Result<File, String> {
     let access = if is_read_only { OFlags::RDONLY } else { OFlags::RDWR };
     let direct = if is_direct { OFlags::DIRECT } else { OFlags::empty() };
@@ -43,7 +51,7 @@ pub(in crate::devices::virtio) fn open_file(
         FlockOperation::NonBlockingLockExclusive
     };
     // Some filesystems have no locks.
-    if flock(&file, lock) == Err(Errno::WOULDBLOCK) {
+    if flock(&file, lock) == Err(Errno::WOULDBLOCK) && foreign_lock == ForeignLock::InUse {
         return Err("it is in use: another device or another guest has it, and one of them writes".into());
     }
     if is_at(&file, path) { Ok(file) } else { Err("it was removed or replaced just now".into()) }

@@ -1,6 +1,7 @@
 use super::*;
 use crate::bus::{BusDevice, GuestRequest};
 use crate::devices::virtio::driver::{Driver, Piece};
+use rustix::fs::{FlockOperation, flock};
 use std::io::Write;
 use std::os::unix::fs::FileExt;
 
@@ -356,6 +357,12 @@ fn files_that_are_no_disks_are_named() {
     assert!(error(&Drive { is_read_only: true, ..disk.drive() }).contains("it is in use"));
     drop(open);
     let read_only = Drive { is_read_only: true, ..disk.drive() };
+    // Anybody who may read a file can lock it.
+    let locked = File::open(disk.drive().path_on_host).unwrap();
+    flock(&locked, FlockOperation::NonBlockingLockExclusive).unwrap();
+    assert!(error(&read_only).contains("it is in use"));
+    Block::open_root(&read_only).unwrap();
+    drop(locked);
     let (first, second) = (Block::open(&read_only).unwrap(), Block::open(&read_only).unwrap());
     assert!(error(&disk.drive()).contains("it is in use"));
     drop((first, second));
