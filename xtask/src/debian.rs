@@ -3,6 +3,7 @@
 use crate::cache;
 use anyhow::{Context, Result, bail};
 use std::fs;
+use std::io::{BufRead, IsTerminal};
 use std::path::{Path, PathBuf};
 use xshell::{Shell, cmd};
 
@@ -20,6 +21,9 @@ const KERNEL_BUILD: [(&str, &str); 8] = [
 const LAB: [(&str, &str); 2] =
     [("/usr/bin/qemu-system-x86_64", "qemu-system-x86"), ("/usr/bin/zstd", "zstd")];
 const EROFS: [(&str, &str); 1] = [("/usr/bin/mkfs.erofs", "erofs-utils")];
+/// The variable with which a user allows in advance what takes root.
+const CONSENT: &str = "KINDLING_INSTALL";
+
 const IMAGES: [(&str, &str); 2] = [("/usr/bin/mmdebstrap", "mmdebstrap"), ("/usr/bin/umoci", "umoci")];
 
 /// Installs what building a kernel needs and is not there.
@@ -59,7 +63,7 @@ fn ensure(needed: &[(&str, &str)]) -> Result<()> {
     if !Path::new("/usr/bin/apt-get").exists() {
         bail!("please install what Debian calls: {list} (this system has no apt-get)");
     }
-    eprintln!("installing {list} ...");
+    allow("installing", &format!("apt-get install {list}"))?;
     let _lock = cache::lock("apt")?;
     install(&missing).with_context(|| format!("cannot install {list}; try: sudo apt-get install {list}"))
 }
@@ -71,6 +75,29 @@ fn install(packages: &[&str]) -> Result<()> {
     };
     // A machine's package lists may never have been fetched, or be out of date.
     install().or_else(|_| update().and_then(|()| install()))
+}
+
+/// Says what is about to be done as root. Whoever is root asked for it by running this; another user is asked, because
+/// `sudo` may have the password already.
+fn allow(what: &str, command: &str) -> Result<()> {
+    if rustix::process::geteuid().is_root() {
+        eprintln!("{what}: {command} ...");
+        return Ok(());
+    }
+    if std::env::var_os(CONSENT).is_some_and(|value| value == "yes") {
+        eprintln!("{what}, as {CONSENT} allows: sudo {command} ...");
+        return Ok(());
+    }
+    if !std::io::stdin().is_terminal() {
+        bail!("this takes a command as root; run it, or set {CONSENT}=yes: sudo {command}");
+    }
+    eprint!("May this run as root?  sudo {command}  [y/N] ");
+    let mut answer = String::new();
+    std::io::stdin().lock().read_line(&mut answer)?;
+    if ["y", "yes"].contains(&answer.trim().to_ascii_lowercase().as_str()) {
+        return Ok(());
+    }
+    bail!("not run: sudo {command}")
 }
 
 /// `apt-get`, as root.
@@ -137,6 +164,7 @@ fn resolve(name: &str) -> Result<String> {
 }
 
 fn update() -> Result<()> {
+    allow("fetching Debian's package lists", "apt-get update")?;
     apt_get(&["update", "--quiet"]).context("cannot fetch Debian's package lists; try: sudo apt-get update")
 }
 
