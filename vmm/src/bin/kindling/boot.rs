@@ -2,7 +2,9 @@
 
 use crate::devices::DeviceArguments;
 use crate::terminal::RawTerminal;
-use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, bytes, complain, report, signals, tell};
+use crate::{
+    STATUS_BAD_REQUEST, STATUS_FAILURE, bytes, complain, complain_of_machine, report, signals, tell,
+};
 use clap::{ArgGroup, Args};
 use kindling::config::image::Image;
 use kindling::config::{
@@ -108,7 +110,7 @@ pub(crate) fn run(arguments: &Arguments, entered: Instant) -> u8 {
     match boot(arguments, timeline) {
         Ok(exit) => finish(arguments, &exit),
         Err(error) => {
-            complain(&error);
+            complain_of_machine(&error);
             if error.is_users() { STATUS_BAD_REQUEST } else { STATUS_FAILURE }
         }
     }

@@ -45,10 +45,10 @@ enum Command {
     Preboot(preboot::Arguments),
     /// Runs a program of a container image in a guest of its own; the exit status is the program's
     Run(Box<run::Arguments>),
-    /// Runs one more program in a guest that runs
     /// Stays with a detached guest, which `kindling run -d` starts this for; its standard input has the command line
     #[command(hide = true)]
     Stay,
+    /// Runs one more program in a guest that runs
     Exec(exec::Arguments),
     /// Copies files into a guest that runs, or from there
     Cp(cp::Arguments),
@@ -93,8 +93,8 @@ fn run() -> u8 {
         Command::Boot(arguments) => boot::run(&arguments, started),
         Command::Preboot(arguments) => preboot::run(&arguments),
         Command::Run(arguments) => run::run(&arguments, started),
-        Command::Exec(arguments) => exec::run(&arguments),
         Command::Stay => run::stay(started),
+        Command::Exec(arguments) => exec::run(&arguments),
         Command::Cp(arguments) => cp::run(&arguments),
         Command::Ps(arguments) => instances::ps::run(&arguments),
         Command::Logs(arguments) => instances::logs::run(&arguments),
@@ -110,12 +110,12 @@ fn run() -> u8 {
     }
 }
 
-/// A word of the command line in the form that guests have it in.
 /// What a command line asks for. Where that cannot be said, this does not return.
 fn command(line: Vec<OsString>) -> Command {
     plain::parse(line.iter().cloned()).unwrap_or_else(|| Arguments::parse_from(line).command)
 }
 
+/// A word of the command line in the form that guests have it in.
 fn bytes(text: impl AsRef<OsStr>) -> Vec<u8> {
     text.as_ref().as_bytes().to_vec()
 }
@@ -125,6 +125,19 @@ fn complain(error: &dyn Error) {
     let line = with_causes(error);
     // A file's author chooses some of the words; they must not reach the terminal as commands.
     tell(&format!("kindling: {}\n", report::printable(&line)));
+}
+
+/// The same of a machine that could not be built. Where that is for KVM, it is said what can be done.
+fn complain_of_machine(error: &kindling::Error) {
+    let line = with_causes(error);
+    let hint = match error {
+        kindling::Error::Kvm(_) => {
+            "; `kindling doctor` says what this host lacks, and `cargo xtask run`, in the source of Kindling, boots \
+             a guest on an emulated machine"
+        }
+        _ => "",
+    };
+    tell(&format!("kindling: {}{hint}\n", report::printable(&line)));
 }
 
 /// An error and what led to it.

@@ -1,7 +1,7 @@
 //! `kindling preboot`: boots an image's kernel once, for all later starts on this host.
 
 use crate::devices::DeviceArguments;
-use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, complain, tell};
+use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, complain_of_machine, tell};
 use clap::Args;
 use kindling::config::image::Image;
 use kindling::config::{Config, ConfigError, MachineConfig};
@@ -34,7 +34,7 @@ pub(crate) fn run(arguments: &Arguments) -> u8 {
             STATUS_MADE
         }
         Err(error) => {
-            complain(&error);
+            complain_of_machine(&error);
             if error.is_users() { STATUS_BAD_REQUEST } else { STATUS_FAILURE }
         }
     }

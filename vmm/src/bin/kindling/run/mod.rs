@@ -13,7 +13,7 @@ use crate::instances::log::Log;
 use crate::instances::{Instance, InstanceError, Payload, Record, signal};
 use crate::terminal::RawTerminal;
 use crate::volumes::VolumeError;
-use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, boot, complain, report, tell};
+use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, boot, complain, complain_of_machine, report, tell};
 pub(crate) use arguments::{Arguments, PULL, TIMEOUT_SECONDS};
 use client::{Outcome, Service, Streams};
 use detached::Starter;
@@ -98,14 +98,14 @@ pub(crate) fn run(arguments: &Arguments, entered: Instant) -> u8 {
         });
     }
     execute(arguments, timeline).unwrap_or_else(|error| {
-        complain(&error);
+        match &error {
+            RunError::Machine(error) => complain_of_machine(error),
+            error => complain(error),
+        }
         error.status()
     })
 }
 
-fn execute(arguments: &Arguments, mut timeline: Timeline) -> Result<u8, RunError> {
-    let prepared = source::prepare(&arguments.image, arguments.user.as_deref(), &arguments.pull)?;
-    timeline.reached("root filesystem found");
 /// Runs what was written to this process, which stays with a detached guest; the exit status.
 pub(crate) fn stay(entered: Instant) -> u8 {
     let failed = |error: std::io::Error| {
@@ -121,6 +121,9 @@ pub(crate) fn stay(entered: Instant) -> u8 {
     }
 }
 
+fn execute(arguments: &Arguments, mut timeline: Timeline) -> Result<u8, RunError> {
+    let prepared = source::prepare(&arguments.image, arguments.user.as_deref(), &arguments.pull)?;
+    timeline.reached("root filesystem found");
     let instance = Instance::create(arguments.name.as_deref())?;
     let starter = arguments.stay.then(|| Starter::new(&instance)).transpose();
     let starter = starter.map_err(|error| RunError::Host("make a file", error));
