@@ -321,10 +321,10 @@ fn several_folders_and_folders_in_folders() {
 #[test]
 fn what_is_mounted_below_a_folder_is_not_shared() {
     let user = User::new();
-    let script = "cd /host; ls -d proc/ sys/ && ls -A proc sys | grep -v : | grep . ; \
-                  cat proc/self/mem || echo x > proc/self/oom_score_adj || mkdir proc/new || echo closed; ls -d etc";
+    let script = "cd /host; ls -d proc/; ls -A proc; \
+                  cat proc/self/mem || echo x > proc/self/oom_score_adj || mkdir proc/new || echo closed";
     let outcome = run(user.run(&["-v", "/:/host"]).args(["sh", "-c", script]));
-    assert_eq!(outcome.expect_status(0).stdout, "proc/\nsys/\nclosed\netc\n", "{outcome}");
+    assert_eq!(outcome.expect_status(0).stdout, "proc/\nclosed\n", "{outcome}");
     // Another filesystem has a folder of its own, in the directory that stands for it.
     let outcome = run(user
         .run(&["-v", "/:/host", "-v", &format!("{}:/host/proc", user.folder().display())])
