@@ -11,7 +11,21 @@ fn a_file_of_firecrackers_boots() {
             "initrd_path": testbed("images/busybox/initramfs.cpio"),
             "boot_args": "console=ttyS0 quiet reboot=k panic=-1",
         },
-        "machine-config": { "vcpu_count": 2, "mem_size_mib": 160 },
+        "machine-config": {
+            "vcpu_count": 2, "mem_size_mib": 160, "smt": false, "track_dirty_pages": true, "huge_pages": "None",
+        },
+        "drives": [],
+        "network-interfaces": [],
+        "cpu-config": null,
+        "balloon": null,
+        "vsock": null,
+        "logger": { "log_path": "/nonexistent/log", "level": "Info" },
+        "metrics": null,
+        "mmds-config": null,
+        "entropy": null,
+        "pmem": [],
+        "memory-hotplug": null,
+        "later\u{1b}[31m-section": { "field": 1 },
     });
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), config.to_string()).unwrap();
@@ -21,6 +35,13 @@ fn a_file_of_firecrackers_boots() {
         .args(["--", "/bin/sh", "-c", "nproc; cat /proc/cmdline; exit 4"])
         .stdin(Stdio::null()));
     assert_eq!(outcome.expect_status(4).stdout, "2\nconsole=ttyS0 quiet reboot=k panic=-1\n");
+    let start = format!("kindling: {}: ", file.path().display());
+    let warned: Vec<_> = outcome
+        .stderr
+        .lines()
+        .map(|line| line.strip_prefix(&start).and_then(|line| line.split_once(" has no effect: ")).unwrap().0)
+        .collect();
+    assert_eq!(warned, ["machine-config.track_dirty_pages", "logger", "later.[31m-section"], "{outcome}");
 }
 
 #[test]

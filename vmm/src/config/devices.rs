@@ -1,6 +1,7 @@
 //! The virtio devices that a user may ask for. The structures are the sections of Firecracker's JSON, and
 //! what it has no field for has a default.
 
+use super::json::null_is_default;
 use super::{ConfigError, HostFolder};
 use crate::layout::DEVICES_MAX;
 use guest_protocol::frame::Network;
@@ -96,17 +97,11 @@ impl Devices {
                 return Err(ConfigError::DeviceTwice(id.clone()));
             }
         }
-        let limiters = self
-            .drives
-            .iter()
-            .flat_map(|drive| &drive.rate_limiter)
-            .chain(self.network_interfaces.iter().flat_map(|interface| &interface.rx_rate_limiter))
-            .chain(self.network_interfaces.iter().flat_map(|interface| &interface.tx_rate_limiter))
-            .chain(self.entropy.iter().flat_map(|entropy| &entropy.rate_limiter));
-        for bucket in limiters.flat_map(|limiter| [limiter.bandwidth, limiter.ops]).flatten() {
-            if bucket.size == 0 || bucket.refill_time == 0 {
-                return Err(ConfigError::EmptyBucket);
-            }
+        self.drives.iter().try_for_each(Drive::validate)?;
+        let drives = self.drives.iter().filter(|drive| drive.is_root_device).map(|drive| &drive.drive_id);
+        let pmem = self.pmem.iter().filter(|pmem| pmem.root_device).map(|pmem| &pmem.id);
+        if let [first, second, ..] = drives.chain(pmem).collect::<Vec<_>>()[..] {
+            return Err(ConfigError::SecondRoot { first: first.clone(), second: second.clone() });
         }
         for interface in &self.network_interfaces {
             interface.validate()?;
@@ -139,18 +134,19 @@ pub struct Drive {
     /// Its name, which the guest reads as the disk's serial number, up to 20 bytes of it.
     pub drive_id: String,
     /// A raw file or a block device.
+    #[serde(default, deserialize_with = "null_is_default")]
     pub path_on_host: PathBuf,
     /// Whether the kernel mounts it as its root; `root=` on the command line then names it.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_default")]
     pub is_root_device: bool,
     /// Whether the guest may only read.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_default")]
     pub is_read_only: bool,
     /// The partition to mount as root.
     #[serde(default)]
     pub partuuid: Option<String>,
     /// Whether what the guest flushes is flushed to the host's disk.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_default")]
     pub cache_type: CacheType,
     /// Accepted and not heeded: what can be done at once is, and the rest goes to io_uring where there is one.
     #[serde(default)]
@@ -159,8 +155,11 @@ pub struct Drive {
     #[serde(default)]
     pub rate_limiter: Option<RateLimiter>,
     /// Whether the host's page cache is left out.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_default")]
     pub direct: bool,
+    /// The socket of a vhost-user backend, which is not supported.
+    #[serde(default)]
+    pub socket: Option<PathBuf>,
 }
 
 impl Drive {
@@ -177,7 +176,22 @@ impl Drive {
             io_engine: None,
             rate_limiter: None,
             direct: false,
+            socket: None,
         }
+    }
+
+    fn validate(&self) -> Result<(), ConfigError> {
+        if let Some(socket) = &self.socket {
+            return Err(ConfigError::Unsupported {
+                field: "drives.socket",
+                value: socket.display().to_string(),
+                supported: "null, and set path_on_host",
+            });
+        }
+        if self.path_on_host.as_os_str().is_empty() {
+            return Err(ConfigError::NoDrivePath(self.drive_id.clone()));
+        }
+        Ok(())
     }
 }
 
@@ -231,6 +245,9 @@ pub struct NetworkInterface {
     /// Limits of what the guest sends.
     #[serde(default)]
     pub tx_rate_limiter: Option<RateLimiter>,
+    /// Of files of Firecracker before 1.0. Accepted and not heeded: there is no metadata service.
+    #[serde(default)]
+    pub allow_mmds_requests: Option<bool>,
     /// Ports of the host that lead into the guest, where the other end is passt.
     #[serde(skip)]
     pub forwards: Vec<PortForward>,
@@ -361,6 +378,7 @@ impl NetworkInterface {
             nameserver: None,
             rx_rate_limiter: None,
             tx_rate_limiter: None,
+            allow_mmds_requests: None,
             forwards: Vec::new(),
         }
     }
@@ -471,26 +489,24 @@ pub struct Entropy {
 #[serde(deny_unknown_fields, default)]
 pub struct Balloon {
     /// MiB of memory that the guest gives back at first.
+    #[serde(deserialize_with = "null_is_default")]
     pub amount_mib: u64,
     /// Whether a guest that runs out of memory takes it back by itself.
+    #[serde(deserialize_with = "null_is_default")]
     pub deflate_on_oom: bool,
     /// Seconds between statistics of the guest; 0 for none.
+    #[serde(deserialize_with = "null_is_default")]
     pub stats_polling_interval_s: u16,
     /// Whether the guest says which pages it does not use, so that the host can have them.
+    #[serde(deserialize_with = "null_is_default")]
     pub free_page_reporting: bool,
-    /// Not supported.
+    /// Accepted and not heeded: hinting runs serve live migration.
+    #[serde(deserialize_with = "null_is_default")]
     pub free_page_hinting: bool,
 }
 
 impl Balloon {
     fn validate(&self, memory: u64) -> Result<(), ConfigError> {
-        if self.free_page_hinting {
-            return Err(ConfigError::Unsupported {
-                field: "balloon.free_page_hinting",
-                value: true.to_string(),
-                supported: "false",
-            });
-        }
         if self.amount_mib >= memory {
             return Err(ConfigError::BalloonTooLarge { asked: self.amount_mib, memory });
         }
@@ -507,11 +523,14 @@ pub struct Pmem {
     /// The file.
     pub path_on_host: PathBuf,
     /// Whether the kernel mounts it as its root.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_default")]
     pub root_device: bool,
     /// Whether the guest may only read.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_default")]
     pub read_only: bool,
+    /// Accepted and not heeded: flushes are not limited.
+    #[serde(default)]
+    pub rate_limiter: Option<RateLimiter>,
 }
 
 /// Bytes of a shared folder's tag (section 5.11.4 of the virtio specification).
@@ -540,7 +559,15 @@ pub struct RateLimiter {
     pub ops: Option<TokenBucket>,
 }
 
-/// A bucket of tokens, which fills up evenly.
+impl RateLimiter {
+    /// Whether it limits anything.
+    #[must_use]
+    pub fn is_limit(&self) -> bool {
+        [self.bandwidth, self.ops].into_iter().flatten().any(|bucket| bucket.is_limit())
+    }
+}
+
+/// A bucket of tokens, which fills up evenly. One whose size or refill time is 0 limits nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TokenBucket {
@@ -551,6 +578,14 @@ pub struct TokenBucket {
     pub one_time_burst: Option<u64>,
     /// Milliseconds in which an empty bucket fills up.
     pub refill_time: u64,
+}
+
+impl TokenBucket {
+    /// Whether it limits anything.
+    #[must_use]
+    pub const fn is_limit(&self) -> bool {
+        self.size > 0 && self.refill_time > 0
+    }
 }
 
 #[cfg(test)]
@@ -567,7 +602,6 @@ mod tests {
         for (balloon, expected) in [
             (Balloon { amount_mib: 128, ..Balloon::default() }, "a balloon of 128 MiB is too large"),
             (Balloon { amount_mib: u64::MAX, ..Balloon::default() }, "is too large for a guest of 128 MiB"),
-            (Balloon { free_page_hinting: true, ..Balloon::default() }, "free_page_hinting = true is not"),
         ] {
             let message = check(balloon).unwrap_err();
             assert!(message.contains(expected), "{message:?} should say {expected:?}");

@@ -12,8 +12,8 @@ pub use crate::profile::ProfileConfig;
 pub use devices::Devices;
 pub use guest_protocol::frame::{MountKind, Network};
 pub use host_folder::HostFolder;
-pub use json::from_json_file;
 pub(crate) use json::read_bounded;
+pub use json::{FileConfig, from_json_file};
 
 use crate::devices::configuration::Renewal;
 use crate::layout::{COMMAND_LINE_MAX, DEVICES_MAX, VCPUS_MAX};
@@ -197,9 +197,17 @@ pub enum ConfigError {
     /// Two devices with one name.
     #[error("two devices are called {0:?}")]
     DeviceTwice(String),
-    /// A rate limiter that lets nothing pass.
-    #[error("the size and refill_time of a rate limiter cannot be 0")]
-    EmptyBucket,
+    /// A drive without a file.
+    #[error("drive {0} has no path_on_host")]
+    NoDrivePath(String),
+    /// Two devices that the kernel is to mount as its root.
+    #[error("{first} and {second} are both the root device; a machine has one")]
+    SecondRoot {
+        /// The name of one.
+        first: String,
+        /// The name of another.
+        second: String,
+    },
     /// A device on the command line that cannot be understood.
     #[error("--{option} {value}: {what}")]
     DeviceOption {

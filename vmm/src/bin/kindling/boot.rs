@@ -8,7 +8,7 @@ use crate::{
 use clap::{ArgGroup, Args};
 use kindling::config::image::Image;
 use kindling::config::{
-    self, BootSource, Config, ConfigError, Console, GuestConfig, MachineConfig, ProfileConfig,
+    self, BootSource, Config, ConfigError, Console, FileConfig, GuestConfig, MachineConfig, ProfileConfig,
 };
 use kindling::function_marks;
 use kindling::{Error, Exit, ExitReason, Instant, Machine, Timeline};
@@ -117,7 +117,7 @@ pub(crate) fn run(arguments: &Arguments, entered: Instant) -> u8 {
 }
 
 fn boot(arguments: &Arguments, timeline: Timeline) -> Result<Exit, Error> {
-    let config = arguments.config()?;
+    let FileConfig { config, warnings } = arguments.config()?;
     if config.devices.vsock.is_some() {
         raise_descriptor_limit();
     }
@@ -129,6 +129,9 @@ fn boot(arguments: &Arguments, timeline: Timeline) -> Result<Exit, Error> {
             "kindling: booting without it; `kindling preboot --image ... --vcpus {vcpu_count} --memory \
              {mem_size_mib}`, with the same devices, makes a new one\n"
         ));
+    }
+    for warning in &warnings {
+        tell(&format!("kindling: {}\n", report::printable(warning)));
     }
     let running = machine.start()?;
     let stop = running.stop_handle()?;
@@ -178,8 +181,8 @@ fn finish(arguments: &Arguments, exit: &Exit) -> u8 {
 
 impl Arguments {
     /// The configuration that these arguments ask for.
-    fn config(&self) -> Result<Config, ConfigError> {
-        let mut config = self.base()?;
+    fn config(&self) -> Result<FileConfig, ConfigError> {
+        let FileConfig { mut config, warnings } = self.base()?;
         if let Some(path) = &self.initrd {
             config.boot_source.initrd_path = Some(path.clone());
             config.boot_source.image_digests = None;
@@ -214,24 +217,25 @@ impl Arguments {
                 functions: list.transpose()?.unwrap_or_default(),
             });
         }
-        Ok(config)
+        Ok(FileConfig { config, warnings })
     }
 
     /// What the image, the configuration file or the kernel alone ask for.
-    fn base(&self) -> Result<Config, ConfigError> {
+    fn base(&self) -> Result<FileConfig, ConfigError> {
         if let Some(path) = &self.config_file {
             return config::from_json_file(path);
         }
-        match (&self.image, &self.kernel) {
+        let config = match (&self.image, &self.kernel) {
             (Some(directory), _) => {
                 let image = Image::open(directory)?;
                 if self.verify {
                     image.verify(directory)?;
                 }
-                Ok(image.config(directory))
+                image.config(directory)
             }
-            (None, kernel) => Ok(Config::new(BootSource::kernel(kernel.clone().unwrap_or_default()))),
-        }
+            (None, kernel) => Config::new(BootSource::kernel(kernel.clone().unwrap_or_default())),
+        };
+        Ok(FileConfig { config, warnings: Vec::new() })
     }
 
     /// What the guest runs: what its image does, and what these arguments put in its place.

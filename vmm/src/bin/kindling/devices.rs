@@ -66,7 +66,13 @@ impl DeviceArguments {
         for text in &self.pmem {
             let id = format!("pmem{}", devices.pmem.len());
             let (path, [read_only]) = flags(text, [":ro"]);
-            devices.pmem.push(Pmem { id, path_on_host: path.into(), root_device: false, read_only });
+            devices.pmem.push(Pmem {
+                id,
+                path_on_host: path.into(),
+                root_device: false,
+                read_only,
+                rate_limiter: None,
+            });
         }
         Ok(())
     }

@@ -24,11 +24,11 @@ struct Bucket {
 }
 
 impl Bucket {
+    /// A full one, for a configuration that is a limit.
     fn new(config: TokenBucket, now: Instant) -> Self {
-        // Neither is zero in a valid configuration.
-        let rate = i128::from(config.size.max(1));
+        let rate = i128::from(config.size);
         // 50 days are as good as any longer time, and leave room to multiply.
-        let parts = i128::from(config.refill_time.clamp(1, u32::MAX.into())) * NANOSECONDS;
+        let parts = i128::from(config.refill_time.min(u32::MAX.into())) * NANOSECONDS;
         let burst = i128::from(config.one_time_burst.unwrap_or(0)) * parts;
         Self { rate, parts, balance: rate * parts, burst, filled: now }
     }
@@ -67,7 +67,9 @@ impl RateLimiter {
     /// Full buckets; no limits where none are configured.
     #[must_use]
     pub fn new(config: Option<&devices::RateLimiter>, now: Instant) -> Self {
-        let bucket = |config: Option<TokenBucket>| config.map(|config| Bucket::new(config, now));
+        let bucket = |config: Option<TokenBucket>| {
+            config.filter(TokenBucket::is_limit).map(|config| Bucket::new(config, now))
+        };
         config.map_or_else(Self::default, |config| Self {
             bytes: bucket(config.bandwidth),
             requests: bucket(config.ops),
@@ -140,6 +142,16 @@ mod tests {
     fn without_limits_everything_passes() {
         let mut limiter = RateLimiter::new(None, Instant(0));
         assert_eq!(limiter.take(u64::MAX), Ok(()));
+    }
+
+    #[test]
+    fn a_bucket_without_size_or_refill_time_is_no_limit() {
+        for bucket in [(0, 0, 0), (0, 5, 100), (100, 5, 0)] {
+            let mut limiter = limiter(Some(bucket), Some(bucket));
+            for _ in 0..1000 {
+                assert_eq!(limiter.take_at(1 << 20, Instant(0)), Ok(()), "{bucket:?}");
+            }
+        }
     }
 
     #[test]

@@ -14,7 +14,13 @@ fn file(length: u64) -> tempfile::TempDir {
 }
 
 fn config(path: &Path, read_only: bool) -> Config {
-    Config { id: "pmem0".into(), path_on_host: path.into(), root_device: false, read_only }
+    Config {
+        id: "pmem0".into(),
+        path_on_host: path.into(),
+        root_device: false,
+        read_only,
+        rate_limiter: None,
+    }
 }
 
 fn open(folder: &tempfile::TempDir, read_only: bool) -> Result<Pmem, ConfigError> {
