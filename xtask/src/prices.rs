@@ -190,6 +190,7 @@ fn measure(variants: &[Variant], place: &Path) -> Result<Vec<Measured>> {
         ],
         get,
         disk: None,
+        has_xsave: false,
     };
     let status = job.run()?;
     ensure!(status == 0, "a kernel of the list did not boot (status {status}); its output is above");

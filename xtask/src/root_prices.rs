@@ -99,6 +99,7 @@ fn measure(images: &[(u64, &str, String)], place: &Path) -> Result<()> {
         with,
         get,
         disk: None,
+        has_xsave: false,
     };
     let status = job.run()?;
     ensure!(status == 0, "a guest did not end well (status {status}); its output is above");

@@ -70,6 +70,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
             with: vec![(kindling, "/bin/kindling".to_owned()), (image, "/images/default".to_owned())],
             get: Vec::<(String, PathBuf)>::new(),
             disk: None,
+            has_xsave: false,
         }
         .run(),
     }

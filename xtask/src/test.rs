@@ -42,7 +42,7 @@ const EXACT: &str = "exact_";
 const SMP: &str = "smp_";
 
 /// Another monitor, and the test that needs it.
-const FIRECRACKER: &str = "firecracker";
+pub(crate) const FIRECRACKER: &str = "firecracker";
 
 /// Runs all tests; the exit status is 1 when one failed.
 pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
@@ -62,25 +62,30 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
         println!("\nno {FIRECRACKER} in PATH: the test that boots the image with it is not part of this run");
         programs.retain(|program| program.name != FIRECRACKER);
     }
-    let chosen = |prefix: &str| programs.iter().filter(|program| program.prefix() == prefix).collect();
+    let chosen = |prefix: &str| -> Vec<&Program> {
+        programs.iter().filter(|program| program.prefix() == prefix).collect()
+    };
     let here = |place, programs| Step::Here { place, programs, testbed: &testbed, images: &images, filter };
     let queue = |cpus, prefix, images| Queue::new(cpus, chosen(prefix), &testbed, images, filter);
     let crates = (filter.is_empty() && !arguments.ignored).then_some(Step::Crates);
     let on_host = here("on this host", chosen(ON_HOST));
-    let (booting, smp, exact) =
-        (queue(1, "", Some(&*images.disk)), queue(SMP_LAB_CPUS, SMP, None), queue(1, EXACT, None));
+    let booting = queue(1, "", Some(&*images.disk));
+    let (smp, exact) = (queue(SMP_LAB_CPUS, SMP, None), queue(1, EXACT, None));
+    // Its lab has another processor.
+    let firecracker = queue(1, FIRECRACKER, None);
     let first = crates.into_iter().chain([on_host]);
     let lanes: Vec<Vec<Step<'_>>> = match host {
         Host::Hardware => {
             let kvm = "on this host's KVM";
-            let last = [here(kvm, chosen("")), here(kvm, chosen(SMP)), Step::Lab(&exact)];
+            let programs = ["", FIRECRACKER, SMP].into_iter().flat_map(chosen).collect();
+            let last = [here(kvm, programs), Step::Lab(&exact)];
             vec![first.chain(last).collect()]
         }
         Host::Lab if two_labs_fit() => {
-            let second = [Step::Lab(&smp), Step::Lab(&exact), Step::Lab(&booting)];
+            let second = [&smp, &firecracker, &exact, &booting].map(Step::Lab);
             vec![vec![Step::Lab(&booting)], first.chain(second).collect()]
         }
-        Host::Lab => vec![first.chain([Step::Lab(&booting), Step::Lab(&smp), Step::Lab(&exact)]).collect()],
+        Host::Lab => vec![first.chain([&booting, &smp, &firecracker, &exact].map(Step::Lab)).collect()],
     };
     let report = Report::new(started, lanes.len() == 1 || programs.len() == 1);
     let run = |lane: Vec<Step<'_>>| lane.iter().try_for_each(|step| step.run(&report));
@@ -186,7 +191,10 @@ pub(crate) struct Program {
 impl Program {
     /// What says where it runs.
     fn prefix(&self) -> &'static str {
-        [ON_HOST, EXACT, SMP].into_iter().find(|prefix| self.name.starts_with(prefix)).unwrap_or_default()
+        [ON_HOST, EXACT, SMP, FIRECRACKER]
+            .into_iter()
+            .find(|prefix| self.name.starts_with(prefix))
+            .unwrap_or_default()
     }
 
     /// Whether a filter leaves it something to do.

@@ -3,8 +3,9 @@
 //! A lab runs many programs, because packing and booting it takes longer than most of them. Its shell asks for the
 //! next one whenever one has ended, so that two labs work through one queue.
 
+use crate::bench::files::shared_libraries;
 use crate::lab::{ATTEMPTS, DISK, Job, Silent};
-use crate::test::Program;
+use crate::test::{FIRECRACKER, Program};
 use crate::test_images;
 use crate::test_report::{Report, Transcript};
 use anyhow::{Result, bail};
@@ -109,7 +110,7 @@ impl<'a> Queue<'a> {
                 Ok(name.map(String::into_bytes))
             };
             let silence = if self.takes_long() { LONG_SILENCE } else { SILENCE };
-            let result = self.job().drive(silence, &mut answer);
+            let result = self.job()?.drive(silence, &mut answer);
             match (result, current) {
                 (Ok(0), None) => {}
                 (Ok(status), _) => bail!("the shell of a test lab ended with status {status}"),
@@ -146,7 +147,7 @@ impl<'a> Queue<'a> {
     }
 
     /// A lab whose shell runs the programs that it is told, and says how each ended.
-    fn job(&self) -> Job {
+    fn job(&self) -> Result<Job> {
         let rounds = std::env::var(ROUNDS).ok();
         let mut with = vec![(self.testbed.to_owned(), TESTBED.to_owned())];
         let mut arguments = String::new();
@@ -154,6 +155,10 @@ impl<'a> Queue<'a> {
             with.push((program.path.clone(), format!("/tests/{}", program.name)));
             let words = program.arguments(self.filter).join(" ");
             arguments += &format!("{}) set -- {words};; ", program.name);
+        }
+        let has_firecracker = self.programs.iter().any(|program| program.name == FIRECRACKER);
+        if has_firecracker {
+            with.extend(shared_libraries(&self.testbed.join(FIRECRACKER))?);
         }
         let script = format!(
             "echo '{MARK} {READY}'\n\
@@ -163,7 +168,7 @@ impl<'a> Queue<'a> {
              echo; echo \"{MARK} $how\"\n\
              done"
         );
-        Job {
+        Ok(Job {
             exact: self.counts_instructions(),
             cpus: self.cpus,
             memory_mib: MEMORY_MIB,
@@ -176,7 +181,8 @@ impl<'a> Queue<'a> {
             with,
             get: Vec::new(),
             disk: self.images.map(Path::to_owned),
-        }
+            has_xsave: has_firecracker,
+        })
     }
 }
 

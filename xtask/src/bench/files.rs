@@ -12,16 +12,26 @@ const LOADER_CACHE: &str = "/etc/ld.so.cache";
 
 /// The files that a monitor needs, all in the places where they are here.
 pub(super) fn needed(vmm: &Vmm) -> Result<Vec<(PathBuf, String)>> {
-    let mut files = libraries(&vmm.path)?;
+    let mut files = shared_libraries(&vmm.path)?;
+    if vmm.kind == Kind::Qemu {
+        files.extend(in_place(FIRMWARE.map(str::to_owned).to_vec()));
+    }
+    Ok(files)
+}
+
+/// What a program's loader needs, in the places where it is here; nothing for a static program.
+pub(crate) fn shared_libraries(program: &Path) -> Result<Vec<(PathBuf, String)>> {
+    let mut files = libraries(program)?;
     if !files.is_empty() {
         files.push(LOADER_CACHE.to_owned());
     }
-    if vmm.kind == Kind::Qemu {
-        files.extend(FIRMWARE.map(str::to_owned));
-    }
-    files.retain(|file| Path::new(file).exists());
-    // The source is what a link leads to; the target has the name by which it is asked for.
-    Ok(files.into_iter().map(|file| (PathBuf::from(&file), file)).collect())
+    Ok(in_place(files))
+}
+
+/// The files that exist. The source is what a link leads to; the target has the name by which it is asked for.
+fn in_place(files: Vec<String>) -> Vec<(PathBuf, String)> {
+    let files = files.into_iter().filter(|file| Path::new(file).exists());
+    files.map(|file| (PathBuf::from(&file), file)).collect()
 }
 
 /// The libraries of a program and their loader; none for a static program or a script.

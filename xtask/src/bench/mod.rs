@@ -5,7 +5,7 @@
 
 mod arguments;
 mod boot;
-mod files;
+pub(crate) mod files;
 mod io;
 pub(crate) mod measure;
 mod metric;
@@ -64,7 +64,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
         host: HostDescription {
             kind: host.kind(),
             meaning: host.meaning(),
-            notes: notes(&request, &outcome),
+            notes: notes(&request, &outcome, host),
             machine: outcome.machine,
         },
         rows: statistics::rows(request.scenario, &outcome.samples),
@@ -197,6 +197,7 @@ fn in_lab(cases: Vec<Case>, plan: &Plan) -> Result<Outcome> {
         with,
         get: vec![(lab::inside("outcome.json"), outcome.path().into())],
         disk: None,
+        has_xsave: needs_xsave(&plan.vmms),
     }
     .run_again_if_silent(SILENCE)?;
     if status != 0 {
@@ -205,8 +206,14 @@ fn in_lab(cases: Vec<Case>, plan: &Plan) -> Result<Outcome> {
     serde_json::from_slice(&fs::read(outcome.path())?).context("the lab's values cannot be read")
 }
 
+/// Whether one of the monitors does not start on a processor without XSAVE. All are measured on one that has it then,
+/// so that their guests have the same work to do.
+fn needs_xsave(vmms: &[Vmm]) -> bool {
+    vmms.iter().any(|vmm| vmm.kind == Kind::Firecracker)
+}
+
 /// What the reader of a table or of the JSON has to know about single values.
-fn notes(request: &Request, outcome: &Outcome) -> Vec<String> {
+fn notes(request: &Request, outcome: &Outcome, host: Host) -> Vec<String> {
     let foreign = request.vmms.iter().filter(|vmm| !vmm.kind.is_ours()).map(|vmm| &*vmm.name);
     let mut names: Vec<&str> = [arguments::QEMUS].into_iter().chain(foreign).collect();
     let has_init = |name: &str| {
@@ -220,6 +227,11 @@ fn notes(request: &Request, outcome: &Outcome) -> Vec<String> {
         notes.push(format!(
             "* for {names} it is the first byte, which is not compared with a first instruction"
         ));
+    }
+    if host == Host::Lab && needs_xsave(&request.vmms) {
+        notes.push(
+            "the lab's processor has XSAVE, which Firecracker needs; without --vmm it has not".to_owned(),
+        );
     }
     notes.extend(outcome.omitted.iter().map(|what| format!("not measured: {what}")));
     notes

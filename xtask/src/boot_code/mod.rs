@@ -138,6 +138,7 @@ fn in_lab(plan: &follow::Plan, program: PathBuf, image: PathBuf) -> Result<Vec<B
         ],
         get: vec![(lab::inside("reached.json"), file("reached.json"))],
         disk: None,
+        has_xsave: false,
         ..lab::Job::default()
     }
     .run()?;

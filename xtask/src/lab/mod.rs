@@ -37,6 +37,9 @@ pub(crate) struct Arguments {
     /// Image of an ext4 filesystem, which is at /disk in the lab, read-only
     #[arg(long, value_name = "FILE")]
     disk: Option<PathBuf>,
+    /// Give the lab's processor XSAVE, which Firecracker needs
+    #[arg(long)]
+    xsave: bool,
     /// File to copy back when the command has ended, into the current directory or to DEST; may
     /// be repeated
     #[arg(long, value_name = "FILE[:DEST]")]
@@ -83,6 +86,9 @@ pub(crate) struct Job {
     pub(crate) get: Vec<(String, PathBuf)>,
     /// An ext4 filesystem that is read from where it is, at [`DISK`]: what is in `with` takes memory.
     pub(crate) disk: Option<PathBuf>,
+    /// Whether the processor has XSAVE, without which Firecracker does not start. Programs of guests do not return
+    /// from a signal handler then (docs/architecture.md, "The lab").
+    pub(crate) has_xsave: bool,
 }
 
 impl Job {
@@ -147,6 +153,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
         with,
         get,
         disk: arguments.disk.clone(),
+        has_xsave: arguments.xsave,
     };
     job.run()
 }

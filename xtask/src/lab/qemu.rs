@@ -78,9 +78,10 @@ fn last_lines(path: &Path) -> String {
 fn spawn(job: &Job, kernel: &Path, initramfs: &File, console: &Path, messages: File) -> Result<Child> {
     // The file has no name of its own; QEMU opens it through this process.
     let initrd = format!("/proc/{}/fd/{}", std::process::id(), initramfs.as_raw_fd());
+    let processor = if job.has_xsave { "EPYC,+svm,+npt" } else { "EPYC,+svm,+npt,-xsave" };
     let mut command = Command::new(corrected_qemu::program());
     command
-        .args(["-accel", "tcg,thread=single", "-cpu", "EPYC,+svm,+npt,-xsave", "-M", "q35,i8042=off"])
+        .args(["-accel", "tcg,thread=single", "-cpu", processor, "-M", "q35,i8042=off"])
         .args(["-smp", &job.cpus.to_string(), "-m", &job.memory_mib.to_string()])
         .args(["-nodefaults", "-display", "none", "-no-reboot"])
         .args(["-serial", &format!("file:{}", console.display())])

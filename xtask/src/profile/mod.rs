@@ -248,6 +248,7 @@ impl Session<'_> {
             ],
             get: files.iter().map(|name| (lab::inside(name), place.join(name))).collect(),
             disk: None,
+            has_xsave: false,
         }
         .run()?;
         if status != 0 {
