@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 /// Changes with everything that changes what an image becomes.
-const FORMAT: &str = "v1";
+const FORMAT: &str = "v2";
 
 const DRAFT: &str = ".draft-";
 const ROOTFS: &str = "root.erofs";

@@ -5,11 +5,10 @@ use crate::compression::decompress;
 use crate::digest::{Digest, Hashed, drain};
 use crate::erofs::{BLOCK, BlockWriter, CopyError};
 use crate::source::BrokenOff;
-use crate::tarball::{self, Entry, Tarball};
+use crate::tarball::{self, Entry, EntryKind, Tarball};
 use crate::tree::{self, Kind, Shown, Tree};
 use std::io::{self, Read};
 use std::thread;
-use tar::EntryType;
 
 /// Bytes of all files of an image. Zeroes cost no room, so that the disk alone would not set an end.
 pub const MAX_DATA: u64 = 1 << 40;
@@ -154,15 +153,15 @@ fn add<R: Read>(
     tree: &mut Tree,
     data: &mut BlockWriter<'_>,
 ) -> Result<(), Error> {
-    let kind = match entry.entry_type {
-        EntryType::Regular | EntryType::Continuous => Kind::File { start: data.position(), size: entry.size },
-        EntryType::Directory => Kind::directory(),
-        EntryType::Symlink => Kind::Symlink(entry.link.into()),
-        EntryType::Char => Kind::CharacterDevice(entry.device),
-        EntryType::Block => Kind::BlockDevice(entry.device),
-        EntryType::Fifo => Kind::Fifo,
-        EntryType::Link => return Ok(tree.link(&entry.path, &entry.link)?),
-        other => return Err(Error::Kind(Shown::new(&entry.path), other.as_byte().into())),
+    let kind = match entry.kind {
+        EntryKind::File => Kind::File { start: data.position(), size: entry.size },
+        EntryKind::Directory => Kind::directory(),
+        EntryKind::Symlink => Kind::Symlink(entry.link.into()),
+        EntryKind::CharacterDevice => Kind::CharacterDevice(entry.device),
+        EntryKind::BlockDevice => Kind::BlockDevice(entry.device),
+        EntryKind::Fifo => Kind::Fifo,
+        EntryKind::HardLink => return Ok(tree.link(&entry.path, &entry.link)?),
+        EntryKind::Unknown(byte) => return Err(Error::Kind(Shown::new(&entry.path), byte.into())),
     };
     let is_file = matches!(kind, Kind::File { .. });
     tree.insert(&entry.path, entry.attributes, kind)?;

@@ -13,6 +13,8 @@ mod convert;
 mod digest;
 mod erofs;
 mod error;
+mod extensions;
+mod header;
 mod inventory;
 mod layer;
 mod manifest;

@@ -1,9 +1,9 @@
 //! Sparse files in tar archives: GNU tar's three ways to write down where the data belongs.
 
+use crate::header::{Header, RECORD, Segments, more_segments};
 use crate::tarball::{Error, Tarball};
 use crate::tree::Shown;
 use std::io::Read;
-use tar::{GnuExtSparseHeader, GnuSparseHeader, Header};
 
 /// Pieces of data in a file; a map of them takes 16 MiB.
 const MAX_SEGMENTS: usize = 1 << 20;
@@ -44,57 +44,65 @@ pub(crate) fn is_sound(segments: &[Segment], size: u64, stored: u64) -> bool {
 
 /// The map that is in the header and, where there are more pieces, in records behind it.
 pub(crate) fn old_gnu<R: Read>(header: &Header, input: &mut Tarball<R>) -> Result<Map, Error> {
-    let damaged = || Error::Sparse(Shown::new(&header.path_bytes()));
-    let gnu = header.as_gnu().ok_or_else(damaged)?;
+    let damaged = || Error::Sparse(Shown::new(&header.path()));
     let mut segments = Vec::new();
-    let add = |segments: &mut Vec<Segment>, pieces: &[GnuSparseHeader]| -> Option<()> {
-        for piece in pieces.iter().filter(|piece| !piece.is_empty()) {
-            segments.push(Segment { offset: piece.offset().ok()?, length: piece.length().ok()? });
+    let mut add = |(found, is_extended): Segments| -> Option<bool> {
+        for (offset, length) in found {
+            segments.push(Segment { offset: size(offset)?, length: size(length)? });
         }
-        (segments.len() <= MAX_SEGMENTS).then_some(())
+        (segments.len() <= MAX_SEGMENTS).then_some(is_extended)
     };
-    add(&mut segments, &gnu.sparse).ok_or_else(damaged)?;
-    let mut is_extended = gnu.is_extended();
+    let (found, real_size) = header.sparse().ok_or_else(damaged)?;
+    let mut is_extended = add(found).ok_or_else(damaged)?;
     while is_extended {
-        let mut record = GnuExtSparseHeader::new();
-        *record.as_mut_bytes() = input.record_between()?;
-        add(&mut segments, record.sparse()).ok_or_else(damaged)?;
-        is_extended = record.is_extended();
+        let found = more_segments(&input.record_between()?);
+        is_extended = found.and_then(&mut add).ok_or_else(damaged)?;
     }
-    Ok(Map { name: None, size: gnu.real_size().map_err(|_| damaged())?, segments })
+    Ok(Map { name: None, size: size(real_size).ok_or_else(damaged)?, segments })
+}
+
+/// A number that a size or an offset can be.
+pub(crate) fn size(number: i128) -> Option<u64> {
+    i64::try_from(number).ok()?.try_into().ok()
 }
 
 /// What an extended header's `GNU.sparse.` records say.
 #[derive(Debug, Default)]
 pub(crate) struct Extension {
     major: u64,
+    minor: u64,
     name: Option<Vec<u8>>,
     size: Option<u64>,
     numbers: Vec<u64>,
 }
 
 impl Extension {
-    /// Takes a record, without the prefix of its key.
+    /// Takes a record that has a value, without the prefix of its key.
     pub(crate) fn record(&mut self, key: &[u8], value: &[u8]) -> Option<()> {
         match key {
             b"major" => self.major = number(value)?,
+            b"minor" => self.minor = number(value)?,
             b"name" => self.name = Some(value.to_vec()),
             b"size" | b"realsize" => self.size = Some(number(value)?),
             // Version 0.0 has a record for each number, 0.1 one for all.
-            b"offset" | b"numbytes" => self.numbers.push(number(value)?),
-            b"map" if !value.is_empty() => {
-                self.numbers = value.split(|&byte| byte == b',').map(number).collect::<Option<_>>()?;
-            }
+            b"offset" if self.numbers.len().is_multiple_of(2) => self.numbers.push(number(value)?),
+            b"numbytes" if !self.numbers.len().is_multiple_of(2) => self.numbers.push(number(value)?),
+            b"offset" | b"numbytes" => return None,
+            b"map" => self.numbers = value.split(|&byte| byte == b',').map(number).collect::<Option<_>>()?,
             _ => {}
         }
         Some(())
     }
 
     /// The map; version 1.0 has it in front of the data: a count and pairs, a line each, padded to a record.
-    pub(crate) fn resolve<R: Read>(self, input: &mut Tarball<R>) -> Result<Map, Error> {
-        let shown = Shown::new(self.name.as_deref().unwrap_or_default());
+    pub(crate) fn resolve<R: Read>(self, path: &[u8], input: &mut Tarball<R>) -> Result<Map, Error> {
+        let shown = Shown::new(self.name.as_deref().unwrap_or(path));
         let damaged = move || Error::Sparse(shown);
-        let numbers = if self.major == 1 { lines(input)? } else { Some(self.numbers) };
+        let numbers = match (self.major, self.minor) {
+            (1, 0) => lines(input)?,
+            (0, 0 | 1) => Some(self.numbers),
+            _ => None,
+        };
         let Some(((numbers, rest), size)) = numbers.as_deref().map(<[u64]>::as_chunks::<2>).zip(self.size)
         else {
             return Err(damaged());
@@ -113,7 +121,7 @@ fn lines<R: Read>(input: &mut Tarball<R>) -> Result<Option<Vec<u64>>, Error> {
     let mut numbers = Vec::new();
     let mut line = Vec::new();
     loop {
-        let mut record = [0; 512];
+        let mut record = [0; RECORD];
         input.read_exact(&mut record)?;
         for byte in record {
             if byte != b'\n' {
@@ -137,12 +145,25 @@ fn lines<R: Read>(input: &mut Tarball<R>) -> Result<Option<Vec<u64>>, Error> {
     }
 }
 
-/// A number in decimal digits.
-pub(crate) fn number(digits: &[u8]) -> Option<u64> {
-    if !digits.iter().all(u8::is_ascii_digit) {
+/// A size or an offset in decimal digits.
+fn number(digits: &[u8]) -> Option<u64> {
+    size(decimal(digits)?)
+}
+
+/// Decimal digits, with or without a sign; the nearest number where it is beyond 128 bits.
+pub(crate) fn decimal(text: &[u8]) -> Option<i128> {
+    let (sign, digits) = match text {
+        [b'-', digits @ ..] => (-1, digits),
+        [b'+', digits @ ..] | digits => (1, digits),
+    };
+    if digits.is_empty() {
         return None;
     }
-    std::str::from_utf8(digits).ok()?.parse().ok()
+    let number = digits.iter().try_fold(0_i128, |sum, digit| {
+        let digit = digit.is_ascii_digit().then(|| i128::from(digit - b'0'))?;
+        Some(sum.saturating_mul(10).saturating_add(digit))
+    })?;
+    Some(sign * number)
 }
 
 #[cfg(test)]

@@ -1,24 +1,21 @@
 //! Reads a tar archive front to back: what stands in front of each file, then its data.
 //!
-//! The `tar` crate knows the header's fields. What the extended headers say is read here, since their records are
-//! counted, not ended by a newline (a capability has any bytes), and since none may be as large as it likes.
+//! It is read as Go's archive/tar reads it (docker, containerd and podman do so), since what one reader skips another
+//! one takes for a file. `header.rs` has the fields, `extensions.rs` what stands in front of a header.
 
+use crate::extensions::{Extensions, NoRecord, Pax};
+use crate::header::{Header, RECORD};
 use crate::sparse::{self, Segment};
-use crate::tree::{Attributes, Device, Shown, Time, Xattr};
+use crate::tree::{Attributes, Device, Shown, Time};
 use std::io::{self, Read};
-use tar::{EntryType, Header};
-
-pub(crate) const RECORD: u64 = 512;
 
 /// Bytes of an extended header. A file's attributes and two paths need 80 KiB.
 const MAX_EXTENSION: u64 = 1 << 20;
-/// Extended headers in a row: one of each kind is right.
-const MAX_EXTENSIONS: usize = 8;
 
 /// An archive cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Whoever reads the bytes failed.
+    /// The input cannot be read.
     #[error(transparent)]
     Read(#[from] io::Error),
     /// The end is missing.
@@ -27,15 +24,40 @@ pub enum Error {
     /// Not a tar archive, or a damaged one.
     #[error("byte {0} begins no file: not a tar archive, or a damaged one")]
     Checksum(u64),
+    /// A record of zeroes, of which an archive has two at its end, with something behind it.
+    #[error(
+        "byte {0}: a single record of zeroes in the middle of the archive, which is damaged or written wrong"
+    )]
+    LoneZeroes(u64),
     /// A field of a header.
     #[error("{0}: {1} in its header is not a number that it can be")]
     Number(Shown, &'static str),
-    /// Extended headers.
-    #[error("byte {0}: an extended header that is damaged, has more than {max} KiB, or is one too many", max = MAX_EXTENSION >> 10)]
+    /// An extended header that is too large.
+    #[error("byte {0}: an extended header has more than {max} KiB", max = MAX_EXTENSION >> 10)]
     Extension(u64),
+    /// An extended header that no file follows.
+    #[error("byte {0}: an extended header at the end of the archive, without the file that it describes")]
+    NoFile(u64),
+    /// A record of an extended header.
+    #[error("byte {0}: an extended header's record is damaged, or its value is none that it can have: {1}")]
+    Record(u64, Shown),
     /// A map of a sparse file.
     #[error("{0}: the map of its holes is damaged")]
     Sparse(Shown),
+}
+
+/// What an entry is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum EntryKind {
+    File,
+    HardLink,
+    Symlink,
+    CharacterDevice,
+    BlockDevice,
+    Directory,
+    Fifo,
+    /// The byte that says it.
+    Unknown(u8),
 }
 
 /// A file's description.
@@ -43,7 +65,7 @@ pub enum Error {
 pub(crate) struct Entry {
     pub(crate) path: Vec<u8>,
     pub(crate) link: Vec<u8>,
-    pub(crate) entry_type: EntryType,
+    pub(crate) kind: EntryKind,
     pub(crate) attributes: Attributes,
     pub(crate) device: Device,
     /// Bytes, with the holes.
@@ -94,31 +116,51 @@ impl<R: Read> Tarball<R> {
     /// The next file, past what is left of the one before; none at the end.
     pub(crate) fn next_entry(&mut self) -> Result<Option<Entry>, Error> {
         let mut extensions = Extensions::default();
-        for _ in 0..=MAX_EXTENSIONS {
-            let Some(header) = self.header()? else { return Ok(None) };
-            let at = self.position - RECORD;
-            match header.entry_type() {
-                EntryType::GNULongName => extensions.path = Some(until_zero(self.extension()?)),
-                EntryType::GNULongLink => extensions.link = Some(until_zero(self.extension()?)),
-                EntryType::XHeader => {
-                    let records = self.extension()?;
-                    extensions.take(&records).ok_or(Error::Extension(at))?;
-                }
+        let mut described = None;
+        loop {
+            let Some(header) = self.header()? else {
+                return described.map_or(Ok(None), |at| Err(Error::NoFile(at)));
+            };
+            let at = self.position - RECORD as u64;
+            match header.kind() {
+                b'L' => extensions.path = Some(until_zero(self.extension(&header)?)),
+                b'K' => extensions.link = Some(until_zero(self.extension(&header)?)),
+                b'x' => extensions.pax = self.pax(&header)?,
                 // What is said of all files is a comment in practice.
-                EntryType::XGlobalHeader => drop(self.extension()?),
+                b'g' => {
+                    self.pax(&header)?;
+                    continue;
+                }
                 _ => return self.entry(&header, extensions).map(Some),
             }
+            described = Some(at);
         }
-        Err(Error::Extension(self.position))
     }
 
+    /// The next header. Two records of zeroes end the archive, and so does the end of the input: behind a single
+    /// record of zeroes, and in place of a file's padding, too.
     fn header(&mut self) -> Result<Option<Header>, Error> {
+        let at = self.next;
+        if self.skip(self.data_end.saturating_sub(self.position))? > 0 {
+            return Err(Error::Truncated);
+        }
         self.skip(self.to_next())?;
-        let mut header = Header::new_old();
-        let bytes = header.as_mut_bytes();
+        let Some(record) = self.record()? else { return Ok(None) };
+        if record == [0; RECORD] {
+            return match self.record()? {
+                Some(record) if record != [0; RECORD] => Err(Error::LoneZeroes(at)),
+                _ => Ok(None),
+            };
+        }
+        Header::new(record).map(Some).ok_or(Error::Checksum(at))
+    }
+
+    /// The next record; none at the end of the input.
+    fn record(&mut self) -> Result<Option<[u8; RECORD]>, Error> {
+        let mut record = [0; RECORD];
         let mut filled = 0;
-        while filled < bytes.len() {
-            match self.input.read(&mut bytes[filled..]) {
+        while filled < RECORD {
+            match self.input.read(&mut record[filled..]) {
                 Ok(0) if filled == 0 => return Ok(None),
                 Ok(0) => return Err(Error::Truncated),
                 Ok(count) => filled += count,
@@ -126,117 +168,102 @@ impl<R: Read> Tarball<R> {
                 Err(error) => return Err(error.into()),
             }
         }
-        let at = self.position;
-        self.position += RECORD;
-        if *bytes == [0; 512] {
-            return Ok(None);
-        }
-        // The sum counts its own field as spaces; some programs added signed bytes.
-        let others = || bytes[..148].iter().chain(&bytes[156..]);
-        let unsigned = others().map(|&byte| i64::from(byte)).sum::<i64>() + 8 * 32;
-        let signed = others().map(|&byte| i64::from(byte.cast_signed())).sum::<i64>() + 8 * 32;
-        let said = header.cksum().ok().map(i64::from);
-        if said != Some(unsigned) && said != Some(signed) {
-            return Err(Error::Checksum(at));
-        }
-        self.set_size(header.entry_size().map_err(|_| Error::Checksum(at))?).ok_or(Error::Checksum(at))?;
-        Ok(Some(header))
+        self.position += RECORD as u64;
+        (self.data_end, self.next) = (self.position, self.position);
+        Ok(Some(record))
     }
 
     /// The data from here on has so many bytes.
-    fn set_size(&mut self, size: u64) -> Option<()> {
+    fn begin_data(&mut self, size: u64) -> Option<()> {
         self.data_end = self.position.checked_add(size)?;
-        self.next = self.data_end.checked_next_multiple_of(RECORD)?;
+        self.next = self.data_end.checked_next_multiple_of(RECORD as u64)?;
         Some(())
     }
 
-    fn extension(&mut self) -> Result<Vec<u8>, Error> {
-        let size = self.data_end - self.position;
-        if size > MAX_EXTENSION {
-            return Err(Error::Extension(self.position - RECORD));
-        }
+    fn pax(&mut self, header: &Header) -> Result<Pax, Error> {
+        let at = self.position - RECORD as u64;
+        Pax::parse(&self.extension(header)?).map_err(|NoRecord(record)| Error::Record(at, record))
+    }
+
+    /// The content of an extended header.
+    fn extension(&mut self, header: &Header) -> Result<Vec<u8>, Error> {
+        let size = header.size().and_then(sparse::size).filter(|&size| size <= MAX_EXTENSION);
+        let size = size.ok_or(Error::Extension(self.position - RECORD as u64))?;
+        self.begin_data(size);
         let mut content = vec![0; usize::try_from(size).unwrap_or_default()];
         self.read_exact(&mut content)?;
         Ok(content)
     }
 
     fn entry(&mut self, header: &Header, extensions: Extensions) -> Result<Entry, Error> {
-        let path = extensions.path.unwrap_or_else(|| header.path_bytes().into_owned());
+        let Extensions { pax, path, link } = extensions;
+        let given = |name: Option<Vec<u8>>| name.filter(|name| !name.is_empty());
+        let path = given(path).or(pax.path).unwrap_or_else(|| header.path().into_owned());
         let number = |name| Error::Number(Shown::new(&path), name);
-        if let Some(size) = extensions.size {
-            self.set_size(size).ok_or_else(|| number("the size"))?;
-        }
-        let owner = |extended: Option<u64>, plain: io::Result<u64>, name| {
-            let id = extended.map_or(plain, Ok).ok().and_then(|id| u32::try_from(id).ok());
-            id.ok_or_else(|| number(name))
-        };
-        let uid = owner(extensions.uid, header.uid(), "the owner")?;
-        let gid = owner(extensions.gid, header.gid(), "the group")?;
-        let mtime = match extensions.mtime {
-            Some(time) => time,
-            None => Time { seconds: mtime(header).ok_or_else(|| number("the time"))?, nanoseconds: 0 },
-        };
-        let mode = header.mode().map_err(|_| number("the mode"))?;
-        let mut entry_type = header.entry_type();
-        if matches!(entry_type, EntryType::Regular) && path.ends_with(b"/") {
-            entry_type = EntryType::Directory;
-        }
-        let mut device = Device { major: 0, minor: 0 };
-        if matches!(entry_type, EntryType::Char | EntryType::Block) {
-            let part = |value: io::Result<Option<u32>>, bits: u32, name| {
-                value.ok().flatten().filter(|value: &u32| value >> bits == 0).ok_or_else(|| number(name))
-            };
-            device.major = part(header.device_major(), 12, "the device's major number")?;
-            device.minor = part(header.device_minor(), 20, "the device's minor number")?;
-        }
-        let link = extensions.link.or_else(|| header.link_name_bytes().map(Into::into)).unwrap_or_default();
-        let stored = self.data_end - self.position;
-        let mut entry = Entry {
-            link,
-            entry_type,
-            attributes: Attributes {
-                permissions: u16::try_from(mode & 0o7777).unwrap_or_default(),
-                uid,
-                gid,
-                mtime,
-                xattrs: extensions.xattrs,
+        let size = pax.size.or_else(|| header.size());
+        let kind = EntryKind::of(header.kind(), &path, size);
+        let size = if kind.has_data() { size.and_then(sparse::size) } else { Some(0) };
+        let size = size.and_then(|size| self.begin_data(size).map(|()| size));
+        let size = size.ok_or_else(|| number("the size"))?;
+        let mode = header.mode().ok_or_else(|| number("the mode"))?;
+        let attributes = Attributes {
+            permissions: u16::try_from(mode & 0o7777).unwrap_or_default(),
+            uid: pax.uid.or_else(|| header.uid()).and_then(owner).ok_or_else(|| number("the owner"))?,
+            gid: pax.gid.or_else(|| header.gid()).and_then(owner).ok_or_else(|| number("the group"))?,
+            mtime: match pax.mtime {
+                Some(time) => time,
+                None => Time::clamped(header.mtime().ok_or_else(|| number("the time"))?, 0),
             },
-            device,
-            size: stored,
-            segments: vec![Segment { offset: 0, length: stored }],
-            path,
+            xattrs: pax.xattrs,
         };
-        let map = if entry_type.is_gnu_sparse() {
-            entry.entry_type = EntryType::Regular;
-            Some(sparse::old_gnu(header, self)?)
-        } else {
-            extensions.sparse.map(|map| map.resolve(self)).transpose()?
-        };
-        if let Some(map) = map {
-            if let Some(name) = map.name {
-                entry.path = name;
-            }
-            let stored = self.data_end - self.position;
-            if !sparse::is_sound(&map.segments, map.size, stored) {
-                return Err(Error::Sparse(Shown::new(&entry.path)));
-            }
-            (entry.size, entry.segments) = (map.size, map.segments);
+        let mut device = Device { major: 0, minor: 0 };
+        if matches!(kind, EntryKind::CharacterDevice | EntryKind::BlockDevice) {
+            let part = |value: Option<i128>, bits: u32, name| {
+                let value = value.and_then(|value| u32::try_from(value).ok());
+                value.filter(|value| value >> bits == 0).ok_or_else(|| number(name))
+            };
+            device.major = part(header.major(), 12, "the device's major number")?;
+            device.minor = part(header.minor(), 20, "the device's minor number")?;
         }
+        let link = given(link).or(pax.link).unwrap_or_else(|| header.link().to_vec());
+        let segments = vec![Segment { offset: 0, length: size }];
+        let entry = Entry { path, link, kind, attributes, device, size, segments };
+        self.sparse(header, pax.sparse, entry)
+    }
+
+    /// An entry with the map of its holes, if it is a sparse file.
+    fn sparse(
+        &mut self,
+        header: &Header,
+        extension: Option<sparse::Extension>,
+        mut entry: Entry,
+    ) -> Result<Entry, Error> {
+        let map = match extension {
+            _ if header.kind() == b'S' => sparse::old_gnu(header, self)?,
+            Some(extension) => extension.resolve(&entry.path, self)?,
+            None => return Ok(entry),
+        };
+        entry.path = map.name.unwrap_or(entry.path);
+        let stored = self.data_end - self.position;
+        if entry.kind != EntryKind::File || !sparse::is_sound(&map.segments, map.size, stored) {
+            return Err(Error::Sparse(Shown::new(&entry.path)));
+        }
+        (entry.size, entry.segments) = (map.size, map.segments);
         Ok(entry)
     }
 
-    /// Reads over bytes.
-    fn skip(&mut self, length: u64) -> Result<(), Error> {
+    /// Reads over bytes; how many the input does not have.
+    fn skip(&mut self, length: u64) -> Result<u64, Error> {
         let skipped = io::copy(&mut self.input.by_ref().take(length), &mut io::sink())?;
         self.position += skipped;
-        if skipped < length { Err(Error::Truncated) } else { Ok(()) }
+        Ok(length - skipped)
     }
 
     /// A record in front of the data, which is part of no file (maps of sparse files).
-    pub(crate) fn record_between(&mut self) -> Result<[u8; 512], Error> {
-        self.data_end = self.data_end.saturating_add(RECORD);
-        self.next = self.next.saturating_add(RECORD);
-        let mut record = [0; 512];
+    pub(crate) fn record_between(&mut self) -> Result<[u8; RECORD], Error> {
+        self.data_end = self.data_end.saturating_add(RECORD as u64);
+        self.next = self.next.saturating_add(RECORD as u64);
+        let mut record = [0; RECORD];
         self.read_exact(&mut record)?;
         Ok(record)
     }
@@ -266,85 +293,37 @@ impl<R: Read> Read for Tarball<R> {
     }
 }
 
-/// A header's time: octal digits, or a signed number of 96 bits with the top bit set.
-fn mtime(header: &Header) -> Option<i64> {
-    let field = header.as_old().mtime;
-    if field[0] & 0x80 == 0 {
-        return i64::try_from(header.mtime().ok()?).ok();
-    }
-    let (_, low) = field.split_last_chunk::<8>()?;
-    Some(i64::from_be_bytes(*low))
-}
-
-/// What extended headers say of the file that follows.
-#[derive(Debug, Default)]
-struct Extensions {
-    path: Option<Vec<u8>>,
-    link: Option<Vec<u8>>,
-    size: Option<u64>,
-    uid: Option<u64>,
-    gid: Option<u64>,
-    mtime: Option<Time>,
-    xattrs: Vec<Xattr>,
-    sparse: Option<sparse::Extension>,
-}
-
-impl Extensions {
-    /// Takes records of the form `LENGTH KEY=VALUE\n`, where the length counts the whole record.
-    fn take(&mut self, mut records: &[u8]) -> Option<()> {
-        while !records.is_empty() {
-            let space = records.iter().take(20).position(|&byte| byte == b' ')?;
-            let length = usize::try_from(sparse::number(&records[..space])?).ok()?;
-            let (record, rest) = records.split_at_checked(length)?;
-            let record = record.get(space + 1..)?.strip_suffix(b"\n")?;
-            let equals = record.iter().position(|&byte| byte == b'=')?;
-            self.record(&record[..equals], &record[equals + 1..])?;
-            records = rest;
+impl EntryKind {
+    /// The kind that a header's byte means. Before 1988 a directory was a file with a slash behind its name.
+    fn of(byte: u8, path: &[u8], size: Option<i128>) -> Self {
+        let has_slash = path.ends_with(b"/");
+        match byte {
+            0 if has_slash => Self::Directory,
+            b'0' if has_slash && size == Some(0) => Self::Directory,
+            // The last two: files that should be in one piece on disk, and GNU's sparse files.
+            0 | b'0' | b'7' | b'S' => Self::File,
+            b'1' => Self::HardLink,
+            b'2' => Self::Symlink,
+            b'3' => Self::CharacterDevice,
+            b'4' => Self::BlockDevice,
+            b'5' => Self::Directory,
+            b'6' => Self::Fifo,
+            other => Self::Unknown(other),
         }
-        Some(())
     }
 
-    fn record(&mut self, key: &[u8], value: &[u8]) -> Option<()> {
-        let number = || sparse::number(value);
-        match key {
-            b"path" => self.path = Some(value.to_vec()),
-            b"linkpath" => self.link = Some(value.to_vec()),
-            b"size" => self.size = Some(number()?),
-            b"uid" => self.uid = Some(number()?),
-            b"gid" => self.gid = Some(number()?),
-            b"mtime" => self.mtime = Some(time(value)?),
-            _ => {
-                if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
-                    // An overlay in a guest would take its own marks for an order.
-                    if !name.starts_with(b"trusted.overlay.") {
-                        self.xattrs.push(Xattr { name: name.into(), value: value.into() });
-                    }
-                } else if let Some(key) = key.strip_prefix(b"GNU.sparse.") {
-                    self.sparse.get_or_insert_default().record(key, value)?;
-                }
-            }
-        }
-        Some(())
+    /// Links, directories, devices and pipes have none, whatever size their header says.
+    const fn has_data(self) -> bool {
+        matches!(self, Self::File | Self::Unknown(_))
     }
 }
 
-/// `-12.5`: seconds with a fraction.
-fn time(value: &[u8]) -> Option<Time> {
-    let (is_before, digits) = value.strip_prefix(b"-").map_or((false, value), |digits| (true, digits));
-    let mut parts = digits.splitn(2, |&byte| byte == b'.');
-    let seconds = i64::try_from(sparse::number(parts.next()?)?).ok()?;
-    let fraction = parts.next().unwrap_or_default();
-    let mut nanoseconds = 0;
-    for place in 0..9 {
-        let digit = fraction.get(place).copied().unwrap_or(b'0');
-        nanoseconds = nanoseconds * 10 + char::from(digit).to_digit(10)?;
-    }
-    // Nanoseconds count forwards.
-    Some(match (is_before, nanoseconds) {
-        (false, _) => Time { seconds, nanoseconds },
-        (true, 0) => Time { seconds: -seconds, nanoseconds },
-        (true, _) => Time { seconds: -seconds - 1, nanoseconds: 1_000_000_000 - nanoseconds },
-    })
+/// The number of a user or group as chown takes it: -2 is 4294967294, and -1 changes nothing, which leaves the file
+/// to root.
+fn owner(number: i128) -> Option<u32> {
+    let id = i64::try_from(number).ok()?;
+    let id = u32::try_from(id).ok().or_else(|| i32::try_from(id).ok().map(i32::cast_unsigned))?;
+    Some(if id == u32::MAX { 0 } else { id })
 }
 
 fn until_zero(mut bytes: Vec<u8>) -> Vec<u8> {
@@ -358,36 +337,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn times_have_fractions_and_may_be_before_1970() {
-        let is = |text: &[u8], seconds, nanoseconds| {
-            assert_eq!(time(text), Some(Time { seconds, nanoseconds }), "{}", text.escape_ascii());
-        };
-        is(b"0", 0, 0);
-        is(b"1700000000.5", 1_700_000_000, 500_000_000);
-        is(b"1.0000000019", 1, 1);
-        is(b"-1", -1, 0);
-        is(b"-1.25", -2, 750_000_000);
-        for wrong in [&b""[..], b"-", b"x", b"1.x", b"1e3", b"99999999999999999999"] {
-            assert_eq!(time(wrong), None);
-        }
-    }
-
-    #[test]
-    fn records_are_counted() {
-        let mut extensions = Extensions::default();
-        extensions.take(b"29 SCHILY.xattr.user.a=1\n2=3\n11 path=ab\n").unwrap();
-        assert_eq!(extensions.path.as_deref(), Some(&b"ab"[..]));
-        let Xattr { name, value } = &extensions.xattrs[0];
-        assert_eq!((&**name, &**value), (&b"user.a"[..], &b"1\n2=3"[..]));
-        for wrong in [
-            &b"11 path=a\n"[..],
-            b"9 path=ab\n",
-            b"0 path=ab\n",
-            b"99999999999999999999 path=ab\n",
-            b"path",
-            b"6 abc\n",
+    fn owners_are_what_chown_makes_of_them() {
+        for (number, id) in [
+            (0, Some(0)),
+            (i128::from(u32::MAX) - 1, Some(u32::MAX - 1)),
+            (i128::from(u32::MAX), Some(0)),
+            (-1, Some(0)),
+            (-2, Some(u32::MAX - 1)),
+            (i128::from(i32::MIN), Some(1 << 31)),
+            (i128::from(i32::MIN) - 1, None),
+            (1 << 32, None),
+            (1 << 40, None),
         ] {
-            assert!(Extensions::default().take(wrong).is_none(), "{}", wrong.escape_ascii());
+            assert_eq!(owner(number), id, "{number}");
         }
     }
 }

@@ -226,7 +226,7 @@ fn the_commands_exit_status_says_who_can_mend_it() {
     fs::write(place.path("file"), "").unwrap();
     let (status, line) = failed(&["--cache", "file", "./image"]);
     assert_eq!(status, 1);
-    assert!(line.ends_with("/file/oci: Not a directory (os error 20)\n"), "{line}");
+    assert!(line.ends_with("/file/oci/v2: Not a directory (os error 20)\n"), "{line}");
     assert_eq!(failed(&["--pull"]).0, 2);
     fs::create_dir_all(place.path("debian/empty")).unwrap();
     let (status, line) = failed(&["./debian/empty"]);
@@ -387,7 +387,7 @@ fn several_at_once_convert_once() {
                     converted.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
                     // Nobody else can come in.
                     let mut files =
-                        fs::read_dir(place.path("cache/oci/v1")).unwrap().map(|file| file.unwrap().path());
+                        fs::read_dir(place.path("cache/oci/v2")).unwrap().map(|file| file.unwrap().path());
                     let lock =
                         files.find(|path| path.extension().is_some_and(|name| name == "lock")).unwrap();
                     assert!(matches!(

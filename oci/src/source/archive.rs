@@ -3,13 +3,12 @@
 use crate::compression::decompress;
 use crate::error::Error;
 use crate::layer::MAX_DATA;
-use crate::tarball::{self, Tarball};
+use crate::tarball::{self, EntryKind, Tarball};
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read, Seek};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use tar::EntryType;
 
 /// Files of an archive; an image has some for each of its layers.
 const MAX_MEMBERS: usize = 100_000;
@@ -102,13 +101,13 @@ fn members(file: &mut File) -> Result<HashMap<String, Member>, Error> {
         }
         let path = String::from_utf8_lossy(&entry.path);
         let link = String::from_utf8_lossy(&entry.link);
-        let member = match entry.entry_type {
-            EntryType::Regular => Some(Member::File { offset, size: entry.size }),
-            EntryType::Symlink => {
+        let member = match entry.kind {
+            EntryKind::File => Some(Member::File { offset, size: entry.size }),
+            EntryKind::Symlink => {
                 let folder = path.rsplit_once('/').map_or("", |(folder, _)| folder);
                 Some(Member::Link(normalise(&link, folder)))
             }
-            EntryType::Link => Some(Member::Link(normalise(&link, ""))),
+            EntryKind::HardLink => Some(Member::Link(normalise(&link, ""))),
             _ => None,
         };
         let is_short = entry.path.len().max(entry.link.len()) <= MAX_NAME;

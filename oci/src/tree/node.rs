@@ -24,6 +24,16 @@ pub struct Time {
     pub nanoseconds: u32,
 }
 
+impl Time {
+    /// A time that may be beyond what a filesystem holds: then the first or the last that it does.
+    pub(crate) fn clamped(seconds: i128, nanoseconds: u32) -> Self {
+        match i64::try_from(seconds) {
+            Ok(seconds) => Self { seconds, nanoseconds },
+            Err(_) => Self { seconds: if seconds < 0 { i64::MIN } else { i64::MAX }, nanoseconds: 0 },
+        }
+    }
+}
+
 /// An extended attribute.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Xattr {

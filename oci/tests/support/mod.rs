@@ -83,6 +83,13 @@ impl Layer {
     pub fn bytes(self) -> Vec<u8> {
         self.0.into_inner().unwrap()
     }
+
+    /// The archive without the two records of zeroes at its end.
+    pub fn without_end(self) -> Vec<u8> {
+        let mut bytes = self.bytes();
+        bytes.truncate(bytes.len() - 1024);
+        bytes
+    }
 }
 
 /// How layers are stored.
@@ -167,9 +174,27 @@ impl Place {
 
     /// What the cache has beside locks and names.
     pub fn drafts(&self) -> Vec<String> {
-        let Ok(entries) = fs::read_dir(self.path("cache/oci/v1")) else { return Vec::new() };
+        let Ok(entries) = fs::read_dir(self.path("cache/oci/v2")) else { return Vec::new() };
         let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
         names.filter(|name| !name.ends_with(".lock") && !name.ends_with(".name")).collect()
+    }
+
+    /// The line about an image of layers that are archives as they are; the image is to blame.
+    pub fn refused(layers: &[Vec<u8>]) -> String {
+        let place = Self::new();
+        place.layout().write_bytes(layers, Packing::Plain);
+        let (line, is_users) = place.error("image");
+        assert!(is_users, "{line}");
+        line
+    }
+
+    /// The lines that describe the files of layers that are archives as they are.
+    pub fn made(layers: &[Vec<u8>]) -> Vec<String> {
+        let place = Self::new();
+        place.layout().write_bytes(layers, Packing::Plain);
+        let prepared = place.prepare("image").unwrap();
+        check(&prepared.rootfs);
+        reader::list(&prepared.rootfs)
     }
 
     /// The lines that describe the files of layers, merged.
