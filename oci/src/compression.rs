@@ -1,23 +1,70 @@
 //! Layers as they were before they were compressed. What a layer is, its first bytes say; media types are often wrong.
 
+use bzip2::bufread::MultiBzDecoder;
 use flate2::bufread::MultiGzDecoder;
+use lzma_rust2::XzReader;
 use ruzstd::decoding::errors::{FrameDecoderError, ReadFrameHeaderError};
 use ruzstd::decoding::{BlockDecodingStrategy, FrameDecoder};
 use std::io::{self, BufRead, BufReader, Read};
 
 const BUFFER: usize = 256 << 10;
+/// Bytes that say what a blob is.
+const MAGIC: usize = 10;
+/// Bytes that a window of Zstandard or a dictionary of xz may have: what `zstd --ultra --long=29` and `xz -9` need.
+const MAX_WINDOW: u32 = 512 << 20;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Format {
+    Plain,
+    Gzip,
+    Zstd,
+    Xz,
+    Bzip2,
+}
+
+impl Format {
+    fn of(start: &[u8]) -> Self {
+        match start {
+            [0x1f, 0x8b, ..] => Self::Gzip,
+            // A frame, or one to skip: the table in front of podman's zstd:chunked.
+            [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => Self::Zstd,
+            [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => Self::Xz,
+            // A block, or the end where there is none: a file's name may begin like that, too.
+            [b'B', b'Z', b'h', b'1'..=b'9', 0x31, 0x41, 0x59, 0x26, 0x53, 0x59]
+            | [b'B', b'Z', b'h', b'1'..=b'9', 0x17, 0x72, 0x45, 0x38, 0x50, 0x90] => Self::Bzip2,
+            _ => Self::Plain,
+        }
+    }
+}
+
+/// Whether a blob is compressed, and what follows its first bytes can be had by `decompress`.
+pub(crate) fn is_compressed(mut blob: impl Read) -> io::Result<bool> {
+    Ok(Format::of(&start(&mut blob)?) != Format::Plain)
+}
+
+/// The first bytes, of which a read may give fewer than there are.
+fn start(blob: &mut impl Read) -> io::Result<Vec<u8>> {
+    let mut start = Vec::with_capacity(MAGIC);
+    blob.by_ref().take(MAGIC as u64).read_to_end(&mut start)?;
+    Ok(start)
+}
 
 /// The uncompressed bytes of a blob.
-pub(crate) fn decompress<'a>(blob: impl Read + 'a) -> io::Result<Box<dyn Read + 'a>> {
-    let mut blob = BufReader::with_capacity(BUFFER, blob);
-    Ok(match blob.fill_buf()? {
-        [0x1f, 0x8b, ..] => Box::new(BufReader::with_capacity(BUFFER, MultiGzDecoder::new(blob))),
-        // A frame, or one to skip: the table in front of podman's zstd:chunked.
-        [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => {
-            Box::new(BufReader::with_capacity(BUFFER, Zstd::new(blob)))
-        }
-        _ => Box::new(blob),
+pub(crate) fn decompress<'a>(mut blob: impl Read + 'a) -> io::Result<Box<dyn Read + 'a>> {
+    let start = start(&mut blob)?;
+    let format = Format::of(&start);
+    let blob = BufReader::with_capacity(BUFFER, io::Cursor::new(start).chain(blob));
+    Ok(match format {
+        Format::Plain => Box::new(blob),
+        Format::Gzip => buffered(MultiGzDecoder::new(blob)),
+        Format::Zstd => buffered(Zstd::new(blob)),
+        Format::Xz => buffered(XzReader::new_mem_limit(blob, true, MAX_WINDOW >> 10)),
+        Format::Bzip2 => buffered(MultiBzDecoder::new(blob)),
     })
+}
+
+fn buffered<'a>(content: impl Read + 'a) -> Box<dyn Read + 'a> {
+    Box::new(BufReader::with_capacity(BUFFER, content))
 }
 
 /// Frames of Zstandard, one after the other.
@@ -28,7 +75,9 @@ struct Zstd<R> {
 
 impl<R: BufRead> Zstd<R> {
     fn new(input: R) -> Self {
-        Self { input, decoder: FrameDecoder::new() }
+        let mut decoder = FrameDecoder::new();
+        decoder.set_max_window_size(MAX_WINDOW.into());
+        Self { input, decoder }
     }
 
     /// Begins the next frame that has content; false at the end.

@@ -38,9 +38,10 @@ pub(crate) fn convert(
     let mut tree = Tree::new();
     let mut data = BlockWriter::new(file, BLOCK);
     let count = image.layers.len();
+    let mut left = layer::MAX_UNPACKED;
     for (number, layer) in (1..).zip(&image.layers) {
         begin(number, count);
-        layer::apply(store.layer(layer)?, layer.check, &mut tree, &mut data)
+        layer::apply(store.layer(layer)?, layer.check, &mut left, &mut tree, &mut data)
             .map_err(|source| Error::Layer { number, count, source })?;
     }
     let written = data.finish().map_err(erofs::Error::Write);
@@ -52,8 +53,7 @@ pub(crate) fn convert(
         let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         let _ = rustix::fs::fallocate(file, hole, start, length);
     }
-    let users =
-        Users { passwd: text(&tree, file, b"/etc/passwd")?, group: text(&tree, file, b"/etc/group")? };
+    let users = Users { passwd: text(&tree, file, "/etc/passwd")?, group: text(&tree, file, "/etc/group")? };
     Ok(Record::new(image.id, size, image.config.config.clone().unwrap_or_default(), users))
 }
 
@@ -65,12 +65,15 @@ fn uuid(id: Digest) -> [u8; 16] {
     uuid
 }
 
-/// The beginning of a text file of the image; nothing where there is none.
-fn text(tree: &Tree, file: &File, path: &[u8]) -> Result<String, Error> {
-    let Some(Kind::File { start, size }) = tree.find(path).map(|node| &node.kind) else {
+/// A text file of the image; nothing where there is none.
+fn text(tree: &Tree, file: &File, path: &'static str) -> Result<String, Error> {
+    let Some(Kind::File { start, size }) = tree.find(path.as_bytes()).map(|node| &node.kind) else {
         return Ok(String::new());
     };
-    let mut content = vec![0; usize::try_from((*size).min(user::MAX_FILE)).unwrap_or_default()];
+    if *size > user::MAX_FILE {
+        return Err(Error::LargeUsers(path));
+    }
+    let mut content = vec![0; usize::try_from(*size).unwrap_or_default()];
     file.read_exact_at(&mut content, *start)
         .map_err(|source| Error::Filesystem(erofs::Error::Write(source)))?;
     Ok(String::from_utf8_lossy(&content).into_owned())

@@ -1,6 +1,6 @@
 //! Why an image cannot be had.
 
-use crate::digest::Digest;
+use crate::digest::{Digest, NoDigest};
 use crate::source::RegistryError;
 use crate::{erofs, layer, reference, tarball, user};
 use std::io;
@@ -35,8 +35,42 @@ pub enum Error {
         source: serde_json::Error,
     },
     /// A document is no manifest.
-    #[error("its {0} is not the manifest of an image; images in Docker's format of before 2016 are not read")]
+    #[error("its {0} is not the manifest of an image")]
     Manifest(String),
+    /// A manifest of Docker's first format.
+    #[error(
+        "its {0} is a manifest of version 1, of before 2016, which is not read; push or save it by a newer docker"
+    )]
+    OldManifest(String),
+    /// An archive of Docker's first format.
+    #[error(
+        "it is an archive of `docker save` before version 1.10, which is not read; save it by a newer docker"
+    )]
+    OldArchive,
+    /// Something else than an image.
+    #[error("it is no container image; its type is {0}")]
+    NotAnImage(String),
+    /// A document of another size.
+    #[error(
+        "its {name} has {found} bytes, not {expected}; it was damaged or exchanged, save or pull it again"
+    )]
+    DocumentSize {
+        /// The document.
+        name: String,
+        /// What the image says.
+        expected: u64,
+        /// What there is.
+        found: u64,
+    },
+    /// A digest that is no SHA-256.
+    #[error(transparent)]
+    Algorithm(#[from] NoDigest),
+    /// A blob is a directory or a device.
+    #[error("its {0} is not a file; save or pull it again")]
+    NotAFile(String),
+    /// A layer whose size is missing or negative.
+    #[error("layer {0} has no size in its manifest, or one that no layer can have")]
+    LayerSize(usize),
     /// A document is too large.
     #[error("its {0} has more than {max} MiB", max = crate::source::MAX_DOCUMENT >> 20)]
     LargeDocument(String),
@@ -95,6 +129,9 @@ pub enum Error {
     /// The filesystem could not be written.
     #[error("its filesystem")]
     Filesystem(#[source] erofs::Error),
+    /// A list of users that is too long.
+    #[error("its {0} has more than {max} MiB", max = user::MAX_FILE >> 20)]
+    LargeUsers(&'static str),
     /// The user is not known.
     #[error(transparent)]
     User(#[from] user::Error),
@@ -123,7 +160,7 @@ pub enum Error {
     #[error("none of --cache, KINDLING_CACHE, XDG_CACHE_HOME and HOME says where to keep images")]
     NoCache,
     /// Neither a file nor a reference.
-    #[error("it is neither a path, as ./NAME is, nor the name of an image in a registry")]
+    #[error("as the name of an image in a registry it is wrong")]
     Reference(#[from] reference::Error),
     /// Nothing to remove.
     #[error("no image of this name or id is kept; `kindling image ls` has those that are")]
@@ -137,6 +174,13 @@ pub enum Error {
 }
 
 impl Error {
+    /// No image of this name among others.
+    pub(crate) fn no_tag<T: AsRef<str>>(tag: &str, names: impl IntoIterator<Item = T>) -> Self {
+        let names: Vec<_> = names.into_iter().map(|name| name.as_ref().to_owned()).collect();
+        let names = if names.is_empty() { "none with a name".to_owned() } else { names.join(", ") };
+        Self::NoTag { tag: tag.to_owned(), names }
+    }
+
     /// Whether the one who asked can mend it: another name, another copy of the image.
     #[must_use]
     pub fn is_users(&self) -> bool {

@@ -13,6 +13,10 @@ use std::thread;
 /// Bytes of all files of an image. Zeroes cost no room, so that the disk alone would not set an end.
 pub const MAX_DATA: u64 = 1 << 40;
 
+/// Bytes of all layers of an image when they are uncompressed. A few bytes of Zstandard become as many as one likes,
+/// and each has to be read.
+pub const MAX_UNPACKED: u64 = 256 << 30;
+
 /// What a layer has to be.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Check {
@@ -90,6 +94,7 @@ impl From<tarball::Error> for Error {
 pub(crate) fn apply(
     blob: impl Read + Send,
     check: Check,
+    left: &mut u64,
     tree: &mut Tree,
     data: &mut BlockWriter<'_>,
 ) -> Result<(), Error> {
@@ -105,8 +110,7 @@ pub(crate) fn apply(
                     sender.send_all(decompress(&mut blob));
                     Ok(blob)
                 });
-                let result =
-                    unpack(&mut content, tree, data).and_then(|content| drain(content).map_err(read_error));
+                let result = unpack(&mut content, left, tree, data).map(drop);
                 // Else it waits until the rest is read, where the archive is a bad one.
                 drop(content);
                 (result, reading.join())
@@ -130,21 +134,46 @@ pub(crate) fn apply(
         }
         Check::Content(expected) => {
             let content = Hashed::new(decompress(blob).map_err(read_error)?).map_err(Error::Read)?;
-            let (found, _) = unpack(content, tree, data)?.finish().map_err(read_error)?;
+            let (found, _) = unpack(content, left, tree, data)?.finish().map_err(read_error)?;
             if found == expected { Ok(()) } else { Err(Error::Digest { expected, found }) }
         }
     }
 }
 
-/// Reads the archive up to its end, and gives the reader back.
-fn unpack<R: Read>(content: R, tree: &mut Tree, data: &mut BlockWriter<'_>) -> Result<R, Error> {
-    let mut archive = Tarball::new(content);
+/// Reads the archive, and gives the reader back at its end.
+fn unpack<R: Read>(
+    content: R,
+    left: &mut u64,
+    tree: &mut Tree,
+    data: &mut BlockWriter<'_>,
+) -> Result<R, Error> {
+    let mut archive = Tarball::new(Budget { inner: content, left });
     while let Some(entry) = archive.next_entry()? {
-        if !tree.whiteout(&entry.path) {
+        let is_pseudo_link = entry.kind == EntryKind::File && tree::is_pseudo_link(&entry.path);
+        if is_pseudo_link || !tree.whiteout(&entry.path)? {
             add(entry, &mut archive, tree, data)?;
         }
     }
-    Ok(archive.into_input())
+    let mut rest = archive.into_input();
+    drain(&mut rest).map_err(read_error)?;
+    Ok(rest.inner)
+}
+
+/// A reader that fails where more is read than is left.
+#[derive(Debug)]
+struct Budget<'a, R> {
+    inner: R,
+    left: &'a mut u64,
+}
+
+impl<R: Read> Read for Budget<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let length = self.inner.read(buffer)?;
+        let max = MAX_UNPACKED >> 30;
+        let failed = || io::Error::other(format!("the image's layers have more than {max} GiB"));
+        *self.left = self.left.checked_sub(length as u64).ok_or_else(failed)?;
+        Ok(length)
+    }
 }
 
 fn add<R: Read>(

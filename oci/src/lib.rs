@@ -11,6 +11,7 @@ mod cache;
 mod compression;
 mod convert;
 mod digest;
+mod disk;
 mod erofs;
 mod error;
 mod extensions;
@@ -18,6 +19,8 @@ mod header;
 mod inventory;
 mod layer;
 mod manifest;
+mod names;
+mod platform;
 mod prepared;
 mod reference;
 mod source;
@@ -108,7 +111,7 @@ fn from_registry(
         (Some(entry), Pull::Missing | Pull::Never) => Ok(entry),
         (None, Pull::Never) => Err(Error::NotPulled),
         (None, Pull::Missing) | (_, Pull::Always) => {
-            from_store(cache, &Store::registry(reference), None, Some(&name), begin)
+            from_store(cache, &Store::registry(reference)?, None, Some(&name), begin)
         }
     }
 }
@@ -132,7 +135,7 @@ fn from_store(
 
 /// The name by which an image is known later, from wherever it is asked for.
 fn name(image: &str) -> String {
-    match locate(image, Pull::default()) {
+    match locate(image, Pull::Missing) {
         Ok(Place::File(path, tag)) => {
             let path = path.canonicalize().unwrap_or(path).display().to_string();
             tag.map_or(path.clone(), |tag| format!("{path}:{tag}"))
@@ -149,47 +152,59 @@ enum Place<'a> {
     Registry(Reference),
 }
 
-/// The prefix that names an OCI layout, as skopeo and podman have it.
-const LAYOUT: &str = "oci:";
-
-/// Names of files that are archives of images. No repository of a registry has such a name.
+/// What stands in front of a path.
+const TRANSPORTS: [&str; 3] = ["oci:", "oci-archive:", "docker-archive:"];
+/// How the names of archives end.
 const ARCHIVES: [&str; 9] =
     [".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.xz", ".txz", ".tar.bz2", ".tbz2"];
 
-/// Decides by its form what a name means. The current directory may be a stranger's, so that nothing in it answers for
-/// a name of a registry: only `/...`, `./...`, `../...`, `oci:...` and files named as archives are paths.
+/// Takes `PATH`, `PATH:TAG` or the name of an image in a registry for what it is.
+///
+/// A name that a registry may have is a registry's, whatever is in this folder: who has made the folder must not decide
+/// what `busybox` is. Archives are known by the end of their names.
 fn locate(image: &str, pull: Pull) -> Result<Place<'_>, Error> {
-    let (text, is_path) = match image.strip_prefix(LAYOUT) {
-        Some(layout) => (layout, true),
-        None => (image, image.starts_with(['/', '.'])),
-    };
-    let is_pulled = pull == Pull::Always || image.contains("@sha256:");
-    let ends = text.match_indices(':').map(|(at, _)| (at, Some(&text[at + 1..])));
-    for (end, tag) in [(text.len(), None)].into_iter().chain(ends) {
-        let (name, path) = (&text[..end], Path::new(&text[..end]));
-        let is_archive = || ARCHIVES.iter().any(|ending| name.ends_with(ending)) && path.is_file();
-        let is_here = if is_path {
-            path.is_file() || path.join("index.json").exists()
-        } else {
-            !is_pulled && is_archive()
-        };
-        if is_here {
-            return Ok(Place::File(path.into(), tag));
-        }
+    if let Some(path) = explicit_path(image) {
+        return at_path(path);
     }
-    match is_path {
-        true if Path::new(text).exists() => Err(Error::NoImage),
-        true => Err(Error::NotFound),
-        false => Ok(Place::Registry(Reference::parse(image)?)),
+    let is_archive = |path: &Path, text: &str| {
+        let name = text.to_lowercase();
+        ARCHIVES.iter().any(|end| name.ends_with(end)) && path.is_file()
+    };
+    if pull != Pull::Always
+        && !image.contains('@')
+        && let Some((path, tag)) = splits(image).find(|(text, _)| is_archive(Path::new(text), text))
+    {
+        return Ok(Place::File(path.into(), tag));
+    }
+    Ok(Place::Registry(Reference::parse(image.strip_prefix("docker://").unwrap_or(image))?))
+}
+
+/// The path, with or without a tag, where an image is one by its first characters.
+fn explicit_path(image: &str) -> Option<&str> {
+    let path = TRANSPORTS.iter().find_map(|transport| image.strip_prefix(transport));
+    path.or_else(|| image.starts_with(['/', '.']).then_some(image))
+}
+
+/// All ways to take a text for a path and a tag.
+fn splits(text: &str) -> impl Iterator<Item = (&str, Option<&str>)> {
+    let tagged = text.match_indices(':').map(|(at, _)| (&text[..at], Some(&text[at + 1..])));
+    std::iter::once((text, None)).chain(tagged)
+}
+
+fn at_path(text: &str) -> Result<Place<'_>, Error> {
+    let is_image = |path: &Path| path.is_file() || path.join("index.json").exists();
+    match splits(text).find(|(path, _)| is_image(Path::new(path))) {
+        Some((path, tag)) => Ok(Place::File(path.into(), tag)),
+        None if Path::new(text).exists() => Err(Error::NoImage),
+        None => Err(Error::NotFound),
     }
 }
 
-/// A file or folder of the current directory that a registry's name could be mistaken for.
+/// The folder or file that may have been meant by a name that was taken for a registry's.
 #[must_use]
-pub fn namesake(image: &str) -> Option<&str> {
-    let is_here = |name: &&str| !name.is_empty() && !name.starts_with(['/', '.']) && Path::new(name).exists();
-    let ends = image.match_indices(':').map(|(at, _)| at);
-    [image.len()].into_iter().chain(ends).map(|end| &image[..end]).find(is_here)
+pub fn file_of_that_name(image: &str) -> Option<&str> {
+    let is_name = explicit_path(image).is_none() && !image.contains('@');
+    splits(image).map(|(path, _)| path).find(|path| is_name && !path.is_empty() && Path::new(path).exists())
 }
 
 /// What tells a version of an archive from others; none of a folder, whose index says it.

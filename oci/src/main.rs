@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use clap::{Parser, Subcommand};
-use kindling_oci::{Error, Options, Pull, Stored, namesake, prepare};
+use kindling_oci::{Error, Options, Pull, Stored, file_of_that_name, prepare};
 use rustix::process::{Signal, getppid, set_parent_process_death_signal};
 use std::error::Error as _;
 use std::io::{ErrorKind, IsTerminal, Write, stderr, stdout};
@@ -74,7 +74,8 @@ struct Prepare {
     /// The process that this is done for, which started it: with its end this ends
     #[arg(long, hide = true, value_name = "PID")]
     r#for: Option<u32>,
-    /// ./FOLDER with an OCI layout or an archive, with :TAG where it has several images, or a name in a registry
+    /// A name in a registry, or a folder with an OCI layout (`./DIR`, `/DIR`, `oci:DIR`) or an archive (`x.tar`), with
+    /// :TAG where it has several images
     image: String,
 }
 
@@ -87,12 +88,12 @@ fn main() -> ExitCode {
         Command::Prepare(arguments) => print(&arguments),
         Command::Ls(kept) => match kindling_oci::list(kept.cache.as_deref()) {
             Ok(images) => say(&table(&images)),
-            Err(error) => complain("", &error, ""),
+            Err(error) => complain("", &error),
         },
         Command::Rm { kept, images } => {
             let remove = |image: &String| match kindling_oci::remove(kept.cache.as_deref(), image) {
                 Ok(removed) => say_removed(&removed),
-                Err(error) => complain(&format!("{image}: "), &error, ""),
+                Err(error) => complain(&format!("{image}: "), &error),
             };
             // What can be removed is.
             let codes: Vec<_> = images.iter().map(remove).collect();
@@ -102,7 +103,7 @@ fn main() -> ExitCode {
             let unused = Duration::from_secs(u64::from(unused) * 86_400);
             match kindling_oci::prune(kept.cache.as_deref(), unused) {
                 Ok(removed) => say_removed(&removed),
-                Err(error) => complain("", &error, ""),
+                Err(error) => complain("", &error),
             }
         }
     }
@@ -127,17 +128,18 @@ fn print(arguments: &Prepare) -> ExitCode {
     };
     let prepared = match prepare(&arguments.image, &options, &mut begin) {
         Ok(prepared) => prepared,
-        Err(error @ Error::Registry(_)) if namesake(&arguments.image).is_none() => {
+        Err(error @ (Error::Registry(_) | Error::NotPulled | Error::Reference(_))) => {
             // A file's name with a letter too many is the name of an image in a registry.
-            let what = format!("{}: there is no such file here, and as a name: ", arguments.image);
-            return complain(&what, &error, "");
+            let image = &arguments.image;
+            let hint = match (file_of_that_name(image), &error) {
+                (Some(path), _) => format!("what is here is called ./{path}, and in a registry: "),
+                (None, Error::Registry(_)) => "there is no such file here, and as a name: ".to_owned(),
+                (None, Error::Reference(_)) => "there is no such file or folder, and ".to_owned(),
+                (None, _) => String::new(),
+            };
+            return complain(&format!("{image}: {hint}"), &error);
         }
-        Err(error @ (Error::Registry(_) | Error::Reference(_) | Error::NotPulled)) => {
-            let hint =
-                namesake(&arguments.image).map(|name| format!("; ./{name} names the file or folder here"));
-            return complain(&format!("{}: ", arguments.image), &error, &hint.unwrap_or_default());
-        }
-        Err(error) => return complain(&format!("{}: ", arguments.image), &error, ""),
+        Err(error) => return complain(&format!("{}: ", arguments.image), &error),
     };
     match serde_json::to_string(&prepared) {
         Ok(line) => say(&format!("{line}\n")),
@@ -185,14 +187,14 @@ fn printable(line: &str) -> String {
 }
 
 /// Says on one line what is wrong, and a hint behind it; the exit status.
-fn complain(what: &str, error: &Error, hint: &str) -> ExitCode {
+fn complain(what: &str, error: &Error) -> ExitCode {
     let mut line = format!("{what}{error}");
     let mut cause = error.source();
     while let Some(error) = cause {
         line += &format!(": {error}");
         cause = error.source();
     }
-    tell(&format!("error: {}", printable(&(line + hint))));
+    tell(&format!("error: {}", printable(&line)));
     ExitCode::from(if error.is_users() { 2 } else { 1 })
 }
 

@@ -1,8 +1,13 @@
 //! The documents of an image: the OCI image specification's index, manifest and configuration, and Docker's, which
 //! differ in names of types.
+//!
+//! They are read as Go reads JSON: names of fields in upper or lower case, null for what is missing, and of two fields
+//! with one name the last.
 
-use crate::digest::Digest;
-use serde::Deserialize;
+use crate::digest::{Digest, NoDigest};
+use crate::platform::Platform;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 use std::collections::BTreeMap;
 
@@ -10,73 +15,165 @@ pub(crate) const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
 pub(crate) const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 pub(crate) const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 pub(crate) const DOCKER_INDEX: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
+/// Manifests of before 2016.
+const DOCKER_OLD: &str = "application/vnd.docker.distribution.manifest.v1+";
+
+/// Types of configurations. Old registries gave the last ones to images, too.
+const CONFIGS: [&str; 6] = [
+    "application/vnd.oci.image.config.v1+json",
+    "application/vnd.docker.container.image.v1+json",
+    "application/octet-stream",
+    "application/json",
+    "text/html",
+    "",
+];
 
 /// The name that an index gives to an image.
-pub(crate) const REF_NAME: &str = "org.opencontainers.image.ref.name";
+const REF_NAME: &str = "org.opencontainers.image.ref.name";
+/// The whole name, of which containerd and `docker save` write only the tag as the other one.
+const IMAGE_NAME: &str = "io.containerd.image.name";
+/// What a manifest is beside an image: a proof of where it comes from.
+const REFERENCE_TYPE: &str = "vnd.docker.reference.type";
 
-/// A blob and what it is.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(rename_all = "camelCase")]
+/// A blob and what it is. An image reads few of them, and the others may be anything.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
 pub(crate) struct Descriptor {
-    #[serde(default)]
-    pub(crate) media_type: String,
-    pub(crate) digest: Digest,
-    pub(crate) size: u64,
-    #[serde(default)]
-    pub(crate) annotations: Option<BTreeMap<String, String>>,
+    #[serde(rename = "mediatype")]
+    media_type: Option<String>,
+    digest: Option<String>,
+    size: Option<Value>,
+    annotations: Option<BTreeMap<String, Option<String>>>,
     pub(crate) platform: Option<Platform>,
+    #[serde(rename = "artifacttype")]
+    artifact_type: Option<String>,
+}
+
+/// What a descriptor leads to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Target {
+    Index,
+    Manifest,
+    /// One of both, as its content says.
+    Either,
+    /// Something that is no image.
+    Other,
 }
 
 impl Descriptor {
-    pub(crate) fn is_index(&self) -> bool {
-        matches!(&*self.media_type, OCI_INDEX | DOCKER_INDEX)
+    pub(crate) fn new(media_type: String, digest: Digest) -> Self {
+        Self { media_type: Some(media_type), digest: Some(digest.to_string()), ..Self::default() }
     }
 
-    pub(crate) fn name(&self) -> Option<&str> {
-        self.annotations.as_ref()?.get(REF_NAME).map(String::as_str)
+    pub(crate) fn media_type(&self) -> &str {
+        self.media_type.as_deref().unwrap_or_default()
+    }
+
+    pub(crate) fn digest(&self) -> Result<Digest, NoDigest> {
+        self.digest_text().parse()
+    }
+
+    pub(crate) fn digest_text(&self) -> &str {
+        self.digest.as_deref().unwrap_or_default()
+    }
+
+    pub(crate) fn size(&self) -> Option<u64> {
+        self.size.as_ref()?.as_u64()
+    }
+
+    pub(crate) fn target(&self) -> Target {
+        let annotation = |name| self.annotations.as_ref()?.get(name)?.as_deref();
+        match self.media_type() {
+            _ if annotation(REFERENCE_TYPE).is_some() => Target::Other,
+            OCI_INDEX | DOCKER_INDEX => Target::Index,
+            OCI_MANIFEST | DOCKER_MANIFEST => Target::Manifest,
+            old if old.starts_with(DOCKER_OLD) => Target::Manifest,
+            "" | "application/json" | "application/octet-stream" | "text/plain" | "text/html" => {
+                Target::Either
+            }
+            _ => Target::Other,
+        }
+    }
+
+    /// What it is, where it is no image.
+    pub(crate) fn kind(&self) -> &str {
+        let artifact = self.artifact_type.as_deref().filter(|kind| !kind.is_empty());
+        artifact.unwrap_or_else(|| self.media_type())
+    }
+
+    /// The names that an index gives to it: the whole one first.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        let annotations = self.annotations.as_ref();
+        let names =
+            [IMAGE_NAME, REF_NAME].into_iter().filter_map(move |name| annotations?.get(name)?.as_deref());
+        names.filter(|name| !name.is_empty())
     }
 
     /// Whether it is a layer of a type that is read here.
     pub(crate) fn is_known_layer(&self) -> bool {
-        let plain = ["", "+gzip", "+zstd"];
-        let is =
-            |prefix: &str| self.media_type.strip_prefix(prefix).is_some_and(|suffix| plain.contains(&suffix));
-        is("application/vnd.oci.image.layer.v1.tar")
-            || is("application/vnd.oci.image.layer.nondistributable.v1.tar")
-            || matches!(
-                &*self.media_type,
-                "application/vnd.docker.image.rootfs.diff.tar"
-                    | "application/vnd.docker.image.rootfs.diff.tar.gzip"
-                    | "application/vnd.docker.image.rootfs.diff.tar.zstd"
-            )
+        let starts = [
+            ("application/vnd.oci.image.layer.v1.tar", ["", "+gzip", "+zstd"]),
+            ("application/vnd.oci.image.layer.nondistributable.v1.tar", ["", "+gzip", "+zstd"]),
+            ("application/vnd.docker.image.rootfs.diff.tar", ["", ".gzip", ".zstd"]),
+            ("application/vnd.docker.image.rootfs.foreign.diff.tar", ["", ".gzip", ".zstd"]),
+        ];
+        let is = |(start, ends): &(&str, [&str; 3])| {
+            self.media_type().strip_prefix(start).is_some_and(|end| ends.contains(&end))
+        };
+        starts.iter().any(is)
+    }
+
+    fn is_known_config(&self) -> bool {
+        CONFIGS.contains(&self.media_type())
     }
 }
 
-/// What an image runs on.
-#[derive(Clone, Debug, Deserialize)]
-pub(crate) struct Platform {
-    pub(crate) architecture: String,
-    pub(crate) os: String,
-}
-
 /// A document that may be an index or a manifest.
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
 pub(crate) struct Document {
+    #[serde(rename = "schemaversion")]
     schema_version: Option<u32>,
-    #[serde(default)]
+    #[serde(rename = "mediatype")]
+    media_type: Option<String>,
+    #[serde(rename = "artifacttype")]
+    artifact_type: Option<String>,
     pub(crate) manifests: Option<Vec<Descriptor>>,
     config: Option<Descriptor>,
-    #[serde(default)]
     layers: Option<Vec<Descriptor>>,
 }
 
+/// Why a document is not the manifest of an image.
+#[derive(Debug)]
+pub(crate) enum NoManifest {
+    /// A manifest of version 1.
+    Old,
+    /// Something else, by its type.
+    Other(String),
+    /// Not even that.
+    Damaged,
+}
+
 impl Document {
-    /// The image's configuration and layers; none where it is no manifest of an image.
-    pub(crate) fn into_manifest(self) -> Option<Manifest> {
-        (self.schema_version == Some(2))
-            .then_some(())
-            .and_then(|()| Some(Manifest { config: self.config?, layers: self.layers.unwrap_or_default() }))
+    /// The image's configuration and layers.
+    pub(crate) fn into_manifest(self) -> Result<Manifest, NoManifest> {
+        let given = |text: Option<String>| text.filter(|text| !text.is_empty());
+        if self.schema_version == Some(1) {
+            return Err(NoManifest::Old);
+        }
+        let Some(config) = self.config else {
+            let kind = given(self.artifact_type).or(given(self.media_type));
+            let is_manifest = |kind: &String| matches!(&**kind, OCI_MANIFEST | DOCKER_MANIFEST);
+            return Err(kind
+                .filter(|kind| !is_manifest(kind))
+                .map_or(NoManifest::Damaged, NoManifest::Other));
+        };
+        if !config.is_known_config() {
+            return Err(NoManifest::Other(
+                given(self.artifact_type).unwrap_or_else(|| config.media_type().to_owned()),
+            ));
+        }
+        Ok(Manifest { config, layers: self.layers.unwrap_or_default() })
     }
 }
 
@@ -89,10 +186,9 @@ pub(crate) struct Manifest {
 
 /// What `docker save` writes of each image.
 #[derive(Debug, Deserialize)]
-#[serde(rename_all = "PascalCase")]
 pub(crate) struct Saved {
     pub(crate) config: String,
-    #[serde(default)]
+    #[serde(default, rename = "repotags")]
     pub(crate) repo_tags: Option<Vec<String>>,
     #[serde(default)]
     pub(crate) layers: Option<Vec<String>>,
@@ -101,8 +197,8 @@ pub(crate) struct Saved {
 /// An image's configuration.
 #[derive(Debug, Deserialize)]
 pub(crate) struct ImageConfig {
-    pub(crate) architecture: String,
-    pub(crate) os: String,
+    #[serde(flatten)]
+    pub(crate) platform: Platform,
     #[serde(default)]
     pub(crate) config: Option<RunConfig>,
     pub(crate) rootfs: RootFs,
@@ -112,18 +208,101 @@ pub(crate) struct ImageConfig {
 #[derive(Debug, Deserialize)]
 pub(crate) struct RootFs {
     #[serde(default)]
-    pub(crate) diff_ids: Option<Vec<Digest>>,
+    pub(crate) diff_ids: Option<Vec<String>>,
 }
 
 /// How an image is to be run.
 #[derive(Clone, Debug, Default, Deserialize)]
-#[serde(rename_all = "PascalCase", default)]
+#[serde(default)]
 pub(crate) struct RunConfig {
     pub(crate) user: Option<String>,
     pub(crate) env: Option<Vec<String>>,
+    #[serde(deserialize_with = "words")]
     pub(crate) entrypoint: Option<Vec<String>>,
+    #[serde(deserialize_with = "words")]
     pub(crate) cmd: Option<Vec<String>>,
+    #[serde(rename = "workingdir")]
     pub(crate) working_dir: Option<String>,
+    #[serde(rename = "stopsignal")]
     pub(crate) stop_signal: Option<String>,
+    #[serde(rename = "exposedports")]
     pub(crate) exposed_ports: Option<BTreeMap<String, Value>>,
+}
+
+/// A list of words, or a single word for a list of one, as docker takes it.
+fn words<'de, D: Deserializer<'de>>(input: D) -> Result<Option<Vec<String>>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Words {
+        One(String),
+        Many(Vec<String>),
+    }
+    Ok(Option::deserialize(input)?.map(|words| match words {
+        Words::One(word) => vec![word],
+        Words::Many(words) => words,
+    }))
+}
+
+/// Reads a document.
+pub(crate) fn parse<T: DeserializeOwned>(document: &[u8]) -> serde_json::Result<T> {
+    serde_json::from_value(in_lower_case(serde_json::from_slice(document)?))
+}
+
+/// The same with the names of all fields in lower case.
+fn in_lower_case(value: Value) -> Value {
+    match value {
+        Value::Object(fields) => {
+            fields.into_iter().map(|(name, value)| (name.to_lowercase(), in_lower_case(value))).collect()
+        }
+        Value::Array(values) => values.into_iter().map(in_lower_case).collect(),
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn configurations_are_read_as_go_reads_them() {
+        let config = |text: &str| parse::<ImageConfig>(text.as_bytes());
+        let run = |text: &str| {
+            let run: RunConfig = parse(text.as_bytes()).unwrap();
+            (run.entrypoint.unwrap_or_default(), run.cmd.unwrap_or_default(), run.env.unwrap_or_default())
+        };
+        let words = |words: &[&str]| words.iter().map(|&word| word.to_owned()).collect::<Vec<_>>();
+        let level = |text| config(text).unwrap().platform.level();
+        assert_eq!(level(r#"{"os":"plan9","os":"linux","architecture":"amd64","rootfs":{}}"#), Some(1));
+        assert_eq!(level(r#"{"OS":null,"rootfs":{"diff_ids":null}}"#), Some(1));
+        assert_eq!(level(r#"{"os":"linux","architecture":"riscv64","rootfs":{}}"#), None);
+        assert!(config(r#"{"os":"linux"}"#).is_err() && config("[]").is_err() && config("null").is_err());
+        assert_eq!(
+            run(r#"{"cmd":["/hi"],"ENV":["A=b"],"Entrypoint":"/bin/sh","X":{"y":[1]}}"#),
+            (words(&["/bin/sh"]), words(&["/hi"]), words(&["A=b"]))
+        );
+        assert_eq!(run(r#"{"Cmd":null,"Env":null}"#), (vec![], vec![], vec![]));
+        assert!(parse::<RunConfig>(br#"{"Cmd":7}"#).is_err());
+    }
+
+    #[test]
+    fn what_is_no_manifest_of_an_image_is_known_by_its_type() {
+        let of = |text: &str| match parse::<Document>(text.as_bytes()).unwrap().into_manifest() {
+            Ok(_) => "image".to_owned(),
+            Err(NoManifest::Old) => "old".to_owned(),
+            Err(NoManifest::Damaged) => "damaged".to_owned(),
+            Err(NoManifest::Other(kind)) => kind,
+        };
+        for kind in CONFIGS {
+            assert_eq!(of(&format!(r#"{{"schemaVersion":2,"config":{{"mediaType":"{kind}"}}}}"#)), "image");
+        }
+        assert_eq!(of(r#"{"config":{}}"#), "image");
+        assert_eq!(of(r#"{"schemaVersion":1,"fsLayers":[]}"#), "old");
+        assert_eq!(of(r#"{"schemaVersion":2}"#), "damaged");
+        let helm = "application/vnd.cncf.helm.config.v1+json";
+        assert_eq!(of(&format!(r#"{{"schemaVersion":2,"config":{{"mediaType":"{helm}"}}}}"#)), helm);
+        let artifact = r#"{"config":{"mediaType":"application/vnd.oci.empty.v1+json"},"artifactType":"a/b"}"#;
+        assert_eq!(of(artifact), "a/b");
+        let before = r#"{"mediaType":"application/vnd.oci.artifact.manifest.v1+json","artifactType":"c/d"}"#;
+        assert_eq!(of(before), "c/d");
+    }
 }

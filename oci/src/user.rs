@@ -2,8 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-/// Bytes of such a file that are looked at.
-pub(crate) const MAX_FILE: u64 = 1 << 20;
+/// Bytes of such a file.
+pub(crate) const MAX_FILE: u64 = 16 << 20;
 
 /// Who a program runs as.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

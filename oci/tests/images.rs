@@ -189,7 +189,7 @@ fn the_command_prints_one_messageof_json() {
         "rootfs": { "type": "layers", "diff_ids": [digest] },
     });
     layout.index(&[layout.manifest(&config, &[layer])]);
-    let output = command(&place, &["image"]);
+    let output = command(&place, &["./image"]);
     assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
     let text = String::from_utf8(output.stdout).unwrap();
     assert_eq!(text.lines().count(), 1);
@@ -232,6 +232,11 @@ fn the_commands_exit_status_says_who_can_mend_it() {
     let (status, line) = failed(&["./debian/empty"]);
     assert_eq!(status, 2);
     assert!(line.starts_with("error: ./debian/empty: it is neither an OCI layout nor an archive"), "{line}");
+    let (status, line) = failed(&["--pull", "never", "fedora"]);
+    assert_eq!(
+        (status, &*line),
+        (2, "error: fedora: it has not been pulled before; `--pull missing` pulls it\n")
+    );
 }
 
 /// The current directory may be a stranger's checkout.
@@ -254,14 +259,12 @@ fn no_file_or_folder_answers_for_a_name_of_a_registry() {
     fs::write(place.path("archive"), saved(&["one"])).unwrap();
     for name in [&layouts[..], &["archive", "archive:one:1", "busybox:2", "team/app:1"]].concat() {
         let line = failed(&["--pull", "never", name]);
-        assert!(line.contains("it has not been pulled before; `--pull missing` pulls it; ./"), "{line}");
-        assert!(line.ends_with(" names the file or folder here\n"), "{line}");
+        assert!(line.ends_with("it has not been pulled before; `--pull missing` pulls it\n"), "{line}");
+        let is_pinned = name.contains('@');
+        assert_eq!(line.contains("what is here is called ./"), !is_pinned, "{line}");
     }
     let line = failed(&["Busybox"]);
-    assert!(
-        line.starts_with("error: Busybox: it is neither a path, as ./NAME is, nor the name of an"),
-        "{line}"
-    );
+    assert!(line.contains("as the name of an image in a registry it is wrong"), "{line}");
     for name in
         ["./busybox", "./busybox:1", "oci:busybox", "oci:team/app", "oci:./busybox", &format!("./{pinned}")]
     {
@@ -400,4 +403,138 @@ fn several_at_once_convert_once() {
         }
     });
     assert_eq!(converted.into_inner(), 1);
+}
+
+#[test]
+fn a_registrys_name_is_no_file_of_this_folder() {
+    // A checkout of somebody else must not decide what `busybox` is.
+    let place = Place::new();
+    let digest = Digest::of(b"an image");
+    let names = [
+        "busybox",
+        "busybox:1",
+        "busybox@sha256",
+        "team/app",
+        "app.tar",
+        "localhost:5000/app",
+        "oci",
+        "docker-archive",
+    ];
+    let layout = place.layout();
+    layout.write(vec![Layer::new().file("a", "b")], Packing::Plain);
+    for name in names {
+        fs::create_dir_all(place.path(name).parent().unwrap()).unwrap();
+        let copied =
+            Command::new("cp").arg("-r").args([place.path("image"), place.path(name)]).status().unwrap();
+        assert!(copied.success());
+    }
+    fs::write(place.path("busybox@sha256:").with_file_name(format!("busybox@{digest}")), saved(&["one"]))
+        .unwrap();
+    fs::write(place.path("alpine"), saved(&["one"])).unwrap();
+    fs::write(place.path("alpine.tar"), saved(&["one"])).unwrap();
+    let refused = |words: &[&str]| {
+        let output = command(&place, words);
+        assert_eq!(output.status.code(), Some(2), "{words:?}: {output:?}");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let pinned = format!("busybox@{digest}");
+    for name in ["busybox", "busybox:1", "team/app", "app.tar", "localhost:5000/app", "alpine", "oci"] {
+        let line = refused(&["--pull", "never", name]);
+        let start = format!("error: {name}: what is here is called ./");
+        assert!(line.starts_with(&start) && line.contains("has not been pulled before"), "{line}");
+    }
+    assert!(refused(&["--pull", "never", &pinned]).contains("has not been pulled before"));
+    let line = refused(&["--pull", "never", "alpine:example/one:1"]);
+    assert!(
+        line.contains("called ./alpine") && line.contains("name of an image in a registry it is wrong"),
+        "{line}"
+    );
+    // A path is one by its first characters, and an archive by its last ones.
+    let (path, image) = (place.path("team/app"), format!("oci:{}", place.path("image").display()));
+    for name in ["./busybox", "./busybox@sha256", "oci:team/app", "alpine.tar", "alpine.tar:one:1", &image]
+        .into_iter()
+        .chain(path.to_str())
+        .chain([&*format!("./{pinned}"), "docker-archive:alpine", "./localhost:5000/app", "../alpine.tar"])
+    {
+        let name = if name == "../alpine.tar" { "team/../alpine.tar" } else { name };
+        let output = command(&place, &["--pull", "never", name]);
+        assert!(output.status.success(), "{name}: {output:?}");
+    }
+}
+
+#[test]
+fn pull_always_asks_the_registry_whatever_is_here() {
+    let place = Place::new();
+    fs::write(place.path("app.tar"), saved(&["one"])).unwrap();
+    // Nothing listens on this port: the name is a registry's, and the registry is asked.
+    let output = Command::new(env!("CARGO_BIN_EXE_kindling-oci"))
+        .args(["prepare", "--pull", "always", "localhost:1/app.tar"])
+        .current_dir(place.folder.path())
+        .env("KINDLING_CACHE", place.path("cache"))
+        .output()
+        .unwrap();
+    let line = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{line}");
+    assert!(line.contains("cannot ask http://localhost:1/v2/app.tar/manifests/latest"), "{line}");
+    assert!(command(&place, &["--pull", "always", "./app.tar"]).status.success());
+}
+
+#[test]
+fn archives_and_layers_may_be_packed_in_every_way_that_docker_reads() {
+    let place = Place::new();
+    let whole = saved(&["one"]);
+    fs::write(place.path("plain.tar"), &whole).unwrap();
+    let expected = place.prepare("plain.tar").unwrap().rootfs;
+    for (program, options) in [
+        ("gzip", &["-1"][..]),
+        ("xz", &["-1"]),
+        ("xz", &["-1", "--block-size=4096"]),
+        ("xz", &["-1", "--check=sha256"]),
+        ("bzip2", &["-1"]),
+    ] {
+        let name = format!("{program}{}.tar", options.len());
+        fs::write(place.path("whole"), &whole).unwrap();
+        let output =
+            Command::new(program).args(options).arg("--stdout").arg(place.path("whole")).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        // Twice in a row is what these programs take, too.
+        fs::write(place.path(&name), &output.stdout).unwrap();
+        assert_eq!(place.prepare(&name).unwrap().rootfs, expected, "{program}");
+        fs::write(place.path("cut.tar"), &output.stdout[..output.stdout.len() / 2]).unwrap();
+        let (line, is_users) = place.error_beside_cache("cut.tar");
+        assert!(
+            line.starts_with("the archive is damaged; save the image again") && is_users,
+            "{program}: {line}"
+        );
+    }
+}
+
+#[test]
+fn a_window_of_zstandard_has_a_limit_that_is_named() {
+    // A frame of one block that is stored as it is, with a window of two to the power of this.
+    let frame = |data: &[u8], log: u8| {
+        let block = u32::try_from(data.len()).unwrap() << 3 | 1;
+        [&b"\x28\xb5\x2f\xfd\x00"[..], &[(log - 10) << 3], &block.to_le_bytes()[..3], data].concat()
+    };
+    let archive = saved(&["one"]);
+    let place = Place::new();
+    fs::write(place.path("large.tar"), frame(&archive, 29)).unwrap();
+    place.prepare("large.tar").unwrap();
+    fs::write(place.path("larger.tar"), frame(&archive, 30)).unwrap();
+    let (line, is_users) = place.error_beside_cache("larger.tar");
+    assert!(line.contains("Requested: 1073741824, Max: 536870912") && is_users, "{line}");
+}
+
+#[test]
+fn a_long_list_of_users_is_read_to_its_end() {
+    let user = |number: u32| format!("user{number}:x:{number}:{number}::/home/{number}:/bin/sh\n");
+    let place = Place::new();
+    let passwd: String = (1000..60_000).map(user).collect();
+    assert!(passwd.len() > 2 << 20);
+    place.layout().write(vec![Layer::new().file("etc/passwd", &passwd)], Packing::Plain);
+    let prepared = place.prepare_as("image", Some("user59999")).unwrap();
+    assert_eq!(prepared.config.user.uid, 59_999);
+    let place = Place::new();
+    place.layout().write(vec![Layer::new().file("etc/group", &"x".repeat(17 << 20))], Packing::Plain);
+    assert_eq!(place.error("image"), ("its /etc/group has more than 16 MiB".to_owned(), true));
 }

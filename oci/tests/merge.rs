@@ -287,3 +287,50 @@ fn layers_are_the_same_however_they_are_compressed() {
     });
     assert!(images[0] == images[1] && images[1] == images[2]);
 }
+
+#[test]
+fn what_aufs_left_is_gone_but_for_its_hard_links() {
+    let layer = Layer::new()
+        .folder(".wh..wh.plnk", 0o700)
+        .folder(".wh..wh.orph", 0o700)
+        .file(".wh..wh.aufs", "")
+        .file(".wh..wh.plnk/103.1234", "tool")
+        .file(".wh..wh.plnk/unused", &"x".repeat(10_000))
+        .folder(".wh..wh.plnk/folder", 0o700)
+        .hard_link(".wh..wh.plnk/link", "bin/one")
+        .hard_link("bin/one", ".wh..wh.plnk/103.1234")
+        .hard_link("bin/two", "/.wh..wh.plnk/103.1234")
+        .file(".wh..wh.orph/x", "x")
+        .file("a/.wh..wh.plnk", "")
+        .file("a/.wh..wh.plnk/y", "y")
+        .file("a/x", "x");
+    let lines = Place::new().merged(vec![layer]);
+    assert_eq!(paths(&lines), ["/", "/a", "/a/x", "/bin", "/bin/one", "/bin/two"]);
+    for path in ["/bin/one", "/bin/two"] {
+        assert!(line(&lines, path).ends_with(" 2 1700000000.0 \"tool\""), "{lines:#?}");
+    }
+}
+
+#[test]
+fn aufs_files_belong_to_one_layer() {
+    let lower = Layer::new().file(".wh..wh.plnk/1", "tool").bytes();
+    let upper = Layer::new().hard_link("tool", ".wh..wh.plnk/1").bytes();
+    assert_eq!(
+        Place::refused(&[lower, upper]),
+        "layer 2 of 2: tool: a hard link to .wh..wh.plnk/1, which is not a file of the image"
+    );
+}
+
+#[test]
+fn a_whiteout_names_a_file_and_has_none_below_it() {
+    let refused = |layer: Layer| Place::refused(&[layer.bytes()]).replace("layer 1 of 1: ", "");
+    for name in ["a/.wh.", "a/.wh..", "a/.wh..."] {
+        assert_eq!(refused(Layer::new().file(name, "")), format!("{name}: a whiteout that names no file"));
+    }
+    let below = "it would be below a whiteout, a name that only hides what lower layers have";
+    for layer in
+        [Layer::new().file(".wh.a/b", ""), Layer::new().folder(".wh.a", 0o755).folder(".wh.a/b/c", 0o755)]
+    {
+        assert!(refused(layer).ends_with(below));
+    }
+}

@@ -194,7 +194,7 @@ fn the_platform_is_chosen_from_an_index() {
     let (server, place) = (Server::start(), Place::new());
     let (manifest, _) = server.image("right");
     let digest = manifest.rsplit('/').next().unwrap();
-    let entry = |digest: &str, architecture: &str| json!({ "digest": digest, "size": 1, "platform": { "os": "linux", "architecture": architecture } });
+    let entry = |digest: &str, architecture: &str| json!({ "digest": digest, "platform": { "os": "linux", "architecture": architecture } });
     let index = |entries: Vec<Value>| {
         let index = json!({ "schemaVersion": 2, "manifests": entries }).to_string().into_bytes();
         Answer::new(200, "application/vnd.oci.image.index.v1+json", index)
@@ -281,4 +281,25 @@ fn what_a_registry_should_not_say_is_refused() {
     assert!(is_users);
     server.change(&layer, |answer| answer.status = 404);
     assert_eq!(fails("x:1"), ("HOST does not have it".to_owned(), true));
+}
+
+#[test]
+fn certificates_that_were_named_and_cannot_be_used_are_not_replaced_by_others() {
+    let place = Place::new();
+    std::fs::write(place.path("empty.pem"), "").unwrap();
+    std::fs::write(place.path("damaged.pem"), "-----BEGIN CERTIFICATE-----\n%\n-----END CERTIFICATE-----\n")
+        .unwrap();
+    for file in ["missing.pem", ".", "empty.pem", "damaged.pem"] {
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_kindling-oci"))
+            .args(["prepare", "registry.invalid/app"])
+            .env("KINDLING_CACHE", place.path("cache"))
+            .env("SSL_CERT_FILE", place.path(file))
+            .output()
+            .unwrap();
+        let line = String::from_utf8(output.stderr).unwrap();
+        assert!(
+            output.status.code() == Some(1) && line.contains("cannot use the certificates of /"),
+            "{line}"
+        );
+    }
 }

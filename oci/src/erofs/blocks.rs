@@ -1,6 +1,7 @@
 //! Writes a file front to back through one large buffer, and leaves blocks of zeroes out.
 
 use super::format::{BLOCK, BLOCK_SIZE};
+use crate::disk;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
@@ -111,6 +112,7 @@ impl<'a> BlockWriter<'a> {
         for run in blocks.chunk_by(|a, b| is_zero(a) == is_zero(b)) {
             let bytes = run.as_flattened();
             if !is_zero(&run[0]) {
+                disk::check(self.file)?;
                 self.file.write_all_at(bytes, at)?;
             }
             at += bytes.len() as u64;

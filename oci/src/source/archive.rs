@@ -1,6 +1,7 @@
 //! An image in one file, a tar archive: what it has is found by stepping from header to header.
 
-use crate::compression::decompress;
+use crate::compression::{decompress, is_compressed};
+use crate::disk;
 use crate::error::Error;
 use crate::layer::MAX_DATA;
 use crate::tarball::{self, EntryKind, Tarball};
@@ -37,19 +38,20 @@ enum Member {
 impl Archive {
     pub(super) fn open(mut file: File, path: &Path, scratch: &Path) -> Result<Self, Error> {
         let failed = |source| Error::Read { path: path.into(), source };
-        let mut magic = [0; 4];
-        let length = file.read_at(&mut magic, 0).map_err(failed)?;
-        if matches!(magic[..length], [0x1f, 0x8b, ..] | [0x28, 0xb5, 0x2f, 0xfd]) {
+        let is_empty = file.metadata().map_err(failed)?.len() == 0;
+        let compressed = is_compressed(&file).map_err(failed)?;
+        file.rewind().map_err(failed)?;
+        if compressed {
             file = unpack(&file, scratch)?;
         }
         let members = members(&mut file).map_err(|error| match error {
             Error::Archive(tarball::Error::Read(source)) => failed(source),
-            Error::Archive(tarball::Error::Checksum(0) | tarball::Error::Truncated) if length < 4 => {
-                Error::NoImage
-            }
             Error::Archive(tarball::Error::Checksum(0)) => Error::NoImage,
             error => error,
         })?;
+        if is_empty {
+            return Err(Error::NoImage);
+        }
         Ok(Self { file, members })
     }
 
@@ -83,6 +85,7 @@ fn unpack(file: &File, scratch: &Path) -> Result<File, Error> {
         if length == 0 {
             break;
         }
+        disk::check(&unpacked).map_err(failed)?;
         io::Write::write_all(&mut unpacked, &buffer[..length]).map_err(failed)?;
     }
     unpacked.rewind().map_err(failed)?;

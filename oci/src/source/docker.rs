@@ -1,33 +1,41 @@
 //! Images of `docker save` and `podman save`: a manifest.json that names configurations and layers.
 
-use super::{Image, Layer, Store, assemble, parse};
+use super::{Image, Layer, Store, assemble, parse, single};
 use crate::digest::Digest;
 use crate::error::Error;
 use crate::layer::Check;
 use crate::manifest::{ImageConfig, Saved};
+use crate::names;
 
 /// The image in an archive, or that of a name.
 pub(super) fn find(store: &Store, manifest: &[u8], tag: Option<&str>) -> Result<Image, Error> {
     let all: Vec<Saved> = parse("manifest.json", manifest)?;
-    let named = |image: &Saved| {
-        tag.is_none_or(|tag| {
-            let names = image.repo_tags.as_deref().unwrap_or_default();
-            names.iter().any(|name| {
-                name == tag || name.strip_suffix(tag).is_some_and(|name| name.ends_with([':', '/']))
-            })
-        })
+    let chosen = match tag {
+        None => all.iter().collect(),
+        Some(tag) => names::meant(tag, &all, names_of),
     };
-    let names = || {
-        let names: Vec<_> = all.iter().flat_map(|image| image.repo_tags.iter().flatten()).cloned().collect();
-        if names.is_empty() { "none with a name".to_owned() } else { names.join(", ") }
-    };
-    let chosen: Vec<_> = all.iter().filter(|image| named(image)).collect();
-    let saved = match (&*chosen, tag) {
-        ([saved], _) => saved,
-        ([], Some(tag)) => return Err(Error::NoTag { tag: tag.to_owned(), names: names() }),
-        ([], None) => return Err(Error::NoImage),
-        _ => return Err(Error::Choose(names())),
-    };
+    if let Some(tag) = tag
+        && chosen.is_empty()
+    {
+        return Err(Error::no_tag(tag, all.iter().flat_map(|saved| saved.repo_tags.iter().flatten())));
+    }
+    single(chosen.into_iter().map(|saved| (names_of(saved).join(", "), image(store, saved))).collect())
+}
+
+/// The names of an image, or its id where it has none.
+fn names_of(saved: &Saved) -> Vec<String> {
+    let names = saved.repo_tags.clone().unwrap_or_default();
+    if names.is_empty() { id(&saved.config).into_iter().collect() } else { names }
+}
+
+/// The digest of a configuration, by which its file is called.
+fn id(config: &str) -> Option<String> {
+    let name = config.rsplit('/').next()?;
+    let digits = name.strip_suffix(".json").unwrap_or(name);
+    format!("sha256:{digits}").parse().ok().map(|digest: Digest| digest.to_string())
+}
+
+fn image(store: &Store, saved: &Saved) -> Result<Image, Error> {
     let config = store.document(&saved.config)?.ok_or_else(|| Error::Missing(saved.config.clone()))?;
     let parsed: ImageConfig = parse("configuration", &config)?;
     let names = saved.layers.as_deref().unwrap_or_default();
@@ -38,7 +46,7 @@ pub(super) fn find(store: &Store, manifest: &[u8], tag: Option<&str>) -> Result<
     let layers = names
         .iter()
         .zip(digests)
-        .map(|(name, digest)| Layer { name: name.clone(), check: Check::Content(digest) })
-        .collect();
+        .map(|(name, digest)| Ok(Layer { name: name.clone(), check: Check::Content(digest.parse()?) }));
+    let layers = layers.collect::<Result<_, Error>>()?;
     assemble(Digest::of(&config), &config, layers)
 }

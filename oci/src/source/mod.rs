@@ -5,17 +5,21 @@ mod docker;
 mod layout;
 mod registry;
 
+use crate::convert;
 use crate::digest::Digest;
 use crate::error::Error;
 use crate::layer::Check;
-use crate::manifest::{Descriptor, ImageConfig, Platform};
+use crate::manifest::{self, Descriptor, ImageConfig};
+use crate::platform::Platform;
 use crate::reference::Reference;
 use archive::Archive;
 use registry::Registry;
 pub(crate) use registry::{BrokenOff, RegistryError};
+use rustix::fs::OFlags;
 use serde::de::DeserializeOwned;
 use std::fs::File;
 use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 /// Bytes of a manifest, an index or a configuration: registries take half of that.
@@ -58,20 +62,27 @@ impl Store {
     }
 
     /// A registry, of which nothing is asked yet.
-    pub(crate) fn registry(reference: Reference) -> Self {
-        Self::Registry(Registry::new(reference))
+    pub(crate) fn registry(reference: Reference) -> Result<Self, Error> {
+        Ok(Self::Registry(Registry::new(reference)?))
     }
 
     /// The image in it, or that of a name.
     pub(crate) fn image(&self, tag: Option<&str>) -> Result<Image, Error> {
         if let Self::Registry(registry) = self {
-            registry.image()
-        } else if let Some(index) = self.document("index.json")? {
-            layout::find(self, &index, tag)
-        } else if let (Self::Archive(_), Some(manifest)) = (self, self.document("manifest.json")?) {
-            docker::find(self, &manifest, tag)
-        } else {
-            Err(Error::NoImage)
+            return registry.image();
+        }
+        let saved = match self {
+            Self::Archive(_) => self.document("manifest.json")?,
+            _ => None,
+        };
+        match (self.document("index.json")?, saved) {
+            // `docker save` writes both; where one does not lead to the image, the other may.
+            (Some(index), Some(saved)) => layout::find(self, &index, tag)
+                .or_else(|error| docker::find(self, &saved, tag).map_err(|_| error)),
+            (Some(index), None) => layout::find(self, &index, tag),
+            (None, Some(saved)) => docker::find(self, &saved, tag),
+            (None, None) if self.file("repositories")?.is_some() => Err(Error::OldArchive),
+            (None, None) => Err(Error::NoImage),
         }
     }
 
@@ -89,8 +100,9 @@ impl Store {
             Self::Registry(_) => Ok(None),
             Self::Folder(folder) => {
                 let path = folder.join(name);
-                match File::open(&path) {
-                    Ok(file) => Ok(Some(Box::new(file))),
+                match open_file(&path) {
+                    Ok(Some(file)) => Ok(Some(Box::new(file))),
+                    Ok(None) => Err(Error::NotAFile(name.to_owned())),
                     Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
                     Err(source) => Err(Error::Read { path, source }),
                 }
@@ -116,10 +128,30 @@ impl Store {
 
     /// A document that is named by its digest.
     fn described(&self, descriptor: &Descriptor) -> Result<Vec<u8>, Error> {
-        let name = blob_name(descriptor.digest);
+        let digest = descriptor.digest()?;
+        let name = blob_name(digest);
         let content = self.document(&name)?.ok_or(Error::Missing(name))?;
-        check_digest(descriptor.digest, &content)?;
+        check(descriptor, digest, &content)?;
         Ok(content)
+    }
+}
+
+/// Opens a file without waiting for anybody; none where it is something else than a file.
+fn open_file(path: &Path) -> io::Result<Option<File>> {
+    let flags = OFlags::NONBLOCK.bits().cast_signed();
+    let file = File::options().read(true).custom_flags(flags).open(path)?;
+    Ok(file.metadata()?.is_file().then_some(file))
+}
+
+/// Checks a document against what names it.
+fn check(descriptor: &Descriptor, digest: Digest, content: &[u8]) -> Result<(), Error> {
+    check_digest(digest, content)?;
+    let found = content.len() as u64;
+    match descriptor.size() {
+        Some(expected) if expected != found => {
+            Err(Error::DocumentSize { name: digest.to_string(), expected, found })
+        }
+        _ => Ok(()),
     }
 }
 
@@ -134,14 +166,14 @@ fn blob_name(digest: Digest) -> String {
 }
 
 fn parse<T: DeserializeOwned>(name: &str, document: &[u8]) -> Result<T, Error> {
-    serde_json::from_slice(document).map_err(|source| Error::Document { name: name.to_owned(), source })
+    manifest::parse(document).map_err(|source| Error::Document { name: name.to_owned(), source })
 }
 
 /// The image of a configuration and its layers.
 fn assemble(id: Digest, config: &[u8], layers: Vec<Layer>) -> Result<Image, Error> {
     let config: ImageConfig = parse("configuration", config)?;
-    if !runs_here(&config.os, &config.architecture) {
-        return Err(Error::Platform(format!("{}/{}", config.os, config.architecture)));
+    if config.platform.level().is_none() {
+        return Err(Error::Platform(config.platform.to_string()));
     }
     let named = config.rootfs.diff_ids.as_deref().unwrap_or_default().len();
     if named != layers.len() {
@@ -150,12 +182,23 @@ fn assemble(id: Digest, config: &[u8], layers: Vec<Layer>) -> Result<Image, Erro
     Ok(Image { id, config, layers })
 }
 
-fn runs_here(os: &str, architecture: &str) -> bool {
-    (os, architecture) == ("linux", "amd64")
-}
-
-impl Platform {
-    fn runs_here(&self) -> bool {
-        runs_here(&self.os, &self.architecture)
+/// The only image among those of some names, or the same one several times. What is none does not count beside it.
+fn single(found: Vec<(String, Result<Image, Error>)>) -> Result<Image, Error> {
+    let mut images: Vec<(String, Image)> = Vec::new();
+    let mut failure = None;
+    for (name, result) in found {
+        match result {
+            Ok(image) => images.push((name, image)),
+            Err(error) => drop(failure.get_or_insert(error)),
+        }
     }
+    let Some((_, first)) = images.first() else { return Err(failure.unwrap_or(Error::NoImage)) };
+    let key = convert::key(first);
+    if images.iter().any(|(_, image)| convert::key(image) != key) {
+        let mut names: Vec<_> = images.into_iter().map(|(name, _)| name).collect();
+        names.sort();
+        names.dedup();
+        return Err(Error::Choose(names.join(", ")));
+    }
+    Ok(images.swap_remove(0).1)
 }

@@ -1,16 +1,17 @@
 //! Images in a registry (the OCI distribution specification). Layers are converted while they arrive; nothing else of
 //! them is kept.
 
-use super::layout::{choose_platform, layers};
-use super::{Image, MAX_DOCUMENT, assemble, check_digest, parse};
+use super::layout::choose;
+use super::{Image, MAX_DOCUMENT, check, check_digest};
 use crate::digest::Digest;
 use crate::error::Error;
-use crate::manifest::{DOCKER_INDEX, DOCKER_MANIFEST, Descriptor, Document, OCI_INDEX, OCI_MANIFEST};
+use crate::manifest::{DOCKER_INDEX, DOCKER_MANIFEST, Descriptor, OCI_INDEX, OCI_MANIFEST};
 use crate::reference::{Reference, Version, is_loopback};
 use serde::Deserialize;
 use std::collections::HashMap;
+use std::ffi::OsString;
 use std::io::{self, Read};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use ureq::http::Response;
@@ -55,6 +56,17 @@ pub enum RegistryError {
         /// What was asked.
         url: String,
     },
+    /// The certificates to trust cannot be had.
+    #[error(
+        "cannot use the certificates of {path}, which SSL_CERT_FILE or this system names as the trusted ones"
+    )]
+    Certificates {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
     /// Passwords and tokens go over TLS.
     #[error("{0} wants a token to be fetched from {1}, without TLS")]
     Realm(String, String),
@@ -76,19 +88,21 @@ pub(crate) struct Registry {
 }
 
 impl Registry {
-    pub(super) fn new(reference: Reference) -> Self {
+    pub(super) fn new(reference: Reference) -> Result<Self, RegistryError> {
         let is_loopback = reference.is_loopback();
+        // Nothing goes over TLS there.
+        let roots = if is_loopback { RootCerts::WebPki } else { roots(std::env::var_os("SSL_CERT_FILE"))? };
         let config = Agent::config_builder()
             .http_status_as_error(false)
             .proxy(if is_loopback { None } else { Proxy::try_from_env() })
             .https_only(!is_loopback)
-            .tls_config(TlsConfig::builder().root_certs(roots()).build())
+            .tls_config(TlsConfig::builder().root_certs(roots).build())
             .timeout_connect(Some(PATIENCE))
             .timeout_recv_response(Some(PATIENCE))
             .timeout_per_read(Some(PATIENCE))
             .user_agent(concat!("kindling/", env!("CARGO_PKG_VERSION")))
             .build();
-        Self { reference, agent: config.into(), authorization: Mutex::default() }
+        Ok(Self { reference, agent: config.into(), authorization: Mutex::default() })
     }
 
     /// The image that the reference means.
@@ -105,26 +119,28 @@ impl Registry {
         if let Version::Digest(expected) = self.reference.version {
             check_digest(expected, &content)?;
         }
-        let top = Descriptor { media_type, digest, size: 0, annotations: None, platform: None };
-        let fetch = |descriptor: &Descriptor| {
-            if descriptor.digest == digest { Ok(content.clone()) } else { self.manifest(descriptor.digest) }
+        let top = Descriptor::new(media_type, digest);
+        let manifest = |descriptor: &Descriptor| match descriptor.digest()? {
+            known if known == digest => Ok(content.clone()),
+            other => self.named(descriptor, other, &format!("manifests/{other}"), true),
         };
-        let chosen = choose_platform(vec![top], &fetch)?;
-        // Of several for one platform (older processors, for example) the first is meant.
-        let chosen = chosen.first().ok_or(Error::NoImage)?;
-        let name = chosen.digest.to_string();
-        let document: Document = parse(&name, &fetch(chosen)?)?;
-        let manifest = document.into_manifest().ok_or(Error::Manifest(name))?;
-        let config = manifest.config.digest;
-        let content = self.content(&mut self.get(&format!("blobs/{config}"), false, 0)?, "configuration")?;
-        check_digest(config, &content)?;
-        assemble(config, &content, layers(&manifest)?)
+        let blob = |descriptor: &Descriptor| {
+            let digest = descriptor.digest()?;
+            self.named(descriptor, digest, &format!("blobs/{digest}"), false)
+        };
+        choose(vec![top], &manifest, &blob)
     }
 
-    fn manifest(&self, digest: Digest) -> Result<Vec<u8>, Error> {
-        let name = digest.to_string();
-        let content = self.content(&mut self.get(&format!("manifests/{name}"), true, 0)?, &name)?;
-        check_digest(digest, &content)?;
+    /// A document that is named by its digest.
+    fn named(
+        &self,
+        descriptor: &Descriptor,
+        digest: Digest,
+        path: &str,
+        is_manifest: bool,
+    ) -> Result<Vec<u8>, Error> {
+        let content = self.content(&mut self.get(path, is_manifest, 0)?, &digest.to_string())?;
+        check(descriptor, digest, &content)?;
         Ok(content)
     }
 
@@ -294,21 +310,36 @@ fn password(host: &str) -> Option<String> {
     })
 }
 
-/// The certificates to trust: this machine's, or those that came with this program.
-fn roots() -> RootCerts {
-    let own = std::env::var("SSL_CERT_FILE").ok();
-    let files = own.iter().map(String::as_str).chain(SYSTEM_ROOTS);
-    let text = files.into_iter().find_map(|file| std::fs::read(file).ok());
-    let certificates: Vec<_> = text
-        .as_deref()
-        .into_iter()
-        .flat_map(parse_pem)
-        .filter_map(|item| match item {
-            Ok(PemItem::Certificate(certificate)) => Some(certificate),
-            _ => None,
-        })
-        .collect();
-    if certificates.is_empty() { RootCerts::WebPki } else { RootCerts::Specific(Arc::new(certificates)) }
+/// The certificates to trust: those of a file that was named, else this machine's, else those that came with this
+/// program. A file that is there counts, and where it cannot be used no other takes its place.
+fn roots(own: Option<OsString>) -> Result<RootCerts, RegistryError> {
+    let own = own.filter(|path| !path.is_empty()).map(PathBuf::from);
+    if let Some(path) = own {
+        let text = std::fs::read(&path);
+        return certificates(&path, text);
+    }
+    for path in SYSTEM_ROOTS {
+        match std::fs::read(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            text => return certificates(Path::new(path), text),
+        }
+    }
+    Ok(RootCerts::WebPki)
+}
+
+fn certificates(path: &Path, text: io::Result<Vec<u8>>) -> Result<RootCerts, RegistryError> {
+    let failed = |source| RegistryError::Certificates { path: path.into(), source };
+    let text = text.map_err(failed)?;
+    let items = parse_pem(&text).filter_map(|item| match item {
+        Ok(PemItem::Certificate(certificate)) => Some(Ok(certificate)),
+        Ok(_) => None,
+        Err(error) => Some(Err(io::Error::other(error))),
+    });
+    let certificates = items.collect::<io::Result<Vec<_>>>().map_err(failed)?;
+    if certificates.is_empty() {
+        return Err(failed(io::Error::other("it has no certificate")));
+    }
+    Ok(RootCerts::Specific(Arc::new(certificates)))
 }
 
 /// A layer on its way, which is asked for again from where it broke off.

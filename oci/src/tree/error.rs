@@ -2,8 +2,6 @@
 
 use std::fmt::{self, Display, Formatter};
 
-/// Names of files in an image. Each costs about 200 bytes of memory; large distributions have a tenth of it.
-pub(super) const MAX_NODES: usize = 4 << 20;
 /// Bytes of a name (NAME_MAX), of a path in a layer, and of a link's target (PATH_MAX).
 pub(super) const MAX_NAME: usize = 255;
 pub(super) const MAX_PATH: usize = 4096;
@@ -11,17 +9,24 @@ pub(super) const MAX_PATH: usize = 4096;
 pub(super) const MAX_LINKS: usize = 40;
 /// Bytes of a file's extended attributes; Linux lists no more.
 pub(super) const MAX_ATTRIBUTES: u64 = 64 << 10;
-/// What a name costs in memory beside its bytes.
-pub(super) const NAME_COST: usize = 64;
+/// Bytes of memory that a file takes, and each of its names beside the name's own bytes, which are there twice while
+/// the filesystem is written. Beside a file, a directory has the nodes of its map, an attribute its list.
+pub(super) const NODE_COST: usize = 200;
+pub(super) const NAME_COST: usize = 160;
+pub(super) const DIRECTORY_COST: usize = 320;
+pub(super) const ATTRIBUTE_COST: usize = 128;
 /// Memory for all names, link targets and attributes.
-pub(super) const MAX_METADATA: usize = 512 << 20;
+pub(super) const MAX_METADATA: usize = 1 << 30;
+/// Names of directories and links that lead to the names of an image's layers. Large distributions have a hundredth
+/// of it; links to links multiply it.
+pub(super) const MAX_STEPS: usize = 50_000_000;
 
 /// A tree cannot take an entry.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Too much of everything.
-    #[error("the image has more than {MAX_NODES} files")]
-    TooManyNodes,
+    /// Links to links, for every name.
+    #[error("{0}: the names of the image's layers lead over more than {max} million directories and links", max = MAX_STEPS / 1_000_000)]
+    TooManySteps(Shown),
     /// Too much of everything.
     #[error("names and attributes of the image's files take more than {max} MiB", max = MAX_METADATA >> 20)]
     TooMuchMetadata,
@@ -46,6 +51,12 @@ pub enum Error {
     /// A further name of what is not there.
     #[error("{0}: a hard link to {1}, which is not a file of the image")]
     HardLink(Shown, Shown),
+    /// A file in a directory that is a whiteout.
+    #[error("{0}: it would be below a whiteout, a name that only hides what lower layers have")]
+    BelowWhiteout(Shown),
+    /// A whiteout that names nothing, or its directory.
+    #[error("{0}: a whiteout that names no file")]
+    Whiteout(Shown),
     /// Attributes beyond what Linux shows.
     #[error("{0}: its extended attributes have more than {max} KiB", max = MAX_ATTRIBUTES >> 10)]
     LongAttributes(Shown),

@@ -8,10 +8,14 @@ mod node;
 mod way;
 
 use crate::erofs::{attributes_size, is_known_attribute};
+use error::{
+    ATTRIBUTE_COST, DIRECTORY_COST, MAX_ATTRIBUTES, MAX_METADATA, MAX_NAME, MAX_PATH, MAX_STEPS, NAME_COST,
+    NODE_COST,
+};
 pub use error::{Error, Shown};
-use error::{MAX_ATTRIBUTES, MAX_METADATA, MAX_NAME, MAX_NODES, MAX_PATH, NAME_COST};
 pub use node::{Attributes, Device, Kind, Node, NodeId, Time, Xattr};
 use node::{Name, empty_directory};
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use way::{Way, normalise};
 
@@ -21,6 +25,31 @@ pub struct Tree {
     nodes: Vec<Node>,
     layer: u32,
     metadata: usize,
+    /// Names that were looked up.
+    steps: Cell<usize>,
+    /// Files of this layer that have no name but aufs' own.
+    pseudo_links: BTreeMap<Box<[u8]>, NodeId>,
+}
+
+/// What the name of a whiteout begins with.
+const WHITEOUT: &[u8] = b".wh.";
+/// What names begin with that aufs kept for itself.
+const AUFS: &[u8] = b".wh..wh.";
+/// Hides all that lower layers have in its directory.
+const OPAQUE: &[u8] = b".wh..wh..opq";
+/// Where aufs kept files that have several names.
+const PSEUDO_LINKS: &[u8] = b".wh..wh.plnk";
+
+/// Whether a file is one to which hard links of its layer lead, and nothing else of its name is wanted.
+pub(crate) fn is_pseudo_link(path: &[u8]) -> bool {
+    pseudo_link(path).is_some()
+}
+
+/// The name of a file in aufs' directory of files that have several names.
+fn pseudo_link(path: &[u8]) -> Option<&[u8]> {
+    let names = normalise(path);
+    let (first, rest) = names.split_first()?;
+    (*first == PSEUDO_LINKS).then(|| rest.last().copied())?
 }
 
 impl Default for Tree {
@@ -33,12 +62,19 @@ impl Tree {
     /// A root and nothing in it.
     #[must_use]
     pub fn new() -> Self {
-        Self { nodes: vec![Node { links: 2, ..empty_directory(NodeId::ROOT) }], layer: 0, metadata: 0 }
+        Self {
+            nodes: vec![Node { links: 2, ..empty_directory(NodeId::ROOT) }],
+            layer: 0,
+            metadata: 0,
+            steps: Cell::new(0),
+            pseudo_links: BTreeMap::new(),
+        }
     }
 
     /// What follows belongs to the next layer.
-    pub const fn begin_layer(&mut self) {
+    pub fn begin_layer(&mut self) {
         self.layer += 1;
+        self.pseudo_links.clear();
     }
 
     /// Files there ever were.
@@ -84,12 +120,28 @@ impl Tree {
         Some(self.node(id))
     }
 
+    /// The node of a path whose last name may be a symbolic link, which is not followed.
+    fn named(&self, path: &[u8]) -> Result<Option<NodeId>, Error> {
+        let mut names = normalise(path);
+        let Some(name) = names.pop() else { return Ok(None) };
+        match self.walk(path, names) {
+            Ok(parent) => Ok(self.names(parent).and_then(|names| names.get(name)).map(|found| found.node)),
+            Err(Error::NotADirectory(_)) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Adds a file. What had its name is replaced, but a directory by a directory takes its attributes only.
     ///
     /// # Errors
     /// Where the name or the attributes are none that a filesystem has.
     pub fn insert(&mut self, path: &[u8], attributes: Attributes, mut kind: Kind) -> Result<(), Error> {
         let attributes = self.checked(path, attributes, &kind)?;
+        if let Some(name) = pseudo_link(path) {
+            let id = self.add(Node { attributes, kind, links: 0 })?;
+            self.pseudo_links.insert(name.into(), id);
+            return Ok(());
+        }
         let (parent, name) = self.parent_of(path)?;
         let old = match &name {
             Some(name) => self.names(parent).and_then(|names| names.get(*name)).map(|found| found.node),
@@ -117,13 +169,11 @@ impl Tree {
     /// Where there is no such file.
     pub fn link(&mut self, path: &[u8], target: &[u8]) -> Result<(), Error> {
         let no_file = || Error::HardLink(Shown::new(path), Shown::new(target));
-        let mut names = normalise(target);
-        let name = names.pop().ok_or_else(no_file)?;
-        let found = self.walk(target, names).ok().and_then(|id| self.names(id)?.get(name).copied());
-        let id = found.ok_or_else(no_file)?.node;
-        if self.names(id).is_some() {
-            return Err(no_file());
-        }
+        let id = match pseudo_link(target) {
+            Some(name) => self.pseudo_links.get(name).copied(),
+            None => self.named(target)?,
+        };
+        let id = id.filter(|&id| self.names(id).is_none()).ok_or_else(no_file)?;
         let (parent, name) = self.parent_of(path)?;
         let Some(name) = name else { return Err(Error::Root(Shown::new(path))) };
         self.put(parent, name, id);
@@ -131,17 +181,35 @@ impl Tree {
     }
 
     /// Does what a layer wants with a name that is a request: `.wh.NAME` hides what lower layers have under NAME,
-    /// `.wh..wh..opq` what they have in its directory. False for other names.
-    pub fn whiteout(&mut self, path: &[u8]) -> bool {
+    /// `.wh..wh..opq` what they have in its directory. Other names with `.wh..wh.` in front are aufs' own and hide
+    /// nothing. False for other names.
+    ///
+    /// # Errors
+    /// For a file below a whiteout, and a whiteout that could hide more than a name.
+    pub fn whiteout(&mut self, path: &[u8]) -> Result<bool, Error> {
         let mut names = normalise(path);
-        let Some(hidden) = names.pop().and_then(|name| name.strip_prefix(b".wh.")) else { return false };
-        let Ok(parent) = self.walk(path, names) else { return true };
-        if hidden == b".wh..opq" {
-            self.hide_below(parent);
-        } else if !hidden.starts_with(b".wh.") {
-            self.hide(parent, hidden);
+        let Some(last) = names.pop() else { return Ok(false) };
+        if names.iter().any(|name| name.starts_with(AUFS)) {
+            return Ok(true);
         }
-        true
+        if names.iter().any(|name| name.starts_with(WHITEOUT)) {
+            return Err(Error::BelowWhiteout(Shown::new(path)));
+        }
+        let Some(hidden) = last.strip_prefix(WHITEOUT) else { return Ok(false) };
+        if matches!(hidden, b"" | b"." | b"..") {
+            return Err(Error::Whiteout(Shown::new(path)));
+        }
+        let is_opaque = last == OPAQUE;
+        if last.starts_with(AUFS) && !is_opaque {
+            return Ok(true);
+        }
+        match self.walk(path, names) {
+            Ok(parent) if is_opaque => self.hide_below(parent),
+            Ok(parent) => self.hide(parent, hidden),
+            Err(Error::NotADirectory(_)) => {}
+            Err(error) => return Err(error),
+        }
+        Ok(true)
     }
 
     fn hide(&mut self, parent: NodeId, name: &[u8]) {
@@ -222,17 +290,28 @@ impl Tree {
     }
 
     fn add(&mut self, node: Node) -> Result<NodeId, Error> {
-        let id = u32::try_from(self.nodes.len()).map_err(|_| Error::TooManyNodes)?;
-        if self.nodes.len() == MAX_NODES {
-            return Err(Error::TooManyNodes);
-        }
+        self.account(match node.kind {
+            Kind::Directory(_) => NODE_COST + DIRECTORY_COST,
+            _ => NODE_COST,
+        })?;
+        let id = u32::try_from(self.nodes.len()).map_err(|_| Error::TooMuchMetadata)?;
         self.nodes.push(node);
         Ok(NodeId(id))
+    }
+
+    fn account_name(&mut self, name: &[u8]) -> Result<(), Error> {
+        self.account(2 * name.len() + NAME_COST)
     }
 
     fn account(&mut self, bytes: usize) -> Result<(), Error> {
         self.metadata = self.metadata.saturating_add(bytes);
         if self.metadata > MAX_METADATA { Err(Error::TooMuchMetadata) } else { Ok(()) }
+    }
+
+    /// Counts names that are going to be looked up for a path.
+    fn spend(&self, steps: usize, path: &[u8]) -> Result<(), Error> {
+        self.steps.set(self.steps.get().saturating_add(steps));
+        if self.steps.get() > MAX_STEPS { Err(Error::TooManySteps(Shown::new(path))) } else { Ok(()) }
     }
 
     /// Attributes that the filesystem can hold, in an order of their own.
@@ -257,7 +336,7 @@ impl Tree {
             }
             self.account(target.len())?;
         }
-        self.account(usize::try_from(size).unwrap_or(usize::MAX))?;
+        self.account(usize::try_from(size).unwrap_or(usize::MAX) + attributes.xattrs.len() * ATTRIBUTE_COST)?;
         Ok(attributes)
     }
 
@@ -276,13 +355,13 @@ impl Tree {
             return Err(Error::LongName(Shown::new(path)));
         }
         let parent = self.make_way(path, names)?;
-        self.account(name.map_or(0, |name| name.len() + NAME_COST))?;
+        self.account_name(name.unwrap_or_default())?;
         Ok((parent, name))
     }
 
     /// The directory of a path. What is missing is made; what is there has been mentioned by this layer.
     fn make_way(&mut self, path: &[u8], names: Vec<&[u8]>) -> Result<NodeId, Error> {
-        let mut way = Way::new(path, names);
+        let mut way = Way::new(self, path, names)?;
         while let Some(name) = way.next(self)? {
             let found = self.names(way.at).and_then(|names| names.get(&*name)).map(|found| found.node);
             match found.map(|id| (id, &self.node(id).kind)) {
@@ -290,7 +369,7 @@ impl Tree {
                     if name.len() > MAX_NAME {
                         return Err(Error::LongName(Shown::new(path)));
                     }
-                    self.account(name.len() + NAME_COST)?;
+                    self.account_name(&name)?;
                     let id = self.add(empty_directory(way.at))?;
                     self.put(way.at, &name, id);
                     way.at = id;
@@ -299,7 +378,7 @@ impl Tree {
                     self.mention(way.at, &name);
                     way.at = id;
                 }
-                Some((_, Kind::Symlink(target))) => way.follow(target)?,
+                Some((_, Kind::Symlink(target))) => way.follow(self, target)?,
                 Some(_) => return Err(Error::NotADirectory(Shown::new(path))),
             }
         }
@@ -309,11 +388,11 @@ impl Tree {
     /// The node of a path, all links followed; nothing is made.
     fn walk(&self, path: &[u8], names: Vec<&[u8]>) -> Result<NodeId, Error> {
         let not_there = || Error::NotADirectory(Shown::new(path));
-        let mut way = Way::new(path, names);
+        let mut way = Way::new(self, path, names)?;
         while let Some(name) = way.next(self)? {
             let found = self.names(way.at).and_then(|names| names.get(&*name)).ok_or_else(not_there)?;
             match &self.node(found.node).kind {
-                Kind::Symlink(target) => way.follow(target)?,
+                Kind::Symlink(target) => way.follow(self, target)?,
                 _ => way.at = found.node,
             }
         }

@@ -15,9 +15,10 @@ pub(super) struct Way<'a> {
 
 impl<'a> Way<'a> {
     /// Begins at the root with a path's names.
-    pub(super) fn new(path: &'a [u8], names: Vec<&[u8]>) -> Self {
+    pub(super) fn new(tree: &Tree, path: &'a [u8], names: Vec<&[u8]>) -> Result<Self, Error> {
+        tree.spend(names.len() + 1, path)?;
         let names = names.into_iter().rev().map(<[u8]>::to_vec).collect();
-        Self { path, at: NodeId::ROOT, names, links: 0 }
+        Ok(Self { path, at: NodeId::ROOT, names, links: 0 })
     }
 
     /// The next name that is one: `..` leads to the parent, and the root's is the root.
@@ -35,7 +36,7 @@ impl<'a> Way<'a> {
     }
 
     /// Goes on with a symbolic link's target.
-    pub(super) fn follow(&mut self, target: &[u8]) -> Result<(), Error> {
+    pub(super) fn follow(&mut self, tree: &Tree, target: &[u8]) -> Result<(), Error> {
         self.links += 1;
         if self.links > MAX_LINKS {
             return Err(Error::TooManyLinks(Shown::new(self.path)));
@@ -44,6 +45,7 @@ impl<'a> Way<'a> {
             self.at = NodeId::ROOT;
         }
         let names = target.split(|&byte| byte == b'/').rev();
+        tree.spend(names.clone().count(), self.path)?;
         self.names.extend(names.filter(|name| !matches!(*name, b"" | b".")).map(<[u8]>::to_vec));
         Ok(())
     }
