@@ -12,7 +12,7 @@ use core::ffi::CStr;
 use guest_init::interpreter;
 use guest_init::payload_spec::PayloadSpec;
 use rustix::fd::OwnedFd;
-use rustix::fs::{Access, Mode, OFlags, access, open};
+use rustix::fs::{Access, FileType, Mode, OFlags, access, fchmod, fchown, fstat, open};
 use rustix::io::Errno;
 use rustix::process::{Gid, Uid, WaitStatus};
 
@@ -145,6 +145,7 @@ fn become_user(spec: &PayloadSpec) -> Result<(), (&'static str, &[u8], Errno)> {
         return Err(("set the user", &[], Errno::INVAL));
     }
     let (uid, gid) = (Uid::from_raw(spec.user_id), Gid::from_raw(spec.group_id));
+    own_streams(uid);
     if !(uid.is_root() && gid.is_root() && spec.groups.is_empty()) {
         let groups: Vec<Gid> = spec.groups.iter().map(|&id| Gid::from_raw(id)).collect();
         rustix::thread::set_thread_groups(&groups).map_err(|error| ("set the groups", &[][..], error))?;
@@ -155,4 +156,26 @@ fn become_user(spec: &PayloadSpec) -> Result<(), (&'static str, &[u8], Errno)> {
     }
     SignalSet::of([]).block().map_err(|error| ("unblock signals", &[][..], error))?;
     Ok(())
+}
+
+/// Makes the standard streams the user's. /dev/stdout is a link to /proc/self/fd/1, and the kernel opens what that leads
+/// to with the permissions of the pipe or terminal.
+fn own_streams(user: Uid) {
+    /// A pipe has no name: a process can only open one that it holds already. So everybody may, and a program that
+    /// changes its user later still can.
+    const PIPE: Mode = Mode::from_raw_mode(0o666);
+    for stream in syscall::standard_streams() {
+        let Ok(stat) = fstat(stream) else { continue };
+        match FileType::from_raw_mode(stat.st_mode) {
+            FileType::Fifo => {
+                let _ = fchown(stream, Some(user), None).and_then(|()| fchmod(stream, PIPE));
+            }
+            // A terminal has a name in /dev/pts, by which other users could read what is typed.
+            FileType::CharacterDevice if rustix::termios::isatty(stream) => {
+                let _ = fchown(stream, Some(user), None);
+            }
+            // /dev/null belongs to all.
+            _ => {}
+        }
+    }
 }

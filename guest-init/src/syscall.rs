@@ -95,7 +95,12 @@ pub(crate) fn kill(process: Pid, signal: u8, to_group: bool) -> Result<(), Errno
 pub(crate) fn keep_standard_streams() -> [BorrowedFd<'static>; 3] {
     // SAFETY: whoever owned the others is another process, of which this one is a copy that never returns there.
     let _ = unsafe { call(CLOSE_RANGE, [3, u32::MAX as usize, 0, 0]) };
-    // SAFETY: init has its standard streams open from the start, and nobody closes them.
+    standard_streams()
+}
+
+/// Standard input, output and error of this process.
+pub(crate) fn standard_streams() -> [BorrowedFd<'static>; 3] {
+    // SAFETY: init opens its standard streams at its start and never closes them.
     [0, 1, 2].map(|number| unsafe { BorrowedFd::borrow_raw(number) })
 }
 

@@ -101,6 +101,16 @@ if __name__ == "__main__":
     assert_eq!(outcome.stderr, "");
 }
 
+/// As entrypoints do with gosu, su-exec or setpriv.
+#[test]
+fn a_program_that_changes_its_user_opens_its_streams_by_their_names() {
+    let user = User::new();
+    let script = "import os; os.setgid(33); os.setuid(33); print(open('/dev/stdin').readline(), end=''); \
+                  open('/dev/stderr', 'w').write('error'); open('/dev/stdout', 'w').write('out')";
+    let outcome = from_stdin(program(&user, &[], "python").args(["python3", "-uc", script]), "in\n");
+    assert_eq!((outcome.expect_status(0).stdout.as_str(), outcome.stderr.as_str()), ("in\nout", "error"));
+}
+
 #[test]
 fn python_gets_every_byte_and_gives_it_back() {
     let user = User::new();

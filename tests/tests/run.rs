@@ -78,6 +78,54 @@ fn environment_directory_user_and_names_are_as_asked() {
     );
 }
 
+/// Opens the standard streams by each of their names; `in` is what standard input begins with.
+const BY_NAME: &str = "head -n 1 < /dev/stdin; echo 1 > /dev/stdout; echo 2 > /dev/fd/1; echo 3 >> /proc/self/fd/1; \
+                       echo 4 > /dev/stderr; echo 5 > /proc/self/fd/2; stat -L -c %u /dev/stdout";
+
+#[test]
+fn a_user_opens_the_streams_by_their_names() {
+    let user = User::new();
+    let feed = |command: &mut std::process::Command| {
+        let mut started = start(command.args(["sh", "-c", BY_NAME]).stdin(Stdio::piped()));
+        started.child.stdin.take().unwrap().write_all(b"in\n").unwrap();
+        started.finish_within(PATIENCE)
+    };
+    let expect = |outcome: &tests::Outcome, user: &str| {
+        assert_eq!(outcome.expect_status(0).stdout, format!("in\n1\n2\n3\n{user}\n"), "{outcome}");
+        assert_eq!(outcome.stderr, "4\n5\n");
+    };
+    expect(&feed(&mut user.run(&["-u", "1000:100"])), "1000");
+    expect(&feed(&mut user.run(&[])), "0");
+    let mut guest = Conversation::start(user.run(&["--name", "one", "-u", "7:8"]).args([
+        "sh",
+        "-c",
+        "echo ready > /dev/stdout; read -r line",
+    ]));
+    guest.expect("ready");
+    expect(&feed(user.command("exec").arg("one")), "7");
+    expect(&feed(user.command("exec").args(["-u", "5", "one"])), "5");
+    guest.go_on();
+    guest.expect_status(0);
+    // In the background: no input, and output to the log.
+    run(user.run(&["-d", "--name", "two", "-u", "1000"]).args(["sh", "-c", BY_NAME])).expect_status(0);
+    run(user.command("wait").arg("two")).expect_status(0);
+    let log = run(user.command("logs").arg("two"));
+    assert_eq!(log.expect_status(0).stdout, "1\n2\n3\n1000\n", "{log}");
+    assert_eq!(log.stderr, "4\n5\n");
+}
+
+#[test]
+fn a_user_opens_the_terminal_by_its_names() {
+    let user = User::new();
+    let script = "echo 1 > /dev/stdout; echo 2 > /dev/stderr; echo 3 > /dev/tty; echo 4 > $(tty); \
+                  stat -L -c %u:%g:%a /dev/stdin";
+    let outcome = run(user.run(&["-t", "-u", "1000"]).args(["sh", "-c", script]));
+    assert_eq!(outcome.expect_status(0).stdout, "1\n2\n3\n4\n1000:5:620\n", "{outcome}");
+    // The console of a guest without an agent.
+    let outcome = run(tests::boot().args(["--user", "1000", "--", "/bin/sh", "-c", script]));
+    assert!(outcome.expect_status(0).stdout.starts_with("1\n2\n3\n"), "{outcome}");
+}
+
 #[test]
 fn signals_are_the_programs() {
     let user = User::new();
