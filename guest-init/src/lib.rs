@@ -5,3 +5,4 @@ extern crate alloc;
 
 pub mod interpreter;
 pub mod payload_spec;
+pub mod strings;

@@ -30,7 +30,7 @@ pub(crate) fn run(spec: &PayloadSpec) -> u8 {
     match syscall::fork() {
         Ok(None) => {
             take_terminal();
-            program.execute(spec, None)
+            program.execute(None)
         }
         Ok(Some(child)) => supervise(child, waited),
         Err(error) => {

@@ -1,5 +1,6 @@
 //! What init is asked to run, whoever asks: the VMM's frame or the kernel command line.
 
+use crate::strings::Strings;
 use alloc::vec::Vec;
 use guest_protocol::agent::TerminalSize;
 use guest_protocol::frame::{self, FrameError, Item, MountKind, Network};
@@ -8,9 +9,9 @@ use guest_protocol::frame::{self, FrameError, Item, MountKind, Network};
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PayloadSpec {
     /// Argument vector of the payload; empty where there is none.
-    pub arguments: Vec<Vec<u8>>,
+    pub arguments: Strings,
     /// Environment entries, `NAME=value`.
-    pub environment: Vec<Vec<u8>>,
+    pub environment: Strings,
     /// Working directory; `/` where nobody chose one.
     pub working_directory: Option<Vec<u8>>,
     /// Hostname; the kernel's default where nobody chose one.
@@ -77,10 +78,20 @@ impl PayloadSpec {
     /// When the bytes are not a whole frame that this init understands.
     pub fn from_frame(bytes: &[u8]) -> Result<Self, FrameError> {
         let mut spec = Self::default();
+        let (mut arguments, mut environment) = (0, 0);
         for item in frame::decode(bytes)? {
             match item? {
-                Item::Argument(value) => spec.arguments.push(value.into()),
-                Item::Environment(value) => spec.environment.push(value.into()),
+                Item::Argument(value) => arguments += value.len() + 1,
+                Item::Environment(value) => environment += value.len() + 1,
+                _ => {}
+            }
+        }
+        spec.arguments.reserve(arguments);
+        spec.environment.reserve(environment);
+        for item in frame::decode(bytes)? {
+            match item? {
+                Item::Argument(value) => spec.arguments.push(value),
+                Item::Environment(value) => spec.environment.push(value),
                 Item::WorkingDirectory(value) => spec.working_directory = Some(value.into()),
                 Item::Hostname(value) => spec.hostname = Some(value.into()),
                 Item::UserId(id) => spec.user_id = id,
@@ -123,7 +134,7 @@ impl PayloadSpec {
                 continue;
             };
             match name {
-                b"env" => spec.environment.push(value.into()),
+                b"env" => spec.environment.push(value),
                 b"cwd" => spec.working_directory = Some(value.into()),
                 b"root" => spec.root_device = Some(value.into()),
                 b"hostname" => spec.hostname = Some(value.into()),
@@ -199,8 +210,8 @@ mod tests {
         assert_eq!(
             spec,
             PayloadSpec {
-                arguments: vec![b"/bin/sh".into(), b"-c".into(), b"exit 3".into(), b"--".into()],
-                environment: vec![b"A=1".into(), b"B=x y".into()],
+                arguments: ["/bin/sh", "-c", "exit 3", "--"].into_iter().collect(),
+                environment: ["A=1", "B=x y"].into_iter().collect(),
                 working_directory: Some(b"/srv".into()),
                 hostname: Some(b"box".into()),
                 user_id: 1000,
@@ -225,7 +236,7 @@ mod tests {
     #[test]
     fn an_empty_word_in_quotes_is_an_argument() {
         let spec = PayloadSpec::from_command_line(b"-- echo \"\" x").unwrap();
-        assert_eq!(spec.arguments, [&b"echo"[..], b"", b"x"]);
+        assert_eq!(spec.arguments, Strings::from_iter(["echo", "", "x"]));
     }
 
     #[test]

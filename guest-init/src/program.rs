@@ -33,32 +33,42 @@ pub(crate) fn exit_code(status: WaitStatus) -> u8 {
     code.to_le_bytes()[0]
 }
 
-/// The payload's strings in the form that execve takes, made before the fork.
-pub(crate) struct Program {
-    arguments: Vec<CString>,
-    environment: Vec<CString>,
+/// The payload's strings in the form that execve takes: lists of pointers that end with null.
+pub(crate) struct Program<'a> {
+    spec: &'a PayloadSpec,
+    arguments: Vec<*const u8>,
+    environment: Vec<*const u8>,
+    path: &'a [u8],
 }
 
-impl Program {
+impl<'a> Program<'a> {
     /// The program of a specification, unless one of its strings has a NUL in it.
-    pub(crate) fn new(spec: &PayloadSpec) -> Option<Self> {
-        let strings = |list: &[Vec<u8>]| -> Option<Vec<CString>> {
-            list.iter().map(|bytes| CString::new(bytes.as_slice()).ok()).collect()
-        };
-        let mut environment = strings(&spec.environment)?;
+    pub(crate) fn new(spec: &'a PayloadSpec) -> Option<Self> {
+        if spec.arguments.has_inner_nul() || spec.environment.has_inner_nul() {
+            return None;
+        }
         // TERM says what a terminal can do; at a pipe there is none.
         let has_terminal = !spec.agent || spec.terminal.is_some();
-        for entry in DEFAULT_ENVIRONMENT.into_iter().take(if has_terminal { 3 } else { 2 }) {
-            let name = entry.to_bytes().split_inclusive(|&byte| byte == b'=').next()?;
-            if !environment.iter().any(|given| given.as_bytes().starts_with(name)) {
-                environment.push(entry.into());
-            }
-        }
-        Some(Self { arguments: strings(&spec.arguments)?, environment })
+        let defaults = DEFAULT_ENVIRONMENT.into_iter().take(if has_terminal { 3 } else { 2 });
+        let missing: Vec<&CStr> = defaults
+            .filter(|entry| {
+                let name = entry.to_bytes().split_inclusive(|&byte| byte == b'=').next().unwrap_or_default();
+                !spec.environment.iter().any(|given| given.starts_with(name))
+            })
+            .collect();
+        let entries = || spec.environment.iter().chain(missing.iter().map(|entry| entry.to_bytes_with_nul()));
+        let path = entries().find_map(|entry| entry.strip_prefix(b"PATH=")?.strip_suffix(&[0]));
+        Some(Self {
+            spec,
+            arguments: pointers(spec.arguments.iter(), spec.arguments.len()),
+            environment: pointers(entries(), spec.environment.len() + missing.len()),
+            path: path.unwrap_or_default(),
+        })
     }
 
     /// Becomes the payload. Runs in the child; what fails is said and becomes its exit status, and a byte in `failed`.
-    pub(crate) fn execute(&self, spec: &PayloadSpec, failed: Option<OwnedFd>) -> ! {
+    pub(crate) fn execute(&self, failed: Option<OwnedFd>) -> ! {
+        let spec = self.spec;
         machine::drop_ports();
         if spec.agent {
             limits::limit_program();
@@ -80,15 +90,15 @@ impl Program {
     /// Executes the program where it is, or in the first directory of PATH that has it. Returns only when that
     /// failed everywhere, and with the exit status for it.
     fn try_paths(&self) -> u8 {
-        let program = &self.arguments[0];
-        let name = program.to_string_lossy();
-        let path = self.environment.iter().find_map(|entry| entry.as_bytes().strip_prefix(b"PATH="));
-        let (path, is_path) = (path.unwrap_or_default(), program.as_bytes().contains(&b'/'));
+        let program = self.spec.arguments.iter().next().and_then(|program| program.strip_suffix(&[0]));
+        let program = program.unwrap_or_default();
+        let name = alloc::string::String::from_utf8_lossy(program);
+        let is_path = program.contains(&b'/');
         let mut result = Errno::NOENT;
-        for directory in path.split(|&byte| byte == b':') {
+        for directory in self.path.split(|&byte| byte == b':') {
             let candidate = match is_path {
-                true => Ok(program.clone()),
-                false => CString::new([directory, b"/", program.as_bytes()].concat()),
+                true => CString::new(program),
+                false => CString::new([directory, b"/", program].concat()),
             };
             let Ok(candidate) = candidate else { continue };
             match self.execve(&candidate) {
@@ -112,14 +122,16 @@ impl Program {
     }
 
     fn execve(&self, path: &CStr) -> Errno {
-        let pointers = |list: &[CString]| -> Vec<*const u8> {
-            list.iter().map(|text| text.as_ptr().cast()).chain([core::ptr::null()]).collect()
-        };
-        let (arguments, environment) = (pointers(&self.arguments), pointers(&self.environment));
         // SAFETY: both vectors end with a null pointer and point to strings that end with NUL and
-        // live as long as `self`.
-        unsafe { syscall::execve(path, arguments.as_ptr(), environment.as_ptr()) }
+        // live as long as the specification, or for ever.
+        unsafe { syscall::execve(path, self.arguments.as_ptr(), self.environment.as_ptr()) }
     }
+}
+
+fn pointers<'a>(strings: impl Iterator<Item = &'a [u8]>, count: usize) -> Vec<*const u8> {
+    let mut pointers = Vec::with_capacity(count + 1);
+    pointers.extend(strings.map(<[u8]>::as_ptr).chain([core::ptr::null()]));
+    pointers
 }
 
 /// The program is there, and the kernel did not find what it names in turn.

@@ -22,7 +22,12 @@ const MOUNTS: [Mount; 7] = [
     Mount { kind: "proc", target: "/proc", flags: no_programs(), options: c"" },
     Mount { kind: "sysfs", target: "/sys", flags: no_programs(), options: c"" },
     Mount { kind: "devtmpfs", target: "/dev", flags: MountFlags::NOSUID, options: c"mode=0755" },
-    Mount { kind: "devpts", target: "/dev/pts", flags: no_programs(), options: c"gid=5,mode=0620,ptmxmode=0666" },
+    Mount {
+        kind: "devpts",
+        target: "/dev/pts",
+        flags: no_programs(),
+        options: c"gid=5,mode=0620,ptmxmode=0666",
+    },
     Mount { kind: "tmpfs", target: "/dev/shm", flags: no_programs(), options: c"mode=1777" },
     Mount { kind: "tmpfs", target: "/run", flags: MountFlags::NOSUID, options: c"mode=0755" },
     Mount { kind: "tmpfs", target: "/tmp", flags: MountFlags::NOSUID, options: c"mode=1777" },

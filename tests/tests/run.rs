@@ -126,6 +126,57 @@ fn a_user_opens_the_terminal_by_its_names() {
     assert!(outcome.expect_status(0).stdout.starts_with("1\n2\n3\n"), "{outcome}");
 }
 
+/// 2 MiB together and 128 KiB each are Linux's limits; what the shell sees of each case is its number and length.
+#[test]
+fn arguments_and_environment_are_as_long_as_linux_takes_them() {
+    let user = User::new();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("env");
+    let entries: String =
+        (0..2000).map(|number| format!("VARIABLE_{number}={}\n", "v".repeat(200))).collect();
+    std::fs::write(&file, &entries).unwrap();
+    let file = file.to_str().unwrap();
+    let longest = "x".repeat((128 << 10) - 1);
+    let count = ["sh", "-c", "echo $# ${#1} ${#VARIABLE_1999}", "sh"];
+    let many = vec!["word"; 100_000];
+    let with_long = |command: &mut std::process::Command| run(command.args(count).arg(&longest));
+    let with_many = |command: &mut std::process::Command| run(command.args(count).args(&many));
+    let mut guest =
+        Conversation::start(user.run(&["--name", "one"]).args(["sh", "-c", "echo ready; read -r line"]));
+    guest.expect("ready");
+    for outcome in [
+        with_many(&mut user.run(&["--env-file", file])),
+        with_many(user.command("exec").args(["--env-file", file, "one"])),
+    ] {
+        assert_eq!(outcome.expect_status(0).stdout, "100000 4 200\n", "{}", outcome.stderr);
+    }
+    for outcome in [with_long(&mut user.run(&[])), with_long(user.command("exec").arg("one"))] {
+        assert_eq!(outcome.expect_status(0).stdout, "1 131071 0\n", "{}", outcome.stderr);
+    }
+    with_many(&mut user.run(&["-d", "--name", "two", "--env-file", file])).expect_status(0);
+    run(user.command("wait").arg("two")).expect_status(0);
+    assert_eq!(run(user.command("logs").arg("two")).expect_status(0).stdout, "100000 4 200\n");
+    // Beyond: by the host, and where the kernel adds something of its own, by the guest.
+    let long_file = folder.path().join("long");
+    std::fs::write(&long_file, format!("LONG={longest}\n")).unwrap();
+    let options = ["--env-file", long_file.to_str().unwrap()];
+    run(user.run(&options).arg("true"))
+        .expect_status(2)
+        .expect_stderr("has 131076 bytes; Linux takes at most 131071");
+    let mut full = vec!["x".repeat(1000); 2000];
+    full.push("x".repeat((2 << 20) - 2000 * 1009 - 80));
+    let outcome = run(user.command("exec").args(["one", "true"]).args(&full));
+    outcome.expect_status(126).expect_stderr("true: cannot execute: argument list too long");
+    // Many at once.
+    let many: Vec<_> =
+        (0..8).map(|_| start(user.command("exec").arg("one").args(count).args(&many))).collect();
+    for started in many {
+        assert_eq!(started.finish_within(PATIENCE).expect_status(0).stdout, "100000 4 0\n");
+    }
+    guest.go_on();
+    guest.expect_status(0);
+}
+
 #[test]
 fn signals_are_the_programs() {
     let user = User::new();

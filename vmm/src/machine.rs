@@ -339,7 +339,7 @@ impl DevicesBuilder<'_> {
         let marks = Arc::new(Mutex::new(marks));
         let wants_log = config.profile.is_some();
         let configuration = Configuration::new(guest(config), created, wants_log, state.is_some())
-            .map_err(|_| ConfigError::PayloadTooLong)?;
+            .map_err(ConfigError::from)?;
 
         let mut buses = Buses::default();
         let mut io_apic = None;

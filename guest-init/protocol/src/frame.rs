@@ -15,9 +15,19 @@ const VERSION: u16 = 1;
 const HEADER_LEN: usize = 12;
 const ITEM_HEADER_LEN: usize = 5;
 
-/// The longest frame in bytes. Linux itself limits a program's arguments to about this much on a
-/// small stack, and init reads the frame into a buffer of this size.
-pub const MAX_FRAME: usize = 256 * 1024;
+/// The longest argument or environment entry in bytes: Linux's limit without the NUL at the end (MAX_ARG_STRLEN in
+/// include/uapi/linux/binfmts.h).
+pub const MAX_STRING: usize = 128 * 1024 - 1;
+
+/// Bytes that arguments and environment may take together: what Linux leaves them of a stack of 8 MiB
+/// (`bprm_stack_limits` in fs/exec.c).
+pub const MAX_STRINGS: usize = 2 << 20;
+
+/// What Linux counts for a string beside its bytes: the NUL at its end and a pointer. It is more than an item's header.
+const STRING_OVERHEAD: usize = 9;
+
+/// The longest frame in bytes: the longest arguments and environment, and room for everything else.
+pub const MAX_FRAME: usize = MAX_STRINGS + 256 * 1024;
 
 /// One statement of the configuration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -177,6 +187,10 @@ pub enum FrameError {
     UnknownItem(u8),
     /// An item of fixed length with another length, or with a value that it cannot have.
     NumberLength(u8),
+    /// An argument or environment entry of so many bytes, which is more than [`MAX_STRING`].
+    StringTooLong(usize),
+    /// Arguments and environment take so many bytes, which is more than [`MAX_STRINGS`].
+    StringsTooLong(usize),
     /// The items do not fit [`MAX_FRAME`] bytes.
     TooLong,
 }
@@ -193,9 +207,16 @@ impl fmt::Display for FrameError {
             Self::NumberLength(tag) => {
                 write!(f, "the configuration's item of kind {tag} has a wrong length or value")
             }
-            Self::TooLong => {
-                write!(f, "arguments and environment do not fit the configuration's {MAX_FRAME} bytes")
-            }
+            Self::StringTooLong(length) => write!(
+                f,
+                "an argument or environment entry has {length} bytes; Linux takes at most {MAX_STRING}"
+            ),
+            Self::StringsTooLong(length) => write!(
+                f,
+                "arguments and environment take {length} bytes with their pointers; Linux takes at most \
+                 {MAX_STRINGS}"
+            ),
+            Self::TooLong => write!(f, "the configuration does not fit {MAX_FRAME} bytes"),
         }
     }
 }
@@ -205,15 +226,25 @@ impl core::error::Error for FrameError {}
 /// Writes a frame into a byte sink that grows.
 ///
 /// # Errors
-/// [`FrameError::TooLong`] when the items need more than [`MAX_FRAME`] bytes; the sink may then
+/// When the strings are longer than Linux takes, or the items need more than [`MAX_FRAME`] bytes; the sink may then
 /// hold a part of them.
 pub fn encode<'a, S: Extend<u8>>(
     items: impl Iterator<Item = Item<'a>> + Clone,
     sink: &mut S,
 ) -> Result<(), FrameError> {
-    let mut length = 0usize;
+    let (mut length, mut strings) = (0usize, 0usize);
     for item in items.clone() {
-        length = length.saturating_add(ITEM_HEADER_LEN).saturating_add(value_len(&item));
+        let value = value_len(&item);
+        length = length.saturating_add(ITEM_HEADER_LEN).saturating_add(value);
+        if matches!(item, Item::Argument(_) | Item::Environment(_)) {
+            if value > MAX_STRING {
+                return Err(FrameError::StringTooLong(value));
+            }
+            strings = strings.saturating_add(STRING_OVERHEAD).saturating_add(value);
+        }
+    }
+    if strings > MAX_STRINGS {
+        return Err(FrameError::StringsTooLong(strings));
     }
     if length > MAX_FRAME - HEADER_LEN {
         return Err(FrameError::TooLong);
@@ -436,10 +467,28 @@ mod tests {
     }
 
     #[test]
+    fn strings_are_as_long_as_linux_takes_them() {
+        let encoded = |items: &[Item<'_>]| encode(items.iter().copied(), &mut Vec::new());
+        let long = std::vec![b'x'; MAX_STRING + 1];
+        encoded(&[Item::Argument(&long[1..]), Item::Environment(&long[1..])]).unwrap();
+        for item in [Item::Argument(&long), Item::Environment(&long)] {
+            assert_eq!(encoded(&[item]), Err(FrameError::StringTooLong(MAX_STRING + 1)));
+        }
+        // As many as there can be, short and long.
+        for length in [0, 1, 200, MAX_STRING] {
+            let count = MAX_STRINGS / (length + STRING_OVERHEAD);
+            let mut items = std::vec![Item::Argument(&long[..length]); count];
+            encoded(&items).unwrap();
+            items.push(Item::Environment(&long[..length]));
+            assert!(matches!(encoded(&items), Err(FrameError::StringsTooLong(_))), "{length}");
+        }
+    }
+
+    #[test]
     fn a_frame_has_a_longest_length() {
         let long = std::vec![b'x'; MAX_FRAME - HEADER_LEN - ITEM_HEADER_LEN];
-        assert_eq!(frame(&[Item::Argument(&long)]).len(), MAX_FRAME);
-        let items = [Item::Argument(&long), Item::Argument(b"")];
+        assert_eq!(frame(&[Item::WorkingDirectory(&long)]).len(), MAX_FRAME);
+        let items = [Item::WorkingDirectory(&long), Item::Argument(b"")];
         let result = encode(items.into_iter(), &mut Vec::new());
         assert_eq!(result, Err(FrameError::TooLong));
     }

@@ -107,7 +107,7 @@ impl Session {
         };
         if self.is_idle() {
             self.execution = execution;
-            let process = self.fork(spec.terminal, || program.execute(spec, failed));
+            let process = self.fork(spec.terminal, || program.execute(failed));
             self.began(process);
         }
     }
@@ -282,9 +282,9 @@ impl Session {
 
     /// Obeys the messages that are whole; `None` after one that is none.
     fn obey(&mut self, watch: &Watch) -> Option<()> {
-        let received = core::mem::take(&mut self.received);
-        let mut rest = &received[..];
-        while let Some((message, length)) = Message::split(rest).ok()? {
+        let mut received = core::mem::take(&mut self.received);
+        let mut obeyed = 0;
+        while let Some((message, length)) = Message::split(&received[obeyed..]).ok()? {
             let was_idle = self.is_idle();
             match message {
                 Message::Start(frame) => self.start(&PayloadSpec::from_frame(frame).ok()?),
@@ -307,9 +307,13 @@ impl Session {
                 (0..3).for_each(|number| self.advance(number, watch));
                 self.tell_end();
             }
-            rest = &rest[length..];
+            obeyed += length;
         }
-        self.received = rest.to_vec();
+        // What a long message took is given back.
+        if obeyed < received.len() {
+            received.drain(..obeyed);
+            self.received = received;
+        }
         Some(())
     }
 

@@ -17,7 +17,7 @@ pub use json::{FileConfig, from_json_file};
 
 use crate::devices::configuration::Renewal;
 use crate::layout::{COMMAND_LINE_MAX, DEVICES_MAX, VCPUS_MAX};
-use guest_protocol::frame::MAX_FRAME;
+use guest_protocol::frame::FrameError;
 use std::io;
 use std::path::PathBuf;
 
@@ -151,9 +151,9 @@ pub enum ConfigError {
     /// An id that stands for "leave it as it is".
     #[error("user and group ids go from 0 to 4294967294")]
     Id,
-    /// Arguments and environment that do not fit the frame init reads.
-    #[error("the payload's arguments and environment are longer than {MAX_FRAME} bytes")]
-    PayloadTooLong,
+    /// Arguments and environment that Linux does not take, or a configuration that does not fit a frame.
+    #[error(transparent)]
+    Payload(#[from] FrameError),
     /// A configuration file or image that cannot be read.
     #[error("cannot read {}", path.display())]
     Read {
@@ -377,7 +377,7 @@ fn validate_guest(guest: &GuestConfig) -> Result<(), ConfigError> {
     if [guest.user_id, guest.group_id].contains(&u32::MAX) || guest.groups.contains(&u32::MAX) {
         return Err(ConfigError::Id);
     }
-    guest.to_frame(0, false, Some(&Renewal::LENGTH)).map_err(|_| ConfigError::PayloadTooLong)?;
+    guest.to_frame(0, false, Some(&Renewal::LENGTH))?;
     Ok(())
 }
 
@@ -437,7 +437,10 @@ mod tests {
             ("the kernel command line has a NUL", error(|c| c.boot_source.boot_args = "a\0b".into())),
             ("an argument of the payload has a NUL", error(|c| c.guest.arguments = vec![b"\0".into()])),
             ("the environment entry \"=x\"", error(|c| c.guest.environment = vec![b"=x".into()])),
-            ("longer than 262144 bytes", error(|c| c.guest.arguments = vec![vec![b'x'; MAX_FRAME]])),
+            (
+                "has 131072 bytes; Linux takes at most",
+                error(|c| c.guest.arguments = vec![vec![b'x'; 1 << 17]]),
+            ),
         ];
         for (expected, message) in table {
             assert!(message.contains(expected), "{message:?} should say {expected:?}");

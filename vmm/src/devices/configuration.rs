@@ -65,7 +65,7 @@ impl GuestConfig {
     /// The frame that says this to init.
     ///
     /// # Errors
-    /// When arguments and environment are longer than a frame can be.
+    /// When arguments and environment are longer than Linux takes them.
     pub fn to_frame(
         &self,
         vm_age: u64,
@@ -280,7 +280,8 @@ mod tests {
 
     #[test]
     fn a_configuration_too_long_for_a_frame_is_refused() {
-        let config = GuestConfig { arguments: vec![vec![b'x'; frame::MAX_FRAME]], ..GuestConfig::default() };
+        let long = vec![b'x'; frame::MAX_FRAME];
+        let config = GuestConfig { working_directory: Some(long), ..GuestConfig::default() };
         let error = Configuration::new(config, Instant::now(), false, false).unwrap_err();
         assert_eq!(error, FrameError::TooLong);
     }

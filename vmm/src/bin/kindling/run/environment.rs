@@ -1,20 +1,21 @@
 //! The environment of a program: what its image or its guest has, then files of entries, then entries.
 
 use crate::bytes;
+use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
 /// Bytes of a file of entries: more than an environment may have.
-const LONGEST: u64 = 1 << 20;
+const LONGEST: u64 = 2 << 20;
 
 /// A file of entries cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum EnvironmentError {
     #[error("cannot read the file of entries {}", path.display())]
     Read { path: PathBuf, source: io::Error },
-    #[error("the file of entries {} has more than 1 MiB", .0.display())]
+    #[error("the file of entries {} has more than 2 MiB", .0.display())]
     Long(PathBuf),
     #[error("{}:{line}: an entry begins with its name", path.display())]
     NoName { path: PathBuf, line: usize },
@@ -30,6 +31,10 @@ pub(crate) fn set_all(
     files: &[PathBuf],
     entries: &[OsString],
 ) -> Result<(), EnvironmentError> {
+    if files.is_empty() && entries.is_empty() {
+        return Ok(());
+    }
+    let mut environment = Indexed::of(environment);
     for path in files {
         for (line, text) in (1..).zip(read(path)?.split(|&byte| byte == b'\n')) {
             // Files that were written on Windows end their lines otherwise.
@@ -40,11 +45,11 @@ pub(crate) fn set_all(
                 _ if text.split(|&byte| byte == b'=').next().is_some_and(has_blank) => {
                     return Err(EnvironmentError::BlankInName { path: path.clone(), line });
                 }
-                _ => set(environment, OsStr::from_bytes(text)),
+                _ => environment.set(OsStr::from_bytes(text)),
             }
         }
     }
-    entries.iter().for_each(|entry| set(environment, entry));
+    entries.iter().for_each(|entry| environment.set(entry));
     Ok(())
 }
 
@@ -64,17 +69,44 @@ fn read(path: &PathBuf) -> Result<Vec<u8>, EnvironmentError> {
 
 /// Sets an entry: `NAME=VALUE`, or `NAME` for what it is here, if it is set here.
 pub(crate) fn set(environment: &mut Vec<Vec<u8>>, entry: &OsStr) {
-    let mut text = bytes(entry);
-    if !text.contains(&b'=') {
-        let Some(value) = std::env::var_os(entry) else { return };
-        text.push(b'=');
-        text.extend(bytes(&value));
+    Indexed::of(environment).set(entry);
+}
+
+/// An environment, and where each of its names is: there may be 100,000.
+struct Indexed<'a> {
+    entries: &'a mut Vec<Vec<u8>>,
+    places: HashMap<Vec<u8>, usize>,
+}
+
+impl<'a> Indexed<'a> {
+    fn of(entries: &'a mut Vec<Vec<u8>>) -> Self {
+        let mut places = HashMap::new();
+        for (place, entry) in entries.iter().enumerate() {
+            places.entry(name(entry).to_vec()).or_insert(place);
+        }
+        Self { entries, places }
     }
-    let name = text.iter().take_while(|&&byte| byte != b'=').count() + 1;
-    match environment.iter_mut().find(|given| given.starts_with(&text[..name])) {
-        Some(given) => *given = text,
-        None => environment.push(text),
+
+    fn set(&mut self, entry: &OsStr) {
+        let mut text = bytes(entry);
+        if !text.contains(&b'=') {
+            let Some(value) = std::env::var_os(entry) else { return };
+            text.push(b'=');
+            text.extend(bytes(&value));
+        }
+        match self.places.get(name(&text)) {
+            Some(&place) => self.entries[place] = text,
+            None => {
+                self.places.insert(name(&text).to_vec(), self.entries.len());
+                self.entries.push(text);
+            }
+        }
     }
+}
+
+/// What stands before the first `=` of an entry.
+fn name(entry: &[u8]) -> &[u8] {
+    entry.split(|&byte| byte == b'=').next().unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -105,7 +137,7 @@ mod tests {
             std::fs::write(&path, line).unwrap();
             assert!(refused().ends_with("env:1: a name has no blanks in it"), "{}", refused());
         }
-        std::fs::write(&path, vec![b'\n'; (1 << 20) + 1]).unwrap();
-        assert!(refused().ends_with("has more than 1 MiB"), "{}", refused());
+        std::fs::write(&path, vec![b'\n'; (2 << 20) + 1]).unwrap();
+        assert!(refused().ends_with("has more than 2 MiB"), "{}", refused());
     }
 }
