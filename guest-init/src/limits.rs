@@ -1,28 +1,18 @@
-//! What the kernel lets a program do where it is the one for which the machine runs: what container engines allow.
+//! Resource limits of a program for which the machine runs: what container engines allow. What the kernel itself limits
+//! is on its command line (`SYSCTLS` in the crate guest-kernel-config).
 
 use crate::voice::say;
-use rustix::fs::{Mode, OFlags, open};
 use rustix::process::{Resource, Rlimit, setrlimit};
 
 /// Descriptors that a process may ask for, and those that it has without asking: as many as select(2) bears.
 const DESCRIPTORS: u64 = 524_288;
 const DESCRIPTORS_AT_FIRST: u64 = 1024;
 
-/// Whoever is alone on a machine may use its low ports, and ping.
-const SETTINGS: [(&str, &[u8]); 2] = [
-    ("/proc/sys/net/ipv4/ip_unprivileged_port_start", b"0"),
-    ("/proc/sys/net/ipv4/ping_group_range", b"0 2147483647"),
-];
-
-/// Raises this process's limit, which has the streams of all programs, and loosens the kernel's.
+/// Raises the limits of this process, which has the streams of all programs, and of its children.
 pub(crate) fn raise() {
     set_descriptors(DESCRIPTORS);
-    for (path, value) in SETTINGS {
-        // A kernel without a network has neither.
-        if let Ok(file) = open(path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty()) {
-            let _ = rustix::io::write(&file, value);
-        }
-    }
+    // The kernel's own limit for users other than root is half of the threads that the guest's memory is good for.
+    set(Resource::Nproc, Rlimit { current: None, maximum: None });
 }
 
 /// Limits the descriptors of this process, which becomes a program.
@@ -31,8 +21,11 @@ pub(crate) fn limit_program() {
 }
 
 fn set_descriptors(count: u64) {
-    let limit = Rlimit { current: Some(count), maximum: Some(DESCRIPTORS) };
-    if let Err(error) = setrlimit(Resource::Nofile, limit) {
-        say(format_args!("init: cannot set the number of descriptors: {error}\n"));
+    set(Resource::Nofile, Rlimit { current: Some(count), maximum: Some(DESCRIPTORS) });
+}
+
+fn set(resource: Resource, limit: Rlimit) {
+    if let Err(error) = setrlimit(resource, limit) {
+        say(format_args!("init: cannot set the limit {resource:?}: {error}\n"));
     }
 }

@@ -39,7 +39,7 @@ fn main() -> ! {
     }
     heap::init();
     setup::mount_filesystems();
-    setup::link_descriptors();
+    setup::complete_devices();
     machine::mark(BootMark::FilesystemsMounted);
     setup::open_console();
     network::bring_up_loopback();

@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "borrows a standard stream")]
 
 use crate::voice::say;
-use rustix::fs::{CWD, Mode, OFlags, mkdirat, open, symlinkat};
+use rustix::fs::{CWD, Mode, OFlags, chmod, mkdirat, open, symlinkat};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount};
 
@@ -13,14 +13,24 @@ struct Mount {
     options: &'static core::ffi::CStr,
 }
 
+/// Filesystems that only some kernels have (the fragments sysfs, container and net), with the directories for them.
+const OPTIONAL: [&str; 3] = ["sysfs", "cgroup2", "mqueue"];
+
 const fn no_programs() -> MountFlags {
     MountFlags::NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC)
 }
 
-/// In this order: /dev/pts and /dev/shm are directories inside /dev.
-const MOUNTS: [Mount; 7] = [
+/// In this order: some of the directories are inside others.
+const MOUNTS: [Mount; 9] = [
     Mount { kind: "proc", target: "/proc", flags: no_programs(), options: c"" },
     Mount { kind: "sysfs", target: "/sys", flags: no_programs(), options: c"" },
+    // As systemd mounts it.
+    Mount {
+        kind: "cgroup2",
+        target: "/sys/fs/cgroup",
+        flags: no_programs(),
+        options: c"nsdelegate,memory_recursiveprot",
+    },
     Mount { kind: "devtmpfs", target: "/dev", flags: MountFlags::NOSUID, options: c"mode=0755" },
     Mount {
         kind: "devpts",
@@ -29,6 +39,7 @@ const MOUNTS: [Mount; 7] = [
         options: c"gid=5,mode=0620,ptmxmode=0666",
     },
     Mount { kind: "tmpfs", target: "/dev/shm", flags: no_programs(), options: c"mode=1777" },
+    Mount { kind: "mqueue", target: "/dev/mqueue", flags: no_programs(), options: c"" },
     Mount { kind: "tmpfs", target: "/run", flags: MountFlags::NOSUID, options: c"mode=0755" },
     Mount { kind: "tmpfs", target: "/tmp", flags: MountFlags::NOSUID, options: c"mode=1777" },
 ];
@@ -39,14 +50,14 @@ pub(crate) fn mount_filesystems() {
     for entry in &MOUNTS {
         if let Err(error) = mkdirat(CWD, entry.target, Mode::from_raw_mode(0o755))
             && error != Errno::EXIST
+            && !OPTIONAL.contains(&entry.kind)
         {
             say(format_args!("init: cannot make {}: {error}\n", entry.target));
         }
         match mount(entry.kind, entry.target, entry.kind, entry.flags, entry.options) {
             // Busy: the kernel or the image has mounted it already (DEVTMPFS_MOUNT).
             Ok(()) | Err(Errno::BUSY) => {}
-            // The default kernel has no sysfs, and that is no news.
-            Err(Errno::NODEV) if entry.kind == "sysfs" => {}
+            Err(Errno::NODEV | Errno::NOENT) if OPTIONAL.contains(&entry.kind) => {}
             Err(error) => say(format_args!(
                 "init: cannot mount {} on {}: {error}; the guest's kernel needs the fragment that \
                  has it\n",
@@ -65,10 +76,17 @@ const LINKS: [(&str, &str); 4] = [
     ("/proc/self/fd/2", "/dev/stderr"),
 ];
 
-/// Makes the links of /dev. Where they cannot be made, /dev has been prepared by somebody else.
-pub(crate) fn link_descriptors() {
+/// Devices that everybody may open, as udev sets their permissions: they give a process nothing that it has no rights
+/// to. Not every kernel has them.
+const PUBLIC_DEVICES: [&str; 2] = ["/dev/fuse", "/dev/net/tun"];
+
+/// Completes /dev. Where a link cannot be made, it is there already.
+pub(crate) fn complete_devices() {
     for (target, link) in LINKS {
         let _ = symlinkat(target, CWD, link);
+    }
+    for device in PUBLIC_DEVICES {
+        let _ = chmod(device, Mode::from_raw_mode(0o666));
     }
 }
 

@@ -60,7 +60,7 @@ fn a_python_script_comes_from_stdin_and_its_traceback_goes_to_stderr() {
 #[test]
 fn python_has_threads_processes_and_names() {
     let script = r#"
-import multiprocessing, os, resource, socket, subprocess, threading
+import ctypes, mmap, multiprocessing, os, resource, socket, subprocess, threading
 from multiprocessing import shared_memory
 
 def square(number):
@@ -83,6 +83,12 @@ if __name__ == "__main__":
     socket.gethostbyname(socket.gethostname())
     print("user", os.getuid(), os.environ["HOME"], os.getcwd(), oct(os.umask(0)))
     print("descriptors", *resource.getrlimit(resource.RLIMIT_NOFILE))
+    sparse = mmap.mmap(-1, 16 << 30, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    sparse[8 << 30] = 7
+    print("sparse", sparse[8 << 30], sparse[0])
+    queues = ctypes.CDLL("librt.so.1", use_errno=True)
+    queues.mq_open.restype = ctypes.c_int
+    print("queue", queues.mq_open(b"/queue", os.O_CREAT | os.O_RDWR, 0o600, None) >= 0, os.listdir("/dev/mqueue"))
     socket.socket().bind(("", 80))
     socket.socket(socket.AF_INET, socket.SOCK_DGRAM, socket.IPPROTO_ICMP)
     if os.path.exists("/usr/bin/su"):
@@ -95,7 +101,7 @@ if __name__ == "__main__":
     assert_eq!(
         outcome.expect_status(0).stdout,
         "threads 190\nprocesses [0, 1, 4, 9, 16]\nshared 7\nnames 127.0.0.1 box box\n\
-         user 33 /var/www / 0o22\ndescriptors 1024 524288\n1\nhello from a wheel\n",
+         user 33 /var/www / 0o22\ndescriptors 1024 524288\nsparse 7 0\nqueue True ['queue']\n1\nhello from a wheel\n",
         "{outcome}"
     );
     assert_eq!(outcome.stderr, "");

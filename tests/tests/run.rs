@@ -177,6 +177,31 @@ fn arguments_and_environment_are_as_long_as_linux_takes_them() {
     guest.expect_status(0);
 }
 
+/// What the machine is to a program that is not root: as on a container's host.
+#[test]
+fn limits_are_those_of_container_hosts() {
+    let user = User::new();
+    let script = "grep ' /dev/mqueue mqueue ' /proc/mounts | cut -d ' ' -f 2; stat -c %a /dev/mqueue; \
+                  cd /proc/sys; cat vm/max_map_count vm/overcommit_memory fs/file-max fs/aio-max-nr \
+                  fs/inotify/max_user_watches fs/inotify/max_user_instances net/core/somaxconn \
+                  net/ipv4/ip_unprivileged_port_start net/ipv4/ping_group_range; \
+                  ulimit -n; ulimit -Hn; ulimit -p; df -m /dev/shm | tail -n 1 | tr -s ' ' | cut -d ' ' -f 2";
+    let outcome = run(user.run(&["-u", "1000"]).args(["sh", "-c", script]));
+    let expected = "/dev/mqueue\n1777\n1048576\n1\n1048576\n1048576\n524288\n1024\n4096\n0\n0\t2147483647\n\
+                    1024\n524288\nunlimited\n";
+    let shm = outcome.expect_status(0).stdout.strip_prefix(expected).map(|rest| rest.trim().parse());
+    // Half of the memory, where docker gives 64 MiB.
+    assert!(matches!(shm, Some(Ok(200..=256))), "{outcome}");
+}
+
+#[test]
+fn a_device_that_is_full_fails_who_writes() {
+    let user = User::new();
+    for script in ["echo x > /dev/full", "cat /etc/passwd > /dev/full", "exec > /dev/full; echo x"] {
+        run(&mut user.shell(script)).expect_status(1).expect_stderr("write error: No space left on device");
+    }
+}
+
 #[test]
 fn signals_are_the_programs() {
     let user = User::new();
