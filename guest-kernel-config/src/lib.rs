@@ -42,7 +42,6 @@ pub mod kconfig;
 mod nearest;
 mod needs;
 mod shipped;
-mod sysctl;
 mod value;
 
 pub use check::{Culprit, Reason, Unmet, check};
@@ -53,5 +52,4 @@ pub use fragment::{Fragment, FragmentError, MAX_FRAGMENT_BYTES, Origin, Setting}
 pub use kconfig::{Kconfig, KconfigError, KernelTree};
 pub use needs::{Means, Need};
 pub use shipped::{DEFAULT, OPTIONAL, shipped, shipped_named};
-pub use sysctl::{SYSCTLS, Sysctl, sysctl_parameters};
 pub use value::Value;

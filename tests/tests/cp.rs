@@ -208,7 +208,7 @@ fn links_that_a_guest_has_planted_are_not_followed() {
     for (source, destination) in
         [("one:/out/.", "out"), ("one:/out/.", "out/"), ("one:/out/.", "out/."), ("one:/r.txt", "out")]
     {
-        guest.refused(&[source, destination], 1, "out is a symbolic link, which is not followed here");
+        guest.refused(&[source, destination], 1, " is a symbolic link, which is not followed here");
     }
     guest.refused(&["one:/out", "."], 1, "out is there and is no directory");
     assert_eq!(fs::read(&rc).unwrap(), b"old");

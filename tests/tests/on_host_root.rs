@@ -34,11 +34,3 @@ fn files_of_another_size_content_or_kind() {
     std::os::unix::fs::symlink(testbed("images/root/root.erofs"), &root).unwrap();
     refused(image.path(), &[], "it is not a regular file");
 }
-
-#[test]
-fn a_root_that_somebody_writes() {
-    let image = Image::copy_of("root");
-    let file = File::options().write(true).open(image.path().join("root.erofs")).unwrap();
-    file.lock().unwrap();
-    refused(image.path(), &[], "root.erofs cannot be a drive: it is in use");
-}

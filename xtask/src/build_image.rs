@@ -8,7 +8,7 @@ use crate::root_tree::{self, RootType, Survey};
 use crate::{cargo, host};
 use anyhow::{Context, Result};
 use clap::Args;
-use guest_kernel_config::{Fragment, compose, shipped_named, sysctl_parameters};
+use guest_kernel_config::{Fragment, compose, shipped_named};
 use kindling::config::image::{DESCRIPTION, Image, ImageFile, sha256_of};
 use std::fs::{self, File};
 use std::io::BufWriter;
@@ -148,9 +148,10 @@ pub(crate) fn build_of(
         initrd: describe(draft.path(), INITRAMFS)?,
         root: tool.as_ref().map(|_| describe(draft.path(), EROFS)).transpose()?,
         container: prepared.map(container::Prepared::into_container),
-        boot_args: arguments.cmdline.clone().unwrap_or_else(|| {
-            guest_protocol::DEFAULT_COMMAND_LINE.to_owned() + &sysctl_parameters(fragments)
-        }),
+        boot_args: arguments
+            .cmdline
+            .clone()
+            .unwrap_or_else(|| guest_protocol::DEFAULT_COMMAND_LINE.to_owned()),
         vcpus_max: kernel.vcpus_max,
         kernel_version: kernel.version.clone(),
         kernel_source: source.origin.clone(),

@@ -88,7 +88,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
         Host::Lab => vec![first.chain([&booting, &smp, &firecracker, &exact].map(Step::Lab)).collect()],
     };
     let report = Report::new(started, lanes.len() == 1 || programs.len() == 1);
-    let run = |lane: Vec<Step<'_>>| lane.iter().try_for_each(|step| step.run(&report));
+    let run = |lane: Vec<Step<'_>>| {
+        let result = lane.iter().try_for_each(|step| step.run(&report));
+        // The other lane goes on, which may take minutes.
+        result.inspect_err(|error| eprintln!("\n{error:#}"))
+    };
     let results: Vec<Result<()>> = std::thread::scope(|scope| {
         let threads: Vec<_> = lanes.into_iter().map(|lane| scope.spawn(|| run(lane))).collect();
         threads
@@ -158,7 +162,7 @@ impl Step<'_> {
 fn unit_tests(report: &Report) -> Result<()> {
     for (name, package) in [("crates", &[][..]), ("crate of init", &["--package", "guest-init"])] {
         let mut command = Command::new("cargo");
-        command.args(["test", "--quiet"]).args(package).current_dir(workspace());
+        command.args(["test", "--quiet", "--no-fail-fast"]).args(package).current_dir(workspace());
         run_here(command, report.transcript(name, "unit tests, on this host"))?;
     }
     Ok(())

@@ -5,9 +5,9 @@
 //! device number, content (SHA-256 of a file, target of a link), extended attributes.
 
 use crate::build_image::{self, Arguments as Image};
-use crate::debian;
 use crate::root_tree::RootType;
 use crate::test_oci;
+use crate::{cargo, debian};
 use anyhow::{Context, Result};
 use kindling::config::image::{sha256, sha256_of};
 use rustix::fs::{CWD, FileType, Mode, XattrFlags, mknodat, setxattr};
@@ -37,8 +37,9 @@ const PACKAGES: [&str; 12] = [
 
 /// Builds the image `root` into a folder, and `oci` from the same tree.
 pub(crate) fn build(images: &Path) -> Result<()> {
-    // Not in /tmp, which may be a filesystem without extended attributes.
-    let place = tempfile::tempdir_in(images)?;
+    // Not in /tmp, which may be a filesystem without extended attributes, and not in the testbed: a run that is killed
+    // leaves it behind.
+    let place = tempfile::tempdir_in(cargo::target_directory())?;
     let root = place.path();
     let shell = Shell::new()?;
     let python = debian::unpacked("python3-minimal")?;
