@@ -81,6 +81,9 @@ fn read_data(bytes: &mut [u8]) {
     if bytes.is_empty() {
         return;
     }
+    // The pages have to be there: KVM takes bytes from the device before it stores them, and a page fault in between
+    // would lose them. What is not zero is written in any case.
+    bytes.fill(0xff);
     // SAFETY: the buffer has as many bytes as the instructions write, the kernel permits port I/O and the direction
     // flag is clear. A string instruction costs an exit for a page, and KVM's emulation some hundred instructions for
     // each repetition, of which words of four bytes need fewer.
