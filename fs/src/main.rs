@@ -4,11 +4,9 @@
 mod attributes;
 mod folder;
 mod inodes;
-mod ranges;
 mod sandbox;
 mod seen;
 mod serve;
-mod waiting;
 
 use folder::Folder;
 use std::ffi::OsString;
