@@ -35,7 +35,8 @@ const MOUNTS: [Mount; 9] = [
     Mount {
         kind: "devpts",
         target: "/dev/pts",
-        flags: no_programs(),
+        // Its files are devices, which programs open by their names.
+        flags: MountFlags::NOSUID.union(MountFlags::NOEXEC),
         options: c"gid=5,mode=0620,ptmxmode=0666",
     },
     Mount { kind: "tmpfs", target: "/dev/shm", flags: no_programs(), options: c"mode=1777" },

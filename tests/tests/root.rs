@@ -86,7 +86,7 @@ fn programs_of_a_distribution_run() {
 fn the_kernels_filesystems_are_in_it() {
     let script = "while read -r device path kind rest; do echo $path $kind; done < /proc/mounts; \
                   test -e /overlay; echo $?; test -c /dev/null && test -c /dev/pts/ptmx && test -w /tmp; echo $?";
-    let expected = "/ overlay\n/dev devtmpfs\n/dev/pts devpts\n/dev/shm tmpfs\n/proc proc\n/run tmpfs\n/tmp tmpfs\n1\n0\n";
+    let expected = "/ overlay\n/dev devtmpfs\n/dev/mqueue mqueue\n/dev/pts devpts\n/dev/shm tmpfs\n/proc proc\n/run tmpfs\n/tmp tmpfs\n1\n0\n";
     let found = bash(&[], script);
     let (mounts, rest) = found.split_at(found.len() - 4);
     let mut mounts: Vec<_> = mounts.lines().collect();

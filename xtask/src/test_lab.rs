@@ -24,6 +24,9 @@ const SILENCE: Duration = Duration::from_secs(180);
 const LONG_SILENCE: Duration = Duration::from_secs(3600);
 /// Says how often a test does what it does a few times otherwise.
 const ROUNDS: &str = "KINDLING_ROUNDS";
+/// The programs that take longest begin first, so that both labs end at about the same time.
+const LONGEST: [&str; 9] =
+    ["preboot", "cp", "images", "run", "root", "shared_folder", "payload", "instances", "hostile"];
 /// Begins the lines that are for this program. The shell prints them at the start of a line.
 const MARK: &str = "test lab:";
 /// What follows the mark: the lab has booted, or how a program ended.
@@ -54,7 +57,9 @@ impl<'a> Queue<'a> {
         images: Option<&'a Path>,
         filter: &'a str,
     ) -> Self {
-        let waiting = programs.iter().map(|program| (*program, 0)).collect();
+        let mut waiting: VecDeque<_> = programs.iter().map(|program| (*program, 0)).collect();
+        let rank = |name: &str| LONGEST.iter().position(|long| *long == name).unwrap_or(LONGEST.len());
+        waiting.make_contiguous().sort_by_key(|(program, _)| rank(&program.name));
         Self { cpus, images, testbed, filter, programs, waiting: Mutex::new(waiting) }
     }
 
