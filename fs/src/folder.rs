@@ -5,12 +5,16 @@
 //! does one lead to another filesystem that is mounted below the folder, such as /proc below /: the guest sees that there
 //! is a directory, which is empty and stays so.
 
+mod locks;
 mod requests;
+
+pub(crate) use locks::LockRequest;
 
 use crate::attributes::Owner;
 use crate::inodes::{Inode, Inodes};
 use fuse_backend_rs::abi::fuse_abi::stat64;
 use fuse_backend_rs::api::filesystem::Entry;
+use locks::Locks;
 use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, Stat};
 use rustix::io::Errno;
 use rustix::process::{getegid, geteuid};
@@ -41,6 +45,7 @@ pub(crate) struct Folder {
     owner: Owner,
     inodes: Mutex<Inodes>,
     handles: Mutex<Handles>,
+    locks: Mutex<Locks>,
 }
 
 /// Files that the guest has open.
@@ -86,6 +91,7 @@ impl Folder {
             owner: Owner { here: (geteuid().as_raw(), getegid().as_raw()), there: owner },
             inodes: Mutex::new(Inodes::new(inode, &stat)),
             handles: Mutex::default(),
+            locks: Mutex::default(),
         })
     }
 
@@ -102,7 +108,12 @@ impl Folder {
         self.handles.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn locks(&self) -> MutexGuard<'_, Locks> {
+        self.locks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn forget_all(&self) {
+        self.locks().clear();
         self.inodes().clear();
         self.handles().open.clear();
     }

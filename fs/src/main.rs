@@ -4,9 +4,11 @@
 mod attributes;
 mod folder;
 mod inodes;
+mod ranges;
 mod sandbox;
 mod seen;
 mod serve;
+mod waiting;
 
 use folder::Folder;
 use std::ffi::OsString;

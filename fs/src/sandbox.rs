@@ -83,6 +83,8 @@ const CALLS: &[libc::c_long] = &[
     libc::SYS_pwritev,
     libc::SYS_pwritev2,
     libc::SYS_close,
+    libc::SYS_ppoll,
+    libc::SYS_flock,
     libc::SYS_openat,
     libc::SYS_openat2,
     libc::SYS_fstat,
@@ -127,7 +129,8 @@ const CALLS: &[libc::c_long] = &[
 ];
 
 /// What of fcntl remains: nothing that would make the kernel send signals.
-const FCNTL: &[libc::c_int] = &[libc::F_GETFD, libc::F_GETFL, libc::F_DUPFD_CLOEXEC];
+const FCNTL: &[libc::c_int] =
+    &[libc::F_GETFD, libc::F_GETFL, libc::F_DUPFD_CLOEXEC, libc::F_OFD_GETLK, libc::F_OFD_SETLK];
 
 fn confine_calls() -> Result<(), Error> {
     let argument = |index, value: u64| {

@@ -42,7 +42,7 @@ fn programs_find_a_disk() {
     fs::copy(testbed("folder-guest"), shared.path().join("folder-guest")).unwrap();
     let outcome = shared.shell("/shared/folder-guest /shared 1000");
     outcome.expect_status(0);
-    assert_eq!(outcome.stdout.lines().count(), 13, "{outcome}");
+    assert_eq!(outcome.stdout.lines().count(), 16, "{outcome}");
     // As another user the folder is that one's.
     let outcome =
         run(shared.command(&["-u", "1000:100"], "").args(["/shared/folder-guest", "/shared", "1000"]));
@@ -131,6 +131,36 @@ fn a_file_that_is_opened_has_its_length() {
     }
     drop(input);
     assert!(child.wait().unwrap().success());
+}
+
+/// A program of a guest, another guest, and the host exclude each other, and wait for each other.
+#[test]
+fn locks_hold_between_guests_and_the_host() {
+    let shared = Shared::new();
+    let file = fs::File::create(shared.path().join("lock")).unwrap();
+    file.lock().unwrap();
+    // One that does not wait, and one that does, while another request of its guest is served.
+    let script = "cd /shared; flock -n lock echo free; echo ready; flock lock echo locked & wait $!; \
+                  flock lock sh -c 'touch taken; echo mine; read line'";
+    let mut command = shared.command(&[], "");
+    command.args(["sh", "-c", script]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut output = BufReader::new(child.stdout.take().unwrap());
+    wait_for_ready(&mut output);
+    file.unlock().unwrap();
+    let mut line = || {
+        let mut line = String::new();
+        output.read_line(&mut line).unwrap();
+        line
+    };
+    assert_eq!((line(), line()), ("locked\n".into(), "mine\n".into()));
+    assert!(file.try_lock().is_err());
+    let other = shared.shell("cd /shared; ls; flock -n lock echo free; echo $?");
+    assert_eq!(other.expect_status(0).stdout, "lock\ntaken\n1\n", "{other}");
+    // What a guest has locked is free when it ends.
+    child.kill().unwrap();
+    child.wait().unwrap();
+    file.lock().unwrap();
 }
 
 #[test]

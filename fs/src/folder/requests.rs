@@ -1,11 +1,12 @@
 //! What each request of the guest does.
 
-use super::{Folder, MODE, openat2};
+use super::{Folder, LockRequest, MODE, openat2};
 use crate::attributes::filesystem;
 use crate::inodes::ROOT;
 use fuse_backend_rs::abi::fuse_abi::{CreateIn, FsOptions, OpenOptions, SetattrValid, stat64, statvfs64};
 use fuse_backend_rs::api::filesystem::{
-    Context, DirEntry, Entry, FileSystem, GetxattrReply, ListxattrReply, ZeroCopyReader, ZeroCopyWriter,
+    Context, DirEntry, Entry, FileLock, FileSystem, GetxattrReply, ListxattrReply, ZeroCopyReader,
+    ZeroCopyWriter,
 };
 use rustix::fs::{
     AtFlags, FallocateFlags, FileType, Mode, OFlags, RawDir, RenameFlags, SeekFrom, Timespec, Timestamps,
@@ -25,6 +26,9 @@ const OPTIONS: FsOptions = FsOptions::ASYNC_READ
     .union(FsOptions::PARALLEL_DIROPS)
     .union(FsOptions::ATOMIC_O_TRUNC)
     .union(FsOptions::AUTO_INVAL_DATA)
+    // Locks are the host's, so that others heed them.
+    .union(FsOptions::POSIX_LOCKS)
+    .union(FsOptions::FLOCK_LOCKS)
     // The host clears the bits itself, since this process has no privileges. Where it is not said that it does, the
     // guest asks before each write whether the file has capabilities.
     .union(FsOptions::HANDLE_KILLPRIV_V2);
@@ -220,6 +224,7 @@ impl FileSystem for Folder {
         Ok((Some(self.handles().add(file)), OpenOptions::empty(), None))
     }
 
+    /// Creates a file and opens it: one with a name, or where its flags say so one without (`serve.rs`).
     fn create(
         &self,
         _: &Context,
@@ -228,12 +233,20 @@ impl FileSystem for Folder {
         args: CreateIn,
     ) -> io::Result<(Entry, Option<u64>, OpenOptions, Option<u32>)> {
         let (parent, name) = self.to_change(parent, name)?;
-        let is_exclusive = OFlags::from_bits_retain(args.flags).contains(OFlags::EXCL);
+        let asked = OFlags::from_bits_retain(args.flags);
         let flags = open_flags(args.flags);
+        let mode = Mode::from_raw_mode(args.mode & MODE);
         let new = flags | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-        let file = match openat2(parent.fd.as_fd(), name, new, Mode::from_raw_mode(args.mode & MODE)) {
-            Err(Errno::EXIST) if !is_exclusive => self.open_existing(&parent, name, flags)?,
-            result => File::from(result?),
+        let file = if asked.contains(OFlags::TMPFILE) {
+            let nameless = flags.difference(OFlags::TRUNC) | OFlags::TMPFILE | OFlags::CLOEXEC;
+            File::from(rustix::fs::openat(&*parent.fd, ".", nameless | asked & OFlags::EXCL, mode)?)
+        } else {
+            match openat2(parent.fd.as_fd(), name, new, mode) {
+                Err(Errno::EXIST) if !asked.contains(OFlags::EXCL) => {
+                    self.open_existing(&parent, name, flags)?
+                }
+                result => File::from(result?),
+            }
         };
         let number = file.as_raw_fd().to_string();
         let only_name = OFlags::PATH | OFlags::CLOEXEC;
@@ -316,16 +329,47 @@ impl FileSystem for Folder {
         Ok(rustix::fs::seek(self.handles().get(handle)?, target)?)
     }
 
+    fn getlk(
+        &self,
+        _: &Context,
+        inode: u64,
+        handle: u64,
+        owner: u64,
+        lock: FileLock,
+        flags: u32,
+    ) -> io::Result<FileLock> {
+        self.find_lock(&LockRequest::new(inode, handle, owner, &lock, flags)?)
+    }
+
+    /// Without waiting: a request that waits for a lock is no business of the library's.
+    fn setlk(
+        &self,
+        _: &Context,
+        inode: u64,
+        handle: u64,
+        owner: u64,
+        lock: FileLock,
+        flags: u32,
+    ) -> io::Result<()> {
+        self.try_lock(&LockRequest::new(inode, handle, owner, &lock, flags)?)
+    }
+
+    fn flush(&self, _: &Context, inode: u64, _: u64, owner: u64) -> io::Result<()> {
+        self.release_owner(inode, owner);
+        Ok(())
+    }
+
     fn release(
         &self,
         _: &Context,
-        _: u64,
+        inode: u64,
         _: u32,
         handle: u64,
         _: bool,
         _: bool,
         _: Option<u64>,
     ) -> io::Result<()> {
+        self.release_handle(inode, handle);
         self.handles().open.remove(&handle);
         Ok(())
     }

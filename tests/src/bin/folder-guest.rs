@@ -3,19 +3,24 @@
 #![expect(unsafe_code, reason = "mappings of files")]
 #![expect(clippy::print_stdout, reason = "a program speaks to its user")]
 
-use rustix::fs::{FallocateFlags, Mode, OFlags, RenameFlags, SeekFrom, XattrFlags};
+use rustix::fs::{AtFlags, CWD, FallocateFlags, Mode, OFlags, RenameFlags, SeekFrom, XattrFlags};
 use rustix::io::Errno;
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, symlink};
 use std::path::Path;
 use std::time::{Duration, UNIX_EPOCH};
 
-fn main() {
+fn main() -> std::process::ExitCode {
+    let mut arguments = std::env::args().skip(1);
+    if let (Some("lock"), Some(path)) = (arguments.next().as_deref(), arguments.next()) {
+        return lock(&path);
+    }
     let folder = std::env::args_os().nth(1).expect("folder-guest FOLDER");
     std::env::set_current_dir(folder).unwrap();
-    let checks: [(&str, fn()); 13] = [
+    let checks: [(&str, fn()); 16] = [
         ("contents", contents),
         ("appending", appending),
         ("names", names),
@@ -29,6 +34,9 @@ fn main() {
         ("sizes", sizes),
         ("mappings", mappings),
         ("special files", special_files),
+        ("files without a name", nameless_files),
+        ("locks", locks),
+        ("openings of a file that changes", openings),
     ];
     for (name, check) in checks {
         fs::create_dir("check").unwrap();
@@ -36,6 +44,7 @@ fn main() {
         fs::remove_dir_all("check").unwrap();
         println!("{name}");
     }
+    std::process::ExitCode::SUCCESS
 }
 
 /// A file in the folder of the present check.
@@ -301,6 +310,76 @@ fn mappings() {
     unsafe { munmap(place, LENGTH) }.unwrap();
     drop(file);
     assert_eq!(fs::read(at("a")).unwrap()[0], b'x');
+}
+
+fn nameless_files() {
+    let flags = OFlags::TMPFILE | OFlags::RDWR;
+    let file = File::from(rustix::fs::open("check", flags, Mode::from_raw_mode(0o640)).unwrap());
+    file.write_all_at(b"nameless", 0).unwrap();
+    assert_eq!(fs::read_dir("check").unwrap().count(), 0);
+    let place = format!("/proc/self/fd/{}", file.as_raw_fd());
+    rustix::fs::linkat(CWD, place, CWD, at("a"), AtFlags::SYMLINK_FOLLOW).unwrap();
+    assert_eq!(fs::read(at("a")).unwrap(), b"nameless");
+    assert_eq!(fs::metadata(at("a")).unwrap().ino(), file.metadata().unwrap().ino());
+}
+
+/// Those of one open file exclude those of another; a process has its own POSIX locks, which end with it.
+fn locks() {
+    use rustix::fs::{FlockOperation, fcntl_lock, flock};
+    let exclusive = FlockOperation::NonBlockingLockExclusive;
+    let open =
+        || OpenOptions::new().read(true).write(true).create(true).truncate(false).open(at("a")).unwrap();
+    let (first, second) = (open(), open());
+    flock(&first, exclusive).unwrap();
+    assert_eq!(flock(&second, exclusive), Err(Errno::WOULDBLOCK));
+    let waiter = std::thread::spawn(move || flock(&second, FlockOperation::LockExclusive).map(|()| second));
+    // Whichever comes first.
+    flock(&first, FlockOperation::Unlock).unwrap();
+    let second = waiter.join().unwrap().unwrap();
+    assert_eq!(flock(&first, exclusive), Err(Errno::WOULDBLOCK));
+    drop(second);
+    flock(&first, exclusive).unwrap();
+    fcntl_lock(&first, exclusive).unwrap();
+    fcntl_lock(open(), exclusive).unwrap();
+    // The file that was just closed was the process's, too.
+    let status =
+        std::process::Command::new(std::env::current_exe().unwrap()).args(["lock", &at("a")]).status();
+    assert!(status.unwrap().success());
+    fcntl_lock(&first, exclusive).unwrap();
+    let status =
+        std::process::Command::new(std::env::current_exe().unwrap()).args(["lock", &at("a")]).status();
+    assert!(!status.unwrap().success());
+}
+
+/// What a process of its own does: it locks a file, or fails.
+fn lock(path: &str) -> std::process::ExitCode {
+    let file = OpenOptions::new().read(true).write(true).open(path).unwrap();
+    match rustix::fs::fcntl_lock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(Errno::AGAIN) => std::process::ExitCode::FAILURE,
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// However often others change it meanwhile.
+fn openings() {
+    const ROUNDS: usize = 100;
+    fs::write(at("a"), "").unwrap();
+    let number = fs::metadata(at("a")).unwrap().ino();
+    let threads: Vec<_> = (0..3)
+        .map(|_| {
+            std::thread::spawn(move || {
+                for _ in 0..ROUNDS {
+                    let mut file = OpenOptions::new().read(true).append(true).open(at("a")).unwrap();
+                    file.write_all(b"x").unwrap();
+                    assert_eq!(file.metadata().unwrap().ino(), number);
+                    assert_eq!(fs::metadata(at("a")).unwrap().ino(), number);
+                }
+            })
+        })
+        .collect();
+    threads.into_iter().for_each(|thread| thread.join().unwrap());
+    assert_eq!(fs::read(at("a")).unwrap().len(), 3 * ROUNDS);
 }
 
 fn special_files() {

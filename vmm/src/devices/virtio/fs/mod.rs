@@ -40,8 +40,10 @@ const REQUEST_HEADER: usize = 40;
 const REPLY_HEADER: usize = 16;
 /// Bytes that a message can have: 1 MiB of data and what goes with it, as the server's library has it.
 const MESSAGE_MAX: usize = (1 << 20) + 4096;
-/// `FUSE_INTERRUPT`: the driver does without a reply that it waits for. It gets it all the same.
+/// `FUSE_INTERRUPT`: the driver wants the reply to a request now, whatever it is. It names the request by its number.
 const INTERRUPT: u32 = 36;
+/// Bytes of an interruption: a header and `struct fuse_interrupt_in`.
+const INTERRUPTION: usize = REQUEST_HEADER + 8;
 /// `FUSE_FORGET` and `FUSE_BATCH_FORGET`, which have no reply.
 const WITHOUT_REPLY: [u32; 2] = [2, 42];
 /// What a request is answered where there is no server: EIO.
@@ -190,7 +192,7 @@ impl SharedFolder {
         let opcode = u32::from_le_bytes(field(&header, 4));
         let unique = field(&header, 8);
         if opcode == INTERRUPT {
-            queues.complete(queue, chain, 0)?;
+            self.interrupt(header, chain, queue, queues)?;
             return Ok(length);
         }
         let id = self.next;
@@ -204,7 +206,7 @@ impl SharedFolder {
             let room = || Broken::because("a request has no room for its reply's header in one piece");
             Some(chain.split_front(REPLY_HEADER).ok_or_else(room)?)
         };
-        if let Err(lost) = self.send(header, &mut chain) {
+        if let Err(lost) = self.send(&mut header, &mut chain) {
             self.lose(lost, queues)?;
         }
         match reply {
@@ -217,23 +219,50 @@ impl SharedFolder {
         Ok(length)
     }
 
-    /// Sends a request. What the socket does not take is kept: the guest may start over and use the memory for
+    /// Passes an interruption on, with the server's number of the request. It has no reply.
+    fn interrupt(
+        &mut self,
+        header: [u8; REQUEST_HEADER],
+        mut chain: Chain,
+        queue: usize,
+        queues: &mut Queues,
+    ) -> Result<(), Broken> {
+        let mut message = [0; INTERRUPTION];
+        message[..REQUEST_HEADER].copy_from_slice(&header);
+        if chain.readable_len() == 8 {
+            chain.read(&mut message[REQUEST_HEADER..])?;
+            let unique: [u8; 8] = field(&message, REQUEST_HEADER);
+            let request = self.waiting.iter().find(|(_, waiting)| waiting.unique == unique);
+            if let Some((id, _)) = request {
+                message[REQUEST_HEADER..].copy_from_slice(&id.to_le_bytes());
+                message[..4].copy_from_slice(&u32::try_from(INTERRUPTION).unwrap_or(0).to_le_bytes());
+                // No reply is to be one to this.
+                message[8..16].fill(0);
+                if let Err(lost) = self.send(&mut message, &mut chain) {
+                    self.lose(lost, queues)?;
+                }
+            }
+        }
+        queues.complete(queue, chain, 0)
+    }
+
+    /// Sends a request: its head, and what of the chain has not been read. What the socket does not take is kept: the guest may start over and use the memory for
     /// something else, while the server waits for the rest.
-    fn send(&mut self, mut header: [u8; REQUEST_HEADER], chain: &mut Chain) -> Result<(), Lost> {
+    fn send(&mut self, head: &mut [u8], chain: &mut Chain) -> Result<(), Lost> {
         let Some(server) = &self.server else { return Ok(()) };
         self.pieces.clear();
-        self.pieces.push(Segment::own(&mut header));
+        self.pieces.push(Segment::own(head));
         self.pieces.extend(chain.readable());
         let sent = match send(server.socket(), &self.pieces) {
             Ok(count) => count,
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => 0,
             Err(error) => return Err(server_has_ended(&error)),
         };
-        chain.skip(sent.saturating_sub(REQUEST_HEADER));
+        chain.skip(sent.saturating_sub(head.len()));
         let left = usize::try_from(chain.readable_len()).unwrap_or(0);
-        let header = header.get(sent..).unwrap_or_default();
-        if header.len() + left > 0 {
-            self.unsent.extend_from_slice(header);
+        let head = head.get(sent..).unwrap_or_default();
+        if head.len() + left > 0 {
+            self.unsent.extend_from_slice(head);
             let start = self.unsent.len();
             self.unsent.resize(start + left, 0);
             // It has as many.

@@ -157,7 +157,27 @@ fn what_is_forgotten_or_interrupted_has_no_reply() {
     pair.driver.ring();
     assert_eq!(pair.driver.pop(0).map(|used| used.written), Some(0));
     pair.ask(LOOKUP, 3, 8);
-    assert_eq!(pair.next().0, LOOKUP, "interrupts go nowhere");
+    assert_eq!(pair.next().0, LOOKUP, "an interruption of nothing goes nowhere");
+}
+
+/// The server knows the request that is interrupted by the device's number.
+#[test]
+fn interruptions_are_passed_on() {
+    let mut pair = Pair::new();
+    pair.ask(LOOKUP, 1000, 8);
+    pair.ask(READ, 1002, 8);
+    let (_, second) = (pair.next(), pair.next());
+    for body in [&1002_u64.to_le_bytes()[..], &1004_u64.to_le_bytes(), &[1], &[1; 16]] {
+        pair.driver.push(0, &[Piece::Out(request(INTERRUPT, 1003, body))]);
+        pair.driver.ring();
+        assert_eq!(pair.driver.pop(0).map(|used| used.written), Some(0));
+    }
+    assert_eq!(pair.next(), (INTERRUPT, 0, second.1.to_le_bytes().to_vec()));
+    pair.ask(LOOKUP, 5, 8);
+    assert_eq!(pair.next().0, LOOKUP, "the others go nowhere");
+    pair.answer(&reply(-4, second.1, b""));
+    expect(pair.driver.pop(1), &reply(-4, 1002, b""));
+    assert_eq!(pair.failure(), "");
 }
 
 #[test]

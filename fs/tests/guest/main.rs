@@ -1,144 +1,14 @@
 //! The program as a guest sees it, and as no guest's kernel would use it: each request is put together here.
 
+mod locks;
+mod server;
+
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, Mode, OFlags};
+use server::{O_RDWR, O_WRONLY, ROOT, Server, long, longs, number, op, text, words};
 use std::fs;
-use std::io::{Read, Write};
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, symlink};
-use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Child, Command};
-
-/// Opcodes of linux/fuse.h.
-mod op {
-    pub(crate) const LOOKUP: u32 = 1;
-    pub(crate) const FORGET: u32 = 2;
-    pub(crate) const GETATTR: u32 = 3;
-    pub(crate) const SETATTR: u32 = 4;
-    pub(crate) const READLINK: u32 = 5;
-    pub(crate) const SYMLINK: u32 = 6;
-    pub(crate) const MKNOD: u32 = 8;
-    pub(crate) const MKDIR: u32 = 9;
-    pub(crate) const UNLINK: u32 = 10;
-    pub(crate) const RMDIR: u32 = 11;
-    pub(crate) const RENAME: u32 = 12;
-    pub(crate) const LINK: u32 = 13;
-    pub(crate) const OPEN: u32 = 14;
-    pub(crate) const READ: u32 = 15;
-    pub(crate) const WRITE: u32 = 16;
-    pub(crate) const STATFS: u32 = 17;
-    pub(crate) const SETXATTR: u32 = 21;
-    pub(crate) const GETXATTR: u32 = 22;
-    pub(crate) const INIT: u32 = 26;
-    pub(crate) const OPENDIR: u32 = 27;
-    pub(crate) const READDIR: u32 = 28;
-    pub(crate) const CREATE: u32 = 35;
-    pub(crate) const DESTROY: u32 = 38;
-}
-
-const ROOT: u64 = 1;
-const O_RDWR: u32 = 2;
-const O_WRONLY: u32 = 1;
-
-/// A process that serves a folder.
-struct Server {
-    process: Child,
-    socket: UnixStream,
-    next: u64,
-    /// The guest's thread that asks.
-    thread: u32,
-}
-
-impl Server {
-    fn start(folder: &Path, options: &[&str]) -> Self {
-        let (socket, its) = UnixStream::pair().unwrap();
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let folder = rustix::fs::open(folder, flags, Mode::empty()).unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_kindling-fs"));
-        command.args(options).args(["--owner", "0:0"]).stdin(OwnedFd::from(its)).stdout(folder);
-        let mut this = Self { process: command.spawn().unwrap(), socket, next: 1, thread: 56 };
-        // Version 7.38, 128 KiB of reading ahead, and everything that there is.
-        let init = words(&[7, 38, 128 << 10, u32::MAX, u32::MAX, 0]);
-        let reply = this.ask(op::INIT, 0, &[&init[..], &[0; 40]].concat()).unwrap();
-        assert_eq!(reply[..4], 7_u32.to_le_bytes());
-        this
-    }
-
-    fn send(&mut self, opcode: u32, inode: u64, body: &[u8]) {
-        self.next += 1;
-        let mut message = words(&[u32::try_from(40 + body.len()).unwrap(), opcode]);
-        message.extend([self.next, inode].map(u64::to_le_bytes).concat());
-        // User 12, group 34.
-        message.extend(words(&[12, 34, self.thread, 0]));
-        message.extend(body);
-        self.socket.write_all(&message).unwrap();
-    }
-
-    fn receive(&mut self) -> Result<Vec<u8>, i32> {
-        let mut header = [0; 16];
-        self.socket.read_exact(&mut header).unwrap();
-        let mut body = vec![0; usize::try_from(number(&header, 0)).unwrap() - 16];
-        self.socket.read_exact(&mut body).unwrap();
-        if long(&header, 8) < self.next {
-            // What makes no sense may have two replies, of which the device passes one on.
-            return self.receive();
-        }
-        assert_eq!(long(&header, 8), self.next);
-        match i32::from_le_bytes(header[4..8].try_into().unwrap()) {
-            0 => Ok(body),
-            error => Err(-error),
-        }
-    }
-
-    fn ask(&mut self, opcode: u32, inode: u64, body: &[u8]) -> Result<Vec<u8>, i32> {
-        self.send(opcode, inode, body);
-        self.receive()
-    }
-
-    fn lookup(&mut self, parent: u64, name: &str) -> Result<u64, i32> {
-        Ok(long(&self.ask(op::LOOKUP, parent, &text(name))?, 0))
-    }
-
-    fn open(&mut self, inode: u64, flags: u32) -> Result<u64, i32> {
-        Ok(long(&self.ask(op::OPEN, inode, &words(&[flags, 0]))?, 0))
-    }
-
-    fn read(&mut self, inode: u64, handle: u64, offset: u64, size: u32) -> Result<Vec<u8>, i32> {
-        let body = [&longs(&[handle, offset])[..], &words(&[size, 0]), &[0; 16]].concat();
-        self.ask(op::READ, inode, &body)
-    }
-
-    fn write(&mut self, handle: u64, offset: u64, bytes: &[u8], size: u32) -> Result<Vec<u8>, i32> {
-        let body = [&longs(&[handle, offset])[..], &words(&[size, 0]), &[0; 16], bytes].concat();
-        self.ask(op::WRITE, 7, &body)
-    }
-
-    fn end(mut self) {
-        drop(self.socket);
-        assert!(self.process.wait().unwrap().success());
-    }
-}
-
-fn words(words: &[u32]) -> Vec<u8> {
-    words.iter().flat_map(|word| word.to_le_bytes()).collect()
-}
-
-fn longs(longs: &[u64]) -> Vec<u8> {
-    longs.iter().flat_map(|long| long.to_le_bytes()).collect()
-}
-
-fn text(text: &str) -> Vec<u8> {
-    [text.as_bytes(), b"\0"].concat()
-}
-
-fn number(bytes: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
-}
-
-fn long(bytes: &[u8], at: usize) -> u64 {
-    u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
-}
 
 /// Each request that changes something, for a file and a directory that are known.
 fn changes(file: u64) -> Vec<(&'static str, u32, u64, Vec<u8>)> {
@@ -187,21 +57,6 @@ fn files_are_found_read_and_written() {
     assert_eq!(names, ["file", "folder"]);
     assert!(server.ask(op::STATFS, ROOT, &[]).unwrap().len() >= 80);
     server.end();
-}
-
-impl Server {
-    fn read_directory(&mut self, handle: u64) -> Vec<String> {
-        let body = [&longs(&[handle, 0])[..], &words(&[4096, 0]), &[0; 16]].concat();
-        let reply = self.ask(op::READDIR, ROOT, &body).unwrap();
-        let (mut names, mut at) = (Vec::new(), 0);
-        while at < reply.len() {
-            let length = usize::try_from(number(&reply, at + 16)).unwrap();
-            names.push(String::from_utf8(reply[at + 24..at + 24 + length].to_vec()).unwrap());
-            at += (24 + length).next_multiple_of(8);
-        }
-        names.sort();
-        names
-    }
 }
 
 #[test]
@@ -299,6 +154,30 @@ fn only_files_and_directories_are_opened() {
     assert_eq!(fs::read(folder.path().join("file")).unwrap(), b"content");
     assert!(server.ask(op::CREATE, ROOT, &create(O_RDWR | 0o1100, "file")).is_ok());
     assert_eq!(fs::read(folder.path().join("file")).unwrap(), b"");
+    server.end();
+}
+
+/// A file without a name, which may get one.
+#[test]
+fn files_may_have_no_name() {
+    const O_TMPFILE: u32 = 0o20_200_000;
+    let folder = folder();
+    let mut server = Server::start(folder.path(), &[]);
+    let body = |flags| [words(&[flags, 0o4640, 0, 0]), text("#7")].concat();
+    let reply = server.ask(op::TMPFILE, ROOT, &body(O_RDWR | O_TMPFILE)).unwrap();
+    let (inode, handle) = (long(&reply, 0), long(&reply, 128));
+    server.write(handle, 0, b"nameless", 8).unwrap();
+    assert_eq!(server.read(inode, handle, 0, 100).unwrap(), b"nameless");
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2);
+    server.ask(op::LINK, ROOT, &[longs(&[inode]), text("linked")].concat()).unwrap();
+    assert_eq!(fs::read(folder.path().join("linked")).unwrap(), b"nameless");
+    assert_eq!(fs::metadata(folder.path().join("linked")).unwrap().mode() & 0o7777, 0o640);
+    assert_eq!(server.lookup(ROOT, "linked"), Ok(inode));
+    let file = server.lookup(ROOT, "file").unwrap();
+    assert_eq!(server.ask(op::TMPFILE, file, &body(O_RDWR)), Err(libc::ENOTDIR));
+    server.end();
+    let mut server = Server::start(folder.path(), &["--read-only"]);
+    assert_eq!(server.ask(op::TMPFILE, ROOT, &body(O_RDWR | O_TMPFILE)), Err(libc::EROFS));
     server.end();
 }
 

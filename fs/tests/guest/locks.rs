@@ -1,0 +1,246 @@
+//! Locks: those of guests hold on the host, and those of the host in guests.
+
+use crate::folder;
+use crate::server::{O_RDWR, ROOT, Server, long, longs, number, op, words};
+use rustix::fs::{FlockOperation, fcntl_lock, flock};
+use rustix::io::Errno;
+use std::fs;
+
+/// A lock of a file that the guest has open, as a request names it.
+#[derive(Clone, Copy)]
+struct Lock {
+    inode: u64,
+    handle: u64,
+    owner: u64,
+    range: (u64, u64),
+    kind: u32,
+    flags: u32,
+}
+
+const READ_LOCK: u32 = 0;
+const WRITE_LOCK: u32 = 1;
+const UNLOCK: u32 = 2;
+const END: u64 = i64::MAX as u64;
+
+impl Lock {
+    fn new(server: &mut Server, owner: u64) -> Self {
+        let inode = server.lookup(ROOT, "file").unwrap();
+        let handle = server.open(inode, O_RDWR).unwrap();
+        Self { inode, handle, owner, range: (0, END), kind: WRITE_LOCK, flags: 0 }
+    }
+
+    /// The same of flock(2).
+    fn flock(self) -> Self {
+        Self { flags: 1, ..self }
+    }
+
+    fn body(&self) -> Vec<u8> {
+        let (start, end) = self.range;
+        [longs(&[self.handle, self.owner, start, end]), words(&[self.kind, 77, self.flags, 0])].concat()
+    }
+}
+
+impl Server {
+    fn lock(&mut self, lock: Lock) -> Result<(), i32> {
+        self.ask(op::SETLK, lock.inode, &lock.body()).map(drop)
+    }
+
+    fn unlock(&mut self, lock: Lock) {
+        self.lock(Lock { kind: UNLOCK, ..lock }).unwrap();
+    }
+
+    /// Begins to wait for a lock; the number of the request.
+    fn wait_for(&mut self, lock: Lock) -> u64 {
+        self.send(op::SETLKW, lock.inode, &lock.body());
+        let unique = self.next;
+        // All else is served meanwhile.
+        self.ask(op::GETATTR, ROOT, &[0; 16]).unwrap();
+        unique
+    }
+
+    fn close(&mut self, lock: Lock) {
+        self.ask(op::FLUSH, lock.inode, &longs(&[lock.handle, 0, lock.owner])).unwrap();
+    }
+
+    fn release(&mut self, lock: Lock) {
+        let body = [longs(&[lock.handle]), words(&[0, 0]), longs(&[0])].concat();
+        self.ask(op::RELEASE, lock.inode, &body).unwrap();
+    }
+}
+
+/// Two guests, and one that is none: the host.
+#[test]
+fn locks_hold_among_guests_and_with_the_host() {
+    let folder = folder();
+    let here = fs::File::options().read(true).write(true).open(folder.path().join("file")).unwrap();
+    let (mut one, mut other) = (Server::start(folder.path(), &[]), Server::start(folder.path(), &[]));
+    let (first, second) = (Lock::new(&mut one, 1), Lock::new(&mut other, 1));
+    let exclusive = FlockOperation::NonBlockingLockExclusive;
+    let unlock = FlockOperation::NonBlockingUnlock;
+    // POSIX locks.
+    one.lock(first).unwrap();
+    assert_eq!(other.lock(second), Err(libc::EAGAIN));
+    assert_eq!(other.lock(Lock { kind: READ_LOCK, ..second }), Err(libc::EAGAIN));
+    assert_eq!(fcntl_lock(&here, exclusive), Err(Errno::AGAIN));
+    one.unlock(first);
+    fcntl_lock(&here, exclusive).unwrap();
+    assert_eq!(one.lock(first), Err(libc::EAGAIN));
+    assert_eq!(other.lock(Lock { kind: READ_LOCK, ..second }), Err(libc::EAGAIN));
+    fcntl_lock(&here, unlock).unwrap();
+    for server in [(&mut one, first), (&mut other, second)] {
+        server.0.lock(Lock { kind: READ_LOCK, ..server.1 }).unwrap();
+    }
+    assert_eq!(one.lock(first), Err(libc::EAGAIN), "the other reads");
+    other.unlock(second);
+    one.lock(first).unwrap();
+    // Locks of flock, which are others.
+    other.lock(second.flock()).unwrap();
+    assert_eq!(one.lock(first.flock()), Err(libc::EAGAIN));
+    assert_eq!(flock(&here, exclusive), Err(Errno::AGAIN));
+    other.unlock(second.flock());
+    flock(&here, exclusive).unwrap();
+    assert_eq!(one.lock(first.flock()), Err(libc::EAGAIN));
+    flock(&here, unlock).unwrap();
+    // A guest that ends.
+    one.lock(first.flock()).unwrap();
+    one.end();
+    other.lock(second).unwrap();
+    other.lock(second.flock()).unwrap();
+    other.end();
+}
+
+#[test]
+fn each_owner_has_its_own_locks() {
+    let folder = folder();
+    let mut server = Server::start(folder.path(), &[]);
+    let lock = Lock { range: (10, 19), ..Lock::new(&mut server, 1) };
+    let other = Lock { owner: 2, ..Lock::new(&mut server, 2) };
+    server.lock(lock).unwrap();
+    server.lock(Lock { kind: READ_LOCK, ..lock }).unwrap();
+    server.lock(lock).unwrap();
+    for (range, result) in [
+        ((0, 9), Ok(())),
+        ((20, END), Ok(())),
+        ((0, 10), Err(libc::EAGAIN)),
+        ((19, u64::MAX), Err(libc::EAGAIN)),
+    ] {
+        assert_eq!(server.lock(Lock { range, ..other }), result, "{range:?}");
+    }
+    // The lock that is in the way, and the guest's process that has it.
+    let found = server.ask(op::GETLK, other.inode, &Lock { range: (0, 15), ..other }.body()).unwrap();
+    assert_eq!(
+        (long(&found, 0), long(&found, 8), number(&found, 16), number(&found, 20)),
+        (10, 19, WRITE_LOCK, 77)
+    );
+    let found = server.ask(op::GETLK, other.inode, &Lock { range: (0, 5), ..other }.body()).unwrap();
+    assert_eq!(number(&found, 16), UNLOCK);
+    // Half of it is given back, then all by a process that closes the file.
+    server.unlock(Lock { range: (15, 30), ..lock });
+    server.lock(Lock { range: (15, 30), ..other }).unwrap();
+    assert_eq!(server.lock(Lock { range: (14, 14), ..other }), Err(libc::EAGAIN));
+    server.close(other);
+    assert_eq!(server.lock(other), Err(libc::EAGAIN));
+    server.close(lock);
+    server.lock(other).unwrap();
+    // Locks that belong to an open file, of which no close tells.
+    server.release(other);
+    server.lock(lock).unwrap();
+    // A driver that begins anew.
+    server.lock(lock.flock()).unwrap();
+    server.ask(op::INIT, 0, &[&words(&[7, 38, 0, 0, 0, 0])[..], &[0; 40]].concat()).unwrap();
+    let lock = Lock::new(&mut server, 3);
+    server.lock(lock).unwrap();
+    server.lock(lock.flock()).unwrap();
+    server.end();
+}
+
+#[test]
+fn a_lock_that_is_waited_for_keeps_nobody_else_waiting() {
+    let folder = folder();
+    let here = fs::File::options().read(true).write(true).open(folder.path().join("file")).unwrap();
+    let mut server = Server::start(folder.path(), &[]);
+    let holder = Lock::new(&mut server, 1);
+    for flags in [0, 1] {
+        let holder = Lock { flags, ..holder };
+        let waiter = Lock { flags, ..Lock::new(&mut server, 2) };
+        server.lock(holder).unwrap();
+        let unique = server.wait_for(waiter);
+        // The guest gives it back; the answer may come before that of the request which did.
+        server.send(op::SETLK, holder.inode, &Lock { kind: UNLOCK, ..holder }.body());
+        let mut answers = [server.receive_any(), server.receive_any()];
+        answers.sort();
+        assert_eq!(
+            answers.map(|(unique, result)| (unique, result.is_ok())),
+            [(unique, true), (server.next, true)]
+        );
+        assert_eq!(server.lock(holder), Err(libc::EAGAIN));
+        server.unlock(waiter);
+        // The host does.
+        let lock =
+            |operation| if flags == 0 { fcntl_lock(&here, operation) } else { flock(&here, operation) };
+        lock(FlockOperation::NonBlockingLockExclusive).unwrap();
+        let unique = server.wait_for(waiter);
+        lock(FlockOperation::NonBlockingUnlock).unwrap();
+        assert_eq!(server.receive_any(), (unique, Ok(Vec::new())));
+        server.unlock(waiter);
+        // None that has to be waited for is granted at once.
+        server.ask(op::SETLKW, waiter.inode, &waiter.body()).unwrap();
+        server.unlock(waiter);
+    }
+    server.end();
+}
+
+#[test]
+fn a_lock_is_waited_for_until_the_guest_does_not_want_it() {
+    let folder = folder();
+    let mut server = Server::start(folder.path(), &[]);
+    let (holder, waiter) = (Lock::new(&mut server, 1), Lock::new(&mut server, 2));
+    server.lock(holder).unwrap();
+    let (first, second) = (server.wait_for(waiter), server.wait_for(waiter));
+    for interrupted in [second, 1 << 40] {
+        server.send(op::INTERRUPT, 0, &longs(&[interrupted]));
+    }
+    server.send(op::INTERRUPT, 0, &[]);
+    assert_eq!(server.receive_any(), (second, Err(libc::EINTR)));
+    // A driver that begins anew waits for nothing.
+    server.send(op::DESTROY, 0, &[]);
+    assert_eq!(server.receive_any(), (first, Err(libc::EINTR)));
+    assert_eq!(server.receive(), Ok(Vec::new()));
+    server.end();
+}
+
+#[test]
+fn locks_are_bounded() {
+    let folder = folder();
+    let mut server = Server::start(folder.path(), &[]);
+    let (holder, waiter) = (Lock::new(&mut server, 1), Lock::new(&mut server, 2));
+    server.lock(holder).unwrap();
+    let waiting: Vec<_> = (0..64).map(|_| server.wait_for(waiter)).collect();
+    assert_eq!(server.ask(op::SETLKW, waiter.inode, &waiter.body()), Err(libc::ENOLCK));
+    for unique in waiting {
+        server.send(op::INTERRUPT, 0, &longs(&[unique]));
+        assert_eq!(server.receive_any(), (unique, Err(libc::EINTR)));
+    }
+    server.unlock(holder);
+    // Bytes that do not touch each other, of two owners.
+    let mut locked = 0;
+    while server.lock(Lock { owner: 1 + locked % 2, range: (2 * locked, 2 * locked), ..holder }).is_ok() {
+        locked += 1;
+    }
+    assert_eq!(locked, 1 << 11);
+    assert_eq!(server.lock(Lock { owner: 9, range: (END, END), ..holder }), Err(libc::ENOLCK));
+    server.close(holder);
+    server.lock(Lock { owner: 9, range: (END, END), ..holder }).unwrap();
+    for lock in [
+        Lock { range: (5, 4), ..holder },
+        Lock { range: (u64::MAX, u64::MAX), ..holder },
+        Lock { kind: 3, ..holder },
+        Lock { inode: 99, ..holder },
+        Lock { handle: 99, ..holder.flock() },
+    ] {
+        assert!(matches!(server.lock(lock), Err(libc::EINVAL | libc::ESTALE | libc::EBADF)));
+        let waiting = server.ask(op::SETLKW, lock.inode, &lock.body());
+        assert!(matches!(waiting, Err(libc::EINVAL | libc::ESTALE | libc::EBADF)));
+    }
+    server.end();
+}
