@@ -4,6 +4,7 @@
 //! runs it in many labs, one after the other, and prints what each figure was in all of them, so that budgets and the
 //! margins of the test are set from a measurement.
 
+use crate::bench::statistics::median;
 use crate::lab::Job;
 use crate::test::{self, Program};
 use crate::test_lab::{self, TESTBED};
@@ -100,7 +101,7 @@ fn table(figures: &BTreeMap<String, Vec<u64>>) -> String {
         let mut values = values.clone();
         values.sort_unstable();
         let (min, max) = (values[0], values[values.len() - 1]);
-        let median = values[values.len() / 2];
+        let median = median(&values).unwrap_or_default();
         let tenths = ((max - min) * 1000).checked_div(min).unwrap_or(0);
         let spread = format!("{}.{} %", tenths / 10, tenths % 10);
         table +=

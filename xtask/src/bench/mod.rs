@@ -16,7 +16,7 @@ mod process;
 mod report;
 mod run;
 mod smaps;
-mod statistics;
+pub(crate) mod statistics;
 mod svg;
 mod trace;
 mod vmms;
@@ -39,8 +39,8 @@ use vmms::{Guest, Kind, Vmm};
 
 /// MiB that the lab itself needs beside the guest: its initramfs has QEMU with its libraries.
 const LAB_OVERHEAD_MIB: u64 = 1024;
-/// How long the measuring may say nothing: it does so before each run, which takes a minute or two.
-const SILENCE: Duration = Duration::from_secs(600);
+/// How long the measuring may say nothing: while a monitor runs, it prints a line each second of the lab's clock.
+const SILENCE: Duration = Duration::from_secs(60);
 /// Where QEMU is, in Debian and so in the lab.
 const QEMU: &str = "/usr/bin/qemu-system-x86_64";
 

@@ -26,6 +26,9 @@ pub(super) struct Run {
     pub(super) console: String,
 }
 
+/// After so long without output a line says that the measuring goes on: a lab whose clock stands says nothing. No run
+/// that succeeds takes a second, so that the line is in no measured time.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// Lines of output that a failure shows.
 const LAST_LINES: usize = 12;
 /// More output than this is no boot's.
@@ -114,14 +117,17 @@ impl Watched {
             bail!("it had not ended after {} s", limit.as_secs());
         }
         // A process that has ended has nothing more to wait for.
-        let left = if ended.is_some() { Duration::ZERO } else { left };
+        let left = if ended.is_some() { Duration::ZERO } else { left.min(PATIENCE) };
         let mut polled = Vec::new();
         let pipes = [self.stdout.as_ref().map(AsFd::as_fd), self.stderr.as_ref().map(AsFd::as_fd)];
         for descriptor in pipes.into_iter().chain([Some(self.exit.as_fd())]) {
             // The process's own descriptor stands for a pipe that is closed: it is not read.
             polled.push(PollFd::from_borrowed_fd(descriptor.unwrap_or(self.exit.as_fd()), PollFlags::IN));
         }
-        poll(&mut polled, Some(&Timespec::try_from(left)?))?;
+        let events = poll(&mut polled, Some(&Timespec::try_from(left)?))?;
+        if events == 0 && ended.is_none() {
+            eprintln!("it still runs after {} s ...", passed.saturating_add(left).as_secs());
+        }
         let now = Instant::now();
         let ready: Vec<bool> = polled.iter().map(|polled| !polled.revents().is_empty()).collect();
         drop(polled);

@@ -52,7 +52,7 @@ const OTHERS_STREAM_BYTES: u64 = 64 << 20;
 /// How much of it at once.
 const PIECE: usize = 64 << 10;
 /// After how much of it somebody is told.
-const STEP: u64 = 128 << 20;
+const STEP: u64 = 16 << 20;
 /// A stream that is not through by then stands still.
 const STREAM_LIMIT: Duration = Duration::from_secs(120);
 /// What a guest says that waits for more commands.

@@ -68,8 +68,8 @@ pub(super) fn rows(scenario: Scenario, samples: &[Sample]) -> Vec<Row> {
         .collect()
 }
 
-/// The middle of sorted values.
-fn median(sorted: &[u64]) -> Option<u64> {
+/// The middle of sorted values; between two, what lies halfway.
+pub(crate) fn median(sorted: &[u64]) -> Option<u64> {
     let upper = *sorted.get(sorted.len() / 2)?;
     let lower = *sorted.get(sorted.len().checked_sub(1)? / 2)?;
     Some(lower + (upper - lower) / 2)
