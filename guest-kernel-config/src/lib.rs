@@ -51,5 +51,5 @@ pub use explain::explain;
 pub use fragment::{Fragment, FragmentError, MAX_FRAGMENT_BYTES, Origin, Setting};
 pub use kconfig::{Kconfig, KconfigError, KernelTree};
 pub use needs::{Means, Need};
-pub use shipped::{DEFAULT, OPTIONAL, shipped, shipped_named};
+pub use shipped::{DEFAULT, OPTIONAL, RUN, shipped, shipped_named};
 pub use value::Value;

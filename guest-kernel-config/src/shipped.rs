@@ -3,7 +3,7 @@
 use crate::fragment::{Fragment, FragmentError, Origin};
 
 /// Each fragment's name and text, in the order in which they build on each other.
-const SHIPPED: [(&str, &str); 18] = [
+const SHIPPED: [(&str, &str); 20] = [
     ("base", include_str!("../fragments/base.config")),
     ("kvm-guest", include_str!("../fragments/kvm-guest.config")),
     ("console", include_str!("../fragments/console.config")),
@@ -19,12 +19,14 @@ const SHIPPED: [(&str, &str); 18] = [
     ("uniprocessor", include_str!("../fragments/uniprocessor.config")),
     ("sysfs", include_str!("../fragments/sysfs.config")),
     ("container", include_str!("../fragments/container.config")),
+    ("netfilter", include_str!("../fragments/netfilter.config")),
     ("hardening", include_str!("../fragments/hardening.config")),
+    ("mitigations", include_str!("../fragments/mitigations.config")),
     ("paravirt-spinlocks", include_str!("../fragments/paravirt-spinlocks.config")),
     ("debug", include_str!("../fragments/debug.config")),
 ];
 
-/// The fragments that every image's kernel is made of.
+/// The fragments of a kernel for `kindling boot`, and a part of every other.
 pub const DEFAULT: [&str; 11] = [
     "base",
     "kvm-guest",
@@ -40,8 +42,37 @@ pub const DEFAULT: [&str; 11] = [
 ];
 
 /// The fragments that an image may ask for on top.
-pub const OPTIONAL: [&str; 7] =
-    ["pmem", "uniprocessor", "sysfs", "container", "hardening", "paravirt-spinlocks", "debug"];
+pub const OPTIONAL: [&str; 9] = [
+    "pmem",
+    "uniprocessor",
+    "sysfs",
+    "container",
+    "netfilter",
+    "hardening",
+    "mitigations",
+    "paravirt-spinlocks",
+    "debug",
+];
+
+/// The fragments of a kernel for `kindling run`, whose guests start from a pre-booted kernel: there most of what costs a
+/// boot time is free (docs/kernel-prices.md).
+pub const RUN: [&str; 15] = [
+    "base",
+    "kvm-guest",
+    "console",
+    "virtio",
+    "block",
+    "net",
+    "ipv6",
+    "vsock",
+    "filesystems",
+    "virtio-fs",
+    "balloon",
+    "pmem",
+    "container",
+    "netfilter",
+    "hardening",
+];
 
 /// All fragments of this crate, default and optional.
 ///
@@ -92,6 +123,13 @@ mod tests {
         }
         let composed = compose(&fragments).unwrap();
         assert!(composed.len() > 100, "only {} settings", composed.len());
+    }
+
+    #[test]
+    fn the_kernel_for_run_has_all_of_the_default() {
+        assert_eq!(RUN[..DEFAULT.len()], DEFAULT);
+        assert!(RUN[DEFAULT.len()..].iter().all(|name| OPTIONAL.contains(name)));
+        compose(&shipped_named(&RUN).unwrap()).unwrap();
     }
 
     #[test]

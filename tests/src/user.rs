@@ -41,7 +41,7 @@ impl User {
             .env("XDG_CACHE_HOME", std::env::temp_dir())
             .env("XDG_DATA_HOME", self.0.path().join("data"))
             .env("PATH", format!("{}:/bin:/usr/bin", testbed("e2fsprogs").display()))
-            .env("KINDLING_IMAGE", testbed("images/default"))
+            .env("KINDLING_IMAGE", testbed("images/run"))
             .stdin(Stdio::null());
         command
     }

@@ -213,6 +213,28 @@ fn postgres_keeps_what_it_was_told_when_its_guest_is_stopped_and_killed() {
     kindling(&user, &["kill", "db"]).expect_status(0);
 }
 
+/// A container engine as it comes from Debian: namespaces, cgroups, an overlay, a bridge, and address translation.
+#[test]
+fn podman_runs_a_container_in_a_guest() {
+    let user = User::new();
+    let script = "tar -C /srv/container -c . | podman import -q - inner > /dev/null\n\
+        podman run --rm --memory 64m --pids-limit 50 --hostname box inner sh -c '\n\
+            hostname; id -u; cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/pids.max\n\
+            ping -c 1 10.88.0.1 > /dev/null && echo network'";
+    let options = ["-v", "data:/var/lib/containers"];
+    let outcome = run(program(&user, &options, "podman").args(["sh", "-ec", script]));
+    assert_eq!(outcome.expect_status(0).stdout, "box\n0\n67108864\n50\nnetwork\n", "{outcome}");
+}
+
+#[test]
+fn bubblewrap_makes_a_sandbox_without_root() {
+    let user = User::new();
+    let sandbox = ["bwrap", "--unshare-all", "--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev"];
+    let mut command = program(&user, &["-u", "1000"], "podman");
+    let outcome = run(command.args(sandbox).args(["sh", "-c", "id -u; echo $$"]));
+    assert_eq!(outcome.expect_status(0).stdout, "1000\n2\n", "{outcome}");
+}
+
 /// A guest beside another one: it answers, whatever happens there.
 struct Neighbour(Conversation);
 

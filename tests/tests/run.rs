@@ -194,6 +194,24 @@ fn limits_are_those_of_container_hosts() {
     assert!(matches!(shm, Some(Ok(200..=256))), "{outcome}");
 }
 
+/// What sandboxes, container engines and language runtimes look for (`RUN` in guest-kernel-config).
+#[test]
+fn a_guest_has_namespaces_cgroups_and_sys() {
+    let user = User::new();
+    let as_user = "unshare -Ur id -u; stat -c %a /dev/net/tun /dev/fuse; grep -c Seccomp: /proc/self/status; \
+                   cat /sys/class/net/lo/address; zcat /proc/config.gz | grep -c -x -e CONFIG_NF_TABLES=y \
+                   -e CONFIG_BPF_SYSCALL=y -e CONFIG_STACKPROTECTOR_STRONG=y; cat /proc/self/cgroup";
+    let outcome = run(user.run(&["-u", "1000"]).args(["sh", "-c", as_user]));
+    assert_eq!(outcome.expect_status(0).stdout, "0\n666\n666\n1\n00:00:00:00:00:00\n3\n0::/\n", "{outcome}");
+    let as_root = "cd /sys/fs/cgroup; grep ' /sys/fs/cgroup cgroup2 rw,' /proc/mounts | wc -l; cat cgroup.controllers; \
+                   echo '+cpu +memory +pids' > cgroup.subtree_control; mkdir one; echo 10M > one/memory.max; \
+                   echo $$ > one/cgroup.procs; cat one/memory.max one/pids.max /proc/self/cgroup; \
+                   unshare -fpmnui --mount-proc sh -c 'hostname inner; hostname; echo $$'";
+    let outcome = run(&mut user.shell(as_root));
+    let expected = "1\ncpuset cpu io memory pids\n10485760\nmax\n0::/one\ninner\n1\n";
+    assert_eq!(outcome.expect_status(0).stdout, expected, "{outcome}");
+}
+
 #[test]
 fn a_device_that_is_full_fails_who_writes() {
     let user = User::new();
@@ -514,11 +532,11 @@ fn who_does_not_want_to_wait_for_a_kernel_leaves_nothing() {
 #[test]
 fn a_kernel_of_somebody_else_is_not_run() {
     let user = User::new();
-    let (program, folder) = (user.folder().join("bin/kindling"), user.folder().join("images/default"));
+    let (program, folder) = (user.folder().join("bin/kindling"), user.folder().join("images/run"));
     std::fs::create_dir_all(program.parent().unwrap()).unwrap();
     std::fs::copy(testbed("kindling"), &program).unwrap();
     std::fs::create_dir_all(&folder).unwrap();
-    for file in std::fs::read_dir(testbed("images/default")).unwrap() {
+    for file in std::fs::read_dir(testbed("images/run")).unwrap() {
         let file = file.unwrap().path();
         if file.is_file() {
             std::fs::copy(&file, folder.join(file.file_name().unwrap())).unwrap();

@@ -7,20 +7,50 @@ use crate::kernel::{self, Kernel};
 use crate::root_tree::{self, RootType, Survey};
 use crate::{cargo, host};
 use anyhow::{Context, Result};
-use clap::Args;
-use guest_kernel_config::{Fragment, compose, shipped_named};
+use clap::{Args, ValueEnum};
+use guest_kernel_config::{DEFAULT, Fragment, RUN, compose, shipped_named};
 use kindling::config::image::{DESCRIPTION, Image, ImageFile, sha256_of};
 use std::fs::{self, File};
 use std::io::BufWriter;
 use std::path::{Path, PathBuf};
 
+/// What an image's kernel is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Profile {
+    /// For `kindling run`, which starts guests from a pre-booted kernel: complete
+    Run,
+    /// For `kindling boot`: what costs a boot time is left out
+    Boot,
+}
+
+impl Profile {
+    /// The fragments of its kernel.
+    pub(crate) const fn fragments(self) -> &'static [&'static str] {
+        match self {
+            Self::Run => &RUN,
+            Self::Boot => &DEFAULT,
+        }
+    }
+
+    /// What an image is called that has no other name.
+    pub(crate) const fn image_name(self) -> &'static str {
+        match self {
+            Self::Run => "run",
+            Self::Boot => "default",
+        }
+    }
+}
+
 #[derive(Args, Debug)]
 pub(crate) struct Arguments {
-    /// Name of the image
-    #[arg(long, default_value = "default")]
-    pub(crate) name: String,
-    /// Kernel configuration to add: a file, or the name of an optional fragment (sysfs,
-    /// container, hardening, paravirt-spinlocks, debug); may be repeated
+    /// What the kernel is for [default: boot with --root, --init or --from, run without]
+    #[arg(long, value_enum)]
+    pub(crate) profile: Option<Profile>,
+    /// Name of the image [default: run, or default with --profile boot]
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// Kernel configuration to add: a file, or the name of an optional fragment (docs/kernel-prices.md has the list);
+    /// may be repeated
     #[arg(long, value_name = "FILE|NAME")]
     pub(crate) config_fragment: Vec<PathBuf>,
     /// Program to use as /init instead of Kindling's
@@ -53,10 +83,23 @@ pub(crate) struct Arguments {
     pub(crate) out: Option<PathBuf>,
 }
 
+impl Arguments {
+    /// An image with nothing of the user's in it has no other use than `kindling run`.
+    fn profile(&self) -> Profile {
+        let has_content = self.root.is_some() || self.init.is_some() || self.from.is_some();
+        self.profile.unwrap_or(if has_content { Profile::Boot } else { Profile::Run })
+    }
+
+    fn image_name(&self) -> &str {
+        self.name.as_deref().unwrap_or_else(|| self.profile().image_name())
+    }
+}
+
 impl Default for Arguments {
     fn default() -> Self {
         Self {
-            name: "default".to_owned(),
+            profile: Some(Profile::Boot),
+            name: None,
             config_fragment: Vec::new(),
             init: None,
             root: None,
@@ -100,7 +143,7 @@ pub(crate) fn build(arguments: &Arguments) -> Result<PathBuf> {
 
 /// The same, with where its kernel came from.
 pub(crate) fn build_with_kernel(arguments: &Arguments) -> Result<(PathBuf, Kernel)> {
-    let fragments = fragments(&arguments.config_fragment)?;
+    let fragments = fragments(arguments.profile(), &arguments.config_fragment)?;
     build_of(arguments, &kernel::source(arguments.kernel_source.as_deref())?, &fragments)
 }
 
@@ -112,7 +155,7 @@ pub(crate) fn build_of(
 ) -> Result<(PathBuf, Kernel)> {
     let out = match &arguments.out {
         Some(path) => std::path::absolute(path)?,
-        None => cargo::target_directory().join("images").join(&arguments.name),
+        None => cargo::target_directory().join("images").join(arguments.image_name()),
     };
     // A root that cannot be one is named before a kernel is built for it.
     let survey = arguments.root.as_deref().map(Survey::of).transpose()?;
@@ -143,7 +186,7 @@ pub(crate) fn build_of(
     };
     let image = Image {
         format: Image::FORMAT,
-        name: arguments.name.clone(),
+        name: arguments.image_name().to_owned(),
         kernel: describe(draft.path(), "vmlinux")?,
         initrd: describe(draft.path(), INITRAMFS)?,
         root: tool.as_ref().map(|_| describe(draft.path(), EROFS)).transpose()?,
@@ -173,9 +216,9 @@ pub(crate) fn build_of(
     Ok((out, kernel))
 }
 
-/// The default fragments, and those that were asked for: a file, or the name of a shipped one.
-pub(crate) fn fragments(extra: &[PathBuf]) -> Result<Vec<Fragment>> {
-    let mut fragments = shipped_named(&guest_kernel_config::DEFAULT)?;
+/// The fragments of a profile, and those that were asked for: a file, or the name of a shipped one.
+pub(crate) fn fragments(profile: Profile, extra: &[PathBuf]) -> Result<Vec<Fragment>> {
+    let mut fragments = shipped_named(profile.fragments())?;
     for path in extra {
         let name = path.to_string_lossy();
         let fragment = if path.components().count() == 1 && !path.exists() {
@@ -185,7 +228,10 @@ pub(crate) fn fragments(extra: &[PathBuf]) -> Result<Vec<Fragment>> {
         } else {
             Fragment::read(path)?
         };
-        fragments.push(fragment);
+        // The profile may have it.
+        if !fragments.contains(&fragment) {
+            fragments.push(fragment);
+        }
     }
     Ok(fragments)
 }
@@ -273,6 +319,26 @@ mod tests {
         fn drop(&mut self) {
             let _ = unmount(self.0.path(), UnmountFlags::DETACH);
         }
+    }
+
+    #[test]
+    fn an_image_is_for_run_or_for_what_is_in_it() {
+        let plain = || Arguments { profile: None, ..Arguments::default() };
+        assert_eq!((plain().profile(), plain().image_name()), (Profile::Run, "run"));
+        let root = Arguments { root: Some("/".into()), ..plain() };
+        assert_eq!((root.profile(), root.image_name()), (Profile::Boot, "default"));
+        let asked = Arguments { profile: Some(Profile::Run), name: Some("x".to_owned()), ..root };
+        assert_eq!((asked.profile(), asked.image_name()), (Profile::Run, "x"));
+        let names = |profile| -> Vec<_> {
+            fragments(profile, &[]).unwrap().into_iter().map(|fragment| fragment.name).collect()
+        };
+        assert_eq!(names(Profile::Boot), DEFAULT);
+        assert_eq!(names(Profile::Run), RUN);
+        assert_eq!(
+            fragments(Profile::Run, &["pmem".into()]).unwrap().len(),
+            RUN.len(),
+            "pmem is one of them"
+        );
     }
 
     #[test]

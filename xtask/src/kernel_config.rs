@@ -1,6 +1,7 @@
 //! `cargo xtask kernel-config`: the guest kernel's configuration, checked, compared, explained.
 
-use crate::{build_image, kernel, prices};
+use crate::build_image::{self, Profile};
+use crate::{kernel, prices};
 use anyhow::Result;
 use clap::{Args, Subcommand};
 use guest_kernel_config::{Kconfig, KernelConfig, KernelTree, compose, diff, explain, shipped};
@@ -13,7 +14,10 @@ pub(crate) struct Arguments {
     /// Kernel source: a folder or a tarball, instead of Debian's package
     #[arg(long, value_name = "DIR|TARBALL", global = true)]
     kernel_source: Option<PathBuf>,
-    /// Configuration to add to the default fragments: a file, or the name of an optional fragment
+    /// Whose fragments
+    #[arg(long, value_enum, global = true, default_value = "boot")]
+    profile: Profile,
+    /// Configuration to add to them: a file, or the name of an optional fragment
     #[arg(long, value_name = "FILE|NAME", global = true)]
     config_fragment: Vec<PathBuf>,
 }
@@ -49,7 +53,7 @@ enum Command {
 pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     match &arguments.command {
         Command::Check => {
-            let fragments = build_image::fragments(&arguments.config_fragment)?;
+            let fragments = build_image::fragments(arguments.profile, &arguments.config_fragment)?;
             let asked = compose(&fragments)?;
             kernel::configure(&kernel::source(arguments.kernel_source.as_deref())?, &asked)?;
             println!("all {} symbols of {} fragments are as asked", asked.len(), fragments.len());
@@ -64,7 +68,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
         }
         Command::Explain { symbol } => {
             let source = kernel::source(arguments.kernel_source.as_deref())?;
-            let fragments = build_image::fragments(&arguments.config_fragment)?;
+            let fragments = build_image::fragments(arguments.profile, &arguments.config_fragment)?;
             let config = kernel::configure(&source, &compose(&fragments)?)?;
             let kconfig = Kconfig::read(&KernelTree::new(&source.directory))?;
             let mut known = shipped()?;

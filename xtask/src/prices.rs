@@ -146,7 +146,7 @@ pub(crate) fn run(kernel_source: Option<&Path>, only: &[String], out: Option<&Pa
 fn build(variant: &Variant, source: &kernel::Source, directory: &Path) -> Result<()> {
     let fragments = variant.fragments()?;
     let arguments = ImageArguments {
-        name: variant.name().to_owned(),
+        name: Some(variant.name().to_owned()),
         out: Some(directory.to_owned()),
         ..ImageArguments::default()
     };

@@ -41,7 +41,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
         for (form, name) in FORMS {
             let image = format!("{size}-{name}");
             build_image::build(&ImageArguments {
-                name: image.clone(),
+                name: Some(image.clone()),
                 root: Some(root.path().into()),
                 root_type: Some(form),
                 out: Some(place.path().join(&image)),

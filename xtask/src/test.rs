@@ -5,7 +5,7 @@
 //! lab; all others run where there is a KVM: this machine's own, or the lab's. A lab has one processor,
 //! and several for those that start with `smp_`.
 
-use crate::build_image::{self, Arguments as Image};
+use crate::build_image::{self, Arguments as Image, Profile};
 use crate::host::{Host, workspace};
 use crate::test_images::Images;
 use crate::test_lab::Queue;
@@ -266,15 +266,20 @@ fn lay_out_testbed() -> Result<PathBuf> {
     let root = tempfile::tempdir()?;
     busybox_root(root.path())?;
     build_image::build(&Image {
-        name: "busybox".to_owned(),
+        name: Some("busybox".to_owned()),
         root: Some(root.path().into()),
         out: Some(images.join("busybox")),
         ..Image::default()
     })?;
     build_image::build(&Image {
-        name: "pmem".to_owned(),
+        profile: Some(Profile::Run),
+        out: Some(images.join("run")),
+        ..Image::default()
+    })?;
+    build_image::build(&Image {
+        profile: Some(Profile::Run),
+        name: Some("pmem".to_owned()),
         root: Some(root.path().into()),
-        config_fragment: vec!["pmem".into()],
         out: Some(images.join("pmem")),
         ..Image::default()
     })?;
@@ -289,7 +294,7 @@ fn lay_out_testbed() -> Result<PathBuf> {
     test_oci::programs(&testbed)?;
     fs::copy(cargo::release_binary("tests", "vsock-guest")?, root.path().join("bin/vsock-guest"))?;
     build_image::build(&Image {
-        name: "vsock".to_owned(),
+        name: Some("vsock".to_owned()),
         root: Some(root.path().into()),
         out: Some(images.join("vsock")),
         ..Image::default()

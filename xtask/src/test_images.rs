@@ -24,7 +24,7 @@ const EXCLUDED: [&str; 7] = [
     "/usr/lib/postgresql/*/lib/llvmjit*",
 ];
 /// Those that the script makes and tests run.
-const NAMES: [&str; 5] = ["busybox", "python", "nginx", "postgres", "node"];
+const NAMES: [&str; 6] = ["busybox", "python", "nginx", "postgres", "node", "podman"];
 
 /// Tells tests where the folder is.
 pub(crate) const VARIABLE: &str = "KINDLING_TEST_IMAGES";
@@ -74,7 +74,7 @@ pub(crate) fn build() -> Result<Images> {
         images.prepare(name)?;
     }
     // Read from where it is: in the lab's initramfs it would be memory. What is not used stays a hole.
-    cmd!(shell, "/usr/sbin/mke2fs -q -t ext4 -O ^has_journal -m 0 -E nodiscard -d {folder} {disk} 1500M")
+    cmd!(shell, "/usr/sbin/mke2fs -q -t ext4 -O ^has_journal -m 0 -E nodiscard -d {folder} {disk} 1800M")
         .quiet()
         .run()?;
     fs::write(is_of, key)?;

@@ -76,7 +76,7 @@ pub(crate) fn build(testbed: &Path, root: &Path) -> Result<()> {
     std::os::unix::fs::symlink("/lib64", root.join("lib/x86_64-linux-gnu"))?;
     fs::write(root.join("etc/group"), "root:x:0:\n")?;
     build_image::build(&Image {
-        name: "network".to_owned(),
+        name: Some("network".to_owned()),
         root: Some(root.into()),
         out: Some(testbed.join("images/network")),
         ..Image::default()

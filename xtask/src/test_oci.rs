@@ -25,7 +25,7 @@ pub(crate) fn build(images: &Path, tree: &Path) -> Result<()> {
     });
     let archive = docker_archive::write(place, tree, &config)?;
     build_image::build(&Image {
-        name: "oci".to_owned(),
+        name: Some("oci".to_owned()),
         from: Some(archive.display().to_string()),
         // The user's cache is no place for it.
         from_cache: Some(place.to_owned()),

@@ -59,7 +59,7 @@ pub(crate) fn build(images: &Path) -> Result<()> {
     add_lines(root, b"", &mut list)?;
     fs::write(root.join("list"), list)?;
     build_image::build(&Image {
-        name: "root".to_owned(),
+        name: Some("root".to_owned()),
         root: Some(root.into()),
         root_type: Some(RootType::Erofs),
         keep_owners: true,

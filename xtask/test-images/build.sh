@@ -100,5 +100,22 @@ image postgres --config.entrypoint serve --config.user postgres --config.stopsig
 bundle node nodejs
 image node --config.cmd node
 
+bundle podman podman crun netavark iptables bubblewrap
+tree=$work/podman/rootfs
+mkdir -p "$tree/srv/container/bin"
+cp "$busybox" "$tree/srv/container/bin/busybox"
+for applet in cat hostname id ping sh; do
+    ln -s busybox "$tree/srv/container/bin/$applet"
+done
+# There is no systemd in the guest.
+cat > "$tree/etc/containers/containers.conf" <<'END'
+[containers]
+log_driver = "k8s-file"
+[engine]
+cgroup_manager = "cgroupfs"
+events_logger = "file"
+END
+image podman --config.cmd sh
+
 rm -r "$work"
 umoci gc --layout "$layout"

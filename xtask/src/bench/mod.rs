@@ -101,7 +101,10 @@ fn vmms(request: &Request, has_image: bool) -> Result<Vec<Vmm>> {
 
 /// What guests boot.
 fn guest(request: &Request) -> Result<Guest> {
-    let image = image(request.scenario == Scenario::Io)?;
+    let image = match request.scenario {
+        Scenario::Run => run_image()?,
+        scenario => image(scenario == Scenario::Io)?,
+    };
     let initrd = image.join("initramfs.cpio");
     Ok(match &request.kernel {
         Some(kernel) => Guest { kernel: kernel.clone(), initrd, image: None },
@@ -119,8 +122,16 @@ pub(crate) fn image(uses_devices: bool) -> Result<PathBuf> {
         name += "-io";
     }
     build_image::build(&build_image::Arguments {
-        name,
+        name: Some(name),
         root: Some(root.path().into()),
+        ..build_image::Arguments::default()
+    })
+}
+
+/// The image that `kindling run` has its kernel from.
+fn run_image() -> Result<PathBuf> {
+    build_image::build(&build_image::Arguments {
+        profile: Some(build_image::Profile::Run),
         ..build_image::Arguments::default()
     })
 }

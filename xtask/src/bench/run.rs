@@ -73,7 +73,7 @@ impl Images {
         let fragment = folder.join("console.config");
         fs::write(&fragment, include_str!("console.config"))?;
         let console = build_image::build(&build_image::Arguments {
-            name: "bench-console".to_owned(),
+            name: Some("bench-console".to_owned()),
             root: Some(busybox.join("tree")),
             config_fragment: vec![fragment],
             ..build_image::Arguments::default()

@@ -140,6 +140,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
         (cargo::release_binary("kindling-fs", "kindling-fs")?, "/bin/kindling-fs".to_owned()),
         (image, "/images/default".to_owned()),
     ];
+    // The kernel that `kindling run` prefers, where it has been built.
+    let run_image = cargo::target_directory().join("images/run");
+    if run_image.exists() {
+        with.push((run_image, "/images/run".to_owned()));
+    }
     for text in &arguments.with {
         with.push(into_lab(text)?);
     }

@@ -74,7 +74,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let host = Host::choose(arguments.exact, true);
     let default = arguments.config_fragment.is_empty();
     let (image, kernel) = build_with_kernel(&build_image::Arguments {
-        name: if default { "default" } else { "profile" }.to_owned(),
+        name: Some(if default { "default" } else { "profile" }.to_owned()),
         config_fragment: arguments.config_fragment.clone(),
         ..build_image::Arguments::default()
     })?;

@@ -177,9 +177,12 @@ pub(crate) fn kernel_image() -> Result<PathBuf, SourceError> {
         return Ok(path);
     }
     let program = std::env::current_exe().unwrap_or_default();
-    let beside = program.ancestors().skip(1);
-    let mut places =
-        beside.flat_map(|folder| [folder.join("share/kindling/default"), folder.join("images/default")]);
+    // The kernel for `kindling run` comes first, wherever it is; one for `kindling boot` has less in it.
+    let mut places = ["run", "default"].into_iter().flat_map(|name| {
+        let in_folder =
+            move |folder: &Path| ["share/kindling", "images"].map(|kind| folder.join(kind).join(name));
+        program.ancestors().skip(1).flat_map(in_folder)
+    });
     // A folder above the program may be one in which everybody makes folders, /tmp for instance.
     let is_trusted =
         |place: &PathBuf| trusted_path::file(&place.join("image.json"), Owners::and_of_program()).is_ok();
