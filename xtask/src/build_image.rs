@@ -43,10 +43,10 @@ impl Profile {
 
 #[derive(Args, Debug)]
 pub(crate) struct Arguments {
-    /// What the kernel is for [default: boot with --root, --init or --from, run without]
-    #[arg(long, value_enum)]
-    pub(crate) profile: Option<Profile>,
-    /// Name of the image [default: run, or default with --profile boot]
+    /// What the kernel is for
+    #[arg(long, value_enum, default_value = "boot")]
+    pub(crate) profile: Profile,
+    /// Name of the image [default: default, or run with --profile run]
     #[arg(long)]
     pub(crate) name: Option<String>,
     /// Kernel configuration to add: a file, or the name of an optional fragment (docs/kernel-prices.md has the list);
@@ -84,21 +84,15 @@ pub(crate) struct Arguments {
 }
 
 impl Arguments {
-    /// An image with nothing of the user's in it has no other use than `kindling run`.
-    fn profile(&self) -> Profile {
-        let has_content = self.root.is_some() || self.init.is_some() || self.from.is_some();
-        self.profile.unwrap_or(if has_content { Profile::Boot } else { Profile::Run })
-    }
-
     fn image_name(&self) -> &str {
-        self.name.as_deref().unwrap_or_else(|| self.profile().image_name())
+        self.name.as_deref().unwrap_or_else(|| self.profile.image_name())
     }
 }
 
 impl Default for Arguments {
     fn default() -> Self {
         Self {
-            profile: Some(Profile::Boot),
+            profile: Profile::Boot,
             name: None,
             config_fragment: Vec::new(),
             init: None,
@@ -143,7 +137,7 @@ pub(crate) fn build(arguments: &Arguments) -> Result<PathBuf> {
 
 /// The same, with where its kernel came from.
 pub(crate) fn build_with_kernel(arguments: &Arguments) -> Result<(PathBuf, Kernel)> {
-    let fragments = fragments(arguments.profile(), &arguments.config_fragment)?;
+    let fragments = fragments(arguments.profile, &arguments.config_fragment)?;
     build_of(arguments, &kernel::source(arguments.kernel_source.as_deref())?, &fragments)
 }
 
@@ -322,13 +316,10 @@ mod tests {
     }
 
     #[test]
-    fn an_image_is_for_run_or_for_what_is_in_it() {
-        let plain = || Arguments { profile: None, ..Arguments::default() };
-        assert_eq!((plain().profile(), plain().image_name()), (Profile::Run, "run"));
-        let root = Arguments { root: Some("/".into()), ..plain() };
-        assert_eq!((root.profile(), root.image_name()), (Profile::Boot, "default"));
-        let asked = Arguments { profile: Some(Profile::Run), name: Some("x".to_owned()), ..root };
-        assert_eq!((asked.profile(), asked.image_name()), (Profile::Run, "x"));
+    fn a_profile_names_the_image_and_its_fragments() {
+        let run = Arguments { profile: Profile::Run, ..Arguments::default() };
+        assert_eq!((run.image_name(), Arguments::default().image_name()), ("run", "default"));
+        assert_eq!(Arguments { name: Some("x".to_owned()), ..run }.image_name(), "x");
         let names = |profile| -> Vec<_> {
             fragments(profile, &[]).unwrap().into_iter().map(|fragment| fragment.name).collect()
         };

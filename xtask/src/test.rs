@@ -272,12 +272,12 @@ fn lay_out_testbed() -> Result<PathBuf> {
         ..Image::default()
     })?;
     build_image::build(&Image {
-        profile: Some(Profile::Run),
+        profile: Profile::Run,
         out: Some(images.join("run")),
         ..Image::default()
     })?;
     build_image::build(&Image {
-        profile: Some(Profile::Run),
+        profile: Profile::Run,
         name: Some("pmem".to_owned()),
         root: Some(root.path().into()),
         out: Some(images.join("pmem")),

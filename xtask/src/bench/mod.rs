@@ -131,7 +131,7 @@ pub(crate) fn image(uses_devices: bool) -> Result<PathBuf> {
 /// The image that `kindling run` has its kernel from.
 fn run_image() -> Result<PathBuf> {
     build_image::build(&build_image::Arguments {
-        profile: Some(build_image::Profile::Run),
+        profile: build_image::Profile::Run,
         ..build_image::Arguments::default()
     })
 }
