@@ -4,6 +4,7 @@ use super::plan::{Case, Scenario};
 use super::vmms::{Kind, Vmm};
 use anyhow::{Result, bail};
 use clap::Args;
+use kindling::config::image::DESCRIPTION;
 use kindling::layout::VCPUS_MAX;
 use rustix::fs::{Access, access};
 use std::path::{Path, PathBuf};
@@ -29,6 +30,9 @@ pub(crate) struct Arguments {
     /// that begins with "kindling", another build of ours; may be repeated
     #[arg(long, value_name = "NAME=PATH")]
     vmm: Vec<String>,
+    /// Image whose kernel programs start from, in place of the one for `kindling run`; may be repeated
+    #[arg(long, value_name = "NAME=DIR")]
+    image: Vec<String>,
     /// Guest kernel instead of the default image's
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
@@ -55,6 +59,8 @@ pub(super) struct Request {
     pub(super) vcpus: Vec<u8>,
     /// Monitors beside ours and QEMU's.
     pub(super) vmms: Vec<Vmm>,
+    /// Images of a scenario that compares some, by name.
+    pub(super) images: Vec<(String, PathBuf)>,
     /// The kernel instead of the image's.
     pub(super) kernel: Option<PathBuf>,
     /// Where the JSON goes.
@@ -89,10 +95,15 @@ impl Arguments {
         if self.json.is_some() && self.json == self.svg {
             bail!("--json and --svg name the same file");
         }
-        if self.scenario == Scenario::Run && (kernel.is_some() || !self.vmm.is_empty()) {
+        let runs_programs = matches!(self.scenario, Scenario::Run | Scenario::Start);
+        if runs_programs && (kernel.is_some() || !self.vmm.is_empty()) {
             bail!(
-                "--scenario run: programs run on the default image's kernel, under this build; leave out --kernel and --vmm"
+                "--scenario {}: programs run on an image's kernel, under this build; leave out --kernel and --vmm",
+                self.scenario.name()
             );
+        }
+        if self.scenario != Scenario::Start && !self.image.is_empty() {
+            bail!("--image: only --scenario start compares images");
         }
         let vcpus = list("--vcpus", &self.vcpus, 1, VCPUS_MAX.into())?;
         Ok(Request {
@@ -102,6 +113,7 @@ impl Arguments {
             memory: list("--memory", &self.memory, MEMORY_MIN_MIB, host_memory_mib())?,
             vcpus: vcpus.into_iter().map(u8::try_from).collect::<Result<_, _>>()?,
             vmms: named_vmms(&self.vmm)?,
+            images: named_images(&self.image)?,
             kernel,
             json: self.json.clone(),
             svg: self.svg.clone(),
@@ -147,17 +159,35 @@ fn host_memory_mib() -> u64 {
     bytes >> 20
 }
 
+/// What an option of the form NAME=PATH says.
+fn named<'a>(option: &str, value: &'a str) -> Result<(&'a str, &'a str)> {
+    let named = value.split_once('=').filter(|(name, path)| !name.is_empty() && !path.is_empty());
+    let Some((name, path)) = named else { bail!("{option} {value}: not of the form NAME=PATH") };
+    if name.chars().any(char::is_control) {
+        bail!("{option} {value:?}: the name has a control character in it");
+    }
+    Ok((name, path))
+}
+
+fn named_images(options: &[String]) -> Result<Vec<(String, PathBuf)>> {
+    let mut images: Vec<(String, PathBuf)> = Vec::new();
+    for option in options {
+        let (name, path) = named("--image", option)?;
+        if images.iter().any(|(other, _)| other == name) {
+            bail!("--image {option}: there is a row {name} already; choose another name");
+        }
+        if !Path::new(path).join(DESCRIPTION).is_file() {
+            bail!("--image {option}: there is no {DESCRIPTION} in {path}; `cargo xtask build-image` makes images");
+        }
+        images.push((name.to_owned(), std::path::absolute(path)?));
+    }
+    Ok(images)
+}
+
 fn named_vmms(options: &[String]) -> Result<Vec<Vmm>> {
     let mut vmms: Vec<Vmm> = Vec::new();
     for option in options {
-        let Some((name, path)) =
-            option.split_once('=').filter(|(name, path)| !name.is_empty() && !path.is_empty())
-        else {
-            bail!("--vmm {option}: not of the form NAME=PATH");
-        };
-        if name.chars().any(char::is_control) {
-            bail!("--vmm {option:?}: the name has a control character in it");
-        }
+        let (name, path) = named("--vmm", option)?;
         if [OURS, PREBOOTED, QEMUS].contains(&name) || vmms.iter().any(|vmm| vmm.name == name) {
             bail!("--vmm {option}: there is a row {name} already; choose another name");
         }
@@ -165,7 +195,7 @@ fn named_vmms(options: &[String]) -> Result<Vec<Vmm>> {
         if access(&path, Access::EXEC_OK).is_err() {
             bail!("--vmm {option}: {} is not executable", path.display());
         }
-        vmms.push(Vmm { name: name.to_owned(), kind: Kind::of(name), path });
+        vmms.push(Vmm { name: name.to_owned(), kind: Kind::of(name), path, image: None });
     }
     Ok(vmms)
 }
@@ -248,6 +278,10 @@ mod tests {
             (vec!["--svg", "/absent/x"], "--svg: there is no folder /absent".to_owned()),
             (vec!["--scenario", "run", "--kernel", &plain], "leave out --kernel".to_owned()),
             (vec!["--scenario", "run", "--vmm", "a=/bin/sh"], "leave out --kernel".to_owned()),
+            (vec!["--scenario", "start", "--vmm", "a=/bin/sh"], "--scenario start: ".to_owned()),
+            (vec!["--image", "a=/"], "only --scenario start compares images".to_owned()),
+            (vec!["--scenario", "start", "--image", "a"], "--image a: not of the form NAME=PATH".to_owned()),
+            (vec!["--scenario", "start", "--image", "a=/"], "--image a=/: there is no image.json in /".to_owned()),
             (vec!["--svg", "x", "--json", "x"], "--json and --svg name the same file".to_owned()),
         ] {
             let error = check(&words).unwrap_err();

@@ -41,6 +41,10 @@ pub(super) enum Metric {
     RunVolume,
     /// [`Self::RunBusybox`] with a folder of the host.
     RunFolder,
+    /// Faults on guest memory that KVM handled from the start of [`Self::RunBusybox`] to its end.
+    RunFaults,
+    /// Memory that only the process of `kindling run` has, its guest's included, while the program waits for input.
+    IdleMemory,
     /// From the spawn of `kindling exec` to its end, for a program that does nothing.
     ExecTrue,
     /// For a MiB of a stream to go into `cat` and to come back.
@@ -120,6 +124,7 @@ impl Metric {
                 ("", vec![Self::RunHello, Self::RunBusybox, Self::RunVolume, Self::RunFolder]),
                 ("", vec![Self::ExecTrue, Self::Stream, Self::StreamMemory]),
             ],
+            Scenario::Start => vec![("", vec![Self::RunBusybox, Self::RunFaults, Self::IdleMemory])],
             Scenario::Io => vec![("what the devices add", vec![Self::DevicesBoot, Self::DevicesMemory])],
         };
         if scenario == Scenario::Io {
@@ -157,6 +162,8 @@ impl Metric {
             Self::RunBusybox => "run_busybox",
             Self::RunVolume => "run_volume",
             Self::RunFolder => "run_folder",
+            Self::RunFaults => "run_faults",
+            Self::IdleMemory => "idle_memory",
             Self::ExecTrue => "exec_true",
             Self::Stream => "stream",
             Self::StreamMemory => "stream_memory",
@@ -171,10 +178,12 @@ impl Metric {
             Self::VmmPrivateMemory
             | Self::VmmProportionalMemory
             | Self::DevicesMemory
+            | Self::IdleMemory
             | Self::StreamMemory => Unit::Bytes,
-            Self::UserExits | Self::GuestPageFaults | Self::Operation(_, Part::Exits | Part::UserExits) => {
-                Unit::Count
-            }
+            Self::UserExits
+            | Self::GuestPageFaults
+            | Self::RunFaults
+            | Self::Operation(_, Part::Exits | Part::UserExits) => Unit::Count,
             _ => Unit::Nanoseconds,
         }
     }
@@ -198,6 +207,8 @@ impl Metric {
             Self::RunBusybox => "kindling run of a program of busybox, ms",
             Self::RunVolume => "the same with a volume, ms",
             Self::RunFolder => "the same with a folder of the host, ms",
+            Self::RunFaults => "faults on guest memory meanwhile",
+            Self::IdleMemory => "private memory of a guest that waits, its monitor included, MiB",
             Self::ExecTrue => "kindling exec of true, ms",
             Self::Stream => "a MiB into cat and back, ms",
             Self::StreamMemory => "what memory without the guest's grows by meanwhile, MiB",
@@ -225,6 +236,8 @@ impl Metric {
             Self::RunBusybox => "busybox, ms",
             Self::RunVolume => "volume, ms",
             Self::RunFolder => "folder, ms",
+            Self::RunFaults => "guest faults",
+            Self::IdleMemory => "idle, MiB",
             Self::ExecTrue => "exec true, ms",
             Self::Stream => "stream, ms/MiB",
             Self::StreamMemory => "growth, MiB",

@@ -52,7 +52,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let guest = guest(&request)?;
     let vmms = vmms(&request, guest.image.is_some())?;
     let folder = tempfile::tempdir()?;
-    let images = (request.scenario == Scenario::Run).then(|| run::Images::make(folder.path())).transpose()?;
+    let images = match request.scenario {
+        Scenario::Run => Some(run::Images::make(folder.path())?.with_console(folder.path())?),
+        Scenario::Start => Some(run::Images::make(folder.path())?),
+        Scenario::Boot | Scenario::Io => None,
+    };
     let (scenario, runs) = (request.scenario, request.runs);
     let plan = Plan { scenario, vmms, guest, images, cases: request.cases().flatten().collect(), runs };
     let outcome = match host {
@@ -87,6 +91,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
 /// named.
 fn vmms(request: &Request, has_image: bool) -> Result<Vec<Vmm>> {
     let ours = cargo::release_binary("kindling", "kindling")?;
+    if request.scenario == Scenario::Start {
+        return images(request, &ours);
+    }
     let always = [
         (arguments::OURS, Kind::Kindling, ours.clone()),
         (arguments::PREBOOTED, Kind::Prebooted, ours),
@@ -95,14 +102,24 @@ fn vmms(request: &Request, has_image: bool) -> Result<Vec<Vmm>> {
     // Programs are run from kernels that were booted before without asking for it.
     let has_prebooted = has_image && request.scenario != Scenario::Run;
     let always = always.into_iter().filter(|(_, kind, _)| has_prebooted || *kind != Kind::Prebooted);
-    let always = always.map(|(name, kind, path)| Vmm { name: name.to_owned(), kind, path });
+    let always = always.map(|(name, kind, path)| Vmm { name: name.to_owned(), kind, path, image: None });
     Ok(always.into_iter().chain(request.vmms.iter().cloned()).collect())
+}
+
+/// Our monitor once for each image whose kernel programs start from.
+fn images(request: &Request, ours: &Path) -> Result<Vec<Vmm>> {
+    let mut images = request.images.clone();
+    if images.is_empty() {
+        images.push(("run".to_owned(), run_image()?));
+    }
+    let vmm = |(name, image)| Vmm { name, kind: Kind::Kindling, path: ours.to_owned(), image: Some(image) };
+    Ok(images.into_iter().map(vmm).collect())
 }
 
 /// What guests boot.
 fn guest(request: &Request) -> Result<Guest> {
     let image = match request.scenario {
-        Scenario::Run => run_image()?,
+        Scenario::Run | Scenario::Start => run_image()?,
         scenario => image(scenario == Scenario::Io)?,
     };
     let initrd = image.join("initramfs.cpio");
@@ -192,7 +209,12 @@ fn in_lab(cases: Vec<Case>, plan: &Plan) -> Result<Outcome> {
         let path = if vmm.kind == Kind::Qemu { QEMU.to_owned() } else { format!("/vmms/{number}") };
         with.push((vmm.path.clone(), path.clone()));
         with.extend(files::needed(vmm)?);
-        there.push(Vmm { path: path.into(), ..vmm.clone() });
+        let image = vmm.image.as_ref().map(|image| {
+            let place = format!("/vmms/{number}-image");
+            with.push((image.clone(), place.clone()));
+            place.into()
+        });
+        there.push(Vmm { path: path.into(), image, ..vmm.clone() });
     }
     let (file, outcome) = (tempfile::NamedTempFile::new()?, tempfile::NamedTempFile::new()?);
     let content = Plan { vmms: there, guest: inside, images, cases, ..*plan };

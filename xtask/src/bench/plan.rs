@@ -32,6 +32,8 @@ pub(super) enum Scenario {
     Io,
     /// Run programs of container images, and stream through one
     Run,
+    /// Start a program from a pre-booted kernel, and let it wait
+    Start,
 }
 
 impl Scenario {
@@ -41,6 +43,7 @@ impl Scenario {
             Self::Boot => "boot",
             Self::Io => "io",
             Self::Run => "run",
+            Self::Start => "start",
         }
     }
 }

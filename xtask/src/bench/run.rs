@@ -3,6 +3,7 @@
 use super::measure::{Bench, LIMIT, SETTLE};
 use super::metric::Metric;
 use super::payload;
+use super::trace::{self, Traced, Tracer};
 use super::{process, smaps};
 use crate::{build_image, cargo, docker_archive, lab, test_volumes};
 use anyhow::{Context, Result, ensure};
@@ -33,8 +34,9 @@ pub(super) struct Images {
     hello: PathBuf,
     /// A container image of busybox.
     busybox: PathBuf,
-    /// Kernel and initramfs, with busybox, of a guest that talks through a port of a virtio console.
-    console: Console,
+    /// Kernel and initramfs, with busybox, of a guest that talks through a port of a virtio console, where a monitor
+    /// has such guests.
+    console: Option<Console>,
 }
 
 /// What a monitor with a virtio console boots.
@@ -65,19 +67,11 @@ const FOLDER: [&str; 2] = ["-v", ".:/data"];
 const NAME: &str = "bench";
 
 impl Images {
-    /// Makes them in a folder.
+    /// Makes them in a folder, all but the guest with a virtio console.
     pub(super) fn make(folder: &Path) -> Result<Self> {
         let (hello, busybox) = (folder.join("hello"), folder.join("busybox"));
         super::put(&hello.join("tree"), payload::PATH, &payload::program())?;
         put_busybox(&busybox.join("tree"))?;
-        let fragment = folder.join("console.config");
-        fs::write(&fragment, include_str!("console.config"))?;
-        let console = build_image::build(&build_image::Arguments {
-            name: Some("bench-console".to_owned()),
-            root: Some(busybox.join("tree")),
-            config_fragment: vec![fragment],
-            ..build_image::Arguments::default()
-        })?;
         let filesystems = folder.join("e2fsprogs");
         test_volumes::programs(&filesystems)?;
         let image = |place: &Path, command| {
@@ -89,8 +83,22 @@ impl Images {
             filesystems,
             hello: image(&hello, payload::PATH)?,
             busybox: image(&busybox, "sh")?,
-            console: Console { kernel: console.join("vmlinux"), initrd: console.join("initramfs.cpio") },
+            console: None,
         })
+    }
+
+    /// Builds the guest with a virtio console, too, in the same folder.
+    pub(super) fn with_console(self, folder: &Path) -> Result<Self> {
+        let fragment = folder.join("console.config");
+        fs::write(&fragment, include_str!("console.config"))?;
+        let image = build_image::build(&build_image::Arguments {
+            name: Some("bench-console".to_owned()),
+            root: Some(folder.join("busybox/tree")),
+            config_fragment: vec![fragment],
+            ..build_image::Arguments::default()
+        })?;
+        let console = Console { kernel: image.join("vmlinux"), initrd: image.join("initramfs.cpio") };
+        Ok(Self { console: Some(console), ..self })
     }
 
     /// The same in other places, each with a name of its own.
@@ -101,10 +109,10 @@ impl Images {
             filesystems: place(&self.filesystems, "e2fsprogs"),
             hello: place(&self.hello, "hello.tar"),
             busybox: place(&self.busybox, "busybox.tar"),
-            console: Console {
-                kernel: place(&self.console.kernel, "console-kernel"),
-                initrd: place(&self.console.initrd, "console-initrd"),
-            },
+            console: self.console.as_ref().map(|console| Console {
+                kernel: place(&console.kernel, "console-kernel"),
+                initrd: place(&console.initrd, "console-initrd"),
+            }),
         }
     }
 }
@@ -151,6 +159,43 @@ impl Bench<'_> {
             self.add(Metric::StreamMemory, stream.memory_growth);
         }
         Ok(())
+    }
+
+    /// What a program costs that starts from a pre-booted kernel.
+    pub(super) fn starts(&mut self, images: &Images, tracer: Option<&Tracer>, runs: u32) -> Result<()> {
+        let start = |bench: &Self| bench.program(images, &images.busybox, &[], &["echo", READY], READY);
+        // For the first one the image is converted and the kernel is booted.
+        start(self)?;
+        start(self)?;
+        for run in 1..=runs {
+            eprintln!("run {run} of {runs} ...");
+            let nanoseconds = start(self)?;
+            self.add(Metric::RunBusybox, nanoseconds);
+            if let Some(tracer) = tracer {
+                tracer.start(&Traced::EVENTS)?;
+                start(self)?;
+                let faults = trace::page_faults(&tracer.finish()?);
+                self.add(Metric::RunFaults, faults);
+            }
+            let memory = self.idle_memory(images)?;
+            self.add(Metric::IdleMemory, memory);
+        }
+        Ok(())
+    }
+
+    /// Private memory of a monitor and its guest, whose program waits.
+    fn idle_memory(&self, images: &Images) -> Result<u64> {
+        thread::sleep(SETTLE);
+        let mut run = self.run_command(&images.busybox, &[]);
+        run.args(["sh", "-c", &format!("echo {READY}; read -r line")]);
+        let mut memory = 0;
+        process::run(run, READY, LIMIT, |pid| {
+            thread::sleep(SETTLE);
+            let maps = fs::read_to_string(format!("/proc/{pid}/smaps")).context("cannot read its smaps")?;
+            memory = smaps::private(&maps);
+            Ok(())
+        })?;
+        Ok(memory)
     }
 
     /// `kindling run` of a program that says something; nanoseconds until it has ended.
@@ -208,7 +253,8 @@ impl Bench<'_> {
         thread::sleep(SETTLE);
         let socket = self.scratch.join("console");
         let _ = fs::remove_file(&socket);
-        let mut command = self.vmm.console_command(&images.console, self.case, &socket);
+        let console = images.console.as_ref().context("the plan has no guest with a virtio console")?;
+        let mut command = self.vmm.console_command(console, self.case, &socket);
         command.stdin(Stdio::null()).stdout(Stdio::null());
         let mut monitor = Monitor::start(command)?;
         // Its guest boots when somebody has connected.
@@ -235,7 +281,8 @@ impl Bench<'_> {
     /// A command of ours, of a user who keeps everything in one folder.
     fn kindling(&self, name: &str) -> Command {
         let mut command = Command::new(&self.vmm.path);
-        command.arg(name).envs(self.guest.image.as_ref().map(|image| ("KINDLING_IMAGE", image)));
+        let image = self.vmm.image.as_ref().or(self.guest.image.as_ref());
+        command.arg(name).envs(image.map(|image| ("KINDLING_IMAGE", image)));
         for variable in ["XDG_RUNTIME_DIR", "XDG_CACHE_HOME", "XDG_DATA_HOME"] {
             command.env(variable, self.scratch);
         }

@@ -55,6 +55,11 @@ pub(super) fn without_guest(smaps: &str, guest_bytes: u64) -> Option<Usage> {
     })
 }
 
+/// Bytes that no other process has, those of the guest included.
+pub(super) fn private(smaps: &str) -> u64 {
+    parse(smaps).iter().map(|mapping| mapping.private).sum()
+}
+
 fn size(run: &[Mapping]) -> u64 {
     run.iter().map(Mapping::size).sum()
 }

@@ -18,6 +18,8 @@ pub(super) struct Vmm {
     pub(super) kind: Kind,
     /// Its program.
     pub(super) path: PathBuf,
+    /// The image that its guests are of, where it is not the one of all.
+    pub(super) image: Option<PathBuf>,
 }
 
 /// Whose arguments a monitor takes.
@@ -309,7 +311,7 @@ mod tests {
     #[test]
     fn firecracker_gets_its_configuration_as_a_file() {
         let scratch = tempfile::tempdir().unwrap();
-        let vmm = Vmm { name: "fc".into(), kind: Kind::of("fc"), path: "/fc".into() };
+        let vmm = Vmm { name: "fc".into(), kind: Kind::of("fc"), path: "/fc".into(), image: None };
         let command =
             vmm.command(&guest(), CASE, Task::Wait, &Devices::default(), scratch.path(), None).unwrap();
         let file = scratch.path().join("firecracker.json");
@@ -327,7 +329,7 @@ mod tests {
 
     #[test]
     fn qemu_ends_by_a_triple_fault_and_gets_the_same_guest() {
-        let vmm = Vmm { name: "q".into(), kind: Kind::Qemu, path: "/q".into() };
+        let vmm = Vmm { name: "q".into(), kind: Kind::Qemu, path: "/q".into(), image: None };
         let none = Devices::default();
         let command = vmm.command(&guest(), CASE, Task::Greet, &none, Path::new("/"), None).unwrap();
         let words: Vec<_> = command.get_args().map(|word| word.to_string_lossy()).collect();
