@@ -80,6 +80,14 @@ stream: for each MiB of 1 GiB through the standard input of `cat` in a guest and
 growth: of the memory that only the monitor's process has, without its guest's, from before to after
 ";
 
+/// Lines under the tables of starts.
+const START_LEGEND: &str = "\
+busybox: `kindling run` of busybox's echo from a container image, from the spawn to the end of the process; the kernel
+  was booted and the image converted for a run before
+guest faults: page faults on guest memory that KVM handled meanwhile
+idle: memory that only the process of `kindling run` has, its guest's included, while a shell waits for input
+";
+
 impl Report {
     /// As JSON.
     pub(super) fn json(&self) -> serde_json::Result<String> {
@@ -106,6 +114,7 @@ impl Report {
             Scenario::Boot => BOOT_LEGEND,
             Scenario::Io => IO_LEGEND,
             Scenario::Run => RUN_LEGEND,
+            Scenario::Start => START_LEGEND,
         });
         for note in &host.notes {
             let _ = writeln!(text, "{note}");
