@@ -22,6 +22,16 @@ use std::time::Duration;
 /// No test waits longer for a guest: what has not ended by then hangs.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
+/// How often a test does what is worth doing often: so many times, or as often as `KINDLING_ROUNDS` says.
+///
+/// # Panics
+/// When that is no number.
+#[must_use]
+pub fn rounds(usual: u32) -> u32 {
+    std::env::var("KINDLING_ROUNDS")
+        .map_or(usual, |text| text.parse().expect("KINDLING_ROUNDS is no number of rounds"))
+}
+
 /// A file or folder of the testbed.
 ///
 /// # Panics

@@ -164,8 +164,7 @@ fn a_disk_in_use_is_refused_to_others() {
 /// filesystem that mends itself. `KINDLING_ROUNDS` says how often; it is done a few times otherwise.
 #[test]
 fn what_was_promised_outlives_the_monitor() {
-    let rounds: u32 =
-        std::env::var("KINDLING_ROUNDS").map_or(3, |text| text.parse().expect("a number of rounds"));
+    let rounds = tests::rounds(3);
     // Not collected by the test's harness: who waits for many rounds sees that they pass.
     let say = |text: &str| drop(writeln!(std::io::stderr(), "{text}"));
     let place = Place::new();

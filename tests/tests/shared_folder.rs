@@ -140,8 +140,9 @@ fn locks_hold_between_guests_and_the_host() {
     let file = fs::File::create(shared.path().join("lock")).unwrap();
     file.lock().unwrap();
     // One that does not wait, and one that does, while another request of its guest is served.
-    let script = "cd /shared; flock -n lock echo free; echo ready; flock lock echo locked & wait $!; \
-                  flock lock sh -c 'touch taken; echo mine; read line'";
+    fs::copy(testbed("folder-guest"), shared.path().join("folder-guest")).unwrap();
+    let script = "cd /shared; ./folder-guest try-flock lock && echo free; echo ready; \
+                  ./folder-guest flock lock </dev/null & touch meanwhile; wait $!; ./folder-guest flock lock";
     let mut command = shared.command(&[], "");
     command.args(["sh", "-c", script]).stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut child = command.spawn().unwrap();
@@ -153,10 +154,10 @@ fn locks_hold_between_guests_and_the_host() {
         output.read_line(&mut line).unwrap();
         line
     };
-    assert_eq!((line(), line()), ("locked\n".into(), "mine\n".into()));
+    assert_eq!((line(), line()), ("locked\n".into(), "locked\n".into()));
     assert!(file.try_lock().is_err());
-    let other = shared.shell("cd /shared; ls; flock -n lock echo free; echo $?");
-    assert_eq!(other.expect_status(0).stdout, "lock\ntaken\n1\n", "{other}");
+    let other = shared.shell("cd /shared; ls; ./folder-guest try-flock lock; echo $?");
+    assert_eq!(other.expect_status(0).stdout, "folder-guest\nlock\nmeanwhile\n1\n", "{other}");
     // What a guest has locked is free when it ends.
     child.kill().unwrap();
     child.wait().unwrap();

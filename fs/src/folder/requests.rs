@@ -232,12 +232,14 @@ impl FileSystem for Folder {
         name: &CStr,
         args: CreateIn,
     ) -> io::Result<(Entry, Option<u64>, OpenOptions, Option<u32>)> {
-        let (parent, name) = self.to_change(parent, name)?;
         let asked = OFlags::from_bits_retain(args.flags);
+        // Linux calls a file without a name `/` (`vfs_tmpfile` in fs/namei.c).
+        let is_nameless = asked.contains(OFlags::TMPFILE);
+        let (parent, name) = self.to_change(parent, if is_nameless { c"nameless" } else { name })?;
         let flags = open_flags(args.flags);
         let mode = Mode::from_raw_mode(args.mode & MODE);
         let new = flags | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-        let file = if asked.contains(OFlags::TMPFILE) {
+        let file = if is_nameless {
             let nameless = flags.difference(OFlags::TRUNC) | OFlags::TMPFILE | OFlags::CLOEXEC;
             File::from(rustix::fs::openat(&*parent.fd, ".", nameless | asked & OFlags::EXCL, mode)?)
         } else {

@@ -163,7 +163,7 @@ fn files_may_have_no_name() {
     const O_TMPFILE: u32 = 0o20_200_000;
     let folder = folder();
     let mut server = Server::start(folder.path(), &[]);
-    let body = |flags| [words(&[flags, 0o4640, 0, 0]), text("#7")].concat();
+    let body = |flags| [words(&[flags, 0o4640, 0, 0]), text("/")].concat();
     let reply = server.ask(op::TMPFILE, ROOT, &body(O_RDWR | O_TMPFILE)).unwrap();
     let (inode, handle) = (long(&reply, 0), long(&reply, 128));
     server.write(handle, 0, b"nameless", 8).unwrap();

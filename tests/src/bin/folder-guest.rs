@@ -15,8 +15,11 @@ use std::time::{Duration, UNIX_EPOCH};
 
 fn main() -> std::process::ExitCode {
     let mut arguments = std::env::args().skip(1);
-    if let (Some("lock"), Some(path)) = (arguments.next().as_deref(), arguments.next()) {
-        return lock(&path);
+    match (arguments.next().as_deref(), arguments.next()) {
+        (Some("lock"), Some(path)) => return lock(&path),
+        (Some("try-flock"), Some(path)) => return try_flock(&path),
+        (Some("flock"), Some(path)) => return hold_flock(&path),
+        _ => {}
     }
     let folder = std::env::args_os().nth(1).expect("folder-guest FOLDER");
     std::env::set_current_dir(folder).unwrap();
@@ -359,6 +362,24 @@ fn lock(path: &str) -> std::process::ExitCode {
         Err(Errno::AGAIN) => std::process::ExitCode::FAILURE,
         Err(error) => panic!("{error}"),
     }
+}
+
+/// Whether nobody has the lock.
+fn try_flock(path: &str) -> std::process::ExitCode {
+    match rustix::fs::flock(File::open(path).unwrap(), rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(Errno::WOULDBLOCK) => std::process::ExitCode::FAILURE,
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// Waits for the lock, and keeps it until a line comes.
+fn hold_flock(path: &str) -> std::process::ExitCode {
+    let file = File::open(path).unwrap();
+    rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    println!("locked");
+    std::io::stdin().read_line(&mut String::new()).unwrap();
+    std::process::ExitCode::SUCCESS
 }
 
 /// However often others change it meanwhile.

@@ -246,8 +246,8 @@ impl SharedFolder {
         queues.complete(queue, chain, 0)
     }
 
-    /// Sends a request: its head, and what of the chain has not been read. What the socket does not take is kept: the guest may start over and use the memory for
-    /// something else, while the server waits for the rest.
+    /// Sends a request: its head, and what of the chain has not been read. What the socket does not take is kept: the
+    /// guest may start over and use the memory for something else, while the server waits for the rest.
     fn send(&mut self, head: &mut [u8], chain: &mut Chain) -> Result<(), Lost> {
         let Some(server) = &self.server else { return Ok(()) };
         self.pieces.clear();
