@@ -252,11 +252,12 @@ fn podman_runs_a_container_in_a_guest() {
     let user = User::new();
     let script = "tar -C /srv/container -c . | podman import -q - inner > /dev/null\n\
         podman run --rm --memory 64m --pids-limit 50 --hostname box inner sh -c '\n\
-            hostname; id -u; cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/pids.max\n\
-            ping -c 1 10.88.0.1 > /dev/null && echo network'";
+            hostname; id -u; cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/pids.max'\n\
+        podman run -d -p 8080:80 inner sh -c 'echo published > /page && exec httpd -f -p 80 -h /' > /dev/null\n\
+        podman run --rm inner sh -c 'until wget -q -O - http://10.88.0.1:8080/page; do :; done'";
     let options = ["-v", "data:/var/lib/containers"];
     let outcome = run(program(&user, &options, "podman").args(["sh", "-ec", script]));
-    assert_eq!(outcome.expect_status(0).stdout, "box\n0\n67108864\n50\nnetwork\n", "{outcome}");
+    assert_eq!(outcome.expect_status(0).stdout, "box\n0\n67108864\n50\npublished\n", "{outcome}");
 }
 
 #[test]

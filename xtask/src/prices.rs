@@ -2,7 +2,7 @@
 //! without it.
 
 use crate::build_image::{self, Arguments as ImageArguments};
-use crate::{cargo, kernel, lab};
+use crate::{bench, cargo, kernel, lab};
 use anyhow::{Context, Result, ensure};
 use guest_kernel_config::{DEFAULT, Fragment, OPTIONAL, Origin, compose, shipped_named};
 use kindling::config::image::Image;
@@ -15,6 +15,8 @@ use std::path::{Path, PathBuf};
 const REQUIRED: [&str; 3] = ["base", "kvm-guest", "console"];
 /// MiB of the guest whose memory is measured.
 const GUEST_MIB: u64 = 128;
+/// How often a start is measured: what counts is the median.
+const STARTS: u32 = 5;
 
 /// Default fragments that cannot be in a kernel without this one.
 fn dependents(name: &str) -> &'static [&'static str] {
@@ -102,15 +104,33 @@ struct Measured {
     kernel_bytes: i64,
     /// Bytes of guest memory that are not free when the payload starts.
     memory_bytes: i64,
+    /// The same for `kindling run`, whose guests start from the pre-booted kernel; none where no program runs.
+    start: Option<Start>,
+}
+
+/// What was measured of starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Start {
+    /// Nanoseconds of a `kindling run`.
+    ns: i64,
+    /// Faults on guest memory meanwhile.
+    faults: i64,
+    /// Bytes of memory of a guest that waits, its monitor included.
+    idle_bytes: i64,
 }
 
 impl Measured {
     /// What the second costs more than the first.
-    const fn price(from: Self, to: Self) -> Self {
+    fn price(from: Self, to: Self) -> Self {
         Self {
             boot_ns: to.boot_ns - from.boot_ns,
             kernel_bytes: to.kernel_bytes - from.kernel_bytes,
             memory_bytes: to.memory_bytes - from.memory_bytes,
+            start: from.start.zip(to.start).map(|(from, to)| Start {
+                ns: to.ns - from.ns,
+                faults: to.faults - from.faults,
+                idle_bytes: to.idle_bytes - from.idle_bytes,
+            }),
         }
     }
 }
@@ -154,7 +174,7 @@ fn build(variant: &Variant, source: &kernel::Source, directory: &Path) -> Result
     Ok(())
 }
 
-/// Boots each kernel twice: to init, and to a payload that prints the guest's memory.
+/// Boots each kernel twice, to init, and to a payload that prints the guest's memory, and starts programs from it.
 fn measure(variants: &[Variant], place: &Path) -> Result<Vec<Measured>> {
     let busybox = place.join("busybox.cpio");
     let root = tempfile::tempdir()?;
@@ -194,10 +214,13 @@ fn measure(variants: &[Variant], place: &Path) -> Result<Vec<Measured>> {
     };
     let status = job.run()?;
     ensure!(status == 0, "a kernel of the list did not boot (status {status}); its output is above");
-    variants.iter().map(|variant| read(place, variant.name())).collect()
+    let images = variants.iter().map(|variant| (variant.name().to_owned(), place.join(variant.name())));
+    let starts = bench::starts(images.collect(), STARTS)?;
+    let starts = variants.iter().zip(starts);
+    starts.map(|(variant, start)| read(place, variant.name(), start)).collect()
 }
 
-fn read(place: &Path, name: &str) -> Result<Measured> {
+fn read(place: &Path, name: &str, start: Option<bench::Start>) -> Result<Measured> {
     let report: serde_json::Value = serde_json::from_slice(&fs::read(place.join(format!("{name}.json")))?)?;
     let steps = report["steps"].as_array().context("a report without steps")?;
     let init = guest_protocol::BootMark::InitEntered.name();
@@ -209,6 +232,11 @@ fn read(place: &Path, name: &str) -> Result<Measured> {
         boot_ns: step["ns"].as_i64().context("a step without a time")?,
         kernel_bytes: i64::try_from(image.kernel.size)?,
         memory_bytes: i64::try_from(GUEST_MIB * 1024)? * 1024 - free * 1024,
+        start: start.map(|start| Start {
+            ns: start.ns.cast_signed(),
+            faults: start.faults.cast_signed(),
+            idle_bytes: start.idle_bytes.cast_signed(),
+        }),
     })
 }
 
@@ -221,7 +249,8 @@ pub(crate) fn free_kib(meminfo: &str) -> Option<i64> {
 #[expect(clippy::cast_precision_loss, reason = "for display")]
 fn table(variants: &[Variant], measured: &[Measured]) -> String {
     let mut text = String::from(
-        "| fragment | boot, ms | vmlinux, KiB | guest memory at init, KiB | |\n|---|---:|---:|---:|---|\n",
+        "| fragment | boot, ms | vmlinux, KiB | guest memory at init, KiB | start, ms | faults | idle guest, KiB | |\n\
+         |---|---:|---:|---:|---:|---:|---:|---|\n",
     );
     let base = measured[0];
     for (variant, kernel) in variants.iter().zip(measured) {
@@ -241,13 +270,17 @@ fn table(variants: &[Variant], measured: &[Measured]) -> String {
         let number = |value: f64, digits: usize| {
             if sign.is_empty() { format!("{value:.digits$}") } else { format!("{value:+.digits$}") }
         };
+        let of_start = |show: &dyn Fn(Start) -> String| price.start.map_or_else(|| "–".to_owned(), show);
         let _ = writeln!(
             text,
-            "| {} | {} | {} | {} | {note} |",
+            "| {} | {} | {} | {} | {} | {} | {} | {note} |",
             variant.name(),
             number(price.boot_ns as f64 / 1e6, 2),
             number(price.kernel_bytes as f64 / 1024.0, 0),
             number(price.memory_bytes as f64 / 1024.0, 0),
+            of_start(&|start| number(start.ns as f64 / 1e6, 2)),
+            of_start(&|start| number(start.faults as f64, 0)),
+            of_start(&|start| number(start.idle_bytes as f64 / 1024.0, 0)),
         );
     }
     text
@@ -301,7 +334,16 @@ mod tests {
 
     #[test]
     fn prices_are_differences() {
-        let kernel = |boot_ns, kernel_bytes, memory_bytes| Measured { boot_ns, kernel_bytes, memory_bytes };
+        let kernel = |boot_ns, kernel_bytes, memory_bytes| Measured {
+            boot_ns,
+            kernel_bytes,
+            memory_bytes,
+            start: (kernel_bytes != 2048).then_some(Start {
+                ns: boot_ns * 2,
+                faults: boot_ns / 1_000_000,
+                idle_bytes: memory_bytes * 2,
+            }),
+        };
         let variants = [
             Variant { fragment: None, parts: Vec::new() },
             Variant { fragment: Some("net"), parts: Vec::new() },
@@ -313,9 +355,9 @@ mod tests {
             kernel(11_000_000, 2048, 1 << 20),
         ];
         let text = table(&variants, &measured);
-        assert!(text.contains("| default | 10.00 | 4 | 1024 | the whole default kernel |"), "{text}");
-        assert!(text.contains("| net | +1.50 | +1 | +512 | with what needs it: ipv6 |"), "{text}");
-        assert!(text.contains("| debug | +1.00 | -2 | +0 | optional |"), "{text}");
+        assert!(text.contains("| default | 10.00 | 4 | 1024 | 20.00 | 10 | 2048 | the whole default kernel |"), "{text}");
+        assert!(text.contains("| net | +1.50 | +1 | +512 | +3.00 | +2 | +1024 | with what needs it: ipv6 |"), "{text}");
+        assert!(text.contains("| debug | +1.00 | -2 | +0 | – | – | – | optional |"), "{text}");
     }
 
     #[test]

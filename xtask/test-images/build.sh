@@ -104,7 +104,7 @@ bundle podman podman crun netavark iptables bubblewrap
 tree=$work/podman/rootfs
 mkdir -p "$tree/srv/container/bin"
 cp "$busybox" "$tree/srv/container/bin/busybox"
-for applet in cat hostname id ping sh; do
+for applet in cat echo hostname httpd id sh wget; do
     ln -s busybox "$tree/srv/container/bin/$applet"
 done
 # There is no systemd in the guest.

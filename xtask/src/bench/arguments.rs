@@ -122,6 +122,22 @@ impl Arguments {
 }
 
 impl Request {
+    /// Starts from the kernels of some images, in the exact lab.
+    pub(super) fn of_starts(images: Vec<(String, PathBuf)>, runs: u32) -> Self {
+        Self {
+            exact: true,
+            scenario: Scenario::Start,
+            runs,
+            memory: vec![128],
+            vcpus: vec![1],
+            vmms: Vec::new(),
+            images,
+            kernel: None,
+            json: None,
+            svg: None,
+        }
+    }
+
     /// The sizes of guests, those with equally many vCPUs together.
     pub(super) fn cases(&self) -> impl Iterator<Item = Vec<Case>> {
         self.vcpus

@@ -48,21 +48,7 @@ const QEMU: &str = "/usr/bin/qemu-system-x86_64";
 pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let request = arguments.check()?;
     let host = Host::choose(request.exact, true);
-    debian::ensure_lab_tools()?;
-    let guest = guest(&request)?;
-    let vmms = vmms(&request, guest.image.is_some())?;
-    let folder = tempfile::tempdir()?;
-    let images = match request.scenario {
-        Scenario::Run => Some(run::Images::make(folder.path())?.with_console(folder.path())?),
-        Scenario::Start => Some(run::Images::make(folder.path())?),
-        Scenario::Boot | Scenario::Io => None,
-    };
-    let (scenario, runs) = (request.scenario, request.runs);
-    let plan = Plan { scenario, vmms, guest, images, cases: request.cases().flatten().collect(), runs };
-    let outcome = match host {
-        Host::Hardware => measure::measure(&plan)?,
-        Host::Lab => in_labs(&request, &plan)?,
-    };
+    let outcome = outcome(&request, host)?;
     let report = Report {
         scenario: request.scenario,
         host: HostDescription {
@@ -87,13 +73,69 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     Ok(u8::from(!report.failures.is_empty()))
 }
 
+/// Measures what was asked for.
+fn outcome(request: &Request, host: Host) -> Result<Outcome> {
+    debian::ensure_lab_tools()?;
+    let folder = tempfile::tempdir()?;
+    let (scenario, runs) = (request.scenario, request.runs);
+    let (guest, vmms) = match scenario {
+        Scenario::Start => images(request)?,
+        _ => {
+            let guest = guest(request)?;
+            let vmms = vmms(request, guest.image.is_some())?;
+            (guest, vmms)
+        }
+    };
+    let images = match scenario {
+        Scenario::Run => Some(run::Images::make(folder.path())?.with_console(folder.path())?),
+        Scenario::Start => Some(run::Images::make(folder.path())?),
+        Scenario::Boot | Scenario::Io => None,
+    };
+    let plan = Plan { scenario, vmms, guest, images, cases: request.cases().flatten().collect(), runs };
+    match host {
+        Host::Hardware => measure::measure(&plan),
+        Host::Lab => in_labs(request, &plan),
+    }
+}
+
+/// What a program costs that starts from a pre-booted kernel: medians of `runs` in the exact lab.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Start {
+    /// Nanoseconds of a whole `kindling run`.
+    pub(crate) ns: u64,
+    /// Faults on guest memory meanwhile.
+    pub(crate) faults: u64,
+    /// Bytes of a guest that waits, its monitor included.
+    pub(crate) idle_bytes: u64,
+}
+
+/// What starts cost from the kernels of these images, which have names; in their order, and none for a kernel with
+/// which no program runs, which is said.
+///
+/// # Errors
+/// When nothing can be measured.
+pub(crate) fn starts(images: Vec<(String, PathBuf)>, runs: u32) -> Result<Vec<Option<Start>>> {
+    let request = Request::of_starts(images, runs);
+    let outcome = outcome(&request, Host::Lab)?;
+    for failure in &outcome.failures {
+        eprintln!("no program starts with the kernel {}: {}", failure.vmm, failure.what);
+    }
+    let rows = statistics::rows(request.scenario, &outcome.samples);
+    let start = |name: &str| {
+        let value = |metric| Some(rows.iter().find(|row| row.vmm == name && row.metric == metric)?.median);
+        Some(Start {
+            ns: value(Metric::RunBusybox)?,
+            faults: value(Metric::RunFaults)?,
+            idle_bytes: value(Metric::IdleMemory)?,
+        })
+    };
+    Ok(request.images.iter().map(|(name, _)| start(name)).collect())
+}
+
 /// The monitors: ours, which boots and, with an image, continues from a boot; QEMU's; those that the user
 /// named.
 fn vmms(request: &Request, has_image: bool) -> Result<Vec<Vmm>> {
     let ours = cargo::release_binary("kindling", "kindling")?;
-    if request.scenario == Scenario::Start {
-        return images(request, &ours);
-    }
     let always = [
         (arguments::OURS, Kind::Kindling, ours.clone()),
         (arguments::PREBOOTED, Kind::Prebooted, ours),
@@ -106,27 +148,32 @@ fn vmms(request: &Request, has_image: bool) -> Result<Vec<Vmm>> {
     Ok(always.into_iter().chain(request.vmms.iter().cloned()).collect())
 }
 
-/// Our monitor once for each image whose kernel programs start from.
-fn images(request: &Request, ours: &Path) -> Result<Vec<Vmm>> {
+/// Our monitor once for each image whose kernel programs start from, and what the first of them boots.
+fn images(request: &Request) -> Result<(Guest, Vec<Vmm>)> {
+    let ours = cargo::release_binary("kindling", "kindling")?;
     let mut images = request.images.clone();
     if images.is_empty() {
         images.push(("run".to_owned(), run_image()?));
     }
-    let vmm = |(name, image)| Vmm { name, kind: Kind::Kindling, path: ours.to_owned(), image: Some(image) };
-    Ok(images.into_iter().map(vmm).collect())
+    let guest = guest_of(images[0].1.clone());
+    let vmm = |(name, image)| Vmm { name, kind: Kind::Kindling, path: ours.clone(), image: Some(image) };
+    Ok((guest, images.into_iter().map(vmm).collect()))
 }
 
 /// What guests boot.
 fn guest(request: &Request) -> Result<Guest> {
-    let image = match request.scenario {
-        Scenario::Run | Scenario::Start => run_image()?,
+    let guest = guest_of(match request.scenario {
+        Scenario::Run => run_image()?,
         scenario => image(scenario == Scenario::Io)?,
-    };
-    let initrd = image.join("initramfs.cpio");
+    });
     Ok(match &request.kernel {
-        Some(kernel) => Guest { kernel: kernel.clone(), initrd, image: None },
-        None => Guest { kernel: image.join("vmlinux"), initrd, image: Some(image) },
+        Some(kernel) => Guest { kernel: kernel.clone(), image: None, ..guest },
+        None => guest,
     })
+}
+
+fn guest_of(image: PathBuf) -> Guest {
+    Guest { kernel: image.join("vmlinux"), initrd: image.join("initramfs.cpio"), image: Some(image) }
 }
 
 /// The default image with the payload in its root filesystem, or with the one that uses devices as well.
