@@ -316,7 +316,7 @@ fn vmm_kib(guest: &Guest) -> u64 {
 
 #[test]
 fn memory_stays_where_it_is() {
-    const SIZE: u64 = 300 * MIB;
+    const SIZE: u64 = 64 * MIB;
     // Where its kernel was booted before, a part of the guest's memory is a mapping of that file.
     let guest = Guest::start(&["--memory", "1024", "--cold"]);
     let mut file = fs::File::create(guest.here("large")).unwrap();

@@ -27,10 +27,10 @@ fn cpu_time(started: &Started) -> u64 {
     fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
 }
 
-/// Lets the guest use half a second of processor time.
+/// Lets the guest use a fifth of a second of processor time.
 fn let_it_run(started: &Started) {
     let start = cpu_time(started);
-    let ticks = 50;
+    let ticks = 20;
     while cpu_time(started) < start + ticks {
         std::thread::yield_now();
     }
