@@ -17,6 +17,7 @@ fuzz_target!(|bytes: &[u8]| {
         path_on_host: file.path().into(),
         root_device: false,
         read_only: false,
+        rate_limiter: None,
     };
     Driver::new(Pmem::open(&config, GuestAddress(4 << 30)).unwrap()).misbehave(bytes);
 });
