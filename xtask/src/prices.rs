@@ -355,8 +355,14 @@ mod tests {
             kernel(11_000_000, 2048, 1 << 20),
         ];
         let text = table(&variants, &measured);
-        assert!(text.contains("| default | 10.00 | 4 | 1024 | 20.00 | 10 | 2048 | the whole default kernel |"), "{text}");
-        assert!(text.contains("| net | +1.50 | +1 | +512 | +3.00 | +2 | +1024 | with what needs it: ipv6 |"), "{text}");
+        assert!(
+            text.contains("| default | 10.00 | 4 | 1024 | 20.00 | 10 | 2048 | the whole default kernel |"),
+            "{text}"
+        );
+        assert!(
+            text.contains("| net | +1.50 | +1 | +512 | +3.00 | +2 | +1024 | with what needs it: ipv6 |"),
+            "{text}"
+        );
         assert!(text.contains("| debug | +1.00 | -2 | +0 | – | – | – | optional |"), "{text}");
     }
 

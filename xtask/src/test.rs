@@ -271,11 +271,7 @@ fn lay_out_testbed() -> Result<PathBuf> {
         out: Some(images.join("busybox")),
         ..Image::default()
     })?;
-    build_image::build(&Image {
-        profile: Profile::Run,
-        out: Some(images.join("run")),
-        ..Image::default()
-    })?;
+    build_image::build(&Image { profile: Profile::Run, out: Some(images.join("run")), ..Image::default() })?;
     build_image::build(&Image {
         profile: Profile::Run,
         name: Some("pmem".to_owned()),

@@ -193,7 +193,9 @@ fn named_images(options: &[String]) -> Result<Vec<(String, PathBuf)>> {
             bail!("--image {option}: there is a row {name} already; choose another name");
         }
         if !Path::new(path).join(DESCRIPTION).is_file() {
-            bail!("--image {option}: there is no {DESCRIPTION} in {path}; `cargo xtask build-image` makes images");
+            bail!(
+                "--image {option}: there is no {DESCRIPTION} in {path}; `cargo xtask build-image` makes images"
+            );
         }
         images.push((name.to_owned(), std::path::absolute(path)?));
     }
@@ -297,7 +299,10 @@ mod tests {
             (vec!["--scenario", "start", "--vmm", "a=/bin/sh"], "--scenario start: ".to_owned()),
             (vec!["--image", "a=/"], "only --scenario start compares images".to_owned()),
             (vec!["--scenario", "start", "--image", "a"], "--image a: not of the form NAME=PATH".to_owned()),
-            (vec!["--scenario", "start", "--image", "a=/"], "--image a=/: there is no image.json in /".to_owned()),
+            (
+                vec!["--scenario", "start", "--image", "a=/"],
+                "--image a=/: there is no image.json in /".to_owned(),
+            ),
             (vec!["--svg", "x", "--json", "x"], "--json and --svg name the same file".to_owned()),
         ] {
             let error = check(&words).unwrap_err();
