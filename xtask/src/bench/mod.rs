@@ -39,7 +39,7 @@ use vmms::{Guest, Kind, Vmm};
 
 /// MiB that the lab itself needs beside the guest: its initramfs has QEMU with its libraries.
 const LAB_OVERHEAD_MIB: u64 = 1024;
-/// How long the measuring may say nothing: while a monitor runs, it prints a line each second of the lab's clock.
+/// How long the measuring may say nothing: while a monitor runs, it prints a line every five seconds of the lab's clock.
 const SILENCE: Duration = Duration::from_secs(60);
 /// Where QEMU is, in Debian and so in the lab.
 const QEMU: &str = "/usr/bin/qemu-system-x86_64";
