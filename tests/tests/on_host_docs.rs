@@ -111,7 +111,8 @@ fn sizes_are_those_of_the_files() {
     expect_figure("README.md", " KiB kernel, ", " KiB root filesystem", root / kib);
 }
 
-/// The exact lab's times in the documents are within 10 % of the budget, as the boots are (`exact_boot`).
+/// The exact lab's times in the documents are those of the budget. The budget's guest greets, which the one of the
+/// documents does not: its process ends up to 20 % later.
 #[test]
 fn times_are_those_of_the_budget() {
     let budget = std::fs::read_to_string(root().join("tests/boot-budget.json")).unwrap();
@@ -134,7 +135,7 @@ fn times_are_those_of_the_budget() {
             for (name, written) in [("README.md", cell.trim_end_matches(" ms")), ("docs/bench.md", measured)]
             {
                 let written: f64 = written.parse().unwrap();
-                let is_current = written <= budget * 1.02 && budget <= written * 1.15;
+                let is_current = written <= budget * 1.02 && budget <= written * 1.2;
                 assert!(
                     is_current,
                     "{name}: {monitor}{row} {written} ms; {budget} in tests/boot-budget.json"
