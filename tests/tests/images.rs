@@ -57,6 +57,24 @@ fn a_python_script_comes_from_stdin_and_its_traceback_goes_to_stderr() {
     );
 }
 
+/// What the README shows is what happens.
+#[test]
+fn the_session_in_the_readme_is_a_real_one() {
+    const README: &str = include_str!("../../README.md");
+    const COMMAND: &str = " | kindling run ./images:python";
+    let (user, mut runs) = (User::new(), 0);
+    let block = README.split("```text\n").find(|block| block.contains(COMMAND)).unwrap();
+    let session = block.split("```").next().unwrap();
+    for shown in session.split("$ echo '").skip(1) {
+        let (script, rest) = shown.split_once('\'').unwrap();
+        let expected = rest.strip_prefix(COMMAND).unwrap().strip_prefix('\n').unwrap();
+        let outcome = from_stdin(&mut program(&user, &[], "python"), script);
+        assert_eq!(outcome.stdout.clone() + &outcome.stderr, expected, "{outcome}");
+        runs += 1;
+    }
+    assert_eq!(runs, 2);
+}
+
 #[test]
 fn python_has_threads_processes_and_names() {
     let script = r#"

@@ -75,7 +75,7 @@ enum Command {
     /// Lists the VMM's functions that a boot executes, for the linker: vmm/boot-code.ld
     BootCode(boot_code::Arguments),
     /// Writes the output of the commands that README and docs show into them
-    Transcripts,
+    Transcripts(transcripts::Arguments),
     /// Removes the cache and says what that frees
     Clean(clean::Arguments),
     /// The part of `bench` that runs beside the monitors
@@ -102,7 +102,7 @@ fn main() -> ExitCode {
         Command::BuildImage(arguments) => build_image::run(&arguments),
         Command::KernelConfig(arguments) => kernel_config::run(&arguments),
         Command::RootPrices(arguments) => root_prices::run(&arguments),
-        Command::Transcripts => transcripts::run(),
+        Command::Transcripts(arguments) => transcripts::run(&arguments),
         Command::Lab(arguments) => lab::run(&arguments),
         Command::Clean(arguments) => clean::run(&arguments),
         Command::Profile(arguments) => profile::run(&arguments),

@@ -1,29 +1,61 @@
 //! `cargo xtask transcripts`: runs the commands whose output README and docs show, and writes it there.
 //!
-//! A transcript is a fenced block behind a comment that names its command: `<!-- transcript: cargo xtask run -->`.
+//! Such output is a fenced block behind a comment that names its command: `<!-- transcript: cargo xtask run -->` where
+//! the block has the command and what it prints to both of its streams, as at a terminal, and
+//! `<!-- output: cargo xtask bench ... -->` where the block has what it prints to standard output.
 
 use crate::host::workspace;
 use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
 use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-const MARK: &str = "<!-- transcript: ";
+#[derive(Args, Debug)]
+pub(crate) struct Arguments {
+    /// Only commands that contain this; all of them take an hour
+    filter: Option<String>,
+}
+
+/// How a comment begins that names a command, by what of it the block shows.
+const MARKS: [(&str, Shown); 2] =
+    [("<!-- transcript: ", Shown::Transcript), ("<!-- output: ", Shown::Output)];
 const MARK_END: &str = " -->\n";
 const FENCE: &str = "```text\n";
 const FENCE_END: &str = "\n```";
+/// Stands in a command for the place of another monitor.
+const FIRECRACKER: &str = "firecracker=PATH";
 
-/// Replaces every transcript, and says which files changed.
-pub(crate) fn run() -> Result<u8> {
+/// What of a command a block shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Shown {
+    /// The command, and both of its streams.
+    Transcript,
+    /// Its standard output.
+    Output,
+}
+
+/// Replaces every block whose command was asked for, and says which files changed.
+pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
+    let filter = arguments.filter.as_deref().unwrap_or_default();
+    let mut found = false;
     for file in documents()? {
         let text = fs::read_to_string(&file)?;
-        let new = replaced(&text, output_of).with_context(|| format!("{}", file.display()))?;
+        let output = |command: &str, shown| {
+            if !command.contains(filter) {
+                return Ok(None);
+            }
+            found = true;
+            output_of(command, shown)
+        };
+        let new = replaced(&text, output).with_context(|| format!("{}", file.display()))?;
         if new != text {
             fs::write(&file, new).with_context(|| format!("cannot write {}", file.display()))?;
             println!("{}", file.display());
         }
     }
+    ensure!(found, "no command of README and docs contains {filter:?}");
     Ok(0)
 }
 
@@ -37,32 +69,59 @@ fn documents() -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// The text with the output of each transcript's command in its block.
-fn replaced(text: &str, mut output_of: impl FnMut(&str) -> Result<String>) -> Result<String> {
-    let mut parts = text.split(MARK);
-    let mut new = parts.next().unwrap_or_default().to_owned();
-    for part in parts {
-        let (command, rest) = part.split_once(MARK_END).context("a transcript's comment has no end")?;
-        let block = rest.strip_prefix(FENCE).with_context(|| format!("no block follows {command}"))?;
-        let (_, rest) = block.split_once(FENCE_END).with_context(|| format!("no block follows {command}"))?;
-        let output = output_of(command)?;
-        new +=
-            &format!("{MARK}{command}{MARK_END}{FENCE}$ {command}\n{}{FENCE_END}{rest}", output.trim_end());
+/// The text with the output of each command in its block. A command without output leaves its block as it is.
+fn replaced(text: &str, mut output_of: impl FnMut(&str, Shown) -> Result<Option<String>>) -> Result<String> {
+    let (mut new, mut rest) = (String::new(), text);
+    while let Some((at, mark, shown)) = next_mark(rest) {
+        let (before, part) = rest.split_at(at + mark.len());
+        let (command, part) = part.split_once(MARK_END).context("the comment of an output has no end")?;
+        let no_block = || format!("no block follows {command}");
+        let block = part.strip_prefix(FENCE).with_context(no_block)?;
+        let (old, after) = block.split_once(FENCE_END).with_context(no_block)?;
+        let content = match output_of(command, shown)? {
+            None => old.to_owned(),
+            Some(output) if shown == Shown::Transcript => format!("$ {command}\n{}", output.trim_end()),
+            Some(output) => output.trim_matches('\n').to_owned(),
+        };
+        new += &[before, command, MARK_END, FENCE, &content, FENCE_END].concat();
+        rest = after;
     }
-    Ok(new)
+    Ok(new + rest)
 }
 
-/// What a command prints to both of its streams. Paths of this workspace are shown from its root.
-fn output_of(command: &str) -> Result<String> {
-    let words: Vec<&str> = command.split_whitespace().collect();
-    let ["cargo", "xtask", arguments @ ..] = &words[..] else {
-        bail!("{command} is no command of cargo xtask")
-    };
+/// Where the next comment begins that names a command, and how.
+fn next_mark(text: &str) -> Option<(usize, &'static str, Shown)> {
+    MARKS
+        .into_iter()
+        .filter_map(|(mark, shown)| Some((text.find(mark)?, mark, shown)))
+        .min_by_key(|(at, ..)| *at)
+}
+
+/// What a command prints; none where this machine lacks what it compares with. Paths of this workspace are shown from
+/// its root.
+fn output_of(command: &str, shown: Shown) -> Result<Option<String>> {
+    let mut words: Vec<String> = command.split_whitespace().map(str::to_owned).collect();
+    if words.len() < 3 || words[..2] != ["cargo", "xtask"] {
+        bail!("{command} is no command of cargo xtask");
+    }
+    if let Some(word) = words.iter_mut().find(|word| *word == FIRECRACKER) {
+        let folders = std::env::var_os("PATH").unwrap_or_default();
+        let mut places = std::env::split_paths(&folders).map(|folder| folder.join("firecracker"));
+        let Some(place) = places.find(|place| place.is_file()) else {
+            println!("no firecracker in PATH, not run: {command}");
+            return Ok(None);
+        };
+        *word = format!("firecracker={}", place.display());
+    }
     println!("$ {command}");
     let (mut output, write) = std::io::pipe()?;
     let mut child = Command::new(std::env::current_exe()?);
-    child.args(arguments).current_dir(workspace());
-    child.stdin(Stdio::null()).stdout(write.try_clone()?).stderr(write);
+    child.args(&words[2..]).current_dir(workspace()).stdin(Stdio::null()).stdout(write.try_clone()?);
+    if shown == Shown::Transcript {
+        child.stderr(write);
+    } else {
+        drop(write);
+    }
     let mut process = child.spawn().with_context(|| format!("cannot start {command}"))?;
     // It holds the other end of the pipe, which has to be closed for the output to end.
     drop(child);
@@ -70,7 +129,7 @@ fn output_of(command: &str) -> Result<String> {
     output.read_to_string(&mut text).with_context(|| format!("cannot read the output of {command}"))?;
     let status = process.wait()?;
     ensure!(status.success(), "{command} ended with {status}:\n{text}");
-    Ok(without(&text, &workspace()))
+    Ok(Some(without(&text, &workspace())))
 }
 
 /// A text in which paths below a folder are relative to it.
@@ -84,26 +143,32 @@ mod tests {
 
     #[test]
     fn each_block_gets_the_output_of_its_command() {
-        let text = "a\n<!-- transcript: cargo xtask x -->\n```text\n$ old\nold\n```\nb\n```text\nc\n```\n";
-        let new = replaced(text, |command| Ok(format!("new of {command}\n\n"))).unwrap();
-        let expected = "a\n<!-- transcript: cargo xtask x -->\n```text\n$ cargo xtask x\nnew of cargo xtask x\n```\nb\n```text\nc\n```\n";
-        assert_eq!(new, expected);
+        let text = "a\n<!-- transcript: cargo xtask x -->\n```text\n$ old\nold\n```\nb\n```text\nc\n```\n\
+                    <!-- output: cargo xtask y -->\n```text\nold\n```\n\
+                    <!-- output: cargo xtask z -->\n```text\nkept\n```\nd\n";
+        let new = replaced(text, |command, _| {
+            Ok((!command.ends_with('z')).then(|| format!("\nnew of {command}\n\n")))
+        });
+        let expected = "a\n<!-- transcript: cargo xtask x -->\n```text\n$ cargo xtask x\n\nnew of cargo xtask x\n```\nb\n\
+                        ```text\nc\n```\n<!-- output: cargo xtask y -->\n```text\nnew of cargo xtask y\n```\n\
+                        <!-- output: cargo xtask z -->\n```text\nkept\n```\nd\n";
+        assert_eq!(new.unwrap(), expected);
         // A command that fails leaves everything as it was.
-        assert!(replaced(text, |_| bail!("no")).is_err());
+        assert!(replaced(text, |_, _| bail!("no")).is_err());
     }
 
     #[test]
     fn a_comment_without_a_block_is_named() {
         for text in
-            ["<!-- transcript: x", "<!-- transcript: x -->\ntext", "<!-- transcript: x -->\n```text\nno end"]
+            ["<!-- transcript: x", "<!-- output: x -->\ntext", "<!-- transcript: x -->\n```text\nno end"]
         {
-            assert!(replaced(text, |_| Ok(String::new())).is_err(), "{text}");
+            assert!(replaced(text, |_, _| Ok(Some(String::new()))).is_err(), "{text}");
         }
     }
 
     #[test]
     fn only_the_projects_own_commands_are_run() {
-        assert!(output_of("rm -rf x").is_err());
+        assert!(output_of("rm -rf x", Shown::Output).is_err());
     }
 
     #[test]
