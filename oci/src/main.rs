@@ -45,7 +45,7 @@ enum Command {
 
 #[derive(Debug, clap::Args)]
 struct Kept {
-    /// Where converted images are kept [default: $XDG_CACHE_HOME/kindling]
+    /// Where converted images are kept [default: $KINDLING_CACHE, or $XDG_CACHE_HOME/kindling]
     #[arg(long, value_name = "DIR")]
     cache: Option<PathBuf>,
 }
@@ -62,7 +62,7 @@ struct Prepare {
     /// When to ask the registry: where the image has not been pulled before, each time, or not at all
     #[arg(long, value_enum, default_value = "missing", value_name = "WHEN")]
     pull: When,
-    /// Where converted images are kept [default: $XDG_CACHE_HOME/kindling]
+    /// Where converted images are kept [default: $KINDLING_CACHE, or $XDG_CACHE_HOME/kindling]
     #[arg(long, value_name = "DIR")]
     cache: Option<PathBuf>,
     /// Look up this user in place of the image's: NAME or UID, with or without :GROUP

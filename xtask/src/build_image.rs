@@ -49,7 +49,8 @@ pub(crate) struct Arguments {
     /// Name of the image [default: default, or run with --profile run]
     #[arg(long)]
     pub(crate) name: Option<String>,
-    /// Kernel configuration to add: a file, or the name of an optional fragment (docs/kernel-prices.md has the list);
+    /// Kernel configuration to add: a file, or the name of an optional fragment: pmem, uniprocessor, sysfs,
+    /// container, netfilter, hardening, mitigations, paravirt-spinlocks, debug;
     /// may be repeated
     #[arg(long, value_name = "FILE|NAME")]
     pub(crate) config_fragment: Vec<PathBuf>,

@@ -30,7 +30,7 @@ pub(crate) struct Arguments {
     /// Accepted and without effect: the command always has this command's input
     #[arg(long, short = 'i')]
     pub(crate) interactive: bool,
-    /// Leave the guest to itself when it is ready, and print its name; `kindling logs` has its output
+    /// Print the name of the guest when its program has been executed, and leave it running; `kindling logs` has its output
     #[arg(long, short = 'd')]
     pub(crate) detach: bool,
     /// This process is the one that stays with a detached guest
@@ -63,7 +63,7 @@ pub(crate) struct Arguments {
     /// A volume of this name, or a folder of the host, at a path of the guest; :ro only reads; may be repeated
     #[arg(long, short = 'v', value_name = "SOURCE:GUEST[:ro]")]
     pub(crate) volume: Vec<OsString>,
-    /// Programs only read the root filesystem; they write to volumes, /dev/shm, /run, /tmp and /var/tmp
+    /// Programs only read the root filesystem; they write to volumes, shared folders, /dev/shm, /run, /tmp and /var/tmp
     #[arg(long)]
     pub(crate) read_only: bool,
     /// When to ask a registry for an image

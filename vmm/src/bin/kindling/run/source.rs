@@ -13,7 +13,7 @@ use trusted_path::Owners;
 pub(crate) enum SourceError {
     /// No kernel.
     #[error(
-        "there is no kernel to run it on: set KINDLING_IMAGE to a folder that `cargo xtask build-image` made"
+        "there is no kernel to run it on: set KINDLING_IMAGE to a folder that `cargo xtask build-image --profile run` made"
     )]
     NoKernel,
     /// Another image or another name mends it. The program that converts images has said what.
@@ -21,7 +21,7 @@ pub(crate) enum SourceError {
     Refused(String),
     /// No kernel where the user says.
     #[error(
-        "KINDLING_IMAGE is {}, where there is no image.json: name a folder that `cargo xtask build-image` made",
+        "KINDLING_IMAGE is {}, where there is no image.json: name a folder that `cargo xtask build-image --profile run` made",
         .0.display()
     )]
     NoKernelAt(PathBuf),
