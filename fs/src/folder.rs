@@ -8,7 +8,7 @@
 mod locks;
 mod requests;
 
-pub(crate) use locks::LockRequest;
+pub(crate) use locks::{LockFile, LockRequest};
 
 use crate::attributes::Owner;
 use crate::inodes::{Inode, Inodes};

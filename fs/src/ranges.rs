@@ -54,6 +54,10 @@ impl Ranges {
         self.0.is_empty()
     }
 
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Range> {
+        self.0.iter()
+    }
+
     /// Whether a byte is in one.
     pub(crate) fn contain(&self, byte: u64) -> bool {
         self.0.iter().any(|range| (range.start..=range.end).contains(&byte))

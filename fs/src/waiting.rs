@@ -3,7 +3,7 @@
 //! The host's kernel tells nobody but a thread that waits when a lock is free. So a lock is tried for again: after each
 //! request, because the guest itself may have given it back, and from time to time, because another process may have.
 
-use crate::folder::{Folder, LockRequest};
+use crate::folder::{Folder, LockFile, LockRequest};
 use rustix::event::Timespec;
 use std::io;
 
@@ -19,7 +19,7 @@ pub(crate) type Unique = u64;
 /// The requests that wait, the oldest first.
 #[derive(Debug)]
 pub(crate) struct Waiting {
-    requests: Vec<(Unique, LockRequest)>,
+    requests: Vec<(Unique, LockRequest, Option<LockFile>)>,
     pause: i64,
 }
 
@@ -39,14 +39,15 @@ impl Waiting {
         unique: Unique,
         request: LockRequest,
     ) -> Option<io::Result<()>> {
-        match folder.try_lock(&request) {
+        let mut spare = None;
+        match folder.try_lock(&request, &mut spare) {
             Err(error) if is_held(&error) => {}
             result => return Some(result),
         }
         if self.requests.len() == WAITING_MAX {
             return Some(Err(io::Error::from_raw_os_error(libc::ENOLCK)));
         }
-        self.requests.push((unique, request));
+        self.requests.push((unique, request, spare));
         self.pause = FIRST_PAUSE;
         None
     }
@@ -54,7 +55,7 @@ impl Waiting {
     /// Tries for each lock again; the answers.
     pub(crate) fn retry(&mut self, folder: &Folder) -> Vec<(Unique, io::Result<()>)> {
         let mut answers = Vec::new();
-        self.requests.retain(|(unique, request)| match folder.try_lock(request) {
+        self.requests.retain_mut(|(unique, request, spare)| match folder.try_lock(request, spare) {
             Err(error) if is_held(&error) => true,
             result => {
                 answers.push((*unique, result));
@@ -67,13 +68,13 @@ impl Waiting {
     /// A request that the guest does not wait for any longer; whether there is one.
     pub(crate) fn interrupt(&mut self, unique: Unique) -> bool {
         let before = self.requests.len();
-        self.requests.retain(|(waiting, _)| *waiting != unique);
+        self.requests.retain(|(waiting, ..)| *waiting != unique);
         self.requests.len() < before
     }
 
     /// All of them, when the guest begins anew.
     pub(crate) fn interrupt_all(&mut self) -> Vec<Unique> {
-        self.requests.drain(..).map(|(unique, _)| unique).collect()
+        self.requests.drain(..).map(|(unique, ..)| unique).collect()
     }
 
     /// The time until the next try.

@@ -7,18 +7,19 @@
 
 use super::Folder;
 use crate::inodes::Inode;
-use crate::ranges::{LockKind, Ranges};
+use crate::ranges::{LockKind, Range, Ranges};
 use fuse_backend_rs::abi::fuse_abi::LK_FLOCK;
 use fuse_backend_rs::api::filesystem::FileLock;
 use rustix::fs::{FlockOperation, OFlags, flock};
 use rustix::io::Errno;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
-/// Ranges that a guest may have locked: each is memory of the host's kernel.
-const RANGES_MAX: usize = 1 << 11;
+/// Ranges that a guest may have locked, and as many open files: each is memory of the host's kernel, which looks through
+/// all of a file's at each request and at the end of this process.
+const LOCKS_MAX: usize = 1 << 11;
 /// The largest offset of a file, which as the end of a range means all that follows.
 const OFFSET_MAX: u64 = i64::MAX.unsigned_abs();
 
@@ -61,17 +62,25 @@ pub(super) struct Locks {
     held: BTreeMap<(u64, u64), Held>,
     /// The number of ranges of all.
     ranges: usize,
+    /// Open files that may have a lock of flock.
+    flocks: BTreeSet<u64>,
 }
 
 /// The locks of one owner on a file.
 #[derive(Debug)]
 struct Held {
-    /// Its open file description has them.
-    file: File,
+    file: LockFile,
     ranges: Ranges,
     /// The open file through which the guest asked last.
     handle: u64,
     process: u32,
+}
+
+/// An open file whose description has the POSIX locks of one owner.
+#[derive(Debug)]
+pub(crate) struct LockFile {
+    file: File,
+    may_write: bool,
 }
 
 impl Locks {
@@ -95,38 +104,84 @@ impl Locks {
 }
 
 impl Folder {
-    /// Locks or unlocks without waiting: `EAGAIN` where somebody else has the lock.
-    pub(crate) fn try_lock(&self, request: &LockRequest) -> io::Result<()> {
+    /// Locks or unlocks without waiting: `EAGAIN` where somebody else has the lock. Who tries again keeps `spare`, so that
+    /// the file is opened once: others on the host may watch openings.
+    pub(crate) fn try_lock(&self, request: &LockRequest, spare: &mut Option<LockFile>) -> io::Result<()> {
         if !request.is_flock {
-            return self.lock_range(request);
+            return self.lock_range(request, spare);
         }
         let operation = match request.kind {
             Some(LockKind::Read) => FlockOperation::NonBlockingLockShared,
             Some(LockKind::Write) => FlockOperation::NonBlockingLockExclusive,
             None => FlockOperation::NonBlockingUnlock,
         };
-        Ok(flock(&*self.handles().get(request.handle)?, operation)?)
+        let mut locks = self.locks();
+        let is_new = request.kind.is_some() && !locks.flocks.contains(&request.handle);
+        if is_new && locks.flocks.len() == LOCKS_MAX {
+            return Err(Errno::NOLCK.into());
+        }
+        flock(&*self.handles().get(request.handle)?, operation)?;
+        if request.kind.is_some() {
+            locks.flocks.insert(request.handle);
+        } else {
+            locks.flocks.remove(&request.handle);
+        }
+        Ok(())
     }
 
-    fn lock_range(&self, request: &LockRequest) -> io::Result<()> {
+    fn lock_range(&self, request: &LockRequest, spare: &mut Option<LockFile>) -> io::Result<()> {
         let key = (request.inode, request.owner);
         let inode = self.inode(request.inode)?;
+        if request.kind.is_some() {
+            // What waits may have been closed meanwhile.
+            self.handles().get(request.handle)?;
+        }
         let mut locks = self.locks();
         let (file, before) = match locks.held.remove(&key) {
-            Some(held) => (held.file, held.ranges),
+            Some(held) => (Some(held.file), held.ranges),
             None if request.kind.is_none() => return Ok(()),
-            None => (self.open_for_locks(&inode)?, Ranges::default()),
+            None => (spare.take(), Ranges::default()),
         };
+        locks.ranges -= before.len();
+        let mut file = file.map_or_else(|| self.lock_file(&inode, request.handle), Ok)?;
         let after = before.with(request.start, request.end, request.kind);
-        let total = locks.ranges - before.len() + after.len();
-        let result = if total > RANGES_MAX { Err(Errno::NOLCK.into()) } else { set_lock(&file, request) };
-        let ranges = if result.is_ok() { after } else { before.clone() };
-        locks.ranges = locks.ranges - before.len() + ranges.len();
-        if !ranges.is_empty() {
+        let result = if locks.ranges + after.len() > LOCKS_MAX {
+            Err(Errno::NOLCK.into())
+        } else {
+            self.set_lock(&mut file, &inode, request, &before)
+        };
+        let ranges = if result.is_ok() { after } else { before };
+        if ranges.is_empty() {
+            *spare = Some(file);
+        } else {
+            locks.ranges += ranges.len();
             let held = Held { file, ranges, handle: request.handle, process: request.process };
             locks.held.insert(key, held);
         }
         result
+    }
+
+    /// Asks the host for a lock. One to write takes an open file that may be written: where the owner had only read until
+    /// now, and asks through a file that it may write, its shared locks go over to such a one.
+    fn set_lock(
+        &self,
+        file: &mut LockFile,
+        inode: &Inode,
+        request: &LockRequest,
+        before: &Ranges,
+    ) -> io::Result<()> {
+        let lock = |file: &LockFile, request: &LockRequest| {
+            control(&file.file, libc::F_OFD_SETLK, &mut range_of(request))
+        };
+        if request.kind == Some(LockKind::Write) && !file.may_write {
+            let other = self.lock_file(inode, request.handle)?;
+            // Both have them for a moment.
+            before.iter().try_for_each(|&Range { start, end, kind }| {
+                lock(&other, &LockRequest { start, end, kind: Some(kind), ..*request })
+            })?;
+            *file = other;
+        }
+        lock(file, request)
     }
 
     /// The lock that keeps a request from being granted, or none.
@@ -134,18 +189,13 @@ impl Folder {
         let none =
             FileLock { start: request.start, end: request.end, lock_type: number(libc::F_UNLCK), pid: 0 };
         let key = (request.inode, request.owner);
-        let inode = self.inode(request.inode)?;
         let locks = self.locks();
-        let opened;
-        let file = match locks.held.get(&key) {
-            Some(held) => &held.file,
-            None => {
-                opened = self.open_for_locks(&inode)?;
-                &opened
-            }
-        };
         let mut lock = range_of(request);
-        control(file, libc::F_OFD_GETLK, &mut lock)?;
+        match locks.held.get(&key) {
+            Some(held) => control(&held.file.file, libc::F_OFD_GETLK, &mut lock)?,
+            // It has no locks of its own.
+            None => control(self.handles().get(request.handle)?, libc::F_OFD_GETLK, &mut lock)?,
+        }
         if lock.l_type == short(libc::F_UNLCK) {
             return Ok(none);
         }
@@ -170,15 +220,20 @@ impl Folder {
         let held = locks.held.range((inode, 0)..=(inode, u64::MAX));
         let gone: Vec<_> = held.filter(|(_, held)| held.handle == handle).map(|(key, _)| *key).collect();
         gone.into_iter().for_each(|key| locks.release(key));
+        locks.flocks.remove(&handle);
     }
 
-    /// Opens a file for as much as its user may do: each kind of lock takes one kind of access.
-    fn open_for_locks(&self, inode: &Inode) -> io::Result<File> {
-        if inode.kind == rustix::fs::FileType::Directory {
-            return self.reopen(inode, OFlags::RDONLY);
-        }
-        let open = |flags| self.reopen(inode, flags);
-        open(OFlags::RDWR).or_else(|_| open(OFlags::RDONLY)).or_else(|_| open(OFlags::WRONLY))
+    /// Opens a file for writing only where the guest has it open for that: the host's programs see it.
+    fn lock_file(&self, inode: &Inode, handle: u64) -> io::Result<LockFile> {
+        let access = rustix::fs::fcntl_getfl(self.handles().get(handle)?)? & OFlags::RWMODE;
+        let may_write = access != OFlags::RDONLY;
+        let file = if may_write {
+            // Shared locks take a file that may be read.
+            self.reopen(inode, OFlags::RDWR).or_else(|_| self.reopen(inode, access))?
+        } else {
+            self.reopen(inode, access)?
+        };
+        Ok(LockFile { file, may_write })
     }
 }
 
@@ -197,10 +252,6 @@ fn range_of(request: &LockRequest) -> libc::flock {
         l_len: length.cast_signed(),
         l_pid: 0,
     }
-}
-
-fn set_lock(file: &File, request: &LockRequest) -> io::Result<()> {
-    control(file, libc::F_OFD_SETLK, &mut range_of(request))
 }
 
 fn control(file: &File, command: libc::c_int, lock: &mut libc::flock) -> io::Result<()> {

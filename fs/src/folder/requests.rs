@@ -353,7 +353,7 @@ impl FileSystem for Folder {
         lock: FileLock,
         flags: u32,
     ) -> io::Result<()> {
-        self.try_lock(&LockRequest::new(inode, handle, owner, &lock, flags)?)
+        self.try_lock(&LockRequest::new(inode, handle, owner, &lock, flags)?, &mut None)
     }
 
     fn flush(&self, _: &Context, inode: u64, _: u64, owner: u64) -> io::Result<()> {

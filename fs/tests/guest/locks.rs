@@ -2,9 +2,13 @@
 
 use crate::folder;
 use crate::server::{O_RDWR, ROOT, Server, long, longs, number, op, words};
+use rustix::fs::inotify::{self, ReadFlags, WatchFlags};
 use rustix::fs::{FlockOperation, fcntl_lock, flock};
 use rustix::io::Errno;
 use std::fs;
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+use std::path::Path;
 
 /// A lock of a file that the guest has open, as a request names it.
 #[derive(Clone, Copy)]
@@ -65,6 +69,28 @@ impl Server {
     fn release(&mut self, lock: Lock) {
         let body = [longs(&[lock.handle]), words(&[0, 0]), longs(&[0])].concat();
         self.ask(op::RELEASE, lock.inode, &body).unwrap();
+    }
+}
+
+/// Who on the host watches a file.
+struct Watch(OwnedFd);
+
+impl Watch {
+    fn new(file: &Path) -> Self {
+        let watch = inotify::init(inotify::CreateFlags::NONBLOCK).unwrap();
+        inotify::add_watch(&watch, file, WatchFlags::OPEN | WatchFlags::CLOSE_WRITE).unwrap();
+        Self(watch)
+    }
+
+    /// How often that has happened since the last question.
+    fn count(&self, what: ReadFlags) -> usize {
+        let mut buffer = [MaybeUninit::uninit(); 4096];
+        let mut reader = inotify::Reader::new(&self.0, &mut buffer);
+        let mut count = 0;
+        while let Ok(event) = reader.next() {
+            count += usize::from(event.events().contains(what));
+        }
+        count
     }
 }
 
@@ -209,6 +235,61 @@ fn a_lock_is_waited_for_until_the_guest_does_not_want_it() {
     server.end();
 }
 
+/// The host's programs see who opens a file for writing: watchers are told, and it cannot be executed meanwhile.
+#[test]
+fn a_lock_opens_nothing_for_writing_that_the_guest_has_not() {
+    let folder = folder();
+    let here = fs::File::options().read(true).write(true).open(folder.path().join("file")).unwrap();
+    let exclusive = FlockOperation::NonBlockingLockExclusive;
+    for options in [&[][..], &["--read-only"]] {
+        let watch = Watch::new(&folder.path().join("file"));
+        let mut server = Server::start(folder.path(), options);
+        let inode = server.lookup(ROOT, "file").unwrap();
+        let handle = server.open(inode, 0).unwrap();
+        let lock = Lock { inode, handle, owner: 1, range: (0, END), kind: WRITE_LOCK, flags: 0 };
+        assert_eq!(server.lock(lock), Err(libc::EBADF));
+        server.ask(op::GETLK, inode, &lock.body()).unwrap();
+        let shared = Lock { kind: READ_LOCK, ..lock };
+        server.lock(shared).unwrap();
+        assert_eq!(fcntl_lock(&here, exclusive), Err(Errno::AGAIN));
+        if options.is_empty() {
+            // The same process opens the file for writing, too, and keeps what it has locked.
+            let both = server.open(inode, O_RDWR).unwrap();
+            server.lock(Lock { handle: both, range: (5, 9), ..lock }).unwrap();
+            assert_eq!(fcntl_lock(&here, FlockOperation::NonBlockingLockShared), Err(Errno::AGAIN));
+            server.unlock(Lock { handle: both, range: (5, 9), ..lock });
+            assert_eq!(fcntl_lock(&here, exclusive), Err(Errno::AGAIN));
+        }
+        server.close(lock);
+        // The last was that of the process which may write.
+        assert_eq!(watch.count(ReadFlags::CLOSE_WRITE), usize::from(options.is_empty()));
+        fcntl_lock(&here, exclusive).unwrap();
+        fcntl_lock(&here, FlockOperation::NonBlockingUnlock).unwrap();
+        // A file that is not open has no locks.
+        assert_eq!(server.lock(Lock { handle: 99, ..shared }), Err(libc::EBADF));
+        server.end();
+    }
+}
+
+#[test]
+fn what_waits_for_a_lock_opens_its_file_once() {
+    let folder = folder();
+    let here = fs::File::options().read(true).write(true).open(folder.path().join("file")).unwrap();
+    let mut server = Server::start(folder.path(), &[]);
+    let waiter = Lock::new(&mut server, 1);
+    fcntl_lock(&here, FlockOperation::NonBlockingLockExclusive).unwrap();
+    let unique = server.wait_for(waiter);
+    let watch = Watch::new(&folder.path().join("file"));
+    // Each of these is followed by a try.
+    for _ in 0..20 {
+        server.ask(op::GETATTR, ROOT, &[0; 16]).unwrap();
+    }
+    assert_eq!(watch.count(ReadFlags::OPEN), 0);
+    server.release(waiter);
+    assert_eq!(server.receive_any(), (unique, Err(libc::EBADF)));
+    server.end();
+}
+
 #[test]
 fn locks_are_bounded() {
     let folder = folder();
@@ -231,12 +312,23 @@ fn locks_are_bounded() {
     assert_eq!(server.lock(Lock { owner: 9, range: (END, END), ..holder }), Err(libc::ENOLCK));
     server.close(holder);
     server.lock(Lock { owner: 9, range: (END, END), ..holder }).unwrap();
+    // Open files with a lock of flock.
+    let shared = Lock { kind: READ_LOCK, ..holder.flock() };
+    let handles: Vec<_> = (0..=1 << 11).map(|_| server.open(holder.inode, O_RDWR).unwrap()).collect();
+    let (last, others) = handles.split_last().unwrap();
+    for &handle in others {
+        server.lock(Lock { handle, ..shared }).unwrap();
+    }
+    assert_eq!(server.lock(Lock { handle: *last, ..shared }), Err(libc::ENOLCK));
+    server.lock(Lock { handle: others[0], ..shared }).unwrap();
+    server.release(Lock { handle: others[0], ..shared });
+    server.lock(Lock { handle: *last, ..shared }).unwrap();
     for lock in [
         Lock { range: (5, 4), ..holder },
         Lock { range: (u64::MAX, u64::MAX), ..holder },
         Lock { kind: 3, ..holder },
         Lock { inode: 99, ..holder },
-        Lock { handle: 99, ..holder.flock() },
+        Lock { handle: u64::MAX, ..holder.flock() },
     ] {
         assert!(matches!(server.lock(lock), Err(libc::EINVAL | libc::ESTALE | libc::EBADF)));
         let waiting = server.ask(op::SETLKW, lock.inode, &lock.body());
