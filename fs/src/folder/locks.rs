@@ -107,6 +107,10 @@ impl Folder {
     /// Locks or unlocks without waiting: `EAGAIN` where somebody else has the lock. Who tries again keeps `spare`, so that
     /// the file is opened once: others on the host may watch openings.
     pub(crate) fn try_lock(&self, request: &LockRequest, spare: &mut Option<LockFile>) -> io::Result<()> {
+        if request.kind.is_some() {
+            // What waits may have been closed meanwhile.
+            self.handles().get(request.handle)?;
+        }
         if !request.is_flock {
             return self.lock_range(request, spare);
         }
@@ -132,10 +136,6 @@ impl Folder {
     fn lock_range(&self, request: &LockRequest, spare: &mut Option<LockFile>) -> io::Result<()> {
         let key = (request.inode, request.owner);
         let inode = self.inode(request.inode)?;
-        if request.kind.is_some() {
-            // What waits may have been closed meanwhile.
-            self.handles().get(request.handle)?;
-        }
         let mut locks = self.locks();
         let (file, before) = match locks.held.remove(&key) {
             Some(held) => (Some(held.file), held.ranges),
