@@ -25,10 +25,10 @@ pub(crate) enum Profile {
 
 impl Profile {
     /// The fragments of its kernel.
-    pub(crate) const fn fragments(self) -> &'static [&'static str] {
+    pub(crate) fn fragments(self) -> Vec<&'static str> {
         match self {
-            Self::Run => &RUN,
-            Self::Boot => &DEFAULT,
+            Self::Run => [&DEFAULT[..], &RUN].concat(),
+            Self::Boot => DEFAULT.to_vec(),
         }
     }
 
@@ -213,7 +213,7 @@ pub(crate) fn build_of(
 
 /// The fragments of a profile, and those that were asked for: a file, or the name of a shipped one.
 pub(crate) fn fragments(profile: Profile, extra: &[PathBuf]) -> Result<Vec<Fragment>> {
-    let mut fragments = shipped_named(profile.fragments())?;
+    let mut fragments = shipped_named(&profile.fragments())?;
     for path in extra {
         let name = path.to_string_lossy();
         let fragment = if path.components().count() == 1 && !path.exists() {
@@ -325,12 +325,9 @@ mod tests {
             fragments(profile, &[]).unwrap().into_iter().map(|fragment| fragment.name).collect()
         };
         assert_eq!(names(Profile::Boot), DEFAULT);
-        assert_eq!(names(Profile::Run), RUN);
-        assert_eq!(
-            fragments(Profile::Run, &["pmem".into()]).unwrap().len(),
-            RUN.len(),
-            "pmem is one of them"
-        );
+        assert_eq!(names(Profile::Run), [&DEFAULT[..], &RUN].concat());
+        let with_pmem = fragments(Profile::Run, &["pmem".into()]).unwrap();
+        assert_eq!(with_pmem.len(), DEFAULT.len() + RUN.len(), "pmem is one of them");
     }
 
     #[test]
