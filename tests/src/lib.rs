@@ -12,7 +12,7 @@ pub mod user;
 pub mod vsock;
 
 use std::fmt;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
@@ -30,6 +30,11 @@ pub const PATIENCE: Duration = Duration::from_secs(120);
 pub fn rounds(usual: u32) -> u32 {
     std::env::var("KINDLING_ROUNDS")
         .map_or(usual, |text| text.parse().expect("KINDLING_ROUNDS is no number of rounds"))
+}
+
+/// Prints a line about a long test at once, which the harness would collect until its end.
+pub fn say(text: &str) {
+    let _ = writeln!(std::io::stderr(), "{text}");
 }
 
 /// A file or folder of the testbed.

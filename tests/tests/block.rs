@@ -165,8 +165,6 @@ fn a_disk_in_use_is_refused_to_others() {
 #[test]
 fn what_was_promised_outlives_the_monitor() {
     let rounds = tests::rounds(3);
-    // Not collected by the test's harness: who waits for many rounds sees that they pass.
-    let say = |text: &str| drop(writeln!(std::io::stderr(), "{text}"));
     let place = Place::new();
     let disk = place.filesystem();
     let mut promised: u32 = 0;
@@ -176,7 +174,7 @@ fn what_was_promised_outlives_the_monitor() {
         assert!(whole >= promised, "round {round}: {promised} were promised, of which {} is lost", whole + 1);
         expect_clean(&disk);
         if round % 5 == 0 {
-            say(&format!("killed {round} times, {promised} promises kept"));
+            tests::say(&format!("killed {round} times, {promised} promises kept"));
         }
     }
 }

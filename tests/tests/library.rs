@@ -3,9 +3,8 @@
 use kindling::config::devices::Balloon;
 use kindling::config::image::Image;
 use kindling::{ExitReason, Instant, Machine, Timeline};
-use std::io::Write;
 use std::time::Duration;
-use tests::{PATIENCE, testbed};
+use tests::{PATIENCE, say, testbed};
 
 const MIB: u64 = 1 << 20;
 
@@ -28,11 +27,6 @@ fn wait_until(what: &str, is_so: impl Fn() -> bool) {
         );
         std::thread::sleep(Duration::from_millis(50));
     }
-}
-
-/// Says how far a long test is. It is not collected by the test's harness, so that whoever waits sees it at once.
-fn say(what: &str) {
-    let _ = writeln!(std::io::stderr(), "{what}");
 }
 
 #[test]

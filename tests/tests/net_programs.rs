@@ -91,9 +91,8 @@ fn iperf3_measures(name: &str, network: &[&str], address: &str) {
             sums.iter().map(|line| rate(line)).collect()
         };
         assert!(!rates.is_empty() && rates.iter().all(|&rate| rate > 0.0), "nothing arrived: {outcome}");
-        // Not collected by the test's harness: these are the figures.
         let rates: Vec<_> = rates.iter().map(|rate| format!("{rate:.0} Mbit/s")).collect();
-        let _ = writeln!(std::io::stderr(), "{name}, {way}: {}", rates.join(" and "));
+        tests::say(&format!("{name}, {way}: {}", rates.join(" and ")));
     }
 }
 

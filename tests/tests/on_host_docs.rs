@@ -111,8 +111,8 @@ fn sizes_are_those_of_the_files() {
     expect_figure("README.md", " KiB kernel, ", " KiB root filesystem", root / kib);
 }
 
-/// The exact lab's times in the documents are those of the budget. The budget's guest greets, which the one of the
-/// documents does not: its process ends up to 20 % later.
+/// README has the times of docs/bench.md, and both are within 10 % of the budget. The process of the budget's guest ends up
+/// to 20 % later, because that guest prints a greeting.
 #[test]
 fn times_are_those_of_the_budget() {
     let budget = std::fs::read_to_string(root().join("tests/boot-budget.json")).unwrap();
@@ -122,9 +122,9 @@ fn times_are_those_of_the_budget() {
     let bench = std::fs::read_to_string(root().join("docs/bench.md")).unwrap();
     let section = bench.split("boot: 128 MiB, 1 vCPU").nth(1).unwrap();
     for (monitor, column, kind) in [("kindling ", 1, "boot"), ("kindling-preboot ", 0, "preboot")] {
-        for (row, place, figure) in [
-            ("spawn to init's first instruction", 1, "spawn_to_init_ns"),
-            ("spawn to the end of the process", 7, "spawn_to_exit_ns"),
+        for (row, place, figure, margin) in [
+            ("spawn to init's first instruction", 1, "spawn_to_init_ns", 1.1),
+            ("spawn to the end of the process", 7, "spawn_to_exit_ns", 1.2),
         ] {
             let budget = millisecond(kind, figure);
             let cells = readme.lines().find_map(|line| line.strip_prefix("| ")?.strip_prefix(row));
@@ -135,12 +135,14 @@ fn times_are_those_of_the_budget() {
             for (name, written) in [("README.md", cell.trim_end_matches(" ms")), ("docs/bench.md", measured)]
             {
                 let written: f64 = written.parse().unwrap();
-                let is_current = written <= budget * 1.02 && budget <= written * 1.2;
+                let is_current = written <= budget * 1.02 && budget <= written * margin;
                 assert!(
                     is_current,
                     "{name}: {monitor}{row} {written} ms; {budget} in tests/boot-budget.json"
                 );
             }
+            let exact: f64 = measured.parse().unwrap();
+            assert_eq!(cell, format!("{exact:.1} ms"), "README.md: {monitor}{row}; {exact} in docs/bench.md");
         }
     }
 }

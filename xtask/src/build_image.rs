@@ -136,7 +136,12 @@ pub(crate) fn build(arguments: &Arguments) -> Result<PathBuf> {
     Ok(build_with_kernel(arguments)?.0)
 }
 
-/// The same, with where its kernel came from.
+/// Builds the image of a profile, with nothing of the user's in it.
+pub(crate) fn of_profile(profile: Profile) -> Result<PathBuf> {
+    build(&Arguments { profile, ..Arguments::default() })
+}
+
+/// Builds an image, and tells where its kernel came from.
 pub(crate) fn build_with_kernel(arguments: &Arguments) -> Result<(PathBuf, Kernel)> {
     let fragments = fragments(arguments.profile, &arguments.config_fragment)?;
     build_of(arguments, &kernel::source(arguments.kernel_source.as_deref())?, &fragments)

@@ -1,8 +1,9 @@
 //! `cargo xtask kernel-config prices`: what each fragment costs, by building the kernel with and
 //! without it.
 
+use crate::bench::{self, Start};
 use crate::build_image::{self, Arguments as ImageArguments};
-use crate::{bench, cargo, kernel, lab};
+use crate::{cargo, kernel, lab};
 use anyhow::{Context, Result, ensure};
 use guest_kernel_config::{DEFAULT, Fragment, OPTIONAL, Origin, compose, shipped_named};
 use kindling::config::image::Image;
@@ -108,17 +109,6 @@ struct Measured {
     start: Option<Start>,
 }
 
-/// What was measured of starts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Start {
-    /// Nanoseconds of a `kindling run`.
-    ns: i64,
-    /// Faults on guest memory meanwhile.
-    faults: i64,
-    /// Bytes of memory of a guest that waits, its monitor included.
-    idle_bytes: i64,
-}
-
 impl Measured {
     /// What the second costs more than the first.
     fn price(from: Self, to: Self) -> Self {
@@ -220,7 +210,7 @@ fn measure(variants: &[Variant], place: &Path) -> Result<Vec<Measured>> {
     starts.map(|(variant, start)| read(place, variant.name(), start)).collect()
 }
 
-fn read(place: &Path, name: &str, start: Option<bench::Start>) -> Result<Measured> {
+fn read(place: &Path, name: &str, start: Option<Start>) -> Result<Measured> {
     let report: serde_json::Value = serde_json::from_slice(&fs::read(place.join(format!("{name}.json")))?)?;
     let steps = report["steps"].as_array().context("a report without steps")?;
     let init = guest_protocol::BootMark::InitEntered.name();
@@ -232,11 +222,7 @@ fn read(place: &Path, name: &str, start: Option<bench::Start>) -> Result<Measure
         boot_ns: step["ns"].as_i64().context("a step without a time")?,
         kernel_bytes: i64::try_from(image.kernel.size)?,
         memory_bytes: i64::try_from(GUEST_MIB * 1024)? * 1024 - free * 1024,
-        start: start.map(|start| Start {
-            ns: start.ns.cast_signed(),
-            faults: start.faults.cast_signed(),
-            idle_bytes: start.idle_bytes.cast_signed(),
-        }),
+        start,
     })
 }
 

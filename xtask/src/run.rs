@@ -31,7 +31,7 @@ const LAB_OVERHEAD_MIB: u64 = 1024;
 /// Builds what is missing, boots the default image and prints its report.
 pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let host = Host::choose(arguments.exact, arguments.vcpus > 1);
-    let image = build_image::build(&build_image::Arguments::default())?;
+    let image = build_image::of_profile(build_image::Profile::Boot)?;
     let description = Image::open(&image)?;
     description.verify(&image)?;
     let kindling = cargo::release_binary("kindling", "kindling")?;

@@ -104,11 +104,11 @@ impl Locks {
 }
 
 impl Folder {
-    /// Locks or unlocks without waiting: `EAGAIN` where somebody else has the lock. Who tries again keeps `spare`, so that
-    /// the file is opened once: others on the host may watch openings.
+    /// Locks or unlocks without waiting: `EAGAIN` where another owner has the lock. A retry passes the same `spare`, so
+    /// that the file is opened once: programs of the host may watch openings.
     pub(crate) fn try_lock(&self, request: &LockRequest, spare: &mut Option<LockFile>) -> io::Result<()> {
         if request.kind.is_some() {
-            // What waits may have been closed meanwhile.
+            // A request that waits may be of a handle that has been closed meanwhile.
             self.handles().get(request.handle)?;
         }
         if !request.is_flock {
@@ -161,8 +161,8 @@ impl Folder {
         result
     }
 
-    /// Asks the host for a lock. One to write takes an open file that may be written: where the owner had only read until
-    /// now, and asks through a file that it may write, its shared locks go over to such a one.
+    /// Asks the host for a lock. An exclusive lock needs a file that is open for writing: where the owner's file is not
+    /// and the handle of this request is, the shared locks move to a new file that is.
     fn set_lock(
         &self,
         file: &mut LockFile,
@@ -174,8 +174,11 @@ impl Folder {
             control(&file.file, libc::F_OFD_SETLK, &mut range_of(request))
         };
         if request.kind == Some(LockKind::Write) && !file.may_write {
+            if !self.may_write(request.handle)? {
+                return Err(Errno::BADF.into());
+            }
             let other = self.lock_file(inode, request.handle)?;
-            // Both have them for a moment.
+            // Both files hold them for a moment.
             before.iter().try_for_each(|&Range { start, end, kind }| {
                 lock(&other, &LockRequest { start, end, kind: Some(kind), ..*request })
             })?;
@@ -223,15 +226,20 @@ impl Folder {
         locks.flocks.remove(&handle);
     }
 
-    /// Opens a file for writing only where the guest has it open for that: the host's programs see it.
+    /// Whether the guest has a file open for writing.
+    fn may_write(&self, handle: u64) -> io::Result<bool> {
+        let flags = rustix::fs::fcntl_getfl(self.handles().get(handle)?)?;
+        Ok(flags & OFlags::RWMODE != OFlags::RDONLY)
+    }
+
+    /// Opens a file for writing only where the guest has it open for writing: programs of the host notice such an opening.
     fn lock_file(&self, inode: &Inode, handle: u64) -> io::Result<LockFile> {
-        let access = rustix::fs::fcntl_getfl(self.handles().get(handle)?)? & OFlags::RWMODE;
-        let may_write = access != OFlags::RDONLY;
+        let may_write = self.may_write(handle)?;
         let file = if may_write {
-            // Shared locks take a file that may be read.
-            self.reopen(inode, OFlags::RDWR).or_else(|_| self.reopen(inode, access))?
+            // Shared locks need a file that is open for reading.
+            self.reopen(inode, OFlags::RDWR).or_else(|_| self.reopen(inode, OFlags::WRONLY))?
         } else {
-            self.reopen(inode, access)?
+            self.reopen(inode, OFlags::RDONLY)?
         };
         Ok(LockFile { file, may_write })
     }

@@ -72,7 +72,12 @@ impl Server {
     }
 }
 
-/// Who on the host watches a file.
+/// The guest's file, opened by a program of the host.
+fn open_here(folder: &Path) -> fs::File {
+    fs::File::options().read(true).write(true).open(folder.join("file")).unwrap()
+}
+
+/// An inotify watch of the host.
 struct Watch(OwnedFd);
 
 impl Watch {
@@ -82,7 +87,7 @@ impl Watch {
         Self(watch)
     }
 
-    /// How often that has happened since the last question.
+    /// The number of such events since the last call.
     fn count(&self, what: ReadFlags) -> usize {
         let mut buffer = [MaybeUninit::uninit(); 4096];
         let mut reader = inotify::Reader::new(&self.0, &mut buffer);
@@ -98,7 +103,7 @@ impl Watch {
 #[test]
 fn locks_hold_among_guests_and_with_the_host() {
     let folder = folder();
-    let here = fs::File::options().read(true).write(true).open(folder.path().join("file")).unwrap();
+    let here = open_here(folder.path());
     let (mut one, mut other) = (Server::start(folder.path(), &[]), Server::start(folder.path(), &[]));
     let (first, second) = (Lock::new(&mut one, 1), Lock::new(&mut other, 1));
     let exclusive = FlockOperation::NonBlockingLockExclusive;
@@ -183,7 +188,7 @@ fn each_owner_has_its_own_locks() {
 #[test]
 fn a_lock_that_is_waited_for_keeps_nobody_else_waiting() {
     let folder = folder();
-    let here = fs::File::options().read(true).write(true).open(folder.path().join("file")).unwrap();
+    let here = open_here(folder.path());
     let mut server = Server::start(folder.path(), &[]);
     let holder = Lock::new(&mut server, 1);
     for flags in [0, 1] {
@@ -235,11 +240,11 @@ fn a_lock_is_waited_for_until_the_guest_does_not_want_it() {
     server.end();
 }
 
-/// The host's programs see who opens a file for writing: watchers are told, and it cannot be executed meanwhile.
+/// Opening a file for writing is visible on the host: inotify reports it, and the file cannot be executed meanwhile.
 #[test]
 fn a_lock_opens_nothing_for_writing_that_the_guest_has_not() {
     let folder = folder();
-    let here = fs::File::options().read(true).write(true).open(folder.path().join("file")).unwrap();
+    let here = open_here(folder.path());
     let exclusive = FlockOperation::NonBlockingLockExclusive;
     for options in [&[][..], &["--read-only"]] {
         let watch = Watch::new(&folder.path().join("file"));
@@ -274,7 +279,7 @@ fn a_lock_opens_nothing_for_writing_that_the_guest_has_not() {
 #[test]
 fn what_waits_for_a_lock_opens_its_file_once() {
     let folder = folder();
-    let here = fs::File::options().read(true).write(true).open(folder.path().join("file")).unwrap();
+    let here = open_here(folder.path());
     let mut server = Server::start(folder.path(), &[]);
     let waiter = Lock::new(&mut server, 1);
     fcntl_lock(&here, FlockOperation::NonBlockingLockExclusive).unwrap();

@@ -354,21 +354,23 @@ fn locks() {
     assert!(!status.unwrap().success());
 }
 
-/// What a process of its own does: it locks a file, or fails.
+/// Tries to lock a file as a process of its own, with a POSIX lock.
 fn lock(path: &str) -> std::process::ExitCode {
     let file = OpenOptions::new().read(true).write(true).open(path).unwrap();
-    match rustix::fs::fcntl_lock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => std::process::ExitCode::SUCCESS,
-        Err(Errno::AGAIN) => std::process::ExitCode::FAILURE,
-        Err(error) => panic!("{error}"),
-    }
+    status_of(rustix::fs::fcntl_lock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive))
 }
 
-/// Whether nobody has the lock.
+/// Tries to lock a file with flock.
 fn try_flock(path: &str) -> std::process::ExitCode {
-    match rustix::fs::flock(File::open(path).unwrap(), rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+    let file = File::open(path).unwrap();
+    status_of(rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive))
+}
+
+/// Success for a lock that was granted, failure for one that another process holds.
+fn status_of(result: Result<(), Errno>) -> std::process::ExitCode {
+    match result {
         Ok(()) => std::process::ExitCode::SUCCESS,
-        Err(Errno::WOULDBLOCK) => std::process::ExitCode::FAILURE,
+        Err(Errno::AGAIN) => std::process::ExitCode::FAILURE,
         Err(error) => panic!("{error}"),
     }
 }

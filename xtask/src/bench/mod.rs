@@ -99,18 +99,18 @@ fn outcome(request: &Request, host: Host) -> Result<Outcome> {
 }
 
 /// What a program costs that starts from a pre-booted kernel: medians of `runs` in the exact lab.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Start {
     /// Nanoseconds of a whole `kindling run`.
-    pub(crate) ns: u64,
+    pub(crate) ns: i64,
     /// Faults on guest memory meanwhile.
-    pub(crate) faults: u64,
-    /// Bytes of a guest that waits, its monitor included.
-    pub(crate) idle_bytes: u64,
+    pub(crate) faults: i64,
+    /// Bytes of private memory of a guest that waits, its monitor included.
+    pub(crate) idle_bytes: i64,
 }
 
-/// What starts cost from the kernels of these images, which have names; in their order, and none for a kernel with
-/// which no program runs, which is said.
+/// Measures starts from the kernels of named images, in the order of the images. A kernel with which no program runs is
+/// reported on standard error and has no value.
 ///
 /// # Errors
 /// When nothing can be measured.
@@ -122,7 +122,10 @@ pub(crate) fn starts(images: Vec<(String, PathBuf)>, runs: u32) -> Result<Vec<Op
     }
     let rows = statistics::rows(request.scenario, &outcome.samples);
     let start = |name: &str| {
-        let value = |metric| Some(rows.iter().find(|row| row.vmm == name && row.metric == metric)?.median);
+        let value = |metric| {
+            let row = rows.iter().find(|row| row.vmm == name && row.metric == metric)?;
+            i64::try_from(row.median).ok()
+        };
         Some(Start {
             ns: value(Metric::RunBusybox)?,
             faults: value(Metric::RunFaults)?,
@@ -153,7 +156,7 @@ fn images(request: &Request) -> Result<(Guest, Vec<Vmm>)> {
     let ours = cargo::release_binary("kindling", "kindling")?;
     let mut images = request.images.clone();
     if images.is_empty() {
-        images.push(("run".to_owned(), run_image()?));
+        images.push(("run".to_owned(), build_image::of_profile(build_image::Profile::Run)?));
     }
     let guest = guest_of(images[0].1.clone());
     let vmm = |(name, image)| Vmm { name, kind: Kind::Kindling, path: ours.clone(), image: Some(image) };
@@ -163,7 +166,7 @@ fn images(request: &Request) -> Result<(Guest, Vec<Vmm>)> {
 /// What guests boot.
 fn guest(request: &Request) -> Result<Guest> {
     let guest = guest_of(match request.scenario {
-        Scenario::Run => run_image()?,
+        Scenario::Run => build_image::of_profile(build_image::Profile::Run)?,
         scenario => image(scenario == Scenario::Io)?,
     });
     Ok(match &request.kernel {
@@ -188,14 +191,6 @@ pub(crate) fn image(uses_devices: bool) -> Result<PathBuf> {
     build_image::build(&build_image::Arguments {
         name: Some(name),
         root: Some(root.path().into()),
-        ..build_image::Arguments::default()
-    })
-}
-
-/// The image that `kindling run` has its kernel from.
-fn run_image() -> Result<PathBuf> {
-    build_image::build(&build_image::Arguments {
-        profile: build_image::Profile::Run,
         ..build_image::Arguments::default()
     })
 }

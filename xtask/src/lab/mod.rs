@@ -14,7 +14,8 @@ mod qemu;
 pub(crate) use disk::{busybox, kernel};
 pub(crate) use qemu::{Driver, Silent};
 
-use crate::{build_image, cargo};
+use crate::build_image::{self, Profile};
+use crate::cargo;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::path::{Path, PathBuf};
@@ -133,17 +134,16 @@ fn again_if_silent(mut run: impl FnMut() -> Result<u8>) -> Result<u8> {
 /// `cargo xtask lab`.
 pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let kindling = cargo::release_binary("kindling", "kindling")?;
-    let image = build_image::build(&build_image::Arguments::default())?;
+    let image = build_image::of_profile(Profile::Boot)?;
     let mut with = vec![
         (kindling, "/bin/kindling".to_owned()),
         (cargo::release_binary("kindling-oci", "kindling-oci")?, "/bin/kindling-oci".to_owned()),
         (cargo::release_binary("kindling-fs", "kindling-fs")?, "/bin/kindling-fs".to_owned()),
         (image, "/images/default".to_owned()),
     ];
-    // The kernel that `kindling run` prefers, where it has been built.
-    let run_image = cargo::target_directory().join("images/run");
-    if run_image.exists() {
-        with.push((run_image, "/images/run".to_owned()));
+    // `kindling run` prefers its own kernel. It is built only for users who have asked for it before: that takes minutes.
+    if cargo::target_directory().join("images/run").exists() {
+        with.push((build_image::of_profile(Profile::Run)?, "/images/run".to_owned()));
     }
     for text in &arguments.with {
         with.push(into_lab(text)?);

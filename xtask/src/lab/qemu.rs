@@ -65,10 +65,10 @@ pub(super) fn run(job: &Job, limit: Option<Duration>, driver: Option<Driver<'_>>
     })
 }
 
-/// The lab's processor where somebody needs XSAVE.
+/// The lab's processor for jobs that need XSAVE.
 const PROCESSOR_WITH_XSAVE: &str = "EPYC,+svm,+npt";
-/// The same without XSAVE. It has none of the instructions either that need it, as no processor has: there are programs
-/// that look for AVX alone (netavark's SHA-512 does).
+/// The processor of all other jobs. Like every processor without XSAVE it has no AVX: some programs check the bit of AVX
+/// alone (netavark's SHA-512 does).
 const PROCESSOR: &str = "EPYC,+svm,+npt,-xsave,-avx,-avx2,-f16c,-fma";
 
 /// TCG says at every start which features of the processor model it does not have.
