@@ -316,7 +316,7 @@ fn vmm_kib(guest: &Guest) -> u64 {
 
 #[test]
 fn memory_stays_where_it_is() {
-    const SIZE: u64 = 64 * MIB;
+    const SIZE: u64 = 16 * MIB;
     // Where its kernel was booted before, a part of the guest's memory is a mapping of that file.
     let guest = Guest::start(&["--memory", "1024", "--cold"]);
     let mut file = fs::File::create(guest.here("large")).unwrap();
@@ -345,9 +345,9 @@ fn memory_stays_where_it_is() {
 }
 
 impl Guest {
-    /// Starts to fetch 100 MB over a file that is there, and returns in the middle.
+    /// Starts to fetch 30 MB over a file that is there, and returns in the middle.
     fn fetching(&self) -> Child {
-        self.shell("head -c 100000000 /dev/zero > /tmp/large");
+        self.shell("head -c 30000000 /dev/zero > /tmp/large");
         fs::write(self.here("large"), "old").unwrap();
         let mut command = self.cp(&["one:/tmp/large", "large"]);
         let child = command.stderr(Stdio::piped()).spawn().expect("cannot start");
@@ -392,14 +392,14 @@ fn a_copy_that_is_interrupted_leaves_nothing_half_made() {
     // Into the guest: it takes its half away when the host hangs up.
     let file = fs::File::create(guest.here("endless")).unwrap();
     file.set_len(1).unwrap();
-    std::io::copy(&mut Noise(3).take(100 * MIB), &mut &file).unwrap();
+    std::io::copy(&mut Noise(3).take(48 * MIB), &mut &file).unwrap();
     guest.shell("mkdir /to; rm /tmp/large");
     let child = guest.cp(&["endless", "one:/to"]).stderr(Stdio::piped()).spawn().unwrap();
-    guest.shell("until [ -n \"$(ls -A /to)\" ]; do :; done");
+    guest.shell("until [ -n \"$(ls -A /to)\" ]; do usleep 1000; done");
     tests::kill(child.id(), libc::SIGINT);
     let output = child.wait_with_output().unwrap();
     assert_eq!((output.status.code(), &output.stderr[..]), (Some(128 + libc::SIGINT), &b""[..]));
-    guest.shell("while [ -n \"$(ls -A /to)\" ]; do :; done");
+    guest.shell("while [ -n \"$(ls -A /to)\" ]; do usleep 1000; done");
 }
 
 #[test]

@@ -197,12 +197,12 @@ fn guest_receives(bytes: u64) {
 
 #[test]
 fn a_stream_from_the_guest_arrives_whole() {
-    guest_sends(64 * MIB);
+    guest_sends(32 * MIB);
 }
 
 #[test]
 fn a_stream_to_the_guest_arrives_whole() {
-    guest_receives(64 * MIB);
+    guest_receives(32 * MIB);
 }
 
 #[test]
