@@ -1,6 +1,6 @@
 //! A guest's disks: what is written is there, what was promised outlives the monitor, and others are kept away.
 
-use kindling::config::image::sha256;
+use kindling_vmm::config::image::sha256;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};

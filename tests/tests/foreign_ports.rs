@@ -2,10 +2,10 @@
 //! return, and writes to none of them once it knows.
 
 use guest_protocol::{BootMark, port};
-use kindling::bus::{BusDevice, GuestRequest};
-use kindling::config::Console;
-use kindling::config::image::Image;
-use kindling::{ExitReason, Instant, Machine, Timeline};
+use kindling_vmm::bus::{BusDevice, GuestRequest};
+use kindling_vmm::config::Console;
+use kindling_vmm::config::image::Image;
+use kindling_vmm::{ExitReason, Instant, Machine, Timeline};
 use std::sync::{Arc, Mutex};
 use tests::testbed;
 

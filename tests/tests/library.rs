@@ -1,8 +1,8 @@
 //! A program that uses the library changes its guest while it runs.
 
-use kindling::config::devices::Balloon;
-use kindling::config::image::Image;
-use kindling::{ExitReason, Instant, Machine, Timeline};
+use kindling_vmm::config::devices::Balloon;
+use kindling_vmm::config::image::Image;
+use kindling_vmm::{ExitReason, Instant, Machine, Timeline};
 use std::time::Duration;
 use tests::{PATIENCE, say, testbed};
 
@@ -54,7 +54,7 @@ fn a_guest_gives_a_gib_to_its_balloon_and_gets_it_back() {
     config.devices.balloon = Some(Balloon { stats_polling_interval_s: 1, ..Balloon::default() });
     config.guest.arguments = ["/bin/sh", "-c", &script].map(|word| word.as_bytes().to_vec()).to_vec();
     let console = tempfile::NamedTempFile::new().unwrap();
-    config.console = kindling::config::Console::File(console.path().into());
+    config.console = kindling_vmm::config::Console::File(console.path().into());
     let running = Machine::new(&config, Timeline::starting_at(Instant::now())).unwrap().start().unwrap();
     let balloon = running.balloon().unwrap();
     let guest = std::thread::spawn(move || running.wait());

@@ -370,7 +370,7 @@ fn networking_without_passt() {
 #[test]
 #[expect(clippy::print_stdout, reason = "a test that does not apply says so")]
 fn where_no_guest_can_run_it_is_said_once() {
-    if kindling::kvm::probe::probe().is_good() {
+    if kindling_vmm::kvm::probe::probe().is_good() {
         println!("guests can run here");
         return;
     }

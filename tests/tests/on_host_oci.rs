@@ -1,6 +1,6 @@
 //! An image that comes from a registry, Debian's docker-registry, is the one that went there.
 
-use kindling::config::image::sha256;
+use kindling_vmm::config::image::sha256;
 use serde_json::{Value, json};
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};

@@ -5,17 +5,17 @@
 //! [`Exit`] says how it ended.
 //!
 //! ```no_run
-//! use kindling::{Config, Machine, Timeline};
-//! use kindling::config::{BootSource, MachineConfig};
+//! use kindling_vmm::{Config, Machine, Timeline};
+//! use kindling_vmm::config::{BootSource, MachineConfig};
 //!
-//! # fn main() -> Result<(), kindling::Error> {
+//! # fn main() -> Result<(), kindling_vmm::Error> {
 //! let config = Config {
 //!     machine: MachineConfig { vcpu_count: 2, mem_size_mib: 256 },
 //!     ..Config::new(BootSource::kernel("vmlinux"))
 //! };
-//! let timeline = Timeline::starting_at(kindling::Instant::now());
+//! let timeline = Timeline::starting_at(kindling_vmm::Instant::now());
 //! let exit = Machine::new(&config, timeline)?.start()?.wait();
-//! assert_eq!(exit.reason, kindling::ExitReason::Payload(0));
+//! assert_eq!(exit.reason, kindling_vmm::ExitReason::Payload(0));
 //! # Ok(())
 //! # }
 //! ```
@@ -42,6 +42,7 @@ mod timeline;
 
 pub use config::Config;
 pub use exit::{Exit, ExitReason};
+pub use guest_protocol::BootMark;
 pub use machine::{Error, Machine};
 pub use profile::{ExitKind, ExitRecord, FunctionMark, Profile, ProfileConfig, Sample};
 pub use running::{Remains, Running, StopHandle};

@@ -6,7 +6,7 @@
 
 use crate::{docker_archive, test_images};
 use anyhow::{Context, Result, ensure};
-use kindling::config::image::sha256_of;
+use kindling_vmm::config::image::sha256_of;
 use nix::sys::resource::{UsageWho, getrusage};
 use serde_json::json;
 use std::fmt;

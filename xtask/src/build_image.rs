@@ -9,7 +9,7 @@ use crate::{cargo, host};
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use guest_kernel_config::{DEFAULT, Fragment, RUN, compose, shipped_named};
-use kindling::config::image::{DESCRIPTION, Image, ImageFile, sha256_of};
+use kindling_vmm::config::image::{DESCRIPTION, Image, ImageFile, sha256_of};
 use std::fs::{self, File};
 use std::io::BufWriter;
 use std::path::{Path, PathBuf};

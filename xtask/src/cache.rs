@@ -4,7 +4,7 @@
 //! of everything it was built from, and appears by renaming, so that it is whole or absent.
 
 use anyhow::{Context, Result, bail};
-use kindling::config::image::sha256;
+use kindling_vmm::config::image::sha256;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 

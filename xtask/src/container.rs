@@ -2,7 +2,7 @@
 
 use crate::cargo;
 use anyhow::{Context, Result, bail};
-use kindling::config::image::Container;
+use kindling_vmm::config::image::Container;
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};

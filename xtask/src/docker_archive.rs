@@ -1,7 +1,7 @@
 //! A folder as a container image: an archive as `docker save` writes it, with the folder as its one layer.
 
 use anyhow::Result;
-use kindling::config::image::sha256_of;
+use kindling_vmm::config::image::sha256_of;
 use serde_json::{Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};

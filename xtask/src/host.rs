@@ -1,6 +1,6 @@
 //! Whether guests run here directly or in the lab.
 
-use kindling::kvm::probe::{Probe, probe};
+use kindling_vmm::kvm::probe::{Probe, probe};
 use std::path::PathBuf;
 
 /// The workspace's root: commands work from everywhere inside it.

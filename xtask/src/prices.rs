@@ -6,7 +6,7 @@ use crate::build_image::{self, Arguments as ImageArguments};
 use crate::{cargo, kernel, lab};
 use anyhow::{Context, Result, ensure};
 use guest_kernel_config::{DEFAULT, Fragment, OPTIONAL, Origin, compose, shipped_named};
-use kindling::config::image::Image;
+use kindling_vmm::config::image::Image;
 use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::fs;
@@ -195,7 +195,7 @@ fn measure(variants: &[Variant], place: &Path) -> Result<Vec<Measured>> {
         command: ["/bin/sh", "-c", &script].map(str::to_owned).to_vec(),
         environment: Vec::new(),
         with: vec![
-            (cargo::release_binary("kindling", "kindling")?, "/bin/kindling".to_owned()),
+            (cargo::release_binary("kindling-cli", "kindling")?, "/bin/kindling".to_owned()),
             (place.to_owned(), "/prices".to_owned()),
         ],
         get,

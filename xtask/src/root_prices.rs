@@ -88,7 +88,7 @@ fn measure(images: &[(u64, &str, String)], place: &Path) -> Result<()> {
             }
         }
     }
-    let mut with = vec![(cargo::release_binary("kindling", "kindling")?, "/bin/kindling".to_owned())];
+    let mut with = vec![(cargo::release_binary("kindling-cli", "kindling")?, "/bin/kindling".to_owned())];
     with.extend(images.iter().map(|(_, _, image)| (place.join(image), format!("/images/{image}"))));
     let job = lab::Job {
         exact: true,

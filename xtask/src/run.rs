@@ -5,7 +5,7 @@ use crate::host::Host;
 use crate::{cargo, lab};
 use anyhow::Result;
 use clap::Args;
-use kindling::config::image::Image;
+use kindling_vmm::config::image::Image;
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -34,7 +34,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let image = build_image::of_profile(build_image::Profile::Boot)?;
     let description = Image::open(&image)?;
     description.verify(&image)?;
-    let kindling = cargo::release_binary("kindling", "kindling")?;
+    let kindling = cargo::release_binary("kindling-cli", "kindling")?;
     println!(
         "image: {} (Linux {}, {} KiB kernel, {} KiB root filesystem)",
         relative(&image),

@@ -160,7 +160,9 @@ impl Step<'_> {
 
 /// The tests inside the crates. guest-init is built by itself, as everywhere.
 fn unit_tests(report: &Report) -> Result<()> {
-    for (name, package) in [("crates", &[][..]), ("crate of init", &["--package", "guest-init"])] {
+    // The package `tests` needs guests.
+    let others = ["--workspace", "--exclude", "guest-init", "--exclude", "tests"];
+    for (name, package) in [("crates", &others[..]), ("crate of init", &["--package", "guest-init"])] {
         let mut command = Command::new("cargo");
         command.args(["test", "--quiet", "--no-fail-fast"]).args(package).current_dir(workspace());
         run_here(command, report.transcript(name, "unit tests, on this host"))?;
@@ -255,7 +257,7 @@ fn lay_out_testbed() -> Result<PathBuf> {
     let images = testbed.join("images");
     fs::create_dir_all(&images)?;
     fs::create_dir_all(testbed.join("debian"))?;
-    fs::copy(cargo::release_binary("kindling", "kindling")?, testbed.join("kindling"))?;
+    fs::copy(cargo::release_binary("kindling-cli", "kindling")?, testbed.join("kindling"))?;
     fs::copy(cargo::release_binary("kindling-fs", "kindling-fs")?, testbed.join("kindling-fs"))?;
     fs::copy(cargo::release_binary("tests", "folder-guest")?, testbed.join("folder-guest"))?;
     fs::copy(cargo::release_binary("guest-init", "guest-init")?, testbed.join("init"))?;

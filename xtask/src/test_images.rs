@@ -5,7 +5,7 @@
 
 use crate::{cache, cargo, debian, lab};
 use anyhow::{Context, Result, ensure};
-use kindling::config::image::sha256_of;
+use kindling_vmm::config::image::sha256_of;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;

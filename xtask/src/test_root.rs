@@ -9,7 +9,7 @@ use crate::root_tree::RootType;
 use crate::test_oci;
 use crate::{cargo, debian};
 use anyhow::{Context, Result};
-use kindling::config::image::{sha256, sha256_of};
+use kindling_vmm::config::image::{sha256, sha256_of};
 use rustix::fs::{CWD, FileType, Mode, XattrFlags, mknodat, setxattr};
 use std::ffi::OsStr;
 use std::fmt::Write;

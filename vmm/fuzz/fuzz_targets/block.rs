@@ -3,9 +3,9 @@
 //! `cargo +nightly fuzz run block -- -max_total_time=600`, in the folder above this one.
 #![no_main]
 
-use kindling::config::devices::Drive;
-use kindling::devices::virtio::block::Block;
-use kindling::devices::virtio::driver::Driver;
+use kindling_vmm::config::devices::Drive;
+use kindling_vmm::devices::virtio::block::Block;
+use kindling_vmm::devices::virtio::driver::Driver;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {

@@ -3,9 +3,9 @@
 //! `cargo +nightly fuzz run entropy -- -max_total_time=600`, in the folder above this one.
 #![no_main]
 
-use kindling::config::devices;
-use kindling::devices::virtio::driver::Driver;
-use kindling::devices::virtio::entropy::Entropy;
+use kindling_vmm::config::devices;
+use kindling_vmm::devices::virtio::driver::Driver;
+use kindling_vmm::devices::virtio::entropy::Entropy;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {

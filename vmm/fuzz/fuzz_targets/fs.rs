@@ -3,8 +3,8 @@
 //! `cargo +nightly fuzz run fs -- -max_total_time=600`, in the folder above this one.
 #![no_main]
 
-use kindling::devices::virtio::driver::Driver;
-use kindling::devices::virtio::fs::{Server, SharedFolder};
+use kindling_vmm::devices::virtio::driver::Driver;
+use kindling_vmm::devices::virtio::fs::{Server, SharedFolder};
 use libfuzzer_sys::fuzz_target;
 use std::io::Write;
 use std::os::unix::net::UnixStream;

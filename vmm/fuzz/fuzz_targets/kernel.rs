@@ -4,10 +4,10 @@
 //! `cargo +nightly fuzz run kernel -- -max_total_time=60`, in the folder above this one.
 #![no_main]
 
-use kindling::boot::{self, Hardware};
-use kindling::config::{BootSource, InterruptControllers};
-use kindling::layout::SERIAL_GSI;
-use kindling::memory::GuestMemory;
+use kindling_vmm::boot::{self, Hardware};
+use kindling_vmm::config::{BootSource, InterruptControllers};
+use kindling_vmm::layout::SERIAL_GSI;
+use kindling_vmm::memory::GuestMemory;
 use libfuzzer_sys::fuzz_target;
 use std::io::Write;
 use vm_memory::GuestMemoryBackend;

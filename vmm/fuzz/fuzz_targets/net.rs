@@ -3,9 +3,9 @@
 //! `cargo +nightly fuzz run net -- -max_total_time=600`, in the folder above this one.
 #![no_main]
 
-use kindling::config::devices::NetworkInterface;
-use kindling::devices::virtio::driver::Driver;
-use kindling::devices::virtio::net::Net;
+use kindling_vmm::config::devices::NetworkInterface;
+use kindling_vmm::devices::virtio::driver::Driver;
+use kindling_vmm::devices::virtio::net::Net;
 use libfuzzer_sys::fuzz_target;
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socketpair};
 

@@ -3,9 +3,9 @@
 //! `cargo +nightly fuzz run pmem -- -max_total_time=600`, in the folder above this one.
 #![no_main]
 
-use kindling::config::devices;
-use kindling::devices::virtio::driver::Driver;
-use kindling::devices::virtio::pmem::Pmem;
+use kindling_vmm::config::devices;
+use kindling_vmm::devices::virtio::driver::Driver;
+use kindling_vmm::devices::virtio::pmem::Pmem;
 use libfuzzer_sys::fuzz_target;
 use vm_memory::GuestAddress;
 

@@ -3,9 +3,9 @@
 //! `cargo +nightly fuzz run vsock -- -max_total_time=600`, in the folder above this one.
 #![no_main]
 
-use kindling::config::devices;
-use kindling::devices::virtio::driver::Driver;
-use kindling::devices::virtio::vsock::Vsock;
+use kindling_vmm::config::devices;
+use kindling_vmm::devices::virtio::driver::Driver;
+use kindling_vmm::devices::virtio::vsock::Vsock;
 use libfuzzer_sys::fuzz_target;
 use std::io::Write;
 use std::os::unix::net::{UnixListener, UnixStream};

@@ -4,8 +4,8 @@ use super::plan::{Case, Scenario};
 use super::vmms::{Kind, Vmm};
 use anyhow::{Result, bail};
 use clap::Args;
-use kindling::config::image::DESCRIPTION;
-use kindling::layout::VCPUS_MAX;
+use kindling_vmm::config::image::DESCRIPTION;
+use kindling_vmm::layout::VCPUS_MAX;
 use rustix::fs::{Access, access};
 use std::path::{Path, PathBuf};
 

@@ -6,7 +6,7 @@ use super::trace::{self, Tracer};
 use super::vmms::{Devices, Kind, Task};
 use anyhow::{Context, Result};
 use io_payload::{DISK_BYTES, MARK_PORT, Operation};
-use kindling::Instant;
+use kindling_vmm::Instant;
 use std::fs;
 use std::path::Path;
 

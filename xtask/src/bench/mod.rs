@@ -138,7 +138,7 @@ pub(crate) fn starts(images: Vec<(String, PathBuf)>, runs: u32) -> Result<Vec<Op
 /// The monitors: ours, which boots and, with an image, continues from a boot; QEMU's; those that the user
 /// named.
 fn vmms(request: &Request, has_image: bool) -> Result<Vec<Vmm>> {
-    let ours = cargo::release_binary("kindling", "kindling")?;
+    let ours = cargo::release_binary("kindling-cli", "kindling")?;
     let always = [
         (arguments::OURS, Kind::Kindling, ours.clone()),
         (arguments::PREBOOTED, Kind::Prebooted, ours),
@@ -153,7 +153,7 @@ fn vmms(request: &Request, has_image: bool) -> Result<Vec<Vmm>> {
 
 /// Our monitor once for each image whose kernel programs start from, and what the first of them boots.
 fn images(request: &Request) -> Result<(Guest, Vec<Vmm>)> {
-    let ours = cargo::release_binary("kindling", "kindling")?;
+    let ours = cargo::release_binary("kindling-cli", "kindling")?;
     let mut images = request.images.clone();
     if images.is_empty() {
         images.push(("run".to_owned(), build_image::of_profile(build_image::Profile::Run)?));

@@ -2,7 +2,7 @@
 //! for certain.
 
 use anyhow::{Context, Result, anyhow, bail};
-use kindling::Instant;
+use kindling_vmm::Instant;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use std::io::{Read, Write};

@@ -7,7 +7,7 @@ use super::trace::{self, Traced, Tracer};
 use super::{process, smaps};
 use crate::{build_image, cargo, docker_archive, lab, test_volumes};
 use anyhow::{Context, Result, ensure};
-use kindling::Instant;
+use kindling_vmm::Instant;
 use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
 use serde_json::json;

@@ -5,7 +5,7 @@
 
 use super::process::Run;
 use anyhow::{Context, Result, bail};
-use kindling::Instant;
+use kindling_vmm::Instant;
 use std::fs;
 use std::path::{Path, PathBuf};
 

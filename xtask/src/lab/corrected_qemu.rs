@@ -11,7 +11,7 @@
 
 use crate::cache;
 use anyhow::{Context, Result, ensure};
-use kindling::config::image::sha256;
+use kindling_vmm::config::image::sha256;
 use object::read::elf::ElfFile64;
 use object::{LittleEndian, Object, ObjectSegment, ObjectSymbol};
 use std::fs;

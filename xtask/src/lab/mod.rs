@@ -65,7 +65,7 @@ pub(crate) const NOW: &str = "{now}";
 
 /// An argument with [`NOW`] replaced.
 pub(crate) fn with_time(argument: &str) -> String {
-    argument.replace(NOW, &kindling::Instant::now().0.to_string())
+    argument.replace(NOW, &kindling_vmm::Instant::now().0.to_string())
 }
 
 /// What to run in a lab, and with what.
@@ -133,7 +133,7 @@ fn again_if_silent(mut run: impl FnMut() -> Result<u8>) -> Result<u8> {
 
 /// `cargo xtask lab`.
 pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
-    let kindling = cargo::release_binary("kindling", "kindling")?;
+    let kindling = cargo::release_binary("kindling-cli", "kindling")?;
     let image = build_image::of_profile(Profile::Boot)?;
     let mut with = vec![
         (kindling, "/bin/kindling".to_owned()),

@@ -3,7 +3,7 @@
 use crate::lab;
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use kindling::Instant;
+use kindling_vmm::Instant;
 use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
 use std::fs;

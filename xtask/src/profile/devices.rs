@@ -1,7 +1,7 @@
 //! Whose a port or an address is, for people.
 
 use guest_protocol::port;
-use kindling::layout;
+use kindling_vmm::layout;
 
 /// The device that an exit of this kind reached, or what would be there on a PC.
 pub(super) fn name(reason: &str, address: u64) -> &'static str {

@@ -1,7 +1,7 @@
 //! The guest's kernel as a profile needs it: its symbols, its initcalls, and where its code calls.
 
 use anyhow::{Context, Result, bail, ensure};
-use kindling::boot::elf::Elf;
+use kindling_vmm::boot::elf::Elf;
 use std::collections::HashMap;
 
 /// Where x86-64 kernels map their own image (`__START_KERNEL_map`): what is linked at this address

@@ -25,8 +25,8 @@ use anyhow::{Context, Result, bail};
 use boots::{Boot, Measured};
 use clap::{Args, value_parser};
 use kernel_image::KernelImage;
-use kindling::config::image::Image;
-use kindling::layout::VCPUS_MAX;
+use kindling_vmm::config::image::Image;
+use kindling_vmm::layout::VCPUS_MAX;
 use record::{Guest, Profile, Samples};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -169,7 +169,7 @@ impl Session<'_> {
     /// Makes the boots where guests run, and reads what they left.
     fn measure(&self, host: Host) -> Result<Measured> {
         debian::ensure_lab_tools()?;
-        let kindling = cargo::release_binary("kindling", "kindling")?;
+        let kindling = cargo::release_binary("kindling-cli", "kindling")?;
         let place = tempfile::tempdir()?;
         let list = place.path().join("functions");
         fs::write(&list, self.functions)?;

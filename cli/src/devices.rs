@@ -1,0 +1,143 @@
+//! The short forms of devices on the command line.
+
+use clap::Args;
+use kindling::network;
+use kindling::vmm::config::ConfigError;
+use kindling::vmm::config::devices::{Balloon, Devices, Drive, Entropy, Pmem, Vsock};
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+
+/// Devices that are asked for, as they were written. What they mean is found out in one place, whoever read them.
+#[derive(Args, Debug, Default, PartialEq, Eq)]
+pub(crate) struct DeviceArguments {
+    /// A disk: a raw file or a block device; the guest finds /dev/vda and so on. :ro only reads, :direct
+    /// leaves out the host's page cache; may be repeated
+    #[arg(long, value_name = "PATH[:ro][:direct]")]
+    pub(crate) drive: Vec<OsString>,
+    /// A network card: the name of a tap device, or user for networking without root, through passt; may be
+    /// repeated
+    #[arg(long, value_name = "TAP|user[,mac=MAC][,mtu=BYTES][,ip=ADDR/PREFIX][,gw=ADDR][,dns=ADDR]")]
+    pub(crate) net: Vec<OsString>,
+    /// With --net user: a port of the host that leads to one of the guest; may be repeated
+    #[arg(long, short = 'p', value_name = "[ADDRESS:]HOST:GUEST[/tcp|/udp]")]
+    pub(crate) publish: Vec<OsString>,
+    /// A Unix socket that leads to the guest's vsock ports
+    #[arg(long, value_name = "PATH")]
+    pub(crate) vsock: Option<OsString>,
+    /// A source of random numbers
+    #[arg(long)]
+    pub(crate) entropy: bool,
+    /// A balloon that takes this much memory at first, and gives back what the guest does not use
+    #[arg(long, value_name = "MIB")]
+    pub(crate) balloon: Option<u64>,
+    /// A file that the guest sees as memory; it finds /dev/pmem0 and so on. :ro only reads; may be repeated
+    #[arg(long, value_name = "PATH[:ro]")]
+    pub(crate) pmem: Vec<OsString>,
+}
+
+impl DeviceArguments {
+    /// Adds these devices to those of a configuration.
+    pub(crate) fn add_to(&self, devices: &mut Devices) -> Result<(), ConfigError> {
+        for text in &self.drive {
+            let number = devices.drives.len();
+            devices.drives.push(drive(text, number));
+        }
+        for text in &self.net {
+            let number = devices.network_interfaces.len();
+            devices.network_interfaces.push(network::interface(text, number)?);
+        }
+        network::publish_all(&self.publish, devices)?;
+        if let Some(path) = &self.vsock {
+            /// The first number that a guest can have; each guest is alone behind its socket.
+            const GUEST_CID: u32 = 3;
+            devices.vsock = Some(Vsock { guest_cid: GUEST_CID, uds_path: path.into(), vsock_id: None });
+        }
+        if self.entropy {
+            devices.entropy = Some(Entropy::default());
+        }
+        if let Some(amount_mib) = self.balloon {
+            devices.balloon = Some(Balloon {
+                amount_mib,
+                deflate_on_oom: true,
+                free_page_reporting: true,
+                ..Balloon::default()
+            });
+        }
+        for text in &self.pmem {
+            let id = format!("pmem{}", devices.pmem.len());
+            let (path, [read_only]) = flags(text, [":ro"]);
+            devices.pmem.push(Pmem {
+                id,
+                path_on_host: path.into(),
+                root_device: false,
+                read_only,
+                rate_limiter: None,
+            });
+        }
+        Ok(())
+    }
+}
+
+fn drive(text: &OsStr, number: usize) -> Drive {
+    let (path, [is_read_only, direct]) = flags(text, [":ro", ":direct"]);
+    Drive { is_read_only, direct, ..Drive::new(format!("drive{number}"), path) }
+}
+
+/// A path without the flags behind it, and which of them there were, in any order.
+fn flags<const N: usize>(text: &OsStr, names: [&str; N]) -> (OsString, [bool; N]) {
+    let mut path = text.as_bytes();
+    let mut found = [false; N];
+    while let Some((at, rest)) =
+        names.iter().enumerate().find_map(|(at, name)| Some((at, path.strip_suffix(name.as_bytes())?)))
+    {
+        found[at] = true;
+        path = rest;
+    }
+    (OsString::from_vec(path.to_vec()), found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flags_follow_a_path_in_any_order() {
+        for (text, path, expected) in [
+            ("disk", "disk", [false, false]),
+            ("disk:ro", "disk", [true, false]),
+            ("disk:direct:ro", "disk", [true, true]),
+            ("a:b:direct", "a:b", [false, true]),
+            ("a:rw", "a:rw", [false, false]),
+        ] {
+            assert_eq!(flags(text.as_ref(), [":ro", ":direct"]), (path.into(), expected), "{text}");
+        }
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        let add = |arguments: DeviceArguments| {
+            arguments.add_to(&mut Devices::default()).map_err(|error| error.to_string())
+        };
+        let net = |text: &str| add(DeviceArguments { net: vec![text.into()], ..DeviceArguments::default() });
+        assert_eq!(net("tap0,mac=06:00:ac:10:00:02,mtu=9000"), Ok(()));
+        assert!(
+            net("tap0,mac=1").unwrap_err().contains("--net tap0,mac=1: \"1\" is not an Ethernet address")
+        );
+        assert!(net("tap0,mtu=x").unwrap_err().contains("\"x\" is not a number"));
+        assert!(net("tap0,speed=1").unwrap_err().contains("\"speed=1\" is none of"));
+        assert_eq!(net("tap0,ip=10.0.0.2/24,gw=10.0.0.1,dns=10.0.0.1"), Ok(()));
+        for text in ["10.0.0.2", "10.0.0.2/0", "10.0.0.2/33", "10.0.0/24", "::1/64", ""] {
+            let message = net(&format!("tap0,ip={text}")).unwrap_err();
+            assert!(message.contains("is not an address with its prefix"), "{message}");
+        }
+        assert!(net("tap0,gw=10.0.0").unwrap_err().contains("\"10.0.0\" is not an IPv4 address"));
+        let publish = |net: &[&str], text: &str| {
+            let net = net.iter().map(OsString::from).collect();
+            add(DeviceArguments { net, publish: vec![text.into()], ..DeviceArguments::default() })
+        };
+        assert_eq!(publish(&["user"], "8080:80"), Ok(()));
+        assert!(publish(&["tap0"], "8080:80").unwrap_err().contains("needs --net user"));
+        assert_eq!(publish(&["user"], "[::1]:8080:80/udp"), Ok(()));
+        assert!(publish(&["user"], "0:80").unwrap_err().contains("--publish 0:80: \"0\" is not a port"));
+    }
+}

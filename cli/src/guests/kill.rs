@@ -1,0 +1,30 @@
+//! `kindling kill`: a signal for guests, or their end.
+
+use crate::say;
+use clap::Args;
+use kindling::guest::{Guest, GuestError};
+use kindling::signal;
+
+#[derive(Args, Debug, PartialEq, Eq)]
+pub(crate) struct Arguments {
+    /// Signal for the program of each guest, by name or number; KILL ends the guest
+    #[arg(long, short = 's', value_name = "SIGNAL", default_value = "KILL", value_parser = signal::parse)]
+    signal: u8,
+    /// Names of the guests
+    #[arg(value_name = "NAME", required = true)]
+    names: Vec<String>,
+}
+
+/// Sends it; the exit status.
+pub(crate) fn run(arguments: &Arguments) -> u8 {
+    super::each(&arguments.names, |name| {
+        let guest = Guest::alive(name)?;
+        if i32::from(arguments.signal) == libc::SIGKILL {
+            guest.kill()?;
+        } else {
+            guest.monitor()?.ok_or_else(|| GuestError::Ended(name.to_owned()))?.send(arguments.signal);
+        }
+        say(format!("{name}\n").as_bytes());
+        Ok(())
+    })
+}

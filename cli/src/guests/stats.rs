@@ -1,0 +1,39 @@
+//! `kindling stats`: what guests use of the host.
+
+use super::view;
+use crate::{complain, say};
+use clap::Args;
+use kindling::guest::{Guest, GuestError};
+
+#[derive(Args, Debug, PartialEq, Eq)]
+pub(crate) struct Arguments {
+    /// Names of the guests [default: all that run]
+    #[arg(value_name = "NAME")]
+    names: Vec<String>,
+}
+
+/// Prints a table; the exit status.
+pub(crate) fn run(arguments: &Arguments) -> u8 {
+    let mut names = arguments.names.clone();
+    if names.is_empty() {
+        match Guest::all() {
+            Ok(all) => {
+                names = all.into_iter().filter(|guest| guest.is_alive).map(|guest| guest.name).collect()
+            }
+            Err(error) => {
+                complain(&error);
+                return crate::status(error.is_users());
+            }
+        }
+    }
+    let mut rows = Vec::new();
+    let status = super::each(&names, |name| {
+        let used = Guest::alive(name)?.usage()?.ok_or_else(|| GuestError::Ended(name.to_owned()))?;
+        let memory = format!("{} MiB", used.memory_kib.div_ceil(1024));
+        let time = format!("{}.{:03} s", used.cpu_ms / 1000, used.cpu_ms % 1000);
+        rows.push([name.to_owned(), memory, time]);
+        Ok(())
+    });
+    say(view::table(["NAME", "MEMORY", "CPU TIME"], &rows).as_bytes());
+    status
+}

@@ -1,0 +1,109 @@
+//! The process that runs a guest: signals for it, and its end.
+
+use super::{Guest, GuestError, MONITOR, host, is_locked, read_record};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::fs::{Mode, OFlags, open};
+use rustix::io::Errno;
+use rustix::process::{Flock, FlockType, PidfdFlags, fcntl_getlk, pidfd_open};
+use std::time::{Duration, Instant};
+
+/// The VMM of a guest.
+#[derive(Debug)]
+pub struct Monitor {
+    process: OwnedFd,
+    /// Its number, as this process has to call it.
+    pub pid: u32,
+}
+
+/// The exit status of a guest that nobody asked.
+const STATUS_KILLED: u8 = 128 + 9;
+
+/// SIGPWR, and what it is followed by where that does not help.
+const POWER: u8 = 30;
+const KILL: u8 = 9;
+
+/// How long a VMM may take to end in order.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+impl Guest {
+    /// Its monitor, if it lives: the process that has the lock on its file. A number may be another process's a moment later.
+    /// So the process is held by it first, and counts if it still has the lock then.
+    pub fn monitor(&self) -> Result<Option<Monitor>, GuestError> {
+        let failed = |what| move |error: Errno| host(what, &self.folder)(error.into());
+        let elsewhere = || Err(GuestError::Elsewhere(self.name.clone()));
+        let monitor = match open(self.folder.join(MONITOR), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()) {
+            Err(Errno::NOENT) => return if is_locked(&self.folder) { elsewhere() } else { Ok(None) },
+            result => result.map_err(failed("look for the VMM of"))?,
+        };
+        let holder =
+            || fcntl_getlk(&monitor, &Flock::from(FlockType::WriteLock)).map_err(failed("find the VMM of"));
+        let Some(lock) = holder()? else { return Ok(None) };
+        // It has no number where this process is.
+        let Some(pid) = lock.pid else { return elsewhere() };
+        let process = match pidfd_open(pid, PidfdFlags::empty()) {
+            Err(Errno::SRCH) => return Ok(None),
+            result => result.map_err(failed("hold the VMM of"))?,
+        };
+        let is_it = holder()?.is_some_and(|lock| lock.pid == Some(pid));
+        Ok(is_it.then(|| Monitor { process, pid: pid.as_raw_nonzero().get().unsigned_abs() }))
+    }
+
+    /// Ends the guest without asking it, and writes down that it was ended.
+    pub fn kill(&self) -> Result<(), GuestError> {
+        let Some(vmm) = self.monitor()? else { return Ok(()) };
+        // Its front stops the machine, gives the terminal back and writes down the end.
+        vmm.send(POWER);
+        if !vmm.wait(Some(Instant::now() + PATIENCE)) {
+            vmm.send(KILL);
+            vmm.wait(None);
+        }
+        match self.take() {
+            // It has removed its folder itself, or another did.
+            Err(GuestError::Unknown(_) | GuestError::Runs(_)) => Ok(()),
+            Err(error) => Err(error),
+            Ok(instance) => {
+                let record = read_record(&self.folder);
+                match record.status {
+                    _ if !record.is_kept => instance.remove(),
+                    // It ended by itself meanwhile.
+                    Some(_) => {}
+                    None => instance.finish(STATUS_KILLED)?,
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+impl Monitor {
+    /// Sends it a signal, which it passes on to its guest's payload if it can.
+    pub fn send(&self, signal: u8) {
+        crate::signal::send(self.process.as_fd(), signal);
+    }
+
+    /// Waits for its end, until a time; whether it has ended.
+    pub fn wait(&self, until: Option<Instant>) -> bool {
+        let mut fds = [PollFd::new(&self.process, PollFlags::IN)];
+        loop {
+            let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+            match poll(&mut fds, left.and_then(timespec).as_ref()) {
+                Ok(0) => return false,
+                Ok(_) => return true,
+                Err(Errno::INTR) => {}
+                // Nothing is left to wait for with.
+                Err(_) => return false,
+            }
+        }
+    }
+}
+
+impl AsFd for Monitor {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.process.as_fd()
+    }
+}
+
+fn timespec(time: Duration) -> Option<Timespec> {
+    Some(Timespec { tv_sec: i64::try_from(time.as_secs()).ok()?, tv_nsec: time.subsec_nanos().into() })
+}

@@ -1,0 +1,59 @@
+//! What a guest uses of the host.
+
+use super::{Guest, GuestError};
+use serde::Serialize;
+
+/// What a guest and its VMM use, by the VMM's process.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Usage {
+    /// Memory that is in use, in KiB; of what is shared with other processes its part (PSS).
+    pub memory_kib: u64,
+    /// Milliseconds that processors of the host worked for it.
+    pub cpu_ms: u64,
+}
+
+impl Guest {
+    /// What it uses, if it runs.
+    ///
+    /// # Errors
+    /// As of [`Self::monitor`].
+    pub fn usage(&self) -> Result<Option<Usage>, GuestError> {
+        let Some(process) = self.monitor()? else { return Ok(None) };
+        let file = |name: &str| std::fs::read_to_string(format!("/proc/{}/{name}", process.pid));
+        let (Ok(memory), Ok(stat)) = (file("smaps_rollup"), file("stat")) else { return Ok(None) };
+        // The number was its own while the files were read if it still lives now.
+        if process.wait(Some(std::time::Instant::now())) {
+            return Ok(None);
+        }
+        let memory_kib = pss(&memory).unwrap_or_default();
+        let cpu_ms = ticks(&stat).unwrap_or_default() * 1000 / rustix::param::clock_ticks_per_second();
+        Ok(Some(Usage { memory_kib, cpu_ms }))
+    }
+}
+
+/// `Pss:` of smaps_rollup, in KiB (Documentation/filesystems/proc.rst).
+fn pss(text: &str) -> Option<u64> {
+    text.lines().find_map(|line| line.strip_prefix("Pss:"))?.split_whitespace().next()?.parse().ok()
+}
+
+/// `utime` and `stime` of stat, its 14th and 15th field. The second is a name in brackets, which may have blanks.
+fn ticks(text: &str) -> Option<u64> {
+    let (_, rest) = text.rsplit_once(") ")?;
+    let mut fields = rest.split(' ').skip(14 - 3);
+    let mut next = || fields.next()?.parse::<u64>().ok();
+    Some(next()?.saturating_add(next()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernels_files_are_understood() {
+        let rollup = "55d0-7fff ---p 00000000 00:00 0    [rollup]\nRss:     1234 kB\nPss:      812 kB\nPss_Dirty: 1 kB\n";
+        assert_eq!(pss(rollup), Some(812));
+        let stat = "12 (a) b) S 1 12 12 0 -1 4194560 1 0 0 0 250 50 0 0 20 0 3 0 100 1 1";
+        assert_eq!(ticks(stat), Some(300));
+        assert_eq!((pss(""), ticks("")), (None, None));
+    }
+}

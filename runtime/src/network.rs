@@ -1,0 +1,170 @@
+//! Network cards and published ports, as users write them.
+
+use kindling_vmm::config::ConfigError;
+use kindling_vmm::config::devices::{Devices, NetworkInterface, PortForward, Protocol};
+use std::ffi::{OsStr, OsString};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+/// A network card from `TAP|user[,mac=MAC][,mtu=BYTES][,ip=ADDR/PREFIX][,gw=ADDR][,dns=ADDR]`; `number` counts a guest's
+/// cards from 0.
+///
+/// # Errors
+/// When a part of the text is wrong.
+pub fn interface(text: &OsStr, number: usize) -> Result<NetworkInterface, ConfigError> {
+    let value = text.to_string_lossy().into_owned();
+    let wrong = |what: String| ConfigError::DeviceOption { option: "net", value: value.clone(), what };
+    let mut parts = value.split(',');
+    let host_dev_name = parts.next().unwrap_or_default();
+    let mut interface = NetworkInterface::new(format!("net{number}"), host_dev_name);
+    let ipv4 = |text: &str| {
+        text.parse().map_err(|_| wrong(format!("{text:?} is not an IPv4 address such as 10.0.0.1"))).map(Some)
+    };
+    for part in parts {
+        match part.split_once('=') {
+            Some(("mac", text)) => interface.guest_mac = Some(text.parse().map_err(wrong)?),
+            Some(("mtu", text)) => {
+                let mtu = text.parse().map_err(|_| wrong(format!("{text:?} is not a number of bytes")))?;
+                interface.mtu = Some(mtu);
+            }
+            Some(("ip", text)) => interface.guest_ip = Some(text.parse().map_err(wrong)?),
+            Some(("gw", text)) => interface.gateway = ipv4(text)?,
+            Some(("dns", text)) => interface.nameserver = ipv4(text)?,
+            _ => return Err(wrong(format!("{part:?} is none of mac=..., mtu=..., ip=..., gw=..., dns=..."))),
+        }
+    }
+    Ok(interface)
+}
+
+/// Adds published ports to the card of the kind `user`.
+///
+/// # Errors
+/// When a text is wrong, or there is no such card.
+pub fn publish_all(texts: &[OsString], devices: &mut Devices) -> Result<(), ConfigError> {
+    for text in texts {
+        let wrong = |what: &str| ConfigError::DeviceOption {
+            option: "publish",
+            value: text.to_string_lossy().into_owned(),
+            what: what.to_owned(),
+        };
+        let forward = parse_publish(&text.to_string_lossy()).map_err(|what| wrong(&what))?;
+        let interface = devices.network_interfaces.iter_mut().find(|card| card.is_user());
+        interface.ok_or_else(|| wrong("it needs --net user"))?.forwards.push(forward);
+    }
+    Ok(())
+}
+
+/// A published port from `[ADDRESS:]HOST:GUEST[/tcp|/udp]`, as docker has them.
+///
+/// # Errors
+/// What is wrong with the text.
+pub fn parse_publish(text: &str) -> Result<PortForward, String> {
+    let (rest, protocol) = match text.split_once('/') {
+        None | Some((_, "tcp")) => (text.trim_end_matches("/tcp"), Protocol::Tcp),
+        Some((rest, "udp")) => (rest, Protocol::Udp),
+        Some((_, other)) => return Err(format!("{other:?} is neither tcp nor udp")),
+    };
+    let (address, ports) = match rest.rsplitn(3, ':').collect::<Vec<_>>()[..] {
+        [guest, host, address] => (Some(parse_address(address)?), [host, guest]),
+        [guest, host] => (None, [host, guest]),
+        [_] if rest.is_empty() => return Err(FORM.to_owned()),
+        _ => return Err(NO_HOST_PORT.to_owned()),
+    };
+    if ports[0].is_empty() {
+        return Err(NO_HOST_PORT.to_owned());
+    }
+    let [host, guest] = [parse_ports(ports[0])?, parse_ports(ports[1])?];
+    if host.1 != guest.1 {
+        return Err("the host and the guest have to have as many ports".to_owned());
+    }
+    Ok(PortForward { protocol, address, host: host.0, guest: guest.0, further: host.1 })
+}
+
+const FORM: &str =
+    "it is not of the form [ADDRESS:]HOST:GUEST[/tcp|/udp], as 8080:80 and 127.0.0.1:5353:53/udp are";
+const NO_HOST_PORT: &str = "it names no port of the host, and none is chosen here: write HOST:GUEST";
+
+/// An address of the host; one of IPv6 is in brackets.
+fn parse_address(text: &str) -> Result<IpAddr, String> {
+    let inner = text.strip_prefix('[').and_then(|text| text.strip_suffix(']'));
+    let address = match inner {
+        Some(inner) => inner.parse::<Ipv6Addr>().ok().map(IpAddr::from),
+        None => text.parse::<Ipv4Addr>().ok().map(IpAddr::from),
+    };
+    address.ok_or_else(|| {
+        format!("{text:?} is not an address of the host, as 127.0.0.1 and [::1] are; an address stands in front of HOST:GUEST")
+    })
+}
+
+/// A port or a range of them: the first, and how many follow.
+fn parse_ports(text: &str) -> Result<(u16, u16), String> {
+    let is_number = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
+    let port = |text: &str| text.parse::<u16>().ok().filter(|&port| port != 0 && is_number(text));
+    let (first, last) = text.split_once('-').unwrap_or((text, text));
+    match (port(first), port(last)) {
+        (Some(first), Some(last)) if first <= last => Ok((first, last - first)),
+        _ => {
+            Err(format!("{text:?} is not a port, 1 to 65535, nor a range of them such as 8000-8010; {FORM}"))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ports_are_written_as_for_docker() {
+        let forward = |protocol, address: Option<&str>, host, guest, further| PortForward {
+            protocol,
+            address: address.map(|address| address.parse().unwrap()),
+            host,
+            guest,
+            further,
+        };
+        let (tcp, udp) = (Protocol::Tcp, Protocol::Udp);
+        for (text, expected) in [
+            ("8080:80", forward(tcp, None, 8080, 80, 0)),
+            ("8080:80/tcp", forward(tcp, None, 8080, 80, 0)),
+            ("53:53/udp", forward(udp, None, 53, 53, 0)),
+            ("127.0.0.1:8080:80", forward(tcp, Some("127.0.0.1"), 8080, 80, 0)),
+            ("0.0.0.0:8080:80/udp", forward(udp, Some("0.0.0.0"), 8080, 80, 0)),
+            ("[::1]:8080:80", forward(tcp, Some("::1"), 8080, 80, 0)),
+            ("[2001:db8::1]:53:5353/udp", forward(udp, Some("2001:db8::1"), 53, 5353, 0)),
+            ("8000-8010:9000-9010", forward(tcp, None, 8000, 9000, 10)),
+            ("127.0.0.1:1-65535:1-65535", forward(tcp, Some("127.0.0.1"), 1, 1, 65534)),
+        ] {
+            assert_eq!(parse_publish(text), Ok(expected), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        for (text, expected) in [
+            ("", "not of the form"),
+            ("80", "names no port of the host"),
+            ("127.0.0.1::80", "names no port of the host"),
+            (":80", "names no port of the host"),
+            ("80:", "\"\" is not a port"),
+            ("0:80", "\"0\" is not a port"),
+            ("80:0", "\"0\" is not a port"),
+            ("65536:80", "\"65536\" is not a port"),
+            ("+80:80", "\"+80\" is not a port"),
+            ("80:80/", "\"\" is neither tcp nor udp"),
+            ("80:80/sctp", "\"sctp\" is neither tcp nor udp"),
+            ("80:80/tcp/tcp", "\"tcp/tcp\" is neither tcp nor udp"),
+            ("80:80/TCP", "\"TCP\" is neither tcp nor udp"),
+            ("localhost:80:80", "\"localhost\" is not an address of the host"),
+            ("::1:80:80", "\"::1\" is not an address of the host"),
+            ("[127.0.0.1]:80:80", "\"[127.0.0.1]\" is not an address of the host"),
+            ("127.0.0.256:80:80", "\"127.0.0.256\" is not an address"),
+            ("[::1]:80", "\"[:\" is not an address"),
+            ("8000-8010:80", "have to have as many ports"),
+            ("8010-8000:80-90", "\"8010-8000\" is not a port"),
+            ("1-2-3:1-3", "\"1-2-3\" is not a port"),
+            ("a:b", "\"a\" is not a port"),
+        ] {
+            let message = parse_publish(text).unwrap_err();
+            assert!(message.contains(expected), "{text:?}: {message}");
+        }
+    }
+}
