@@ -119,7 +119,7 @@ pub(crate) fn run(arguments: &Arguments, entered: Instant) -> u8 {
 fn boot(arguments: &Arguments, timeline: Timeline) -> Result<Exit, Error> {
     let FileConfig { config, warnings } = arguments.config()?;
     if config.devices.vsock.is_some() {
-        raise_descriptor_limit();
+        kindling::vmm::entry::raise_descriptor_limit();
     }
     let machine = Machine::new(&config, timeline)?;
     if let Some(refusal) = machine.preboot_refusal() {
@@ -143,15 +143,6 @@ fn boot(arguments: &Arguments, timeline: Timeline) -> Result<Exit, Error> {
     drop(terminal);
     remains.leave_to_kernel();
     Ok(exit)
-}
-
-/// Takes as many descriptors as the host allows: each connection of a vsock is one, and the usual limit of 1024 is for
-/// programs that use select(2).
-pub(crate) fn raise_descriptor_limit() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
-    // With fewer, connections beyond them are refused.
-    let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
 }
 
 fn finish(arguments: &Arguments, exit: &Exit) -> u8 {

@@ -83,8 +83,12 @@ fn execute(arguments: &Arguments, interruption: &Interruption) -> Result<Option<
     let guest = |name: &str| Guest::alive(name).map_err(CopyError::from);
     let ends = |stream: &UnixStream| interruption.ends(stream);
     match (&source, &destination) {
-        (Place::Guest(name, path), Place::Here(to)) => Ok(guest(name)?.copy_out(path, to, options, ends)?),
-        (Place::Here(path), Place::Guest(name, to)) => Ok(guest(name)?.copy_in(path, to, options, ends)?),
+        (Place::Guest(name, path), Place::Here(to)) => {
+            Ok(guest(name)?.copy_out_with(path, to, options, ends)?)
+        }
+        (Place::Here(path), Place::Guest(name, to)) => {
+            Ok(guest(name)?.copy_in_with(path, to, options, ends)?)
+        }
         _ => Err(CpError::NotOne),
     }
 }

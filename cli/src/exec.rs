@@ -1,8 +1,8 @@
 //! `kindling exec`: one more process in a guest that runs.
 
-use crate::run::client::{self, Service, Streams};
+use crate::run::client::{Service, Streams};
 use crate::run::signals::{self, Signals};
-use crate::terminal::RawTerminal;
+use crate::terminal::{self, RawTerminal};
 use crate::{STATUS_FAILURE, complain};
 use clap::Args;
 use kindling::exec::{ExecError, ExecOptions};
@@ -70,11 +70,10 @@ fn execute(arguments: &Arguments) -> Result<u8, CommandError> {
     let mut signals = Signals::keep(false)?;
     if arguments.tty {
         // It may have changed since it was asked for.
-        client::send_size(&process);
+        terminal::send_size(&process);
     }
     let terminal = arguments.tty.then(RawTerminal::enter).flatten();
-    let code =
-        Service { signals: &mut signals, give_up: &mut signals::leave }.serve(process, Streams::own()?);
+    let code = Service::new(&mut signals, &mut signals::leave).serve(process, Streams::own()?);
     drop(terminal);
     Ok(code?)
 }
@@ -87,7 +86,7 @@ impl Arguments {
             env_files: self.env_file.clone(),
             working_directory: self.workdir.clone(),
             user: self.user.clone(),
-            terminal: self.tty.then(client::new_terminal_size),
+            terminal: self.tty.then(terminal::new_terminal_size),
         }
     }
 }

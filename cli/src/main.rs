@@ -30,7 +30,7 @@ use std::os::unix::ffi::OsStrExt;
 
 /// Boots Linux microVMs within milliseconds.
 #[derive(Debug, Parser)]
-#[command(version, arg_required_else_help = true, args_override_self = true)]
+#[command(name = "kindling", version, arg_required_else_help = true, args_override_self = true)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
@@ -133,15 +133,18 @@ fn complain(error: &dyn Error) {
 
 /// The same of a machine that could not be built. Where that is for KVM, it is said what can be done.
 fn complain_of_machine(error: &kindling::vmm::Error) {
-    let line = with_causes(error);
-    let hint = match error {
-        kindling::vmm::Error::Kvm(_) => {
-            "; `kindling doctor` says what this host lacks, and `cargo xtask run`, in the source of Kindling, boots \
-             a guest on an emulated machine"
-        }
-        _ => "",
+    complain_of_kvm(&with_causes(error), matches!(error, kindling::vmm::Error::Kvm(_)));
+}
+
+/// Prints an error; where that is for KVM, with what can be done.
+fn complain_of_kvm(line: &str, is_kvm: bool) {
+    let hint = if is_kvm {
+        "; `kindling doctor` says what this host lacks, and `cargo xtask run`, in the source of Kindling, boots a guest \
+         on an emulated machine"
+    } else {
+        ""
     };
-    tell(&format!("kindling: {}{hint}\n", report::printable(&line)));
+    tell(&format!("kindling: {}{hint}\n", report::printable(line)));
 }
 
 /// An error and what led to it.

@@ -16,7 +16,7 @@ pub(crate) fn timeline(exit: &Exit) -> String {
     for step in exit.timeline.steps() {
         let total = milliseconds(step.at.since(exit.timeline.start()));
         let own = milliseconds(step.at.since(previous));
-        let _ = writeln!(text, "{total:11.3}  {own:+10.3}  {}", step.name);
+        let _ = writeln!(text, "{total:11.3}  {own:+10.3}  {}", printable(&step.name));
         previous = step.at;
     }
     let exits = &exit.exits;
@@ -79,7 +79,7 @@ impl<'a> Json<'a> {
                 .timeline
                 .steps()
                 .iter()
-                .map(|step| JsonStep { name: step.name, ns: ns(step.at) })
+                .map(|step| JsonStep { name: &step.name, ns: ns(step.at) })
                 .collect(),
             exits: JsonExits {
                 total: exits.total(),
@@ -141,8 +141,8 @@ pub(crate) fn profile(exit: &Exit) -> String {
 
 /// Why a guest failed, on one screen: what happened, where it was, its last words, what to try.
 pub(crate) fn failure(exit: &Exit) -> String {
-    let mut text = format!("\nkindling: {}\n", exit.reason);
-    let _ = writeln!(text, "  last stage reached: {}", last_stage(exit));
+    let mut text = format!("\nkindling: {}\n", printable(&exit.reason.to_string()));
+    let _ = writeln!(text, "  last stage reached: {}", printable(last_stage(exit)));
     if let Some(registers) = &exit.registers {
         let r = &registers.general;
         let [cr0, cr2, cr3, cr4] = registers.control;
@@ -199,10 +199,10 @@ fn is_command(c: char) -> bool {
         || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
-fn last_stage(exit: &Exit) -> &'static str {
+fn last_stage(exit: &Exit) -> &str {
     let ends = ["guest ended", "vCPUs stopped", "machine given back"];
     let mut steps = exit.timeline.steps().iter().rev();
-    steps.find(|step| !ends.contains(&step.name)).map_or("none", |step| step.name)
+    steps.find(|step| !ends.contains(&&*step.name)).map_or("none", |step| &step.name)
 }
 
 const fn advice(reason: &ExitReason) -> &'static str {

@@ -1,6 +1,8 @@
 //! The user's terminal in raw mode while a guest has it, and restored however the process ends.
 #![expect(unsafe_code, reason = "terminal settings have to be restored in signal handlers")]
 
+use kindling::TerminalSize;
+use kindling::vmm::agent::Process;
 use std::io::IsTerminal;
 use std::mem::MaybeUninit;
 use std::sync::OnceLock;
@@ -75,4 +77,24 @@ fn restore_on_fatal_signals() {
             libc::sigaction(signal, &raw const action, std::ptr::null_mut());
         }
     }
+}
+
+/// Sends a size of this process's terminal.
+pub(crate) fn send_size(process: &Process) {
+    if let Some(size) = terminal_size() {
+        process.resize(size);
+    }
+}
+
+/// What a terminal of a guest's is to start with: the size of this process's, or the usual one where it has none.
+pub(crate) fn new_terminal_size() -> TerminalSize {
+    terminal_size().unwrap_or(TerminalSize { rows: 24, columns: 80 })
+}
+
+/// Rows and columns of the terminal at one of the standard streams.
+fn terminal_size() -> Option<TerminalSize> {
+    [rustix::stdio::stdout(), rustix::stdio::stdin(), rustix::stdio::stderr()].into_iter().find_map(|fd| {
+        let size = rustix::termios::tcgetwinsize(fd).ok()?;
+        Some(TerminalSize { rows: size.ws_row, columns: size.ws_col })
+    })
 }

@@ -68,13 +68,40 @@ pub struct CopyOptions {
 }
 
 impl Guest {
+    /// Copies a file or directory out of the guest, by the rules of `docker cp`; the first thing that was left out, if
+    /// anything was.
+    ///
+    /// # Errors
+    /// When something cannot be read or written.
+    pub fn copy_out(
+        &self,
+        from: impl AsRef<OsStr>,
+        to: impl AsRef<OsStr>,
+    ) -> Result<Option<CopyError>, CopyError> {
+        let (from, to) = (from.as_ref().as_bytes(), to.as_ref().as_bytes());
+        self.copy_out_with(from, to, CopyOptions::default(), |_| Ok(()))
+    }
+
+    /// Copies a file or directory into the guest; otherwise as [`Self::copy_out`].
+    ///
+    /// # Errors
+    /// When something cannot be read or written.
+    pub fn copy_in(
+        &self,
+        from: impl AsRef<OsStr>,
+        to: impl AsRef<OsStr>,
+    ) -> Result<Option<CopyError>, CopyError> {
+        let (from, to) = (from.as_ref().as_bytes(), to.as_ref().as_bytes());
+        self.copy_in_with(from, to, CopyOptions::default(), |_| Ok(()))
+    }
+
     /// Copies a file or directory out of the guest. Paths are the bytes of the guest's. `started` gets the connection over
     /// which everything comes: shutting it down ends the copy, and nothing half made stays. Returns the first thing that
     /// was left out, if anything was.
     ///
     /// # Errors
     /// When something cannot be read or written.
-    pub fn copy_out(
+    pub fn copy_out_with(
         &self,
         path: &[u8],
         to: &[u8],
@@ -87,11 +114,11 @@ impl Guest {
         fetch(options, &self.name, path, to, process, &stream)
     }
 
-    /// Copies a file or directory into the guest; otherwise as [`Self::copy_out`].
+    /// Copies a file or directory into the guest; otherwise as [`Self::copy_out_with`].
     ///
     /// # Errors
     /// When something cannot be read or written.
-    pub fn copy_in(
+    pub fn copy_in_with(
         &self,
         path: &[u8],
         to: &[u8],

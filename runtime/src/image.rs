@@ -1,12 +1,11 @@
 //! Container images: what they are converted to, and what they say of the command.
 
 use serde::{Deserialize, Serialize};
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use trusted_path::Owners;
 
 /// Why an image cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -32,7 +31,7 @@ pub enum ImageError {
 }
 
 /// A root filesystem, and what its image says of how to use it.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize)]
 pub struct Prepared {
     /// The file with an EROFS filesystem.
     pub rootfs: PathBuf,
@@ -41,8 +40,37 @@ pub struct Prepared {
     pub config: ImageConfig,
 }
 
+/// A container image, ready for guests.
+#[derive(Clone, Debug)]
+pub struct Image {
+    source: OsString,
+    prepared: Prepared,
+}
+
+impl Image {
+    /// An image by a registry's name, the path of an archive of `docker save` or of a folder with an OCI layout, which
+    /// begins with `/` or `.` or ends like one, or the path of an EROFS filesystem. It is converted where that was not
+    /// done, and pulled where it is missing.
+    ///
+    /// # Errors
+    /// When it cannot be read, pulled or converted.
+    pub fn open(image: impl AsRef<OsStr>) -> Result<Self, ImageError> {
+        let source = image.as_ref().to_owned();
+        let prepared = prepare(&source, None, "missing")?;
+        Ok(Self { source, prepared })
+    }
+
+    pub(crate) fn source(&self) -> &OsStr {
+        &self.source
+    }
+
+    pub(crate) const fn prepared(&self) -> &Prepared {
+        &self.prepared
+    }
+}
+
 /// What an image says of its command.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub struct ImageConfig {
     /// Its program, and the first arguments.
@@ -119,9 +147,8 @@ fn prepare_in(
 /// # Errors
 /// When it is missing, or others can change it.
 pub fn converter() -> Result<PathBuf, ImageError> {
-    let program = std::env::current_exe().map_err(ImageError::NoConverter)?.with_file_name("kindling-oci");
-    match trusted_path::file(&program, Owners::and_of_program()) {
-        Ok(_) => Ok(program),
+    match trusted_path::companion("kindling-oci") {
+        Ok(program) => Ok(program),
         Err(error) if error.is_absent() => Err(ImageError::NoConverter(io::ErrorKind::NotFound.into())),
         Err(error) => Err(error.into()),
     }

@@ -8,9 +8,10 @@ use crate::mount::{self, MountError, MountRequest, Source};
 use crate::volume::{self, VolumeError};
 use crate::{network, signal};
 use guest_protocol::agent::TerminalSize;
-use kindling_vmm::config::devices::Vsock;
+use kindling_vmm::config::devices::{NetworkInterface, Vsock};
 use kindling_vmm::config::image::Image;
 use kindling_vmm::config::{Config, ConfigError, Console, GuestConfig, MachineConfig};
+use kindling_vmm::control::{Failure, Monitor};
 use kindling_vmm::preboot;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
@@ -36,6 +37,15 @@ pub enum LaunchError {
     /// The machine cannot be built or started.
     #[error(transparent)]
     Machine(#[from] kindling_vmm::Error),
+    /// The monitor could not build or start the machine.
+    #[error("{}", .0.message)]
+    Monitor(Failure),
+    /// The guest ended before it could be asked for anything.
+    #[error("the guest did not start: {0}")]
+    Ended(String),
+    /// `kindling-vmm` cannot be started.
+    #[error("cannot run kindling-vmm, which has to lie beside kindling")]
+    NoMonitor(#[source] std::io::Error),
     /// What is to be mounted is not said rightly.
     #[error(transparent)]
     Mount(#[from] MountError),
@@ -74,7 +84,8 @@ impl LaunchError {
     pub const fn is_users(&self) -> bool {
         match self {
             Self::Machine(error) => error.is_users(),
-            Self::Host(..) | Self::Image(ImageError::Failed(_)) => false,
+            Self::Monitor(failure) => failure.is_users,
+            Self::Host(..) | Self::Ended(_) | Self::Image(ImageError::Failed(_)) => false,
             Self::Guest(error) => error.is_users(),
             Self::Volume(error) => error.is_users(),
             _ => true,
@@ -83,10 +94,12 @@ impl LaunchError {
 }
 
 /// What a user wants of a new guest. Text is as users of docker write it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LaunchOptions {
     /// The image, as it was written; for the guest's record.
     pub image: OsString,
+    /// The guest runs a command, with which it ends; otherwise it runs what it is asked to until it is stopped.
+    pub has_payload: bool,
     /// The command, instead of the image's.
     pub command: Vec<OsString>,
     /// Replaces the image's entrypoint; empty for none.
@@ -164,7 +177,7 @@ impl LaunchOptions {
                     let disk = volume::for_guest(name, request.is_read_only)?;
                     mount::add_volume(&mut config, disk, request);
                 }
-                Source::Folder(path) => mount::add_folder(&mut config, path, request)?,
+                Source::Folder(path) => mount::add_folder(&mut config, path, request),
             }
         }
         config.validate()?;
@@ -174,7 +187,7 @@ impl LaunchOptions {
         Ok(config)
     }
 
-    fn interface(&self) -> Result<Option<kindling_vmm::config::devices::NetworkInterface>, LaunchError> {
+    fn interface(&self) -> Result<Option<NetworkInterface>, LaunchError> {
         let network = match &self.network {
             None if self.publish.is_empty() => return Ok(None),
             None => OsStr::new("user"),
@@ -204,8 +217,8 @@ impl LaunchOptions {
         } else {
             strings(&of_image.cmd)
         };
-        let arguments = [entrypoint, command].concat();
-        if arguments.is_empty() {
+        let arguments = if self.has_payload { [entrypoint, command].concat() } else { Vec::new() };
+        if arguments.is_empty() && self.has_payload {
             return Err(LaunchError::NoCommand);
         }
         let mut environment = strings(&of_image.env);
@@ -264,6 +277,18 @@ impl LaunchOptions {
             volumes: mounts.iter().filter_map(MountRequest::volume).map(str::to_owned).collect(),
             status: None,
         }
+    }
+}
+
+/// Starts the monitor of a new guest: `kindling-vmm`, in the folder that KINDLING_PROGRAMS names or beside this program.
+///
+/// # Errors
+/// When it is missing, others can change it, or the host refuses it.
+pub fn spawn_monitor() -> Result<Monitor, LaunchError> {
+    match trusted_path::companion("kindling-vmm") {
+        Ok(program) => Monitor::spawn(&program).map_err(LaunchError::NoMonitor),
+        Err(error) if error.is_absent() => Err(LaunchError::NoMonitor(std::io::ErrorKind::NotFound.into())),
+        Err(error) => Err(KernelError::Untrusted(error).into()),
     }
 }
 

@@ -2,6 +2,8 @@
 //!
 //! The command `kindling` is written with this library alone. The machine below is [`vmm`].
 
+mod builder;
+pub mod command;
 pub mod copy;
 mod environment;
 pub mod exec;
@@ -15,8 +17,12 @@ pub mod network;
 pub mod signal;
 pub mod volume;
 
+pub use builder::GuestBuilder;
+pub use command::{Child, Command, ExitStatus, Output, Stdio};
 pub use environment::EnvironmentError;
+pub use guest::Guest;
 pub use guest_protocol::agent::TerminalSize;
+pub use image::Image;
 pub use kindling_vmm as vmm;
 pub use mount::MountError;
 

@@ -4,7 +4,7 @@
 //! the file is full it becomes `log.old`, in place of the one before, and another is begun: the runtime directory
 //! is memory, and of a guest that writes without end the last words count.
 
-use crate::guest::{Guest, GuestError, Monitor, host};
+use crate::guest::{Guest, GuestError, Process, host};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fd::OwnedFd;
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
@@ -157,8 +157,8 @@ impl Reader {
 pub struct Follower {
     folder: PathBuf,
     reader: Reader,
-    /// The monitor of a guest that runs, and what says that its log has changed.
-    monitor: Option<(Monitor, OwnedFd)>,
+    /// The front of a guest that runs, and what says that its log has changed.
+    front: Option<(Process, OwnedFd)>,
 }
 
 impl Guest {
@@ -168,13 +168,13 @@ impl Guest {
     /// When the guest has no log, or the host refuses something.
     pub fn log(&self, follow: bool) -> Result<Follower, GuestError> {
         let failed = |what| host(what, &self.folder);
-        let monitor = if follow { self.monitor()? } else { None };
+        let front = if follow { self.front()? } else { None };
         // Before the first look, so that nothing comes between the last look and the watch.
-        let changes = monitor.is_some().then(|| watch(&self.folder)).transpose();
+        let changes = front.is_some().then(|| watch(&self.folder)).transpose();
         let changes = changes.map_err(|error| failed("watch")(error.into()))?;
         let reader = Reader::open(&self.folder).map_err(failed("read the log in"))?;
         let reader = reader.ok_or_else(|| GuestError::NoLog(self.name.clone()))?;
-        Ok(Follower { folder: self.folder.clone(), reader, monitor: monitor.zip(changes) })
+        Ok(Follower { folder: self.folder.clone(), reader, front: front.zip(changes) })
     }
 }
 
@@ -186,12 +186,12 @@ impl Follower {
     pub fn next_record(&mut self) -> Result<Option<(Stream, Vec<u8>)>, GuestError> {
         loop {
             let record = self.reader.next().map_err(host("read the log in", &self.folder))?;
-            let (None, Some((monitor, changes))) = (&record, &self.monitor) else { return Ok(record) };
+            let (None, Some((front, changes))) = (&record, &self.front) else { return Ok(record) };
             let has_ended =
-                wait(monitor, changes).map_err(|error| host("watch", &self.folder)(error.into()))?;
+                wait(front, changes).map_err(|error| host("watch", &self.folder)(error.into()))?;
             if has_ended {
                 // What it wrote last is read before the end is said.
-                self.monitor = None;
+                self.front = None;
             }
         }
     }
@@ -203,9 +203,9 @@ fn watch(folder: &Path) -> Result<OwnedFd, Errno> {
     Ok(changes)
 }
 
-/// Waits for a change or the monitor's end; whether it has ended.
-fn wait(monitor: &Monitor, changes: &OwnedFd) -> Result<bool, Errno> {
-    let mut fds = [PollFd::new(monitor, PollFlags::IN), PollFd::new(changes, PollFlags::IN)];
+/// Waits for a change or the front's end; whether it has ended.
+fn wait(front: &Process, changes: &OwnedFd) -> Result<bool, Errno> {
+    let mut fds = [PollFd::new(front, PollFlags::IN), PollFd::new(changes, PollFlags::IN)];
     match poll(&mut fds, None) {
         Err(Errno::INTR) => return Ok(false),
         result => result?,

@@ -11,6 +11,7 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 /// Why a volume cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -163,17 +164,22 @@ impl Volume {
         std::fs::remove_file(&self.path).map_err(host("remove", &self.path))
     }
 
-    /// Opens it with a lock, which others have until their end.
+    /// Opens it with a lock, which others have until their end. Where none of them runs, it may be the monitor of a guest
+    /// whose front was killed, which ends in a moment.
     fn lock(&self, lock: FlockOperation) -> Result<File, VolumeError> {
+        const PATIENCE: Duration = Duration::from_secs(2);
+        const INTERVAL: Duration = Duration::from_millis(5);
         let file = File::open(&self.path).map_err(host("open", &self.path))?;
-        match flock(&file, lock) {
-            Err(Errno::WOULDBLOCK) => {
-                let guest = self.guests().into_iter().next();
-                Err(VolumeError::InUse { name: self.name.clone(), guest })
+        let until = Instant::now() + PATIENCE;
+        while flock(&file, lock) == Err(Errno::WOULDBLOCK) {
+            let guest = self.guests().into_iter().next();
+            if guest.is_some() || Instant::now() >= until {
+                return Err(VolumeError::InUse { name: self.name.clone(), guest });
             }
-            // Some filesystems have no locks.
-            _ => Ok(file),
+            std::thread::sleep(INTERVAL);
         }
+        // Some filesystems have no locks.
+        Ok(file)
     }
 
     /// Guests that run and have it.

@@ -87,8 +87,7 @@ impl Conversation {
     /// When it has ended.
     #[must_use]
     pub fn rss_kib(&self) -> u64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()));
-        let status = status.expect("the VMM has ended");
+        let status = std::fs::read_to_string(self.process().join("status")).expect("the VMM has ended");
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("no VmRSS");
         line.trim().trim_end_matches(" kB").parse().expect("no number")
     }
@@ -98,10 +97,20 @@ impl Conversation {
         crate::kill(self.child.id(), signal);
     }
 
-    /// The process of the VMM, by its folder in /proc.
+    /// The process of the VMM, by its folder in /proc: the command itself, or the monitor that it has started.
+    ///
+    /// # Panics
+    /// When the command has ended.
     #[must_use]
     pub fn process(&self) -> PathBuf {
-        format!("/proc/{}", self.child.id()).into()
+        let pid = self.child.id();
+        let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+        let children = children.expect("the command has ended");
+        let folders = children.split_whitespace().map(|child| PathBuf::from("/proc").join(child));
+        let mut folders = folders.filter(|folder| {
+            std::fs::read_to_string(folder.join("comm")).is_ok_and(|name| name.trim() == "kindling-vmm")
+        });
+        folders.next().unwrap_or_else(|| format!("/proc/{pid}").into())
     }
 
     /// The sections of /proc/PID/smaps whose mapping is of a file with this name, as text.
@@ -110,8 +119,7 @@ impl Conversation {
     /// When it has ended.
     #[must_use]
     pub fn smaps_of(&self, file: &str) -> Vec<String> {
-        let smaps = std::fs::read_to_string(format!("/proc/{}/smaps", self.child.id()));
-        let smaps = smaps.expect("the VMM has ended");
+        let smaps = std::fs::read_to_string(self.process().join("smaps")).expect("the VMM has ended");
         let is_head = |line: &str| line.split_once(' ').is_some_and(|(range, _)| range.contains('-'));
         let mut sections: Vec<String> = Vec::new();
         for line in smaps.lines() {

@@ -65,7 +65,7 @@ struct Budget {
     spawn_to_exit_ns: u64,
     /// Exits to the VMM up to init's first instruction.
     user_exits_to_init: u64,
-    /// KiB of the VMM's own program in its memory while a payload waits: what `cli/boot-code.ld` keeps together.
+    /// KiB of the VMM's own program in its memory while a payload waits: what `vmm/boot-code.ld` keeps together.
     program_kib: u64,
     /// Nanoseconds of each phase, by the step that ends it.
     phases_ns: BTreeMap<String, u64>,

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
 use std::process::{ChildStdout, Stdio};
 use std::time::Instant;
 use tests::conversation::Conversation;
@@ -146,20 +147,32 @@ fn a_detached_guest_is_free_of_its_terminal() {
     let user = User::new();
     detach(&user, &["-e", "TOKEN=hush-hush", "--name", "free"], UNTIL_END);
     let details = inspect(&user, "free");
-    let pid = details["pid"].as_u64().expect("no pid");
-    // Every user of the host can read it.
-    let line = fs::read(format!("/proc/{pid}/cmdline")).expect("no process");
-    assert!(!String::from_utf8_lossy(&line).contains("hush-hush"));
+    let pids = ["front_pid", "pid"].map(|name| details[name].as_u64().expect("no pid"));
     let own = kindling(&user, &["exec", "free", "sh", "-c", "echo $TOKEN"]);
     assert_eq!(own.expect_status(0).stdout, "hush-hush\n");
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("no process");
-    let session: u64 =
-        stat.rsplit(") ").next().expect("no fields").split(' ').nth(3).unwrap().parse().unwrap();
-    assert_eq!(session, pid);
+    for pid in pids {
+        // Every user of the host can read it.
+        let line = fs::read(format!("/proc/{pid}/cmdline")).expect("no process");
+        assert!(!String::from_utf8_lossy(&line).contains("hush-hush"));
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("no process");
+        let session: u64 =
+            stat.rsplit(") ").next().expect("no fields").split(' ').nth(3).unwrap().parse().unwrap();
+        assert_eq!(session, pid);
+    }
     let folder = user.folder().join("kindling/free");
-    let open = |number: u8| fs::read_link(format!("/proc/{pid}/fd/{number}")).expect("not open");
+    let open = |number: u8| fs::read_link(format!("/proc/{}/fd/{number}", pids[0])).expect("not open");
     let null = || "/dev/null".into();
     assert_eq!([open(0), open(1), open(2)], [null(), null(), folder.join("report")]);
+    // The monitor has no stream, and no descriptor of a folder or a terminal.
+    let open = fs::read_dir(format!("/proc/{}/fd", pids[1])).expect("no process");
+    let open = open.map(|entry| fs::read_link(entry.unwrap().path()).unwrap_or_default());
+    let paths: Vec<_> = open.filter(|path| path.starts_with("/")).collect();
+    let is_expected = |path: &PathBuf| {
+        ["/dev/null", "/dev/kvm"].iter().any(|device| path == Path::new(device))
+            || path.is_file()
+            || path.starts_with("/memfd:")
+    };
+    assert!(paths.iter().all(is_expected), "{paths:?}");
     assert_eq!(details["state"], "running");
     assert_eq!(details["socket"], folder.join("vsock").to_str().unwrap());
     assert!(details["host"]["memory_kib"].as_u64() > Some(1024), "{details}");
@@ -293,13 +306,34 @@ fn signals_reach_the_program_as_often_as_they_are_sent() {
 }
 
 #[test]
-fn a_guest_whose_vmm_is_killed_is_dead() {
+fn a_guest_whose_monitor_is_killed_has_ended() {
     let user = User::new();
     detach(&user, &["--name", "gone"], UNTIL_END);
     expect_line(&mut follow(&user, "gone").1, "out");
     let pid = inspect(&user, "gone")["pid"].to_string();
     tests::kill(pid.parse().unwrap(), libc::SIGKILL);
-    kindling(&user, &["wait", "gone"]).expect_status(125).expect_stderr("its VMM crashed or was killed");
+    kindling(&user, &["wait", "gone"]).expect_status(125);
+    assert!(row(&user, &["-a"], "gone").expect("no row").ends_with("|exited 125"));
+    let details = inspect(&user, "gone");
+    let report = details["report"].as_str().expect("no report");
+    assert_eq!(
+        report,
+        "kindling: kindling-vmm ended without a word; the host may have killed it for want of memory\n"
+    );
+    kindling(&user, &["rm", "gone"]).expect_status(0);
+    assert!(user.is_tidy());
+}
+
+#[test]
+fn a_guest_whose_front_is_killed_is_dead() {
+    let user = User::new();
+    detach(&user, &["--name", "gone"], UNTIL_END);
+    expect_line(&mut follow(&user, "gone").1, "out");
+    let pid = inspect(&user, "gone")["front_pid"].to_string();
+    tests::kill(pid.parse().unwrap(), libc::SIGKILL);
+    kindling(&user, &["wait", "gone"])
+        .expect_status(125)
+        .expect_stderr("the kindling process that ran it crashed or was killed");
     assert_eq!(row(&user, &[], "gone"), None);
     assert!(row(&user, &["-a"], "gone").expect("no row").ends_with("|dead"));
     for command in [&["exec", "gone", "true"][..], &["kill", "gone"], &["stats", "gone"]] {

@@ -383,3 +383,25 @@ fn where_no_guest_can_run_it_is_said_once() {
     assert_eq!(outcome.stderr.lines().count(), 1, "{outcome}");
     outcome.expect_stderr("; `kindling doctor` says what this host lacks, and `cargo xtask run`");
 }
+
+/// Its front gives it a socket.
+#[test]
+fn a_monitor_without_a_front_says_whose_it_is() {
+    let outcome =
+        run(std::process::Command::new(tests::testbed("kindling-vmm")).stdin(std::process::Stdio::null()));
+    outcome.expect_status(125).expect_stderr("`kindling` starts this program, not its users");
+    let (ours, its) = std::os::unix::net::UnixStream::pair().unwrap();
+    std::io::Write::write_all(&mut &ours, b"\x05\0\0\0hello").unwrap();
+    drop(ours);
+    let input = std::process::Stdio::from(std::os::fd::OwnedFd::from(its));
+    let outcome = run(std::process::Command::new(tests::testbed("kindling-vmm")).stdin(input));
+    outcome.expect_status(125).expect_stderr("of different versions");
+    let (_ours, its) = std::os::unix::net::UnixStream::pair().map(|(ours, its)| (drop(ours), its)).unwrap();
+    let input = std::process::Stdio::from(std::os::fd::OwnedFd::from(its));
+    let outcome = run(std::process::Command::new(tests::testbed("kindling-vmm")).stdin(input));
+    assert_eq!(
+        outcome.expect_status(0).stderr,
+        "",
+        "a front that never asks for a machine is none the worse"
+    );
+}

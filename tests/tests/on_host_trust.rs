@@ -147,7 +147,7 @@ fn a_lock_empties_no_file() {
 #[test]
 fn a_copy_with_the_set_user_id_bit_does_not_run() {
     let place = Place::new();
-    for name in ["kindling", "kindling-oci", "kindling-fs"] {
+    for name in ["kindling", "kindling-vmm", "kindling-oci", "kindling-fs"] {
         let copy = place.path(name);
         fs::copy(testbed(name), &copy).unwrap();
         if copy.metadata().unwrap().uid() != 0 || chown(&copy, Some(STRANGER), Some(STRANGER)).is_err() {

@@ -535,6 +535,7 @@ fn a_kernel_of_somebody_else_is_not_run() {
     let (program, folder) = (user.folder().join("bin/kindling"), user.folder().join("images/run"));
     std::fs::create_dir_all(program.parent().unwrap()).unwrap();
     std::fs::copy(testbed("kindling"), &program).unwrap();
+    std::fs::copy(testbed("kindling-vmm"), program.with_file_name("kindling-vmm")).unwrap();
     std::fs::create_dir_all(&folder).unwrap();
     for file in std::fs::read_dir(testbed("images/run")).unwrap() {
         let file = file.unwrap().path();

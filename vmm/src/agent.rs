@@ -120,6 +120,14 @@ impl Process {
         Self::open(socket, PAYLOAD, &[])
     }
 
+    /// Starts the payload of a guest that has none, with which the guest ends.
+    ///
+    /// # Errors
+    /// When the agent cannot be reached.
+    pub fn start_payload(socket: &Path, frame: &[u8]) -> Result<Self, AgentError> {
+        Self::open(socket, PAYLOAD, &encoded(Message::Start(frame)))
+    }
+
     /// Starts a process that a configuration frame describes
     /// ([`GuestConfig::to_frame`](crate::config::GuestConfig::to_frame)). `token` is any number but zero that no
     /// other process of this guest was given.

@@ -1,7 +1,8 @@
-//! The virtio devices of a machine: from the files and sockets of a configuration to registers, doorbells and
-//! interrupts.
+//! The virtio devices of a machine: from what the host has behind them to registers, doorbells and interrupts.
 
+use crate::boot::BootFiles;
 use crate::bus::MemoryBus;
+use crate::config::devices::{DeviceConfig, Drive};
 use crate::config::{Config, ConfigError};
 use crate::devices::virtio::balloon::{self, Balloon};
 use crate::devices::virtio::block::Block;
@@ -13,14 +14,17 @@ use crate::devices::virtio::vsock::Vsock;
 use crate::devices::virtio::{
     Device, QUEUE_ADDRESSES, QUEUE_ADDRESSES_LEN, RegisterPages, Shape, State, Transport, Wiring,
 };
+use crate::error::Error;
 use crate::kvm::{KvmError, Vm};
 use crate::layout::{self, Gsi};
-use crate::machine::Error;
 use crate::memory::{GuestMemory, PlacedFile};
+use crate::resources::{Backend, Resources};
+use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 use vm_memory::GuestAddress;
 
-/// Devices whose files are open, in the order of their registers.
+/// Devices with what is behind them, in the order of their registers, and what else of the host the machine needs.
 #[derive(Debug, Default)]
 pub(crate) struct Opened {
     devices: Vec<(String, Box<dyn Device>)>,
@@ -30,96 +34,66 @@ pub(crate) struct Opened {
     starting: Vec<net::Starting>,
     /// What the balloon is changed with while the guest runs.
     pub(crate) balloon: Option<balloon::Control>,
-}
-
-/// What is behind devices that are opened.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Behind {
-    /// What the configuration names.
-    Everything,
-    /// The image's root filesystem.
-    Root,
-    Nothing,
+    /// Kernel and initrd, where they are open already.
+    pub(crate) boot: Option<BootFiles>,
+    /// /dev/kvm, where it is open already.
+    pub(crate) kvm: Option<OwnedFd>,
 }
 
 impl Opened {
-    /// Opens what the devices of a configuration need.
-    pub(crate) fn new(config: &Config) -> Result<Self, Error> {
-        Self::open(config, Behind::Everything)
-    }
-
-    /// The same with nothing behind them: what a kernel reads of its devices while it boots, it would believe of all
-    /// others.
-    pub(crate) fn blank(config: &Config) -> Result<Self, Error> {
-        Self::open(config, Behind::Nothing)
-    }
-
-    /// The same with the image's root filesystem, for a guest that tries a kernel out: nobody's disks and networks are
-    /// to notice.
-    pub(crate) fn trial(config: &Config) -> Result<Self, Error> {
-        Self::open(config, Behind::Root)
-    }
-
-    fn open(config: &Config, behind: Behind) -> Result<Self, Error> {
-        let devices = &config.devices;
-        let mut opened = Self::default();
-        let is_blank = behind != Behind::Everything;
-        for (number, drive) in devices.disks().enumerate() {
-            // The root filesystem comes behind the drives.
-            let is_root = number == devices.drives.len();
-            let mut device = if is_root { Block::open_root(&drive)? } else { Block::open(&drive)? };
-            if is_blank && !(is_root && behind == Behind::Root) {
-                device = device.blank().map_err(Error::host("make a blank disk"))?;
-            }
-            opened.add(&drive.drive_id, device);
-        }
-        for interface in &devices.network_interfaces {
-            let device = if is_blank {
-                Net::blank(interface).map_err(Error::host("make a blank network card"))?
-            } else {
-                let (device, starting) = Net::open(interface)?;
-                opened.starting.extend(starting);
-                device
-            };
-            opened.add(&interface.iface_id, device);
-        }
-        if let Some(vsock) = &devices.vsock {
-            let device = if is_blank {
-                Vsock::blank(vsock).map_err(Error::host("make a socket"))?
-            } else {
-                Vsock::open(vsock)?
-            };
-            opened.add("vsock", device);
-        }
-        if let Some(entropy) = &devices.entropy {
-            let device = Entropy::new(entropy);
-            opened.add("entropy", if is_blank { device.blank() } else { device });
-        }
-        if let Some(balloon) = &devices.balloon {
-            let device = Balloon::new(balloon).map_err(Error::host("make an eventfd"))?;
-            opened.balloon = Some(device.control());
-            opened.add("balloon", if is_blank { device.blank() } else { device });
-        }
+    /// Makes the devices of a configuration from what is behind each.
+    pub(crate) fn new(config: &Config, resources: Resources) -> Result<Self, Error> {
+        let Resources { kvm, boot, backends, starting, .. } = resources;
+        let mut opened = Self { kvm, boot, starting, ..Self::default() };
         let mut next = layout::behind_ram(config.machine.mem_size_mib * layout::MIB);
-        for pmem in &devices.pmem {
-            let mut device = Pmem::open(pmem, next)?;
-            if is_blank {
-                device = device.blank().map_err(Error::host("make blank memory"))?;
+        for (config, backend) in config.devices.iter().zip(backends) {
+            let name = config.name().to_owned();
+            let host = |what| Error::host(what);
+            match (config, backend) {
+                (DeviceConfig::Drive(drive), backend) => opened.add(name, disk(drive, backend)?),
+                (DeviceConfig::Root(drive), backend) => opened.add(name, disk(&drive, backend)?),
+                (DeviceConfig::Network(card), Backend::Link(link)) => {
+                    opened.add(name, Net::with_link(card, link));
+                }
+                (DeviceConfig::Network(card), _) => {
+                    opened.add(name, Net::blank(card).map_err(host("make a blank network card"))?);
+                }
+                (DeviceConfig::Vsock(vsock), Backend::Listener(listener)) => {
+                    opened.add(name, Vsock::with(vsock, listener));
+                }
+                (DeviceConfig::Vsock(vsock), _) => {
+                    opened.add(name, Vsock::blank(vsock).map_err(host("make a socket"))?);
+                }
+                (DeviceConfig::Entropy(entropy), Backend::Host) => opened.add(name, Entropy::new(entropy)),
+                (DeviceConfig::Entropy(entropy), _) => opened.add(name, Entropy::new(entropy).blank()),
+                (DeviceConfig::Balloon(balloon), backend) => {
+                    let device = Balloon::new(balloon).map_err(host("make an eventfd"))?;
+                    opened.balloon = Some(device.control());
+                    let is_blank = !matches!(backend, Backend::Host);
+                    opened.add(name, if is_blank { device.blank() } else { device });
+                }
+                (DeviceConfig::Pmem(pmem), backend) => {
+                    let (file, is_blank) = backend.into_file().ok_or_else(nothing_behind)?;
+                    let mut device = Pmem::new(pmem, file, next)?;
+                    if is_blank {
+                        device = device.blank().map_err(host("make blank memory"))?;
+                    }
+                    let (start, file) = device.memory();
+                    next = layout::behind(start, file.size());
+                    opened.files.push((start, file));
+                    opened.add(name, device);
+                }
+                (DeviceConfig::Folder(folder), Backend::Folder(server)) => {
+                    opened.add(name, SharedFolder::with(&folder.tag, Some(server)));
+                }
+                (DeviceConfig::Folder(folder), _) => opened.add(name, SharedFolder::with(&folder.tag, None)),
             }
-            let (start, file) = device.memory();
-            next = layout::behind(start, file.size());
-            opened.files.push((start, file));
-            opened.add(&pmem.id, device);
-        }
-        for folder in &devices.shared_folders {
-            let device = if is_blank { SharedFolder::blank(folder) } else { SharedFolder::open(folder)? };
-            opened.add(&folder.tag, device);
         }
         Ok(opened)
     }
 
-    fn add(&mut self, name: &str, device: impl Device + 'static) {
-        self.devices.push((name.to_owned(), Box::new(device)));
+    fn add(&mut self, name: String, device: impl Device + 'static) {
+        self.devices.push((name, Box::new(device)));
     }
 
     /// Interrupt lines that lead to a device: the serial port's, and theirs.
@@ -179,6 +153,16 @@ impl Opened {
         }
         Ok(connected)
     }
+}
+
+fn disk(drive: &Drive, backend: Backend) -> Result<Block, Error> {
+    let (file, is_blank) = backend.into_file().ok_or_else(nothing_behind)?;
+    let device = Block::new(drive, file)?;
+    if is_blank { device.blank().map_err(Error::host("make a blank disk")) } else { Ok(device) }
+}
+
+fn nothing_behind() -> Error {
+    Error::host("give a device its file")(io::ErrorKind::NotFound.into())
 }
 
 #[expect(unsafe_code, reason = "gives registers and files to KVM")]

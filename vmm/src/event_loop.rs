@@ -2,6 +2,7 @@
 //! and the wish to stop.
 
 use crate::bus::lock;
+use crate::control::Control;
 use crate::devices::console::EscapeFilter;
 use crate::devices::serial::SerialPort;
 use crate::devices::virtio::{Transport, Watcher};
@@ -74,6 +75,8 @@ const DRAINED: u64 = 3;
 const MEMORY: u64 = 5;
 /// Not an event: the port was busy, and input is offered again.
 const RETRY: u64 = 4;
+/// A request of the front.
+const CONTROL: u64 = 6;
 /// How long to wait before that, in nanoseconds.
 const RETRY_INTERVAL: u64 = 5_000_000;
 /// Events that are taken at once.
@@ -84,6 +87,8 @@ const EVENTS: usize = 16;
 pub(crate) struct EventLoop {
     epoll: Arc<OwnedFd>,
     input: Option<Input>,
+    /// The front, where it is another process.
+    control: Option<Control>,
     /// Input waits for a port that was busy.
     retry: bool,
     devices: Vec<Arc<Mutex<Transport>>>,
@@ -99,6 +104,7 @@ impl EventLoop {
         ended: &EventFd,
         stop: &EventFd,
         input: Option<Input>,
+        control: Option<Control>,
         devices: Vec<Arc<Mutex<Transport>>>,
         files: Vec<Arc<BackingFile>>,
     ) -> io::Result<Self> {
@@ -114,7 +120,10 @@ impl EventLoop {
         if let Some(changes) = &changes {
             watch(&epoll, changes.as_fd(), MEMORY)?;
         }
-        let mut this = Self { epoll, input, retry: false, devices, files, changes, deadlines };
+        let mut this = Self { epoll, input, control, retry: false, devices, files, changes, deadlines };
+        if let Some(control) = &this.control {
+            watch(&this.epoll, control.as_fd(), CONTROL)?;
+        }
         if let Some(input) = &mut this.input {
             watch(&this.epoll, borrow(&input.drained), DRAINED)?;
             input.state = match watch(&this.epoll, input.source.as_fd(), SOURCE) {
@@ -154,6 +163,7 @@ impl EventLoop {
                 match data.u64() {
                     VCPU_ENDED => return LoopEnd::VcpuEnded,
                     STOP => return LoopEnd::Stopped,
+                    CONTROL if !self.control.as_ref().is_some_and(Control::serve) => return LoopEnd::Stopped,
                     MEMORY if self.has_lost_memory() => return LoopEnd::MemoryLost,
                     SOURCE | DRAINED if self.serve_input(serial, data.u64()) => return LoopEnd::Left,
                     _ => {}

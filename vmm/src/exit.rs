@@ -4,9 +4,10 @@ use crate::kvm::{ExitCounts, Registers};
 use crate::memory::BackingFile;
 use crate::profile::Profile;
 use crate::timeline::Timeline;
+use serde::{Deserialize, Serialize};
 
 /// Why a machine ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[non_exhaustive]
 pub enum ExitReason {
     /// The payload ended with this code.
@@ -86,7 +87,7 @@ impl std::fmt::Display for ExitReason {
 }
 
 /// What is left of a machine.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Exit {
     /// Why it ended.
     pub reason: ExitReason,
@@ -102,6 +103,7 @@ pub struct Exit {
     pub console_tail: Vec<String>,
     /// Registers of the vCPU that failed, if one did.
     pub registers: Option<Registers>,
-    /// The records of a boot that was profiled.
+    /// The records of a boot that was profiled; they stay in the process that made them.
+    #[serde(skip)]
     pub profile: Option<Profile>,
 }

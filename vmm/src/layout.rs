@@ -160,6 +160,17 @@ pub const fn behind(start: GuestAddress, size: u64) -> GuestAddress {
     GuestAddress(end.saturating_add(SECTION - 1) / SECTION * SECTION)
 }
 
+/// The words that tell the kernel of the virtio devices (`vm_cmdline_set` in drivers/virtio/virtio_mmio.c). They
+/// come first, because a line may end with arguments of init's.
+#[must_use]
+pub fn announced(devices: usize) -> String {
+    let word = |number| {
+        let (registers, line) = virtio_device(number);
+        format!("virtio_mmio.device=4K@{:#x}:{} ", registers.0, line.0)
+    };
+    (0..devices).map(word).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

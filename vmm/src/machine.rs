@@ -1,10 +1,10 @@
 //! From a configuration to a machine that runs: the recipe, in the order it happens.
 
 use crate::attach::Opened;
-use crate::boot::Hardware;
-use crate::boot::{self, BootError};
+use crate::boot::{self, BootFiles, Entry, Hardware};
 use crate::bus::{BusDevice, Buses, lock};
 use crate::config::{Config, ConfigError, Console, GuestConfig, InterruptControllers};
+use crate::control::Control;
 use crate::devices::boot_mark::BootMarks;
 use crate::devices::configuration::Configuration;
 use crate::devices::console::ConsoleOutput;
@@ -14,78 +14,28 @@ use crate::devices::kernel_log::KernelLog;
 use crate::devices::legacy::{AbsentClock, KeyboardController, ResetControl};
 use crate::devices::serial::SerialPort;
 use crate::devices::virtio::{Transport, balloon};
+use crate::error::Error;
 use crate::event_loop::Input;
 use crate::function_marks::{FunctionMarks, MarkError};
 use crate::gate::Gate;
 use crate::kvm::{Hypervisor, KvmError, Vcpu, Vm};
 use crate::layout;
-use crate::memory::{GuestMemory, MemoryError};
-use crate::preboot::{self, Preboot, PrebootError};
+use crate::memory::GuestMemory;
+use crate::preboot::error::PrebootError;
+use crate::preboot::kernel::Preboot;
+use crate::preboot::state::State;
 use crate::profile::Recorder;
-use crate::running::Running;
+use crate::resources::{Behind, Resources};
 use crate::timeline::{Instant, Timeline};
 use guest_protocol::{BootMark, port};
 use std::fs::File;
 use std::io;
 use std::ops::RangeInclusive;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
-
-/// Why a machine could not be built or started.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum Error {
-    /// The configuration is wrong.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// The kernel or initrd cannot be booted.
-    #[error(transparent)]
-    Boot(#[from] BootError),
-    /// The functions to record cannot be marked.
-    #[error(transparent)]
-    Mark(#[from] MarkError),
-    /// KVM is missing or refused something.
-    #[error(transparent)]
-    Kvm(#[from] KvmError),
-    /// Guest memory could not be had.
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
-    /// A kernel cannot be pre-booted.
-    #[error(transparent)]
-    Preboot(#[from] PrebootError),
-    /// The console's file cannot be written.
-    #[error("cannot write the console to {}", path.display())]
-    Console {
-        /// The file.
-        path: PathBuf,
-        /// What the host said.
-        source: io::Error,
-    },
-    /// The host has no descriptors, threads or the like left.
-    #[error("the host refused to {what}")]
-    Host {
-        /// What was asked of it.
-        what: &'static str,
-        /// Its answer.
-        source: io::Error,
-    },
-}
-
-impl Error {
-    /// Whether the user can mend this by asking for something else, or by making KVM available.
-    #[must_use]
-    pub const fn is_users(&self) -> bool {
-        !matches!(self, Self::Host { .. } | Self::Kvm(KvmError::Ioctl { .. } | KvmError::Open(_)))
-    }
-
-    pub(crate) const fn host(what: &'static str) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::Host { what, source }
-    }
-}
 
 /// A machine that is built and not running: memory holds the kernel, devices wait, vCPUs are at
 /// their first instruction.
@@ -102,6 +52,8 @@ pub struct Machine {
     pub(crate) memory: GuestMemory,
     /// Whether it is to be kept where it stops.
     pub(crate) is_kept: bool,
+    /// The front, where it is another process.
+    pub(crate) control: Option<Control>,
     /// Why it does not continue from the pre-booted kernel that its configuration names.
     preboot_refusal: Option<PrebootError>,
 }
@@ -128,35 +80,39 @@ impl Machine {
     /// # Errors
     /// When the configuration, one of its files, KVM or the host stands in the way.
     pub fn new(config: &Config, timeline: Timeline) -> Result<Self, Error> {
-        Self::build(config, timeline, None)
+        Self::build(config, timeline, Purpose::Run)
     }
 
-    /// The same; a guest that reaches `freeze_at` stops there.
-    pub(crate) fn build(
-        config: &Config,
-        mut timeline: Timeline,
-        freeze_at: Option<BootMark>,
-    ) -> Result<Self, Error> {
+    pub(crate) fn build(config: &Config, mut timeline: Timeline, purpose: Purpose) -> Result<Self, Error> {
         config.validate()?;
         timeline.reached("configuration checked");
-        // What is booted for others is booted with blank disks.
-        let opened = match freeze_at {
-            Some(_) => Opened::blank(config)?,
-            None => Opened::new(config)?,
+        let open = || Resources::open(config, purpose.behind());
+        Self::with_resources(config, open()?, open, timeline, purpose)
+    }
+
+    /// Builds the machine from what is open. Where it does not continue from its pre-booted kernel, it boots with what
+    /// `again` gives.
+    pub(crate) fn with_resources(
+        config: &Config,
+        resources: Resources,
+        again: impl FnOnce() -> Result<Resources, Error>,
+        timeline: Timeline,
+        purpose: Purpose,
+    ) -> Result<Self, Error> {
+        let (origin, resources) = Origin::find(config, resources)?;
+        let Some(path) = origin.preboot.as_ref().map(|preboot| preboot.path().to_owned()) else {
+            return Self::assemble(config, origin, resources, timeline, purpose);
         };
-        let origin = Origin::find(config, &opened)?;
-        if let Some(path) = origin.preboot.as_ref().map(|preboot| preboot.path().to_owned()) {
-            return match Self::assemble(config, timeline.clone(), origin, opened, freeze_at) {
-                Ok(machine) => Ok(machine),
-                // Whatever it is, it may not be in the way of a boot.
-                Err(error) => {
-                    let refusal = Some(Preboot::not_restored(path, error));
-                    let origin = Origin { refusal, ..Origin::default() };
-                    Self::assemble(config, timeline, origin, Opened::new(config)?, freeze_at)
-                }
-            };
+        match Self::assemble(config, origin, resources, timeline.clone(), purpose) {
+            Ok(machine) => Ok(machine),
+            // Whatever it is, it may not be in the way of a boot.
+            Err(error) => {
+                let refusal = Some(Preboot::not_restored(path, error));
+                let origin = Origin { refusal, ..Origin::default() };
+                let resources = Opened::new(config, again()?)?;
+                Self::assemble(config, origin, resources, timeline, purpose)
+            }
         }
-        Self::assemble(config, timeline, origin, opened, freeze_at)
     }
 
     /// A machine that continues from a pre-booted kernel, to try it out, or is not built.
@@ -166,34 +122,37 @@ impl Machine {
         timeline: Timeline,
     ) -> Result<Self, Error> {
         let origin = Origin { preboot: Some(preboot), ..Origin::default() };
-        Self::assemble(config, timeline, origin, Opened::trial(config)?, None)
+        let opened = Opened::new(config, Resources::open(config, Behind::Root)?)?;
+        Self::assemble(config, origin, opened, timeline, Purpose::Run)
     }
 
     fn assemble(
         config: &Config,
-        mut timeline: Timeline,
         origin: Origin,
-        opened: Opened,
-        freeze_at: Option<BootMark>,
+        mut opened: Opened,
+        mut timeline: Timeline,
+        purpose: Purpose,
     ) -> Result<Self, Error> {
         // What the user can get wrong comes first, so that it is named even where there is no KVM.
-        let vcpu_count = config.machine.vcpu_count;
         let Origin { preboot, hypervisor, refusal } = origin;
         let memory = GuestMemory::anonymous(config.machine.mem_size_mib * layout::MIB)?;
         let controllers = config.boot_source.interrupt_controllers;
-        let mut entry = None;
-        if let Some(preboot) = &preboot {
+        let entry = if let Some(preboot) = &preboot {
             preboot.fill(&memory)?;
             timeline.reached("pre-booted kernel loaded");
+            None
         } else {
-            let (lines, devices) = (&opened.lines(), opened.count());
-            let hardware = Hardware { vcpus: vcpu_count, lines, devices, controllers };
-            entry = Some(boot::load(&memory, &config.boot_source, hardware)?);
+            let entry = load_kernel(config, &mut opened, &memory)?;
             timeline.reached("kernel loaded");
-        }
+            Some(entry)
+        };
         let marks = mark_functions(config, &memory)?;
 
-        let hypervisor = hypervisor.map_or_else(Hypervisor::open, Ok)?;
+        let hypervisor = match (hypervisor, opened.kvm.take()) {
+            (Some(hypervisor), _) => hypervisor,
+            (None, Some(descriptor)) => Hypervisor::of_descriptor(descriptor)?,
+            (None, None) => Hypervisor::open()?,
+        };
         timeline.reached("KVM opened");
 
         let vm = Vm::new(hypervisor, controllers)?;
@@ -210,20 +169,14 @@ impl Machine {
             opened,
             created,
             stopping: &stopping,
-            freeze_at,
+            freeze_at: purpose.freeze_at(),
             state,
         };
         let devices = devices.build()?;
         let gate = preboot.as_ref().map(|preboot| preboot.go_on_at_init(&memory, &mut lock(&devices.marks)));
         timeline.reached("devices built");
 
-        let mut vcpus =
-            (0..vcpu_count).map(|id| vm.create_vcpu(id, vcpu_count)).collect::<Result<Vec<_>, _>>()?;
-        for (id, vcpu) in (0..).zip(&mut vcpus) {
-            vcpu.recorder = config.profile.as_ref().map(|profile| Recorder::new(profile, id));
-            vcpu.memory = config.profile.as_ref().map(|_| memory.clone());
-            vcpu.marks.clone_from(&marks);
-        }
+        let vcpus = create_vcpus(config, &vm, &memory, marks.as_ref())?;
         if let Some(entry) = entry {
             vcpus[0].set_entry(entry)?;
         }
@@ -232,8 +185,19 @@ impl Machine {
         }
         timeline.reached("vCPUs created");
 
-        let is_kept = freeze_at.is_some();
-        Ok(Self { vcpus, gate, devices, timeline, stopping, vm, memory, is_kept, preboot_refusal: refusal })
+        let is_kept = purpose.freeze_at().is_some();
+        Ok(Self {
+            vcpus,
+            gate,
+            devices,
+            timeline,
+            stopping,
+            vm,
+            memory,
+            is_kept,
+            control: None,
+            preboot_refusal: refusal,
+        })
     }
 
     /// Why this machine boots although its configuration names a pre-booted kernel: the file is damaged, or
@@ -257,14 +221,6 @@ impl Machine {
             buses.ports.override_claims(ports, device);
         }
     }
-
-    /// Starts the vCPUs.
-    ///
-    /// # Errors
-    /// When the host refuses a thread or a descriptor.
-    pub fn start(self) -> Result<Running, Error> {
-        Running::start(self)
-    }
 }
 
 /// What a machine starts from: a pre-booted kernel, or else its boot source.
@@ -277,21 +233,81 @@ struct Origin {
 }
 
 impl Origin {
-    fn find(config: &Config, opened: &Opened) -> Result<Self, Error> {
+    /// Looks at the pre-booted kernel, if there is one, and builds the devices.
+    fn find(config: &Config, mut resources: Resources) -> Result<(Self, Opened), Error> {
+        let file = resources.preboot.take();
+        let mut opened = Opened::new(config, resources)?;
         // Functions of a kernel that has booted are not called for the first time any more.
         if config.profile.as_ref().is_some_and(|profile| !profile.functions.is_empty()) {
-            return Ok(Self::default());
+            return Ok((Self::default(), opened));
         }
-        let preboot = match Preboot::open(config) {
+        let preboot = match Preboot::open(config, file) {
             Ok(Some(preboot)) => preboot,
-            Ok(None) => return Ok(Self::default()),
-            Err(error) => return Ok(Self { refusal: Some(error), ..Self::default() }),
+            Ok(None) => return Ok((Self::default(), opened)),
+            Err(error) => return Ok((Self { refusal: Some(error), ..Self::default() }, opened)),
         };
-        let hypervisor = Hypervisor::open()?;
+        let hypervisor = opened.kvm.take().map_or_else(Hypervisor::open, Hypervisor::of_descriptor)?;
         let refusal = preboot.check_devices(opened.shapes()).or_else(|| preboot.check_host(&hypervisor));
         let preboot = refusal.is_none().then_some(preboot);
-        Ok(Self { preboot, hypervisor: Some(hypervisor), refusal })
+        Ok((Self { preboot, hypervisor: Some(hypervisor), refusal }, opened))
     }
+}
+
+/// What a machine is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// To run its guest.
+    Run,
+    /// To be kept where its guest reaches this stage, for others that go on from there.
+    Freeze(BootMark),
+}
+
+impl Purpose {
+    /// What is booted for others is booted with blank disks.
+    const fn behind(self) -> Behind {
+        match self {
+            Self::Run => Behind::Everything,
+            Self::Freeze(_) => Behind::Nothing,
+        }
+    }
+
+    const fn freeze_at(self) -> Option<BootMark> {
+        match self {
+            Self::Run => None,
+            Self::Freeze(stage) => Some(stage),
+        }
+    }
+}
+
+/// Puts the kernel into memory; where its first instruction is.
+fn load_kernel(config: &Config, opened: &mut Opened, memory: &GuestMemory) -> Result<Entry, Error> {
+    let source = &config.boot_source;
+    let files = opened.boot.take().map_or_else(|| BootFiles::open(source), Ok)?;
+    let hardware = Hardware {
+        vcpus: config.machine.vcpu_count,
+        lines: &opened.lines(),
+        devices: opened.count(),
+        controllers: source.interrupt_controllers,
+    };
+    Ok(boot::load(memory, source, files, hardware)?)
+}
+
+/// Creates the vCPUs, with what they record of a profile.
+fn create_vcpus(
+    config: &Config,
+    vm: &Vm,
+    memory: &GuestMemory,
+    marks: Option<&Arc<FunctionMarks>>,
+) -> Result<Vec<Vcpu>, KvmError> {
+    let count = config.machine.vcpu_count;
+    let create = |id| {
+        let mut vcpu = vm.create_vcpu(id, count)?;
+        vcpu.recorder = config.profile.as_ref().map(|profile| Recorder::new(profile, id));
+        vcpu.memory = config.profile.as_ref().map(|_| memory.clone());
+        vcpu.marks = marks.cloned();
+        Ok(vcpu)
+    };
+    (0..count).map(create).collect()
 }
 
 /// Marks the functions that a profile records, if there are any.
@@ -319,7 +335,7 @@ struct DevicesBuilder<'a> {
     stopping: &'a Arc<AtomicBool>,
     freeze_at: Option<BootMark>,
     /// Devices to go on from.
-    state: Option<&'a preboot::State>,
+    state: Option<&'a State>,
 }
 
 impl DevicesBuilder<'_> {

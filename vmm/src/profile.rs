@@ -2,6 +2,7 @@
 //! exit to the VMM, and the kernel's own log.
 #![expect(unsafe_code, reason = "a timer that signals one thread has no safe wrapper")]
 
+use crate::config::ProfileConfig;
 use crate::timeline::Instant;
 use guest_protocol::port;
 use std::io;
@@ -20,16 +21,6 @@ const DOUBLINGS_MAX: u32 = 6;
 
 /// The least time after which a sample that was missed is tried again: much more than one takes.
 const AGAIN_MIN: Duration = Duration::from_millis(1);
-
-/// What to record beside exits and the kernel's log.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct ProfileConfig {
-    /// How often to look where a vCPU is; not at all where there is none.
-    pub sample_interval: Option<Duration>,
-    /// Functions of the kernel whose first calls are recorded, by their addresses: at most
-    /// [`FUNCTIONS_MAX`](crate::function_marks::FUNCTIONS_MAX).
-    pub functions: Vec<u64>,
-}
 
 /// Where a vCPU was at a moment.
 #[derive(Clone, Debug, PartialEq, Eq)]

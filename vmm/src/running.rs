@@ -2,10 +2,11 @@
 
 use crate::bus::{GuestRequest, lock};
 use crate::devices::virtio::balloon;
+use crate::error::Error;
 use crate::event_loop::{EventLoop, LoopEnd};
 use crate::exit::{Exit, ExitReason};
 use crate::kvm::{ExitCounts, Registers, Vcpu, VcpuEnd};
-use crate::machine::{Error, Machine};
+use crate::machine::Machine;
 use crate::memory::BackingFile;
 use crate::profile::{Profile, Recorder};
 use crate::timeline::Instant;
@@ -23,6 +24,16 @@ const CONSOLE_LINES: usize = 20;
 /// How long to wait for a kicked vCPU before kicking it again: a signal that arrives just before
 /// it enters the guest is lost, and the next one is not.
 const KICK_INTERVAL: Timespec = Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
+
+impl Machine {
+    /// Starts the vCPUs.
+    ///
+    /// # Errors
+    /// When the host refuses a thread or a descriptor.
+    pub fn start(self) -> Result<Running, Error> {
+        Running::start(self)
+    }
+}
 
 /// How a vCPU's thread ended.
 #[derive(Debug)]
@@ -119,8 +130,15 @@ impl Running {
         let (ended, stop) = (eventfd()?, eventfd()?);
         let devices = machine.devices.virtio.clone();
         let files = machine.memory.backing_files();
-        let event_loop = EventLoop::new(&ended, &stop, machine.devices.input.take(), devices, files)
-            .map_err(Error::host("make an epoll instance"))?;
+        let event_loop = EventLoop::new(
+            &ended,
+            &stop,
+            machine.devices.input.take(),
+            machine.control.take(),
+            devices,
+            files,
+        )
+        .map_err(Error::host("make an epoll instance"))?;
         let mut vcpus: Vec<_> = std::mem::take(&mut machine.vcpus).into_iter().enumerate().collect();
         // The first vCPU starts last: the others wait inside KVM until it wakes them. Where they wait at a gate
         // for one of them, that one comes first.

@@ -1,9 +1,11 @@
 //! When each step of a boot was reached, on the host's monotonic clock.
 
 use rustix::time::{ClockId, clock_gettime};
+use serde::{Deserialize, Serialize};
+use std::borrow::Cow;
 
 /// Nanoseconds of CLOCK_MONOTONIC, the clock on which all times of a boot are taken.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize, Serialize)]
 pub struct Instant(pub u64);
 
 impl Instant {
@@ -23,16 +25,16 @@ impl Instant {
 }
 
 /// A step and when it was complete.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 pub struct Step {
     /// What was complete.
-    pub name: &'static str,
+    pub name: Cow<'static, str>,
     /// When.
     pub at: Instant,
 }
 
 /// The steps of one boot, in order.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Timeline {
     start: Instant,
     steps: Vec<Step>,
@@ -52,7 +54,7 @@ impl Timeline {
 
     /// Records that a step was complete at a given time.
     pub fn reached_at(&mut self, name: &'static str, at: Instant) {
-        self.steps.push(Step { name, at });
+        self.steps.push(Step { name: name.into(), at });
     }
 
     /// The time from which the timeline counts.

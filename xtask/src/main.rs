@@ -72,7 +72,7 @@ enum Command {
     RootPrices(root_prices::Arguments),
     /// Runs a command on an emulated machine that has KVM
     Lab(lab::Arguments),
-    /// Lists the VMM's functions that a boot executes, for the linker: cli/boot-code.ld
+    /// Lists the VMM's functions that a boot executes, for the linker: vmm/boot-code.ld
     BootCode(boot_code::Arguments),
     /// Writes the output of the commands that README and docs show into them
     Transcripts(transcripts::Arguments),

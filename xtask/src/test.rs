@@ -250,6 +250,26 @@ pub(crate) fn programs(takes_long: bool, place: &Path) -> Result<Vec<Program>> {
     Ok(programs)
 }
 
+/// Builds the examples of the library `kindling`, which tests run.
+fn examples(place: &Path) -> Result<()> {
+    let shell = cargo::shell()?;
+    let output = cmd!(shell, "cargo build --quiet --package kindling --examples --message-format=json")
+        .quiet()
+        .read()
+        .context("cannot build the examples")?;
+    fs::create_dir_all(place)?;
+    for line in output.lines() {
+        let message: serde_json::Value = serde_json::from_str(line)?;
+        let is_example = message["target"]["kind"][0] == "example";
+        if let (true, Some(path), Some(name)) =
+            (is_example, message["executable"].as_str(), message["target"]["name"].as_str())
+        {
+            fs::copy(path, place.join(name))?;
+        }
+    }
+    Ok(())
+}
+
 /// Lays out what the tests use: the command, two images, functions of their kernel, Debian's kernel in
 /// both its forms.
 fn lay_out_testbed() -> Result<PathBuf> {
@@ -258,7 +278,9 @@ fn lay_out_testbed() -> Result<PathBuf> {
     fs::create_dir_all(&images)?;
     fs::create_dir_all(testbed.join("debian"))?;
     fs::copy(cargo::release_binary("kindling-cli", "kindling")?, testbed.join("kindling"))?;
+    fs::copy(cargo::release_binary("kindling-vmm", "kindling-vmm")?, testbed.join("kindling-vmm"))?;
     fs::copy(cargo::release_binary("kindling-fs", "kindling-fs")?, testbed.join("kindling-fs"))?;
+    examples(&testbed.join("examples"))?;
     fs::copy(cargo::release_binary("tests", "folder-guest")?, testbed.join("folder-guest"))?;
     fs::copy(cargo::release_binary("guest-init", "guest-init")?, testbed.join("init"))?;
     let image = Image { out: Some(images.join("default")), ..Image::default() };

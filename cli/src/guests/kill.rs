@@ -22,7 +22,7 @@ pub(crate) fn run(arguments: &Arguments) -> u8 {
         if i32::from(arguments.signal) == libc::SIGKILL {
             guest.kill()?;
         } else {
-            guest.monitor()?.ok_or_else(|| GuestError::Ended(name.to_owned()))?.send(arguments.signal);
+            guest.front()?.ok_or_else(|| GuestError::Ended(name.to_owned()))?.send(arguments.signal);
         }
         say(format!("{name}\n").as_bytes());
         Ok(())

@@ -24,21 +24,21 @@ pub(crate) fn run(arguments: &Arguments) -> u8 {
     let mut asked = Vec::new();
     let status = super::each(&arguments.names, |name| {
         let guest = Guest::named(name)?;
-        let vmm = guest.monitor()?;
-        match (&vmm, guest.record.stop_signal) {
+        let front = guest.front()?;
+        match (&front, guest.record.stop_signal) {
             (None, _) => {}
             // Nobody can be asked with it: the VMM would die of it, and leave everything as it is.
             (Some(_), SIGKILL) => guest.kill()?,
             // One whose description is damaged has none.
-            (Some(vmm), 0) => vmm.send(SIGTERM),
-            (Some(vmm), signal) => vmm.send(signal),
+            (Some(front), 0) => front.send(SIGTERM),
+            (Some(front), signal) => front.send(signal),
         }
-        asked.push((guest, vmm));
+        asked.push((guest, front));
         Ok(())
     });
     let until = Instant::now() + Duration::from_secs(arguments.time);
-    asked.iter().fold(status, |status, (guest, vmm)| {
-        let has_ended = vmm.as_ref().is_none_or(|vmm| vmm.wait(Some(until)));
+    asked.iter().fold(status, |status, (guest, front)| {
+        let has_ended = front.as_ref().is_none_or(|front| front.wait(Some(until)));
         let result = if has_ended { Ok::<_, GuestError>(()) } else { guest.kill() };
         match result {
             Ok(()) => say(format!("{}\n", guest.name).as_bytes()).max(status),

@@ -12,8 +12,10 @@ pub(crate) struct View<'a> {
     state: &'static str,
     /// Exit status of one that has ended.
     status: Option<u8>,
-    /// Process id of the VMM of one that runs.
+    /// Process id of the monitor of one that runs.
     pid: Option<u32>,
+    /// Process id of its front, which gets the signals that are for the guest.
+    front_pid: Option<u32>,
     image: &'a str,
     directory: &'a PathBuf,
     command: &'a [String],
@@ -50,7 +52,8 @@ impl<'a> View<'a> {
             name: &guest.name,
             state: guest.state().name(),
             status: *status,
-            pid: guest.monitor().ok().flatten().map(|vmm| vmm.pid),
+            pid: guest.monitor().ok().flatten().map(|monitor| monitor.pid),
+            front_pid: guest.front().ok().flatten().map(|front| front.pid),
             image,
             directory,
             command,

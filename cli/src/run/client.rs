@@ -1,9 +1,9 @@
 //! The streams of a process in a guest, connected to those of this process.
 
 use super::signals::Signals;
-use kindling::TerminalSize;
 use kindling::log::{Log, Stream};
 use kindling::vmm::agent::{AgentError, Control, News, Place, Process, Role};
+use kindling::vmm::control::{self, ControlError, Monitor};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -11,9 +11,8 @@ use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::mpsc::Receiver;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Bytes that are read at once: what a pipe holds.
 const CHUNK: usize = 64 << 10;
@@ -66,11 +65,26 @@ impl Streams {
 /// What a process in a guest is served with.
 pub(crate) struct Service<'a> {
     pub(crate) signals: &'a mut Signals,
-    /// Is called with a signal for which nobody waits any longer.
+    /// Ends the guest, or this command: a signal asks for it that is not for the process, or the time is over
+    /// ([`BY_TIMEOUT`]).
     pub(crate) give_up: &'a mut dyn FnMut(u8),
+    /// When the time is over.
+    pub(crate) until: Option<Instant>,
+    /// Until when output is delivered to those who do not read, after the guest was ended.
+    grace: Option<Instant>,
 }
 
-impl Service<'_> {
+/// Stands in for a signal where the time limit stopped the guest.
+pub(crate) const BY_TIMEOUT: u8 = u8::MAX;
+
+/// How long that is.
+const GRACE: Duration = Duration::from_secs(1);
+
+impl<'a> Service<'a> {
+    pub(crate) const fn new(signals: &'a mut Signals, give_up: &'a mut dyn FnMut(u8)) -> Self {
+        Self { signals, give_up, until: None, grace: None }
+    }
+
     /// Carries everything to and fro until the process has ended and all that it wrote is delivered; its exit status.
     ///
     /// A stream gets a connection and a thread when it has something to carry: both take longer than a short command.
@@ -150,24 +164,63 @@ impl Service<'_> {
         input: Option<&File>,
         writers: &Writers,
     ) -> io::Result<Ready> {
+        let (flags, limit) = process.wants();
+        let watched = [
+            has_news.then(|| (process.as_fd(), flags, Ready::News)),
+            input.map(|input| (input.as_fd(), PollFlags::IN, Ready::Input)),
+            writers.done.as_ref().map(|done| (done.as_fd(), PollFlags::IN, Ready::Writer)),
+        ];
+        let late = limit.filter(|_| has_news).map(|limit| Instant::now() + limit);
+        let ready = self.wait_for(&watched.into_iter().flatten().collect::<Vec<_>>(), late, Some(process))?;
+        // The process knows what it was too late for.
+        Ok(ready.unwrap_or(Ready::News))
+    }
+
+    /// Waits until one of these is ready, or for a time; signals and the time limit are heeded meanwhile.
+    fn wait_for<T: Copy>(
+        &mut self,
+        watched: &[(BorrowedFd<'_>, PollFlags, T)],
+        late: Option<Instant>,
+        process: Option<&Process>,
+    ) -> io::Result<Option<T>> {
         loop {
-            let (flags, limit) = process.wants();
-            let watched = [
-                has_news.then(|| (process.as_fd(), flags, Ready::News)),
-                input.map(|input| (input.as_fd(), PollFlags::IN, Ready::Input)),
-                writers.done.as_ref().map(|done| (done.as_fd(), PollFlags::IN, Ready::Writer)),
-            ];
-            let limit = limit.filter(|_| has_news);
-            match wait_for_any(watched.into_iter().flatten(), limit, self.signals)? {
-                Event::Ready(ready) => return Ok(ready),
-                // The process knows what it was too late for.
-                Event::Late => return Ok(Ready::News),
-                Event::Signal => {}
-            }
-            if let Some(signal) = self.signals.pass_on(Some(process)) {
-                (self.give_up)(signal);
+            let limit = [late, self.until, self.grace].into_iter().flatten().min();
+            let limit = limit.map(|limit| limit.saturating_duration_since(Instant::now()));
+            match wait_for_any(watched.iter().copied(), limit, self.signals)? {
+                Event::Ready(ready) => return Ok(Some(ready)),
+                Event::Signal => {
+                    if let Some(signal) = self.signals.pass_on(process) {
+                        self.end(signal);
+                    }
+                }
+                Event::Late => {
+                    let now = Instant::now();
+                    let is_over = |time: Option<Instant>| time.is_some_and(|time| time <= now);
+                    if is_over(self.grace) {
+                        return Err(io::ErrorKind::TimedOut.into());
+                    }
+                    if is_over(self.until) {
+                        self.until = None;
+                        self.end(BY_TIMEOUT);
+                    }
+                    if is_over(late) {
+                        return Ok(None);
+                    }
+                }
             }
         }
+    }
+
+    fn end(&mut self, signal: u8) {
+        self.grace.get_or_insert_with(|| Instant::now() + GRACE);
+        (self.give_up)(signal);
+    }
+
+    /// Waits for the next event of a monitor. One that does not stop when it is told to is gone.
+    pub(crate) fn event(&mut self, monitor: &Monitor) -> Result<control::Event, ControlError> {
+        let watched = [(monitor.as_fd(), PollFlags::IN, ())];
+        self.wait_for(&watched, None, None).map_err(|_| ControlError::Gone)?;
+        monitor.next_event()
     }
 }
 
@@ -258,35 +311,6 @@ pub(super) fn signal_before(end: &UnixStream, signals: &mut Signals) -> Option<u
     }
 }
 
-/// Waits until somebody says that a guest is ready for a process to be served, and passes on signals meanwhile.
-pub(super) fn wait_for_ready(said: &UnixStream, service: &mut Service<'_>) -> bool {
-    while let Some(signal) = signal_before(said, service.signals) {
-        (service.give_up)(signal);
-    }
-    matches!((&mut &*said).read(&mut [0]), Ok(1))
-}
-
-/// What became of the process in the guest.
-pub(super) enum Outcome {
-    Process(Result<u8, AgentError>),
-    /// Nobody wants to wait any more.
-    GivenUp,
-}
-
-/// Waits until all that the process wrote is delivered; its exit status. Who has given up waits no longer for one who
-/// does not read.
-pub(super) fn outcome(told: &Receiver<Outcome>) -> Result<u8, AgentError> {
-    const PATIENCE: Duration = Duration::from_secs(1);
-    let mut is_given_up = false;
-    loop {
-        match if is_given_up { told.recv_timeout(PATIENCE).ok() } else { told.recv().ok() } {
-            Some(Outcome::Process(code)) => return code,
-            Some(Outcome::GivenUp) if !is_given_up => is_given_up = true,
-            _ => return Err(AgentError::Lost),
-        }
-    }
-}
-
 /// Carries input to a process, which is connected to when there is some.
 fn carry_input(mut from: File, place: &Place, control: &Control) {
     let mut buffer = vec![0; CHUNK];
@@ -372,24 +396,4 @@ fn write_all(mut to: &File, mut bytes: &[u8]) -> io::Result<()> {
 fn wait(fd: BorrowedFd<'_>, flags: PollFlags) -> io::Result<()> {
     poll(&mut [PollFd::from_borrowed_fd(fd, flags)], None)?;
     Ok(())
-}
-
-/// Sends a size of this process's terminal.
-pub(crate) fn send_size(process: &Process) {
-    if let Some(size) = terminal_size() {
-        process.resize(size);
-    }
-}
-
-/// What a terminal of a guest's is to start with: the size of this process's, or the usual one where it has none.
-pub(crate) fn new_terminal_size() -> TerminalSize {
-    terminal_size().unwrap_or(TerminalSize { rows: 24, columns: 80 })
-}
-
-/// Rows and columns of the terminal at one of the standard streams.
-fn terminal_size() -> Option<TerminalSize> {
-    [rustix::stdio::stdout(), rustix::stdio::stdin(), rustix::stdio::stderr()].into_iter().find_map(|fd| {
-        let size = rustix::termios::tcgetwinsize(fd).ok()?;
-        Some(TerminalSize { rows: size.ws_row, columns: size.ws_col })
-    })
 }

@@ -5,35 +5,32 @@ pub(crate) mod client;
 mod detached;
 pub(crate) mod signals;
 
-use crate::terminal::RawTerminal;
-use crate::{STATUS_FAILURE, boot, complain, complain_of_machine, report, tell};
+use crate::terminal::{self, RawTerminal};
+use crate::{STATUS_FAILURE, complain, complain_of_kvm, complain_of_machine, report, tell};
 pub(crate) use arguments::{Arguments, PULL, TIMEOUT_SECONDS};
-use client::{Outcome, Service, Streams};
+use client::{BY_TIMEOUT, Service, Streams};
 use detached::Starter;
 use kindling::guest::GuestDir;
 use kindling::image::{self, Prepared};
 use kindling::launch::{self, LaunchError, LaunchOptions, Plan};
 use kindling::log::Log;
+use kindling::vmm;
 use kindling::vmm::agent::{AgentError, Process};
 use kindling::vmm::config::Config;
-use kindling::vmm::{BootMark, Exit, ExitReason, Instant, Machine, StopHandle, Timeline};
+use kindling::vmm::control::{ControlError, Event, Failure, Monitor};
+use kindling::vmm::{Exit, ExitReason, Resources, Timeline};
 use signals::Signals;
-use std::io::Write;
-use std::net::Shutdown;
+use std::cell::Cell;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, OnceLock, mpsc};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The exit status of a guest that took too long.
 const STATUS_TIMEOUT: u8 = 124;
-/// Stands in for a signal where the time limit stopped the guest.
-const BY_TIMEOUT: u8 = u8::MAX;
 
 /// Runs the program; the exit status.
-pub(crate) fn run(arguments: &Arguments, entered: Instant) -> u8 {
-    let start = arguments.started_at.map_or(entered, Instant);
+pub(crate) fn run(arguments: &Arguments, entered: vmm::Instant) -> u8 {
+    let start = arguments.started_at.map_or(entered, vmm::Instant);
     let mut timeline = Timeline::starting_at(start);
     timeline.reached_at("command entered", entered);
     if arguments.detach && !arguments.stay {
@@ -45,6 +42,7 @@ pub(crate) fn run(arguments: &Arguments, entered: Instant) -> u8 {
     execute(arguments, timeline).unwrap_or_else(|error| {
         match &error {
             LaunchError::Machine(error) => complain_of_machine(error),
+            LaunchError::Monitor(failure) => complain_of_kvm(&failure.message, failure.is_kvm),
             error => complain(error),
         }
         crate::status(error.is_users())
@@ -52,7 +50,7 @@ pub(crate) fn run(arguments: &Arguments, entered: Instant) -> u8 {
 }
 
 /// Runs what was written to this process, which stays with a detached guest; the exit status.
-pub(crate) fn stay(entered: Instant) -> u8 {
+pub(crate) fn stay(entered: vmm::Instant) -> u8 {
     let failed = |error: std::io::Error| {
         complain(&LaunchError::Host("read what is to be run", error));
         STATUS_FAILURE
@@ -67,23 +65,24 @@ pub(crate) fn stay(entered: Instant) -> u8 {
 }
 
 fn execute(arguments: &Arguments, mut timeline: Timeline) -> Result<u8, LaunchError> {
+    // It starts while the rest is found out.
+    let monitor = launch::spawn_monitor();
     let prepared = image::prepare(&arguments.image, arguments.user.as_deref(), &arguments.pull)?;
     timeline.reached("root filesystem found");
-    let instance = GuestDir::create(arguments.name.as_deref())?;
-    let starter = arguments.stay.then(|| Starter::new(&instance)).transpose();
+    let guest = GuestDir::create(arguments.name.as_deref())?;
+    let starter = arguments.stay.then(|| Starter::new(&guest)).transpose();
     let starter = starter.map_err(|error| LaunchError::Host("make a file", error));
     let result = starter.and_then(|starter| {
-        let starter = starter.map(Arc::new);
-        let code = start(arguments, &instance, &prepared, starter.clone(), timeline)?;
+        let code = start(arguments, monitor?, &guest, &prepared, starter.as_ref(), timeline)?;
         Ok((code, starter.is_some_and(|starter| starter.has_gone())))
     });
     match result {
         Ok((code, true)) if !arguments.rm => {
-            instance.finish(code)?;
+            guest.finish(code)?;
             Ok(code)
         }
         result => {
-            instance.remove();
+            guest.remove();
             result.map(|(code, _)| code)
         }
     }
@@ -91,104 +90,135 @@ fn execute(arguments: &Arguments, mut timeline: Timeline) -> Result<u8, LaunchEr
 
 fn start(
     arguments: &Arguments,
-    instance: &GuestDir,
+    mut monitor: Monitor,
+    guest: &GuestDir,
     prepared: &Prepared,
-    starter: Option<Arc<Starter>>,
+    starter: Option<&Starter>,
     timeline: Timeline,
 ) -> Result<u8, LaunchError> {
     // Before any thread is started, and before there is something to leave behind.
-    let stopped_by = Arc::new(AtomicU8::new(0));
-    let stop: Arc<OnceLock<StopHandle>> = Arc::default();
-    let (tell, told) = mpsc::channel();
-    let give_up = {
-        let (stopped_by, stop, tell) = (Arc::clone(&stopped_by), Arc::clone(&stop), tell.clone());
-        move |signal| {
-            stopped_by.store(signal, Ordering::Release);
-            stop.get().map(StopHandle::stop);
-            let _ = tell.send(Outcome::GivenUp);
-        }
-    };
     let mut signals = Signals::keep(arguments.detach)
         .map_err(|error| LaunchError::Host("make a descriptor for signals", error))?;
-    let Plan { config, record } = arguments.options().plan(instance, prepared)?;
-    let streams = match &starter {
-        Some(_) => Log::create(instance.folder()).map(Streams::of_log),
+    let Plan { config, record } = arguments.options().plan(guest, prepared)?;
+    let mut resources = Resources::of_devices(&config)?;
+    let streams = match starter {
+        Some(_) => Log::create(guest.folder()).map(Streams::of_log),
         None => Streams::own(),
     };
     let streams = streams.map_err(|error| LaunchError::Host("open the program's streams", error))?;
-    boot::raise_descriptor_limit();
-    instance.write(&record)?;
+    guest.write(&record)?;
     if !arguments.cold {
-        make_preboot(&config, &mut signals, instance)?;
+        make_preboot(&config, &mut signals, guest)?;
     }
+    resources.open_rest(&config)?;
+    monitor.start(&config, resources, Some(guest.monitor_lock()?), timeline)?;
 
-    let machine = Machine::new(&config, timeline)?;
-    if let Some(refusal) = machine.preboot_refusal() {
-        complain(refusal);
-    }
-    let (ready, said_ready) =
-        UnixStream::pair().map_err(|error| LaunchError::Host("make a pair of sockets", error))?;
-    let to_say = ready.try_clone().map_err(|error| LaunchError::Host("duplicate a socket", error))?;
-    machine.at_mark(BootMark::AgentReady, move || drop((&to_say).write(&[1])));
-    let running = machine.start()?;
-    let handle = running.stop_handle()?;
-    // A signal that came before had nothing to stop yet.
-    let handle = stop.get_or_init(|| handle);
-    if stopped_by.load(Ordering::Acquire) != 0 {
-        handle.stop();
-    }
-    if let Some(seconds) = arguments.timeout {
-        let give_up = give_up.clone();
-        thread::spawn(move || {
-            thread::sleep(Duration::from_secs(seconds));
-            give_up(BY_TIMEOUT);
-        });
-    }
-    let terminal = (arguments.tty && !arguments.detach).then(RawTerminal::enter).flatten();
-    let (name, socket, tty, mut give_up) =
-        (instance.name().to_owned(), instance.socket(), arguments.tty, give_up);
-    let converse = move || {
-        let mut service = Service { signals: &mut signals, give_up: &mut give_up };
-        if !client::wait_for_ready(&said_ready, &mut service) {
-            return Err(AgentError::Lost);
-        }
-        let mut process = Process::payload(&socket)?;
-        if tty && starter.is_none() {
-            // It may have changed since it was asked for.
-            client::send_size(&process);
-        }
-        let streams = match starter {
-            None => streams,
-            Some(starter) if service.wait_for_start(&mut process)? => {
-                starter.let_go(&name);
-                streams
-            }
-            // There will be nobody who reads a log; what init has to say is for whoever waits.
-            Some(_) => Streams::complaints().map_err(|_| AgentError::Lost)?,
-        };
-        service.serve(process, streams)
+    let (stopped_by, stopper) = (Cell::new(0), monitor.stopper());
+    let stopper = stopper.map_err(|error| LaunchError::Host("duplicate a socket", error))?;
+    let mut give_up = |signal| {
+        stopped_by.set(signal);
+        stopper.stop();
     };
-    thread::spawn(move || tell.send(Outcome::Process(converse())));
-    let (exit, remains) = running.wait_for_end();
-    // One that has never been ready is not waited for any longer.
-    let _ = ready.shutdown(Shutdown::Both);
-    let code = client::outcome(&told);
+    let mut service = Service::new(&mut signals, &mut give_up);
+    service.until = arguments.timeout.map(|seconds| Instant::now() + Duration::from_secs(seconds));
+    let terminal = (arguments.tty && !arguments.detach).then(RawTerminal::enter).flatten();
+    let mut end = await_agent(&mut service, &monitor);
+    let code = match &end {
+        None => converse(arguments, guest, starter, &mut service, streams),
+        Some(_) => Err(AgentError::Lost),
+    };
+    if matches!(code, Ok(0)) && !arguments.report && config.devices.are_private() {
+        // All is well and delivered, and nobody is there for whom the guest would have to leave something in order: it
+        // ends without anybody who waits.
+        drop(terminal);
+        monitor.leave();
+        return Ok(0);
+    }
+    while end.is_none() {
+        end = Ended::of(service.event(&monitor));
+    }
     drop(terminal);
-    remains.leave_to_kernel();
-    Ok(arguments.finish(&exit, code, stopped_by.load(Ordering::Acquire)))
+    let code = arguments.finish(&end.unwrap_or(Ended::Gone(ControlError::Gone)), code, stopped_by.get());
+    if config.devices.are_private() {
+        monitor.leave();
+    }
+    code
+}
+
+/// Waits until the guest's agent can be connected to; otherwise how the guest has ended.
+fn await_agent(service: &mut Service<'_>, monitor: &Monitor) -> Option<Ended> {
+    loop {
+        match service.event(monitor) {
+            Ok(Event::AgentReady) => return None,
+            event => {
+                if let Some(end) = Ended::of(event) {
+                    return Some(end);
+                }
+            }
+        }
+    }
+}
+
+/// Serves the guest's command to its end; its exit status.
+fn converse(
+    arguments: &Arguments,
+    guest: &GuestDir,
+    starter: Option<&Starter>,
+    service: &mut Service<'_>,
+    streams: Streams,
+) -> Result<u8, AgentError> {
+    let mut process = Process::payload(&guest.socket())?;
+    if arguments.tty && starter.is_none() {
+        // It may have changed since it was asked for.
+        terminal::send_size(&process);
+    }
+    let streams = match starter {
+        None => streams,
+        Some(starter) if service.wait_for_start(&mut process)? => {
+            starter.let_go(guest.name());
+            streams
+        }
+        // There will be nobody who reads a log; what init has to say is for whoever waits.
+        Some(_) => Streams::complaints().map_err(|_| AgentError::Lost)?,
+    };
+    service.serve(process, streams)
+}
+
+/// How a guest ended, as its monitor says or does not.
+enum Ended {
+    Exit(Box<Exit>),
+    Failed(Failure),
+    Gone(ControlError),
+}
+
+impl Ended {
+    /// What an event says of the end, if it is that.
+    fn of(event: Result<Event, ControlError>) -> Option<Self> {
+        match event {
+            Ok(Event::Stopped(exit)) => Some(Self::Exit(exit)),
+            Ok(Event::Failed(failure)) => Some(Self::Failed(failure)),
+            Ok(Event::PrebootRefused(reason)) => {
+                tell(&format!("kindling: {}\n", report::printable(&reason)));
+                None
+            }
+            Ok(_) => None,
+            Err(error) => Some(Self::Gone(error)),
+        }
+    }
 }
 
 impl Arguments {
     fn options(&self) -> LaunchOptions {
         LaunchOptions {
             image: self.image.clone(),
+            has_payload: true,
             command: self.command.clone(),
             entrypoint: self.entrypoint.clone(),
             env: self.env.clone(),
             env_files: self.env_file.clone(),
             working_directory: self.workdir.clone(),
             hostname: self.hostname.clone(),
-            terminal: self.tty.then(client::new_terminal_size),
+            terminal: self.tty.then(terminal::new_terminal_size),
             memory_mib: self.memory,
             vcpus: self.cpus,
             network: self.net.clone(),
@@ -201,12 +231,21 @@ impl Arguments {
     }
 
     /// Says what went wrong, if something did; the exit status.
-    fn finish(&self, exit: &Exit, code: Result<u8, AgentError>, stopped_by: u8) -> u8 {
+    fn finish(&self, end: &Ended, code: Result<u8, AgentError>, stopped_by: u8) -> Result<u8, LaunchError> {
+        let exit = match end {
+            Ended::Exit(exit) => exit,
+            Ended::Failed(failure) => return Err(LaunchError::Monitor(failure.clone())),
+            // What the process said counts.
+            Ended::Gone(error) => {
+                complain(error);
+                return Ok(code.unwrap_or(STATUS_FAILURE));
+            }
+        };
         tell(&report::device_failures(exit));
         if self.report {
             tell(&report::timeline(exit));
         }
-        match (code, &exit.reason) {
+        Ok(match (code, &exit.reason) {
             // What the process said counts, whatever the machine did afterwards.
             (Ok(code), _) => code,
             (Err(_), ExitReason::Stopped) if stopped_by == BY_TIMEOUT => {
@@ -220,13 +259,13 @@ impl Arguments {
                 tell(&report::failure(exit));
                 STATUS_FAILURE
             }
-        }
+        })
     }
 }
 
 /// Boots the kernel for later guests, where that has not been done. Where it cannot be done this guest boots itself.
 /// Meanwhile a signal ends this process at once: nothing is left of what is not whole.
-fn make_preboot(config: &Config, signals: &mut Signals, instance: &GuestDir) -> Result<(), LaunchError> {
+fn make_preboot(config: &Config, signals: &mut Signals, guest: &GuestDir) -> Result<(), LaunchError> {
     if config.preboot.as_ref().is_none_or(|path| path.exists()) {
         return Ok(());
     }
@@ -235,7 +274,7 @@ fn make_preboot(config: &Config, signals: &mut Signals, instance: &GuestDir) -> 
     let made = thread::scope(|scope| {
         scope.spawn(|| {
             if let Some(signal) = client::signal_before(&is_done, signals) {
-                instance.forget();
+                guest.forget();
                 signals::leave(signal);
             }
         });

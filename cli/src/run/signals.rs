@@ -1,7 +1,7 @@
 //! Signals that this process gets are the guest's process's: it keeps them, and passes them on.
 #![expect(unsafe_code, reason = "signal sets have no safe interface")]
 
-use super::client::send_size;
+use super::terminal::send_size;
 use crate::signals::is_ignored;
 use kindling::signal::is_real_time;
 use kindling::vmm::agent::Process;

@@ -25,6 +25,7 @@
 //! wait to be fetched. When it has ended and its control connection is closed, the guest ends.
 
 use crate::frame::MAX_FRAME;
+pub use crate::terminal::TerminalSize;
 
 /// The guest's vsock port. Below 1024, so that only root in the guest could take it (`vsock_bind_connectible` in
 /// net/vmw_vsock/af_vsock.c), which comes too late.
@@ -87,31 +88,6 @@ impl Hello {
     pub fn from_bytes(bytes: [u8; Self::LEN]) -> Option<Self> {
         let [a, b, c, d, e, f, g, h, role, 0, 0, 0] = bytes else { return None };
         Some(Self { token: u64::from_le_bytes([a, b, c, d, e, f, g, h]), role: Role::from_byte(role)? })
-    }
-}
-
-/// Rows and columns of a terminal.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct TerminalSize {
-    /// Lines.
-    pub rows: u16,
-    /// Characters on each.
-    pub columns: u16,
-}
-
-impl TerminalSize {
-    /// The bytes.
-    #[must_use]
-    pub const fn to_bytes(self) -> [u8; 4] {
-        let ([a, b], [c, d]) = (self.rows.to_le_bytes(), self.columns.to_le_bytes());
-        [a, b, c, d]
-    }
-
-    /// What the bytes say.
-    #[must_use]
-    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
-        let &[a, b, c, d] = bytes else { return None };
-        Some(Self { rows: u16::from_le_bytes([a, b]), columns: u16::from_le_bytes([c, d]) })
     }
 }
 

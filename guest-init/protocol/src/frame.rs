@@ -7,7 +7,7 @@
 //! All integers are little-endian. Arguments, environment entries, networks, groups and mounts keep their order; every
 //! other item appears at most once. Decoding borrows from the frame and allocates nothing.
 
-use crate::agent::TerminalSize;
+use crate::terminal::TerminalSize;
 use core::fmt;
 
 const MAGIC: [u8; 4] = *b"KNDL";
@@ -86,6 +86,7 @@ pub struct Mount<'a> {
 /// What a [`Mount`] is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum MountKind {
     /// A volume: a disk with ext4.
     Volume = 1,
@@ -115,6 +116,7 @@ impl<'a> Mount<'a> {
 
 /// What a network card is told before the payload runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Network {
     /// The card's number: 1 for the kernel's `eth1`.
     pub card: u8,

@@ -9,6 +9,7 @@
 pub mod agent;
 pub mod frame;
 pub mod handshake;
+pub mod terminal;
 
 /// The I/O ports of the VMM. QEMU's and Firecracker's machines leave this range unassigned.
 pub mod port {

@@ -1,13 +1,15 @@
 //! Guests with a name: each has a directory in the user's runtime directory, with the socket to its agent and a file
 //! whose lock its monitor holds as long as it lives.
 
-mod monitor;
+pub(crate) mod owner;
+mod process;
 mod usage;
 
-pub use monitor::Monitor;
+pub use process::Process;
 pub use usage::Usage;
 
 use crate::image::User;
+use owner::Owner;
 use rustix::fs::{FlockOperation, Mode, OFlags, fcntl_lock, flock, mkdir, open};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
@@ -41,7 +43,7 @@ pub enum GuestError {
     /// The guest runs, and should not.
     #[error("the guest {0} runs; `kindling stop {0}` ends it, and `kindling rm -f {0}` does not ask it")]
     Runs(String),
-    /// Nothing says to this process which one its VMM is.
+    /// Nothing says to this process which processes are its own.
     #[error(
         "the guest {0} runs in another PID namespace, or another version of kindling runs it; use that one's kindling"
     )]
@@ -124,22 +126,24 @@ pub struct GuestDir {
     name: String,
     folder: PathBuf,
     _lock: File,
-    /// What tells others which process the VMM is.
-    _monitor: Option<OwnedFd>,
+    /// What tells others which process the front is.
+    _front: Option<OwnedFd>,
     /// Keeps systemd-tmpfiles from clearing the folder away, where that is in /tmp and old (tmpfiles.d(5)).
     _keep: Option<OwnedFd>,
 }
 
 const LOCK: &str = "lock";
-/// Its VMM holds a POSIX lock on this file. Of such a lock the kernel says which process has it, as each process with
-/// numbers of its own has to call it. It is gone when the process closes any descriptor of the file, so that a VMM has one.
+/// The front and the monitor of a guest hold a POSIX lock on a file each. Of such a lock the kernel says which process has
+/// it, as each process with numbers of its own has to call it. It is gone when the process closes any descriptor of the
+/// file, so that each has one.
+const FRONT: &str = "front";
 const MONITOR: &str = "monitor";
 const RECORD: &str = "guest.json";
 /// How it ended, once it has: the number, and blanks behind it.
 const STATUS: &str = "status";
 const NO_STATUS: &str = "    ";
-const SOCKET: &str = "vsock";
-/// What the VMM of a detached guest has to say.
+pub(crate) const SOCKET: &str = "vsock";
+/// What the front of a detached guest has to say.
 const REPORT: &str = "report";
 
 impl GuestDir {
@@ -171,8 +175,8 @@ impl GuestDir {
         let lock = trusted_path::lock_file(&path).map_err(host("make", &path))?;
         flock(&lock, FlockOperation::NonBlockingLockExclusive)
             .map_err(|error| host("lock", &path)(error.into()))?;
-        let monitor = hold_monitor(&draft.join(MONITOR))?;
-        // It appears with its lock held, so that nobody takes it for one whose VMM is dead. No folder that has a
+        let front = hold_front(&draft.join(FRONT))?;
+        // It appears with its lock held, so that nobody takes it for one whose front is dead. No folder that has a
         // file is replaced.
         let result = rustix::fs::rename(&draft, &folder);
         if result.is_err() {
@@ -183,7 +187,7 @@ impl GuestDir {
                 name: name.to_owned(),
                 folder,
                 _lock: lock,
-                _monitor: Some(monitor),
+                _front: Some(front),
                 _keep: keep(parent),
             }),
             Err(Errno::EXIST | Errno::NOTEMPTY) => {
@@ -225,6 +229,16 @@ impl GuestDir {
         write().map_err(host("write", &path))
     }
 
+    /// Makes the file that the monitor locks.
+    ///
+    /// # Errors
+    /// When the host refuses the file.
+    pub fn monitor_lock(&self) -> Result<OwnedFd, GuestError> {
+        let path = self.folder.join(MONITOR);
+        let flags = OFlags::CREATE | OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        open(&path, flags, Mode::from_raw_mode(0o600)).map_err(|error| host("make", &path)(error.into()))
+    }
+
     /// Begins the file for what the monitor of a detached guest has to say.
     ///
     /// # Errors
@@ -256,7 +270,7 @@ impl GuestDir {
     }
 }
 
-/// A guest of this user's that was found by its name.
+/// A guest of this user's: found by its name, or started by this program ([`Guest::builder`]), with which it ends.
 #[derive(Debug)]
 pub struct Guest {
     /// Its name.
@@ -267,6 +281,8 @@ pub struct Guest {
     pub record: GuestRecord,
     /// Whether it ran when it was found.
     pub is_alive: bool,
+    /// What ends with this, of a guest that this program started.
+    pub(crate) owner: Option<Owner>,
 }
 
 impl Guest {
@@ -283,7 +299,7 @@ impl Guest {
     fn in_folder(name: String, folder: PathBuf) -> Self {
         let is_alive = is_locked(&folder);
         let record = read_record(&folder);
-        Self { name, folder, record, is_alive }
+        Self { name, folder, record, is_alive, owner: None }
     }
 
     /// All guests of this user, the oldest first.
@@ -320,7 +336,7 @@ impl Guest {
             name: self.name.clone(),
             folder: self.folder.clone(),
             _lock: lock,
-            _monitor: None,
+            _front: None,
             _keep: None,
         })
     }
@@ -389,13 +405,13 @@ impl Guest {
     /// # Errors
     /// When nothing says how it ended, or the host refuses something.
     pub fn wait(&self) -> Result<u8, GuestError> {
-        if let Some(monitor) = self.monitor()? {
-            monitor.wait(None);
+        if let Some(front) = self.front()? {
+            front.wait(None);
         }
         let unknown = |why| GuestError::NoStatus(self.name.clone(), why);
         match Self::named(&self.name).map(|guest| guest.state()) {
             Ok(State::Exited(status)) => Ok(status),
-            Ok(State::Dead) => Err(unknown("its VMM crashed or was killed")),
+            Ok(State::Dead) => Err(unknown("the kindling process that ran it crashed or was killed")),
             Ok(State::Running) => Err(unknown("it is gone, and another has its name")),
             Err(GuestError::Unknown(_)) => Err(unknown("it was to leave nothing behind")),
             Err(error) => Err(error),
@@ -411,14 +427,14 @@ fn read_record(folder: &Path) -> GuestRecord {
     GuestRecord { status: status.and_then(|text| text.trim().parse().ok()), ..record }
 }
 
-/// Makes the file of a VMM's lock, and locks it.
-fn hold_monitor(path: &Path) -> Result<OwnedFd, GuestError> {
+/// Makes the file of a front's lock, and locks it.
+fn hold_front(path: &Path) -> Result<OwnedFd, GuestError> {
     let flags = OFlags::CREATE | OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let monitor =
+    let front =
         open(path, flags, Mode::from_raw_mode(0o600)).map_err(|error| host("make", path)(error.into()))?;
-    fcntl_lock(&monitor, FlockOperation::NonBlockingLockExclusive)
+    fcntl_lock(&front, FlockOperation::NonBlockingLockExclusive)
         .map_err(|error| host("lock", path)(error.into()))?;
-    Ok(monitor)
+    Ok(front)
 }
 
 /// A lock on a directory, which any number may have.
@@ -445,10 +461,10 @@ fn check_name(name: &str) -> Result<(), GuestError> {
     if is_fine { Ok(()) } else { Err(GuestError::Name(name.to_owned())) }
 }
 
-/// Whether the VMM of the guest in a folder lives.
+/// Whether the front of the guest in a folder lives.
 fn is_locked(folder: &Path) -> bool {
     let lock = open(folder.join(LOCK), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
-    // Shared, so that two who look do not take each other for its VMM. It is let go of again at once.
+    // Shared, so that two who look do not take each other for its front. It is let go of again at once.
     lock.is_ok_and(|lock| flock(&lock, FlockOperation::NonBlockingLockShared) == Err(Errno::WOULDBLOCK))
 }
 
@@ -488,10 +504,10 @@ mod tests {
         drop(GuestDir::make(parent.path(), "one").unwrap());
         let found = Guest::in_folder("one".to_owned(), parent.path().join("one"));
         let _taken = found.take().unwrap();
-        assert!(found.monitor().unwrap().is_none());
+        assert!(found.front().unwrap().is_none());
         // An older version has no such file.
-        std::fs::remove_file(parent.path().join("one").join(MONITOR)).unwrap();
-        assert!(matches!(found.monitor(), Err(GuestError::Elsewhere(_))));
+        std::fs::remove_file(parent.path().join("one").join(FRONT)).unwrap();
+        assert!(matches!(found.front(), Err(GuestError::Elsewhere(_))));
     }
 
     #[test]
@@ -511,7 +527,7 @@ mod tests {
         drop(instance);
         assert!(!found().is_alive && !taken());
         assert_eq!((found().record.vcpus, found().record.status), (7, Some(3)));
-        // Somebody else who looks is not its VMM.
+        // Somebody else who looks is not its front.
         let looker = File::open(parent.join("one").join(LOCK)).unwrap();
         flock(&looker, FlockOperation::LockShared).unwrap();
         assert!(!found().is_alive);

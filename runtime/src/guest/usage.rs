@@ -1,9 +1,9 @@
 //! What a guest uses of the host.
 
-use super::{Guest, GuestError};
+use super::{Guest, GuestError, Process};
 use serde::Serialize;
 
-/// What a guest and its VMM use, by the VMM's process.
+/// What a guest uses, by its processes: the front and the monitor.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Usage {
     /// Memory that is in use, in KiB; of what is shared with other processes its part (PSS).
@@ -18,16 +18,27 @@ impl Guest {
     /// # Errors
     /// As of [`Self::monitor`].
     pub fn usage(&self) -> Result<Option<Usage>, GuestError> {
-        let Some(process) = self.monitor()? else { return Ok(None) };
-        let file = |name: &str| std::fs::read_to_string(format!("/proc/{}/{name}", process.pid));
-        let (Ok(memory), Ok(stat)) = (file("smaps_rollup"), file("stat")) else { return Ok(None) };
+        let processes = [self.front()?, self.monitor()?];
+        let all = processes.into_iter().flatten().map(|process| Usage::of(&process));
+        let sum = |a: Usage, b: Usage| Usage {
+            memory_kib: a.memory_kib.saturating_add(b.memory_kib),
+            cpu_ms: a.cpu_ms.saturating_add(b.cpu_ms),
+        };
+        Ok(all.collect::<Option<Vec<_>>>().and_then(|all| all.into_iter().reduce(sum)))
+    }
+}
+
+impl Usage {
+    fn of(process: &Process) -> Option<Self> {
+        let file = |name: &str| std::fs::read_to_string(format!("/proc/{}/{name}", process.pid)).ok();
+        let (memory, stat) = (file("smaps_rollup")?, file("stat")?);
         // The number was its own while the files were read if it still lives now.
         if process.wait(Some(std::time::Instant::now())) {
-            return Ok(None);
+            return None;
         }
         let memory_kib = pss(&memory).unwrap_or_default();
         let cpu_ms = ticks(&stat).unwrap_or_default() * 1000 / rustix::param::clock_ticks_per_second();
-        Ok(Some(Usage { memory_kib, cpu_ms }))
+        Some(Self { memory_kib, cpu_ms })
     }
 }
 

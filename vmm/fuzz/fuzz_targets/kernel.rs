@@ -4,7 +4,7 @@
 //! `cargo +nightly fuzz run kernel -- -max_total_time=60`, in the folder above this one.
 #![no_main]
 
-use kindling_vmm::boot::{self, Hardware};
+use kindling_vmm::boot::{self, BootFiles, Hardware};
 use kindling_vmm::config::{BootSource, InterruptControllers};
 use kindling_vmm::layout::SERIAL_GSI;
 use kindling_vmm::memory::GuestMemory;
@@ -26,7 +26,7 @@ fuzz_target!(|bytes: &[u8]| {
     let memory = GuestMemory::anonymous(16 << 20).unwrap();
     let hardware =
         Hardware { vcpus: 1, lines: &[SERIAL_GSI], devices: 0, controllers: InterruptControllers::IoApic };
-    if let Ok(entry) = boot::load(&memory, &source, hardware) {
+    if let Ok(entry) = boot::load(&memory, &source, BootFiles::open(&source).unwrap(), hardware) {
         assert!(memory.inner().address_in_range(entry.instruction));
     }
 });

@@ -1,8 +1,9 @@
 //! The initrd, behind the kernel.
 
-use super::{BootError, kernel_limit, open};
+use super::{BootError, kernel_limit, length};
 use crate::layout::{self, HUGE_PAGE_SIZE, PAGE_SIZE};
 use crate::memory::GuestMemory;
+use std::fs::File;
 use std::path::Path;
 use vm_memory::GuestAddress;
 
@@ -23,10 +24,11 @@ const READ_MAX: u64 = layout::MIB;
 /// fault. An empty file is no initrd.
 pub(super) fn load(
     memory: &GuestMemory,
+    file: File,
     path: &Path,
     kernel_end: GuestAddress,
 ) -> Result<Option<Initrd>, BootError> {
-    let (file, size) = open(path)?;
+    let size = length(&file, path)?;
     if size == 0 {
         return Ok(None);
     }
@@ -61,7 +63,7 @@ mod tests {
         let memory = GuestMemory::anonymous(16 * MIB).unwrap();
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), bytes).unwrap();
-        let initrd = load(&memory, file.path(), GuestAddress(kernel_end))?;
+        let initrd = load(&memory, file.reopen().unwrap(), file.path(), GuestAddress(kernel_end))?;
         Ok((memory, initrd))
     }
 
@@ -96,8 +98,7 @@ mod tests {
 
     #[test]
     fn what_is_not_a_file_is_refused() {
-        let memory = GuestMemory::anonymous(16 * MIB).unwrap();
-        let open = |path: &str| load(&memory, Path::new(path), GuestAddress(MIB)).unwrap_err().to_string();
+        let open = |path: &str| super::super::open(Path::new(path)).unwrap_err().to_string();
         assert_eq!(open("/dev/zero"), "/dev/zero is not a file");
         assert_eq!(open("/"), "/ is not a file");
         assert_eq!(open("/nonexistent"), "cannot read /nonexistent");

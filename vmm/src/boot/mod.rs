@@ -105,15 +105,45 @@ pub struct Hardware<'a> {
     pub controllers: InterruptControllers,
 }
 
+/// The files of a boot source, open.
+#[derive(Debug)]
+pub struct BootFiles {
+    pub(crate) kernel: File,
+    pub(crate) initrd: Option<File>,
+}
+
+impl BootFiles {
+    /// Opens them.
+    ///
+    /// # Errors
+    /// When one cannot be opened, or is no file.
+    pub fn open(source: &BootSource) -> Result<Self, BootError> {
+        let kernel = open(&source.kernel_image_path)?;
+        Ok(Self { kernel, initrd: source.initrd_path.as_deref().map(open).transpose()? })
+    }
+
+    pub(crate) fn try_clone(&self) -> io::Result<Self> {
+        let initrd = self.initrd.as_ref().map(File::try_clone).transpose()?;
+        Ok(Self { kernel: self.kernel.try_clone()?, initrd })
+    }
+}
+
 /// Puts the kernel, the initrd, the command line and every table into guest memory.
 ///
 /// # Errors
 /// When a file is not what it should be, or does not fit.
-pub fn load(memory: &GuestMemory, source: &BootSource, hardware: Hardware<'_>) -> Result<Entry, BootError> {
-    let kernel = load_kernel(memory, &source.kernel_image_path)?;
-    let initrd =
-        source.initrd_path.as_ref().map(|path| initrd::load(memory, path, kernel.end)).transpose()?.flatten();
-    let line = announced(hardware.devices) + &source.boot_args;
+pub fn load(
+    memory: &GuestMemory,
+    source: &BootSource,
+    files: BootFiles,
+    hardware: Hardware<'_>,
+) -> Result<Entry, BootError> {
+    let kernel = load_kernel(memory, files.kernel, &source.kernel_image_path)?;
+    let initrd = match (files.initrd, &source.initrd_path) {
+        (Some(file), Some(path)) => initrd::load(memory, file, path, kernel.end)?,
+        _ => None,
+    };
+    let line = layout::announced(hardware.devices) + &source.boot_args;
     write_command_line(memory, &line)?;
     zero_page::write(memory, &kernel, initrd, &line)?;
     tables::write(memory)?;
@@ -123,8 +153,8 @@ pub fn load(memory: &GuestMemory, source: &BootSource, hardware: Hardware<'_>) -
 
 /// Reads the first bytes of the kernel's file to see what it is. A file of the one format that is
 /// broken keeps that format's error.
-fn load_kernel(memory: &GuestMemory, path: &Path) -> Result<Kernel, BootError> {
-    let (file, length) = open(path)?;
+fn load_kernel(memory: &GuestMemory, file: File, path: &Path) -> Result<Kernel, BootError> {
+    let length = length(&file, path)?;
     let mut magic = [0; 4];
     let starts_with = |offset, expected: &[u8; 4], magic: &mut [u8; 4]| {
         file.read_exact_at(magic, offset).is_ok() && magic == expected
@@ -156,26 +186,18 @@ fn kernel_limit(memory: &GuestMemory) -> u64 {
 }
 
 /// Opens a regular file; anything else could block, never end, or change its length.
-fn open(path: &Path) -> Result<(File, u64), BootError> {
+fn open(path: &Path) -> Result<File, BootError> {
     let failed = |source| BootError::Read { path: path.into(), source };
     // The type is checked before opening, because opening a FIFO waits for its writer.
     if !std::fs::metadata(path).map_err(failed)?.is_file() {
         return Err(BootError::NotAFile(path.into()));
     }
-    let file = File::open(path).map_err(failed)?;
-    let length = file.metadata().map_err(failed)?.len();
-    Ok((file, length))
+    File::open(path).map_err(failed)
 }
 
-/// The words that tell the kernel of the virtio devices (`vm_cmdline_set` in drivers/virtio/virtio_mmio.c). They
-/// come first, because a line may end with arguments of init's.
-#[must_use]
-pub fn announced(devices: usize) -> String {
-    let word = |number| {
-        let (registers, line) = layout::virtio_device(number);
-        format!("virtio_mmio.device=4K@{:#x}:{} ", registers.0, line.0)
-    };
-    (0..devices).map(word).collect()
+fn length(file: &File, path: &Path) -> Result<u64, BootError> {
+    let metadata = file.metadata().map_err(|source| BootError::Read { path: path.into(), source })?;
+    Ok(metadata.len())
 }
 
 fn write_command_line(memory: &GuestMemory, line: &str) -> Result<(), MemoryError> {

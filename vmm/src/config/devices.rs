@@ -1,19 +1,21 @@
 //! The virtio devices that a user may ask for. The structures are the sections of Firecracker's JSON, and
 //! what it has no field for has a default.
 
-use super::json::null_is_default;
-use super::{ConfigError, HostFolder};
+use super::ConfigError;
+pub use super::limits::{RateLimiter, TokenBucket};
+pub use super::network::{
+    InterfaceAddress, MacAddress, NetworkInterface, PortForward, Protocol, user_network,
+};
+use super::null::null_is_default;
 use crate::layout::DEVICES_MAX;
 use guest_protocol::frame::Network;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
-use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
-use std::str::FromStr;
 
 /// The virtio devices of a machine, in the order in which the guest finds them: drives, network interfaces,
 /// vsock, entropy, balloon, pmem, shared folders.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Devices {
     /// Disks; the guest calls them /dev/vda, /dev/vdb and so on.
     pub drives: Vec<Drive>,
@@ -34,7 +36,79 @@ pub struct Devices {
     pub root: Option<PathBuf>,
 }
 
+/// One device of a configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DeviceConfig<'a> {
+    /// A drive.
+    Drive(&'a Drive),
+    /// The image's root filesystem as a disk.
+    Root(Drive),
+    /// A network card.
+    Network(&'a NetworkInterface),
+    /// The vsock.
+    Vsock(&'a Vsock),
+    /// The source of random numbers.
+    Entropy(&'a Entropy),
+    /// The balloon.
+    Balloon(&'a Balloon),
+    /// A file as memory.
+    Pmem(&'a Pmem),
+    /// A shared folder.
+    Folder(&'a SharedFolder),
+}
+
+impl DeviceConfig<'_> {
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Drive(drive) => &drive.drive_id,
+            Self::Root(drive) => &drive.drive_id,
+            Self::Network(interface) => &interface.iface_id,
+            Self::Vsock(_) => "vsock",
+            Self::Entropy(_) => "entropy",
+            Self::Balloon(_) => "balloon",
+            Self::Pmem(pmem) => &pmem.id,
+            Self::Folder(folder) => &folder.tag,
+        }
+    }
+
+    /// A letter for its kind: disk, read-only disk, network card, vsock, entropy, balloon, memory, folder.
+    const fn letter(&self) -> char {
+        match self {
+            Self::Drive(drive) if !drive.is_read_only => 'd',
+            Self::Drive(_) | Self::Root(_) => 'r',
+            Self::Network(_) => 'n',
+            Self::Vsock(_) => 'v',
+            Self::Entropy(_) => 'e',
+            Self::Balloon(_) => 'b',
+            Self::Pmem(_) => 'm',
+            Self::Folder(_) => 'f',
+        }
+    }
+}
+
 impl Devices {
+    /// All of them, in the order of their registers. The image's root filesystem comes behind the drives.
+    pub fn iter(&self) -> impl Iterator<Item = DeviceConfig<'_>> {
+        let drives = self.drives.iter().map(DeviceConfig::Drive);
+        let root = self.root_drive().map(|(drive, _)| DeviceConfig::Root(drive));
+        let interfaces = self.network_interfaces.iter().map(DeviceConfig::Network);
+        let vsock = self.vsock.iter().map(DeviceConfig::Vsock);
+        let entropy = self.entropy.iter().map(DeviceConfig::Entropy);
+        let balloon = self.balloon.iter().map(DeviceConfig::Balloon);
+        let pmem = self.pmem.iter().map(DeviceConfig::Pmem);
+        let folders = self.shared_folders.iter().map(DeviceConfig::Folder);
+        drives
+            .chain(root)
+            .chain(interfaces)
+            .chain(vsock)
+            .chain(entropy)
+            .chain(balloon)
+            .chain(pmem)
+            .chain(folders)
+    }
+
     /// The image's root filesystem as a disk, and the guest's name for it. This is the only place that knows
     /// which kind of device it is.
     #[must_use]
@@ -46,9 +120,14 @@ impl Devices {
         Some((drive, format!("/dev/vd{letter}")))
     }
 
-    /// The drives, and the image's root filesystem behind them.
-    pub fn disks(&self) -> impl Iterator<Item = Drive> {
-        self.drives.iter().cloned().chain(self.root_drive().map(|(drive, _)| drive))
+    /// Whether nothing of them outlives the machine: neither disks, files as memory nor folders that a guest leaves in
+    /// order, nor network cards whose other end others may have afterwards.
+    #[must_use]
+    pub const fn are_private(&self) -> bool {
+        self.drives.is_empty()
+            && self.pmem.is_empty()
+            && self.shared_folders.is_empty()
+            && self.network_interfaces.is_empty()
     }
 
     /// How many there are.
@@ -68,14 +147,7 @@ impl Devices {
     /// folder.
     #[must_use]
     pub fn kinds(&self) -> String {
-        let drives = self.disks().map(|drive| if drive.is_read_only { 'r' } else { 'd' });
-        let interfaces = self.network_interfaces.iter().map(|_| 'n');
-        let single =
-            [(self.vsock.is_some(), 'v'), (self.entropy.is_some(), 'e'), (self.balloon.is_some(), 'b')];
-        let single = single.into_iter().filter(|(is_there, _)| *is_there).map(|(_, letter)| letter);
-        let pmem = self.pmem.iter().map(|_| 'm');
-        let folders = self.shared_folders.iter().map(|_| 'f');
-        drives.chain(interfaces).chain(single).chain(pmem).chain(folders).collect()
+        self.iter().map(|device| device.letter()).collect()
     }
 
     /// Checks everything that can be checked without opening a file, for a machine with so many MiB of memory.
@@ -128,7 +200,7 @@ impl Devices {
 }
 
 /// A disk.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Drive {
     /// Its name, which the guest reads as the disk's serial number, up to 20 bytes of it.
@@ -196,7 +268,7 @@ impl Drive {
 }
 
 /// What a flush of the guest does.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 pub enum CacheType {
     /// What was written reaches the host's disk.
     #[default]
@@ -206,7 +278,7 @@ pub enum CacheType {
 }
 
 /// Firecracker's ways of reading and writing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 pub enum IoEngine {
     /// With system calls that wait.
     Sync,
@@ -214,238 +286,8 @@ pub enum IoEngine {
     Async,
 }
 
-/// A network card.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct NetworkInterface {
-    /// Its name.
-    pub iface_id: String,
-    /// The tap device that it leads to, or `user` for networking without one, through passt.
-    pub host_dev_name: String,
-    /// Its address; one that is made from `host_dev_name` where there is none.
-    #[serde(default)]
-    pub guest_mac: Option<MacAddress>,
-    /// The largest IP packet in bytes, 68 to 65535. Where it is not said, it is the guest's kernel's 1500 with a
-    /// tap, and 65520 with passt.
-    #[serde(default)]
-    pub mtu: Option<u16>,
-    /// The guest's IPv4 address, which init sets. Without one the guest configures itself; with passt, which knows
-    /// the guest by its address, it is [`user_network::ADDRESS`].
-    #[serde(default)]
-    pub guest_ip: Option<InterfaceAddress>,
-    /// The guest's way out.
-    #[serde(default)]
-    pub gateway: Option<Ipv4Addr>,
-    /// The guest's name server.
-    #[serde(default)]
-    pub nameserver: Option<Ipv4Addr>,
-    /// Limits of what the guest receives.
-    #[serde(default)]
-    pub rx_rate_limiter: Option<RateLimiter>,
-    /// Limits of what the guest sends.
-    #[serde(default)]
-    pub tx_rate_limiter: Option<RateLimiter>,
-    /// Of files of Firecracker before 1.0. Accepted and not heeded: there is no metadata service.
-    #[serde(default)]
-    pub allow_mmds_requests: Option<bool>,
-    /// Ports of the host that lead into the guest, where the other end is passt.
-    #[serde(skip)]
-    pub forwards: Vec<PortForward>,
-}
-
-/// What a guest has whose card leads to passt. There is one such network for each card, and nobody else in it.
-pub mod user_network {
-    use std::net::Ipv4Addr;
-
-    /// The guest's address.
-    pub const ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
-    /// Bits of the network's part of it.
-    pub const PREFIX: u8 = 24;
-    /// The way out.
-    pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
-    /// Where passt answers for the host's first name server.
-    pub const NAMESERVER: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 3);
-    /// The largest packet that passt takes, rounded down to words of IP (its manual page, `--mtu`).
-    pub const MTU: u16 = 65_520;
-}
-
-impl NetworkInterface {
-    /// Whether it leads to passt.
-    #[must_use]
-    pub fn is_user(&self) -> bool {
-        self.host_dev_name == "user"
-    }
-
-    fn validate(&self) -> Result<(), ConfigError> {
-        let wrong = |what: String| Err(ConfigError::Interface { id: self.iface_id.clone(), what });
-        // Section 5.1.4.1 of the virtio specification.
-        if let Some(mtu) = self.mtu.filter(|mtu| *mtu < 68) {
-            return wrong(format!("its MTU is {mtu}; one is 68 to 65535 bytes"));
-        }
-        let own = [self.guest_ip.map(|ip| ip.address), self.gateway, self.nameserver];
-        if self.is_user() && own.iter().any(Option::is_some) {
-            let address = user_network::ADDRESS;
-            return wrong(format!(
-                "with passt the guest's address is {address}, and the rest follows from it"
-            ));
-        }
-        if self.guest_ip.is_none() && own.iter().any(Option::is_some) {
-            return wrong(
-                "a gateway or name server needs the guest's address (ip=ADDRESS/PREFIX) too".into(),
-            );
-        }
-        Ok(())
-    }
-
-    /// The card's address.
-    pub(crate) fn mac(&self) -> MacAddress {
-        self.guest_mac.unwrap_or_else(|| {
-            // FNV-1a: names of taps are different on one host, and so are the addresses behind one bridge.
-            let hash = self.host_dev_name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-                (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
-            });
-            let [a, b, c, d, e, ..] = hash.to_le_bytes();
-            // An address that nobody assigned, of one card.
-            MacAddress([0x06, a, b, c, d, e])
-        })
-    }
-
-    /// What the card says about its MTU.
-    pub(crate) fn guest_mtu(&self) -> Option<u16> {
-        self.mtu.or_else(|| self.is_user().then_some(user_network::MTU))
-    }
-
-    /// What init has to set up, if this is card number `card`.
-    fn guest_network(&self, card: u8) -> Option<Network> {
-        if self.is_user() {
-            return Some(Network {
-                card,
-                prefix: user_network::PREFIX,
-                address: user_network::ADDRESS.octets(),
-                gateway: Some(user_network::GATEWAY.octets()),
-                nameserver: Some(user_network::NAMESERVER.octets()),
-            });
-        }
-        let InterfaceAddress { address, prefix } = self.guest_ip?;
-        let octets = |address: Option<Ipv4Addr>| address.map(|address| address.octets());
-        let (gateway, nameserver) = (octets(self.gateway), octets(self.nameserver));
-        Some(Network { card, prefix, address: address.octets(), gateway, nameserver })
-    }
-}
-
-/// An IPv4 address with its network.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "String")]
-pub struct InterfaceAddress {
-    /// The address.
-    pub address: Ipv4Addr,
-    /// Bits of its network's part, 1 to 32.
-    pub prefix: u8,
-}
-
-impl FromStr for InterfaceAddress {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let parse = |text: &str| {
-            let (address, prefix) = text.split_once('/')?;
-            let prefix = prefix.parse().ok().filter(|prefix| (1..=32).contains(prefix))?;
-            Some(Self { address: address.parse().ok()?, prefix })
-        };
-        parse(text).ok_or_else(|| format!("{text:?} is not an address with its prefix such as 10.0.0.2/24"))
-    }
-}
-
-impl TryFrom<String> for InterfaceAddress {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, Self::Error> {
-        text.parse()
-    }
-}
-
-impl NetworkInterface {
-    /// A card of which nothing is said but its name and its other end.
-    #[must_use]
-    pub fn new(iface_id: impl Into<String>, host_dev_name: impl Into<String>) -> Self {
-        Self {
-            iface_id: iface_id.into(),
-            host_dev_name: host_dev_name.into(),
-            guest_mac: None,
-            mtu: None,
-            guest_ip: None,
-            gateway: None,
-            nameserver: None,
-            rx_rate_limiter: None,
-            tx_rate_limiter: None,
-            allow_mmds_requests: None,
-            forwards: Vec::new(),
-        }
-    }
-}
-
-/// An Ethernet address.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "String")]
-pub struct MacAddress(pub [u8; 6]);
-
-impl FromStr for MacAddress {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let wrong = || format!("{text:?} is not an Ethernet address such as 06:00:ac:10:00:02");
-        let mut bytes = [0; 6];
-        let mut parts = text.split(':');
-        for byte in &mut bytes {
-            let part =
-                parts.next().filter(|part| part.len() == 2 && !part.starts_with('+')).ok_or_else(wrong)?;
-            *byte = u8::from_str_radix(part, 16).map_err(|_| wrong())?;
-        }
-        if parts.next().is_some() {
-            return Err(wrong());
-        }
-        // The lowest bit of the first byte is that of groups.
-        if bytes[0] & 1 != 0 {
-            return Err(format!("{text:?} is the address of a group of cards"));
-        }
-        Ok(Self(bytes))
-    }
-}
-
-impl TryFrom<String> for MacAddress {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, Self::Error> {
-        text.parse()
-    }
-}
-
-/// Ports of the host that lead to as many of the guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PortForward {
-    /// Whose ports.
-    pub protocol: Protocol,
-    /// The host's address that they are ports of; of all where none is named.
-    pub address: Option<IpAddr>,
-    /// The first one on the host.
-    pub host: u16,
-    /// The first one in the guest.
-    pub guest: u16,
-    /// How many follow each of them.
-    pub further: u16,
-}
-
-/// A protocol with ports.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Protocol {
-    /// TCP.
-    Tcp,
-    /// UDP.
-    Udp,
-}
-
 /// Sockets between guest and host.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Vsock {
     /// The guest's number, 3 or more.
@@ -477,7 +319,7 @@ impl Vsock {
 }
 
 /// A source of random numbers.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Entropy {
     /// Limits of bytes and requests.
@@ -485,7 +327,7 @@ pub struct Entropy {
 }
 
 /// A balloon.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Balloon {
     /// MiB of memory that the guest gives back at first.
@@ -515,7 +357,7 @@ impl Balloon {
 }
 
 /// A file as memory.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Pmem {
     /// Its name.
@@ -537,55 +379,16 @@ pub struct Pmem {
 const TAG_MAX: usize = 36;
 
 /// A folder of the host.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SharedFolder {
     /// What the guest mounts it by, up to 36 bytes.
     pub tag: String,
     /// The folder.
-    pub folder: HostFolder,
+    pub path: PathBuf,
     /// Whether the guest may only read.
     pub read_only: bool,
     /// User and group that files of this process's user and group belong to in the guest.
     pub owner: (u32, u32),
-}
-
-/// Limits of a device. What goes beyond waits.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct RateLimiter {
-    /// Of bytes.
-    pub bandwidth: Option<TokenBucket>,
-    /// Of requests.
-    pub ops: Option<TokenBucket>,
-}
-
-impl RateLimiter {
-    /// Whether it limits anything.
-    #[must_use]
-    pub fn is_limit(&self) -> bool {
-        [self.bandwidth, self.ops].into_iter().flatten().any(|bucket| bucket.is_limit())
-    }
-}
-
-/// A bucket of tokens, which fills up evenly. One whose size or refill time is 0 limits nothing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct TokenBucket {
-    /// Tokens that it holds.
-    pub size: u64,
-    /// Tokens that it has once, beside those.
-    #[serde(default)]
-    pub one_time_burst: Option<u64>,
-    /// Milliseconds in which an empty bucket fills up.
-    pub refill_time: u64,
-}
-
-impl TokenBucket {
-    /// Whether it limits anything.
-    #[must_use]
-    pub const fn is_limit(&self) -> bool {
-        self.size > 0 && self.refill_time > 0
-    }
 }
 
 #[cfg(test)]
@@ -616,7 +419,7 @@ mod tests {
         devices.drives.push(Drive::new("d", "file"));
         assert_eq!(devices.root_drive().unwrap().1, "/dev/vdb");
         assert_eq!(devices.kinds(), "dr");
-        assert_eq!(devices.disks().map(|drive| drive.drive_id).collect::<Vec<_>>(), ["d", "root"]);
+        assert_eq!(devices.iter().map(|device| device.name().to_owned()).collect::<Vec<_>>(), ["d", "root"]);
         devices.root = None;
         assert_eq!(devices.root_drive(), None);
     }

@@ -108,7 +108,7 @@ pub struct ImageFile {
 }
 
 /// SHA-256 of an image's kernel and initramfs, each in 64 hexadecimal digits, as its description names them.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Digests {
     /// Of the kernel.
     pub kernel: String,

@@ -1,9 +1,10 @@
 //! Firecracker's configuration file.
 
 use super::devices::{Balloon, Devices, Drive, Entropy, NetworkInterface, Pmem, Vsock};
+use super::null::null_is_default;
 use super::{BootSource, Config, ConfigError, MachineConfig};
+use serde::Deserialize;
 use serde::de::IgnoredAny;
-use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -70,15 +71,6 @@ enum HugePages {
     Transparent,
     #[serde(rename = "2M")]
     Hugetlbfs,
-}
-
-/// A value that may be null, which stands for its default.
-pub(super) fn null_is_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
-where
-    D: Deserializer<'de>,
-    T: Default + Deserialize<'de>,
-{
-    Option::deserialize(deserializer).map(Option::unwrap_or_default)
 }
 
 /// What a configuration file asks for.

@@ -3,26 +3,28 @@
 //! Names are those of Firecracker's JSON where it has the field.
 
 pub mod devices;
-mod host_folder;
+mod guest;
 pub mod image;
 mod json;
+mod limits;
+mod network;
+mod null;
 
-pub use crate::devices::configuration::{GuestConfig, Mount};
-pub use crate::profile::ProfileConfig;
 pub use devices::Devices;
+pub use guest::{GuestConfig, Mount, Renewal};
 pub use guest_protocol::frame::{MountKind, Network};
-pub use host_folder::HostFolder;
 pub(crate) use json::read_bounded;
 pub use json::{FileConfig, from_json_file};
 
-use crate::devices::configuration::Renewal;
 use crate::layout::{COMMAND_LINE_MAX, DEVICES_MAX, VCPUS_MAX};
 use guest_protocol::frame::FrameError;
+use serde::{Deserialize, Serialize};
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Everything that makes one machine.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Config {
     /// What to boot.
     pub boot_source: BootSource,
@@ -42,7 +44,7 @@ pub struct Config {
 }
 
 /// Which interrupt controllers a machine has beside the local APICs.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum InterruptControllers {
     /// Those of a PC: two 8259 and an I/O APIC, all inside KVM. Every kernel finds its interrupts.
     #[default]
@@ -53,7 +55,7 @@ pub enum InterruptControllers {
 }
 
 /// Kernel, initrd and command line.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BootSource {
     /// An uncompressed `vmlinux` or a `bzImage`.
     pub kernel_image_path: PathBuf,
@@ -85,7 +87,7 @@ impl BootSource {
 }
 
 /// vCPUs and memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MachineConfig {
     /// 1 to 16.
     pub vcpu_count: u8,
@@ -99,8 +101,18 @@ impl Default for MachineConfig {
     }
 }
 
+/// What to record beside exits and the kernel's log.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProfileConfig {
+    /// How often to look where a vCPU is; not at all where there is none.
+    pub sample_interval: Option<Duration>,
+    /// Functions of the kernel whose first calls are recorded, by their addresses: at most
+    /// [`FUNCTIONS_MAX`](crate::function_marks::FUNCTIONS_MAX).
+    pub functions: Vec<u64>,
+}
+
 /// Where the serial console leads.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Console {
     /// Output to this process's standard output, input from its standard input.
     Stdio,
@@ -341,7 +353,7 @@ impl Config {
         }
         self.devices.validate(machine.mem_size_mib)?;
         let line = &self.boot_source.boot_args;
-        let length = line.len() + crate::boot::announced(self.devices.count()).len();
+        let length = line.len() + crate::layout::announced(self.devices.count()).len();
         if length > COMMAND_LINE_MAX {
             return Err(ConfigError::CommandLineTooLong(length));
         }

@@ -76,12 +76,13 @@ pub(super) fn memory_limit(sources: &Sources) -> Option<u64> {
     lowest
 }
 
+const NAME: &str = "cgroup";
+const LIMITS: &str = "cgroup v2 is what holds a guest to its share of processors and memory";
+const USE_VERSION_2: &str = "boot the host with `systemd.unified_cgroup_hierarchy=1` on its kernel command line, or \
+     with `cgroup_no_v1=all` where there is no systemd";
+
 /// Whether guests can be limited, and moved into their limits without waiting.
 pub(super) fn cgroup(sources: &Sources) -> Finding {
-    const NAME: &str = "cgroup";
-    const LIMITS: &str = "cgroup v2 is what holds a guest to its share of processors and memory";
-    const USE_VERSION_2: &str = "boot the host with `systemd.unified_cgroup_hierarchy=1` on its kernel command line, or \
-         with `cgroup_no_v1=all` where there is no systemd";
     let mounts = match sources.read(MOUNTS) {
         Ok(mounts) => mounts,
         Err(error) => {
@@ -100,6 +101,11 @@ pub(super) fn cgroup(sources: &Sources) -> Finding {
         };
     };
 
+    mounted(sources, &mount, has_version_1)
+}
+
+/// The same where cgroup v2 is mounted.
+fn mounted(sources: &Sources, mount: &Mount, has_version_1: bool) -> Finding {
     let at = &mount.mount_point;
     let controllers = sources.read(&format!("{at}/cgroup.controllers")).unwrap_or_default();
     let missing: Vec<_> = NEEDED_CONTROLLERS

@@ -23,9 +23,10 @@ use kvm_bindings::{
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VmFd};
+use rustix::fs::{Mode, OFlags};
 use rustix::io_uring::{IoringRegisterOp, io_uring_params, io_uring_register, io_uring_setup};
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
@@ -98,7 +99,25 @@ impl Hypervisor {
     /// # Errors
     /// Says why there is no usable KVM.
     pub fn open() -> Result<Self, KvmError> {
-        let kvm = open_device()?;
+        Self::with(open_device()?)
+    }
+
+    /// The KVM behind a descriptor of /dev/kvm.
+    ///
+    /// # Errors
+    /// Says why it is not usable.
+    pub(crate) fn of_descriptor(descriptor: OwnedFd) -> Result<Self, KvmError> {
+        // SAFETY: the descriptor is owned and given away here.
+        Self::with(checked(unsafe { Kvm::from_raw_fd(descriptor.into_raw_fd()) })?)
+    }
+
+    /// Opens /dev/kvm for another process, which checks it.
+    pub(crate) fn open_descriptor() -> Result<OwnedFd, KvmError> {
+        let flags = OFlags::RDWR | OFlags::CLOEXEC;
+        rustix::fs::open("/dev/kvm", flags, Mode::empty()).map_err(|error| refused(error.into()))
+    }
+
+    fn with(kvm: Kvm) -> Result<Self, KvmError> {
         if !cpuid::host_has_virtualization() {
             return Err(KvmError::SoftwareOnly);
         }
@@ -125,11 +144,19 @@ fn supported_cpuid(kvm: &Kvm) -> Result<CpuId, kvm_ioctls::Error> {
 }
 
 fn open_device() -> Result<Kvm, KvmError> {
-    let kvm = Kvm::new().map_err(|error| match error.errno() {
-        libc::ENOENT | libc::ENODEV | libc::ENXIO => KvmError::Absent,
-        libc::EACCES | libc::EPERM => KvmError::NoPermission,
-        _ => KvmError::Open(error.into()),
-    })?;
+    checked(Kvm::new().map_err(|error| refused(error.into()))?)
+}
+
+/// Why /dev/kvm cannot be opened.
+fn refused(error: io::Error) -> KvmError {
+    match error.raw_os_error() {
+        Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => KvmError::Absent,
+        Some(libc::EACCES | libc::EPERM) => KvmError::NoPermission,
+        _ => KvmError::Open(error),
+    }
+}
+
+fn checked(kvm: Kvm) -> Result<Kvm, KvmError> {
     match kvm.get_api_version() {
         API_VERSION => Ok(kvm),
         other => Err(KvmError::ApiVersion(other)),

@@ -11,6 +11,7 @@ use crate::profile::{ExitKind, Recorder};
 use crate::timeline::Instant;
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use serde::{Deserialize, Serialize};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,7 +25,7 @@ const AGAIN_INTERVAL: Duration = Duration::from_millis(1);
 
 /// Exits of a vCPU to this program, by what the guest did. Exits that KVM answers itself are not
 /// among them.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 pub struct ExitCounts {
     /// Reads of I/O ports.
     pub port_reads: u64,
@@ -92,7 +93,7 @@ impl VcpuEnd {
 }
 
 /// The registers that tell where a guest was.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize, Serialize)]
 pub struct Registers {
     /// General registers, instruction pointer and flags.
     pub general: kvm_regs,

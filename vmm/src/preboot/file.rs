@@ -7,7 +7,8 @@
 //! ```
 //! Integers are little-endian. The file appears by renaming, so that it is whole or absent.
 
-use super::{PrebootError, State};
+use super::error::PrebootError;
+use super::state::State;
 use crate::layout::{PAGE, PAGE_SIZE};
 use crate::memory::{Extent, GuestMemory, MemoryError};
 use rustix::fs::{Mode, OFlags};
@@ -30,7 +31,7 @@ pub(super) const PAGES: u64 = 256 << 10;
 const _: () = assert!(HEADER_LEN as u64 + STATE_MAX as u64 <= PAGES && PAGES.is_multiple_of(PAGE_SIZE));
 
 /// Opens a file, and nothing that could block or lead elsewhere.
-pub(super) fn open(path: &Path) -> Result<File, PrebootError> {
+pub(crate) fn open(path: &Path) -> Result<File, PrebootError> {
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
     let failed = |source| PrebootError::Read { path: path.into(), source };
     let not_a_file =

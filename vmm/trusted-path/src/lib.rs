@@ -121,6 +121,24 @@ pub fn program(name: &str) -> Option<PathBuf> {
     candidates.into_iter().find(|path| file(path, Owners::and_of_program()).is_ok())
 }
 
+/// One of Kindling's own programs: in the folder that KINDLING_PROGRAMS names, or else beside this program.
+///
+/// # Errors
+/// When it is not there, or others can change it.
+pub fn companion(name: &str) -> Result<PathBuf, Error> {
+    let given = std::env::var_os("KINDLING_PROGRAMS").filter(|folder| !folder.is_empty());
+    let folder = match given {
+        Some(folder) => PathBuf::from(folder),
+        None => {
+            let program = std::env::current_exe();
+            let program = program.map_err(|source| Error::Host { path: "/proc/self/exe".into(), source })?;
+            program.parent().map(Path::to_owned).unwrap_or_default()
+        }
+    };
+    let path = folder.join(name);
+    file(&path, Owners::and_of_program()).map(|_| path)
+}
+
 /// Opens a file for a lock, and makes it where it is missing. No link is followed, and nothing is removed from it.
 ///
 /// # Errors

@@ -26,6 +26,8 @@ use std::time::Duration;
 pub(super) struct Images {
     /// The program that reads container images, which lies beside ours.
     pub(super) converter: PathBuf,
+    /// The monitor of one guest, which lies there too.
+    monitor: PathBuf,
     /// The program that serves folders, which lies there too.
     server: PathBuf,
     /// A folder with the program that makes filesystems for volumes.
@@ -79,6 +81,7 @@ impl Images {
         };
         Ok(Self {
             converter: cargo::release_binary("kindling-oci", "kindling-oci")?,
+            monitor: cargo::release_binary("kindling-vmm", "kindling-vmm")?,
             server: cargo::release_binary("kindling-fs", "kindling-fs")?,
             filesystems,
             hello: image(&hello, payload::PATH)?,
@@ -105,6 +108,7 @@ impl Images {
     pub(super) fn map(&self, mut place: impl FnMut(&Path, &str) -> PathBuf) -> Self {
         Self {
             converter: place(&self.converter, "kindling-oci"),
+            monitor: place(&self.monitor, "kindling-vmm"),
             server: place(&self.server, "kindling-fs"),
             filesystems: place(&self.filesystems, "e2fsprogs"),
             hello: place(&self.hello, "hello.tar"),

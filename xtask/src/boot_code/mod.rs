@@ -1,5 +1,5 @@
 //! `cargo xtask boot-code`: finds out which of the VMM's functions a boot executes, and writes the list by
-//! which the linker puts them side by side (`cli/boot-code.ld`).
+//! which the linker puts them side by side (`vmm/boot-code.ld`).
 //!
 //! The VMM is linked once more with its symbols and a link map. Boots of it are followed in the lab, with a
 //! breakpoint on each function ([`follow`]); what was reached becomes patterns of the linker's language ([`link_map`]).
@@ -28,7 +28,7 @@ pub(crate) struct Arguments {
 }
 
 /// The list, from the workspace's root on.
-const LIST: &str = "cli/boot-code.ld";
+const LIST: &str = "vmm/boot-code.ld";
 /// MiB of the lab's memory.
 const LAB_MIB: u64 = 1024;
 /// The disk in the lab.

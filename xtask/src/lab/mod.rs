@@ -45,7 +45,7 @@ pub(crate) struct Arguments {
     /// be repeated
     #[arg(long, value_name = "FILE[:DEST]")]
     get: Vec<String>,
-    /// Command to run; `kindling` with `kindling-oci` and `kindling-fs`, busybox's commands and the default image
+    /// Command to run; `kindling` with its other programs, busybox's commands and the default image
     /// (/images/default) are there
     #[arg(last = true, required = true, value_name = "COMMAND")]
     command: Vec<String>,
@@ -138,6 +138,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let mut with = vec![
         (kindling, "/bin/kindling".to_owned()),
         (cargo::release_binary("kindling-oci", "kindling-oci")?, "/bin/kindling-oci".to_owned()),
+        (cargo::release_binary("kindling-vmm", "kindling-vmm")?, "/bin/kindling-vmm".to_owned()),
         (cargo::release_binary("kindling-fs", "kindling-fs")?, "/bin/kindling-fs".to_owned()),
         (image, "/images/default".to_owned()),
     ];

@@ -11,7 +11,8 @@ use super::{Broken, Chain, Device, Event, Left, Queues, Segment, Watcher};
 use crate::config::ConfigError;
 use crate::config::devices::{CacheType, Drive};
 use crate::timeline::Instant;
-use file::{ForeignLock, direct_alignment, length, open_file};
+pub(crate) use file::ForeignLock;
+use file::{direct_alignment, length, open_file};
 use std::fs::File;
 use std::io;
 use std::path::PathBuf;
@@ -111,26 +112,30 @@ enum Parsed {
 }
 
 impl Block {
-    /// Opens the file of a drive.
+    /// Opens the file of a drive. With [`ForeignLock::Ignored`] others may have it: an image's root filesystem is only
+    /// read, and whoever may read its file could lock it, and keep all guests of the image from starting.
+    ///
+    /// # Errors
+    /// When it is missing, in use or nothing that a disk can be.
+    pub(crate) fn open_file(drive: &Drive, lock: ForeignLock) -> Result<File, ConfigError> {
+        let wrong = |what: String| ConfigError::DriveFile { path: drive.path_on_host.clone(), what };
+        open_file(&drive.path_on_host, drive.is_read_only, drive.direct, lock).map_err(wrong)
+    }
+
+    /// Opens the file of a drive, and makes the disk.
     ///
     /// # Errors
     /// When it is missing, in use, empty or nothing that a disk can be.
     pub fn open(drive: &Drive) -> Result<Self, ConfigError> {
-        Self::open_with(drive, ForeignLock::InUse)
+        Self::new(drive, Self::open_file(drive, ForeignLock::InUse)?)
     }
 
-    /// Opens an image's root filesystem, which is only read. Whoever may read its file could lock it, and keep all guests
-    /// of the image from starting.
+    /// The disk of an open file.
     ///
     /// # Errors
-    /// As with [`Self::open`].
-    pub fn open_root(drive: &Drive) -> Result<Self, ConfigError> {
-        Self::open_with(drive, ForeignLock::Ignored)
-    }
-
-    fn open_with(drive: &Drive, lock: ForeignLock) -> Result<Self, ConfigError> {
+    /// When the file is empty, or its end lies in the middle of a block.
+    pub(crate) fn new(drive: &Drive, file: File) -> Result<Self, ConfigError> {
         let wrong = |what: String| ConfigError::DriveFile { path: drive.path_on_host.clone(), what };
-        let file = open_file(&drive.path_on_host, drive.is_read_only, drive.direct, lock).map_err(wrong)?;
         let length = length(&file).map_err(|error| wrong(error.to_string()))?;
         if length == 0 {
             return Err(wrong("it is empty".into()));

@@ -51,9 +51,24 @@ impl Pmem {
     /// # Errors
     /// When it is missing, in use, empty, or nothing that can be memory.
     pub fn open(config: &Config, start: GuestAddress) -> Result<Self, ConfigError> {
+        Self::new(config, Self::open_file(config)?, start)
+    }
+
+    /// Opens the file of a device.
+    ///
+    /// # Errors
+    /// When it is missing, in use, or nothing that can be memory.
+    pub(crate) fn open_file(config: &Config) -> Result<File, ConfigError> {
         let wrong = |what: String| ConfigError::PmemFile { path: config.path_on_host.clone(), what };
-        let file =
-            open_file(&config.path_on_host, config.read_only, false, ForeignLock::InUse).map_err(wrong)?;
+        open_file(&config.path_on_host, config.read_only, false, ForeignLock::InUse).map_err(wrong)
+    }
+
+    /// Maps an open file.
+    ///
+    /// # Errors
+    /// When it is empty, or cannot be mapped.
+    pub(crate) fn new(config: &Config, file: File, start: GuestAddress) -> Result<Self, ConfigError> {
+        let wrong = |what: String| ConfigError::PmemFile { path: config.path_on_host.clone(), what };
         let length = length(&file).map_err(|error| wrong(error.to_string()))?;
         if length == 0 {
             return Err(wrong("it is empty".into()));

@@ -9,8 +9,10 @@ use std::path::Path;
 
 /// What the lock of another process on a file means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::devices::virtio) enum ForeignLock {
+pub(crate) enum ForeignLock {
+    /// The file cannot be had.
     InUse,
+    /// Nothing.
     Ignored,
 }
 

@@ -361,7 +361,7 @@ fn files_that_are_no_disks_are_named() {
     let locked = File::open(disk.drive().path_on_host).unwrap();
     flock(&locked, FlockOperation::NonBlockingLockExclusive).unwrap();
     assert!(error(&read_only).contains("it is in use"));
-    Block::open_root(&read_only).unwrap();
+    Block::open_file(&read_only, ForeignLock::Ignored).unwrap();
     drop(locked);
     let (first, second) = (Block::open(&read_only).unwrap(), Block::open(&read_only).unwrap());
     assert!(error(&disk.drive()).contains("it is in use"));

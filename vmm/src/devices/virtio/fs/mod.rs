@@ -8,6 +8,7 @@
 //! number twice, nor when its driver has started over in the meantime.
 
 mod device;
+mod host_folder;
 mod server;
 #[cfg(test)]
 mod tests;
@@ -17,8 +18,6 @@ pub use server::Server;
 use super::queue::fill;
 use super::stream::{receive, send};
 use super::{Broken, Chain, Left, Queues, Segment, Watcher};
-use crate::config::ConfigError;
-use crate::config::devices::SharedFolder as Config;
 use rustix::event::epoll::EventFlags;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -125,21 +124,7 @@ enum Progress {
 type Lost = String;
 
 impl SharedFolder {
-    /// Starts the process that serves a folder.
-    ///
-    /// # Errors
-    /// When the folder is none that its user can read, or there is no such program.
-    pub fn open(config: &Config) -> Result<Self, ConfigError> {
-        Ok(Self::with(&config.tag, Some(Server::start(config)?)))
-    }
-
-    /// The same device without a folder, for a kernel that is booted once for many.
-    #[must_use]
-    pub fn blank(config: &Config) -> Self {
-        Self::with(&config.tag, None)
-    }
-
-    /// With this server.
+    /// With this server, or without a folder, for a kernel that is booted once for many.
     #[must_use]
     pub fn with(tag: &str, server: Option<Server>) -> Self {
         let incoming = Incoming { buffer: vec![0; BUFFER], unread: 0..0, missing: 0, target: None };

@@ -354,9 +354,7 @@ fn requests_under_way_are_bounded() {
 
 #[test]
 fn a_blank_folder_answers_errors() {
-    let folder = crate::config::HostFolder::open(std::path::Path::new("/")).unwrap();
-    let config = Config { tag: "x".into(), folder, read_only: true, owner: (0, 0) };
-    let mut driver = Driver::started(SharedFolder::blank(&config));
+    let mut driver = Driver::started(SharedFolder::with("x", None));
     driver.push(1, &[Piece::Out(request(26, 1, &[0; 16])), Piece::In(16), Piece::In(64)]);
     driver.ring();
     expect(driver.pop(1), &reply(-EIO, 1, b""));

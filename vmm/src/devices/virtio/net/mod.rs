@@ -28,7 +28,7 @@ use receive::Expectation;
 use rustix::event::epoll::EventFlags;
 use std::fmt;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use tap::Tap;
 
 pub(crate) use passt::Starting;
@@ -168,18 +168,29 @@ pub struct Net {
 }
 
 impl Net {
-    /// Attaches to the tap device of an interface, or starts passt.
+    /// Attaches to the tap device of an interface, or starts passt: the descriptor of the card's other end.
     ///
     /// # Errors
     /// What is wrong with it, and what to do.
-    pub(crate) fn open(interface: &NetworkInterface) -> Result<(Self, Option<Starting>), ConfigError> {
+    pub(crate) fn open_link(
+        interface: &NetworkInterface,
+    ) -> Result<(OwnedFd, Option<Starting>), ConfigError> {
         let wrong = |what| ConfigError::InterfaceDevice { name: interface.host_dev_name.clone(), what };
         if interface.is_user() {
-            let (passt, starting) = Passt::start(interface).map_err(wrong)?;
-            return Ok((Self::new(Box::new(passt), interface), Some(starting)));
+            let (socket, starting) = Passt::start(interface).map_err(wrong)?;
+            return Ok((socket, Some(starting)));
         }
-        let tap = Tap::open(&interface.host_dev_name).map_err(wrong)?;
-        Ok((Self::new(Box::new(tap), interface), None))
+        Ok((Tap::open(&interface.host_dev_name).map_err(wrong)?, None))
+    }
+
+    /// The card with this other end.
+    pub(crate) fn with_link(interface: &NetworkInterface, link: OwnedFd) -> Self {
+        let link: Box<dyn Link> = if interface.is_user() {
+            Box::new(Passt::connected(link))
+        } else {
+            Box::new(Tap::attached(link))
+        };
+        Self::new(link, interface)
     }
 
     /// A card that leads nowhere, for a kernel that is booted once for many guests: to its driver it is the same.

@@ -88,7 +88,7 @@ impl Passt {
     ///
     /// # Errors
     /// What is missing on the host, or in use.
-    pub(super) fn start(interface: &NetworkInterface) -> Result<(Self, Starting), String> {
+    pub(super) fn start(interface: &NetworkInterface) -> Result<(OwnedFd, Starting), String> {
         interface.forwards.iter().try_for_each(ports::check_free)?;
         let (ours, its) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
             .map_err(|error| format!("the host gave no socket: {error}"))?;
@@ -101,7 +101,7 @@ impl Passt {
         passt
             .announce(interface.mac())
             .map_err(|error| format!("passt cannot be told of the guest: {error}"))?;
-        Ok((passt, Starting { child, forwards: interface.forwards.clone() }))
+        Ok((passt.socket, Starting { child, forwards: interface.forwards.clone() }))
     }
 
     /// A stream to something that speaks like passt.

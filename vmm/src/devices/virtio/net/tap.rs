@@ -71,7 +71,7 @@ impl Tap {
     ///
     /// # Errors
     /// What is wrong, and what to do.
-    pub(super) fn open(name: &str) -> Result<Self, String> {
+    pub(super) fn open(name: &str) -> Result<OwnedFd, String> {
         if name.is_empty() || name.len() >= NAME_SIZE {
             return Err(format!("the name of an interface has 1 to {} bytes", NAME_SIZE - 1));
         }
@@ -106,7 +106,7 @@ impl Tap {
         // SAFETY: TUNSETVNETHDRSZ reads an int.
         unsafe { ioctl(&fd, Setter::<TUNSETVNETHDRSZ, _>::new(length)) }
             .map_err(|error| format!("it takes no headers of {length} bytes: {error}"))?;
-        Ok(Self::attached(fd))
+        Ok(fd)
     }
 
     /// Of a descriptor that moves a frame with each read and write.

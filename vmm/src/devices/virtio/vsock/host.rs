@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 
 /// The socket at which programs of the host ask for ports, with its file.
 #[derive(Debug)]
-pub(super) struct Listener {
+pub(crate) struct Listener {
     socket: UnixListener,
     /// None where nobody finds it.
     path: Option<PathBuf>,
@@ -31,7 +31,7 @@ pub(super) struct Listener {
 
 impl Listener {
     /// Makes the socket, also in place of one that nobody listens on any more.
-    pub(super) fn bind(path: &Path) -> Result<Self, ConfigError> {
+    pub(crate) fn bind(path: &Path) -> Result<Self, ConfigError> {
         let wrong = |what: String| ConfigError::VsockSocket { path: path.into(), what };
         // Such a socket would get an abstract name, which every user of the host may connect to.
         if path.as_os_str().is_empty() {
@@ -52,10 +52,20 @@ impl Listener {
     }
 
     /// A socket that no program finds, because it has no name, and from which none is found.
-    pub(super) fn nowhere() -> io::Result<Self> {
+    pub(crate) fn nowhere() -> io::Result<Self> {
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
         let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
         Ok(Self { socket: socket.into(), path: None, file: None })
+    }
+
+    /// One that another process has made, which also removes its file. The guest reaches no program of the host.
+    pub(crate) const fn of_descriptor(socket: UnixListener) -> Self {
+        Self { socket, path: None, file: None }
+    }
+
+    /// The same socket, without its file.
+    pub(crate) fn try_clone(&self) -> io::Result<Self> {
+        self.socket.try_clone().map(Self::of_descriptor)
     }
 
     /// The next program that has connected, if there is one.

@@ -16,7 +16,8 @@ use crate::config::devices::Vsock as Config;
 use crate::timeline::Instant;
 use buffers::{BUF_ALLOC, BUF_ALLOC_SMALL, Batch, LARGE_MAX};
 use connection::{After, Connection, Ports, Turn};
-use host::{Asked, Listener};
+use host::Asked;
+pub(crate) use host::Listener;
 use packet::{HEADER_LEN, HEADER_SIZE, HOST_CID, Header, STREAM, op};
 use rustix::event::epoll::EventFlags;
 use std::collections::{BTreeMap, VecDeque};
@@ -92,7 +93,8 @@ impl Vsock {
         Ok(Self::with(config, Listener::nowhere()?))
     }
 
-    fn with(config: &Config, listener: Listener) -> Self {
+    /// The device with the socket at which programs of the host ask for ports.
+    pub(crate) fn with(config: &Config, listener: Listener) -> Self {
         Self {
             guest_cid: config.guest_cid.into(),
             listener,

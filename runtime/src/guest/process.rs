@@ -1,6 +1,6 @@
-//! The process that runs a guest: signals for it, and its end.
+//! The processes of a guest: signals for it, and its end.
 
-use super::{Guest, GuestError, MONITOR, host, is_locked, read_record};
+use super::{FRONT, Guest, GuestError, MONITOR, host, is_locked, read_record};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{Mode, OFlags, open};
@@ -8,9 +8,9 @@ use rustix::io::Errno;
 use rustix::process::{Flock, FlockType, PidfdFlags, fcntl_getlk, pidfd_open};
 use std::time::{Duration, Instant};
 
-/// The VMM of a guest.
+/// A process of a guest.
 #[derive(Debug)]
-pub struct Monitor {
+pub struct Process {
     process: OwnedFd,
     /// Its number, as this process has to call it.
     pub pid: u32,
@@ -23,40 +23,70 @@ const STATUS_KILLED: u8 = 128 + 9;
 const POWER: u8 = 30;
 const KILL: u8 = 9;
 
-/// How long a VMM may take to end in order.
+/// How long a front may take to end in order.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 impl Guest {
-    /// Its monitor, if it lives: the process that has the lock on its file. A number may be another process's a moment later.
-    /// So the process is held by it first, and counts if it still has the lock then.
-    pub fn monitor(&self) -> Result<Option<Monitor>, GuestError> {
+    /// Its front, if it lives: the process that has the guest's streams, and gets the signals that are for the guest.
+    ///
+    /// # Errors
+    /// When it lives where this process has no number for it, or the host refuses something.
+    pub fn front(&self) -> Result<Option<Process>, GuestError> {
+        match self.holder(FRONT)? {
+            // An older version has no such file.
+            None if is_locked(&self.folder) && !self.folder.join(FRONT).exists() => {
+                Err(GuestError::Elsewhere(self.name.clone()))
+            }
+            front => Ok(front),
+        }
+    }
+
+    /// Its monitor, if it lives: the process that has the guest's memory.
+    ///
+    /// # Errors
+    /// As of [`Self::front`].
+    pub fn monitor(&self) -> Result<Option<Process>, GuestError> {
+        self.holder(MONITOR)
+    }
+
+    /// The process that has the lock on a file. A number may be another process's a moment later. So the process is held
+    /// by it first, and counts if it still has the lock then.
+    fn holder(&self, file: &str) -> Result<Option<Process>, GuestError> {
         let failed = |what| move |error: Errno| host(what, &self.folder)(error.into());
-        let elsewhere = || Err(GuestError::Elsewhere(self.name.clone()));
-        let monitor = match open(self.folder.join(MONITOR), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()) {
-            Err(Errno::NOENT) => return if is_locked(&self.folder) { elsewhere() } else { Ok(None) },
-            result => result.map_err(failed("look for the VMM of"))?,
+        let file = match open(self.folder.join(file), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()) {
+            Err(Errno::NOENT) => return Ok(None),
+            result => result.map_err(failed("look for the processes of"))?,
         };
-        let holder =
-            || fcntl_getlk(&monitor, &Flock::from(FlockType::WriteLock)).map_err(failed("find the VMM of"));
+        let holder = || {
+            fcntl_getlk(&file, &Flock::from(FlockType::WriteLock)).map_err(failed("find the processes of"))
+        };
         let Some(lock) = holder()? else { return Ok(None) };
         // It has no number where this process is.
-        let Some(pid) = lock.pid else { return elsewhere() };
+        let Some(pid) = lock.pid else { return Err(GuestError::Elsewhere(self.name.clone())) };
         let process = match pidfd_open(pid, PidfdFlags::empty()) {
             Err(Errno::SRCH) => return Ok(None),
-            result => result.map_err(failed("hold the VMM of"))?,
+            result => result.map_err(failed("hold a process of"))?,
         };
         let is_it = holder()?.is_some_and(|lock| lock.pid == Some(pid));
-        Ok(is_it.then(|| Monitor { process, pid: pid.as_raw_nonzero().get().unsigned_abs() }))
+        Ok(is_it.then(|| Process { process, pid: pid.as_raw_nonzero().get().unsigned_abs() }))
     }
 
     /// Ends the guest without asking it, and writes down that it was ended.
     pub fn kill(&self) -> Result<(), GuestError> {
-        let Some(vmm) = self.monitor()? else { return Ok(()) };
+        let monitor = self.monitor()?;
+        let Some(front) = self.front()? else { return Ok(()) };
         // Its front stops the machine, gives the terminal back and writes down the end.
-        vmm.send(POWER);
-        if !vmm.wait(Some(Instant::now() + PATIENCE)) {
-            vmm.send(KILL);
-            vmm.wait(None);
+        front.send(POWER);
+        if !front.wait(Some(Instant::now() + PATIENCE)) {
+            front.send(KILL);
+            front.wait(None);
+        }
+        // A monitor ends with its front. Its guest's disks are free when it has.
+        if let Some(monitor) = monitor
+            && !monitor.wait(Some(Instant::now() + PATIENCE))
+        {
+            monitor.send(KILL);
+            monitor.wait(None);
         }
         match self.take() {
             // It has removed its folder itself, or another did.
@@ -76,7 +106,7 @@ impl Guest {
     }
 }
 
-impl Monitor {
+impl Process {
     /// Sends it a signal, which it passes on to its guest's payload if it can.
     pub fn send(&self, signal: u8) {
         crate::signal::send(self.process.as_fd(), signal);
@@ -98,7 +128,7 @@ impl Monitor {
     }
 }
 
-impl AsFd for Monitor {
+impl AsFd for Process {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.process.as_fd()
     }

@@ -1,0 +1,43 @@
+//! A pool of guests, each of which runs what it is given and forgets nothing of it:
+//! `cargo run --package kindling --example pool -- busybox.tar 3`
+#![expect(clippy::print_stdout, reason = "it prints what the guests wrote")]
+
+use kindling::{Guest, Image};
+use std::error::Error;
+use std::io::Write;
+
+type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
+
+fn main() -> Result<()> {
+    let mut words = std::env::args().skip(1);
+    let image = Image::open(words.next().ok_or("name an image")?)?;
+    let count = words.next().ok_or("say how many guests")?.parse::<u32>()?;
+    let pool = (0..count)
+        .map(|_| Ok(Guest::builder(image.clone()).memory_mib(128).start()?))
+        .collect::<Result<Vec<_>>>()?;
+    std::thread::scope(|scope| {
+        let workers: Vec<_> =
+            (1..).zip(&pool).map(|(number, guest)| scope.spawn(move || work(guest, number))).collect();
+        for worker in workers {
+            print!("{}", worker.join().map_err(|_| "a worker panicked")??);
+        }
+        Ok(())
+    })
+}
+
+/// Gives a guest something to read, and returns what it makes of it.
+fn work(guest: &Guest, number: u32) -> Result<String> {
+    let mut child = guest
+        .command("sh")
+        .args(["-c", "read word; echo $word > /tmp/word; echo $((word * word))"])
+        .stdin(kindling::Stdio::Piped)
+        .stdout(kindling::Stdio::Piped)
+        .spawn()?;
+    let mut input = child.stdin.take().ok_or("no input")?;
+    writeln!(input, "{number}")?;
+    drop(input);
+    let square = String::from_utf8(child.wait_with_output()?.stdout)?;
+    // What one process leaves is there for the next one in the same guest, and nowhere else.
+    let word = guest.command("cat").arg("/tmp/word").output()?;
+    Ok(format!("{} squared is {square}", String::from_utf8(word.stdout)?.trim()))
+}

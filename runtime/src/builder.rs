@@ -1,0 +1,180 @@
+//! Guests of a program: started by it, asked to run processes, and gone when it is.
+
+use crate::guest::owner::Owner;
+use crate::guest::{Guest, GuestDir};
+use crate::image::Image;
+use crate::launch::{self, LaunchError, LaunchOptions, Plan};
+use kindling_vmm::agent::Process;
+use kindling_vmm::config::GuestConfig;
+use kindling_vmm::control::{ControlError, Event, Monitor};
+use kindling_vmm::{Exit, Instant, Resources, Timeline};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use std::ffi::{OsStr, OsString};
+use std::time::Duration;
+
+/// A guest to be started. It runs nothing by itself: [`Guest::command`] asks it to.
+#[derive(Clone, Debug)]
+#[must_use = "a guest is started by `start`"]
+pub struct GuestBuilder {
+    image: Image,
+    name: Option<String>,
+    options: LaunchOptions,
+}
+
+impl Guest {
+    /// A guest with the root filesystem, the environment, the working directory and the user of an image, 512 MiB of
+    /// memory, one vCPU and no network.
+    pub fn builder(image: Image) -> GuestBuilder {
+        let options = LaunchOptions {
+            image: image.source().to_owned(),
+            has_payload: false,
+            memory_mib: 512,
+            vcpus: 1,
+            ..LaunchOptions::default()
+        };
+        GuestBuilder { image, name: None, options }
+    }
+}
+
+impl GuestBuilder {
+    /// Memory in MiB: at least 16, at most what the host has.
+    pub const fn memory_mib(mut self, mib: u64) -> Self {
+        self.options.memory_mib = mib;
+        self
+    }
+
+    /// Virtual processors, 1 to 16.
+    pub const fn vcpus(mut self, count: u64) -> Self {
+        self.options.vcpus = count;
+        self
+    }
+
+    /// Name by which `kindling ps`, `kindling exec` and [`Guest::named`] find it, up to 48 characters, unique for the
+    /// user; one that no other guest has where none is given.
+    pub fn name(mut self, name: impl Into<String>) -> Self {
+        self.name = Some(name.into());
+        self
+    }
+
+    /// Hostname, instead of the guest's name.
+    pub fn hostname(mut self, name: impl AsRef<OsStr>) -> Self {
+        self.options.hostname = Some(name.as_ref().to_owned());
+        self
+    }
+
+    /// Sets an entry of the environment of all processes.
+    pub fn env(mut self, name: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Self {
+        let mut entry = name.as_ref().to_owned();
+        entry.push("=");
+        entry.push(value);
+        self.options.env.push(entry);
+        self
+    }
+
+    /// A network card: `user` for networking without root, through passt, or the name of a tap device.
+    pub fn network(mut self, network: impl AsRef<OsStr>) -> Self {
+        self.options.network = Some(network.as_ref().to_owned());
+        self
+    }
+
+    /// A port of the host that leads to one of the guest, as `docker run -p` takes it: `[ADDRESS:]HOST:GUEST[/tcp|/udp]`.
+    pub fn publish(mut self, ports: impl Into<OsString>) -> Self {
+        self.options.publish.push(ports.into());
+        self
+    }
+
+    /// A volume or a folder of the host at a path of the guest, as `docker run -v` takes it: `NAME:/GUEST` or
+    /// `/HOST:/GUEST`, with `:ro` behind it where the guest only reads. A volume that is missing is made.
+    pub fn volume(mut self, volume: impl Into<OsString>) -> Self {
+        self.options.volumes.push(volume.into());
+        self
+    }
+
+    /// Programs only read the root filesystem; they write to volumes, shared folders, /dev/shm, /run, /tmp and /var/tmp.
+    pub const fn read_only(mut self) -> Self {
+        self.options.is_root_read_only = true;
+        self
+    }
+
+    /// Starts the guest, and returns when it can be asked to run processes. The first guest of its size on a host boots
+    /// its kernel, which takes a second or two; later ones go on from there.
+    ///
+    /// # Errors
+    /// When the image, the kernel, an option or the host stands in the way.
+    pub fn start(self) -> Result<Guest, LaunchError> {
+        let mut monitor = launch::spawn_monitor()?;
+        let directory = GuestDir::create(self.name.as_deref())?;
+        let result = self.start_in(&directory, &mut monitor);
+        match result.and_then(|()| Ok(Guest::named(directory.name())?)) {
+            Ok(guest) => Ok(Guest {
+                owner: Some(Owner { monitor: Some(monitor), directory: Some(directory) }),
+                ..guest
+            }),
+            Err(error) => {
+                drop(monitor);
+                directory.remove();
+                Err(error)
+            }
+        }
+    }
+
+    fn start_in(&self, directory: &GuestDir, monitor: &mut Monitor) -> Result<(), LaunchError> {
+        let Plan { config, record } = self.options.plan(directory, self.image.prepared())?;
+        let mut resources = Resources::of_devices(&config)?;
+        directory.write(&record)?;
+        // Where the kernel cannot be kept for later guests, this one boots it.
+        let _ = launch::make_preboot(&config)?;
+        resources.open_rest(&config)?;
+        let timeline = Timeline::starting_at(Instant::now());
+        monitor.start(&config, resources, Some(directory.monitor_lock()?), timeline)?;
+        loop {
+            match monitor.next_event().map_err(kindling_vmm::Error::from)? {
+                Event::AgentReady => return Ok(()),
+                Event::Stopped(exit) => return Err(LaunchError::Ended(exit.reason.to_string())),
+                Event::Failed(failure) => return Err(LaunchError::Monitor(failure)),
+                _ => {}
+            }
+        }
+    }
+}
+
+impl Guest {
+    /// Ends a guest that this program started: processes in it get SIGTERM, its volumes are left in order, and after
+    /// `within` it ends in any case. Whether it ended by itself.
+    ///
+    /// # Errors
+    /// When the monitor is gone.
+    pub fn stop(mut self, within: Duration) -> Result<bool, ControlError> {
+        let Some(Owner { monitor: Some(monitor), .. }) = &mut self.owner else { return Ok(false) };
+        let until = std::time::Instant::now() + within;
+        // A guest without a payload ends when it gets one that does. Init's own program, which every guest has, ends at
+        // once where it is not process 1.
+        let payload = GuestConfig {
+            arguments: vec![b"/proc/self/exe".to_vec()],
+            agent: true,
+            ..GuestConfig::default()
+        };
+        let frame = payload.to_frame(0, false, None).unwrap_or_default();
+        let _last = Process::start_payload(&self.folder.join(crate::guest::SOCKET), &frame);
+        Ok(ended_by(monitor, until)?.is_some())
+    }
+}
+
+/// Waits for a machine's end until a time.
+fn ended_by(monitor: &Monitor, until: std::time::Instant) -> Result<Option<Box<Exit>>, ControlError> {
+    loop {
+        let left = until.saturating_duration_since(std::time::Instant::now());
+        let limit = Timespec::try_from(left).ok();
+        match poll(&mut [PollFd::new(monitor, PollFlags::IN)], limit.as_ref()) {
+            Ok(0) => return Ok(None),
+            Ok(_) => {
+                if let Event::Stopped(exit) = monitor.next_event()? {
+                    return Ok(Some(exit));
+                }
+            }
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}

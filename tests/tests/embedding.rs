@@ -1,0 +1,62 @@
+//! Programs that start guests with the library `kindling`: its examples.
+
+use std::process::{Command, Stdio};
+use tests::user::User;
+use tests::{run, testbed};
+
+/// An example as this user, who has Kindling's programs elsewhere.
+fn example(user: &User, name: &str) -> Command {
+    let mut command = Command::new(testbed("examples").join(name));
+    command.env("KINDLING_PROGRAMS", testbed("kindling").parent().unwrap());
+    for (name, value) in user.command("run").get_envs() {
+        command.env(name, value.unwrap_or_default());
+    }
+    command.stdin(Stdio::null());
+    command
+}
+
+#[test]
+fn a_command_gives_its_output() {
+    let user = User::new();
+    let outcome = |words: &[&str]| run(example(&user, "output").arg(testbed("busybox.erofs")).args(words));
+    assert_eq!(outcome(&["echo", "one", "two"]).expect_status(0).stdout, "one two\n");
+    outcome(&["sh", "-c", "echo why >&2; exit 7"]).expect_status(1).expect_stderr("exit status: 7: why");
+    outcome(&["missing"]).expect_status(1).expect_stderr("exit status: 127: init: missing: not found");
+    // Another terminal line than this one's must not matter: nothing of it is the guest's.
+    assert!(user.is_tidy(), "a guest that is dropped leaves something");
+}
+
+#[test]
+fn a_pool_of_guests_works_side_by_side() {
+    let user = User::new();
+    let outcome = run(example(&user, "pool").arg(testbed("busybox.erofs")).arg("3"));
+    let expected = "1 squared is 1\n2 squared is 4\n3 squared is 9\n";
+    assert_eq!(outcome.expect_status(0).stdout, expected);
+    assert!(user.is_tidy());
+}
+
+#[test]
+fn files_go_in_and_out() {
+    let user = User::new();
+    let [from, to] = ["words", "sorted"].map(|name| user.folder().join(name));
+    std::fs::write(&from, "two\none\nthree\n").unwrap();
+    run(example(&user, "files").arg(testbed("busybox.erofs")).args([&from, &to])).expect_status(0);
+    assert_eq!(std::fs::read_to_string(&to).unwrap(), "one\nthree\ntwo\n");
+    assert!(user.is_tidy());
+}
+
+#[test]
+fn what_stands_in_the_way_is_named_and_leaves_nothing() {
+    let user = User::new();
+    let refused = |image: &str, expected: &str| {
+        run(example(&user, "output").args([image, "true"])).expect_status(1).expect_stderr(expected);
+    };
+    refused("/nonexistent.erofs", "Refused");
+    let mut elsewhere = example(&user, "output");
+    elsewhere.env("KINDLING_PROGRAMS", user.folder()).arg(testbed("busybox.erofs")).arg("true");
+    run(&mut elsewhere).expect_status(1).expect_stderr("NoMonitor");
+    let mut kernel = example(&user, "output");
+    kernel.env("KINDLING_IMAGE", "/nonexistent").arg(testbed("busybox.erofs")).arg("true");
+    run(&mut kernel).expect_status(1).expect_stderr("NoKernelAt");
+    assert!(user.is_tidy());
+}
