@@ -22,7 +22,7 @@ mod terminal;
 mod volume;
 
 use clap::{Parser, Subcommand};
-use kindling::vmm::Instant;
+use kindling::vmm::{Instant, with_causes};
 use std::error::Error;
 use std::ffi::{OsStr, OsString};
 use std::io::Write;
@@ -145,18 +145,6 @@ fn complain_of_kvm(line: &str, is_kvm: bool) {
         ""
     };
     tell(&format!("kindling: {}{hint}\n", report::printable(line)));
-}
-
-/// An error and what led to it.
-fn with_causes(error: &dyn Error) -> String {
-    let mut line = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        line.push_str(": ");
-        line.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    line
 }
 
 /// Writes to standard output; the exit status. Who reads no more has read enough.

@@ -12,12 +12,13 @@ fn main() -> Result<()> {
     let mut words = std::env::args().skip(1);
     let image = Image::open(words.next().ok_or("name an image")?)?;
     let count = words.next().ok_or("say how many guests")?.parse::<u32>()?;
-    let pool = (0..count)
-        .map(|_| Ok(Guest::builder(image.clone()).memory_mib(128).start()?))
-        .collect::<Result<Vec<_>>>()?;
     std::thread::scope(|scope| {
-        let workers: Vec<_> =
-            (1..).zip(&pool).map(|(number, guest)| scope.spawn(move || work(guest, number))).collect();
+        let workers: Vec<_> = (1..=count)
+            .map(|number| (number, image.clone()))
+            .map(|(number, image)| {
+                scope.spawn(move || work(&Guest::builder(image).memory_mib(128).start()?, number))
+            })
+            .collect();
         for worker in workers {
             print!("{}", worker.join().map_err(|_| "a worker panicked")??);
         }

@@ -7,11 +7,12 @@ use crate::launch::{self, LaunchError, LaunchOptions, Plan};
 use kindling_vmm::agent::Process;
 use kindling_vmm::config::GuestConfig;
 use kindling_vmm::control::{ControlError, Event, Monitor};
-use kindling_vmm::{Exit, Instant, Resources, Timeline};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
+use kindling_vmm::{Instant, Resources, Timeline};
 use std::ffi::{OsStr, OsString};
 use std::time::Duration;
+
+/// How long a guest may take to be ready.
+const START_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// A guest to be started. It runs nothing by itself: [`Guest::command`] asks it to.
 #[derive(Clone, Debug)]
@@ -128,20 +129,25 @@ impl GuestBuilder {
         resources.open_rest(&config)?;
         let timeline = Timeline::starting_at(Instant::now());
         monitor.start(&config, resources, Some(directory.monitor_lock()?), timeline)?;
+        let until = std::time::Instant::now() + START_TIMEOUT;
         loop {
-            match monitor.next_event().map_err(kindling_vmm::Error::from)? {
-                Event::AgentReady => return Ok(()),
-                Event::Stopped(exit) => return Err(LaunchError::Ended(exit.reason.to_string())),
-                Event::Failed(failure) => return Err(LaunchError::Monitor(failure)),
-                _ => {}
+            match monitor.event_before(until).map_err(kindling_vmm::Error::from)? {
+                Some(Event::AgentReady) => return Ok(()),
+                Some(Event::Stopped(exit)) => return Err(LaunchError::Ended(exit.reason.to_string())),
+                Some(Event::Failed(failure)) => return Err(LaunchError::Monitor(failure)),
+                Some(_) => {}
+                None => {
+                    let seconds = START_TIMEOUT.as_secs();
+                    return Err(LaunchError::Ended(format!("its agent was not ready within {seconds} s")));
+                }
             }
         }
     }
 }
 
 impl Guest {
-    /// Ends a guest that this program started: processes in it get SIGTERM, its volumes are left in order, and after
-    /// `within` it ends in any case. Whether it ended by itself.
+    /// Ends a guest that this program started: its volumes are left in order, and after `within` it
+    /// ends in any case. Whether it ended by itself.
     ///
     /// # Errors
     /// When the monitor is gone.
@@ -157,24 +163,12 @@ impl Guest {
         };
         let frame = payload.to_frame(0, false, None).unwrap_or_default();
         let _last = Process::start_payload(&self.folder.join(crate::guest::SOCKET), &frame);
-        Ok(ended_by(monitor, until)?.is_some())
-    }
-}
-
-/// Waits for a machine's end until a time.
-fn ended_by(monitor: &Monitor, until: std::time::Instant) -> Result<Option<Box<Exit>>, ControlError> {
-    loop {
-        let left = until.saturating_duration_since(std::time::Instant::now());
-        let limit = Timespec::try_from(left).ok();
-        match poll(&mut [PollFd::new(monitor, PollFlags::IN)], limit.as_ref()) {
-            Ok(0) => return Ok(None),
-            Ok(_) => {
-                if let Event::Stopped(exit) = monitor.next_event()? {
-                    return Ok(Some(exit));
-                }
+        loop {
+            match monitor.event_before(until)? {
+                Some(Event::Stopped(_)) => return Ok(true),
+                Some(_) => {}
+                None => return Ok(false),
             }
-            Err(Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
         }
     }
 }

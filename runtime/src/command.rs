@@ -49,7 +49,8 @@ pub struct Command<'a> {
 /// What a stream of a process leads to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stdio {
-    /// The same stream of this process.
+    /// The same stream of this process. A thread carries it; that of an input reads ahead, and goes on until there is
+    /// something to read after the process has ended.
     Inherit,
     /// Nothing: there is nothing to read, and what is written is thrown away.
     Null,
@@ -133,16 +134,18 @@ impl Command<'_> {
         self
     }
 
-    /// Starts the process. Streams for which nothing was said are inherited.
+    /// Starts the process. Output and error are inherited where nothing else was said, and the input is empty: unlike a
+    /// child of this process, one in a guest would take what is typed ahead for others.
     ///
     /// # Errors
     /// When the guest does not run, has no such user, or refuses the process. A program that is not there is no error
     /// here: the process then ends with status 127, or 126, and says why on its standard error, as in a shell.
     pub fn spawn(&self) -> Result<Child, ProcessError> {
-        self.spawn_with(Stdio::Inherit, Stdio::Inherit)
+        self.spawn_with(Stdio::Null, Stdio::Inherit)
     }
 
-    /// Runs the process and waits for its end. Streams for which nothing was said are inherited.
+    /// Runs the process and waits for its end. Output and error are inherited where nothing else was said, and the input
+    /// is empty.
     ///
     /// # Errors
     /// As [`Self::spawn`], and when the guest ends before the process.

@@ -273,6 +273,7 @@ impl LaunchOptions {
             memory_mib: config.machine.mem_size_mib,
             vcpus: config.machine.vcpu_count,
             stop_signal: stop_signal.unwrap_or(SIGTERM),
+            is_embedded: !self.has_payload,
             is_kept: self.is_kept,
             volumes: mounts.iter().filter_map(MountRequest::volume).map(str::to_owned).collect(),
             status: None,

@@ -11,6 +11,7 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// Why a volume cannot be had.
@@ -132,7 +133,7 @@ impl Volume {
             return Err(VolumeError::Taken(name.to_owned()));
         }
         // No volume can have a name with a dot in front.
-        let draft = Draft(folder.join(format!(".{}.{name}", std::process::id())));
+        let draft = Draft(folder.join(format!(".{}.{}.{name}", std::process::id(), next_number())));
         make_filesystem(name, &draft.0, size)?;
         match renameat_with(rustix::fs::CWD, &draft.0, rustix::fs::CWD, &path, RenameFlags::NOREPLACE) {
             Ok(()) => {}
@@ -221,6 +222,12 @@ fn needs_recovery(file: &File) -> io::Result<bool> {
     let mut byte = [0];
     file.read_exact_at(&mut byte, AT)?;
     Ok(byte[0] & RECOVER != 0)
+}
+
+/// A number that this process has given to nothing else.
+fn next_number() -> u64 {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    COUNT.fetch_add(1, Ordering::Relaxed)
 }
 
 /// A file that goes unless it was renamed.

@@ -2,7 +2,7 @@
 
 use std::process::{Command, Stdio};
 use tests::user::User;
-use tests::{run, testbed};
+use tests::{PATIENCE, run, start, testbed};
 
 /// An example as this user, who has Kindling's programs elsewhere.
 fn example(user: &User, name: &str) -> Command {
@@ -32,6 +32,27 @@ fn a_pool_of_guests_works_side_by_side() {
     let outcome = run(example(&user, "pool").arg(testbed("busybox.erofs")).arg("3"));
     let expected = "1 squared is 1\n2 squared is 4\n3 squared is 9\n";
     assert_eq!(outcome.expect_status(0).stdout, expected);
+    assert!(user.is_tidy());
+}
+
+#[test]
+fn others_stop_a_guest_and_not_its_program() {
+    let user = User::new();
+    let mut program = start(example(&user, "output").arg(testbed("busybox.erofs")).args(["sleep", "1000"]));
+    let name = loop {
+        let rows = run(user.command("ps").arg("--json"));
+        let guests: serde_json::Value = serde_json::from_str(&rows.stdout).expect("no JSON");
+        if let Some(name) = guests[0]["name"].as_str().filter(|_| guests[0]["pid"].is_number()) {
+            break name.to_owned();
+        }
+        assert!(program.child.try_wait().unwrap().is_none(), "the program has ended");
+    };
+    run(user.command("kill").args(["-s", "TERM", &name]))
+        .expect_status(2)
+        .expect_stderr("belongs to a program");
+    run(user.command("stop").arg(&name)).expect_status(0);
+    // In the middle of its start, or of its command.
+    program.finish_within(PATIENCE).expect_status(1).expect_stderr("Error: ");
     assert!(user.is_tidy());
 }
 

@@ -318,7 +318,7 @@ fn a_guest_whose_monitor_is_killed_has_ended() {
     let report = details["report"].as_str().expect("no report");
     assert_eq!(
         report,
-        "kindling: kindling-vmm ended without a word; the host may have killed it for want of memory\n"
+        "kindling: signal 9 ended kindling-vmm; the host may have killed it for want of memory\n"
     );
     kindling(&user, &["rm", "gone"]).expect_status(0);
     assert!(user.is_tidy());

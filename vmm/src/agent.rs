@@ -10,7 +10,10 @@ use guest_protocol::agent::{BadMessage, Hello, MESSAGE_HEADER_LEN, Message, PAYL
 use outgoing::{Order, Outgoing};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, recv};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{
+    AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType, connect, recv, socket_with,
+};
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
@@ -343,7 +346,18 @@ impl Place {
 
     fn dial(&self) -> Result<UnixStream, AgentError> {
         let failed = |source| AgentError::Connect { path: self.socket.clone(), source };
-        UnixStream::connect(&self.socket).map_err(failed)
+        let connected = || -> Result<UnixStream, Errno> {
+            let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+            // A monitor that takes no connections lets nobody wait for ever.
+            set_socket_timeout(&socket, Timeout::Send, Some(ANSWER_TIMEOUT))?;
+            connect(&socket, &SocketAddrUnix::new(&self.socket)?)?;
+            set_socket_timeout(&socket, Timeout::Send, None)?;
+            Ok(socket.into())
+        };
+        match connected() {
+            Err(Errno::AGAIN) => Err(self.silent()),
+            result => result.map_err(|error| failed(error.into())),
+        }
     }
 
     /// Asks for a connection to the agent's port, in Firecracker's words, and says at once what it is for.

@@ -10,6 +10,19 @@ use crate::preboot::error::PrebootError;
 use std::io;
 use std::path::PathBuf;
 
+/// An error and what led to it, on one line.
+#[must_use]
+pub fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut line = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        line.push_str(": ");
+        line.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    line
+}
+
 /// Why a machine could not be built or started.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]

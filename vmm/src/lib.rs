@@ -45,7 +45,7 @@ mod running;
 mod timeline;
 
 pub use config::{Config, ProfileConfig};
-pub use error::Error;
+pub use error::{Error, with_causes};
 pub use exit::{Exit, ExitReason};
 pub use guest_protocol::BootMark;
 pub use machine::Machine;

@@ -22,6 +22,9 @@ pub(crate) fn run(arguments: &Arguments) -> u8 {
         if i32::from(arguments.signal) == libc::SIGKILL {
             guest.kill()?;
         } else {
+            if guest.record.is_embedded {
+                return Err(GuestError::Embedded(name.to_owned()));
+            }
             guest.front()?.ok_or_else(|| GuestError::Ended(name.to_owned()))?.send(arguments.signal);
         }
         say(format!("{name}\n").as_bytes());

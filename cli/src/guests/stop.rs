@@ -26,6 +26,8 @@ pub(crate) fn run(arguments: &Arguments) -> u8 {
         let guest = Guest::named(name)?;
         let front = guest.front()?;
         match (&front, guest.record.stop_signal) {
+            // There is no payload that could be asked.
+            _ if guest.record.is_embedded => guest.kill()?,
             (None, _) => {}
             // Nobody can be asked with it: the VMM would die of it, and leave everything as it is.
             (Some(_), SIGKILL) => guest.kill()?,

@@ -80,6 +80,9 @@ pub(crate) const BY_TIMEOUT: u8 = u8::MAX;
 /// How long that is.
 const GRACE: Duration = Duration::from_secs(1);
 
+/// How much longer a monitor may take to stop.
+const STOP_TIMEOUT: Duration = Duration::from_secs(9);
+
 impl<'a> Service<'a> {
     pub(crate) const fn new(signals: &'a mut Signals, give_up: &'a mut dyn FnMut(u8)) -> Self {
         Self { signals, give_up, until: None, grace: None }
@@ -186,27 +189,26 @@ impl<'a> Service<'a> {
         loop {
             let limit = [late, self.until, self.grace].into_iter().flatten().min();
             let limit = limit.map(|limit| limit.saturating_duration_since(Instant::now()));
-            match wait_for_any(watched.iter().copied(), limit, self.signals)? {
+            let event = wait_for_any(watched.iter().copied(), limit, self.signals)?;
+            // First of all: whoever has always something to say may not make the time stand still.
+            let now = Instant::now();
+            let is_over = |time: Option<Instant>| time.is_some_and(|time| time <= now);
+            if is_over(self.grace) {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            if is_over(self.until) {
+                self.until = None;
+                self.end(BY_TIMEOUT);
+            }
+            match event {
                 Event::Ready(ready) => return Ok(Some(ready)),
                 Event::Signal => {
                     if let Some(signal) = self.signals.pass_on(process) {
                         self.end(signal);
                     }
                 }
-                Event::Late => {
-                    let now = Instant::now();
-                    let is_over = |time: Option<Instant>| time.is_some_and(|time| time <= now);
-                    if is_over(self.grace) {
-                        return Err(io::ErrorKind::TimedOut.into());
-                    }
-                    if is_over(self.until) {
-                        self.until = None;
-                        self.end(BY_TIMEOUT);
-                    }
-                    if is_over(late) {
-                        return Ok(None);
-                    }
-                }
+                Event::Late if is_over(late) => return Ok(None),
+                Event::Late => {}
             }
         }
     }
@@ -216,10 +218,14 @@ impl<'a> Service<'a> {
         (self.give_up)(signal);
     }
 
-    /// Waits for the next event of a monitor. One that does not stop when it is told to is gone.
+    /// Waits for the next event of a monitor, for which there is more time than for output.
     pub(crate) fn event(&mut self, monitor: &Monitor) -> Result<control::Event, ControlError> {
         let watched = [(monitor.as_fd(), PollFlags::IN, ())];
-        self.wait_for(&watched, None, None).map_err(|_| ControlError::Gone)?;
+        let given_up = self.grace.take();
+        self.grace = given_up.map(|grace| grace + STOP_TIMEOUT);
+        let result = self.wait_for(&watched, None, None);
+        self.grace = self.grace.map(|grace| given_up.unwrap_or(grace));
+        result.map_err(|_| ControlError::Stuck)?;
         monitor.next_event()
     }
 }

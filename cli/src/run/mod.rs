@@ -138,8 +138,9 @@ fn start(
         end = Ended::of(service.event(&monitor));
     }
     drop(terminal);
-    let code = arguments.finish(&end.unwrap_or(Ended::Gone(ControlError::Gone)), code, stopped_by.get());
-    if config.devices.are_private() {
+    let end = end.unwrap_or(Ended::Gone(ControlError::Gone));
+    let code = arguments.finish(&end, code, stopped_by.get());
+    if config.devices.are_private() && !matches!(end, Ended::Gone(_)) {
         monitor.leave();
     }
     code
@@ -235,10 +236,15 @@ impl Arguments {
         let exit = match end {
             Ended::Exit(exit) => exit,
             Ended::Failed(failure) => return Err(LaunchError::Monitor(failure.clone())),
-            // What the process said counts.
+            // What the process said counts, and then what was asked for.
             Ended::Gone(error) => {
                 complain(error);
-                return Ok(code.unwrap_or(STATUS_FAILURE));
+                return Ok(match code {
+                    Ok(code) => code,
+                    Err(_) if stopped_by == BY_TIMEOUT => STATUS_TIMEOUT,
+                    Err(_) if stopped_by != 0 => 128_u8.saturating_add(stopped_by),
+                    Err(_) => STATUS_FAILURE,
+                });
             }
         };
         tell(&report::device_failures(exit));
@@ -283,7 +289,7 @@ fn make_preboot(config: &Config, signals: &mut Signals, guest: &GuestDir) -> Res
         launch::make_preboot(config)
     });
     if let Some(reason) = made? {
-        let reason = report::printable(&crate::with_causes(&reason));
+        let reason = report::printable(&vmm::with_causes(&reason));
         tell(&format!("kindling: {reason}; this guest boots its kernel itself\n"));
     }
     Ok(())

@@ -19,6 +19,7 @@ use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Why there is no such guest, or none can be made.
 #[derive(Debug, thiserror::Error)]
@@ -48,6 +49,9 @@ pub enum GuestError {
         "the guest {0} runs in another PID namespace, or another version of kindling runs it; use that one's kindling"
     )]
     Elsewhere(String),
+    /// The guest of another program.
+    #[error("the guest {0} belongs to a program, which gets no signals for it; `kindling kill {0}` ends it")]
+    Embedded(String),
     /// A guest in the foreground.
     #[error("the output of the guest {0} went to the `kindling run` that started it; with -d it is kept")]
     NoLog(String),
@@ -100,6 +104,8 @@ pub struct GuestRecord {
     pub vcpus: u8,
     /// The signal that asks its payload to end.
     pub stop_signal: u8,
+    /// Whether it belongs to a program that embeds it, with which it ends, and which gets no signals for it.
+    pub is_embedded: bool,
     /// Whether its folder stays when it has ended, until somebody removes it.
     pub is_kept: bool,
     /// Names of its volumes.
@@ -405,8 +411,8 @@ impl Guest {
     /// # Errors
     /// When nothing says how it ended, or the host refuses something.
     pub fn wait(&self) -> Result<u8, GuestError> {
-        if let Some(front) = self.front()? {
-            front.wait(None);
+        if let Some(process) = self.front()?.map_or_else(|| self.monitor(), |front| Ok(Some(front)))? {
+            process.wait(None);
         }
         let unknown = |why| GuestError::NoStatus(self.name.clone(), why);
         match Self::named(&self.name).map(|guest| guest.state()) {
@@ -443,9 +449,10 @@ fn keep(directory: &Path) -> Option<OwnedFd> {
     flock(&directory, FlockOperation::NonBlockingLockShared).ok().map(|()| directory)
 }
 
-/// Name of a folder that is made or removed. No guest can have it.
+/// Name of a folder that is made or removed: of this process, and once. No guest can have it.
 fn aside() -> String {
-    format!(".{}", std::process::id())
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    format!(".{}.{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
 }
 
 pub(crate) fn host(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> GuestError {

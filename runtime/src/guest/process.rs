@@ -32,6 +32,10 @@ impl Guest {
     /// # Errors
     /// When it lives where this process has no number for it, or the host refuses something.
     pub fn front(&self) -> Result<Option<Process>, GuestError> {
+        // The program would lose its lock by looking at it itself, and nobody signals it.
+        if self.record.is_embedded {
+            return Ok(None);
+        }
         match self.holder(FRONT)? {
             // An older version has no such file.
             None if is_locked(&self.folder) && !self.folder.join(FRONT).exists() => {
@@ -73,17 +77,21 @@ impl Guest {
 
     /// Ends the guest without asking it, and writes down that it was ended.
     pub fn kill(&self) -> Result<(), GuestError> {
-        let monitor = self.monitor()?;
-        let Some(front) = self.front()? else { return Ok(()) };
-        // Its front stops the machine, gives the terminal back and writes down the end.
-        front.send(POWER);
-        if !front.wait(Some(Instant::now() + PATIENCE)) {
-            front.send(KILL);
-            front.wait(None);
+        let (front, monitor) = (self.front()?, self.monitor()?);
+        if front.is_none() && monitor.is_none() {
+            return Ok(());
+        }
+        if let Some(front) = &front {
+            // Its front stops the machine, gives the terminal back and writes down the end.
+            front.send(POWER);
+            if !front.wait(Some(Instant::now() + PATIENCE)) {
+                front.send(KILL);
+                front.wait(None);
+            }
         }
         // A monitor ends with its front. Its guest's disks are free when it has.
         if let Some(monitor) = monitor
-            && !monitor.wait(Some(Instant::now() + PATIENCE))
+            && (front.is_none() || !monitor.wait(Some(Instant::now() + PATIENCE)))
         {
             monitor.send(KILL);
             monitor.wait(None);

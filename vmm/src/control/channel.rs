@@ -12,6 +12,7 @@ use std::io::{self, IoSlice, IoSliceMut, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 /// Descriptors of a frame: two for each of the most devices, and those of the machine.
 const DESCRIPTORS_MAX: usize = 64;
@@ -26,8 +27,14 @@ pub enum ControlError {
     #[error("the socket between kindling and kindling-vmm failed")]
     Socket(#[from] io::Error),
     /// The other end is gone.
-    #[error("kindling-vmm ended without a word; the host may have killed it for want of memory")]
+    #[error("kindling-vmm ended without a word")]
     Gone,
+    /// A signal ended the monitor.
+    #[error("signal {0} ended kindling-vmm{hint}", hint = if *.0 == 9 { "; the host may have killed it for want of memory" } else { "" })]
+    Killed(i32),
+    /// The monitor did not stop when it was told to.
+    #[error("kindling-vmm did not stop when it was told to, and was killed")]
+    Stuck,
     /// What came is longer than anything that could come.
     #[error("a message between kindling and kindling-vmm has {0} bytes, more than any")]
     Long(usize),
@@ -60,6 +67,11 @@ impl Channel {
     /// Another handle of the same end.
     pub(super) fn try_clone(&self) -> io::Result<Self> {
         self.0.try_clone().map(Self)
+    }
+
+    /// Lets nobody wait longer than this for the rest of a frame that has begun.
+    pub(super) fn limit(&self, limit: Duration) -> io::Result<()> {
+        self.0.set_read_timeout(Some(limit))
     }
 
     /// Ends both directions, for all handles.

@@ -2,30 +2,45 @@
 
 use super::channel::Channel;
 use super::{ControlError, EVENT_MAX, Event, REQUEST_MAX, Request, Role, Start};
+use crate::bus::lock;
 use crate::config::{Config, ConfigError};
 use crate::devices::virtio::fs::Server;
 use crate::devices::virtio::vsock::Listener;
 use crate::error::Error;
 use crate::resources::{Backend, Resources};
 use crate::timeline::Timeline;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+/// How long the rest of a frame may take that has begun.
+const FRAME_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long a monitor may take to end that was told to.
+const STOP_TIMEOUT: Duration = Duration::from_secs(5);
+/// The exit status of a monitor whose front does not speak as one does.
+const STATUS_FAILURE: i32 = 125;
 
 /// A monitor: the process `kindling-vmm`. Dropping it stops its machine and waits for the process.
 #[derive(Debug)]
 pub struct Monitor {
     channel: Channel,
-    process: Child,
+    process: Mutex<Child>,
     /// The servers of shared folders, which end with the guest.
     servers: Vec<Server>,
     /// The vsock's socket, for its file.
     listeners: Vec<Listener>,
-    /// Whether it has said why it does not continue from its pre-booted kernel.
-    has_refused: AtomicBool,
+    /// What it has said already and says once: why it does not continue from its pre-booted kernel, and that its agent is
+    /// ready.
+    said: [AtomicBool; 2],
 }
 
 impl Monitor {
@@ -42,12 +57,14 @@ impl Monitor {
             .env_clear()
             .current_dir("/")
             .spawn()?;
+        let channel = Channel::new(ours);
+        channel.limit(FRAME_TIMEOUT)?;
         Ok(Self {
-            channel: Channel::new(ours),
-            process,
+            channel,
+            process: Mutex::new(process),
             servers: Vec::new(),
             listeners: Vec::new(),
-            has_refused: AtomicBool::new(false),
+            said: [AtomicBool::new(false), AtomicBool::new(false)],
         })
     }
 
@@ -139,20 +156,49 @@ impl Monitor {
     /// # Errors
     /// When the monitor is gone, or what it says is none.
     pub fn next_event(&self) -> Result<Event, ControlError> {
-        match self.channel.receive::<Event>(EVENT_MAX)? {
-            // One that repeats itself would have it printed again and again.
-            Some((Event::PrebootRefused(_), _)) if self.has_refused.swap(true, Ordering::Relaxed) => {
-                Err(ControlError::Version)
-            }
-            Some((event, _)) => Ok(event),
-            None => Err(ControlError::Gone),
+        let event = match self.wait_readable(None)?.then(|| self.channel.receive::<Event>(EVENT_MAX)) {
+            Some(Ok(Some((event, _)))) => event,
+            Some(Err(error)) if !matches!(error, ControlError::Gone) => return Err(error),
+            _ => return Err(self.why_gone()),
+        };
+        // One that repeats itself would have things done again and again.
+        let number = match event {
+            Event::PrebootRefused(_) => Some(0),
+            Event::AgentReady => Some(1),
+            Event::Stopped(_) | Event::Failed(_) => None,
+        };
+        match number {
+            Some(number) if self.said[number].swap(true, Ordering::Relaxed) => Err(ControlError::Version),
+            _ => Ok(event),
+        }
+    }
+
+    /// Waits for an event until a time; none where nothing came.
+    ///
+    /// # Errors
+    /// As [`Self::next_event`].
+    pub fn event_before(&self, until: Instant) -> Result<Option<Event>, ControlError> {
+        if self.wait_readable(Some(until))? { self.next_event().map(Some) } else { Ok(None) }
+    }
+
+    fn wait_readable(&self, until: Option<Instant>) -> Result<bool, ControlError> {
+        wait_readable(self.channel.as_fd(), until).map_err(ControlError::from)
+    }
+
+    /// How the process ended that has closed its socket.
+    fn why_gone(&self) -> ControlError {
+        let mut process = lock(&self.process);
+        match wait_or_kill(&mut process) {
+            Some(status) if status.code() == Some(STATUS_FAILURE) => ControlError::Version,
+            Some(status) => status.signal().map_or(ControlError::Gone, ControlError::Killed),
+            None => ControlError::Stuck,
         }
     }
 
     /// The number of the process.
     #[must_use]
     pub fn id(&self) -> u32 {
-        self.process.id()
+        lock(&self.process).id()
     }
 }
 
@@ -167,7 +213,31 @@ impl Drop for Monitor {
         self.stop();
         self.listeners.clear();
         let _ = self.channel.shut_down();
-        let _ = self.process.wait();
+        wait_or_kill(&mut lock(&self.process));
+    }
+}
+
+/// Waits for a process's end, and kills it where it does not come: a guest may have taken it over. How it ended by itself.
+fn wait_or_kill(process: &mut Child) -> Option<ExitStatus> {
+    let has_ended = pidfd_open(Pid::from_child(process), PidfdFlags::empty())
+        .and_then(|fd| wait_readable(fd.as_fd(), Some(Instant::now() + STOP_TIMEOUT)))
+        .unwrap_or(true);
+    if !has_ended {
+        let _ = process.kill();
+    }
+    let status = process.wait().ok();
+    status.filter(|_| has_ended)
+}
+
+/// Waits until a descriptor can be read, or until a time; whether it can.
+fn wait_readable(fd: BorrowedFd<'_>, until: Option<Instant>) -> Result<bool, Errno> {
+    loop {
+        let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+        let left = left.and_then(|left| Timespec::try_from(left).ok());
+        match poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], left.as_ref()) {
+            Err(Errno::INTR) => {}
+            result => return result.map(|count| count > 0),
+        }
     }
 }
 

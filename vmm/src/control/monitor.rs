@@ -9,7 +9,7 @@ use crate::devices::virtio::balloon;
 use crate::devices::virtio::fs::Server;
 use crate::devices::virtio::vsock::Listener;
 use crate::entry;
-use crate::error::Error;
+use crate::error::{Error, with_causes};
 use crate::machine::{Machine, Purpose};
 use crate::resources::{Backend, Resources};
 use guest_protocol::BootMark;
@@ -156,16 +156,4 @@ impl Failure {
             message: with_causes(error),
         }
     }
-}
-
-/// An error and what led to it.
-fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut line = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        line.push_str(": ");
-        line.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    line
 }

@@ -75,6 +75,14 @@ impl Starting {
     }
 }
 
+impl Drop for Starting {
+    fn drop(&mut self) {
+        // Where it was waited for, it has ended.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
 /// The last thing that passt said about its work.
 fn reason(messages: &str) -> Option<String> {
     // It also logs to where there is no log, and says who it becomes.
