@@ -8,7 +8,7 @@ use std::io::Write;
 extern "C" fn main(_argc: libc::c_int, _argv: *const *const libc::c_char) -> libc::c_int {
     kindling::vmm::entry::prepare();
     let status = crate::run();
-    // Where nobody reads there is nobody to tell.
+    // A reader that has closed its end needs no error.
     let _ = std::io::stdout().flush();
     status.into()
 }

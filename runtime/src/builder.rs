@@ -1,5 +1,6 @@
 //! Guests of a program: started by it, asked to run processes, and gone when it is.
 
+use crate::environment;
 use crate::guest::owner::Owner;
 use crate::guest::{Guest, GuestDir};
 use crate::image::Image;
@@ -66,10 +67,7 @@ impl GuestBuilder {
 
     /// Sets an entry of the environment of all processes.
     pub fn env(mut self, name: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Self {
-        let mut entry = name.as_ref().to_owned();
-        entry.push("=");
-        entry.push(value);
-        self.options.env.push(entry);
+        self.options.env.push(environment::entry(name.as_ref(), value.as_ref()));
         self
     }
 

@@ -1,5 +1,6 @@
 //! Processes in a guest, in the words of [`std::process`].
 
+use crate::environment;
 use crate::exec::{ExecError, ExecOptions};
 use crate::guest::Guest;
 use guest_protocol::agent::TerminalSize;
@@ -85,10 +86,7 @@ impl Command<'_> {
     /// Sets an entry of the environment.
     #[must_use]
     pub fn env(mut self, name: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Self {
-        let mut entry = name.as_ref().to_owned();
-        entry.push("=");
-        entry.push(value);
-        self.options.env.push(entry);
+        self.options.env.push(environment::entry(name.as_ref(), value.as_ref()));
         self
     }
 
@@ -301,7 +299,7 @@ impl Child {
         };
         let (stdout, stderr) =
             (self.stdout.take().map(|stream| stream.0), self.stderr.take().map(|stream| stream.0));
-        // Both at once: a process may fill one while nobody reads the other.
+        // Both at once: a process may block on one stream while the other is read.
         let other = thread::Builder::new().name("kindling-output".to_owned()).spawn(move || read(stderr))?;
         let stdout = read(stdout)?;
         let stderr = other.join().unwrap_or_else(|_| Err(io::Error::other("a thread panicked")))?;

@@ -122,6 +122,14 @@ impl<'a> Indexed<'a> {
     }
 }
 
+/// The entry that sets a name to a value.
+pub(crate) fn entry(name: &OsStr, value: &OsStr) -> OsString {
+    let mut entry = name.to_owned();
+    entry.push("=");
+    entry.push(value);
+    entry
+}
+
 /// What stands before the first `=` of an entry.
 fn name(entry: &[u8]) -> &[u8] {
     entry.split(|&byte| byte == b'=').next().unwrap_or_default()

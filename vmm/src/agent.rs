@@ -348,7 +348,7 @@ impl Place {
         let failed = |source| AgentError::Connect { path: self.socket.clone(), source };
         let connected = || -> Result<UnixStream, Errno> {
             let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
-            // A monitor that takes no connections lets nobody wait for ever.
+            // Without a limit, connect(2) waits for as long as the listener's backlog is full.
             set_socket_timeout(&socket, Timeout::Send, Some(ANSWER_TIMEOUT))?;
             connect(&socket, &SocketAddrUnix::new(&self.socket)?)?;
             set_socket_timeout(&socket, Timeout::Send, None)?;

@@ -190,7 +190,7 @@ impl<'a> Service<'a> {
             let limit = [late, self.until, self.grace].into_iter().flatten().min();
             let limit = limit.map(|limit| limit.saturating_duration_since(Instant::now()));
             let event = wait_for_any(watched.iter().copied(), limit, self.signals)?;
-            // First of all: whoever has always something to say may not make the time stand still.
+            // Before the event itself: a descriptor that is always ready must not keep the limits from expiring.
             let now = Instant::now();
             let is_over = |time: Option<Instant>| time.is_some_and(|time| time <= now);
             if is_over(self.grace) {

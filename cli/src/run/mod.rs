@@ -128,8 +128,8 @@ fn start(
         Some(_) => Err(AgentError::Lost),
     };
     if matches!(code, Ok(0)) && !arguments.report && config.devices.are_private() {
-        // All is well and delivered, and nobody is there for whom the guest would have to leave something in order: it
-        // ends without anybody who waits.
+        // The output is delivered, and no disk, folder or network outlives the machine: its end need not be waited
+        // for.
         drop(terminal);
         monitor.leave();
         return Ok(0);
@@ -179,7 +179,7 @@ fn converse(
             starter.let_go(guest.name());
             streams
         }
-        // There will be nobody who reads a log; what init has to say is for whoever waits.
+        // The guest will have no log: what init prints goes to the command that started it.
         Some(_) => Streams::complaints().map_err(|_| AgentError::Lost)?,
     };
     service.serve(process, streams)

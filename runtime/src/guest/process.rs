@@ -32,7 +32,7 @@ impl Guest {
     /// # Errors
     /// When it lives where this process has no number for it, or the host refuses something.
     pub fn front(&self) -> Result<Option<Process>, GuestError> {
-        // The program would lose its lock by looking at it itself, and nobody signals it.
+        // Opening and closing the file would drop the POSIX lock of the program that owns the guest.
         if self.record.is_embedded {
             return Ok(None);
         }

@@ -69,7 +69,7 @@ impl Channel {
         self.0.try_clone().map(Self)
     }
 
-    /// Lets nobody wait longer than this for the rest of a frame that has begun.
+    /// Limits how long [`Self::receive`] waits for the rest of a frame that has begun.
     pub(super) fn limit(&self, limit: Duration) -> io::Result<()> {
         self.0.set_read_timeout(Some(limit))
     }

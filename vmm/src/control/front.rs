@@ -138,7 +138,7 @@ impl Monitor {
 
     /// Leaves the process to its own end, for a program that ends now: with the socket the machine stops, if it has not.
     pub fn leave(mut self) {
-        // The servers end with the monitor, and nobody waits for them.
+        // The servers of shared folders end with the monitor; their end is not waited for.
         self.listeners.clear();
         std::mem::forget(self);
     }
@@ -161,7 +161,7 @@ impl Monitor {
             Some(Err(error)) if !matches!(error, ControlError::Gone) => return Err(error),
             _ => return Err(self.why_gone()),
         };
-        // One that repeats itself would have things done again and again.
+        // A hostile monitor could repeat these events without end.
         let number = match event {
             Event::PrebootRefused(_) => Some(0),
             Event::AgentReady => Some(1),
@@ -193,12 +193,6 @@ impl Monitor {
             Some(status) => status.signal().map_or(ControlError::Gone, ControlError::Killed),
             None => ControlError::Stuck,
         }
-    }
-
-    /// The number of the process.
-    #[must_use]
-    pub fn id(&self) -> u32 {
-        lock(&self.process).id()
     }
 }
 

@@ -112,7 +112,7 @@ impl Given {
                 Role::Initrd => initrd = Some(File::from(descriptor)),
                 Role::Preboot => resources.preboot = Some(File::from(descriptor)),
                 Role::Lock => {
-                    // Where it cannot be had, nobody finds this process, and the guest runs as well.
+                    // Without the lock `kindling stats` and `kill` do not find this process; the guest runs all the same.
                     let _ = fcntl_lock(&descriptor, FlockOperation::NonBlockingLockExclusive);
                     lock = Some(descriptor);
                 }

@@ -31,7 +31,7 @@ fn run() -> u8 {
     match kindling_vmm::control::serve(UnixStream::from(socket)) {
         Ok(()) => 0,
         Err(error) => {
-            // A front gives it no place for this; a user who starts it sees it.
+            // Under a front, standard error is /dev/null; a user who starts this program sees the line.
             let _ = writeln!(
                 std::io::stderr(),
                 "kindling-vmm: {error}; `kindling` starts this program, not its users"
