@@ -4,7 +4,7 @@
 //! next one whenever one has ended, so that two labs work through one queue.
 
 use crate::bench::files::shared_libraries;
-use crate::lab::{ATTEMPTS, DISK, Job, Silent};
+use crate::lab::{DISK, Job, Silent};
 use crate::test::{FIRECRACKER, Program};
 use crate::test_images;
 use crate::test_report::{Report, Transcript};
@@ -45,8 +45,8 @@ pub(crate) struct Queue<'a> {
     filter: &'a str,
     /// All programs; every lab has them.
     programs: Vec<&'a Program>,
-    /// Those that have not begun, with the number of labs that stood still in them.
-    waiting: Mutex<VecDeque<(&'a Program, u8)>>,
+    /// Those that have not begun.
+    waiting: Mutex<VecDeque<&'a Program>>,
 }
 
 impl<'a> Queue<'a> {
@@ -57,18 +57,14 @@ impl<'a> Queue<'a> {
         images: Option<&'a Path>,
         filter: &'a str,
     ) -> Self {
-        let mut waiting: VecDeque<_> = programs.iter().map(|program| (*program, 0)).collect();
+        let mut waiting: VecDeque<_> = programs.iter().copied().collect();
         let rank = |name: &str| LONGEST.iter().position(|long| *long == name).unwrap_or(LONGEST.len());
-        waiting.make_contiguous().sort_by_key(|(program, _)| rank(&program.name));
+        waiting.make_contiguous().sort_by_key(|program| rank(&program.name));
         Self { cpus, images, testbed, filter, programs, waiting: Mutex::new(waiting) }
     }
 
-    fn next(&self) -> Option<(&'a Program, u8)> {
+    fn next(&self) -> Option<&'a Program> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
-    }
-
-    fn put_back(&self, program: &'a Program, stood_still: u8) {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).push_front((program, stood_still));
     }
 
     fn takes_long(&self) -> bool {
@@ -86,7 +82,8 @@ impl<'a> Queue<'a> {
         !self.takes_long() && std::env::var_os(ROUNDS).is_none()
     }
 
-    /// Runs programs of the queue in a lab until there are none left. A lab that stands still is replaced.
+    /// Runs programs of the queue in a lab until there are none left. A program whose lab says nothing has failed, and
+    /// the next one has a new lab.
     pub(crate) fn work(&self, report: &Report) -> Result<()> {
         while let Some(first) = self.next() {
             report.lab_started();
@@ -122,8 +119,9 @@ impl<'a> Queue<'a> {
                 (Err(error), Some(mut current)) if error.is::<Silent>() => {
                     // The name of the test that runs is a line without an end.
                     current.transcript.add(&lines.start);
+                    current.transcript.add(format!("\n{error:#}\n").as_bytes());
+                    current.transcript.end(false);
                     report.lab_stood_still();
-                    self.stood_still(current, &error);
                 }
                 (Err(error), _) => return Err(error),
             }
@@ -131,24 +129,8 @@ impl<'a> Queue<'a> {
         Ok(())
     }
 
-    fn begin<'r>(&self, (program, stood_still): (&'a Program, u8), report: &'r Report) -> Current<'a, 'r> {
-        Current { program, stood_still, transcript: report.transcript(&program.name, &self.place()) }
-    }
-
-    /// Lets a program begin again whose lab stood still, [`ATTEMPTS`] times in all.
-    fn stood_still(&self, mut current: Current<'a, '_>, error: &anyhow::Error) {
-        let times = current.stood_still + 1;
-        let again = times < ATTEMPTS;
-        let next = if again { "begins again in another lab" } else { "has failed" };
-        let text =
-            format!("\n{error:#}\n{} {next}: its lab stood still, number {times}\n", current.program.name);
-        current.transcript.add(text.as_bytes());
-        if again {
-            current.transcript.abandon();
-            self.put_back(current.program, times);
-        } else {
-            current.transcript.end(false);
-        }
+    fn begin<'r>(&self, program: &'a Program, report: &'r Report) -> Current<'a, 'r> {
+        Current { program, transcript: report.transcript(&program.name, &self.place()) }
     }
 
     /// A lab whose shell runs the programs that it is told, and says how each ended.
@@ -194,8 +176,6 @@ impl<'a> Queue<'a> {
 /// The program that runs in a lab.
 struct Current<'a, 'r> {
     program: &'a Program,
-    /// The number of labs that stood still in it before.
-    stood_still: u8,
     transcript: Transcript<'r>,
 }
 

@@ -274,7 +274,7 @@ fn in_lab(cases: Vec<Case>, plan: &Plan) -> Result<Outcome> {
         disk: None,
         has_xsave: needs_xsave(&plan.vmms),
     }
-    .run_again_if_silent(SILENCE)?;
+    .run_unless_silent(SILENCE)?;
     if status != 0 {
         bail!("measuring in the lab ended with status {status}");
     }

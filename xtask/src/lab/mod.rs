@@ -57,9 +57,6 @@ pub(crate) const WORKING_DIRECTORY: &str = "/work";
 /// Where a job's disk is inside the lab.
 pub(crate) const DISK: &str = "/disk";
 
-/// How often a job is started before it counts as failed because its lab stands still.
-pub(crate) const ATTEMPTS: u8 = 4;
-
 /// Stands in a command for the time at which it is started: CLOCK_MONOTONIC in nanoseconds.
 pub(crate) const NOW: &str = "{now}";
 
@@ -111,23 +108,9 @@ impl Job {
         qemu::run(self, Some(limit), Some(driver))
     }
 
-    /// Runs the command with the standard streams. A lab that says nothing for `limit` is replaced, [`ATTEMPTS`] times
-    /// in all: the job must leave nothing behind where it has not ended.
-    pub(crate) fn run_again_if_silent(&self, limit: Duration) -> Result<u8> {
-        again_if_silent(|| qemu::run(self, Some(limit), None))
-    }
-}
-
-fn again_if_silent(mut run: impl FnMut() -> Result<u8>) -> Result<u8> {
-    let mut attempt = 1;
-    loop {
-        match run() {
-            Err(error) if error.is::<Silent>() && attempt < ATTEMPTS => {
-                attempt += 1;
-                eprintln!("{error:#}\na new lab (attempt {attempt} of {ATTEMPTS})");
-            }
-            result => return result,
-        }
+    /// Runs the command with the standard streams. A lab that says nothing for `limit` is an error.
+    pub(crate) fn run_unless_silent(&self, limit: Duration) -> Result<u8> {
+        qemu::run(self, Some(limit), None)
     }
 }
 
@@ -189,30 +172,4 @@ fn out_of_lab(text: &str) -> Result<(String, PathBuf)> {
 /// An absolute path inside the lab.
 pub(crate) fn inside(path: &str) -> String {
     if path.starts_with('/') { path.to_owned() } else { format!("{WORKING_DIRECTORY}/{path}") }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// The number of labs, and what came of the last one.
-    fn labs(mut results: impl Iterator<Item = Result<u8>>) -> (u8, Result<u8>) {
-        let mut count = 0;
-        let result = again_if_silent(|| {
-            count += 1;
-            results.next().context("one lab too many")?
-        });
-        (count, result)
-    }
-
-    #[test]
-    fn labs_that_stand_still_are_replaced_a_few_times() {
-        let silent = || Err(anyhow::Error::new(Silent(Duration::from_secs(1))).context("the lab failed"));
-        let (count, result) = labs([silent(), silent(), silent(), Ok(7)].into_iter());
-        assert_eq!((count, result.unwrap()), (4, 7));
-        let (count, result) = labs(std::iter::repeat_with(silent));
-        assert!(count == 4 && result.unwrap_err().is::<Silent>());
-        let (count, result) = labs([Err(anyhow::anyhow!("no lab")), Ok(0)].into_iter());
-        assert!(count == 1 && result.is_err());
-    }
 }
