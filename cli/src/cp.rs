@@ -1,5 +1,6 @@
 //! `kindling cp`: files into a guest that runs, or from there, by the rules of `docker cp`.
 
+use crate::run::StopCause;
 use crate::run::signals::{self, Signals};
 use crate::{STATUS_BAD_REQUEST, bytes, complain};
 use clap::Args;
@@ -163,7 +164,7 @@ impl Interruption {
                 match (by.swap(signal, Ordering::AcqRel), stream.get()) {
                     (0, Some(stream)) => drop(stream.shutdown(Shutdown::Both)),
                     // Nothing has begun, or whoever sends it does not want to wait any more.
-                    _ => signals::leave(signal),
+                    _ => signals::leave(StopCause::Signal(signal)),
                 }
             }
         });

@@ -136,6 +136,16 @@ fn complain_of_machine(error: &kindling::vmm::Error) {
     complain_of_kvm(&with_causes(error), matches!(error, kindling::vmm::Error::Kvm(_)));
 }
 
+/// The same of a guest that could not be started.
+fn complain_of_launch(error: &kindling::launch::LaunchError) {
+    use kindling::launch::LaunchError;
+    match error {
+        LaunchError::Machine(error) => complain_of_machine(error),
+        LaunchError::Monitor(failure) => complain_of_kvm(&failure.message, failure.is_kvm),
+        error => complain(error),
+    }
+}
+
 /// Prints an error; where that is for KVM, with what can be done.
 fn complain_of_kvm(line: &str, is_kvm: bool) {
     let hint = if is_kvm {

@@ -1,11 +1,12 @@
 //! `kindling preboot`: boots an image's kernel once, for all later starts on this host.
 
 use crate::devices::DeviceArguments;
-use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, complain_of_machine, tell};
+use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, tell};
 use clap::Args;
+use kindling::launch::{self, LaunchError};
 use kindling::vmm::config::image::Image;
 use kindling::vmm::config::{Config, ConfigError, MachineConfig};
-use kindling::vmm::{Error, preboot};
+use kindling::vmm::control::Monitor;
 use std::path::PathBuf;
 
 #[derive(Args, Debug, PartialEq, Eq)]
@@ -34,13 +35,13 @@ pub(crate) fn run(arguments: &Arguments) -> u8 {
             STATUS_MADE
         }
         Err(error) => {
-            complain_of_machine(&error);
+            crate::complain_of_launch(&error);
             if error.is_users() { STATUS_BAD_REQUEST } else { STATUS_FAILURE }
         }
     }
 }
 
-fn make(arguments: &Arguments) -> Result<PathBuf, Error> {
+fn make(arguments: &Arguments) -> Result<PathBuf, LaunchError> {
     let vcpu_count = u8::try_from(arguments.vcpus).map_err(|_| ConfigError::VcpuCount(arguments.vcpus))?;
     let machine = MachineConfig { vcpu_count, mem_size_mib: arguments.memory };
     let image = Image::open(&arguments.image)?;
@@ -48,6 +49,6 @@ fn make(arguments: &Arguments) -> Result<PathBuf, Error> {
     let mut config = Config { machine, ..image.config(&arguments.image) };
     arguments.devices.add_to(&mut config.devices)?;
     let path = Image::preboot_path(&arguments.image, &machine, &config.devices);
-    preboot::make(&config, &path)?;
+    launch::preboot(&config, &path, Monitor::next_event)?;
     Ok(path)
 }

@@ -119,18 +119,19 @@ impl GuestBuilder {
     }
 
     fn start_in(&self, directory: &GuestDir, monitor: &mut Monitor) -> Result<(), LaunchError> {
-        let Plan { config, record } = self.options.plan(directory, self.image.prepared())?;
+        let Plan { mut config, record } = self.options.plan(directory, self.image.prepared())?;
         let mut resources = Resources::of_devices(&config)?;
         directory.write(&record)?;
-        // Where the kernel cannot be kept for later guests, this one boots it.
-        let _ = launch::make_preboot(&config)?;
-        resources.open_rest(&config)?;
+        let until = std::time::Instant::now() + START_TIMEOUT;
+        // A kernel that cannot be pre-booted boots.
+        let next = |monitor: &Monitor| monitor.event_before(until)?.ok_or(ControlError::Silent);
+        let _ = launch::make_preboot(&config, next)?;
+        let _ = resources.open_rest(&mut config)?;
         let timeline = Timeline::starting_at(Instant::now());
         monitor.start(&config, resources, Some(directory.monitor_lock()?), timeline)?;
-        let until = std::time::Instant::now() + START_TIMEOUT;
         loop {
             match monitor.event_before(until).map_err(kindling_vmm::Error::from)? {
-                Some(Event::AgentReady) => return Ok(()),
+                Some(Event::Started(_)) => return Ok(()),
                 Some(Event::Stopped(exit)) => return Err(LaunchError::Ended(exit.reason.to_string())),
                 Some(Event::Failed(failure)) => return Err(LaunchError::Monitor(failure)),
                 Some(_) => {}

@@ -11,11 +11,10 @@ use guest_protocol::agent::TerminalSize;
 use kindling_vmm::config::devices::{NetworkInterface, Vsock};
 use kindling_vmm::config::image::Image;
 use kindling_vmm::config::{Config, ConfigError, Console, GuestConfig, MachineConfig};
-use kindling_vmm::control::{Failure, Monitor};
-use kindling_vmm::preboot;
+use kindling_vmm::control::{ControlError, Event, Failure, Monitor};
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 const SIGTERM: u8 = 15;
 /// The first number that a guest can have; each guest is alone behind its socket.
@@ -293,18 +292,43 @@ pub fn spawn_monitor() -> Result<Monitor, LaunchError> {
     }
 }
 
-/// Boots the kernel for later guests, unless that was done. One that cannot be booted so is no error: the guest boots
-/// its kernel itself; the reason is returned.
+/// Pre-boots the kernel of a configuration, unless that was done before. A kernel that cannot be pre-booted is no error:
+/// the guest boots it; the reason is returned. `next_event` waits for an event of the monitor that does it.
 ///
 /// # Errors
-/// When the kernel is not what its image says, others can change the cache, or there is no KVM.
-pub fn make_preboot(config: &Config) -> Result<Option<LaunchError>, LaunchError> {
+/// When the kernel is not the one that its image names, others can change the cache, or KVM cannot be used.
+pub fn make_preboot(
+    config: &Config,
+    next_event: impl FnMut(&Monitor) -> Result<Event, ControlError>,
+) -> Result<Option<LaunchError>, LaunchError> {
     let Some(path) = config.preboot.as_ref().filter(|path| !path.exists()) else { return Ok(None) };
     // Others could change a kernel that they may write to.
     trusted_path::make_folder(path.parent().unwrap_or(path))?;
-    match preboot::make(config, path) {
+    match preboot(config, path, next_event) {
         Ok(()) => Ok(None),
-        Err(error @ (kindling_vmm::Error::Config(_) | kindling_vmm::Error::Kvm(_))) => Err(error.into()),
-        Err(error) => Ok(Some(error.into())),
+        Err(error @ LaunchError::Machine(kindling_vmm::Error::Config(_) | kindling_vmm::Error::Kvm(_))) => {
+            Err(error)
+        }
+        Err(LaunchError::Monitor(failure)) if failure.is_kvm => Err(LaunchError::Monitor(failure)),
+        Err(error) => Ok(Some(error)),
+    }
+}
+
+/// Pre-boots the kernel of a configuration in a monitor, into a file that appears at `path` when guests have continued
+/// from it.
+///
+/// # Errors
+/// When a file, the kernel, KVM or the host prevents it.
+pub fn preboot(
+    config: &Config,
+    path: &Path,
+    mut next_event: impl FnMut(&Monitor) -> Result<Event, ControlError>,
+) -> Result<(), LaunchError> {
+    let mut monitor = spawn_monitor()?;
+    let draft = monitor.start_preboot(config, path)?;
+    match next_event(&monitor).map_err(kindling_vmm::Error::from)? {
+        Event::Prebooted => Ok(draft.publish()?),
+        Event::Failed(failure) => Err(LaunchError::Monitor(failure)),
+        _ => Err(kindling_vmm::Error::from(ControlError::Version).into()),
     }
 }

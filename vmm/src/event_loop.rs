@@ -2,12 +2,13 @@
 //! and the wish to stop.
 
 use crate::bus::lock;
-use crate::control::Control;
+use crate::control::{Control, Event, Request, Statistics};
 use crate::devices::console::EscapeFilter;
 use crate::devices::serial::SerialPort;
 use crate::devices::virtio::{Transport, Watcher};
 use crate::memory::{self, BackingFile};
 use crate::timeline::Instant;
+use crate::vcpu_threads::{KICK_INTERVAL, VcpuThreads};
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::io::{Errno, read};
@@ -89,6 +90,8 @@ pub(crate) struct EventLoop {
     input: Option<Input>,
     /// The front, where it is another process.
     control: Option<Control>,
+    /// The front waits for all vCPUs to leave the guest.
+    is_pausing: bool,
     /// Input waits for a port that was busy.
     retry: bool,
     devices: Vec<Arc<Mutex<Transport>>>,
@@ -97,6 +100,8 @@ pub(crate) struct EventLoop {
     changes: Option<OwnedFd>,
     /// When each device wants to be called at the latest.
     deadlines: Vec<Option<Instant>>,
+    /// Devices whose failure the front knows.
+    reported: Vec<bool>,
 }
 
 impl EventLoop {
@@ -114,13 +119,24 @@ impl EventLoop {
         for (number, device) in (1..).zip(&devices) {
             lock(device).watch(Watcher::new(Arc::clone(&epoll), number))?;
         }
-        let deadlines = vec![None; devices.len()];
+        let (deadlines, reported) = (vec![None; devices.len()], vec![false; devices.len()]);
         // Without a watch the guest runs as well, as long as nobody makes its files shorter.
         let changes = memory::watch(&files).unwrap_or(None);
         if let Some(changes) = &changes {
             watch(&epoll, changes.as_fd(), MEMORY)?;
         }
-        let mut this = Self { epoll, input, control, retry: false, devices, files, changes, deadlines };
+        let mut this = Self {
+            epoll,
+            input,
+            control,
+            is_pausing: false,
+            retry: false,
+            devices,
+            files,
+            changes,
+            deadlines,
+            reported,
+        };
         if let Some(control) = &this.control {
             watch(&this.epoll, control.as_fd(), CONTROL)?;
         }
@@ -137,7 +153,7 @@ impl EventLoop {
     }
 
     /// Runs until something ends the machine.
-    pub(crate) fn run(&mut self, serial: &Mutex<SerialPort>) -> LoopEnd {
+    pub(crate) fn run(&mut self, serial: &Mutex<SerialPort>, vcpus: &VcpuThreads) -> LoopEnd {
         let mut events = Vec::with_capacity(EVENTS);
         if self.serve_ready_source(serial) {
             return LoopEnd::Left;
@@ -154,6 +170,7 @@ impl EventLoop {
                 return LoopEnd::Left;
             }
             self.serve_deadlines();
+            self.finish_pause(vcpus);
             for event in &events {
                 let data: EventData = event.data;
                 if let Some(device) = (data.u64() >> 32).checked_sub(1) {
@@ -163,7 +180,7 @@ impl EventLoop {
                 match data.u64() {
                     VCPU_ENDED => return LoopEnd::VcpuEnded,
                     STOP => return LoopEnd::Stopped,
-                    CONTROL if !self.control.as_ref().is_some_and(Control::serve) => return LoopEnd::Stopped,
+                    CONTROL if !self.serve_control(vcpus) => return LoopEnd::Stopped,
                     MEMORY if self.has_lost_memory() => return LoopEnd::MemoryLost,
                     SOURCE | DRAINED if self.serve_input(serial, data.u64()) => return LoopEnd::Left,
                     _ => {}
@@ -189,7 +206,9 @@ impl EventLoop {
     fn limit(&self) -> Option<Timespec> {
         let earliest = self.deadlines.iter().flatten().min();
         let until = earliest.map(|deadline| deadline.0.saturating_sub(Instant::now().0));
-        let nanoseconds = until.into_iter().chain(self.retry.then_some(RETRY_INTERVAL)).min()?;
+        let retry = self.retry.then_some(RETRY_INTERVAL);
+        let kick = self.is_pausing.then_some(u64::from(KICK_INTERVAL.subsec_nanos()));
+        let nanoseconds = until.into_iter().chain(retry).chain(kick).min()?;
         let (seconds, rest) = (nanoseconds / 1_000_000_000, nanoseconds % 1_000_000_000);
         Some(Timespec { tv_sec: seconds.try_into().ok()?, tv_nsec: rest.try_into().ok()? })
     }
@@ -201,6 +220,8 @@ impl EventLoop {
         let mut transport = lock(&self.devices[device]);
         transport.serve(token, flags);
         self.deadlines[device] = transport.deadline();
+        drop(transport);
+        self.report_failure(device);
     }
 
     /// Calls the devices whose time has come.
@@ -215,6 +236,64 @@ impl EventLoop {
                 transport.serve_deadline();
                 *deadline = transport.deadline();
             }
+        }
+    }
+
+    /// Tells the front of a device that has failed, once. A failure on a vCPU's thread is reported with the device's next
+    /// event, or with the machine's end.
+    fn report_failure(&mut self, device: usize) {
+        if let Some(control) = &self.control
+            && !self.reported[device]
+            && let Some(failure) = lock(&self.devices[device]).failure()
+        {
+            control.tell(&Event::DeviceFailed(failure));
+            self.reported[device] = true;
+        }
+    }
+
+    /// Serves a request of the front; whether the machine continues. It stops when the front is gone, unless the front
+    /// detached it before, or sends something that is no request.
+    fn serve_control(&mut self, vcpus: &VcpuThreads) -> bool {
+        let Some(control) = &mut self.control else { return true };
+        match control.receive() {
+            Some(Request::Pause) => {
+                vcpus.pause();
+                vcpus.kick();
+                self.is_pausing = true;
+            }
+            Some(Request::Resume) => {
+                vcpus.resume();
+                self.is_pausing = false;
+                control.tell(&Event::Resumed);
+            }
+            Some(Request::Statistics) => {
+                let device_failures = self.devices.iter().filter_map(|device| lock(device).failure());
+                let (is_paused, balloon) = (vcpus.is_paused(), control.balloon());
+                let statistics =
+                    Statistics { is_paused, balloon, device_failures: device_failures.collect() };
+                control.tell(&Event::Statistics(Box::new(statistics)));
+            }
+            Some(Request::SetBalloon(mib)) => control.set_balloon(mib),
+            Some(Request::Detach) => {}
+            None if control.is_detached() => {
+                let _ = epoll::delete(&self.epoll, control.as_fd());
+                self.control = None;
+            }
+            None | Some(Request::Start(_) | Request::Preboot(_) | Request::Stop) => return false,
+        }
+        true
+    }
+
+    /// Tells the front when all vCPUs have left the guest after a request to pause, and interrupts those that have not.
+    fn finish_pause(&mut self, vcpus: &VcpuThreads) {
+        if !self.is_pausing {
+            return;
+        }
+        if vcpus.is_paused() {
+            self.is_pausing = false;
+            self.control.iter().for_each(|control| control.tell(&Event::Paused));
+        } else {
+            vcpus.kick();
         }
     }
 

@@ -86,6 +86,23 @@ impl std::fmt::Display for ExitReason {
     }
 }
 
+impl Exit {
+    /// The end of a machine of which nothing else is known.
+    #[must_use]
+    pub fn new(reason: ExitReason, timeline: Timeline) -> Self {
+        Self {
+            reason,
+            timeline,
+            exits: ExitCounts::default(),
+            unclaimed_ports: 0,
+            device_failures: Vec::new(),
+            console_tail: Vec::new(),
+            registers: None,
+            profile: None,
+        }
+    }
+}
+
 /// What is left of a machine.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Exit {

@@ -38,11 +38,13 @@ pub mod kvm;
 pub mod layout;
 mod machine;
 pub mod memory;
+pub mod poll;
 pub mod preboot;
 mod profile;
 mod resources;
 mod running;
 mod timeline;
+mod vcpu_threads;
 
 pub use config::{Config, ProfileConfig};
 pub use error::{Error, with_causes};

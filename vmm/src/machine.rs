@@ -79,51 +79,48 @@ impl Machine {
     ///
     /// # Errors
     /// When the configuration, one of its files, KVM or the host stands in the way.
-    pub fn new(config: &Config, timeline: Timeline) -> Result<Self, Error> {
-        Self::build(config, timeline, Purpose::Run)
-    }
-
-    pub(crate) fn build(config: &Config, mut timeline: Timeline, purpose: Purpose) -> Result<Self, Error> {
+    pub fn new(config: &Config, mut timeline: Timeline) -> Result<Self, Error> {
         config.validate()?;
         timeline.reached("configuration checked");
-        let open = || Resources::open(config, purpose.behind());
-        Self::with_resources(config, open()?, open, timeline, purpose)
-    }
-
-    /// Builds the machine from what is open. Where it does not continue from its pre-booted kernel, it boots with what
-    /// `again` gives.
-    pub(crate) fn with_resources(
-        config: &Config,
-        resources: Resources,
-        again: impl FnOnce() -> Result<Resources, Error>,
-        timeline: Timeline,
-        purpose: Purpose,
-    ) -> Result<Self, Error> {
-        let (origin, resources) = Origin::find(config, resources)?;
-        let Some(path) = origin.preboot.as_ref().map(|preboot| preboot.path().to_owned()) else {
-            return Self::assemble(config, origin, resources, timeline, purpose);
-        };
-        match Self::assemble(config, origin, resources, timeline.clone(), purpose) {
-            Ok(machine) => Ok(machine),
-            // Whatever it is, it may not be in the way of a boot.
-            Err(error) => {
-                let refusal = Some(Preboot::not_restored(path, error));
-                let origin = Origin { refusal, ..Origin::default() };
-                let resources = Opened::new(config, again()?)?;
-                Self::assemble(config, origin, resources, timeline, purpose)
+        let resources = Resources::open(config, Behind::Everything)?;
+        match Self::with_resources(config, resources, timeline.clone(), Purpose::Run) {
+            // Whatever the host refused, it must not prevent a boot.
+            Err(Error::Preboot(refusal @ PrebootError::Restore { .. })) => {
+                let cold = Config { preboot: None, ..config.clone() };
+                let resources = Resources::open(&cold, Behind::Everything)?;
+                let machine = Self::with_resources(&cold, resources, timeline, Purpose::Run)?;
+                Ok(Self { preboot_refusal: Some(refusal), ..machine })
             }
+            result => result,
         }
     }
 
-    /// A machine that continues from a pre-booted kernel, to try it out, or is not built.
+    /// Builds the machine from what is open. What prevents it from continuing from its pre-booted kernel, after that was
+    /// found to fit, is [`PrebootError::Restore`].
+    pub(crate) fn with_resources(
+        config: &Config,
+        resources: Resources,
+        timeline: Timeline,
+        purpose: Purpose,
+    ) -> Result<Self, Error> {
+        let (origin, opened) = Origin::find(config, resources)?;
+        let path = origin.preboot.as_ref().map(|preboot| preboot.path().to_owned());
+        let result = Self::assemble(config, origin, opened, timeline, purpose);
+        result.map_err(|error| match path {
+            Some(path) => Preboot::not_restored(path, error).into(),
+            None => error,
+        })
+    }
+
+    /// Builds a machine that continues from a new pre-booted kernel, to try that.
     pub(crate) fn continue_from(
         config: &Config,
+        resources: Resources,
         preboot: Preboot,
         timeline: Timeline,
     ) -> Result<Self, Error> {
         let origin = Origin { preboot: Some(preboot), ..Origin::default() };
-        let opened = Opened::new(config, Resources::open(config, Behind::Root)?)?;
-        Self::assemble(config, origin, opened, timeline, Purpose::Run)
+        Self::assemble(config, origin, Opened::new(config, resources)?, timeline, Purpose::Run)
     }
 
     fn assemble(
@@ -263,14 +260,6 @@ pub(crate) enum Purpose {
 }
 
 impl Purpose {
-    /// What is booted for others is booted with blank disks.
-    const fn behind(self) -> Behind {
-        match self {
-            Self::Run => Behind::Everything,
-            Self::Freeze(_) => Behind::Nothing,
-        }
-    }
-
     const fn freeze_at(self) -> Option<BootMark> {
         match self {
             Self::Run => None,

@@ -11,6 +11,7 @@ use crate::devices::virtio::pmem::Pmem;
 use crate::devices::virtio::vsock::Listener;
 use crate::error::Error;
 use crate::kvm::Hypervisor;
+use crate::preboot::error::PrebootError;
 use crate::preboot::file;
 use std::fs::File;
 use std::io;
@@ -21,10 +22,9 @@ use std::os::fd::OwnedFd;
 pub(crate) enum Behind {
     /// What the configuration names.
     Everything,
-    /// The image's root filesystem, for a guest that tries a kernel out: nobody's disks and networks are to notice.
+    /// The image's root filesystem, zeroes for other files and nothing else: a pre-booted kernel is made without a trace
+    /// in a user's disks and networks.
     Root,
-    /// Nothing: what a kernel reads of its devices while it boots, it would believe of all others.
-    Nothing,
 }
 
 /// What is behind a device.
@@ -62,6 +62,13 @@ impl Backend {
         })
     }
 
+    fn into_blank(self) -> Self {
+        match self {
+            Self::File(file) => Self::BlankOf(file),
+            other => other,
+        }
+    }
+
     /// Its file, and whether the device has only zeroes.
     pub(crate) fn into_file(self) -> Option<(File, bool)> {
         match self {
@@ -97,24 +104,35 @@ impl Resources {
         Self::open(config, Behind::Everything)
     }
 
-    /// Opens all else: the kernel, the pre-booted kernel where there is one, and KVM.
+    /// Opens the rest: the kernel, the pre-booted kernel and KVM. A pre-booted kernel that cannot be opened is removed
+    /// from the configuration, so that the guest boots; the result is why, unless it does not exist.
     ///
     /// # Errors
-    /// When something cannot be opened.
-    pub fn open_rest(&mut self, config: &Config) -> Result<(), Error> {
+    /// When something else cannot be opened.
+    pub fn open_rest(&mut self, config: &mut Config) -> Result<Option<PrebootError>, Error> {
         self.boot = Some(BootFiles::open(&config.boot_source)?);
-        // One that cannot be opened is as good as none; the guest boots.
-        self.preboot = config.preboot.as_ref().and_then(|path| file::open(path).ok());
+        let opened = config.preboot.as_ref().map(|path| file::open(path)).transpose();
+        let refusal = opened.map(|file| self.preboot = file).err();
+        if self.preboot.is_none() {
+            config.preboot = None;
+        }
         self.kvm = Some(Hypervisor::open_descriptor()?);
-        Ok(())
+        Ok(refusal.filter(|refusal| !refusal.is_absent()))
     }
 
-    /// The same once more, without the programs that were started.
+    /// Another set of the same descriptors, without the pre-booted kernel and the started programs.
     pub(crate) fn try_clone(&self) -> io::Result<Self> {
         let boot = self.boot.as_ref().map(BootFiles::try_clone).transpose()?;
         let kvm = self.kvm.as_ref().map(OwnedFd::try_clone).transpose()?;
         let backends = self.backends.iter().map(Backend::try_clone).collect::<io::Result<_>>()?;
         Ok(Self { kvm, boot, preboot: None, backends, starting: Vec::new() })
+    }
+
+    /// The same with zeroes for all files: a kernel that boots must read nothing of its disks that would be different for
+    /// later guests.
+    pub(crate) fn blank(mut self) -> Self {
+        self.backends = self.backends.into_iter().map(Backend::into_blank).collect();
+        self
     }
 
     /// Opens what is behind the devices of a configuration.
@@ -128,17 +146,14 @@ impl Resources {
     }
 
     fn backend(&mut self, device: &DeviceConfig<'_>, behind: Behind) -> Result<Backend, Error> {
-        let is_blank = behind != Behind::Everything;
+        let is_blank = behind == Behind::Root;
         Ok(match device {
             // Whoever has the file meanwhile is not disturbed by zeroes.
             DeviceConfig::Drive(drive) if is_blank => {
                 Backend::BlankOf(Block::open_file(drive, ForeignLock::Ignored)?)
             }
             DeviceConfig::Drive(drive) => Backend::File(Block::open_file(drive, ForeignLock::InUse)?),
-            DeviceConfig::Root(drive) => {
-                let file = Block::open_file(drive, ForeignLock::Ignored)?;
-                if behind == Behind::Nothing { Backend::BlankOf(file) } else { Backend::File(file) }
-            }
+            DeviceConfig::Root(drive) => Backend::File(Block::open_file(drive, ForeignLock::Ignored)?),
             DeviceConfig::Pmem(pmem) if is_blank => Backend::BlankOf(Pmem::open_file(pmem)?),
             DeviceConfig::Pmem(pmem) => Backend::File(Pmem::open_file(pmem)?),
             _ if is_blank => Backend::Nothing,

@@ -1,29 +1,22 @@
-//! A machine that runs: one thread per vCPU, and the thread that waits for its end.
+//! A running machine: the threads of its vCPUs, and the event loop on the thread that waits for its end.
 
 use crate::bus::{GuestRequest, lock};
 use crate::devices::virtio::balloon;
 use crate::error::Error;
 use crate::event_loop::{EventLoop, LoopEnd};
 use crate::exit::{Exit, ExitReason};
-use crate::kvm::{ExitCounts, Registers, Vcpu, VcpuEnd};
+use crate::kvm::{ExitCounts, Vcpu, VcpuEnd};
 use crate::machine::Machine;
 use crate::memory::BackingFile;
-use crate::profile::{Profile, Recorder};
+use crate::profile::Profile;
 use crate::timeline::Instant;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use std::io;
+use crate::vcpu_threads::{VcpuOutcome, VcpuThreads};
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
+use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
-use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
 
 /// Lines of console output that an [`Exit`] keeps.
 const CONSOLE_LINES: usize = 20;
-/// How long to wait for a kicked vCPU before kicking it again: a signal that arrives just before
-/// it enters the guest is lost, and the next one is not.
-const KICK_INTERVAL: Timespec = Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
 
 impl Machine {
     /// Starts the vCPUs.
@@ -35,27 +28,10 @@ impl Machine {
     }
 }
 
-/// How a vCPU's thread ended.
-#[derive(Debug)]
-struct VcpuOutcome {
-    id: usize,
-    vcpu: Vcpu,
-    end: VcpuEnd,
-    counts: ExitCounts,
-    registers: Option<Registers>,
-    /// Time stamp counter at the end, of a machine that is to be kept.
-    tsc: Option<u64>,
-    first_run: Instant,
-    recorder: Option<Recorder>,
-}
-
 /// A running machine. Dropping it stops it.
 #[derive(Debug)]
 pub struct Running {
-    threads: Vec<JoinHandle<()>>,
-    /// Outcomes in the order in which the threads ended.
-    outcomes: Arc<Mutex<Vec<VcpuOutcome>>>,
-    ended: EventFd,
+    vcpus: VcpuThreads,
     stop: EventFd,
     event_loop: EventLoop,
     /// Dropped last, when no vCPU exists any more.
@@ -115,16 +91,8 @@ impl Remains {
     }
 }
 
-extern "C" fn interrupted(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
-    // That the signal arrives is all it is for: KVM_RUN and writes of the console return.
-}
-
 impl Running {
     pub(crate) fn start(mut machine: Machine) -> Result<Self, Error> {
-        // A handler has to exist, or the signal would end the process. It does nothing, and no
-        // other part of a program has a use for this signal number by convention.
-        register_signal_handler(SIGRTMIN(), interrupted)
-            .map_err(|error| Error::host("install a signal handler")(error.into()))?;
         let eventfd =
             || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(Error::host("make an eventfd"));
         let (ended, stop) = (eventfd()?, eventfd()?);
@@ -146,51 +114,11 @@ impl Running {
             Some(gate) => vcpus.swap(0, gate.first()),
             None => vcpus.reverse(),
         }
-        let outcomes = Arc::default();
-        let mut this = Self { threads: Vec::new(), outcomes, ended, stop, event_loop, machine };
+        let mut threads = VcpuThreads::new(ended, Arc::clone(&machine.stopping))?;
         for (id, vcpu) in vcpus {
-            this.start_vcpu(id, vcpu)?;
+            threads.start(&machine, id, vcpu)?;
         }
-        Ok(this)
-    }
-
-    fn start_vcpu(&mut self, id: usize, mut vcpu: Vcpu) -> Result<(), Error> {
-        let ended = self.ended.try_clone().map_err(Error::host("duplicate an eventfd"))?;
-        let buses = Arc::clone(&self.machine.devices.buses);
-        let stopping: Arc<AtomicBool> = Arc::clone(&self.machine.stopping);
-        let outcomes = Arc::clone(&self.outcomes);
-        let is_kept = self.machine.is_kept;
-        let gate = self.machine.gate.clone();
-        let run = move || {
-            // Whoever started this process may have blocked the signal.
-            let _ = unblock_signal(SIGRTMIN());
-            if let Some(gate) = gate {
-                gate.pass(id);
-            }
-            // Without a timer there are no samples, which the profile shows.
-            if let Some(recorder) = &mut vcpu.recorder {
-                let _ = recorder.start_sampling();
-            }
-            let first_run = Instant::now();
-            let end = vcpu.run(&buses, &stopping);
-            // A counter that cannot be read is missed when the machine is written down.
-            let tsc = is_kept.then(|| vcpu.tsc().ok()).flatten();
-            let registers = end.is_failure().then(|| vcpu.registers()).flatten();
-            let counts = *vcpu.counts();
-            let mut recorder = vcpu.recorder.take();
-            if let Some(recorder) = &mut recorder {
-                recorder.stop_sampling();
-            }
-            lock(&outcomes).push(VcpuOutcome { id, vcpu, end, counts, registers, tsc, first_run, recorder });
-            // The reader is polled until every thread has ended, so this cannot overflow.
-            let _ = ended.write(1);
-        };
-        let thread = std::thread::Builder::new()
-            .name(format!("vcpu{id}"))
-            .spawn(run)
-            .map_err(Error::host("start a vCPU's thread"))?;
-        self.threads.push(thread);
-        Ok(())
+        Ok(Self { vcpus: threads, stop, event_loop, machine })
     }
 
     /// A handle with which others can stop this machine.
@@ -226,13 +154,14 @@ impl Running {
     /// for every processor of the host to pass through a quiescent state.
     #[must_use]
     pub fn wait_for_end(mut self) -> (Exit, Remains) {
-        let end = self.event_loop.run(&self.machine.devices.serial);
+        let end = self.event_loop.run(&self.machine.devices.serial, &self.vcpus);
         let ended_at = Instant::now();
         self.stop_vcpus();
         for device in &self.machine.devices.virtio {
             lock(device).end();
         }
-        (self.describe(end, ended_at), Remains(self))
+        let outcomes = self.vcpus.take_outcomes();
+        (self.describe(outcomes, end, ended_at), Remains(self))
     }
 
     /// Waits for the guest to reach the mark at which its machine is to stop.
@@ -240,14 +169,13 @@ impl Running {
     /// # Errors
     /// Why the guest ended before.
     pub(crate) fn freeze(mut self) -> Result<Frozen, ExitReason> {
-        let end = self.event_loop.run(&self.machine.devices.serial);
+        let end = self.event_loop.run(&self.machine.devices.serial, &self.vcpus);
         self.stop_vcpus();
         let at_mark = |outcome: &VcpuOutcome| matches!(outcome.end, VcpuEnd::Request(GuestRequest::Freeze));
-        let marked = lock(&self.outcomes).first().filter(|first| at_mark(first)).map(|first| first.id);
-        let Some(marked) = marked else {
-            return Err(self.describe(end, Instant::now()).reason);
+        let mut outcomes = self.vcpus.take_outcomes();
+        let Some(marked) = outcomes.first().filter(|first| at_mark(first)).map(|first| first.id) else {
+            return Err(self.describe(outcomes, end, Instant::now()).reason);
         };
-        let mut outcomes = std::mem::take(&mut *lock(&self.outcomes));
         outcomes.sort_by_key(|outcome| outcome.id);
         let tsc = outcomes.iter().map(|outcome| outcome.tsc).max().flatten();
         let vcpus = outcomes.into_iter().map(|outcome| outcome.vcpu).collect();
@@ -256,27 +184,13 @@ impl Running {
 
     /// Makes every vCPU thread end, and waits for it.
     fn stop_vcpus(&mut self) {
-        self.machine.stopping.store(true, Ordering::Release);
         if let Some(gate) = &self.machine.gate {
             gate.open();
         }
-        // All at once: one vCPU may wait for a lock that another holds while it writes, and only
-        // that write can be interrupted. A thread that has left its outcome is as good as ended.
-        while lock(&self.outcomes).len() < self.threads.len() {
-            for thread in self.threads.iter().filter(|thread| !thread.is_finished()) {
-                // The thread may end on its own in this moment; then nobody needs the signal.
-                let _ = thread.kill(SIGRTMIN());
-            }
-            let _ = wait_readable(&self.ended);
-        }
-        for thread in self.threads.drain(..) {
-            // Threads do not panic: the profile aborts the process on a panic.
-            let _ = thread.join();
-        }
+        self.vcpus.stop();
     }
 
-    fn describe(&mut self, end: LoopEnd, ended_at: Instant) -> Exit {
-        let mut outcomes = std::mem::take(&mut *lock(&self.outcomes));
+    fn describe(&self, mut outcomes: Vec<VcpuOutcome>, end: LoopEnd, ended_at: Instant) -> Exit {
         let devices = &self.machine.devices;
         let mut exits = ExitCounts::default();
         for outcome in &outcomes {
@@ -333,21 +247,7 @@ impl Drop for Running {
     }
 }
 
-/// Waits for a vCPU's end, or for the time after which it is kicked again.
-fn wait_readable(ended: &EventFd) -> io::Result<()> {
-    // Resets the counter, so that only an end after this moment cuts the wait short.
-    let _ = ended.read();
-    let fd = crate::event_loop::borrow(ended);
-    poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], Some(&KICK_INTERVAL))?;
-    Ok(())
-}
-
 impl VcpuEnd {
-    /// Whether the registers at this end tell somebody something.
-    const fn is_failure(&self) -> bool {
-        !matches!(self, Self::Request(_) | Self::Stopped)
-    }
-
     /// Whether KVM found no memory where the guest has some.
     fn is_bad_address(&self) -> bool {
         matches!(self, Self::RunFailed(error) if error.raw_os_error() == Some(libc::EFAULT))
@@ -394,6 +294,7 @@ fn reason_of(end: VcpuEnd, console: &[String]) -> ExitReason {
 mod tests {
     use super::*;
     use kvm_ioctls::VcpuExit;
+    use std::io;
 
     #[test]
     fn memory_that_is_missing_is_recognised_however_kvm_says_so() {

@@ -1,5 +1,6 @@
 //! The streams of a process in a guest, connected to those of this process.
 
+use super::outcome::StopCause;
 use super::signals::Signals;
 use kindling::log::{Log, Stream};
 use kindling::vmm::agent::{AgentError, Control, News, Place, Process, Role};
@@ -9,7 +10,6 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -65,17 +65,13 @@ impl Streams {
 /// What a process in a guest is served with.
 pub(crate) struct Service<'a> {
     pub(crate) signals: &'a mut Signals,
-    /// Ends the guest, or this command: a signal asks for it that is not for the process, or the time is over
-    /// ([`BY_TIMEOUT`]).
-    pub(crate) give_up: &'a mut dyn FnMut(u8),
+    /// Ends the guest, or this command.
+    pub(crate) give_up: &'a mut dyn FnMut(StopCause),
     /// When the time is over.
     pub(crate) until: Option<Instant>,
     /// Until when output is delivered to those who do not read, after the guest was ended.
     grace: Option<Instant>,
 }
-
-/// Stands in for a signal where the time limit stopped the guest.
-pub(crate) const BY_TIMEOUT: u8 = u8::MAX;
 
 /// How long that is.
 const GRACE: Duration = Duration::from_secs(1);
@@ -84,7 +80,7 @@ const GRACE: Duration = Duration::from_secs(1);
 const STOP_TIMEOUT: Duration = Duration::from_secs(9);
 
 impl<'a> Service<'a> {
-    pub(crate) const fn new(signals: &'a mut Signals, give_up: &'a mut dyn FnMut(u8)) -> Self {
+    pub(crate) const fn new(signals: &'a mut Signals, give_up: &'a mut dyn FnMut(StopCause)) -> Self {
         Self { signals, give_up, until: None, grace: None }
     }
 
@@ -198,13 +194,13 @@ impl<'a> Service<'a> {
             }
             if is_over(self.until) {
                 self.until = None;
-                self.end(BY_TIMEOUT);
+                self.end(StopCause::Timeout);
             }
             match event {
                 Event::Ready(ready) => return Ok(Some(ready)),
                 Event::Signal => {
                     if let Some(signal) = self.signals.pass_on(process) {
-                        self.end(signal);
+                        self.end(StopCause::Signal(signal));
                     }
                 }
                 Event::Late if is_over(late) => return Ok(None),
@@ -213,9 +209,9 @@ impl<'a> Service<'a> {
         }
     }
 
-    fn end(&mut self, signal: u8) {
+    fn end(&mut self, cause: StopCause) {
         self.grace.get_or_insert_with(|| Instant::now() + GRACE);
-        (self.give_up)(signal);
+        (self.give_up)(cause);
     }
 
     /// Waits for the next event of a monitor, for which there is more time than for output.
@@ -299,20 +295,6 @@ impl Writers {
             && rustix::io::read(&**done, &mut count).is_ok()
         {
             self.running = self.running.saturating_sub(u64::from_ne_bytes(count));
-        }
-    }
-}
-
-/// Waits until somebody says something over a connection or ends it, or for a signal that asks for the end.
-pub(super) fn signal_before(end: &UnixStream, signals: &mut Signals) -> Option<u8> {
-    loop {
-        match wait_for_any([(end.as_fd(), PollFlags::IN, ())].into_iter(), None, signals) {
-            Ok(Event::Signal) => {
-                if let Some(signal) = signals.pass_on(None) {
-                    return Some(signal);
-                }
-            }
-            Ok(_) | Err(_) => return None,
         }
     }
 }

@@ -1,8 +1,9 @@
 //! Signals that this process gets are the guest's process's: it keeps them, and passes them on.
 #![expect(unsafe_code, reason = "signal sets have no safe interface")]
 
-use super::terminal::send_size;
+use super::outcome::StopCause;
 use crate::signals::is_ignored;
+use crate::terminal::send_size;
 use kindling::signal::is_real_time;
 use kindling::vmm::agent::Process;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -109,9 +110,9 @@ impl AsFd for Signals {
 
 /// Ends this command as a signal would. The agent then hangs up on a process that it served.
 #[expect(clippy::exit, reason = "what this command waits for may never come")]
-pub(crate) fn leave(signal: u8) {
+pub(crate) fn leave(cause: StopCause) {
     crate::terminal::restore_from_handler();
-    std::process::exit(128 + i32::from(signal));
+    std::process::exit(cause.status().into());
 }
 
 /// Blocks what is passed on. What somebody wanted ignored, nohup for instance, stays ignored.

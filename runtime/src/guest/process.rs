@@ -1,7 +1,7 @@
 //! The processes of a guest: signals for it, and its end.
 
 use super::{FRONT, Guest, GuestError, MONITOR, host, is_locked, read_record};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use kindling_vmm::poll::wait_readable;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
@@ -122,17 +122,7 @@ impl Process {
 
     /// Waits for its end, until a time; whether it has ended.
     pub fn wait(&self, until: Option<Instant>) -> bool {
-        let mut fds = [PollFd::new(&self.process, PollFlags::IN)];
-        loop {
-            let left = until.map(|until| until.saturating_duration_since(Instant::now()));
-            match poll(&mut fds, left.and_then(timespec).as_ref()) {
-                Ok(0) => return false,
-                Ok(_) => return true,
-                Err(Errno::INTR) => {}
-                // Nothing is left to wait for with.
-                Err(_) => return false,
-            }
-        }
+        wait_readable(self.process.as_fd(), until).unwrap_or(false)
     }
 }
 
@@ -140,8 +130,4 @@ impl AsFd for Process {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.process.as_fd()
     }
-}
-
-fn timespec(time: Duration) -> Option<Timespec> {
-    Some(Timespec { tv_sec: i64::try_from(time.as_secs()).ok()?, tv_nsec: time.subsec_nanos().into() })
 }

@@ -35,6 +35,12 @@ pub enum ControlError {
     /// The monitor did not stop when it was told to.
     #[error("kindling-vmm did not stop when it was told to, and was killed")]
     Stuck,
+    /// The monitor does not answer a request.
+    #[error("kindling-vmm does not answer")]
+    Silent,
+    /// The machine ended before the request.
+    #[error("the guest has ended")]
+    Ended,
     /// What came is longer than anything that could come.
     #[error("a message between kindling and kindling-vmm has {0} bytes, more than any")]
     Long(usize),

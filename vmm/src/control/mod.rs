@@ -7,14 +7,16 @@
 
 mod channel;
 mod front;
+mod handle;
 mod monitor;
 
 pub use channel::ControlError;
-pub use front::{Monitor, Stopper};
-pub(crate) use monitor::Control;
+pub use front::{Monitor, PrebootDraft, Stopper};
+pub(crate) use handle::Control;
 pub use monitor::serve;
 
 use crate::config::Config;
+use crate::devices::virtio::balloon;
 use crate::exit::Exit;
 use crate::timeline::Timeline;
 use serde::{Deserialize, Serialize};
@@ -22,10 +24,20 @@ use serde::{Deserialize, Serialize};
 /// What a front asks its monitor for.
 #[derive(Debug, Deserialize, Serialize)]
 pub(crate) enum Request {
-    /// Start the machine; the first request, and once.
+    /// Start a machine. This or [`Self::Preboot`] is the first request, and is sent once.
     Start(Box<Start>),
-    /// Stop it. So does the end of the socket.
+    /// Boot a kernel as far as init, and write it to a file from which later machines continue.
+    Preboot(Box<Start>),
+    /// Stop the machine. So does the end of the socket, unless the machine is detached.
     Stop,
+    /// Make all vCPUs leave the guest and wait. Devices still serve the host's side.
+    Pause,
+    /// Let the vCPUs enter the guest again.
+    Resume,
+    /// Report statistics.
+    Statistics,
+    /// Run on when the socket ends. A file whose lock the front holds may come with it; the monitor keeps it open.
+    Detach,
     /// Make the balloon this many MiB large.
     SetBalloon(u64),
 }
@@ -51,7 +63,7 @@ pub(crate) enum Role {
     Kernel,
     /// The file of the initrd.
     Initrd,
-    /// The file of the pre-booted kernel.
+    /// The file of the pre-booted kernel: to continue from, or to write to.
     Preboot,
     /// A file that the monitor holds a lock on as long as it lives, by which others know its process.
     Lock,
@@ -65,12 +77,47 @@ pub(crate) enum Role {
 pub enum Event {
     /// The machine does not continue from its pre-booted kernel, for this reason, and boots.
     PrebootRefused(String),
-    /// The guest's agent can be connected to.
-    AgentReady,
+    /// The pre-booted kernel is written, and guests have continued from it. The last event.
+    Prebooted,
+    /// The guest's agent accepts connections. The timeline has the steps up to the first entry into the guest; the
+    /// guest's own steps come with [`Self::Stopped`].
+    Started(Timeline),
+    /// All vCPUs have left the guest.
+    Paused,
+    /// The vCPUs may enter the guest again.
+    Resumed,
+    /// The answer to a request for statistics.
+    Statistics(Box<Statistics>),
+    /// A device has failed, and why; each device fails once at most.
+    DeviceFailed(String),
     /// The machine has stopped. The last event.
     Stopped(Box<Exit>),
     /// The machine could not be built or started. The last event.
     Failed(Failure),
+}
+
+/// Statistics of a running machine.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct Statistics {
+    /// Whether all vCPUs wait outside the guest.
+    pub is_paused: bool,
+    /// The balloon, if the machine has one.
+    pub balloon: Option<BalloonStatistics>,
+    /// A sentence for each device that has failed.
+    pub device_failures: Vec<String>,
+}
+
+/// The balloon of a running machine.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct BalloonStatistics {
+    /// Requested size in MiB.
+    pub target_mib: u64,
+    /// Size in MiB that the guest reports.
+    pub actual_mib: u64,
+    /// Memory statistics that the guest reports, where the balloon polls them.
+    pub guest: balloon::Statistics,
 }
 
 /// Why a monitor could not start a machine.
@@ -80,6 +127,8 @@ pub struct Failure {
     pub is_users: bool,
     /// Whether it is for KVM.
     pub is_kvm: bool,
+    /// Whether the machine could not continue from its pre-booted kernel: booting may work.
+    pub is_preboot: bool,
     /// The error and what led to it.
     pub message: String,
 }

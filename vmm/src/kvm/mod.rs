@@ -3,11 +3,13 @@
 
 mod coalesced;
 mod cpuid;
+mod pause;
 pub mod probe;
 mod state;
 mod vcpu;
 
 use coalesced::CoalescedWrites;
+pub(crate) use pause::Pause;
 pub use state::VcpuState;
 pub use vcpu::{ExitCounts, Registers, Vcpu, VcpuEnd};
 
@@ -126,6 +128,15 @@ impl Hypervisor {
         Ok(Self { kvm, supported_cpuid: cpuid::in_short(&supported_cpuid) })
     }
 
+    /// Numbers of the model-specific registers that this KVM can read and set.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub(crate) fn msr_indices(&self) -> Result<Vec<u32>, KvmError> {
+        let list = self.kvm.get_msr_index_list().map_err(KvmError::ioctl("list its MSRs"))?;
+        Ok(list.as_slice().to_vec())
+    }
+
     /// What CPUID says to the first of `count` vCPUs on this host.
     #[must_use]
     pub fn cpuid(&self, count: u8) -> CpuId {
@@ -202,15 +213,6 @@ impl MessageSink for MessageRoutes {
             let _ = self.0.set_gsi_routing(&table);
         }
     }
-}
-
-/// Numbers of the model-specific registers that the host's KVM can read and set.
-///
-/// # Errors
-/// When KVM cannot be opened, or refuses.
-pub fn msr_indices() -> Result<Vec<u32>, KvmError> {
-    let list = open_device()?.get_msr_index_list().map_err(KvmError::ioctl("list its MSRs"))?;
-    Ok(list.as_slice().to_vec())
 }
 
 /// A virtual machine with its memory and its interrupt controllers.

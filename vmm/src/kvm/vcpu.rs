@@ -1,7 +1,7 @@
 //! A vCPU: its first registers, and the loop that runs it and answers its exits.
 
-use super::KvmError;
 use super::coalesced::CoalescedWrites;
+use super::{KvmError, Pause};
 use crate::boot::{CODE_SEGMENT, DATA_SEGMENT, Entry, GDT_ENTRIES};
 use crate::bus::{Buses, GuestRequest};
 use crate::function_marks::FunctionMarks;
@@ -82,6 +82,11 @@ pub enum VcpuEnd {
 }
 
 impl VcpuEnd {
+    /// Whether the registers at this end help to find the cause.
+    pub(crate) const fn is_failure(&self) -> bool {
+        !matches!(self, Self::Request(_) | Self::Stopped)
+    }
+
     /// The end that an exit is which this machine has no use for.
     pub(crate) fn of_exit(exit: &VcpuExit<'_>) -> Self {
         match exit {
@@ -156,9 +161,14 @@ impl Vcpu {
         self.fd.set_regs(&general).map_err(KvmError::ioctl("set a vCPU's registers"))
     }
 
-    /// Runs the guest until something ends it or `stopping` is set and a signal interrupts it.
-    pub fn run(&mut self, buses: &Buses, stopping: &AtomicBool) -> VcpuEnd {
+    /// Runs the guest until something ends it or `stopping` is set and a signal interrupts it. Waits between two entries
+    /// while the machine is paused.
+    pub(crate) fn run(&mut self, buses: &Buses, stopping: &AtomicBool, pause: &Pause) -> VcpuEnd {
         while !stopping.load(Ordering::Acquire) {
+            if pause.wait() {
+                self.forgive_pause();
+                continue;
+            }
             self.sample_if_due();
             let (counts, recorder) = (&mut self.counts, &mut self.recorder);
             let collected = self.collected.as_deref();
@@ -198,12 +208,7 @@ impl Vcpu {
                     counts.mmio_writes += 1;
                     record(ExitKind::MmioWrite, address);
                     pass_on_collected();
-                    let mut request = buses.memory.write(address, data);
-                    while request == Some(GuestRequest::Again) && !stopping.load(Ordering::Acquire) {
-                        std::thread::sleep(AGAIN_INTERVAL);
-                        request = buses.memory.write(address, data);
-                    }
-                    if let Some(request) = request.filter(|&request| request != GuestRequest::Again) {
+                    if let Some(request) = write_memory(buses, address, data, stopping) {
                         return VcpuEnd::Request(request);
                     }
                 }
@@ -217,6 +222,12 @@ impl Vcpu {
             }
         }
         VcpuEnd::Stopped
+    }
+
+    /// Keeps the guest's watchdogs from counting the time of a pause (Documentation/virt/kvm/api.rst,
+    /// `KVM_KVMCLOCK_CTRL`). For a guest without kvm-clock KVM refuses.
+    fn forgive_pause(&self) {
+        let _ = self.fd.kvmclock_ctrl();
     }
 
     /// Whether the guest left at the mark of a function, which it can run now.
@@ -310,6 +321,17 @@ impl Vcpu {
         let special = self.fd.get_sregs().ok()?;
         let control = [special.cr0, special.cr2, special.cr3, special.cr4];
         Some(Registers { general, control, efer: special.efer })
+    }
+}
+
+/// Writes to a device's register, and again as long as the device asks for that.
+fn write_memory(buses: &Buses, address: u64, data: &[u8], stopping: &AtomicBool) -> Option<GuestRequest> {
+    loop {
+        match buses.memory.write(address, data) {
+            Some(GuestRequest::Again) if stopping.load(Ordering::Acquire) => return None,
+            Some(GuestRequest::Again) => std::thread::sleep(AGAIN_INTERVAL),
+            request => return request,
+        }
     }
 }
 

@@ -1,21 +1,21 @@
-//! How a pre-booted kernel is made: a machine that is booted, stopped, written down and tried out.
+//! Making a pre-booted kernel: a machine boots, stops in front of init, is captured, and guests try the result.
 
 use super::error::PrebootError;
 use super::file;
 use super::kernel::Preboot;
-use super::place::Place;
-use super::state::{FREEZE_AT, MadeFor, State, digests, features};
-use super::verified::Verified;
+use super::state::{FREEZE_AT, MadeFor, State, features};
 use crate::bus::lock;
 use crate::config::{Config, Console, GuestConfig};
+use crate::control::Control;
 use crate::error::Error;
 use crate::exit::ExitReason;
-use crate::kvm::{self, Vcpu};
-use crate::layout;
+use crate::kvm::{Hypervisor, Vcpu};
 use crate::machine::{Machine, Purpose};
 use crate::memory::Extent;
+use crate::resources::Resources;
 use crate::running::Frozen;
 use crate::timeline::{Instant, Timeline};
+use std::fs::File;
 use std::io;
 use std::path::Path;
 
@@ -28,51 +28,64 @@ const TRIALS: u32 = 2;
 /// it is not process 1.
 const TRIAL_PAYLOAD: &str = "/proc/self/exe";
 
-/// Boots the machine of a configuration as far as init and keeps it in a file, which appears whole, and only
-/// after a guest has continued from it. Console and payload of the configuration play no part. Kernel and initrd are
-/// compared with the digests of their image first, and what was compared is booted.
-///
-/// # Errors
-/// When kernel or initrd are others than their image names, the machine cannot be built, its guest does not reach init, the file cannot be written, or a guest that
-/// continues from it does not end well.
-pub fn make(config: &Config, path: &Path) -> Result<(), Error> {
-    let config = Config {
+/// The configuration of the machine that is captured in `path`: that of later guests, without what is theirs alone.
+pub(crate) fn configuration(config: &Config, path: &Path) -> Config {
+    Config {
         console: Console::Null,
         guest: GuestConfig { arguments: vec![TRIAL_PAYLOAD.into()], ..GuestConfig::default() },
         profile: None,
-        preboot: None,
+        preboot: Some(path.into()),
         ..config.clone()
-    };
+    }
+}
+
+/// Boots a machine as far as init, writes it to `file`, and lets guests continue from that. Its disks are zeroes of
+/// their size; what the guests that continue have is in `resources`. `control` makes the handle with which the front
+/// ends each machine.
+///
+/// # Errors
+/// When a machine cannot be built, its guest does not reach init, the file cannot be written, or a guest that continues
+/// from it does not end with status 0.
+pub(crate) fn capture(
+    config: &Config,
+    resources: &Resources,
+    file: &File,
+    control: &dyn Fn() -> Result<Control, Error>,
+) -> Result<(), Error> {
+    let path = config.preboot.clone().unwrap_or_default();
+    let config = Config { preboot: None, ..config.clone() };
     let made_for = MadeFor::config(&config)?;
-    // No kernel or initrd is larger than the memory that it goes into.
-    let max = config.machine.mem_size_mib.saturating_mul(layout::MIB);
-    let verified = Verified::read(&config.boot_source, digests(&config)?, max)?;
-    let config = Config { boot_source: verified.source.clone(), ..config };
-    let running = Machine::build(&config, Timeline::starting_at(Instant::now()), Purpose::Freeze(FREEZE_AT))?
-        .start()?;
-    let mut frozen = running.freeze().map_err(|reason| PrebootError::Ended(reason.to_string()))?;
-    let mut state = frozen.state(made_for)?;
-    let failed = |source| PrebootError::Write { path: path.into(), source };
-    let place = Place::of(path).map_err(failed)?;
-    let file = place.file_without_a_name().map_err(failed)?;
-    file::write_pages(&file, &state.extents, &frozen.machine().memory).map_err(|error| match error {
+    let copy = || resources.try_clone().map_err(Error::host("duplicate a descriptor"));
+    let kvm = copy()?.kvm.ok_or(PrebootError::NotKeepable("its KVM is not open"))?;
+    let msrs = Hypervisor::of_descriptor(kvm)?.msr_indices()?;
+
+    let timeline = Timeline::starting_at(Instant::now());
+    let mut machine =
+        Machine::with_resources(&config, copy()?.blank(), timeline, Purpose::Freeze(FREEZE_AT))?;
+    machine.control = Some(control()?);
+    let frozen = machine.start()?.freeze();
+    let mut frozen = frozen.map_err(|reason| PrebootError::Ended(reason.to_string()))?;
+    let mut state = frozen.state(made_for, &msrs)?;
+    let failed = |source| PrebootError::Write { path: path.clone(), source };
+    file::write_pages(file, &state.extents, &frozen.machine().memory).map_err(|error| match error {
         file::WriteError::File(source) => failed(source),
         file::WriteError::Memory(error) => failed(io::Error::other(error)),
     })?;
     drop(frozen);
-    file::write_state(&file, &state).map_err(failed)?;
+    file::write_state(file, &state).map_err(failed)?;
     for _ in 0..TRIALS {
-        let preboot = Preboot::read(file.try_clone().map_err(failed)?, path, &config)?;
-        state.written = try_out(&config, preboot)?;
-        file::write_state(&file, &state).map_err(failed)?;
+        let preboot = Preboot::read(file.try_clone().map_err(failed)?, &path, &config)?;
+        let timeline = Timeline::starting_at(Instant::now());
+        let mut machine = Machine::continue_from(&config, copy()?, preboot, timeline)?;
+        machine.control = Some(control()?);
+        state.written = try_out(machine)?;
+        file::write_state(file, &state).map_err(failed)?;
     }
-    place.publish(&file).map_err(failed)?;
     Ok(())
 }
 
-/// Lets a guest continue from a new file, to its end. Tells to which pages of the file it wrote.
-fn try_out(config: &Config, preboot: Preboot) -> Result<Vec<Extent>, Error> {
-    let machine = Machine::continue_from(config, preboot, Timeline::starting_at(Instant::now()))?;
+/// Runs a guest that continues from a new file to its end; the pages of the file that it wrote to.
+fn try_out(machine: Machine) -> Result<Vec<Extent>, Error> {
     let memory = machine.memory.clone();
     match machine.start()?.wait().reason {
         ExitReason::Payload(0) => Ok(memory.copied()?),
@@ -81,8 +94,7 @@ fn try_out(config: &Config, preboot: Preboot) -> Result<Vec<Extent>, Error> {
 }
 
 impl Frozen {
-    fn state(&mut self, made_for: MadeFor) -> Result<State, Error> {
-        let known = kvm::msr_indices()?;
+    fn state(&mut self, made_for: MadeFor, msrs: &[u32]) -> Result<State, Error> {
         if !self.vcpus.iter_mut().all(Vcpu::settle) {
             return Err(PrebootError::NotKeepable("a vCPU is in the middle of an access to a device").into());
         }
@@ -101,7 +113,7 @@ impl Frozen {
         let (later, khz) = (first.tsc()?, first.tsc_khz()?);
         let since = u128::from(later.saturating_sub(tsc)) * 1_000_000 / u128::from(khz.max(1));
         let clock = machine.vm.clock()?.saturating_sub(u64::try_from(since).unwrap_or(0));
-        let vcpus = self.vcpus.iter().map(|vcpu| vcpu.state(&known)).collect::<Result<_, _>>()?;
+        let vcpus = self.vcpus.iter().map(|vcpu| vcpu.state(msrs)).collect::<Result<_, _>>()?;
         let virtio = machine.devices.virtio.iter().map(|device| lock(device).state());
         let virtio = virtio.collect::<Result<_, _>>().map_err(PrebootError::from)?;
         let io_apic = machine.devices.io_apic.as_ref().ok_or(PrebootError::NotAnImage)?;

@@ -64,3 +64,10 @@ pub enum PrebootError {
         source: Box<dyn std::error::Error + Send + Sync>,
     },
 }
+
+impl PrebootError {
+    /// Whether there is no such file.
+    pub(crate) fn is_absent(&self) -> bool {
+        matches!(self, Self::Read { source, .. } if source.kind() == io::ErrorKind::NotFound)
+    }
+}

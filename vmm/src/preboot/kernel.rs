@@ -12,7 +12,6 @@ use crate::kvm::Hypervisor;
 use crate::layout;
 use crate::memory::{self, GuestMemory, MemoryError};
 use std::fs::File;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -30,7 +29,7 @@ impl Preboot {
     pub(crate) fn open(config: &Config, file: Option<File>) -> Result<Option<Self>, PrebootError> {
         let Some(path) = &config.preboot else { return Ok(None) };
         match file.map_or_else(|| file::open(path), Ok) {
-            Err(PrebootError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) if error.is_absent() => Ok(None),
             file => Self::read(file?, path, config).map(Some),
         }
     }

@@ -10,13 +10,14 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 /// Where a file is to appear: a name in a folder that is no link, whoever the folder above belongs to.
-pub(super) struct Place {
+#[derive(Debug)]
+pub(crate) struct Place {
     folder: OwnedFd,
     name: OsString,
 }
 
 impl Place {
-    pub(super) fn of(path: &Path) -> io::Result<Self> {
+    pub(crate) fn of(path: &Path) -> io::Result<Self> {
         let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
         match mkdir(folder, Mode::from_raw_mode(0o755)) {
@@ -28,7 +29,7 @@ impl Place {
     }
 
     /// A file of which nothing is left where this program is stopped.
-    pub(super) fn file_without_a_name(&self) -> io::Result<File> {
+    pub(crate) fn file_without_a_name(&self) -> io::Result<File> {
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
         let file = File::from(openat(&self.folder, ".", flags, Mode::from_raw_mode(0o644))?);
         // Whatever the caller's mask: there is nothing in it that another user's guest could not tell him.
@@ -37,7 +38,7 @@ impl Place {
     }
 
     /// Gives the file its name, in place of what has it, when all of it is on the disk.
-    pub(super) fn publish(&self, file: &File) -> io::Result<()> {
+    pub(crate) fn publish(&self, file: &File) -> io::Result<()> {
         /// Drafts that programs which were killed in this moment may have left.
         const ATTEMPTS: u32 = 100;
         file.sync_all()?;

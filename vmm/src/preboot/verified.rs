@@ -1,43 +1,31 @@
-//! Kernel and initramfs that were compared with their image's digests, in memory of this process: what is read later is
-//! what was compared, whoever may write to the image's files.
+//! Kernel and initramfs, compared with their image's digests: copies in memory, so that what is booted is what was
+//! compared, whoever may write to the image's files.
 
+use crate::boot::BootFiles;
 use crate::config::image::{Digests, sha256_copying};
 use crate::config::{BootSource, ConfigError};
 use rustix::fs::{MemfdFlags, Mode, OFlags, memfd_create, open};
 use std::fs::File;
-use std::io::{self, Read};
-use std::os::fd::AsRawFd;
-use std::path::{Path, PathBuf};
+use std::io::{self, Read, Seek};
+use std::path::Path;
 
-/// A boot source whose files are such copies.
-#[derive(Debug)]
-pub(super) struct Verified {
-    pub(super) source: BootSource,
-    _files: Vec<File>,
-}
-
-impl Verified {
-    /// Copies the files, of at most so many bytes each, and compares them.
-    ///
-    /// # Errors
-    /// When one cannot be read, or has another digest.
-    pub(super) fn read(source: &BootSource, digests: &Digests, max: u64) -> Result<Self, ConfigError> {
-        let mut files = Vec::new();
-        let mut read = |path: &Path, digest: &str| -> Result<PathBuf, ConfigError> {
-            let (copy, found) =
-                copy(path, max).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
-            if found != digest {
-                let what = format!("its SHA-256 is {found} instead of {digest}");
-                return Err(ConfigError::ImageFile { path: path.to_owned(), what });
-            }
-            let name = format!("/proc/self/fd/{}", copy.as_raw_fd()).into();
-            files.push(copy);
-            Ok(name)
-        };
-        let kernel_image_path = read(&source.kernel_image_path, &digests.kernel)?;
-        let initrd_path = source.initrd_path.as_ref().map(|path| read(path, &digests.initrd)).transpose()?;
-        Ok(Self { source: BootSource { kernel_image_path, initrd_path, ..source.clone() }, _files: files })
-    }
+/// Copies the files of a boot source, of at most `max` bytes each, and compares them.
+///
+/// # Errors
+/// When a file cannot be read, or has another digest.
+pub(crate) fn read(source: &BootSource, digests: &Digests, max: u64) -> Result<BootFiles, ConfigError> {
+    let read = |path: &Path, digest: &str| -> Result<File, ConfigError> {
+        let (copy, found) =
+            copy(path, max).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        if found == digest {
+            return Ok(copy);
+        }
+        let what = format!("its SHA-256 is {found} instead of {digest}");
+        Err(ConfigError::ImageFile { path: path.to_owned(), what })
+    };
+    let kernel = read(&source.kernel_image_path, &digests.kernel)?;
+    let initrd = source.initrd_path.as_ref().map(|path| read(path, &digests.initrd)).transpose()?;
+    Ok(BootFiles { kernel, initrd })
 }
 
 /// A copy of a file in memory, and its digest.
@@ -48,8 +36,9 @@ fn copy(path: &Path, max: u64) -> io::Result<(File, String)> {
     if !file.metadata()?.is_file() {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file"));
     }
-    let copy = File::from(memfd_create("verified", MemfdFlags::CLOEXEC)?);
+    let mut copy = File::from(memfd_create("verified", MemfdFlags::CLOEXEC)?);
     let digest = sha256_copying(file.take(max), &copy)?;
+    copy.rewind()?;
     Ok((copy, digest))
 }
 
@@ -67,24 +56,24 @@ mod tests {
         fs::write(path("initrd"), "initrd").unwrap();
         let source = BootSource { initrd_path: Some(path("initrd")), ..BootSource::kernel(path("kernel")) };
         let digests = Digests { kernel: sha256(b"kernel"), initrd: sha256(b"initrd") };
-        let verified = Verified::read(&source, &digests, 1 << 20).unwrap();
+        let mut files = read(&source, &digests, 1 << 20).unwrap();
         // Whatever is written to the files from now on.
         fs::write(path("kernel"), "KERNEL").unwrap();
         fs::write(path("initrd"), "INITRD").unwrap();
-        assert_eq!(fs::read(&verified.source.kernel_image_path).unwrap(), b"kernel");
-        assert_eq!(fs::read(verified.source.initrd_path.as_ref().unwrap()).unwrap(), b"initrd");
-        let message = Verified::read(&source, &digests, 1 << 20).unwrap_err().to_string();
+        assert_eq!(io::read_to_string(&mut files.kernel).unwrap(), "kernel");
+        assert_eq!(io::read_to_string(files.initrd.unwrap()).unwrap(), "initrd");
+        let message = read(&source, &digests, 1 << 20).unwrap_err().to_string();
         assert!(
             message.contains("kernel is not the file that image.json describes: its SHA-256 is"),
             "{message}"
         );
         fs::write(path("kernel"), "kernel").unwrap();
-        let message = Verified::read(&source, &digests, 1 << 20).unwrap_err().to_string();
+        let message = read(&source, &digests, 1 << 20).unwrap_err().to_string();
         assert!(message.contains("initrd is not the file that image.json describes"), "{message}");
         fs::write(path("initrd"), "initrd").unwrap();
-        assert!(Verified::read(&source, &digests, 3).is_err(), "a file without an end is not read for ever");
+        assert!(read(&source, &digests, 3).is_err(), "a file without an end is not read for ever");
         fs::remove_file(path("kernel")).unwrap();
         std::os::unix::fs::symlink("initrd", path("kernel")).unwrap();
-        assert!(matches!(Verified::read(&source, &digests, 1 << 20), Err(ConfigError::Read { .. })));
+        assert!(matches!(read(&source, &digests, 1 << 20), Err(ConfigError::Read { .. })));
     }
 }

@@ -1,0 +1,146 @@
+//! How a `kindling run` ended: the exit status, and what the user is told.
+
+use super::arguments::Arguments;
+use crate::report::{self, printable};
+use crate::{STATUS_FAILURE, complain, tell};
+use kindling::vmm::agent::AgentError;
+use kindling::vmm::control::ControlError;
+use kindling::vmm::{Exit, ExitReason};
+
+/// Exit status of a guest that reached its time limit.
+const STATUS_TIMEOUT: u8 = 124;
+
+/// Why this command asked its guest, or itself, to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum StopCause {
+    /// This signal was received.
+    Signal(u8),
+    /// The time limit was reached.
+    Timeout,
+}
+
+impl StopCause {
+    /// The exit status of a command that ends for this reason.
+    pub(crate) const fn status(self) -> u8 {
+        match self {
+            Self::Signal(signal) => 128_u8.saturating_add(signal),
+            Self::Timeout => STATUS_TIMEOUT,
+        }
+    }
+}
+
+/// How the machine ended, as far as its monitor reports it.
+#[derive(Debug)]
+pub(super) enum MachineEnd {
+    /// It stopped.
+    Stopped(Box<Exit>),
+    /// The monitor is gone, or sends something that is no event.
+    Lost(ControlError),
+}
+
+/// How a run ended.
+#[derive(Debug)]
+pub(super) struct Outcome {
+    pub(super) machine: MachineEnd,
+    /// The exit status of the guest's command, if it had one.
+    pub(super) command: Result<u8, AgentError>,
+    /// Why this command stopped the machine, if it did.
+    pub(super) stopped_by: Option<StopCause>,
+}
+
+impl Outcome {
+    /// The exit status. That of the command counts, whatever the machine did afterwards; then what the user asked for;
+    /// then how the machine ended.
+    pub(super) fn status(&self) -> u8 {
+        if let Ok(status) = self.command {
+            return status;
+        }
+        match (&self.machine, self.stopped_by) {
+            (MachineEnd::Lost(_), Some(cause)) => cause.status(),
+            (MachineEnd::Lost(_), None) => STATUS_FAILURE,
+            (MachineEnd::Stopped(exit), cause) => match (&exit.reason, cause) {
+                (ExitReason::Stopped, Some(cause)) => cause.status(),
+                (ExitReason::Payload(status), _) => *status,
+                _ => STATUS_FAILURE,
+            },
+        }
+    }
+
+    /// Tells the user what failed, and with `--report` when each step was reached.
+    pub(super) fn report(&self, arguments: &Arguments) {
+        let exit = match &self.machine {
+            MachineEnd::Stopped(exit) => exit,
+            MachineEnd::Lost(error) => return complain(error),
+        };
+        for failure in &exit.device_failures {
+            tell(&device_failure(failure));
+        }
+        if arguments.report {
+            tell(&report::timeline(exit));
+        }
+        match (&self.command, &exit.reason, self.stopped_by) {
+            (Ok(_), ..) | (Err(_), ExitReason::Payload(_), _) => {}
+            (Err(_), ExitReason::Stopped, Some(StopCause::Timeout)) => {
+                let seconds = arguments.timeout.unwrap_or_default();
+                tell(&format!("kindling: killed after {seconds} s, as --timeout says\n"));
+            }
+            (Err(_), ExitReason::Stopped, Some(StopCause::Signal(_))) => {}
+            (Err(_), ..) => tell(&report::failure(exit)),
+        }
+    }
+}
+
+/// A line about a device that failed.
+pub(super) fn device_failure(failure: &str) -> String {
+    format!("kindling: {}\n", printable(failure))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kindling::vmm::{Instant, Timeline};
+
+    const LOST: fn() -> Result<u8, AgentError> = || Err(AgentError::Lost);
+
+    fn stopped(reason: ExitReason) -> MachineEnd {
+        MachineEnd::Stopped(Box::new(Exit::new(reason, Timeline::starting_at(Instant(0)))))
+    }
+
+    fn status(machine: MachineEnd, command: Result<u8, AgentError>, stopped_by: Option<StopCause>) -> u8 {
+        Outcome { machine, command, stopped_by }.status()
+    }
+
+    #[test]
+    fn the_commands_status_counts_whatever_the_machine_does() {
+        let term = Some(StopCause::Signal(15));
+        assert_eq!(status(stopped(ExitReason::Payload(7)), Ok(3), None), 3);
+        assert_eq!(status(stopped(ExitReason::GuestPanic), Ok(0), term), 0);
+        assert_eq!(status(MachineEnd::Lost(ControlError::Gone), Ok(9), Some(StopCause::Timeout)), 9);
+    }
+
+    #[test]
+    fn without_one_the_cause_of_the_stop_counts() {
+        let term = Some(StopCause::Signal(15));
+        assert_eq!(status(stopped(ExitReason::Stopped), LOST(), term), 143);
+        assert_eq!(status(stopped(ExitReason::Stopped), LOST(), Some(StopCause::Timeout)), 124);
+        assert_eq!(status(MachineEnd::Lost(ControlError::Killed(9)), LOST(), term), 143);
+        assert_eq!(status(MachineEnd::Lost(ControlError::Stuck), LOST(), Some(StopCause::Timeout)), 124);
+    }
+
+    #[test]
+    fn then_the_machines_end() {
+        assert_eq!(status(stopped(ExitReason::Payload(127)), LOST(), None), 127);
+        // The guest ended by itself before it was stopped.
+        assert_eq!(status(stopped(ExitReason::Payload(1)), LOST(), Some(StopCause::Timeout)), 1);
+        for reason in [ExitReason::InitPanic, ExitReason::GuestPanic, ExitReason::Reset, ExitReason::Stopped]
+        {
+            assert_eq!(status(stopped(reason), LOST(), None), 125);
+        }
+        assert_eq!(status(MachineEnd::Lost(ControlError::Gone), LOST(), None), 125);
+    }
+
+    #[test]
+    fn a_signals_status_is_a_number_of_a_byte() {
+        assert_eq!(StopCause::Signal(255).status(), 255);
+    }
+}

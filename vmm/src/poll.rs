@@ -1,0 +1,41 @@
+//! Waiting for a descriptor.
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use std::os::fd::BorrowedFd;
+use std::time::Instant;
+
+/// Waits until a descriptor is readable or its other end is closed, or until a time; whether it is.
+///
+/// # Errors
+/// When the host has no memory for the wait.
+pub fn wait_readable(fd: BorrowedFd<'_>, until: Option<Instant>) -> Result<bool, Errno> {
+    loop {
+        let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+        // A time that does not fit is further away than any process lives.
+        let left = left.and_then(|left| Timespec::try_from(left).ok());
+        match poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], left.as_ref()) {
+            Err(Errno::INTR) => {}
+            result => return result.map(|count| count > 0),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn data_and_the_end_are_readable_and_silence_is_not() {
+        let (mut ours, its) = UnixStream::pair().unwrap();
+        assert_eq!(wait_readable(its.as_fd(), Some(Instant::now())), Ok(false));
+        ours.write_all(b"x").unwrap();
+        assert_eq!(wait_readable(its.as_fd(), None), Ok(true));
+        let (ours, its) = UnixStream::pair().unwrap();
+        drop(ours);
+        assert_eq!(wait_readable(its.as_fd(), None), Ok(true));
+    }
+}

@@ -1,0 +1,162 @@
+//! The threads of a machine's vCPUs: started, paused, resumed and stopped together.
+
+use crate::bus::lock;
+use crate::error::Error;
+use crate::kvm::{ExitCounts, Pause, Registers, Vcpu, VcpuEnd};
+use crate::machine::Machine;
+use crate::poll::wait_readable;
+use crate::profile::Recorder;
+use crate::timeline::Instant;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
+
+/// Interval between two signals to a vCPU that has to leave the guest: a signal that arrives just before the vCPU
+/// enters the guest is lost, and the next one is not.
+pub(crate) const KICK_INTERVAL: Duration = Duration::from_millis(1);
+
+/// What a vCPU's thread leaves when it ends.
+#[derive(Debug)]
+pub(crate) struct VcpuOutcome {
+    pub(crate) id: usize,
+    pub(crate) vcpu: Vcpu,
+    pub(crate) end: VcpuEnd,
+    pub(crate) counts: ExitCounts,
+    pub(crate) registers: Option<Registers>,
+    /// Time stamp counter at the end, of a machine that is to be captured.
+    pub(crate) tsc: Option<u64>,
+    pub(crate) first_run: Instant,
+    pub(crate) recorder: Option<Recorder>,
+}
+
+/// The threads of a machine's vCPUs.
+#[derive(Debug)]
+pub(crate) struct VcpuThreads {
+    threads: Vec<JoinHandle<()>>,
+    /// Outcomes in the order in which the threads ended.
+    outcomes: Arc<Mutex<Vec<VcpuOutcome>>>,
+    /// Written once by each thread that ends.
+    ended: EventFd,
+    stopping: Arc<AtomicBool>,
+    pause: Arc<Pause>,
+}
+
+extern "C" fn interrupted(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    // The arrival of the signal is its whole effect: KVM_RUN and writes of the console return with EINTR.
+}
+
+impl VcpuThreads {
+    /// No threads yet.
+    ///
+    /// # Errors
+    /// When the host refuses a signal handler.
+    pub(crate) fn new(ended: EventFd, stopping: Arc<AtomicBool>) -> Result<Self, Error> {
+        // Without a handler the signal would end the process. By convention no other part of a program uses this
+        // signal number.
+        register_signal_handler(SIGRTMIN(), interrupted)
+            .map_err(|error| Error::host("install a signal handler")(error.into()))?;
+        Ok(Self { threads: Vec::new(), outcomes: Arc::default(), ended, stopping, pause: Arc::default() })
+    }
+
+    /// Starts the thread of a vCPU of `machine`.
+    ///
+    /// # Errors
+    /// When the host refuses a thread or a descriptor.
+    pub(crate) fn start(&mut self, machine: &Machine, id: usize, mut vcpu: Vcpu) -> Result<(), Error> {
+        let ended = self.ended.try_clone().map_err(Error::host("duplicate an eventfd"))?;
+        let buses = Arc::clone(&machine.devices.buses);
+        let (stopping, pause) = (Arc::clone(&self.stopping), Arc::clone(&self.pause));
+        let outcomes = Arc::clone(&self.outcomes);
+        let is_kept = machine.is_kept;
+        let gate = machine.gate.clone();
+        let run = move || {
+            // The parent of this process may have blocked the signal.
+            let _ = unblock_signal(SIGRTMIN());
+            if let Some(gate) = gate {
+                gate.pass(id);
+            }
+            // Without a timer there are no samples, which the profile shows.
+            if let Some(recorder) = &mut vcpu.recorder {
+                let _ = recorder.start_sampling();
+            }
+            let first_run = Instant::now();
+            let end = vcpu.run(&buses, &stopping, &pause);
+            // A capture without the counter fails later, with its own error.
+            let tsc = is_kept.then(|| vcpu.tsc().ok()).flatten();
+            let registers = end.is_failure().then(|| vcpu.registers()).flatten();
+            let counts = *vcpu.counts();
+            let mut recorder = vcpu.recorder.take();
+            if let Some(recorder) = &mut recorder {
+                recorder.stop_sampling();
+            }
+            lock(&outcomes).push(VcpuOutcome { id, vcpu, end, counts, registers, tsc, first_run, recorder });
+            // The reader is polled until every thread has ended, so this cannot overflow.
+            let _ = ended.write(1);
+        };
+        let thread = std::thread::Builder::new()
+            .name(format!("vcpu{id}"))
+            .spawn(run)
+            .map_err(Error::host("start a vCPU's thread"))?;
+        self.threads.push(thread);
+        Ok(())
+    }
+
+    /// Makes all vCPUs leave the guest and wait. They do so after [`Self::kick`], which is repeated until
+    /// [`Self::is_paused`].
+    pub(crate) fn pause(&self) {
+        self.pause.set();
+    }
+
+    /// Lets paused vCPUs enter the guest again.
+    pub(crate) fn resume(&self) {
+        self.pause.clear();
+    }
+
+    /// Whether no vCPU runs guest code or handles an exit, after [`Self::pause`].
+    pub(crate) fn is_paused(&self) -> bool {
+        self.pause.waiting() + lock(&self.outcomes).len() >= self.threads.len()
+    }
+
+    /// Interrupts every vCPU that runs.
+    pub(crate) fn kick(&self) {
+        for thread in self.threads.iter().filter(|thread| !thread.is_finished()) {
+            // A thread that ends in this moment needs no signal.
+            let _ = thread.kill(SIGRTMIN());
+        }
+    }
+
+    /// Ends every thread, and waits for it.
+    pub(crate) fn stop(&mut self) {
+        self.stopping.store(true, Ordering::Release);
+        self.pause.clear();
+        // All at once: one vCPU may wait for a lock that another holds while it writes, and only that write can be
+        // interrupted. A thread whose outcome is there has left the guest for good.
+        while lock(&self.outcomes).len() < self.threads.len() {
+            self.kick();
+            // Resets the counter, so that only an end after this moment cuts the wait short.
+            let _ = self.ended.read();
+            let _ = wait_readable(
+                crate::event_loop::borrow(&self.ended),
+                Some(std::time::Instant::now() + KICK_INTERVAL),
+            );
+        }
+        for thread in self.threads.drain(..) {
+            // Threads do not panic: the profile aborts the process on a panic.
+            let _ = thread.join();
+        }
+    }
+
+    /// The outcomes so far, in the order in which the threads ended; each is returned once.
+    pub(crate) fn take_outcomes(&self) -> Vec<VcpuOutcome> {
+        std::mem::take(&mut *lock(&self.outcomes))
+    }
+}
+
+impl Drop for VcpuThreads {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
