@@ -81,7 +81,7 @@ pub(crate) fn run(arguments: &Arguments) -> u8 {
 fn execute(arguments: &Arguments, interruption: &Interruption) -> Result<Option<CopyError>, CpError> {
     let options = CopyOptions { keeps_owners: arguments.archive, follows_link: arguments.follow_link };
     let (source, destination) = (Place::of(&arguments.source)?, Place::of(&arguments.destination)?);
-    let guest = |name: &str| Guest::alive(name).map_err(CopyError::from);
+    let guest = |name: &str| Guest::open_running(name).map_err(CopyError::from);
     let ends = |stream: &UnixStream| interruption.ends(stream);
     match (&source, &destination) {
         (Place::Guest(name, path), Place::Here(to)) => {

@@ -64,7 +64,7 @@ pub(crate) fn run(arguments: &Arguments) -> u8 {
 }
 
 fn execute(arguments: &Arguments) -> Result<u8, CommandError> {
-    let guest = Guest::alive(&arguments.name)?;
+    let guest = Guest::open_running(&arguments.name)?;
     let process = guest.exec(&arguments.options())?;
     // Until here a signal ends this command, and the agent hangs up on the process.
     let mut signals = Signals::keep(false)?;

@@ -5,8 +5,6 @@ use crate::guest::owner::Owner;
 use crate::guest::{Guest, GuestDir};
 use crate::image::Image;
 use crate::launch::{self, LaunchError, LaunchOptions, Plan};
-use kindling_vmm::agent::Process;
-use kindling_vmm::config::GuestConfig;
 use kindling_vmm::control::{ControlError, Event, Monitor};
 use kindling_vmm::{Instant, Resources, Timeline};
 use std::ffi::{OsStr, OsString};
@@ -52,7 +50,7 @@ impl GuestBuilder {
         self
     }
 
-    /// Name by which `kindling ps`, `kindling exec` and [`Guest::named`] find it, up to 48 characters, unique for the
+    /// Name by which `kindling ps`, `kindling exec` and [`Guest::open`] find it, up to 48 characters, unique for the
     /// user; one that no other guest has where none is given.
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
@@ -104,12 +102,21 @@ impl GuestBuilder {
     pub fn start(self) -> Result<Guest, LaunchError> {
         let mut monitor = launch::spawn_monitor()?;
         let directory = GuestDir::create(self.name.as_deref())?;
-        let result = self.start_in(&directory, &mut monitor);
-        match result.and_then(|()| Ok(Guest::named(directory.name())?)) {
-            Ok(guest) => Ok(Guest {
-                owner: Some(Owner { monitor: Some(monitor), directory: Some(directory) }),
-                ..guest
-            }),
+        let mut result = start_in(&directory, &mut monitor, &self.image, &self.options);
+        if let Err(LaunchError::Monitor(failure)) = &result
+            && failure.is_preboot
+        {
+            // What the host refuses of a pre-booted kernel must not prevent a boot.
+            drop(monitor);
+            monitor = launch::spawn_monitor()?;
+            let options = LaunchOptions { is_cold: true, ..self.options };
+            result = start_in(&directory, &mut monitor, &self.image, &options);
+        }
+        match result.and_then(|timeline| Ok((timeline, Guest::open(directory.name())?))) {
+            Ok((timeline, guest)) => {
+                let owner = Owner { monitor: Some(monitor), directory: Some(directory), timeline };
+                Ok(Guest { owner: Some(owner), ..guest })
+            }
             Err(error) => {
                 drop(monitor);
                 directory.remove();
@@ -117,56 +124,34 @@ impl GuestBuilder {
             }
         }
     }
-
-    fn start_in(&self, directory: &GuestDir, monitor: &mut Monitor) -> Result<(), LaunchError> {
-        let Plan { mut config, record } = self.options.plan(directory, self.image.prepared())?;
-        let mut resources = Resources::of_devices(&config)?;
-        directory.write(&record)?;
-        let until = std::time::Instant::now() + START_TIMEOUT;
-        // A kernel that cannot be pre-booted boots.
-        let next = |monitor: &Monitor| monitor.event_before(until)?.ok_or(ControlError::Silent);
-        let _ = launch::make_preboot(&config, next)?;
-        let _ = resources.open_rest(&mut config)?;
-        let timeline = Timeline::starting_at(Instant::now());
-        monitor.start(&config, resources, Some(directory.monitor_lock()?), timeline)?;
-        loop {
-            match monitor.event_before(until).map_err(kindling_vmm::Error::from)? {
-                Some(Event::Started(_)) => return Ok(()),
-                Some(Event::Stopped(exit)) => return Err(LaunchError::Ended(exit.reason.to_string())),
-                Some(Event::Failed(failure)) => return Err(LaunchError::Monitor(failure)),
-                Some(_) => {}
-                None => {
-                    let seconds = START_TIMEOUT.as_secs();
-                    return Err(LaunchError::Ended(format!("its agent was not ready within {seconds} s")));
-                }
-            }
-        }
-    }
 }
 
-impl Guest {
-    /// Ends a guest that this program started: its volumes are left in order, and after `within` it
-    /// ends in any case. Whether it ended by itself.
-    ///
-    /// # Errors
-    /// When the monitor is gone.
-    pub fn stop(mut self, within: Duration) -> Result<bool, ControlError> {
-        let Some(Owner { monitor: Some(monitor), .. }) = &mut self.owner else { return Ok(false) };
-        let until = std::time::Instant::now() + within;
-        // A guest without a payload ends when it gets one that does. Init's own program, which every guest has, ends at
-        // once where it is not process 1.
-        let payload = GuestConfig {
-            arguments: vec![b"/proc/self/exe".to_vec()],
-            agent: true,
-            ..GuestConfig::default()
-        };
-        let frame = payload.to_frame(0, false, None).unwrap_or_default();
-        let _last = Process::start_payload(&self.folder.join(crate::guest::SOCKET), &frame);
-        loop {
-            match monitor.event_before(until)? {
-                Some(Event::Stopped(_)) => return Ok(true),
-                Some(_) => {}
-                None => return Ok(false),
+/// Starts a guest in its folder and its monitor; when each step was reached.
+fn start_in(
+    directory: &GuestDir,
+    monitor: &mut Monitor,
+    image: &Image,
+    options: &LaunchOptions,
+) -> Result<Timeline, LaunchError> {
+    let timeline = Timeline::starting_at(Instant::now());
+    let Plan { mut config, record } = options.plan(directory, image.prepared())?;
+    let mut resources = Resources::of_devices(&config)?;
+    directory.write(&record)?;
+    let until = std::time::Instant::now() + START_TIMEOUT;
+    // A kernel that cannot be pre-booted boots.
+    let next = |monitor: &Monitor| monitor.event_before(until)?.ok_or(ControlError::Silent);
+    let _ = launch::make_preboot(&config, next)?;
+    let _ = resources.open_rest(&mut config)?;
+    monitor.start(&config, resources, Some(directory.monitor_lock()?), timeline)?;
+    loop {
+        match monitor.event_before(until).map_err(kindling_vmm::Error::from)? {
+            Some(Event::Started(timeline)) => return Ok(timeline),
+            Some(Event::Stopped(exit)) => return Err(LaunchError::Ended(exit.reason.to_string())),
+            Some(Event::Failed(failure)) => return Err(LaunchError::Monitor(failure)),
+            Some(_) => {}
+            None => {
+                let seconds = START_TIMEOUT.as_secs();
+                return Err(LaunchError::Ended(format!("its agent was not ready within {seconds} s")));
             }
         }
     }

@@ -20,7 +20,7 @@ pub mod volume;
 pub use builder::GuestBuilder;
 pub use command::{Child, Command, ExitStatus, Output, Stdio};
 pub use environment::EnvironmentError;
-pub use guest::Guest;
+pub use guest::{Guest, guests};
 pub use guest_protocol::agent::TerminalSize;
 pub use image::Image;
 pub use kindling_vmm as vmm;

@@ -3,7 +3,7 @@
 //!
 //! Its lock is that of every drive: one guest writes, or any number read.
 
-use crate::guest::Guest;
+use crate::guest::guests;
 use rustix::fs::{FlockOperation, RenameFlags, flock, renameat_with};
 use rustix::io::Errno;
 use std::fs::{DirBuilder, File, OpenOptions};
@@ -185,7 +185,7 @@ impl Volume {
 
     /// Guests that run and have it.
     pub fn guests(&self) -> Vec<String> {
-        let all = Guest::all().unwrap_or_default().into_iter();
+        let all = guests().unwrap_or_default().into_iter();
         all.filter(|guest| guest.is_alive && guest.record.volumes.contains(&self.name))
             .map(|guest| guest.name)
             .collect()

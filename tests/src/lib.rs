@@ -196,6 +196,15 @@ impl Outcome {
         assert!(self.stderr.contains(text), "standard error should have {text:?}; {self}");
         self
     }
+
+    /// Expects text on standard output.
+    ///
+    /// # Panics
+    /// When it is not there.
+    pub fn expect_stdout(&self, text: &str) -> &Self {
+        assert!(self.stdout.contains(text), "standard output should have {text:?}; {self}");
+        self
+    }
 }
 
 /// A program that runs, with its output being collected.

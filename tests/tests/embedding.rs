@@ -57,6 +57,24 @@ fn others_stop_a_guest_and_not_its_program() {
 }
 
 #[test]
+fn a_guest_is_paused_resumed_and_outlives_its_program() {
+    let user = User::new();
+    let mut program = example(&user, "detach");
+    let outcome = run(program.arg(testbed("busybox.erofs")).arg("left"));
+    outcome.expect_status(0).expect_stdout("paused: true\npaused: false, then exit status: 0\n");
+    let kindling = |words: &[&str]| run(user.command(words[0]).args(&words[1..]));
+    kindling(&["exec", "left", "ls", "/tmp"]).expect_status(0).expect_stdout("left\n");
+    kindling(&["ps"]).expect_status(0).expect_stdout("running");
+    let used = kindling(&["stats", "left"]);
+    used.expect_status(0).expect_stdout("MiB");
+    kindling(&["stop", "left"]).expect_status(0);
+    kindling(&["ps", "-a"]).expect_status(0).expect_stdout("exited 0");
+    kindling(&["wait", "left"]).expect_status(0);
+    kindling(&["rm", "left"]).expect_status(0);
+    assert!(user.is_tidy());
+}
+
+#[test]
 fn files_go_in_and_out() {
     let user = User::new();
     let [from, to] = ["words", "sorted"].map(|name| user.folder().join(name));

@@ -189,6 +189,11 @@ impl EventLoop {
         }
     }
 
+    /// The front, where it is another process.
+    pub(crate) const fn control(&self) -> Option<&Control> {
+        self.control.as_ref()
+    }
+
     /// What tells of changes of files that are guest memory. Its end waits for SRCU (`fsnotify_destroy_group` in
     /// fs/notify/group.c).
     pub(crate) fn changes(&self) -> Option<BorrowedFd<'_>> {
@@ -277,7 +282,6 @@ impl EventLoop {
             Some(Request::Detach) => {}
             None if control.is_detached() => {
                 let _ = epoll::delete(&self.epoll, control.as_fd());
-                self.control = None;
             }
             None | Some(Request::Start(_) | Request::Preboot(_) | Request::Stop) => return false,
         }

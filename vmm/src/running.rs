@@ -1,6 +1,7 @@
 //! A running machine: the threads of its vCPUs, and the event loop on the thread that waits for its end.
 
 use crate::bus::{GuestRequest, lock};
+use crate::control::Control;
 use crate::devices::virtio::balloon;
 use crate::error::Error;
 use crate::event_loop::{EventLoop, LoopEnd};
@@ -82,6 +83,11 @@ impl Frozen {
 pub struct Remains(Running);
 
 impl Remains {
+    /// The front, where it is another process.
+    pub(crate) const fn control(&self) -> Option<&Control> {
+        self.0.event_loop.control()
+    }
+
     /// Leaves them to the kernel, for a program that ends now: its end frees the memory, and KVM's
     /// objects and the watch on files go when nobody waits for it any more.
     pub fn leave_to_kernel(self) {

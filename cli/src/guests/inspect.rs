@@ -26,7 +26,7 @@ struct Details<'a> {
 /// Prints it as JSON; the exit status.
 pub(crate) fn run(arguments: &Arguments) -> u8 {
     super::each(&arguments.names, |name| {
-        let guest = Guest::named(name)?;
+        let guest = Guest::open(name)?;
         say(describe(&guest)?.as_bytes());
         Ok(())
     })

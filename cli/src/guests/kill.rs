@@ -18,7 +18,7 @@ pub(crate) struct Arguments {
 /// Sends it; the exit status.
 pub(crate) fn run(arguments: &Arguments) -> u8 {
     super::each(&arguments.names, |name| {
-        let guest = Guest::alive(name)?;
+        let guest = Guest::open_running(name)?;
         if i32::from(arguments.signal) == libc::SIGKILL {
             guest.kill()?;
         } else {

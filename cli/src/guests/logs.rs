@@ -34,7 +34,7 @@ pub(crate) fn run(arguments: &Arguments) -> u8 {
 }
 
 fn print(arguments: &Arguments) -> Result<(), LogsError> {
-    let guest = Guest::named(&arguments.name)?;
+    let guest = Guest::open(&arguments.name)?;
     let mut log = guest.log(arguments.follow)?;
     while let Some((stream, bytes)) = log.next_record()? {
         match deliver(stream, &bytes) {

@@ -27,7 +27,7 @@ pub(crate) fn run(arguments: &Arguments) -> u8 {
 }
 
 fn list(arguments: &Arguments) -> Result<String, GuestError> {
-    let mut guests = Guest::all()?;
+    let mut guests = kindling::guests()?;
     guests.retain(|guest| arguments.all || guest.is_alive);
     if arguments.json {
         let views: Vec<_> = guests.iter().map(view::View::of).collect();

@@ -17,7 +17,7 @@ pub(crate) struct Arguments {
 /// Removes their folders; the exit status.
 pub(crate) fn run(arguments: &Arguments) -> u8 {
     super::each(&arguments.names, |name| {
-        let guest = Guest::named(name)?;
+        let guest = Guest::open(name)?;
         if arguments.force {
             guest.kill()?;
         }

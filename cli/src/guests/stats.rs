@@ -16,7 +16,7 @@ pub(crate) struct Arguments {
 pub(crate) fn run(arguments: &Arguments) -> u8 {
     let mut names = arguments.names.clone();
     if names.is_empty() {
-        match Guest::all() {
+        match kindling::guests() {
             Ok(all) => {
                 names = all.into_iter().filter(|guest| guest.is_alive).map(|guest| guest.name).collect()
             }
@@ -28,7 +28,7 @@ pub(crate) fn run(arguments: &Arguments) -> u8 {
     }
     let mut rows = Vec::new();
     let status = super::each(&names, |name| {
-        let used = Guest::alive(name)?.usage()?.ok_or_else(|| GuestError::Ended(name.to_owned()))?;
+        let used = Guest::open_running(name)?.usage()?.ok_or_else(|| GuestError::Ended(name.to_owned()))?;
         let memory = format!("{} MiB", used.memory_kib.div_ceil(1024));
         let time = format!("{}.{:03} s", used.cpu_ms / 1000, used.cpu_ms % 1000);
         rows.push([name.to_owned(), memory, time]);

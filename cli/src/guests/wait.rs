@@ -12,7 +12,7 @@ pub(crate) struct Arguments {
 
 /// Waits; the exit status is the guest's.
 pub(crate) fn run(arguments: &Arguments) -> u8 {
-    let status = Guest::named(&arguments.name).and_then(|guest| guest.wait());
+    let status = Guest::open(&arguments.name).and_then(|guest| guest.wait());
     status.unwrap_or_else(|error| {
         complain(&error);
         crate::status(error.is_users())

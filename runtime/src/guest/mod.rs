@@ -3,12 +3,15 @@
 
 pub(crate) mod owner;
 mod process;
+mod stop;
 mod usage;
 
 pub use process::Process;
+pub use stop::StopRequest;
 pub use usage::Usage;
 
 use crate::image::User;
+use kindling_vmm::control::ControlError;
 use owner::Owner;
 use rustix::fs::{FlockOperation, Mode, OFlags, fcntl_lock, flock, mkdir, open};
 use rustix::io::Errno;
@@ -16,13 +19,14 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Why there is no such guest, or none can be made.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum GuestError {
     /// A name that a folder or a hostname cannot have.
     #[error(
@@ -49,6 +53,12 @@ pub enum GuestError {
         "the guest {0} runs in another PID namespace, or another version of kindling runs it; use that one's kindling"
     )]
     Elsewhere(String),
+    /// A guest that another process started.
+    #[error("another process started the guest {0}, and only that process can do this")]
+    NotOwned(String),
+    /// The guest's monitor does not answer, or is gone.
+    #[error(transparent)]
+    Control(#[from] ControlError),
     /// The guest of another program.
     #[error("the guest {0} belongs to a program, which gets no signals for it; `kindling kill {0}` ends it")]
     Embedded(String),
@@ -80,7 +90,7 @@ impl GuestError {
     /// Whether asking for something else can help, rather than the host.
     #[must_use]
     pub const fn is_users(&self) -> bool {
-        !matches!(self, Self::Host { .. } | Self::NoStatus(..))
+        !matches!(self, Self::Host { .. } | Self::NoStatus(..) | Self::Control(_))
     }
 }
 
@@ -131,7 +141,7 @@ pub struct Payload {
 pub struct GuestDir {
     name: String,
     folder: PathBuf,
-    _lock: File,
+    lock: File,
     /// What tells others which process the front is.
     _front: Option<OwnedFd>,
     /// Keeps systemd-tmpfiles from clearing the folder away, where that is in /tmp and old (tmpfiles.d(5)).
@@ -189,13 +199,9 @@ impl GuestDir {
             let _ = std::fs::remove_dir_all(&draft);
         }
         match result {
-            Ok(()) => Ok(Self {
-                name: name.to_owned(),
-                folder,
-                _lock: lock,
-                _front: Some(front),
-                _keep: keep(parent),
-            }),
+            Ok(()) => {
+                Ok(Self { name: name.to_owned(), folder, lock, _front: Some(front), _keep: keep(parent) })
+            }
             Err(Errno::EXIST | Errno::NOTEMPTY) => {
                 let is_alive = is_locked(&folder);
                 Err(GuestError::Taken { name: name.to_owned(), is_alive })
@@ -261,6 +267,17 @@ impl GuestDir {
         file.and_then(|file| file.write_all_at(text.as_bytes(), 0)).map_err(host("write", &path))
     }
 
+    /// The file for the exit status, which fits in the room that it has already.
+    pub(crate) fn status_file(&self) -> Result<File, GuestError> {
+        let path = self.folder.join(STATUS);
+        File::options().write(true).open(&path).map_err(host("open", &path))
+    }
+
+    /// The file whose lock says that the guest runs.
+    pub(crate) fn lock(&self) -> BorrowedFd<'_> {
+        self.lock.as_fd()
+    }
+
     /// Forgets the guest.
     pub fn remove(self) {
         self.forget();
@@ -274,6 +291,14 @@ impl GuestDir {
         let _ = std::fs::rename(&self.folder, &aside);
         let _ = std::fs::remove_dir_all(&aside);
     }
+}
+
+/// All guests of this user, the oldest first.
+///
+/// # Errors
+/// When the folder of guests cannot be read.
+pub fn guests() -> Result<Vec<Guest>, GuestError> {
+    Guest::all()
 }
 
 /// A guest of this user's: found by its name, or started by this program ([`Guest::builder`]), with which it ends.
@@ -292,8 +317,11 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// The guest of a name.
-    pub fn named(name: &str) -> Result<Self, GuestError> {
+    /// The guest of this name.
+    ///
+    /// # Errors
+    /// When this user has no guest of this name.
+    pub fn open(name: &str) -> Result<Self, GuestError> {
         check_name(name).map_err(|_| GuestError::Unknown(name.to_owned()))?;
         let folder = runtime_directory()?.join(name);
         if !folder.is_dir() {
@@ -308,8 +336,7 @@ impl Guest {
         Self { name, folder, record, is_alive, owner: None }
     }
 
-    /// All guests of this user, the oldest first.
-    pub fn all() -> Result<Vec<Self>, GuestError> {
+    fn all() -> Result<Vec<Self>, GuestError> {
         let parent = runtime_directory()?;
         let entries = parent.read_dir().map_err(host("read", &parent))?;
         let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
@@ -338,13 +365,7 @@ impl Guest {
             // Somebody was faster and removed it, and maybe another has the name now.
             return Err(GuestError::Unknown(self.name.clone()));
         }
-        Ok(GuestDir {
-            name: self.name.clone(),
-            folder: self.folder.clone(),
-            _lock: lock,
-            _front: None,
-            _keep: None,
-        })
+        Ok(GuestDir { name: self.name.clone(), folder: self.folder.clone(), lock, _front: None, _keep: None })
     }
 
     /// What the monitor of a detached guest had to say since it was started.
@@ -353,9 +374,12 @@ impl Guest {
         String::from_utf8_lossy(&std::fs::read(self.folder.join(REPORT)).unwrap_or_default()).into_owned()
     }
 
-    /// The same, unless it has ended.
-    pub fn alive(name: &str) -> Result<Self, GuestError> {
-        let found = Self::named(name)?;
+    /// The guest of this name, if it runs.
+    ///
+    /// # Errors
+    /// When this user has no guest of this name, or it has ended.
+    pub fn open_running(name: &str) -> Result<Self, GuestError> {
+        let found = Self::open(name)?;
         if found.is_alive { Ok(found) } else { Err(GuestError::Ended(name.to_owned())) }
     }
 
@@ -415,7 +439,7 @@ impl Guest {
             process.wait(None);
         }
         let unknown = |why| GuestError::NoStatus(self.name.clone(), why);
-        match Self::named(&self.name).map(|guest| guest.state()) {
+        match Self::open(&self.name).map(|guest| guest.state()) {
             Ok(State::Exited(status)) => Ok(status),
             Ok(State::Dead) => Err(unknown("the kindling process that ran it crashed or was killed")),
             Ok(State::Running) => Err(unknown("it is gone, and another has its name")),

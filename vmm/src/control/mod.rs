@@ -36,7 +36,8 @@ pub(crate) enum Request {
     Resume,
     /// Report statistics.
     Statistics,
-    /// Run on when the socket ends. A file whose lock the front holds may come with it; the monitor keeps it open.
+    /// Run on when the socket ends. Two descriptors come with it: a file whose lock the front holds, and the file for the
+    /// exit status.
     Detach,
     /// Make the balloon this many MiB large.
     SetBalloon(u64),

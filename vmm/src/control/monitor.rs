@@ -63,7 +63,9 @@ fn run(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result<(),
     machine.control = Some(control);
     let (exit, stopped) = machine.start()?.wait_for_end();
     // A front that is gone has stopped the machine.
+    let status = exit.reason.status();
     let _ = channel.send(&Event::Stopped(Box::new(exit)), EVENT_MAX, &[]);
+    stopped.control().iter().for_each(|control| control.finish(status));
     stopped.leave_to_kernel();
     Ok(())
 }

@@ -30,7 +30,9 @@ impl Pause {
 
     /// The number of vCPUs that wait.
     pub(crate) fn waiting(&self) -> usize {
-        *lock(&self.waiting)
+        // Those that wait after the pause was cleared are about to continue.
+        let waiting = lock(&self.waiting);
+        if self.is_set.load(Ordering::Acquire) { *waiting } else { 0 }
     }
 
     /// Waits while the machine is paused; whether it was.
@@ -70,6 +72,7 @@ mod tests {
             pause.clear();
             assert!(vcpus.into_iter().all(|vcpu| vcpu.join().unwrap()));
         });
+        pause.set();
         assert_eq!(pause.waiting(), 0);
     }
 }

@@ -213,12 +213,12 @@ impl Monitor {
     }
 
     /// Leaves the machine running after the end of this process. The monitor keeps `lock` open, a file whose flock(2)
-    /// says that the guest runs.
+    /// says that the guest runs, and writes the exit status to the beginning of `status`, in decimal digits.
     ///
     /// # Errors
     /// When the monitor is gone.
-    pub fn detach(self, lock: BorrowedFd<'_>) -> Result<(), ControlError> {
-        self.channel.send(&Request::Detach, REQUEST_MAX, &[lock])?;
+    pub fn detach(self, lock: BorrowedFd<'_>, status: &File) -> Result<(), ControlError> {
+        self.channel.send(&Request::Detach, REQUEST_MAX, &[lock, status.as_fd()])?;
         // The servers of shared folders end with the monitor, and the vsock's socket stays in the guest's folder.
         std::mem::forget(self);
         Ok(())
