@@ -2,7 +2,7 @@
 
 use crate::boot::BootError;
 use crate::config::ConfigError;
-use crate::control::ControlError;
+use crate::control::channel::ControlError;
 use crate::function_marks::MarkError;
 use crate::kvm::KvmError;
 use crate::memory::MemoryError;

@@ -7,6 +7,7 @@ use crate::devices::console::EscapeFilter;
 use crate::devices::serial::SerialPort;
 use crate::devices::virtio::{Transport, Watcher};
 use crate::memory::{self, BackingFile};
+use crate::poll::borrow;
 use crate::timeline::Instant;
 use crate::vcpu_threads::{KICK_INTERVAL, VcpuThreads};
 use rustix::event::Timespec;
@@ -14,7 +15,7 @@ use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::io::{Errno, read};
 use std::fs::File;
 use std::io::{self, IsTerminal, Read};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, TryLockError};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -392,11 +393,4 @@ impl Input {
 
 fn watch(epoll: &OwnedFd, source: BorrowedFd<'_>, token: u64) -> Result<(), Errno> {
     epoll::add(epoll, source, EventData::new_u64(token), EventFlags::IN)
-}
-
-/// Borrows the descriptor of an eventfd, whose type predates `AsFd`.
-#[expect(unsafe_code, reason = "borrows a descriptor from a type without AsFd")]
-pub(crate) fn borrow(eventfd: &EventFd) -> BorrowedFd<'_> {
-    // SAFETY: the descriptor is open as long as the eventfd, which the result borrows.
-    unsafe { BorrowedFd::borrow_raw(eventfd.as_raw_fd()) }
 }

@@ -2,8 +2,9 @@
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::Instant;
+use vmm_sys_util::eventfd::EventFd;
 
 /// Waits until a descriptor is readable or its other end is closed, or until a time; whether it is.
 ///
@@ -19,6 +20,13 @@ pub fn wait_readable(fd: BorrowedFd<'_>, until: Option<Instant>) -> Result<bool,
             result => return result.map(|count| count > 0),
         }
     }
+}
+
+/// Borrows the descriptor of an eventfd, whose type predates `AsFd`.
+#[expect(unsafe_code, reason = "borrows a descriptor from a type without AsFd")]
+pub(crate) fn borrow(eventfd: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: the descriptor is open as long as the eventfd, which the result borrows.
+    unsafe { BorrowedFd::borrow_raw(eventfd.as_raw_fd()) }
 }
 
 #[cfg(test)]

@@ -122,7 +122,7 @@ impl Running {
         }
         let mut threads = VcpuThreads::new(ended, Arc::clone(&machine.stopping))?;
         for (id, vcpu) in vcpus {
-            threads.start(&machine, id, vcpu)?;
+            threads.start(id, vcpu, &machine.devices.buses, machine.gate.as_ref(), machine.is_kept)?;
         }
         Ok(Self { vcpus: threads, stop, event_loop, machine })
     }

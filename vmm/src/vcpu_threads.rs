@@ -1,9 +1,9 @@
 //! The threads of a machine's vCPUs: started, paused, resumed and stopped together.
 
-use crate::bus::lock;
+use crate::bus::{Buses, lock};
 use crate::error::Error;
+use crate::gate::Gate;
 use crate::kvm::{ExitCounts, Pause, Registers, Vcpu, VcpuEnd};
-use crate::machine::Machine;
 use crate::poll::wait_readable;
 use crate::profile::Recorder;
 use crate::timeline::Instant;
@@ -61,17 +61,22 @@ impl VcpuThreads {
         Ok(Self { threads: Vec::new(), outcomes: Arc::default(), ended, stopping, pause: Arc::default() })
     }
 
-    /// Starts the thread of a vCPU of `machine`.
+    /// Starts the thread of a vCPU, which waits at `gate` first. `is_captured` says whether its state is read at the end.
     ///
     /// # Errors
     /// When the host refuses a thread or a descriptor.
-    pub(crate) fn start(&mut self, machine: &Machine, id: usize, mut vcpu: Vcpu) -> Result<(), Error> {
+    pub(crate) fn start(
+        &mut self,
+        id: usize,
+        mut vcpu: Vcpu,
+        buses: &Arc<Buses>,
+        gate: Option<&Arc<Gate>>,
+        is_captured: bool,
+    ) -> Result<(), Error> {
         let ended = self.ended.try_clone().map_err(Error::host("duplicate an eventfd"))?;
-        let buses = Arc::clone(&machine.devices.buses);
+        let (buses, gate) = (Arc::clone(buses), gate.cloned());
         let (stopping, pause) = (Arc::clone(&self.stopping), Arc::clone(&self.pause));
         let outcomes = Arc::clone(&self.outcomes);
-        let is_kept = machine.is_kept;
-        let gate = machine.gate.clone();
         let run = move || {
             // The parent of this process may have blocked the signal.
             let _ = unblock_signal(SIGRTMIN());
@@ -85,7 +90,7 @@ impl VcpuThreads {
             let first_run = Instant::now();
             let end = vcpu.run(&buses, &stopping, &pause);
             // A capture without the counter fails later, with its own error.
-            let tsc = is_kept.then(|| vcpu.tsc().ok()).flatten();
+            let tsc = is_captured.then(|| vcpu.tsc().ok()).flatten();
             let registers = end.is_failure().then(|| vcpu.registers()).flatten();
             let counts = *vcpu.counts();
             let mut recorder = vcpu.recorder.take();
@@ -139,7 +144,7 @@ impl VcpuThreads {
             // Resets the counter, so that only an end after this moment cuts the wait short.
             let _ = self.ended.read();
             let _ = wait_readable(
-                crate::event_loop::borrow(&self.ended),
+                crate::poll::borrow(&self.ended),
                 Some(std::time::Instant::now() + KICK_INTERVAL),
             );
         }

@@ -5,7 +5,7 @@
 //! front believes the monitor nothing: its guest may have taken it over. All that the monitor sends has a bound, and is
 //! text, numbers and the kind of what happened.
 
-mod channel;
+pub(crate) mod channel;
 mod front;
 mod handle;
 mod monitor;

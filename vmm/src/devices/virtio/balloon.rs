@@ -357,7 +357,7 @@ impl Device for Balloon {
 
     fn activate(&mut self, features: u64, _: &mut Queues, watcher: &Watcher) -> Result<(), Broken> {
         self.queues = OptionalQueues::of(features);
-        let changed = crate::event_loop::borrow(&self.shared.changed);
+        let changed = crate::poll::borrow(&self.shared.changed);
         watcher
             .add(changed, CONTROL, EventFlags::IN)
             .map_err(|error| Broken::because(format!("the balloon's size cannot be watched: {error}")))?;
@@ -384,7 +384,7 @@ impl Device for Balloon {
 
     fn reset(&mut self) {
         if let Some(watcher) = self.watcher.take() {
-            watcher.remove(crate::event_loop::borrow(&self.shared.changed));
+            watcher.remove(crate::poll::borrow(&self.shared.changed));
         }
         self.queues = OptionalQueues::default();
         self.ask_at = None;

@@ -333,7 +333,7 @@ impl Engine {
             return Ok(Self::Ring(Box::new(Ring(ring))));
         }
         let worker = Worker::start()?;
-        watcher.add(crate::event_loop::borrow(&worker.shared.finished_event), token, EventFlags::IN)?;
+        watcher.add(crate::poll::borrow(&worker.shared.finished_event), token, EventFlags::IN)?;
         Ok(Self::Thread(worker))
     }
 }

@@ -108,7 +108,7 @@ impl Transport {
     /// # Errors
     /// When the host has no memory left.
     pub fn watch(&mut self, watcher: Watcher) -> io::Result<()> {
-        let doorbell = crate::event_loop::borrow(self.queues.doorbell());
+        let doorbell = crate::poll::borrow(self.queues.doorbell());
         watcher.add(doorbell, DOORBELL, rustix::event::epoll::EventFlags::IN)?;
         self.watcher = Some(watcher);
         // A device that was restored goes on.
