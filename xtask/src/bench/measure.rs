@@ -24,7 +24,7 @@ pub(crate) struct Arguments {
 /// that turns in circles takes a minute for them.
 pub(super) const LIMIT: Duration = Duration::from_secs(10);
 /// How often a run is made until it succeeds: a guest in the lab can hang through no fault of its own or of its
-/// monitor (docs/architecture.md, "The lab").
+/// monitor (docs/testing.md, "The lab").
 const ATTEMPTS: u32 = 4;
 /// Between two runs, and before a waiting guest's memory is read: what the kernel does later is done.
 pub(super) const SETTLE: Duration = Duration::from_millis(50);

@@ -51,7 +51,7 @@ pub(super) struct Console {
 /// What goes through `cat` under `kindling run`.
 const STREAM_BYTES: u64 = 1 << 30;
 /// What goes through that of another monitor: a lab stands still some time with so many interrupts as those take
-/// (docs/architecture.md, "The lab"), and what is told is the time for a MiB.
+/// (docs/testing.md, "The lab"), and what is told is the time for a MiB.
 const OTHERS_STREAM_BYTES: u64 = 64 << 20;
 /// How much of it at once.
 const PIECE: usize = 64 << 10;

@@ -85,7 +85,7 @@ pub(crate) struct Job {
     /// An ext4 filesystem that is read from where it is, at [`DISK`]: what is in `with` takes memory.
     pub(crate) disk: Option<PathBuf>,
     /// Whether the processor has XSAVE, without which Firecracker does not start. Programs of guests do not return
-    /// from a signal handler then (docs/architecture.md, "The lab").
+    /// from a signal handler then (docs/testing.md, "The lab").
     pub(crate) has_xsave: bool,
 }
 
