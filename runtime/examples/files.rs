@@ -1,5 +1,6 @@
 //! Copies a file into a guest, works on it there, and copies the result out:
 //! `cargo run --package kindling --example files -- busybox.tar words sorted`
+#![expect(clippy::print_stdout, reason = "it prints what happens")]
 
 use kindling::{Guest, Image};
 use std::error::Error;
@@ -15,6 +16,6 @@ fn main() -> Result<(), Box<dyn Error>> {
         return Err(format!("sort ended with {status}").into());
     }
     guest.copy_out("/tmp/sorted", to)?;
-    guest.stop(Duration::from_secs(5))?;
+    println!("ended by itself: {}", guest.stop(Duration::from_secs(5))?);
     Ok(())
 }

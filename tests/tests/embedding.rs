@@ -79,7 +79,8 @@ fn files_go_in_and_out() {
     let user = User::new();
     let [from, to] = ["words", "sorted"].map(|name| user.folder().join(name));
     std::fs::write(&from, "two\none\nthree\n").unwrap();
-    run(example(&user, "files").arg(testbed("busybox.erofs")).args([&from, &to])).expect_status(0);
+    let files = run(example(&user, "files").arg(testbed("busybox.erofs")).args([&from, &to]));
+    files.expect_status(0).expect_stdout("ended by itself: true");
     assert_eq!(std::fs::read_to_string(&to).unwrap(), "one\nthree\ntwo\n");
     assert!(user.is_tidy());
 }

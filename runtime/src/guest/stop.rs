@@ -1,8 +1,10 @@
 //! The end of a guest: asked for, and then enforced.
 
 use super::{Guest, GuestError, Process};
-use kindling_vmm::agent;
+use kindling_vmm::agent::{self, News};
 use kindling_vmm::config::GuestConfig;
+use kindling_vmm::poll::wait_readable;
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 const SIGTERM: u8 = 15;
@@ -15,8 +17,8 @@ pub struct StopRequest<'a> {
     guest: &'a Guest,
     /// The process whose end is the guest's; none where the guest has ended.
     process: Option<Process>,
-    /// The payload that ends a guest without a command. The agent hangs up on it when this is dropped.
-    _payload: Option<agent::Process>,
+    /// The payload that ends a guest without a command. The guest ends when it has exited and this is dropped.
+    payload: Option<agent::Process>,
 }
 
 impl Guest {
@@ -26,7 +28,7 @@ impl Guest {
     /// # Errors
     /// When the guest runs in another PID namespace, or the host refuses something.
     pub fn request_stop(&self) -> Result<StopRequest<'_>, GuestError> {
-        let request = |process, payload| StopRequest { guest: self, process, _payload: payload };
+        let request = |process, payload| StopRequest { guest: self, process, payload };
         if self.record.is_embedded {
             let process = self.monitor()?;
             let payload = process.as_ref().and_then(|_| self.start_last_payload());
@@ -72,10 +74,27 @@ impl StopRequest<'_> {
     /// # Errors
     /// As [`Guest::kill`].
     pub fn wait(self, until: Instant) -> Result<bool, GuestError> {
+        if let Some(payload) = self.payload {
+            wait_for_exit(payload, until);
+        }
         let has_ended = self.process.as_ref().is_none_or(|process| process.wait(Some(until)));
         if !has_ended {
             self.guest.kill()?;
         }
         Ok(has_ended)
+    }
+}
+
+/// Waits until a payload has exited, until its guest is gone, or until a time.
+fn wait_for_exit(mut payload: agent::Process, until: Instant) {
+    loop {
+        match payload.news() {
+            Ok(Some(News::Exited { .. })) | Err(_) => return,
+            Ok(Some(_)) => {}
+            Ok(None) => match wait_readable(payload.as_fd(), Some(until)) {
+                Ok(true) => {}
+                Ok(false) | Err(_) => return,
+            },
+        }
     }
 }
