@@ -3,7 +3,7 @@
 use crate::digest::Digest;
 use crate::erofs::{self, BLOCK, BlockWriter};
 use crate::error::Error;
-use crate::layer::{self, Check};
+use crate::layer;
 use crate::prepared::Record;
 use crate::source::{Image, Store};
 use crate::tree::{Kind, Tree};
@@ -11,22 +11,6 @@ use crate::user::{self, Users};
 use rustix::fs::FallocateFlags;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-
-/// The digest of everything that a filesystem is made from, as far as it is checked.
-///
-/// The configuration's digest alone would not do: whoever makes an image can name another's configuration beside
-/// layers of their own.
-pub(crate) fn key(image: &Image) -> Digest {
-    let mut text = image.id.to_string();
-    for layer in &image.layers {
-        let (what, digest) = match layer.check {
-            Check::Blob(digest, _) => ("blob", digest),
-            Check::Content(digest) => ("content", digest),
-        };
-        text += &format!(" {what} {digest}");
-    }
-    Digest::of(text.as_bytes())
-}
 
 /// Writes an image's filesystem into an empty file. `begin` is told of each layer: its number and their count.
 pub(crate) fn convert(

@@ -1,7 +1,8 @@
 //! Why an image cannot be had.
 
 use crate::digest::{Digest, NoDigest};
-use crate::source::RegistryError;
+use crate::manifest::MAX_DOCUMENT;
+use crate::registry::RegistryError;
 use crate::{erofs, layer, reference, tarball, user};
 use std::io;
 use std::path::PathBuf;
@@ -72,7 +73,7 @@ pub enum Error {
     #[error("layer {0} has no size in its manifest, or one that no layer can have")]
     LayerSize(usize),
     /// A document is too large.
-    #[error("its {0} has more than {max} MiB", max = crate::source::MAX_DOCUMENT >> 20)]
+    #[error("its {0} has more than {max} MiB", max = MAX_DOCUMENT >> 20)]
     LargeDocument(String),
     /// Something is missing.
     #[error("it is not whole: {0} is missing; save or pull it again")]

@@ -4,7 +4,7 @@ use crate::ahead;
 use crate::compression::decompress;
 use crate::digest::{Digest, Hashed, drain};
 use crate::erofs::{BLOCK, BlockWriter, CopyError};
-use crate::source::BrokenOff;
+use crate::registry::BrokenOff;
 use crate::tarball::{self, Entry, EntryKind, Tarball};
 use crate::tree::{self, Kind, Shown, Tree};
 use std::io::{self, Read};

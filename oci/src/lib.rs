@@ -14,8 +14,6 @@ mod digest;
 mod disk;
 mod erofs;
 mod error;
-mod extensions;
-mod header;
 mod inventory;
 mod layer;
 mod manifest;
@@ -23,8 +21,8 @@ mod names;
 mod platform;
 mod prepared;
 mod reference;
+mod registry;
 mod source;
-mod sparse;
 mod tarball;
 mod tree;
 mod user;
@@ -125,7 +123,7 @@ fn from_store(
     begin: &mut dyn FnMut(usize, usize),
 ) -> Result<Entry, Error> {
     let image = store.image(tag)?;
-    let key = convert::key(&image);
+    let key = image.key();
     let entry = cache.get_or_make(key, |file| convert::convert(store, &image, file, begin))?;
     if let Some(name) = name {
         cache.remember(name, key)?;

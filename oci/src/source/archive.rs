@@ -120,9 +120,7 @@ fn members(file: &mut File) -> Result<HashMap<String, Member>, Error> {
         if members.len() > MAX_MEMBERS {
             return Err(Error::Members(members.len()));
         }
-        let distance = i64::try_from(archive.to_next()).unwrap_or(i64::MAX);
-        archive.input().seek_relative(distance).map_err(read)?;
-        archive.skipped();
+        archive.seek_to_next().map_err(read)?;
     }
     Ok(members)
 }

@@ -2,28 +2,23 @@
 
 mod archive;
 mod docker;
+mod index;
 mod layout;
 mod registry;
 
-use crate::convert;
 use crate::digest::Digest;
 use crate::error::Error;
 use crate::layer::Check;
-use crate::manifest::{self, Descriptor, ImageConfig};
-use crate::platform::Platform;
+use crate::manifest::{self, Descriptor, ImageConfig, MAX_DOCUMENT};
 use crate::reference::Reference;
+use crate::registry::Registry;
 use archive::Archive;
-use registry::Registry;
-pub(crate) use registry::{BrokenOff, RegistryError};
 use rustix::fs::OFlags;
 use serde::de::DeserializeOwned;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-
-/// Bytes of a manifest, an index or a configuration: registries take half of that.
-pub(crate) const MAX_DOCUMENT: u64 = 8 << 20;
 
 /// An image whose layers can be read.
 #[derive(Debug)]
@@ -32,6 +27,24 @@ pub(crate) struct Image {
     pub(crate) id: Digest,
     pub(crate) config: ImageConfig,
     pub(crate) layers: Vec<Layer>,
+}
+
+impl Image {
+    /// The digest of everything that a filesystem is made from, as far as it is checked.
+    ///
+    /// The configuration's digest alone would not do: whoever makes an image can name another's configuration beside
+    /// layers of their own.
+    pub(crate) fn key(&self) -> Digest {
+        let mut text = self.id.to_string();
+        for layer in &self.layers {
+            let (what, digest) = match layer.check {
+                Check::Blob(digest, _) => ("blob", digest),
+                Check::Content(digest) => ("content", digest),
+            };
+            text += &format!(" {what} {digest}");
+        }
+        Digest::of(text.as_bytes())
+    }
 }
 
 /// A layer.
@@ -69,7 +82,7 @@ impl Store {
     /// The image in it, or that of a name.
     pub(crate) fn image(&self, tag: Option<&str>) -> Result<Image, Error> {
         if let Self::Registry(registry) = self {
-            return registry.image();
+            return registry::find(registry);
         }
         let saved = match self {
             Self::Archive(_) => self.document("manifest.json")?,
@@ -89,7 +102,7 @@ impl Store {
     /// A layer's content.
     pub(crate) fn layer(&self, layer: &Layer) -> Result<Box<dyn Read + Send + '_>, Error> {
         if let (Self::Registry(registry), Check::Blob(digest, _)) = (self, layer.check) {
-            return Ok(Box::new(registry.layer(digest)?));
+            return Ok(Box::new(registry.download(digest)?));
         }
         self.file(&layer.name)?.ok_or_else(|| Error::Missing(layer.name.clone()))
     }
@@ -116,14 +129,8 @@ impl Store {
     /// A small file's content.
     fn document(&self, name: &str) -> Result<Option<Vec<u8>>, Error> {
         let Some(file) = self.file(name)? else { return Ok(None) };
-        let mut content = Vec::new();
-        file.take(MAX_DOCUMENT + 1)
-            .read_to_end(&mut content)
-            .map_err(|source| Error::Read { path: name.into(), source })?;
-        if content.len() as u64 > MAX_DOCUMENT {
-            return Err(Error::LargeDocument(name.to_owned()));
-        }
-        Ok(Some(content))
+        let failed = |source| Error::Read { path: name.into(), source };
+        read_document(name, file, failed).map(Some)
     }
 
     /// A document that is named by its digest.
@@ -134,6 +141,20 @@ impl Store {
         check(descriptor, digest, &content)?;
         Ok(content)
     }
+}
+
+/// Reads a document to its end; `failed` makes the error of a read.
+fn read_document(
+    name: &str,
+    input: impl Read,
+    failed: impl FnOnce(io::Error) -> Error,
+) -> Result<Vec<u8>, Error> {
+    let mut content = Vec::new();
+    input.take(MAX_DOCUMENT + 1).read_to_end(&mut content).map_err(failed)?;
+    if content.len() as u64 > MAX_DOCUMENT {
+        return Err(Error::LargeDocument(name.to_owned()));
+    }
+    Ok(content)
 }
 
 /// Opens a file without waiting for anybody; none where it is something else than a file.
@@ -193,8 +214,8 @@ fn single(found: Vec<(String, Result<Image, Error>)>) -> Result<Image, Error> {
         }
     }
     let Some((_, first)) = images.first() else { return Err(failure.unwrap_or(Error::NoImage)) };
-    let key = convert::key(first);
-    if images.iter().any(|(_, image)| convert::key(image) != key) {
+    let key = first.key();
+    if images.iter().any(|(_, image)| image.key() != key) {
         let mut names: Vec<_> = images.into_iter().map(|(name, _)| name).collect();
         names.sort();
         names.dedup();

@@ -3,48 +3,20 @@
 //! It is read as Go's archive/tar reads it (docker, containerd and podman do so), since what one reader skips another
 //! one takes for a file. `header.rs` has the fields, `extensions.rs` what stands in front of a header.
 
-use crate::extensions::{Extensions, NoRecord, Pax};
-use crate::header::{Header, RECORD};
-use crate::sparse::{self, Segment};
+mod error;
+mod extensions;
+mod header;
+mod sparse;
+mod stream;
+
 use crate::tree::{Attributes, Device, Shown, Time};
-use std::io::{self, Read};
-
-/// Bytes of an extended header. A file's attributes and two paths need 80 KiB.
-const MAX_EXTENSION: u64 = 1 << 20;
-
-/// An archive cannot be read.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// The input cannot be read.
-    #[error(transparent)]
-    Read(#[from] io::Error),
-    /// The end is missing.
-    #[error("the archive ends in the middle of a file")]
-    Truncated,
-    /// Not a tar archive, or a damaged one.
-    #[error("byte {0} begins no file: not a tar archive, or a damaged one")]
-    Checksum(u64),
-    /// A record of zeroes, of which an archive has two at its end, with something behind it.
-    #[error(
-        "byte {0}: a single record of zeroes in the middle of the archive, which is damaged or written wrong"
-    )]
-    LoneZeroes(u64),
-    /// A field of a header.
-    #[error("{0}: {1} in its header is not a number that it can be")]
-    Number(Shown, &'static str),
-    /// An extended header that is too large.
-    #[error("byte {0}: an extended header has more than {max} KiB", max = MAX_EXTENSION >> 10)]
-    Extension(u64),
-    /// An extended header that no file follows.
-    #[error("byte {0}: an extended header at the end of the archive, without the file that it describes")]
-    NoFile(u64),
-    /// A record of an extended header.
-    #[error("byte {0}: an extended header's record is damaged, or its value is none that it can have: {1}")]
-    Record(u64, Shown),
-    /// A map of a sparse file.
-    #[error("{0}: the map of its holes is damaged")]
-    Sparse(Shown),
-}
+pub use error::Error;
+use error::MAX_EXTENSION;
+use extensions::{Extensions, NoRecord, Pax};
+use header::{Header, RECORD};
+use sparse::Segment;
+use std::io::Read;
+pub(crate) use stream::Tarball;
 
 /// What an entry is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,45 +46,7 @@ pub(crate) struct Entry {
     pub(crate) segments: Vec<Segment>,
 }
 
-/// An archive that is being read.
-#[derive(Debug)]
-pub(crate) struct Tarball<R> {
-    input: R,
-    position: u64,
-    /// Where the next header is.
-    next: u64,
-    /// Where the data ends.
-    data_end: u64,
-}
-
 impl<R: Read> Tarball<R> {
-    pub(crate) const fn new(input: R) -> Self {
-        Self { input, position: 0, next: 0, data_end: 0 }
-    }
-
-    /// Where in the archive the reader is: behind `next_entry` where its data begins.
-    pub(crate) const fn position(&self) -> u64 {
-        self.position
-    }
-
-    pub(crate) const fn input(&mut self) -> &mut R {
-        &mut self.input
-    }
-
-    pub(crate) fn into_input(self) -> R {
-        self.input
-    }
-
-    /// Someone has moved the input to where the next header is.
-    pub(crate) const fn skipped(&mut self) {
-        self.position = self.next;
-    }
-
-    /// Bytes from here to the next header.
-    pub(crate) const fn to_next(&self) -> u64 {
-        self.next - self.position
-    }
-
     /// The next file, past what is left of the one before; none at the end.
     pub(crate) fn next_entry(&mut self) -> Result<Option<Entry>, Error> {
         let mut extensions = Extensions::default();
@@ -121,7 +55,7 @@ impl<R: Read> Tarball<R> {
             let Some(header) = self.header()? else {
                 return described.map_or(Ok(None), |at| Err(Error::NoFile(at)));
             };
-            let at = self.position - RECORD as u64;
+            let at = self.position() - RECORD as u64;
             match header.kind() {
                 b'L' => extensions.path = Some(until_zero(self.extension(&header)?)),
                 b'K' => extensions.link = Some(until_zero(self.extension(&header)?)),
@@ -137,58 +71,15 @@ impl<R: Read> Tarball<R> {
         }
     }
 
-    /// The next header. Two records of zeroes end the archive, and so does the end of the input: behind a single
-    /// record of zeroes, and in place of a file's padding, too.
-    fn header(&mut self) -> Result<Option<Header>, Error> {
-        let at = self.next;
-        if self.skip(self.data_end.saturating_sub(self.position))? > 0 {
-            return Err(Error::Truncated);
-        }
-        self.skip(self.to_next())?;
-        let Some(record) = self.record()? else { return Ok(None) };
-        if record == [0; RECORD] {
-            return match self.record()? {
-                Some(record) if record != [0; RECORD] => Err(Error::LoneZeroes(at)),
-                _ => Ok(None),
-            };
-        }
-        Header::new(record).map(Some).ok_or(Error::Checksum(at))
-    }
-
-    /// The next record; none at the end of the input.
-    fn record(&mut self) -> Result<Option<[u8; RECORD]>, Error> {
-        let mut record = [0; RECORD];
-        let mut filled = 0;
-        while filled < RECORD {
-            match self.input.read(&mut record[filled..]) {
-                Ok(0) if filled == 0 => return Ok(None),
-                Ok(0) => return Err(Error::Truncated),
-                Ok(count) => filled += count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        self.position += RECORD as u64;
-        (self.data_end, self.next) = (self.position, self.position);
-        Ok(Some(record))
-    }
-
-    /// The data from here on has so many bytes.
-    fn begin_data(&mut self, size: u64) -> Option<()> {
-        self.data_end = self.position.checked_add(size)?;
-        self.next = self.data_end.checked_next_multiple_of(RECORD as u64)?;
-        Some(())
-    }
-
     fn pax(&mut self, header: &Header) -> Result<Pax, Error> {
-        let at = self.position - RECORD as u64;
+        let at = self.position() - RECORD as u64;
         Pax::parse(&self.extension(header)?).map_err(|NoRecord(record)| Error::Record(at, record))
     }
 
     /// The content of an extended header.
     fn extension(&mut self, header: &Header) -> Result<Vec<u8>, Error> {
         let size = header.size().and_then(sparse::size).filter(|&size| size <= MAX_EXTENSION);
-        let size = size.ok_or(Error::Extension(self.position - RECORD as u64))?;
+        let size = size.ok_or(Error::Extension(self.position() - RECORD as u64))?;
         self.begin_data(size);
         let mut content = vec![0; usize::try_from(size).unwrap_or_default()];
         self.read_exact(&mut content)?;
@@ -244,52 +135,12 @@ impl<R: Read> Tarball<R> {
             None => return Ok(entry),
         };
         entry.path = map.name.unwrap_or(entry.path);
-        let stored = self.data_end - self.position;
+        let stored = self.remaining();
         if entry.kind != EntryKind::File || !sparse::is_sound(&map.segments, map.size, stored) {
             return Err(Error::Sparse(Shown::new(&entry.path)));
         }
         (entry.size, entry.segments) = (map.size, map.segments);
         Ok(entry)
-    }
-
-    /// Reads over bytes; how many the input does not have.
-    fn skip(&mut self, length: u64) -> Result<u64, Error> {
-        let skipped = io::copy(&mut self.input.by_ref().take(length), &mut io::sink())?;
-        self.position += skipped;
-        Ok(length - skipped)
-    }
-
-    /// A record in front of the data, which is part of no file (maps of sparse files).
-    pub(crate) fn record_between(&mut self) -> Result<[u8; RECORD], Error> {
-        self.data_end = self.data_end.saturating_add(RECORD as u64);
-        self.next = self.next.saturating_add(RECORD as u64);
-        let mut record = [0; RECORD];
-        self.read_exact(&mut record)?;
-        Ok(record)
-    }
-
-    /// Bytes of the data.
-    pub(crate) fn read_exact(&mut self, buffer: &mut [u8]) -> Result<(), Error> {
-        if buffer.len() as u64 > self.data_end - self.position {
-            return Err(Error::Truncated);
-        }
-        self.input.read_exact(buffer).map_err(|error| match error.kind() {
-            io::ErrorKind::UnexpectedEof => Error::Truncated,
-            _ => error.into(),
-        })?;
-        self.position += buffer.len() as u64;
-        Ok(())
-    }
-}
-
-/// The file's data.
-impl<R: Read> Read for Tarball<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let left = self.data_end - self.position;
-        let wanted = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
-        let count = self.input.read(&mut buffer[..wanted])?;
-        self.position += count as u64;
-        Ok(count)
     }
 }
 

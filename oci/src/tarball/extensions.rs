@@ -2,7 +2,7 @@
 //!
 //! Records are counted, not ended by a newline: a capability has any bytes.
 
-use crate::sparse::{self, decimal};
+use super::sparse::{self, decimal};
 use crate::tree::{Shown, Time, Xattr};
 
 /// What extended headers say of the file that follows.

@@ -1,7 +1,8 @@
 //! Sparse files in tar archives: GNU tar's three ways to write down where the data belongs.
 
-use crate::header::{Header, RECORD, Segments, more_segments};
-use crate::tarball::{Error, Tarball};
+use super::error::Error;
+use super::header::{Header, RECORD, Segments, more_segments};
+use super::stream::Tarball;
 use crate::tree::Shown;
 use std::io::Read;
 
