@@ -1,5 +1,5 @@
-//! Images in a registry (the OCI distribution specification). Layers are converted while they arrive; nothing else of
-//! them is kept.
+//! A client for the OCI distribution specification, for one repository. Layers are read as a stream, which is converted
+//! while it is downloaded; the blobs are not stored.
 
 use crate::digest::Digest;
 use crate::manifest::{DOCKER_INDEX, DOCKER_MANIFEST, MAX_DOCUMENT, OCI_INDEX, OCI_MANIFEST};
@@ -15,48 +15,44 @@ use ureq::http::Response;
 use ureq::tls::{PemItem, RootCerts, TlsConfig, parse_pem};
 use ureq::{Agent, Body, BodyReader, Proxy};
 
-/// The certificates that this machine trusts, where distributions keep them in one file.
+/// The files in which distributions keep the trusted certificates.
 const SYSTEM_ROOTS: [&str; 3] =
     ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem"];
-/// For a server that says nothing.
-const PATIENCE: Duration = Duration::from_secs(60);
-/// How often a download that broke off is taken up again.
+/// The timeout for connecting, for the response headers and for each read.
+const TIMEOUT: Duration = Duration::from_secs(60);
+/// How often an interrupted download is resumed.
 const MAX_RESUMES: u32 = 5;
 
-/// A request failed.
+/// Why a request to a registry failed.
 #[derive(Debug, thiserror::Error)]
 pub enum RegistryError {
-    /// No answer.
-    #[error("cannot ask {url}")]
+    /// The connection failed.
+    #[error("request to {url} failed")]
     Request {
-        /// What was asked.
+        /// The URL of the request.
         url: String,
         /// The cause.
         #[source]
         source: Box<ureq::Error>,
     },
-    /// The registry does not have it.
-    #[error("{0} does not have it")]
+    /// The registry does not have the image or blob.
+    #[error("not found in the registry {0}")]
     NotFound(String),
-    /// The registry wants to know who asks.
-    #[error(
-        "{0} does not let everyone have it, or does not have it; `docker login` keeps names and passwords"
-    )]
+    /// The registry requires a login.
+    #[error("access denied by {0}, or the image does not exist; log in with `docker login {0}`")]
     Denied(String),
-    /// The registry answers something else.
-    #[error("{host} answers with status {status} to {url}")]
+    /// The registry returned an unexpected status.
+    #[error("{host} returned status {status} for {url}")]
     Status {
         /// The registry.
         host: String,
-        /// What it says.
+        /// The HTTP status.
         status: u16,
-        /// What was asked.
+        /// The URL of the request.
         url: String,
     },
-    /// The certificates to trust cannot be had.
-    #[error(
-        "cannot use the certificates of {path}, which SSL_CERT_FILE or this system names as the trusted ones"
-    )]
+    /// The trusted certificates cannot be loaded.
+    #[error("cannot load the trusted certificates in {path}, from SSL_CERT_FILE or the system")]
     Certificates {
         /// The file.
         path: PathBuf,
@@ -64,39 +60,39 @@ pub enum RegistryError {
         #[source]
         source: io::Error,
     },
-    /// Passwords and tokens go over TLS.
-    #[error("{0} wants a token to be fetched from {1}, without TLS")]
+    /// The token service does not use TLS.
+    #[error("the token service {1} of {0} does not use TLS")]
     Realm(String, String),
 }
 
 impl RegistryError {
-    pub(crate) const fn is_users(&self) -> bool {
+    pub(crate) const fn is_user_error(&self) -> bool {
         matches!(self, Self::NotFound(_) | Self::Denied(_))
     }
 }
 
-/// One image's repository.
+/// A client for the repository of one image.
 #[derive(Debug)]
 pub(crate) struct Registry {
     pub(crate) reference: Reference,
     agent: Agent,
-    /// What goes into the header `Authorization`, once it is known.
+    /// The value of the header `Authorization`, once a challenge was answered.
     authorization: Mutex<Option<String>>,
 }
 
 impl Registry {
     pub(crate) fn new(reference: Reference) -> Result<Self, RegistryError> {
         let is_loopback = reference.is_loopback();
-        // Nothing goes over TLS there.
+        // Requests to the loopback interface do not use TLS.
         let roots = if is_loopback { RootCerts::WebPki } else { roots(std::env::var_os("SSL_CERT_FILE"))? };
         let config = Agent::config_builder()
             .http_status_as_error(false)
             .proxy(if is_loopback { None } else { Proxy::try_from_env() })
             .https_only(!is_loopback)
             .tls_config(TlsConfig::builder().root_certs(roots).build())
-            .timeout_connect(Some(PATIENCE))
-            .timeout_recv_response(Some(PATIENCE))
-            .timeout_per_read(Some(PATIENCE))
+            .timeout_connect(Some(TIMEOUT))
+            .timeout_recv_response(Some(TIMEOUT))
+            .timeout_per_read(Some(TIMEOUT))
             .user_agent(concat!("kindling/", env!("CARGO_PKG_VERSION")))
             .build();
         Ok(Self { reference, agent: config.into(), authorization: Mutex::default() })
@@ -106,14 +102,15 @@ impl Registry {
         self.authorization.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A layer, as it arrives.
+    /// Starts the download of a layer.
     pub(crate) fn download(&self, digest: Digest) -> Result<Download<'_>, RegistryError> {
         let path = format!("blobs/{digest}");
         let body = self.get(&path, false, 0)?.into_body().into_reader();
         Ok(Download { registry: self, path, body, position: 0, resumes: 0 })
     }
 
-    /// Gets a path below the repository's, from a byte on. Where the registry wants a token, it is fetched first.
+    /// Requests a path of the repository from a byte on. If the registry requires authorization, the request is
+    /// repeated with it.
     pub(crate) fn get(
         &self,
         path: &str,
@@ -121,7 +118,7 @@ impl Registry {
         from: u64,
     ) -> Result<Response<Body>, RegistryError> {
         let url = format!("{}/{path}", self.reference.url());
-        let ask = || {
+        let send = || {
             let mut request = self.agent.get(&url);
             if is_manifest {
                 request = request
@@ -137,12 +134,12 @@ impl Registry {
                 .call()
                 .map_err(|source| RegistryError::Request { url: url.clone(), source: Box::new(source) })
         };
-        let mut response = ask()?;
+        let mut response = send()?;
         if response.status() == 401 {
             let challenge = response.headers().get("www-authenticate").and_then(|value| value.to_str().ok());
             let authorization = self.authorize(challenge.unwrap_or_default())?;
             *self.authorization() = Some(authorization);
-            response = ask()?;
+            response = send()?;
         }
         let expected = if from > 0 { 206 } else { 200 };
         match response.status().as_u16() {
@@ -153,7 +150,7 @@ impl Registry {
         }
     }
 
-    /// What the registry wants to see, by its challenge (RFC 9110, 11.6.1).
+    /// The value of the header `Authorization` for a challenge (RFC 9110, 11.6.1): a token, or name and password.
     fn authorize(&self, challenge: &str) -> Result<String, RegistryError> {
         let host = || self.reference.host.clone();
         let password = password(&self.reference.host);
@@ -163,8 +160,8 @@ impl Registry {
         };
         let parameters = parameters_of(parameters);
         let realm = parameters.get("realm").ok_or_else(|| RegistryError::Denied(host()))?;
-        let is_here = self.reference.is_loopback() && is_on_loopback(realm);
-        if !realm.starts_with("https://") && !is_here {
+        let is_local = self.reference.is_loopback() && is_on_loopback(realm);
+        if !realm.starts_with("https://") && !is_local {
             return Err(RegistryError::Realm(host(), realm.clone()));
         }
         let mut request = self.agent.get(realm);
@@ -203,7 +200,7 @@ struct Token {
     access_token: Option<String>,
 }
 
-/// Whether a URL without TLS leads to this machine.
+/// Whether a URL without TLS is on the loopback interface.
 fn is_on_loopback(url: &str) -> bool {
     let rest = url.strip_prefix("http://").unwrap_or_default();
     let host = rest.split(['/', '?', '#']).next().unwrap_or_default();
@@ -215,7 +212,7 @@ fn strip_scheme<'a>(challenge: &'a str, scheme: &str) -> Option<&'a str> {
     found.eq_ignore_ascii_case(scheme).then_some(parameters)
 }
 
-/// `a="b",c="d"`
+/// Parses the parameters of a challenge: `a="b",c="d"`.
 fn parameters_of(text: &str) -> HashMap<String, String> {
     let mut found = HashMap::new();
     let mut rest = text;
@@ -231,7 +228,7 @@ fn parameters_of(text: &str) -> HashMap<String, String> {
     found
 }
 
-/// Name and password for a registry, in base64, from where `docker login` and `podman login` keep them.
+/// Name and password for a registry, in base64, from the files of `docker login` and `podman login`.
 fn password(host: &str) -> Option<String> {
     #[derive(Deserialize)]
     struct Auth {
@@ -259,8 +256,8 @@ fn password(host: &str) -> Option<String> {
     })
 }
 
-/// The certificates to trust: those of a file that was named, else this machine's, else those that came with this
-/// program. A file that is there counts, and where it cannot be used no other takes its place.
+/// The trusted certificates: those in the file of SSL_CERT_FILE, else the system's, else Mozilla's, which are compiled
+/// in. If a file exists and cannot be loaded, that is an error; the next source is not tried.
 fn roots(own: Option<OsString>) -> Result<RootCerts, RegistryError> {
     let own = own.filter(|path| !path.is_empty()).map(PathBuf::from);
     if let Some(path) = own {
@@ -286,12 +283,12 @@ fn certificates(path: &Path, text: io::Result<Vec<u8>>) -> Result<RootCerts, Reg
     });
     let certificates = items.collect::<io::Result<Vec<_>>>().map_err(failed)?;
     if certificates.is_empty() {
-        return Err(failed(io::Error::other("it has no certificate")));
+        return Err(failed(io::Error::other("no certificate in the file")));
     }
     Ok(RootCerts::Specific(Arc::new(certificates)))
 }
 
-/// A layer on its way, which is asked for again from where it broke off.
+/// The download of a layer, which is resumed when it is interrupted.
 pub(crate) struct Download<'a> {
     registry: &'a Registry,
     path: String,
@@ -300,10 +297,10 @@ pub(crate) struct Download<'a> {
     resumes: u32,
 }
 
-/// A download broke off: the network's fault, and not the layer's.
+/// An error of the network during a download, as distinct from a damaged layer.
 #[derive(Debug, thiserror::Error)]
-#[error("the download broke off {0} times")]
-pub(crate) struct BrokenOff(u32, #[source] io::Error);
+#[error("the download was interrupted {0} times")]
+pub(crate) struct DownloadInterrupted(u32, #[source] io::Error);
 
 impl Read for Download<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
@@ -314,13 +311,13 @@ impl Read for Download<'_> {
                     return Ok(length);
                 }
                 Err(error) if self.resumes == MAX_RESUMES => {
-                    return Err(io::Error::other(BrokenOff(self.resumes + 1, error)));
+                    return Err(io::Error::other(DownloadInterrupted(self.resumes + 1, error)));
                 }
                 Err(error) => {
                     self.resumes += 1;
                     match self.registry.get(&self.path, false, self.position) {
                         Ok(response) => self.body = response.into_body().into_reader(),
-                        Err(_) => return Err(io::Error::other(BrokenOff(self.resumes, error))),
+                        Err(_) => return Err(io::Error::other(DownloadInterrupted(self.resumes, error))),
                     }
                 }
             }
@@ -351,7 +348,7 @@ mod tests {
     }
 
     #[test]
-    fn challenges_are_read() {
+    fn challenges_are_parsed() {
         let challenge =
             r#"Bearer realm="https://auth.x/token",service="x", scope="repository:a/b:pull,push""#;
         let found = parameters_of(strip_scheme(challenge, "bearer").unwrap());

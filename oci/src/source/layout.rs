@@ -1,4 +1,4 @@
-//! Images of an OCI layout: an index that names manifests, and blobs named by their digests.
+//! Images in an OCI layout: an index of manifests, and blobs that are named by their digests.
 
 use super::index::choose;
 use super::{Image, Store, parse, single};
@@ -7,7 +7,7 @@ use crate::manifest::{Descriptor, Document};
 use crate::names;
 use std::collections::BTreeSet;
 
-/// The image in a layout, or that of a name.
+/// Finds the only image of a layout, or the one with a tag.
 pub(super) fn find(store: &Store, index: &[u8], tag: Option<&str>) -> Result<Image, Error> {
     let index: Document = parse("index.json", index)?;
     let all = index.manifests.unwrap_or_default();
@@ -17,7 +17,7 @@ pub(super) fn find(store: &Store, index: &[u8], tag: Option<&str>) -> Result<Ima
     };
     let chosen = match tag {
         None => all.iter().collect(),
-        Some(tag) => names::meant(tag, &all, names),
+        Some(tag) => names::matching(tag, &all, names),
     };
     if let Some(tag) = tag
         && chosen.is_empty()
@@ -25,13 +25,13 @@ pub(super) fn find(store: &Store, index: &[u8], tag: Option<&str>) -> Result<Ima
         let names: BTreeSet<_> = all.iter().filter_map(|descriptor| descriptor.names().next()).collect();
         return Err(Error::no_tag(tag, names));
     }
-    let fetch = |descriptor: &Descriptor| store.described(descriptor);
+    let fetch = |descriptor: &Descriptor| store.target(descriptor);
     let images = groups(chosen).into_iter().map(|(name, group)| (name, choose(group, &fetch, &fetch)));
     single(images.collect())
 }
 
-/// Descriptors with the name of their image. Those of one name are one image for several platforms, and so are those
-/// without a name that say their platform.
+/// Groups descriptors into images, each with its name. Descriptors with the same name are one image for several
+/// platforms, and so are descriptors without a name that have a platform.
 fn groups(descriptors: Vec<&Descriptor>) -> Vec<(String, Vec<Descriptor>)> {
     let mut groups: Vec<(String, Option<&str>, Vec<Descriptor>)> = Vec::new();
     for descriptor in descriptors {

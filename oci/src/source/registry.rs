@@ -1,4 +1,4 @@
-//! Images in a registry.
+//! Images in a registry, whose documents are read with the registry client.
 
 use super::{Image, check, check_digest, index, read_document};
 use crate::digest::Digest;
@@ -9,7 +9,7 @@ use crate::registry::{Registry, RegistryError};
 use ureq::Body;
 use ureq::http::Response;
 
-/// The image that the registry's reference means.
+/// Finds the image of the client's reference.
 pub(super) fn find(registry: &Registry) -> Result<Image, Error> {
     let version = match &registry.reference.version {
         Version::Tag(tag) => tag.clone(),
@@ -35,7 +35,7 @@ pub(super) fn find(registry: &Registry) -> Result<Image, Error> {
     index::choose(vec![top], &manifest, &blob)
 }
 
-/// A document that is named by its digest.
+/// Reads the target of a descriptor and checks its size and digest.
 fn document(
     registry: &Registry,
     descriptor: &Descriptor,

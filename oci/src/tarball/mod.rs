@@ -1,7 +1,8 @@
-//! Reads a tar archive front to back: what stands in front of each file, then its data.
+//! A sequential reader of tar archives.
 //!
-//! It is read as Go's archive/tar reads it (docker, containerd and podman do so), since what one reader skips another
-//! one takes for a file. `header.rs` has the fields, `extensions.rs` what stands in front of a header.
+//! It accepts the same archives as Go's archive/tar, which docker, containerd and podman use: with another
+//! interpretation, data that one reader skips would be files to the other. `header.rs` parses headers, `extensions.rs`
+//! the extended headers that precede them.
 
 mod error;
 mod extensions;
@@ -9,16 +10,16 @@ mod header;
 mod sparse;
 mod stream;
 
-use crate::tree::{Attributes, Device, Shown, Time};
+use crate::tree::{Attributes, Device, Excerpt, Time};
 pub use error::Error;
 use error::MAX_EXTENSION;
-use extensions::{Extensions, NoRecord, Pax};
+use extensions::{Extensions, InvalidRecord, Pax};
 use header::{Header, RECORD};
 use sparse::Segment;
 use std::io::Read;
 pub(crate) use stream::Tarball;
 
-/// What an entry is.
+/// The type of an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum EntryKind {
     File,
@@ -28,11 +29,11 @@ pub(crate) enum EntryKind {
     BlockDevice,
     Directory,
     Fifo,
-    /// The byte that says it.
+    /// Another type flag.
     Unknown(u8),
 }
 
-/// A file's description.
+/// An entry of an archive.
 #[derive(Debug)]
 pub(crate) struct Entry {
     pub(crate) path: Vec<u8>,
@@ -40,14 +41,14 @@ pub(crate) struct Entry {
     pub(crate) kind: EntryKind,
     pub(crate) attributes: Attributes,
     pub(crate) device: Device,
-    /// Bytes, with the holes.
+    /// The size in bytes, with holes.
     pub(crate) size: u64,
-    /// Where the data belongs; what lies between is zero.
+    /// The segments of a sparse file, or one for the whole file. Bytes between them are zero.
     pub(crate) segments: Vec<Segment>,
 }
 
 impl<R: Read> Tarball<R> {
-    /// The next file, past what is left of the one before; none at the end.
+    /// Skips the rest of the present entry and returns the next one, or none at the end.
     pub(crate) fn next_entry(&mut self) -> Result<Option<Entry>, Error> {
         let mut extensions = Extensions::default();
         let mut described = None;
@@ -60,7 +61,7 @@ impl<R: Read> Tarball<R> {
                 b'L' => extensions.path = Some(until_zero(self.extension(&header)?)),
                 b'K' => extensions.link = Some(until_zero(self.extension(&header)?)),
                 b'x' => extensions.pax = self.pax(&header)?,
-                // What is said of all files is a comment in practice.
+                // Global headers are checked and ignored; in practice they have comments only.
                 b'g' => {
                     self.pax(&header)?;
                     continue;
@@ -73,10 +74,10 @@ impl<R: Read> Tarball<R> {
 
     fn pax(&mut self, header: &Header) -> Result<Pax, Error> {
         let at = self.position() - RECORD as u64;
-        Pax::parse(&self.extension(header)?).map_err(|NoRecord(record)| Error::Record(at, record))
+        Pax::parse(&self.extension(header)?).map_err(|InvalidRecord(record)| Error::Record(at, record))
     }
 
-    /// The content of an extended header.
+    /// Reads the content of an extended header.
     fn extension(&mut self, header: &Header) -> Result<Vec<u8>, Error> {
         let size = header.size().and_then(sparse::size).filter(|&size| size <= MAX_EXTENSION);
         let size = size.ok_or(Error::Extension(self.position() - RECORD as u64))?;
@@ -90,20 +91,20 @@ impl<R: Read> Tarball<R> {
         let Extensions { pax, path, link } = extensions;
         let given = |name: Option<Vec<u8>>| name.filter(|name| !name.is_empty());
         let path = given(path).or(pax.path).unwrap_or_else(|| header.path().into_owned());
-        let number = |name| Error::Number(Shown::new(&path), name);
+        let number = |name| Error::Number(Excerpt::new(&path), name);
         let size = pax.size.or_else(|| header.size());
         let kind = EntryKind::of(header.kind(), &path, size);
         let size = if kind.has_data() { size.and_then(sparse::size) } else { Some(0) };
         let size = size.and_then(|size| self.begin_data(size).map(|()| size));
-        let size = size.ok_or_else(|| number("the size"))?;
-        let mode = header.mode().ok_or_else(|| number("the mode"))?;
+        let size = size.ok_or_else(|| number("size"))?;
+        let mode = header.mode().ok_or_else(|| number("mode"))?;
         let attributes = Attributes {
             permissions: u16::try_from(mode & 0o7777).unwrap_or_default(),
-            uid: pax.uid.or_else(|| header.uid()).and_then(owner).ok_or_else(|| number("the owner"))?,
-            gid: pax.gid.or_else(|| header.gid()).and_then(owner).ok_or_else(|| number("the group"))?,
+            uid: pax.uid.or_else(|| header.uid()).and_then(owner).ok_or_else(|| number("owner"))?,
+            gid: pax.gid.or_else(|| header.gid()).and_then(owner).ok_or_else(|| number("group"))?,
             mtime: match pax.mtime {
                 Some(time) => time,
-                None => Time::clamped(header.mtime().ok_or_else(|| number("the time"))?, 0),
+                None => Time::clamped(header.mtime().ok_or_else(|| number("modification time"))?, 0),
             },
             xattrs: pax.xattrs,
         };
@@ -113,8 +114,8 @@ impl<R: Read> Tarball<R> {
                 let value = value.and_then(|value| u32::try_from(value).ok());
                 value.filter(|value| value >> bits == 0).ok_or_else(|| number(name))
             };
-            device.major = part(header.major(), 12, "the device's major number")?;
-            device.minor = part(header.minor(), 20, "the device's minor number")?;
+            device.major = part(header.major(), 12, "major device number")?;
+            device.minor = part(header.minor(), 20, "minor device number")?;
         }
         let link = given(link).or(pax.link).unwrap_or_else(|| header.link().to_vec());
         let segments = vec![Segment { offset: 0, length: size }];
@@ -122,7 +123,7 @@ impl<R: Read> Tarball<R> {
         self.sparse(header, pax.sparse, entry)
     }
 
-    /// An entry with the map of its holes, if it is a sparse file.
+    /// Adds the size and the segments of a sparse file to its entry.
     fn sparse(
         &mut self,
         header: &Header,
@@ -137,7 +138,7 @@ impl<R: Read> Tarball<R> {
         entry.path = map.name.unwrap_or(entry.path);
         let stored = self.remaining();
         if entry.kind != EntryKind::File || !sparse::is_sound(&map.segments, map.size, stored) {
-            return Err(Error::Sparse(Shown::new(&entry.path)));
+            return Err(Error::Sparse(Excerpt::new(&entry.path)));
         }
         (entry.size, entry.segments) = (map.size, map.segments);
         Ok(entry)
@@ -145,13 +146,13 @@ impl<R: Read> Tarball<R> {
 }
 
 impl EntryKind {
-    /// The kind that a header's byte means. Before 1988 a directory was a file with a slash behind its name.
+    /// The type of a type flag. Before POSIX.1-1988, a directory was a file whose name ends with a slash.
     fn of(byte: u8, path: &[u8], size: Option<i128>) -> Self {
         let has_slash = path.ends_with(b"/");
         match byte {
             0 if has_slash => Self::Directory,
             b'0' if has_slash && size == Some(0) => Self::Directory,
-            // The last two: files that should be in one piece on disk, and GNU's sparse files.
+            // The last two are contiguous files and GNU sparse files.
             0 | b'0' | b'7' | b'S' => Self::File,
             b'1' => Self::HardLink,
             b'2' => Self::Symlink,
@@ -163,14 +164,13 @@ impl EntryKind {
         }
     }
 
-    /// Links, directories, devices and pipes have none, whatever size their header says.
+    /// Links, directories, devices and pipes have no data, whatever size is in the header.
     const fn has_data(self) -> bool {
         matches!(self, Self::File | Self::Unknown(_))
     }
 }
 
-/// The number of a user or group as chown takes it: -2 is 4294967294, and -1 changes nothing, which leaves the file
-/// to root.
+/// A UID or GID as chown takes it: -2 is 4294967294. -1 does not change the owner, so the file stays root's.
 fn owner(number: i128) -> Option<u32> {
     let id = i64::try_from(number).ok()?;
     let id = u32::try_from(id).ok().or_else(|| i32::try_from(id).ok().map(i32::cast_unsigned))?;
@@ -188,7 +188,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn owners_are_what_chown_makes_of_them() {
+    fn owners_are_those_of_chown() {
         for (number, id) in [
             (0, Some(0)),
             (i128::from(u32::MAX) - 1, Some(u32::MAX - 1)),

@@ -1,17 +1,17 @@
-//! The records of a tar archive: headers, and the data of files between them.
+//! Access to the records of a tar archive: headers and the data between them.
 
 use super::error::Error;
 use super::header::{Header, RECORD};
 use std::io::{self, Read, Seek};
 
-/// An archive that is being read.
+/// A reader of a tar archive.
 #[derive(Debug)]
 pub(crate) struct Tarball<R> {
     input: R,
     position: u64,
-    /// Where the next header is.
+    /// The offset of the next header.
     next: u64,
-    /// Where the data ends.
+    /// The offset of the end of the data, without padding.
     data_end: u64,
 }
 
@@ -20,7 +20,7 @@ impl<R: Read> Tarball<R> {
         Self { input, position: 0, next: 0, data_end: 0 }
     }
 
-    /// Where in the archive the reader is: behind `next_entry` where its data begins.
+    /// The offset of the reader, after `next_entry` that of the entry's data.
     pub(crate) const fn position(&self) -> u64 {
         self.position
     }
@@ -34,8 +34,8 @@ impl<R: Read> Tarball<R> {
         self.data_end - self.position
     }
 
-    /// The next header. Two records of zeroes end the archive, and so does the end of the input: behind a single
-    /// record of zeroes, and in place of a file's padding, too.
+    /// Skips to the next header and reads it. Two records of zeroes end the archive, and so does the end of the input,
+    /// also after a single record of zeroes and instead of the padding of a file.
     pub(super) fn header(&mut self) -> Result<Option<Header>, Error> {
         let at = self.next;
         if self.skip(self.data_end.saturating_sub(self.position))? > 0 {
@@ -52,7 +52,7 @@ impl<R: Read> Tarball<R> {
         Header::new(record).map(Some).ok_or(Error::Checksum(at))
     }
 
-    /// The next record; none at the end of the input.
+    /// Reads the next record, or none at the end of the input.
     fn record(&mut self) -> Result<Option<[u8; RECORD]>, Error> {
         let mut record = [0; RECORD];
         let mut filled = 0;
@@ -70,22 +70,22 @@ impl<R: Read> Tarball<R> {
         Ok(Some(record))
     }
 
-    /// The data from here on has so many bytes.
+    /// Sets the size of the data that follows.
     pub(super) fn begin_data(&mut self, size: u64) -> Option<()> {
         self.data_end = self.position.checked_add(size)?;
         self.next = self.data_end.checked_next_multiple_of(RECORD as u64)?;
         Some(())
     }
 
-    /// Reads over bytes; how many the input does not have.
+    /// Skips bytes, and returns how many of them the input does not have.
     fn skip(&mut self, length: u64) -> Result<u64, Error> {
         let skipped = io::copy(&mut self.input.by_ref().take(length), &mut io::sink())?;
         self.position += skipped;
         Ok(length - skipped)
     }
 
-    /// A record in front of the data, which is part of no file (maps of sparse files).
-    pub(super) fn record_between(&mut self) -> Result<[u8; RECORD], Error> {
+    /// Reads a record before the data that is not counted in its size: a further record of a sparse map.
+    pub(super) fn extra_record(&mut self) -> Result<[u8; RECORD], Error> {
         self.data_end = self.data_end.saturating_add(RECORD as u64);
         self.next = self.next.saturating_add(RECORD as u64);
         let mut record = [0; RECORD];
@@ -93,7 +93,7 @@ impl<R: Read> Tarball<R> {
         Ok(record)
     }
 
-    /// Bytes of the data.
+    /// Reads bytes of the data.
     pub(super) fn read_exact(&mut self, buffer: &mut [u8]) -> Result<(), Error> {
         if buffer.len() as u64 > self.remaining() {
             return Err(Error::Truncated);
@@ -116,7 +116,7 @@ impl<R: Read + Seek> Tarball<R> {
     }
 }
 
-/// The file's data.
+/// Reads the data of the present entry.
 impl<R: Read> Read for Tarball<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let left = self.remaining();
