@@ -1,36 +1,37 @@
-//! What the guest sees of a file's attributes.
-#![expect(unsafe_code, reason = "makes a structure of libc whose padding has no names")]
+//! Conversion of file attributes for the guest.
+#![expect(unsafe_code, reason = "a structure of libc has private padding fields and no constructor")]
 
 use fuse_backend_rs::abi::fuse_abi::{stat64, statvfs64};
 use fuse_backend_rs::api::filesystem::Entry;
 use rustix::fs::{FileType, Stat, StatVfs};
 
-/// Whom files of others belong to: nobody, as in a user namespace (/proc/sys/kernel/overflowuid).
-const NOBODY: u32 = 65_534;
-/// Bits that would give a program of the guest another user's rights.
+/// The owner of files of other users: the overflow id, as in a user namespace (/proc/sys/kernel/overflowuid).
+const OVERFLOW_ID: u32 = 65_534;
+/// The set-user-ID and set-group-ID bits. They are hidden from the guest, where they would give a program the rights of
+/// another user.
 const SET_ID: u32 = 0o6000;
 
-/// Who owns files, here and in the guest.
+/// The mapping of owners between the host and the guest.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Owner {
-    /// User and group of this process.
-    pub(crate) here: (u32, u32),
-    /// Whom their files belong to in the guest.
-    pub(crate) there: (u32, u32),
+pub(crate) struct OwnerMap {
+    /// The user and group of this process.
+    pub(crate) host: (u32, u32),
+    /// The owner of their files in the guest.
+    pub(crate) guest: (u32, u32),
 }
 
-impl Owner {
-    /// A user of the host as the guest sees it.
+impl OwnerMap {
+    /// Maps a UID of the host to the guest.
     pub(crate) const fn user(&self, user: u32) -> u32 {
-        if user == self.here.0 { self.there.0 } else { NOBODY }
+        if user == self.host.0 { self.guest.0 } else { OVERFLOW_ID }
     }
 
-    /// A group of the host as the guest sees it.
+    /// Maps a GID of the host to the guest.
     pub(crate) const fn group(&self, group: u32) -> u32 {
-        if group == self.here.1 { self.there.1 } else { NOBODY }
+        if group == self.host.1 { self.guest.1 } else { OVERFLOW_ID }
     }
 
-    /// All attributes but the file's number.
+    /// Converts all attributes except the inode number.
     pub(crate) fn attributes(&self, stat: &Stat) -> stat64 {
         let hidden = if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile { SET_ID } else { 0 };
         let mut attributes = Entry::default().attr;
@@ -56,9 +57,9 @@ fn nanoseconds(nanoseconds: u64) -> i64 {
     i64::try_from(nanoseconds).unwrap_or(0)
 }
 
-/// Size and free space of the host's filesystem.
+/// Converts the size and free space of the host's filesystem.
 pub(crate) const fn filesystem(stat: &StatVfs) -> statvfs64 {
-    // SAFETY: all fields are integers, for which zeroes are values.
+    // SAFETY: all fields are integers, for which zero is a valid value.
     let mut attributes: statvfs64 = unsafe { std::mem::zeroed() };
     attributes.f_bsize = stat.f_bsize;
     attributes.f_frsize = stat.f_frsize;

@@ -1,14 +1,14 @@
-//! `kindling-fs`: serves one folder of the host to one guest, which asks in FUSE's words through the socket that is this
-//! program's standard input. The folder, already open, is its standard output. It ends when the socket does.
+//! `kindling-fs`: serves one folder of the host to one guest over the FUSE protocol. Standard input is a socket with
+//! the requests and replies; standard output is a descriptor of the folder. The program ends when the socket is closed.
 
 mod attributes;
+mod cached_version;
 mod folder;
 mod inodes;
+mod pending_locks;
 mod ranges;
 mod sandbox;
-mod seen;
 mod serve;
-mod waiting;
 
 use folder::Folder;
 use std::ffi::OsString;
@@ -17,28 +17,28 @@ use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::process::ExitCode;
 
-/// What this program was asked for.
+/// The command line arguments.
 #[derive(Debug, PartialEq, Eq)]
 struct Arguments {
     is_read_only: bool,
-    /// User and group whose files those of this program's user and group are in the guest.
+    /// The user and group in the guest that own the files of this process's user and group.
     owner: (u32, u32),
 }
 
-/// Why a folder is not served.
+/// Why the folder cannot be served.
 #[derive(Debug, thiserror::Error)]
 enum Error {
     #[error(
         "usage: kindling-fs [--read-only] --owner UID:GID, with a socket as standard input and the folder as standard output"
     )]
     Usage,
-    #[error("cannot share the folder that is standard output")]
+    #[error("cannot open the folder on standard output")]
     Folder(#[source] io::Error),
     #[error("{}", trusted_path::SET_USER_ID)]
     SetUserId,
     #[error(transparent)]
     Sandbox(#[from] sandbox::Error),
-    #[error("cannot go on")]
+    #[error("cannot serve the folder")]
     Serve(#[source] io::Error),
 }
 
@@ -65,16 +65,16 @@ fn run() -> Result<(), Error> {
         return Err(Error::SetUserId);
     }
     let arguments = Arguments::parse(std::env::args_os().skip(1)).ok_or(Error::Usage)?;
-    // A file, whose calls are those that remain.
+    // A `File`, since the seccomp filter allows read and write, but not recv and send.
     let socket = File::from(rustix::stdio::stdin().try_clone_to_owned().map_err(Error::Serve)?);
     let folder = rustix::stdio::stdout().try_clone_to_owned();
     let folder = folder.and_then(|folder| Folder::new(folder, arguments.is_read_only, arguments.owner));
     let folder = folder.map_err(Error::Folder)?;
-    // What takes calls that do not remain.
+    // Creates a memfd, which the seccomp filter does not allow.
     let mut reply = serve::Reply::new().map_err(Error::Serve)?;
     sandbox::enter(folder.root().as_fd(), arguments.is_read_only)?;
     match serve::serve(&socket, folder, &mut reply) {
-        // The other end is gone, whatever it had asked for.
+        // The socket was closed before the last reply.
         Err(error) if [io::ErrorKind::BrokenPipe, io::ErrorKind::ConnectionReset].contains(&error.kind()) => {
             Ok(())
         }

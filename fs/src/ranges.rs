@@ -1,16 +1,16 @@
-//! The byte ranges of a file that one owner has locked. The host's kernel has them too; this copy is there to be counted,
-//! so that no guest fills the host's memory with locks.
+//! The byte ranges of a file that one owner has locked. The kernel of the host has them, too; this copy counts them, so
+//! that a guest cannot fill the memory of the host with locks.
 
-/// How a range is locked.
+/// The type of a lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum LockKind {
-    /// With others that read.
+    /// A shared lock.
     Read,
-    /// Alone.
+    /// An exclusive lock.
     Write,
 }
 
-/// The bytes from `start` to `end`, both included.
+/// A locked range, from `start` to `end` inclusive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Range {
     pub(crate) start: u64,
@@ -18,12 +18,12 @@ pub(crate) struct Range {
     pub(crate) kind: LockKind,
 }
 
-/// Ranges that neither overlap nor touch another of their kind, in order.
+/// Ordered ranges that do not overlap. Adjacent ranges of the same type are merged.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Ranges(Vec<Range>);
 
 impl Ranges {
-    /// The ranges after one was locked, or unlocked where there is no kind.
+    /// The ranges after a range was locked, or unlocked if `kind` is none.
     pub(crate) fn with(&self, start: u64, end: u64, kind: Option<LockKind>) -> Self {
         let mut ranges = Vec::with_capacity(self.0.len() + 2);
         for range in &self.0 {
@@ -58,8 +58,8 @@ impl Ranges {
         self.0.iter()
     }
 
-    /// Whether a byte is in one.
-    pub(crate) fn contain(&self, byte: u64) -> bool {
+    /// Whether a byte is locked.
+    pub(crate) fn contains(&self, byte: u64) -> bool {
         self.0.iter().any(|range| (range.start..=range.end).contains(&byte))
     }
 }
@@ -71,7 +71,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn ranges_are_those_of_bytes(
+        fn ranges_agree_with_a_map_of_bytes(
             calls in prop::collection::vec(
                 (0..12_u64, 0..12_u64, prop::option::of(prop::bool::ANY)), 0..20
             ),
@@ -90,7 +90,7 @@ mod tests {
                     ranges.0.iter().filter(|range| (range.start..=range.end).contains(&byte)).collect();
                 prop_assert!(found.len() <= 1);
                 prop_assert_eq!(found.first().map(|range| range.kind), kind);
-                prop_assert_eq!(ranges.contain(byte), kind.is_some());
+                prop_assert_eq!(ranges.contains(byte), kind.is_some());
             }
             let changes = bytes.windows(2).filter(|pair| pair[0] != pair[1] && pair[1].is_some()).count();
             prop_assert_eq!(ranges.len(), changes + usize::from(bytes[0].is_some()));
@@ -99,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn a_range_may_end_where_numbers_do() {
+    fn a_range_may_end_at_the_largest_number() {
         let all = Ranges::default().with(0, u64::MAX, Some(LockKind::Read));
         let ranges = all.with(5, u64::MAX, Some(LockKind::Write));
         assert_eq!((all.len(), ranges.len()), (1, 2));

@@ -1,8 +1,8 @@
-//! What this process gives up before it hears the guest's first word.
+//! The sandbox, which is entered before the first request of the guest is read.
 //!
-//! The folder is guarded twice: no request of a guest can name anything outside it (`folder.rs`), and where the host has
-//! Landlock, the kernel would not let this process open it either. It keeps the rights of its user on the folder's
-//! files, and nothing else: no privileges, no network, no other program.
+//! Access is confined to the folder twice: no request of a guest can name a file outside of it (`folder.rs`), and on a
+//! host with Landlock the kernel does not let this process open one. The process keeps the rights of its user on the
+//! files of the folder, and nothing else: no privileges, no network, and no execution of programs.
 
 use landlock::{
     ABI, Access, AccessFs, BitFlags, CompatLevel, Compatible, PathBeneath, Ruleset, RulesetAttr,
@@ -19,44 +19,44 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::BorrowedFd;
 
-/// Why this process cannot give something up.
+/// Why the sandbox cannot be entered.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
-    #[error("cannot give up {what}")]
+    #[error("cannot {what}")]
     Host { what: &'static str, source: io::Error },
-    #[error("cannot confine itself to its folder")]
+    #[error("cannot restrict file access to the folder")]
     Landlock(#[from] RulesetError),
-    #[error("cannot confine its system calls")]
+    #[error("cannot install the seccomp filter")]
     Seccomp(#[from] seccompiler::Error),
-    #[error("cannot confine its system calls")]
+    #[error("cannot install the seccomp filter")]
     Filter(#[from] BackendError),
 }
 
-/// Files that a guest can know at a time: some hundred MiB of the host's kernel.
+/// Maximum number of descriptors, and so of files that the guest has looked up: some hundred MiB of kernel memory.
 const FILES_MAX: u64 = 1 << 18;
 
-/// Gives up everything that serving a folder does not need.
+/// Drops all rights that are not needed to serve a folder.
 pub(crate) fn enter(folder: BorrowedFd<'_>, is_read_only: bool) -> Result<(), Error> {
     let host = |what| move |error: rustix::io::Errno| Error::Host { what, source: error.into() };
-    // Modes of new files are as the guest says, which has a umask of its own.
+    // The guest applies its own umask to the modes of new files.
     umask(Mode::empty());
-    // Each file that the guest knows is a descriptor, and memory of the host's kernel. Root may have more than it was
-    // started with.
+    // Each file that the guest has looked up is a descriptor, which takes memory of the host's kernel. A privileged
+    // process may raise its limit.
     let limit = |limit: Option<u64>| Rlimit { current: limit, maximum: limit };
     let own = getrlimit(Resource::Nofile).maximum;
     setrlimit(Resource::Nofile, limit(Some(FILES_MAX)))
         .or_else(|_| setrlimit(Resource::Nofile, limit(own.map(|own| own.min(FILES_MAX)))))
-        .map_err(host("its limit of descriptors"))?;
-    set_no_new_privs(true).map_err(host("new privileges"))?;
+        .map_err(host("limit the number of descriptors"))?;
+    set_no_new_privs(true).map_err(host("set no_new_privs"))?;
     let none = CapabilitySet::empty();
     set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })
-        .map_err(host("its capabilities"))?;
+        .map_err(host("drop capabilities"))?;
     confine_files(folder, is_read_only)?;
     confine_calls()
 }
 
-/// Lets this process open nothing outside the folder. A kernel without Landlock allows all, and one before 5.19 could
-/// not let a file move from one directory to another, so that a folder that is written is not confined there.
+/// Restricts file access to the folder with Landlock. A kernel without Landlock has no restriction. Kernels before 5.19
+/// would forbid renaming a file to another directory, so a writable folder is not restricted there.
 fn confine_files(folder: BorrowedFd<'_>, is_read_only: bool) -> Result<(), RulesetError> {
     let reading: BitFlags<AccessFs> = AccessFs::ReadFile | AccessFs::ReadDir;
     let never = AccessFs::Execute | AccessFs::MakeChar | AccessFs::MakeBlock;
@@ -72,7 +72,7 @@ fn confine_files(folder: BorrowedFd<'_>, is_read_only: bool) -> Result<(), Rules
     Ok(())
 }
 
-/// System calls that remain: those on files, and what memory and the end of the program need.
+/// The allowed system calls: those on files, and those for memory management and the end of the process.
 const CALLS: &[libc::c_long] = &[
     libc::SYS_read,
     libc::SYS_write,
@@ -128,7 +128,7 @@ const CALLS: &[libc::c_long] = &[
     libc::SYS_exit_group,
 ];
 
-/// What of fcntl remains: nothing that would make the kernel send signals.
+/// The allowed commands of fcntl: none that makes the kernel send signals.
 const FCNTL: &[libc::c_int] =
     &[libc::F_GETFD, libc::F_GETFL, libc::F_DUPFD_CLOEXEC, libc::F_OFD_GETLK, libc::F_OFD_SETLK];
 
@@ -140,7 +140,7 @@ fn confine_calls() -> Result<(), Error> {
     let mut rules: BTreeMap<_, _> = CALLS.iter().map(|call| (*call, Vec::new())).collect();
     let commands = FCNTL.iter().map(|command| argument(1, u64::from(command.unsigned_abs())));
     rules.insert(libc::SYS_fcntl, commands.collect::<Result<_, _>>()?);
-    // A program that gives up does it by a signal to itself.
+    // An abort sends a signal to the process itself.
     let own = u64::from(getpid().as_raw_pid().unsigned_abs());
     rules.insert(libc::SYS_tgkill, vec![argument(0, own)?]);
     let refused = SeccompAction::Errno(libc::EPERM.unsigned_abs());
@@ -150,11 +150,11 @@ fn confine_calls() -> Result<(), Error> {
 }
 
 #[cfg(test)]
-#[expect(unsafe_code, reason = "calls that no safe function makes")]
+#[expect(unsafe_code, reason = "these system calls have no safe interface")]
 mod tests {
     use super::*;
 
-    /// The result of a call that a thread makes when it is confined.
+    /// The error of a system call in a thread with the filter, or none if it succeeds.
     fn confined(call: fn() -> libc::c_long) -> Option<i32> {
         let thread = std::thread::spawn(move || {
             set_no_new_privs(true).unwrap();
@@ -165,14 +165,14 @@ mod tests {
     }
 
     #[test]
-    fn a_signal_goes_to_nobody_else() {
+    fn signals_to_other_processes_are_forbidden() {
         // SAFETY: signal 0 does nothing.
         let own = || unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), libc::gettid(), 0) };
         assert_eq!(confined(own), None);
         // SAFETY: the same.
         let first = || unsafe { libc::syscall(libc::SYS_tgkill, 1, 1, 0) };
         assert_eq!(confined(first), Some(libc::EPERM));
-        // SAFETY: the call has no effect but on its descriptor.
+        // SAFETY: the call only affects its descriptor.
         let owner = || unsafe { libc::c_long::from(libc::fcntl(0, libc::F_SETOWN, 1)) };
         assert_eq!(confined(owner), Some(libc::EPERM));
     }

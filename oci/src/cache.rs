@@ -1,7 +1,7 @@
-//! Converted images on disk, each in a folder named by the digest of everything it was made from.
+//! The cache of converted images: one directory per image, named by the digest of everything the image was made from.
 //!
-//! A folder appears by renaming, whole or not at all. Who makes one holds the lock of its name, and removes the draft
-//! that someone before left behind.
+//! A directory is written under a draft name and renamed when it is complete. The conversion holds a lock of the
+//! directory's name, and removes the draft of an earlier conversion that did not finish.
 
 use crate::digest::Digest;
 use crate::error::Error;
@@ -12,59 +12,59 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-/// Changes with everything that changes what an image becomes.
+/// The version of the cache, changed whenever the result of a conversion changes.
 const FORMAT: &str = "v2";
 
 const DRAFT: &str = ".draft-";
 const ROOTFS: &str = "root.erofs";
 const RECORD: &str = "image.json";
-/// The names by which an image was asked for, one a line. It is as old as the last use.
+/// The names under which an image was requested, one per line. The file's modification time is the last use.
 const NAMES: &str = "names";
-/// More names than this are not noted.
+/// Names that are recorded per image.
 const MAX_NAMES: usize = 16;
 
-/// Where converted images are.
+/// The directory of converted images.
 #[derive(Debug)]
 pub(crate) struct Cache {
     folder: PathBuf,
 }
 
-/// A converted image.
+/// A converted image of the cache.
 #[derive(Debug)]
 pub(crate) struct Entry {
     pub(crate) rootfs: PathBuf,
     pub(crate) record: Record,
 }
 
-/// What is said of a converted image.
+/// The description of a converted image, for listings.
 #[derive(Clone, Debug)]
-pub struct Stored {
+pub struct StoredImage {
     key: Digest,
     /// The image's id: the digest of its configuration.
     pub id: Digest,
-    /// The names by which it was asked for.
+    /// The names under which it was requested.
     pub names: Vec<String>,
     /// Bytes on disk.
     pub bytes: u64,
-    /// When it was asked for last.
+    /// The time of the last use.
     pub used: SystemTime,
 }
 
-impl Stored {
-    pub(crate) fn is_called(&self, name: &str) -> bool {
+impl StoredImage {
+    pub(crate) fn has_name(&self, name: &str) -> bool {
         self.names.iter().any(|known| known == name)
     }
 
-    /// Whether these are the first digits of its id, and enough of them.
+    /// Whether the id begins with these digits, of which at least four are needed.
     pub(crate) fn has_id(&self, digits: &str) -> bool {
-        const ENOUGH: usize = 4;
+        const MIN_DIGITS: usize = 4;
         let digits = digits.strip_prefix("sha256:").unwrap_or(digits);
-        digits.len() >= ENOUGH && self.id.hex().starts_with(digits)
+        digits.len() >= MIN_DIGITS && self.id.hex().starts_with(digits)
     }
 }
 
 impl Cache {
-    /// The cache in a folder, or where the environment says.
+    /// Opens the cache in a directory, or in the one that the environment variables name.
     pub(crate) fn open(folder: Option<&Path>) -> Result<Self, Error> {
         let folder = match folder {
             Some(folder) => Some(folder.to_owned()),
@@ -73,17 +73,18 @@ impl Cache {
         let folder = folder.ok_or(Error::NoCache)?;
         let folder = std::path::absolute(&folder).map_err(|source| Error::Cache { path: folder, source })?;
         let folder = folder.join("oci").join(FORMAT);
-        // What is in it is run later, and an image may be one that not everybody can have.
+        // Guests run the files of the cache, and an image may be private.
         trusted_path::make_folder(&folder)?;
         Ok(Self { folder })
     }
 
-    /// A place for files without names.
+    /// The directory for unnamed temporary files.
     pub(crate) fn scratch(&self) -> &Path {
         &self.folder
     }
 
-    /// What is there under a key. What is not whole, since the machine stopped before all was on disk, is not there.
+    /// The image of a key. An image that is incomplete, because the machine crashed before its data was on disk, counts
+    /// as missing.
     pub(crate) fn get(&self, key: Digest) -> Option<Entry> {
         let folder = self.folder.join(key.hex());
         let record: Record = serde_json::from_slice(&fs::read(folder.join(RECORD)).ok()?).ok()?;
@@ -92,8 +93,8 @@ impl Cache {
         (size == record.size).then_some(Entry { rootfs, record })
     }
 
-    /// What is there under a key, or what `make` makes: it writes the filesystem into a file.
-    pub(crate) fn get_or_make(
+    /// The image of a key, which `make` writes to a file if the cache does not have it.
+    pub(crate) fn get_or_create(
         &self,
         key: Digest,
         make: impl FnOnce(&File) -> Result<Record, Error>,
@@ -110,7 +111,7 @@ impl Cache {
         remove(&draft).and_then(|()| fs::create_dir(&draft)).map_err(|error| failed(&draft, error))?;
         let result = self.make(key, &draft, make);
         if result.is_err() {
-            // That a draft stays does no harm: the next one removes it.
+            // A draft that remains is harmless: the next conversion removes it.
             let _ = remove(&draft);
         }
         result
@@ -127,7 +128,8 @@ impl Cache {
         let file = File::options().read(true).write(true).create_new(true).open(&rootfs);
         let file = file.map_err(|error| failed(&rootfs, error))?;
         let record = make(&file)?;
-        // After a crash of the machine its size would not say that its data are missing; of the record one sees it.
+        // After a crash of the machine, the size of the filesystem would not show that its data is missing. A damaged
+        // record does not parse.
         file.sync_all().map_err(|error| failed(&rootfs, error))?;
         let text = serde_json::to_vec(&record).map_err(io::Error::from);
         text.and_then(|text| fs::write(draft.join(RECORD), text))
@@ -137,8 +139,8 @@ impl Cache {
         Ok(Entry { rootfs: target.join(ROOTFS), record })
     }
 
-    /// Notes that an image was asked for. A cache that cannot be written stays as it is.
-    pub(crate) fn note_use(&self, entry: &Entry, name: &str) {
+    /// Records a use of an image and the name under which it was requested. A failure to write is ignored.
+    pub(crate) fn record_use(&self, entry: &Entry, name: &str) {
         let path = entry.rootfs.with_file_name(NAMES);
         let known = fs::read_to_string(&path).unwrap_or_default();
         if known.lines().any(|line| line == name) || known.lines().count() >= MAX_NAMES || name.contains('\n')
@@ -149,17 +151,17 @@ impl Cache {
         }
     }
 
-    /// All images that are whole.
-    pub(crate) fn images(&self) -> Result<Vec<Stored>, Error> {
+    /// All complete images.
+    pub(crate) fn images(&self) -> Result<Vec<StoredImage>, Error> {
         let names = self.entries()?;
         Ok(names.iter().filter_map(|name| self.stored(format!("sha256:{name}").parse().ok()?)).collect())
     }
 
-    fn stored(&self, key: Digest) -> Option<Stored> {
+    fn stored(&self, key: Digest) -> Option<StoredImage> {
         let entry = self.get(key)?;
         let names = entry.rootfs.with_file_name(NAMES);
         let used = names.metadata().or_else(|_| entry.rootfs.metadata()).and_then(|file| file.modified());
-        Some(Stored {
+        Some(StoredImage {
             key,
             id: entry.record.digest,
             names: fs::read_to_string(names).unwrap_or_default().lines().map(str::to_owned).collect(),
@@ -174,12 +176,12 @@ impl Cache {
         Ok(entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect())
     }
 
-    /// Removes an image, and the names that lead to it.
-    pub(crate) fn remove(&self, stored: &Stored) -> Result<(), Error> {
+    /// Removes an image and the names that refer to it.
+    pub(crate) fn remove(&self, stored: &StoredImage) -> Result<(), Error> {
         let key = stored.key.hex();
         let _lock = self.lock(&key)?;
         let (folder, draft) = (self.folder.join(&key), self.draft(&key));
-        // At once, for those who look for it, and then in peace.
+        // The rename removes the image for other processes atomically; then its files are deleted.
         remove(&draft)
             .and_then(|()| fs::rename(&folder, &draft))
             .and_then(|()| remove(&draft))
@@ -187,7 +189,7 @@ impl Cache {
         self.remove_names()
     }
 
-    /// Removes names that lead nowhere.
+    /// Removes names that refer to no image.
     fn remove_names(&self) -> Result<(), Error> {
         for name in self.entries()?.iter().filter(|name| name.ends_with(".name")) {
             let path = self.folder.join(name);
@@ -199,12 +201,12 @@ impl Cache {
         Ok(())
     }
 
-    /// Removes what conversions left that did not end, and names that lead nowhere.
+    /// Removes the drafts of unfinished conversions, and names that refer to no image.
     pub(crate) fn remove_leftovers(&self) -> Result<(), Error> {
         for key in self.entries()?.iter().filter_map(|name| name.strip_prefix(DRAFT)) {
             let draft = self.draft(key);
             let lock = trusted_path::lock_file(&self.lock_path(key));
-            // Who holds the lock is at work.
+            // A draft whose lock is held is being written.
             if lock.is_ok_and(|lock| lock.try_lock().is_ok() && remove(&draft).is_err()) {
                 return Err(Error::Cache { path: draft, source: io::ErrorKind::Other.into() });
             }
@@ -226,14 +228,14 @@ impl Cache {
         locked.map_err(|source| Error::Cache { path, source })
     }
 
-    /// The key that a name led to.
-    pub(crate) fn recall(&self, name: &str) -> Option<Digest> {
-        fs::read_to_string(self.name(name)).ok()?.parse().ok()
+    /// The key that is stored for a name.
+    pub(crate) fn resolve_name(&self, name: &str) -> Option<Digest> {
+        fs::read_to_string(self.name_path(name)).ok()?.parse().ok()
     }
 
-    /// Remembers what a name leads to.
-    pub(crate) fn remember(&self, name: &str, key: Digest) -> Result<(), Error> {
-        let path = self.name(name);
+    /// Stores the key that a name refers to.
+    pub(crate) fn store_name(&self, name: &str, key: Digest) -> Result<(), Error> {
+        let path = self.name_path(name);
         let write = || -> io::Result<()> {
             let draft = tempfile::NamedTempFile::new_in(&self.folder)?;
             fs::write(draft.path(), key.to_string())?;
@@ -243,12 +245,12 @@ impl Cache {
         write().map_err(|source| Error::Cache { path: path.clone(), source })
     }
 
-    fn name(&self, name: &str) -> PathBuf {
+    fn name_path(&self, name: &str) -> PathBuf {
         self.folder.join(format!("{}.name", Digest::of(name.as_bytes()).hex()))
     }
 }
 
-/// Removes a folder, if it is there.
+/// Removes a directory, if it exists.
 fn remove(folder: &Path) -> io::Result<()> {
     match fs::remove_dir_all(folder) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
@@ -261,7 +263,7 @@ fn from_environment(variable: impl Fn(&str) -> Option<PathBuf>) -> Option<PathBu
     if let Some(folder) = set("KINDLING_CACHE") {
         return Some(folder);
     }
-    // The XDG specification says that relative paths are to be ignored.
+    // Relative paths are ignored, as the XDG base directory specification requires.
     let base = set("XDG_CACHE_HOME").filter(|path| path.is_absolute());
     base.or_else(|| Some(set("HOME")?.join(".cache"))).map(|base| base.join("kindling"))
 }
@@ -271,7 +273,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_environment_says_where() {
+    fn the_cache_directory_comes_from_the_environment() {
         let folder = |variables: &[(&str, &str)]| {
             from_environment(|name| {
                 variables.iter().find(|(set, _)| *set == name).map(|(_, value)| PathBuf::from(value))

@@ -1,4 +1,4 @@
-//! Layers as they were before they were compressed. What a layer is, its first bytes say; media types are often wrong.
+//! Decompression of layers and archives. The format is detected by the first bytes, since media types are often wrong.
 
 use bzip2::bufread::MultiBzDecoder;
 use flate2::bufread::MultiGzDecoder;
@@ -8,9 +8,9 @@ use ruzstd::decoding::{BlockDecodingStrategy, FrameDecoder};
 use std::io::{self, BufRead, BufReader, Read};
 
 const BUFFER: usize = 256 << 10;
-/// Bytes that say what a blob is.
+/// Bytes that are needed to detect the format.
 const MAGIC: usize = 10;
-/// Bytes that a window of Zstandard or a dictionary of xz may have: what `zstd --ultra --long=29` and `xz -9` need.
+/// The largest window of Zstandard or dictionary of xz, in bytes: enough for `zstd --ultra --long=29` and `xz -9`.
 const MAX_WINDOW: u32 = 512 << 20;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,10 +26,11 @@ impl Format {
     fn of(start: &[u8]) -> Self {
         match start {
             [0x1f, 0x8b, ..] => Self::Gzip,
-            // A frame, or one to skip: the table in front of podman's zstd:chunked.
+            // A frame, or a skippable frame, such as the first of podman's zstd:chunked.
             [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => Self::Zstd,
             [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => Self::Xz,
-            // A block, or the end where there is none: a file's name may begin like that, too.
+            // With the magic number of a block or of the end of the stream: "BZh" and a digit could also begin a file
+            // name in a tar archive.
             [b'B', b'Z', b'h', b'1'..=b'9', 0x31, 0x41, 0x59, 0x26, 0x53, 0x59]
             | [b'B', b'Z', b'h', b'1'..=b'9', 0x17, 0x72, 0x45, 0x38, 0x50, 0x90] => Self::Bzip2,
             _ => Self::Plain,
@@ -37,12 +38,12 @@ impl Format {
     }
 }
 
-/// Whether a blob is compressed, and what follows its first bytes can be had by `decompress`.
+/// Whether a blob has a compression format that `decompress` supports.
 pub(crate) fn is_compressed(mut blob: impl Read) -> io::Result<bool> {
     Ok(Format::of(&start(&mut blob)?) != Format::Plain)
 }
 
-/// The first bytes, of which a read may give fewer than there are.
+/// The first bytes, which a single read might return only in part.
 fn start(blob: &mut impl Read) -> io::Result<Vec<u8>> {
     let mut start = Vec::with_capacity(MAGIC);
     blob.by_ref().take(MAGIC as u64).read_to_end(&mut start)?;
@@ -67,7 +68,7 @@ fn buffered<'a>(content: impl Read + 'a) -> Box<dyn Read + 'a> {
     Box::new(BufReader::with_capacity(BUFFER, content))
 }
 
-/// Frames of Zstandard, one after the other.
+/// A decoder for concatenated Zstandard frames.
 struct Zstd<R> {
     input: R,
     decoder: FrameDecoder,
@@ -80,7 +81,7 @@ impl<R: BufRead> Zstd<R> {
         Self { input, decoder }
     }
 
-    /// Begins the next frame that has content; false at the end.
+    /// Begins the next frame that is not skippable; false at the end of the input.
     fn next_frame(&mut self) -> io::Result<bool> {
         while !self.input.fill_buf()?.is_empty() {
             match self.decoder.init(&mut self.input) {

@@ -1,9 +1,9 @@
-//! Makes one filesystem of an image's layers.
+//! Converts the layers of an image to one filesystem.
 
 use crate::digest::Digest;
 use crate::erofs::{self, BLOCK, BlockWriter};
 use crate::error::Error;
-use crate::layer::{self, Check};
+use crate::layer;
 use crate::prepared::Record;
 use crate::source::{Image, Store};
 use crate::tree::{Kind, Tree};
@@ -12,23 +12,8 @@ use rustix::fs::FallocateFlags;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-/// The digest of everything that a filesystem is made from, as far as it is checked.
-///
-/// The configuration's digest alone would not do: whoever makes an image can name another's configuration beside
-/// layers of their own.
-pub(crate) fn key(image: &Image) -> Digest {
-    let mut text = image.id.to_string();
-    for layer in &image.layers {
-        let (what, digest) = match layer.check {
-            Check::Blob(digest, _) => ("blob", digest),
-            Check::Content(digest) => ("content", digest),
-        };
-        text += &format!(" {what} {digest}");
-    }
-    Digest::of(text.as_bytes())
-}
-
-/// Writes an image's filesystem into an empty file. `begin` is told of each layer: its number and their count.
+/// Writes an image's filesystem to an empty file. `begin` is called before each layer with its number and the number of
+/// layers.
 pub(crate) fn convert(
     store: &Store,
     image: &Image,
@@ -47,9 +32,9 @@ pub(crate) fn convert(
     let written = data.finish().map_err(erofs::Error::Write);
     let size = written.and_then(|end| erofs::write(&tree, file, end, uuid(image.id)));
     let size = size.map_err(Error::Filesystem)?;
-    for (start, length) in tree.dead_data() {
+    for (start, length) in tree.unused_data() {
         let length = length.next_multiple_of(BLOCK);
-        // Where the disk cannot, the data stays, and nothing leads to it.
+        // On a host filesystem that cannot punch holes, the unreferenced data stays.
         let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         let _ = rustix::fs::fallocate(file, hole, start, length);
     }
@@ -57,7 +42,8 @@ pub(crate) fn convert(
     Ok(Record::new(image.id, size, image.config.config.clone().unwrap_or_default(), users))
 }
 
-/// An identity of the filesystem's own, equal for equal images (RFC 9562, version 8).
+/// The filesystem's UUID (RFC 9562, version 8), derived from the image's id so that equal images have equal
+/// filesystems.
 fn uuid(id: Digest) -> [u8; 16] {
     let mut uuid = id.bytes().first_chunk::<16>().copied().unwrap_or_default();
     uuid[6] = uuid[6] & 0x0f | 0x80;
@@ -65,13 +51,13 @@ fn uuid(id: Digest) -> [u8; 16] {
     uuid
 }
 
-/// A text file of the image; nothing where there is none.
+/// The content of a text file of the image, or an empty string if the image does not have it.
 fn text(tree: &Tree, file: &File, path: &'static str) -> Result<String, Error> {
     let Some(Kind::File { start, size }) = tree.find(path.as_bytes()).map(|node| &node.kind) else {
         return Ok(String::new());
     };
     if *size > user::MAX_FILE {
-        return Err(Error::LargeUsers(path));
+        return Err(Error::LargeUserFile(path));
     }
     let mut content = vec![0; usize::try_from(*size).unwrap_or_default()];
     file.read_exact_at(&mut content, *start)

@@ -14,10 +14,10 @@ use std::thread::{self, JoinHandle};
 #[serde(try_from = "String", into = "String")]
 pub struct Digest([u8; 32]);
 
-/// A text is no digest that is known here.
+/// A text that is not a SHA-256 digest.
 #[derive(Debug, thiserror::Error)]
 #[error("{0:?} is not a digest of the form sha256:<64 hexadecimal digits>")]
-pub struct NoDigest(String);
+pub struct InvalidDigest(String);
 
 impl Digest {
     /// The digest of bytes.
@@ -57,17 +57,17 @@ impl Digest {
 }
 
 impl FromStr for Digest {
-    type Err = NoDigest;
+    type Err = InvalidDigest;
 
-    fn from_str(text: &str) -> Result<Self, NoDigest> {
-        Self::parse(text).ok_or_else(|| NoDigest(text.chars().take(100).collect()))
+    fn from_str(text: &str) -> Result<Self, InvalidDigest> {
+        Self::parse(text).ok_or_else(|| InvalidDigest(text.chars().take(100).collect()))
     }
 }
 
 impl TryFrom<String> for Digest {
-    type Error = NoDigest;
+    type Error = InvalidDigest;
 
-    fn try_from(text: String) -> Result<Self, NoDigest> {
+    fn try_from(text: String) -> Result<Self, InvalidDigest> {
         text.parse()
     }
 }
@@ -90,15 +90,15 @@ impl Debug for Digest {
     }
 }
 
-/// Bytes that are digested at once.
+/// Bytes that are passed to the hashing thread at a time.
 const CHUNK: usize = 256 << 10;
-/// Chunks that wait for their turn.
-const WAITING: usize = 4;
+/// Chunks that are queued for the hashing thread.
+const QUEUE_LEN: usize = 4;
 
-/// A reader that digests what is read, in a thread of its own: that takes longer than all else together where the
-/// processor has no instructions for it.
+/// A reader that computes the SHA-256 of the bytes read, in a separate thread: on a processor without SHA instructions,
+/// hashing takes longer than all the rest of a conversion.
 #[derive(Debug)]
-pub(crate) struct Hashed<R> {
+pub(crate) struct HashingReader<R> {
     inner: R,
     pending: Vec<u8>,
     bytes: u64,
@@ -106,9 +106,9 @@ pub(crate) struct Hashed<R> {
     hasher: JoinHandle<Digest>,
 }
 
-impl<R: Read> Hashed<R> {
+impl<R: Read> HashingReader<R> {
     pub(crate) fn new(inner: R) -> io::Result<Self> {
-        let (chunks, coming) = mpsc::sync_channel(WAITING);
+        let (chunks, coming) = mpsc::sync_channel(QUEUE_LEN);
         let hasher = thread::Builder::new().spawn(move || {
             let mut hasher = Sha256::new();
             coming.into_iter().for_each(|chunk: Vec<u8>| hasher.update(&chunk));
@@ -117,19 +117,19 @@ impl<R: Read> Hashed<R> {
         Ok(Self { inner, pending: Vec::with_capacity(CHUNK), bytes: 0, chunks, hasher })
     }
 
-    /// Reads what is left; the digest and the length of all.
+    /// Reads to the end and returns the digest and the number of all bytes.
     pub(crate) fn finish(mut self) -> io::Result<(Digest, u64)> {
         drain(&mut self)?;
         let Self { pending, bytes, chunks, hasher, .. } = self;
         chunks.send(pending).map_err(io::Error::other)?;
-        // The thread's end is that of the chunks.
+        // The thread ends when the channel is closed.
         drop(chunks);
-        let digest = hasher.join().map_err(|_| io::Error::other("the thread that digests has ended"))?;
+        let digest = hasher.join().map_err(|_| io::Error::other("the hashing thread has panicked"))?;
         Ok((digest, bytes))
     }
 }
 
-impl<R: Read> Read for Hashed<R> {
+impl<R: Read> Read for HashingReader<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let length = self.inner.read(buffer)?;
         self.bytes += length as u64;
@@ -142,7 +142,7 @@ impl<R: Read> Read for Hashed<R> {
     }
 }
 
-/// Reads to the end.
+/// Reads to the end and discards the bytes.
 pub(crate) fn drain(reader: &mut impl Read) -> io::Result<()> {
     let mut buffer = vec![0; 128 << 10];
     loop {
@@ -173,12 +173,12 @@ mod tests {
     }
 
     #[test]
-    fn what_is_read_is_digested() {
-        let mut hashed = Hashed::new(&b"abc"[..]).unwrap();
+    fn a_reader_is_hashed() {
+        let mut hashed = HashingReader::new(&b"abc"[..]).unwrap();
         hashed.read_exact(&mut [0]).unwrap();
         assert_eq!(hashed.finish().unwrap(), (Digest::of(b"abc"), 3));
         let many: Vec<u8> = (0..=255).cycle().take(20 * CHUNK + 1).collect();
-        let mut hashed = Hashed::new(&many[..]).unwrap();
+        let mut hashed = HashingReader::new(&many[..]).unwrap();
         hashed.read_exact(&mut vec![0; 3 * CHUNK + 7]).unwrap();
         assert_eq!(hashed.finish().unwrap(), (Digest::of(&many), many.len() as u64));
     }

@@ -1,12 +1,12 @@
-//! Room on the disk: an image may not take all of it.
+//! The limit on disk space: images do not fill the last 5 %.
 
 use std::fs::File;
 use std::io;
 
-/// One part of so many has to stay free.
+/// The fraction of the disk that stays free: one twentieth.
 const RESERVE: u64 = 20;
 
-/// Fails where less than a twentieth of a file's disk is free.
+/// Fails if less than a twentieth of the file's filesystem is free.
 pub(crate) fn check(file: &File) -> io::Result<()> {
     let disk = rustix::fs::fstatvfs(file)?;
     if disk.f_bavail < disk.f_blocks / RESERVE {

@@ -1,32 +1,32 @@
-//! Why an image cannot be had.
+//! The error of the public functions.
 
-use crate::digest::{Digest, NoDigest};
-use crate::source::RegistryError;
+use crate::digest::{Digest, InvalidDigest};
+use crate::manifest::MAX_DOCUMENT;
+use crate::registry::RegistryError;
 use crate::{erofs, layer, reference, tarball, user};
 use std::io;
 use std::path::PathBuf;
 
-/// Why an image cannot be had. The command puts the image's name in front.
+/// Why an image cannot be prepared. The command prefixes the message with the image's name.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// Nothing of that name.
-    #[error("there is no such file or folder")]
+    /// The file or directory does not exist.
+    #[error("no such file or directory")]
     NotFound,
-    /// A file or folder that is something else.
+    /// The file or directory is not an image.
     #[error(
-        "it is neither an OCI layout nor an archive of one or of `docker save`; \
-         `skopeo copy` and `docker save` make them"
+        "neither an OCI layout nor an archive of one or of `docker save`; create one with `skopeo copy` or `docker save`"
     )]
-    NoImage,
+    UnknownFormat,
     /// The archive of an image is damaged.
     #[error("the archive is damaged; save the image again")]
     Archive(#[source] tarball::Error),
-    /// The archive of an image is damaged.
-    #[error("{0} members are more than an image has")]
-    Members(usize),
-    /// A document is not what it should be.
-    #[error("its {name} is damaged")]
+    /// An archive or an index has too many entries.
+    #[error("too many entries for an image: {0}")]
+    TooManyEntries(usize),
+    /// A document cannot be parsed.
+    #[error("invalid {name}")]
     Document {
         /// The document.
         name: String,
@@ -34,85 +34,87 @@ pub enum Error {
         #[source]
         source: serde_json::Error,
     },
-    /// A document is no manifest.
-    #[error("its {0} is not the manifest of an image")]
+    /// A document is not an image manifest.
+    #[error("{0} is not an image manifest")]
     Manifest(String),
-    /// A manifest of Docker's first format.
+    /// A manifest of Docker's schema 1.
     #[error(
-        "its {0} is a manifest of version 1, of before 2016, which is not read; push or save it by a newer docker"
+        "{0} is a schema 1 manifest, from before 2016, which is not supported; push or save the image with a newer docker"
     )]
     OldManifest(String),
     /// An archive of Docker's first format.
     #[error(
-        "it is an archive of `docker save` before version 1.10, which is not read; save it by a newer docker"
+        "an archive of `docker save` before version 1.10, which is not supported; save the image with a newer docker"
     )]
     OldArchive,
-    /// Something else than an image.
-    #[error("it is no container image; its type is {0}")]
+    /// A manifest or an artifact of another type.
+    #[error("not a container image; its type is {0}")]
     NotAnImage(String),
-    /// A document of another size.
+    /// The size of a document differs from its descriptor's.
     #[error(
-        "its {name} has {found} bytes, not {expected}; it was damaged or exchanged, save or pull it again"
+        "{name} has {found} bytes, expected {expected}; it is damaged or was replaced, save or pull the image again"
     )]
     DocumentSize {
         /// The document.
         name: String,
-        /// What the image says.
+        /// The size in the descriptor.
         expected: u64,
-        /// What there is.
+        /// The size of the document.
         found: u64,
     },
-    /// A digest that is no SHA-256.
+    /// A digest of another algorithm than SHA-256, or a malformed one.
     #[error(transparent)]
-    Algorithm(#[from] NoDigest),
+    Algorithm(#[from] InvalidDigest),
     /// A blob is a directory or a device.
-    #[error("its {0} is not a file; save or pull it again")]
+    #[error("{0} is not a regular file; save or pull the image again")]
     NotAFile(String),
     /// A layer whose size is missing or negative.
-    #[error("layer {0} has no size in its manifest, or one that no layer can have")]
+    #[error("the manifest has no valid size for layer {0}")]
     LayerSize(usize),
     /// A document is too large.
-    #[error("its {0} has more than {max} MiB", max = crate::source::MAX_DOCUMENT >> 20)]
+    #[error("{0} is larger than {max} MiB", max = MAX_DOCUMENT >> 20)]
     LargeDocument(String),
-    /// Something is missing.
-    #[error("it is not whole: {0} is missing; save or pull it again")]
+    /// A blob or a file of the image is missing.
+    #[error("incomplete image: {0} is missing; save or pull the image again")]
     Missing(String),
-    /// A document is another one.
-    #[error("its {expected} has the digest {found}; it was damaged or exchanged, save or pull it again")]
+    /// The digest of a document differs from its descriptor's.
+    #[error("{expected} has the digest {found}; it is damaged or was replaced, save or pull the image again")]
     Digest {
-        /// The digest that it should have.
+        /// The digest in the descriptor.
         expected: Digest,
-        /// The digest that it has.
+        /// The digest of the document.
         found: Digest,
     },
-    /// Which of them?
-    #[error("it has several images; add one of these to its name: {0}")]
-    Choose(String),
-    /// Not this one.
-    #[error("it has no image {tag:?}; it has {names}")]
+    /// Several images match.
+    #[error("several images; append one of these to the name: {0}")]
+    Ambiguous(String),
+    /// No image has this tag.
+    #[error("no image {tag:?}; available: {names}")]
     NoTag {
-        /// What was asked for.
+        /// The requested tag.
         tag: String,
-        /// What there is.
+        /// The names of the available images.
         names: String,
     },
-    /// For other machines.
-    #[error("it has no image for linux/amd64, only for {0}")]
+    /// The image is for other platforms only.
+    #[error("no image for linux/amd64, only for {0}")]
     Platform(String),
-    /// Layers and configuration disagree.
-    #[error("it has {layers} layers, and its configuration names {named}; save or pull it again")]
+    /// Manifest and configuration disagree.
+    #[error(
+        "the manifest has {layers} layers, but the configuration has {named}; save or pull the image again"
+    )]
     LayerCount {
-        /// In the manifest.
+        /// The number of layers in the manifest.
         layers: usize,
-        /// In the configuration.
+        /// The number of layers in the configuration.
         named: usize,
     },
-    /// A layer of an unknown type.
-    #[error("layer {number} is of the type {media_type:?}, which is not known here")]
+    /// A layer of an unknown media type.
+    #[error("layer {number} has the unknown media type {media_type:?}")]
     LayerType {
         /// Counted from 1.
         number: usize,
-        /// What it says.
+        /// The media type.
         media_type: String,
     },
     /// A layer cannot be used.
@@ -120,19 +122,19 @@ pub enum Error {
     Layer {
         /// Counted from 1.
         number: usize,
-        /// All of them.
+        /// The number of layers.
         count: usize,
         /// The cause.
         #[source]
         source: layer::Error,
     },
-    /// The filesystem could not be written.
-    #[error("its filesystem")]
+    /// The filesystem cannot be written.
+    #[error("conversion to EROFS")]
     Filesystem(#[source] erofs::Error),
-    /// A list of users that is too long.
-    #[error("its {0} has more than {max} MiB", max = user::MAX_FILE >> 20)]
-    LargeUsers(&'static str),
-    /// The user is not known.
+    /// A user or group database that is too large.
+    #[error("the image's {0} is larger than {max} MiB", max = user::MAX_FILE >> 20)]
+    LargeUserFile(&'static str),
+    /// The user or group does not exist.
     #[error(transparent)]
     User(#[from] user::Error),
     /// A file of the image cannot be read.
@@ -144,7 +146,7 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
-    /// The cache is of no use.
+    /// The cache cannot be written.
     #[error("cannot write {path}")]
     Cache {
         /// The file.
@@ -153,42 +155,42 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
-    /// The cache is not this user's alone.
+    /// Other users can change the cache.
     #[error("the cache cannot be used")]
     Untrusted(#[from] trusted_path::Error),
-    /// Nowhere to put files.
-    #[error("none of --cache, KINDLING_CACHE, XDG_CACHE_HOME and HOME says where to keep images")]
+    /// No cache directory is configured.
+    #[error("no cache directory; set --cache, KINDLING_CACHE, XDG_CACHE_HOME or HOME")]
     NoCache,
-    /// Neither a file nor a reference.
-    #[error("as the name of an image in a registry it is wrong")]
+    /// Not a path and not a valid reference.
+    #[error("invalid image reference")]
     Reference(#[from] reference::Error),
-    /// Nothing to remove.
-    #[error("no image of this name or id is kept; `kindling image ls` has those that are")]
+    /// The cache has no such image.
+    #[error("no such image; `kindling image ls` lists the images in the cache")]
     NotStored,
-    /// Not to be pulled.
-    #[error("it has not been pulled before; `--pull missing` pulls it")]
+    /// The image is not in the cache, and pulling is disabled.
+    #[error("not in the cache; pull it with `--pull missing`")]
     NotPulled,
-    /// The registry does not give it.
+    /// A request to the registry failed.
     #[error(transparent)]
     Registry(#[from] RegistryError),
 }
 
 impl Error {
-    /// No image of this name among others.
+    /// The error for a tag that none of the images has.
     pub(crate) fn no_tag<T: AsRef<str>>(tag: &str, names: impl IntoIterator<Item = T>) -> Self {
         let names: Vec<_> = names.into_iter().map(|name| name.as_ref().to_owned()).collect();
-        let names = if names.is_empty() { "none with a name".to_owned() } else { names.join(", ") };
+        let names = if names.is_empty() { "only unnamed images".to_owned() } else { names.join(", ") };
         Self::NoTag { tag: tag.to_owned(), names }
     }
 
-    /// Whether the one who asked can mend it: another name, another copy of the image.
+    /// Whether the image or its name is at fault, so that another name or another copy of the image helps.
     #[must_use]
-    pub fn is_users(&self) -> bool {
+    pub fn is_user_error(&self) -> bool {
         match self {
-            Self::Layer { source, .. } => source.is_of_the_image(),
+            Self::Layer { source, .. } => source.is_image_error(),
             Self::Archive(tarball::Error::Read(error)) => error.raw_os_error().is_none(),
             Self::Filesystem(source) => matches!(source, erofs::Error::TooLarge(_)),
-            Self::Registry(source) => source.is_users(),
+            Self::Registry(source) => source.is_user_error(),
             Self::Cache { .. } | Self::Untrusted(trusted_path::Error::Host { .. }) => false,
             _ => true,
         }

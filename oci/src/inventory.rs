@@ -1,45 +1,46 @@
-//! What is in the cache, and its removal. A guest that runs has its image open, and keeps it when its name is gone.
+//! Listing and removing cached images. A running guest has its image open, so the image stays usable after its removal.
 
-use crate::cache::{Cache, Stored};
+use crate::cache::{Cache, StoredImage};
 use crate::error::Error;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-/// Converted images, those that were used last in front.
+/// Lists the converted images, most recently used first.
 ///
 /// # Errors
-/// When the cache cannot be read.
-pub fn list(cache: Option<&Path>) -> Result<Vec<Stored>, Error> {
+/// If the cache cannot be read.
+pub fn list(cache: Option<&Path>) -> Result<Vec<StoredImage>, Error> {
     let mut images = Cache::open(cache)?.images()?;
     images.sort_by_key(|image| std::cmp::Reverse(image.used));
     Ok(images)
 }
 
-/// Removes the images that someone means: by a name, or by the first digits of an id.
+/// Removes the images that have a name, or whose id begins with these digits.
 ///
 /// # Errors
-/// When there is none, or it cannot be removed.
-pub fn remove(cache: Option<&Path>, image: &str) -> Result<Vec<Stored>, Error> {
+/// If there is no such image, or it cannot be removed.
+pub fn remove(cache: Option<&Path>, image: &str) -> Result<Vec<StoredImage>, Error> {
     let cache = Cache::open(cache)?;
     let name = crate::name(image);
-    let is_meant =
-        |stored: &Stored| [&name, image].iter().any(|name| stored.is_called(name)) || stored.has_id(image);
-    let meant: Vec<_> = cache.images()?.into_iter().filter(is_meant).collect();
-    if meant.is_empty() {
+    let is_match = |stored: &StoredImage| {
+        [&name, image].iter().any(|name| stored.has_name(name)) || stored.has_id(image)
+    };
+    let matching: Vec<_> = cache.images()?.into_iter().filter(is_match).collect();
+    if matching.is_empty() {
         return Err(Error::NotStored);
     }
-    meant.iter().try_for_each(|stored| cache.remove(stored))?;
-    Ok(meant)
+    matching.iter().try_for_each(|stored| cache.remove(stored))?;
+    Ok(matching)
 }
 
-/// Removes the images that nobody has used for some time, and what conversions left that did not end.
+/// Removes the images that have not been used for some time, and the drafts of unfinished conversions.
 ///
 /// # Errors
-/// When something cannot be removed.
-pub fn prune(cache: Option<&Path>, unused: Duration) -> Result<Vec<Stored>, Error> {
+/// If an image or a draft cannot be removed.
+pub fn prune(cache: Option<&Path>, unused: Duration) -> Result<Vec<StoredImage>, Error> {
     let cache = Cache::open(cache)?;
     let now = SystemTime::now();
-    let is_unused = |stored: &Stored| now.duration_since(stored.used).is_ok_and(|age| age >= unused);
+    let is_unused = |stored: &StoredImage| now.duration_since(stored.used).is_ok_and(|age| age >= unused);
     let old: Vec<_> = cache.images()?.into_iter().filter(is_unused).collect();
     old.iter().try_for_each(|stored| cache.remove(stored))?;
     cache.remove_leftovers()?;

@@ -1,84 +1,84 @@
-//! Puts a layer into the tree, and its files' data into the filesystem.
+//! Applies a layer: adds its files to the tree and writes their data to the filesystem.
 
-use crate::ahead;
 use crate::compression::decompress;
-use crate::digest::{Digest, Hashed, drain};
+use crate::digest::{Digest, HashingReader, drain};
 use crate::erofs::{BLOCK, BlockWriter, CopyError};
-use crate::source::BrokenOff;
+use crate::read_ahead;
+use crate::registry::DownloadInterrupted;
 use crate::tarball::{self, Entry, EntryKind, Tarball};
-use crate::tree::{self, Kind, Shown, Tree};
+use crate::tree::{self, Excerpt, Kind, Tree};
 use std::io::{self, Read};
 use std::thread;
 
-/// Bytes of all files of an image. Zeroes cost no room, so that the disk alone would not set an end.
+/// Maximum size of all files of an image, in bytes. Zeroes take no disk space, so the disk alone does not limit it.
 pub const MAX_DATA: u64 = 1 << 40;
 
-/// Bytes of all layers of an image when they are uncompressed. A few bytes of Zstandard become as many as one likes,
-/// and each has to be read.
+/// Maximum size of all layers of an image after decompression, in bytes. A few bytes of Zstandard can expand to any
+/// number of bytes, all of which have to be read.
 pub const MAX_UNPACKED: u64 = 256 << 30;
 
-/// What a layer has to be.
+/// How a layer is verified.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Check {
-    /// The blob, as it is stored, has this digest and size.
+    /// By the digest and the size of the blob as it is stored.
     Blob(Digest, u64),
-    /// The uncompressed archive has this digest.
-    Content(Digest),
+    /// By the digest of the uncompressed archive.
+    DiffId(Digest),
 }
 
-/// A layer cannot be used.
+/// Why a layer cannot be applied.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Its bytes cannot be had.
-    #[error("it cannot be read")]
+    /// The blob cannot be read.
+    #[error("cannot read the layer")]
     Read(#[source] io::Error),
-    /// It cannot be decompressed.
-    #[error("it is damaged or cut off: {0}")]
+    /// The blob cannot be decompressed.
+    #[error("damaged or truncated: {0}")]
     Damaged(io::Error),
-    /// It is another one.
-    #[error("its content has the digest {found}, not {expected}")]
+    /// The digest differs from the manifest's or the configuration's.
+    #[error("the digest is {found}, expected {expected}")]
     Digest {
-        /// What the image says.
+        /// The digest in the manifest or the configuration.
         expected: Digest,
-        /// What there is.
+        /// The digest of the layer.
         found: Digest,
     },
-    /// It is too short or too long.
-    #[error("it has {found} bytes, not {expected}")]
+    /// The size differs from the manifest's.
+    #[error("the size is {found} bytes, expected {expected}")]
     Size {
-        /// What the image says.
+        /// The size in the manifest.
         expected: u64,
-        /// What there is: not more than one byte too much.
+        /// The size of the blob, of which at most one byte too many is read.
         found: u64,
     },
-    /// The archive is none.
+    /// The archive is damaged.
     #[error(transparent)]
     Archive(tarball::Error),
-    /// An entry that no tree can hold.
+    /// The filesystem cannot hold an entry.
     #[error(transparent)]
     Tree(#[from] tree::Error),
-    /// An entry of an unknown kind.
-    #[error("{0}: an entry of the unknown kind {1:?}")]
-    Kind(Shown, char),
-    /// Too much data.
+    /// An entry of an unknown type.
+    #[error("{0}: unknown tar entry type {1:?}")]
+    Kind(Excerpt, char),
+    /// The files exceed `MAX_DATA`.
     #[error("the image's files have more than {max} GiB", max = MAX_DATA >> 30)]
     TooMuchData,
-    /// The filesystem could not be written.
+    /// The filesystem cannot be written.
     #[error("cannot write the filesystem")]
     Write(#[source] io::Error),
 }
 
 impl Error {
-    /// Whether another image would not have it: the failure is not this machine's.
-    pub(crate) fn is_of_the_image(&self) -> bool {
+    /// Whether the image is at fault and not this machine or the network.
+    pub(crate) fn is_image_error(&self) -> bool {
         !matches!(self, Self::Read(_) | Self::Write(_))
     }
 }
 
-/// An error of reading: the system's or the network's, or the decompressor's.
+/// Tells read errors of the system and the network from those of the decompressor.
 fn read_error(error: io::Error) -> Error {
-    let is_broken_off = error.get_ref().is_some_and(|inner| inner.is::<BrokenOff>());
-    if error.raw_os_error().is_some() || is_broken_off { Error::Read(error) } else { Error::Damaged(error) }
+    let is_interrupted = error.get_ref().is_some_and(|inner| inner.is::<DownloadInterrupted>());
+    if error.raw_os_error().is_some() || is_interrupted { Error::Read(error) } else { Error::Damaged(error) }
 }
 
 impl From<tarball::Error> for Error {
@@ -90,7 +90,7 @@ impl From<tarball::Error> for Error {
     }
 }
 
-/// Adds a layer to the tree and its data to the filesystem.
+/// Adds a layer to the tree and its data to the filesystem. `left` is the rest of `MAX_UNPACKED`.
 pub(crate) fn apply(
     blob: impl Read + Send,
     check: Check,
@@ -101,28 +101,29 @@ pub(crate) fn apply(
     tree.begin_layer();
     match check {
         Check::Blob(expected, size) => {
-            // Inflating takes longer than all the rest, and a digest has a thread of its own anyway.
+            // Decompression takes longer than all the rest, so it has its own thread, as hashing does.
             let (result, blob) = thread::scope(|scope| {
-                let (sender, mut content) = ahead::channel();
+                let (sender, mut content) = read_ahead::channel();
                 let reading = scope.spawn(move || {
-                    // One byte more is enough to see that it is too long.
-                    let mut blob = Hashed::new(blob.take(size.saturating_add(1)))?;
+                    // One byte more shows that the blob is too long.
+                    let mut blob = HashingReader::new(blob.take(size.saturating_add(1)))?;
                     sender.send_all(decompress(&mut blob));
                     Ok(blob)
                 });
                 let result = unpack(&mut content, left, tree, data).map(drop);
-                // Else it waits until the rest is read, where the archive is a bad one.
+                // Otherwise the thread would wait for a reader after an error in the archive.
                 drop(content);
                 (result, reading.join())
             });
-            let blob = blob.unwrap_or_else(|_| Err(io::Error::other("the thread that reads has ended")));
+            let blob =
+                blob.unwrap_or_else(|_| Err(io::Error::other("the decompressing thread has panicked")));
             let blob = blob.map_err(Error::Read)?;
             if let Err(error) = &result
-                && !error.is_of_the_image()
+                && !error.is_image_error()
             {
                 return result;
             }
-            // A damaged layer is first of all not the one that the image names.
+            // A wrong size or digest is reported before an error in the archive, which is its consequence.
             let (found, length) = blob.finish().map_err(Error::Read)?;
             if length != size {
                 return Err(Error::Size { expected: size, found: length });
@@ -132,15 +133,15 @@ pub(crate) fn apply(
             }
             result
         }
-        Check::Content(expected) => {
-            let content = Hashed::new(decompress(blob).map_err(read_error)?).map_err(Error::Read)?;
+        Check::DiffId(expected) => {
+            let content = HashingReader::new(decompress(blob).map_err(read_error)?).map_err(Error::Read)?;
             let (found, _) = unpack(content, left, tree, data)?.finish().map_err(read_error)?;
             if found == expected { Ok(()) } else { Err(Error::Digest { expected, found }) }
         }
     }
 }
 
-/// Reads the archive, and gives the reader back at its end.
+/// Reads the archive to its end and returns the reader.
 fn unpack<R: Read>(
     content: R,
     left: &mut u64,
@@ -159,7 +160,7 @@ fn unpack<R: Read>(
     Ok(rest.inner)
 }
 
-/// A reader that fails where more is read than is left.
+/// A reader that fails after `left` bytes.
 #[derive(Debug)]
 struct Budget<'a, R> {
     inner: R,
@@ -190,7 +191,7 @@ fn add<R: Read>(
         EntryKind::BlockDevice => Kind::BlockDevice(entry.device),
         EntryKind::Fifo => Kind::Fifo,
         EntryKind::HardLink => return Ok(tree.link(&entry.path, &entry.link)?),
-        EntryKind::Unknown(byte) => return Err(Error::Kind(Shown::new(&entry.path), byte.into())),
+        EntryKind::Unknown(byte) => return Err(Error::Kind(Excerpt::new(&entry.path), byte.into())),
     };
     let is_file = matches!(kind, Kind::File { .. });
     tree.insert(&entry.path, entry.attributes, kind)?;

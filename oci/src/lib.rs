@@ -1,12 +1,11 @@
-//! Container images become read-only root filesystems for guests.
+//! Converts container images to read-only EROFS root filesystems for guests.
 //!
-//! An image is a list of tar archives, the layers, each of which adds to and takes from those below. Here they are
-//! merged into one EROFS, once for each image; no file of it is ever unpacked on the host. `docs/oci.md` is for
-//! users.
+//! An image is a list of tar archives, the layers. Each layer adds files to the layers below it and deletes files from
+//! them. This crate merges the layers into one EROFS filesystem and caches it; no file of an image is ever unpacked on
+//! the host. `docs/oci.md` is the documentation for users.
 
 #![forbid(unsafe_code)]
 
-mod ahead;
 mod cache;
 mod compression;
 mod convert;
@@ -14,22 +13,21 @@ mod digest;
 mod disk;
 mod erofs;
 mod error;
-mod extensions;
-mod header;
 mod inventory;
 mod layer;
 mod manifest;
 mod names;
 mod platform;
 mod prepared;
+mod read_ahead;
 mod reference;
+mod registry;
 mod source;
-mod sparse;
 mod tarball;
 mod tree;
 mod user;
 
-pub use cache::Stored;
+pub use cache::StoredImage;
 pub use digest::Digest;
 pub use error::Error;
 pub use inventory::{list, prune, remove};
@@ -43,33 +41,34 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// When a registry is asked.
+/// When an image is pulled from its registry.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Pull {
-    /// Where the name is not known yet.
+    /// If the cache has no image of this name.
     #[default]
     Missing,
-    /// Each time, since a name may mean another image by now.
+    /// Always: the tag may refer to another image by now.
     Always,
-    /// Not at all.
+    /// Never.
     Never,
 }
 
-/// How an image is to be prepared.
+/// Options of [`prepare`].
 #[derive(Debug, Default)]
 pub struct Options {
-    /// Where converted images are kept, if not where the environment says.
+    /// The cache directory; without it, the one that the environment variables name.
     pub cache: Option<PathBuf>,
-    /// When a registry is asked.
+    /// When the image is pulled.
     pub pull: Pull,
-    /// As whom it runs, if not as the user whom it names.
+    /// The user to run as, instead of the image's own.
     pub user: Option<String>,
 }
 
-/// Converts an image, if that was not done before. `begin` is told of each layer: its number and their count.
+/// Converts an image, unless the cache has it. `begin` is called before each layer with its number and the number of
+/// layers.
 ///
 /// # Errors
-/// Where there is no such image, or it is not whole and sound.
+/// If the image does not exist, is incomplete or damaged, or cannot be converted.
 pub fn prepare(
     image: &str,
     options: &Options,
@@ -77,10 +76,10 @@ pub fn prepare(
 ) -> Result<Prepared, Error> {
     let cache = Cache::open(options.cache.as_deref())?;
     let entry = match locate(image, options.pull)? {
-        Place::File(path, tag) => from_file(&cache, &path, tag, begin)?,
-        Place::Registry(reference) => from_registry(&cache, reference, options.pull, begin)?,
+        Location::File(path, tag) => from_file(&cache, &path, tag, begin)?,
+        Location::Registry(reference) => from_registry(&cache, reference, options.pull, begin)?,
     };
-    cache.note_use(&entry, &name(image));
+    cache.record_use(&entry, &name(image));
     entry.record.prepared(entry.rootfs, options.user.as_deref())
 }
 
@@ -90,9 +89,9 @@ fn from_file(
     tag: Option<&str>,
     begin: &mut dyn FnMut(usize, usize),
 ) -> Result<Entry, Error> {
-    // Of an archive that has been seen before nothing has to be read.
-    let name = version(path, tag)?;
-    let known = name.as_deref().and_then(|name| cache.get(cache.recall(name)?));
+    // An unchanged archive that was converted before is not read again.
+    let name = archive_version(path, tag)?;
+    let known = name.as_deref().and_then(|name| cache.get(cache.resolve_name(name)?));
     match known {
         Some(entry) => Ok(entry),
         None => from_store(cache, &Store::open(path, cache.scratch())?, tag, name.as_deref(), begin),
@@ -106,7 +105,7 @@ fn from_registry(
     begin: &mut dyn FnMut(usize, usize),
 ) -> Result<Entry, Error> {
     let name = format!("registry {reference}");
-    let known = cache.recall(&name).and_then(|key| cache.get(key));
+    let known = cache.resolve_name(&name).and_then(|key| cache.get(key));
     match (known, pull) {
         (Some(entry), Pull::Missing | Pull::Never) => Ok(entry),
         (None, Pull::Never) => Err(Error::NotPulled),
@@ -116,7 +115,7 @@ fn from_registry(
     }
 }
 
-/// Converts an image that may not have been converted before, and remembers the name that led to it.
+/// Converts an image, unless the cache has its key, and stores the name under which it was found.
 fn from_store(
     cache: &Cache,
     store: &Store,
@@ -125,90 +124,92 @@ fn from_store(
     begin: &mut dyn FnMut(usize, usize),
 ) -> Result<Entry, Error> {
     let image = store.image(tag)?;
-    let key = convert::key(&image);
-    let entry = cache.get_or_make(key, |file| convert::convert(store, &image, file, begin))?;
+    let key = image.key();
+    let entry = cache.get_or_create(key, |file| convert::convert(store, &image, file, begin))?;
     if let Some(name) = name {
-        cache.remember(name, key)?;
+        cache.store_name(name, key)?;
     }
     Ok(entry)
 }
 
-/// The name by which an image is known later, from wherever it is asked for.
+/// The canonical name of an image: an absolute path, or a complete registry reference.
 fn name(image: &str) -> String {
     match locate(image, Pull::Missing) {
-        Ok(Place::File(path, tag)) => {
+        Ok(Location::File(path, tag)) => {
             let path = path.canonicalize().unwrap_or(path).display().to_string();
             tag.map_or(path.clone(), |tag| format!("{path}:{tag}"))
         }
-        Ok(Place::Registry(reference)) => reference.to_string(),
+        Ok(Location::Registry(reference)) => reference.to_string(),
         Err(_) => image.to_owned(),
     }
 }
 
-/// Where an image is.
+/// Where an image is stored.
 #[derive(Debug)]
-enum Place<'a> {
+enum Location<'a> {
     File(PathBuf, Option<&'a str>),
     Registry(Reference),
 }
 
-/// What stands in front of a path.
+/// Prefixes that mark the rest of the text as a path.
 const TRANSPORTS: [&str; 3] = ["oci:", "oci-archive:", "docker-archive:"];
-/// How the names of archives end.
-const ARCHIVES: [&str; 9] =
+/// File name suffixes of archives.
+const ARCHIVE_SUFFIXES: [&str; 9] =
     [".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.xz", ".txz", ".tar.bz2", ".tbz2"];
 
-/// Takes `PATH`, `PATH:TAG` or the name of an image in a registry for what it is.
+/// Decides whether a text is `PATH`, `PATH:TAG` or the reference of an image in a registry.
 ///
-/// A name that a registry may have is a registry's, whatever is in this folder: who has made the folder must not decide
-/// what `busybox` is. Archives are known by the end of their names.
-fn locate(image: &str, pull: Pull) -> Result<Place<'_>, Error> {
+/// A valid reference is always looked up in the registry, even if the working directory has a directory of that name:
+/// the owner of a directory must not decide what `busybox` is. The exception is archives, which are recognized by their
+/// suffix.
+fn locate(image: &str, pull: Pull) -> Result<Location<'_>, Error> {
     if let Some(path) = explicit_path(image) {
         return at_path(path);
     }
     let is_archive = |path: &Path, text: &str| {
         let name = text.to_lowercase();
-        ARCHIVES.iter().any(|end| name.ends_with(end)) && path.is_file()
+        ARCHIVE_SUFFIXES.iter().any(|suffix| name.ends_with(suffix)) && path.is_file()
     };
     if pull != Pull::Always
         && !image.contains('@')
         && let Some((path, tag)) = splits(image).find(|(text, _)| is_archive(Path::new(text), text))
     {
-        return Ok(Place::File(path.into(), tag));
+        return Ok(Location::File(path.into(), tag));
     }
-    Ok(Place::Registry(Reference::parse(image.strip_prefix("docker://").unwrap_or(image))?))
+    Ok(Location::Registry(Reference::parse(image.strip_prefix("docker://").unwrap_or(image))?))
 }
 
-/// The path, with or without a tag, where an image is one by its first characters.
+/// The path, with or without a tag, of an image that is marked as a path by its first characters.
 fn explicit_path(image: &str) -> Option<&str> {
     let path = TRANSPORTS.iter().find_map(|transport| image.strip_prefix(transport));
     path.or_else(|| image.starts_with(['/', '.']).then_some(image))
 }
 
-/// All ways to take a text for a path and a tag.
+/// All ways to split a text into a path and a tag.
 fn splits(text: &str) -> impl Iterator<Item = (&str, Option<&str>)> {
     let tagged = text.match_indices(':').map(|(at, _)| (&text[..at], Some(&text[at + 1..])));
     std::iter::once((text, None)).chain(tagged)
 }
 
-fn at_path(text: &str) -> Result<Place<'_>, Error> {
+fn at_path(text: &str) -> Result<Location<'_>, Error> {
     let is_image = |path: &Path| path.is_file() || path.join("index.json").exists();
     match splits(text).find(|(path, _)| is_image(Path::new(path))) {
-        Some((path, tag)) => Ok(Place::File(path.into(), tag)),
-        None if Path::new(text).exists() => Err(Error::NoImage),
+        Some((path, tag)) => Ok(Location::File(path.into(), tag)),
+        None if Path::new(text).exists() => Err(Error::UnknownFormat),
         None => Err(Error::NotFound),
     }
 }
 
-/// The folder or file that may have been meant by a name that was taken for a registry's.
+/// The local file or directory that the user may have meant by a registry reference.
 #[must_use]
-pub fn file_of_that_name(image: &str) -> Option<&str> {
+pub fn local_file_named(image: &str) -> Option<&str> {
     let is_name = explicit_path(image).is_none() && !image.contains('@');
     splits(image).map(|(path, _)| path).find(|path| is_name && !path.is_empty() && Path::new(path).exists())
 }
 
-/// What tells a version of an archive from others; none of a folder, whose index says it.
-fn version(path: &Path, tag: Option<&str>) -> Result<Option<String>, Error> {
+/// A name for the present version of an archive: its path, inode, size and times. A directory has none, since its index
+/// is read each time.
+fn archive_version(path: &Path, tag: Option<&str>) -> Result<Option<String>, Error> {
     let failed = |source| Error::Read { path: path.into(), source };
     let metadata = fs::metadata(path).map_err(failed)?;
     if metadata.is_dir() {

@@ -1,8 +1,8 @@
-//! `kindling-oci`: the program that `kindling run` executes for images of containers.
+//! `kindling-oci`: the program that `kindling run` and `kindling image` execute for container images.
 #![forbid(unsafe_code)]
 
 use clap::{Parser, Subcommand};
-use kindling_oci::{Error, Options, Pull, Stored, file_of_that_name, prepare};
+use kindling_oci::{Error, Options, Pull, StoredImage, local_file_named, prepare};
 use rustix::process::{Signal, getppid, set_parent_process_death_signal};
 use std::error::Error as _;
 use std::io::{ErrorKind, IsTerminal, Write, stderr, stdout};
@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-/// Makes root filesystems of container images.
+/// Convert container images to root filesystems of guests
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Arguments {
@@ -20,38 +20,38 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Converts an image, if that was not done before, and prints where it is and what it starts
+    /// Convert an image, unless the cache has it, and print its path and configuration as JSON
     Prepare(Prepare),
-    /// Lists the images that were converted, those that were used last in front
+    /// List the images in the cache, most recently used first
     #[command(visible_alias = "list")]
-    Ls(Kept),
-    /// Removes images; guests that run keep what they have
+    Ls(CacheArguments),
+    /// Remove images from the cache; running guests are not affected
     Rm {
         #[command(flatten)]
-        kept: Kept,
-        /// Name or id
+        cache: CacheArguments,
+        /// Name of an image, or the first digits of its id
         #[arg(required = true)]
         images: Vec<String>,
     },
-    /// Removes images that were not used for some time, and what was left half made
+    /// Remove images that have not been used for some time, and unfinished conversions
     Prune {
         #[command(flatten)]
-        kept: Kept,
-        /// How long not, in days
+        cache: CacheArguments,
+        /// Remove images that have not been used for this many days
         #[arg(long, value_name = "DAYS", default_value_t = 30)]
         unused: u32,
     },
 }
 
 #[derive(Debug, clap::Args)]
-struct Kept {
-    /// Where converted images are kept [default: $KINDLING_CACHE, or $XDG_CACHE_HOME/kindling]
-    #[arg(long, value_name = "DIR")]
-    cache: Option<PathBuf>,
+struct CacheArguments {
+    /// Cache directory [default: $KINDLING_CACHE, or $XDG_CACHE_HOME/kindling]
+    #[arg(long = "cache", value_name = "DIR")]
+    directory: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
-enum When {
+enum PullPolicy {
     Missing,
     Always,
     Never,
@@ -59,152 +59,161 @@ enum When {
 
 #[derive(Debug, clap::Args)]
 struct Prepare {
-    /// When to ask the registry: where the image has not been pulled before, each time, or not at all
+    /// When to pull the image from the registry: if the cache does not have it, always, or never
     #[arg(long, value_enum, default_value = "missing", value_name = "WHEN")]
-    pull: When,
-    /// Where converted images are kept [default: $KINDLING_CACHE, or $XDG_CACHE_HOME/kindling]
+    pull: PullPolicy,
+    /// Cache directory [default: $KINDLING_CACHE, or $XDG_CACHE_HOME/kindling]
     #[arg(long, value_name = "DIR")]
     cache: Option<PathBuf>,
-    /// Look up this user in place of the image's: NAME or UID, with or without :GROUP
+    /// User to look up instead of the image's: NAME or UID, optionally with :GROUP
     #[arg(long)]
     user: Option<String>,
-    /// Say nothing about progress
+    /// Do not show progress
     #[arg(long)]
     quiet: bool,
-    /// The process that this is done for, which started it: with its end this ends
+    /// The parent process, with which this process ends
     #[arg(long, hide = true, value_name = "PID")]
     r#for: Option<u32>,
-    /// A name in a registry, or a folder with an OCI layout (`./DIR`, `/DIR`, `oci:DIR`) or an archive (`x.tar`), with
-    /// :TAG where it has several images
+    /// Reference of an image in a registry, or path of a directory with an OCI layout (`./DIR`, `/DIR`, `oci:DIR`) or
+    /// of an archive (`x.tar`), with :TAG if it has several images
     image: String,
 }
 
 fn main() -> ExitCode {
     if trusted_path::is_set_user_id() {
-        tell(&format!("error: {}", trusted_path::SET_USER_ID));
+        write_stderr(&format!("error: {}", trusted_path::SET_USER_ID));
         return ExitCode::from(2);
     }
     match Arguments::parse().command {
-        Command::Prepare(arguments) => print(&arguments),
-        Command::Ls(kept) => match kindling_oci::list(kept.cache.as_deref()) {
-            Ok(images) => say(&table(&images)),
-            Err(error) => complain("", &error),
+        Command::Prepare(arguments) => prepare_image(&arguments),
+        Command::Ls(cache) => match kindling_oci::list(cache.directory.as_deref()) {
+            Ok(images) => write_stdout(&table(&images)),
+            Err(error) => report_error("", &error),
         },
-        Command::Rm { kept, images } => {
-            let remove = |image: &String| match kindling_oci::remove(kept.cache.as_deref(), image) {
-                Ok(removed) => say_removed(&removed),
-                Err(error) => complain(&format!("{image}: "), &error),
+        Command::Rm { cache, images } => {
+            let remove = |image: &String| match kindling_oci::remove(cache.directory.as_deref(), image) {
+                Ok(removed) => print_removed(&removed),
+                Err(error) => report_error(&format!("{image}: "), &error),
             };
-            // What can be removed is.
+            // One failure does not keep the other images from being removed.
             let codes: Vec<_> = images.iter().map(remove).collect();
             codes.into_iter().find(|code| *code != ExitCode::SUCCESS).unwrap_or(ExitCode::SUCCESS)
         }
-        Command::Prune { kept, unused } => {
+        Command::Prune { cache, unused } => {
             let unused = Duration::from_secs(u64::from(unused) * 86_400);
-            match kindling_oci::prune(kept.cache.as_deref(), unused) {
-                Ok(removed) => say_removed(&removed),
-                Err(error) => complain("", &error),
+            match kindling_oci::prune(cache.directory.as_deref(), unused) {
+                Ok(removed) => print_removed(&removed),
+                Err(error) => report_error("", &error),
             }
         }
     }
 }
 
-/// Prints what an image has become.
-fn print(arguments: &Prepare) -> ExitCode {
+/// Converts an image and prints its description.
+fn prepare_image(arguments: &Prepare) -> ExitCode {
     if let Some(process) = arguments.r#for {
-        end_with(process);
+        exit_with(process);
     }
-    let says = !arguments.quiet && stderr().is_terminal();
+    let shows_progress = !arguments.quiet && stderr().is_terminal();
     let pull = match arguments.pull {
-        When::Missing => Pull::Missing,
-        When::Always => Pull::Always,
-        When::Never => Pull::Never,
+        PullPolicy::Missing => Pull::Missing,
+        PullPolicy::Always => Pull::Always,
+        PullPolicy::Never => Pull::Never,
     };
     let options = Options { cache: arguments.cache.clone(), pull, user: arguments.user.clone() };
     let mut begin = |number, count| {
-        if says {
-            tell(&printable(&format!("{}: converting layer {number} of {count} ...", arguments.image)));
+        if shows_progress {
+            write_stderr(&printable(&format!(
+                "{}: converting layer {number} of {count} ...",
+                arguments.image
+            )));
         }
     };
     let prepared = match prepare(&arguments.image, &options, &mut begin) {
         Ok(prepared) => prepared,
         Err(error @ (Error::Registry(_) | Error::NotPulled | Error::Reference(_))) => {
-            // A file's name with a letter too many is the name of an image in a registry.
+            // A mistyped path may be a valid reference.
             let image = &arguments.image;
-            let hint = match (file_of_that_name(image), &error) {
-                (Some(path), _) => format!("what is here is called ./{path}, and in a registry: "),
-                (None, Error::Registry(_)) => "there is no such file here, and as a name: ".to_owned(),
-                (None, Error::Reference(_)) => "there is no such file or folder, and ".to_owned(),
+            let hint = match (local_file_named(image), &error) {
+                (Some(path), _) => {
+                    format!("to use the local path, write ./{path}; as an image in a registry: ")
+                }
+                (None, Error::Registry(_)) => "no such local file; as an image in a registry: ".to_owned(),
+                (None, Error::Reference(_)) => "no such file or directory, and ".to_owned(),
                 (None, _) => String::new(),
             };
-            return complain(&format!("{image}: {hint}"), &error);
+            return report_error(&format!("{image}: {hint}"), &error);
         }
-        Err(error) => return complain(&format!("{}: ", arguments.image), &error),
+        Err(error) => return report_error(&format!("{}: ", arguments.image), &error),
     };
     match serde_json::to_string(&prepared) {
-        Ok(line) => say(&format!("{line}\n")),
+        Ok(line) => write_stdout(&format!("{line}\n")),
         Err(error) => {
-            tell(&printable(&format!("error: {}: its description is no text: {error}", arguments.image)));
+            write_stderr(&printable(&format!(
+                "error: {}: cannot serialize its description: {error}",
+                arguments.image
+            )));
             ExitCode::FAILURE
         }
     }
 }
 
-/// Ends this process with the one that started it.
-#[expect(clippy::exit, reason = "nobody wants the image any more")]
-fn end_with(parent: u32) {
-    // Whatever is half made is removed by who makes it next. A kernel that refuses lets it be made to its end.
+/// Makes this process end with its parent.
+#[expect(clippy::exit, reason = "the parent has ended")]
+fn exit_with(parent: u32) {
+    // The next conversion of the image removes the draft. If the kernel refuses, this conversion runs to its end.
     let _ = set_parent_process_death_signal(Some(Signal::TERM));
     let own = getppid().and_then(|pid| u32::try_from(pid.as_raw_nonzero().get()).ok());
     if own != Some(parent) {
-        // It ended before.
+        // The parent ended before the signal was set.
         std::process::exit(1);
     }
 }
 
-/// Writes to standard output. Who reads no more has read enough.
-fn say(text: &str) -> ExitCode {
+/// Writes to standard output. A closed pipe is not an error.
+fn write_stdout(text: &str) -> ExitCode {
     match stdout().write_all(text.as_bytes()) {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => {
-            tell(&format!("error: cannot write to standard output: {error}"));
+            write_stderr(&format!("error: cannot write to standard output: {error}"));
             ExitCode::FAILURE
         }
         _ => ExitCode::SUCCESS,
     }
 }
 
-/// Writes a line to standard error, and does without where nobody reads it.
-fn tell(line: &str) {
+/// Writes a line to standard error, ignoring failures.
+fn write_stderr(line: &str) {
     let _ = writeln!(stderr(), "{line}");
 }
 
-/// Some of the words are an image's or a registry's; they must not reach the terminal as commands, nor fill it.
+/// Replaces control characters and truncates a line. Parts of messages come from an image or a registry and must
+/// neither control the terminal nor fill it.
 fn printable(line: &str) -> String {
-    const MOST: usize = 2000;
+    const MAX_CHARS: usize = 2000;
     let mut line = line.chars().map(|c| if c.is_control() { ' ' } else { c });
-    let start: String = line.by_ref().take(MOST).collect();
+    let start: String = line.by_ref().take(MAX_CHARS).collect();
     if line.next().is_some() { start + "..." } else { start }
 }
 
-/// Says on one line what is wrong, and a hint behind it; the exit status.
-fn complain(what: &str, error: &Error) -> ExitCode {
-    let mut line = format!("{what}{error}");
+/// Reports an error and its causes on one line after a prefix, and returns the exit status.
+fn report_error(prefix: &str, error: &Error) -> ExitCode {
+    let mut line = format!("{prefix}{error}");
     let mut cause = error.source();
     while let Some(error) = cause {
         line += &format!(": {error}");
         cause = error.source();
     }
-    tell(&format!("error: {}", printable(&line)));
-    ExitCode::from(if error.is_users() { 2 } else { 1 })
+    write_stderr(&format!("error: {}", printable(&line)));
+    ExitCode::from(if error.is_user_error() { 2 } else { 1 })
 }
 
-fn say_removed(images: &[Stored]) -> ExitCode {
+fn print_removed(images: &[StoredImage]) -> ExitCode {
     let lines = images.iter().map(|image| format!("{}  {:.1} MiB\n", image.id, mib(image.bytes)));
-    say(&lines.collect::<String>())
+    write_stdout(&lines.collect::<String>())
 }
 
-/// A line for each name of each image.
-fn table(images: &[Stored]) -> String {
+/// A table of images, with a line for each name.
+fn table(images: &[StoredImage]) -> String {
     let mut text = format!("{:12}  {:>11}  {:>8}  NAME\n", "ID", "SIZE", "UNUSED");
     for image in images {
         let days = image.used.elapsed().unwrap_or_default().as_secs() / 86_400;
@@ -228,7 +237,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_is_one_and_has_an_end() {
+    fn control_characters_and_long_lines_are_not_printed() {
         assert_eq!(printable("a\n\u{1b}[2J\u{9b}ü"), "a  [2J ü");
         assert_eq!(printable(&"x".repeat(3000)).len(), 2003);
     }

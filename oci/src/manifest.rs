@@ -1,24 +1,27 @@
-//! The documents of an image: the OCI image specification's index, manifest and configuration, and Docker's, which
-//! differ in names of types.
+//! The documents of an image: index, manifest and configuration of the OCI image specification, and Docker's, which
+//! differ in the media types.
 //!
-//! They are read as Go reads JSON: names of fields in upper or lower case, null for what is missing, and of two fields
-//! with one name the last.
+//! They are parsed as Go parses JSON: field names are case-insensitive, null stands for a missing field, and of two
+//! fields with the same name the last counts.
 
-use crate::digest::{Digest, NoDigest};
+use crate::digest::{Digest, InvalidDigest};
 use crate::platform::Platform;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 use std::collections::BTreeMap;
 
+/// Maximum size of a manifest, an index or a configuration: twice what registries accept.
+pub(crate) const MAX_DOCUMENT: u64 = 8 << 20;
+
 pub(crate) const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
 pub(crate) const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 pub(crate) const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 pub(crate) const DOCKER_INDEX: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
-/// Manifests of before 2016.
-const DOCKER_OLD: &str = "application/vnd.docker.distribution.manifest.v1+";
+/// Schema 1 manifests, from before 2016.
+const DOCKER_SCHEMA_1: &str = "application/vnd.docker.distribution.manifest.v1+";
 
-/// Types of configurations. Old registries gave the last ones to images, too.
+/// Media types of image configurations. Old registries returned the last four for images, too.
 const CONFIGS: [&str; 6] = [
     "application/vnd.oci.image.config.v1+json",
     "application/vnd.docker.container.image.v1+json",
@@ -28,14 +31,14 @@ const CONFIGS: [&str; 6] = [
     "",
 ];
 
-/// The name that an index gives to an image.
+/// The annotation of an index for an image's name.
 const REF_NAME: &str = "org.opencontainers.image.ref.name";
-/// The whole name, of which containerd and `docker save` write only the tag as the other one.
+/// The annotation for the complete name. containerd and `docker save` write only the tag to `REF_NAME`.
 const IMAGE_NAME: &str = "io.containerd.image.name";
-/// What a manifest is beside an image: a proof of where it comes from.
+/// The annotation that marks a manifest as an attestation and not an image.
 const REFERENCE_TYPE: &str = "vnd.docker.reference.type";
 
-/// A blob and what it is. An image reads few of them, and the others may be anything.
+/// A content descriptor. All fields are optional, since an index may have descriptors of anything besides images.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub(crate) struct Descriptor {
@@ -49,14 +52,14 @@ pub(crate) struct Descriptor {
     artifact_type: Option<String>,
 }
 
-/// What a descriptor leads to.
+/// The type of a descriptor's target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Target {
     Index,
     Manifest,
-    /// One of both, as its content says.
+    /// An index or a manifest, depending on the content.
     Either,
-    /// Something that is no image.
+    /// Not an image.
     Other,
 }
 
@@ -69,7 +72,7 @@ impl Descriptor {
         self.media_type.as_deref().unwrap_or_default()
     }
 
-    pub(crate) fn digest(&self) -> Result<Digest, NoDigest> {
+    pub(crate) fn digest(&self) -> Result<Digest, InvalidDigest> {
         self.digest_text().parse()
     }
 
@@ -87,7 +90,7 @@ impl Descriptor {
             _ if annotation(REFERENCE_TYPE).is_some() => Target::Other,
             OCI_INDEX | DOCKER_INDEX => Target::Index,
             OCI_MANIFEST | DOCKER_MANIFEST => Target::Manifest,
-            old if old.starts_with(DOCKER_OLD) => Target::Manifest,
+            schema_1 if schema_1.starts_with(DOCKER_SCHEMA_1) => Target::Manifest,
             "" | "application/json" | "application/octet-stream" | "text/plain" | "text/html" => {
                 Target::Either
             }
@@ -95,13 +98,13 @@ impl Descriptor {
         }
     }
 
-    /// What it is, where it is no image.
-    pub(crate) fn kind(&self) -> &str {
+    /// The artifact type or the media type, for messages about targets that are not images.
+    pub(crate) fn artifact_type(&self) -> &str {
         let artifact = self.artifact_type.as_deref().filter(|kind| !kind.is_empty());
         artifact.unwrap_or_else(|| self.media_type())
     }
 
-    /// The names that an index gives to it: the whole one first.
+    /// The names that an index gives to the image, the complete one first.
     pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
         let annotations = self.annotations.as_ref();
         let names =
@@ -109,18 +112,18 @@ impl Descriptor {
         names.filter(|name| !name.is_empty())
     }
 
-    /// Whether it is a layer of a type that is read here.
+    /// Whether it is a layer of a supported media type.
     pub(crate) fn is_known_layer(&self) -> bool {
-        let starts = [
+        let prefixes = [
             ("application/vnd.oci.image.layer.v1.tar", ["", "+gzip", "+zstd"]),
             ("application/vnd.oci.image.layer.nondistributable.v1.tar", ["", "+gzip", "+zstd"]),
             ("application/vnd.docker.image.rootfs.diff.tar", ["", ".gzip", ".zstd"]),
             ("application/vnd.docker.image.rootfs.foreign.diff.tar", ["", ".gzip", ".zstd"]),
         ];
-        let is = |(start, ends): &(&str, [&str; 3])| {
-            self.media_type().strip_prefix(start).is_some_and(|end| ends.contains(&end))
+        let is_type = |(prefix, suffixes): &(&str, [&str; 3])| {
+            self.media_type().strip_prefix(prefix).is_some_and(|suffix| suffixes.contains(&suffix))
         };
-        starts.iter().any(is)
+        prefixes.iter().any(is_type)
     }
 
     fn is_known_config(&self) -> bool {
@@ -145,31 +148,31 @@ pub(crate) struct Document {
 
 /// Why a document is not the manifest of an image.
 #[derive(Debug)]
-pub(crate) enum NoManifest {
-    /// A manifest of version 1.
-    Old,
-    /// Something else, by its type.
-    Other(String),
-    /// Not even that.
-    Damaged,
+pub(crate) enum ManifestError {
+    /// A schema 1 manifest.
+    Schema1,
+    /// A document of this other type.
+    OtherType(String),
+    /// Neither a manifest nor a document with a type.
+    Invalid,
 }
 
 impl Document {
     /// The image's configuration and layers.
-    pub(crate) fn into_manifest(self) -> Result<Manifest, NoManifest> {
+    pub(crate) fn into_manifest(self) -> Result<Manifest, ManifestError> {
         let given = |text: Option<String>| text.filter(|text| !text.is_empty());
         if self.schema_version == Some(1) {
-            return Err(NoManifest::Old);
+            return Err(ManifestError::Schema1);
         }
         let Some(config) = self.config else {
             let kind = given(self.artifact_type).or(given(self.media_type));
             let is_manifest = |kind: &String| matches!(&**kind, OCI_MANIFEST | DOCKER_MANIFEST);
             return Err(kind
                 .filter(|kind| !is_manifest(kind))
-                .map_or(NoManifest::Damaged, NoManifest::Other));
+                .map_or(ManifestError::Invalid, ManifestError::OtherType));
         };
         if !config.is_known_config() {
-            return Err(NoManifest::Other(
+            return Err(ManifestError::OtherType(
                 given(self.artifact_type).unwrap_or_else(|| config.media_type().to_owned()),
             ));
         }
@@ -177,16 +180,16 @@ impl Document {
     }
 }
 
-/// An image's parts.
+/// An image manifest.
 #[derive(Debug)]
 pub(crate) struct Manifest {
     pub(crate) config: Descriptor,
     pub(crate) layers: Vec<Descriptor>,
 }
 
-/// What `docker save` writes of each image.
+/// An entry of the manifest.json of `docker save`.
 #[derive(Debug, Deserialize)]
-pub(crate) struct Saved {
+pub(crate) struct SavedImage {
     pub(crate) config: String,
     #[serde(default, rename = "repotags")]
     pub(crate) repo_tags: Option<Vec<String>>,
@@ -204,22 +207,22 @@ pub(crate) struct ImageConfig {
     pub(crate) rootfs: RootFs,
 }
 
-/// The layers' uncompressed digests.
+/// The digests of the uncompressed layers.
 #[derive(Debug, Deserialize)]
 pub(crate) struct RootFs {
     #[serde(default)]
     pub(crate) diff_ids: Option<Vec<String>>,
 }
 
-/// How an image is to be run.
+/// The execution parameters of an image.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub(crate) struct RunConfig {
     pub(crate) user: Option<String>,
     pub(crate) env: Option<Vec<String>>,
-    #[serde(deserialize_with = "words")]
+    #[serde(deserialize_with = "string_or_list")]
     pub(crate) entrypoint: Option<Vec<String>>,
-    #[serde(deserialize_with = "words")]
+    #[serde(deserialize_with = "string_or_list")]
     pub(crate) cmd: Option<Vec<String>>,
     #[serde(rename = "workingdir")]
     pub(crate) working_dir: Option<String>,
@@ -229,8 +232,8 @@ pub(crate) struct RunConfig {
     pub(crate) exposed_ports: Option<BTreeMap<String, Value>>,
 }
 
-/// A list of words, or a single word for a list of one, as docker takes it.
-fn words<'de, D: Deserializer<'de>>(input: D) -> Result<Option<Vec<String>>, D::Error> {
+/// Deserializes a list of strings, or a single string as a list of one, as docker does.
+fn string_or_list<'de, D: Deserializer<'de>>(input: D) -> Result<Option<Vec<String>>, D::Error> {
     #[derive(Deserialize)]
     #[serde(untagged)]
     enum Words {
@@ -243,18 +246,19 @@ fn words<'de, D: Deserializer<'de>>(input: D) -> Result<Option<Vec<String>>, D::
     }))
 }
 
-/// Reads a document.
+/// Parses a document.
 pub(crate) fn parse<T: DeserializeOwned>(document: &[u8]) -> serde_json::Result<T> {
-    serde_json::from_value(in_lower_case(serde_json::from_slice(document)?))
+    serde_json::from_value(with_lower_case_names(serde_json::from_slice(document)?))
 }
 
-/// The same with the names of all fields in lower case.
-fn in_lower_case(value: Value) -> Value {
+/// Converts all field names to lower case.
+fn with_lower_case_names(value: Value) -> Value {
     match value {
-        Value::Object(fields) => {
-            fields.into_iter().map(|(name, value)| (name.to_lowercase(), in_lower_case(value))).collect()
-        }
-        Value::Array(values) => values.into_iter().map(in_lower_case).collect(),
+        Value::Object(fields) => fields
+            .into_iter()
+            .map(|(name, value)| (name.to_lowercase(), with_lower_case_names(value)))
+            .collect(),
+        Value::Array(values) => values.into_iter().map(with_lower_case_names).collect(),
         other => other,
     }
 }
@@ -285,12 +289,12 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_manifest_of_an_image_is_known_by_its_type() {
+    fn other_documents_than_manifests_are_reported_with_their_type() {
         let of = |text: &str| match parse::<Document>(text.as_bytes()).unwrap().into_manifest() {
             Ok(_) => "image".to_owned(),
-            Err(NoManifest::Old) => "old".to_owned(),
-            Err(NoManifest::Damaged) => "damaged".to_owned(),
-            Err(NoManifest::Other(kind)) => kind,
+            Err(ManifestError::Schema1) => "old".to_owned(),
+            Err(ManifestError::Invalid) => "damaged".to_owned(),
+            Err(ManifestError::OtherType(kind)) => kind,
         };
         for kind in CONFIGS {
             assert_eq!(of(&format!(r#"{{"schemaVersion":2,"config":{{"mediaType":"{kind}"}}}}"#)), "image");

@@ -1,31 +1,38 @@
-//! Names of images in a layout or an archive, and the words by which they are asked for.
+//! Lookup of images in a layout or an archive by tag.
 
 use crate::reference::Reference;
 
-/// How well a word fits the names of an image: the less, the better.
+/// How a tag matches the name of an image, the better match first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Fit {
-    /// It is one of them, or another way to write it.
-    Whole,
-    /// It is the end of one of them.
-    End,
+enum MatchKind {
+    /// It is the same name, possibly in another spelling.
+    Exact,
+    /// It is a suffix of the name, after `/` or `:`.
+    Suffix,
 }
 
-/// The images that a word means: those whose names it fits best.
-pub(crate) fn meant<'a, T>(word: &str, images: &'a [T], names: impl Fn(&T) -> Vec<String>) -> Vec<&'a T> {
-    let fits: Vec<_> =
-        images.iter().map(|image| names(image).iter().filter_map(|name| fit(word, name)).min()).collect();
-    let best = fits.iter().flatten().min().copied();
-    images.iter().zip(fits).filter(|(_, fit)| fit.is_some() && *fit == best).map(|(image, _)| image).collect()
+/// The images whose names match a tag best.
+pub(crate) fn matching<'a, T>(tag: &str, images: &'a [T], names: impl Fn(&T) -> Vec<String>) -> Vec<&'a T> {
+    let matches: Vec<_> = images
+        .iter()
+        .map(|image| names(image).iter().filter_map(|name| match_kind(tag, name)).min())
+        .collect();
+    let best = matches.iter().flatten().min().copied();
+    images
+        .iter()
+        .zip(matches)
+        .filter(|(_, match_kind)| match_kind.is_some() && *match_kind == best)
+        .map(|(image, _)| image)
+        .collect()
 }
 
-fn fit(word: &str, name: &str) -> Option<Fit> {
+fn match_kind(tag: &str, name: &str) -> Option<MatchKind> {
     let whole = |name: &str| Reference::parse(name).ok().map(|reference| reference.to_string());
-    if word == name || whole(word).is_some_and(|word| Some(word) == whole(name)) {
-        return Some(Fit::Whole);
+    if tag == name || whole(tag).is_some_and(|tag| Some(tag) == whole(name)) {
+        return Some(MatchKind::Exact);
     }
-    let start = name.strip_suffix(word).filter(|_| !word.is_empty())?;
-    start.ends_with([':', '/']).then_some(Fit::End)
+    let start = name.strip_suffix(tag).filter(|_| !tag.is_empty())?;
+    start.ends_with([':', '/']).then_some(MatchKind::Suffix)
 }
 
 #[cfg(test)]
@@ -33,7 +40,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_word_means_the_images_whose_names_it_fits_best() {
+    fn the_best_match_counts() {
         let names = [
             "docker.io/library/one:latest",
             "docker.io/library/two:latest",
@@ -41,21 +48,21 @@ mod tests {
             "10",
             "a/b:2",
         ];
-        let meant = |word| {
-            meant(word, &names, |name| vec![(*name).to_owned()]).into_iter().copied().collect::<Vec<_>>()
+        let matching = |tag| {
+            matching(tag, &names, |name| vec![(*name).to_owned()]).into_iter().copied().collect::<Vec<_>>()
         };
         let all = &names[..3];
-        assert_eq!(meant("latest"), all);
-        assert_eq!(meant("one:latest"), [names[0]]);
-        assert_eq!(meant("one"), [names[0]]);
-        assert_eq!(meant("library/two:latest"), [names[1]]);
-        assert_eq!(meant("docker.io/two"), [names[1]]);
-        assert_eq!(meant("team/one"), [names[2]]);
-        assert_eq!(meant("10"), ["10"]);
-        assert_eq!(meant("2"), ["a/b:2"]);
-        assert_eq!(meant("b:2"), ["a/b:2"]);
-        for word in ["", "three", "ne:latest", "1", "0", "wo"] {
-            assert_eq!(meant(word), [""; 0], "{word}");
+        assert_eq!(matching("latest"), all);
+        assert_eq!(matching("one:latest"), [names[0]]);
+        assert_eq!(matching("one"), [names[0]]);
+        assert_eq!(matching("library/two:latest"), [names[1]]);
+        assert_eq!(matching("docker.io/two"), [names[1]]);
+        assert_eq!(matching("team/one"), [names[2]]);
+        assert_eq!(matching("10"), ["10"]);
+        assert_eq!(matching("2"), ["a/b:2"]);
+        assert_eq!(matching("b:2"), ["a/b:2"]);
+        for tag in ["", "three", "ne:latest", "1", "0", "wo"] {
+            assert_eq!(matching(tag), [""; 0], "{tag}");
         }
     }
 }

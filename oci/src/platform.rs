@@ -1,38 +1,38 @@
-//! What an image runs on, and which of an image's variants runs here, as containerd decides it.
+//! Platforms of images, and whether this machine can run them, by the rules of containerd.
 
 use serde::Deserialize;
 use std::fmt::{self, Display, Formatter};
 
-/// What an image runs on. What it does not say is this machine's.
+/// The platform of an image. Missing fields stand for this machine's values.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 pub(crate) struct Platform {
     #[serde(default)]
     architecture: Option<String>,
     #[serde(default)]
     os: Option<String>,
-    /// For amd64, the level of the processor: v1 to v4.
+    /// The microarchitecture level on amd64: v1 to v4.
     #[serde(default)]
     variant: Option<String>,
 }
 
 impl Platform {
     fn os(&self) -> String {
-        given(self.os.as_deref(), "linux")
+        non_empty_or(self.os.as_deref(), "linux")
     }
 
     fn architecture(&self) -> String {
-        match given(self.architecture.as_deref(), "amd64") {
+        match non_empty_or(self.architecture.as_deref(), "amd64") {
             name if matches!(&*name, "x86_64" | "x86-64") => "amd64".to_owned(),
             name => name,
         }
     }
 
-    /// Whether it is that of what is no image: proofs of where an image comes from.
+    /// Whether it is the platform `unknown/unknown`, which buildx gives to attestations.
     pub(crate) fn is_unknown(&self) -> bool {
         self.os() == "unknown" || self.architecture() == "unknown"
     }
 
-    /// The level of processor that it needs, where it is for Linux on amd64 and this machine has that level.
+    /// The microarchitecture level that it needs, if it is for Linux on amd64 and this machine has that level.
     pub(crate) fn level(&self) -> Option<u8> {
         self.level_on(processor_level())
     }
@@ -41,7 +41,7 @@ impl Platform {
         if (&*self.os(), &*self.architecture()) != ("linux", "amd64") {
             return None;
         }
-        let variant = given(self.variant.as_deref(), "v1");
+        let variant = non_empty_or(self.variant.as_deref(), "v1");
         let level = variant.strip_prefix('v').unwrap_or(&variant).parse().ok()?;
         (1..=processor).contains(&level).then_some(level)
     }
@@ -57,12 +57,12 @@ impl Display for Platform {
     }
 }
 
-/// A text in lower case, or what is meant where it is missing.
-fn given(text: Option<&str>, default: &str) -> String {
+/// A field in lower case, or the default if it is missing or empty.
+fn non_empty_or(text: Option<&str>, default: &str) -> String {
     text.filter(|text| !text.is_empty()).unwrap_or(default).to_lowercase()
 }
 
-/// The level of this processor, of the four that the psABI of x86-64 defines.
+/// The microarchitecture level of this processor, of the four that the x86-64 psABI defines.
 fn processor_level() -> u8 {
     macro_rules! has {
         ($($feature:tt),*) => { $(std::arch::is_x86_feature_detected!($feature))&&* };
@@ -83,7 +83,7 @@ mod tests {
     }
 
     #[test]
-    fn a_platform_is_this_machines_where_it_says_nothing_else() {
+    fn missing_fields_of_a_platform_are_this_machines() {
         let level = |os, architecture, variant| platform(os, architecture, variant).level_on(3);
         for (os, architecture) in [
             (Some("linux"), Some("amd64")),

@@ -1,4 +1,4 @@
-//! What is known of a converted image, and what is told about it.
+//! Descriptions of converted images: the record in the cache, and the public description.
 
 use crate::digest::Digest;
 use crate::error::Error;
@@ -7,18 +7,18 @@ use crate::user::{User, Users};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
-/// A converted image's image.json: all that is needed later, without the image.
+/// The image.json of a converted image: everything that [`Prepared`] needs.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Record {
     pub(crate) digest: Digest,
-    /// Bytes of the filesystem.
+    /// The size of the filesystem in bytes.
     pub(crate) size: u64,
     run: Run,
     user: String,
     users: Users,
 }
 
-/// How the image's program is started.
+/// The execution parameters of the image, without the user.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Run {
     entrypoint: Vec<String>,
@@ -29,23 +29,23 @@ struct Run {
     exposed_ports: Vec<String>,
 }
 
-/// An image that a guest can have as its root.
+/// A converted image, ready to be a guest's root filesystem.
 #[derive(Clone, Debug, Serialize)]
 pub struct Prepared {
-    /// The filesystem, read-only EROFS.
+    /// The path of the EROFS filesystem.
     pub rootfs: PathBuf,
     /// The image's id: the digest of its configuration.
     pub digest: Digest,
-    /// What it starts.
+    /// The execution parameters.
     pub config: Config,
 }
 
-/// What an image starts.
+/// The execution parameters of an image.
 #[derive(Clone, Debug, Serialize)]
 pub struct Config {
     #[serde(flatten)]
     run: Run,
-    /// As whom.
+    /// The user that the program runs as.
     pub user: User,
 }
 
@@ -69,7 +69,7 @@ impl Record {
         Self { digest, size, run, user: config.user.unwrap_or_default(), users }
     }
 
-    /// What is told, with the image's user or another one.
+    /// The public description, with the image's user or another one.
     pub(crate) fn prepared(self, rootfs: PathBuf, user: Option<&str>) -> Result<Prepared, Error> {
         let user = self.users.find(user.unwrap_or(&self.user))?;
         Ok(Prepared { rootfs, digest: self.digest, config: Config { run: self.run, user } })

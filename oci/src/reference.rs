@@ -1,45 +1,45 @@
-//! Names of images in registries: `debian:12`, `localhost:5000/team/app@sha256:...`.
+//! References of images in registries: `debian:12`, `localhost:5000/team/app@sha256:...`.
 
-use crate::digest::{Digest, NoDigest};
+use crate::digest::{Digest, InvalidDigest};
 use std::fmt::{self, Display, Formatter};
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-/// Where names without a registry are.
+/// The registry of references without one.
 const DEFAULT_HOST: &str = "docker.io";
 const DEFAULT_SERVER: &str = "registry-1.docker.io";
 
-/// An image in a registry.
+/// A reference of an image in a registry.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Reference {
-    /// With the port, if one is named.
+    /// The host of the registry, with the port if the reference has one.
     pub(crate) host: String,
-    /// The repository.
-    pub(crate) name: String,
+    /// The name of the repository.
+    pub(crate) repository: String,
     pub(crate) version: Version,
 }
 
-/// Which image of a repository.
+/// The tag or digest of an image in its repository.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Version {
     Tag(String),
     Digest(Digest),
 }
 
-/// A text is no reference.
+/// Why a text is not a reference.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The repository's name.
-    #[error("{0:?} is no name of a repository: lower-case letters, digits, and . _ - / between them")]
+    /// The name of the repository is invalid.
+    #[error("{0:?} is not a repository name: lower-case letters, digits, and . _ - / between them")]
     Name(String),
-    /// The registry's name.
-    #[error("{0:?} is no name of a registry: HOST or HOST:PORT")]
+    /// The host is invalid.
+    #[error("{0:?} is not a registry: HOST or HOST:PORT")]
     Host(String),
-    /// The tag.
-    #[error("{0:?} is no tag: letters, digits and _ . -, at most 128")]
+    /// The tag is invalid.
+    #[error("{0:?} is not a tag: letters, digits and _ . -, at most 128")]
     Tag(String),
-    /// The digest.
+    /// The digest is invalid.
     #[error(transparent)]
-    Digest(#[from] NoDigest),
+    Digest(#[from] InvalidDigest),
 }
 
 impl Reference {
@@ -48,7 +48,7 @@ impl Reference {
             Some((rest, digest)) => (rest, Some(digest.parse()?)),
             None => (text, None),
         };
-        // A first part with a dot or port is a host, as docker decides it.
+        // As in docker, the first component is a host if it has a dot or a port, or is `localhost`.
         let (host, path) = match rest.split_once('/') {
             Some((host, path)) if host.contains(['.', ':']) || host == "localhost" => (host, path),
             _ => (DEFAULT_HOST, rest),
@@ -65,16 +65,16 @@ impl Reference {
             return Err(Error::Tag(tag.to_owned()));
         }
         let library = if host == DEFAULT_HOST && !name.contains('/') { "library/" } else { "" };
-        // Where both are there, the digest says more.
+        // A digest takes precedence over a tag.
         let version = digest.map_or_else(|| Version::Tag(tag.to_owned()), Version::Digest);
-        Ok(Self { host: host.to_owned(), name: format!("{library}{name}"), version })
+        Ok(Self { host: host.to_owned(), repository: format!("{library}{name}"), version })
     }
 
-    /// The registry's address. Only this machine's own may be without TLS.
+    /// The URL of the repository. Only the loopback interface is accessed without TLS.
     pub(crate) fn url(&self) -> String {
         let server = if self.host == DEFAULT_HOST { DEFAULT_SERVER } else { &self.host };
         let scheme = if is_loopback(server) { "http" } else { "https" };
-        format!("{scheme}://{server}/v2/{}", self.name)
+        format!("{scheme}://{server}/v2/{}", self.repository)
     }
 
     pub(crate) fn is_loopback(&self) -> bool {
@@ -84,7 +84,7 @@ impl Reference {
 
 impl Display for Reference {
     fn fmt(&self, formatter: &mut Formatter<'_>) -> fmt::Result {
-        write!(formatter, "{}/{}", self.host, self.name)?;
+        write!(formatter, "{}/{}", self.host, self.repository)?;
         match &self.version {
             Version::Tag(tag) => write!(formatter, ":{tag}"),
             Version::Digest(digest) => write!(formatter, "@{digest}"),
@@ -92,7 +92,7 @@ impl Display for Reference {
     }
 }
 
-/// A host without its port.
+/// Removes the port of a host.
 fn without_port(host: &str) -> &str {
     match host.strip_prefix('[').and_then(|inner| inner.split_once(']')) {
         Some((address, _)) => address,
@@ -100,7 +100,7 @@ fn without_port(host: &str) -> &str {
     }
 }
 
-/// Whether a host, with or without its port, is this machine.
+/// Whether a host, with or without a port, is the loopback interface.
 pub(crate) fn is_loopback(host: &str) -> bool {
     let host = without_port(host);
     host == "localhost"
@@ -143,7 +143,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn references_are_read_as_docker_reads_them() {
+    fn references_are_parsed_as_docker_parses_them() {
         let digest = Digest::of(b"");
         for (text, shown, url) in [
             ("debian", "docker.io/library/debian:latest", "https://registry-1.docker.io/v2/library/debian"),
@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn other_texts_are_none() {
+    fn other_texts_are_not_references() {
         for text in [
             "",
             "Debian",

@@ -1,37 +1,37 @@
-//! Users as images and people name them, looked up in the image's own /etc/passwd and /etc/group.
+//! Lookup of users in the image's /etc/passwd and /etc/group.
 
 use serde::{Deserialize, Serialize};
 
-/// Bytes of such a file.
+/// Maximum size of such a file, in bytes.
 pub(crate) const MAX_FILE: u64 = 16 << 20;
 
-/// Who a program runs as.
+/// The user and groups that a program runs as.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct User {
-    /// The user's number.
+    /// The user id.
     pub uid: u32,
-    /// The group's number.
+    /// The id of the primary group.
     pub gid: u32,
-    /// All groups, that one too.
+    /// All groups, with the primary group.
     pub groups: Vec<u32>,
-    /// The user's directory.
+    /// The home directory.
     pub home: String,
-    /// The user's name; empty where the number has none.
+    /// The name, or an empty string if /etc/passwd has no entry.
     pub name: String,
 }
 
-/// A user is not known.
+/// Why a user or group is not found.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Not in passwd.
-    #[error("the image's /etc/passwd has no user {0:?}; a number needs no entry there")]
+    /// /etc/passwd does not have this user.
+    #[error("no user {0:?} in the image's /etc/passwd; a numeric UID needs no entry")]
     User(String),
-    /// Not in group.
-    #[error("the image's /etc/group has no group {0:?}; a number needs no entry there")]
+    /// /etc/group does not have this group.
+    #[error("no group {0:?} in the image's /etc/group; a numeric GID needs no entry")]
     Group(String),
 }
 
-/// What an image says of its users.
+/// The user and group databases of an image.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Users {
     /// Content of /etc/passwd.
@@ -41,14 +41,14 @@ pub struct Users {
 }
 
 impl Users {
-    /// Looks up `NAME`, `UID`, `NAME:GROUP` or `UID:GID`; nothing means root.
+    /// Looks up `NAME`, `UID`, `NAME:GROUP` or `UID:GID`; an empty text is root.
     ///
     /// # Errors
-    /// Where a name is not there.
+    /// If a name has no entry.
     pub fn find(&self, text: &str) -> Result<User, Error> {
         let (user, group) = text.split_once(':').map_or((text, None), |(user, group)| (user, Some(group)));
         let user = if user.is_empty() { "0" } else { user };
-        // An entry of that name goes before the entry, if any, of that number.
+        // An entry with this name takes precedence over one with this UID.
         let number = id(user);
         let entries = || self.passwd.lines().filter_map(Entry::parse);
         let entry = entries()
@@ -75,7 +75,7 @@ impl Users {
         named.map(|(_, gid, _)| gid).or_else(|| id(group)).ok_or_else(|| Error::Group(group.to_owned()))
     }
 
-    /// The groups that have the user among their members, behind the user's own.
+    /// The primary group, followed by the groups that have the user as a member.
     fn groups_of(&self, user: &str, gid: u32) -> Vec<u32> {
         let mut groups = vec![gid];
         for (_, gid, members) in self.group.lines().filter_map(group_entry) {
@@ -87,12 +87,12 @@ impl Users {
     }
 }
 
-/// A number that a user or group can have; the highest means "nobody" to system calls.
+/// Parses a UID or GID. The highest number is invalid: it is -1 to system calls, "no change".
 fn id(text: &str) -> Option<u32> {
     text.parse().ok().filter(|&id| id != u32::MAX)
 }
 
-/// A line of passwd.
+/// An entry of /etc/passwd.
 #[derive(Debug)]
 struct Entry<'a> {
     name: &'a str,
@@ -111,7 +111,7 @@ impl<'a> Entry<'a> {
     }
 }
 
-/// Name, number and members of a line of group.
+/// Name, GID and members of an entry of /etc/group.
 fn group_entry(line: &str) -> Option<(&str, u32, &str)> {
     let mut fields = line.split(':');
     let name = fields.next().filter(|name| !name.is_empty())?;
@@ -152,11 +152,11 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_there_is_named() {
+    fn missing_users_and_groups_are_reported() {
         let error = |text| Users::default().find(text).unwrap_err().to_string();
-        assert!(error("nobody").starts_with("the image's /etc/passwd has no user \"nobody\""));
-        assert!(error("-1").starts_with("the image's /etc/passwd has no user \"-1\""));
-        assert!(error("4294967295").starts_with("the image's /etc/passwd has no user"));
-        assert!(error("0:wheel").starts_with("the image's /etc/group has no group \"wheel\""));
+        assert!(error("nobody").starts_with("no user \"nobody\" in the image's /etc/passwd"));
+        assert!(error("-1").starts_with("no user \"-1\" in the image's /etc/passwd"));
+        assert!(error("4294967295").starts_with("no user \"4294967295\" in the image's"));
+        assert!(error("0:wheel").starts_with("no group \"wheel\" in the image's /etc/group"));
     }
 }

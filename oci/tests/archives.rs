@@ -1,16 +1,16 @@
-//! Tar archives as many programs write them, read as Go's archive/tar reads them: what docker, containerd and podman
-//! find in an archive is found here, and nothing is lost without a word.
+//! Tar archives of many programs, which are read as by Go's archive/tar: the result has the same files as in docker,
+//! containerd and podman, and nothing is lost silently.
 
 mod support;
 
 use support::reader::{line, paths};
-use support::{Layer, Place};
+use support::{Layer, Workspace};
 use tar::{EntryType, Header};
 
-/// Entries that have no data, by the byte of their kind.
+/// The type flags of entries without data.
 const WITHOUT_DATA: [u8; 6] = *b"123456";
 
-/// The header with a field of its own.
+/// Changes a header.
 fn with(mut header: Header, change: impl FnOnce(&mut Header)) -> Header {
     change(&mut header);
     header
@@ -21,18 +21,18 @@ fn header(kind: u8, name: &str, size: u64) -> Header {
 }
 
 #[test]
-fn a_size_of_an_entry_without_data_hides_nothing() {
+fn the_size_of_an_entry_without_data_is_ignored() {
     for kind in WITHOUT_DATA {
         for size in [1, 20, 511, 512, 513, 64_700, 1 << 33] {
             let odd = with(header(kind, "d/odd", size), |header| {
                 header.as_old_mut().linkname[..3].copy_from_slice(b"d/a");
             });
             let layer = Layer::new().folder("d", 0o755).file("d/a", &"x".repeat(700));
-            // The size is in the header, and once more in an extended one.
+            // The size is in the header, and then also in an extended header.
             let extended = odd.clone();
             let layer = layer.raw(odd, b"").file("d/after", "after");
             let layer = layer.pax(&[("size", b"4096")]).raw(extended, b"").file("last", "last");
-            let lines = Place::made(&[layer.bytes()]);
+            let lines = Workspace::listed(&[layer.bytes()]);
             let expected = ["/", "/d", "/d/a", "/d/after", "/d/odd", "/last"];
             assert_eq!(paths(&lines), expected, "{} {size}", char::from(kind));
             assert!(line(&lines, "/d/after").ends_with("\"after\""));
@@ -41,18 +41,18 @@ fn a_size_of_an_entry_without_data_hides_nothing() {
 }
 
 #[test]
-fn data_where_no_data_can_be_is_no_entry() {
-    // Data behind a hard link, as some programs write it: no reader in Go takes it for data.
+fn data_of_an_entry_without_data_is_refused() {
+    // Data after a hard link, as some programs write it, is not data for readers in Go.
     for kind in WITHOUT_DATA {
         let odd = with(header(kind, "odd", 5), |header| header.as_old_mut().linkname[0] = b'a');
         let layer = Layer::new().file("a", "").raw(odd, b"data!").file("b", "");
-        let line = Place::refused(&[layer.bytes()]);
-        assert_eq!(line, "layer 1 of 1: byte 1024 begins no file: not a tar archive, or a damaged one");
+        let line = Workspace::refused(&[layer.bytes()]);
+        assert_eq!(line, "layer 1 of 1: byte 1024: no valid header; not a tar archive, or a damaged one");
     }
 }
 
 #[test]
-fn an_old_directory_is_a_file_with_a_slash_behind_its_name() {
+fn an_old_directory_is_a_file_whose_name_ends_with_a_slash() {
     let old = |kind, name, size| {
         with(header(kind, name, size), |header| {
             header.as_old_mut().pad.fill(0);
@@ -65,7 +65,7 @@ fn an_old_directory_is_a_file_with_a_slash_behind_its_name() {
         .raw(old(b'0', "c/", 0), b"")
         .raw(old(b'0', "d/", 4), b"data")
         .file("last", "");
-    let lines = Place::made(&[layer.bytes()]);
+    let lines = Workspace::listed(&[layer.bytes()]);
     assert_eq!(paths(&lines), ["/", "/a", "/b", "/c", "/d", "/last"]);
     for path in ["/a", "/b", "/c"] {
         assert!(line(&lines, path).contains(" 40755 "), "{lines:#?}");
@@ -88,23 +88,23 @@ fn an_archive_ends_in_many_ways() {
         ("something else", [zeroes(1024), b"junk".repeat(1000)].concat()),
         ("another archive", [zeroes(1024), Layer::new().file("c", "third").bytes()].concat()),
     ] {
-        let lines = Place::made(&[[two().without_end(), end].concat()]);
+        let lines = Workspace::listed(&[[two().without_end(), end].concat()]);
         assert_eq!(paths(&lines), ["/", "/a", "/b"], "{what}");
     }
-    // Without the padding of the last file, and with a part of it.
+    // Without the padding of the last file, or with a part of it.
     let whole = two().without_end();
     for missing in [1, 412, 506] {
-        let lines = Place::made(&[whole[..whole.len() - missing].to_vec()]);
+        let lines = Workspace::listed(&[whole[..whole.len() - missing].to_vec()]);
         assert!(line(&lines, "/b").ends_with("\"second\""), "{missing}");
     }
-    assert_eq!(paths(&Place::made(&[vec![]])), ["/"]);
+    assert_eq!(paths(&Workspace::listed(&[vec![]])), ["/"]);
 }
 
 #[test]
-fn an_archive_that_may_have_lost_something_is_refused() {
-    let refused = |archive: Vec<u8>| Place::refused(&[archive]).replace("layer 1 of 1: ", "");
+fn an_archive_that_may_be_incomplete_is_refused() {
+    let refused = |archive: Vec<u8>| Workspace::refused(&[archive]).replace("layer 1 of 1: ", "");
     let single =
-        "byte 512: a single record of zeroes in the middle of the archive, which is damaged or written wrong";
+        "byte 512: a single record of zeroes in the middle of the archive, which is damaged or malformed";
     let file = |name| Layer::new().file(name, "").without_end();
     for behind in [file("b"), b"junk".repeat(128), Layer::new().pax(&[("path", b"b")]).bytes()] {
         assert_eq!(refused([file("a"), vec![0; 512], behind].concat()), single);
@@ -133,7 +133,7 @@ fn an_archive_that_may_have_lost_something_is_refused() {
 }
 
 #[test]
-fn numbers_are_blank_or_negative_or_in_base_256() {
+fn numbers_may_be_blank_or_negative_or_in_base_256() {
     let blank = |byte: u8| {
         with(header(b'0', if byte == 0 { "empty" } else { "blank" }, 0), |header| {
             let old = header.as_old_mut();
@@ -162,7 +162,7 @@ fn numbers_are_blank_or_negative_or_in_base_256() {
         .raw(base_256("nobody", -2, i64::MIN, 4), b"data")
         .raw(base_256("unchanged", -1, -1, 4), b"data")
         .raw(base_256("large", 4_294_967_294, 32_503_680_000, 4), b"data");
-    let lines = Place::made(&[layer.bytes()]);
+    let lines = Workspace::listed(&[layer.bytes()]);
     for (path, expected) in [
         ("/empty", "100000 0:0 1 0.0 \"\""),
         ("/blank", "100000 0:0 1 0.0 \"\""),
@@ -176,7 +176,7 @@ fn numbers_are_blank_or_negative_or_in_base_256() {
 }
 
 #[test]
-fn extended_headers_may_be_empty_or_beyond_what_can_be() {
+fn values_of_extended_headers_may_be_empty_or_out_of_range() {
     let empty: [(&str, &[u8]); 8] = [
         ("path", b""),
         ("linkpath", b""),
@@ -187,29 +187,29 @@ fn extended_headers_may_be_empty_or_beyond_what_can_be() {
         ("comment", b""),
         ("GNU.sparse.major", b""),
     ];
-    let taken_back: [(&str, &[u8]); 4] = [("path", b"no"), ("uid", b"7"), ("path", b""), ("uid", b"")];
+    let cancelled: [(&str, &[u8]); 4] = [("path", b"no"), ("uid", b"7"), ("path", b""), ("uid", b"")];
     let layer = Layer::new()
         .pax(&empty)
         .file("empty", "1")
-        .pax(&taken_back)
-        .file("taken-back", "2")
+        .pax(&cancelled)
+        .file("cancelled", "2")
         .pax(&[("SCHILY.xattr.user.overlay.origin", b""), ("uid", b"-2"), ("gid", b"+5")])
         .file("attribute", "3")
         .pax(&[("mtime", b"-9223372036854775808"), ("uid", b"4294967295")])
         .file("least", "4")
         .pax(&[("mtime", b"99999999999999999999999999999999999999999999.5")])
         .file("most", "5")
-        // A second header takes the place of the first, and what is said of all files counts for none.
+        // A second extended header replaces the first.
         .pax(&[("path", b"first"), ("uid", b"7")])
         .pax(&[("path", b"second")])
         .file("x", "6")
         .pax(&[("path", b"pax"), ("mtime", b"1.5")])
         .raw(Layer::header(EntryType::GNULongName, b"././@LongLink", 0o644, 4), b"gnu\0")
         .file("y", "7");
-    let lines = Place::made(&[layer.bytes()]);
+    let lines = Workspace::listed(&[layer.bytes()]);
     for (path, expected) in [
         ("/empty", "0:0 1 1700000000.0 \"1\""),
-        ("/taken-back", "0:0 1 1700000000.0 \"2\""),
+        ("/cancelled", "0:0 1 1700000000.0 \"2\""),
         ("/attribute", "4294967294:5 1 1700000000.0 \"3\" user.overlay.origin=\"\""),
         ("/least", "0:0 1 -9223372036854775808.0 \"4\""),
         ("/most", "0:0 1 9223372036854775807.0 \"5\""),
@@ -222,56 +222,49 @@ fn extended_headers_may_be_empty_or_beyond_what_can_be() {
 }
 
 #[test]
-fn what_is_said_of_all_files_changes_none() {
+fn global_headers_are_ignored() {
     let global = |records: &[u8]| {
         let header =
             Layer::header(EntryType::XGlobalHeader, b"pax_global_header", 0o644, records.len() as u64);
         Layer::new().raw(header, records).without_end()
     };
     let file = Layer::new().pax(&[("path", b"long")]).without_end();
-    // Between a file and its extended header, too, and any number of them.
+    // Any number of global headers, also between an extended header and its file.
     let many = global(b"16 comment=abcd\n").repeat(20);
     let lines =
-        Place::made(&[[file, many, global(b"9 uid=12\n"), Layer::new().file("x", "1").bytes()].concat()]);
+        Workspace::listed(&[
+            [file, many, global(b"9 uid=12\n"), Layer::new().file("x", "1").bytes()].concat()
+        ]);
     assert_eq!(line(&lines, "/long"), "/long 100644 0:0 1 1700000000.0 \"1\"");
 }
 
 #[test]
-fn numbers_that_can_be_none_are_refused_with_the_name_of_the_file() {
+fn invalid_numbers_are_refused_with_the_name_of_the_file() {
     let wrong = |change: fn(&mut Header)| {
         let layer = Layer::new().file("a", "").raw(with(header(b'0', "odd", 0), change), b"");
-        Place::refused(&[layer.bytes()]).replace("layer 1 of 1: odd: ", "")
+        Workspace::refused(&[layer.bytes()]).replace("layer 1 of 1: odd: ", "")
     };
-    let is_no_number = |what| format!("{what} in its header is not a number that it can be");
-    assert_eq!(
-        wrong(|header| header.as_old_mut().size[..3].copy_from_slice(b"9zz")),
-        is_no_number("the size")
-    );
-    assert_eq!(wrong(|header| header.as_old_mut().size.fill(0xff)), is_no_number("the size"));
-    assert_eq!(
-        wrong(|header| header.as_old_mut().uid[..2].copy_from_slice(b"-2")),
-        is_no_number("the owner")
-    );
+    let invalid_number = |what| format!("invalid {what} in its header");
+    assert_eq!(wrong(|header| header.as_old_mut().size[..3].copy_from_slice(b"9zz")), invalid_number("size"));
+    assert_eq!(wrong(|header| header.as_old_mut().size.fill(0xff)), invalid_number("size"));
+    assert_eq!(wrong(|header| header.as_old_mut().uid[..2].copy_from_slice(b"-2")), invalid_number("owner"));
     assert_eq!(
         wrong(|header| header.as_old_mut().gid[..2].copy_from_slice(&[0x80, 1])),
-        is_no_number("the group")
+        invalid_number("group")
     );
-    assert_eq!(
-        wrong(|header| header.as_old_mut().mode[..2].copy_from_slice(b"rw")),
-        is_no_number("the mode")
-    );
+    assert_eq!(wrong(|header| header.as_old_mut().mode[..2].copy_from_slice(b"rw")), invalid_number("mode"));
     assert_eq!(
         wrong(|header| header.as_old_mut().mtime[..4].copy_from_slice(b"soon")),
-        is_no_number("the time")
+        invalid_number("modification time")
     );
     let major = |header: &mut Header| header.as_gnu_mut().unwrap().dev_major.copy_from_slice(b"7777777\0");
     let layer = Layer::new().raw(with(header(b'4', "odd", 0), major), b"");
     assert_eq!(
-        Place::refused(&[layer.bytes()]),
-        format!("layer 1 of 1: odd: {}", is_no_number("the device's major number"))
+        Workspace::refused(&[layer.bytes()]),
+        format!("layer 1 of 1: odd: {}", invalid_number("major device number"))
     );
     for value in [&b"-1"[..], b"9223372036854775808", b"340282366920938463463374607431768211456"] {
-        let line = Place::refused(&[Layer::new().pax(&[("size", value)]).file("odd", "").bytes()]);
-        assert_eq!(line, format!("layer 1 of 1: odd: {}", is_no_number("the size")));
+        let line = Workspace::refused(&[Layer::new().pax(&[("size", value)]).file("odd", "").bytes()]);
+        assert_eq!(line, format!("layer 1 of 1: odd: {}", invalid_number("size")));
     }
 }

@@ -1,5 +1,5 @@
-//! Indexes, archives of `docker save` and configurations as many programs write them: what containerd and docker
-//! choose is chosen here, and what is no image is named.
+//! Indexes, archives of `docker save` and configurations of many programs: the selected image is the one that containerd
+//! and docker select, and artifacts that are not images are reported.
 
 mod support;
 
@@ -7,7 +7,7 @@ use kindling_oci::Digest;
 use serde_json::{Value, json};
 use std::fs;
 use support::reader::{line, list};
-use support::{Layer, Layout, Packing, Place};
+use support::{Layer, Layout, Packing, Workspace};
 use tar::{Builder, EntryType};
 
 const INDEX: &str = "application/vnd.oci.image.index.v1+json";
@@ -27,7 +27,7 @@ fn named(manifest: Value, name: &str) -> Value {
     with(manifest, "annotations", json!({ "org.opencontainers.image.ref.name": name }))
 }
 
-/// An image whose file `which` has this text.
+/// Adds an image whose file `which` has this text.
 fn image(layout: &Layout, text: &str) -> Value {
     image_with(layout, text, |config| config)
 }
@@ -41,7 +41,7 @@ fn nested(layout: &Layout, manifests: &[Value]) -> Value {
     layout.document(INDEX, &json!({ "schemaVersion": 2, "manifests": manifests }))
 }
 
-/// A proof of where an image comes from, as buildx writes it.
+/// Adds an attestation as buildx writes it.
 fn attestation(layout: &Layout) -> Value {
     let statement = layout.blob("application/vnd.in-toto+json", b"{}");
     let config =
@@ -50,7 +50,7 @@ fn attestation(layout: &Layout) -> Value {
     with(manifest, "annotations", json!({ "vnd.docker.reference.type": "attestation-manifest" }))
 }
 
-/// Something that is no image, as ORAS stores it.
+/// Adds an artifact as ORAS stores it.
 fn artifact(layout: &Layout, kind: &str) -> Value {
     let config = layout.blob("application/vnd.oci.empty.v1+json", b"{}");
     let layer = layout.blob("text/plain", b"hello");
@@ -58,33 +58,33 @@ fn artifact(layout: &Layout, kind: &str) -> Value {
     layout.document(MANIFEST, &manifest)
 }
 
-fn which(place: &Place, name: &str) -> String {
-    let prepared = place.prepare(name).unwrap();
+fn which(workspace: &Workspace, name: &str) -> String {
+    let prepared = workspace.prepare(name).unwrap();
     support::check(&prepared.rootfs);
     let lines = list(&prepared.rootfs);
     line(&lines, "/which").rsplit('"').nth(1).unwrap().to_owned()
 }
 
-/// The text of the image of an index, or the line about it.
+/// The text of the selected image of an index, or the error message.
 fn outcome(tag: &str, index: impl FnOnce(&Layout) -> Vec<Value>) -> Result<String, String> {
-    let place = Place::new();
-    let layout = place.layout();
+    let workspace = Workspace::new();
+    let layout = workspace.layout();
     layout.index(&index(&layout));
     let name = format!("image{tag}");
-    match place.prepare(&name) {
-        Ok(_) => Ok(which(&place, &name)),
+    match workspace.prepare(&name) {
+        Ok(_) => Ok(which(&workspace, &name)),
         Err(_) => {
-            let (line, is_users) = place.error(&name);
-            assert!(is_users, "{line}");
+            let (line, is_user_error) = workspace.error(&name);
+            assert!(is_user_error, "{line}");
             Err(line)
         }
     }
 }
 
 #[test]
-fn of_an_index_the_image_for_this_machine_is_taken() {
+fn the_image_for_this_machine_is_selected_from_an_index() {
     let is = |what: &str, index: fn(&Layout) -> Vec<Value>| {
-        // The same index once more as a part of another one.
+        // The same index, also nested in other ones.
         for (tag, depth) in [("", 0), ("", 1), (":x", 1), (":x", 3)] {
             let found = outcome(tag, |layout| {
                 let mut manifests = index(layout);
@@ -96,7 +96,7 @@ fn of_an_index_the_image_for_this_machine_is_taken() {
             assert_eq!(found.as_deref(), Ok("right"), "{what}, {depth}");
         }
     };
-    is("the other one needs another processor", |layout| {
+    is("another entry needs another processor", |layout| {
         let plain = platform(image(layout, "right"), "linux", "amd64", "");
         vec![platform(image(layout, "no"), "linux", "amd64", "v9"), plain]
     });
@@ -104,24 +104,24 @@ fn of_an_index_the_image_for_this_machine_is_taken() {
         let right = platform(image(layout, "right"), "Linux", "x86_64", "v1");
         vec![right, platform(image(layout, "no"), "linux", "amd64", "")]
     });
-    is("an entry that says its platform goes before one that does not", |layout| {
+    is("an entry with a platform before one without", |layout| {
         vec![
             named(image(layout, "no"), "n"),
             named(platform(image(layout, "right"), "linux", "amd64", ""), "n"),
         ]
     });
-    is("entries that say no platform, and configurations that do", |layout| {
+    is("entries without a platform, whose configurations have one", |layout| {
         let arm = image_with(layout, "no", |config| with(config, "architecture", json!("arm64")));
         vec![named(arm, "n"), named(image(layout, "right"), "n")]
     });
-    is("attestations and artifacts in front", |layout| {
+    is("attestations and artifacts first", |layout| {
         let right = platform(image(layout, "right"), "linux", "amd64", "");
         let unknown = layout.document("application/vnd.example.sbom+json", &json!({ "x": 1 }));
         let helm = layout.blob("application/vnd.cncf.helm.config.v1+json", b"{}");
         let chart = layout.document(MANIFEST, &json!({ "schemaVersion": 2, "config": helm, "layers": [] }));
         vec![attestation(layout), artifact(layout, "application/vnd.example.report"), unknown, chart, right]
     });
-    is("an image of which nothing is there, and digests of other algorithms", |layout| {
+    is("a missing image, and digests of other algorithms", |layout| {
         let missing = json!({ "mediaType": MANIFEST, "size": 7, "digest": Digest::of(b"nothing") });
         let foreign =
             json!({ "mediaType": MANIFEST, "size": -7, "digest": format!("sha512:{}", "ab".repeat(64)) });
@@ -140,8 +140,8 @@ fn of_an_index_the_image_for_this_machine_is_taken() {
 }
 
 #[test]
-fn the_best_variant_of_this_processor_is_taken() {
-    // The tests of `platform.rs` have what each variant needs; every processor of today has the second.
+fn the_best_variant_for_this_processor_is_selected() {
+    // The unit tests of `platform.rs` cover the requirements of each variant; every present processor has the second.
     let expected = if std::arch::is_x86_feature_detected!("sse4.2") { "v2" } else { "v1" };
     for turned in [false, true] {
         let found = outcome("", |layout| {
@@ -157,41 +157,41 @@ fn the_best_variant_of_this_processor_is_taken() {
 }
 
 #[test]
-fn an_index_without_an_image_for_this_machine_says_what_it_has() {
+fn an_index_without_an_image_for_this_machine_lists_its_platforms() {
     let refused = |index: fn(&Layout) -> Vec<Value>| outcome("", index).unwrap_err();
     let line = refused(|layout| {
         let variant = |variant| platform(image(layout, variant), "linux", "amd64", variant);
         vec![variant("v8"), platform(image(layout, "arm"), "linux", "arm64", "v8"), attestation(layout)]
     });
-    assert_eq!(line, "it has no image for linux/amd64, only for linux/amd64/v8, linux/arm64/v8");
+    assert_eq!(line, "no image for linux/amd64, only for linux/amd64/v8, linux/arm64/v8");
     let line = refused(|layout| vec![attestation(layout)]);
-    assert_eq!(line, "it is no container image; its type is application/vnd.oci.image.manifest.v1+json");
+    assert_eq!(line, "not a container image; its type is application/vnd.oci.image.manifest.v1+json");
     let line = refused(|_| {
         vec![json!({ "mediaType": MANIFEST, "size": 7, "digest": format!("sha512:{}", "ab".repeat(64)) })]
     });
     assert!(line.ends_with("is not a digest of the form sha256:<64 hexadecimal digits>"), "{line}");
     let line = refused(|layout| vec![image(layout, "one"), image(layout, "two")]);
-    assert!(line.starts_with("it has several images; add one of these to its name: sha256:"), "{line}");
+    assert!(line.starts_with("several images; append one of these to the name: sha256:"), "{line}");
 }
 
 #[test]
-fn an_image_without_a_name_is_asked_for_by_its_digest() {
-    let place = Place::new();
-    let layout = place.layout();
+fn an_image_without_a_name_is_found_by_digest() {
+    let workspace = Workspace::new();
+    let layout = workspace.layout();
     let (one, two) = (image(&layout, "one"), image(&layout, "two"));
     layout.index(&[one.clone(), two]);
-    assert_eq!(which(&place, &format!("image:{}", one["digest"].as_str().unwrap())), "one");
+    assert_eq!(which(&workspace, &format!("image:{}", one["digest"].as_str().unwrap())), "one");
     assert!(
-        place
-            .error_beside_cache("image:sha256:12")
+        workspace
+            .error_with_cache("image:sha256:12")
             .0
-            .starts_with("it has no image \"sha256:12\"; it has none")
+            .starts_with("no image \"sha256:12\"; available: only unnamed images")
     );
 }
 
-/// Writes an archive of `docker save` since version 25: an index and a manifest.json that name the same images.
-fn saved(place: &Place, images: &[(&[&str], &str)], with_index: bool) {
-    let mut archive = Builder::new(fs::File::create(place.path("saved.tar")).unwrap());
+/// Writes an archive as `docker save` does since version 25: with an index and a manifest.json of the same images.
+fn saved(workspace: &Workspace, images: &[(&[&str], &str)], with_index: bool) {
+    let mut archive = Builder::new(fs::File::create(workspace.path("saved.tar")).unwrap());
     let mut add = |name: &str, content: &[u8]| {
         let mut header = Layer::header(EntryType::Regular, name.as_bytes(), 0o644, content.len() as u64);
         header.set_cksum();
@@ -209,7 +209,7 @@ fn saved(place: &Place, images: &[(&[&str], &str)], with_index: bool) {
             "architecture": "amd64", "os": "linux", "rootfs": { "diff_ids": [Digest::of(&content)] }
         });
         let (config, config_name) = blob(config.to_string().as_bytes());
-        // The containerd image store saves layers as they were pulled.
+        // The containerd image store saves layers compressed as they were pulled.
         let (layer, layer_name) = blob(&Packing::Gzip.pack(&content));
         let config = with(config, "mediaType", json!(CONFIG));
         let layer = with(layer, "mediaType", json!("application/vnd.oci.image.layer.v1.tar+gzip"));
@@ -236,59 +236,56 @@ fn saved(place: &Place, images: &[(&[&str], &str)], with_index: bool) {
 }
 
 #[test]
-fn docker_save_of_two_repositories_with_the_same_tag_is_asked_by_name() {
+fn images_with_the_same_tag_in_two_repositories_are_found_by_name() {
     for with_index in [true, false] {
-        let place = Place::new();
+        let workspace = Workspace::new();
         saved(
-            &place,
+            &workspace,
             &[(&["library/one:latest"], "one"), (&["library/two:latest", "team/two:3"], "two")],
             with_index,
         );
         for name in
             ["two:latest", "two", "library/two:latest", "docker.io/library/two:latest", "team/two:3", "3"]
         {
-            assert_eq!(which(&place, &format!("saved.tar:{name}")), "two", "{name}");
+            assert_eq!(which(&workspace, &format!("saved.tar:{name}")), "two", "{name}");
         }
-        assert_eq!(which(&place, "saved.tar:one:latest"), "one");
+        assert_eq!(which(&workspace, "saved.tar:one:latest"), "one");
         for name in ["saved.tar", "saved.tar:latest"] {
-            let (line, is_users) = place.error_beside_cache(name);
-            assert!(line.starts_with("it has several images; add one of these to its name: "), "{line}");
-            assert!(line.contains("one:latest") && line.contains("two:latest") && is_users, "{line}");
+            let (line, is_user_error) = workspace.error_with_cache(name);
+            assert!(line.starts_with("several images; append one of these to the name: "), "{line}");
+            assert!(line.contains("one:latest") && line.contains("two:latest") && is_user_error, "{line}");
         }
-        let (line, _) = place.error_beside_cache("saved.tar:three");
-        assert!(
-            line.starts_with("it has no image \"three\"; it has ") && line.contains("two:latest"),
-            "{line}"
-        );
-        let place = Place::new();
-        saved(&place, &[(&["library/one:latest", "team/app:latest"], "one")], with_index);
+        let (line, _) = workspace.error_with_cache("saved.tar:three");
+        assert!(line.starts_with("no image \"three\"; available: ") && line.contains("two:latest"), "{line}");
+        let workspace = Workspace::new();
+        saved(&workspace, &[(&["library/one:latest", "team/app:latest"], "one")], with_index);
         for name in ["", ":one:latest", ":team/app:latest", ":team/app", ":latest"] {
-            assert_eq!(which(&place, &format!("saved.tar{name}")), "one", "{name}");
+            assert_eq!(which(&workspace, &format!("saved.tar{name}")), "one", "{name}");
         }
     }
 }
 
 #[test]
-fn an_archive_of_a_docker_before_1_10_is_named() {
-    let place = Place::new();
-    let mut archive = Builder::new(fs::File::create(place.path("old.tar")).unwrap());
+fn archives_of_docker_before_1_10_are_refused() {
+    let workspace = Workspace::new();
+    let mut archive = Builder::new(fs::File::create(workspace.path("old.tar")).unwrap());
     for (name, content) in [("repositories", &b"{}"[..]), ("0123/json", b"{}"), ("0123/layer.tar", b"")] {
         let mut header = Layer::header(EntryType::Regular, name.as_bytes(), 0o644, content.len() as u64);
         header.set_cksum();
         archive.append(&header, content).unwrap();
     }
     archive.finish().unwrap();
-    let (line, is_users) = place.error("old.tar");
-    assert!(line.starts_with("it is an archive of `docker save` before version 1.10") && is_users, "{line}");
+    let (line, is_user_error) = workspace.error("old.tar");
+    assert!(line.starts_with("an archive of `docker save` before version 1.10") && is_user_error, "{line}");
 }
 
 #[test]
 fn configurations_come_in_many_forms() {
-    let made = |change: fn(Value) -> Value| {
-        let place = Place::new();
-        let layout = place.layout();
+    let converted = |change: fn(Value) -> Value| {
+        let workspace = Workspace::new();
+        let layout = workspace.layout();
         layout.index(&[image_with(&layout, "right", change)]);
-        let prepared = place.prepare("image").unwrap();
+        let prepared = workspace.prepare("image").unwrap();
         let config = serde_json::to_value(&prepared.config).unwrap();
         (config["entrypoint"].clone(), config["cmd"].clone(), config["env"].clone())
     };
@@ -299,16 +296,17 @@ fn configurations_come_in_many_forms() {
             "User": null, "WorkingDir": null, "StopSignal": null, "Healthcheck": null,
         })
     };
-    assert_eq!(made(|config| with(config, "config", Value::Null)), empty);
-    assert_eq!(made(|config| with(config, "config", json!({}))), empty);
+    assert_eq!(converted(|config| with(config, "config", Value::Null)), empty);
+    assert_eq!(converted(|config| with(config, "config", json!({}))), empty);
     let mut with_nulls = None;
-    let place = Place::new();
-    let layout = place.layout();
+    let workspace = Workspace::new();
+    let layout = workspace.layout();
     layout.index(&[image_with(&layout, "right", |config| with(config, "config", nulls()))]);
-    with_nulls.replace(place.prepare("image").unwrap());
+    with_nulls.replace(workspace.prepare("image").unwrap());
     assert_eq!(serde_json::to_value(&with_nulls.unwrap().config).unwrap()["cmd"], json!([]));
-    let words =
-        made(|config| with(config, "config", json!({ "cmd": "/hi", "ENTRYPOINT": ["/sh"], "env": ["A=b"] })));
+    let words = converted(|config| {
+        with(config, "config", json!({ "cmd": "/hi", "ENTRYPOINT": ["/sh"], "env": ["A=b"] }))
+    });
     assert_eq!(words, (json!(["/sh"]), json!(["/hi"]), json!(["A=b"])));
     for (key, value) in [
         ("architecture", json!("x86_64")),
@@ -320,24 +318,21 @@ fn configurations_come_in_many_forms() {
         ("os", Value::Null),
         ("variant", json!("v1")),
     ] {
-        let place = Place::new();
-        let layout = place.layout();
+        let workspace = Workspace::new();
+        let layout = workspace.layout();
         layout.index(&[image_with(&layout, "right", |config| with(config, key, value.clone()))]);
-        assert_eq!(which(&place, "image"), "right", "{key} {value}");
+        assert_eq!(which(&workspace, "image"), "right", "{key} {value}");
     }
     for (key, value) in [("architecture", "arm64"), ("os", "windows"), ("os", "unknown"), ("variant", "v9")] {
         let line =
             outcome("", |layout| vec![image_with(layout, "no", |config| with(config, key, json!(value)))]);
         let line = line.unwrap_err();
-        assert!(
-            line.starts_with("it has no image for linux/amd64, only for ") && line.contains(value),
-            "{line}"
-        );
+        assert!(line.starts_with("no image for linux/amd64, only for ") && line.contains(value), "{line}");
     }
 }
 
 #[test]
-fn what_is_no_image_is_said_with_its_type() {
+fn artifacts_are_refused_with_their_type() {
     let of_config = |kind: &str, content: &[u8]| {
         outcome("", |layout| {
             let config = layout.blob(kind, content);
@@ -356,12 +351,12 @@ fn what_is_no_image_is_said_with_its_type() {
         "application/vnd.oci.empty.v1+json",
         "application/vnd.sylabs.sif.config.v1+json",
     ] {
-        assert_eq!(of_config(kind, b"{}"), format!("it is no container image; its type is {kind}"));
+        assert_eq!(of_config(kind, b"{}"), format!("not a container image; its type is {kind}"));
     }
     let kind = "application/vnd.example.report";
-    let expected = Err(format!("it is no container image; its type is {kind}"));
+    let expected = Err(format!("not a container image; its type is {kind}"));
     assert_eq!(outcome("", |layout| vec![artifact(layout, kind)]), expected);
-    // The artifact's own manifest of the image specification 1.1 before it was released.
+    // The artifact manifest of a draft of image specification 1.1.
     let before = "application/vnd.oci.artifact.manifest.v1+json";
     let index = |layout: &Layout| {
         let document = json!({ "mediaType": before, "artifactType": kind, "blobs": [] });
@@ -376,12 +371,12 @@ fn what_is_no_image_is_said_with_its_type() {
         "",
     ] {
         let line = outcome("", |layout| vec![layout.document(kind, &old)]).unwrap_err();
-        assert!(line.contains("is a manifest of version 1, of before 2016"), "{kind}: {line}");
+        assert!(line.contains("is a schema 1 manifest, from before 2016"), "{kind}: {line}");
     }
 }
 
 #[test]
-fn blobs_that_are_not_what_the_manifest_says_are_refused() {
+fn blobs_that_contradict_the_manifest_are_refused() {
     let changed = |change: fn(&Layout, &mut Value)| {
         outcome("", |layout| {
             let content = Layer::new().file("which", "right").bytes();
@@ -392,7 +387,7 @@ fn blobs_that_are_not_what_the_manifest_says_are_refused() {
             vec![layout.document(MANIFEST, &manifest)]
         })
     };
-    let size = "layer 1 has no size in its manifest, or one that no layer can have";
+    let size = "the manifest has no valid size for layer 1";
     for value in [json!(-1), json!(1.5), Value::Null, json!("10")] {
         let line = outcome("", |layout| {
             let (layer, digest) = layout.layer(&Layer::new().bytes(), Packing::Plain);
@@ -401,7 +396,7 @@ fn blobs_that_are_not_what_the_manifest_says_are_refused() {
         assert_eq!(line.unwrap_err(), size);
     }
     let line = changed(|_, manifest| manifest["config"]["size"] = json!(7)).unwrap_err();
-    assert!(line.starts_with("its sha256:") && line.contains("bytes, not 7; it was damaged"), "{line}");
+    assert!(line.starts_with("sha256:") && line.contains("bytes, expected 7; it is damaged"), "{line}");
     let line =
         changed(|_, manifest| manifest["layers"][0]["digest"] = json!(format!("sha512:{}", "ab".repeat(64))));
     assert!(line.unwrap_err().starts_with("\"sha512:abab"));
@@ -427,9 +422,9 @@ fn blobs_that_are_not_what_the_manifest_says_are_refused() {
             folder(kind)(layout, &mut manifest);
             vec![layout.document(MANIFEST, &manifest)]
         });
-        assert!(line.unwrap_err().ends_with("is not a file; save or pull it again"), "{kind}");
+        assert!(line.unwrap_err().ends_with("is not a regular file; save or pull the image again"), "{kind}");
     }
-    // Docker's foreign layers are read where their blobs are there.
+    // Docker's foreign layers are read if their blobs exist.
     for end in ["", ".gzip"] {
         let found = outcome("", |layout| {
             let (layer, digest) = layout.layer(&Layer::new().file("which", "right").bytes(), Packing::Gzip);

@@ -1,14 +1,14 @@
-//! Archives that nobody thought of: each entry is in the image, or the conversion fails with the image to blame.
+//! Random archives: each entry is in the image, or the image is refused.
 
 mod support;
 
 use proptest::prelude::*;
 use proptest::sample::Index;
 use support::reader::{list, paths};
-use support::{Layer, Packing, Place};
+use support::{Layer, Packing, Workspace};
 use tar::{EntryType, Header};
 
-/// An entry, and what its writer did with it.
+/// An entry and the peculiarities of its writer.
 #[derive(Clone, Debug)]
 struct Entry {
     kind: u8,
@@ -16,7 +16,7 @@ struct Entry {
     size: u64,
     data: Vec<u8>,
     format: Format,
-    /// How numbers are written.
+    /// The encoding of numbers.
     filler: u8,
     name: Name,
 }
@@ -41,7 +41,7 @@ fn entry() -> impl Strategy<Value = Entry> {
     let name = prop::sample::select(vec![Name::InHeader, Name::Pax, Name::Gnu, Name::PaxWithoutValue]);
     let data = prop_oneof![
         prop::collection::vec(any::<u8>(), 0..1500),
-        // What looks like the end of the archive.
+        // Records that look like the end of the archive.
         (0_usize..3).prop_map(|records| vec![0; records * 512]),
     ];
     let sizes = prop_oneof![Just(0), 1_u64..2000, Just(512), Just(1024), any::<u32>().prop_map(u64::from)];
@@ -67,7 +67,7 @@ const fn has_data(kind: u8) -> bool {
     !matches!(kind, b'1'..=b'6')
 }
 
-/// The entry's bytes, and how many of them may be missing at an archive's end.
+/// The bytes of an entry, and the number of them that may be missing at the end of an archive.
 fn bytes(entry: &Entry, number: usize) -> (Vec<u8>, usize) {
     let name = format!("f{number}");
     let data: &[u8] = if has_data(entry.kind) { &entry.data } else { b"" };
@@ -82,7 +82,7 @@ fn bytes(entry: &Entry, number: usize) -> (Vec<u8>, usize) {
         old.pad.fill(0);
     }
     old.name[..shown.len()].copy_from_slice(shown.as_bytes());
-    // Every link leads to the file that is always there.
+    // The target of every link is a file that always exists.
     old.linkname[..1].copy_from_slice(b"0");
     for field in [&mut old.mode[..], &mut old.uid, &mut old.gid, &mut old.mtime] {
         field.fill(entry.filler);
@@ -102,17 +102,17 @@ fn bytes(entry: &Entry, number: usize) -> (Vec<u8>, usize) {
     (layer.raw(header, data).without_end(), data.len().next_multiple_of(512) - data.len())
 }
 
-/// The names that are there, or none where the image is refused.
+/// The paths of the image, or none if it is refused.
 fn names(archive: Vec<u8>) -> Result<Option<Vec<String>>, TestCaseError> {
-    let place = Place::new();
-    place.layout().write_bytes(&[archive], Packing::Plain);
-    match place.prepare("image") {
+    let workspace = Workspace::new();
+    workspace.layout().write_bytes(&[archive], Packing::Plain);
+    match workspace.prepare("image") {
         Ok(prepared) => {
             support::check(&prepared.rootfs);
             Ok(Some(paths(&list(&prepared.rootfs)).into_iter().map(str::to_owned).collect()))
         }
         Err(error) => {
-            prop_assert!(error.is_users(), "{:?}", error);
+            prop_assert!(error.is_user_error(), "{:?}", error);
             Ok(None)
         }
     }
@@ -122,7 +122,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 
     #[test]
-    fn every_entry_is_there_or_the_image_is_refused(
+    fn every_entry_is_kept_or_the_image_is_refused(
         entries in prop::collection::vec(entry(), 1..12),
         end in prop::sample::select(vec![0_usize, 512, 1024, 1024 + 77, 20_480]),
         cut in any::<Index>(),
@@ -142,7 +142,7 @@ proptest! {
         }
         let cut = first.len() + cut.index(whole.len() - first.len());
         let Some(names) = names(whole[..cut].to_vec())? else { return Ok(()) };
-        // All that begins before the cut is there, and nothing of it was cut but its padding.
+        // Every entry that begins before the cut is complete, except for its padding.
         let mut at = first.len();
         for (number, (bytes, padding)) in parts.iter().enumerate() {
             if at < cut {
@@ -154,13 +154,13 @@ proptest! {
     }
 
     #[test]
-    fn records_of_zeroes_between_entries_lose_nothing_without_a_word(
+    fn records_of_zeroes_between_entries_lose_nothing_silently(
         entries in prop::collection::vec(entry(), 1..8),
-        place in any::<Index>(),
+        workspace in any::<Index>(),
     ) {
         let mut parts: Vec<_> = (0..).zip(&entries).map(|(number, entry)| bytes(entry, number).0).collect();
         parts.insert(0, Layer::new().file("0", "first").without_end());
-        parts.insert(1 + place.index(entries.len()), vec![0; 512]);
+        parts.insert(1 + workspace.index(entries.len()), vec![0; 512]);
         prop_assert_eq!(names(parts.concat())?, None);
     }
 }

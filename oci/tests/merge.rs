@@ -1,13 +1,13 @@
-//! What layers say together, as an unpacker of containers would have it.
+//! Merging of layers, with the same result as unpacking them.
 
 mod support;
 
 use support::reader::{line, paths};
-use support::{Layer, Packing, Place};
+use support::{Layer, Packing, Workspace};
 use tar::EntryType;
 
 #[test]
-fn files_of_every_kind_keep_what_they_are() {
+fn files_of_every_type_keep_their_attributes() {
     let mut owned = Layer::header(EntryType::Regular, b"owned", 0o6755, 3);
     owned.set_uid(70_000);
     owned.set_gid(4_000_000_000);
@@ -42,7 +42,7 @@ fn files_of_every_kind_keep_what_they_are() {
         .file("none", "")
         .pax(&[("path", long.as_bytes()), ("uid", b"3000000000"), ("gid", b"7")])
         .file("short", "");
-    let lines = Place::new().merged(vec![layer]);
+    let lines = Workspace::new().merged(vec![layer]);
     let mut expected = vec![
         "/ 40750 0:0 3 1700000000.0 folder".to_owned(),
         "/attributes 100644 0:0 1 -2.500000000 \"\" \
@@ -91,7 +91,7 @@ fn upper_layers_replace_and_delete() {
         .folder("link-becomes-folder", 0o755)
         .file("link-becomes-folder/z", "2")
         .file(".wh..wh.plnk", "aufs");
-    let lines = Place::new().merged(vec![lower, upper]);
+    let lines = Workspace::new().merged(vec![lower, upper]);
     assert_eq!(
         paths(&lines),
         [
@@ -112,7 +112,7 @@ fn upper_layers_replace_and_delete() {
 }
 
 #[test]
-fn opaque_folders_hide_what_is_below_them_wherever_the_mark_stands() {
+fn opaque_markers_hide_lower_layers_at_any_position() {
     let lower = || {
         Layer::new()
             .folder("d", 0o755)
@@ -128,7 +128,7 @@ fn opaque_folders_hide_what_is_below_them_wherever_the_mark_stands() {
         mark(layer.file("d/both", "2").folder("d/sub", 0o755).file("d/sub/both", "2"), !first)
     };
     for first in [true, false] {
-        let lines = Place::new().merged(vec![lower(), upper(first)]);
+        let lines = Workspace::new().merged(vec![lower(), upper(first)]);
         assert_eq!(paths(&lines), ["/", "/d", "/d/both", "/d/sub", "/d/sub/both"], "{first}");
         assert!(line(&lines, "/d/both").ends_with(" \"2\""));
         assert!(line(&lines, "/d/sub/both").ends_with(" \"2\""));
@@ -136,24 +136,24 @@ fn opaque_folders_hide_what_is_below_them_wherever_the_mark_stands() {
 }
 
 #[test]
-fn marks_without_end_take_no_time_without_end() {
-    // Each by itself looks at all that is there: 40,000 times 40,000 names would take minutes.
+fn many_opaque_markers_take_linear_time() {
+    // If each marker visited all names, 40,000 times 40,000 visits would take minutes.
     const MANY: usize = 40_000;
     let files = (0..MANY).fold(Layer::new(), |layer, number| layer.file(&format!("d/{number}"), ""));
     let both = (0..MANY).fold(files, |layer, _| layer.file("d/.wh..wh..opq", ""));
-    let place = Place::new();
-    place.layout().write(vec![Layer::new().file("d/old", ""), both], Packing::Plain);
-    let prepared = place.prepare("image").unwrap();
+    let workspace = Workspace::new();
+    workspace.layout().write(vec![Layer::new().file("d/old", ""), both], Packing::Plain);
+    let prepared = workspace.prepare("image").unwrap();
     assert_eq!(support::reader::list(&prepared.rootfs).len(), 2 + MANY);
 }
 
 #[test]
-fn a_whiteout_hides_nothing_of_its_own_layer() {
+fn a_whiteout_does_not_hide_files_of_its_own_layer() {
     let lower = || Layer::new().file("x", "1").file("d/old", "1");
     let before = Layer::new().file(".wh.x", "").file("x", "2").file(".wh.d", "").file("d/new", "2");
     let after = Layer::new().file("x", "2").file(".wh.x", "").file("d/new", "2").file(".wh.d", "");
     for upper in [before, after] {
-        let lines = Place::new().merged(vec![lower(), upper]);
+        let lines = Workspace::new().merged(vec![lower(), upper]);
         assert_eq!(paths(&lines), ["/", "/d", "/d/new", "/x"]);
         assert!(line(&lines, "/x").ends_with(" \"2\""));
     }
@@ -164,7 +164,7 @@ fn hard_links_reach_into_lower_layers_and_outlive_their_first_name() {
     let lower = Layer::new().file("a", "content").hard_link("b", "a").file("c", "gone");
     let upper =
         Layer::new().hard_link("d/e", "/b").file(".wh.a", "").hard_link("b", "b").hard_link("c", "d/e");
-    let lines = Place::new().merged(vec![lower, upper]);
+    let lines = Workspace::new().merged(vec![lower, upper]);
     assert_eq!(paths(&lines), ["/", "/b", "/c", "/d", "/d/e"]);
     for path in ["/b", "/c", "/d/e"] {
         assert!(line(&lines, path).ends_with(" 3 1700000000.0 \"content\""), "{lines:#?}");
@@ -172,7 +172,7 @@ fn hard_links_reach_into_lower_layers_and_outlive_their_first_name() {
 }
 
 #[test]
-fn no_name_leads_out_of_the_root() {
+fn no_path_leads_out_of_the_root() {
     let layer = Layer::new()
         .file("../../a", "")
         .file("/b", "")
@@ -186,7 +186,7 @@ fn no_name_leads_out_of_the_root() {
         .symlink("chain", "far")
         .file("chain/g", "")
         .hard_link("h", "../../../b");
-    let lines = Place::new().merged(vec![layer]);
+    let lines = Workspace::new().merged(vec![layer]);
     assert_eq!(
         paths(&lines),
         [
@@ -197,17 +197,17 @@ fn no_name_leads_out_of_the_root() {
 }
 
 #[test]
-fn files_arrive_through_links_of_lower_layers() {
-    // Distributions moved /bin to /usr/bin, and layers still name /bin.
+fn paths_follow_links_of_lower_layers() {
+    // Distributions moved /bin to /usr/bin, but layers still have files in /bin.
     let lower = Layer::new().folder("usr/bin", 0o755).symlink("bin", "usr/bin").file("usr/bin/old", "");
     let upper = Layer::new().file("bin/new", "").file("bin/.wh.old", "");
-    let lines = Place::new().merged(vec![lower, upper]);
+    let lines = Workspace::new().merged(vec![lower, upper]);
     assert_eq!(paths(&lines), ["/", "/bin", "/usr", "/usr/bin", "/usr/bin/new"]);
 }
 
 #[test]
 fn sparse_files_have_their_holes() {
-    // GNU tar's forms: the map in the header, in extended records of version 0.1, in front of the data.
+    // The formats of GNU tar: the map in the header, in pax records (0.1), and before the data (1.0).
     let mut old = Layer::header(EntryType::GNUSparse, b"old", 0o644, 3);
     {
         let gnu = old.as_gnu_mut().unwrap();
@@ -232,7 +232,7 @@ fn sparse_files_have_their_holes() {
     let mut content = vec![0; 20_000];
     content[5000..5003].copy_from_slice(b"xyz");
     let digest = kindling_oci::Digest::of(&content).to_string();
-    let lines = Place::new().merged(vec![layer]);
+    let lines = Workspace::new().merged(vec![layer]);
     assert_eq!(paths(&lines), ["/", "/first", "/old", "/second"]);
     for path in ["/first", "/old", "/second"] {
         assert!(line(&lines, path).ends_with(&digest), "{lines:#?}");
@@ -240,13 +240,13 @@ fn sparse_files_have_their_holes() {
 }
 
 #[test]
-fn large_folders_and_long_links_take_blocks_of_their_own() {
+fn large_directories_and_long_links_have_separate_blocks() {
     let long = "d/".repeat(2047);
     let mut layer = Layer::new().pax(&[("linkpath", long.as_bytes())]).symlink("long", "short");
     for number in 0..1000 {
         layer = layer.file(&format!("many/file-with-a-rather-long-name-{number}"), &number.to_string());
     }
-    let lines = Place::new().merged(vec![layer]);
+    let lines = Workspace::new().merged(vec![layer]);
     assert_eq!(lines.len(), 1003);
     assert!(line(&lines, "/many/file-with-a-rather-long-name-999").ends_with("\"999\""));
     assert!(line(&lines, "/long").ends_with(&format!("\"{long}\"")));
@@ -254,24 +254,24 @@ fn large_folders_and_long_links_take_blocks_of_their_own() {
 
 #[test]
 fn an_image_without_layers_and_a_layer_without_files_are_empty() {
-    assert_eq!(paths(&Place::new().merged(vec![])), ["/"]);
-    assert_eq!(paths(&Place::new().merged(vec![Layer::new(), Layer::new()])), ["/"]);
+    assert_eq!(paths(&Workspace::new().merged(vec![])), ["/"]);
+    assert_eq!(paths(&Workspace::new().merged(vec![Layer::new(), Layer::new()])), ["/"]);
 }
 
 #[test]
-fn data_of_deleted_files_takes_no_room() {
+fn data_of_deleted_files_takes_no_disk_space() {
     use std::os::unix::fs::MetadataExt;
     let large = "x".repeat(8 << 20);
-    let place = Place::new();
+    let workspace = Workspace::new();
     let layers = vec![Layer::new().file("large", &large), Layer::new().file(".wh.large", "")];
-    place.layout().write(layers, Packing::Plain);
-    let prepared = place.prepare("image").unwrap();
+    workspace.layout().write(layers, Packing::Plain);
+    let prepared = workspace.prepare("image").unwrap();
     let blocks = std::fs::metadata(&prepared.rootfs).unwrap().blocks();
     assert!(blocks * 512 < 1 << 20, "{blocks} blocks of 512 bytes");
 }
 
 #[test]
-fn layers_are_the_same_however_they_are_compressed() {
+fn the_compression_of_a_layer_makes_no_difference() {
     let layers = || {
         vec![
             Layer::new().file("a", &"text ".repeat(100_000)).bytes(),
@@ -279,9 +279,9 @@ fn layers_are_the_same_however_they_are_compressed() {
         ]
     };
     let images = [Packing::Plain, Packing::Gzip, Packing::Zstd].map(|packing| {
-        let place = Place::new();
-        place.layout().write_bytes(&layers(), packing);
-        let prepared = place.prepare("image").unwrap();
+        let workspace = Workspace::new();
+        workspace.layout().write_bytes(&layers(), packing);
+        let prepared = workspace.prepare("image").unwrap();
         support::check(&prepared.rootfs);
         (prepared.digest, std::fs::read(&prepared.rootfs).unwrap())
     });
@@ -289,7 +289,7 @@ fn layers_are_the_same_however_they_are_compressed() {
 }
 
 #[test]
-fn what_aufs_left_is_gone_but_for_its_hard_links() {
+fn internal_files_of_aufs_are_removed_except_for_hard_links() {
     let layer = Layer::new()
         .folder(".wh..wh.plnk", 0o700)
         .folder(".wh..wh.orph", 0o700)
@@ -304,7 +304,7 @@ fn what_aufs_left_is_gone_but_for_its_hard_links() {
         .file("a/.wh..wh.plnk", "")
         .file("a/.wh..wh.plnk/y", "y")
         .file("a/x", "x");
-    let lines = Place::new().merged(vec![layer]);
+    let lines = Workspace::new().merged(vec![layer]);
     assert_eq!(paths(&lines), ["/", "/a", "/a/x", "/bin", "/bin/one", "/bin/two"]);
     for path in ["/bin/one", "/bin/two"] {
         assert!(line(&lines, path).ends_with(" 2 1700000000.0 \"tool\""), "{lines:#?}");
@@ -312,22 +312,22 @@ fn what_aufs_left_is_gone_but_for_its_hard_links() {
 }
 
 #[test]
-fn aufs_files_belong_to_one_layer() {
+fn pseudo_links_of_aufs_belong_to_one_layer() {
     let lower = Layer::new().file(".wh..wh.plnk/1", "tool").bytes();
     let upper = Layer::new().hard_link("tool", ".wh..wh.plnk/1").bytes();
     assert_eq!(
-        Place::refused(&[lower, upper]),
+        Workspace::refused(&[lower, upper]),
         "layer 2 of 2: tool: a hard link to .wh..wh.plnk/1, which is not a file of the image"
     );
 }
 
 #[test]
-fn a_whiteout_names_a_file_and_has_none_below_it() {
-    let refused = |layer: Layer| Place::refused(&[layer.bytes()]).replace("layer 1 of 1: ", "");
+fn whiteouts_need_a_name_and_have_no_files_below_them() {
+    let refused = |layer: Layer| Workspace::refused(&[layer.bytes()]).replace("layer 1 of 1: ", "");
     for name in ["a/.wh.", "a/.wh..", "a/.wh..."] {
-        assert_eq!(refused(Layer::new().file(name, "")), format!("{name}: a whiteout that names no file"));
+        assert_eq!(refused(Layer::new().file(name, "")), format!("{name}: a whiteout without a file name"));
     }
-    let below = "it would be below a whiteout, a name that only hides what lower layers have";
+    let below = "a component of the path is a whiteout, which only hides a file of lower layers";
     for layer in
         [Layer::new().file(".wh.a/b", ""), Layer::new().folder(".wh.a", 0o755).folder(".wh.a/b/c", 0o755)]
     {

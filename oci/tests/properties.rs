@@ -1,4 +1,4 @@
-//! Trees that nobody thought of: `fsck.erofs` accepts them, and they are what a simple model says.
+//! Random trees: `fsck.erofs` accepts them, and they agree with a simple model.
 
 mod support;
 
@@ -8,7 +8,7 @@ use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::process::{Command, Stdio};
 use support::reader::list;
-use support::{Layer, Packing, Place};
+use support::{Layer, Packing, Workspace};
 use tar::{Builder, EntryType};
 
 #[derive(Clone, Debug)]
@@ -26,7 +26,7 @@ fn path() -> impl Strategy<Value = String> {
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         3 => (path(), "[a-z]{0,9}").prop_map(|(path, content)| Step::File(format!("{path}/file"), content)),
-        // A file where others have a folder.
+        // A file at the path of a directory in other layers.
         1 => (path(), "[a-z]{0,9}").prop_map(|(path, content)| Step::File(path, content)),
         2 => (path(), 0_u32..0o10000).prop_map(|(path, mode)| Step::Folder(path, mode)),
         1 => (path(), prop::sample::select(&["a", "b", "file"][..]))
@@ -35,10 +35,10 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// What a path is, and the last layer that said something about it.
+/// The type of each path, and the last layer that set it.
 type Model = BTreeMap<String, (String, usize)>;
 
-/// Makes the folders above a path; none where a file is in the way.
+/// Creates the parent directories of a path, or returns none if one of them is a file.
 fn make_way(model: &mut Model, path: &str, layer: usize) -> Option<()> {
     for (end, _) in path.match_indices('/') {
         let entry = model.entry(path[..end].to_owned()).or_insert(("folder 40755".to_owned(), layer));
@@ -86,21 +86,21 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
     #[test]
-    fn merged_layers_are_what_a_model_says(
+    fn merged_layers_agree_with_a_model(
         layers in prop::collection::vec(prop::collection::vec(step(), 0..12), 1..4)
     ) {
         let mut model = Model::new();
         let outcome = (1..).zip(&layers).try_for_each(|(number, steps)| {
             steps.iter().try_for_each(|step| apply(&mut model, step, number))
         });
-        let place = Place::new();
-        place.layout().write(layers.iter().map(|steps| archive(steps)).collect(), Packing::Plain);
+        let workspace = Workspace::new();
+        workspace.layout().write(layers.iter().map(|steps| archive(steps)).collect(), Packing::Plain);
         if outcome.is_none() {
-            let (line, is_users) = place.error("image");
-            prop_assert!(is_users && line.ends_with("something that is not a directory"), "{}", line);
+            let (line, is_user_error) = workspace.error("image");
+            prop_assert!(is_user_error && line.ends_with("a component of the path is not a directory"), "{}", line);
             return Ok(());
         }
-        let prepared = place.prepare("image").unwrap();
+        let prepared = workspace.prepare("image").unwrap();
         support::check(&prepared.rootfs);
         let found: Vec<_> = list(&prepared.rootfs)
             .iter()
@@ -123,7 +123,7 @@ proptest! {
     }
 
     #[test]
-    fn trees_of_any_shape_are_filesystems(
+    fn trees_of_any_shape_are_valid_filesystems(
         files in prop::collection::vec(("[!-.0-~]{1,100}", 0_usize..20_000, any::<bool>()), 0..200),
         target in "[a-z/]{1,4000}",
         value in prop::collection::vec(any::<u8>(), 0..5000),
@@ -131,7 +131,7 @@ proptest! {
         let mut layer = Layer::new();
         for (name, size, nested) in &files {
             let name = if *nested { format!("d/{name}") } else { name.clone() };
-            // Names that mean something are tested elsewhere.
+            // Whiteouts have other tests.
             if !name.trim_start_matches("d/").starts_with('.') && name != "d" && name != "0" {
                 layer = layer.pax(&[("path", name.as_bytes())]).file("x", &"x".repeat(*size));
             }
@@ -141,13 +141,13 @@ proptest! {
             .symlink("x", "y")
             .pax(&[("SCHILY.xattr.user.a", &value)])
             .folder("0/folder", 0o700);
-        let lines = Place::new().merged(vec![layer]);
+        let lines = Workspace::new().merged(vec![layer]);
         let shown = format!("trusted.a=\"{}\"", value.escape_ascii());
         prop_assert!(support::reader::line(&lines, "/0/link").ends_with(&shown));
     }
 
     #[test]
-    fn archives_with_changed_bytes_do_no_harm(at in 0_usize..6000, bytes in prop::collection::vec(any::<u8>(), 1..30)) {
+    fn archives_with_changed_bytes_are_handled(at in 0_usize..6000, bytes in prop::collection::vec(any::<u8>(), 1..30)) {
         let mut sparse = Layer::header(EntryType::GNUSparse, b"sparse", 0o644, 3);
         sparse.as_gnu_mut().unwrap().set_real_size(3);
         sparse.as_gnu_mut().unwrap().sparse[0].set_offset(0);
@@ -162,22 +162,22 @@ proptest! {
         let end = layer.len().min(at + bytes.len());
         let at = at.min(end);
         layer[at..end].copy_from_slice(&bytes[..end - at]);
-        // So that the headers are taken for right ones.
+        // The checksums are corrected, so that the headers are accepted.
         for header in layer.chunks_exact_mut(512).filter(|block| block[257..262] == *b"ustar") {
             header[148..156].fill(b' ');
             let sum: u32 = header.iter().map(|&byte| u32::from(byte)).sum();
             header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
         }
-        let place = Place::new();
-        place.layout().write_bytes(&[layer], Packing::Plain);
-        match place.prepare("image") {
+        let workspace = Workspace::new();
+        workspace.layout().write_bytes(&[layer], Packing::Plain);
+        match workspace.prepare("image") {
             Ok(prepared) => support::check(&prepared.rootfs),
-            Err(error) => prop_assert!(error.is_users(), "{:?}", error),
+            Err(error) => prop_assert!(error.is_user_error(), "{:?}", error),
         }
     }
 }
 
-/// The lines without what a tar archive does not keep.
+/// The lines without the attributes that a tar archive does not keep.
 fn without_times(lines: &[String]) -> Vec<String> {
     let words = |line: &String| {
         line.split(' ')
@@ -190,9 +190,9 @@ fn without_times(lines: &[String]) -> Vec<String> {
 }
 
 #[test]
-fn a_tree_is_what_mkfs_erofs_makes_of_it() {
-    let place = Place::new();
-    let tree = place.path("tree");
+fn a_tree_agrees_with_mkfs_erofs() {
+    let workspace = Workspace::new();
+    let tree = workspace.path("tree");
     fs::create_dir_all(tree.join("a/b")).unwrap();
     fs::create_dir(tree.join("many")).unwrap();
     for number in 0..1000 {
@@ -207,10 +207,10 @@ fn a_tree_is_what_mkfs_erofs_makes_of_it() {
     let mut layer = Builder::new(Vec::new());
     layer.follow_symlinks(false);
     layer.append_dir_all(".", &tree).unwrap();
-    place.layout().write_bytes(&[layer.into_inner().unwrap()], Packing::Gzip);
-    let prepared = place.prepare("image").unwrap();
+    workspace.layout().write_bytes(&[layer.into_inner().unwrap()], Packing::Gzip);
+    let prepared = workspace.prepare("image").unwrap();
     support::check(&prepared.rootfs);
-    let other = place.path("mkfs.erofs");
+    let other = workspace.path("mkfs.erofs");
     let mut mkfs = Command::new("mkfs.erofs");
     let output =
         mkfs.args(["-E", "noinline_data"]).arg(&other).arg(&tree).stdin(Stdio::null()).output().unwrap();

@@ -1,4 +1,4 @@
-//! A registry that asks for tokens, sends elsewhere, breaks off and lies.
+//! A registry that requires tokens, redirects, interrupts downloads and sends wrong answers.
 
 mod support;
 
@@ -11,17 +11,17 @@ use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 use std::thread;
-use support::{Layer, Packing, Place};
+use support::{Layer, Packing, Workspace};
 
-/// What is answered to a path.
+/// The answer to a request.
 #[derive(Clone)]
 struct Answer {
     status: u16,
     headers: Vec<(String, String)>,
     body: Vec<u8>,
-    /// Bytes after which the connection ends, the first time.
+    /// The number of bytes after which the first connection is closed.
     broken_at: Option<usize>,
-    /// The token without which there is nothing.
+    /// The token that is required.
     token: Option<String>,
 }
 
@@ -32,10 +32,10 @@ impl Answer {
     }
 }
 
-/// Paths that were asked for, with the header `Authorization`.
+/// The requested paths, with the header `Authorization`.
 type Asked = Mutex<Vec<(String, Option<String>)>>;
 
-/// A server on this machine; it ends with the test program.
+/// A server on the loopback interface, which ends with the test program.
 struct Server {
     address: String,
     answers: Arc<Mutex<HashMap<String, Answer>>>,
@@ -69,7 +69,7 @@ impl Server {
         self.asked.lock().unwrap().drain(..).map(|(path, _)| path).collect()
     }
 
-    /// An image with one layer under `x:1`; the paths of its manifest and its layer.
+    /// Adds an image with one layer as `x:1`, and returns the paths of its manifest and its layer.
     fn image(&self, content: &str) -> (String, String) {
         let layer = Packing::Gzip.pack(&Layer::new().file("name", content).bytes());
         let blob = |media_type: &str, body: &[u8]| {
@@ -95,17 +95,17 @@ impl Server {
         (manifest_path, path)
     }
 
-    fn prepare(&self, place: &Place, image: &str, pull: Pull) -> Result<Prepared, (String, bool)> {
-        let options = Options { cache: Some(place.path("cache")), pull, ..Options::default() };
+    fn prepare(&self, workspace: &Workspace, image: &str, pull: Pull) -> Result<Prepared, (String, bool)> {
+        let options = Options { cache: Some(workspace.path("cache")), pull, ..Options::default() };
         prepare(&format!("{}/{image}", self.address), &options, &mut |_, _| {}).map_err(|error| {
-            let is_users = error.is_users();
+            let is_user_error = error.is_user_error();
             let mut line = error.to_string();
             let mut cause = error.source();
             while let Some(error) = cause {
                 let _ = write!(line, ": {error}");
                 cause = error.source();
             }
-            (line.replace(&self.address, "HOST"), is_users)
+            (line.replace(&self.address, "HOST"), is_user_error)
         })
     }
 }
@@ -150,7 +150,7 @@ fn serve(stream: TcpStream, host: &str, answers: &Mutex<HashMap<String, Answer>>
     for (name, value) in &answer.headers {
         let _ = write!(head, "{name}: {value}\r\n");
     }
-    // A client that has read enough goes away.
+    // A client may close the connection early.
     let _ = (&stream).write_all(&[head.as_bytes(), b"\r\n", &answer.body[..sent]].concat());
 }
 
@@ -163,35 +163,35 @@ fn name_of(prepared: &Prepared) -> String {
 }
 
 #[test]
-fn a_name_is_asked_for_when_it_has_to_be() {
-    let (server, place) = (Server::start(), Place::new());
+fn the_pull_policy_is_respected() {
+    let (server, workspace) = (Server::start(), Workspace::new());
     assert_eq!(
-        server.prepare(&place, "x:1", Pull::Never).unwrap_err(),
-        ("it has not been pulled before; `--pull missing` pulls it".to_owned(), true)
+        server.prepare(&workspace, "x:1", Pull::Never).unwrap_err(),
+        ("not in the cache; pull it with `--pull missing`".to_owned(), true)
     );
     assert!(server.asked().is_empty());
     let (manifest, layer) = server.image("first");
-    let first = server.prepare(&place, "x:1", Pull::Missing).unwrap();
+    let first = server.prepare(&workspace, "x:1", Pull::Missing).unwrap();
     assert_eq!(name_of(&first), "first");
     let config = format!("/v2/x/blobs/{}", first.digest);
     assert_eq!(server.asked(), ["/v2/x/manifests/1", &config, &layer]);
     server.image("second");
     for pull in [Pull::Missing, Pull::Never] {
-        assert_eq!(server.prepare(&place, "x:1", pull).unwrap().rootfs, first.rootfs);
+        assert_eq!(server.prepare(&workspace, "x:1", pull).unwrap().rootfs, first.rootfs);
     }
     assert!(server.asked().is_empty());
-    assert_eq!(name_of(&server.prepare(&place, "x:1", Pull::Always).unwrap()), "second");
+    assert_eq!(name_of(&server.prepare(&workspace, "x:1", Pull::Always).unwrap()), "second");
     assert_eq!(server.asked().len(), 3);
-    // The layers of the first are still known, by the digest too.
+    // The first image is still in the cache, also under its digest.
     let digest = manifest.rsplit('/').next().unwrap();
-    let again = server.prepare(&place, &format!("x@{digest}"), Pull::Missing).unwrap();
+    let again = server.prepare(&workspace, &format!("x@{digest}"), Pull::Missing).unwrap();
     assert_eq!(again.rootfs, first.rootfs);
     assert_eq!(server.asked(), [manifest, config]);
 }
 
 #[test]
-fn the_platform_is_chosen_from_an_index() {
-    let (server, place) = (Server::start(), Place::new());
+fn the_platform_is_selected_from_an_index() {
+    let (server, workspace) = (Server::start(), Workspace::new());
     let (manifest, _) = server.image("right");
     let digest = manifest.rsplit('/').next().unwrap();
     let entry = |digest: &str, architecture: &str| json!({ "digest": digest, "platform": { "os": "linux", "architecture": architecture } });
@@ -204,16 +204,16 @@ fn the_platform_is_chosen_from_an_index() {
         "/v2/x/manifests/1",
         index(vec![entry(&other, "arm64"), entry(digest, "amd64"), entry(&other, "s390x")]),
     );
-    assert_eq!(name_of(&server.prepare(&place, "x:1", Pull::Missing).unwrap()), "right");
+    assert_eq!(name_of(&server.prepare(&workspace, "x:1", Pull::Missing).unwrap()), "right");
     server.put("/v2/x/manifests/2", index(vec![entry(&other, "arm64")]));
-    let (line, is_users) = server.prepare(&place, "x:2", Pull::Missing).unwrap_err();
-    assert_eq!(line, "it has no image for linux/amd64, only for linux/arm64");
-    assert!(is_users);
+    let (line, is_user_error) = server.prepare(&workspace, "x:2", Pull::Missing).unwrap_err();
+    assert_eq!(line, "no image for linux/amd64, only for linux/arm64");
+    assert!(is_user_error);
 }
 
 #[test]
-fn tokens_are_fetched_and_go_nowhere_else() {
-    let (server, elsewhere, place) = (Server::start(), Server::start(), Place::new());
+fn tokens_are_sent_to_the_registry_only() {
+    let (server, elsewhere, workspace) = (Server::start(), Server::start(), Workspace::new());
     let (_, layer) = server.image("secret");
     for answer in server.answers.lock().unwrap().values_mut() {
         answer.token = Some("abc".to_owned());
@@ -222,7 +222,7 @@ fn tokens_are_fetched_and_go_nowhere_else() {
         "/token?service=s&scope=repository%3Ax%3Apull",
         Answer::new(200, "application/json", br#"{"token":"abc"}"#.to_vec()),
     );
-    // The layer is with someone who is not to see the token.
+    // The layer is redirected to another server, which must not see the token.
     let body = server.answers.lock().unwrap()[&layer].body.clone();
     elsewhere.put("/layer", Answer::new(200, "application/octet-stream", body));
     let to = format!("http://{}/layer", elsewhere.address);
@@ -230,75 +230,78 @@ fn tokens_are_fetched_and_go_nowhere_else() {
         answer.status = 307;
         answer.headers.push(("Location".to_owned(), to));
     });
-    assert_eq!(name_of(&server.prepare(&place, "x:1", Pull::Missing).unwrap()), "secret");
+    assert_eq!(name_of(&server.prepare(&workspace, "x:1", Pull::Missing).unwrap()), "secret");
     assert_eq!(*elsewhere.asked.lock().unwrap(), [("/layer".to_owned(), None)]);
     server.put(
         "/token?service=s&scope=repository%3Ax%3Apull",
         Answer::new(403, "application/json", b"{}".to_vec()),
     );
-    let (line, is_users) = server.prepare(&place, "x:1", Pull::Always).unwrap_err();
-    assert!(line.starts_with("HOST does not let everyone have it"), "{line}");
-    assert!(is_users);
+    let (line, is_user_error) = server.prepare(&workspace, "x:1", Pull::Always).unwrap_err();
+    assert!(line.starts_with("access denied by HOST, or the image does not exist"), "{line}");
+    assert!(is_user_error);
 }
 
 #[test]
-fn a_download_goes_on_from_where_it_broke_off() {
-    let (server, place) = (Server::start(), Place::new());
+fn an_interrupted_download_is_resumed() {
+    let (server, workspace) = (Server::start(), Workspace::new());
     let (_, layer) = server.image("whole");
     server.change(&layer, |answer| answer.broken_at = Some(20));
-    assert_eq!(name_of(&server.prepare(&place, "x:1", Pull::Missing).unwrap()), "whole");
+    assert_eq!(name_of(&server.prepare(&workspace, "x:1", Pull::Missing).unwrap()), "whole");
     assert_eq!(server.asked().iter().filter(|path| **path == layer).count(), 2);
 }
 
 #[test]
-fn what_a_registry_should_not_say_is_refused() {
-    let (server, place) = (Server::start(), Place::new());
+fn wrong_answers_of_a_registry_are_refused() {
+    let (server, workspace) = (Server::start(), Workspace::new());
     let fails = |image: &str| {
-        let failed = server.prepare(&place, image, Pull::Missing).unwrap_err();
-        assert!(place.drafts().is_empty());
+        let failed = server.prepare(&workspace, image, Pull::Missing).unwrap_err();
+        assert!(workspace.drafts().is_empty());
         failed
     };
-    assert_eq!(fails("y:1"), ("HOST does not have it".to_owned(), true));
+    assert_eq!(fails("y:1"), ("not found in the registry HOST".to_owned(), true));
     server.put("/v2/y/manifests/1", Answer::new(500, "text/plain", Vec::new()));
-    let (line, is_users) = fails("y:1");
-    assert_eq!(line, "HOST answers with status 500 to http://HOST/v2/y/manifests/1");
-    assert!(!is_users);
+    let (line, is_user_error) = fails("y:1");
+    assert_eq!(line, "HOST returned status 500 for http://HOST/v2/y/manifests/1");
+    assert!(!is_user_error);
     server.put("/v2/y/manifests/1", Answer::new(200, "text/html", b"<html>".to_vec()));
-    let (line, is_users) = fails("y:1");
-    assert!(line.contains(" is damaged: expected value"), "{line}");
-    assert!(is_users);
+    let (line, is_user_error) = fails("y:1");
+    assert!(line.contains(": expected value"), "{line}");
+    assert!(is_user_error);
     server.put("/v2/y/manifests/1", Answer::new(200, "text/html", vec![b' '; (8 << 20) + 1]));
-    assert_eq!(fails("y:1"), ("its 1 has more than 8 MiB".to_owned(), true));
+    assert_eq!(fails("y:1"), ("1 is larger than 8 MiB".to_owned(), true));
     let (manifest, layer) = server.image("content");
     let digest = manifest.rsplit('/').next().unwrap();
     server.change(&manifest, |answer| answer.body.push(b' '));
-    let (line, is_users) = fails(&format!("x@{digest}"));
-    assert!(line.starts_with(&format!("its {digest} has the digest sha256:")), "{line}");
-    assert!(is_users);
+    let (line, is_user_error) = fails(&format!("x@{digest}"));
+    assert!(line.starts_with(&format!("{digest} has the digest sha256:")), "{line}");
+    assert!(is_user_error);
     server.change(&layer, |answer| answer.body[30] ^= 1);
-    let (line, is_users) = fails("x:1");
-    assert!(line.starts_with("layer 1 of 1: its content has the digest sha256:"), "{line}");
-    assert!(is_users);
+    let (line, is_user_error) = fails("x:1");
+    assert!(line.starts_with("layer 1 of 1: the digest is sha256:"), "{line}");
+    assert!(is_user_error);
     server.change(&layer, |answer| answer.status = 404);
-    assert_eq!(fails("x:1"), ("HOST does not have it".to_owned(), true));
+    assert_eq!(fails("x:1"), ("not found in the registry HOST".to_owned(), true));
 }
 
 #[test]
-fn certificates_that_were_named_and_cannot_be_used_are_not_replaced_by_others() {
-    let place = Place::new();
-    std::fs::write(place.path("empty.pem"), "").unwrap();
-    std::fs::write(place.path("damaged.pem"), "-----BEGIN CERTIFICATE-----\n%\n-----END CERTIFICATE-----\n")
-        .unwrap();
+fn unusable_certificates_are_an_error() {
+    let workspace = Workspace::new();
+    std::fs::write(workspace.path("empty.pem"), "").unwrap();
+    std::fs::write(
+        workspace.path("damaged.pem"),
+        "-----BEGIN CERTIFICATE-----\n%\n-----END CERTIFICATE-----\n",
+    )
+    .unwrap();
     for file in ["missing.pem", ".", "empty.pem", "damaged.pem"] {
         let output = std::process::Command::new(env!("CARGO_BIN_EXE_kindling-oci"))
             .args(["prepare", "registry.invalid/app"])
-            .env("KINDLING_CACHE", place.path("cache"))
-            .env("SSL_CERT_FILE", place.path(file))
+            .env("KINDLING_CACHE", workspace.path("cache"))
+            .env("SSL_CERT_FILE", workspace.path(file))
             .output()
             .unwrap();
         let line = String::from_utf8(output.stderr).unwrap();
         assert!(
-            output.status.code() == Some(1) && line.contains("cannot use the certificates of /"),
+            output.status.code() == Some(1) && line.contains("cannot load the trusted certificates in /"),
             "{line}"
         );
     }

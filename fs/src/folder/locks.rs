@@ -1,8 +1,8 @@
-//! Locks of the guest's programs, which are locks of the host: two guests, or a guest and its host, exclude each other.
+//! Locks of the guest's programs as locks of the host, so that guests and programs of the host exclude each other.
 //!
-//! Each kind is its own kind on the host. A lock of flock(2) is one of the file that the guest has open. POSIX locks
-//! belong to a process, of which the guest has many and the host sees one: each owner has an open file of its own, whose
-//! open file description owns the locks (`F_OFD_SETLK`). They conflict with the POSIX locks of the host's programs.
+//! A flock(2) lock is taken with flock on the handle of the guest. POSIX locks belong to a process, but the host sees
+//! all processes of the guest as one. Therefore each lock owner has a separate open file, whose open file description
+//! owns the locks (`F_OFD_SETLK`). These conflict with the POSIX locks of the host's programs.
 #![expect(unsafe_code, reason = "open file description locks have no safe interface")]
 
 use super::Folder;
@@ -17,13 +17,13 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
-/// Ranges that a guest may have locked, and as many open files: each is memory of the host's kernel, which looks through
-/// all of a file's at each request and at the end of this process.
+/// Maximum number of locked ranges of a guest, and of open files with flock locks. Each lock takes memory of the host's
+/// kernel, which walks all locks of a file on each request and when this process ends.
 const LOCKS_MAX: usize = 1 << 11;
-/// The largest offset of a file, which as the end of a range means all that follows.
+/// The largest file offset. As the end of a range it means the end of the file, however long it gets.
 const OFFSET_MAX: u64 = i64::MAX.unsigned_abs();
 
-/// A lock that the guest asks for, or gives back.
+/// A request to lock or unlock a range or a file.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct LockRequest {
     inode: u64,
@@ -31,15 +31,15 @@ pub(crate) struct LockRequest {
     owner: u64,
     start: u64,
     end: u64,
-    /// Nothing where a lock is given back.
+    /// The lock type, or none for unlocking.
     kind: Option<LockKind>,
-    /// The guest's process.
+    /// The process id in the guest.
     process: u32,
     is_flock: bool,
 }
 
 impl LockRequest {
-    /// The request that a message makes.
+    /// Checks and converts the fields of a message.
     pub(crate) fn new(inode: u64, handle: u64, owner: u64, lock: &FileLock, flags: u32) -> io::Result<Self> {
         let kind = match i32::try_from(lock.lock_type) {
             Ok(libc::F_RDLCK) => Some(LockKind::Read),
@@ -56,27 +56,28 @@ impl LockRequest {
     }
 }
 
-/// POSIX locks of the guest, by file and owner.
+/// The locks of the guest.
 #[derive(Debug, Default)]
 pub(super) struct Locks {
-    held: BTreeMap<(u64, u64), Held>,
-    /// The number of ranges of all.
+    /// The POSIX locks by inode number and owner.
+    held: BTreeMap<(u64, u64), OwnerLocks>,
+    /// The number of ranges of all owners.
     ranges: usize,
-    /// Open files that may have a lock of flock.
+    /// The handles that may have a flock lock.
     flocks: BTreeSet<u64>,
 }
 
-/// The locks of one owner on a file.
+/// The POSIX locks of one owner on a file.
 #[derive(Debug)]
-struct Held {
+struct OwnerLocks {
     file: LockFile,
     ranges: Ranges,
-    /// The open file through which the guest asked last.
+    /// The handle of the last request.
     handle: u64,
     process: u32,
 }
 
-/// An open file whose description has the POSIX locks of one owner.
+/// An open file whose description holds the POSIX locks of one owner.
 #[derive(Debug)]
 pub(crate) struct LockFile {
     file: File,
@@ -88,27 +89,27 @@ impl Locks {
         *self = Self::default();
     }
 
-    /// Gives back what an owner has locked of a file.
+    /// Releases all POSIX locks of an owner on a file.
     fn release(&mut self, key: (u64, u64)) {
         if let Some(held) = self.held.remove(&key) {
             self.ranges -= held.ranges.len();
         }
     }
 
-    /// The guest's process, other than this owner's, that has locked a byte.
+    /// The process id of another owner that has locked a byte.
     fn process(&self, (inode, owner): (u64, u64), byte: u64) -> Option<u32> {
         let mut held = self.held.range((inode, 0)..=(inode, u64::MAX));
-        let found = held.find(|((_, other), held)| *other != owner && held.ranges.contain(byte));
+        let found = held.find(|((_, other), held)| *other != owner && held.ranges.contains(byte));
         found.map(|(_, held)| held.process)
     }
 }
 
 impl Folder {
-    /// Locks or unlocks without waiting: `EAGAIN` where another owner has the lock. A retry passes the same `spare`, so
-    /// that the file is opened once: programs of the host may watch openings.
+    /// Locks or unlocks without waiting, and fails with `EAGAIN` if another owner has a conflicting lock. A retry
+    /// passes the same `spare`, so that the file is opened only once: programs of the host may watch it with inotify.
     pub(crate) fn try_lock(&self, request: &LockRequest, spare: &mut Option<LockFile>) -> io::Result<()> {
         if request.kind.is_some() {
-            // A request that waits may be of a handle that has been closed meanwhile.
+            // The handle of a pending request may have been closed in the meantime.
             self.handles().get(request.handle)?;
         }
         if !request.is_flock {
@@ -155,14 +156,14 @@ impl Folder {
             *spare = Some(file);
         } else {
             locks.ranges += ranges.len();
-            let held = Held { file, ranges, handle: request.handle, process: request.process };
+            let held = OwnerLocks { file, ranges, handle: request.handle, process: request.process };
             locks.held.insert(key, held);
         }
         result
     }
 
-    /// Asks the host for a lock. An exclusive lock needs a file that is open for writing: where the owner's file is not
-    /// and the handle of this request is, the shared locks move to a new file that is.
+    /// Requests a lock from the host. An exclusive lock requires a file that is open for writing. If the owner's lock
+    /// file is not, but the handle of this request is, a new lock file is opened and takes over the shared locks.
     fn set_lock(
         &self,
         file: &mut LockFile,
@@ -178,7 +179,7 @@ impl Folder {
                 return Err(Errno::BADF.into());
             }
             let other = self.lock_file(inode, request.handle)?;
-            // Both files hold them for a moment.
+            // Both files hold the shared locks until the old one is closed.
             before.iter().try_for_each(|&Range { start, end, kind }| {
                 lock(&other, &LockRequest { start, end, kind: Some(kind), ..*request })
             })?;
@@ -187,7 +188,7 @@ impl Folder {
         lock(file, request)
     }
 
-    /// The lock that keeps a request from being granted, or none.
+    /// The lock that conflicts with a request, or `F_UNLCK` if there is none.
     pub(super) fn find_lock(&self, request: &LockRequest) -> io::Result<FileLock> {
         let none =
             FileLock { start: request.start, end: request.end, lock_type: number(libc::F_UNLCK), pid: 0 };
@@ -196,7 +197,7 @@ impl Folder {
         let mut lock = range_of(request);
         match locks.held.get(&key) {
             Some(held) => control(&held.file.file, libc::F_OFD_GETLK, &mut lock)?,
-            // It has no locks of its own.
+            // The owner has no locks.
             None => control(self.handles().get(request.handle)?, libc::F_OFD_GETLK, &mut lock)?,
         }
         if lock.l_type == short(libc::F_UNLCK) {
@@ -207,17 +208,18 @@ impl Folder {
             0 => OFFSET_MAX,
             length => start.saturating_add(length - 1),
         };
-        // Processes of the host have no numbers in a guest.
+        // Processes of the host have no process id in the guest.
         let pid = locks.process(key, start).unwrap_or(0);
         Ok(FileLock { start, end, lock_type: number(lock.l_type.into()), pid })
     }
 
-    /// A process of the guest has closed the file, which gives back its locks, however often it has it open.
+    /// Releases the POSIX locks of a process that has closed the file; any close of the file releases all of them.
     pub(super) fn release_owner(&self, inode: u64, owner: u64) {
         self.locks().release((inode, owner));
     }
 
-    /// An open file of the guest is gone, and with it what it locked as one: nobody else can give that back.
+    /// Releases the locks that were last requested through a handle when it is closed, since locks that belong to the
+    /// open file are not released by `release_owner`.
     pub(super) fn release_handle(&self, inode: u64, handle: u64) {
         let mut locks = self.locks();
         let held = locks.held.range((inode, 0)..=(inode, u64::MAX));
@@ -226,17 +228,18 @@ impl Folder {
         locks.flocks.remove(&handle);
     }
 
-    /// Whether the guest has a file open for writing.
+    /// Whether a handle is open for writing.
     fn may_write(&self, handle: u64) -> io::Result<bool> {
         let flags = rustix::fs::fcntl_getfl(self.handles().get(handle)?)?;
         Ok(flags & OFlags::RWMODE != OFlags::RDONLY)
     }
 
-    /// Opens a file for writing only where the guest has it open for writing: programs of the host notice such an opening.
+    /// Opens a lock file, for writing only if the handle is open for writing: programs of the host can observe an open
+    /// for writing.
     fn lock_file(&self, inode: &Inode, handle: u64) -> io::Result<LockFile> {
         let may_write = self.may_write(handle)?;
         let file = if may_write {
-            // Shared locks need a file that is open for reading.
+            // Shared locks require a file that is open for reading.
             self.reopen(inode, OFlags::RDWR).or_else(|_| self.reopen(inode, OFlags::WRONLY))?
         } else {
             self.reopen(inode, OFlags::RDONLY)?
@@ -251,7 +254,7 @@ fn range_of(request: &LockRequest) -> libc::flock {
         Some(LockKind::Write) => libc::F_WRLCK,
         None => libc::F_UNLCK,
     };
-    // Up to the end is a length of zero.
+    // The length 0 means up to the end of the file.
     let length = if request.end >= OFFSET_MAX { 0 } else { request.end - request.start + 1 };
     libc::flock {
         l_type: short(kind),
@@ -263,7 +266,7 @@ fn range_of(request: &LockRequest) -> libc::flock {
 }
 
 fn control(file: &File, command: libc::c_int, lock: &mut libc::flock) -> io::Result<()> {
-    // SAFETY: the kernel reads the structure, and writes it for F_OFD_GETLK; it lives as long as the call.
+    // SAFETY: the kernel reads the structure, and writes it for F_OFD_GETLK. It is valid during the call.
     let result = unsafe { libc::fcntl(file.as_raw_fd(), command, std::ptr::from_mut(lock)) };
     if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

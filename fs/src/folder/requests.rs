@@ -1,4 +1,4 @@
-//! What each request of the guest does.
+//! The FUSE requests of the guest.
 
 use super::{Folder, LockRequest, MODE, openat2};
 use crate::attributes::filesystem;
@@ -19,29 +19,30 @@ use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::Duration;
 
-/// What the guest can do beside the least that there is.
+/// The FUSE features that are enabled.
 const OPTIONS: FsOptions = FsOptions::ASYNC_READ
     .union(FsOptions::BIG_WRITES)
     .union(FsOptions::MAX_PAGES)
     .union(FsOptions::PARALLEL_DIROPS)
     .union(FsOptions::ATOMIC_O_TRUNC)
     .union(FsOptions::AUTO_INVAL_DATA)
-    // Locks are the host's, so that others heed them.
+    // Locks are taken on the host, so that they exclude other guests and programs of the host.
     .union(FsOptions::POSIX_LOCKS)
     .union(FsOptions::FLOCK_LOCKS)
-    // The host clears the bits itself, since this process has no privileges. Where it is not said that it does, the
-    // guest asks before each write whether the file has capabilities.
+    // The host clears set-user-ID bits and file capabilities itself, since this process has no privileges. Without this
+    // feature, the guest would request the capabilities of the file before each write.
     .union(FsOptions::HANDLE_KILLPRIV_V2);
-/// Bytes of extended attributes of a file at most (XATTR_SIZE_MAX of linux/limits.h).
+/// Maximum size of an extended attribute and of a list of names, in bytes (XATTR_SIZE_MAX and XATTR_LIST_MAX in
+/// linux/limits.h).
 const XATTR_MAX: usize = 64 << 10;
-/// The only extended attributes that are passed on: the host's security is no guest's business.
+/// The prefix of the extended attributes that the guest can access. The host's security attributes are hidden.
 const XATTR_PREFIX: &[u8] = b"user.";
-/// The handle of a directory in which nothing is shown. Files that are open have larger numbers.
+/// The handle of a mount point, which is listed as an empty directory. Handles of open files are larger.
 const EMPTY_DIRECTORY: u64 = 0;
-/// Bytes that one request writes at most.
+/// Maximum number of bytes that one request writes.
 const WRITE_MAX: usize = 1 << 20;
 
-/// What counts of the flags with which the guest opens a file. Appending is done with each write.
+/// The open flags that are used on the host. O_APPEND is handled in each write request.
 fn open_flags(flags: u32) -> OFlags {
     let kept = OFlags::ACCMODE | OFlags::TRUNC | OFlags::SYNC | OFlags::DSYNC;
     OFlags::from_bits_retain(flags) & kept
@@ -63,7 +64,7 @@ fn count(length: usize) -> u32 {
     u32::try_from(length).unwrap_or(u32::MAX)
 }
 
-/// A time that is to be set: one that is given, the present one, or none.
+/// A timestamp for utimensat: a given time, the present time, or unchanged.
 const fn time(is_given: bool, is_now: bool, seconds: i64, nanoseconds: i64) -> Timespec {
     match (is_given, is_now) {
         (_, true) => Timespec { tv_sec: 0, tv_nsec: UTIME_NOW },
@@ -77,13 +78,13 @@ impl FileSystem for Folder {
     type Handle = u64;
 
     fn init(&self, _: FsOptions) -> io::Result<FsOptions> {
-        // A guest that mounts the folder once more knows nothing of the last time.
-        self.forget_all();
+        // A guest that mounts the folder again has no state of the earlier mount.
+        self.reset();
         Ok(OPTIONS)
     }
 
     fn destroy(&self) {
-        self.forget_all();
+        self.reset();
     }
 
     fn lookup(&self, _: &Context, parent: u64, name: &CStr) -> io::Result<Entry> {
@@ -110,13 +111,13 @@ impl FileSystem for Folder {
         handle: Option<u64>,
         valid: SetattrValid,
     ) -> io::Result<(stat64, Duration)> {
-        self.for_writing()?;
+        self.check_writable()?;
         let inode = self.inode(inode)?;
         let stat = rustix::fs::fstat(&*inode.fd)?;
-        // A file has one owner and stays that one's: what changes nothing is done.
-        let is_others = valid.contains(SetattrValid::UID) && attr.st_uid != self.owner.user(stat.st_uid)
+        // The owner of a file cannot be changed. Setting the same owner succeeds.
+        let changes_owner = valid.contains(SetattrValid::UID) && attr.st_uid != self.owner.user(stat.st_uid)
             || valid.contains(SetattrValid::GID) && attr.st_gid != self.owner.group(stat.st_gid);
-        if is_others {
+        if changes_owner {
             return Err(Errno::PERM.into());
         }
         if valid.contains(SetattrValid::MODE) {
@@ -153,13 +154,13 @@ impl FileSystem for Folder {
     }
 
     fn symlink(&self, _: &Context, target: &CStr, parent: u64, name: &CStr) -> io::Result<Entry> {
-        let (parent, name) = self.to_change(parent, name)?;
+        let (parent, name) = self.entry_to_change(parent, name)?;
         rustix::fs::symlinkat(target, &*parent.fd, name)?;
         self.find(&parent, name)
     }
 
     fn mknod(&self, _: &Context, parent: u64, name: &CStr, mode: u32, _: u32, _: u32) -> io::Result<Entry> {
-        let (parent, name) = self.to_change(parent, name)?;
+        let (parent, name) = self.entry_to_change(parent, name)?;
         let kind = FileType::from_raw_mode(mode);
         if !matches!(kind, FileType::RegularFile | FileType::Fifo | FileType::Socket) {
             return Err(Errno::PERM.into());
@@ -169,24 +170,24 @@ impl FileSystem for Folder {
     }
 
     fn mkdir(&self, _: &Context, parent: u64, name: &CStr, mode: u32, _: u32) -> io::Result<Entry> {
-        let (parent, name) = self.to_change(parent, name)?;
+        let (parent, name) = self.entry_to_change(parent, name)?;
         rustix::fs::mkdirat(&*parent.fd, name, Mode::from_raw_mode(mode & MODE))?;
         self.find(&parent, name)
     }
 
     fn unlink(&self, _: &Context, parent: u64, name: &CStr) -> io::Result<()> {
-        let (parent, name) = self.to_change(parent, name)?;
+        let (parent, name) = self.entry_to_change(parent, name)?;
         Ok(rustix::fs::unlinkat(&*parent.fd, name, AtFlags::empty())?)
     }
 
     fn rmdir(&self, _: &Context, parent: u64, name: &CStr) -> io::Result<()> {
-        let (parent, name) = self.to_change(parent, name)?;
+        let (parent, name) = self.entry_to_change(parent, name)?;
         Ok(rustix::fs::unlinkat(&*parent.fd, name, AtFlags::REMOVEDIR)?)
     }
 
     fn rename(&self, _: &Context, from: u64, old: &CStr, to: u64, new: &CStr, flags: u32) -> io::Result<()> {
-        let (from, old) = self.to_change(from, old)?;
-        let (to, new) = self.to_change(to, new)?;
+        let (from, old) = self.entry_to_change(from, old)?;
+        let (to, new) = self.entry_to_change(to, new)?;
         let known = RenameFlags::NOREPLACE | RenameFlags::EXCHANGE;
         let flags =
             RenameFlags::from_bits(flags).filter(|flags| known.contains(*flags)).ok_or(Errno::INVAL)?;
@@ -194,10 +195,10 @@ impl FileSystem for Folder {
     }
 
     fn link(&self, _: &Context, inode: u64, parent: u64, name: &CStr) -> io::Result<Entry> {
-        let (parent, name) = self.to_change(parent, name)?;
+        let (parent, name) = self.entry_to_change(parent, name)?;
         let inode = self.inode(inode)?;
-        // Through /proc, as a link by descriptor needs a privilege; what is followed is that name and no link of the
-        // folder's.
+        // Through /proc, since AT_EMPTY_PATH requires a privilege. Only the link in /proc is followed, not a link in
+        // the folder.
         let number = inode.fd.as_raw_fd().to_string();
         rustix::fs::linkat(&self.descriptors, number, &*parent.fd, name, AtFlags::SYMLINK_FOLLOW)?;
         self.find(&parent, name)
@@ -212,11 +213,11 @@ impl FileSystem for Folder {
     ) -> io::Result<(Option<u64>, OpenOptions, Option<u32>)> {
         let flags = open_flags(flags);
         if changes(flags) {
-            self.for_writing()?;
+            self.check_writable()?;
         }
         let inode = self.inode(inode)?;
         if inode.kind == FileType::RegularFile
-            && inode.seen.is_stale(&rustix::fs::fstat(&*inode.fd)?, context.pid)
+            && inode.cached_version.is_stale(&rustix::fs::fstat(&*inode.fd)?, context.pid)
         {
             return Err(Errno::STALE.into());
         }
@@ -224,7 +225,7 @@ impl FileSystem for Folder {
         Ok((Some(self.handles().add(file)), OpenOptions::empty(), None))
     }
 
-    /// Creates a file and opens it: one with a name, or where its flags say so one without (`serve.rs`).
+    /// Creates and opens a file. With O_TMPFILE, which `serve.rs` sets for FUSE_TMPFILE, the file has no name.
     fn create(
         &self,
         _: &Context,
@@ -232,27 +233,27 @@ impl FileSystem for Folder {
         name: &CStr,
         args: CreateIn,
     ) -> io::Result<(Entry, Option<u64>, OpenOptions, Option<u32>)> {
-        let asked = OFlags::from_bits_retain(args.flags);
-        // Linux calls a file without a name `/` (`vfs_tmpfile` in fs/namei.c).
-        let is_nameless = asked.contains(OFlags::TMPFILE);
-        let (parent, name) = self.to_change(parent, if is_nameless { c"nameless" } else { name })?;
+        let requested = OFlags::from_bits_retain(args.flags);
+        // Linux passes the name `/` for an unnamed file (`vfs_tmpfile` in fs/namei.c).
+        let is_unnamed = requested.contains(OFlags::TMPFILE);
+        let (parent, name) = self.entry_to_change(parent, if is_unnamed { c"unnamed" } else { name })?;
         let flags = open_flags(args.flags);
         let mode = Mode::from_raw_mode(args.mode & MODE);
         let new = flags | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-        let file = if is_nameless {
-            let nameless = flags.difference(OFlags::TRUNC) | OFlags::TMPFILE | OFlags::CLOEXEC;
-            File::from(rustix::fs::openat(&*parent.fd, ".", nameless | asked & OFlags::EXCL, mode)?)
+        let file = if is_unnamed {
+            let unnamed = flags.difference(OFlags::TRUNC) | OFlags::TMPFILE | OFlags::CLOEXEC;
+            File::from(rustix::fs::openat(&*parent.fd, ".", unnamed | requested & OFlags::EXCL, mode)?)
         } else {
             match openat2(parent.fd.as_fd(), name, new, mode) {
-                Err(Errno::EXIST) if !asked.contains(OFlags::EXCL) => {
+                Err(Errno::EXIST) if !requested.contains(OFlags::EXCL) => {
                     self.open_existing(&parent, name, flags)?
                 }
                 result => File::from(result?),
             }
         };
         let number = file.as_raw_fd().to_string();
-        let only_name = OFlags::PATH | OFlags::CLOEXEC;
-        let named = rustix::fs::openat(&self.descriptors, number, only_name, Mode::empty())?;
+        let path_only = OFlags::PATH | OFlags::CLOEXEC;
+        let named = rustix::fs::openat(&self.descriptors, number, path_only, Mode::empty())?;
         let entry = self.entry(named, false)?;
         Ok((entry, Some(self.handles().add(file)), OpenOptions::empty(), None))
     }
@@ -288,7 +289,7 @@ impl FileSystem for Folder {
         let mut handles = self.handles();
         let file = handles.get(handle)?;
         let size = usize::try_from(size).unwrap_or(WRITE_MAX).min(WRITE_MAX);
-        // Pages of a mapping go to where they are from, whatever the file was opened for.
+        // Pages of a shared mapping are written at their offset, even if the file was opened for appending.
         if is_from_cache || !OFlags::from_bits_retain(flags).contains(OFlags::APPEND) {
             return reader.read_to(file, size, offset);
         }
@@ -316,13 +317,13 @@ impl FileSystem for Folder {
         offset: u64,
         length: u64,
     ) -> io::Result<()> {
-        self.for_writing()?;
+        self.check_writable()?;
         let mode = FallocateFlags::from_bits(mode).ok_or(Errno::OPNOTSUPP)?;
         Ok(rustix::fs::fallocate(self.handles().get(handle)?, mode, offset, length)?)
     }
 
     fn lseek(&self, _: &Context, _: u64, handle: u64, offset: u64, whence: u32) -> io::Result<u64> {
-        // All others are the guest's own.
+        // The guest handles all other values of whence itself.
         let target = match i32::try_from(whence) {
             Ok(libc::SEEK_DATA) => SeekFrom::Data(offset),
             Ok(libc::SEEK_HOLE) => SeekFrom::Hole(offset),
@@ -343,7 +344,7 @@ impl FileSystem for Folder {
         self.find_lock(&LockRequest::new(inode, handle, owner, &lock, flags)?)
     }
 
-    /// Without waiting: a request that waits for a lock is no business of the library's.
+    /// Locks without waiting; requests that wait for a lock are handled in `serve.rs` and not by the library.
     fn setlk(
         &self,
         _: &Context,
@@ -382,7 +383,7 @@ impl FileSystem for Folder {
     }
 
     fn setxattr(&self, _: &Context, inode: u64, name: &CStr, value: &[u8], flags: u32) -> io::Result<()> {
-        self.for_writing()?;
+        self.check_writable()?;
         let flags = XattrFlags::from_bits(flags).ok_or(Errno::INVAL)?;
         let path = Self::path(&self.inode(inode)?)?;
         Ok(rustix::fs::setxattr(path, xattr_name(name)?, value, flags)?)
@@ -413,7 +414,7 @@ impl FileSystem for Folder {
     }
 
     fn removexattr(&self, _: &Context, inode: u64, name: &CStr) -> io::Result<()> {
-        self.for_writing()?;
+        self.check_writable()?;
         let path = Self::path(&self.inode(inode)?)?;
         Ok(rustix::fs::removexattr(path, xattr_name(name)?)?)
     }
@@ -436,9 +437,10 @@ impl FileSystem for Folder {
         offset: u64,
         add: &mut dyn FnMut(DirEntry<'_>) -> io::Result<usize>,
     ) -> io::Result<()> {
-        /// Bytes of names that are read at once: as many as the guest asks for, about, but a longest name at least.
-        const MIN: usize = 1 << 10;
-        const MAX: usize = 64 << 10;
+        /// Limits of the buffer for directory entries, in bytes: about as large as requested, but enough for the
+        /// longest name.
+        const MIN_BUFFER: usize = 1 << 10;
+        const MAX_BUFFER: usize = 64 << 10;
         if handle == EMPTY_DIRECTORY {
             return Ok(());
         }
@@ -446,13 +448,14 @@ impl FileSystem for Folder {
         let directory = handles.get(handle)?;
         let device = rustix::fs::fstat(&*directory)?.st_dev;
         rustix::fs::seek(&*directory, SeekFrom::Start(offset))?;
-        let mut buffer = Vec::with_capacity(usize::try_from(size).unwrap_or(MAX).clamp(MIN, MAX));
+        let mut buffer =
+            Vec::with_capacity(usize::try_from(size).unwrap_or(MAX_BUFFER).clamp(MIN_BUFFER, MAX_BUFFER));
         let mut entries = RawDir::new(directory, buffer.spare_capacity_mut());
         loop {
             let Some(entry) = entries.next() else { return Ok(()) };
             let entry = entry?;
             let name = entry.file_name().to_bytes();
-            // The guest has its own.
+            // The guest adds these itself.
             if name == b"." || name == b".." {
                 continue;
             }

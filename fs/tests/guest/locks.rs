@@ -1,4 +1,4 @@
-//! Locks: those of guests hold on the host, and those of the host in guests.
+//! Locks exclude guests and programs of the host from each other.
 
 use crate::folder;
 use crate::server::{O_RDWR, ROOT, Server, long, longs, number, op, words};
@@ -10,7 +10,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-/// A lock of a file that the guest has open, as a request names it.
+/// A lock request for an open file of the guest.
 #[derive(Clone, Copy)]
 struct Lock {
     inode: u64,
@@ -33,7 +33,7 @@ impl Lock {
         Self { inode, handle, owner, range: (0, END), kind: WRITE_LOCK, flags: 0 }
     }
 
-    /// The same of flock(2).
+    /// The same lock with flock(2).
     fn flock(self) -> Self {
         Self { flags: 1, ..self }
     }
@@ -53,11 +53,11 @@ impl Server {
         self.lock(Lock { kind: UNLOCK, ..lock }).unwrap();
     }
 
-    /// Begins to wait for a lock; the number of the request.
+    /// Sends a request that waits for a lock, and returns its id.
     fn wait_for(&mut self, lock: Lock) -> u64 {
         self.send(op::SETLKW, lock.inode, &lock.body());
         let unique = self.next;
-        // All else is served meanwhile.
+        // Other requests are served in the meantime.
         self.ask(op::GETATTR, ROOT, &[0; 16]).unwrap();
         unique
     }
@@ -72,8 +72,8 @@ impl Server {
     }
 }
 
-/// The guest's file, opened by a program of the host.
-fn open_here(folder: &Path) -> fs::File {
+/// Opens the guest's file on the host.
+fn open_on_host(folder: &Path) -> fs::File {
     fs::File::options().read(true).write(true).open(folder.join("file")).unwrap()
 }
 
@@ -87,7 +87,7 @@ impl Watch {
         Self(watch)
     }
 
-    /// The number of such events since the last call.
+    /// The number of events of a type since the last call.
     fn count(&self, what: ReadFlags) -> usize {
         let mut buffer = [MaybeUninit::uninit(); 4096];
         let mut reader = inotify::Reader::new(&self.0, &mut buffer);
@@ -99,11 +99,11 @@ impl Watch {
     }
 }
 
-/// Two guests, and one that is none: the host.
+/// Two guests and the host.
 #[test]
 fn locks_hold_among_guests_and_with_the_host() {
     let folder = folder();
-    let here = open_here(folder.path());
+    let host_file = open_on_host(folder.path());
     let (mut one, mut other) = (Server::start(folder.path(), &[]), Server::start(folder.path(), &[]));
     let (first, second) = (Lock::new(&mut one, 1), Lock::new(&mut other, 1));
     let exclusive = FlockOperation::NonBlockingLockExclusive;
@@ -112,27 +112,27 @@ fn locks_hold_among_guests_and_with_the_host() {
     one.lock(first).unwrap();
     assert_eq!(other.lock(second), Err(libc::EAGAIN));
     assert_eq!(other.lock(Lock { kind: READ_LOCK, ..second }), Err(libc::EAGAIN));
-    assert_eq!(fcntl_lock(&here, exclusive), Err(Errno::AGAIN));
+    assert_eq!(fcntl_lock(&host_file, exclusive), Err(Errno::AGAIN));
     one.unlock(first);
-    fcntl_lock(&here, exclusive).unwrap();
+    fcntl_lock(&host_file, exclusive).unwrap();
     assert_eq!(one.lock(first), Err(libc::EAGAIN));
     assert_eq!(other.lock(Lock { kind: READ_LOCK, ..second }), Err(libc::EAGAIN));
-    fcntl_lock(&here, unlock).unwrap();
+    fcntl_lock(&host_file, unlock).unwrap();
     for server in [(&mut one, first), (&mut other, second)] {
         server.0.lock(Lock { kind: READ_LOCK, ..server.1 }).unwrap();
     }
-    assert_eq!(one.lock(first), Err(libc::EAGAIN), "the other reads");
+    assert_eq!(one.lock(first), Err(libc::EAGAIN), "the other guest has a shared lock");
     other.unlock(second);
     one.lock(first).unwrap();
-    // Locks of flock, which are others.
+    // flock locks are independent of POSIX locks.
     other.lock(second.flock()).unwrap();
     assert_eq!(one.lock(first.flock()), Err(libc::EAGAIN));
-    assert_eq!(flock(&here, exclusive), Err(Errno::AGAIN));
+    assert_eq!(flock(&host_file, exclusive), Err(Errno::AGAIN));
     other.unlock(second.flock());
-    flock(&here, exclusive).unwrap();
+    flock(&host_file, exclusive).unwrap();
     assert_eq!(one.lock(first.flock()), Err(libc::EAGAIN));
-    flock(&here, unlock).unwrap();
-    // A guest that ends.
+    flock(&host_file, unlock).unwrap();
+    // The end of a guest releases its locks.
     one.lock(first.flock()).unwrap();
     one.end();
     other.lock(second).unwrap();
@@ -157,7 +157,7 @@ fn each_owner_has_its_own_locks() {
     ] {
         assert_eq!(server.lock(Lock { range, ..other }), result, "{range:?}");
     }
-    // The lock that is in the way, and the guest's process that has it.
+    // The conflicting lock and the process of the guest that holds it.
     let found = server.ask(op::GETLK, other.inode, &Lock { range: (0, 15), ..other }.body()).unwrap();
     assert_eq!(
         (long(&found, 0), long(&found, 8), number(&found, 16), number(&found, 20)),
@@ -165,7 +165,7 @@ fn each_owner_has_its_own_locks() {
     );
     let found = server.ask(op::GETLK, other.inode, &Lock { range: (0, 5), ..other }.body()).unwrap();
     assert_eq!(number(&found, 16), UNLOCK);
-    // Half of it is given back, then all by a process that closes the file.
+    // A part is unlocked, then a process that closes the file unlocks the rest.
     server.unlock(Lock { range: (15, 30), ..lock });
     server.lock(Lock { range: (15, 30), ..other }).unwrap();
     assert_eq!(server.lock(Lock { range: (14, 14), ..other }), Err(libc::EAGAIN));
@@ -173,10 +173,10 @@ fn each_owner_has_its_own_locks() {
     assert_eq!(server.lock(other), Err(libc::EAGAIN));
     server.close(lock);
     server.lock(other).unwrap();
-    // Locks that belong to an open file, of which no close tells.
+    // Locks of an open file are released with the handle, without a FLUSH of their owner.
     server.release(other);
     server.lock(lock).unwrap();
-    // A driver that begins anew.
+    // A new mount by the guest.
     server.lock(lock.flock()).unwrap();
     server.ask(op::INIT, 0, &[&words(&[7, 38, 0, 0, 0, 0])[..], &[0; 40]].concat()).unwrap();
     let lock = Lock::new(&mut server, 3);
@@ -186,9 +186,9 @@ fn each_owner_has_its_own_locks() {
 }
 
 #[test]
-fn a_lock_that_is_waited_for_keeps_nobody_else_waiting() {
+fn pending_locks_do_not_block_other_requests() {
     let folder = folder();
-    let here = open_here(folder.path());
+    let host_file = open_on_host(folder.path());
     let mut server = Server::start(folder.path(), &[]);
     let holder = Lock::new(&mut server, 1);
     for flags in [0, 1] {
@@ -196,7 +196,7 @@ fn a_lock_that_is_waited_for_keeps_nobody_else_waiting() {
         let waiter = Lock { flags, ..Lock::new(&mut server, 2) };
         server.lock(holder).unwrap();
         let unique = server.wait_for(waiter);
-        // The guest gives it back; the answer may come before that of the request which did.
+        // The guest unlocks; the two replies may come in any order.
         server.send(op::SETLK, holder.inode, &Lock { kind: UNLOCK, ..holder }.body());
         let mut answers = [server.receive_any(), server.receive_any()];
         answers.sort();
@@ -206,15 +206,16 @@ fn a_lock_that_is_waited_for_keeps_nobody_else_waiting() {
         );
         assert_eq!(server.lock(holder), Err(libc::EAGAIN));
         server.unlock(waiter);
-        // The host does.
-        let lock =
-            |operation| if flags == 0 { fcntl_lock(&here, operation) } else { flock(&here, operation) };
+        // The host unlocks.
+        let lock = |operation| {
+            if flags == 0 { fcntl_lock(&host_file, operation) } else { flock(&host_file, operation) }
+        };
         lock(FlockOperation::NonBlockingLockExclusive).unwrap();
         let unique = server.wait_for(waiter);
         lock(FlockOperation::NonBlockingUnlock).unwrap();
         assert_eq!(server.receive_any(), (unique, Ok(Vec::new())));
         server.unlock(waiter);
-        // None that has to be waited for is granted at once.
+        // A free lock is granted without waiting.
         server.ask(op::SETLKW, waiter.inode, &waiter.body()).unwrap();
         server.unlock(waiter);
     }
@@ -222,7 +223,7 @@ fn a_lock_that_is_waited_for_keeps_nobody_else_waiting() {
 }
 
 #[test]
-fn a_lock_is_waited_for_until_the_guest_does_not_want_it() {
+fn pending_locks_can_be_interrupted() {
     let folder = folder();
     let mut server = Server::start(folder.path(), &[]);
     let (holder, waiter) = (Lock::new(&mut server, 1), Lock::new(&mut server, 2));
@@ -233,7 +234,7 @@ fn a_lock_is_waited_for_until_the_guest_does_not_want_it() {
     }
     server.send(op::INTERRUPT, 0, &[]);
     assert_eq!(server.receive_any(), (second, Err(libc::EINTR)));
-    // A driver that begins anew waits for nothing.
+    // The end of a mount interrupts pending requests.
     server.send(op::DESTROY, 0, &[]);
     assert_eq!(server.receive_any(), (first, Err(libc::EINTR)));
     assert_eq!(server.receive(), Ok(Vec::new()));
@@ -242,9 +243,9 @@ fn a_lock_is_waited_for_until_the_guest_does_not_want_it() {
 
 /// Opening a file for writing is visible on the host: inotify reports it, and the file cannot be executed meanwhile.
 #[test]
-fn a_lock_opens_nothing_for_writing_that_the_guest_has_not() {
+fn a_lock_opens_a_file_for_writing_only_if_the_guest_has() {
     let folder = folder();
-    let here = open_here(folder.path());
+    let host_file = open_on_host(folder.path());
     let exclusive = FlockOperation::NonBlockingLockExclusive;
     for options in [&[][..], &["--read-only"]] {
         let watch = Watch::new(&folder.path().join("file"));
@@ -256,20 +257,20 @@ fn a_lock_opens_nothing_for_writing_that_the_guest_has_not() {
         server.ask(op::GETLK, inode, &lock.body()).unwrap();
         let shared = Lock { kind: READ_LOCK, ..lock };
         server.lock(shared).unwrap();
-        assert_eq!(fcntl_lock(&here, exclusive), Err(Errno::AGAIN));
+        assert_eq!(fcntl_lock(&host_file, exclusive), Err(Errno::AGAIN));
         if options.is_empty() {
-            // The same process opens the file for writing, too, and keeps what it has locked.
+            // The same process also opens the file for writing, and keeps its locks.
             let both = server.open(inode, O_RDWR).unwrap();
             server.lock(Lock { handle: both, range: (5, 9), ..lock }).unwrap();
-            assert_eq!(fcntl_lock(&here, FlockOperation::NonBlockingLockShared), Err(Errno::AGAIN));
+            assert_eq!(fcntl_lock(&host_file, FlockOperation::NonBlockingLockShared), Err(Errno::AGAIN));
             server.unlock(Lock { handle: both, range: (5, 9), ..lock });
-            assert_eq!(fcntl_lock(&here, exclusive), Err(Errno::AGAIN));
+            assert_eq!(fcntl_lock(&host_file, exclusive), Err(Errno::AGAIN));
         }
         server.close(lock);
-        // The last was that of the process which may write.
+        // Only the process with write access caused an event.
         assert_eq!(watch.count(ReadFlags::CLOSE_WRITE), usize::from(options.is_empty()));
-        fcntl_lock(&here, exclusive).unwrap();
-        fcntl_lock(&here, FlockOperation::NonBlockingUnlock).unwrap();
+        fcntl_lock(&host_file, exclusive).unwrap();
+        fcntl_lock(&host_file, FlockOperation::NonBlockingUnlock).unwrap();
         // A file that is not open has no locks.
         assert_eq!(server.lock(Lock { handle: 99, ..shared }), Err(libc::EBADF));
         server.end();
@@ -277,15 +278,15 @@ fn a_lock_opens_nothing_for_writing_that_the_guest_has_not() {
 }
 
 #[test]
-fn what_waits_for_a_lock_opens_its_file_once() {
+fn a_pending_lock_opens_its_file_once() {
     let folder = folder();
-    let here = open_here(folder.path());
+    let host_file = open_on_host(folder.path());
     let mut server = Server::start(folder.path(), &[]);
     let waiter = Lock::new(&mut server, 1);
-    fcntl_lock(&here, FlockOperation::NonBlockingLockExclusive).unwrap();
+    fcntl_lock(&host_file, FlockOperation::NonBlockingLockExclusive).unwrap();
     let unique = server.wait_for(waiter);
     let watch = Watch::new(&folder.path().join("file"));
-    // Each of these is followed by a try.
+    // The lock is retried after each of these requests.
     for _ in 0..20 {
         server.ask(op::GETATTR, ROOT, &[0; 16]).unwrap();
     }
@@ -308,7 +309,7 @@ fn locks_are_bounded() {
         assert_eq!(server.receive_any(), (unique, Err(libc::EINTR)));
     }
     server.unlock(holder);
-    // Bytes that do not touch each other, of two owners.
+    // Single bytes that are not adjacent, of two owners.
     let mut locked = 0;
     while server.lock(Lock { owner: 1 + locked % 2, range: (2 * locked, 2 * locked), ..holder }).is_ok() {
         locked += 1;
@@ -317,7 +318,7 @@ fn locks_are_bounded() {
     assert_eq!(server.lock(Lock { owner: 9, range: (END, END), ..holder }), Err(libc::ENOLCK));
     server.close(holder);
     server.lock(Lock { owner: 9, range: (END, END), ..holder }).unwrap();
-    // Open files with a lock of flock.
+    // Open files with a flock lock.
     let shared = Lock { kind: READ_LOCK, ..holder.flock() };
     let handles: Vec<_> = (0..=1 << 11).map(|_| server.open(holder.inode, O_RDWR).unwrap()).collect();
     let (last, others) = handles.split_last().unwrap();

@@ -1,4 +1,4 @@
-//! The program as a guest sees it, and as no guest's kernel would use it: each request is put together here.
+//! Tests of the protocol, with requests that a guest's kernel sends and with malformed ones.
 
 mod locks;
 mod server;
@@ -10,7 +10,7 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::Path;
 
-/// Each request that changes something, for a file and a directory that are known.
+/// All requests that change something, for a file and the root.
 fn changes(file: u64) -> Vec<(&'static str, u32, u64, Vec<u8>)> {
     let rename = [longs(&[ROOT]), text("file"), text("other")].concat();
     let link = [longs(&[file]), text("other")].concat();
@@ -44,7 +44,7 @@ fn folder() -> tempfile::TempDir {
 }
 
 #[test]
-fn files_are_found_read_and_written() {
+fn files_are_looked_up_read_and_written() {
     let folder = folder();
     let mut server = Server::start(folder.path(), &[]);
     let file = server.lookup(ROOT, "file").unwrap();
@@ -60,7 +60,7 @@ fn files_are_found_read_and_written() {
 }
 
 #[test]
-fn no_name_leads_out() {
+fn no_name_leads_out_of_the_folder() {
     let outside = tempfile::tempdir().unwrap();
     fs::write(outside.path().join("secret"), "").unwrap();
     let folder = folder();
@@ -79,7 +79,7 @@ fn no_name_leads_out() {
             assert_eq!(server.ask(op::RENAME, parent, &rename), Err(libc::EINVAL), "{name:?}");
         }
     }
-    // A link is known as what it is, and leads nowhere.
+    // A symbolic link can be read, but is not followed.
     let link = server.lookup(ROOT, "link").unwrap();
     assert_eq!(server.ask(op::READLINK, link, &[]).unwrap(), out.as_bytes());
     assert_eq!(server.lookup(link, "secret"), Err(libc::ENOTDIR));
@@ -98,9 +98,9 @@ fn no_name_leads_out() {
     assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 1);
 }
 
-/// A filesystem that is mounted below the folder is there, and that is all.
+/// A filesystem that is mounted below the folder has attributes, but cannot be accessed.
 #[test]
-fn what_is_mounted_below_the_folder_is_out_of_reach() {
+fn mount_points_are_not_crossed() {
     let mut server = Server::start(Path::new("/"), &[]);
     let mounted = server.lookup(ROOT, "proc").unwrap();
     assert_eq!(server.lookup(ROOT, "proc"), Ok(mounted));
@@ -126,13 +126,13 @@ fn what_is_mounted_below_the_folder_is_out_of_reach() {
     server.end();
 }
 
-/// Opening a device or a FIFO would do something, or wait.
+/// Opening a device or a FIFO could have side effects or block.
 #[test]
 fn only_files_and_directories_are_opened() {
     let folder = folder();
     rustix::fs::mknodat(rustix::fs::CWD, folder.path().join("fifo"), FileType::Fifo, Mode::RWXU, 0).unwrap();
     let _socket = std::os::unix::net::UnixListener::bind(folder.path().join("socket")).unwrap();
-    // A FIFO's reader is told of a writer that came and went.
+    // The reader of a FIFO would get a hangup event after a writer.
     let reading = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let reader = rustix::fs::open(folder.path().join("fifo"), reading, Mode::empty()).unwrap();
     let mut server = Server::start(folder.path(), &[]);
@@ -149,7 +149,7 @@ fn only_files_and_directories_are_opened() {
     let create = |flags: u32, name: &str| [words(&[flags, 0o644, 0, 0]), text(name)].concat();
     assert_eq!(server.ask(op::CREATE, ROOT, &create(O_RDWR | 0o100, "folder")), Err(libc::EISDIR));
     assert_eq!(server.ask(op::CREATE, ROOT, &create(O_RDWR | 0o300, "file")), Err(libc::EEXIST));
-    // One that is there is opened as it is, or emptied.
+    // An existing file is opened, and truncated only with O_TRUNC.
     assert!(server.ask(op::CREATE, ROOT, &create(O_RDWR | 0o100, "file")).is_ok());
     assert_eq!(fs::read(folder.path().join("file")).unwrap(), b"content");
     assert!(server.ask(op::CREATE, ROOT, &create(O_RDWR | 0o1100, "file")).is_ok());
@@ -157,9 +157,9 @@ fn only_files_and_directories_are_opened() {
     server.end();
 }
 
-/// A file without a name, which may get one.
+/// An unnamed file (O_TMPFILE), which can be linked later.
 #[test]
-fn files_may_have_no_name() {
+fn unnamed_files_can_be_created_and_linked() {
     const O_TMPFILE: u32 = 0o20_200_000;
     let folder = folder();
     let mut server = Server::start(folder.path(), &[]);
@@ -182,7 +182,7 @@ fn files_may_have_no_name() {
 }
 
 #[test]
-fn what_is_only_read_stays_as_it_is() {
+fn a_read_only_folder_cannot_be_changed() {
     let folder = folder();
     let mut server = Server::start(folder.path(), &["--read-only"]);
     let file = server.lookup(ROOT, "file").unwrap();
@@ -197,7 +197,7 @@ fn what_is_only_read_stays_as_it_is() {
 }
 
 #[test]
-fn what_may_change_changes() {
+fn a_writable_folder_can_be_changed() {
     let folder = folder();
     let mut server = Server::start(folder.path(), &[]);
     let file = server.lookup(ROOT, "file").unwrap();
@@ -208,7 +208,7 @@ fn what_may_change_changes() {
             result.is_ok()
                 || result == Err(libc::EOPNOTSUPP)
                 || result == Err(libc::EEXIST)
-                // It is written anew each time, which the guest has not been told.
+                // The file is rewritten each time, after the guest has cached it.
                 || result == Err(libc::ESTALE)
                 || result == Err(libc::ENOENT),
             "{name}: {result:?}"
@@ -230,7 +230,7 @@ fn a_file_that_changed_is_looked_up_before_it_is_opened() {
     assert_eq!(server.lookup(ROOT, "file"), Ok(file));
     let handle = server.open(file, 0).unwrap();
     assert_eq!(server.read(file, handle, 0, 100).unwrap(), b"longer content");
-    // Another in its place, as editors write.
+    // Replaced by a new file, as editors do.
     fs::write(folder.path().join("new"), "new content").unwrap();
     fs::rename(folder.path().join("new"), folder.path().join("file")).unwrap();
     assert_eq!(server.open(file, 0), Err(libc::ESTALE));
@@ -240,9 +240,9 @@ fn a_file_that_changed_is_looked_up_before_it_is_opened() {
     server.end();
 }
 
-/// A second ESTALE would reach the program: SQLite then opens the file for reading only.
+/// A second ESTALE would reach the program; SQLite then opens the file read-only.
 #[test]
-fn threads_that_open_a_file_which_changes_all_open_it() {
+fn all_threads_can_open_a_changing_file() {
     let folder = folder();
     let path = folder.path().join("file");
     let mut server = Server::start(folder.path(), &[]);
@@ -262,7 +262,7 @@ fn threads_that_open_a_file_which_changes_all_open_it() {
     assert_eq!(open(1, "4444"), Ok(()));
 }
 
-/// The number by which programs know a file is the same wherever they meet it, and as long as it lives.
+/// The inode number of a file is the same in all replies, and after it was forgotten.
 #[test]
 fn numbers_of_files_are_stable() {
     let folder = folder();
@@ -282,14 +282,14 @@ fn numbers_of_files_are_stable() {
     let body = [&longs(&[directory, 0])[..], &words(&[4096, 0]), &[0; 16]].concat();
     let reply = server.ask(op::READDIR, ROOT, &body).unwrap();
     assert!([number_of("file"), number_of("folder")].contains(&long(&reply, 0)));
-    // Another filesystem's may be the number of one here.
+    // A file of another filesystem may have the inode number of a file in the folder.
     let root = fs::metadata("/proc").unwrap().ino();
     let mut server = Server::start(Path::new("/"), &[]);
     assert_ne!(long(&server.ask(op::LOOKUP, ROOT, &text("proc")).unwrap(), 40), root);
 }
 
 #[test]
-fn no_device_and_no_others_rights_are_made() {
+fn devices_and_set_user_id_bits_cannot_be_created() {
     let folder = folder();
     let mut server = Server::start(folder.path(), &[]);
     for kind in [0o020_000, 0o060_000, 0o170_000] {
@@ -303,7 +303,7 @@ fn no_device_and_no_others_rights_are_made() {
 }
 
 #[test]
-fn what_makes_no_sense_is_an_error() {
+fn malformed_requests_fail() {
     let folder = folder();
     let mut server = Server::start(folder.path(), &[]);
     for inode in [0, 2, 77, u64::MAX] {
@@ -314,7 +314,7 @@ fn what_makes_no_sense_is_an_error() {
         assert_eq!(server.read(ROOT, handle, 0, 10), Err(libc::EBADF));
         assert_eq!(server.write(handle, 0, b"x", 1), Err(libc::EBADF));
     }
-    // Too short for what it is, no end of a name, sizes of another world.
+    // Too short, without the end of a name, and with huge sizes.
     for opcode in 0..60 {
         if opcode != op::FORGET && opcode != 36 && opcode != 42 && opcode != op::INIT && opcode != op::DESTROY
         {
@@ -331,12 +331,12 @@ fn what_makes_no_sense_is_an_error() {
     let directory = long(&server.ask(op::OPENDIR, ROOT, &words(&[0, 0])).unwrap(), 0);
     let body = [&longs(&[directory, u64::MAX])[..], &words(&[4096, 0]), &[0; 16]].concat();
     assert!(server.ask(op::READDIR, ROOT, &body).is_err());
-    assert_eq!(server.lookup(ROOT, "file").unwrap(), file, "it goes on");
+    assert_eq!(server.lookup(ROOT, "file").unwrap(), file, "the server continues");
     server.end();
 }
 
 #[test]
-fn a_guest_that_begins_anew_has_nothing() {
+fn a_new_mount_has_no_state_of_the_last_one() {
     let folder = folder();
     let mut server = Server::start(folder.path(), &[]);
     let file = server.lookup(ROOT, "file").unwrap();
@@ -352,7 +352,7 @@ fn a_guest_that_begins_anew_has_nothing() {
 }
 
 #[test]
-fn a_guest_that_holds_too_much_has_an_error() {
+fn a_guest_with_too_many_open_files_gets_an_error() {
     let folder = folder();
     let mut server = Server::start(folder.path(), &[]);
     let limit = rustix::process::Rlimit { current: Some(64), maximum: Some(64) };
@@ -368,7 +368,7 @@ fn a_guest_that_holds_too_much_has_an_error() {
 }
 
 #[test]
-fn what_was_forgotten_is_not_kept() {
+fn forgotten_files_are_removed() {
     let folder = folder();
     let mut server = Server::start(folder.path(), &[]);
     let file = server.lookup(ROOT, "file").unwrap();

@@ -1,4 +1,4 @@
-//! A process that serves a folder, and the requests that a guest would make.
+//! A server process, and the requests of a guest.
 
 use rustix::fs::{Mode, OFlags};
 use std::io::{Read, Write};
@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command};
 
-/// Opcodes of linux/fuse.h.
+/// The opcodes in linux/fuse.h.
 pub(crate) mod op {
     pub(crate) const LOOKUP: u32 = 1;
     pub(crate) const FORGET: u32 = 2;
@@ -50,19 +50,19 @@ pub(crate) struct Server {
     pub(crate) process: Child,
     socket: UnixStream,
     pub(crate) next: u64,
-    /// The guest's thread that asks.
+    /// The thread of the guest in the request header.
     pub(crate) thread: u32,
 }
 
 impl Server {
     pub(crate) fn start(folder: &Path, options: &[&str]) -> Self {
-        let (socket, its) = UnixStream::pair().unwrap();
+        let (socket, server_socket) = UnixStream::pair().unwrap();
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let folder = rustix::fs::open(folder, flags, Mode::empty()).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_kindling-fs"));
-        command.args(options).args(["--owner", "0:0"]).stdin(OwnedFd::from(its)).stdout(folder);
+        command.args(options).args(["--owner", "0:0"]).stdin(OwnedFd::from(server_socket)).stdout(folder);
         let mut this = Self { process: command.spawn().unwrap(), socket, next: 1, thread: 56 };
-        // Version 7.38, 128 KiB of reading ahead, and everything that there is.
+        // Version 7.38, 128 KiB of read-ahead, and all features.
         let init = words(&[7, 38, 128 << 10, u32::MAX, u32::MAX, 0]);
         let reply = this.ask(op::INIT, 0, &[&init[..], &[0; 40]].concat()).unwrap();
         assert_eq!(reply[..4], 7_u32.to_le_bytes());
@@ -79,7 +79,7 @@ impl Server {
         self.socket.write_all(&message).unwrap();
     }
 
-    /// The next reply, whatever it is for.
+    /// The next reply to any request.
     pub(crate) fn receive_any(&mut self) -> (u64, Result<Vec<u8>, i32>) {
         let mut header = [0; 16];
         self.socket.read_exact(&mut header).unwrap();
@@ -95,7 +95,7 @@ impl Server {
     pub(crate) fn receive(&mut self) -> Result<Vec<u8>, i32> {
         let (unique, result) = self.receive_any();
         if unique < self.next {
-            // What makes no sense may have two replies, of which the device passes one on.
+            // A malformed request may have two replies, of which the device forwards one.
             return self.receive();
         }
         assert_eq!(unique, self.next);

@@ -1,4 +1,4 @@
-//! Writes a file front to back through one large buffer, and leaves blocks of zeroes out.
+//! A sequential, buffered writer that leaves holes for blocks of zeroes.
 
 use super::format::{BLOCK, BLOCK_SIZE};
 use crate::disk;
@@ -8,17 +8,17 @@ use std::os::unix::fs::FileExt;
 
 const BUFFER: usize = 256 * BLOCK_SIZE;
 
-/// A place in a file that moves on by what is written. The file is new: what is left out is zero.
+/// A sequential writer to a new file, whose holes read as zeroes.
 #[derive(Debug)]
 pub(crate) struct BlockWriter<'a> {
     file: &'a File,
-    /// Where the buffer begins in the file: always at a block.
+    /// The file offset of the buffer, a multiple of the block size.
     offset: u64,
     buffer: Box<[u8]>,
     used: usize,
 }
 
-/// Which side of a copy failed.
+/// An error of a copy: of its source or of the file.
 #[derive(Debug)]
 pub(crate) enum CopyError {
     Read(io::Error),
@@ -26,18 +26,18 @@ pub(crate) enum CopyError {
 }
 
 impl<'a> BlockWriter<'a> {
-    /// Begins at an offset, which is that of a block.
+    /// Starts at an offset, which is a multiple of the block size.
     pub(crate) fn new(file: &'a File, offset: u64) -> Self {
         debug_assert_eq!(offset % BLOCK, 0);
         Self { file, offset, buffer: vec![0; BUFFER].into(), used: 0 }
     }
 
-    /// Where the next byte goes.
+    /// The offset of the next byte.
     pub(crate) const fn position(&self) -> u64 {
         self.offset + self.used as u64
     }
 
-    /// Copies exactly so many bytes.
+    /// Copies exactly `length` bytes.
     pub(crate) fn copy(&mut self, from: &mut impl Read, mut length: u64) -> Result<(), CopyError> {
         while length > 0 {
             let free = self.free().map_err(CopyError::Write)?;
@@ -67,7 +67,7 @@ impl<'a> BlockWriter<'a> {
         Ok(())
     }
 
-    /// Writes zeroes, of which whole blocks cost nothing.
+    /// Writes zeroes; whole blocks become a hole.
     pub(crate) fn zeros(&mut self, length: u64) -> io::Result<()> {
         let head = length.min(self.position().next_multiple_of(BLOCK) - self.position());
         self.few_zeros(head)?;
@@ -79,24 +79,25 @@ impl<'a> BlockWriter<'a> {
         self.few_zeros(length - head - blocks)
     }
 
-    /// Less than a block of them.
+    /// Writes zeroes, at most a block.
     fn few_zeros(&mut self, length: u64) -> io::Result<()> {
         let zeros = [0; BLOCK_SIZE];
         self.push(&zeros[..usize::try_from(length).unwrap_or(BLOCK_SIZE)])
     }
 
-    /// Writes zeroes up to the next block.
+    /// Writes zeroes up to the next block boundary.
     pub(crate) fn pad(&mut self) -> io::Result<()> {
         self.zeros(self.position().next_multiple_of(BLOCK) - self.position())
     }
 
-    /// Pads and writes what the buffer has; where the file ends then.
+    /// Pads the last block, flushes the buffer and returns the offset of the end.
     pub(crate) fn finish(mut self) -> io::Result<u64> {
         self.pad()?;
         self.flush()?;
         Ok(self.offset)
     }
 
+    /// The free part of the buffer, which is flushed if it is full.
     fn free(&mut self) -> io::Result<&mut [u8]> {
         if self.used == BUFFER {
             self.flush()?;
@@ -104,7 +105,7 @@ impl<'a> BlockWriter<'a> {
         Ok(&mut self.buffer[self.used..])
     }
 
-    /// Writes the buffer, which holds whole blocks, but for those that are zero.
+    /// Writes the buffer, which holds whole blocks, except for blocks of zeroes.
     fn flush(&mut self) -> io::Result<()> {
         let (blocks, _) = self.buffer[..self.used].as_chunks::<BLOCK_SIZE>();
         let is_zero = |block: &[u8; BLOCK_SIZE]| *block == [0; BLOCK_SIZE];
@@ -129,7 +130,7 @@ mod tests {
     use std::os::unix::fs::MetadataExt;
 
     #[test]
-    fn what_is_written_is_there_and_zeroes_take_no_room() {
+    fn bytes_are_written_and_zeroes_take_no_disk_space() {
         let file = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         let mut expected = Vec::new();
         let mut writer = BlockWriter::new(&file, 0);
@@ -153,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn the_side_that_failed_is_named() {
+    fn read_and_write_errors_are_distinct() {
         let file = tempfile::tempfile().unwrap();
         let mut writer = BlockWriter::new(&file, 0);
         assert!(matches!(writer.copy(&mut &b"abc"[..], 4), Err(CopyError::Read(_))));

@@ -1,11 +1,11 @@
-//! Directories: blocks of entries, sorted by name within and across blocks, since the kernel searches by halving.
+//! Directories: blocks of entries, sorted by name within and across blocks for the kernel's binary search.
 
 use super::format::{BLOCK, BLOCK_SIZE};
 
-/// Bytes of an entry beside its name: inode (8), where the name is (2), type (1), nothing (1).
+/// Bytes of an entry without its name: inode number (8), offset of the name (2), file type (1), reserved (1).
 const ENTRY: usize = 12;
 
-/// A name in a directory.
+/// A directory entry.
 #[derive(Debug)]
 pub(super) struct Entry<'a> {
     pub(super) name: &'a [u8],
@@ -13,7 +13,7 @@ pub(super) struct Entry<'a> {
     pub(super) file_type: u8,
 }
 
-/// Bytes of a directory with names of these lengths, in order.
+/// The size of a directory with names of these lengths, in order.
 pub(super) fn size(lengths: impl Iterator<Item = usize>) -> u64 {
     let (mut whole, mut used) = (0, 0);
     for length in lengths {
@@ -26,7 +26,7 @@ pub(super) fn size(lengths: impl Iterator<Item = usize>) -> u64 {
     whole + used as u64
 }
 
-/// The content of a directory. Each block has its entries in front and their names behind.
+/// Encodes a directory. Each block has its entries first and then their names.
 pub(super) fn encode(entries: &[Entry<'_>]) -> Vec<u8> {
     let mut content = Vec::new();
     let mut rest = entries;
@@ -43,7 +43,7 @@ pub(super) fn encode(entries: &[Entry<'_>]) -> Vec<u8> {
         let mut name_at = ENTRY * count;
         for entry in block {
             content.extend_from_slice(&entry.nid.to_le_bytes());
-            // Below the size of a block.
+            // Smaller than a block.
             content.extend_from_slice(&u16::try_from(name_at).unwrap_or_default().to_le_bytes());
             content.extend_from_slice(&[entry.file_type, 0]);
             name_at += entry.name.len();
@@ -66,7 +66,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_size_is_that_of_what_is_written(lengths in prop::collection::vec(1_usize..256, 1..400)) {
+        fn the_size_agrees_with_the_encoding(lengths in prop::collection::vec(1_usize..256, 1..400)) {
             let names: Vec<Vec<u8>> = lengths.iter().map(|&length| vec![b'n'; length]).collect();
             let entries: Vec<_> = names.iter().map(|name| Entry { name, nid: 7, file_type: 1 }).collect();
             prop_assert_eq!(encode(&entries).len() as u64, size(lengths.into_iter()));
@@ -74,7 +74,7 @@ mod tests {
     }
 
     #[test]
-    fn a_block_is_what_the_kernel_reads() {
+    fn blocks_have_the_kernels_format() {
         let entries =
             [Entry { name: b".", nid: 2, file_type: 2 }, Entry { name: b"ab", nid: 0x0102, file_type: 1 }];
         let content = encode(&entries);

@@ -1,13 +1,14 @@
-//! Writes EROFS, Linux' read-only filesystem, uncompressed (the kernel's fs/erofs/erofs_fs.h).
+//! A writer for EROFS, the read-only filesystem of Linux, without compression (fs/erofs/erofs_fs.h in the kernel).
 //!
-//! Files come first, as they arrive, each at a block of its own, so that a guest to which the filesystem is memory
-//! can use their pages where they are. What describes them comes last, when all names are known:
+//! The data of files comes first, in the order of the layers. Each file starts at a block boundary, so that a guest
+//! which maps the filesystem as memory (DAX) can use its pages in place. The metadata comes last, when all names are
+//! known:
 //!
 //! ```text
 //! block 0      | superblock at byte 1024
 //! data         | files, each from the start of a block
-//! meta (plain) | directories' whole blocks, long symbolic links
-//! meta (inode) | inodes, each with its extended attributes and the end of its directory or link behind it
+//! meta (plain) | whole blocks of directories, long symbolic links
+//! meta (inode) | inodes, each followed by its extended attributes and the tail of its directory or link
 //! ```
 
 mod blocks;

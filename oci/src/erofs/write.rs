@@ -1,4 +1,5 @@
-//! Writes what describes a tree behind the files' data: first every inode gets its place, then all are written.
+//! Writes the metadata of a tree after the data of the files: first every inode is assigned a position, then all are
+//! written.
 
 use super::BlockWriter;
 use super::directory::{self, Entry};
@@ -9,45 +10,46 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-/// A tree could not be written as a filesystem.
+/// Why a filesystem cannot be written.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Blocks are counted with 32 bits.
-    #[error("the image has {0} bytes, more than the 16 TiB that its filesystem can have")]
+    /// Block numbers exceed 32 bits.
+    #[error("the image has {0} bytes, more than the 16 TiB of the largest filesystem")]
     TooLarge(u64),
-    /// The file could not be written.
+    /// The file cannot be written.
     #[error("cannot write the filesystem")]
     Write(#[source] io::Error),
 }
 
-/// Where an inode goes.
+/// The position of an inode and its content.
 #[derive(Clone, Copy, Debug)]
-struct Place {
-    /// Bytes from the first inode's block on. No inode is at 0: that number means "none" to readers of directories.
+struct InodePosition {
+    /// The offset from the first block of inodes. No inode is at 0, since readers of directories take the inode number
+    /// 0 for a deleted entry.
     at: u64,
-    /// Bytes of a directory or link.
+    /// The size of a directory or link in bytes.
     content: u64,
     layout: DataLayout,
-    /// The first of its blocks, counted from those of all directories and links.
+    /// The first block of the content, relative to the first block of all directories and links.
     block: u64,
 }
 
-const NOWHERE: Place = Place { at: 0, content: 0, layout: DataLayout::Plain, block: 0 };
+const UNPLACED: InodePosition = InodePosition { at: 0, content: 0, layout: DataLayout::Plain, block: 0 };
 
-impl Place {
+impl InodePosition {
     const fn nid(self) -> u64 {
         self.at / SLOT
     }
 }
 
-/// Writes the tree's metadata from `data_end` on, and the superblock; the filesystem's size.
+/// Writes the metadata of the tree from `data_end` on, and the superblock. Returns the size of the filesystem.
 pub(crate) fn write(tree: &Tree, file: &File, data_end: u64, uuid: [u8; 16]) -> Result<u64, Error> {
     let plan = Plan::of(tree);
     let inodes_at = data_end + plan.blocks * BLOCK;
     let end = (inodes_at + plan.end).next_multiple_of(BLOCK);
     let block = |at: u64| u32::try_from(at / BLOCK).map_err(|_| Error::TooLarge(end));
     let superblock = Superblock {
-        root: u16::try_from(plan.place(NodeId::ROOT).nid()).map_err(|_| Error::TooLarge(end))?,
+        root: u16::try_from(plan.position(NodeId::ROOT).nid()).map_err(|_| Error::TooLarge(end))?,
         inodes: plan.order.len() as u64,
         blocks: block(end)?,
         meta: block(inodes_at)?,
@@ -62,25 +64,25 @@ pub(crate) fn write(tree: &Tree, file: &File, data_end: u64, uuid: [u8; 16]) -> 
 
 #[derive(Debug)]
 struct Plan {
-    places: Vec<Place>,
-    /// Inodes as they stand in the file: each directory's children side by side.
+    positions: Vec<InodePosition>,
+    /// The inodes in the order of the file, with the children of a directory next to each other.
     order: Vec<NodeId>,
-    /// Bytes of all inodes.
+    /// The size of all inodes in bytes.
     end: u64,
-    /// Blocks of directories and links.
+    /// The number of blocks of directories and links.
     blocks: u64,
 }
 
 impl Plan {
     fn of(tree: &Tree) -> Self {
         let mut plan =
-            Self { places: vec![NOWHERE; tree.len()], order: Vec::new(), end: INODE_SIZE, blocks: 0 };
+            Self { positions: vec![UNPLACED; tree.len()], order: Vec::new(), end: INODE_SIZE, blocks: 0 };
         plan.add(NodeId::ROOT, tree.node(NodeId::ROOT));
         let mut folders = vec![NodeId::ROOT];
         while let Some(folder) = folders.pop() {
             for (_, id) in tree.children(folder) {
                 let node = tree.node(id);
-                if plan.place(id).at == 0 {
+                if plan.position(id).at == 0 {
                     plan.add(id, node);
                     if matches!(node.kind, Kind::Directory(_)) {
                         folders.push(id);
@@ -91,8 +93,8 @@ impl Plan {
         plan
     }
 
-    fn place(&self, id: NodeId) -> Place {
-        self.places[id.index()]
+    fn position(&self, id: NodeId) -> InodePosition {
+        self.positions[id.index()]
     }
 
     fn add(&mut self, id: NodeId, node: &Node) {
@@ -103,7 +105,7 @@ impl Plan {
         };
         let body = INODE_SIZE + xattr::size(&node.attributes.xattrs);
         let tail = content % BLOCK;
-        // The kernel wants the part behind the inode in one block.
+        // The kernel requires that the tail after the inode does not cross a block boundary.
         let is_inline = tail > 0 && body + tail <= BLOCK;
         let mut at = self.end.next_multiple_of(INODE_SIZE);
         if is_inline && (at + body) / BLOCK != (at + body + tail - 1) / BLOCK {
@@ -114,7 +116,7 @@ impl Plan {
         } else {
             (DataLayout::Plain, 0, content.div_ceil(BLOCK))
         };
-        self.places[id.index()] = Place { at, content, layout, block: self.blocks };
+        self.positions[id.index()] = InodePosition { at, content, layout, block: self.blocks };
         self.order.push(id);
         self.end = at + body + inline;
         self.blocks += blocks;
@@ -124,21 +126,21 @@ impl Plan {
         let mut plain = BlockWriter::new(file, blocks_at);
         let mut inodes = BlockWriter::new(file, inodes_at);
         for (ordinal, &id) in (1..).zip(&self.order) {
-            let (node, place) = (tree.node(id), self.place(id));
+            let (node, position) = (tree.node(id), self.position(id));
             let content = match &node.kind {
                 Kind::Directory(folder) => directory::encode(&self.entries(tree, id, folder.parent())),
                 Kind::Symlink(target) => target.to_vec(),
                 _ => Vec::new(),
             };
-            let whole = match place.layout {
+            let whole = match position.layout {
                 DataLayout::Plain => content.len(),
                 DataLayout::Inline => content.len() - content.len() % super::format::BLOCK_SIZE,
             };
             let (blocks, tail) = content.split_at(whole);
             plain.push(blocks)?;
             plain.pad()?;
-            inodes.zeros(inodes_at + place.at - inodes.position())?;
-            inodes.push(&inode(node, place, ordinal, blocks_at).encode())?;
+            inodes.zeros(inodes_at + position.at - inodes.position())?;
+            inodes.push(&inode(node, position, ordinal, blocks_at).encode())?;
             inodes.push(&xattr::encode(&node.attributes.xattrs))?;
             inodes.push(tail)?;
         }
@@ -147,7 +149,7 @@ impl Plan {
         Ok(())
     }
 
-    /// A directory's entries, sorted, with those for itself and its parent.
+    /// The sorted entries of a directory, with `.` and `..`.
     fn entries<'a>(&self, tree: &'a Tree, folder: NodeId, parent: NodeId) -> Vec<Entry<'a>> {
         let dots: [(&[u8], NodeId); 2] = [(b".", folder), (b"..", parent)];
         let mut entries: Vec<_> = tree
@@ -155,7 +157,7 @@ impl Plan {
             .chain(dots)
             .map(|(name, id)| Entry {
                 name,
-                nid: self.place(id).nid(),
+                nid: self.position(id).nid(),
                 file_type: file_type(&tree.node(id).kind),
             })
             .collect();
@@ -164,7 +166,7 @@ impl Plan {
     }
 }
 
-/// A directory's sorted names with `.` and `..` where they belong.
+/// Merges `.` and `..` into the sorted names of a directory.
 fn with_dots<'a>(names: impl Iterator<Item = &'a [u8]>) -> impl Iterator<Item = &'a [u8]> {
     let mut names = names.peekable();
     let mut dots = [&b"."[..], b".."].into_iter().peekable();
@@ -175,25 +177,25 @@ fn with_dots<'a>(names: impl Iterator<Item = &'a [u8]>) -> impl Iterator<Item = 
     })
 }
 
-fn inode(node: &Node, place: Place, ordinal: u32, blocks_at: u64) -> Inode {
+fn inode(node: &Node, position: InodePosition, ordinal: u32, blocks_at: u64) -> Inode {
     let first_block = |at: u64| u32::try_from(at / BLOCK).unwrap_or(u32::MAX);
     let (size, at) = match node.kind {
         Kind::File { size: 0, .. } => (0, 0),
         Kind::File { start, size } => (size, first_block(start)),
         Kind::Directory(_) | Kind::Symlink(_) => {
-            (place.content, first_block(blocks_at + place.block * BLOCK))
+            (position.content, first_block(blocks_at + position.block * BLOCK))
         }
         Kind::CharacterDevice(number) | Kind::BlockDevice(number) => (0, number.encode()),
         Kind::Fifo => (0, 0),
     };
     let attributes = &node.attributes;
     Inode {
-        layout: place.layout,
+        layout: position.layout,
         xattrs: xattr::size(&attributes.xattrs),
         mode: format_bits(&node.kind) | attributes.permissions,
         size,
-        place: at,
-        ordinal,
+        block_or_device: at,
+        ino: ordinal,
         uid: attributes.uid,
         gid: attributes.gid,
         seconds: attributes.mtime.seconds,
@@ -202,7 +204,7 @@ fn inode(node: &Node, place: Place, ordinal: u32, blocks_at: u64) -> Inode {
     }
 }
 
-/// A mode's part that says what a file is (stat.h).
+/// The file type bits of a mode (S_IFMT in stat.h).
 const fn format_bits(kind: &Kind) -> u16 {
     match kind {
         Kind::Fifo => 0o010_000,
@@ -214,7 +216,7 @@ const fn format_bits(kind: &Kind) -> u16 {
     }
 }
 
-/// What a directory says a file is (EROFS_FT_*).
+/// The file type in a directory entry (EROFS_FT_*).
 const fn file_type(kind: &Kind) -> u8 {
     match kind {
         Kind::File { .. } => 1,

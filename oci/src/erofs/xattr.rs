@@ -1,12 +1,12 @@
-//! Extended attributes, which stand behind their inode.
+//! Extended attributes, which are stored after their inode.
 
 use crate::tree::Xattr;
 
 const HEADER: u64 = 12;
 const ENTRY: u64 = 4;
 
-/// Prefixes of names, for which a number is written. What begins otherwise cannot be held; the access control lists
-/// have no more than the prefix.
+/// Name prefixes, which are stored as a number. Other names cannot be stored. The names of access control lists consist
+/// of the prefix only.
 const PREFIXES: [(&[u8], u8); 5] = [
     (b"system.posix_acl_access", 2),
     (b"system.posix_acl_default", 3),
@@ -15,7 +15,7 @@ const PREFIXES: [(&[u8], u8); 5] = [
     (b"security.", 6),
 ];
 
-/// A name as a prefix's number and the rest.
+/// Splits a name into the number of its prefix and the rest.
 fn split(name: &[u8]) -> Option<(u8, &[u8])> {
     PREFIXES.iter().find_map(|(prefix, number)| {
         let rest = name.strip_prefix(*prefix)?;
@@ -23,12 +23,12 @@ fn split(name: &[u8]) -> Option<(u8, &[u8])> {
     })
 }
 
-/// Whether the filesystem can hold an attribute of this name.
+/// Whether EROFS can store an attribute of this name.
 pub(crate) fn is_known(name: &[u8]) -> bool {
     split(name).is_some()
 }
 
-/// Bytes that attributes take.
+/// The encoded size of attributes in bytes.
 pub(crate) fn size(xattrs: &[Xattr]) -> u64 {
     let entries = xattrs.iter().filter_map(|xattr| {
         let (_, rest) = split(&xattr.name)?;
@@ -37,12 +37,13 @@ pub(crate) fn size(xattrs: &[Xattr]) -> u64 {
     if xattrs.is_empty() { 0 } else { HEADER + entries.sum::<u64>() }
 }
 
-/// What the inode says of their size.
+/// The encoding of their size in the inode.
 pub(super) fn count(size: u64) -> u16 {
     if size == 0 { 0 } else { u16::try_from((size - HEADER) / ENTRY + 1).unwrap_or(u16::MAX) }
 }
 
-/// Attributes as they are written: an empty header, as none are shared with other inodes, and each padded to 4 bytes.
+/// Encodes attributes: a header of zeroes, since none are shared with other inodes, and each attribute padded to 4
+/// bytes.
 pub(super) fn encode(xattrs: &[Xattr]) -> Vec<u8> {
     let mut bytes = Vec::new();
     if !xattrs.is_empty() {
@@ -50,7 +51,7 @@ pub(super) fn encode(xattrs: &[Xattr]) -> Vec<u8> {
     }
     for xattr in xattrs {
         if let Some((number, rest)) = split(&xattr.name) {
-            // The tree takes no longer ones.
+            // The tree does not accept longer ones.
             bytes.extend_from_slice(&[u8::try_from(rest.len()).unwrap_or_default(), number]);
             bytes.extend_from_slice(&u16::try_from(xattr.value.len()).unwrap_or_default().to_le_bytes());
             bytes.extend_from_slice(rest);
@@ -79,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn attributes_take_what_is_said() {
+    fn attributes_have_the_calculated_size() {
         let xattr = |name: &[u8], value: &[u8]| Xattr { name: name.into(), value: value.into() };
         let xattrs = [xattr(b"user.a", b"blue\0"), xattr(b"system.posix_acl_default", b"1234")];
         let bytes = encode(&xattrs);

@@ -1,4 +1,4 @@
-//! An image in one file, a tar archive: what it has is found by stepping from header to header.
+//! Image archives: tar files whose entries are indexed by seeking from header to header.
 
 use crate::compression::{decompress, is_compressed};
 use crate::disk;
@@ -11,14 +11,14 @@ use std::io::{self, Read, Seek};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-/// Files of an archive; an image has some for each of its layers.
+/// Maximum number of entries in an archive; an image has a few for each layer.
 const MAX_MEMBERS: usize = 100_000;
-/// Bytes of a name or link that is one of an image's files: those with digests in them have 80.
+/// Maximum length of the path or link target of an entry that is indexed, in bytes. Paths of blobs have 80 bytes.
 const MAX_NAME: usize = 512;
-/// Links from one name to the next.
+/// Maximum length of a chain of links.
 const MAX_LINKS: usize = 8;
 
-/// An archive and what it has.
+/// An archive and the index of its entries.
 #[derive(Debug)]
 pub(crate) struct Archive {
     file: File,
@@ -31,7 +31,7 @@ enum Member {
         offset: u64,
         size: u64,
     },
-    /// Old versions of docker wrote a layer once, and links to it.
+    /// Old versions of docker wrote links to a layer that several images share.
     Link(String),
 }
 
@@ -46,16 +46,16 @@ impl Archive {
         }
         let members = members(&mut file).map_err(|error| match error {
             Error::Archive(tarball::Error::Read(source)) => failed(source),
-            Error::Archive(tarball::Error::Checksum(0)) => Error::NoImage,
+            Error::Archive(tarball::Error::Checksum(0)) => Error::UnknownFormat,
             error => error,
         })?;
         if is_empty {
-            return Err(Error::NoImage);
+            return Err(Error::UnknownFormat);
         }
         Ok(Self { file, members })
     }
 
-    /// A file's content.
+    /// The content of a file.
     pub(super) fn member(&self, name: &str) -> Option<Range<'_>> {
         let mut member = self.members.get(&*normalise(name, ""))?;
         for _ in 0..MAX_LINKS {
@@ -70,7 +70,7 @@ impl Archive {
     }
 }
 
-/// The uncompressed content of a file, in a file that has no name.
+/// Decompresses a file to an unnamed file.
 fn unpack(file: &File, scratch: &Path) -> Result<File, Error> {
     let failed = |source: io::Error| Error::Cache { path: scratch.into(), source };
     let mut unpacked = tempfile::tempfile_in(scratch).map_err(failed)?;
@@ -118,16 +118,14 @@ fn members(file: &mut File) -> Result<HashMap<String, Member>, Error> {
             members.insert(normalise(&path, ""), member);
         }
         if members.len() > MAX_MEMBERS {
-            return Err(Error::Members(members.len()));
+            return Err(Error::TooManyEntries(members.len()));
         }
-        let distance = i64::try_from(archive.to_next()).unwrap_or(i64::MAX);
-        archive.input().seek_relative(distance).map_err(read)?;
-        archive.skipped();
+        archive.seek_to_next().map_err(read)?;
     }
     Ok(members)
 }
 
-/// A path without `.` and `..`, as seen from a folder.
+/// Resolves a path relative to a directory, and removes `.` and `..`.
 fn normalise(path: &str, folder: &str) -> String {
     let mut names: Vec<&str> = Vec::new();
     for name in folder.split('/').chain(path.split('/')) {
@@ -140,7 +138,7 @@ fn normalise(path: &str, folder: &str) -> String {
     names.join("/")
 }
 
-/// Part of a file.
+/// A reader of a range of a file.
 #[derive(Debug)]
 pub(super) struct Range<'a> {
     file: &'a File,

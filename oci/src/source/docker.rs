@@ -1,18 +1,18 @@
-//! Images of `docker save` and `podman save`: a manifest.json that names configurations and layers.
+//! Images in archives of `docker save` and `podman save`: a manifest.json with the names of configurations and layers.
 
 use super::{Image, Layer, Store, assemble, parse, single};
 use crate::digest::Digest;
 use crate::error::Error;
 use crate::layer::Check;
-use crate::manifest::{ImageConfig, Saved};
+use crate::manifest::{ImageConfig, SavedImage};
 use crate::names;
 
-/// The image in an archive, or that of a name.
+/// Finds the only image of an archive, or the one with a tag.
 pub(super) fn find(store: &Store, manifest: &[u8], tag: Option<&str>) -> Result<Image, Error> {
-    let all: Vec<Saved> = parse("manifest.json", manifest)?;
+    let all: Vec<SavedImage> = parse("manifest.json", manifest)?;
     let chosen = match tag {
         None => all.iter().collect(),
-        Some(tag) => names::meant(tag, &all, names_of),
+        Some(tag) => names::matching(tag, &all, names_of),
     };
     if let Some(tag) = tag
         && chosen.is_empty()
@@ -22,20 +22,20 @@ pub(super) fn find(store: &Store, manifest: &[u8], tag: Option<&str>) -> Result<
     single(chosen.into_iter().map(|saved| (names_of(saved).join(", "), image(store, saved))).collect())
 }
 
-/// The names of an image, or its id where it has none.
-fn names_of(saved: &Saved) -> Vec<String> {
+/// The names of an image, or its id if it has no name.
+fn names_of(saved: &SavedImage) -> Vec<String> {
     let names = saved.repo_tags.clone().unwrap_or_default();
     if names.is_empty() { id(&saved.config).into_iter().collect() } else { names }
 }
 
-/// The digest of a configuration, by which its file is called.
+/// The digest of a configuration, taken from its file name.
 fn id(config: &str) -> Option<String> {
     let name = config.rsplit('/').next()?;
     let digits = name.strip_suffix(".json").unwrap_or(name);
     format!("sha256:{digits}").parse().ok().map(|digest: Digest| digest.to_string())
 }
 
-fn image(store: &Store, saved: &Saved) -> Result<Image, Error> {
+fn image(store: &Store, saved: &SavedImage) -> Result<Image, Error> {
     let config = store.document(&saved.config)?.ok_or_else(|| Error::Missing(saved.config.clone()))?;
     let parsed: ImageConfig = parse("configuration", &config)?;
     let names = saved.layers.as_deref().unwrap_or_default();
@@ -46,7 +46,7 @@ fn image(store: &Store, saved: &Saved) -> Result<Image, Error> {
     let layers = names
         .iter()
         .zip(digests)
-        .map(|(name, digest)| Ok(Layer { name: name.clone(), check: Check::Content(digest.parse()?) }));
+        .map(|(name, digest)| Ok(Layer { name: name.clone(), check: Check::DiffId(digest.parse()?) }));
     let layers = layers.collect::<Result<_, Error>>()?;
     assemble(Digest::of(&config), &config, layers)
 }

@@ -1,20 +1,18 @@
-//! Where an image comes from: a folder, an archive, a registry.
+//! Sources of images: a directory with an OCI layout, an archive, or a registry.
 
 mod archive;
 mod docker;
+mod index;
 mod layout;
 mod registry;
 
-use crate::convert;
 use crate::digest::Digest;
 use crate::error::Error;
 use crate::layer::Check;
-use crate::manifest::{self, Descriptor, ImageConfig};
-use crate::platform::Platform;
+use crate::manifest::{self, Descriptor, ImageConfig, MAX_DOCUMENT};
 use crate::reference::Reference;
+use crate::registry::Registry;
 use archive::Archive;
-use registry::Registry;
-pub(crate) use registry::{BrokenOff, RegistryError};
 use rustix::fs::OFlags;
 use serde::de::DeserializeOwned;
 use std::fs::File;
@@ -22,27 +20,42 @@ use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-/// Bytes of a manifest, an index or a configuration: registries take half of that.
-pub(crate) const MAX_DOCUMENT: u64 = 8 << 20;
-
-/// An image whose layers can be read.
+/// An image of a source.
 #[derive(Debug)]
 pub(crate) struct Image {
-    /// The digest of its configuration, by which people know it.
+    /// The image id: the digest of its configuration.
     pub(crate) id: Digest,
     pub(crate) config: ImageConfig,
     pub(crate) layers: Vec<Layer>,
 }
 
-/// A layer.
+impl Image {
+    /// The cache key: a digest of the digests of the configuration and of all layers.
+    ///
+    /// The digest of the configuration is not enough: a manifest can combine the configuration of another image with
+    /// other layers.
+    pub(crate) fn key(&self) -> Digest {
+        let mut text = self.id.to_string();
+        for layer in &self.layers {
+            let (what, digest) = match layer.check {
+                Check::Blob(digest, _) => ("blob", digest),
+                Check::DiffId(digest) => ("content", digest),
+            };
+            text += &format!(" {what} {digest}");
+        }
+        Digest::of(text.as_bytes())
+    }
+}
+
+/// A layer of an image.
 #[derive(Debug)]
 pub(crate) struct Layer {
-    /// Its name in a folder or an archive.
+    /// The path of its blob in a directory or an archive.
     pub(crate) name: String,
     pub(crate) check: Check,
 }
 
-/// Files of one or more images.
+/// A source of one or more images.
 #[derive(Debug)]
 pub(crate) enum Store {
     Folder(PathBuf),
@@ -51,7 +64,7 @@ pub(crate) enum Store {
 }
 
 impl Store {
-    /// Opens a folder or an archive. A compressed archive is unpacked into a file in `scratch` that has no name.
+    /// Opens a directory or an archive. A compressed archive is decompressed to an unnamed file in `scratch`.
     pub(crate) fn open(path: &Path, scratch: &Path) -> Result<Self, Error> {
         let failed = |source| Error::Read { path: path.into(), source };
         let file = File::open(path).map_err(failed)?;
@@ -61,40 +74,40 @@ impl Store {
         Ok(Self::Archive(Archive::open(file, path, scratch)?))
     }
 
-    /// A registry, of which nothing is asked yet.
+    /// A registry; no request is made yet.
     pub(crate) fn registry(reference: Reference) -> Result<Self, Error> {
         Ok(Self::Registry(Registry::new(reference)?))
     }
 
-    /// The image in it, or that of a name.
+    /// Finds the only image, or the one with a tag.
     pub(crate) fn image(&self, tag: Option<&str>) -> Result<Image, Error> {
         if let Self::Registry(registry) = self {
-            return registry.image();
+            return registry::find(registry);
         }
         let saved = match self {
             Self::Archive(_) => self.document("manifest.json")?,
             _ => None,
         };
         match (self.document("index.json")?, saved) {
-            // `docker save` writes both; where one does not lead to the image, the other may.
+            // `docker save` writes both. The image may be found in only one of them.
             (Some(index), Some(saved)) => layout::find(self, &index, tag)
                 .or_else(|error| docker::find(self, &saved, tag).map_err(|_| error)),
             (Some(index), None) => layout::find(self, &index, tag),
             (None, Some(saved)) => docker::find(self, &saved, tag),
             (None, None) if self.file("repositories")?.is_some() => Err(Error::OldArchive),
-            (None, None) => Err(Error::NoImage),
+            (None, None) => Err(Error::UnknownFormat),
         }
     }
 
-    /// A layer's content.
+    /// A reader of a layer's blob.
     pub(crate) fn layer(&self, layer: &Layer) -> Result<Box<dyn Read + Send + '_>, Error> {
         if let (Self::Registry(registry), Check::Blob(digest, _)) = (self, layer.check) {
-            return Ok(Box::new(registry.layer(digest)?));
+            return Ok(Box::new(registry.download(digest)?));
         }
         self.file(&layer.name)?.ok_or_else(|| Error::Missing(layer.name.clone()))
     }
 
-    /// A file's content; none where it does not exist.
+    /// A reader of a file, or none if it does not exist.
     fn file(&self, name: &str) -> Result<Option<Box<dyn Read + Send + '_>>, Error> {
         match self {
             Self::Registry(_) => Ok(None),
@@ -113,21 +126,15 @@ impl Store {
         }
     }
 
-    /// A small file's content.
+    /// The content of a document, or none if it does not exist.
     fn document(&self, name: &str) -> Result<Option<Vec<u8>>, Error> {
         let Some(file) = self.file(name)? else { return Ok(None) };
-        let mut content = Vec::new();
-        file.take(MAX_DOCUMENT + 1)
-            .read_to_end(&mut content)
-            .map_err(|source| Error::Read { path: name.into(), source })?;
-        if content.len() as u64 > MAX_DOCUMENT {
-            return Err(Error::LargeDocument(name.to_owned()));
-        }
-        Ok(Some(content))
+        let failed = |source| Error::Read { path: name.into(), source };
+        read_document(name, file, failed).map(Some)
     }
 
-    /// A document that is named by its digest.
-    fn described(&self, descriptor: &Descriptor) -> Result<Vec<u8>, Error> {
+    /// Reads the target of a descriptor and checks its size and digest.
+    fn target(&self, descriptor: &Descriptor) -> Result<Vec<u8>, Error> {
         let digest = descriptor.digest()?;
         let name = blob_name(digest);
         let content = self.document(&name)?.ok_or(Error::Missing(name))?;
@@ -136,14 +143,29 @@ impl Store {
     }
 }
 
-/// Opens a file without waiting for anybody; none where it is something else than a file.
+/// Reads a document to its end, up to `MAX_DOCUMENT` bytes. `failed` converts a read error.
+fn read_document(
+    name: &str,
+    input: impl Read,
+    failed: impl FnOnce(io::Error) -> Error,
+) -> Result<Vec<u8>, Error> {
+    let mut content = Vec::new();
+    input.take(MAX_DOCUMENT + 1).read_to_end(&mut content).map_err(failed)?;
+    if content.len() as u64 > MAX_DOCUMENT {
+        return Err(Error::LargeDocument(name.to_owned()));
+    }
+    Ok(content)
+}
+
+/// Opens a regular file, or returns none for another type. O_NONBLOCK keeps the open of a FIFO from waiting for a
+/// writer.
 fn open_file(path: &Path) -> io::Result<Option<File>> {
     let flags = OFlags::NONBLOCK.bits().cast_signed();
     let file = File::options().read(true).custom_flags(flags).open(path)?;
     Ok(file.metadata()?.is_file().then_some(file))
 }
 
-/// Checks a document against what names it.
+/// Checks the digest and the size of a document against its descriptor.
 fn check(descriptor: &Descriptor, digest: Digest, content: &[u8]) -> Result<(), Error> {
     check_digest(digest, content)?;
     let found = content.len() as u64;
@@ -160,7 +182,7 @@ fn check_digest(expected: Digest, content: &[u8]) -> Result<(), Error> {
     if found == expected { Ok(()) } else { Err(Error::Digest { expected, found }) }
 }
 
-/// Where an OCI layout has a blob.
+/// The path of a blob in an OCI layout.
 fn blob_name(digest: Digest) -> String {
     format!("blobs/sha256/{}", digest.hex())
 }
@@ -169,7 +191,7 @@ fn parse<T: DeserializeOwned>(name: &str, document: &[u8]) -> Result<T, Error> {
     manifest::parse(document).map_err(|source| Error::Document { name: name.to_owned(), source })
 }
 
-/// The image of a configuration and its layers.
+/// Creates an image from its configuration and layers, after checks of the platform and the number of layers.
 fn assemble(id: Digest, config: &[u8], layers: Vec<Layer>) -> Result<Image, Error> {
     let config: ImageConfig = parse("configuration", config)?;
     if config.platform.level().is_none() {
@@ -182,7 +204,7 @@ fn assemble(id: Digest, config: &[u8], layers: Vec<Layer>) -> Result<Image, Erro
     Ok(Image { id, config, layers })
 }
 
-/// The only image among those of some names, or the same one several times. What is none does not count beside it.
+/// Returns the image if all results with an image have the same one. Errors count only if there is no image.
 fn single(found: Vec<(String, Result<Image, Error>)>) -> Result<Image, Error> {
     let mut images: Vec<(String, Image)> = Vec::new();
     let mut failure = None;
@@ -192,13 +214,13 @@ fn single(found: Vec<(String, Result<Image, Error>)>) -> Result<Image, Error> {
             Err(error) => drop(failure.get_or_insert(error)),
         }
     }
-    let Some((_, first)) = images.first() else { return Err(failure.unwrap_or(Error::NoImage)) };
-    let key = convert::key(first);
-    if images.iter().any(|(_, image)| convert::key(image) != key) {
+    let Some((_, first)) = images.first() else { return Err(failure.unwrap_or(Error::UnknownFormat)) };
+    let key = first.key();
+    if images.iter().any(|(_, image)| image.key() != key) {
         let mut names: Vec<_> = images.into_iter().map(|(name, _)| name).collect();
         names.sort();
         names.dedup();
-        return Err(Error::Choose(names.join(", ")));
+        return Err(Error::Ambiguous(names.join(", ")));
     }
     Ok(images.swap_remove(0).1)
 }

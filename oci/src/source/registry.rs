@@ -1,416 +1,56 @@
-//! Images in a registry (the OCI distribution specification). Layers are converted while they arrive; nothing else of
-//! them is kept.
+//! Images in a registry, whose documents are read with the registry client.
 
-use super::layout::choose;
-use super::{Image, MAX_DOCUMENT, check, check_digest};
+use super::{Image, check, check_digest, index, read_document};
 use crate::digest::Digest;
 use crate::error::Error;
-use crate::manifest::{DOCKER_INDEX, DOCKER_MANIFEST, Descriptor, OCI_INDEX, OCI_MANIFEST};
-use crate::reference::{Reference, Version, is_loopback};
-use serde::Deserialize;
-use std::collections::HashMap;
-use std::ffi::OsString;
-use std::io::{self, Read};
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use crate::manifest::Descriptor;
+use crate::reference::Version;
+use crate::registry::{Registry, RegistryError};
+use ureq::Body;
 use ureq::http::Response;
-use ureq::tls::{PemItem, RootCerts, TlsConfig, parse_pem};
-use ureq::{Agent, Body, BodyReader, Proxy};
 
-/// The certificates that this machine trusts, where distributions keep them in one file.
-const SYSTEM_ROOTS: [&str; 3] =
-    ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem"];
-/// For a server that says nothing.
-const PATIENCE: Duration = Duration::from_secs(60);
-/// How often a download that broke off is taken up again.
-const MAX_RESUMES: u32 = 5;
-
-/// A request failed.
-#[derive(Debug, thiserror::Error)]
-pub enum RegistryError {
-    /// No answer.
-    #[error("cannot ask {url}")]
-    Request {
-        /// What was asked.
-        url: String,
-        /// The cause.
-        #[source]
-        source: Box<ureq::Error>,
-    },
-    /// The registry does not have it.
-    #[error("{0} does not have it")]
-    NotFound(String),
-    /// The registry wants to know who asks.
-    #[error(
-        "{0} does not let everyone have it, or does not have it; `docker login` keeps names and passwords"
-    )]
-    Denied(String),
-    /// The registry answers something else.
-    #[error("{host} answers with status {status} to {url}")]
-    Status {
-        /// The registry.
-        host: String,
-        /// What it says.
-        status: u16,
-        /// What was asked.
-        url: String,
-    },
-    /// The certificates to trust cannot be had.
-    #[error(
-        "cannot use the certificates of {path}, which SSL_CERT_FILE or this system names as the trusted ones"
-    )]
-    Certificates {
-        /// The file.
-        path: PathBuf,
-        /// The cause.
-        #[source]
-        source: io::Error,
-    },
-    /// Passwords and tokens go over TLS.
-    #[error("{0} wants a token to be fetched from {1}, without TLS")]
-    Realm(String, String),
-}
-
-impl RegistryError {
-    pub(crate) const fn is_users(&self) -> bool {
-        matches!(self, Self::NotFound(_) | Self::Denied(_))
-    }
-}
-
-/// One image's repository.
-#[derive(Debug)]
-pub(crate) struct Registry {
-    reference: Reference,
-    agent: Agent,
-    /// What goes into the header `Authorization`, once it is known.
-    authorization: Mutex<Option<String>>,
-}
-
-impl Registry {
-    pub(super) fn new(reference: Reference) -> Result<Self, RegistryError> {
-        let is_loopback = reference.is_loopback();
-        // Nothing goes over TLS there.
-        let roots = if is_loopback { RootCerts::WebPki } else { roots(std::env::var_os("SSL_CERT_FILE"))? };
-        let config = Agent::config_builder()
-            .http_status_as_error(false)
-            .proxy(if is_loopback { None } else { Proxy::try_from_env() })
-            .https_only(!is_loopback)
-            .tls_config(TlsConfig::builder().root_certs(roots).build())
-            .timeout_connect(Some(PATIENCE))
-            .timeout_recv_response(Some(PATIENCE))
-            .timeout_per_read(Some(PATIENCE))
-            .user_agent(concat!("kindling/", env!("CARGO_PKG_VERSION")))
-            .build();
-        Ok(Self { reference, agent: config.into(), authorization: Mutex::default() })
-    }
-
-    /// The image that the reference means.
-    pub(super) fn image(&self) -> Result<Image, Error> {
-        let version = match &self.reference.version {
-            Version::Tag(tag) => tag.clone(),
-            Version::Digest(digest) => digest.to_string(),
-        };
-        let mut response = self.get(&format!("manifests/{version}"), true, 0)?;
-        let header = response.headers().get("content-type").and_then(|value| value.to_str().ok());
-        let media_type = header.unwrap_or_default().split(';').next().unwrap_or_default().trim().to_owned();
-        let content = self.content(&mut response, &version)?;
-        let digest = Digest::of(&content);
-        if let Version::Digest(expected) = self.reference.version {
-            check_digest(expected, &content)?;
-        }
-        let top = Descriptor::new(media_type, digest);
-        let manifest = |descriptor: &Descriptor| match descriptor.digest()? {
-            known if known == digest => Ok(content.clone()),
-            other => self.named(descriptor, other, &format!("manifests/{other}"), true),
-        };
-        let blob = |descriptor: &Descriptor| {
-            let digest = descriptor.digest()?;
-            self.named(descriptor, digest, &format!("blobs/{digest}"), false)
-        };
-        choose(vec![top], &manifest, &blob)
-    }
-
-    /// A document that is named by its digest.
-    fn named(
-        &self,
-        descriptor: &Descriptor,
-        digest: Digest,
-        path: &str,
-        is_manifest: bool,
-    ) -> Result<Vec<u8>, Error> {
-        let content = self.content(&mut self.get(path, is_manifest, 0)?, &digest.to_string())?;
-        check(descriptor, digest, &content)?;
-        Ok(content)
-    }
-
-    fn authorization(&self) -> MutexGuard<'_, Option<String>> {
-        self.authorization.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// A layer, as it arrives.
-    pub(super) fn layer(&self, digest: Digest) -> Result<Download<'_>, Error> {
-        let path = format!("blobs/{digest}");
-        let body = self.get(&path, false, 0)?.into_body().into_reader();
-        Ok(Download { registry: self, path, body, position: 0, resumes: 0 })
-    }
-
-    fn content(&self, response: &mut Response<Body>, name: &str) -> Result<Vec<u8>, Error> {
-        let mut content = Vec::new();
-        response.body_mut().as_reader().take(MAX_DOCUMENT + 1).read_to_end(&mut content).map_err(
-            |error| {
-                let url = format!("{}: {name}", self.reference.host);
-                RegistryError::Request { url, source: Box::new(error.into()) }
-            },
-        )?;
-        if content.len() as u64 > MAX_DOCUMENT {
-            return Err(Error::LargeDocument(name.to_owned()));
-        }
-        Ok(content)
-    }
-
-    /// Gets a path below the repository's, from a byte on. Where the registry wants a token, it is fetched first.
-    fn get(&self, path: &str, is_manifest: bool, from: u64) -> Result<Response<Body>, RegistryError> {
-        let url = format!("{}/{path}", self.reference.url());
-        let ask = || {
-            let mut request = self.agent.get(&url);
-            if is_manifest {
-                request = request
-                    .header("Accept", [OCI_INDEX, OCI_MANIFEST, DOCKER_INDEX, DOCKER_MANIFEST].join(", "));
-            }
-            if let Some(authorization) = &*self.authorization() {
-                request = request.header("Authorization", authorization);
-            }
-            if from > 0 {
-                request = request.header("Range", format!("bytes={from}-"));
-            }
-            request
-                .call()
-                .map_err(|source| RegistryError::Request { url: url.clone(), source: Box::new(source) })
-        };
-        let mut response = ask()?;
-        if response.status() == 401 {
-            let challenge = response.headers().get("www-authenticate").and_then(|value| value.to_str().ok());
-            let authorization = self.authorize(challenge.unwrap_or_default())?;
-            *self.authorization() = Some(authorization);
-            response = ask()?;
-        }
-        let expected = if from > 0 { 206 } else { 200 };
-        match response.status().as_u16() {
-            status if status == expected => Ok(response),
-            404 => Err(RegistryError::NotFound(self.reference.host.clone())),
-            401 | 403 => Err(RegistryError::Denied(self.reference.host.clone())),
-            status => Err(RegistryError::Status { host: self.reference.host.clone(), status, url }),
-        }
-    }
-
-    /// What the registry wants to see, by its challenge (RFC 9110, 11.6.1).
-    fn authorize(&self, challenge: &str) -> Result<String, RegistryError> {
-        let host = || self.reference.host.clone();
-        let password = password(&self.reference.host);
-        let basic = password.map(|password| format!("Basic {password}"));
-        let Some(parameters) = strip_scheme(challenge, "bearer") else {
-            return basic.ok_or_else(|| RegistryError::Denied(host()));
-        };
-        let parameters = parameters_of(parameters);
-        let realm = parameters.get("realm").ok_or_else(|| RegistryError::Denied(host()))?;
-        let is_here = self.reference.is_loopback() && is_on_loopback(realm);
-        if !realm.starts_with("https://") && !is_here {
-            return Err(RegistryError::Realm(host(), realm.clone()));
-        }
-        let mut request = self.agent.get(realm);
-        for name in ["service", "scope"] {
-            if let Some(value) = parameters.get(name) {
-                request = request.query(name, value);
-            }
-        }
-        if let Some(basic) = basic {
-            request = request.header("Authorization", basic);
-        }
-        let failed =
-            |source: ureq::Error| RegistryError::Request { url: realm.clone(), source: Box::new(source) };
-        let mut response = request.call().map_err(failed)?;
-        match response.status().as_u16() {
-            200 => {}
-            401 | 403 => return Err(RegistryError::Denied(host())),
-            status => return Err(RegistryError::Status { host: host(), status, url: realm.clone() }),
-        }
-        let mut content = Vec::new();
-        response
-            .body_mut()
-            .as_reader()
-            .take(MAX_DOCUMENT)
-            .read_to_end(&mut content)
-            .map_err(|error| failed(error.into()))?;
-        let token: Option<Token> = serde_json::from_slice(&content).ok();
-        let token = token.and_then(|token| token.token.or(token.access_token));
-        Ok(format!("Bearer {}", token.ok_or_else(|| RegistryError::Denied(host()))?))
-    }
-}
-
-#[derive(Deserialize)]
-struct Token {
-    token: Option<String>,
-    access_token: Option<String>,
-}
-
-/// Whether a URL without TLS leads to this machine.
-fn is_on_loopback(url: &str) -> bool {
-    let rest = url.strip_prefix("http://").unwrap_or_default();
-    let host = rest.split(['/', '?', '#']).next().unwrap_or_default();
-    !host.contains('@') && is_loopback(host)
-}
-
-fn strip_scheme<'a>(challenge: &'a str, scheme: &str) -> Option<&'a str> {
-    let (found, parameters) = challenge.trim().split_once(' ')?;
-    found.eq_ignore_ascii_case(scheme).then_some(parameters)
-}
-
-/// `a="b",c="d"`
-fn parameters_of(text: &str) -> HashMap<String, String> {
-    let mut found = HashMap::new();
-    let mut rest = text;
-    while let Some((name, after)) = rest.split_once('=') {
-        let name = name.trim_matches([',', ' ']).to_ascii_lowercase();
-        let (value, later) = match after.strip_prefix('"') {
-            Some(quoted) => quoted.split_once('"').unwrap_or((quoted, "")),
-            None => after.split_once(',').unwrap_or((after, "")),
-        };
-        found.insert(name, value.to_owned());
-        rest = later;
-    }
-    found
-}
-
-/// Name and password for a registry, in base64, from where `docker login` and `podman login` keep them.
-fn password(host: &str) -> Option<String> {
-    #[derive(Deserialize)]
-    struct Auth {
-        auth: Option<String>,
-    }
-    #[derive(Deserialize)]
-    struct Logins {
-        #[serde(default)]
-        auths: HashMap<String, Auth>,
-    }
-    let variable = |name| std::env::var_os(name).map(PathBuf::from);
-    let files = [
-        variable("DOCKER_CONFIG")
-            .or_else(|| Some(variable("HOME")?.join(".docker")))
-            .map(|path| path.join("config.json")),
-        variable("XDG_RUNTIME_DIR").map(|path| path.join("containers/auth.json")),
-    ];
-    let names = match host {
-        "docker.io" => ["https://index.docker.io/v1/".to_owned(), host.to_owned()],
-        host => [host.to_owned(), format!("https://{host}")],
+/// Finds the image of the client's reference.
+pub(super) fn find(registry: &Registry) -> Result<Image, Error> {
+    let version = match &registry.reference.version {
+        Version::Tag(tag) => tag.clone(),
+        Version::Digest(digest) => digest.to_string(),
     };
-    files.into_iter().flatten().find_map(|file| {
-        let mut logins: Logins = serde_json::from_slice(&std::fs::read(file).ok()?).ok()?;
-        names.iter().find_map(|name| logins.auths.remove(name)?.auth).filter(|auth| !auth.is_empty())
+    let response = registry.get(&format!("manifests/{version}"), true, 0)?;
+    let header = response.headers().get("content-type").and_then(|value| value.to_str().ok());
+    let media_type = header.unwrap_or_default().split(';').next().unwrap_or_default().trim().to_owned();
+    let content = content(registry, response, &version)?;
+    let digest = Digest::of(&content);
+    if let Version::Digest(expected) = registry.reference.version {
+        check_digest(expected, &content)?;
+    }
+    let top = Descriptor::new(media_type, digest);
+    let manifest = |descriptor: &Descriptor| match descriptor.digest()? {
+        known if known == digest => Ok(content.clone()),
+        other => document(registry, descriptor, &format!("manifests/{other}"), true),
+    };
+    let blob = |descriptor: &Descriptor| {
+        let digest = descriptor.digest()?;
+        document(registry, descriptor, &format!("blobs/{digest}"), false)
+    };
+    index::choose(vec![top], &manifest, &blob)
+}
+
+/// Reads the target of a descriptor and checks its size and digest.
+fn document(
+    registry: &Registry,
+    descriptor: &Descriptor,
+    path: &str,
+    is_manifest: bool,
+) -> Result<Vec<u8>, Error> {
+    let digest = descriptor.digest()?;
+    let content = content(registry, registry.get(path, is_manifest, 0)?, &digest.to_string())?;
+    check(descriptor, digest, &content)?;
+    Ok(content)
+}
+
+fn content(registry: &Registry, response: Response<Body>, name: &str) -> Result<Vec<u8>, Error> {
+    read_document(name, response.into_body().into_reader(), |error| {
+        let url = format!("{}: {name}", registry.reference.host);
+        RegistryError::Request { url, source: Box::new(error.into()) }.into()
     })
-}
-
-/// The certificates to trust: those of a file that was named, else this machine's, else those that came with this
-/// program. A file that is there counts, and where it cannot be used no other takes its place.
-fn roots(own: Option<OsString>) -> Result<RootCerts, RegistryError> {
-    let own = own.filter(|path| !path.is_empty()).map(PathBuf::from);
-    if let Some(path) = own {
-        let text = std::fs::read(&path);
-        return certificates(&path, text);
-    }
-    for path in SYSTEM_ROOTS {
-        match std::fs::read(path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            text => return certificates(Path::new(path), text),
-        }
-    }
-    Ok(RootCerts::WebPki)
-}
-
-fn certificates(path: &Path, text: io::Result<Vec<u8>>) -> Result<RootCerts, RegistryError> {
-    let failed = |source| RegistryError::Certificates { path: path.into(), source };
-    let text = text.map_err(failed)?;
-    let items = parse_pem(&text).filter_map(|item| match item {
-        Ok(PemItem::Certificate(certificate)) => Some(Ok(certificate)),
-        Ok(_) => None,
-        Err(error) => Some(Err(io::Error::other(error))),
-    });
-    let certificates = items.collect::<io::Result<Vec<_>>>().map_err(failed)?;
-    if certificates.is_empty() {
-        return Err(failed(io::Error::other("it has no certificate")));
-    }
-    Ok(RootCerts::Specific(Arc::new(certificates)))
-}
-
-/// A layer on its way, which is asked for again from where it broke off.
-pub(super) struct Download<'a> {
-    registry: &'a Registry,
-    path: String,
-    body: BodyReader<'static>,
-    position: u64,
-    resumes: u32,
-}
-
-/// A download broke off: the network's fault, and not the layer's.
-#[derive(Debug, thiserror::Error)]
-#[error("the download broke off {0} times")]
-pub(crate) struct BrokenOff(u32, #[source] io::Error);
-
-impl Read for Download<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        loop {
-            match self.body.read(buffer) {
-                Ok(length) => {
-                    self.position += length as u64;
-                    return Ok(length);
-                }
-                Err(error) if self.resumes == MAX_RESUMES => {
-                    return Err(io::Error::other(BrokenOff(self.resumes + 1, error)));
-                }
-                Err(error) => {
-                    self.resumes += 1;
-                    match self.registry.get(&self.path, false, self.position) {
-                        Ok(response) => self.body = response.into_body().into_reader(),
-                        Err(_) => return Err(io::Error::other(BrokenOff(self.resumes, error))),
-                    }
-                }
-            }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn passwords_without_tls_stay_on_this_machine() {
-        for url in ["http://localhost/token", "http://127.0.0.1:5000?a=b", "http://[::1]:5000/t"] {
-            assert!(is_on_loopback(url), "{url}");
-        }
-        for url in [
-            "http://example.org/localhost",
-            "http://localhost@example.org/",
-            "http://localhost:1@example.org/",
-            "http://localhost.example.org",
-            "ftp://localhost/",
-            "localhost",
-            "",
-        ] {
-            assert!(!is_on_loopback(url), "{url}");
-        }
-    }
-
-    #[test]
-    fn challenges_are_read() {
-        let challenge =
-            r#"Bearer realm="https://auth.x/token",service="x", scope="repository:a/b:pull,push""#;
-        let found = parameters_of(strip_scheme(challenge, "bearer").unwrap());
-        let is = |name, value: &str| assert_eq!(found.get(name).map(String::as_str), Some(value));
-        is("realm", "https://auth.x/token");
-        is("service", "x");
-        is("scope", "repository:a/b:pull,push");
-        assert_eq!(strip_scheme(r#"Basic realm="x""#, "bearer"), None);
-        assert_eq!(parameters_of("a=b,c=\"d").len(), 2);
-    }
 }

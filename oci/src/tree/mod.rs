@@ -1,23 +1,23 @@
-//! The files of an image, merged from its layers, in memory: names and attributes, and where each file's data is.
+//! The merged file tree of an image in memory: names, attributes, and the position of each file's data.
 //!
-//! There is no filesystem that a name could escape to. Names are resolved in the tree: `/` and `..` never lead above
-//! its root, and a symbolic link on the way leads where it would lead in the guest.
+//! Paths are resolved in this tree, never in a filesystem of the host: `/` and `..` stay below its root, and a symbolic
+//! link in a path leads where it would lead in the guest.
 
 mod error;
 mod node;
-mod way;
+mod path_walk;
 
 use crate::erofs::{attributes_size, is_known_attribute};
 use error::{
-    ATTRIBUTE_COST, DIRECTORY_COST, MAX_ATTRIBUTES, MAX_METADATA, MAX_NAME, MAX_PATH, MAX_STEPS, NAME_COST,
+    ATTRIBUTE_COST, DIRECTORY_COST, MAX_ATTRIBUTES, MAX_LOOKUPS, MAX_METADATA, MAX_NAME, MAX_PATH, NAME_COST,
     NODE_COST,
 };
-pub use error::{Error, Shown};
+pub use error::{Error, Excerpt};
 pub use node::{Attributes, Device, Kind, Node, NodeId, Time, Xattr};
-use node::{Name, empty_directory};
+use node::{DirEntry, empty_directory};
+use path_walk::{PathWalk, normalise};
 use std::cell::Cell;
 use std::collections::BTreeMap;
-use way::{Way, normalise};
 
 /// The merged tree.
 #[derive(Debug)]
@@ -25,27 +25,27 @@ pub struct Tree {
     nodes: Vec<Node>,
     layer: u32,
     metadata: usize,
-    /// Names that were looked up.
-    steps: Cell<usize>,
-    /// Files of this layer that have no name but aufs' own.
+    /// The number of names that were looked up, limited by `MAX_LOOKUPS`.
+    lookups: Cell<usize>,
+    /// Files of the present layer in aufs' directory of hard links, by name.
     pseudo_links: BTreeMap<Box<[u8]>, NodeId>,
 }
 
-/// What the name of a whiteout begins with.
+/// The prefix of whiteouts.
 const WHITEOUT: &[u8] = b".wh.";
-/// What names begin with that aufs kept for itself.
+/// The prefix of aufs' internal files.
 const AUFS: &[u8] = b".wh..wh.";
-/// Hides all that lower layers have in its directory.
+/// The opaque marker: hides everything that lower layers have in its directory.
 const OPAQUE: &[u8] = b".wh..wh..opq";
-/// Where aufs kept files that have several names.
+/// aufs' directory of pseudo-links, files with several names.
 const PSEUDO_LINKS: &[u8] = b".wh..wh.plnk";
 
-/// Whether a file is one to which hard links of its layer lead, and nothing else of its name is wanted.
+/// Whether an entry is a pseudo-link: it appears in the image only under the names of hard links to it.
 pub(crate) fn is_pseudo_link(path: &[u8]) -> bool {
     pseudo_link(path).is_some()
 }
 
-/// The name of a file in aufs' directory of files that have several names.
+/// The name of an entry in aufs' directory of pseudo-links.
 fn pseudo_link(path: &[u8]) -> Option<&[u8]> {
     let names = normalise(path);
     let (first, rest) = names.split_first()?;
@@ -59,25 +59,25 @@ impl Default for Tree {
 }
 
 impl Tree {
-    /// A root and nothing in it.
+    /// A tree with an empty root directory.
     #[must_use]
     pub fn new() -> Self {
         Self {
             nodes: vec![Node { links: 2, ..empty_directory(NodeId::ROOT) }],
             layer: 0,
             metadata: 0,
-            steps: Cell::new(0),
+            lookups: Cell::new(0),
             pseudo_links: BTreeMap::new(),
         }
     }
 
-    /// What follows belongs to the next layer.
+    /// Starts the next layer, to which all following changes belong.
     pub fn begin_layer(&mut self) {
         self.layer += 1;
         self.pseudo_links.clear();
     }
 
-    /// Files there ever were.
+    /// The number of nodes, with those that were replaced or deleted.
     pub(crate) const fn len(&self) -> usize {
         self.nodes.len()
     }
@@ -86,42 +86,42 @@ impl Tree {
         &self.nodes[id.index()]
     }
 
-    fn names(&self, id: NodeId) -> Option<&BTreeMap<Box<[u8]>, Name>> {
+    fn names(&self, id: NodeId) -> Option<&BTreeMap<Box<[u8]>, DirEntry>> {
         match &self.node(id).kind {
             Kind::Directory(directory) => Some(&directory.names),
             _ => None,
         }
     }
 
-    fn names_mut(&mut self, id: NodeId) -> Option<&mut BTreeMap<Box<[u8]>, Name>> {
+    fn names_mut(&mut self, id: NodeId) -> Option<&mut BTreeMap<Box<[u8]>, DirEntry>> {
         match &mut self.nodes[id.index()].kind {
             Kind::Directory(directory) => Some(&mut directory.names),
             _ => None,
         }
     }
 
-    /// Names in a directory, sorted.
+    /// The entries of a directory, sorted by name.
     pub(crate) fn children(&self, directory: NodeId) -> impl Iterator<Item = (&[u8], NodeId)> {
         self.names(directory).into_iter().flatten().map(|(name, found)| (&**name, found.node))
     }
 
-    /// Data of files that were replaced or deleted: where it begins and its length.
-    pub(crate) fn dead_data(&self) -> impl Iterator<Item = (u64, u64)> {
+    /// Offset and length of the data of files that were replaced or deleted.
+    pub(crate) fn unused_data(&self) -> impl Iterator<Item = (u64, u64)> {
         self.nodes.iter().filter_map(|node| match node.kind {
             Kind::File { start, size } if node.links == 0 && size > 0 => Some((start, size)),
             _ => None,
         })
     }
 
-    /// The node of a path, all links followed.
+    /// Finds the node of a path and follows all symbolic links.
     #[must_use]
     pub fn find(&self, path: &[u8]) -> Option<&Node> {
         let id = self.walk(path, normalise(path)).ok()?;
         Some(self.node(id))
     }
 
-    /// The node of a path whose last name may be a symbolic link, which is not followed.
-    fn named(&self, path: &[u8]) -> Result<Option<NodeId>, Error> {
+    /// Finds the node of a path, without following a symbolic link in its last component.
+    fn find_no_follow(&self, path: &[u8]) -> Result<Option<NodeId>, Error> {
         let mut names = normalise(path);
         let Some(name) = names.pop() else { return Ok(None) };
         match self.walk(path, names) {
@@ -131,12 +131,12 @@ impl Tree {
         }
     }
 
-    /// Adds a file. What had its name is replaced, but a directory by a directory takes its attributes only.
+    /// Adds a file, which replaces the one at its path. A directory over a directory only changes the attributes.
     ///
     /// # Errors
-    /// Where the name or the attributes are none that a filesystem has.
+    /// If the filesystem cannot hold the path or the attributes.
     pub fn insert(&mut self, path: &[u8], attributes: Attributes, mut kind: Kind) -> Result<(), Error> {
-        let attributes = self.checked(path, attributes, &kind)?;
+        let attributes = self.checked_attributes(path, attributes, &kind)?;
         if let Some(name) = pseudo_link(path) {
             let id = self.add(Node { attributes, kind, links: 0 })?;
             self.pseudo_links.insert(name.into(), id);
@@ -151,41 +151,41 @@ impl Tree {
             if let Some(old) = old.filter(|&old| self.names(old).is_some()) {
                 self.nodes[old.index()].attributes = attributes;
                 if let Some(name) = name {
-                    self.mention(parent, name);
+                    self.claim(parent, name);
                 }
                 return Ok(());
             }
             directory.parent = parent;
         }
-        let Some(name) = name else { return Err(Error::Root(Shown::new(path))) };
+        let Some(name) = name else { return Err(Error::Root(Excerpt::new(path))) };
         let id = self.add(Node { attributes, kind, links: 0 })?;
         self.put(parent, name, id);
         Ok(())
     }
 
-    /// Gives a file another name.
+    /// Adds a hard link to a file.
     ///
     /// # Errors
-    /// Where there is no such file.
+    /// If the target does not exist or is a directory.
     pub fn link(&mut self, path: &[u8], target: &[u8]) -> Result<(), Error> {
-        let no_file = || Error::HardLink(Shown::new(path), Shown::new(target));
+        let no_file = || Error::HardLink(Excerpt::new(path), Excerpt::new(target));
         let id = match pseudo_link(target) {
             Some(name) => self.pseudo_links.get(name).copied(),
-            None => self.named(target)?,
+            None => self.find_no_follow(target)?,
         };
         let id = id.filter(|&id| self.names(id).is_none()).ok_or_else(no_file)?;
         let (parent, name) = self.parent_of(path)?;
-        let Some(name) = name else { return Err(Error::Root(Shown::new(path))) };
+        let Some(name) = name else { return Err(Error::Root(Excerpt::new(path))) };
         self.put(parent, name, id);
         Ok(())
     }
 
-    /// Does what a layer wants with a name that is a request: `.wh.NAME` hides what lower layers have under NAME,
-    /// `.wh..wh..opq` what they have in its directory. Other names with `.wh..wh.` in front are aufs' own and hide
-    /// nothing. False for other names.
+    /// Applies a whiteout: `.wh.NAME` hides what lower layers have at NAME, `.wh..wh..opq` what they have in its
+    /// directory. Other names with the prefix `.wh..wh.` are internal files of aufs and are ignored. Returns false for
+    /// all other paths.
     ///
     /// # Errors
-    /// For a file below a whiteout, and a whiteout that could hide more than a name.
+    /// For a file below a whiteout, and for a whiteout of no name, `.` or `..`.
     pub fn whiteout(&mut self, path: &[u8]) -> Result<bool, Error> {
         let mut names = normalise(path);
         let Some(last) = names.pop() else { return Ok(false) };
@@ -193,18 +193,18 @@ impl Tree {
             return Ok(true);
         }
         if names.iter().any(|name| name.starts_with(WHITEOUT)) {
-            return Err(Error::BelowWhiteout(Shown::new(path)));
+            return Err(Error::BelowWhiteout(Excerpt::new(path)));
         }
         let Some(hidden) = last.strip_prefix(WHITEOUT) else { return Ok(false) };
         if matches!(hidden, b"" | b"." | b"..") {
-            return Err(Error::Whiteout(Shown::new(path)));
+            return Err(Error::Whiteout(Excerpt::new(path)));
         }
         let is_opaque = last == OPAQUE;
         if last.starts_with(AUFS) && !is_opaque {
             return Ok(true);
         }
         match self.walk(path, names) {
-            Ok(parent) if is_opaque => self.hide_below(parent),
+            Ok(parent) if is_opaque => self.hide_children(parent),
             Ok(parent) => self.hide(parent, hidden),
             Err(Error::NotADirectory(_)) => {}
             Err(error) => return Err(error),
@@ -217,12 +217,12 @@ impl Tree {
         if found.layer < self.layer {
             self.remove(parent, name);
         } else {
-            self.hide_below(found.node);
+            self.hide_children(found.node);
         }
     }
 
-    /// Hides what lower layers have in a directory.
-    fn hide_below(&mut self, directory: NodeId) {
+    /// Removes the entries of lower layers from a directory.
+    fn hide_children(&mut self, directory: NodeId) {
         let mut folders = vec![directory];
         while let Some(folder) = folders.pop() {
             let layer = self.layer;
@@ -231,7 +231,8 @@ impl Tree {
             else {
                 continue;
             };
-            // All that came since is this layer's own. Or else a layer of marks alone would take for ever.
+            // Everything that was added since belongs to this layer. Without this check, a layer with many opaque
+            // markers would take quadratic time.
             if std::mem::replace(&mut directory.cleared, layer) == layer {
                 continue;
             }
@@ -243,15 +244,15 @@ impl Tree {
         }
     }
 
-    /// Puts a node under a name, in place of what was there.
+    /// Adds a directory entry for a node, and unlinks the node of an earlier entry.
     fn put(&mut self, parent: NodeId, name: &[u8], id: NodeId) {
         let is_directory = self.names(id).is_some();
-        // First the new name, so that a file linked to itself is never without one.
+        // The new name is counted first, so that a file which is linked to itself never has zero links.
         self.nodes[id.index()].links += if is_directory { 2 } else { 1 };
         if is_directory {
             self.nodes[parent.index()].links += 1;
         }
-        let found = Name { node: id, layer: self.layer };
+        let found = DirEntry { node: id, layer: self.layer };
         let old = self.names_mut(parent).and_then(|names| names.insert(name.into(), found));
         if let Some(old) = old {
             self.unlink(parent, old.node);
@@ -265,7 +266,7 @@ impl Tree {
         }
     }
 
-    /// A node lost its name in a directory; a directory loses all that is in it.
+    /// Uncounts the name of a node in a directory, and of everything below it if it is a directory.
     fn unlink(&mut self, parent: NodeId, id: NodeId) {
         let mut gone = vec![(parent, id)];
         while let Some((parent, id)) = gone.pop() {
@@ -281,8 +282,8 @@ impl Tree {
         }
     }
 
-    /// The layer has said something about a name.
-    fn mention(&mut self, parent: NodeId, name: &[u8]) {
+    /// Marks a name as belonging to the present layer, which protects it from the layer's own whiteouts.
+    fn claim(&mut self, parent: NodeId, name: &[u8]) {
         let layer = self.layer;
         if let Some(found) = self.names_mut(parent).and_then(|names| names.get_mut(name)) {
             found.layer = layer;
@@ -308,31 +309,36 @@ impl Tree {
         if self.metadata > MAX_METADATA { Err(Error::TooMuchMetadata) } else { Ok(()) }
     }
 
-    /// Counts names that are going to be looked up for a path.
-    fn spend(&self, steps: usize, path: &[u8]) -> Result<(), Error> {
-        self.steps.set(self.steps.get().saturating_add(steps));
-        if self.steps.get() > MAX_STEPS { Err(Error::TooManySteps(Shown::new(path))) } else { Ok(()) }
+    /// Counts the lookups of a path against `MAX_LOOKUPS`.
+    fn count_lookups(&self, lookups: usize, path: &[u8]) -> Result<(), Error> {
+        self.lookups.set(self.lookups.get().saturating_add(lookups));
+        if self.lookups.get() > MAX_LOOKUPS { Err(Error::TooManyLookups(Excerpt::new(path))) } else { Ok(()) }
     }
 
-    /// Attributes that the filesystem can hold, in an order of their own.
-    fn checked(&mut self, path: &[u8], mut attributes: Attributes, kind: &Kind) -> Result<Attributes, Error> {
+    /// Drops extended attributes that EROFS cannot hold, sorts the others, and checks all limits.
+    fn checked_attributes(
+        &mut self,
+        path: &[u8],
+        mut attributes: Attributes,
+        kind: &Kind,
+    ) -> Result<Attributes, Error> {
         let xattrs = &mut attributes.xattrs;
         xattrs.retain(|xattr| is_known_attribute(&xattr.name));
         xattrs.sort_by(|a, b| a.name.cmp(&b.name));
-        // Of two with one name the later counts.
+        // Of two with the same name, the later counts.
         xattrs.reverse();
         xattrs.dedup_by(|later, earlier| later.name == earlier.name);
         xattrs.reverse();
         let size = attributes_size(xattrs);
         if size > MAX_ATTRIBUTES || xattrs.iter().any(|xattr| xattr.value.len() > u16::MAX.into()) {
-            return Err(Error::LongAttributes(Shown::new(path)));
+            return Err(Error::LongAttributes(Excerpt::new(path)));
         }
         if let Kind::Symlink(target) = kind {
             if target.is_empty() || target.len() >= MAX_PATH {
-                return Err(Error::LinkTarget(Shown::new(path), target.len()));
+                return Err(Error::LinkTarget(Excerpt::new(path), target.len()));
             }
             if target.contains(&0) {
-                return Err(Error::ZeroByte(Shown::new(path)));
+                return Err(Error::ZeroByte(Excerpt::new(path)));
             }
             self.account(target.len())?;
         }
@@ -340,62 +346,62 @@ impl Tree {
         Ok(attributes)
     }
 
-    /// The directory that a path's last name belongs to, which is made where it is missing, and the name; none for
-    /// the root.
+    /// The parent directory of a path, which is created if it is missing, and the last component, which the root does
+    /// not have.
     fn parent_of<'p>(&mut self, path: &'p [u8]) -> Result<(NodeId, Option<&'p [u8]>), Error> {
         if path.len() > MAX_PATH {
-            return Err(Error::LongName(Shown::new(path)));
+            return Err(Error::LongName(Excerpt::new(path)));
         }
         if path.contains(&0) {
-            return Err(Error::ZeroByte(Shown::new(path)));
+            return Err(Error::ZeroByte(Excerpt::new(path)));
         }
         let mut names = normalise(path);
         let name = names.pop();
         if name.is_some_and(|name| name.len() > MAX_NAME) {
-            return Err(Error::LongName(Shown::new(path)));
+            return Err(Error::LongName(Excerpt::new(path)));
         }
-        let parent = self.make_way(path, names)?;
+        let parent = self.make_directories(path, names)?;
         self.account_name(name.unwrap_or_default())?;
         Ok((parent, name))
     }
 
-    /// The directory of a path. What is missing is made; what is there has been mentioned by this layer.
-    fn make_way(&mut self, path: &[u8], names: Vec<&[u8]>) -> Result<NodeId, Error> {
-        let mut way = Way::new(self, path, names)?;
-        while let Some(name) = way.next(self)? {
-            let found = self.names(way.at).and_then(|names| names.get(&*name)).map(|found| found.node);
+    /// Walks to a directory, creates missing directories and marks existing ones as belonging to the present layer.
+    fn make_directories(&mut self, path: &[u8], names: Vec<&[u8]>) -> Result<NodeId, Error> {
+        let mut walk = PathWalk::new(self, path, names)?;
+        while let Some(name) = walk.next(self)? {
+            let found = self.names(walk.at).and_then(|names| names.get(&*name)).map(|found| found.node);
             match found.map(|id| (id, &self.node(id).kind)) {
                 None => {
                     if name.len() > MAX_NAME {
-                        return Err(Error::LongName(Shown::new(path)));
+                        return Err(Error::LongName(Excerpt::new(path)));
                     }
                     self.account_name(&name)?;
-                    let id = self.add(empty_directory(way.at))?;
-                    self.put(way.at, &name, id);
-                    way.at = id;
+                    let id = self.add(empty_directory(walk.at))?;
+                    self.put(walk.at, &name, id);
+                    walk.at = id;
                 }
                 Some((id, Kind::Directory(_))) => {
-                    self.mention(way.at, &name);
-                    way.at = id;
+                    self.claim(walk.at, &name);
+                    walk.at = id;
                 }
-                Some((_, Kind::Symlink(target))) => way.follow(self, target)?,
-                Some(_) => return Err(Error::NotADirectory(Shown::new(path))),
+                Some((_, Kind::Symlink(target))) => walk.follow(self, target)?,
+                Some(_) => return Err(Error::NotADirectory(Excerpt::new(path))),
             }
         }
-        Ok(way.at)
+        Ok(walk.at)
     }
 
-    /// The node of a path, all links followed; nothing is made.
+    /// Finds the node of a path and follows all symbolic links.
     fn walk(&self, path: &[u8], names: Vec<&[u8]>) -> Result<NodeId, Error> {
-        let not_there = || Error::NotADirectory(Shown::new(path));
-        let mut way = Way::new(self, path, names)?;
-        while let Some(name) = way.next(self)? {
-            let found = self.names(way.at).and_then(|names| names.get(&*name)).ok_or_else(not_there)?;
+        let not_there = || Error::NotADirectory(Excerpt::new(path));
+        let mut walk = PathWalk::new(self, path, names)?;
+        while let Some(name) = walk.next(self)? {
+            let found = self.names(walk.at).and_then(|names| names.get(&*name)).ok_or_else(not_there)?;
             match &self.node(found.node).kind {
-                Kind::Symlink(target) => way.follow(self, target)?,
-                _ => way.at = found.node,
+                Kind::Symlink(target) => walk.follow(self, target)?,
+                _ => walk.at = found.node,
             }
         }
-        Ok(way.at)
+        Ok(walk.at)
     }
 }

@@ -1,8 +1,8 @@
-//! A file of any kind.
+//! The nodes of the tree: files of all types and their attributes.
 
 use std::collections::BTreeMap;
 
-/// A file's number in the tree.
+/// The index of a node in the tree.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NodeId(pub(super) u32);
 
@@ -15,17 +15,17 @@ impl NodeId {
     }
 }
 
-/// A time since 1970.
+/// A time since the Unix epoch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Time {
     /// Whole seconds.
     pub seconds: i64,
-    /// The rest.
+    /// Nanoseconds to add.
     pub nanoseconds: u32,
 }
 
 impl Time {
-    /// A time that may be beyond what a filesystem holds: then the first or the last that it does.
+    /// Clamps a time to what the filesystem can hold.
     pub(crate) fn clamped(seconds: i128, nanoseconds: u32) -> Self {
         match i64::try_from(seconds) {
             Ok(seconds) => Self { seconds, nanoseconds },
@@ -37,77 +37,77 @@ impl Time {
 /// An extended attribute.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Xattr {
-    /// `user.colour`
+    /// The full name, such as `user.colour`.
     pub name: Box<[u8]>,
-    /// Any bytes.
+    /// The value.
     pub value: Box<[u8]>,
 }
 
-/// What every file has.
+/// The attributes of a file.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Attributes {
-    /// The mode's lower twelve bits.
+    /// The lower twelve bits of the mode.
     pub permissions: u16,
     /// The owner.
     pub uid: u32,
     /// The group.
     pub gid: u32,
-    /// When the content changed.
+    /// The time of the last modification.
     pub mtime: Time,
-    /// In any order.
+    /// The extended attributes, in any order.
     pub xattrs: Vec<Xattr>,
 }
 
-/// A device's number.
+/// The number of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Device {
-    /// The driver: 12 bits.
+    /// The major number, 12 bits.
     pub major: u32,
-    /// The device: 20 bits.
+    /// The minor number, 20 bits.
     pub minor: u32,
 }
 
 impl Device {
-    /// As filesystems write it (`new_encode_dev` of linux/kdev_t.h).
+    /// The encoding in inodes (`new_encode_dev` in linux/kdev_t.h).
     pub(crate) const fn encode(self) -> u32 {
         (self.minor & 0xff) | ((self.major & 0xfff) << 8) | ((self.minor & 0xf_ff00) << 12)
     }
 }
 
-/// What a file is.
+/// The type of a file and its content.
 #[derive(Debug)]
 pub enum Kind {
-    /// Names.
+    /// A directory.
     Directory(Directory),
-    /// Data, from a byte of the image on.
+    /// A regular file.
     File {
-        /// Where it begins.
+        /// The offset of the data in the image.
         start: u64,
-        /// Its length.
+        /// The length of the data.
         size: u64,
     },
-    /// Another path.
+    /// A symbolic link and its target.
     Symlink(Box<[u8]>),
-    /// A device of bytes.
+    /// A character device.
     CharacterDevice(Device),
-    /// A device of blocks.
+    /// A block device.
     BlockDevice(Device),
     /// A named pipe.
     Fifo,
 }
 
-/// A directory's names.
+/// A directory.
 #[derive(Debug)]
 pub struct Directory {
     pub(super) parent: NodeId,
-    pub(super) names: BTreeMap<Box<[u8]>, Name>,
-    /// The last layer that hid what those below it have here.
+    pub(super) names: BTreeMap<Box<[u8]>, DirEntry>,
+    /// The last layer that hid the entries of the layers below it.
     pub(super) cleared: u32,
 }
 
-/// A name and the last layer that said something about it.
+/// A directory entry: a node and the last layer that set or kept it.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Name {
+pub(super) struct DirEntry {
     pub(super) node: NodeId,
     pub(super) layer: u32,
 }
@@ -126,18 +126,18 @@ impl Directory {
     }
 }
 
-/// A file of any kind.
+/// A file of any type.
 #[derive(Debug)]
 pub struct Node {
-    /// Owner, permissions, time.
+    /// Owner, permissions, time and extended attributes.
     pub attributes: Attributes,
-    /// What it is.
+    /// The type and the content.
     pub kind: Kind,
-    /// Its names; of a directory, what Linux counts. None where it was replaced or deleted.
+    /// The link count, counted as in Linux for directories. Zero if the file was replaced or deleted.
     pub links: u32,
 }
 
-/// A directory of which no layer says more than its name.
+/// A directory that no layer has an entry for, only files below it.
 pub(super) fn empty_directory(parent: NodeId) -> Node {
     let attributes = Attributes { permissions: 0o755, ..Attributes::default() };
     Node { attributes, kind: Kind::Directory(Directory::below(parent)), links: 0 }

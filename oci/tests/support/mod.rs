@@ -1,4 +1,4 @@
-//! Images made here, and what becomes of them.
+//! Construction and conversion of test images.
 #![allow(dead_code, reason = "each test program uses some of it")]
 
 pub mod reader;
@@ -13,7 +13,7 @@ use std::process::{Command, Stdio};
 use tar::{Builder, EntryType, Header};
 use tempfile::TempDir;
 
-/// A layer being written.
+/// A layer under construction.
 pub struct Layer(Builder<Vec<u8>>);
 
 impl Layer {
@@ -21,7 +21,7 @@ impl Layer {
         Self(Builder::new(Vec::new()))
     }
 
-    /// A header as it comes, whatever its name says.
+    /// A header with any bytes in its name.
     pub fn header(kind: EntryType, name: &[u8], mode: u32, size: u64) -> Header {
         let mut header = Header::new_gnu();
         header.set_entry_type(kind);
@@ -92,7 +92,7 @@ impl Layer {
     }
 }
 
-/// How layers are stored.
+/// The compression of layers.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Packing {
     Plain,
@@ -124,12 +124,12 @@ impl Packing {
     }
 }
 
-/// A folder for an image, and a cache beside it.
-pub struct Place {
+/// A temporary directory for an image and a cache.
+pub struct Workspace {
     pub folder: TempDir,
 }
 
-impl Place {
+impl Workspace {
     pub fn new() -> Self {
         Self { folder: tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap() }
     }
@@ -152,52 +152,52 @@ impl Place {
         prepare(&self.path(image).display().to_string(), &options, &mut |_, _| {})
     }
 
-    /// The whole line, and whether it is the user's to mend; nothing is left behind.
+    /// The error message, and whether it is a user error. Checks that nothing is left in the cache.
     pub fn error(&self, image: &str) -> (String, bool) {
-        let found = self.error_beside_cache(image);
+        let found = self.error_with_cache(image);
         assert!(self.drafts().is_empty(), "{:?}", self.drafts());
         found
     }
 
-    /// The same where other images were converted before.
-    pub fn error_beside_cache(&self, image: &str) -> (String, bool) {
+    /// The same, without the check, for a cache with other images.
+    pub fn error_with_cache(&self, image: &str) -> (String, bool) {
         let error = self.prepare(image).unwrap_err();
-        let is_users = error.is_users();
+        let is_user_error = error.is_user_error();
         let mut line = error.to_string();
         let mut cause = error.source();
         while let Some(error) = cause {
             line += &format!(": {error}");
             cause = error.source();
         }
-        (line, is_users)
+        (line, is_user_error)
     }
 
-    /// What the cache has beside locks and names.
+    /// The entries of the cache, except for locks and names.
     pub fn drafts(&self) -> Vec<String> {
         let Ok(entries) = fs::read_dir(self.path("cache/oci/v2")) else { return Vec::new() };
         let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
         names.filter(|name| !name.ends_with(".lock") && !name.ends_with(".name")).collect()
     }
 
-    /// The line about an image of layers that are archives as they are; the image is to blame.
+    /// The error message for an image of uncompressed layers. Checks that it is a user error.
     pub fn refused(layers: &[Vec<u8>]) -> String {
-        let place = Self::new();
-        place.layout().write_bytes(layers, Packing::Plain);
-        let (line, is_users) = place.error("image");
-        assert!(is_users, "{line}");
+        let workspace = Self::new();
+        workspace.layout().write_bytes(layers, Packing::Plain);
+        let (line, is_user_error) = workspace.error("image");
+        assert!(is_user_error, "{line}");
         line
     }
 
-    /// The lines that describe the files of layers that are archives as they are.
-    pub fn made(layers: &[Vec<u8>]) -> Vec<String> {
-        let place = Self::new();
-        place.layout().write_bytes(layers, Packing::Plain);
-        let prepared = place.prepare("image").unwrap();
+    /// The listing of an image of uncompressed layers.
+    pub fn listed(layers: &[Vec<u8>]) -> Vec<String> {
+        let workspace = Self::new();
+        workspace.layout().write_bytes(layers, Packing::Plain);
+        let prepared = workspace.prepare("image").unwrap();
         check(&prepared.rootfs);
         reader::list(&prepared.rootfs)
     }
 
-    /// The lines that describe the files of layers, merged.
+    /// The listing of the merged layers.
     pub fn merged(&self, layers: Vec<Layer>) -> Vec<String> {
         self.layout().write(layers, Packing::Plain);
         let prepared = self.prepare("image").unwrap();
@@ -206,13 +206,13 @@ impl Place {
     }
 }
 
-/// Fails where fsck.erofs does.
+/// Checks a filesystem with fsck.erofs.
 pub fn check(image: &Path) {
     let output = Command::new("fsck.erofs").arg(image).stdin(Stdio::null()).output().unwrap();
     assert!(output.status.success(), "{}: {output:?}", image.display());
 }
 
-/// An OCI layout being written.
+/// An OCI layout under construction.
 pub struct Layout {
     pub folder: PathBuf,
 }
@@ -250,7 +250,7 @@ impl Layout {
         })
     }
 
-    /// The descriptor of a manifest.
+    /// Adds a manifest and returns its descriptor.
     pub fn manifest(&self, config: &Value, layers: &[Value]) -> Value {
         let config = self.document("application/vnd.oci.image.config.v1+json", config);
         let manifest = json!({ "schemaVersion": 2, "config": config, "layers": layers });

@@ -1,5 +1,5 @@
-//! Reads EROFS as mkfs.erofs writes it, so that what is written here can be compared with it. It knows what neither
-//! of them writes on its own: both forms of inodes, attributes that inodes share.
+//! A reader for EROFS filesystems of this crate and of mkfs.erofs, for comparisons of them. It supports compact and
+//! extended inodes, and extended attributes that inodes share.
 
 use std::fmt::Write;
 use std::fs;
@@ -23,7 +23,8 @@ struct Inode {
     xattrs: Vec<(String, Vec<u8>)>,
 }
 
-/// A line for each path: path, mode, owner, group, names, time, content or device, attributes.
+/// Lists a filesystem, with a line for each path: path, mode, owner, group, link count, time, content or device, extended
+/// attributes.
 pub fn list(path: &Path) -> Vec<String> {
     let bytes = fs::read(path).unwrap();
     let number = |at| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) as usize;
@@ -43,7 +44,7 @@ pub fn line<'a>(lines: &'a [String], path: &str) -> &'a str {
     found.unwrap_or_else(|| panic!("no {path} in {lines:#?}"))
 }
 
-/// All paths.
+/// The paths of all lines.
 pub fn paths(lines: &[String]) -> Vec<&str> {
     lines.iter().map(|line| line.split(' ').next().unwrap()).collect()
 }

@@ -1,20 +1,20 @@
-//! Groups that nobody else is in, and users that this user namespace does not know. Only what looks wrong at first asks
-//! for these, so that their files are rarely read.
+//! Groups without other members, and users that are not mapped in this user namespace. These are checked only for files
+//! that would be refused otherwise, so that the databases are rarely read.
 
 use std::fs::File;
 use std::io::Read;
 
-/// Bytes that are read of a file of users or groups.
+/// Maximum number of bytes that are read of a user or group database.
 const FILE_MAX: u64 = 1 << 20;
 
-/// Whether what a group may write is written by this user or root alone: many distributions give each user a group of
-/// their own, and a umask that lets it write.
-pub(crate) fn is_of_this_user_alone(gid: u32) -> bool {
+/// Whether only this user and root are in a group. Many distributions create a private group for each user, and set a
+/// umask that makes files writable by the group.
+pub(crate) fn is_private_group(gid: u32) -> bool {
     let (user, group) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
     gid == 0 || (gid == group && is_private(user, gid, &read("/etc/passwd"), &read("/etc/group")))
 }
 
-/// Whether the group is known, has no other member, and is no other user's own.
+/// Whether the group exists, has no other members, and is not the primary group of another user.
 fn is_private(user: u32, gid: u32, passwd: &str, group: &str) -> bool {
     // passwd(5) and group(5): fields between colons, the third a number.
     fn rows(text: &str) -> impl Iterator<Item = Vec<&str>> {
@@ -30,16 +30,16 @@ fn is_private(user: u32, gid: u32, passwd: &str, group: &str) -> bool {
     is_known && !is_others && members.all(|name| names.contains(&name))
 }
 
-/// Whether a user is one that this user namespace has no number for: the host's root is, in most of them.
+/// Whether a user is not mapped in this user namespace, as the host's root usually is not.
 pub(crate) fn is_unmapped(uid: u32) -> bool {
-    /// The numbers of the initial namespace: all of them, as they are (`uid_m_show` in kernel/user_namespace.c).
+    /// The mapping of the initial namespace: all UIDs to themselves (`uid_m_show` in kernel/user_namespace.c).
     const ALL: [&str; 3] = ["0", "0", "4294967295"];
     let map = || read("/proc/self/uid_map");
     let overflow = || read("/proc/sys/kernel/overflowuid").trim().parse() == Ok(uid);
     uid != 0 && overflow() && !map().split_whitespace().eq(ALL)
 }
 
-/// The beginning of a text file; nothing where it cannot be read.
+/// Reads the beginning of a text file, or an empty string if it cannot be read.
 fn read(path: &str) -> String {
     let mut bytes = Vec::new();
     let _ = File::open(path).and_then(|file| file.take(FILE_MAX).read_to_end(&mut bytes));
@@ -65,6 +65,6 @@ mod tests {
         ] {
             assert_eq!(is_private(1000, 1000, passwd, group), is_one, "{group}");
         }
-        assert!(!is_private(1000, 100, passwd, "users:x:100:\n"), "it is bob's own");
+        assert!(!is_private(1000, 100, passwd, "users:x:100:\n"), "it is the primary group of bob");
     }
 }

@@ -1,9 +1,10 @@
-//! Files and folders of the host that only this user and root can change: caches, helper programs, lock files.
+//! Files and directories of the host that only this user and root can change: caches, helper programs, lock files.
 //!
-//! A path is walked from `/` with a descriptor for each folder, and every step is checked: it belongs to this user or
-//! root, and others cannot write to it. In a folder with the sticky bit, such as /tmp, others can make entries and not
-//! touch those of this user, so that such a folder may lie on the way, but not at the end. Symbolic links are followed
-//! where they pass the same check. What has been walked so can be used by its path afterwards.
+//! A path is walked from `/` with a descriptor for each directory, and each component is checked: it must be owned by
+//! this user or root, and others must not have write permission. In a directory with the sticky bit, such as /tmp,
+//! others can create entries but not change those of this user, so such a directory may be part of the path, but not
+//! its target. Symbolic links are followed if they pass the same check. After a successful walk, the path can be used
+//! as it is.
 
 #![forbid(unsafe_code)]
 
@@ -25,42 +26,42 @@ pub enum Error {
     /// Another user can change it.
     #[error("{} belongs to the user {uid}, who is neither this user nor root", path.display())]
     Owner {
-        /// The file or folder.
+        /// The file or directory.
         path: PathBuf,
-        /// Its owner.
+        /// The UID of its owner.
         uid: u32,
     },
     /// Other users can write to it.
     #[error("other users can write to {path}; `chmod go-w {path}` takes that from them", path = .0.display())]
     Writable(PathBuf),
-    /// A folder was expected, or a file.
+    /// The path has another file type than expected.
     #[error("{} is not a {what}", path.display())]
     Kind {
         /// The path.
         path: PathBuf,
-        /// What was expected.
+        /// The expected type.
         what: &'static str,
     },
-    /// The host refused something.
+    /// A system call failed.
     #[error("cannot open {}", path.display())]
     Host {
-        /// The file or folder.
+        /// The file or directory.
         path: PathBuf,
-        /// The host's answer.
+        /// The error of the system call.
         #[source]
         source: io::Error,
     },
 }
 
 impl Error {
-    /// Whether there is nothing at the path.
+    /// Whether the path does not exist.
     #[must_use]
     pub fn is_absent(&self) -> bool {
         matches!(self, Self::Host { source, .. } if source.kind() == io::ErrorKind::NotFound)
     }
 }
 
-/// The users whose files are trusted: this process's effective user, root, and maybe one more.
+/// The users whose files are trusted: the effective user of this process, root, and optionally another one.
 #[derive(Clone, Copy, Debug)]
 pub struct Owners {
     user: u32,
@@ -74,7 +75,7 @@ impl Owners {
         Self { user: rustix::process::geteuid().as_raw(), other: None }
     }
 
-    /// And the owner of the program that runs: its owner could have changed what runs now.
+    /// This user, root, and the owner of the running program, who could have changed the program itself.
     #[must_use]
     pub fn and_of_program() -> Self {
         let program = std::fs::metadata("/proc/self/exe");
@@ -86,32 +87,32 @@ impl Owners {
     }
 }
 
-/// Walks to a folder.
+/// Opens a trusted directory.
 ///
 /// # Errors
-/// When it is not there, is no folder, or others can change it.
+/// If it does not exist, is not a directory, or others can change it.
 pub fn folder(path: &Path, owners: Owners) -> Result<OwnedFd, Error> {
     Walk::new(path, owners)?.to(Target::Folder)
 }
 
-/// Walks to a folder of this user's, and makes those that are missing, for this user alone.
+/// Opens a trusted directory of this user. Missing directories are created with mode 0700.
 ///
 /// # Errors
-/// When one cannot be made, is no folder, or others can change it.
+/// If a directory cannot be created, is not a directory, or others can change it.
 pub fn make_folder(path: &Path) -> Result<OwnedFd, Error> {
     Walk::new(path, Owners::own())?.to(Target::NewFolder)
 }
 
-/// Walks to a regular file. The descriptor names it and cannot read it.
+/// Opens a trusted regular file with O_PATH; the descriptor cannot read it.
 ///
 /// # Errors
-/// When it is not there, is no regular file, or others can change it.
+/// If it does not exist, is not a regular file, or others can change it.
 pub fn file(path: &Path, owners: Owners) -> Result<OwnedFd, Error> {
     Walk::new(path, owners)?.to(Target::File)
 }
 
-/// The first program of a name in the folders of the system, and then in those of PATH, that others cannot change.
-/// Relative folders of PATH lead to where this user happens to be, and are left out.
+/// Finds the first trusted program of a name in the system directories, and then in those of PATH. Relative entries of
+/// PATH are ignored, since they depend on the working directory.
 #[must_use]
 pub fn program(name: &str) -> Option<PathBuf> {
     const SYSTEM: [&str; 6] = ["/usr/sbin", "/usr/bin", "/sbin", "/bin", "/usr/local/sbin", "/usr/local/bin"];
@@ -121,10 +122,10 @@ pub fn program(name: &str) -> Option<PathBuf> {
     candidates.into_iter().find(|path| file(path, Owners::and_of_program()).is_ok())
 }
 
-/// One of Kindling's own programs: in the folder that KINDLING_PROGRAMS names, or else beside this program.
+/// Finds another program of Kindling: in the directory KINDLING_PROGRAMS, or else next to this program.
 ///
 /// # Errors
-/// When it is not there, or others can change it.
+/// If it does not exist, or others can change it.
 pub fn companion(name: &str) -> Result<PathBuf, Error> {
     let given = std::env::var_os("KINDLING_PROGRAMS").filter(|folder| !folder.is_empty());
     let folder = match given {
@@ -139,24 +140,25 @@ pub fn companion(name: &str) -> Result<PathBuf, Error> {
     file(&path, Owners::and_of_program()).map(|_| path)
 }
 
-/// Opens a file for a lock, and makes it where it is missing. No link is followed, and nothing is removed from it.
+/// Opens a lock file, which is created if it is missing. A symbolic link is not followed, and the file is not
+/// truncated.
 ///
 /// # Errors
-/// When there is something else of that name, or the host refuses it.
+/// If the path is not a regular file, or a system call fails.
 pub fn lock_file(path: &Path) -> io::Result<File> {
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let file = File::from(rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR)?);
     if file.metadata()?.is_file() { Ok(file) } else { Err(io::ErrorKind::InvalidInput.into()) }
 }
 
-/// Whether this process got rights from its program's file: a copy with the set-user-ID or set-group-ID bit.
+/// Whether this process has the rights of its program file: the file has the set-user-ID or set-group-ID bit.
 #[must_use]
 pub fn is_set_user_id() -> bool {
     use rustix::process::{getegid, geteuid, getgid, getuid};
     getuid() != geteuid() || getgid() != getegid()
 }
 
-/// What a program says that refuses to run with such rights.
+/// The error message of a program that refuses to run with such rights.
 pub const SET_USER_ID: &str = "this program does not run with the set-user-ID or set-group-ID bit: everyone could use \
                                the rights of its owner";
 

@@ -7,30 +7,30 @@ fn mode(path: &Path, mode: u32) {
     fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
 }
 
-/// A folder of this user's with `a/b/file` in it.
-fn place() -> (TempDir, PathBuf) {
-    let place = tempfile::tempdir().unwrap();
-    let path = place.path().join("a/b/file");
+/// A temporary directory of this user with the file `a/b/file`.
+fn test_dir() -> (TempDir, PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a/b/file");
     make_folder(path.parent().unwrap()).unwrap();
     fs::write(&path, "content").unwrap();
     mode(&path, 0o644);
-    (place, path)
+    (folder, path)
 }
 
 #[test]
-fn what_this_user_made_is_trusted() {
-    let (place, path) = place();
+fn files_of_this_user_are_trusted() {
+    let (dir, path) = test_dir();
     file(&path, Owners::own()).unwrap();
-    folder(&place.path().join("a/./b/../b"), Owners::own()).unwrap();
-    let made = place.path().join("a").metadata().unwrap();
+    folder(&dir.path().join("a/./b/../b"), Owners::own()).unwrap();
+    let made = dir.path().join("a").metadata().unwrap();
     assert_eq!(made.mode() & 0o7777, 0o700);
     assert!(file(&path.with_file_name("no"), Owners::own()).unwrap_err().is_absent());
-    assert!(folder(&place.path().join("no/no"), Owners::own()).unwrap_err().is_absent());
+    assert!(folder(&dir.path().join("no/no"), Owners::own()).unwrap_err().is_absent());
 }
 
 #[test]
-fn what_others_can_write_is_refused_wherever_it_lies() {
-    let (place, path) = place();
+fn files_that_others_can_write_are_refused_at_any_depth() {
+    let (dir, path) = test_dir();
     let b = path.parent().unwrap();
     let refused = |at: &Path| match file(&path, Owners::own()) {
         Err(Error::Writable(path)) => assert_eq!(path, at),
@@ -43,21 +43,21 @@ fn what_others_can_write_is_refused_wherever_it_lies() {
         mode(at, before);
         file(&path, Owners::own()).unwrap();
     }
-    // Others cannot replace an entry of a folder with the sticky bit; the folder itself is theirs as much.
+    // Others cannot replace an entry of a directory with the sticky bit, but can add entries to it.
     mode(b, 0o1777);
     file(&path, Owners::own()).unwrap();
     assert!(matches!(folder(b, Owners::own()), Err(Error::Writable(_))));
     assert!(matches!(make_folder(b), Err(Error::Writable(_))));
     make_folder(&b.join("new/newer")).unwrap();
-    drop(place);
+    drop(dir);
 }
 
 #[test]
-fn what_belongs_to_others_is_refused() {
-    let (place, path) = place();
-    let a = place.path().join("a");
+fn files_of_others_are_refused() {
+    let (dir, path) = test_dir();
+    let a = dir.path().join("a");
     let (own, stranger) = (rustix::process::geteuid().as_raw(), 12345);
-    // Seen with the eyes of another user, what this user made is a stranger's, unless this user is root.
+    // For another user, the files of this user belong to a stranger, unless this user is root.
     let owners = Owners { user: stranger, other: None };
     if own != 0 {
         assert!(matches!(file(&path, owners), Err(Error::Owner { uid, .. }) if uid == own));
@@ -68,7 +68,7 @@ fn what_belongs_to_others_is_refused() {
         Err(Error::Owner { path, uid }) => assert_eq!((path.as_path(), uid), (at, stranger)),
         result => panic!("{result:?}"),
     };
-    let link = place.path().join("link");
+    let link = dir.path().join("link");
     symlink("a/b/file", &link).unwrap();
     file(&link, Owners::own()).unwrap();
     for at in [&path, &a, &link] {
@@ -81,29 +81,29 @@ fn what_belongs_to_others_is_refused() {
 }
 
 #[test]
-fn links_are_followed_where_they_lead_to_what_is_trusted() {
-    let (place, path) = place();
-    let at = |name: &str| place.path().join(name);
+fn links_to_trusted_files_are_followed() {
+    let (dir, path) = test_dir();
+    let at = |name: &str| dir.path().join(name);
     symlink("a", at("relative")).unwrap();
     symlink(at("a"), at("absolute")).unwrap();
     symlink("relative/b/../b", at("chain")).unwrap();
     symlink("loop", at("loop")).unwrap();
     symlink("no", at("dangling")).unwrap();
-    for way in ["relative/b/file", "absolute/b/file", "chain/file"] {
-        file(&at(way), Owners::own()).unwrap();
+    for link in ["relative/b/file", "absolute/b/file", "chain/file"] {
+        file(&at(link), Owners::own()).unwrap();
     }
     mode(path.parent().unwrap(), 0o707);
     assert!(matches!(file(&at("chain/file"), Owners::own()), Err(Error::Writable(_))));
     assert!(matches!(file(&at("loop/x"), Owners::own()), Err(Error::Host { .. })));
     assert!(file(&at("dangling"), Owners::own()).unwrap_err().is_absent());
-    // A folder appears where the link leads, which is this user's.
+    // The target of the link is created in a directory of this user.
     make_folder(&at("dangling/x")).unwrap();
     assert!(at("no/x").is_dir());
 }
 
 #[test]
-fn kinds_are_told_apart() {
-    let (_place, path) = place();
+fn other_file_types_are_refused() {
+    let (_dir, path) = test_dir();
     let wrong =
         |result: Result<OwnedFd, Error>| assert!(matches!(result, Err(Error::Kind { .. })), "{result:?}");
     wrong(folder(&path, Owners::own()));
@@ -114,22 +114,22 @@ fn kinds_are_told_apart() {
 }
 
 #[test]
-fn a_lock_file_changes_nothing_else() {
-    let (place, path) = place();
+fn opening_a_lock_file_changes_no_other_file() {
+    let (dir, path) = test_dir();
     lock_file(&path).unwrap();
     assert_eq!(fs::read(&path).unwrap(), b"content");
-    let link = place.path().join("lock");
+    let link = dir.path().join("lock");
     symlink(&path, &link).unwrap();
     lock_file(&link).unwrap_err();
-    symlink(place.path().join("new"), place.path().join("lock2")).unwrap();
-    lock_file(&place.path().join("lock2")).unwrap_err();
-    assert!(!place.path().join("new").exists());
-    lock_file(place.path()).unwrap_err();
-    assert_eq!(lock_file(&place.path().join("lock3")).unwrap().metadata().unwrap().mode() & 0o7777, 0o600);
+    symlink(dir.path().join("new"), dir.path().join("lock2")).unwrap();
+    lock_file(&dir.path().join("lock2")).unwrap_err();
+    assert!(!dir.path().join("new").exists());
+    lock_file(dir.path()).unwrap_err();
+    assert_eq!(lock_file(&dir.path().join("lock3")).unwrap().metadata().unwrap().mode() & 0o7777, 0o600);
 }
 
 #[test]
-fn programs_are_the_systems_own() {
+fn programs_are_found_in_the_system_directories() {
     assert_eq!(program("sh"), Some("/usr/bin/sh".into()));
     assert_eq!(program("no-such-program"), None);
 }

@@ -1,4 +1,4 @@
-//! The walk to a file or folder.
+//! The walk along a path, with a check of each component.
 
 use crate::{Error, Owners, group};
 use rustix::fs::{FileType, Mode, OFlags, Stat, fstat, mkdirat, open, openat, readlinkat};
@@ -8,31 +8,31 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
-/// Links that may be followed on one walk, as in the kernel (`MAXSYMLINKS` in include/linux/namei.h).
+/// Maximum number of symbolic links in a path, as in the kernel (`MAXSYMLINKS` in include/linux/namei.h).
 const LINKS_MAX: u32 = 40;
 
 const STICKY: u32 = 0o1000;
 const GROUP_WRITES: u32 = 0o020;
 const OTHERS_WRITE: u32 = 0o002;
 
-/// What is at the end of a walk.
+/// The expected target of a walk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Target {
     File,
     Folder,
-    /// A folder that is made where it is missing, with those above it.
+    /// A directory that is created if it is missing, with its parents.
     NewFolder,
 }
 
-/// A walk on its way.
+/// The state of a walk.
 #[derive(Debug)]
 pub(crate) struct Walk {
     owners: Owners,
-    /// The folder that was reached.
-    at: OwnedFd,
+    /// The directory or file that has been reached.
+    current: OwnedFd,
     /// Its path, for messages.
     path: PathBuf,
-    /// The names that are left, the next one last.
+    /// The remaining components, in reverse order.
     names: Vec<OsString>,
     links: u32,
 }
@@ -41,12 +41,12 @@ impl Walk {
     pub(crate) fn new(path: &Path, owners: Owners) -> Result<Self, Error> {
         let absolute =
             std::path::absolute(path).map_err(|source| Error::Host { path: path.to_owned(), source })?;
-        let mut walk = Self { owners, at: root()?, path: "/".into(), names: Vec::new(), links: 0 };
+        let mut walk = Self { owners, current: root()?, path: "/".into(), names: Vec::new(), links: 0 };
         walk.push(&absolute);
         Ok(walk)
     }
 
-    /// Puts the names of a path in front of those that are left.
+    /// Inserts the components of a path before the remaining ones.
     fn push(&mut self, path: &Path) {
         let names = path.components().rev().filter_map(|part| match part {
             Component::Normal(name) => Some(name.to_owned()),
@@ -56,11 +56,12 @@ impl Walk {
         self.names.extend(names);
     }
 
+    /// Walks to the end of the path.
     pub(crate) fn to(mut self, target: Target) -> Result<OwnedFd, Error> {
         loop {
-            let stat = self.stat(&self.at)?;
-            let Some(name) = self.names.pop() else { return self.arrive(&stat, target) };
-            self.check_passage(&stat)?;
+            let stat = self.stat(&self.current)?;
+            let Some(name) = self.names.pop() else { return self.check_target(&stat, target) };
+            self.check_parent(&stat)?;
             self.path.push(&name);
             let entry = self.open(&name, target)?;
             let stat = self.stat(&entry)?;
@@ -68,46 +69,50 @@ impl Walk {
                 self.check_owner(&stat, true)?;
                 self.follow(&entry)?;
             } else {
-                self.at = entry;
+                self.current = entry;
             }
         }
     }
 
     fn open(&self, name: &OsStr, target: Target) -> Result<OwnedFd, Error> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let open = || openat(&self.at, name, flags, Mode::empty());
+        let open = || openat(&self.current, name, flags, Mode::empty());
         let entry = match open() {
-            Err(Errno::NOENT) if target == Target::NewFolder => match mkdirat(&self.at, name, Mode::RWXU) {
-                Ok(()) | Err(Errno::EXIST) => open(),
-                Err(error) => Err(error),
-            },
+            Err(Errno::NOENT) if target == Target::NewFolder => {
+                match mkdirat(&self.current, name, Mode::RWXU) {
+                    Ok(()) | Err(Errno::EXIST) => open(),
+                    Err(error) => Err(error),
+                }
+            }
             result => result,
         };
-        entry.map_err(|error| self.refused(error))
+        entry.map_err(|error| self.host_error(error))
     }
 
     fn follow(&mut self, link: &OwnedFd) -> Result<(), Error> {
         self.links += 1;
         if self.links > LINKS_MAX {
-            return Err(self.refused(Errno::LOOP));
+            return Err(self.host_error(Errno::LOOP));
         }
-        let text = readlinkat(link, "", Vec::new()).map_err(|error| self.refused(error))?;
+        let text = readlinkat(link, "", Vec::new()).map_err(|error| self.host_error(error))?;
         let target = Path::new(OsStr::from_bytes(text.as_bytes()));
         self.path.pop();
         if target.is_absolute() {
-            (self.at, self.path) = (root()?, "/".into());
+            (self.current, self.path) = (root()?, "/".into());
         }
         self.push(target);
         Ok(())
     }
 
-    /// Others may make entries in a folder on the way where its sticky bit keeps them from replacing those of this user.
-    fn check_passage(&self, stat: &Stat) -> Result<(), Error> {
+    /// Checks a directory on the path. Others may have write permission if the sticky bit keeps them from replacing the
+    /// entries of this user.
+    fn check_parent(&self, stat: &Stat) -> Result<(), Error> {
         self.check_owner(stat, true)?;
         if stat.st_mode & STICKY != 0 { Ok(()) } else { self.check_mode(stat) }
     }
 
-    fn arrive(self, stat: &Stat, target: Target) -> Result<OwnedFd, Error> {
+    /// Checks the type, the owner and the mode of the target.
+    fn check_target(self, stat: &Stat, target: Target) -> Result<OwnedFd, Error> {
         let (kind, what) = match target {
             Target::File => (FileType::RegularFile, "regular file"),
             Target::Folder | Target::NewFolder => (FileType::Directory, "folder"),
@@ -117,18 +122,18 @@ impl Walk {
         }
         self.check_owner(stat, false)?;
         self.check_mode(stat)?;
-        Ok(self.at)
+        Ok(self.current)
     }
 
-    fn check_owner(&self, stat: &Stat, is_passage: bool) -> Result<(), Error> {
-        if self.owners.has(stat.st_uid) || (is_passage && group::is_unmapped(stat.st_uid)) {
+    fn check_owner(&self, stat: &Stat, is_parent: bool) -> Result<(), Error> {
+        if self.owners.has(stat.st_uid) || (is_parent && group::is_unmapped(stat.st_uid)) {
             return Ok(());
         }
         Err(Error::Owner { path: self.path.clone(), uid: stat.st_uid })
     }
 
     fn check_mode(&self, stat: &Stat) -> Result<(), Error> {
-        let by_group = stat.st_mode & GROUP_WRITES != 0 && !group::is_of_this_user_alone(stat.st_gid);
+        let by_group = stat.st_mode & GROUP_WRITES != 0 && !group::is_private_group(stat.st_gid);
         if by_group || stat.st_mode & OTHERS_WRITE != 0 {
             return Err(Error::Writable(self.path.clone()));
         }
@@ -136,10 +141,10 @@ impl Walk {
     }
 
     fn stat(&self, entry: &OwnedFd) -> Result<Stat, Error> {
-        fstat(entry).map_err(|error| self.refused(error))
+        fstat(entry).map_err(|error| self.host_error(error))
     }
 
-    fn refused(&self, error: Errno) -> Error {
+    fn host_error(&self, error: Errno) -> Error {
         Error::Host { path: self.path.clone(), source: error.into() }
     }
 }

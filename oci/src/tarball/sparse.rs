@@ -1,30 +1,31 @@
-//! Sparse files in tar archives: GNU tar's three ways to write down where the data belongs.
+//! Sparse files in tar archives, in the formats of GNU tar.
 
-use crate::header::{Header, RECORD, Segments, more_segments};
-use crate::tarball::{Error, Tarball};
-use crate::tree::Shown;
+use super::error::Error;
+use super::header::{Header, RECORD, Segments, more_segments};
+use super::stream::Tarball;
+use crate::tree::Excerpt;
 use std::io::Read;
 
-/// Pieces of data in a file; a map of them takes 16 MiB.
+/// Maximum number of segments in a file, whose map takes 16 MiB.
 const MAX_SEGMENTS: usize = 1 << 20;
 
-/// A piece of data.
+/// A part of a file that has data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Segment {
     pub(crate) offset: u64,
     pub(crate) length: u64,
 }
 
-/// Where a file's data belongs.
+/// The map of a sparse file.
 #[derive(Debug)]
 pub(crate) struct Map {
-    /// The file's own name, where the header has a substitute.
+    /// The name of the file, if the header has a placeholder.
     pub(crate) name: Option<Vec<u8>>,
     pub(crate) size: u64,
     pub(crate) segments: Vec<Segment>,
 }
 
-/// Whether pieces follow one another, fit the file and are all that is stored.
+/// Whether segments are in order, fit the size of the file, and have as many bytes as are stored.
 pub(crate) fn is_sound(segments: &[Segment], size: u64, stored: u64) -> bool {
     let mut end = 0;
     let mut sum = 0_u64;
@@ -42,9 +43,9 @@ pub(crate) fn is_sound(segments: &[Segment], size: u64, stored: u64) -> bool {
     end <= size && sum == stored
 }
 
-/// The map that is in the header and, where there are more pieces, in records behind it.
+/// Reads the map of the old GNU format, in the header and further records.
 pub(crate) fn old_gnu<R: Read>(header: &Header, input: &mut Tarball<R>) -> Result<Map, Error> {
-    let damaged = || Error::Sparse(Shown::new(&header.path()));
+    let damaged = || Error::Sparse(Excerpt::new(&header.path()));
     let mut segments = Vec::new();
     let mut add = |(found, is_extended): Segments| -> Option<bool> {
         for (offset, length) in found {
@@ -55,18 +56,18 @@ pub(crate) fn old_gnu<R: Read>(header: &Header, input: &mut Tarball<R>) -> Resul
     let (found, real_size) = header.sparse().ok_or_else(damaged)?;
     let mut is_extended = add(found).ok_or_else(damaged)?;
     while is_extended {
-        let found = more_segments(&input.record_between()?);
+        let found = more_segments(&input.extra_record()?);
         is_extended = found.and_then(&mut add).ok_or_else(damaged)?;
     }
     Ok(Map { name: None, size: size(real_size).ok_or_else(damaged)?, segments })
 }
 
-/// A number that a size or an offset can be.
+/// Converts a number to a size or an offset, which are not negative and have 63 bits.
 pub(crate) fn size(number: i128) -> Option<u64> {
     i64::try_from(number).ok()?.try_into().ok()
 }
 
-/// What an extended header's `GNU.sparse.` records say.
+/// The `GNU.sparse.` records of an extended header.
 #[derive(Debug, Default)]
 pub(crate) struct Extension {
     major: u64,
@@ -77,14 +78,14 @@ pub(crate) struct Extension {
 }
 
 impl Extension {
-    /// Takes a record that has a value, without the prefix of its key.
+    /// Adds a record, whose key is without the prefix.
     pub(crate) fn record(&mut self, key: &[u8], value: &[u8]) -> Option<()> {
         match key {
             b"major" => self.major = number(value)?,
             b"minor" => self.minor = number(value)?,
             b"name" => self.name = Some(value.to_vec()),
             b"size" | b"realsize" => self.size = Some(number(value)?),
-            // Version 0.0 has a record for each number, 0.1 one for all.
+            // Version 0.0 has a record for each number, version 0.1 one record for all.
             b"offset" if self.numbers.len().is_multiple_of(2) => self.numbers.push(number(value)?),
             b"numbytes" if !self.numbers.len().is_multiple_of(2) => self.numbers.push(number(value)?),
             b"offset" | b"numbytes" => return None,
@@ -94,9 +95,10 @@ impl Extension {
         Some(())
     }
 
-    /// The map; version 1.0 has it in front of the data: a count and pairs, a line each, padded to a record.
+    /// Returns the map. Version 1.0 has it before the data: a count and pairs of numbers, each on a line, padded to
+    /// whole records.
     pub(crate) fn resolve<R: Read>(self, path: &[u8], input: &mut Tarball<R>) -> Result<Map, Error> {
-        let shown = Shown::new(self.name.as_deref().unwrap_or(path));
+        let shown = Excerpt::new(self.name.as_deref().unwrap_or(path));
         let damaged = move || Error::Sparse(shown);
         let numbers = match (self.major, self.minor) {
             (1, 0) => lines(input)?,
@@ -116,7 +118,7 @@ impl Extension {
 }
 
 fn lines<R: Read>(input: &mut Tarball<R>) -> Result<Option<Vec<u64>>, Error> {
-    const LONGEST_LINE: usize = 24;
+    const MAX_LINE_LEN: usize = 24;
     let mut count = None;
     let mut numbers = Vec::new();
     let mut line = Vec::new();
@@ -126,7 +128,7 @@ fn lines<R: Read>(input: &mut Tarball<R>) -> Result<Option<Vec<u64>>, Error> {
         for byte in record {
             if byte != b'\n' {
                 line.push(byte);
-                if line.len() > LONGEST_LINE {
+                if line.len() > MAX_LINE_LEN {
                     return Ok(None);
                 }
                 continue;
@@ -145,12 +147,12 @@ fn lines<R: Read>(input: &mut Tarball<R>) -> Result<Option<Vec<u64>>, Error> {
     }
 }
 
-/// A size or an offset in decimal digits.
+/// Parses a size or an offset in decimal digits.
 fn number(digits: &[u8]) -> Option<u64> {
     size(decimal(digits)?)
 }
 
-/// Decimal digits, with or without a sign; the nearest number where it is beyond 128 bits.
+/// Parses decimal digits with an optional sign, and clamps to 128 bits.
 pub(crate) fn decimal(text: &[u8]) -> Option<i128> {
     let (sign, digits) = match text {
         [b'-', digits @ ..] => (-1, digits),

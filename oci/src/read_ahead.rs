@@ -1,34 +1,34 @@
-//! A reader whose bytes come from another thread, which is some chunks ahead.
+//! A reader whose bytes come from another thread, which reads ahead by some chunks.
 
 use std::io::{self, Read};
 use std::sync::mpsc::{self, Receiver, SyncSender};
 
-/// Bytes that are passed on at once.
+/// Bytes of a chunk.
 const CHUNK: usize = 256 << 10;
-/// Chunks that wait to be read.
-const WAITING: usize = 4;
+/// Chunks that are read ahead.
+const QUEUE_LEN: usize = 4;
 
-/// Where the other thread puts what it reads.
+/// The end of the channel that the reading thread writes to.
 #[derive(Debug)]
 pub(crate) struct Sender(SyncSender<io::Result<Vec<u8>>>);
 
-/// What comes from there, in order; an error ends it.
+/// The end of the channel that is read; an error of the other thread ends it.
 #[derive(Debug)]
-pub(crate) struct Ahead {
+pub(crate) struct ReadAhead {
     chunks: Receiver<io::Result<Vec<u8>>>,
     chunk: Vec<u8>,
-    /// What has been read of it.
+    /// The number of bytes of the chunk that have been read.
     position: usize,
 }
 
-/// Both ends.
-pub(crate) fn channel() -> (Sender, Ahead) {
-    let (sender, chunks) = mpsc::sync_channel(WAITING);
-    (Sender(sender), Ahead { chunks, chunk: Vec::new(), position: 0 })
+/// Creates a channel and returns both its ends.
+pub(crate) fn channel() -> (Sender, ReadAhead) {
+    let (sender, chunks) = mpsc::sync_channel(QUEUE_LEN);
+    (Sender(sender), ReadAhead { chunks, chunk: Vec::new(), position: 0 })
 }
 
 impl Sender {
-    /// Reads to the end, or until nobody wants more. An error is passed on.
+    /// Sends all bytes of a reader, until the receiver is dropped. An error of the reader is sent, too.
     pub(crate) fn send_all(&self, reader: io::Result<impl Read>) {
         let mut reader = match reader {
             Ok(reader) => reader,
@@ -37,7 +37,7 @@ impl Sender {
         loop {
             let mut chunk = Vec::with_capacity(CHUNK);
             let result = reader.by_ref().take(CHUNK as u64).read_to_end(&mut chunk);
-            // What came before an error is read before it.
+            // The bytes before an error are sent before it.
             let is_last = chunk.is_empty() || self.0.send(Ok(chunk)).is_err();
             match result {
                 Err(error) => return drop(self.0.send(Err(error))),
@@ -48,10 +48,10 @@ impl Sender {
     }
 }
 
-impl Read for Ahead {
+impl Read for ReadAhead {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         if self.position == self.chunk.len() {
-            // The sender's end is that of the bytes.
+            // The end of file, when the sender is dropped.
             let Ok(chunk) = self.chunks.recv() else { return Ok(0) };
             (self.chunk, self.position) = (chunk?, 0);
         }
@@ -66,7 +66,7 @@ mod tests {
     use super::*;
     use std::thread;
 
-    /// Bytes, then an error.
+    /// A reader of so many bytes, and then of an error.
     struct Broken(usize);
 
     impl Read for Broken {
@@ -78,7 +78,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_come_in_order() {
+    fn bytes_are_read_in_order() {
         let bytes: Vec<u8> = (0..=255).cycle().take(10 * CHUNK + 7).collect();
         thread::scope(|scope| {
             let (sender, mut ahead) = channel();
@@ -90,7 +90,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_comes_after_what_was_before_it() {
+    fn an_error_is_read_after_the_bytes_before_it() {
         for reader in [Ok(Broken(CHUNK + 5)), Ok(Broken(0)), Err(io::Error::other("broken"))] {
             let expected = reader.as_ref().map_or(0, |reader| reader.0);
             thread::scope(|scope| {
@@ -105,7 +105,7 @@ mod tests {
     }
 
     #[test]
-    fn who_is_not_listened_to_ends() {
+    fn the_sender_ends_when_the_reader_is_dropped() {
         thread::scope(|scope| {
             let (sender, ahead) = channel();
             scope.spawn(|| { sender }.send_all(Ok(io::repeat(1))));

@@ -1,20 +1,21 @@
-//! What stands in front of a tar entry's own header: pax records and GNU's long names.
+//! Extended headers, which precede the header of a tar entry: pax records and GNU long names.
 //!
-//! Records are counted, not ended by a newline: a capability has any bytes.
+//! The length of a pax record is explicit. A newline does not end it, since binary values such as capabilities may
+//! contain one.
 
-use crate::sparse::{self, decimal};
-use crate::tree::{Shown, Time, Xattr};
+use super::sparse::{self, decimal};
+use crate::tree::{Excerpt, Time, Xattr};
 
-/// What extended headers say of the file that follows.
+/// The contents of the extended headers of an entry.
 #[derive(Debug, Default)]
 pub(crate) struct Extensions {
     pub(crate) pax: Pax,
-    /// GNU's names go before those of pax.
+    /// GNU's long names, which take precedence over those of pax.
     pub(crate) path: Option<Vec<u8>>,
     pub(crate) link: Option<Vec<u8>>,
 }
 
-/// The records of a pax header. A later header takes the place of an earlier one.
+/// The records of a pax header. A later header replaces an earlier one.
 #[derive(Debug, Default)]
 pub(crate) struct Pax {
     pub(crate) path: Option<Vec<u8>>,
@@ -27,25 +28,25 @@ pub(crate) struct Pax {
     pub(crate) sparse: Option<sparse::Extension>,
 }
 
-/// A record that cannot be what it says.
+/// A malformed record, or one with an invalid value.
 #[derive(Debug)]
-pub(crate) struct NoRecord(pub(crate) Shown);
+pub(crate) struct InvalidRecord(pub(crate) Excerpt);
 
 impl Pax {
-    /// Reads records of the form `LENGTH KEY=VALUE\n`, where the length counts the whole record.
-    pub(crate) fn parse(mut records: &[u8]) -> Result<Self, NoRecord> {
+    /// Parses records of the form `LENGTH KEY=VALUE\n`, where the length counts the whole record.
+    pub(crate) fn parse(mut records: &[u8]) -> Result<Self, InvalidRecord> {
         let mut pax = Self::default();
         while !records.is_empty() {
-            let (key, value, rest) = split(records).ok_or_else(|| NoRecord(Shown::new(records)))?;
+            let (key, value, rest) = split(records).ok_or_else(|| InvalidRecord(Excerpt::new(records)))?;
             pax.record(key, value)
-                .ok_or_else(|| NoRecord(Shown::new(&records[..records.len() - rest.len()])))?;
+                .ok_or_else(|| InvalidRecord(Excerpt::new(&records[..records.len() - rest.len()])))?;
             records = rest;
         }
         Ok(pax)
     }
 
     fn record(&mut self, key: &[u8], value: &[u8]) -> Option<()> {
-        // A record without a value takes back what an earlier one said.
+        // A record without a value cancels an earlier one.
         let given = !value.is_empty();
         let number = || if given { decimal(value).map(Some) } else { Some(None) };
         match key {
@@ -57,7 +58,7 @@ impl Pax {
             b"mtime" => self.mtime = if given { Some(time(value)?) } else { None },
             _ => {
                 if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
-                    // An overlay in a guest would take its own marks for an order.
+                    // overlayfs in a guest would interpret these as its own attributes.
                     if !name.starts_with(b"trusted.overlay.") {
                         self.xattrs.push(Xattr { name: name.into(), value: value.into() });
                     }
@@ -72,7 +73,7 @@ impl Pax {
     }
 }
 
-/// The first record's key and value, and the records behind it.
+/// Key and value of the first record, and the remaining records.
 fn split(records: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
     let space = records.iter().position(|&byte| byte == b' ')?;
     let length = usize::try_from(decimal(&records[..space])?).ok()?;
@@ -83,7 +84,7 @@ fn split(records: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
     (!key.contains(&0)).then_some((key, value, rest))
 }
 
-/// `-12.5`: seconds with a fraction. A time beyond what a filesystem holds is the first or the last that it does.
+/// Parses seconds with a fraction, such as `-12.5`, and clamps them to what a filesystem can hold.
 fn time(value: &[u8]) -> Option<Time> {
     let mut parts = value.splitn(2, |&byte| byte == b'.');
     let seconds = decimal(parts.next()?)?;
@@ -91,9 +92,9 @@ fn time(value: &[u8]) -> Option<Time> {
     if !fraction.iter().all(u8::is_ascii_digit) {
         return None;
     }
-    let digits = (0..9).map(|place| u32::from(fraction.get(place).unwrap_or(&b'0') - b'0'));
+    let digits = (0..9).map(|index| u32::from(fraction.get(index).unwrap_or(&b'0') - b'0'));
     let nanoseconds = digits.fold(0, |sum, digit| sum * 10 + digit);
-    // Nanoseconds count forwards.
+    // Nanoseconds are added to the seconds, also before 1970.
     Some(if value.starts_with(b"-") && nanoseconds > 0 {
         Time::clamped(seconds.saturating_sub(1), 1_000_000_000 - nanoseconds)
     } else {
@@ -130,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn records_are_counted() {
+    fn records_have_an_explicit_length() {
         let pax = Pax::parse(b"29 SCHILY.xattr.user.a=1\n2=3\n11 path=ab\n0000000000000000000000032 uid=7\n")
             .unwrap();
         assert_eq!((pax.path.as_deref(), pax.uid), (Some(&b"ab"[..]), Some(7)));
@@ -156,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn records_without_a_value_take_back_what_was_said() {
+    fn records_without_a_value_cancel_earlier_ones() {
         let pax = Pax::parse(
             b"9 path=a\n8 path=\n9 uid=12\n7 uid=\n7 gid=\n8 size=\n9 mtime=\n13 linkpath=\n19 GNU.sparse.map=\n",
         );

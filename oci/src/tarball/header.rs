@@ -1,19 +1,19 @@
-//! One header of a tar archive: 512 bytes in one of the formats V7, ustar (with pax), GNU and star.
+//! The header of a tar entry: 512 bytes in the format V7, ustar (with pax), GNU or star.
 //!
-//! Fields are read as Go's archive/tar reads them, which docker, containerd and podman use: blank numbers are 0,
-//! numbers in base 256 may be negative, and only the magic number says which format it is.
+//! Fields are parsed as by Go's archive/tar, which docker, containerd and podman use: blank numbers are 0, numbers in
+//! base 256 may be negative, and only the magic number determines the format.
 
 use std::borrow::Cow;
 
-/// Bytes of a header, and what everything in an archive is padded to.
+/// Bytes of a record: headers are one record, and data is padded to whole records.
 pub(crate) const RECORD: usize = 512;
-/// Segments in the header of a sparse file, and in each record behind it.
+/// Segments in the header of a sparse file, and in each further record.
 const SEGMENTS: usize = 4;
 const MORE_SEGMENTS: usize = 21;
 /// Bytes of a segment: offset and length.
 const SEGMENT: usize = 24;
 
-/// A header.
+/// The header of an entry.
 #[derive(Debug)]
 pub(crate) struct Header([u8; RECORD]);
 
@@ -29,10 +29,10 @@ enum Format {
 pub(crate) type Segments = (Vec<(i128, i128)>, bool);
 
 impl Header {
-    /// A header, or none where the checksum is not that of the other bytes.
+    /// A header, or none if its checksum is wrong.
     pub(crate) fn new(bytes: [u8; RECORD]) -> Option<Self> {
         let header = Self(bytes);
-        // The sum counts its own field as spaces; some programs added signed bytes.
+        // The checksum field itself counts as spaces. Some programs add signed bytes.
         let others = || header.0[..148].iter().chain(&header.0[156..]);
         let unsigned = others().map(|&byte| i128::from(byte)).sum::<i128>() + 8 * 32;
         let signed = others().map(|&byte| i128::from(byte.cast_signed())).sum::<i128>() + 8 * 32;
@@ -53,12 +53,12 @@ impl Header {
         }
     }
 
-    /// The byte that says what the entry is.
+    /// The type flag of the entry.
     pub(crate) const fn kind(&self) -> u8 {
         self.0[156]
     }
 
-    /// The path, with the prefix where the format has one.
+    /// The path, with the prefix if the format has one.
     pub(crate) fn path(&self) -> Cow<'_, [u8]> {
         let name = until_zero(self.field(0, 100));
         let prefix = match self.format() {
@@ -93,17 +93,17 @@ impl Header {
         number(self.field(136, 12))
     }
 
-    /// A device's major number, which V7 does not have.
+    /// The major device number, which V7 does not have.
     pub(crate) fn major(&self) -> Option<i128> {
         if self.format() == Format::V7 { Some(0) } else { number(self.field(329, 8)) }
     }
 
-    /// A device's minor number, which V7 does not have.
+    /// The minor device number, which V7 does not have.
     pub(crate) fn minor(&self) -> Option<i128> {
         if self.format() == Format::V7 { Some(0) } else { number(self.field(337, 8)) }
     }
 
-    /// GNU's map of a sparse file, as far as it is in the header, and the file's size with its holes.
+    /// The part of a GNU sparse map that is in the header, and the size of the file with its holes.
     pub(crate) fn sparse(&self) -> Option<(Segments, i128)> {
         let size = number(self.field(483, 12))?;
         let segments = segments(self.field(386, SEGMENTS * SEGMENT + 1))?;
@@ -111,12 +111,12 @@ impl Header {
     }
 }
 
-/// The continuation of a sparse file's map.
+/// The segments in a further record of a GNU sparse map.
 pub(crate) fn more_segments(record: &[u8; RECORD]) -> Option<Segments> {
     segments(&record[..=MORE_SEGMENTS * SEGMENT])
 }
 
-/// Segments up to the first that is empty, and the byte behind them.
+/// Parses segments up to the first empty one, and the flag after them.
 fn segments(bytes: &[u8]) -> Option<Segments> {
     let (last, segments) = bytes.split_last()?;
     let (segments, _) = segments.as_chunks::<SEGMENT>();
@@ -129,8 +129,8 @@ fn until_zero(bytes: &[u8]) -> &[u8] {
     bytes.split(|&byte| byte == 0).next().unwrap_or_default()
 }
 
-/// A field's number: octal digits, or a two's complement in base 256 where the first bit is set. The second bit is
-/// its sign, since the first one is only a mark.
+/// Parses a number: octal digits or, if the first bit is set, a two's complement in base 256. The second bit is the
+/// sign, since the first one only marks the encoding.
 fn number(field: &[u8]) -> Option<i128> {
     let Some((&first, rest)) = field.split_first().filter(|(first, _)| **first & 0x80 != 0) else {
         return octal(field);
@@ -139,13 +139,13 @@ fn number(field: &[u8]) -> Option<i128> {
     Some(rest.iter().fold(top, |sum, &byte| sum << 8 | i128::from(byte)))
 }
 
-/// Octal digits, with spaces and zero bytes around them. A blank field is 0.
+/// Parses octal digits, surrounded by spaces and NUL bytes. A blank field is 0.
 fn octal(field: &[u8]) -> Option<i128> {
     let is_blank = |byte: &u8| matches!(byte, b' ' | 0);
     let start = field.iter().position(|byte| !is_blank(byte)).unwrap_or(field.len());
     let digits = field[start..].split(|byte| is_blank(byte)).next().unwrap_or_default();
     let rest = &field[start + digits.len()..];
-    // What stands behind a zero byte is no part of the field.
+    // Bytes after a NUL byte are not part of the field.
     if !until_zero(rest).iter().all(is_blank) {
         return None;
     }
@@ -173,7 +173,7 @@ mod tests {
             (b"", 0),
             (b"\x80\0\0\0\0\0\x01\x02", 258),
             (b"\xff\xff\xff\xff\xff\xff\xff\xfe", -2),
-            // Without a sign in the second bit: 2^62 - 2 and what has no end in 64 bits.
+            // A clear sign bit, and numbers that exceed 64 bits.
             (b"\xbf\xff\xff\xff\xff\xff\xff\xfe", (1 << 62) - 2),
             (b"\xff\xff\xff\xff\x80\0\0\0\0\0\0\0", i128::from(i64::MIN)),
             (b"\xff\xff\xff\xff\x7f\0\0\0\0\0\0\0", i128::from(i64::MIN) - (1 << 56)),
@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn the_magic_number_says_what_the_fields_are() {
+    fn the_magic_number_determines_the_fields() {
         let prefix = |length| ["p".repeat(length).as_bytes(), b"/name"].concat();
         for (magic, trailer, path, major) in [
             (&b"ustar\x0000"[..], &b""[..], prefix(155), 1),
