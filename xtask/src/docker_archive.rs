@@ -1,4 +1,4 @@
-//! A folder as a container image: an archive as `docker save` writes it, with the folder as its one layer.
+//! Packs a folder as a container image: an archive in the format of `docker save`, with one layer.
 
 use anyhow::Result;
 use kindling_vmm::config::image::sha256_of;
@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use xshell::{Shell, cmd};
 
-/// Writes `image.tar` into `place`. `config` is what the image says of its command.
+/// Writes `image.tar` into `place`. `config` is the `config` object of the image configuration.
 pub(crate) fn write(place: &Path, tree: &Path, config: &Value) -> Result<PathBuf> {
     let shell = Shell::new()?;
     shell.change_dir(place);

@@ -1,4 +1,4 @@
-//! `cargo xtask root-prices`: what a root filesystem costs as an initramfs and as EROFS on a disk, by its size.
+//! `cargo xtask root-prices`: the cost of a root filesystem as an initramfs and as EROFS on a disk, by its size.
 
 use crate::build_image::{self, Arguments as ImageArguments};
 use crate::root_tree::RootType;
@@ -17,18 +17,18 @@ pub(crate) struct Arguments {
     size: Vec<u64>,
 }
 
-/// Bytes of each file that fills a tree up.
+/// Size in bytes of each file in a tree.
 const FILE: u64 = 64 << 10;
-/// MiB of the guest.
+/// Memory of the guest in MiB.
 const GUEST_MIB: u64 = 128;
 const FORMS: [(RootType, &str); 2] = [(RootType::Initramfs, "initramfs"), (RootType::Erofs, "EROFS")];
-const LITTLE: &str = "/bin/busybox cat /proc/meminfo";
-/// What the guests run, and how they start: the least there is, something that reads the whole filesystem, and the
-/// least from a pre-booted kernel.
+const MINIMAL: &str = "/bin/busybox cat /proc/meminfo";
+/// The payloads and how they start: a minimal one, one that reads the whole filesystem, and the minimal one from a
+/// pre-booted kernel.
 const STARTS: [(&str, &str, &str); 3] = [
-    ("little", "--cold", LITTLE),
+    ("little", "--cold", MINIMAL),
     ("all", "--cold", "/bin/busybox sh -c 'for f in /bin/busybox /data/*; do cat $f; done > /dev/null'"),
-    ("continued", "", LITTLE),
+    ("continued", "", MINIMAL),
 ];
 
 /// Builds the images, boots each in one exact lab, and prints the table.
@@ -55,13 +55,13 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     Ok(0)
 }
 
-/// A tree of this many bytes: busybox, and files whose content differs.
+/// Fills a tree to this size: busybox, and files with different content.
 fn fill(root: &Path, bytes: u64) -> Result<()> {
     let busybox = root.join("bin/busybox");
     fs::create_dir(root.join("bin"))?;
     fs::create_dir(root.join("data"))?;
     let taken = fs::copy(lab::busybox()?, &busybox)?;
-    ensure!(taken <= bytes, "busybox alone has {taken} bytes");
+    ensure!(taken <= bytes, "busybox alone takes {taken} bytes");
     let mut block = vec![0_u8; usize::try_from(FILE)?];
     for number in 0..(bytes - taken) / FILE {
         block[..8].copy_from_slice(&number.to_le_bytes());
@@ -102,7 +102,7 @@ fn measure(images: &[(u64, &str, String)], place: &Path) -> Result<()> {
         has_xsave: false,
     };
     let status = job.run()?;
-    ensure!(status == 0, "a guest did not end well (status {status}); its output is above");
+    ensure!(status == 0, "a guest failed (status {status}); see its output above");
     Ok(())
 }
 
@@ -141,9 +141,12 @@ fn table(images: &[(u64, &str, String)], place: &Path) -> Result<String> {
 /// Nanoseconds from the start of the command to a step of its report.
 fn time_of(report: &[u8], step: &str) -> Result<i64> {
     let report: serde_json::Value = serde_json::from_slice(report)?;
-    let steps = report["steps"].as_array().context("a report without steps")?;
-    let step = steps.iter().find(|found| found["name"] == step).with_context(|| format!("no {step:?}"))?;
-    step["ns"].as_i64().context("a step without a time")
+    let steps = report["steps"].as_array().context("the boot report has no steps")?;
+    let step = steps
+        .iter()
+        .find(|found| found["name"] == step)
+        .with_context(|| format!("the boot report has no step {step:?}"))?;
+    step["ns"].as_i64().context("a step of the boot report has no time")
 }
 
 #[cfg(test)]

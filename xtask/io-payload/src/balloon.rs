@@ -1,9 +1,9 @@
 //! Timing of free page reporting through the balloon.
 //!
 //! A program cannot request it: the guest kernel reports free pages to the balloon two seconds after pages were freed
-//! (`PAGE_REPORTING_DELAY` in mm/page_reporting.c). The measuring thread sleeps until shortly before the report and then
-//! busy-loops on the clock. The time that the loop misses is the time that guest kernel, monitor and host spend on the
-//! report.
+//! (`PAGE_REPORTING_DELAY` in mm/page_reporting.c). The measuring thread sleeps until shortly before the report and
+//! then busy-loops on the clock. The time that the loop misses is the time that guest kernel, monitor and host spend on
+//! the report.
 
 use anyhow::{Result, ensure};
 use std::hint::black_box;

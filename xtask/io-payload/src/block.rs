@@ -80,8 +80,8 @@ impl Disk {
                     }
                     _ => opcode::Write::new(descriptor, page, SMALL_U32).offset(offset).build(),
                 };
-                // SAFETY: buffer and file live as long as the ring, which is in `self`. Two requests may read into the same page;
-                // its content is never used.
+                // SAFETY: buffer and file live as long as the ring, which is in `self`. Two requests may read into the
+                // same page; its content is never used.
                 unsafe { self.ring.submission().push(&entry) }?;
                 started += 1;
             }

@@ -2,8 +2,8 @@
 //!
 //! The payload's first argument is the number of repetitions of each operation. A second argument, [`REPORTS`], selects
 //! free page reporting. The payload performs the operations of each device that it finds. It then prints one line per
-//! operation, with its name and the nanoseconds of all repetitions on the guest's clock, and finally [`END`]. Before and
-//! after the repetitions it writes to [`MARK_PORT`], which no monitor handles but which KVM's tracepoints show.
+//! operation, with its name and the nanoseconds of all repetitions on the guest's clock, and finally [`END`]. Before
+//! and after the repetitions it writes to [`MARK_PORT`], which no monitor handles but which KVM's tracepoints show.
 
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, UdpSocket};
@@ -227,8 +227,8 @@ impl Operation {
         }
     }
 
-    /// The number of repetitions when 4 KiB operations are repeated `count` times. Longer operations are repeated less often:
-    /// as many bytes of them would not make the result more precise.
+    /// The number of repetitions when 4 KiB operations are repeated `count` times. Longer operations are repeated less
+    /// often: as many bytes of them would not make the result more precise.
     #[must_use]
     pub const fn repetitions(self, count: u32) -> u32 {
         match self {

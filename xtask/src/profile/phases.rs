@@ -1,12 +1,11 @@
-//! Which functions of the kernel begin a phase, and what each is for.
+//! The kernel functions that begin a phase, with descriptions.
 
 use super::kernel_image::{Initcall, KernelImage};
 use std::collections::HashMap;
 
-/// Functions in the order of a boot, each with what the kernel does from there until the next one of
-/// them: from `start_kernel` and `kernel_init` in init/main.c, and from `setup_arch` in
-/// arch/x86/kernel/setup.c. Those that the compiler put into their callers have no symbol, and their
-/// time belongs to the one before.
+/// Functions in boot order, each with a description of the work until the next one: from `start_kernel` and
+/// `kernel_init` in init/main.c, and from `setup_arch` in arch/x86/kernel/setup.c. Functions that the compiler inlined
+/// have no symbol, and their time is attributed to the previous function.
 const FUNCTIONS: [(&str, &str); 48] = [
     ("x86_64_start_kernel", "clears the kernel's own data, the first page tables"),
     ("start_kernel", "the first of the kernel that is the same on every processor"),
@@ -57,13 +56,13 @@ const FUNCTIONS: [(&str, &str); 48] = [
     ("do_sysctl_args", "what the command line sets"),
     ("run_init_process", "loads init and enters it"),
 ];
-/// What the kernel does before the first of them.
+/// The phase before the first function.
 pub(super) const ENTRY: (&str, &str) = ("entry", "assembly: page tables, 64-bit mode of the kernel's own");
 
-/// From this one on the kernel calls the initcalls of one level after the other.
+/// The function from which on the kernel calls the initcalls level by level.
 pub(super) const CALLS_INITCALLS: &str = "kernel_init_freeable";
 
-/// What VMM and init do until a step of theirs is complete.
+/// Descriptions of the steps of VMM and init, which end when they are complete.
 const STEPS: [(&str, &str); 14] = [
     ("command entered", "the host starts the process"),
     ("configuration checked", "arguments, image.json"),
@@ -81,44 +80,44 @@ const STEPS: [(&str, &str); 14] = [
     ("process ended", "the host takes memory and descriptors back"),
 ];
 
-/// What is done until a step of VMM or init is complete.
+/// The description of a step of VMM or init.
 pub(super) fn about_step(name: &str) -> &'static str {
     STEPS.iter().find(|(step, _)| *step == name).map_or("", |(_, about)| about)
 }
 
-/// What a mark begins.
+/// The target of a mark.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Begins {
+pub(super) enum MarkTarget {
     /// A phase of the kernel.
     Phase(&'static str, &'static str),
     /// An initcall.
     Initcall(Initcall),
 }
 
-/// The functions to mark and what each begins.
-pub(super) fn functions(kernel: &KernelImage, initcalls: &[Initcall]) -> HashMap<u64, Begins> {
+/// The functions to mark, by address.
+pub(super) fn functions(kernel: &KernelImage, initcalls: &[Initcall]) -> HashMap<u64, MarkTarget> {
     let symbols = &kernel.symbols;
     let phases = FUNCTIONS.iter().filter_map(|&(name, about)| {
         let address = symbols.address(name).filter(|&address| symbols.function(address) == Some(name))?;
-        Some((address, Begins::Phase(name, about)))
+        Some((address, MarkTarget::Phase(name, about)))
     });
-    let mut functions: HashMap<u64, Begins> = phases.collect();
-    // What is both is an initcall.
-    functions.extend(initcalls.iter().map(|call| (call.address, Begins::Initcall(call.clone()))));
+    let mut functions: HashMap<u64, MarkTarget> = phases.collect();
+    // A function that is both is treated as an initcall.
+    functions.extend(initcalls.iter().map(|call| (call.address, MarkTarget::Initcall(call.clone()))));
     functions
 }
 
-/// The functions of [`FUNCTIONS`] that a kernel has no symbol for.
+/// The functions of [`FUNCTIONS`] without a symbol in a kernel.
 pub(super) fn without_symbol(kernel: &KernelImage) -> Vec<String> {
     let missing = FUNCTIONS.iter().filter(|(name, _)| kernel.symbols.address(name).is_none());
     missing.map(|(name, _)| (*name).to_owned()).collect()
 }
 
-/// The lines of the list that `kindling boot --profile-functions` reads.
-pub(super) fn list(functions: &HashMap<u64, Begins>) -> String {
-    let name = |begins: &Begins| match begins {
-        Begins::Phase(name, _) => (*name).to_owned(),
-        Begins::Initcall(call) => call.name.clone(),
+/// The function list for `kindling boot --profile-functions`.
+pub(super) fn list(functions: &HashMap<u64, MarkTarget>) -> String {
+    let name = |begins: &MarkTarget| match begins {
+        MarkTarget::Phase(name, _) => (*name).to_owned(),
+        MarkTarget::Initcall(call) => call.name.clone(),
     };
     let mut functions: Vec<(u64, String)> =
         functions.iter().map(|(address, begins)| (*address, name(begins))).collect();
@@ -132,7 +131,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn functions_without_a_symbol_are_left_out() {
+    fn functions_without_a_symbol_are_omitted() {
         let image = kernel(&[0x90; 64], &[("setup_arch", 0), ("pty_init", 16), ("free_initmem", 32)], "");
         let pty = Initcall {
             address: TEXT + 16,
@@ -142,8 +141,8 @@ mod tests {
         };
         let functions = functions(&image, std::slice::from_ref(&pty));
         assert_eq!(functions.len(), 3);
-        assert_eq!(functions[&(TEXT + 16)], Begins::Initcall(pty));
-        assert!(matches!(functions[&TEXT], Begins::Phase("setup_arch", _)));
+        assert_eq!(functions[&(TEXT + 16)], MarkTarget::Initcall(pty));
+        assert!(matches!(functions[&TEXT], MarkTarget::Phase("setup_arch", _)));
         assert_eq!(
             list(&functions),
             "ffffffff81000000 setup_arch\nffffffff81000010 pty_init\nffffffff81000020 free_initmem\n"
