@@ -1,4 +1,4 @@
-//! What a user gets wrong is named in one line, with exit status 2. None of it needs KVM.
+//! Each invalid input is reported on one line with exit status 2. No test needs KVM.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
@@ -7,7 +7,7 @@ use std::process::Stdio;
 use tests::machine_code::{elf, exit};
 use tests::{kindling, run};
 
-/// Runs `kindling boot` and checks its one line.
+/// Runs `kindling boot` and checks its one-line error.
 #[track_caller]
 fn refused(arguments: &[&str], expected: &str) {
     let outcome = run(kindling().arg("boot").args(arguments).stdin(Stdio::null()));
@@ -17,10 +17,10 @@ fn refused(arguments: &[&str], expected: &str) {
     assert!(outcome.stderr.starts_with("kindling: "), "{outcome}");
 }
 
-/// A folder with a good kernel in it, and the path of a file of that folder.
-struct Place(tempfile::TempDir);
+/// A folder with a valid kernel.
+struct KernelFolder(tempfile::TempDir);
 
-impl Place {
+impl KernelFolder {
     fn new() -> Self {
         let place = Self(tempfile::tempdir().unwrap());
         place.file("kernel", &elf(&exit(0)));
@@ -39,8 +39,8 @@ impl Place {
 }
 
 #[test]
-fn kernels_that_are_none() {
-    let place = Place::new();
+fn invalid_kernels_are_refused() {
+    let place = KernelFolder::new();
     let good = elf(&exit(0));
     refused(&["--kernel", "/nonexistent"], "cannot read /nonexistent: No such file");
     refused(&["--kernel", "/tmp"], "/tmp is not a file");
@@ -58,8 +58,8 @@ fn kernels_that_are_none() {
 }
 
 #[test]
-fn every_truncation_of_the_headers() {
-    let place = Place::new();
+fn every_truncation_of_the_elf_headers_is_refused() {
+    let place = KernelFolder::new();
     let good = elf(&exit(0));
     for length in 4..120 {
         refused(&["--kernel", &place.file("k", &good[..length])], "truncated");
@@ -67,8 +67,8 @@ fn every_truncation_of_the_headers() {
 }
 
 #[test]
-fn segments_that_do_not_fit() {
-    let place = Place::new();
+fn invalid_elf_segments_are_refused() {
+    let place = KernelFolder::new();
     let with = |at: usize, value: u64| {
         let mut kernel = elf(&exit(0));
         kernel[at..at + 8].copy_from_slice(&value.to_le_bytes());
@@ -84,8 +84,8 @@ fn segments_that_do_not_fit() {
 }
 
 #[test]
-fn initrds() {
-    let place = Place::new();
+fn invalid_initrds_are_refused() {
+    let place = KernelFolder::new();
     let kernel = place.kernel();
     let boot = |initrd: &str, expected: &str| {
         refused(&["--memory", "16", "--kernel", &kernel, "--initrd", initrd], expected)
@@ -98,8 +98,8 @@ fn initrds() {
 }
 
 #[test]
-fn numbers() {
-    let place = Place::new();
+fn memory_and_vcpus_out_of_range_are_refused() {
+    let place = KernelFolder::new();
     let kernel = place.kernel();
     for (option, value, expected) in [
         ("--memory", "0", "mem_size_mib is 0"),
@@ -115,8 +115,8 @@ fn numbers() {
 }
 
 #[test]
-fn command_lines() {
-    let place = Place::new();
+fn invalid_command_lines_are_refused() {
+    let place = KernelFolder::new();
     let kernel = place.kernel();
     refused(
         &["--kernel", &kernel, "--cmdline", &"x".repeat(2048)],
@@ -128,8 +128,8 @@ fn command_lines() {
 }
 
 #[test]
-fn configuration_files() {
-    let place = Place::new();
+fn invalid_configuration_files_are_refused() {
+    let place = KernelFolder::new();
     let json = |text: &str, expected: &str| {
         refused(&["--config-file", &place.file("c.json", text.as_bytes())], expected)
     };
@@ -142,25 +142,25 @@ fn configuration_files() {
 }
 
 #[test]
-fn words_of_a_file_do_not_reach_the_terminal_as_commands() {
-    let place = Place::new();
+fn control_characters_of_a_file_do_not_reach_the_terminal() {
+    let place = KernelFolder::new();
     let json = r#"{"boot-source": {"kernel_image_path": "k", "\u001b[31mred\u0007": 1}}"#;
     refused(&["--config-file", &place.file("c.json", json.as_bytes())], "unknown field `.[31mred.`");
 }
 
 #[test]
-fn a_closed_standard_error_changes_no_exit_status() {
+fn a_closed_standard_error_does_not_change_the_exit_status() {
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
     let status = kindling().args(["boot", "--kernel", "/nonexistent"]).stderr(writer).status().unwrap();
     assert_eq!(status.code(), Some(2));
 }
 
-/// The first files that this program opens would get the numbers of the streams, and messages would go
-/// into them.
+/// Otherwise the first files that the program opens would get the descriptors of the standard streams, and messages
+/// would be written into them.
 #[test]
-fn closed_standard_streams_get_no_file() {
-    let place = Place::new();
+fn closed_standard_streams_are_not_reused_for_files() {
+    let place = KernelFolder::new();
     let path = place.0.path().join("image.json");
     std::fs::write(&path, "{}").unwrap();
     let script = r#"exec "$0" boot --image "$1" 0<&- 1>&- 2>&-"#;
@@ -176,8 +176,8 @@ fn closed_standard_streams_get_no_file() {
 }
 
 #[test]
-fn images() {
-    let place = Place::new();
+fn invalid_images_are_refused() {
+    let place = KernelFolder::new();
     let path = place.0.path().to_str().unwrap().to_owned();
     refused(&["--image", "/nonexistent"], "cannot read /nonexistent/image.json");
     refused(&["--image", &path], "image.json: No such file");
@@ -200,8 +200,8 @@ fn images() {
 }
 
 #[test]
-fn vsock_sockets() {
-    let place = Place::new();
+fn invalid_vsock_paths_are_refused() {
+    let place = KernelFolder::new();
     let kernel = place.kernel();
     let at = |path: &str, expected: &str| refused(&["--kernel", &kernel, "--vsock", path], expected);
     let file = place.file("taken", b"mine");
@@ -215,10 +215,10 @@ fn vsock_sockets() {
 }
 
 #[test]
-fn consoles() {
-    let place = Place::new();
+fn an_invalid_console_file_is_refused() {
+    let place = KernelFolder::new();
     let kernel = place.kernel();
-    // Only where there is a KVM does the console's file matter; elsewhere that is what is named.
+    // Without KVM the error is about KVM, and the console file is not reached.
     let outcome = run(kindling()
         .args(["boot", "--kernel", &kernel, "--console", "/nonexistent/console"])
         .stdin(Stdio::null()));
@@ -243,8 +243,8 @@ fn usage_errors_are_status_2() {
 }
 
 #[test]
-fn disks_that_are_none() {
-    let place = Place::new();
+fn invalid_disks_are_refused() {
+    let place = KernelFolder::new();
     let kernel = place.kernel();
     let refused = |drives: &[&str], expected: &str| {
         let mut arguments = vec!["--kernel", &kernel];
@@ -269,8 +269,8 @@ fn disks_that_are_none() {
 }
 
 #[test]
-fn devices_that_make_no_sense() {
-    let place = Place::new();
+fn invalid_device_options_are_refused() {
+    let place = KernelFolder::new();
     let kernel = place.kernel();
     let path = format!("/tmp/{}", "x".repeat(103));
     let table: [(&[&str], &str); 7] = [
@@ -288,8 +288,8 @@ fn devices_that_make_no_sense() {
 }
 
 #[test]
-fn devices_of_a_configuration_file() {
-    let place = Place::new();
+fn invalid_devices_in_a_configuration_file_are_refused() {
+    let place = KernelFolder::new();
     let kernel = place.kernel();
     let disk = place.file("disk", &[0; 4096]);
     let drive = |id: &str, more: &str| format!(r#"{{"drive_id": "{id}", "path_on_host": "{disk}"{more}}}"#);
@@ -331,8 +331,8 @@ fn devices_of_a_configuration_file() {
 }
 
 #[test]
-fn network_cards() {
-    let place = Place::new();
+fn invalid_network_options_are_refused() {
+    let place = KernelFolder::new();
     let kernel = place.kernel();
     for (net, expected) in [
         ("a-name-of-17-byte", "the name of an interface has 1 to 15 bytes"),
@@ -345,7 +345,7 @@ fn network_cards() {
     ] {
         refused(&["--net", net, "--kernel", &kernel], expected);
     }
-    // A port that somebody has.
+    // A port that is in use.
     let listener = std::net::TcpListener::bind("0.0.0.0:0").unwrap();
     let port = listener.local_addr().unwrap().port();
     let expected = format!("port {port} of the host is in use; choose another one");
@@ -353,13 +353,13 @@ fn network_cards() {
 }
 
 #[test]
-#[expect(clippy::print_stdout, reason = "a test that does not apply says so")]
-fn networking_without_passt() {
+#[expect(clippy::print_stdout, reason = "skipped tests are reported")]
+fn net_user_without_passt_is_refused() {
     if ["/usr/bin/passt", "/usr/local/bin/passt"].into_iter().any(|program| Path::new(program).exists()) {
-        println!("this host has passt in a folder of the system");
+        println!("skipped: this host has passt in a system folder");
         return;
     }
-    let place = Place::new();
+    let place = KernelFolder::new();
     let kernel = place.kernel();
     let outcome = run(kindling().env("PATH", "").args(["boot", "--net", "user", "--kernel", &kernel]));
     outcome
@@ -368,13 +368,13 @@ fn networking_without_passt() {
 }
 
 #[test]
-#[expect(clippy::print_stdout, reason = "a test that does not apply says so")]
-fn where_no_guest_can_run_it_is_said_once() {
+#[expect(clippy::print_stdout, reason = "skipped tests are reported")]
+fn a_host_without_usable_kvm_is_reported_on_one_line() {
     if kindling_vmm::kvm::probe::probe().is_good() {
-        println!("guests can run here");
+        println!("skipped: this host has a usable KVM");
         return;
     }
-    let place = Place::new();
+    let place = KernelFolder::new();
     let mut command = kindling();
     command.arg("run").arg(tests::testbed("busybox.erofs")).arg("true").stdin(Stdio::null());
     command.env("XDG_CACHE_HOME", place.0.path()).env("XDG_RUNTIME_DIR", place.0.path());
@@ -384,9 +384,9 @@ fn where_no_guest_can_run_it_is_said_once() {
     outcome.expect_stderr("; `kindling doctor` says what this host lacks, and `cargo xtask run`");
 }
 
-/// Its front gives it a socket.
+/// `kindling` passes the monitor a socket as its standard input.
 #[test]
-fn a_monitor_without_a_front_says_whose_it_is() {
+fn kindling_vmm_started_by_hand_or_by_another_version_is_refused() {
     let outcome =
         run(std::process::Command::new(tests::testbed("kindling-vmm")).stdin(std::process::Stdio::null()));
     outcome.expect_status(125).expect_stderr("`kindling` starts this program, not its users");
@@ -399,9 +399,5 @@ fn a_monitor_without_a_front_says_whose_it_is() {
     let (_ours, its) = std::os::unix::net::UnixStream::pair().map(|(ours, its)| (drop(ours), its)).unwrap();
     let input = std::process::Stdio::from(std::os::fd::OwnedFd::from(its));
     let outcome = run(std::process::Command::new(tests::testbed("kindling-vmm")).stdin(input));
-    assert_eq!(
-        outcome.expect_status(0).stderr,
-        "",
-        "a front that never asks for a machine is none the worse"
-    );
+    assert_eq!(outcome.expect_status(0).stderr, "", "a closed socket without a request must not be an error");
 }

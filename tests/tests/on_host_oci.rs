@@ -1,4 +1,4 @@
-//! An image that comes from a registry, Debian's docker-registry, is the one that went there.
+//! Images pulled from a registry (Debian's docker-registry).
 
 use kindling_vmm::config::image::sha256;
 use serde_json::{Value, json};
@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use tests::testbed;
 
-/// A registry on a port of this machine that the kernel chose.
+/// A registry on a local port chosen by the kernel.
 struct Registry {
     child: Child,
     address: String,
@@ -24,7 +24,7 @@ impl Registry {
             "storage": { "filesystem": { "rootdirectory": root } },
             "http": { "addr": "127.0.0.1:0" },
         });
-        // YAML has JSON in it.
+        // JSON is valid YAML.
         fs::write(&config, text.to_string()).unwrap();
         let mut command = Command::new(testbed("docker-registry"));
         let mut child =
@@ -35,14 +35,14 @@ impl Registry {
                 let (_, rest) = line.split_once("listening on ")?;
                 Some(rest.split(['"', ' ', ',']).next()?.to_owned())
             })
-            .expect("the registry says where it listens");
-        // Nobody must be kept from writing to a pipe that is full.
+            .expect("the registry prints its address");
+        // Drains the pipe, so that the registry never blocks on a full one.
         std::thread::spawn(move || lines.for_each(drop));
         Self { child, address }
     }
 
-    /// A request; the header Location of the answer.
-    fn ask(&self, method: &str, path: &str, media_type: &str, body: &[u8]) -> Option<String> {
+    /// Sends a request; returns the Location header of the response.
+    fn request(&self, method: &str, path: &str, media_type: &str, body: &[u8]) -> Option<String> {
         let mut stream = TcpStream::connect(&self.address).unwrap();
         let (address, length) = (&self.address, body.len());
         let head = format!(
@@ -59,9 +59,14 @@ impl Registry {
 
     fn push(&self, media_type: &str, blob: &[u8]) -> Value {
         let digest = format!("sha256:{}", sha256(blob));
-        let location = self.ask("POST", "/v2/team/app/blobs/uploads/", "text/plain", b"").unwrap();
+        let location = self.request("POST", "/v2/team/app/blobs/uploads/", "text/plain", b"").unwrap();
         let separator = if location.contains('?') { '&' } else { '?' };
-        self.ask("PUT", &format!("{location}{separator}digest={digest}"), "application/octet-stream", blob);
+        self.request(
+            "PUT",
+            &format!("{location}{separator}digest={digest}"),
+            "application/octet-stream",
+            blob,
+        );
         json!({ "mediaType": media_type, "digest": digest, "size": blob.len() })
     }
 }
@@ -81,7 +86,7 @@ fn prepare(cache: &Path, image: &str) -> Value {
 }
 
 #[test]
-fn an_image_is_the_same_from_a_registry_and_from_a_file() {
+fn an_image_from_a_registry_converts_like_the_same_image_from_a_file() {
     let place = tempfile::tempdir().unwrap();
     let place = place.path();
     let tree = place.join("tree");
@@ -112,7 +117,7 @@ fn an_image_is_the_same_from_a_registry_and_from_a_file() {
     let manifest = json!({
         "schemaVersion": 2, "mediaType": media_type, "config": config, "layers": [layer],
     });
-    registry.ask("PUT", "/v2/team/app/manifests/1", media_type, manifest.to_string().as_bytes());
+    registry.request("PUT", "/v2/team/app/manifests/1", media_type, manifest.to_string().as_bytes());
 
     let pulled = prepare(&place.join("pulled"), &format!("{}/team/app:1", registry.address));
     let opened = prepare(&place.join("opened"), place.join("saved.tar").to_str().unwrap());
