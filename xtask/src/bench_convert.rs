@@ -73,21 +73,21 @@ pub(crate) fn run(runs: usize) -> Result<u8> {
 /// Measures each conversion `runs` times.
 pub(crate) fn measure(runs: usize) -> Result<Figures> {
     let images = test_images::build()?;
-    let place =
+    let scratch =
         tempfile::tempdir_in(images.folder.parent().context("the folder of test images has no parent")?)?;
-    let place = place.path();
-    let (tree, shell) = (place.join("tree"), Shell::new()?);
+    let scratch = scratch.path();
+    let (tree, shell) = (scratch.join("tree"), Shell::new()?);
     let rootfs = images.prepare(IMAGE)?;
     cmd!(shell, "fsck.erofs --extract={tree} {rootfs}").quiet().ignore_stdout().ignore_stderr().run()?;
-    let plain = docker_archive::write(place, &tree, &json!({}))?;
-    let (layer, gzip) = (place.join("layer.tar"), place.join("gzip.tar"));
-    shell.change_dir(place);
+    let plain = docker_archive::write(scratch, &tree, &json!({}))?;
+    let (layer, gzip) = (scratch.join("layer.tar"), scratch.join("gzip.tar"));
+    shell.change_dir(scratch);
     cmd!(shell, "gzip --keep layer.tar").quiet().run()?;
     let manifest = json!([{ "Config": "config.json", "Layers": ["layer.tar.gz"] }]);
-    fs::write(place.join("manifest.json"), manifest.to_string())?;
+    fs::write(scratch.join("manifest.json"), manifest.to_string())?;
     cmd!(shell, "tar --create --file {gzip} manifest.json config.json layer.tar.gz").quiet().run()?;
-    let erofs = place.join("mkfs.erofs");
-    let cache = place.join("cache");
+    let erofs = scratch.join("mkfs.erofs");
+    let cache = scratch.join("cache");
     let prepare = |archive: &Path| {
         let mut command = Command::new(&images.program);
         command.args(["prepare", "--cache"]).args([&cache, archive]);
@@ -100,7 +100,7 @@ pub(crate) fn measure(runs: usize) -> Result<Figures> {
         times[1].push(prepare(&plain)?);
         times[2].push(measured(UsageWho::RUSAGE_THREAD, || Ok(sha256_of(&layer).map(drop)?))?);
         times[3].push(prepare(&gzip)?);
-        let (unpacked, compressed) = (place.join("unpacked"), place.join("layer.tar.gz"));
+        let (unpacked, compressed) = (scratch.join("unpacked"), scratch.join("layer.tar.gz"));
         fs::create_dir(&unpacked)?;
         let mut tar = Command::new("tar");
         times[4].push(time(

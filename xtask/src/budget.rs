@@ -32,8 +32,8 @@ const OUTPUT_TIMEOUT: Duration = Duration::from_secs(120);
 /// Measures and prints a table. The exit status is 1 if a test failed in one of the labs.
 pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let (_lock, testbed) = test::testbed()?;
-    let place = tempfile::tempdir_in(crate::cargo::target_directory())?;
-    let programs = test::programs(false, place.path())?;
+    let scratch = tempfile::tempdir_in(crate::cargo::target_directory())?;
+    let programs = test::programs(false, scratch.path())?;
     let program = programs
         .iter()
         .find(|program| program.name == PROGRAM)

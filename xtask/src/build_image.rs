@@ -307,10 +307,10 @@ mod tests {
 
     impl SmallTmpfs {
         fn new(mib: u64) -> Option<Self> {
-            let place = tempfile::tempdir().unwrap();
+            let scratch = tempfile::tempdir().unwrap();
             let size = std::ffi::CString::new(format!("size={mib}m")).unwrap();
-            mount("none", place.path(), "tmpfs", MountFlags::empty(), &*size).ok()?;
-            Some(Self(place))
+            mount("none", scratch.path(), "tmpfs", MountFlags::empty(), &*size).ok()?;
+            Some(Self(scratch))
         }
     }
 

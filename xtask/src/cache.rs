@@ -132,8 +132,8 @@ mod tests {
 
     #[test]
     fn a_published_draft_replaces_the_target_and_an_abandoned_one_is_removed() {
-        let place = tempfile::tempdir().unwrap();
-        let target = place.path().join("image");
+        let scratch = tempfile::tempdir().unwrap();
+        let target = scratch.path().join("image");
         for content in ["one", "two"] {
             let draft = Draft::beside(&target).unwrap();
             fs::write(draft.path().join(content), content).unwrap();
@@ -142,9 +142,9 @@ mod tests {
             assert_eq!(names, [content]);
         }
         // A build that was killed leaves its draft; the next one removes it.
-        fs::create_dir(place.path().join(".draft-image-killed")).unwrap();
+        fs::create_dir(scratch.path().join(".draft-image-killed")).unwrap();
         drop(Draft::beside(&target).unwrap());
-        let left: Vec<_> = fs::read_dir(place.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        let left: Vec<_> = fs::read_dir(scratch.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert_eq!(left, ["image"]);
     }
 }

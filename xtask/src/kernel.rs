@@ -147,22 +147,22 @@ pub(crate) fn build(source: &Source, asked: &Composed) -> Result<Kernel> {
     let tools = tools()?;
     let versions: String = tools.iter().map(|(name, version)| format!("{name} {version}\n")).collect();
     let key = cache::key(&[RECIPE, &source.identity, &asked.text(), &versions]);
-    let place = cache::subdirectory("kernels")?.join(&key);
-    if !place.exists() {
+    let target = cache::subdirectory("kernels")?.join(&key);
+    if !target.exists() {
         let _lock = cache::lock(&format!("kernel-build-{}", source.identity))?;
-        if !place.exists() {
-            build_into(source, asked, &place)?;
+        if !target.exists() {
+            build_into(source, asked, &target)?;
         }
     }
     let read = |name: &str| -> Result<String> {
-        fs::read_to_string(place.join(name)).with_context(|| format!("{} is incomplete", place.display()))
+        fs::read_to_string(target.join(name)).with_context(|| format!("{} is incomplete", target.display()))
     };
     Ok(Kernel {
         version: read("version")?,
         vcpus_max: vcpus_max(&read("config")?),
         config_sha256: sha256(read("config")?.as_bytes()),
-        vmlinux: place.join("vmlinux"),
-        system_map: place.join("System.map"),
+        vmlinux: target.join("vmlinux"),
+        system_map: target.join("System.map"),
         tools,
     })
 }
@@ -181,26 +181,26 @@ fn tools() -> Result<BTreeMap<String, String>> {
     Ok(BTreeMap::from([("gcc".to_owned(), gcc), ("ld".to_owned(), ld)]))
 }
 
-fn build_into(source: &Source, asked: &Composed, place: &Path) -> Result<()> {
+fn build_into(source: &Source, asked: &Composed, target: &Path) -> Result<()> {
     let work = cache::subdirectory("kernel-build")?.join(&source.identity);
     fs::create_dir_all(&work)?;
     configure_in(source, asked, &work)?;
     compile(source, &work)?;
-    let draft = Draft::beside(place)?;
+    let draft = Draft::beside(target)?;
     // Symbols are kept in System.map only.
     vmlinux::pack(&work.join("vmlinux"), &draft.path().join("vmlinux"))?;
     fs::copy(work.join("System.map"), draft.path().join("System.map"))?;
     fs::copy(work.join(".config"), draft.path().join("config"))?;
     let version = make(source, &work).args(["--silent", "kernelrelease"]).output()?;
     fs::write(draft.path().join("version"), String::from_utf8_lossy(&version.stdout).trim())?;
-    draft.publish(place)
+    draft.publish(target)
 }
 
 /// Configures a kernel with these fragments, and checks that their settings took effect.
 pub(crate) fn configure(source: &Source, asked: &Composed) -> Result<KernelConfig> {
     debian::ensure_kernel_build_tools()?;
-    let place = tempfile::tempdir()?;
-    configure_in(source, asked, place.path())
+    let target = tempfile::tempdir()?;
+    configure_in(source, asked, target.path())
 }
 
 fn configure_in(source: &Source, asked: &Composed, work: &Path) -> Result<KernelConfig> {

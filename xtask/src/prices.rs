@@ -122,7 +122,7 @@ impl Measured {
 
 /// Builds all variants, boots each in one exact lab, and prints the table; also writes it to `out`.
 pub(crate) fn run(kernel_source: Option<&Path>, only: &[String], out: Option<&Path>) -> Result<u8> {
-    let place = tempfile::tempdir()?;
+    let scratch = tempfile::tempdir()?;
     let variants = chosen(only)?;
     let source = kernel::source(kernel_source)?;
     // Configuration errors show within seconds, while the builds take an hour.
@@ -132,10 +132,10 @@ pub(crate) fn run(kernel_source: Option<&Path>, only: &[String], out: Option<&Pa
     }
     for (number, variant) in variants.iter().enumerate() {
         eprintln!("kernel {} of {}: {}", number + 1, variants.len(), variant.name());
-        build(variant, &source, &place.path().join(variant.name()))
+        build(variant, &source, &scratch.path().join(variant.name()))
             .with_context(|| format!("the kernel of {}", variant.name()))?;
     }
-    let measured = measure(&variants, place.path())?;
+    let measured = measure(&variants, scratch.path())?;
     let text = table(&variants, &measured);
     print!("{text}");
     if let Some(path) = out {
@@ -159,8 +159,8 @@ fn build(variant: &Variant, source: &kernel::Source, directory: &Path) -> Result
 }
 
 /// Boots each kernel to init and to a payload that prints the guest's memory, and measures starts of programs.
-fn measure(variants: &[Variant], place: &Path) -> Result<Vec<Measured>> {
-    let busybox = place.join("busybox.cpio");
+fn measure(variants: &[Variant], scratch: &Path) -> Result<Vec<Measured>> {
+    let busybox = scratch.join("busybox.cpio");
     let root = tempfile::tempdir()?;
     fs::create_dir(root.path().join("bin"))?;
     fs::copy(lab::busybox()?, root.path().join("bin/busybox"))?;
@@ -179,7 +179,7 @@ fn measure(variants: &[Variant], place: &Path) -> Result<Vec<Measured>> {
         );
         for kind in ["json", "memory"] {
             let file = format!("{name}.{kind}");
-            get.push((lab::inside(&file), place.join(&file)));
+            get.push((lab::inside(&file), scratch.join(&file)));
         }
     }
     let job = lab::Job {
@@ -190,7 +190,7 @@ fn measure(variants: &[Variant], place: &Path) -> Result<Vec<Measured>> {
         environment: Vec::new(),
         with: vec![
             (cargo::release_binary("kindling-cli", "kindling")?, "/bin/kindling".to_owned()),
-            (place.to_owned(), "/prices".to_owned()),
+            (scratch.to_owned(), "/prices".to_owned()),
         ],
         get,
         disk: None,
@@ -198,20 +198,20 @@ fn measure(variants: &[Variant], place: &Path) -> Result<Vec<Measured>> {
     };
     let status = job.run()?;
     ensure!(status == 0, "a kernel failed to boot (status {status}); see its output above");
-    let images = variants.iter().map(|variant| (variant.name().to_owned(), place.join(variant.name())));
+    let images = variants.iter().map(|variant| (variant.name().to_owned(), scratch.join(variant.name())));
     let starts = bench::starts(images.collect(), STARTS)?;
     let starts = variants.iter().zip(starts);
-    starts.map(|(variant, start)| read(place, variant.name(), start)).collect()
+    starts.map(|(variant, start)| read(scratch, variant.name(), start)).collect()
 }
 
-fn read(place: &Path, name: &str, start: Option<Start>) -> Result<Measured> {
-    let report: serde_json::Value = serde_json::from_slice(&fs::read(place.join(format!("{name}.json")))?)?;
+fn read(scratch: &Path, name: &str, start: Option<Start>) -> Result<Measured> {
+    let report: serde_json::Value = serde_json::from_slice(&fs::read(scratch.join(format!("{name}.json")))?)?;
     let steps = report["steps"].as_array().context("the boot report has no steps")?;
     let init = guest_protocol::BootMark::InitEntered.name();
     let step = steps.iter().find(|step| step["name"] == init).context("the boot did not reach init")?;
-    let memory = fs::read_to_string(place.join(format!("{name}.memory")))?;
+    let memory = fs::read_to_string(scratch.join(format!("{name}.memory")))?;
     let free = free_kib(&memory).with_context(|| format!("{name}: no MemFree in {memory:?}"))?;
-    let image = Image::open(&place.join(name))?;
+    let image = Image::open(&scratch.join(name))?;
     Ok(Measured {
         boot_ns: step["ns"].as_i64().context("a step of the boot report has no time")?,
         kernel_bytes: i64::try_from(image.kernel.size)?,

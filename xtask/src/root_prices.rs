@@ -33,7 +33,7 @@ const STARTS: [(&str, &str, &str); 3] = [
 
 /// Builds the images, boots each in one exact lab, and prints the table.
 pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
-    let place = tempfile::tempdir()?;
+    let scratch = tempfile::tempdir()?;
     let mut images = Vec::new();
     for &size in &arguments.size {
         let root = tempfile::tempdir()?;
@@ -44,14 +44,14 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
                 name: Some(image.clone()),
                 root: Some(root.path().into()),
                 root_type: Some(form),
-                out: Some(place.path().join(&image)),
+                out: Some(scratch.path().join(&image)),
                 ..ImageArguments::default()
             })?;
             images.push((size, name, image));
         }
     }
-    measure(&images, place.path())?;
-    print!("{}", table(&images, place.path())?);
+    measure(&images, scratch.path())?;
+    print!("{}", table(&images, scratch.path())?);
     Ok(0)
 }
 
@@ -70,7 +70,7 @@ fn fill(root: &Path, bytes: u64) -> Result<()> {
     Ok(())
 }
 
-fn measure(images: &[(u64, &str, String)], place: &Path) -> Result<()> {
+fn measure(images: &[(u64, &str, String)], scratch: &Path) -> Result<()> {
     let mut script = String::new();
     let mut get: Vec<(String, PathBuf)> = Vec::new();
     for (_, _, image) in images {
@@ -84,12 +84,12 @@ fn measure(images: &[(u64, &str, String)], place: &Path) -> Result<()> {
             );
             for kind in ["json", "out"] {
                 let file = format!("{name}.{kind}");
-                get.push((lab::inside(&file), place.join(&file)));
+                get.push((lab::inside(&file), scratch.join(&file)));
             }
         }
     }
     let mut with = vec![(cargo::release_binary("kindling-cli", "kindling")?, "/bin/kindling".to_owned())];
-    with.extend(images.iter().map(|(_, _, image)| (place.join(image), format!("/images/{image}"))));
+    with.extend(images.iter().map(|(_, _, image)| (scratch.join(image), format!("/images/{image}"))));
     let job = lab::Job {
         exact: true,
         cpus: 1,
@@ -107,21 +107,22 @@ fn measure(images: &[(u64, &str, String)], place: &Path) -> Result<()> {
 }
 
 #[expect(clippy::cast_precision_loss, reason = "for display")]
-fn table(images: &[(u64, &str, String)], place: &Path) -> Result<String> {
+fn table(images: &[(u64, &str, String)], scratch: &Path) -> Result<String> {
     let mut text = String::from(
         "| root, MiB | form | to the payload, ms | to the end, ms | to the end of reading it all, ms | \
          guest memory taken, MiB | pre-booted: to the payload, ms | to the end, ms |\n\
          |---:|---|---:|---:|---:|---:|---:|---:|\n",
     );
     for (size, form, image) in images {
-        let report =
-            |start: &str, step: &str| time_of(&fs::read(place.join(format!("{image}-{start}.json")))?, step);
+        let report = |start: &str, step: &str| {
+            time_of(&fs::read(scratch.join(format!("{image}-{start}.json")))?, step)
+        };
         let started = report("little", BootMark::PayloadStarted.name())?;
         let ended = report("little", "guest ended")?;
         let read = report("all", "guest ended")?;
         let continued = report("continued", BootMark::PayloadStarted.name())?;
         let continued_end = report("continued", "guest ended")?;
-        let meminfo = fs::read_to_string(place.join(format!("{image}-little.out")))?;
+        let meminfo = fs::read_to_string(scratch.join(format!("{image}-little.out")))?;
         let free = crate::prices::free_kib(&meminfo).with_context(|| format!("no MemFree in {meminfo:?}"))?;
         let taken = GUEST_MIB as f64 - free as f64 / 1024.0;
         let ms = |ns: i64| ns as f64 / 1e6;

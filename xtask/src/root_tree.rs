@@ -140,18 +140,18 @@ fn has_attributes(path: &Path) -> Result<bool> {
 pub(crate) fn make_erofs(root: &Path, survey: &Survey, keep_owners: bool, target: &Path) -> Result<String> {
     debian::ensure_erofs_tools()?;
     let root = root.canonicalize()?;
-    let place = target.parent().context("the target has no parent folder")?.canonicalize()?;
-    if place.starts_with(&root) {
+    let location = target.parent().context("the target has no parent folder")?.canonicalize()?;
+    if location.starts_with(&root) {
         bail!("--root {} would contain the image itself; choose another --out", root.display());
     }
-    let disk = statvfs(&place).context("cannot determine the free space")?;
+    let disk = statvfs(&location).context("cannot determine the free space")?;
     let free = disk.f_bavail.saturating_mul(disk.f_frsize);
     if survey.blocks > free {
         bail!(
             "{} needs {} MiB, and {} has {} MiB free",
             root.display(),
             survey.blocks >> 20,
-            place.display(),
+            location.display(),
             free >> 20
         );
     }
@@ -234,8 +234,8 @@ mod tests {
     }
 
     fn erofs(root: &Path, keep_owners: bool) -> Result<Vec<u8>> {
-        let place = tempfile::tempdir()?;
-        let target = place.path().join("root.erofs");
+        let location = tempfile::tempdir()?;
+        let target = location.path().join("root.erofs");
         make_erofs(root, &Survey::of(root)?, keep_owners, &target)?;
         Ok(fs::read(target)?)
     }
@@ -292,8 +292,8 @@ mod tests {
             }
         }
         let survey = Survey::of(root.path()).unwrap();
-        let place = tempfile::tempdir().unwrap();
-        let target = place.path().join("root.erofs");
+        let location = tempfile::tempdir().unwrap();
+        let target = location.path().join("root.erofs");
         make_erofs(root.path(), &survey, false, &target).unwrap();
         assert!(fs::metadata(&target).unwrap().len() <= survey.blocks + (1 << 20));
         let output = |program: &str, option: &str| {

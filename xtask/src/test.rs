@@ -50,8 +50,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let host = Host::choose(false, true);
     let (_lock, testbed) = testbed()?;
     let images = test_images::build()?;
-    let place = tempfile::Builder::new().prefix("test-programs-").tempdir_in(cargo::target_directory())?;
-    let mut programs = programs(arguments.ignored, place.path())?;
+    let location = tempfile::Builder::new().prefix("test-programs-").tempdir_in(cargo::target_directory())?;
+    let mut programs = programs(arguments.ignored, location.path())?;
     // Programs without matching tests are skipped, because a lab takes longer to boot than most tests.
     programs.retain(|program| program.has_tests(filter));
     if programs.is_empty() {
@@ -64,7 +64,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let chosen = |prefix: &str| -> Vec<&Program> {
         programs.iter().filter(|program| program.prefix() == prefix).collect()
     };
-    let here = |place, programs| Step::Host { place, programs, testbed: &testbed, images: &images, filter };
+    let here =
+        |location, programs| Step::Host { location, programs, testbed: &testbed, images: &images, filter };
     let queue = |cpus, prefix, images| Queue::new(cpus, chosen(prefix), &testbed, images, filter);
     let crates = (filter.is_empty() && !arguments.ignored).then_some(Step::UnitTests);
     let on_host = here("on this host", chosen(ON_HOST));
@@ -129,7 +130,7 @@ enum Step<'a> {
     UnitTests,
     /// Test programs on this machine.
     Host {
-        place: &'static str,
+        location: &'static str,
         programs: Vec<&'a Program>,
         testbed: &'a Path,
         images: &'a Images,
@@ -143,12 +144,12 @@ impl Step<'_> {
     fn run(&self, report: &Report) -> Result<()> {
         match self {
             Self::UnitTests => unit_tests(report),
-            Self::Host { place, programs, testbed, images, filter } => {
+            Self::Host { location, programs, testbed, images, filter } => {
                 for program in programs {
                     let mut command = Command::new(&program.path);
                     command.args(program.arguments(filter));
                     command.env("KINDLING_TESTBED", testbed).env(test_images::VARIABLE, &images.folder);
-                    run_on_host(command, report.transcript(&program.name, place))?;
+                    run_on_host(command, report.transcript(&program.name, location))?;
                 }
                 Ok(())
             }
@@ -222,8 +223,8 @@ impl Program {
     }
 }
 
-/// Builds the test programs and links them into `place`, where a parallel build does not replace them.
-pub(crate) fn programs(is_slow: bool, place: &Path) -> Result<Vec<Program>> {
+/// Builds the test programs and links them into `location`, where a parallel build does not replace them.
+pub(crate) fn programs(is_slow: bool, location: &Path) -> Result<Vec<Program>> {
     let shell = cargo::shell()?;
     let output = cmd!(shell, "cargo test --quiet --package tests --tests --no-run --message-format=json")
         .quiet()
@@ -236,7 +237,7 @@ pub(crate) fn programs(is_slow: bool, place: &Path) -> Result<Vec<Program>> {
         if let (true, Some(path), Some(name)) =
             (is_test, message["executable"].as_str(), message["target"]["name"].as_str())
         {
-            let kept = place.join(name);
+            let kept = location.join(name);
             fs::hard_link(path, &kept).with_context(|| format!("cannot link {path}"))?;
             programs.push(Program { name: name.to_owned(), path: kept, is_slow });
         }
@@ -249,20 +250,20 @@ pub(crate) fn programs(is_slow: bool, place: &Path) -> Result<Vec<Program>> {
 }
 
 /// Builds the examples of the library `kindling`, which tests run.
-fn examples(place: &Path) -> Result<()> {
+fn examples(location: &Path) -> Result<()> {
     let shell = cargo::shell()?;
     let output = cmd!(shell, "cargo build --quiet --package kindling --examples --message-format=json")
         .quiet()
         .read()
         .context("cannot build the examples")?;
-    fs::create_dir_all(place)?;
+    fs::create_dir_all(location)?;
     for line in output.lines() {
         let message: serde_json::Value = serde_json::from_str(line)?;
         let is_example = message["target"]["kind"][0] == "example";
         if let (true, Some(path), Some(name)) =
             (is_example, message["executable"].as_str(), message["target"]["name"].as_str())
         {
-            fs::copy(path, place.join(name))?;
+            fs::copy(path, location.join(name))?;
         }
     }
     Ok(())

@@ -95,10 +95,10 @@ fn layout() -> Result<PathBuf> {
     Ok(target.join("layout"))
 }
 
-fn mmdebstrap(place: &Path, busybox: &Path) -> Result<()> {
-    let script = place.join("build.sh");
+fn mmdebstrap(scratch: &Path, busybox: &Path) -> Result<()> {
+    let script = scratch.join("build.sh");
     fs::write(&script, SCRIPT)?;
-    let log = fs::File::create(place.join("log"))?;
+    let log = fs::File::create(scratch.join("log"))?;
     let excluded = EXCLUDED.iter().map(|pattern| format!("--dpkgopt=path-exclude={pattern}"));
     let status = Command::new("mmdebstrap")
         .args(["--variant=essential", "--format=null"])
@@ -106,7 +106,7 @@ fn mmdebstrap(place: &Path, busybox: &Path) -> Result<()> {
         .arg(format!(
             "--customize-hook=sh '{}' \"$1\" '{}' '{}'",
             script.display(),
-            place.display(),
+            scratch.display(),
             busybox.display()
         ))
         .args([&debian::release(), "-"])
@@ -114,7 +114,7 @@ fn mmdebstrap(place: &Path, busybox: &Path) -> Result<()> {
         .stderr(log)
         .status()
         .context("cannot start mmdebstrap")?;
-    let said = fs::read_to_string(place.join("log")).unwrap_or_default();
+    let said = fs::read_to_string(scratch.join("log")).unwrap_or_default();
     let lines: Vec<_> = said.lines().collect();
     ensure!(status.success(), "mmdebstrap: {}", lines[lines.len().saturating_sub(20)..].join("\n"));
     Ok(())

@@ -72,7 +72,7 @@ impl<'a> Queue<'a> {
     }
 
     /// The description of the lab in the report.
-    fn place(&self) -> String {
+    fn location(&self) -> String {
         let lab = if self.counts_instructions() { "exact lab" } else { "lab" };
         format!("in the {lab}, {} processor{}", self.cpus, if self.cpus == 1 { "" } else { "s" })
     }
@@ -130,7 +130,7 @@ impl<'a> Queue<'a> {
     }
 
     fn begin<'r>(&self, program: &'a Program, report: &'r Report) -> Current<'a, 'r> {
-        Current { program, transcript: report.transcript(&program.name, &self.place()) }
+        Current { program, transcript: report.transcript(&program.name, &self.location()) }
     }
 
     /// The job of a lab whose shell runs the requested programs and prints their results.

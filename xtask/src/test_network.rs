@@ -87,8 +87,9 @@ pub(crate) fn build(testbed: &Path, root: &Path) -> Result<()> {
 /// Copies a program (given by its path) or a library (given by its name).
 fn copy(package: &str, path: &str, folder: &Path) -> Result<()> {
     let unpacked = debian::unpacked(package)?;
-    let places = [""].iter().chain(&LIBRARIES).map(|place| unpacked.join(place).join(path));
-    let file = places.into_iter().find(|file| file.exists());
+    let candidates =
+        [""].iter().chain(&LIBRARIES).map(|library_folder| unpacked.join(library_folder).join(path));
+    let file = candidates.into_iter().find(|file| file.exists());
     let file = file.with_context(|| format!("Debian's package {package} contains no {path}"))?;
     let name = file.file_name().unwrap_or_default();
     fs::copy(&file, folder.join(name)).with_context(|| format!("cannot copy {}", file.display()))?;

@@ -17,18 +17,18 @@ pub(crate) fn programs(testbed: &Path) -> Result<()> {
 
 /// Builds the image `oci` from a container image with a tree as its only layer and its own command.
 pub(crate) fn build(images: &Path, tree: &Path) -> Result<()> {
-    let place = tempfile::tempdir_in(images)?;
-    let place = place.path();
+    let scratch = tempfile::tempdir_in(images)?;
+    let scratch = scratch.path();
     let config = json!({
         "Entrypoint": ["/bin/bash", "-c"], "Cmd": ["echo $WORD $OTHER $HOME; pwd; id -u; id -g"],
         "Env": ["WORD=word", "OTHER=image"], "User": "7:8", "WorkingDir": "/odd",
     });
-    let archive = docker_archive::write(place, tree, &config)?;
+    let archive = docker_archive::write(scratch, tree, &config)?;
     build_image::build(&Image {
         name: Some("oci".to_owned()),
         from: Some(archive.display().to_string()),
         // Test data must not fill the user's cache.
-        from_cache: Some(place.to_owned()),
+        from_cache: Some(scratch.to_owned()),
         out: Some(images.join("oci")),
         ..Image::default()
     })?;

@@ -42,7 +42,7 @@ impl Report {
     }
 
     /// Starts the block of a program.
-    pub(crate) fn transcript(&self, name: &str, place: &str) -> Transcript<'_> {
+    pub(crate) fn transcript(&self, name: &str, location: &str) -> Transcript<'_> {
         let mut transcript = Transcript {
             report: self,
             name: name.to_owned(),
@@ -50,7 +50,7 @@ impl Report {
             text: Vec::new(),
             printed: 0,
         };
-        transcript.add(format!("\n{name} ({place})\n").as_bytes());
+        transcript.add(format!("\n{name} ({location})\n").as_bytes());
         transcript
     }
 

@@ -38,8 +38,8 @@ const PACKAGES: [&str; 12] = [
 /// Builds the image `root` into a folder, and `oci` from the same tree.
 pub(crate) fn build(images: &Path) -> Result<()> {
     // Not in /tmp, which may lack extended attributes, and not in the testbed, where a killed run would leave it.
-    let place = tempfile::tempdir_in(cargo::target_directory())?;
-    let root = place.path();
+    let scratch = tempfile::tempdir_in(cargo::target_directory())?;
+    let root = scratch.path();
     let shell = Shell::new()?;
     let python = debian::unpacked("python3-minimal")?;
     let library = format!("lib{}", debian::version(&python)?.split('_').next().unwrap_or_default());

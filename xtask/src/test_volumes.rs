@@ -27,7 +27,7 @@ pub(crate) fn programs(folder: &Path) -> Result<()> {
     for (package, library) in LIBRARIES.into_iter().chain([("libc6", LOADER)]) {
         let unpacked = debian::unpacked(package)?;
         let file = LIBRARY_FOLDERS
-            .map(|place| unpacked.join(place).join(library))
+            .map(|scratch| unpacked.join(scratch).join(library))
             .into_iter()
             .find(|file| file.exists());
         let file = file.with_context(|| format!("Debian's package {package} contains no {library}"))?;
@@ -49,14 +49,14 @@ pub(crate) fn programs(folder: &Path) -> Result<()> {
 /// Lays out the folder `e2fsprogs` of the testbed, and builds `volumes.erofs` from `root` with additional files.
 pub(crate) fn build(testbed: &Path, root: &Path) -> Result<()> {
     programs(&testbed.join("e2fsprogs"))?;
-    let place = tempfile::tempdir_in(cargo::target_directory())?;
-    let (place, image) = (place.path(), testbed.join("volumes.erofs"));
+    let scratch = tempfile::tempdir_in(cargo::target_directory())?;
+    let (scratch, image) = (scratch.path(), testbed.join("volumes.erofs"));
     let shell = Shell::new()?;
-    cmd!(shell, "cp --archive {root}/. {place}").quiet().run()?;
-    fs::create_dir_all(place.join("srv/large"))?;
-    fs::write(place.join("srv/large/file"), vec![b'x'; 16 << 20])?;
-    content(&place.join("srv/data")).context("cannot make the files of a volume")?;
-    cmd!(shell, "mkfs.erofs -E noinline_data {image} {place}").quiet().ignore_stdout().run()?;
+    cmd!(shell, "cp --archive {root}/. {scratch}").quiet().run()?;
+    fs::create_dir_all(scratch.join("srv/large"))?;
+    fs::write(scratch.join("srv/large/file"), vec![b'x'; 16 << 20])?;
+    content(&scratch.join("srv/data")).context("cannot make the files of a volume")?;
+    cmd!(shell, "mkfs.erofs -E noinline_data {image} {scratch}").quiet().ignore_stdout().run()?;
     Ok(())
 }
 

@@ -106,12 +106,12 @@ fn output_of(command: &str, shown: Shown) -> Result<Option<String>> {
     }
     if let Some(word) = words.iter_mut().find(|word| *word == FIRECRACKER) {
         let folders = std::env::var_os("PATH").unwrap_or_default();
-        let mut places = std::env::split_paths(&folders).map(|folder| folder.join("firecracker"));
-        let Some(place) = places.find(|place| place.is_file()) else {
+        let mut candidates = std::env::split_paths(&folders).map(|folder| folder.join("firecracker"));
+        let Some(program) = candidates.find(|program| program.is_file()) else {
             println!("skipped, firecracker not found in PATH: {command}");
             return Ok(None);
         };
-        *word = format!("firecracker={}", place.display());
+        *word = format!("firecracker={}", program.display());
     }
     println!("$ {command}");
     let (mut output, write) = std::io::pipe()?;

@@ -74,7 +74,7 @@ pub(super) const KINDLING: &str = "kindling";
 pub(super) const KINDLING_PREBOOT: &str = "kindling-preboot";
 pub(super) const QEMU_MICROVM: &str = "qemu-microvm";
 
-/// The least memory a guest can have in MiB, as `kindling boot` says.
+/// The minimum memory of a guest in MiB, as enforced by `kindling boot`.
 const MEMORY_MIN_MIB: u64 = 16;
 /// Upper limit of `--runs`.
 const RUNS_MAX: u64 = 10_000;

@@ -46,8 +46,8 @@ fn libraries(program: &Path) -> Result<Vec<String>> {
 /// The paths in the output of ldd: `libz.so.1 => /lib/libz.so.1 (0x...)` or `/lib64/ld.so (0x...)`.
 fn paths(ldd: &str) -> Vec<String> {
     let path = |line: &str| {
-        let (_, place) = line.split_once(" => ").unwrap_or(("", line));
-        place.split_whitespace().next().filter(|word| word.starts_with('/')).map(str::to_owned)
+        let (_, path) = line.split_once(" => ").unwrap_or(("", line));
+        path.split_whitespace().next().filter(|word| word.starts_with('/')).map(str::to_owned)
     };
     ldd.lines().filter_map(path).collect()
 }

@@ -120,11 +120,11 @@ impl Bench<'_> {
             return Ok(None);
         };
         let output = command.output().context("cannot start the monitor")?;
-        let place = self.guest.image.as_ref().map(|image| Prebooted(image.join("preboot")));
+        let prebooted = self.guest.image.as_ref().map(|image| Prebooted(image.join("preboot")));
         if !output.status.success() {
             bail!("cannot pre-boot the kernel: {}", String::from_utf8_lossy(&output.stderr));
         }
-        Ok(place)
+        Ok(prebooted)
     }
 
     pub(super) fn add(&mut self, metric: Metric, value: u64) {

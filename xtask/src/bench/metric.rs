@@ -207,11 +207,11 @@ impl Metric {
             Self::RunBusybox => "kindling run of a program of busybox, ms",
             Self::RunVolume => "the same with a volume, ms",
             Self::RunFolder => "the same with a folder of the host, ms",
-            Self::RunFaults => "faults on guest memory meanwhile",
+            Self::RunFaults => "page faults on guest memory",
             Self::IdleMemory => "private memory of a guest that waits, its monitor included, MiB",
             Self::ExecTrue => "kindling exec of true, ms",
             Self::Stream => "a MiB into cat and back, ms",
-            Self::StreamMemory => "what memory without the guest's grows by meanwhile, MiB",
+            Self::StreamMemory => "growth of memory without guest memory during the stream, MiB",
             Self::Operation(_, part) => return format!("{}: {}", self.title(), part.title()),
         }
         .to_owned()

@@ -240,8 +240,8 @@ fn in_lab(cases: Vec<Case>, plan: &Plan) -> Result<Outcome> {
         },
     };
     let images = plan.images.as_ref().map(|images| {
-        let place = |path: &Path, name: &str| put(path, &format!("/vmms/{name}"));
-        images.map(place)
+        let copy = |path: &Path, name: &str| put(path, &format!("/vmms/{name}"));
+        images.map(copy)
     });
     let mut there = Vec::new();
     for (number, vmm) in plan.vmms.iter().enumerate() {
@@ -250,9 +250,9 @@ fn in_lab(cases: Vec<Case>, plan: &Plan) -> Result<Outcome> {
         with.push((vmm.path.clone(), path.clone()));
         with.extend(files::needed(vmm)?);
         let image = vmm.image.as_ref().map(|image| {
-            let place = format!("/vmms/{number}-image");
-            with.push((image.clone(), place.clone()));
-            place.into()
+            let target = format!("/vmms/{number}-image");
+            with.push((image.clone(), target.clone()));
+            target.into()
         });
         there.push(Vmm { path: path.into(), image, ..vmm.clone() });
     }

@@ -47,7 +47,7 @@ const BOOT_LEGEND: &str = "\
 All times are from the spawn of the monitor's process; the ratio is to the first row of the same table.
 Below each median: the smallest and largest value. One warm-up boot is not counted.
 kindling-preboot: Kindling started from a pre-booted kernel (`kindling preboot`)
-init: its first instruction; first byte: init's greeting on the console; both in guests without a payload
+init: its first instruction; first byte: init's greeting on the console; both in guests without payload
 output: the payload's first byte on the console; exit: the end of the monitor's process
 VMM only: until the first guest entry, plus from the last exit to the end of the process
 CPU time: user and system time of the monitor's process, including its guest

@@ -75,8 +75,8 @@ impl Images {
         put_busybox(&busybox.join("tree"))?;
         let filesystems = folder.join("e2fsprogs");
         test_volumes::programs(&filesystems)?;
-        let image = |place: &Path, command| {
-            docker_archive::write(place, &place.join("tree"), &json!({ "Cmd": [command] }))
+        let image = |folder: &Path, command| {
+            docker_archive::write(folder, &folder.join("tree"), &json!({ "Cmd": [command] }))
         };
         Ok(Self {
             converter: cargo::release_binary("kindling-oci", "kindling-oci")?,
@@ -103,18 +103,18 @@ impl Images {
         Ok(Self { console: Some(console), ..self })
     }
 
-    /// Replaces each path by the result of `place`, which gets a unique name for it.
-    pub(super) fn map(&self, mut place: impl FnMut(&Path, &str) -> PathBuf) -> Self {
+    /// Replaces each path by the result of `relocate`, which gets a unique name for it.
+    pub(super) fn map(&self, mut relocate: impl FnMut(&Path, &str) -> PathBuf) -> Self {
         Self {
-            converter: place(&self.converter, "kindling-oci"),
-            monitor: place(&self.monitor, "kindling-vmm"),
-            server: place(&self.server, "kindling-fs"),
-            filesystems: place(&self.filesystems, "e2fsprogs"),
-            hello: place(&self.hello, "hello.tar"),
-            busybox: place(&self.busybox, "busybox.tar"),
+            converter: relocate(&self.converter, "kindling-oci"),
+            monitor: relocate(&self.monitor, "kindling-vmm"),
+            server: relocate(&self.server, "kindling-fs"),
+            filesystems: relocate(&self.filesystems, "e2fsprogs"),
+            hello: relocate(&self.hello, "hello.tar"),
+            busybox: relocate(&self.busybox, "busybox.tar"),
             console: self.console.as_ref().map(|console| Console {
-                kernel: place(&console.kernel, "console-kernel"),
-                initrd: place(&console.initrd, "console-initrd"),
+                kernel: relocate(&console.kernel, "console-kernel"),
+                initrd: relocate(&console.initrd, "console-initrd"),
             }),
         }
     }

@@ -60,8 +60,8 @@ SECTIONS
 pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     debian::ensure_lab_tools()?;
     let image = bench::image(true)?;
-    let place = tempfile::tempdir()?;
-    let (program, map) = linked_with_symbols(place.path().join("map"))?;
+    let scratch = tempfile::tempdir()?;
+    let (program, map) = linked_with_symbols(scratch.path().join("map"))?;
     let map = LinkMap::parse(&map).context("cannot parse the linker's map")?;
     let runs = [
         ("A start from a pre-booted kernel.", "", payload::PATH.to_owned()),
@@ -122,8 +122,8 @@ fn linked_with_symbols(map: PathBuf) -> Result<(PathBuf, String)> {
 
 /// Traces the runs of a plan in the lab; returns the addresses that each reached.
 fn in_lab(plan: &follow::Plan, program: PathBuf, image: PathBuf) -> Result<Vec<BTreeSet<u64>>> {
-    let place = tempfile::tempdir()?;
-    let file = |name: &str| place.path().join(name);
+    let scratch = tempfile::tempdir()?;
+    let file = |name: &str| scratch.path().join(name);
     fs::write(file("plan.json"), serde_json::to_vec(plan)?)?;
     File::create(file(DISK))?.set_len(DISK_BYTES)?;
     let status = lab::Job {

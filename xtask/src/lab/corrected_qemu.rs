@@ -215,10 +215,10 @@ mod tests {
         let this_program = fs::read("/proc/self/exe").unwrap();
         let error = patched(this_program).unwrap_err();
         assert!(error.to_string().contains(DELIVER), "{error:#}");
-        let place = tempfile::tempdir().unwrap();
-        let file = place.path().join(NAME);
+        let scratch = tempfile::tempdir().unwrap();
+        let file = scratch.path().join(NAME);
         fs::write(&file, "#!/bin/sh\n").unwrap();
-        assert!(patched_copy(&file, place.path()).is_err());
-        assert_eq!(fs::read_dir(place.path()).unwrap().count(), 1, "no partial copy is left");
+        assert!(patched_copy(&file, scratch.path()).is_err());
+        assert_eq!(fs::read_dir(scratch.path()).unwrap().count(), 1, "no partial copy is left");
     }
 }

@@ -168,17 +168,17 @@ impl Session<'_> {
     fn measure(&self, host: Host) -> Result<Measured> {
         debian::ensure_lab_tools()?;
         let kindling = cargo::release_binary("kindling-cli", "kindling")?;
-        let place = tempfile::tempdir()?;
-        let list = place.path().join("functions");
+        let scratch = tempfile::tempdir()?;
+        let list = scratch.path().join("functions");
         fs::write(&list, self.functions)?;
         let times: Vec<u64> = match host {
-            Host::Hardware => boots::run_all(&self.plan(&kindling, self.image, place.path()))?,
+            Host::Hardware => boots::run_all(&self.plan(&kindling, self.image, scratch.path()))?,
             Host::Lab => {
-                self.in_lab(kindling, place.path())?;
-                boots::read(&place.path().join("times.json"))?
+                self.in_lab(kindling, scratch.path())?;
+                boots::read(&scratch.path().join("times.json"))?
             }
         };
-        let file = |name: &str| place.path().join(name);
+        let file = |name: &str| scratch.path().join(name);
         Ok(Measured {
             plain: boots::read(&file("plain.json"))?,
             // The first boot is a warm-up.
@@ -189,8 +189,8 @@ impl Session<'_> {
     }
 
     /// The boots to run: a warm-up boot, because the first run of a program on a host is slower, and one of each kind.
-    fn plan(&self, kindling: &Path, image: &Path, place: &Path) -> Vec<Boot> {
-        let file = |name: &str| place.join(name).display().to_string();
+    fn plan(&self, kindling: &Path, image: &Path, scratch: &Path) -> Vec<Boot> {
+        let file = |name: &str| scratch.join(name).display().to_string();
         let boot = |name: &str, more: &[&str]| {
             let mut command = vec![kindling.display().to_string(), "boot".into()];
             command.extend(["--image".into(), image.display().to_string()]);
@@ -220,8 +220,8 @@ impl Session<'_> {
     }
 
     /// Runs the boots in one lab, with the same file names in its working directory.
-    fn in_lab(&self, kindling: PathBuf, place: &Path) -> Result<()> {
-        let plan = place.join("plan.json");
+    fn in_lab(&self, kindling: PathBuf, scratch: &Path) -> Result<()> {
+        let plan = scratch.join("plan.json");
         let boots = self.plan(
             Path::new("/bin/kindling"),
             Path::new("/images/default"),
@@ -241,9 +241,9 @@ impl Session<'_> {
                 (kindling, "/bin/kindling".to_owned()),
                 (self.image.into(), "/images/default".to_owned()),
                 (plan, lab::inside("plan.json")),
-                (place.join("functions"), lab::inside("functions")),
+                (scratch.join("functions"), lab::inside("functions")),
             ],
-            get: files.iter().map(|name| (lab::inside(name), place.join(name))).collect(),
+            get: files.iter().map(|name| (lab::inside(name), scratch.join(name))).collect(),
             disk: None,
             has_xsave: false,
         }
