@@ -386,14 +386,14 @@ fn the_conversion_of_an_image_stops_when_its_command_is_killed() {
 
 #[test]
 fn a_conversion_that_runs_out_of_space_leaves_no_files() {
-    let place = tempfile::tempdir().unwrap();
-    let Some(_disk) = SmallTmpfs::at(place.path()) else { return };
-    let path = place.path().to_str().unwrap();
+    let scratch = tempfile::tempdir().unwrap();
+    let Some(_disk) = SmallTmpfs::at(scratch.path()) else { return };
+    let path = scratch.path().to_str().unwrap();
     let image = format!("{}/layout:node", images().display());
     let outcome = run(Command::new(testbed("kindling-oci")).args(["prepare", "--cache", path, &image]));
     outcome.expect_status(1).expect_stderr("less than 5 % of the disk is free, which is kept for others");
     assert_eq!(outcome.stderr.lines().count(), 1, "{outcome}");
-    assert_eq!(files_in(place.path()), 0, "{outcome}");
+    assert_eq!(files_in(scratch.path()), 0, "{outcome}");
 }
 
 /// The total size of all files below a folder.

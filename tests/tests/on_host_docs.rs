@@ -122,7 +122,7 @@ fn times_in_the_documents_match_the_budget() {
     let bench = std::fs::read_to_string(root().join("docs/bench.md")).unwrap();
     let section = bench.split("boot: 128 MiB, 1 vCPU").nth(1).unwrap();
     for (monitor, column, kind) in [("kindling ", 1, "boot"), ("kindling-preboot ", 0, "preboot")] {
-        for (row, place, figure, margin) in [
+        for (row, word, figure, margin) in [
             ("spawn to init's first instruction", 1, "spawn_to_init_ns", 1.1),
             ("spawn to the end of the process", 7, "spawn_to_exit_ns", 1.2),
         ] {
@@ -131,7 +131,7 @@ fn times_in_the_documents_match_the_budget() {
             let cell = cells.unwrap().trim_start_matches(" | ").split(" | ").nth(column).unwrap();
             let line = section.lines().find(|line| line.starts_with(monitor)).unwrap();
             // The name, then numbers, each but the first followed by its ratio.
-            let measured = line.split_whitespace().nth(place).unwrap();
+            let measured = line.split_whitespace().nth(word).unwrap();
             for (name, written) in [("README.md", cell.trim_end_matches(" ms")), ("docs/bench.md", measured)]
             {
                 let written: f64 = written.parse().unwrap();

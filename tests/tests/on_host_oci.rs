@@ -16,9 +16,9 @@ struct Registry {
 }
 
 impl Registry {
-    fn start(place: &Path) -> Self {
-        let config = place.join("config.yml");
-        let root = place.join("registry");
+    fn start(scratch: &Path) -> Self {
+        let config = scratch.join("config.yml");
+        let root = scratch.join("registry");
         let text = json!({
             "version": 0.1,
             "storage": { "filesystem": { "rootdirectory": root } },
@@ -87,30 +87,30 @@ fn prepare(cache: &Path, image: &str) -> Value {
 
 #[test]
 fn an_image_from_a_registry_converts_like_the_same_image_from_a_file() {
-    let place = tempfile::tempdir().unwrap();
-    let place = place.path();
-    let tree = place.join("tree");
+    let scratch = tempfile::tempdir().unwrap();
+    let scratch = scratch.path();
+    let tree = scratch.join("tree");
     fs::create_dir_all(tree.join("etc")).unwrap();
     fs::write(tree.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\nweb:x:33:33::/srv:/bin/sh\n").unwrap();
     fs::write(tree.join("large"), "a line\n".repeat(1 << 20)).unwrap();
     let run = |program: &str, arguments: &[&str]| {
-        let status = Command::new(program).args(arguments).current_dir(place).status().unwrap();
+        let status = Command::new(program).args(arguments).current_dir(scratch).status().unwrap();
         assert!(status.success(), "{program}: {status}");
     };
     run("tar", &["--create", "--file", "layer.tar", "--directory", "tree", "."]);
     run("gzip", &["--keep", "layer.tar"]);
-    let layer = fs::read(place.join("layer.tar")).unwrap();
+    let layer = fs::read(scratch.join("layer.tar")).unwrap();
     let config = json!({
         "architecture": "amd64", "os": "linux", "config": { "User": "web", "Cmd": ["/bin/sh"] },
         "rootfs": { "type": "layers", "diff_ids": [format!("sha256:{}", sha256(&layer))] },
     });
-    fs::write(place.join("config.json"), config.to_string()).unwrap();
+    fs::write(scratch.join("config.json"), config.to_string()).unwrap();
     let saved = json!([{ "Config": "config.json", "Layers": ["layer.tar"] }]).to_string();
-    fs::write(place.join("manifest.json"), saved).unwrap();
+    fs::write(scratch.join("manifest.json"), saved).unwrap();
     run("tar", &["--create", "--file", "saved.tar", "manifest.json", "config.json", "layer.tar"]);
 
-    let registry = Registry::start(place);
-    let packed = fs::read(place.join("layer.tar.gz")).unwrap();
+    let registry = Registry::start(scratch);
+    let packed = fs::read(scratch.join("layer.tar.gz")).unwrap();
     let layer = registry.push("application/vnd.oci.image.layer.v1.tar+gzip", &packed);
     let config = registry.push("application/vnd.oci.image.config.v1+json", config.to_string().as_bytes());
     let media_type = "application/vnd.oci.image.manifest.v1+json";
@@ -119,8 +119,8 @@ fn an_image_from_a_registry_converts_like_the_same_image_from_a_file() {
     });
     registry.request("PUT", "/v2/team/app/manifests/1", media_type, manifest.to_string().as_bytes());
 
-    let pulled = prepare(&place.join("pulled"), &format!("{}/team/app:1", registry.address));
-    let opened = prepare(&place.join("opened"), place.join("saved.tar").to_str().unwrap());
+    let pulled = prepare(&scratch.join("pulled"), &format!("{}/team/app:1", registry.address));
+    let opened = prepare(&scratch.join("opened"), scratch.join("saved.tar").to_str().unwrap());
     assert_eq!(pulled["config"]["user"]["uid"], 33);
     for key in ["digest", "config"] {
         assert_eq!(pulled[key], opened[key]);

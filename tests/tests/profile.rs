@@ -82,13 +82,13 @@ fn the_first_call_of_each_marked_function_is_recorded() {
 fn samples_are_taken_until_the_log_is_sent() {
     // Labs with several processors stall for a while with a shorter interval.
     let (_, profile) = profile(&["--sample", "500"]);
-    let (times, places) = (column(&profile, "samples", 0), column(&profile, "samples", 2));
+    let (times, addresses) = (column(&profile, "samples", 0), column(&profile, "samples", 2));
     assert!(times.is_sorted());
     let (first, init) = (step(&profile, "first instruction"), step(&profile, "init: first instruction"));
     let in_kernel = times.iter().filter(|time| (first..init).contains(time)).count();
     assert!(in_kernel > 10, "{in_kernel} samples in {} us", (init - first) / 1000);
-    let text = |place: &&u64| **place >= 0xffff_ffff_8000_0000;
-    assert!(places.iter().filter(text).count() > in_kernel / 2, "{places:x?}");
+    let text = |address: &&u64| **address >= 0xffff_ffff_8000_0000;
+    assert!(addresses.iter().filter(text).count() > in_kernel / 2, "{addresses:x?}");
     let stacks =
         profile["samples"].as_array().unwrap().iter().map(|sample| sample[3].as_array().unwrap().len());
     assert!(stacks.max() > Some(3), "no sample has callers");

@@ -132,8 +132,8 @@ fn two_guests_can_use_one_image_concurrently() {
 
 #[test]
 fn drives_precede_the_root_disk_in_the_device_names() {
-    let place = tempfile::tempdir().unwrap();
-    let drive = place.path().join("drive");
+    let scratch = tempfile::tempdir().unwrap();
+    let drive = scratch.path().join("drive");
     fs::write(&drive, [b'd'; 4096]).unwrap();
     let script = "head -c 4 /dev/vda; echo; head -c 1028 /dev/vdb | tail -c 4 | od -An -tx1; \
                   (echo x > /dev/vdb) 2>/dev/null || echo read-only";

@@ -55,12 +55,12 @@ fn data_in_a_volume_persists_for_the_next_guest() {
 #[test]
 fn a_full_disk_of_the_host_is_reported() {
     let user = User::new();
-    let place = user.folder().join("small");
-    let Some(_disk) = SmallTmpfs::at(&place) else { return };
+    let scratch = user.folder().join("small");
+    let Some(_disk) = SmallTmpfs::at(&scratch) else { return };
     let script = "dd if=/dev/zero bs=1M count=12 | tr '\\0' x > /srv/x";
     let mut command = command(&user, &["-v", "full:/srv"], script);
-    let outcome = run(command.env("XDG_DATA_HOME", &place));
-    let disk = place.join("kindling/volumes/full");
+    let outcome = run(command.env("XDG_DATA_HOME", &scratch));
+    let disk = scratch.join("kindling/volumes/full");
     outcome.expect_stderr(&format!("writing {} failed: No space left on device", disk.display()));
 }
 

@@ -297,12 +297,12 @@ fn mappings() {
     file.set_len(LENGTH as u64).unwrap();
     let access = ProtFlags::READ | ProtFlags::WRITE;
     // SAFETY: the mapping is new and only this program uses it.
-    let place = unsafe { mmap(std::ptr::null_mut(), LENGTH, access, MapFlags::SHARED, &file, 0) }.unwrap();
+    let address = unsafe { mmap(std::ptr::null_mut(), LENGTH, access, MapFlags::SHARED, &file, 0) }.unwrap();
     // SAFETY: the file is as long as the mapping.
-    let bytes = unsafe { std::slice::from_raw_parts_mut(place.cast::<u8>(), LENGTH) };
+    let bytes = unsafe { std::slice::from_raw_parts_mut(address.cast::<u8>(), LENGTH) };
     bytes[5000..5005].copy_from_slice(b"maped");
     // SAFETY: the range is that of the mapping.
-    unsafe { msync(place, LENGTH, MsyncFlags::SYNC) }.unwrap();
+    unsafe { msync(address, LENGTH, MsyncFlags::SYNC) }.unwrap();
     let direct = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(at("a")).unwrap();
     let mut chunk = [0; 5];
     direct.read_exact_at(&mut chunk, 5000).unwrap();
@@ -311,7 +311,7 @@ fn mappings() {
     assert_eq!(&bytes[9000..9005], b"other", "a write to the file is visible in the mapping");
     bytes[0] = b'x';
     // SAFETY: the mapping is not used any more.
-    unsafe { munmap(place, LENGTH) }.unwrap();
+    unsafe { munmap(address, LENGTH) }.unwrap();
     drop(file);
     assert_eq!(fs::read(at("a")).unwrap()[0], b'x');
 }
@@ -321,8 +321,8 @@ fn unnamed_files() {
     let file = File::from(rustix::fs::open("check", flags, Mode::from_raw_mode(0o640)).unwrap());
     file.write_all_at(b"unnamed", 0).unwrap();
     assert_eq!(fs::read_dir("check").unwrap().count(), 0);
-    let place = format!("/proc/self/fd/{}", file.as_raw_fd());
-    rustix::fs::linkat(CWD, place, CWD, at("a"), AtFlags::SYMLINK_FOLLOW).unwrap();
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    rustix::fs::linkat(CWD, path, CWD, at("a"), AtFlags::SYMLINK_FOLLOW).unwrap();
     assert_eq!(fs::read(at("a")).unwrap(), b"unnamed");
     assert_eq!(fs::metadata(at("a")).unwrap().ino(), file.metadata().unwrap().ino());
 }
