@@ -8,8 +8,8 @@ use std::sync::mpsc::{self, Receiver};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// The start of a guest script: disables the terminal's echo and defines `heard`, which waits for a line of input.
-pub const PREAMBLE: &str = "stty -echo; heard() { read -r line; };";
+/// The start of a guest script: disables the terminal's echo and defines `wait_line`, which waits for a line of input.
+pub const PREAMBLE: &str = "stty -echo; wait_line() { read -r line; };";
 
 /// A running guest with its console.
 #[derive(Debug)]

@@ -35,8 +35,8 @@ fn number(text: &str) -> u64 {
 #[test]
 fn freed_guest_memory_returns_to_the_host_and_can_be_used_again() {
     let script = format!(
-        "{PREAMBLE} {FILL} fill 2048; echo filled; heard; rm /tmp/2048; echo freed; heard; \
-         fill 512; echo filled again; heard"
+        "{PREAMBLE} {FILL} fill 2048; echo filled; wait_line; rm /tmp/2048; echo freed; wait_line; \
+         fill 512; echo filled again; wait_line"
     );
     let mut guest = GuestConsole::start(boot().args([
         "--memory",
@@ -65,7 +65,7 @@ fn an_inflated_balloon_reduces_the_guests_memory_and_the_vmms_rss() {
     let (mut command, _file) = boot_with(&json!({ "amount_mib": 384, "deflate_on_oom": false }), 512);
     let script = format!(
         "{PREAMBLE} total() {{ grep MemTotal /proc/meminfo | tr -dc 0-9; }}; \
-         while [ $(total) -ge $((128 * 1024)) ]; do sleep 0.01; done; echo total $(total); heard"
+         while [ $(total) -ge $((128 * 1024)) ]; do sleep 0.01; done; echo total $(total); wait_line"
     );
     let mut guest = GuestConsole::start(command.args(["--", "/bin/sh", "-c", &script]));
     let total = number(&guest.expect("total"));

@@ -255,7 +255,7 @@ fn use_slow_disk(refuse_io_uring: bool) -> (String, String) {
         "{PREAMBLE} for i in 0 1 2 3; do
             dd if=/dev/vda of=/dev/vda iflag=direct oflag=direct conv=fsync bs=$((4096 << i)) \
                 skip=$((i * (256 >> i))) seek=$(((i + 4) * (256 >> i))) count=$((256 >> i)) 2>/dev/null &
-        done; wait; echo done; heard; head -c {} /dev/vda | sha256sum",
+        done; wait; echo done; wait_line; head -c {} /dev/vda | sha256sum",
         expected.len()
     );
     let mut command = with_drive(&disk, ":direct", &script);

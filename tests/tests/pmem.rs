@@ -71,7 +71,7 @@ fn guests_that_map_the_same_file_share_its_pages() {
     let script = format!(
         "{PREAMBLE} {WAIT} mkdir /tmp/m; mount -t erofs -o ro,dax=always /dev/pmem0 /tmp/m || exit 3; \
          grep -q 'erofs.*dax=always' /proc/mounts || exit 4; \
-         cat /tmp/m/word; md5sum < /tmp/m/large; heard"
+         cat /tmp/m/word; md5sum < /tmp/m/large; wait_line"
     );
     let start = || {
         let mut command = boot();
@@ -106,7 +106,8 @@ fn guests_that_map_the_same_file_share_its_pages() {
 fn truncating_the_file_ends_the_guest_with_an_explanation() {
     let file = tempfile::NamedTempFile::new().unwrap();
     file.as_file().set_len(4 << 20).unwrap();
-    let script = format!("{PREAMBLE} {WAIT} echo ready; heard; cat /dev/pmem0 > /dev/null; echo still here");
+    let script =
+        format!("{PREAMBLE} {WAIT} echo ready; wait_line; cat /dev/pmem0 > /dev/null; echo still here");
     for flags in ["", ":ro"] {
         let option = option(file.path(), flags);
         let mut guest = GuestConsole::start(boot().args(["--pmem", &option, "--", "/bin/sh", "-c", &script]));

@@ -42,7 +42,7 @@ fn guests_from_one_prebooted_kernel_have_different_random_numbers() {
 fn a_bus_error_is_explained_if_the_file_was_truncated() {
     let image = image();
     let path = image.preboot("1", "128");
-    let script = format!("{PREAMBLE} echo ready; heard");
+    let script = format!("{PREAMBLE} echo ready; wait_line");
     let [whole, shorter] = [(); 2].map(|()| {
         let mut guest = GuestConsole::start(image.command("boot").args(["--", "/bin/sh", "-c", &script]));
         guest.expect("ready");
