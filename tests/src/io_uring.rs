@@ -1,12 +1,12 @@
-//! Programs that are refused io_uring, as cautious hosts and container runtimes do it.
+//! Denies programs io_uring with seccomp, as hardened hosts and container runtimes do.
 #![expect(unsafe_code, reason = "a seccomp filter, set between fork and exec")]
 
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-/// Lets io_uring_setup(2) fail with EPERM in the program that is started.
+/// Makes io_uring_setup(2) fail with EPERM in the command.
 pub fn refuse(command: &mut Command) {
-    // Loads 32 bits from a place; compares with a constant; returns one (linux/bpf_common.h).
+    // BPF: load 32 bits, compare with a constant, return a constant (linux/bpf_common.h).
     const LOAD: u16 = 0x20;
     const JUMP_IF_EQUAL: u16 = 0x15;
     const RETURN: u16 = 0x06;
@@ -21,7 +21,7 @@ pub fn refuse(command: &mut Command) {
     ];
     let set = move || {
         let filter = libc::sock_fprog { len: 4, filter: program.as_mut_ptr() };
-        // SAFETY: both calls change this process alone; the filter is read during the second.
+        // SAFETY: both calls affect only this process; the filter is read during the second.
         let results = unsafe {
             [
                 libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0),

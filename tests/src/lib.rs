@@ -1,9 +1,9 @@
-//! What the tests share: where things are, how `kindling` is run, and tiny guests in machine code.
+//! Shared helpers of the tests: the testbed, running `kindling`, and tiny guests in machine code.
 //!
-//! `cargo xtask test` lays out the *testbed*, a folder with the programs, images and kernels of
-//! the tests, takes it to where there is a KVM, and names it in `KINDLING_TESTBED`.
+//! `cargo xtask test` lays out the *testbed*, a folder with the programs, images and kernels of the tests, makes it
+//! available on the host with KVM, and sets `KINDLING_TESTBED` to its path.
 
-pub mod conversation;
+pub mod guest_console;
 pub mod io_uring;
 pub mod machine_code;
 pub mod network;
@@ -19,35 +19,35 @@ use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// No test waits longer for a guest: what has not ended by then hangs.
-pub const PATIENCE: Duration = Duration::from_secs(120);
+/// Timeout of every wait for a guest.
+pub const TIMEOUT: Duration = Duration::from_secs(120);
 
-/// How often a test does what is worth doing often: so many times, or as often as `KINDLING_ROUNDS` says.
+/// The number of rounds of a repeated test: `usual`, or the value of `KINDLING_ROUNDS`.
 ///
 /// # Panics
-/// When that is no number.
+/// When `KINDLING_ROUNDS` is not a number.
 #[must_use]
 pub fn rounds(usual: u32) -> u32 {
     std::env::var("KINDLING_ROUNDS")
-        .map_or(usual, |text| text.parse().expect("KINDLING_ROUNDS is no number of rounds"))
+        .map_or(usual, |text| text.parse().expect("KINDLING_ROUNDS is not a number of rounds"))
 }
 
-/// Prints a line about a long test at once, which the harness would collect until its end.
-pub fn say(text: &str) {
+/// Prints a progress line of a long test immediately; the harness would capture standard output until the end.
+pub fn print_progress(text: &str) {
     let _ = writeln!(std::io::stderr(), "{text}");
 }
 
 /// A file or folder of the testbed.
 ///
 /// # Panics
-/// Outside `cargo xtask test`, and for what is not there.
+/// Outside `cargo xtask test`, or when there is no such file.
 #[must_use]
 pub fn testbed(name: &str) -> PathBuf {
     let Some(testbed) = std::env::var_os("KINDLING_TESTBED") else {
         panic!("KINDLING_TESTBED is not set: these tests are run by `cargo xtask test`");
     };
     let path = PathBuf::from(testbed).join(name);
-    assert!(path.exists(), "the testbed has no {name}");
+    assert!(path.exists(), "the testbed contains no {name}");
     path
 }
 
@@ -57,7 +57,7 @@ pub fn kindling() -> Command {
     Command::new(testbed("kindling"))
 }
 
-/// `kindling boot` of the image with busybox, without input.
+/// `kindling boot` of the busybox image, with standard input from /dev/null.
 #[must_use]
 pub fn boot() -> Command {
     let mut command = kindling();
@@ -65,7 +65,7 @@ pub fn boot() -> Command {
     command
 }
 
-/// A copy of an image, whose kernel can be pre-booted without other tests using it.
+/// A copy of an image, whose kernel a test can pre-boot without affecting other tests.
 #[derive(Debug)]
 pub struct Image(tempfile::TempDir);
 
@@ -73,7 +73,7 @@ impl Image {
     /// Copies an image of the testbed.
     ///
     /// # Panics
-    /// When it cannot be copied.
+    /// When copying fails.
     #[must_use]
     pub fn copy_of(name: &str) -> Self {
         let image = Self(tempfile::tempdir().expect("cannot make a folder"));
@@ -84,13 +84,13 @@ impl Image {
         image
     }
 
-    /// Its folder.
+    /// The image's folder.
     #[must_use]
     pub fn path(&self) -> &Path {
         self.0.path()
     }
 
-    /// A command of `kindling` for this image, without input.
+    /// A `kindling` command for this image, with standard input from /dev/null.
     #[must_use]
     pub fn command(&self, name: &str) -> Command {
         let mut command = kindling();
@@ -98,10 +98,10 @@ impl Image {
         command
     }
 
-    /// Pre-boots the kernel; the file.
+    /// Pre-boots the kernel; returns the file.
     ///
     /// # Panics
-    /// When that fails.
+    /// When pre-booting fails.
     #[track_caller]
     #[must_use]
     pub fn preboot(&self, vcpus: &str, memory: &str) -> PathBuf {
@@ -112,36 +112,36 @@ impl Image {
         file
     }
 
-    /// Runs a shell script in a guest that must continue from the pre-booted kernel.
+    /// Runs a shell script in a guest that starts from the pre-booted kernel.
     ///
     /// # Panics
-    /// When the guest boots.
+    /// When the guest boots its own kernel instead.
     #[track_caller]
     #[must_use]
-    pub fn continued_shell(&self, options: &[&str], script: &str) -> Outcome {
+    pub fn prebooted_shell(&self, options: &[&str], script: &str) -> Outcome {
         let report = self.path().join("report.json");
         let mut command = self.command("boot");
         command.args(options).arg("--report-json").arg(&report);
         let outcome = run(command.args(["--", "/bin/sh", "-c", script]));
-        assert!(has_continued(&report), "it booted: {outcome}");
+        assert!(is_from_prebooted_kernel(&report), "the guest booted instead: {outcome}");
         assert!(!outcome.stderr.contains("preboot"), "{outcome}");
         outcome
     }
 }
 
-/// Whether a guest continued from a pre-booted kernel, by the report of its boot.
+/// Whether a guest started from a pre-booted kernel, according to its boot report.
 ///
 /// # Panics
-/// When there is no report.
+/// When the report cannot be read.
 #[must_use]
-pub fn has_continued(report: &Path) -> bool {
+pub fn is_from_prebooted_kernel(report: &Path) -> bool {
     std::fs::read_to_string(report).expect("no report").contains("pre-booted kernel loaded")
 }
 
 /// Boots the default image without a payload and checks init's greeting.
 ///
 /// # Panics
-/// When the greeting says something else.
+/// When the greeting is not as expected.
 #[track_caller]
 pub fn expect_greeting(vcpus: u32, memory_mib: u32) {
     let outcome = run(kindling()
@@ -152,14 +152,14 @@ pub fn expect_greeting(vcpus: u32, memory_mib: u32) {
     let words: Vec<&str> = outcome.stdout.split_whitespace().collect();
     let position = |word: &str| words.iter().position(|w| *w == word).unwrap_or_else(|| panic!("{outcome}"));
     assert_eq!(words[position("on") + 1], vcpus.to_string(), "{outcome}");
-    // The kernel keeps a part of the memory for itself: about 16 MiB and 2 % of the whole.
+    // The kernel reserves part of the memory: about 16 MiB and 2 %.
     let usable: u32 = words[position("usable,") - 2].parse().expect("no number");
     assert!(usable < memory_mib && usable > memory_mib - memory_mib / 40 - 24, "{outcome}");
-    assert_eq!(outcome.stdout.lines().count(), 1, "a quiet kernel says nothing: {outcome}");
+    assert_eq!(outcome.stdout.lines().count(), 1, "a quiet kernel prints nothing: {outcome}");
     assert_eq!(outcome.stderr, "", "{outcome}");
 }
 
-/// How a program ended, and what it said.
+/// The exit status and output of a program.
 #[derive(Debug)]
 pub struct Outcome {
     /// Exit status; `None` when a signal killed it.
@@ -180,20 +180,20 @@ impl Outcome {
     /// Checks the exit status.
     ///
     /// # Panics
-    /// With everything the program said, when it is another.
+    /// When the status differs; the message has all output.
     #[track_caller]
     pub fn expect_status(&self, status: i32) -> &Self {
         assert_eq!(self.status, Some(status), "{self}");
         self
     }
 
-    /// Checks that standard error has this text.
+    /// Checks that standard error contains a text.
     ///
     /// # Panics
-    /// With everything the program said, when it has not.
+    /// When it does not; the message has all output.
     #[track_caller]
     pub fn expect_stderr(&self, text: &str) -> &Self {
-        assert!(self.stderr.contains(text), "standard error should have {text:?}; {self}");
+        assert!(self.stderr.contains(text), "standard error should contain {text:?}; {self}");
         self
     }
 
@@ -207,7 +207,7 @@ impl Outcome {
     }
 }
 
-/// A program that runs, with its output being collected.
+/// A running program whose output is collected.
 #[derive(Debug)]
 pub struct Started {
     /// The process.
@@ -237,21 +237,21 @@ pub fn start(command: &mut Command) -> Started {
 }
 
 impl Started {
-    /// Waits for the program's end.
+    /// Waits for the program to exit.
     ///
     /// # Panics
-    /// When it takes longer than `limit`; the program is killed then.
+    /// When it takes longer than `limit`; the program is then killed.
     #[track_caller]
     #[must_use]
     pub fn finish_within(mut self, limit: Duration) -> Outcome {
         let pid = self.child.id();
-        let (tell, told) = mpsc::channel();
+        let (sender, receiver) = mpsc::channel();
         let waiter = std::thread::spawn(move || {
             let status = self.child.wait().expect("cannot wait");
-            let _ = tell.send(());
+            let _ = sender.send(());
             (status, self.stdout, self.stderr)
         });
-        let in_time = told.recv_timeout(limit).is_ok();
+        let in_time = receiver.recv_timeout(limit).is_ok();
         if !in_time {
             kill(pid, libc::SIGKILL);
         }
@@ -261,7 +261,7 @@ impl Started {
             String::from_utf8_lossy(&bytes.unwrap_or_default()).replace('\r', "")
         };
         let outcome = Outcome { status: status.code(), stdout: text(stdout), stderr: text(stderr) };
-        assert!(in_time, "it did not end within {limit:?}; {outcome}");
+        assert!(in_time, "the program did not end within {limit:?}; {outcome}");
         outcome
     }
 
@@ -271,23 +271,23 @@ impl Started {
     }
 }
 
-/// Sends a signal to a process of a test's.
+/// Sends a signal to a process of a test.
 ///
 /// # Panics
-/// When the number is none of a process.
+/// When `pid` is out of range.
 #[expect(unsafe_code, reason = "kill has no safe wrapper in std")]
 pub fn kill(pid: u32, signal: i32) {
     let pid = i32::try_from(pid).expect("a process id");
-    // SAFETY: kill has no memory effects; the process is a test's own and has not ended.
+    // SAFETY: kill does not access memory; the process belongs to a test and has not been waited for.
     unsafe { libc::kill(pid, signal) };
 }
 
 /// Runs a program to its end.
 ///
 /// # Panics
-/// When it hangs.
+/// When it takes longer than [`TIMEOUT`].
 #[track_caller]
 #[must_use]
 pub fn run(command: &mut Command) -> Outcome {
-    start(command).finish_within(PATIENCE)
+    start(command).finish_within(TIMEOUT)
 }

@@ -1,11 +1,11 @@
-//! Guests of a few bytes: kernels without Linux, for what no Linux would do.
+//! Tiny guests in machine code, for behaviour that Linux never shows.
 
 use guest_protocol::port;
 use std::io::Write;
 
 const ADDRESS: u64 = 0x10_0000;
 
-/// A kernel file whose only segment is this code, run in 64-bit mode at 1 MiB.
+/// A kernel file with this code as its only segment, which runs in 64-bit mode at 1 MiB.
 ///
 /// # Panics
 /// When the file cannot be written.
@@ -16,7 +16,7 @@ pub fn kernel(code: &[u8]) -> tempfile::NamedTempFile {
     file
 }
 
-/// An ELF file (System V ABI) with one segment: header of 64 bytes, one program header of 56.
+/// An ELF file (System V ABI) with one segment: a header of 64 bytes and a program header of 56.
 #[must_use]
 pub fn elf(code: &[u8]) -> Vec<u8> {
     let mut bytes = b"\x7fELF\x02\x01\x01".to_vec();
@@ -53,5 +53,5 @@ pub fn exit(status: u32) -> Vec<u8> {
     code
 }
 
-/// `jmp $`: never ends.
-pub const FOREVER: [u8; 2] = [0xeb, 0xfe];
+/// `jmp $`: an infinite loop.
+pub const INFINITE_LOOP: [u8; 2] = [0xeb, 0xfe];

@@ -1,11 +1,11 @@
-//! A user of `kindling run`, who has nothing to do with others.
+//! An isolated user of `kindling run`.
 
 use crate::{kindling, testbed};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// A user's home and runtime directory, of which each test has its own.
+/// The home and runtime directories of a user, separate for each test.
 #[derive(Debug)]
 pub struct User(tempfile::TempDir);
 
@@ -16,10 +16,10 @@ impl Default for User {
 }
 
 impl User {
-    /// Without guests.
+    /// A user without guests.
     ///
     /// # Panics
-    /// When no folder can be made.
+    /// When the folder cannot be created.
     #[must_use]
     pub fn new() -> Self {
         Self(tempfile::tempdir().expect("cannot make a folder"))
@@ -31,7 +31,8 @@ impl User {
         self.0.path()
     }
 
-    /// `kindling COMMAND` as this user, without input. Kernels that are booted once are shared by all.
+    /// `kindling COMMAND` as this user, with standard input from /dev/null. Users share the cache of pre-booted
+    /// kernels.
     #[must_use]
     pub fn command(&self, name: &str) -> Command {
         let mut command = kindling();
@@ -46,7 +47,7 @@ impl User {
         command
     }
 
-    /// `kindling run OPTIONS IMAGE` with busybox.
+    /// `kindling run OPTIONS IMAGE` of the busybox image.
     #[must_use]
     pub fn run(&self, options: &[&str]) -> Command {
         let mut command = self.command("run");
@@ -54,7 +55,7 @@ impl User {
         command
     }
 
-    /// A shell script in a guest.
+    /// Runs a shell script in a guest.
     #[must_use]
     pub fn shell(&self, script: &str) -> Command {
         let mut command = self.run(&[]);
@@ -62,24 +63,24 @@ impl User {
         command
     }
 
-    /// Whether no guest has left anything.
+    /// Whether the runtime directory contains no guests.
     #[must_use]
-    pub fn is_tidy(&self) -> bool {
+    pub fn has_no_guests(&self) -> bool {
         std::fs::read_dir(self.0.path().join("kindling")).is_ok_and(|mut entries| entries.next().is_none())
     }
 }
 
-/// A disk of 8 MiB, as long as this lives.
+/// A tmpfs of 8 MiB, unmounted on drop.
 #[derive(Debug)]
-pub struct SmallDisk(PathBuf);
+pub struct SmallTmpfs(PathBuf);
 
-impl SmallDisk {
-    /// Mounts it on a folder, which is made. Says so where this user may not mount.
+impl SmallTmpfs {
+    /// Mounts it on a folder, which is created. Prints a message and returns `None` if the user may not mount.
     ///
     /// # Panics
-    /// When the folder cannot be made.
+    /// When the folder cannot be created.
     #[must_use]
-    #[expect(clippy::print_stdout, reason = "what is not tested is said")]
+    #[expect(clippy::print_stdout, reason = "skipped checks are reported")]
     pub fn at(folder: &Path) -> Option<Self> {
         std::fs::create_dir_all(folder).expect("cannot make a folder");
         let mut mount = Command::new("mount");
@@ -87,22 +88,22 @@ impl SmallDisk {
         if mount.status().is_ok_and(|status| status.success()) {
             return Some(Self(folder.to_owned()));
         }
-        println!("no small disk: this user may not mount");
+        println!("skipped: this user may not mount a tmpfs");
         None
     }
 }
 
-impl Drop for SmallDisk {
+impl Drop for SmallTmpfs {
     fn drop(&mut self) {
-        // A process that ends may still have something open there.
+        // Lazily, because a process that is exiting may still have files open there.
         let _ = Command::new("umount").arg("-l").arg(&self.0).status();
     }
 }
 
-/// Sends bytes into a command and compares what comes back with them; it ends with status 0.
+/// Sends bytes to a command that must echo them and exit with status 0.
 ///
 /// # Panics
-/// When other bytes come back, or it fails.
+/// When other bytes are received, or the command fails.
 #[track_caller]
 pub fn expect_echo(command: &mut Command, bytes: &[u8]) {
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
@@ -111,6 +112,6 @@ pub fn expect_echo(command: &mut Command, bytes: &[u8]) {
     let mut got = Vec::new();
     child.stdout.take().unwrap().read_to_end(&mut got).unwrap();
     writer.join().unwrap().unwrap();
-    assert!(got == bytes, "{} bytes of {} came back, or others", got.len(), bytes.len());
+    assert!(got == bytes, "received {} bytes of {}, or different ones", got.len(), bytes.len());
     assert!(child.wait().unwrap().success());
 }

@@ -1,15 +1,15 @@
-//! Sockets of a guest, and streams whose every byte is known to both of its ends.
-#![expect(unsafe_code, reason = "the standard library has no such sockets")]
+//! vsock sockets of a guest, and streams with a verifiable pattern.
+#![expect(unsafe_code, reason = "std has no vsock")]
 
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
-/// The host (section 5.10.4 of virtio 1.2).
+/// The CID of the host (section 5.10.4 of virtio 1.2).
 const HOST_CID: u32 = 2;
 
 fn address(cid: u32, port: u32) -> libc::sockaddr_vm {
-    // SAFETY: all zeroes are an address.
+    // SAFETY: an all-zero sockaddr_vm is valid.
     let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
     address.svm_family = libc::sa_family_t::try_from(libc::AF_VSOCK).unwrap_or(0);
     address.svm_cid = cid;
@@ -18,7 +18,7 @@ fn address(cid: u32, port: u32) -> libc::sockaddr_vm {
 }
 
 fn socket() -> io::Result<OwnedFd> {
-    // SAFETY: socket has no memory effects, and the descriptor that it returns is nobody else's.
+    // SAFETY: socket does not access memory, and only the result owns the descriptor.
     unsafe {
         match libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) {
             -1 => Err(io::Error::last_os_error()),
@@ -27,27 +27,29 @@ fn socket() -> io::Result<OwnedFd> {
     }
 }
 
-fn done(result: i32) -> io::Result<()> {
+fn check_result(result: i32) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "an address has 16 bytes")]
 const ADDRESS_SIZE: u32 = size_of::<libc::sockaddr_vm>() as u32;
 
-/// A connection of the guest.
+/// A vsock stream.
 #[derive(Debug)]
 pub struct Stream(File);
 
 impl Stream {
-    /// To a port of the host.
+    /// Connects to a port of the host.
     ///
     /// # Errors
-    /// When it is refused.
+    /// When the connection is refused.
     pub fn connect(port: u32) -> io::Result<Self> {
         let socket = socket()?;
         let address = address(HOST_CID, port);
-        // SAFETY: the address is one, and has this size.
-        done(unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), ADDRESS_SIZE) })?;
+        // SAFETY: the address is valid and has this size.
+        check_result(unsafe {
+            libc::connect(socket.as_raw_fd(), (&raw const address).cast(), ADDRESS_SIZE)
+        })?;
         Ok(Self(socket.into()))
     }
 }
@@ -68,31 +70,31 @@ impl Write for Stream {
     }
 }
 
-/// Ends a direction, by a constant of shutdown(2).
+/// Shuts down one direction; `how` is a constant of shutdown(2).
 ///
 /// # Errors
-/// When it has none.
+/// When the stream is not connected.
 pub fn shut_down(stream: &Stream, how: i32) -> io::Result<()> {
-    // SAFETY: shutdown has no memory effects.
-    done(unsafe { libc::shutdown(stream.0.as_raw_fd(), how) })
+    // SAFETY: shutdown does not access memory.
+    check_result(unsafe { libc::shutdown(stream.0.as_raw_fd(), how) })
 }
 
-/// A port of the guest.
+/// A listening socket of the guest.
 #[derive(Debug)]
 pub struct Listener(OwnedFd);
 
 impl Listener {
-    /// Listens.
+    /// Listens on a port.
     ///
     /// # Errors
-    /// When the port is taken.
+    /// When the port is in use.
     pub fn bind(port: u32) -> io::Result<Self> {
         let socket = socket()?;
         let address = address(libc::VMADDR_CID_ANY, port);
-        // SAFETY: the address is one, and has this size; listen has no memory effects.
+        // SAFETY: the address is valid and has this size; listen does not access memory.
         unsafe {
-            done(libc::bind(socket.as_raw_fd(), (&raw const address).cast(), ADDRESS_SIZE))?;
-            done(libc::listen(socket.as_raw_fd(), 1024))?;
+            check_result(libc::bind(socket.as_raw_fd(), (&raw const address).cast(), ADDRESS_SIZE))?;
+            check_result(libc::listen(socket.as_raw_fd(), 1024))?;
         }
         Ok(Self(socket))
     }
@@ -100,9 +102,9 @@ impl Listener {
     /// Waits for a connection.
     ///
     /// # Errors
-    /// When the kernel has none to give.
+    /// When accept fails.
     pub fn accept(&self) -> io::Result<Stream> {
-        // SAFETY: no address is asked for, and the descriptor that comes is nobody else's.
+        // SAFETY: accept may be called without an address, and only the result owns the descriptor.
         unsafe {
             match libc::accept(self.0.as_raw_fd(), std::ptr::null_mut(), std::ptr::null_mut()) {
                 -1 => Err(io::Error::last_os_error()),
@@ -112,7 +114,7 @@ impl Listener {
     }
 }
 
-/// Bytes that never repeat: a counter, multiplied so that every byte changes.
+/// A pattern of 64-bit words that do not repeat: multiples of an odd constant.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Pattern(u64);
 
@@ -126,10 +128,10 @@ impl Pattern {
         }
     }
 
-    /// Writes so many bytes, a multiple of 64 KiB.
+    /// Writes `bytes` bytes, a multiple of 64 KiB.
     ///
     /// # Errors
-    /// When nobody takes them.
+    /// When writing fails.
     pub fn write_to(&mut self, target: &mut impl Write, bytes: u64) -> io::Result<()> {
         let mut chunk = vec![0; CHUNK];
         for _ in 0..bytes / CHUNK as u64 {
@@ -140,10 +142,10 @@ impl Pattern {
     }
 }
 
-/// Reads so many bytes of a [`Pattern`], a multiple of 64 KiB, and the end behind them.
+/// Reads `bytes` bytes of a [`Pattern`], a multiple of 64 KiB, and the end of the stream.
 ///
 /// # Errors
-/// When another byte comes, or one too few or too many.
+/// When the content or the length differs.
 pub fn check(source: &mut impl Read, bytes: u64) -> io::Result<()> {
     let mut pattern = Pattern::default();
     let (mut got, mut expected) = (vec![0; CHUNK], vec![0; CHUNK]);
@@ -151,7 +153,7 @@ pub fn check(source: &mut impl Read, bytes: u64) -> io::Result<()> {
         source.read_exact(&mut got)?;
         pattern.fill(&mut expected);
         if got != expected {
-            return Err(io::Error::other(format!("other bytes in block {number}")));
+            return Err(io::Error::other(format!("unexpected bytes in block {number}")));
         }
     }
     match source.read(&mut got)? {

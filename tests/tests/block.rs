@@ -1,31 +1,31 @@
-//! A guest's disks: what is written is there, what was promised outlives the monitor, and others are kept away.
+//! Block devices: data integrity, durability of flushed writes, exclusive use, rate limits.
 
 use kindling_vmm::config::image::sha256;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
-use tests::conversation::{Conversation, PREAMBLE};
+use tests::guest_console::{GuestConsole, PREAMBLE};
 use tests::{boot, run, testbed};
 
 const MIB: usize = 1 << 20;
 
-/// A folder for disks.
-struct Place(tempfile::TempDir);
+/// A folder with disk images.
+struct DiskFolder(tempfile::TempDir);
 
-impl Place {
+impl DiskFolder {
     fn new() -> Self {
         Self(tempfile::tempdir().expect("cannot make a folder"))
     }
 
-    /// A disk of this content.
+    /// Creates a disk with this content.
     fn disk(&self, name: &str, bytes: &[u8]) -> PathBuf {
         let path = self.0.path().join(name);
         std::fs::write(&path, bytes).expect("cannot write a disk");
         path
     }
 
-    /// A disk with an empty filesystem.
+    /// Creates a disk with an empty ext4 filesystem.
     fn filesystem(&self) -> PathBuf {
         let path = self.0.path().join("ext4");
         std::fs::copy(testbed("ext4"), &path).expect("cannot copy a filesystem");
@@ -44,14 +44,14 @@ fn with_drive(disk: &Path, flags: &str, script: &str) -> Command {
 fn content(seed: u32, length: usize) -> Vec<u8> {
     let mut state = seed;
     let next = move || {
-        // Any bytes will do that differ from sector to sector.
+        // The content only needs to differ between sectors.
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
         state.to_le_bytes()[3]
     };
     std::iter::repeat_with(next).take(length).collect()
 }
 
-/// Checks a filesystem and mends nothing.
+/// Checks a filesystem with e2fsck, without repairing it.
 #[track_caller]
 fn expect_clean(disk: &Path) {
     run(Command::new(testbed("e2fsck")).args(["-f", "-n"]).arg(disk)).expect_status(0);
@@ -59,8 +59,8 @@ fn expect_clean(disk: &Path) {
 
 #[test]
 fn a_disk_is_read_and_written_byte_for_byte() {
-    let place = Place::new();
-    let disk = place.disk("disk", &content(1, 3 * MIB));
+    let folder = DiskFolder::new();
+    let disk = folder.disk("disk", &content(1, 3 * MIB));
     let script = "
         cmp /dev/vda /dev/vda && dd if=/dev/vda of=/copy bs=1M 2>/dev/null &&
         dd if=/copy of=/dev/vda bs=64k seek=16 count=16 conv=fsync 2>/dev/null && cat /sys/none 2>/dev/null;
@@ -72,13 +72,13 @@ fn a_disk_is_read_and_written_byte_for_byte() {
     let mut expected = content(1, 3 * MIB);
     expected.copy_within(0..MIB, MIB);
     expected.copy_within(0..32768, 2 * MIB);
-    assert!(std::fs::read(&disk).unwrap() == expected, "the disk has other bytes");
+    assert!(std::fs::read(&disk).unwrap() == expected, "the disk has unexpected content");
 }
 
 #[test]
-fn a_filesystem_is_used_and_clean_afterwards() {
-    let place = Place::new();
-    let disk = place.filesystem();
+fn a_filesystem_can_be_used_and_is_clean_afterwards() {
+    let folder = DiskFolder::new();
+    let disk = folder.filesystem();
     let script = "mkdir /m && mount -t ext4 /dev/vda /m && cp -r /bin /m/bin && echo words > /m/file && rm /m/bin/sh &&
         fstrim /m; umount /m";
     run(&mut with_drive(&disk, "", script)).expect_status(0);
@@ -92,11 +92,11 @@ fn a_filesystem_is_used_and_clean_afterwards() {
 }
 
 #[test]
-fn several_disks_are_told_apart() {
-    let place = Place::new();
+fn several_disks_appear_in_the_order_of_the_command_line() {
+    let folder = DiskFolder::new();
     let mut command = boot();
     for (name, letter) in [("a", b'a'), ("b", b'b'), ("c", b'c')] {
-        command.arg("--drive").arg(place.disk(name, &vec![letter; MIB]));
+        command.arg("--drive").arg(folder.disk(name, &vec![letter; MIB]));
     }
     let script = "for d in a b c; do head -c 1 /dev/vd$d; done; tail -c 1 /dev/vdc";
     let outcome = run(command.args(["--", "/bin/sh", "-c", script]));
@@ -105,9 +105,9 @@ fn several_disks_are_told_apart() {
 }
 
 #[test]
-fn a_read_only_disk_is_not_written() {
-    let place = Place::new();
-    let disk = place.disk("disk", &[b'x'; 1 << 16]);
+fn writes_to_a_read_only_disk_do_not_reach_the_file() {
+    let folder = DiskFolder::new();
+    let disk = folder.disk("disk", &[b'x'; 1 << 16]);
     let script = "echo other > /dev/vda; sync; blockdev --getro /dev/vda";
     let outcome = run(&mut with_drive(&disk, ":ro", script));
     assert!(outcome.stdout.contains('1'), "{outcome}");
@@ -115,12 +115,12 @@ fn a_read_only_disk_is_not_written() {
 }
 
 #[test]
-fn a_rate_limit_holds() {
-    let place = Place::new();
-    let disk = place.disk("disk", &vec![1; MIB]);
+fn a_bandwidth_limit_slows_reads_down() {
+    let folder = DiskFolder::new();
+    let disk = folder.disk("disk", &vec![1; MIB]);
     let seconds = |limiter: &str| -> f64 {
         let image = testbed("images/busybox");
-        let file = place.0.path().join("vm.json");
+        let file = folder.0.path().join("vm.json");
         let json = format!(
             r#"{{"boot-source": {{"kernel_image_path": "{0}/vmlinux", "initrd_path": "{0}/initramfs.cpio"}},
                 "drives": [{{"drive_id": "d", "path_on_host": "{1}", "is_root_device": false,
@@ -138,16 +138,16 @@ fn a_rate_limit_holds() {
         times[1] - times[0]
     };
     assert!(seconds("") < 0.5);
-    // A MiB at 1 MiB in a second, of which a quarter is there at once.
+    // 1 MiB at 1 MiB/s, with a quarter available immediately.
     let limiter = r#", "rate_limiter": {"bandwidth": {"size": 262144, "refill_time": 250}}"#;
     let limited = seconds(limiter);
     assert!((0.5..2.0).contains(&limited), "{limited} s");
 }
 
 #[test]
-fn a_disk_in_use_is_refused_to_others() {
-    let place = Place::new();
-    let disk = place.disk("disk", &[0; MIB]);
+fn a_disk_in_use_cannot_be_opened_by_another_guest() {
+    let folder = DiskFolder::new();
+    let disk = folder.disk("disk", &[0; MIB]);
     let mut first = with_drive(&disk, "", "echo started; read line");
     let mut child = first.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     let mut line = String::new();
@@ -160,105 +160,109 @@ fn a_disk_in_use_is_refused_to_others() {
     run(&mut with_drive(&disk, "", "true")).expect_status(0);
 }
 
-/// A monitor that is killed at any moment leaves a disk on which everything is that fsync promised, and a
-/// filesystem that mends itself. `KINDLING_ROUNDS` says how often; it is done a few times otherwise.
+/// When the monitor is killed at any moment, all data that fsync acknowledged is on the disk, and journal recovery
+/// leaves a clean filesystem. `KINDLING_ROUNDS` sets the number of rounds.
 #[test]
-fn what_was_promised_outlives_the_monitor() {
+fn fsynced_data_survives_a_killed_monitor() {
     let rounds = tests::rounds(3);
-    let place = Place::new();
-    let disk = place.filesystem();
-    let mut promised: u32 = 0;
+    let folder = DiskFolder::new();
+    let disk = folder.filesystem();
+    let mut synced: u32 = 0;
     for round in 1..=rounds {
-        promised = write_until_killed(&disk, round, promised);
-        let whole = whole(&disk);
-        assert!(whole >= promised, "round {round}: {promised} were promised, of which {} is lost", whole + 1);
+        synced = write_until_killed(&disk, round, synced);
+        let intact = last_intact_file(&disk);
+        assert!(
+            intact >= synced,
+            "round {round}: {synced} files were synced, but file {} is lost",
+            intact + 1
+        );
         expect_clean(&disk);
         if round % 5 == 0 {
-            tests::say(&format!("killed {round} times, {promised} promises kept"));
+            tests::print_progress(&format!("killed {round} times, {synced} files intact"));
         }
     }
 }
 
-/// Lets a guest write files, each with fsync, and kills its monitor; the number of the last file that was promised.
-fn write_until_killed(disk: &Path, round: u32, mut promised: u32) -> u32 {
+/// Runs a guest that writes and fsyncs files until its monitor is killed; returns the number of the last synced file.
+fn write_until_killed(disk: &Path, round: u32, mut synced: u32) -> u32 {
     let script = format!(
         "mkdir /m && mount -t ext4 /dev/vda /m || exit 1
-         i={promised}
+         i={synced}
          while true; do
              i=$((i + 1))
              echo $i $i $i | dd of=/m/file.$i conv=fsync 2>/dev/null || exit 2
-             echo promised $i
+             echo synced $i
          done"
     );
-    let mut guest = Conversation::start(&mut with_drive(disk, "", &script));
-    // Every round ends after another number of promises, and another part of the time that one takes.
+    let mut guest = GuestConsole::start(&mut with_drive(disk, "", &script));
+    // The number of files and the time of the kill within a write vary with the round.
     let mut time = Duration::ZERO;
     for _ in 0..1 + (round * 7) % 23 {
         let since = Instant::now();
-        promised = guest.expect("promised ").parse().unwrap();
+        synced = guest.expect("synced ").parse().unwrap();
         time = since.elapsed();
     }
     std::thread::sleep(time * (round * 61 % 100) / 100);
-    // Kills it.
+    // Dropping the guest kills it.
     drop(guest);
-    promised
+    synced
 }
 
-/// The number up to which all files of a disk are there and whole.
-fn whole(disk: &Path) -> u32 {
+/// The number of the last file of a contiguous sequence of intact files.
+fn last_intact_file(disk: &Path) -> u32 {
     let script = "mkdir /m && mount -t ext4 /dev/vda /m && cat /m/file.* | sort -n |
-        awk 'NF == 3 && $1 == $2 && $2 == $3 && $1 == last + 1 { last = $1 } END { print \"whole\", last + 0 }'
+        awk 'NF == 3 && $1 == $2 && $2 == $3 && $1 == last + 1 { last = $1 } END { print \"intact\", last + 0 }'
         umount /m && echo unmounted";
-    let mut guest = Conversation::start(&mut with_drive(disk, "", script));
-    let number = guest.expect("whole ");
+    let mut guest = GuestConsole::start(&mut with_drive(disk, "", script));
+    let number = guest.expect("intact ");
     guest.expect("unmounted");
     number.parse().unwrap()
 }
 
 #[test]
-fn a_disk_is_used_past_the_page_cache() {
-    // Direct requests take time, so that none of them is done at once.
-    let place = Place::new();
-    let disk = place.disk("disk", &content(5, MIB));
+fn a_direct_disk_is_read_and_written_byte_for_byte() {
+    // Direct requests never complete immediately.
+    let folder = DiskFolder::new();
+    let disk = folder.disk("disk", &content(5, MIB));
     let script = "dd if=/dev/vda of=/dev/vda bs=64k seek=8 count=4 oflag=direct 2>/dev/null";
     let outcome = run(&mut with_drive(&disk, ":direct", script));
     if outcome.status == Some(2) {
-        // The folder's filesystem decides, and it says so.
+        // The filesystem of the folder does not support direct I/O.
         outcome.expect_stderr("its filesystem has no direct I/O");
         return;
     }
     outcome.expect_status(0);
     let mut changed = content(5, MIB);
     changed.copy_within(0..MIB / 4, MIB / 2);
-    assert!(std::fs::read(&disk).unwrap() == changed, "the disk has other bytes");
+    assert!(std::fs::read(&disk).unwrap() == changed, "the disk has unexpected content");
 }
 
-/// A disk whose requests take time: one in the lab's memory that is no file, or a file past the page cache.
-fn slow_disk(place: &Place) -> PathBuf {
+/// A disk whose requests are asynchronous: the lab's RAM disk, or a file with direct I/O.
+fn slow_disk(folder: &DiskFolder) -> PathBuf {
     let ram = PathBuf::from("/dev/ram0");
-    if ram.exists() { ram } else { place.disk("disk", &[]) }
+    if ram.exists() { ram } else { folder.disk("disk", &[]) }
 }
 
-/// Lets a guest copy the first half of a disk whose requests take time to its second half, and checks every byte; the
-/// names of the monitor's threads, and what its descriptors are.
+/// Runs a guest that copies the first half of an asynchronous disk to its second half, and checks every byte. Returns
+/// the names of the monitor's threads and the targets of its descriptors.
 fn use_slow_disk(refuse_io_uring: bool) -> (String, String) {
-    let place = Place::new();
-    let disk = slow_disk(&place);
+    let folder = DiskFolder::new();
+    let disk = slow_disk(&folder);
     let mut expected = content(7, 8 * MIB);
     std::fs::write(&disk, &expected).unwrap();
-    // Four at once, in pieces of several sizes, and with a flush at the end of each.
+    // Four concurrent copies with different block sizes, each with a flush at its end.
     let script = format!(
         "{PREAMBLE} for i in 0 1 2 3; do
             dd if=/dev/vda of=/dev/vda iflag=direct oflag=direct conv=fsync bs=$((4096 << i)) \
                 skip=$((i * (256 >> i))) seek=$(((i + 4) * (256 >> i))) count=$((256 >> i)) 2>/dev/null &
-        done; wait; echo done; heard; head -c {} /dev/vda | sha256sum",
+        done; wait; echo done; wait_line; head -c {} /dev/vda | sha256sum",
         expected.len()
     );
     let mut command = with_drive(&disk, ":direct", &script);
     if refuse_io_uring {
         tests::io_uring::refuse(&mut command);
     }
-    let mut guest = Conversation::start(&mut command);
+    let mut guest = GuestConsole::start(&mut command);
     guest.expect("done");
     let of_monitor = |name: &str| {
         std::fs::read_dir(guest.process().join(name)).unwrap().map(|entry| entry.unwrap().path())
@@ -267,25 +271,25 @@ fn use_slow_disk(refuse_io_uring: bool) -> (String, String) {
         of_monitor("task").map(|path| std::fs::read_to_string(path.join("comm")).unwrap()).collect();
     let files =
         of_monitor("fd").map(|path| std::fs::read_link(path).unwrap().display().to_string() + "\n").collect();
-    guest.go_on();
+    guest.send_line();
     expected.copy_within(..4 * MIB, 4 * MIB);
     assert_eq!(guest.expect(""), format!("{}  -", sha256(&expected)));
     guest.expect_status(0);
     let mut found = std::fs::read(&disk).unwrap();
     found.truncate(expected.len());
-    assert!(found == expected, "the disk has other bytes");
+    assert!(found == expected, "the disk has unexpected content");
     (threads, files)
 }
 
 #[test]
-fn a_disk_that_takes_time_is_served_by_io_uring() {
+fn asynchronous_disk_requests_use_io_uring() {
     let (threads, files) = use_slow_disk(false);
     assert!(files.contains("io_uring"), "{files}");
     assert!(!threads.lines().any(|name| name == "file"), "{threads}");
 }
 
 #[test]
-fn a_disk_that_takes_time_is_served_by_a_thread_where_io_uring_is_refused() {
+fn asynchronous_disk_requests_use_a_thread_if_io_uring_is_denied() {
     let (threads, files) = use_slow_disk(true);
     assert!(!files.contains("io_uring"), "{files}");
     assert!(threads.lines().any(|name| name == "file"), "{threads}");

@@ -1,29 +1,29 @@
-//! The default image boots with any size of memory.
+//! The default image boots with various memory sizes, and its boot report is complete.
 
 use tests::{expect_greeting, kindling, run, testbed};
 
 #[test]
-fn one_vcpu_and_128_mib() {
+fn the_default_image_boots_with_128_mib() {
     expect_greeting(1, 128);
 }
 
 #[test]
-fn a_small_machine() {
+fn the_default_image_boots_with_64_mib() {
     expect_greeting(1, 64);
 }
 
 #[test]
-fn memory_on_both_sides_of_the_device_gap() {
+fn the_default_image_boots_with_memory_above_and_below_the_mmio_gap() {
     expect_greeting(1, 4096);
 }
 
 #[test]
-fn an_odd_amount_of_memory() {
+fn the_default_image_boots_with_an_odd_number_of_mib() {
     expect_greeting(1, 129);
 }
 
 #[test]
-fn the_report_names_every_stage_in_order() {
+fn the_boot_report_has_every_step_in_order() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("report.json");
     let outcome = run(kindling()

@@ -1,10 +1,10 @@
-//! Firecracker's configuration file boots the same guest as the command line does.
+//! A Firecracker configuration file configures the same guest as the command line.
 
 use std::process::Stdio;
 use tests::{kindling, run, testbed};
 
 #[test]
-fn a_file_of_firecrackers_boots() {
+fn a_firecracker_configuration_boots_and_unsupported_fields_are_reported() {
     let config = serde_json::json!({
         "boot-source": {
             "kernel_image_path": testbed("images/busybox/vmlinux"),
@@ -45,7 +45,7 @@ fn a_file_of_firecrackers_boots() {
 }
 
 #[test]
-fn the_command_line_goes_before_the_file() {
+fn command_line_options_override_the_file() {
     let config = serde_json::json!({
         "boot-source": { "kernel_image_path": testbed("images/busybox/vmlinux") },
         "machine-config": { "vcpu_count": 2 },

@@ -1,4 +1,4 @@
-//! `kindling cp` copies files into a guest that runs and out of it, whole or not at all.
+//! `kindling cp` copies files into and out of a running guest, completely or not at all.
 
 use std::fs;
 use std::hash::{DefaultHasher, Hasher};
@@ -8,14 +8,14 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, UNIX_EPOCH};
-use tests::conversation::Conversation;
+use tests::guest_console::GuestConsole;
 use tests::user::User;
 use tests::{Outcome, run};
 
-/// A guest that waits, and a folder on the host.
+/// A running guest, and a folder on the host.
 struct Guest {
     user: User,
-    conversation: Conversation,
+    conversation: GuestConsole,
 }
 
 impl Guest {
@@ -23,7 +23,7 @@ impl Guest {
         let user = User::new();
         let options = [&["--name", "one"], options].concat();
         let mut command = user.run(&options);
-        let mut conversation = Conversation::start(command.args(["sh", "-c", "echo ready; read -r line"]));
+        let mut conversation = GuestConsole::start(command.args(["sh", "-c", "echo ready; read -r line"]));
         conversation.expect("ready");
         fs::create_dir(user.folder().join("here")).expect("cannot make a folder");
         Self { user, conversation }
@@ -33,7 +33,7 @@ impl Guest {
         self.user.folder().join("here").join(name)
     }
 
-    /// `kindling cp`, in the folder of the host's side.
+    /// `kindling cp`, started in the host's folder.
     fn cp(&self, arguments: &[&str]) -> Command {
         let mut command = self.user.command("cp");
         command.args(arguments).current_dir(self.here(""));
@@ -47,7 +47,7 @@ impl Guest {
         assert_eq!((outcome.stdout.as_str(), outcome.stderr.as_str()), ("", ""));
     }
 
-    /// A copy that fails with one line.
+    /// A copy that fails with a one-line message.
     #[track_caller]
     fn refused(&self, arguments: &[&str], status: i32, text: &str) {
         expect_line(&run(&mut self.cp(arguments)), status, text);
@@ -69,7 +69,7 @@ fn mode(path: &Path, mode: u32) {
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("cannot set a mode");
 }
 
-/// Names, kinds, modes, times and digests of contents below a folder.
+/// Names, modes (with types), modification times, sizes and hashes of all files below a folder.
 fn list(folder: &Path) -> Vec<String> {
     let mut paths: Vec<_> =
         fs::read_dir(folder).expect("no folder").map(|entry| entry.expect("no entry").path()).collect();
@@ -98,7 +98,7 @@ fn list(folder: &Path) -> Vec<String> {
 }
 
 #[test]
-fn trees_go_both_ways_as_they_are() {
+fn trees_are_copied_unchanged_in_both_directions() {
     let guest = Guest::start(&[]);
     let tree = guest.here("tree");
     fs::create_dir_all(tree.join("deep/er")).unwrap();
@@ -121,7 +121,7 @@ fn trees_go_both_ways_as_they_are() {
     assert_eq!((&words[5..9], &words[10..]), (&["deep", "711", "0", "0"][..], &["/nowhere", "content"][..]));
     guest.copied(&["one:/srv", "back"]);
     assert_eq!(list(&guest.here("back")), before);
-    // What is there already: into it, and over it.
+    // Into an existing directory, and over existing files.
     guest.copied(&["one:srv", "back"]);
     assert_eq!(list(&guest.here("back/srv")), before);
     fs::remove_dir_all(guest.here("back/srv")).unwrap();
@@ -134,7 +134,7 @@ fn trees_go_both_ways_as_they_are() {
 }
 
 #[test]
-fn owners_are_kept_when_asked_for_and_special_bits_stay_in_the_guest() {
+fn archive_mode_keeps_owners_and_set_id_bits_never_reach_the_host() {
     let guest = Guest::start(&[]);
     let file = guest.here("file");
     fs::write(&file, "x").unwrap();
@@ -164,7 +164,7 @@ fn owners_are_kept_when_asked_for_and_special_bits_stay_in_the_guest() {
 }
 
 #[test]
-fn links_of_the_image_lead_where_they_lead_in_the_guest() {
+fn links_in_the_guest_are_resolved_in_the_guest() {
     let guest = Guest::start(&[]);
     guest.shell("mkdir /data; ln -s /data /short; ln -s /data/target /data/link; echo old > /data/target");
     fs::write(guest.here("file"), "new").unwrap();
@@ -179,9 +179,9 @@ fn links_of_the_image_lead_where_they_lead_in_the_guest() {
     assert_eq!(fs::read(guest.here("contents/file")).unwrap(), b"new");
 }
 
-/// A guest cannot write elsewhere on the host, whatever its links say.
+/// A guest cannot write outside the destination on the host by means of symbolic links.
 #[test]
-fn links_of_a_guest_are_not_followed_here() {
+fn links_copied_from_a_guest_are_not_followed_on_the_host() {
     let guest = Guest::start(&[]);
     let outside = guest.user.folder().join("outside");
     fs::create_dir(&outside).unwrap();
@@ -191,14 +191,14 @@ fn links_of_a_guest_are_not_followed_here() {
     assert_eq!(fs::read_dir(&outside).unwrap().count(), 0);
 }
 
-/// The last component of a destination is not followed either: an earlier copy made it, or the guest itself through a
-/// folder that it shares.
+/// The last component of a destination is not followed either: it may be a link from an earlier copy, or one that the
+/// guest created in a shared folder.
 #[test]
-fn links_that_a_guest_has_planted_are_not_followed() {
+fn a_destination_that_is_a_link_from_a_guest_is_not_followed() {
     let guest = Guest::start(&[]);
     let (home, rc) = (guest.user.folder().to_owned(), guest.user.folder().join("rc"));
     fs::write(&rc, "old").unwrap();
-    // The same command twice: a link, then a file or a tree where the link is now.
+    // The same command twice: first for a link, then for a file or a tree in place of the link.
     guest.shell("ln -s ../rc /r.txt; ln -s .. /out");
     guest.copied(&["one:/r.txt", "."]);
     guest.copied(&["one:/out", "."]);
@@ -216,7 +216,7 @@ fn links_that_a_guest_has_planted_are_not_followed() {
 }
 
 #[test]
-fn a_folder_that_a_guest_shares_is_no_way_out() {
+fn links_in_a_shared_folder_do_not_lead_out_of_it() {
     let home = tempfile::tempdir().unwrap();
     let shared = home.path().join("shared");
     fs::create_dir(&shared).unwrap();
@@ -230,7 +230,7 @@ fn a_folder_that_a_guest_shares_is_no_way_out() {
 }
 
 #[test]
-fn a_guest_changes_no_directory_and_the_umask_counts() {
+fn existing_directories_keep_their_mode_and_new_files_obey_the_umask() {
     let guest = Guest::start(&[]);
     fs::create_dir_all(guest.here("home/.ssh")).unwrap();
     mode(&guest.here("home/.ssh"), 0o700);
@@ -245,7 +245,7 @@ fn a_guest_changes_no_directory_and_the_umask_counts() {
 }
 
 #[test]
-fn what_cannot_be_copied_is_named() {
+fn each_failed_copy_names_the_file_and_the_reason() {
     let guest = Guest::start(&[]);
     fs::write(guest.here("file"), "x").unwrap();
     fs::create_dir(guest.here("tree")).unwrap();
@@ -270,7 +270,7 @@ fn what_cannot_be_copied_is_named() {
     assert_eq!(fs::read_dir(guest.here("")).unwrap().count(), 2);
 }
 
-/// Numbers that nobody can guess, so that a byte in the wrong place shows.
+/// Pseudorandom data, so that misplaced bytes are detected.
 struct Noise(u64);
 
 impl Read for Noise {
@@ -287,23 +287,23 @@ impl Read for Noise {
 
 const MIB: u64 = 1 << 20;
 
-/// The most memory that a process had, in KiB.
+/// The peak resident memory of a process in KiB.
 #[expect(unsafe_code, reason = "wait4 has no safe wrapper in std")]
 #[expect(clippy::zombie_processes, reason = "wait4 waits for it")]
 fn peak_of(mut command: Command) -> i64 {
     let child = command.spawn().expect("cannot start");
     let (mut status, mut usage) = (0, std::mem::MaybeUninit::<libc::rusage>::zeroed());
     let pid = i32::try_from(child.id()).expect("a process id");
-    // SAFETY: both are written by the kernel and live as long as the call; an all-zero rusage is valid.
+    // SAFETY: the kernel writes both, which live as long as the call; an all-zero rusage is valid.
     let usage = unsafe {
         assert_eq!(libc::wait4(pid, &raw mut status, 0, usage.as_mut_ptr()), pid);
         usage.assume_init()
     };
-    assert_eq!(status, 0, "it failed");
+    assert_eq!(status, 0, "the command failed");
     usage.ru_maxrss
 }
 
-/// KiB that the VMM has beside the guest's memory, which is in the large ones of its mappings.
+/// Resident memory of the VMM in KiB without guest memory, which is in its large mappings.
 fn vmm_kib(guest: &Guest) -> u64 {
     let smaps = fs::read_to_string(guest.conversation.process().join("smaps")).expect("the VMM has ended");
     let numbers = |name: &str| -> Vec<u64> {
@@ -315,9 +315,9 @@ fn vmm_kib(guest: &Guest) -> u64 {
 }
 
 #[test]
-fn memory_stays_where_it_is() {
+fn a_large_copy_does_not_grow_the_memory_of_client_and_vmm() {
     const SIZE: u64 = 16 * MIB;
-    // Where its kernel was booted before, a part of the guest's memory is a mapping of that file.
+    // With a pre-booted kernel, part of guest memory would be a mapping of its file.
     let guest = Guest::start(&["--memory", "1024", "--cold"]);
     let mut file = fs::File::create(guest.here("large")).unwrap();
     std::io::copy(&mut Noise(1).take(SIZE), &mut file).unwrap();
@@ -338,14 +338,14 @@ fn memory_stays_where_it_is() {
     while left > 0 {
         file.read_exact(&mut found).unwrap();
         expected.read_exact(&mut wanted).unwrap();
-        assert!(found == wanted, "other bytes, {left} before the end");
+        assert!(found == wanted, "unexpected content {left} bytes before the end");
         left -= MIB;
     }
     assert_eq!(file.read(&mut found).unwrap(), 0);
 }
 
 impl Guest {
-    /// Starts to fetch 30 MB over a file that is there, and returns in the middle.
+    /// Starts to copy 30 MB from the guest over an existing file, and returns while the copy is running.
     fn fetching(&self) -> Child {
         self.shell("head -c 30000000 /dev/zero > /tmp/large");
         fs::write(self.here("large"), "old").unwrap();
@@ -362,7 +362,7 @@ impl Guest {
         entries.any(|entry| entry.expect("no entry").file_name().as_bytes().starts_with(b".kindling-cp"))
     }
 
-    /// How an unfinished copy ended, which has changed nothing.
+    /// Waits for an interrupted copy, checks that it has changed nothing, and returns its outcome.
     #[track_caller]
     fn unfinished(&self, child: Child) -> Outcome {
         let output = child.wait_with_output().expect("cannot wait");
@@ -374,7 +374,7 @@ impl Guest {
 }
 
 #[test]
-fn a_guest_that_dies_leaves_nothing_half_made() {
+fn a_copy_from_a_guest_that_dies_leaves_no_partial_file() {
     let guest = Guest::start(&["--memory", "1024"]);
     let child = guest.fetching();
     guest.conversation.signal(libc::SIGKILL);
@@ -383,13 +383,13 @@ fn a_guest_that_dies_leaves_nothing_half_made() {
 }
 
 #[test]
-fn a_copy_that_is_interrupted_leaves_nothing_half_made() {
+fn an_interrupted_copy_leaves_no_partial_file() {
     let guest = Guest::start(&["--memory", "1024"]);
     let child = guest.fetching();
     tests::kill(child.id(), libc::SIGTERM);
     let outcome = guest.unfinished(child);
     assert_eq!((outcome.status, outcome.stderr.as_str()), (Some(128 + libc::SIGTERM), ""));
-    // Into the guest: it takes its half away when the host hangs up.
+    // Into the guest: the agent removes its partial file when the connection closes.
     let file = fs::File::create(guest.here("endless")).unwrap();
     file.set_len(1).unwrap();
     std::io::copy(&mut Noise(3).take(48 * MIB), &mut &file).unwrap();
@@ -403,7 +403,7 @@ fn a_copy_that_is_interrupted_leaves_nothing_half_made() {
 }
 
 #[test]
-fn a_full_disk_is_said_and_leaves_nothing() {
+fn a_full_disk_is_reported_and_leaves_no_partial_file() {
     let guest = Guest::start(&[]);
     let mut file = fs::File::create(guest.here("large")).unwrap();
     file.write_all(&vec![1; 3 << 20]).unwrap();
@@ -411,7 +411,7 @@ fn a_full_disk_is_said_and_leaves_nothing() {
     let text = "in the guest one: cannot write /full/large: No space left on device";
     guest.refused(&["large", "one:/full"], 1, text);
     assert_eq!(guest.shell("ls -A /full; cat /full/large"), "large\nold\n");
-    // Here a limit of the file's size stands for the disk's end.
+    // On the host, a file size limit simulates a full disk.
     guest.copied(&["large", "one:/tmp"]);
     fs::remove_file(guest.here("large")).unwrap();
     let mut limited = Command::new("sh");

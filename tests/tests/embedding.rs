@@ -1,10 +1,10 @@
-//! Programs that start guests with the library `kindling`: its examples.
+//! The examples of the library `kindling`: programs that start guests.
 
 use std::process::{Command, Stdio};
 use tests::user::User;
-use tests::{PATIENCE, run, start, testbed};
+use tests::{TIMEOUT, run, start, testbed};
 
-/// An example as this user, who has Kindling's programs elsewhere.
+/// An example as this user, with Kindling's programs in another folder.
 fn example(user: &User, name: &str) -> Command {
     let mut command = Command::new(testbed("examples").join(name));
     command.env("KINDLING_PROGRAMS", testbed("kindling").parent().unwrap());
@@ -16,27 +16,27 @@ fn example(user: &User, name: &str) -> Command {
 }
 
 #[test]
-fn a_command_gives_its_output() {
+fn a_command_returns_its_output_or_its_status_and_stderr() {
     let user = User::new();
     let outcome = |words: &[&str]| run(example(&user, "output").arg(testbed("busybox.erofs")).args(words));
     assert_eq!(outcome(&["echo", "one", "two"]).expect_status(0).stdout, "one two\n");
     outcome(&["sh", "-c", "echo why >&2; exit 7"]).expect_status(1).expect_stderr("exit status: 7: why");
     outcome(&["missing"]).expect_status(1).expect_stderr("exit status: 127: init: missing: not found");
-    // Another terminal line than this one's must not matter: nothing of it is the guest's.
-    assert!(user.is_tidy(), "a guest that is dropped leaves something");
+    // Dropping a guest removes it.
+    assert!(user.has_no_guests(), "a dropped guest was not removed");
 }
 
 #[test]
-fn a_pool_of_guests_works_side_by_side() {
+fn a_pool_of_guests_works_in_parallel() {
     let user = User::new();
     let outcome = run(example(&user, "pool").arg(testbed("busybox.erofs")).arg("3"));
     let expected = "1 squared is 1\n2 squared is 4\n3 squared is 9\n";
     assert_eq!(outcome.expect_status(0).stdout, expected);
-    assert!(user.is_tidy());
+    assert!(user.has_no_guests());
 }
 
 #[test]
-fn others_stop_a_guest_and_not_its_program() {
+fn stopping_a_guest_from_outside_is_an_error_in_its_program() {
     let user = User::new();
     let mut program = start(example(&user, "output").arg(testbed("busybox.erofs")).args(["sleep", "1000"]));
     let name = loop {
@@ -51,9 +51,9 @@ fn others_stop_a_guest_and_not_its_program() {
         .expect_status(2)
         .expect_stderr("belongs to a program");
     run(user.command("stop").arg(&name)).expect_status(0);
-    // In the middle of its start, or of its command.
-    program.finish_within(PATIENCE).expect_status(1).expect_stderr("Error: ");
-    assert!(user.is_tidy());
+    // The program may be starting the guest or running the command.
+    program.finish_within(TIMEOUT).expect_status(1).expect_stderr("Error: ");
+    assert!(user.has_no_guests());
 }
 
 #[test]
@@ -71,22 +71,22 @@ fn a_guest_is_paused_resumed_and_outlives_its_program() {
     kindling(&["ps", "-a"]).expect_status(0).expect_stdout("exited 0");
     kindling(&["wait", "left"]).expect_status(0);
     kindling(&["rm", "left"]).expect_status(0);
-    assert!(user.is_tidy());
+    assert!(user.has_no_guests());
 }
 
 #[test]
-fn files_go_in_and_out() {
+fn files_are_copied_into_and_out_of_a_guest() {
     let user = User::new();
     let [from, to] = ["words", "sorted"].map(|name| user.folder().join(name));
     std::fs::write(&from, "two\none\nthree\n").unwrap();
     let files = run(example(&user, "files").arg(testbed("busybox.erofs")).args([&from, &to]));
     files.expect_status(0).expect_stdout("ended by itself: true");
     assert_eq!(std::fs::read_to_string(&to).unwrap(), "one\nthree\ntwo\n");
-    assert!(user.is_tidy());
+    assert!(user.has_no_guests());
 }
 
 #[test]
-fn what_stands_in_the_way_is_named_and_leaves_nothing() {
+fn a_guest_that_cannot_start_is_a_specific_error_and_leaves_nothing() {
     let user = User::new();
     let refused = |image: &str, expected: &str| {
         run(example(&user, "output").args([image, "true"])).expect_status(1).expect_stderr(expected);
@@ -98,5 +98,5 @@ fn what_stands_in_the_way_is_named_and_leaves_nothing() {
     let mut kernel = example(&user, "output");
     kernel.env("KINDLING_IMAGE", "/nonexistent").arg(testbed("busybox.erofs")).arg("true");
     run(&mut kernel).expect_status(1).expect_stderr("NoKernelAt");
-    assert!(user.is_tidy());
+    assert!(user.has_no_guests());
 }

@@ -1,10 +1,10 @@
-//! How long a boot takes, in the exact lab: instructions, the same on every machine.
+//! Boot time in the exact lab, which counts instructions and gives the same result on every machine.
 //!
-//! The budget is `tests/boot-budget.json`: nanoseconds of the exact lab for each phase, for the way
-//! to init and to the end of the process, and exits to the VMM on the way to init; for a boot, and for
-//! a start from a pre-booted kernel; and nanoseconds of `kindling run` and `kindling exec`. What needs 2 % more fails here, and raising a number is an edit that
-//! a reviewer sees. So is lowering one after an improvement, which a budget that is 10 % above the
-//! measurement asks for.
+//! The budget is `tests/boot-budget.json`: for a boot and for a start from a pre-booted kernel, nanoseconds of each
+//! phase, from the spawn to init and from the spawn to the exit of the process, and exits to the VMM up to init; and
+//! nanoseconds of `kindling run` and `kindling exec`. A test fails when a value is more than 2 % and a tolerance above
+//! the budget, or when the budget is more than 10 % above the value, so that the budget stays current and every change
+//! of it is reviewed.
 
 use serde::Deserialize;
 use std::collections::BTreeMap;
@@ -12,47 +12,48 @@ use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
-use tests::conversation::Conversation;
+use tests::guest_console::GuestConsole;
 use tests::user::User;
 use tests::{Image, kindling, run, testbed};
 
 const BUDGET: &str = include_str!("../boot-budget.json");
 const INIT: &str = "init: first instruction";
-/// Boots that are measured. The lab's own kernel ticks, and now and then does some work of its own, in
-/// the middle of a phase: up to 0.5 ms was seen. That only ever adds, so what counts is the least.
+/// Number of measured boots. The lab's kernel has timer ticks and occasional background work in the middle of a phase,
+/// of up to 0.5 ms. Such noise only ever adds time, so the minimum is used.
 const BOOTS: usize = 7;
-/// Times that a program is measured. Its processes are scheduled beside those of a guest, so that most runs meet a tick
-/// or wait for another turn: of seven `exec`, the least was 1.73 to 1.95 ms.
+/// Number of measured runs of a program. Its processes compete with a guest for the processor, so that most runs meet a
+/// tick or wait to be scheduled: of seven `exec`, the minimum was 1.73 to 1.95 ms.
 const PROGRAMS: usize = 60;
-/// Nanoseconds by which a phase may differ whatever its length: one tick of the lab's kernel. The least values of
-/// one phase differed by up to 94,000 over twenty labs (`cargo xtask budget`), and the budget is near the largest.
-const TICK_NS: u64 = 60_000;
-/// Nanoseconds by which the way to init may: it differed by 139,000 in twenty labs. In one lab of many all starts took
-/// 0.05 ms more to create a VM and 0.01 to build devices, where KVM waits for other tasks of the host's to pass a point.
-const WAY_NS: u64 = 2 * TICK_NS;
+/// Tolerance of a phase in nanoseconds, whatever its length: one tick of the lab's kernel. The minima of one phase
+/// differed by up to 94,000 over twenty labs (`cargo xtask budget`), and the budget is near the largest.
+const PHASE_TOLERANCE_NS: u64 = 60_000;
+/// Tolerance of the time to init in nanoseconds: it differed by 139,000 over twenty labs. In one of many labs all
+/// starts took 0.05 ms more to create a VM and 0.01 ms more to build devices, where KVM waits for other tasks of the
+/// host.
+const INIT_TOLERANCE_NS: u64 = 2 * PHASE_TOLERANCE_NS;
 
-/// The same for the way to the end: whether the guest touches one huge page more or less, which the host
-/// clears, depends on where its pages happen to lie.
-const HUGE_PAGE_NS: u64 = 600_000;
+/// Tolerance of the time to the exit in nanoseconds: the placement of guest pages determines whether the guest touches
+/// one more huge page, which the host clears.
+const EXIT_TOLERANCE_NS: u64 = 600_000;
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Budgets {
     /// A boot of the default image.
     boot: Budget,
-    /// A start of its pre-booted kernel.
+    /// A start from its pre-booted kernel.
     preboot: Budget,
-    /// A program as its user starts it.
+    /// `kindling run` and `kindling exec`.
     program: ProgramBudget,
 }
 
-/// Nanoseconds from the spawn of a command to its end, for busybox's `true`.
+/// Nanoseconds from the spawn of a command to its exit, for busybox's `true`.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct ProgramBudget {
-    /// `kindling run` on a kernel that was booted before.
+    /// `kindling run` from a pre-booted kernel.
     run_ns: u64,
-    /// `kindling exec` in a guest that runs.
+    /// `kindling exec` in a running guest.
     exec_ns: u64,
 }
 
@@ -61,17 +62,17 @@ struct ProgramBudget {
 struct Budget {
     /// Nanoseconds from the spawn of the command to init's first instruction.
     spawn_to_init_ns: u64,
-    /// Nanoseconds from the spawn of the command to its end, with init's greeting on the way.
+    /// Nanoseconds from the spawn of the command to its exit, including init's greeting.
     spawn_to_exit_ns: u64,
     /// Exits to the VMM up to init's first instruction.
     user_exits_to_init: u64,
-    /// KiB of the VMM's own program in its memory while a payload waits: what `vmm/boot-code.ld` keeps together.
+    /// Resident KiB of the VMM's program while a payload waits, which `vmm/boot-code.ld` keeps small.
     program_kib: u64,
-    /// Nanoseconds of each phase, by the step that ends it.
+    /// Nanoseconds of each phase, keyed by the step that ends it.
     phases_ns: BTreeMap<String, u64>,
 }
 
-/// Nanoseconds since boot of the clock that `kindling` reports in: CLOCK_MONOTONIC.
+/// CLOCK_MONOTONIC in nanoseconds, the clock of `kindling`'s reports.
 #[expect(unsafe_code, reason = "clock_gettime has no safe wrapper in std")]
 fn now() -> i64 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
@@ -82,9 +83,9 @@ fn now() -> i64 {
 
 /// A boot with 1 vCPU and 128 MiB.
 struct Boot {
-    /// What the option writes.
+    /// The file that the option writes.
     written: serde_json::Value,
-    /// Nanoseconds from the spawn of the command to its end.
+    /// Nanoseconds from the spawn of the command to its exit.
     spawn_to_exit: u64,
 }
 
@@ -102,7 +103,7 @@ fn read(path: &Path) -> serde_json::Value {
     serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
 }
 
-/// Name and length of each step up to init, in order.
+/// Name and duration of each step up to init, in order.
 fn phases_to_init(report: &serde_json::Value) -> Vec<(String, u64)> {
     let steps = steps_to_init(report);
     let starts = std::iter::once(0).chain(steps.iter().map(|(_, at)| *at));
@@ -121,8 +122,7 @@ fn steps_to_init(report: &serde_json::Value) -> Vec<(String, u64)> {
     panic!("init was not reached: {report:#}");
 }
 
-/// The least of several measurements, which is what counts. It is printed with the others: `cargo xtask budget` reads
-/// the line.
+/// The minimum of several measurements. It is printed together with them; `cargo xtask budget` parses the line.
 #[expect(clippy::print_stdout, reason = "the test harness shows it on request")]
 fn figure(name: &str, values: impl Iterator<Item = u64>) -> u64 {
     let values: Vec<u64> = values.collect();
@@ -131,19 +131,19 @@ fn figure(name: &str, values: impl Iterator<Item = u64>) -> u64 {
     least
 }
 
-/// What a number may be: 2 % above the budget.
+/// The upper limit of a value: 2 % above the budget.
 const fn limit(budget: u64) -> u64 {
     budget + budget / 50
 }
 
 #[test]
-fn the_boot_keeps_to_its_budget() {
+fn a_boot_stays_within_its_budget() {
     let budgets: Budgets = serde_json::from_str(BUDGET).unwrap();
     check("boot", &Image::copy_of("default"), &budgets.boot);
 }
 
 #[test]
-fn a_start_from_a_prebooted_kernel_keeps_to_its_budget() {
+fn a_start_from_a_prebooted_kernel_stays_within_its_budget() {
     let budgets: Budgets = serde_json::from_str(BUDGET).unwrap();
     let image = Image::copy_of("default");
     let _ = image.preboot("1", "128");
@@ -151,7 +151,7 @@ fn a_start_from_a_prebooted_kernel_keeps_to_its_budget() {
 }
 
 fn check(kind: &str, image: &Image, budget: &Budget) {
-    // The first boot of a lab reads the program's pages in; what counts is every later one.
+    // Warm-up: the first boot of a lab reads the program's pages.
     boot(image, "--report-json");
     let boots: Vec<Boot> = (0..BOOTS).map(|_| boot(image, "--report-json")).collect();
     let phases: Vec<_> = boots.iter().map(|boot| phases_to_init(&boot.written)).collect();
@@ -168,7 +168,7 @@ fn check(kind: &str, image: &Image, budget: &Budget) {
         total += ns;
         let _ = writeln!(table, "{name}: {ns}, {:?}", budget.phases_ns.get(name));
         match budget.phases_ns.get(name) {
-            Some(&allowed) if ns <= limit(allowed) + TICK_NS => {}
+            Some(&allowed) if ns <= limit(allowed) + PHASE_TOLERANCE_NS => {}
             _ => broken.push(name.as_str()),
         }
     }
@@ -177,10 +177,10 @@ fn check(kind: &str, image: &Image, budget: &Budget) {
     let _ = writeln!(table, "spawn to init: {total}, {}", budget.spawn_to_init_ns);
     let _ = writeln!(table, "spawn to exit: {exit}, {}", budget.spawn_to_exit_ns);
     let _ = writeln!(table, "exits to the VMM: {exits}, {}", budget.user_exits_to_init);
-    if total > limit(budget.spawn_to_init_ns) + WAY_NS {
+    if total > limit(budget.spawn_to_init_ns) + INIT_TOLERANCE_NS {
         broken.push("spawn to init");
     }
-    if exit > limit(budget.spawn_to_exit_ns) + HUGE_PAGE_NS {
+    if exit > limit(budget.spawn_to_exit_ns) + EXIT_TOLERANCE_NS {
         broken.push("spawn to exit");
     }
     if exits > budget.user_exits_to_init {
@@ -189,24 +189,24 @@ fn check(kind: &str, image: &Image, budget: &Budget) {
     assert!(broken.is_empty(), "above the budget of tests/boot-budget.json: {broken:?}\n{table}");
     assert!(
         budget.spawn_to_init_ns <= total + total / 10 && budget.spawn_to_exit_ns <= exit + exit / 10,
-        "the budget of tests/boot-budget.json is far above the boot: lower it\n{table}"
+        "the budget of tests/boot-budget.json is more than 10 % above the measurement: lower it\n{table}"
     );
 }
 
 #[test]
-fn programs_keep_to_their_budget() {
+fn run_and_exec_stay_within_their_budget() {
     let budgets: Budgets = serde_json::from_str(BUDGET).unwrap();
     let user = User::new();
     check_program("run", budgets.program.run_ns, || user.shell("true"));
     let mut guest =
-        Conversation::start(user.run(&["--name", "one"]).args(["sh", "-c", "echo ready; read -r line"]));
+        GuestConsole::start(user.run(&["--name", "one"]).args(["sh", "-c", "echo ready; read -r line"]));
     guest.expect("ready");
     check_program("exec", budgets.program.exec_ns, || {
         let mut exec = user.command("exec");
         exec.args(["one", "true"]);
         exec
     });
-    guest.go_on();
+    guest.send_line();
     guest.expect_status(0);
 }
 
@@ -217,15 +217,15 @@ fn check_program(name: &str, budget: u64, mut command: impl FnMut() -> Command) 
         assert!(command.status().unwrap().success());
         u64::try_from(now() - start).unwrap()
     };
-    // The first one reads what the others find in memory, and the first of all boots the kernel.
+    // Warm-up of the page cache; the very first run also pre-boots the kernel.
     measure();
     let ns = figure(name, (0..PROGRAMS).map(|_| measure()));
-    assert!(ns <= limit(budget) + TICK_NS, "{name}: {ns} ns, {budget} by tests/boot-budget.json");
+    assert!(ns <= limit(budget) + PHASE_TOLERANCE_NS, "{name}: {ns} ns, {budget} by tests/boot-budget.json");
     assert!(budget <= ns + ns / 10, "{name}: {ns} ns; lower the {budget} of tests/boot-budget.json");
 }
 
 #[test]
-fn no_more_of_the_program_is_mapped_than_a_boot_needs() {
+fn the_resident_size_of_the_program_stays_within_its_budget() {
     let budgets: Budgets = serde_json::from_str(BUDGET).unwrap();
     let image = Image::copy_of("busybox");
     let _ = image.preboot("1", "128");
@@ -243,7 +243,7 @@ fn no_more_of_the_program_is_mapped_than_a_boot_needs() {
     }
 }
 
-/// KiB of the mappings of `kindling` in memory, in a process's smaps.
+/// Resident KiB of the mappings of `kindling` in a process's smaps.
 fn program_kib(smaps: &str) -> u64 {
     let mut is_program = false;
     let mut sum = 0;
@@ -254,13 +254,13 @@ fn program_kib(smaps: &str) -> u64 {
             _ => is_program = line.ends_with("/kindling"),
         }
     }
-    assert_ne!(sum, 0, "smaps name no mapping of the program:\n{smaps}");
+    assert_ne!(sum, 0, "smaps contains no mapping of the program:\n{smaps}");
     sum
 }
 
-/// KVM takes 12 ms or more to destroy a VM, waiting for RCU; nobody should wait with it.
+/// KVM takes 12 ms or more to destroy a VM, waiting for RCU. The process's exit must not wait for that.
 #[test]
-fn the_process_ends_without_waiting_for_kvm() {
+fn the_process_exits_without_waiting_for_kvm_to_destroy_the_vm() {
     const LIMIT_NS: u64 = 4_000_000;
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("report.json");

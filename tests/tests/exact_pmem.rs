@@ -1,13 +1,13 @@
-//! How long a guest with a file as memory takes to end, in the exact lab.
+//! The exit time of a guest with a pmem device, in the exact lab.
 
 use std::process::Stdio;
 use tests::{kindling, run, testbed};
 
-/// Nanoseconds from the end of the vCPUs to the end of the process. A watch on the file that is closed on the way
-/// takes 6 to 15 ms: the kernel waits for SRCU.
+/// Limit of the time from the end of the vCPUs to the exit of the process in nanoseconds. Closing an inotify watch on
+/// the file takes 6 to 15 ms, because the kernel waits for SRCU.
 const LIMIT_NS: i64 = 4_000_000;
 
-/// Nanoseconds since boot of the clock that `kindling` reports in: CLOCK_MONOTONIC.
+/// CLOCK_MONOTONIC in nanoseconds, the clock of `kindling`'s reports.
 #[expect(unsafe_code, reason = "clock_gettime has no safe wrapper in std")]
 fn now() -> i64 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
@@ -17,7 +17,7 @@ fn now() -> i64 {
 }
 
 #[test]
-fn the_end_does_not_wait_for_the_watch_on_the_file() {
+fn the_exit_does_not_wait_for_the_removal_of_the_inotify_watch() {
     let file = tempfile::NamedTempFile::new().unwrap();
     file.as_file().set_len(2 << 20).unwrap();
     let directory = tempfile::tempdir().unwrap();

@@ -1,8 +1,8 @@
-//! Every way a guest can fail has its exit status and a report of one screen.
+//! Each failure of a guest has its own exit status and a report of at most one screen.
 
 use std::process::Stdio;
-use tests::machine_code::{FOREVER, exit, kernel};
-use tests::{Outcome, PATIENCE, boot, kindling, run, start, testbed};
+use tests::machine_code::{INFINITE_LOOP, exit, kernel};
+use tests::{Outcome, TIMEOUT, boot, kindling, run, start, testbed};
 
 #[track_caller]
 fn code(code: &[u8]) -> Outcome {
@@ -11,34 +11,34 @@ fn code(code: &[u8]) -> Outcome {
 }
 
 #[test]
-fn a_guest_of_ten_bytes_ends_with_its_code() {
+fn the_exit_port_sets_the_exit_status() {
     code(&exit(42)).expect_status(42);
 }
 
 #[test]
-fn init_panic_is_120() {
+fn a_failure_of_init_is_status_120() {
     code(&exit(0x100)).expect_status(120).expect_stderr("init failed");
 }
 
 #[test]
-fn an_exit_status_that_is_none_does_not_end_the_guest() {
+fn an_invalid_value_at_the_exit_port_is_ignored() {
     let both = [exit(0x0002_0000), exit(5)].concat();
     code(&both).expect_status(5);
 }
 
 #[test]
-fn triple_fault_is_122() {
-    // ud2 without an interrupt table.
+fn a_triple_fault_is_status_122() {
+    // ud2 without an IDT.
     let outcome = code(&[0x0f, 0x0b]);
     outcome.expect_status(122).expect_stderr("triple fault");
-    // On Intel's processors the registers are still there, on AMD's KVM has reset them.
+    // Intel processors keep the registers; KVM on AMD processors resets them.
     let known = ["rip 0x0000000000100000", "KVM on AMD processors resets them"];
     assert!(known.iter().any(|text| outcome.stderr.contains(text)), "{outcome}");
     outcome.expect_stderr("the console is empty").expect_stderr("last stage reached: first instruction");
 }
 
 #[test]
-fn a_reset_is_119() {
+fn a_reset_is_status_119() {
     // mov al, 0xfe; out 0x64, al
     code(&[0xb0, 0xfe, 0xe6, 0x64]).expect_status(119).expect_stderr("reset the machine");
     // mov al, 6; mov dx, 0xcf9; out dx, al
@@ -47,19 +47,19 @@ fn a_reset_is_119() {
 }
 
 #[test]
-fn a_kernel_panic_is_123_and_its_words_are_shown() {
+fn a_kernel_panic_is_status_123_and_the_report_shows_its_message() {
     let outcome = run(kindling()
         .args(["boot", "--kernel"])
         .arg(testbed("images/default/vmlinux"))
         .stdin(Stdio::null()));
     outcome.expect_status(123).expect_stderr("the guest's kernel panicked");
     outcome.expect_stderr("| ").expect_stderr("Kernel panic - not syncing: VFS: Unable to mount root fs");
-    assert!(outcome.stderr.lines().count() <= 40, "one screen: {outcome}");
+    assert!(outcome.stderr.lines().count() <= 40, "longer than one screen: {outcome}");
 }
 
 #[test]
-fn sigterm_and_sigint_stop_a_guest_at_once() {
-    let kernel = kernel(&FOREVER);
+fn sigterm_sigint_and_sighup_stop_a_guest() {
+    let kernel = kernel(&INFINITE_LOOP);
     for (signal, status) in [(libc::SIGTERM, 143), (libc::SIGINT, 130), (libc::SIGHUP, 129)] {
         let mut command = kindling();
         command
@@ -69,12 +69,12 @@ fn sigterm_and_sigint_stop_a_guest_at_once() {
         let started = start(&mut command);
         wait_until_running(&started);
         started.signal(signal);
-        let outcome = started.finish_within(PATIENCE);
+        let outcome = started.finish_within(TIMEOUT);
         outcome.expect_status(status).expect_stderr("boot report");
     }
 }
 
-/// Waits until the VMM has installed its signal handlers: it sleeps in `epoll_wait` afterwards.
+/// Waits until the VMM sleeps in `epoll_wait`, after it has installed its signal handlers.
 fn wait_until_running(started: &tests::Started) {
     let path = format!("/proc/{}/syscall", started.child.id());
     const EPOLL_WAIT: [&str; 2] = ["232 ", "281 "];

@@ -1,11 +1,11 @@
-//! The same image boots under Firecracker. `cargo xtask test` runs this where there is a
-//! `firecracker` in PATH, and says so where there is none.
+//! Kindling's image boots under Firecracker. `cargo xtask test` skips this with a message if `firecracker` is not in
+//! PATH.
 
 use std::process::{Command, Stdio};
 use tests::{run, testbed};
 
 #[test]
-fn the_image_boots_and_takes_its_payload_from_the_command_line() {
+fn the_image_boots_under_firecracker_with_a_payload_from_the_command_line() {
     let line = "console=ttyS0 reboot=k panic=-1 quiet -- /bin/sh -c \"echo it runs; exit 3\"";
     let config = serde_json::json!({
         "boot-source": {

@@ -1,4 +1,4 @@
-//! A kernel that nobody configured for this VMM, Debian's, boots to our init.
+//! A distribution kernel (Debian's), not configured for this VMM, boots to Kindling's init.
 
 use std::process::Stdio;
 use tests::{kindling, run, testbed};
@@ -18,11 +18,11 @@ fn boots(kernel: &str) {
 }
 
 #[test]
-fn debian_as_bzimage() {
+fn debians_bzimage_boots() {
     boots("debian/vmlinuz");
 }
 
 #[test]
-fn debian_as_the_vmlinux_inside_it() {
+fn debians_vmlinux_boots() {
     boots("debian/vmlinux");
 }

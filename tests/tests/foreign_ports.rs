@@ -1,5 +1,5 @@
-//! Under a monitor without our ports init takes its payload from the kernel command line, whatever those ports
-//! return, and writes to none of them once it knows.
+//! Under other monitors, which lack Kindling's I/O ports, init takes its payload from the kernel command line, whatever
+//! those ports return, and does not write to them once it has detected the monitor.
 
 use guest_protocol::{BootMark, port};
 use kindling_vmm::bus::{BusDevice, GuestRequest};
@@ -9,22 +9,22 @@ use kindling_vmm::{ExitReason, Instant, Machine, Timeline};
 use std::sync::{Arc, Mutex};
 use tests::testbed;
 
-/// What a read of an unassigned port returns.
+/// The result of reading an unassigned port.
 #[derive(Clone, Copy, Debug)]
 enum Answer {
-    /// These bytes, over and over.
+    /// These bytes, repeated.
     Constant(&'static [u8]),
-    /// What was written last, over and over: a monitor that answers nothing leaves its buffer as it was.
+    /// The last write, repeated: a monitor without a handler leaves the buffer unchanged.
     LastWrite,
-    /// What was written last, then zeroes.
+    /// The last write, followed by zeroes.
     LastWriteThenZeroes,
-    /// Each bit of what was written last inverted.
+    /// The last write with all bits inverted.
     Inverted,
     /// Random bytes.
     Random,
 }
 
-/// A foreign monitor's ports.
+/// The ports of another monitor.
 #[derive(Debug)]
 struct Ports {
     answer: Answer,
@@ -35,7 +35,7 @@ struct Ports {
 }
 
 impl Ports {
-    /// The ports of this project's VMM and their neighbours.
+    /// The range of Kindling's ports and adjacent ones.
     const FIRST: u16 = 0x550;
     const LAST: u16 = 0x55f;
 
@@ -93,32 +93,32 @@ fn takes_its_payload_from_the_command_line(answer: Answer, seed: u64) {
     let mark = |mark: BootMark| (port::BOOT_MARK, vec![mark as u8]);
     let before = [BootMark::InitEntered, BootMark::FilesystemsMounted, BootMark::SystemReady].map(mark);
     assert_eq!(ports.writes[..3], before, "{answer:x?}");
-    assert_eq!(ports.writes[3..].len(), 1, "only the nonce follows: {ports:x?}");
+    assert_eq!(ports.writes[3..].len(), 1, "init may only write the nonce: {ports:x?}");
     assert_eq!(ports.writes[3].0, port::CONFIG_REQUEST, "{ports:x?}");
     assert_eq!(ports.reads, 1, "{answer:x?}");
 }
 
 #[test]
-fn all_ones_and_zeroes_are_no_vmm() {
+fn all_ones_and_zeroes_are_not_taken_for_kindling() {
     takes_its_payload_from_the_command_line(Answer::Constant(&[0xff]), 1);
     takes_its_payload_from_the_command_line(Answer::Constant(&[0]), 1);
 }
 
 #[test]
-fn what_stands_in_the_register_is_no_vmm() {
+fn an_echo_of_the_last_write_is_not_taken_for_kindling() {
     takes_its_payload_from_the_command_line(Answer::LastWrite, 1);
     takes_its_payload_from_the_command_line(Answer::LastWriteThenZeroes, 1);
     takes_its_payload_from_the_command_line(Answer::Inverted, 1);
 }
 
 #[test]
-fn a_small_number_and_a_frame_of_another_vmm_are_no_vmm() {
+fn a_small_number_and_an_invalid_frame_are_not_taken_for_kindling() {
     takes_its_payload_from_the_command_line(Answer::Constant(&[12, 0, 0, 0]), 1);
     takes_its_payload_from_the_command_line(Answer::Constant(b"KNDL\x01\0\0\0\0\0\0\0"), 1);
 }
 
 #[test]
-fn random_bytes_are_no_vmm() {
+fn random_bytes_are_not_taken_for_kindling() {
     for seed in 1..=3 {
         takes_its_payload_from_the_command_line(Answer::Random, seed);
     }

@@ -1,9 +1,9 @@
-//! A guest that does its worst leaves the VMM's memory flat and the VMM able to stop.
+//! Hostile guests: the VMM's memory does not grow, and the VMM can always be stopped.
 
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use tests::machine_code::{exit, kernel};
-use tests::{PATIENCE, Started, kindling, start};
+use tests::{Started, TIMEOUT, kindling, start};
 
 fn command(code: &[u8]) -> (tempfile::NamedTempFile, Command) {
     let kernel = kernel(code);
@@ -12,23 +12,23 @@ fn command(code: &[u8]) -> (tempfile::NamedTempFile, Command) {
     (kernel, command)
 }
 
-/// KiB of memory that no file has: what the process allocated or wrote, the guest's included. Its program's
-/// code does not count, which the host maps 16 pages at a time when a guest reaches more of it.
+/// Anonymous memory of the process in KiB, guest memory included. File mappings are not counted, because the host maps
+/// the program's code 16 pages at a time as more of it is executed.
 fn anonymous_kib(started: &Started) -> u64 {
     let text = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", started.child.id())).unwrap();
     let kib = text.lines().find_map(|line| line.strip_prefix("Anonymous:")).unwrap();
     kib.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
-/// Voluntary and other context switches plus the time used: grows while the guest runs.
+/// User and system time of the process in clock ticks, which grows while the guest runs.
 fn cpu_time(started: &Started) -> u64 {
     let text = std::fs::read_to_string(format!("/proc/{}/stat", started.child.id())).unwrap();
     let fields: Vec<&str> = text.rsplit(')').next().unwrap().split_whitespace().collect();
     fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
 }
 
-/// Lets the guest use a fifth of a second of processor time.
-fn let_it_run(started: &Started) {
+/// Waits until the guest has used 0.2 s of processor time.
+fn wait_for_cpu_time(started: &Started) {
     let start = cpu_time(started);
     let ticks = 20;
     while cpu_time(started) < start + ticks {
@@ -36,29 +36,29 @@ fn let_it_run(started: &Started) {
     }
 }
 
-/// Runs an endless guest: memory stays flat, SIGTERM ends it within a second.
+/// Runs a guest that never ends: memory does not grow, and SIGTERM stops it within a second.
 #[track_caller]
-fn stays_flat_and_stops(code: &[u8]) {
+fn memory_is_bounded_and_sigterm_stops(code: &[u8]) {
     let (_kernel, mut command) = command(code);
     let started = start(&mut command);
-    let_it_run(&started);
+    wait_for_cpu_time(&started);
     let before = anonymous_kib(&started);
-    let_it_run(&started);
+    wait_for_cpu_time(&started);
     let after = anonymous_kib(&started);
-    let told = Instant::now();
+    let signalled = Instant::now();
     started.signal(libc::SIGTERM);
-    let outcome = started.finish_within(PATIENCE);
+    let outcome = started.finish_within(TIMEOUT);
     outcome.expect_status(143);
     assert!(after <= before + 64, "memory grew from {before} to {after} KiB");
-    assert!(told.elapsed() < Duration::from_secs(1), "stopping took {:?}", told.elapsed());
+    assert!(signalled.elapsed() < Duration::from_secs(1), "stopping took {:?}", signalled.elapsed());
 }
 
 #[test]
-fn writing_to_every_port_but_the_exits() {
+fn access_to_every_port_except_exit_is_harmless() {
     // xor edx, edx
     // 1: mov al, 0; out dx, al; out dx, ax; out dx, eax; in al, dx; in ax, dx; in eax, dx
     //    inc dx; jmp 1b
-    stays_flat_and_stops(&[
+    memory_is_bounded_and_sigterm_stops(&[
         0x31, 0xd2, // xor edx, edx
         0x31, 0xc0, // 1: xor eax, eax
         0x66, 0x81, 0xfa, 0x54, 0x05, // cmp dx, 0x554
@@ -72,9 +72,9 @@ fn writing_to_every_port_but_the_exits() {
 }
 
 #[test]
-fn string_output_to_every_port() {
-    // Reads its own code as data, the same 16 bytes for each port.
-    stays_flat_and_stops(&[
+fn string_output_to_every_port_is_harmless() {
+    // The code outputs its own first 16 bytes to each port.
+    memory_is_bounded_and_sigterm_stops(&[
         0x31, 0xd2, // xor edx, edx
         0xbe, 0x00, 0x00, 0x10, 0x00, // 1: mov esi, 0x100000
         0xb9, 0x10, 0x00, 0x00, 0x00, // mov ecx, 16
@@ -90,10 +90,10 @@ fn string_output_to_every_port() {
 }
 
 #[test]
-fn reading_every_unmapped_address() {
+fn access_to_every_unmapped_page_is_harmless() {
     // mov rbx, 0x8000000 (128 MiB: the end of memory); 1: mov eax, [rbx]; mov [rbx], eax;
     // add rbx, 4096; and ebx, 0x3fffffff; or ebx, 0x8000000; jmp 1b
-    stays_flat_and_stops(&[
+    memory_is_bounded_and_sigterm_stops(&[
         0xbb, 0x00, 0x00, 0x00, 0x08, // mov ebx, 0x8000000
         0x8b, 0x03, // 1: mov eax, [rbx]
         0x89, 0x03, // mov [rbx], eax
@@ -105,26 +105,26 @@ fn reading_every_unmapped_address() {
 }
 
 #[test]
-fn flooding_the_console() {
+fn flooding_the_console_is_harmless() {
     // mov dx, 0x3f8; mov al, 'x'; 1: out dx, al; jmp 1b
-    stays_flat_and_stops(&[0x66, 0xba, 0xf8, 0x03, 0xb0, b'x', 0xee, 0xeb, 0xfd]);
+    memory_is_bounded_and_sigterm_stops(&[0x66, 0xba, 0xf8, 0x03, 0xb0, b'x', 0xee, 0xeb, 0xfd]);
 }
 
 #[test]
-fn flooding_a_console_that_nobody_reads() {
-    // Only written to; and read as well, which makes the VMM look for input each time.
+fn a_guest_that_fills_an_unread_console_pipe_can_be_stopped() {
+    // Writes only; then also reads, which make the VMM check for input each time.
     stops_with_a_full_pipe(&[0x66, 0xba, 0xf8, 0x03, 0xb0, b'x', 0xee, 0xeb, 0xfd], Stdio::null());
     stops_with_a_full_pipe(&[0x66, 0xba, 0xf8, 0x03, 0xec, 0xb0, b'x', 0xee, 0xeb, 0xfa], Stdio::piped());
 }
 
-/// A guest that fills the pipe of its output is stopped by SIGTERM within a second.
+/// A guest that fills its output pipe is stopped by SIGTERM within a second.
 #[track_caller]
 fn stops_with_a_full_pipe(code: &[u8], input: Stdio) {
     let kernel = kernel(code);
     let mut command = kindling();
     command.args(["boot", "--kernel"]).arg(kernel.path()).stdin(input).stdout(Stdio::piped());
     let mut child = command.spawn().unwrap();
-    // The pipe is not read: its 64 KiB fill up and the vCPU's thread waits in write.
+    // The unread pipe of 64 KiB fills up, and the vCPU thread blocks in write.
     let waiting = || {
         std::fs::read_dir(format!("/proc/{}/task", child.id())).unwrap().filter_map(Result::ok).any(|task| {
             std::fs::read_to_string(task.path().join("syscall")).is_ok_and(|call| call.starts_with("1 "))
@@ -133,31 +133,31 @@ fn stops_with_a_full_pipe(code: &[u8], input: Stdio) {
     while !waiting() {
         std::thread::yield_now();
     }
-    let told = Instant::now();
+    let signalled = Instant::now();
     let pid = i32::try_from(child.id()).unwrap();
     #[expect(unsafe_code, reason = "kill has no safe wrapper in std")]
-    // SAFETY: kill has no memory effects, and the child has not been waited for.
+    // SAFETY: kill does not access memory, and the child has not been waited for.
     unsafe {
         libc::kill(pid, libc::SIGTERM);
     }
     let status = loop {
         match child.try_wait().unwrap() {
             Some(status) => break status,
-            None if told.elapsed() < PATIENCE => std::thread::yield_now(),
+            None if signalled.elapsed() < TIMEOUT => std::thread::yield_now(),
             None => {
                 child.kill().unwrap();
-                panic!("SIGTERM did not end it within {PATIENCE:?}");
+                panic!("SIGTERM did not stop the VMM within {TIMEOUT:?}");
             }
         }
     };
     assert_eq!(status.code(), Some(143));
-    assert!(told.elapsed() < Duration::from_secs(1), "stopping took {:?}", told.elapsed());
+    assert!(signalled.elapsed() < Duration::from_secs(1), "stopping took {:?}", signalled.elapsed());
 }
 
 #[test]
-fn never_halting_and_halting_for_ever() {
-    stays_flat_and_stops(&tests::machine_code::FOREVER);
-    // cli; hlt never uses processor time, so it is only stopped.
+fn a_guest_in_a_busy_loop_or_halted_without_interrupts_can_be_stopped() {
+    memory_is_bounded_and_sigterm_stops(&tests::machine_code::INFINITE_LOOP);
+    // cli; hlt uses no processor time, so memory is not measured.
     let (_kernel, mut command) = command(&[0xfa, 0xf4]);
     let started = start(command.args(["--report"]));
     let path = format!("/proc/{}/task", started.child.id());
@@ -170,15 +170,15 @@ fn never_halting_and_halting_for_ever() {
 }
 
 #[test]
-fn input_that_nobody_takes_costs_nothing() {
-    // The guest halts without ever receiving, and the writer of its input is gone.
+fn unread_console_input_uses_no_processor_time() {
+    // The guest halts without reading, and the writer of its input has closed the pipe.
     let kernel = kernel(&[0xfa, 0xf4]);
     let mut command = kindling();
     command.args(["boot", "--kernel"]).arg(kernel.path()).stdin(Stdio::piped());
     let mut started = start(&mut command);
     std::io::Write::write_all(&mut started.child.stdin.take().unwrap(), b"nobody reads this").unwrap();
     let path = format!("/proc/{}/syscall", started.child.id());
-    // Once the event loop has taken the input it sleeps: epoll_wait is 232, epoll_pwait 281.
+    // The event loop sleeps once it has buffered the input: epoll_wait is 232, epoll_pwait 281.
     let asleep = || {
         std::fs::read_to_string(&path).is_ok_and(|call| call.starts_with("232 ") || call.starts_with("281 "))
     };
@@ -187,16 +187,16 @@ fn input_that_nobody_takes_costs_nothing() {
         quiet = if asleep() { quiet + 1 } else { 0 };
     }
     started.signal(libc::SIGTERM);
-    started.finish_within(PATIENCE).expect_status(143);
+    started.finish_within(TIMEOUT).expect_status(143);
 }
 
 #[test]
-fn marks_without_end_are_bounded() {
+fn the_number_of_recorded_boot_marks_is_bounded() {
     // mov dx, 0x550; mov al, 0x10; mov ecx, 100000; 1: out dx, al; dec ecx; jnz 1b; exit
     let mut code = vec![0x66, 0xba, 0x50, 0x05, 0xb0, 0x10, 0xb9, 0x00, 0x10, 0x00, 0x00];
     code.extend([0xee, 0xff, 0xc9, 0x75, 0xfb]);
     code.extend(exit(6));
     let (_kernel, mut command) = command(&code);
-    let outcome = start(command.args(["--report"])).finish_within(PATIENCE);
+    let outcome = start(command.args(["--report"])).finish_within(TIMEOUT);
     assert_eq!(outcome.expect_status(6).stderr.matches("init: first instruction").count(), 64);
 }

@@ -1,14 +1,14 @@
-//! Real programs from container images, as people have them: an image for each, made of Debian's packages
-//! (`xtask/test-images/build.sh`). What they do to their guest hurts nobody else.
+//! Real programs from container images: one image per program, built from Debian packages
+//! (`xtask/test-images/build.sh`). Resource exhaustion in a guest does not affect the host or other guests.
 
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use tests::conversation::Conversation;
+use tests::guest_console::GuestConsole;
 use tests::network::{enter_host_network, pattern, with_network_programs};
 use tests::terminal::Terminal;
-use tests::user::{SmallDisk, User, expect_echo};
+use tests::user::{SmallTmpfs, User, expect_echo};
 use tests::{Outcome, run, start, testbed};
 
 fn images() -> PathBuf {
@@ -16,7 +16,7 @@ fn images() -> PathBuf {
     folder.expect("KINDLING_TEST_IMAGES is not set: these tests are run by `cargo xtask test`").into()
 }
 
-/// `kindling run OPTIONS IMAGE`, with an image that was converted before.
+/// `kindling run OPTIONS IMAGE`, with an image that has been converted.
 fn program(user: &User, options: &[&str], image: &str) -> Command {
     let mut command = user.command("run");
     command.args(options).arg(format!("{}/layout:{image}", images().display()));
@@ -24,30 +24,30 @@ fn program(user: &User, options: &[&str], image: &str) -> Command {
     command
 }
 
-/// A command of a user's, run to its end.
+/// Runs a command of a user to its end.
 #[track_caller]
 fn kindling(user: &User, arguments: &[&str]) -> Outcome {
     run(user.command(arguments[0]).args(&arguments[1..]))
 }
 
-/// Runs a script that comes from standard input.
+/// Runs a command with a script on standard input.
 #[track_caller]
 fn from_stdin(command: &mut Command, script: &str) -> Outcome {
     let mut started = start(command.stdin(Stdio::piped()));
     started.child.stdin.take().unwrap().write_all(script.as_bytes()).unwrap();
-    started.finish_within(tests::PATIENCE)
+    started.finish_within(tests::TIMEOUT)
 }
 
 #[test]
-fn busybox_runs_what_its_image_names() {
+fn busybox_runs_the_default_command_of_its_image() {
     let user = User::new();
     let outcome = from_stdin(&mut program(&user, &[], "busybox"), "echo hello; exit 3");
     assert_eq!(outcome.expect_status(3).stdout, "hello\n");
-    assert!(user.is_tidy());
+    assert!(user.has_no_guests());
 }
 
 #[test]
-fn a_python_script_comes_from_stdin_and_its_traceback_goes_to_stderr() {
+fn python_reads_a_script_from_stdin_and_prints_its_traceback_to_stderr() {
     let user = User::new();
     let outcome = from_stdin(&mut program(&user, &[], "python"), "print('out')\nraise ValueError('no')\n");
     assert_eq!(outcome.expect_status(1).stdout, "out\n");
@@ -57,9 +57,9 @@ fn a_python_script_comes_from_stdin_and_its_traceback_goes_to_stderr() {
     );
 }
 
-/// What the README shows is what happens.
+/// The session shown in README.md has the documented output.
 #[test]
-fn the_session_in_the_readme_is_a_real_one() {
+fn the_session_in_the_readme_has_the_documented_output() {
     const README: &str = include_str!("../../README.md");
     const COMMAND: &str = " | kindling run ./images:python";
     let (user, mut runs) = (User::new(), 0);
@@ -76,7 +76,7 @@ fn the_session_in_the_readme_is_a_real_one() {
 }
 
 #[test]
-fn python_has_threads_processes_and_names() {
+fn python_has_threads_processes_shared_memory_names_and_limits() {
     let script = r#"
 import ctypes, mmap, multiprocessing, os, resource, socket, subprocess, threading
 from multiprocessing import shared_memory
@@ -125,9 +125,9 @@ if __name__ == "__main__":
     assert_eq!(outcome.stderr, "");
 }
 
-/// As entrypoints do with gosu, su-exec or setpriv.
+/// Entrypoints with gosu, su-exec or setpriv do this.
 #[test]
-fn a_program_that_changes_its_user_opens_its_streams_by_their_names() {
+fn a_program_that_drops_privileges_can_open_its_streams_by_name() {
     let user = User::new();
     let script = "import os; os.setgid(33); os.setuid(33); print(open('/dev/stdin').readline(), end=''); \
                   open('/dev/stderr', 'w').write('error'); open('/dev/stdout', 'w').write('out')";
@@ -136,17 +136,17 @@ fn a_program_that_changes_its_user_opens_its_streams_by_their_names() {
 }
 
 #[test]
-fn python_gets_every_byte_and_gives_it_back() {
+fn python_echoes_every_byte_of_its_input() {
     let user = User::new();
     let bytes = pattern(4 << 20);
     let script = "import sys, shutil; shutil.copyfileobj(sys.stdin.buffer, sys.stdout.buffer)";
     expect_echo(program(&user, &[], "python").args(["python3", "-c", script]), &bytes);
 }
 
-/// SQLite refuses to write where the number of a path's inode is not the one that it has opened. `KINDLING_ROUNDS` says
-/// how often; it is done once otherwise.
+/// SQLite refuses to write if the inode number of the path differs from that of the open file. `KINDLING_ROUNDS` sets
+/// the number of rounds; the default is one.
 #[test]
-fn three_processes_write_one_database_in_a_shared_folder() {
+fn three_processes_write_one_sqlite_database_in_a_shared_folder() {
     const SCRIPT: &str = r#"
 import multiprocessing, sqlite3
 
@@ -171,12 +171,12 @@ if __name__ == "__main__":
         let outcome = from_stdin(&mut program(&user, &["-v", &folder], "python"), SCRIPT);
         let expected = format!("wal\n[0, 0, 0] {}\n", 300 * round);
         assert_eq!(outcome.expect_status(0).stdout, expected, "round {round}: {outcome}");
-        tests::say(&format!("round {round}"));
+        tests::print_progress(&format!("round {round}"));
     }
 }
 
 #[test]
-fn node_runs_threads() {
+fn node_runs_worker_threads() {
     let user = User::new();
     let script = "const { Worker } = require('worker_threads'); let sum = 0; \
         for (let n = 1; n <= 3; n++) \
@@ -187,28 +187,28 @@ fn node_runs_threads() {
     assert_eq!((outcome.expect_status(5).stdout.as_str(), outcome.stderr.as_str()), ("hello 42\n", ""));
 }
 
-/// As the official image: logs to the standard streams, and a signal to stop that is not the usual one.
+/// Like the official image, this one logs to the standard streams and has its own stop signal.
 #[test]
-fn nginx_serves_a_page_logs_it_and_stops_when_it_is_asked() {
+fn nginx_serves_a_page_logs_the_request_and_stops_gracefully() {
     enter_host_network();
     let user = User::new();
     let mut server =
         with_network_programs(program(&user, &["-d", "--name", "web", "-p", "8080:80"], "nginx"));
-    // All that it has to say of its work goes to standard error, and where that leads it opens by itself.
+    // Messages go to standard error, which nginx opens by name.
     server.args(["nginx", "-g", "daemon off; error_log /dev/stderr notice;"]);
     run(&mut server).expect_status(0);
     let curl = |options: &[&str], path: &str| {
         let url = format!("http://127.0.0.1:8080/{path}");
         run(with_network_programs(Command::new("curl")).arg("-sSf").args(options).arg(&url))
     };
-    // passt accepts what nobody in the guest may listen to yet.
-    let patient = ["--retry", "60", "--retry-delay", "1", "--retry-all-errors"];
-    let page = curl(&patient, "index.html");
+    // passt accepts connections before the guest listens.
+    let retry = ["--retry", "60", "--retry-delay", "1", "--retry-all-errors"];
+    let page = curl(&retry, "index.html");
     assert!(page.expect_status(0).stdout.ends_with("a page of nginx\n"), "{page}");
     curl(&[], "absent").expect_status(22);
     assert!(kindling(&user, &["inspect", "web"]).stdout.contains("\"stop_signal\": 3"), "SIGQUIT");
     kindling(&user, &["stop", "web"]).expect_status(0);
-    // What did not end by itself has 137.
+    // A guest that was killed would have status 137.
     kindling(&user, &["wait", "web"]).expect_status(0);
     let log = kindling(&user, &["logs", "web"]);
     let (pages, errors) = (&log.expect_status(0).stdout, &log.stderr);
@@ -218,13 +218,13 @@ fn nginx_serves_a_page_logs_it_and_stops_when_it_is_asked() {
         "{log}"
     );
     kindling(&user, &["rm", "web"]).expect_status(0);
-    assert!(user.is_tidy());
+    assert!(user.has_no_guests());
 }
 
-/// Whether PostgreSQL in the guest `db` answers, after some time.
+/// Waits until PostgreSQL in the guest `db` accepts connections.
 #[track_caller]
 fn expect_database(user: &User) {
-    let mut guest = Conversation::start(user.command("exec").args([
+    let mut guest = GuestConsole::start(user.command("exec").args([
         "db",
         "sh",
         "-c",
@@ -239,7 +239,7 @@ fn sql(user: &User, statement: &str) -> String {
 }
 
 #[test]
-fn postgres_keeps_what_it_was_told_when_its_guest_is_stopped_and_killed() {
+fn postgres_keeps_committed_data_when_its_guest_is_stopped_or_killed() {
     let user = User::new();
     let start = || {
         let options = ["-d", "--rm", "--name", "db", "-v", "data:/var/lib/postgresql/data"];
@@ -254,7 +254,7 @@ fn postgres_keeps_what_it_was_told_when_its_guest_is_stopped_and_killed() {
     assert_eq!(kindling(&user, &["stop", "--time", "60", "db"]).expect_status(0).stdout, "db\n");
     start();
     assert_eq!(sql(&user, "insert into words values ('two') returning word"), "two\nINSERT 0 1\n");
-    // The end of the machine, without a question.
+    // Kills the machine without notice.
     kindling(&user, &["kill", "db"]).expect_status(0);
     start();
     assert_eq!(sql(&user, "select string_agg(word, ' ') from words"), "one two\n");
@@ -263,7 +263,7 @@ fn postgres_keeps_what_it_was_told_when_its_guest_is_stopped_and_killed() {
     kindling(&user, &["kill", "db"]).expect_status(0);
 }
 
-/// A container engine as it comes from Debian: namespaces, cgroups, an overlay, a bridge, and address translation.
+/// Debian's container engine needs namespaces, cgroups, an overlay, a bridge, and address translation.
 #[test]
 fn podman_runs_a_container_in_a_guest() {
     let user = User::new();
@@ -278,7 +278,7 @@ fn podman_runs_a_container_in_a_guest() {
 }
 
 #[test]
-fn bubblewrap_makes_a_sandbox_without_root() {
+fn bubblewrap_creates_a_sandbox_without_root() {
     let user = User::new();
     let sandbox = ["bwrap", "--unshare-all", "--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev"];
     let mut command = program(&user, &["-u", "1000"], "podman");
@@ -286,43 +286,43 @@ fn bubblewrap_makes_a_sandbox_without_root() {
     assert_eq!(outcome.expect_status(0).stdout, "1000\n2\n", "{outcome}");
 }
 
-/// A guest beside another one: it answers, whatever happens there.
-struct Neighbour(Conversation);
+/// A second guest, which must stay responsive.
+struct Neighbour(GuestConsole);
 
 impl Neighbour {
     fn new(user: &User) -> Self {
         let script = "echo ready; while read -r line; do echo $line; done";
-        let mut guest = Conversation::start(user.run(&["--memory", "64"]).args(["sh", "-c", script]));
+        let mut guest = GuestConsole::start(user.run(&["--memory", "64"]).args(["sh", "-c", script]));
         guest.expect("ready");
         Self(guest)
     }
 
     #[track_caller]
-    fn expect_answer(&mut self) {
-        self.0.go_on();
+    fn expect_response(&mut self) {
+        self.0.send_line();
         self.0.expect("on");
     }
 }
 
 #[test]
-fn a_fork_bomb_hurts_its_own_guest() {
+fn a_fork_bomb_affects_only_its_own_guest() {
     let user = User::new();
     let mut neighbour = Neighbour::new(&user);
     let bomb = "echo ready; read -r line; bomb() { bomb | bomb & }; bomb; sleep 1000";
     let mut guest =
-        Conversation::start(user.run(&["--name", "bomb", "--memory", "64"]).args(["sh", "-c", bomb]));
+        GuestConsole::start(user.run(&["--name", "bomb", "--memory", "64"]).args(["sh", "-c", bomb]));
     guest.expect("ready");
     let before = guest.rss_kib();
-    guest.go_on();
-    guest.wait_until("the bomb goes off", |guest| guest.rss_kib() > before + (12 << 10));
-    neighbour.expect_answer();
+    guest.send_line();
+    guest.wait_until("the fork bomb uses memory", |guest| guest.rss_kib() > before + (12 << 10));
+    neighbour.expect_response();
     assert!(guest.rss_kib() < 96 << 10, "{} KiB", guest.rss_kib());
     kindling(&user, &["kill", "bomb"]).expect_status(0);
-    neighbour.expect_answer();
+    neighbour.expect_response();
 }
 
 #[test]
-fn a_program_that_takes_all_memory_is_killed_and_nobody_else() {
+fn a_program_that_exhausts_memory_is_the_only_one_killed() {
     let user = User::new();
     let mut neighbour = Neighbour::new(&user);
     let script =
@@ -330,8 +330,8 @@ fn a_program_that_takes_all_memory_is_killed_and_nobody_else() {
     let outcome = run(program(&user, &["--memory", "128"], "python").args(["python3", "-c", script]));
     outcome.expect_status(128 + libc::SIGKILL);
     assert_eq!((outcome.stdout.as_str(), outcome.stderr.as_str()), ("ready\n", ""));
-    // One that is not the guest's program leaves it alive.
-    let mut guest = Conversation::start(user.run(&["--name", "hog", "--memory", "128"]).args([
+    // Killing another program than the payload does not end the guest.
+    let mut guest = GuestConsole::start(user.run(&["--name", "hog", "--memory", "128"]).args([
         "sh",
         "-c",
         "echo ready; read -r line; echo end",
@@ -339,13 +339,13 @@ fn a_program_that_takes_all_memory_is_killed_and_nobody_else() {
     guest.expect("ready");
     kindling(&user, &["exec", "hog", "sh", "-c", "tail /dev/zero"]).expect_status(128 + libc::SIGKILL);
     kindling(&user, &["exec", "hog", "true"]).expect_status(0);
-    guest.go_on();
+    guest.send_line();
     guest.expect("end");
-    neighbour.expect_answer();
+    neighbour.expect_response();
 }
 
 #[test]
-fn a_full_disk_is_the_guests_own() {
+fn a_full_root_filesystem_affects_only_its_own_guest() {
     let user = User::new();
     let script = "dd if=/dev/zero of=/large bs=1M; echo $?; rm /large; echo more > /small && cat /small";
     let outcome = run(user.run(&["--memory", "128"]).args(["sh", "-c", script]));
@@ -353,9 +353,9 @@ fn a_full_disk_is_the_guests_own() {
     outcome.expect_stderr("No space left on device");
 }
 
-/// Whoever converts an image for a command ends with the command.
+/// The process that converts an image exits with the command that started it.
 #[test]
-fn nobody_converts_an_image_for_a_command_that_has_ended() {
+fn the_conversion_of_an_image_stops_when_its_command_is_killed() {
     let user = User::new();
     let cache = user.folder().join("cache");
     let mut command = user.command("run");
@@ -368,7 +368,7 @@ fn nobody_converts_an_image_for_a_command_that_has_ended() {
         }
         std::thread::yield_now();
     };
-    // It has begun, so that it has said whose it is.
+    // The converter has started and has set its parent-death signal.
     while !cache.join("kindling/oci").exists() {
         std::thread::yield_now();
     }
@@ -381,29 +381,29 @@ fn nobody_converts_an_image_for_a_command_that_has_ended() {
     while is_there() {
         std::thread::yield_now();
     }
-    assert!(files_in(&cache) < 100 << 20, "the image was converted to its end");
+    assert!(files_in(&cache) < 100 << 20, "the image was converted completely");
 }
 
 #[test]
-fn an_image_that_finds_no_room_leaves_nothing() {
-    let place = tempfile::tempdir().unwrap();
-    let Some(_disk) = SmallDisk::at(place.path()) else { return };
-    let path = place.path().to_str().unwrap();
+fn a_conversion_that_runs_out_of_space_leaves_no_files() {
+    let scratch = tempfile::tempdir().unwrap();
+    let Some(_disk) = SmallTmpfs::at(scratch.path()) else { return };
+    let path = scratch.path().to_str().unwrap();
     let image = format!("{}/layout:node", images().display());
     let outcome = run(Command::new(testbed("kindling-oci")).args(["prepare", "--cache", path, &image]));
     outcome.expect_status(1).expect_stderr("less than 5 % of the disk is free, which is kept for others");
     assert_eq!(outcome.stderr.lines().count(), 1, "{outcome}");
-    assert_eq!(files_in(place.path()), 0, "{outcome}");
+    assert_eq!(files_in(scratch.path()), 0, "{outcome}");
 }
 
-/// Bytes of all files in a folder.
+/// The total size of all files below a folder.
 fn files_in(folder: &Path) -> u64 {
     let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
     entries.map(|path| if path.is_dir() { files_in(&path) } else { path.metadata().unwrap().len() }).sum()
 }
 
 #[test]
-fn programs_for_a_whole_screen_work_at_a_terminal() {
+fn full_screen_programs_work_on_a_terminal() {
     let user = User::new();
     let mut terminal = Terminal::open();
     terminal.resize(30, 100);
@@ -413,7 +413,7 @@ fn programs_for_a_whole_screen_work_at_a_terminal() {
     terminal.resize(40, 120);
     assert!(terminal.wait_for("resized").contains("40 120\r\n"));
     terminal.type_keys(b"on\n");
-    // vi draws a tilde for each line that is not there.
+    // vi draws a tilde for each line after the end of the file.
     terminal.wait_for("~");
     terminal.type_keys(b"i");
     terminal.wait_for("I /tmp/f");
@@ -429,7 +429,7 @@ fn programs_for_a_whole_screen_work_at_a_terminal() {
 }
 
 #[test]
-fn a_guest_in_the_background_may_have_a_terminal() {
+fn a_detached_guest_can_have_a_terminal() {
     let user = User::new();
     let script = "tty; stty size; echo err >&2; exit 4";
     run(user.run(&["-d", "-t", "--name", "screen"]).args(["sh", "-c", script])).expect_status(0);

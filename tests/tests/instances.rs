@@ -1,26 +1,26 @@
-//! Guests that nobody waits for: started with `kindling run -d`, and looked after by name.
+//! Detached guests (`kindling run -d`) and their management by name.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{ChildStdout, Stdio};
 use std::time::Instant;
-use tests::conversation::Conversation;
+use tests::guest_console::GuestConsole;
 use tests::terminal::Terminal;
-use tests::user::{SmallDisk, User};
-use tests::{Outcome, PATIENCE, kill, run, testbed};
+use tests::user::{SmallTmpfs, User};
+use tests::{Outcome, TIMEOUT, kill, run, testbed};
 
-/// A script that ends with status 3 when /tmp/end is there.
+/// A script that exits with status 3 once /tmp/end exists.
 const UNTIL_END: &str = "echo out; echo err >&2; until [ -e /tmp/end ]; do sleep 1; done; echo end; exit 3";
 
-/// A command of a user's, run to its end.
+/// Runs a command of a user to its end.
 #[track_caller]
 fn kindling(user: &User, arguments: &[&str]) -> Outcome {
     run(user.command(arguments[0]).args(&arguments[1..]))
 }
 
-/// Starts a detached guest with a shell script. That this returns at all shows that the guest's VMM holds none of
-/// the command's streams.
+/// Starts a detached guest with a shell script. It returns only because the guest's VMM holds none of the command's
+/// streams.
 #[track_caller]
 fn detach(user: &User, options: &[&str], script: &str) {
     let outcome = run(user.run(&[&["-d"], options].concat()).args(["sh", "-c", script]));
@@ -29,11 +29,11 @@ fn detach(user: &User, options: &[&str], script: &str) {
     assert_eq!((outcome.stdout, outcome.stderr), (format!("{name}\n"), String::new()));
 }
 
-/// How a guest ended is known, though there was no room for what it said.
+/// The exit status is recorded even if the disk was too full for the log.
 #[test]
-fn a_full_runtime_directory_has_room_for_a_status() {
+fn a_full_runtime_directory_still_records_the_exit_status() {
     let user = User::new();
-    let Some(_disk) = SmallDisk::at(&user.folder().join("small")) else { return };
+    let Some(_disk) = SmallTmpfs::at(&user.folder().join("small")) else { return };
     let command = |arguments: &[&str]| {
         let mut command = user.command(arguments[0]);
         command.args(&arguments[1..]).env("XDG_RUNTIME_DIR", user.folder().join("small"));
@@ -47,9 +47,9 @@ fn a_full_runtime_directory_has_room_for_a_status() {
     run(&mut command(&["rm", "full"])).expect_status(0);
 }
 
-/// A monitor that is stopped stands for a guest that takes no connection, and nothing of what it is told.
+/// A stopped monitor (SIGSTOP) simulates a guest that accepts neither connections nor messages.
 #[test]
-fn a_guest_that_takes_nothing_keeps_nobody_and_no_terminal() {
+fn exec_in_an_unresponsive_guest_can_be_interrupted_and_restores_the_terminal() {
     let user = User::new();
     detach(&user, &["--name", "still"], UNTIL_END);
     let pid = inspect(&user, "still")["pid"].as_u64().and_then(|pid| pid.try_into().ok()).expect("no pid");
@@ -57,13 +57,13 @@ fn a_guest_that_takes_nothing_keeps_nobody_and_no_terminal() {
     let terminal = Terminal::open();
     let before = terminal.flags();
     let mut exec = terminal.start(user.command("exec").args(["-t", "still", "true"]));
-    // Raw mode comes when signals are the guest's.
+    // Raw mode is set after the signals are forwarded to the guest.
     let since = Instant::now();
     while terminal.flags() & libc::ECHO != 0 {
-        assert!(since.elapsed() < PATIENCE, "no raw mode");
+        assert!(since.elapsed() < TIMEOUT, "no raw mode");
         std::thread::yield_now();
     }
-    // Each of these is one more thing to tell the guest, and the connection takes some 280.
+    // Each of these signals is one more message to the guest, and the connection buffers about 280.
     for _ in 0..1000 {
         kill(exec.id(), libc::SIGRTMIN() + 1);
     }
@@ -77,7 +77,7 @@ fn a_guest_that_takes_nothing_keeps_nobody_and_no_terminal() {
     kindling(&user, &["wait", "still"]).expect_status(3);
 }
 
-/// The row of a guest, without its age.
+/// The row of a guest in `kindling ps`, without its age.
 #[track_caller]
 fn row(user: &User, options: &[&str], name: &str) -> Option<String> {
     let outcome = kindling(user, &[&["ps"], options].concat());
@@ -91,7 +91,7 @@ fn inspect(user: &User, name: &str) -> serde_json::Value {
     serde_json::from_str(&kindling(user, &["inspect", name]).expect_status(0).stdout).expect("no JSON")
 }
 
-/// What the log of a guest says from now on, line by line.
+/// Follows the log of a guest.
 fn follow(user: &User, name: &str) -> (std::process::Child, BufReader<ChildStdout>) {
     let mut command = user.command("logs");
     let mut child = command
@@ -112,7 +112,7 @@ fn expect_line(lines: &mut BufReader<ChildStdout>, expected: &str) {
 }
 
 #[test]
-fn a_detached_guest_goes_on_and_is_kept() {
+fn a_detached_guest_runs_on_and_is_kept_after_its_exit() {
     let user = User::new();
     detach(&user, &["--name", "web"], UNTIL_END);
     assert_eq!(
@@ -121,7 +121,7 @@ fn a_detached_guest_goes_on_and_is_kept() {
     );
     assert_eq!(kindling(&user, &["exec", "web", "touch", "/tmp/end"]).status, Some(0));
     kindling(&user, &["wait", "web"]).expect_status(3);
-    assert_eq!(row(&user, &[], "web"), None, "it has ended");
+    assert_eq!(row(&user, &[], "web"), None, "ended guests are listed only with -a");
     assert!(row(&user, &["-a"], "web").expect("no row").ends_with("|exited 3"));
     let log = kindling(&user, &["logs", "web"]);
     assert_eq!((log.expect_status(0).stdout.as_str(), log.stderr.as_str()), ("out\nend\n", "err\n"));
@@ -133,17 +133,17 @@ fn a_detached_guest_goes_on_and_is_kept() {
         .expect_status(2)
         .expect_stderr("`kindling rm web` forgets it");
     assert_eq!(kindling(&user, &["rm", "web"]).expect_status(0).stdout, "web\n");
-    assert!(user.is_tidy());
+    assert!(user.has_no_guests());
     kindling(&user, &["rm", "web"]).expect_status(2).expect_stderr("no guest named web");
 }
 
-/// The command of these guests as `ps` has it.
+/// The command of these guests as shown by `ps`.
 fn command() -> String {
     format!("sh -c {UNTIL_END}")
 }
 
 #[test]
-fn a_detached_guest_is_free_of_its_terminal() {
+fn a_detached_guest_has_its_own_session_and_none_of_the_commands_streams() {
     let user = User::new();
     detach(&user, &["-e", "TOKEN=hush-hush", "--name", "free"], UNTIL_END);
     let details = inspect(&user, "free");
@@ -151,7 +151,7 @@ fn a_detached_guest_is_free_of_its_terminal() {
     let own = kindling(&user, &["exec", "free", "sh", "-c", "echo $TOKEN"]);
     assert_eq!(own.expect_status(0).stdout, "hush-hush\n");
     for pid in pids {
-        // Every user of the host can read it.
+        // Every user of the host can read the command line.
         let line = fs::read(format!("/proc/{pid}/cmdline")).expect("no process");
         assert!(!String::from_utf8_lossy(&line).contains("hush-hush"));
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("no process");
@@ -163,7 +163,7 @@ fn a_detached_guest_is_free_of_its_terminal() {
     let open = |number: u8| fs::read_link(format!("/proc/{}/fd/{number}", pids[0])).expect("not open");
     let null = || "/dev/null".into();
     assert_eq!([open(0), open(1), open(2)], [null(), null(), folder.join("report")]);
-    // The monitor has no stream, and no descriptor of a folder or a terminal.
+    // The monitor has no pipe, and no descriptor of a folder or a terminal.
     let open = fs::read_dir(format!("/proc/{}/fd", pids[1])).expect("no process");
     let open = open.map(|entry| fs::read_link(entry.unwrap().path()).unwrap_or_default());
     let paths: Vec<_> = open.filter(|path| path.starts_with("/")).collect();
@@ -184,11 +184,11 @@ fn a_detached_guest_is_free_of_its_terminal() {
     assert_eq!((&all[0]["name"], &all[0]["memory_mib"]), (&"free".into(), &512.into()), "{all}");
     kindling(&user, &["rm", "free"]).expect_status(2).expect_stderr("the guest free runs");
     kindling(&user, &["rm", "-f", "free"]).expect_status(0);
-    assert!(user.is_tidy());
+    assert!(user.has_no_guests());
 }
 
 #[test]
-fn a_guest_that_is_to_leave_nothing_leaves_nothing() {
+fn a_guest_with_rm_is_removed_at_its_exit() {
     let user = User::new();
     detach(&user, &["--rm", "--name", "short"], UNTIL_END);
     let (mut log, mut lines) = follow(&user, "short");
@@ -196,13 +196,13 @@ fn a_guest_that_is_to_leave_nothing_leaves_nothing() {
     kindling(&user, &["exec", "short", "touch", "/tmp/end"]).expect_status(0);
     expect_line(&mut lines, "end");
     assert!(log.wait().unwrap().success());
-    assert!(user.is_tidy());
+    assert!(user.has_no_guests());
 }
 
 #[test]
-fn a_start_that_fails_says_why_and_leaves_nothing() {
+fn a_failed_start_reports_the_reason_and_leaves_no_guest() {
     let user = User::new();
-    /// Where a filesystem's description ends, which is right here, and nothing is behind it.
+    /// The end of the superblock; nothing after it is intact.
     const SUPERBLOCK_END: usize = 1024 + 128;
     let mut bytes = fs::read(testbed("busybox.erofs")).unwrap();
     bytes[SUPERBLOCK_END..].fill(0);
@@ -216,31 +216,31 @@ fn a_start_that_fails_says_why_and_leaves_nothing() {
     assert_eq!(outcome.stdout, "");
     let outcome = run(&mut user.run(&["-d"]));
     outcome.expect_status(2).expect_stderr("the image names no command");
-    assert!(user.is_tidy());
+    assert!(user.has_no_guests());
 }
 
-/// What a shell says of a command that it cannot find is said before there is a name to look it up by.
+/// Errors that a shell reports for a command are reported before the guest gets a name.
 #[test]
-fn a_program_that_cannot_be_started_is_no_guest() {
+fn a_program_that_cannot_be_started_fails_the_command_and_leaves_no_guest() {
     let user = User::new();
     let start = |options: &[&str], program: &str, status: i32, text: &str| {
         let outcome = run(user.run(&[&["-d"], options].concat()).arg(program));
         outcome.expect_status(status).expect_stderr(text);
         assert_eq!((outcome.stdout.as_str(), outcome.stderr.lines().count()), ("", 1), "{outcome}");
-        assert!(user.is_tidy());
+        assert!(user.has_no_guests());
     };
     start(&[], "no-such-program", 127, "no-such-program: not found");
     start(&["-t"], "/no/such/program", 127, "/no/such/program: not found");
     start(&["--rm"], "/etc/data", 126, "/etc/data: cannot execute");
     start(&["-w", "/etc/data"], "true", 126, "cannot enter the working directory");
-    // One that was started has been, however soon it ends.
+    // A program that exits immediately was still started.
     let outcome = run(user.run(&["-d", "--name", "soon"]).arg("false"));
     assert_eq!((outcome.expect_status(0).stdout.as_str(), outcome.stderr.as_str()), ("soon\n", ""));
     kindling(&user, &["wait", "soon"]).expect_status(1);
 }
 
 #[test]
-fn signals_without_a_name_of_their_own_reach_the_program() {
+fn real_time_signals_reach_the_program() {
     let user = User::new();
     let script = "trap 'echo three' 37; trap 'echo last' 64; echo ready; while :; do sleep 1; done";
     detach(&user, &["--name", "told"], script);
@@ -250,13 +250,13 @@ fn signals_without_a_name_of_their_own_reach_the_program() {
         kindling(&user, &["kill", "-s", signal, "told"]).expect_status(0);
         expect_line(&mut lines, line);
     }
-    // Interrupts of vCPUs are nobody else's.
+    // The first real-time signal interrupts vCPUs and is reserved.
     kindling(&user, &["kill", "-s", "RTMIN", "told"])
         .expect_status(2)
         .expect_stderr("no signal that a guest");
     kindling(&user, &["rm", "-f", "told"]).expect_status(0);
-    // In the foreground too.
-    let mut guest = Conversation::start(user.run(&["--name", "front"]).args(["sh", "-c", script]));
+    // For a guest in the foreground as well.
+    let mut guest = GuestConsole::start(user.run(&["--name", "front"]).args(["sh", "-c", script]));
     guest.expect("ready");
     for signal in ["RTMIN+3", "RTMIN+3", "RTMIN+3", "RTMIN+3"] {
         kindling(&user, &["kill", "-s", signal, "front"]).expect_status(0);
@@ -265,7 +265,7 @@ fn signals_without_a_name_of_their_own_reach_the_program() {
 }
 
 #[test]
-fn stop_asks_and_then_does_not_ask() {
+fn stop_sends_sigterm_and_kills_after_the_timeout() {
     let user = User::new();
     let wait = "while :; do sleep 1; done";
     detach(&user, &["--name", "polite"], &format!("trap 'echo asked; exit 9' TERM; echo ready; {wait}"));
@@ -279,34 +279,34 @@ fn stop_asks_and_then_does_not_ask() {
     assert!(row(&user, &["-a"], "polite").expect("no row").ends_with("|exited 9"));
     assert!(row(&user, &["-a"], "deaf").expect("no row").ends_with("|exited 137"));
     assert_eq!(kindling(&user, &["logs", "polite"]).stdout, "ready\nasked\n");
-    // One that has ended has stopped.
+    // Stopping a guest that has ended succeeds.
     kindling(&user, &["stop", "deaf"]).expect_status(0);
     kindling(&user, &["rm", "deaf", "polite"]).expect_status(0);
-    assert!(user.is_tidy());
+    assert!(user.has_no_guests());
 }
 
 #[test]
-fn signals_reach_the_program_as_often_as_they_are_sent() {
+fn every_signal_sent_reaches_the_program() {
     let user = User::new();
     let script = "trap 'echo HUP' HUP; trap 'echo USR1' USR1; trap 'echo WINCH' WINCH; echo ready; \
                   while :; do sleep 1; done";
     detach(&user, &["--name", "told"], script);
     let (mut log, mut lines) = follow(&user, "told");
     expect_line(&mut lines, "ready");
-    // Whoever runs in the foreground would have ended with the third.
+    // In the foreground, the third signal would end the guest.
     for name in ["HUP", "HUP", "HUP", "HUP", "USR1", "WINCH"] {
         kindling(&user, &["kill", "-s", name, "told"]).expect_status(0);
         expect_line(&mut lines, name);
     }
     kindling(&user, &["kill", "-s", "SEGV", "told"]).expect_status(2).expect_stderr("no signal that a guest");
     assert_eq!(kindling(&user, &["kill", "told"]).expect_status(0).stdout, "told\n");
-    assert!(log.wait().unwrap().success(), "the end of the guest is the end of its log");
+    assert!(log.wait().unwrap().success(), "following the log ends with the guest");
     assert!(row(&user, &["-a"], "told").expect("no row").ends_with("|exited 137"));
     kindling(&user, &["kill", "told"]).expect_status(2).expect_stderr("has ended");
 }
 
 #[test]
-fn a_guest_whose_monitor_is_killed_has_ended() {
+fn a_guest_whose_monitor_is_killed_has_exited_with_125() {
     let user = User::new();
     detach(&user, &["--name", "gone"], UNTIL_END);
     expect_line(&mut follow(&user, "gone").1, "out");
@@ -321,11 +321,11 @@ fn a_guest_whose_monitor_is_killed_has_ended() {
         "kindling: signal 9 ended kindling-vmm; the host may have killed it for want of memory\n"
     );
     kindling(&user, &["rm", "gone"]).expect_status(0);
-    assert!(user.is_tidy());
+    assert!(user.has_no_guests());
 }
 
 #[test]
-fn a_guest_whose_front_is_killed_is_dead() {
+fn a_guest_whose_kindling_process_is_killed_is_dead() {
     let user = User::new();
     detach(&user, &["--name", "gone"], UNTIL_END);
     expect_line(&mut follow(&user, "gone").1, "out");
@@ -342,20 +342,20 @@ fn a_guest_whose_front_is_killed_is_dead() {
     assert_eq!(kindling(&user, &["logs", "-f", "gone"]).expect_status(0).stdout, "out\n");
     kindling(&user, &["stop", "gone"]).expect_status(0);
     run(user.run(&["--name", "gone"]).arg("true")).expect_status(2).expect_stderr("`kindling rm gone`");
-    // Its number may be another's now, so that the record names no process.
+    // The record contains no PID, because the kernel may have reused it.
     let record = fs::read_to_string(user.folder().join("kindling/gone/guest.json")).unwrap();
     assert!(!record.contains("\"pid\""), "{record}");
     kindling(&user, &["rm", "-f", "gone"]).expect_status(0);
-    assert!(user.is_tidy());
+    assert!(user.has_no_guests());
     run(user.run(&["--name", "gone"]).args(["sh", "-c", "exit 4"])).expect_status(4);
 }
 
 #[test]
-fn a_guest_in_the_foreground_is_looked_after_too() {
+fn a_guest_in_the_foreground_can_be_listed_stopped_and_killed() {
     let user = User::new();
     let start = |name: &str| {
         let mut guest =
-            Conversation::start(user.run(&["--name", name]).args(["sh", "-c", "echo ready; cat"]));
+            GuestConsole::start(user.run(&["--name", name]).args(["sh", "-c", "echo ready; cat"]));
         guest.expect("ready");
         guest
     };
@@ -363,10 +363,10 @@ fn a_guest_in_the_foreground_is_looked_after_too() {
     assert!(row(&user, &[], "front").expect("no row").ends_with("|running"));
     kindling(&user, &["logs", "front"]).expect_status(2).expect_stderr("went to the `kindling run`");
     kindling(&user, &["stop", "front"]).expect_status(0);
-    assert!(user.is_tidy());
+    assert!(user.has_no_guests());
     drop(guest);
     let guest = start("front");
     kindling(&user, &["kill", "front"]).expect_status(0);
-    assert!(user.is_tidy());
+    assert!(user.has_no_guests());
     drop(guest);
 }

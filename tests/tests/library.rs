@@ -1,28 +1,28 @@
-//! A program that uses the library changes its guest while it runs.
+//! A program that uses the library resizes the balloon of a running guest.
 
 use kindling_vmm::config::devices::Balloon;
 use kindling_vmm::config::image::Image;
 use kindling_vmm::{ExitReason, Instant, Machine, Timeline};
 use std::time::Duration;
-use tests::{PATIENCE, say, testbed};
+use tests::{TIMEOUT, print_progress, testbed};
 
 const MIB: u64 = 1 << 20;
 
-/// Bytes of memory that this process has, its guest's among them.
+/// Resident memory of this process in bytes, guest memory included.
 fn resident() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
     line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
 }
 
-/// Waits until something is so that nobody reports.
+/// Polls until a condition holds.
 #[track_caller]
-fn wait_until(what: &str, is_so: impl Fn() -> bool) {
-    let until = std::time::Instant::now() + PATIENCE;
-    while !is_so() {
+fn wait_until(what: &str, condition: impl Fn() -> bool) {
+    let until = std::time::Instant::now() + TIMEOUT;
+    while !condition() {
         assert!(
             std::time::Instant::now() < until,
-            "{what}: not within {PATIENCE:?}; {} MiB",
+            "{what}: not within {TIMEOUT:?}; {} MiB",
             resident() / MIB
         );
         std::thread::sleep(Duration::from_millis(50));
@@ -30,11 +30,11 @@ fn wait_until(what: &str, is_so: impl Fn() -> bool) {
 }
 
 #[test]
-fn a_guest_gives_a_gib_to_its_balloon_and_gets_it_back() {
+fn a_balloon_of_1_gib_is_inflated_and_deflated_at_run_time() {
     const AMOUNT: u64 = 1024;
-    // Each page that the guest writes again is a fault on the host, which takes longer than all the rest.
+    // Every page that the guest writes again is a page fault on the host, which dominates the time of this test.
     const AGAIN: u64 = AMOUNT / 2;
-    // The guest uses the memory, is without it, and uses some of it again; files of a tmpfs are memory.
+    // The guest uses the memory, loses it to the balloon, and uses part of it again. Files in a tmpfs use memory.
     let script = format!(
         "mount -o remount,size=95% /tmp
          total() {{ grep MemTotal /proc/meminfo | tr -dc 0-9; }}
@@ -49,7 +49,7 @@ fn a_guest_gives_a_gib_to_its_balloon_and_gets_it_back() {
     );
     let directory = testbed("images/busybox");
     let mut config = Image::open(&directory).unwrap().config(&directory);
-    // Less outside of the balloon than the guest writes again.
+    // Less memory remains outside the balloon than the guest writes again.
     config.machine.mem_size_mib = AMOUNT + 256;
     config.devices.balloon = Some(Balloon { stats_polling_interval_s: 1, ..Balloon::default() });
     config.guest.arguments = ["/bin/sh", "-c", &script].map(|word| word.as_bytes().to_vec()).to_vec();
@@ -63,17 +63,17 @@ fn a_guest_gives_a_gib_to_its_balloon_and_gets_it_back() {
         std::fs::read_to_string(console.path()).unwrap().contains("used")
     });
     assert!(resident() > AMOUNT * MIB, "{} MiB", resident() / MIB);
-    say("used");
+    print_progress("used");
     balloon.set_amount(AMOUNT);
     assert_eq!(balloon.amount(), AMOUNT);
     wait_until("the balloon is full", || balloon.actual() == AMOUNT);
-    wait_until("the host has the memory", || resident() < 512 * MIB);
+    wait_until("the host has reclaimed the memory", || resident() < 512 * MIB);
     let total = || balloon.statistics().total_memory.unwrap_or(u64::MAX);
-    wait_until("the guest says so", || total() < 512 * MIB);
-    say("given");
+    wait_until("the guest's statistics show it", || total() < 512 * MIB);
+    print_progress("inflated");
     balloon.set_amount(0);
     wait_until("the balloon is empty", || balloon.actual() == 0);
-    say("back");
+    print_progress("deflated");
     wait_until("the guest has used its memory again", || guest.is_finished());
     let exit = guest.join().unwrap();
     assert_eq!(exit.reason, ExitReason::Payload(0), "{:?}", exit.console_tail);

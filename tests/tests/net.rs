@@ -1,21 +1,20 @@
-//! A network card is a network card: packets, streams and names pass between the guest and its host, through a
-//! tap device or without root.
+//! Networking between a guest and its host, through a tap device or through passt, which needs no root.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
-use tests::conversation::Conversation;
+use tests::guest_console::GuestConsole;
 use tests::network::{
-    TAP, enter_host_network, enter_new, enter_tap_network, give, give_tap, make_tap, pattern, shell, take,
-    with_network_programs,
+    TAP, enter_host_network, enter_network_namespace, enter_tap_network, make_tap, pattern, receive,
+    serve_http, set_tap_owner, shell, with_network_programs,
 };
 use tests::user::User;
-use tests::{Image, PATIENCE, boot, has_continued, run};
+use tests::{Image, TIMEOUT, boot, is_from_prebooted_kernel, run};
 
 const MIB: usize = 1 << 20;
 
-/// A guest on a tap device.
+/// A guest with a network card on a tap device.
 fn on_tap(script: &str) -> Command {
     let mut command = boot();
     command.args(["--net", TAP, "--", "/bin/sh", "-c", script]);
@@ -23,7 +22,7 @@ fn on_tap(script: &str) -> Command {
 }
 
 #[test]
-fn init_sets_the_address_the_way_out_and_the_name_server() {
+fn init_configures_address_default_route_and_name_server() {
     enter_tap_network();
     let script = "ip -4 addr show eth0 | grep -o 'inet [0-9./]*'; ip route; cat /etc/resolv.conf; ping -c 1 10.9.0.1 >/dev/null && echo pong";
     let outcome = run(&mut on_tap(script));
@@ -43,11 +42,11 @@ fn init_sets_the_address_the_way_out_and_the_name_server() {
 }
 
 #[test]
-fn streams_pass_a_tap_both_ways() {
+fn tcp_streams_pass_a_tap_in_both_directions() {
     enter_tap_network();
     let bytes = pattern(8 * MIB);
-    let server = give("10.9.0.1:5001", bytes.clone());
-    let client = take("10.9.0.1:5002", || {});
+    let server = serve_http("10.9.0.1:5001", bytes.clone());
+    let client = receive("10.9.0.1:5002", || {});
     let script = "wget -q -O /tmp/f http://10.9.0.1:5001/ && nc 10.9.0.1 5002 < /tmp/f";
     run(&mut on_tap(script)).expect_status(0);
     server.join().unwrap();
@@ -55,10 +54,10 @@ fn streams_pass_a_tap_both_ways() {
 }
 
 #[test]
-fn a_tap_that_goes_down_and_up_breaks_no_stream() {
+fn a_tcp_stream_survives_its_tap_going_down_and_up() {
     enter_tap_network();
     let toggle = || shell("ifconfig tap0 down; ifconfig tap0 up");
-    let client = take("10.9.0.1:5002", toggle);
+    let client = receive("10.9.0.1:5002", toggle);
     let script = "head -c 4194304 /dev/urandom > /tmp/f; sha256sum < /tmp/f; nc 10.9.0.1 5002 < /tmp/f";
     let outcome = run(&mut on_tap(script));
     let sum = outcome.expect_status(0).stdout.clone();
@@ -73,12 +72,12 @@ fn sha256(bytes: &[u8]) -> String {
 }
 
 #[test]
-fn a_tap_that_is_removed_is_a_cable_that_was_pulled() {
+fn removing_the_tap_takes_the_guests_link_down() {
     enter_tap_network();
-    // Once when the guest is up, and once before it comes to look at its card.
+    // Once while the guest is running, and once before its driver reads the link status.
     for is_up in [true, false] {
         let script = "echo up; while ip link show eth0 | grep -q LOWER_UP; do sleep 0; done; echo gone";
-        let mut guest = Conversation::start(&mut on_tap(script));
+        let mut guest = GuestConsole::start(&mut on_tap(script));
         if is_up {
             guest.expect("up");
         } else {
@@ -91,7 +90,7 @@ fn a_tap_that_is_removed_is_a_cable_that_was_pulled() {
     }
 }
 
-/// A guest behind passt.
+/// A guest with a network card on passt.
 fn on_passt(options: &[&str], script: &str) -> Command {
     let mut command = with_network_programs(boot());
     command.args(["--net", "user"]).args(options).args(["--", "/bin/sh", "-c", script]);
@@ -99,49 +98,49 @@ fn on_passt(options: &[&str], script: &str) -> Command {
 }
 
 #[test]
-fn a_prebooted_kernel_goes_on_with_a_card_on_a_tap() {
+fn a_guest_from_a_prebooted_kernel_has_a_network_card_on_a_tap() {
     enter_tap_network();
     let image = Image::copy_of("busybox");
-    // There is no such tap, and nobody needs one before there is a guest.
+    // Pre-booting does not require the tap device to exist.
     let outcome = run(image.command("preboot").args(["--net", "tap9,mac=06:00:0a:09:00:02"]));
     outcome.expect_status(0).expect_stderr("preboot/1-128-n is there");
     let bytes = pattern(MIB);
-    // Every guest has an address of its own.
+    // Each guest has its own IP address.
     for address in ["10.9.0.2", "10.9.0.3"] {
-        let client = take("10.9.0.1:5002", || {});
-        let server = give("10.9.0.1:5001", bytes.clone());
+        let client = receive("10.9.0.1:5002", || {});
+        let server = serve_http("10.9.0.1:5001", bytes.clone());
         let net = format!("tap0,mac=06:00:0a:09:00:02,ip={address}/24,gw=10.9.0.1");
         let script = "ip -4 addr show eth0 | grep -o 'inet [0-9./]*'; ip link show eth0 | grep -o 'ether [0-9a-f:]*'; \
                       wget -q -O /tmp/f http://10.9.0.1:5001/ && nc 10.9.0.1 5002 < /tmp/f";
-        let outcome = image.continued_shell(&["--net", &net], script);
+        let outcome = image.prebooted_shell(&["--net", &net], script);
         let expected = format!("inet {address}/24\nether 06:00:0a:09:00:02\n");
         assert_eq!(outcome.expect_status(0).stdout, expected, "{outcome}");
         assert_eq!(outcome.stderr, "", "{outcome}");
         server.join().unwrap();
         assert!(client.join().unwrap() == bytes);
     }
-    // A kernel reads the address of its card once.
+    // The kernel reads the card's MAC address only once, so another address needs another boot.
     let report = image.path().join("report.json");
     let mut command = image.command("boot");
     let outcome = run(command.arg("--report-json").arg(&report).args(["--net", TAP, "--", "true"]));
     outcome.expect_status(0).expect_stderr("booting without it");
-    assert!(!has_continued(&report), "{outcome}");
+    assert!(!is_from_prebooted_kernel(&report), "{outcome}");
 }
 
 #[test]
-fn a_prebooted_kernel_goes_on_with_a_card_on_passt() {
+fn a_guest_from_a_prebooted_kernel_has_a_network_card_on_passt() {
     enter_host_network();
     let image = Image::copy_of("busybox");
     let outcome = run(image.command("preboot").args(["--net", "user"]));
     outcome.expect_status(0).expect_stderr("preboot/1-128-n is there");
-    assert!(!passt_runs(), "nobody is there for whom it would work");
+    assert!(!passt_runs(), "passt must not run without a guest");
     let report = image.path().join("report.json");
     let mut command = with_network_programs(image.command("boot"));
     command.args(["--net", "user", "-p", "8080:80", "--report-json"]).arg(&report);
     let script = "wget -q -O - http://192.0.2.1:5001/ | wc -c; nc -l -p 80 -e /bin/cat & \
                   while ! netstat -ltn | grep -q ':80 '; do sleep 0; done; echo ready; wait";
-    let server = give("192.0.2.1:5001", pattern(MIB));
-    let mut guest = Conversation::start(command.args(["--", "/bin/sh", "-c", script]));
+    let server = serve_http("192.0.2.1:5001", pattern(MIB));
+    let mut guest = GuestConsole::start(command.args(["--", "/bin/sh", "-c", script]));
     assert_eq!(guest.expect(""), MIB.to_string());
     server.join().unwrap();
     guest.expect("ready");
@@ -152,32 +151,32 @@ fn a_prebooted_kernel_goes_on_with_a_card_on_passt() {
     assert_eq!(back, *b"word");
     drop(stream);
     guest.expect_status(0);
-    assert!(has_continued(&report), "it booted");
-    wait_for_end_of_passt();
+    assert!(is_from_prebooted_kernel(&report), "it booted");
+    wait_for_exit_of_passt();
 }
 
-/// Whether a passt runs.
+/// Whether any passt process is running.
 fn passt_runs() -> bool {
     let processes = std::fs::read_dir("/proc").unwrap().filter_map(Result::ok);
     let names = processes.filter_map(|process| std::fs::read_to_string(process.path().join("comm")).ok());
     names.into_iter().any(|name| ["passt", "passt.avx2"].contains(&name.trim_end()))
 }
 
-/// Waits for passt's end: it follows that of its machine.
-fn wait_for_end_of_passt() {
-    let limit = std::time::Instant::now() + PATIENCE;
+/// Waits until passt has exited after its guest.
+fn wait_for_exit_of_passt() {
+    let limit = std::time::Instant::now() + TIMEOUT;
     while passt_runs() {
-        assert!(std::time::Instant::now() < limit, "passt outlives its machine");
+        assert!(std::time::Instant::now() < limit, "passt is still running after its guest");
         std::thread::yield_now();
     }
 }
 
 #[test]
-fn streams_pass_passt_both_ways() {
+fn tcp_streams_pass_passt_in_both_directions() {
     enter_host_network();
     let bytes = pattern(4 * MIB);
-    let server = give("192.0.2.1:5001", bytes.clone());
-    let client = take("192.0.2.1:5002", || {});
+    let server = serve_http("192.0.2.1:5001", bytes.clone());
+    let client = receive("192.0.2.1:5002", || {});
     let script = "ip -4 addr show eth0 | grep -o 'inet [0-9./]*'; cat /etc/resolv.conf; \
                   wget -q -O /tmp/f http://192.0.2.1:5001/ && nc 192.0.2.1 5002 < /tmp/f";
     let outcome = run(&mut on_passt(&[], script));
@@ -185,12 +184,12 @@ fn streams_pass_passt_both_ways() {
     assert_eq!(outcome.stderr, "", "{outcome}");
     server.join().unwrap();
     assert!(client.join().unwrap() == bytes);
-    wait_for_end_of_passt();
+    wait_for_exit_of_passt();
 }
 
-/// Its root filesystem is a disk, with a link in the file's place.
+/// The root filesystem is a disk, in which /etc/resolv.conf is a dangling link.
 #[test]
-fn a_container_learns_of_its_name_server_and_its_own_name() {
+fn a_container_has_resolv_conf_and_an_entry_for_its_hostname() {
     enter_host_network();
     let user = User::new();
     let mut command = with_network_programs(user.run(&["--net", "user", "--name", "box"]));
@@ -198,54 +197,54 @@ fn a_container_learns_of_its_name_server_and_its_own_name() {
         run(command.args(["sh", "-c", "cat /etc/resolv.conf /etc/hosts; stat -c %F /etc/resolv.conf"]));
     let expected = "nameserver 10.0.2.3\n127.0.0.1\tlocalhost\n10.0.2.15\tbox\nregular file\n";
     assert_eq!(outcome.expect_status(0).stdout, expected, "{outcome}");
-    wait_for_end_of_passt();
+    wait_for_exit_of_passt();
 }
 
 #[test]
-fn a_port_of_the_host_leads_into_the_guest() {
+fn a_published_port_is_forwarded_to_the_guest() {
     enter_host_network();
-    // The guest says when it listens, and gives back what it gets.
+    // The guest prints a line when it listens, and echoes its input.
     let script = "nc -l -p 80 -e /bin/cat & while ! netstat -ltn | grep -q ':80 '; do sleep 0; done; \
                   echo ready; wait";
-    let mut guest = Conversation::start(&mut on_passt(&["-p", "8080:80"], script));
+    let mut guest = GuestConsole::start(&mut on_passt(&["-p", "8080:80"], script));
     guest.expect("ready");
     let bytes = pattern(MIB);
     let mut stream = TcpStream::connect("127.0.0.1:8080").unwrap();
     let (mut writer, sent) = (stream.try_clone().unwrap(), bytes.clone());
     let writer = std::thread::spawn(move || writer.write_all(&sent).unwrap());
-    // Nobody closes half of the connection: Debian's passt loses what is on its way then.
+    // The connection is not half-closed: Debian's passt would lose data in flight.
     let mut back = vec![0; bytes.len()];
     stream.read_exact(&mut back).unwrap();
     writer.join().unwrap();
     drop(stream);
     assert!(back == bytes);
     guest.expect_status(0);
-    wait_for_end_of_passt();
+    wait_for_exit_of_passt();
 }
 
 #[test]
-fn passt_ends_with_a_machine_that_is_killed() {
+fn passt_exits_when_its_vmm_is_killed() {
     enter_host_network();
-    let mut guest = Conversation::start(&mut on_passt(&[], "echo ready; sleep 1000"));
+    let mut guest = GuestConsole::start(&mut on_passt(&[], "echo ready; sleep 1000"));
     guest.expect("ready");
     assert!(passt_runs());
-    // Kills it.
+    // Dropping the guest kills it.
     drop(guest);
-    wait_for_end_of_passt();
+    wait_for_exit_of_passt();
 }
 
 #[test]
-fn what_passt_refuses_is_said_in_a_line() {
-    // There is no way out, which passt wants to know before anything else.
-    enter_new();
+fn an_error_of_passt_is_reported_on_one_line() {
+    // passt requires a default route.
+    enter_network_namespace();
     let outcome = run(&mut on_passt(&[], "true"));
     outcome.expect_status(2).expect_stderr("user cannot be the other end of a network card: passt says: ");
     assert_eq!(outcome.stderr.lines().count(), 1, "{outcome}");
-    wait_for_end_of_passt();
+    wait_for_exit_of_passt();
 }
 
 #[test]
-fn taps_that_cannot_be_used_are_named() {
+fn an_error_names_the_tap_that_cannot_be_used() {
     enter_tap_network();
     let refused = |net: &str, expected: &str| {
         let outcome = run(boot().args(["--net", net, "--", "true"]));
@@ -254,21 +253,21 @@ fn taps_that_cannot_be_used_are_named() {
     };
     refused("tap7", "the host has no such interface; `ip tuntap add tap7 mode tap");
     refused("lo", "it is not a tap device");
-    // The second card of the same guest finds its tap in use by the first.
+    // The first card of the same guest already uses the tap.
     let outcome = run(boot().args(["--net", "tap0", "--net", "tap0", "--", "true"]));
     outcome.expect_status(2).expect_stderr("another program uses it");
 }
 
 #[test]
-fn a_tap_of_another_user_is_named() {
+fn a_tap_of_another_user_is_refused() {
     enter_tap_network();
-    give_tap("tap0", 1001);
+    set_tap_owner("tap0", 1001);
     shell("chmod 666 /dev/net/tun");
     let boot_as = |user: u32| run(boot().args(["--net", "tap0", "--", "true"]).uid(user));
     let outcome = boot_as(1000);
     outcome.expect_status(2).expect_stderr("it belongs to another user; `ip tuntap add tap0 mode tap user");
     assert_eq!(outcome.stderr.lines().count(), 1, "{outcome}");
-    // Whatever its owner may not use then, it is not the tap.
+    // The owner may use the tap; any further error is unrelated.
     let outcome = boot_as(1001);
     assert!(!outcome.stderr.contains("tap0"), "{outcome}");
 }

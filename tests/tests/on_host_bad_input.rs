@@ -1,4 +1,4 @@
-//! What a user gets wrong is named in one line, with exit status 2. None of it needs KVM.
+//! Each invalid input is reported on one line with exit status 2. No test needs KVM.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
@@ -7,7 +7,7 @@ use std::process::Stdio;
 use tests::machine_code::{elf, exit};
 use tests::{kindling, run};
 
-/// Runs `kindling boot` and checks its one line.
+/// Runs `kindling boot` and checks its one-line error.
 #[track_caller]
 fn refused(arguments: &[&str], expected: &str) {
     let outcome = run(kindling().arg("boot").args(arguments).stdin(Stdio::null()));
@@ -17,14 +17,14 @@ fn refused(arguments: &[&str], expected: &str) {
     assert!(outcome.stderr.starts_with("kindling: "), "{outcome}");
 }
 
-/// A folder with a good kernel in it, and the path of a file of that folder.
-struct Place(tempfile::TempDir);
+/// A folder with a valid kernel.
+struct KernelFolder(tempfile::TempDir);
 
-impl Place {
+impl KernelFolder {
     fn new() -> Self {
-        let place = Self(tempfile::tempdir().unwrap());
-        place.file("kernel", &elf(&exit(0)));
-        place
+        let scratch = Self(tempfile::tempdir().unwrap());
+        scratch.file("kernel", &elf(&exit(0)));
+        scratch
     }
 
     fn file(&self, name: &str, bytes: &[u8]) -> String {
@@ -39,40 +39,40 @@ impl Place {
 }
 
 #[test]
-fn kernels_that_are_none() {
-    let place = Place::new();
+fn invalid_kernels_are_refused() {
+    let scratch = KernelFolder::new();
     let good = elf(&exit(0));
     refused(&["--kernel", "/nonexistent"], "cannot read /nonexistent: No such file");
     refused(&["--kernel", "/tmp"], "/tmp is not a file");
     refused(&["--kernel", "/dev/null"], "/dev/null is not a file");
-    refused(&["--kernel", &place.file("k", b"")], "is not a Linux kernel");
-    refused(&["--kernel", &place.file("k", b"#!/bin/sh\n")], "is not a Linux kernel");
-    refused(&["--kernel", &place.file("k", &good[..63])], "the file is truncated: the ELF header");
-    refused(&["--kernel", &place.file("k", &good[..4097])], "the file is truncated: a segment");
+    refused(&["--kernel", &scratch.file("k", b"")], "is not a Linux kernel");
+    refused(&["--kernel", &scratch.file("k", b"#!/bin/sh\n")], "is not a Linux kernel");
+    refused(&["--kernel", &scratch.file("k", &good[..63])], "the file is truncated: the ELF header");
+    refused(&["--kernel", &scratch.file("k", &good[..4097])], "the file is truncated: a segment");
     let mut kernel = good.clone();
     kernel[4] = 1;
-    refused(&["--kernel", &place.file("k", &kernel)], "32-bit ELF file");
-    let fifo = place.0.path().join("fifo");
+    refused(&["--kernel", &scratch.file("k", &kernel)], "32-bit ELF file");
+    let fifo = scratch.0.path().join("fifo");
     assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
     refused(&["--kernel", fifo.to_str().unwrap()], "is not a file");
 }
 
 #[test]
-fn every_truncation_of_the_headers() {
-    let place = Place::new();
+fn every_truncation_of_the_elf_headers_is_refused() {
+    let scratch = KernelFolder::new();
     let good = elf(&exit(0));
     for length in 4..120 {
-        refused(&["--kernel", &place.file("k", &good[..length])], "truncated");
+        refused(&["--kernel", &scratch.file("k", &good[..length])], "truncated");
     }
 }
 
 #[test]
-fn segments_that_do_not_fit() {
-    let place = Place::new();
+fn invalid_elf_segments_are_refused() {
+    let scratch = KernelFolder::new();
     let with = |at: usize, value: u64| {
         let mut kernel = elf(&exit(0));
         kernel[at..at + 8].copy_from_slice(&value.to_le_bytes());
-        place.file("k", &kernel)
+        scratch.file("k", &kernel)
     };
     // Offsets in the only program header: 24 address, 32 size in the file, 40 size in memory.
     refused(&["--kernel", &with(64 + 40, 1 << 30)], "the kernel needs 1025 MiB of memory");
@@ -84,23 +84,23 @@ fn segments_that_do_not_fit() {
 }
 
 #[test]
-fn initrds() {
-    let place = Place::new();
-    let kernel = place.kernel();
+fn invalid_initrds_are_refused() {
+    let scratch = KernelFolder::new();
+    let kernel = scratch.kernel();
     let boot = |initrd: &str, expected: &str| {
         refused(&["--memory", "16", "--kernel", &kernel, "--initrd", initrd], expected)
     };
     boot("/nonexistent", "cannot read /nonexistent");
     boot("/", "/ is not a file");
-    let large = place.file("large", b"");
+    let large = scratch.file("large", b"");
     std::fs::File::options().write(true).open(&large).unwrap().set_len(1 << 30).unwrap();
     boot(&large, "are free behind the kernel: give the machine more memory");
 }
 
 #[test]
-fn numbers() {
-    let place = Place::new();
-    let kernel = place.kernel();
+fn memory_and_vcpus_out_of_range_are_refused() {
+    let scratch = KernelFolder::new();
+    let kernel = scratch.kernel();
     for (option, value, expected) in [
         ("--memory", "0", "mem_size_mib is 0"),
         ("--memory", "1", "mem_size_mib is 1"),
@@ -115,23 +115,26 @@ fn numbers() {
 }
 
 #[test]
-fn command_lines() {
-    let place = Place::new();
-    let kernel = place.kernel();
+fn invalid_command_lines_are_refused() {
+    let scratch = KernelFolder::new();
+    let kernel = scratch.kernel();
     refused(
         &["--kernel", &kernel, "--cmdline", &"x".repeat(2048)],
         "2048 bytes; the kernel takes at most 2047",
     );
     let json = r#"{"boot-source": {"kernel_image_path": "k", "boot_args": "a\u0000b"}}"#;
-    refused(&["--config-file", &place.file("c.json", json.as_bytes())], "the kernel command line has a NUL");
+    refused(
+        &["--config-file", &scratch.file("c.json", json.as_bytes())],
+        "the kernel command line has a NUL",
+    );
     refused(&["--kernel", &kernel, "--env", "=x", "--", "sh"], "\"=x\" is not of the form NAME=VALUE");
 }
 
 #[test]
-fn configuration_files() {
-    let place = Place::new();
+fn invalid_configuration_files_are_refused() {
+    let scratch = KernelFolder::new();
     let json = |text: &str, expected: &str| {
-        refused(&["--config-file", &place.file("c.json", text.as_bytes())], expected)
+        refused(&["--config-file", &scratch.file("c.json", text.as_bytes())], expected)
     };
     json(r#"{"boot-source": {"kernel_image_path": "k", "boot_arg": ""}}"#, "unknown field `boot_arg`");
     json(r#"{"boot-source": {"kernel_image_path": 1}}"#, "invalid type: integer `1`");
@@ -142,29 +145,29 @@ fn configuration_files() {
 }
 
 #[test]
-fn words_of_a_file_do_not_reach_the_terminal_as_commands() {
-    let place = Place::new();
+fn control_characters_of_a_file_do_not_reach_the_terminal() {
+    let scratch = KernelFolder::new();
     let json = r#"{"boot-source": {"kernel_image_path": "k", "\u001b[31mred\u0007": 1}}"#;
-    refused(&["--config-file", &place.file("c.json", json.as_bytes())], "unknown field `.[31mred.`");
+    refused(&["--config-file", &scratch.file("c.json", json.as_bytes())], "unknown field `.[31mred.`");
 }
 
 #[test]
-fn a_closed_standard_error_changes_no_exit_status() {
+fn a_closed_standard_error_does_not_change_the_exit_status() {
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
     let status = kindling().args(["boot", "--kernel", "/nonexistent"]).stderr(writer).status().unwrap();
     assert_eq!(status.code(), Some(2));
 }
 
-/// The first files that this program opens would get the numbers of the streams, and messages would go
-/// into them.
+/// Otherwise the first files that the program opens would get the descriptors of the standard streams, and messages
+/// would be written into them.
 #[test]
-fn closed_standard_streams_get_no_file() {
-    let place = Place::new();
-    let path = place.0.path().join("image.json");
+fn closed_standard_streams_are_not_reused_for_files() {
+    let scratch = KernelFolder::new();
+    let path = scratch.0.path().join("image.json");
     std::fs::write(&path, "{}").unwrap();
     let script = r#"exec "$0" boot --image "$1" 0<&- 1>&- 2>&-"#;
-    let directory = place.0.path();
+    let directory = scratch.0.path();
     let status = std::process::Command::new("sh")
         .args(["-c", script])
         .arg(tests::testbed("kindling"))
@@ -176,9 +179,9 @@ fn closed_standard_streams_get_no_file() {
 }
 
 #[test]
-fn images() {
-    let place = Place::new();
-    let path = place.0.path().to_str().unwrap().to_owned();
+fn invalid_images_are_refused() {
+    let scratch = KernelFolder::new();
+    let path = scratch.0.path().to_str().unwrap().to_owned();
     refused(&["--image", "/nonexistent"], "cannot read /nonexistent/image.json");
     refused(&["--image", &path], "image.json: No such file");
     let image = tests::testbed("images/busybox");
@@ -200,25 +203,25 @@ fn images() {
 }
 
 #[test]
-fn vsock_sockets() {
-    let place = Place::new();
-    let kernel = place.kernel();
+fn invalid_vsock_paths_are_refused() {
+    let scratch = KernelFolder::new();
+    let kernel = scratch.kernel();
     let at = |path: &str, expected: &str| refused(&["--kernel", &kernel, "--vsock", path], expected);
-    let file = place.file("taken", b"mine");
+    let file = scratch.file("taken", b"mine");
     at(&file, "taken cannot be the vsock's socket: there is a file of that name, which is no socket; choose");
     assert_eq!(std::fs::read(&file).unwrap(), b"mine");
     at("/nonexistent/vsock", "/nonexistent/vsock cannot be the vsock's socket: No such file");
-    let path = place.0.path().join("used");
+    let path = scratch.0.path().join("used");
     let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
     at(path.to_str().unwrap(), "somebody listens on it, perhaps another guest; choose another path");
     at(&format!("/tmp/{}", "x".repeat(92)), "has 97 bytes; the path of a socket can have 96");
 }
 
 #[test]
-fn consoles() {
-    let place = Place::new();
-    let kernel = place.kernel();
-    // Only where there is a KVM does the console's file matter; elsewhere that is what is named.
+fn an_invalid_console_file_is_refused() {
+    let scratch = KernelFolder::new();
+    let kernel = scratch.kernel();
+    // Without KVM the error is about KVM, and the console file is not reached.
     let outcome = run(kindling()
         .args(["boot", "--kernel", &kernel, "--console", "/nonexistent/console"])
         .stdin(Stdio::null()));
@@ -243,9 +246,9 @@ fn usage_errors_are_status_2() {
 }
 
 #[test]
-fn disks_that_are_none() {
-    let place = Place::new();
-    let kernel = place.kernel();
+fn invalid_disks_are_refused() {
+    let scratch = KernelFolder::new();
+    let kernel = scratch.kernel();
     let refused = |drives: &[&str], expected: &str| {
         let mut arguments = vec!["--kernel", &kernel];
         arguments.extend(drives.iter().flat_map(|drive| ["--drive", drive]));
@@ -255,12 +258,12 @@ fn disks_that_are_none() {
     refused(&["/tmp"], "/tmp cannot be a drive: it is a directory");
     refused(&["/tmp:ro"], "/tmp cannot be a drive: it is a directory");
     refused(&["/dev/null"], "/dev/null cannot be a drive: it is neither a file nor a block device");
-    refused(&[&place.file("empty", b"")], "it is empty");
-    refused(&[&place.file("odd", &[0; 1000])], "its 1000 bytes are not a multiple of 512");
-    let disk = place.file("disk", &[0; 4096]);
+    refused(&[&scratch.file("empty", b"")], "it is empty");
+    refused(&[&scratch.file("odd", &[0; 1000])], "its 1000 bytes are not a multiple of 512");
+    let disk = scratch.file("disk", &[0; 4096]);
     refused(&[&disk, &disk], "it is in use");
     refused(&[&disk, &format!("{disk}:ro")], "it is in use");
-    let fifo = place.0.path().join("fifo");
+    let fifo = scratch.0.path().join("fifo");
     assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
     refused(&[fifo.to_str().unwrap()], "it is neither a file nor a block device");
     let many = vec![format!("{disk}:ro"); 20];
@@ -269,9 +272,9 @@ fn disks_that_are_none() {
 }
 
 #[test]
-fn devices_that_make_no_sense() {
-    let place = Place::new();
-    let kernel = place.kernel();
+fn invalid_device_options_are_refused() {
+    let scratch = KernelFolder::new();
+    let kernel = scratch.kernel();
     let path = format!("/tmp/{}", "x".repeat(103));
     let table: [(&[&str], &str); 7] = [
         (&["--vsock", &path], "has 108 bytes; the path of a socket can have 96"),
@@ -288,10 +291,10 @@ fn devices_that_make_no_sense() {
 }
 
 #[test]
-fn devices_of_a_configuration_file() {
-    let place = Place::new();
-    let kernel = place.kernel();
-    let disk = place.file("disk", &[0; 4096]);
+fn invalid_devices_in_a_configuration_file_are_refused() {
+    let scratch = KernelFolder::new();
+    let kernel = scratch.kernel();
+    let disk = scratch.file("disk", &[0; 4096]);
     let drive = |id: &str, more: &str| format!(r#"{{"drive_id": "{id}", "path_on_host": "{disk}"{more}}}"#);
     let root = |id| drive(id, r#", "is_root_device": true, "is_read_only": true"#);
     let read_only = r#", "is_read_only": true"#;
@@ -322,7 +325,7 @@ fn devices_of_a_configuration_file() {
             "\"x\" is not an Ethernet address",
         ),
     ] {
-        let file = place.file(
+        let file = scratch.file(
             "vm.json",
             format!(r#"{{"boot-source": {{"kernel_image_path": "{kernel}"}}, {sections}}}"#).as_bytes(),
         );
@@ -331,9 +334,9 @@ fn devices_of_a_configuration_file() {
 }
 
 #[test]
-fn network_cards() {
-    let place = Place::new();
-    let kernel = place.kernel();
+fn invalid_network_options_are_refused() {
+    let scratch = KernelFolder::new();
+    let kernel = scratch.kernel();
     for (net, expected) in [
         ("a-name-of-17-byte", "the name of an interface has 1 to 15 bytes"),
         ("", "the name of an interface has 1 to 15 bytes"),
@@ -345,7 +348,7 @@ fn network_cards() {
     ] {
         refused(&["--net", net, "--kernel", &kernel], expected);
     }
-    // A port that somebody has.
+    // A port that is in use.
     let listener = std::net::TcpListener::bind("0.0.0.0:0").unwrap();
     let port = listener.local_addr().unwrap().port();
     let expected = format!("port {port} of the host is in use; choose another one");
@@ -353,14 +356,14 @@ fn network_cards() {
 }
 
 #[test]
-#[expect(clippy::print_stdout, reason = "a test that does not apply says so")]
-fn networking_without_passt() {
+#[expect(clippy::print_stdout, reason = "skipped tests are reported")]
+fn net_user_without_passt_is_refused() {
     if ["/usr/bin/passt", "/usr/local/bin/passt"].into_iter().any(|program| Path::new(program).exists()) {
-        println!("this host has passt in a folder of the system");
+        println!("skipped: this host has passt in a system folder");
         return;
     }
-    let place = Place::new();
-    let kernel = place.kernel();
+    let scratch = KernelFolder::new();
+    let kernel = scratch.kernel();
     let outcome = run(kindling().env("PATH", "").args(["boot", "--net", "user", "--kernel", &kernel]));
     outcome
         .expect_status(2)
@@ -368,25 +371,25 @@ fn networking_without_passt() {
 }
 
 #[test]
-#[expect(clippy::print_stdout, reason = "a test that does not apply says so")]
-fn where_no_guest_can_run_it_is_said_once() {
+#[expect(clippy::print_stdout, reason = "skipped tests are reported")]
+fn a_host_without_usable_kvm_is_reported_on_one_line() {
     if kindling_vmm::kvm::probe::probe().is_good() {
-        println!("guests can run here");
+        println!("skipped: this host has a usable KVM");
         return;
     }
-    let place = Place::new();
+    let scratch = KernelFolder::new();
     let mut command = kindling();
     command.arg("run").arg(tests::testbed("busybox.erofs")).arg("true").stdin(Stdio::null());
-    command.env("XDG_CACHE_HOME", place.0.path()).env("XDG_RUNTIME_DIR", place.0.path());
+    command.env("XDG_CACHE_HOME", scratch.0.path()).env("XDG_RUNTIME_DIR", scratch.0.path());
     let outcome = run(command.env("KINDLING_IMAGE", tests::testbed("images/busybox")));
     assert!([Some(2), Some(125)].contains(&outcome.status), "{outcome}");
     assert_eq!(outcome.stderr.lines().count(), 1, "{outcome}");
     outcome.expect_stderr("; `kindling doctor` says what this host lacks, and `cargo xtask run`");
 }
 
-/// Its front gives it a socket.
+/// `kindling` passes the monitor a socket as its standard input.
 #[test]
-fn a_monitor_without_a_front_says_whose_it_is() {
+fn kindling_vmm_started_by_hand_or_by_another_version_is_refused() {
     let outcome =
         run(std::process::Command::new(tests::testbed("kindling-vmm")).stdin(std::process::Stdio::null()));
     outcome.expect_status(125).expect_stderr("`kindling` starts this program, not its users");
@@ -399,9 +402,5 @@ fn a_monitor_without_a_front_says_whose_it_is() {
     let (_ours, its) = std::os::unix::net::UnixStream::pair().map(|(ours, its)| (drop(ours), its)).unwrap();
     let input = std::process::Stdio::from(std::os::fd::OwnedFd::from(its));
     let outcome = run(std::process::Command::new(tests::testbed("kindling-vmm")).stdin(input));
-    assert_eq!(
-        outcome.expect_status(0).stderr,
-        "",
-        "a front that never asks for a machine is none the worse"
-    );
+    assert_eq!(outcome.expect_status(0).stderr, "", "a closed socket without a request must not be an error");
 }

@@ -1,4 +1,4 @@
-//! What the documents name exists.
+//! The documents name only existing files, commands and options, and current figures.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -17,13 +17,13 @@ fn documents() -> Vec<(String, String)> {
         .collect()
 }
 
-/// The pieces of a text between single backticks.
+/// The inline code spans of a Markdown text.
 fn quoted(text: &str) -> impl Iterator<Item = &str> {
     text.split("```").step_by(2).flat_map(|prose| prose.split('`').skip(1).step_by(2))
 }
 
 #[test]
-fn every_path_exists() {
+fn every_path_in_the_documents_exists() {
     let folders = [
         "vmm/",
         "guest-init/",
@@ -46,7 +46,7 @@ fn every_path_exists() {
 }
 
 #[test]
-fn every_command_is_one() {
+fn every_command_and_option_in_the_documents_exists() {
     for (name, text) in documents() {
         let fenced = text.split("```").skip(1).step_by(2).flat_map(str::lines);
         for line in quoted(&text).chain(fenced) {
@@ -56,15 +56,15 @@ fn every_command_is_one() {
                 let file = format!("xtask/src/{module}.rs");
                 let folder = format!("xtask/src/{module}/mod.rs");
                 let exists = root().join(&file).exists() || root().join(&folder).exists();
-                assert!(exists, "{name} names `cargo xtask {command}`, which is no command");
+                assert!(exists, "{name} names `cargo xtask {command}`, which does not exist");
             }
-            // More than one space is a column of a table, in which a monitor of that name has a row.
+            // Several spaces separate the columns of a table, in which `kindling` is the name of a row.
             if let Some(words) = line.trim().strip_prefix("kindling ").filter(|words| !words.starts_with(' '))
             {
                 let command = words.split_whitespace().next().unwrap_or_default();
                 let help =
                     Command::new(tests::testbed("kindling")).args([command, "--help"]).output().unwrap();
-                assert!(help.status.success(), "{name} names `kindling {command}`, which is no command");
+                assert!(help.status.success(), "{name} names `kindling {command}`, which does not exist");
                 for option in words
                     .split_whitespace()
                     .take_while(|word| *word != "--")
@@ -72,14 +72,14 @@ fn every_command_is_one() {
                 {
                     let option = option.trim_matches(|c: char| !c.is_ascii_alphanumeric() && c != '-');
                     let known = String::from_utf8_lossy(&help.stdout).contains(option);
-                    assert!(known, "{name} names {option} of `kindling {command}`, which has no such option");
+                    assert!(known, "{name} names {option} of `kindling {command}`, which does not exist");
                 }
             }
         }
     }
 }
 
-/// A figure of a document and what it has to be, within 5 %: sizes are rounded, and small changes need no new text.
+/// Checks a figure in a document within 5 %: sizes are rounded, and small changes need no edit.
 fn expect_figure(name: &str, before: &str, after: &str, actual: f64) {
     let text = std::fs::read_to_string(root().join(name)).unwrap();
     let written = text.split(before).skip(1).find_map(|rest| {
@@ -97,7 +97,7 @@ fn size_of(file: &str) -> f64 {
 }
 
 #[test]
-fn sizes_are_those_of_the_files() {
+fn sizes_in_the_documents_are_current() {
     let (kib, mib, mb) = (1024.0, 1_048_576.0, 1_000_000.0);
     let (init, kindling) = (size_of("init"), size_of("kindling"));
     let (kernel, root) = (size_of("images/default/vmlinux"), size_of("images/default/initramfs.cpio"));
@@ -111,10 +111,10 @@ fn sizes_are_those_of_the_files() {
     expect_figure("README.md", " KiB kernel, ", " KiB root filesystem", root / kib);
 }
 
-/// README has the times of docs/bench.md, and both are within 10 % of the budget. The process of the budget's guest ends up
-/// to 20 % later, because that guest prints a greeting.
+/// README.md has the times of docs/bench.md, and both are within 10 % of the budget. The process of the budget's guest
+/// exits up to 20 % later, because that guest prints a greeting.
 #[test]
-fn times_are_those_of_the_budget() {
+fn times_in_the_documents_match_the_budget() {
     let budget = std::fs::read_to_string(root().join("tests/boot-budget.json")).unwrap();
     let budget: serde_json::Value = serde_json::from_str(&budget).unwrap();
     let millisecond = |kind: &str, figure: &str| budget[kind][figure].as_f64().unwrap() / 1e6;
@@ -122,7 +122,7 @@ fn times_are_those_of_the_budget() {
     let bench = std::fs::read_to_string(root().join("docs/bench.md")).unwrap();
     let section = bench.split("boot: 128 MiB, 1 vCPU").nth(1).unwrap();
     for (monitor, column, kind) in [("kindling ", 1, "boot"), ("kindling-preboot ", 0, "preboot")] {
-        for (row, place, figure, margin) in [
+        for (row, word, figure, margin) in [
             ("spawn to init's first instruction", 1, "spawn_to_init_ns", 1.1),
             ("spawn to the end of the process", 7, "spawn_to_exit_ns", 1.2),
         ] {
@@ -130,8 +130,8 @@ fn times_are_those_of_the_budget() {
             let cells = readme.lines().find_map(|line| line.strip_prefix("| ")?.strip_prefix(row));
             let cell = cells.unwrap().trim_start_matches(" | ").split(" | ").nth(column).unwrap();
             let line = section.lines().find(|line| line.starts_with(monitor)).unwrap();
-            // Name and number, and behind each number but the first its ratio.
-            let measured = line.split_whitespace().nth(place).unwrap();
+            // The name, then numbers, each but the first followed by its ratio.
+            let measured = line.split_whitespace().nth(word).unwrap();
             for (name, written) in [("README.md", cell.trim_end_matches(" ms")), ("docs/bench.md", measured)]
             {
                 let written: f64 = written.parse().unwrap();

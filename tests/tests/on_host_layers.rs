@@ -1,4 +1,4 @@
-//! Knowledge flows one way: between packages, and between the files of each. This reads their `use` lines.
+//! Dependencies are acyclic, between packages and between the modules of each. The tests parse `use` lines.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -8,13 +8,13 @@ fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
-/// Circles that are left, by the package and the files in each. The list only gets shorter.
-const LEFT: &[(&str, &[&str])] = &[("guest-init", &["machine", "voice"])];
+/// Known cycles, by package and modules. The list must only get shorter.
+const KNOWN_CYCLES: &[(&str, &[&str])] = &[("guest-init", &["machine", "voice"])];
 
-/// Modules of a package and those that each uses, all by their paths from the package's root.
+/// The modules of a package and the modules that each uses, by their paths from the crate root.
 type Graph = BTreeMap<String, BTreeSet<String>>;
 
-/// All files below a folder, with the paths of their modules. Tests may use what they test.
+/// All source files below a folder, with their module paths. Test modules are exempt.
 fn modules(folder: &Path, path: &str, found: &mut Vec<(String, PathBuf)>) {
     for entry in fs::read_dir(folder).expect("no folder") {
         let file = entry.expect("no entry").path();
@@ -34,13 +34,13 @@ fn modules(folder: &Path, path: &str, found: &mut Vec<(String, PathBuf)>) {
     }
 }
 
-/// The paths that a tree of a `use` line names: `a::{b, c::d}` are `a::b` and `a::c::d`.
+/// Expands a `use` tree: `a::{b, c::d}` becomes `a::b` and `a::c::d`.
 fn expand(tree: &str) -> Vec<String> {
     let tree = tree.trim();
     let Some((before, rest)) = tree.split_once('{') else {
         return vec![tree.split(" as ").next().unwrap_or_default().to_owned()];
     };
-    let inner = rest.strip_suffix('}').expect("a tree without an end");
+    let inner = rest.strip_suffix('}').expect("an unterminated use tree");
     let (mut parts, mut depth, mut part) = (Vec::new(), 0, String::new());
     for character in inner.chars() {
         match character {
@@ -63,7 +63,7 @@ fn expand(tree: &str) -> Vec<String> {
         .collect()
 }
 
-/// The paths that a file names, from the package's root on.
+/// The paths that a file uses, from the crate root.
 fn named(text: &str, module: &str) -> Vec<String> {
     let code = text.split("#[cfg(test)]\nmod").next().unwrap_or_default();
     let lines: Vec<_> = code.lines().map(str::trim).filter(|line| !line.starts_with("//")).collect();
@@ -78,12 +78,12 @@ fn named(text: &str, module: &str) -> Vec<String> {
         };
         let mut tree = start.to_owned();
         while !tree.ends_with(';') {
-            tree += rest.next().expect("a use line without an end");
+            tree += rest.next().expect("an unterminated use line");
         }
         paths.extend(expand(tree.trim_end_matches(';')));
     }
     let code = lines.join("\n");
-    // Paths in the code itself.
+    // Paths outside of `use` lines.
     paths.extend(code.match_indices("crate::").map(|(at, _)| {
         let rest = &code[at..];
         let end = rest.find(|c: char| !c.is_alphanumeric() && c != '_' && c != ':').unwrap_or(rest.len());
@@ -121,7 +121,7 @@ fn graph(package: &str) -> Graph {
     for (module, file) in &files {
         let text = fs::read_to_string(file).expect("cannot read");
         let used = named(&text, module).iter().filter_map(|path| module_of(path)).collect::<BTreeSet<_>>();
-        // A module that has others inside gives their names on; it does not need them.
+        // A module re-exports its submodules; that is not a dependency.
         let inside = format!("{module}::");
         let used = used.into_iter().filter(|other| other != module && !other.starts_with(&inside));
         graph.entry(module.clone()).or_default().extend(used.filter(|other| !other.is_empty()));
@@ -129,7 +129,7 @@ fn graph(package: &str) -> Graph {
     graph
 }
 
-/// Whether there is a way from one module to another.
+/// Whether one module depends on another, directly or indirectly.
 fn leads(graph: &Graph, from: &str, to: &str) -> bool {
     let (mut seen, mut next) = (BTreeSet::new(), vec![from]);
     while let Some(module) = next.pop() {
@@ -145,18 +145,18 @@ fn leads(graph: &Graph, from: &str, to: &str) -> bool {
     false
 }
 
-/// Modules that lead to themselves, in groups that lead to one another.
-fn circles(graph: &Graph) -> BTreeSet<Vec<String>> {
-    let in_circle = graph.keys().filter(|module| leads(graph, module, module));
+/// The cycles: groups of modules that depend on each other.
+fn cycles(graph: &Graph) -> BTreeSet<Vec<String>> {
+    let in_cycle = graph.keys().filter(|module| leads(graph, module, module));
     let group = |module: &String| -> Vec<String> {
         let others = graph.keys().filter(|other| leads(graph, module, other) && leads(graph, other, module));
         others.cloned().collect()
     };
-    in_circle.map(group).collect()
+    in_cycle.map(group).collect()
 }
 
 #[test]
-fn trees_of_use_lines_are_understood() {
+fn use_lines_are_parsed() {
     assert_eq!(expand("a::b as c"), ["a::b"]);
     assert_eq!(expand("a::{self, b, c::{d, e as f}}"), ["a", "a::b", "a::c::d", "a::c::e"]);
     let text = "use super::x::Y;\nuse crate::{a,\n b::C};\nfn f() { crate::d::e() }\n// crate::no\n#[cfg(test)]\nmod tests { use crate::t; }";
@@ -164,11 +164,11 @@ fn trees_of_use_lines_are_understood() {
     let graph: Graph = [("a", "b"), ("b", "a"), ("c", "a")]
         .map(|(from, to)| (from.to_owned(), BTreeSet::from([to.to_owned()])))
         .into();
-    assert_eq!(circles(&graph), BTreeSet::from([vec!["a".to_owned(), "b".to_owned()]]));
+    assert_eq!(cycles(&graph), BTreeSet::from([vec!["a".to_owned(), "b".to_owned()]]));
 }
 
 #[test]
-fn no_file_leads_back_to_itself() {
+fn no_module_depends_on_itself() {
     for package in [
         "vmm",
         "vmm/trusted-path",
@@ -180,19 +180,19 @@ fn no_file_leads_back_to_itself() {
         "guest-init/protocol",
         "guest-init/copy",
     ] {
-        let found = circles(&graph(package));
-        let left = LEFT.iter().filter(|(name, _)| *name == package);
-        let left: BTreeSet<Vec<String>> =
-            left.map(|(_, circle)| circle.iter().map(|&module| module.to_owned()).collect()).collect();
-        assert_eq!(found, left, "circles in {package}; those that are left stand in this test's list");
+        let found = cycles(&graph(package));
+        let known = KNOWN_CYCLES.iter().filter(|(name, _)| *name == package);
+        let known: BTreeSet<Vec<String>> =
+            known.map(|(_, cycle)| cycle.iter().map(|&module| module.to_owned()).collect()).collect();
+        assert_eq!(found, known, "cycles in {package}; KNOWN_CYCLES lists the accepted ones");
     }
 }
 
-/// Lines of a file without its tests.
+/// The maximum number of lines of a file, without its unit tests.
 const LINES_MAX: usize = 500;
 
 #[test]
-fn no_file_is_longer_than_a_room() {
+fn no_file_exceeds_the_maximum_length() {
     for package in [
         "vmm",
         "vmm/trusted-path",
@@ -213,7 +213,7 @@ fn no_file_is_longer_than_a_room() {
             let lines = text.split("#[cfg(test)]\nmod").next().unwrap_or_default().lines().count();
             assert!(
                 lines <= LINES_MAX,
-                "{} has {lines} lines; past {LINES_MAX} it is two files",
+                "{} has {lines} lines; split it, the maximum is {LINES_MAX}",
                 file.display()
             );
         }
@@ -221,11 +221,11 @@ fn no_file_is_longer_than_a_room() {
 }
 
 #[test]
-fn no_package_uses_one_above_it() {
+fn no_package_depends_on_a_higher_layer() {
     for (package, forbidden) in [
         ("vmm", &["kindling.workspace", "kindling-cli", "kindling-oci", "kindling-fs", "clap"][..]),
         ("runtime", &["kindling-cli", "clap"]),
-        // The command has no door that a program with the library has not.
+        // The command uses only the public library, like any other program.
         ("cli", &["kindling-vmm", "guest-protocol", "guest-copy"]),
         ("guest-init/protocol", &["kindling"]),
     ] {

@@ -1,4 +1,4 @@
-//! An image that comes from a registry, Debian's docker-registry, is the one that went there.
+//! Images pulled from a registry (Debian's docker-registry).
 
 use kindling_vmm::config::image::sha256;
 use serde_json::{Value, json};
@@ -9,22 +9,22 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use tests::testbed;
 
-/// A registry on a port of this machine that the kernel chose.
+/// A registry on a local port chosen by the kernel.
 struct Registry {
     child: Child,
     address: String,
 }
 
 impl Registry {
-    fn start(place: &Path) -> Self {
-        let config = place.join("config.yml");
-        let root = place.join("registry");
+    fn start(scratch: &Path) -> Self {
+        let config = scratch.join("config.yml");
+        let root = scratch.join("registry");
         let text = json!({
             "version": 0.1,
             "storage": { "filesystem": { "rootdirectory": root } },
             "http": { "addr": "127.0.0.1:0" },
         });
-        // YAML has JSON in it.
+        // JSON is valid YAML.
         fs::write(&config, text.to_string()).unwrap();
         let mut command = Command::new(testbed("docker-registry"));
         let mut child =
@@ -35,14 +35,14 @@ impl Registry {
                 let (_, rest) = line.split_once("listening on ")?;
                 Some(rest.split(['"', ' ', ',']).next()?.to_owned())
             })
-            .expect("the registry says where it listens");
-        // Nobody must be kept from writing to a pipe that is full.
+            .expect("the registry prints its address");
+        // Drains the pipe, so that the registry never blocks on a full one.
         std::thread::spawn(move || lines.for_each(drop));
         Self { child, address }
     }
 
-    /// A request; the header Location of the answer.
-    fn ask(&self, method: &str, path: &str, media_type: &str, body: &[u8]) -> Option<String> {
+    /// Sends a request; returns the Location header of the response.
+    fn request(&self, method: &str, path: &str, media_type: &str, body: &[u8]) -> Option<String> {
         let mut stream = TcpStream::connect(&self.address).unwrap();
         let (address, length) = (&self.address, body.len());
         let head = format!(
@@ -59,9 +59,14 @@ impl Registry {
 
     fn push(&self, media_type: &str, blob: &[u8]) -> Value {
         let digest = format!("sha256:{}", sha256(blob));
-        let location = self.ask("POST", "/v2/team/app/blobs/uploads/", "text/plain", b"").unwrap();
+        let location = self.request("POST", "/v2/team/app/blobs/uploads/", "text/plain", b"").unwrap();
         let separator = if location.contains('?') { '&' } else { '?' };
-        self.ask("PUT", &format!("{location}{separator}digest={digest}"), "application/octet-stream", blob);
+        self.request(
+            "PUT",
+            &format!("{location}{separator}digest={digest}"),
+            "application/octet-stream",
+            blob,
+        );
         json!({ "mediaType": media_type, "digest": digest, "size": blob.len() })
     }
 }
@@ -81,41 +86,41 @@ fn prepare(cache: &Path, image: &str) -> Value {
 }
 
 #[test]
-fn an_image_is_the_same_from_a_registry_and_from_a_file() {
-    let place = tempfile::tempdir().unwrap();
-    let place = place.path();
-    let tree = place.join("tree");
+fn an_image_from_a_registry_converts_like_the_same_image_from_a_file() {
+    let scratch = tempfile::tempdir().unwrap();
+    let scratch = scratch.path();
+    let tree = scratch.join("tree");
     fs::create_dir_all(tree.join("etc")).unwrap();
     fs::write(tree.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\nweb:x:33:33::/srv:/bin/sh\n").unwrap();
     fs::write(tree.join("large"), "a line\n".repeat(1 << 20)).unwrap();
     let run = |program: &str, arguments: &[&str]| {
-        let status = Command::new(program).args(arguments).current_dir(place).status().unwrap();
+        let status = Command::new(program).args(arguments).current_dir(scratch).status().unwrap();
         assert!(status.success(), "{program}: {status}");
     };
     run("tar", &["--create", "--file", "layer.tar", "--directory", "tree", "."]);
     run("gzip", &["--keep", "layer.tar"]);
-    let layer = fs::read(place.join("layer.tar")).unwrap();
+    let layer = fs::read(scratch.join("layer.tar")).unwrap();
     let config = json!({
         "architecture": "amd64", "os": "linux", "config": { "User": "web", "Cmd": ["/bin/sh"] },
         "rootfs": { "type": "layers", "diff_ids": [format!("sha256:{}", sha256(&layer))] },
     });
-    fs::write(place.join("config.json"), config.to_string()).unwrap();
+    fs::write(scratch.join("config.json"), config.to_string()).unwrap();
     let saved = json!([{ "Config": "config.json", "Layers": ["layer.tar"] }]).to_string();
-    fs::write(place.join("manifest.json"), saved).unwrap();
+    fs::write(scratch.join("manifest.json"), saved).unwrap();
     run("tar", &["--create", "--file", "saved.tar", "manifest.json", "config.json", "layer.tar"]);
 
-    let registry = Registry::start(place);
-    let packed = fs::read(place.join("layer.tar.gz")).unwrap();
+    let registry = Registry::start(scratch);
+    let packed = fs::read(scratch.join("layer.tar.gz")).unwrap();
     let layer = registry.push("application/vnd.oci.image.layer.v1.tar+gzip", &packed);
     let config = registry.push("application/vnd.oci.image.config.v1+json", config.to_string().as_bytes());
     let media_type = "application/vnd.oci.image.manifest.v1+json";
     let manifest = json!({
         "schemaVersion": 2, "mediaType": media_type, "config": config, "layers": [layer],
     });
-    registry.ask("PUT", "/v2/team/app/manifests/1", media_type, manifest.to_string().as_bytes());
+    registry.request("PUT", "/v2/team/app/manifests/1", media_type, manifest.to_string().as_bytes());
 
-    let pulled = prepare(&place.join("pulled"), &format!("{}/team/app:1", registry.address));
-    let opened = prepare(&place.join("opened"), place.join("saved.tar").to_str().unwrap());
+    let pulled = prepare(&scratch.join("pulled"), &format!("{}/team/app:1", registry.address));
+    let opened = prepare(&scratch.join("opened"), scratch.join("saved.tar").to_str().unwrap());
     assert_eq!(pulled["config"]["user"]["uid"], 33);
     for key in ["digest", "config"] {
         assert_eq!(pulled[key], opened[key]);

@@ -1,15 +1,15 @@
-//! The same image boots under monitors that have none of our ports: init then takes its payload
-//! from the kernel command line.
+//! Kindling's image boots under other monitors, which lack its I/O ports: init takes its payload from the kernel
+//! command line.
 
 use std::process::{Command, Stdio};
 use tests::{run, testbed};
 
-/// Boots under QEMU's microvm machine, in emulation, and returns what the console said.
+/// Boots under QEMU's microvm machine with TCG; returns the console output.
 fn qemu(arguments: &str) -> String {
     qemu_with(&[], arguments)
 }
 
-/// The same with more options of QEMU's.
+/// Boots with additional options of QEMU.
 fn qemu_with(options: &[&str], arguments: &str) -> String {
     let line = format!("console=ttyS0 reboot=t panic=-1 quiet {arguments}");
     let outcome = run(Command::new("qemu-system-x86_64")
@@ -25,9 +25,9 @@ fn qemu_with(options: &[&str], arguments: &str) -> String {
     outcome.stdout
 }
 
-/// Ports without a device read as all ones there; this device reads as a byte of its own, and takes writes.
+/// In QEMU, ports without a device read as all ones. This device reads as a fixed byte and accepts writes.
 #[test]
-fn another_device_at_our_ports_is_not_taken_for_the_vmm() {
+fn another_device_at_kindlings_ports_is_not_taken_for_kindling() {
     for byte in ["0x00", "0x0c", "0xff"] {
         let device = |port, sink| format!("isa-debugcon,iobase={port},chardev={sink},readback={byte}");
         let (request, data) = (device("0x558", "a"), device("0x55c", "b"));
@@ -47,8 +47,8 @@ fn qemu_takes_the_payload_from_the_command_line() {
     assert!(console.contains("one two\n1000\n/usr\nbox\ninit: exit status 3\n"), "{console}");
 }
 
-/// QEMU puts the last of its virtio-mmio devices there (hw/i386/microvm.c); its own words about it come behind
-/// the payload's, where the kernel does not look.
+/// The parameter describes QEMU's last virtio-mmio slot (hw/i386/microvm.c). QEMU appends its own parameters after the
+/// payload's arguments, where the kernel ignores them.
 #[test]
 fn qemu_boots_an_image_whose_root_is_a_disk() {
     let line = "console=ttyS0 reboot=t panic=-1 quiet virtio_mmio.device=512@0xfeb00e00:12 kindling.root=/dev/vda \
@@ -69,14 +69,14 @@ fn qemu_boots_an_image_whose_root_is_a_disk() {
 }
 
 #[test]
-fn qemu_without_a_payload_greets() {
+fn init_without_a_payload_prints_its_greeting_under_qemu() {
     let console = qemu("");
     assert!(console.contains("Hello from Kindling: Linux"), "{console}");
     assert!(console.contains("after the kernel started its clock.\ninit: exit status 0\n"), "{console}");
 }
 
 #[test]
-fn a_bad_number_on_the_command_line_is_named() {
+fn an_invalid_number_on_the_kernel_command_line_is_reported() {
     let console = qemu("kindling.uid=root -- /bin/true");
     assert!(console.contains("kindling.uid=root on the kernel command line is not a number"), "{console}");
 }

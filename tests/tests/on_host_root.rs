@@ -1,11 +1,11 @@
-//! A root filesystem that is not the image's is named before anything boots.
+//! A root filesystem that does not match image.json is refused before the boot.
 
 use std::fs::File;
 use std::path::Path;
 use std::process::Stdio;
 use tests::{Image, kindling, run, testbed};
 
-/// Runs `kindling boot` of an image and checks its one line.
+/// Runs `kindling boot` of an image and checks its one-line error.
 #[track_caller]
 fn refused(image: &Path, options: &[&str], expected: &str) {
     let outcome = run(kindling().args(["boot", "--image"]).arg(image).args(options).stdin(Stdio::null()));
@@ -14,7 +14,7 @@ fn refused(image: &Path, options: &[&str], expected: &str) {
 }
 
 #[test]
-fn files_of_another_size_content_or_kind() {
+fn a_root_of_another_size_content_or_file_type_is_refused() {
     let image = Image::copy_of("root");
     let root = image.path().join("root.erofs");
     let file = File::options().write(true).open(&root).unwrap();
@@ -22,7 +22,7 @@ fn files_of_another_size_content_or_kind() {
     file.set_len(size - 4096).unwrap();
     let expected = format!("root.erofs is not the file that image.json describes: it has {}", size - 4096);
     refused(image.path(), &[], &expected);
-    // As long as it was, with zeroes at the end.
+    // The original size, with zeroes at the end.
     file.set_len(size).unwrap();
     refused(
         image.path(),

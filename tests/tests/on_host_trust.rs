@@ -1,5 +1,6 @@
-//! Whose files are believed: a stranger's cache, kernel, helper program or rights are not. None of it needs KVM.
-#![expect(clippy::print_stdout, reason = "a test that does not apply says so")]
+//! Files of other users (cache, kernel, helper programs) are not trusted, and set-user-ID copies do not run. No test
+//! needs KVM.
+#![expect(clippy::print_stdout, reason = "skipped tests are reported")]
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
@@ -7,12 +8,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use tests::{Outcome, kindling, run, testbed};
 
-const STRANGER: u32 = 12345;
+const OTHER_USER: u32 = 12345;
 
-/// A folder of this user's with a cache, and `kindling run` of busybox that uses it.
-struct Place(tempfile::TempDir);
+/// A folder with the user's cache, and `kindling run` of busybox that uses it.
+struct UserFolder(tempfile::TempDir);
 
-impl Place {
+impl UserFolder {
     fn new() -> Self {
         Self(tempfile::tempdir().unwrap())
     }
@@ -28,7 +29,7 @@ impl Place {
         run(command.env("KINDLING_IMAGE", kernel).stdin(Stdio::null()))
     }
 
-    /// A copy of an image's folder.
+    /// Copies the busybox image.
     fn image(&self, name: &str) -> PathBuf {
         let to = self.path(name);
         fs::create_dir(&to).unwrap();
@@ -40,7 +41,7 @@ impl Place {
         to
     }
 
-    /// The kernels in the cache.
+    /// The number of files in the kernel cache.
     fn kernels(&self) -> usize {
         fn files(folder: &Path) -> usize {
             let Ok(entries) = fs::read_dir(folder) else { return 0 };
@@ -57,104 +58,105 @@ fn mode(path: &Path, mode: u32) {
     fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
 }
 
-/// The kernel of whoever made an image must not become that of all guests of the image whose name it took.
+/// Kernels are cached by the digest in image.json, so an image with a false digest must not replace the kernel of
+/// another image.
 #[test]
-fn a_kernel_with_anothers_digest_is_not_booted_for_later_guests() {
-    let place = Place::new();
-    let evil = place.image("evil");
+fn a_kernel_with_a_false_digest_is_not_cached() {
+    let scratch = UserFolder::new();
+    let evil = scratch.image("evil");
     let kernel = evil.join("vmlinux");
     let mut bytes = fs::read(&kernel).unwrap();
     *bytes.last_mut().unwrap() ^= 1;
     fs::write(&kernel, bytes).unwrap();
-    let outcome = place.run(kindling(), &testbed("busybox.erofs"), &evil);
+    let outcome = scratch.run(kindling(), &testbed("busybox.erofs"), &evil);
     outcome
         .expect_status(2)
         .expect_stderr("vmlinux is not the file that image.json describes: its SHA-256 is");
-    assert_eq!((outcome.stderr.lines().count(), place.kernels()), (1, 0), "{outcome}");
+    assert_eq!((outcome.stderr.lines().count(), scratch.kernels()), (1, 0), "{outcome}");
 }
 
-/// A digest is a part of a path.
+/// The digest is used as part of a path.
 #[test]
-fn a_digest_is_digits() {
-    let place = Place::new();
-    let evil = place.image("evil");
+fn a_digest_that_is_not_hexadecimal_is_refused() {
+    let scratch = UserFolder::new();
+    let evil = scratch.image("evil");
     let description = fs::read_to_string(evil.join("image.json")).unwrap();
     let mut json: serde_json::Value = serde_json::from_str(&description).unwrap();
     json["kernel"]["sha256"] = "../../../../escaped/0000".into();
     fs::write(evil.join("image.json"), json.to_string()).unwrap();
-    let outcome = place.run(kindling(), &testbed("busybox.erofs"), &evil);
+    let outcome = scratch.run(kindling(), &testbed("busybox.erofs"), &evil);
     outcome.expect_status(2).expect_stderr("is not a SHA-256: 64 hexadecimal digits");
-    assert_eq!(place.kernels(), 0);
+    assert_eq!(scratch.kernels(), 0);
 }
 
 #[test]
-fn a_cache_that_others_can_write_is_not_used() {
-    let place = Place::new();
+fn a_cache_writable_by_other_users_is_refused() {
+    let scratch = UserFolder::new();
     let (image, kernel) = (testbed("busybox.erofs"), testbed("images/busybox"));
-    fs::create_dir_all(place.path("cache/kindling")).unwrap();
+    fs::create_dir_all(scratch.path("cache/kindling")).unwrap();
     for folder in ["cache", "cache/kindling"] {
-        mode(&place.path(folder), 0o777);
-        let outcome = place.run(kindling(), &image, &kernel);
+        mode(&scratch.path(folder), 0o777);
+        let outcome = scratch.run(kindling(), &image, &kernel);
         outcome
             .expect_status(2)
             .expect_stderr("the cache of kernels cannot be used: other users can write to ");
         let mut convert = Command::new(testbed("kindling-oci"));
-        convert.args(["prepare", "--pull", "never", "debian"]).env("XDG_CACHE_HOME", place.path("cache"));
+        convert.args(["prepare", "--pull", "never", "debian"]).env("XDG_CACHE_HOME", scratch.path("cache"));
         run(&mut convert)
             .expect_status(2)
             .expect_stderr("the cache cannot be used: other users can write to ");
-        mode(&place.path(folder), 0o755);
+        mode(&scratch.path(folder), 0o755);
     }
-    assert_eq!(place.kernels(), 0);
+    assert_eq!(scratch.kernels(), 0);
 }
 
 #[test]
-fn a_strangers_program_beside_a_copy_does_not_run() {
-    let place = Place::new();
-    let (program, helper) = (place.path("kindling"), place.path("kindling-oci"));
+fn a_helper_program_of_another_user_does_not_run() {
+    let scratch = UserFolder::new();
+    let (program, helper) = (scratch.path("kindling"), scratch.path("kindling-oci"));
     fs::copy(testbed("kindling"), &program).unwrap();
-    fs::write(&helper, format!("#!/bin/sh\ntouch {}\n", place.path("ran").display())).unwrap();
+    fs::write(&helper, format!("#!/bin/sh\ntouch {}\n", scratch.path("ran").display())).unwrap();
     let refused = |expected: &str| {
-        let outcome = place.run(Command::new(&program), Path::new("debian"), &testbed("images/busybox"));
+        let outcome = scratch.run(Command::new(&program), Path::new("debian"), &testbed("images/busybox"));
         outcome.expect_status(2).expect_stderr(expected);
-        assert!(!place.path("ran").exists(), "{outcome}");
+        assert!(!scratch.path("ran").exists(), "{outcome}");
     };
     mode(&helper, 0o777);
     refused("kindling-oci; `chmod go-w");
     mode(&helper, 0o755);
-    if chown(&helper, Some(STRANGER), None).is_ok() {
+    if chown(&helper, Some(OTHER_USER), None).is_ok() {
         refused("belongs to the user 12345, who is neither this user nor root");
     } else {
-        println!("a stranger's file takes root to make");
+        println!("skipped: creating a file of another user requires root");
     }
 }
 
-/// A link that a stranger planted where a lock will be.
+/// The lock's path is a link that another user created.
 #[test]
-fn a_lock_empties_no_file() {
-    let place = Place::new();
-    let precious = place.path("precious");
+fn creating_a_lock_does_not_truncate_the_target_of_a_link() {
+    let scratch = UserFolder::new();
+    let precious = scratch.path("precious");
     fs::write(&precious, "content").unwrap();
-    let folder = place.path("cache/kindling/oci/v1");
+    let folder = scratch.path("cache/kindling/oci/v1");
     fs::create_dir_all(&folder).unwrap();
     fs::create_dir(folder.join(".draft-key")).unwrap();
     symlink(&precious, folder.join("key.lock")).unwrap();
     let mut prune = Command::new(testbed("kindling-oci"));
-    let outcome = run(prune.arg("prune").env("XDG_CACHE_HOME", place.path("cache")));
+    let outcome = run(prune.arg("prune").env("XDG_CACHE_HOME", scratch.path("cache")));
     assert_eq!(fs::read_to_string(&precious).unwrap(), "content", "{outcome}");
 }
 
 #[test]
-fn a_copy_with_the_set_user_id_bit_does_not_run() {
-    let place = Place::new();
+fn copies_with_a_set_id_bit_refuse_to_run() {
+    let scratch = UserFolder::new();
     for name in ["kindling", "kindling-vmm", "kindling-oci", "kindling-fs"] {
-        let copy = place.path(name);
+        let copy = scratch.path(name);
         fs::copy(testbed(name), &copy).unwrap();
-        if copy.metadata().unwrap().uid() != 0 || chown(&copy, Some(STRANGER), Some(STRANGER)).is_err() {
-            println!("a copy with the rights of another user takes root to make");
+        if copy.metadata().unwrap().uid() != 0 || chown(&copy, Some(OTHER_USER), Some(OTHER_USER)).is_err() {
+            println!("skipped: creating a set-user-ID file of another user requires root");
             return;
         }
-        mode(place.0.path(), 0o755);
+        mode(scratch.0.path(), 0o755);
         for bit in [0o4755, 0o2755] {
             mode(&copy, bit);
             let outcome = run(Command::new(&copy).arg("doctor"));

@@ -1,13 +1,13 @@
-//! A file of the host is memory of the guest.
+//! pmem devices: files of the host mapped as guest memory.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use tests::conversation::{Conversation, PREAMBLE};
+use tests::guest_console::{GuestConsole, PREAMBLE};
 use tests::{kindling, run, testbed};
 
-/// The kernel finds the device while init starts.
+/// Waits for the device, which the kernel probes asynchronously.
 const WAIT: &str = "until [ -b /dev/pmem0 ]; do sleep 0.01; done;";
 
 /// `kindling boot` of the image whose kernel has the driver.
@@ -22,7 +22,7 @@ fn option(path: &Path, flags: &str) -> String {
 }
 
 #[test]
-fn a_file_of_any_size_can_be_read() {
+fn a_read_only_file_of_any_size_can_be_read() {
     let file = tempfile::NamedTempFile::new().unwrap();
     // 3 MiB and 5 bytes, with a word at each end and one in the middle.
     for (offset, word) in [(0, "first"), (2 << 20, "middle"), (3 << 20, "last!")] {
@@ -37,7 +37,7 @@ fn a_file_of_any_size_can_be_read() {
 }
 
 #[test]
-fn what_a_guest_writes_and_flushes_is_in_the_file() {
+fn flushed_writes_reach_the_file() {
     let file = tempfile::NamedTempFile::new().unwrap();
     file.as_file().set_len(4 << 20).unwrap();
     let script = format!(
@@ -51,7 +51,7 @@ fn what_a_guest_writes_and_flushes_is_in_the_file() {
 }
 
 #[test]
-fn a_file_that_is_only_read_stays_as_it_is() {
+fn writes_to_a_read_only_device_do_not_reach_the_file() {
     let file = tempfile::NamedTempFile::new().unwrap();
     file.as_file().set_len(2 << 20).unwrap();
     file.as_file().write_all_at(b"old", 0).unwrap();
@@ -66,17 +66,17 @@ fn a_file_that_is_only_read_stays_as_it_is() {
 }
 
 #[test]
-fn guests_that_read_one_file_have_its_pages_in_memory_once() {
+fn guests_that_map_the_same_file_share_its_pages() {
     let path = testbed("pmem.erofs");
     let script = format!(
         "{PREAMBLE} {WAIT} mkdir /tmp/m; mount -t erofs -o ro,dax=always /dev/pmem0 /tmp/m || exit 3; \
          grep -q 'erofs.*dax=always' /proc/mounts || exit 4; \
-         cat /tmp/m/word; md5sum < /tmp/m/large; heard"
+         cat /tmp/m/word; md5sum < /tmp/m/large; wait_line"
     );
     let start = || {
         let mut command = boot();
         command.args(["--pmem", &option(&path, ":ro"), "--", "/bin/sh", "-c", &script]);
-        Conversation::start(&mut command)
+        GuestConsole::start(&mut command)
     };
     let mut guests = [start(), start()];
     let digests = guests.each_mut().map(|guest| {
@@ -93,26 +93,27 @@ fn guests_that_read_one_file_have_its_pages_in_memory_once() {
         })
     };
     let (rss, pss) = (sum("Rss:"), sum("Pss:"));
-    // Each has nearly all of the file, and half of each page is counted for it.
+    // Each guest maps nearly the whole file, and half of each page counts for its PSS.
     assert!(rss.iter().all(|rss| rss * 10 > size * 9), "{size} KiB: Rss {rss:?}, Pss {pss:?}");
     assert!(pss.iter().sum::<u64>() * 10 < size * 11, "{size} KiB: Rss {rss:?}, Pss {pss:?}");
     for mut guest in guests {
-        guest.go_on();
+        guest.send_line();
         guest.expect_status(0);
     }
 }
 
 #[test]
-fn a_file_that_is_made_shorter_ends_its_guests() {
+fn truncating_the_file_ends_the_guest_with_an_explanation() {
     let file = tempfile::NamedTempFile::new().unwrap();
     file.as_file().set_len(4 << 20).unwrap();
-    let script = format!("{PREAMBLE} {WAIT} echo ready; heard; cat /dev/pmem0 > /dev/null; echo still here");
+    let script =
+        format!("{PREAMBLE} {WAIT} echo ready; wait_line; cat /dev/pmem0 > /dev/null; echo still here");
     for flags in ["", ":ro"] {
         let option = option(file.path(), flags);
-        let mut guest = Conversation::start(boot().args(["--pmem", &option, "--", "/bin/sh", "-c", &script]));
+        let mut guest = GuestConsole::start(boot().args(["--pmem", &option, "--", "/bin/sh", "-c", &script]));
         guest.expect("ready");
         file.as_file().set_len(1 << 20).unwrap();
-        guest.go_on();
+        guest.send_line();
         let errors = guest.expect_end("exit status: 125");
         let expected =
             format!("{} is memory of the guest, and somebody made it shorter", file.path().display());
@@ -122,7 +123,7 @@ fn a_file_that_is_made_shorter_ends_its_guests() {
 }
 
 #[test]
-fn files_that_cannot_be_memory_are_refused() {
+fn missing_files_and_writable_files_of_an_unaligned_size_are_refused() {
     let file = tempfile::NamedTempFile::new().unwrap();
     file.as_file().set_len(5).unwrap();
     run(boot().args(["--pmem", &option(file.path(), "")]))

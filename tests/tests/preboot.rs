@@ -1,57 +1,58 @@
-//! A kernel that was booted once serves later guests, and each of them is a guest of its own.
+//! Guests that start from a pre-booted kernel are complete and independent.
 
 use std::fs;
 use std::process::{Command, Stdio};
 use std::time::{Duration, SystemTime};
-use tests::conversation::{Conversation, PREAMBLE};
-use tests::{Image, has_continued, run, testbed};
+use tests::guest_console::{GuestConsole, PREAMBLE};
+use tests::{Image, is_from_prebooted_kernel, run, testbed};
 
 fn image() -> Image {
     Image::copy_of("busybox")
 }
 
 #[test]
-fn a_guest_continues_from_it_and_is_whole() {
+fn guests_from_a_prebooted_kernel_have_their_own_payload_user_and_hostname() {
     let image = image();
     let _ = image.preboot("1", "128");
     let script = "echo $A; id -u; hostname; ls /proc/1/exe >/dev/null && ifconfig lo | grep -c UP; exit 7";
     for _ in 0..2 {
-        let outcome = image.continued_shell(&["--env", "A=b", "--user", "0", "--hostname", "box"], script);
+        let outcome = image.prebooted_shell(&["--env", "A=b", "--user", "0", "--hostname", "box"], script);
         assert_eq!(outcome.expect_status(7).stdout, "b\n0\nbox\n1\n", "{outcome}");
     }
-    let outcome = image.continued_shell(&[], "kill -KILL $$");
+    let outcome = image.prebooted_shell(&[], "kill -KILL $$");
     outcome.expect_status(128 + 9);
 }
 
 #[test]
-fn no_two_guests_have_the_same_random_numbers() {
+fn guests_from_one_prebooted_kernel_have_different_random_numbers() {
     let image = image();
     let _ = image.preboot("1", "128");
     let script = "cat /proc/sys/kernel/random/uuid /proc/sys/kernel/random/boot_id; \
                   head -c 16 /dev/urandom | od -An -tx1; mktemp -u; cat /proc/self/maps";
-    let outcomes = [(); 2].map(|()| image.continued_shell(&[], script).expect_status(0).stdout.clone());
+    let outcomes = [(); 2].map(|()| image.prebooted_shell(&[], script).expect_status(0).stdout.clone());
     let lines = outcomes.each_ref().map(|text| text.lines().collect::<Vec<_>>());
     for (number, what) in ["uuid", "boot id", "random bytes", "temporary name"].into_iter().enumerate() {
         assert_ne!(lines[0][number], lines[1][number], "{what}");
     }
     let stack = |lines: &[&str]| lines.iter().find(|line| line.ends_with("[stack]")).unwrap().to_string();
-    assert_ne!(stack(&lines[0]), stack(&lines[1]), "places in memory");
+    assert_ne!(stack(&lines[0]), stack(&lines[1]), "stack addresses");
 }
 
 #[test]
-fn a_bus_error_is_explained_where_the_file_was_made_shorter() {
+fn a_bus_error_is_explained_if_the_file_was_truncated() {
     let image = image();
     let path = image.preboot("1", "128");
-    let script = format!("{PREAMBLE} echo ready; heard");
+    let script = format!("{PREAMBLE} echo ready; wait_line");
     let [whole, shorter] = [(); 2].map(|()| {
-        let mut guest = Conversation::start(image.command("boot").args(["--", "/bin/sh", "-c", &script]));
+        let mut guest = GuestConsole::start(image.command("boot").args(["--", "/bin/sh", "-c", &script]));
         guest.expect("ready");
         guest
     });
-    // What the host sends to a process that touches what is gone. Here it may be that nobody does.
+    // SIGBUS is sent on access to truncated pages. The signal is sent explicitly, because the guest may not access
+    // any.
     whole.signal(libc::SIGBUS);
     whole.expect_end("signal: 7");
-    // The guest does not touch it before the VMM has the signal.
+    // The VMM is stopped, so that the guest accesses nothing before the signal arrives.
     shorter.signal(libc::SIGSTOP);
     fs::File::options().write(true).open(&path).unwrap().set_len(4096).unwrap();
     shorter.signal(libc::SIGBUS);
@@ -65,40 +66,40 @@ fn a_bus_error_is_explained_where_the_file_was_made_shorter() {
 }
 
 #[test]
-fn its_time_is_the_hosts() {
+fn the_clock_of_a_guest_is_the_hosts() {
     let image = image();
     let _ = image.preboot("1", "128");
-    // Long enough for a guest that keeps the time of the boot to be seen.
+    // Long enough to detect a guest with the time of the boot.
     std::thread::sleep(Duration::from_secs(3));
     let seconds = || SystemTime::UNIX_EPOCH.elapsed().unwrap().as_secs();
     let before = seconds();
-    let outcome = image.continued_shell(&[], "date +%s");
+    let outcome = image.prebooted_shell(&[], "date +%s");
     let guest: u64 = outcome.expect_status(0).stdout.trim().parse().unwrap();
     assert!((before..=seconds()).contains(&guest), "{guest} is not between {before} and {}", seconds());
 }
 
 #[test]
-fn all_its_memory_is_there() {
+fn a_guest_from_a_prebooted_kernel_has_all_of_its_memory() {
     let image = image();
     let file = image.preboot("1", "4096");
-    assert!(fs::metadata(file).unwrap().len() < 200 << 20, "memory without content takes no room");
+    assert!(fs::metadata(file).unwrap().len() < 200 << 20, "zero pages take no space");
     let script = "grep MemTotal /proc/meminfo; dd if=/dev/zero of=/tmp/f bs=1M count=32 2>/dev/null; \
                   dd if=/tmp/f bs=1M 2>/dev/null | wc -c";
-    let outcome = image.continued_shell(&["--memory", "4096"], script);
+    let outcome = image.prebooted_shell(&["--memory", "4096"], script);
     let words: Vec<&str> = outcome.expect_status(0).stdout.split_whitespace().collect();
     assert!(words[1].parse::<u64>().unwrap() > 4_000_000, "{outcome}");
     assert_eq!(words[3], "33554432", "{outcome}");
 }
 
-/// Boots a guest that must not continue, and says why.
+/// Boots a guest that must not use the pre-booted kernel, and checks the reported reason.
 #[track_caller]
-fn boots_although(image: &Image, options: &[&str], why: &str) {
+fn expect_cold_boot(image: &Image, options: &[&str], why: &str) {
     let report = image.path().join("report.json");
     let mut command = image.command("boot");
     let outcome =
         run(command.args(options).arg("--report-json").arg(&report).args(["--", "/bin/sh", "-c", "exit 5"]));
     outcome.expect_status(5).expect_stderr(why);
-    assert!(!has_continued(&report), "{outcome}");
+    assert!(!is_from_prebooted_kernel(&report), "{outcome}");
     if why.is_empty() {
         assert_eq!(outcome.stderr, "");
     } else {
@@ -108,36 +109,36 @@ fn boots_although(image: &Image, options: &[&str], why: &str) {
 }
 
 #[test]
-fn who_does_not_want_it_or_asks_for_something_else_boots() {
+fn a_guest_with_cold_or_another_configuration_boots() {
     let image = image();
     let _ = image.preboot("1", "128");
-    boots_although(&image, &["--cold"], "");
-    boots_although(&image, &["--verify"], "");
-    boots_although(&image, &["--memory", "129"], "");
-    boots_although(&image, &["--vcpus", "2"], "");
-    boots_although(&image, &["--cmdline", guest_protocol::DEFAULT_COMMAND_LINE], "");
+    expect_cold_boot(&image, &["--cold"], "");
+    expect_cold_boot(&image, &["--verify"], "");
+    expect_cold_boot(&image, &["--memory", "129"], "");
+    expect_cold_boot(&image, &["--vcpus", "2"], "");
+    expect_cold_boot(&image, &["--cmdline", guest_protocol::DEFAULT_COMMAND_LINE], "");
     let initrd = testbed("images/busybox/initramfs.cpio");
-    boots_although(&image, &["--initrd", initrd.to_str().unwrap()], "");
+    expect_cold_boot(&image, &["--initrd", initrd.to_str().unwrap()], "");
     let description = image.path().join("image.json");
     let text = fs::read_to_string(&description).unwrap();
     fs::write(&description, text.replace(" quiet ", " quiet audit=0 ")).unwrap();
-    boots_although(&image, &[], "preboot/1-128 was made from another image or with another command line");
+    expect_cold_boot(&image, &[], "preboot/1-128 was made from another image or with another command line");
 }
 
 #[test]
-fn a_file_of_another_size_of_guest_is_refused() {
+fn a_file_for_another_guest_size_is_not_used() {
     let image = image();
     let file = image.preboot("1", "128");
     for other in ["1-64", "2-128"] {
         fs::copy(&file, file.with_file_name(other)).unwrap();
     }
     let why = "was made for another number of vCPUs or another memory size";
-    boots_although(&image, &["--memory", "64"], why);
-    boots_although(&image, &["--vcpus", "2"], why);
+    expect_cold_boot(&image, &["--memory", "64"], why);
+    expect_cold_boot(&image, &["--vcpus", "2"], why);
 }
 
 #[test]
-fn a_damaged_file_is_named_and_not_used() {
+fn a_damaged_file_is_reported_and_not_used() {
     let image = image();
     let file = image.preboot("1", "128");
     let good = fs::read(&file).unwrap();
@@ -145,7 +146,7 @@ fn a_damaged_file_is_named_and_not_used() {
         let mut bytes = good.clone();
         change(&mut bytes);
         fs::write(&file, bytes).unwrap();
-        boots_although(&image, &[], &format!("1-128 is not a pre-booted kernel: {why}"));
+        expect_cold_boot(&image, &[], &format!("1-128 is not a pre-booted kernel: {why}"));
     };
     damaged(&|bytes| bytes.clear(), "it is shorter than its header");
     damaged(&|bytes| bytes[0] = b'k', "it does not start as such a file does");
@@ -153,32 +154,32 @@ fn a_damaged_file_is_named_and_not_used() {
     damaged(&|bytes| bytes[15] = 1, "its state is longer than any");
     damaged(&|bytes| bytes.truncate(1000), "it ends inside its state");
     damaged(&|bytes| bytes[16] = 0xff, "");
-    // The state ends with a number of pages that a guest writes to.
+    // The state ends with the number of pages that a guest writes.
     let end = 16 + u32::from_le_bytes(good[12..16].try_into().unwrap()) as usize;
     assert!((1..128).contains(&good[end - 1]), "{}", good[end - 1]);
     damaged(&|bytes| bytes[end - 1] = 0, "its pages are not those of a guest");
     damaged(&|bytes| bytes.truncate(good.len() - 1), "it ends before its last page");
     fs::remove_file(&file).unwrap();
     fs::create_dir(&file).unwrap();
-    boots_although(&image, &[], "it is not a regular file");
+    expect_cold_boot(&image, &[], "it is not a regular file");
 }
 
-/// A file whose state KVM does not take is like one that is damaged elsewhere.
+/// A file whose state KVM rejects is handled like a damaged one.
 #[test]
-fn a_state_that_the_host_refuses_does_not_keep_a_guest_from_booting() {
+fn a_guest_boots_if_kvm_rejects_the_saved_state() {
     let image = image();
     let file = image.preboot("1", "128");
     let mut bytes = fs::read(&file).unwrap();
-    // CR0 with paging and without protected mode, which no processor has.
+    // CR0 with paging but without protected mode, which is invalid.
     let cr0: u64 = 0x8005_0033;
     let at = bytes.windows(8).position(|window| window == cr0.to_le_bytes()).unwrap();
     bytes[at..at + 8].copy_from_slice(&0x8000_0000_u64.to_le_bytes());
     fs::write(&file, bytes).unwrap();
-    boots_although(&image, &[], "1-128 cannot be continued from: KVM refused to set a vCPU's state");
+    expect_cold_boot(&image, &[], "1-128 cannot be continued from: KVM refused to set a vCPU's state");
 }
 
 #[test]
-fn an_image_that_is_not_whole_is_not_prebooted() {
+fn a_damaged_image_is_not_prebooted() {
     let image = image();
     let kernel = image.path().join("vmlinux");
     let mut bytes = fs::read(&kernel).unwrap();
@@ -201,18 +202,18 @@ fn a_kernel_that_does_not_reach_init_leaves_no_file() {
 }
 
 #[test]
-fn where_it_cannot_be_written_nothing_is_left() {
+fn a_file_that_cannot_be_written_leaves_nothing() {
     let image = image();
     fs::write(image.path().join("preboot"), "a file, not a folder").unwrap();
     let outcome = run(&mut image.command("preboot"));
     outcome.expect_status(2).expect_stderr("cannot write");
-    // Nor does it go where the owner of the image's folder would like to have it.
+    // A symbolic link in the image's folder is not followed.
     let elsewhere = tempfile::tempdir().unwrap();
     fs::remove_file(image.path().join("preboot")).unwrap();
     std::os::unix::fs::symlink(elsewhere.path(), image.path().join("preboot")).unwrap();
     run(&mut image.command("preboot")).expect_status(2).expect_stderr("cannot write");
     assert_eq!(fs::read_dir(elsewhere.path()).unwrap().count(), 0);
-    // A limit on the size of files stands for a full disk.
+    // A file size limit simulates a full disk.
     fs::remove_file(image.path().join("preboot")).unwrap();
     let mut command = Command::new("/bin/sh");
     command.args(["-c", "ulimit -f 2048; trap '' XFSZ; exec \"$0\" preboot --image \"$1\""]);
@@ -221,7 +222,7 @@ fn where_it_cannot_be_written_nothing_is_left() {
     assert!(fs::read_dir(image.path().join("preboot")).map_or(true, |mut entries| entries.next().is_none()));
 }
 
-/// A disk of so many MiB whose first bytes are these.
+/// Creates a disk of `mib` MiB with `start` as its first bytes.
 fn disk(folder: &tempfile::TempDir, name: &str, mib: u64, start: &[u8]) -> std::path::PathBuf {
     let path = folder.path().join(name);
     fs::write(&path, start).unwrap();
@@ -230,20 +231,20 @@ fn disk(folder: &tempfile::TempDir, name: &str, mib: u64, start: &[u8]) -> std::
 }
 
 #[test]
-fn each_guest_has_its_own_disks() {
+fn each_guest_from_a_prebooted_kernel_has_its_own_disks() {
     let image = image();
     let folder = tempfile::tempdir().unwrap();
     let first = disk(&folder, "first", 1, b"first disk");
     let outcome = run(image.command("preboot").arg("--drive").arg(&first));
     outcome.expect_status(0).expect_stderr("preboot/1-128-d is there");
     assert_eq!(fs::read(&first).unwrap()[..10], *b"first disk");
-    // Larger, smaller, and the same disk with other content.
+    // A larger and a smaller disk, and the same disk with other content.
     for (name, mib, text) in
         [("large", 20, "large disk"), ("small", 1, "small disk"), ("first", 1, "other text")]
     {
         let path = disk(&folder, name, mib, text.as_bytes());
         let script = "blockdev --getsize64 /dev/vda; head -c 10 /dev/vda; echo changed | dd of=/dev/vda conv=fsync 2>/dev/null";
-        let outcome = image.continued_shell(&["--drive", path.to_str().unwrap()], script);
+        let outcome = image.prebooted_shell(&["--drive", path.to_str().unwrap()], script);
         outcome.expect_status(0);
         assert_eq!(outcome.stdout, format!("{}\n{text}", mib << 20), "{outcome}");
         assert_eq!(fs::read(&path).unwrap()[..8], *b"changed\n");
@@ -251,7 +252,7 @@ fn each_guest_has_its_own_disks() {
 }
 
 #[test]
-fn partitions_are_those_of_the_guests_own_disk() {
+fn partitions_are_read_from_the_guests_own_disk() {
     let image = image();
     let folder = tempfile::tempdir().unwrap();
     // A master boot record (UEFI specification, section 5.2.1): one partition of type Linux, one MiB from sector 2048.
@@ -262,13 +263,13 @@ fn partitions_are_those_of_the_guests_own_disk() {
     let plain = disk(&folder, "plain", 4, b"no partitions");
     run(image.command("preboot").arg("--drive").arg(&parted)).expect_status(0);
     for (path, expected) in [(&plain, "/dev/vda\n"), (&parted, "/dev/vda\n/dev/vda1\n")] {
-        let outcome = image.continued_shell(&["--drive", path.to_str().unwrap()], "ls -1 /dev/vd*");
+        let outcome = image.prebooted_shell(&["--drive", path.to_str().unwrap()], "ls -1 /dev/vd*");
         assert_eq!(outcome.stdout, expected, "{outcome}");
     }
 }
 
 #[test]
-fn devices_of_every_kind_go_on() {
+fn devices_of_every_kind_work_after_a_start_from_a_prebooted_kernel() {
     let image = image();
     let folder = tempfile::tempdir().unwrap();
     let path = disk(&folder, "disk", 1, b"disk");
@@ -279,15 +280,15 @@ fn devices_of_every_kind_go_on() {
     let mut command = image.command("preboot");
     options(&mut command);
     run(&mut command).expect_status(0).expect_stderr("preboot/1-128-dveb is there");
-    assert!(!socket.exists(), "it is nobody's socket");
+    assert!(!socket.exists(), "pre-booting must not create the socket");
     let mut command = image.command("boot");
     options(&mut command);
     let report = image.path().join("report.json");
     let script = "head -c 4 /dev/vda; echo; head -c 16 /dev/hwrng | wc -c; cat /proc/interrupts";
     let outcome = run(command.arg("--report-json").arg(&report).args(["--", "/bin/sh", "-c", script]));
     outcome.expect_status(0);
-    assert!(has_continued(&report), "it booted: {outcome}");
+    assert!(is_from_prebooted_kernel(&report), "the guest booted instead: {outcome}");
     assert!(outcome.stdout.starts_with("disk\n16\n"), "{outcome}");
-    assert_eq!(outcome.stdout.matches("virtio").count(), 4, "each has its interrupt: {outcome}");
+    assert_eq!(outcome.stdout.matches("virtio").count(), 4, "each device must have an interrupt: {outcome}");
     assert_eq!(outcome.stderr, "", "{outcome}");
 }

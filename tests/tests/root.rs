@@ -1,13 +1,13 @@
-//! An image whose root filesystem is EROFS on a disk looks like the tree it was made from, can be written, and
-//! forgets what was written. `xtask/src/test_root.rs` makes the tree.
+//! Images whose root filesystem is EROFS on a disk: the content equals the source tree, and writes go to an overlay
+//! that is discarded. `xtask/src/test_root.rs` creates the tree.
 
 use std::fs;
 use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::process::Stdio;
-use tests::{Image, Outcome, PATIENCE, has_continued, kindling, run, start, testbed};
+use tests::{Image, Outcome, TIMEOUT, is_from_prebooted_kernel, kindling, run, start, testbed};
 
-/// What a program prints in a guest with this image.
+/// Runs a program in a guest of this image.
 #[track_caller]
 fn guest(options: &[&str], command: &[&str]) -> Outcome {
     guest_of("images/root", options, command)
@@ -29,7 +29,7 @@ fn bash(options: &[&str], script: &str) -> String {
     guest(options, &["/bin/bash", "-c", script]).expect_status(0).stdout.clone()
 }
 
-/// Makes the list of the tree anew, and prints in which lines it differs from the one in `/list`.
+/// A Python script that lists the tree and prints the differences from `/list`.
 const COMPARE: &str = r"
 import hashlib, os, stat
 def escaped(path):
@@ -63,13 +63,13 @@ print(len(expected & found) > 2500, len(expected ^ found))
 ";
 
 #[test]
-fn everything_is_as_in_the_tree() {
+fn every_file_is_as_in_the_source_tree() {
     let outcome = guest(&[], &["/usr/bin/python", "-B", "-c", COMPARE]);
     assert_eq!(outcome.expect_status(0).stdout, "True 0\n", "{outcome}");
 }
 
 #[test]
-fn everything_is_as_in_the_tree_of_a_container_image() {
+fn every_file_of_a_container_image_is_as_in_the_source_tree() {
     let outcome = guest_of("images/oci", &["--user", "0"], &["/usr/bin/python", "-B", "-c", COMPARE]);
     assert_eq!(outcome.expect_status(0).stdout, "True 0\n", "{outcome}");
 }
@@ -83,7 +83,7 @@ fn programs_of_a_distribution_run() {
 }
 
 #[test]
-fn the_kernels_filesystems_are_in_it() {
+fn init_mounts_the_kernels_filesystems_over_the_root() {
     let script = "while read -r device path kind rest; do echo $path $kind; done < /proc/mounts; \
                   test -e /overlay; echo $?; test -c /dev/null && test -c /dev/pts/ptmx && test -w /tmp; echo $?";
     let expected = "/ overlay\n/dev devtmpfs\n/dev/mqueue mqueue\n/dev/pts devpts\n/dev/shm tmpfs\n/proc proc\n/run tmpfs\n/tmp tmpfs\n1\n0\n";
@@ -95,8 +95,8 @@ fn the_kernels_filesystems_are_in_it() {
 }
 
 #[test]
-fn file_capabilities_count() {
-    // Only root can give a file capabilities, so that they are not in every testbed.
+fn file_capabilities_take_effect() {
+    // Only root can set file capabilities, so they are missing in testbeds of other users.
     let script =
         "if [ -e /odd/capable ]; then /odd/capable/busybox grep CapEff /proc/self/status; else echo none; fi";
     let found = bash(&["--user", "1000"], script);
@@ -105,7 +105,7 @@ fn file_capabilities_count() {
 }
 
 #[test]
-fn what_a_guest_writes_is_gone_with_it() {
+fn writes_are_discarded_with_the_guest() {
     let content = || fs::read(testbed("images/root/root.erofs")).unwrap();
     let before = content();
     let script = "cat /odd/plain; echo; test -e /odd/many/7; echo $?; test -e /new; echo $?; \
@@ -117,32 +117,32 @@ fn what_a_guest_writes_is_gone_with_it() {
 }
 
 #[test]
-fn two_guests_have_one_image_at_once() {
+fn two_guests_can_use_one_image_concurrently() {
     let mut command = kindling();
     command.args(["boot", "--memory", "256", "--image"]).arg(testbed("images/root"));
     command.args(["--", "/bin/bash", "-c", "stty -echo; echo first > /odd/plain; read line; cat /odd/plain"]);
     let mut first = start(command.stdin(Stdio::piped()));
-    // It goes on when it is told, which is after the second has run from its start to its end.
+    // The first guest waits for input, which it gets after the second guest has run to its end.
     let mut input = first.child.stdin.take().unwrap();
     assert_eq!(bash(&[], "cat /odd/plain; echo second > /odd/plain"), "plain");
     writeln!(input, "go on").unwrap();
-    let outcome = first.finish_within(PATIENCE);
+    let outcome = first.finish_within(TIMEOUT);
     assert!(outcome.expect_status(0).stdout.ends_with("first\n"), "{outcome}");
 }
 
 #[test]
-fn drives_have_the_names_that_they_have_with_every_image() {
-    let place = tempfile::tempdir().unwrap();
-    let drive = place.path().join("drive");
+fn drives_precede_the_root_disk_in_the_device_names() {
+    let scratch = tempfile::tempdir().unwrap();
+    let drive = scratch.path().join("drive");
     fs::write(&drive, [b'd'; 4096]).unwrap();
     let script = "head -c 4 /dev/vda; echo; head -c 1028 /dev/vdb | tail -c 4 | od -An -tx1; \
                   (echo x > /dev/vdb) 2>/dev/null || echo read-only";
-    // The magic number of EROFS, 0xe0f5e1e2, is 1024 bytes behind the start (fs/erofs/erofs_fs.h).
+    // The EROFS magic number, 0xe0f5e1e2, is at offset 1024 (fs/erofs/erofs_fs.h).
     assert_eq!(bash(&["--drive", drive.to_str().unwrap()], script), "dddd\n e2 e1 f5 e0\nread-only\n");
 }
 
 #[test]
-fn another_initramfs_replaces_it() {
+fn the_initrd_option_replaces_the_root_disk() {
     let initramfs = testbed("images/busybox/initramfs.cpio");
     let outcome = guest(
         &["--initrd", initramfs.to_str().unwrap()],
@@ -152,9 +152,9 @@ fn another_initramfs_replaces_it() {
     assert_eq!(outcome.stdout, expected, "{outcome}");
 }
 
-/// `build-image --from` keeps what the container image says of its command.
+/// `build-image --from` keeps the command, environment and user of the container image.
 #[test]
-fn an_image_of_a_container_runs_its_command() {
+fn an_image_from_a_container_image_runs_its_command() {
     let of_image = guest_of("images/oci", &[], &[]);
     assert_eq!(of_image.expect_status(0).stdout, "word image /\n/odd\n7\n8\n", "{of_image}");
     let command = ["/bin/bash", "-c", "echo $WORD $OTHER; pwd; id -u"];
@@ -162,29 +162,29 @@ fn an_image_of_a_container_runs_its_command() {
     assert_eq!(other.expect_status(0).stdout, "word mine\n/etc\n9\n", "{other}");
 }
 
-/// A guest with an image whose root filesystem is damaged at an offset.
+/// Boots a guest whose root filesystem is damaged at an offset.
 #[track_caller]
 fn damaged(at: u64, bytes: &[u8], expected: &str) {
     let image = Image::copy_of("root");
     let root = fs::File::options().write(true).open(image.path().join("root.erofs")).unwrap();
     root.write_all_at(bytes, at).unwrap();
     let outcome = run(image.command("boot").args(["--", "/bin/bash", "-c", "true"]));
-    // What the kernel has to say of it stands in front.
+    // Messages of the kernel precede the last line.
     let last = outcome.expect_status(120).stdout.lines().last().unwrap_or_default();
     assert!(last.starts_with(expected), "{outcome}");
 }
 
 #[test]
-fn a_damaged_superblock_is_init_that_says_so() {
+fn init_reports_a_damaged_superblock() {
     let expected = "init: cannot mount the read-only layer of the image's root filesystem on /dev/vda: ";
     damaged(1024, &[0; 128], expected);
-    // The checksum does not fit a changed UUID.
+    // The checksum does not match a changed UUID.
     damaged(1024 + 48, &[0xff; 16], expected);
 }
 
-/// The kernel has booted with a blank disk in its place.
+/// The kernel is pre-booted with a placeholder disk instead of the root.
 #[test]
-fn its_kernel_can_be_prebooted() {
+fn guests_with_an_erofs_root_start_from_a_prebooted_kernel() {
     let image = Image::copy_of("root");
     run(image.command("preboot").args(["--memory", "256"]))
         .expect_status(0)
@@ -195,6 +195,6 @@ fn its_kernel_can_be_prebooted() {
         command.args(["--memory", "256", "--report-json"]).arg(&report);
         let outcome = run(command.args(["--", "/bin/bash", "-c", "cat /odd/plain; echo x > /odd/plain"]));
         assert_eq!(outcome.expect_status(0).stdout, "plain", "{outcome}");
-        assert!(has_continued(&report), "{outcome}");
+        assert!(is_from_prebooted_kernel(&report), "{outcome}");
     }
 }

@@ -1,25 +1,25 @@
-//! `kindling run` and `kindling exec` are like running the program itself: its streams, signals, terminal and exit
-//! status are the caller's.
+//! `kindling run` and `kindling exec` behave like the program itself: streams, signals, terminal and exit status are
+//! passed through.
 
 use guest_protocol::agent::{Hello, Role};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::process::Stdio;
-use tests::conversation::Conversation;
+use tests::guest_console::GuestConsole;
 use tests::user::{User, expect_echo};
-use tests::{PATIENCE, run, start, testbed};
+use tests::{TIMEOUT, run, start, testbed};
 
 #[test]
-fn a_program_has_its_streams_to_itself() {
+fn stdout_and_stderr_of_the_program_are_passed_through_unchanged() {
     let user = User::new();
     let outcome = run(&mut user.shell("echo out; echo err >&2; printf 'a\\r\\0b'; exit 7"));
     outcome.expect_status(7);
     assert_eq!((outcome.stdout.as_str(), outcome.stderr.as_str()), ("out\na\0b", "err\n"));
-    assert!(user.is_tidy());
+    assert!(user.has_no_guests());
 }
 
 #[test]
-fn every_byte_goes_through() {
+fn every_byte_of_stdin_is_echoed() {
     let user = User::new();
     let bytes: Vec<u8> =
         (0..3_000_000_u32).flat_map(|number| number.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
@@ -27,13 +27,13 @@ fn every_byte_goes_through() {
 }
 
 #[test]
-fn input_that_ends_is_the_end_of_a_file() {
+fn empty_stdin_is_end_of_file() {
     let user = User::new();
     assert_eq!(run(user.run(&[]).args(["wc", "-c"])).expect_status(0).stdout, "0\n");
 }
 
 #[test]
-fn a_program_that_does_not_read_is_none_the_worse() {
+fn unread_stdin_does_not_delay_the_exit() {
     let user = User::new();
     let mut command = user.run(&[]);
     let mut child = command.arg("true").stdin(Stdio::piped()).spawn().unwrap();
@@ -44,18 +44,18 @@ fn a_program_that_does_not_read_is_none_the_worse() {
 }
 
 #[test]
-fn who_reads_no_more_ends_who_writes() {
+fn closing_the_readers_pipe_ends_the_writer_with_sigpipe() {
     let user = User::new();
     let mut child = user.run(&[]).arg("yes").stdout(Stdio::piped()).spawn().unwrap();
     let mut line = [0; 2];
     child.stdout.take().unwrap().read_exact(&mut line).unwrap();
     assert_eq!(&line, b"y\n");
-    // SIGPIPE, as in a shell.
+    // The status of a shell for SIGPIPE.
     assert_eq!(child.wait().unwrap().code(), Some(128 + libc::SIGPIPE));
 }
 
 #[test]
-fn statuses_are_those_of_shells() {
+fn exit_statuses_follow_the_conventions_of_shells() {
     let user = User::new();
     let status = |arguments: &[&str]| run(user.run(&[]).args(arguments));
     status(&["true"]).expect_status(0);
@@ -66,7 +66,7 @@ fn statuses_are_those_of_shells() {
 }
 
 #[test]
-fn environment_directory_user_and_names_are_as_asked() {
+fn environment_working_directory_user_and_hostname_are_set() {
     let user = User::new();
     let script = "echo $A $B $HOME; pwd; id -u; id -g; hostname; echo ${TERM-none}";
     let options = ["-e", "A=one two", "-e", "B", "-w", "/srv/deep/er", "-u", "1000:100", "--name", "box"];
@@ -78,17 +78,17 @@ fn environment_directory_user_and_names_are_as_asked() {
     );
 }
 
-/// Opens the standard streams by each of their names; `in` is what standard input begins with.
+/// Opens the standard streams by each of their names; the first line of standard input is `in`.
 const BY_NAME: &str = "head -n 1 < /dev/stdin; echo 1 > /dev/stdout; echo 2 > /dev/fd/1; echo 3 >> /proc/self/fd/1; \
                        echo 4 > /dev/stderr; echo 5 > /proc/self/fd/2; stat -L -c %u /dev/stdout";
 
 #[test]
-fn a_user_opens_the_streams_by_their_names() {
+fn an_unprivileged_user_can_open_the_streams_by_name() {
     let user = User::new();
     let feed = |command: &mut std::process::Command| {
         let mut started = start(command.args(["sh", "-c", BY_NAME]).stdin(Stdio::piped()));
         started.child.stdin.take().unwrap().write_all(b"in\n").unwrap();
-        started.finish_within(PATIENCE)
+        started.finish_within(TIMEOUT)
     };
     let expect = |outcome: &tests::Outcome, user: &str| {
         assert_eq!(outcome.expect_status(0).stdout, format!("in\n1\n2\n3\n{user}\n"), "{outcome}");
@@ -96,7 +96,7 @@ fn a_user_opens_the_streams_by_their_names() {
     };
     expect(&feed(&mut user.run(&["-u", "1000:100"])), "1000");
     expect(&feed(&mut user.run(&[])), "0");
-    let mut guest = Conversation::start(user.run(&["--name", "one", "-u", "7:8"]).args([
+    let mut guest = GuestConsole::start(user.run(&["--name", "one", "-u", "7:8"]).args([
         "sh",
         "-c",
         "echo ready > /dev/stdout; read -r line",
@@ -104,9 +104,9 @@ fn a_user_opens_the_streams_by_their_names() {
     guest.expect("ready");
     expect(&feed(user.command("exec").arg("one")), "7");
     expect(&feed(user.command("exec").args(["-u", "5", "one"])), "5");
-    guest.go_on();
+    guest.send_line();
     guest.expect_status(0);
-    // In the background: no input, and output to the log.
+    // A detached guest has no input, and its output goes to the log.
     run(user.run(&["-d", "--name", "two", "-u", "1000"]).args(["sh", "-c", BY_NAME])).expect_status(0);
     run(user.command("wait").arg("two")).expect_status(0);
     let log = run(user.command("logs").arg("two"));
@@ -115,20 +115,20 @@ fn a_user_opens_the_streams_by_their_names() {
 }
 
 #[test]
-fn a_user_opens_the_terminal_by_its_names() {
+fn an_unprivileged_user_can_open_the_terminal_by_name() {
     let user = User::new();
     let script = "echo 1 > /dev/stdout; echo 2 > /dev/stderr; echo 3 > /dev/tty; echo 4 > $(tty); \
                   stat -L -c %u:%g:%a /dev/stdin";
     let outcome = run(user.run(&["-t", "-u", "1000"]).args(["sh", "-c", script]));
     assert_eq!(outcome.expect_status(0).stdout, "1\n2\n3\n4\n1000:5:620\n", "{outcome}");
-    // The console of a guest without an agent.
+    // The serial console of a guest without an agent.
     let outcome = run(tests::boot().args(["--user", "1000", "--", "/bin/sh", "-c", script]));
     assert!(outcome.expect_status(0).stdout.starts_with("1\n2\n3\n"), "{outcome}");
 }
 
-/// 2 MiB together and 128 KiB each are Linux's limits; what the shell sees of each case is its number and length.
+/// Linux's limits are 2 MiB in total and 128 KiB each. The shell prints number and lengths.
 #[test]
-fn arguments_and_environment_are_as_long_as_linux_takes_them() {
+fn arguments_and_environment_can_reach_the_limits_of_linux() {
     let user = User::new();
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("env");
@@ -142,7 +142,7 @@ fn arguments_and_environment_are_as_long_as_linux_takes_them() {
     let with_long = |command: &mut std::process::Command| run(command.args(count).arg(&longest));
     let with_many = |command: &mut std::process::Command| run(command.args(count).args(&many));
     let mut guest =
-        Conversation::start(user.run(&["--name", "one"]).args(["sh", "-c", "echo ready; read -r line"]));
+        GuestConsole::start(user.run(&["--name", "one"]).args(["sh", "-c", "echo ready; read -r line"]));
     guest.expect("ready");
     for outcome in [
         with_many(&mut user.run(&["--env-file", file])),
@@ -156,7 +156,7 @@ fn arguments_and_environment_are_as_long_as_linux_takes_them() {
     with_many(&mut user.run(&["-d", "--name", "two", "--env-file", file])).expect_status(0);
     run(user.command("wait").arg("two")).expect_status(0);
     assert_eq!(run(user.command("logs").arg("two")).expect_status(0).stdout, "100000 4 200\n");
-    // Beyond: by the host, and where the kernel adds something of its own, by the guest.
+    // Above the limits: the host refuses a single string, and the guest's kernel refuses the total.
     let long_file = folder.path().join("long");
     std::fs::write(&long_file, format!("LONG={longest}\n")).unwrap();
     let options = ["--env-file", long_file.to_str().unwrap()];
@@ -167,19 +167,19 @@ fn arguments_and_environment_are_as_long_as_linux_takes_them() {
     std::fs::write(&long_file, format!("{full}LAST={}\n", "x".repeat((2 << 20) - 2000 * 1009 - 90))).unwrap();
     let outcome = run(user.command("exec").args(options).args(["one", "true"]));
     outcome.expect_status(126).expect_stderr("true: cannot execute: argument list too long");
-    // Many at once.
+    // Several concurrently.
     let many: Vec<_> =
         (0..8).map(|_| start(user.command("exec").arg("one").args(count).args(&many))).collect();
     for started in many {
-        assert_eq!(started.finish_within(PATIENCE).expect_status(0).stdout, "100000 4 0\n");
+        assert_eq!(started.finish_within(TIMEOUT).expect_status(0).stdout, "100000 4 0\n");
     }
-    guest.go_on();
+    guest.send_line();
     guest.expect_status(0);
 }
 
-/// What the machine is to a program that is not root: as on a container's host.
+/// Limits for unprivileged programs are those of a container host.
 #[test]
-fn limits_are_those_of_container_hosts() {
+fn resource_limits_are_those_of_container_hosts() {
     let user = User::new();
     let script = "grep ' /dev/mqueue mqueue ' /proc/mounts | cut -d ' ' -f 2; stat -c %a /dev/mqueue; \
                   cd /proc/sys; cat vm/max_map_count vm/overcommit_memory fs/file-max fs/aio-max-nr \
@@ -190,11 +190,11 @@ fn limits_are_those_of_container_hosts() {
     let expected = "/dev/mqueue\n1777\n1048576\n1\n1048576\n1048576\n524288\n1024\n4096\n0\n0\t2147483647\n\
                     1024\n524288\n";
     let shm = outcome.expect_status(0).stdout.strip_prefix(expected).map(|rest| rest.trim().parse());
-    // Half of the memory, where docker gives 64 MiB.
+    // Half of the memory; docker's default is 64 MiB.
     assert!(matches!(shm, Some(Ok(200..=256))), "{outcome}");
 }
 
-/// What sandboxes, container engines and language runtimes look for (`RUN` in guest-kernel-config).
+/// Sandboxes, container engines and language runtimes need these (`RUN` in guest-kernel-config).
 #[test]
 fn a_guest_has_namespaces_cgroups_and_sys() {
     let user = User::new();
@@ -213,7 +213,7 @@ fn a_guest_has_namespaces_cgroups_and_sys() {
 }
 
 #[test]
-fn a_device_that_is_full_fails_who_writes() {
+fn writes_to_dev_full_fail_with_enospc() {
     let user = User::new();
     for script in ["echo x > /dev/full", "cat /etc/passwd > /dev/full", "exec > /dev/full; echo x"] {
         run(&mut user.shell(script)).expect_status(1).expect_stderr("write error: No space left on device");
@@ -221,7 +221,7 @@ fn a_device_that_is_full_fails_who_writes() {
 }
 
 #[test]
-fn signals_are_the_programs() {
+fn signals_are_forwarded_to_the_program() {
     let user = User::new();
     let script = "trap 'echo asked; exit 9' TERM; echo ready; while :; do sleep 1; done";
     let mut child = user.shell(script).stdout(Stdio::piped()).spawn().unwrap();
@@ -235,22 +235,22 @@ fn signals_are_the_programs() {
 }
 
 #[test]
-fn a_program_that_nobody_stops_is_killed_in_time() {
+fn a_program_is_killed_after_its_timeout() {
     let user = User::new();
     let outcome = run(user.run(&["--timeout", "1"]).args(["sleep", "1000"]));
     outcome.expect_status(124).expect_stderr("killed after 1 s");
-    assert!(user.is_tidy());
+    assert!(user.has_no_guests());
 }
 
 #[test]
-fn a_reader_that_waits_does_not_keep_a_guest_beyond_its_time() {
+fn an_unread_stdout_does_not_delay_the_timeout() {
     let user = User::new();
     let mut child = user.run(&["--timeout", "1"]).arg("yes").stdout(Stdio::piped()).spawn().unwrap();
-    // Nobody reads until it has ended.
+    // Standard output is not read until the command has ended.
     let output = child.stdout.take();
     assert_eq!(child.wait().unwrap().code(), Some(124));
     drop(output);
-    assert!(user.is_tidy());
+    assert!(user.has_no_guests());
 }
 
 #[test]
@@ -262,7 +262,7 @@ fn the_third_signal_ends_the_guest() {
         .spawn()
         .unwrap();
     child.stdout.as_mut().unwrap().read_exact(&mut [0; 6]).unwrap();
-    // Signals that are on their way count once, so each is sent until the guest has ended.
+    // Pending signals are merged, so the signal is sent until the guest has ended.
     let status = loop {
         signal(&child, libc::SIGTERM);
         if let Some(status) = child.try_wait().unwrap() {
@@ -271,26 +271,26 @@ fn the_third_signal_ends_the_guest() {
         std::thread::yield_now();
     };
     assert_eq!(status.code(), Some(128 + libc::SIGTERM));
-    assert!(user.is_tidy());
+    assert!(user.has_no_guests());
 }
 
 #[test]
-fn a_background_child_does_not_keep_a_status() {
+fn a_background_process_does_not_delay_the_exit() {
     let user = User::new();
     let outcome = run(&mut user.shell("sleep 1000 & echo done; exit 3"));
     assert_eq!(outcome.expect_status(3).stdout, "done\n");
 }
 
 #[test]
-fn a_guest_that_dies_is_explained() {
+fn a_reset_of_the_guest_is_reported_with_status_125() {
     let user = User::new();
     let outcome = run(&mut user.shell("reboot -f; sleep 100"));
     outcome.expect_status(125).expect_stderr("guest");
-    assert!(user.is_tidy());
+    assert!(user.has_no_guests());
 }
 
 #[test]
-fn a_terminal_is_one() {
+fn the_tty_option_allocates_a_terminal() {
     let user = User::new();
     let outcome = run(user.run(&["-t"]).env("TERM", "vt100").args([
         "sh",
@@ -301,11 +301,11 @@ fn a_terminal_is_one() {
 }
 
 #[test]
-fn what_cannot_be_run_is_named() {
+fn invalid_arguments_of_run_are_reported() {
     let user = User::new();
     let named = |arguments: &[&str], text: &str| {
         run(user.command("run").args(arguments)).expect_status(2).expect_stderr(text);
-        assert!(user.is_tidy() || !user.folder().join("kindling").exists());
+        assert!(user.has_no_guests() || !user.folder().join("kindling").exists());
     };
     let image = testbed("busybox.erofs");
     let image = image.to_str().unwrap();
@@ -318,11 +318,11 @@ fn what_cannot_be_run_is_named() {
 }
 
 #[test]
-fn more_programs_run_in_a_guest() {
+fn exec_runs_programs_with_the_settings_of_the_guest_or_its_own() {
     let user = User::new();
     let options = ["--name", "one", "-e", "OF=guest", "-e", "BOTH=guest", "-w", "/srv", "-u", "7:8"];
     let script = "echo ready; read -r line; echo end";
-    let mut guest = Conversation::start(user.run(&options).args(["sh", "-c", script]));
+    let mut guest = GuestConsole::start(user.run(&options).args(["sh", "-c", script]));
     guest.expect("ready");
     let exec = |arguments: &[&str]| run(user.command("exec").arg("one").args(arguments));
     let outcome = exec(&["sh", "-c", "echo out; echo err >&2; exit 4"]);
@@ -331,14 +331,14 @@ fn more_programs_run_in_a_guest() {
         exec(&["-w", "/etc", "-u", "5", "-e", "X=y", "sh", "-c", "pwd; id -u; echo $X"]).stdout,
         "/etc\n5\ny\n"
     );
-    // What it is not told it has from the guest's own.
+    // Settings that are not given are inherited from the guest's program.
     assert_eq!(
         exec(&["-e", "BOTH=command", "sh", "-c", "pwd; id -u; id -g; echo $OF $BOTH $HOSTNAME"]).stdout,
         "/srv\n7\n8\nguest command one\n"
     );
     exec(&["-u", "nobody", "true"]).expect_status(2).expect_stderr("\"nobody\" is not UID or UID:GID");
     exec(&["nothing"]).expect_status(127);
-    // A child that holds the output keeps neither this command nor its own life.
+    // A background process that holds the output neither delays the command nor is killed.
     let outcome = exec(&["sh", "-c", "(sleep 1; touch /tmp/later; sleep 1000) & echo $!"]);
     let child = outcome.expect_status(0).stdout.clone();
     exec(&["sh", "-c", &format!("while [ ! -e /tmp/later ]; do sleep 1; done; kill -0 {}", child.trim())])
@@ -347,7 +347,7 @@ fn more_programs_run_in_a_guest() {
         .expect_status(2)
         .expect_stderr("there is a guest named one already");
     run(user.command("exec").args(["two", "true"])).expect_status(2).expect_stderr("no guest named two");
-    // Many at once, each with its own.
+    // Many concurrently, each with its own exit status.
     let many: Vec<_> = (0..20)
         .map(|number| {
             start(
@@ -358,17 +358,17 @@ fn more_programs_run_in_a_guest() {
         })
         .collect();
     for (number, started) in (0..).zip(many) {
-        started.finish_within(PATIENCE).expect_status(number);
+        started.finish_within(TIMEOUT).expect_status(number);
     }
-    guest.go_on();
+    guest.send_line();
     guest.expect("end");
 }
 
 #[test]
-fn what_exec_cannot_run_has_the_status_of_shells() {
+fn exec_reports_programs_that_cannot_run_with_the_statuses_of_shells() {
     let user = User::new();
     let mut guest =
-        Conversation::start(user.run(&["--name", "one"]).args(["sh", "-c", "echo ready; read -r line"]));
+        GuestConsole::start(user.run(&["--name", "one"]).args(["sh", "-c", "echo ready; read -r line"]));
     guest.expect("ready");
     let exec = |arguments: &[&str], status: i32, text: &str| {
         let outcome = run(user.command("exec").arg("one").args(arguments));
@@ -385,43 +385,43 @@ fn what_exec_cannot_run_has_the_status_of_shells() {
     exec(&["script"], 127, "script: needs /bin/no-shell, which is not there");
     exec(&["/bin/script"], 127, "/bin/script: needs /bin/no-shell, which is not there");
     exec(&["busybox2"], 126, "busybox2: cannot execute");
-    guest.go_on();
+    guest.send_line();
 }
 
 #[test]
-fn a_guest_that_dies_in_the_middle_of_exec_is_said() {
+fn the_end_of_the_guest_during_exec_is_reported_with_status_125() {
     let user = User::new();
     let mut guest =
-        Conversation::start(user.run(&["--name", "one"]).args(["sh", "-c", "echo ready; read -r line"]));
+        GuestConsole::start(user.run(&["--name", "one"]).args(["sh", "-c", "echo ready; read -r line"]));
     guest.expect("ready");
     let mut child =
-        Conversation::start(user.command("exec").args(["one", "sh", "-c", "echo here; sleep 1000"]));
+        GuestConsole::start(user.command("exec").args(["one", "sh", "-c", "echo here; sleep 1000"]));
     child.expect("here");
     guest.signal(libc::SIGKILL);
     assert_eq!(
         child.expect_end("exit status: 125").lines().collect::<Vec<_>>(),
         ["kindling: the guest ended, or its agent hung up, before the process had ended"]
     );
-    // The payload's end is the guest's, whoever else runs in it.
+    // The guest ends with its payload, whatever else runs in it.
     let user = User::new();
     let mut guest =
-        Conversation::start(user.run(&["--name", "one"]).args(["sh", "-c", "echo ready; read -r line"]));
+        GuestConsole::start(user.run(&["--name", "one"]).args(["sh", "-c", "echo ready; read -r line"]));
     guest.expect("ready");
     let mut child =
-        Conversation::start(user.command("exec").args(["one", "sh", "-c", "echo here; sleep 1000"]));
+        GuestConsole::start(user.command("exec").args(["one", "sh", "-c", "echo here; sleep 1000"]));
     child.expect("here");
-    guest.go_on();
+    guest.send_line();
     guest.expect_status(0);
     child.expect_status(125);
 }
 
-/// Whoever connects and does not say what for, or leaves before there is a process, takes nobody's place.
+/// Connections without a request, or that close before a process is started, do not use up slots.
 #[test]
-fn who_connects_for_nothing_takes_no_place() {
+fn idle_and_aborted_connections_do_not_block_exec() {
     const MANY: u64 = 300;
     let user = User::new();
     let mut guest =
-        Conversation::start(user.run(&["--name", "one"]).args(["sh", "-c", "echo ready; read -r line"]));
+        GuestConsole::start(user.run(&["--name", "one"]).args(["sh", "-c", "echo ready; read -r line"]));
     guest.expect("ready");
     let connect = |more: &[u8]| {
         let mut stream = UnixStream::connect(user.folder().join("kindling/one/vsock")).unwrap();
@@ -436,7 +436,7 @@ fn who_connects_for_nothing_takes_no_place() {
     let silent: Vec<_> = (0..MANY).map(|_| connect(&[])).collect();
     assert_eq!(exec(), "fine\n");
     drop(silent);
-    // With its streams still there, and without its control.
+    // The control connection is closed, while a stream is still open.
     let streams: Vec<_> = (0..MANY)
         .map(|token| {
             let input = connect(&hello(1000 + token, Role::Input));
@@ -448,20 +448,20 @@ fn who_connects_for_nothing_takes_no_place() {
     let alone: Vec<_> = (0..MANY).map(|token| connect(&hello(2000 + token, Role::Output))).collect();
     assert_eq!(exec(), "fine\n");
     drop((streams, alone));
-    guest.go_on();
+    guest.send_line();
     guest.expect_status(0);
 }
 
-/// A reader that does not read stops its own writer and nothing else, and memory stays where it is.
+/// A reader that does not read blocks only its own writer, and the VMM's memory does not grow.
 #[test]
-fn a_reader_that_waits_stops_one_writer() {
+fn an_unread_stream_blocks_only_its_own_writer() {
     let user = User::new();
     let mut guest =
-        Conversation::start(user.run(&["--name", "still"]).args(["sh", "-c", "echo ready; read -r line"]));
+        GuestConsole::start(user.run(&["--name", "still"]).args(["sh", "-c", "echo ready; read -r line"]));
     guest.expect("ready");
     let mut stuck = user.command("exec").args(["still", "yes"]).stdout(Stdio::piped()).spawn().unwrap();
     let exec = |script: &str| run(user.command("exec").args(["still", "sh", "-c", script]));
-    // The writer sleeps in its pipe in the end, and others are served all the same.
+    // The writer blocks on its full pipe, while other commands are served.
     exec("while ! grep -q '^State:.S' /proc/$(pidof yes)/status; do :; done").expect_status(0);
     let before = guest.rss_kib();
     for _ in 0..5 {
@@ -470,24 +470,24 @@ fn a_reader_that_waits_stops_one_writer() {
     assert!(guest.rss_kib() < before + 1024, "{} KiB, then {}", before, guest.rss_kib());
     signal(&stuck, libc::SIGKILL);
     let _ = stuck.wait();
-    guest.go_on();
+    guest.send_line();
 }
 
 #[expect(unsafe_code, reason = "kill has no safe wrapper in std")]
 fn signal(child: &std::process::Child, number: i32) {
     let pid = i32::try_from(child.id()).expect("a process id");
-    // SAFETY: kill has no memory effects; the process is our child and not yet waited for.
+    // SAFETY: kill does not access memory; the process is our child and has not been waited for.
     unsafe { libc::kill(pid, number) };
 }
 
 #[test]
-fn networks_volumes_and_kernels_that_are_not_there_are_named() {
+fn missing_networks_volumes_and_kernels_are_reported() {
     let user = User::new();
     let refused = |options: &[&str], words: &str| {
         let outcome = run(user.run(options).arg("true").env("XDG_DATA_HOME", user.folder()));
         outcome.expect_status(2).expect_stderr(words);
         assert_eq!(outcome.stderr.lines().count(), 1, "{outcome}");
-        assert!(user.is_tidy());
+        assert!(user.has_no_guests());
     };
     refused(&["--net", "none", "-p", "8080:80"], "--net none says that there is none");
     refused(&["--network", "host"], "there is no network \"host\": --net user reaches");
@@ -503,14 +503,14 @@ fn networks_volumes_and_kernels_that_are_not_there_are_named() {
         .expect_stderr("cannot enter the working directory /etc/data/x: not a directory");
 }
 
-/// The first run of a size boots a kernel for later ones, which takes a while.
+/// The first run with a guest size pre-boots a kernel, which takes a while.
 #[test]
-fn who_does_not_want_to_wait_for_a_kernel_leaves_nothing() {
+fn interrupting_the_first_pre_boot_leaves_nothing() {
     let user = User::new();
     let cache = user.folder().join("cache");
     let mut command = user.run(&["--name", "one"]);
     let started = start(command.arg("true").env("XDG_CACHE_HOME", &cache));
-    // Its folder is the last that is made before.
+    // The folder `preboot` is created right before the boot.
     let kernels = cache.join("kindling/kernels");
     let is_begun = || {
         let inner = std::fs::read_dir(&kernels).ok().and_then(|mut kernels| kernels.next()?.ok());
@@ -518,19 +518,19 @@ fn who_does_not_want_to_wait_for_a_kernel_leaves_nothing() {
     };
     let begin = std::time::Instant::now();
     while !is_begun() {
-        assert!(begin.elapsed() < PATIENCE, "no kernel is booted");
+        assert!(begin.elapsed() < TIMEOUT, "no kernel is being pre-booted");
         std::thread::yield_now();
     }
     started.signal(libc::SIGINT);
-    started.finish_within(PATIENCE).expect_status(128 + libc::SIGINT);
-    assert!(user.is_tidy());
+    started.finish_within(TIMEOUT).expect_status(128 + libc::SIGINT);
+    assert!(user.has_no_guests());
     let preboot = std::fs::read_dir(&kernels).unwrap().next().unwrap().unwrap().path().join("preboot");
     assert_eq!(std::fs::read_dir(preboot).unwrap().count(), 0);
 }
 
-/// A folder above the program may be one where anybody makes folders.
+/// A parent folder of the program may be writable by other users.
 #[test]
-fn a_kernel_of_somebody_else_is_not_run() {
+fn a_kernel_of_another_user_is_not_run() {
     let user = User::new();
     let (program, folder) = (user.folder().join("bin/kindling"), user.folder().join("images/run"));
     std::fs::create_dir_all(program.parent().unwrap()).unwrap();
@@ -556,7 +556,7 @@ fn a_kernel_of_somebody_else_is_not_run() {
 }
 
 #[test]
-fn a_dead_guests_folder_says_so() {
+fn commands_on_a_dead_guest_report_it() {
     let user = User::new();
     let mut guest = user.run(&["--name", "gone"]);
     let mut guest =

@@ -1,5 +1,5 @@
-//! A folder of the host in a guest (`kindling run -v /HOST:/GUEST`): what programs do there is as on a disk, and nothing
-//! outside of it can be reached.
+//! Shared folders (`kindling run -v /HOST:/GUEST`): file operations behave as on a local disk, and nothing outside of
+//! the folder is accessible.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use tests::user::User;
 use tests::{Outcome, kill, run, testbed};
 
-/// A folder that is shared.
+/// A shared folder.
 struct Shared {
     user: User,
     folder: tempfile::TempDir,
@@ -37,13 +37,13 @@ impl Shared {
 }
 
 #[test]
-fn programs_find_a_disk() {
+fn file_operations_in_a_shared_folder_behave_as_on_a_disk() {
     let shared = Shared::new();
     fs::copy(testbed("folder-guest"), shared.path().join("folder-guest")).unwrap();
     let outcome = shared.shell("/shared/folder-guest /shared 1000");
     outcome.expect_status(0);
     assert_eq!(outcome.stdout.lines().count(), 16, "{outcome}");
-    // As another user the folder is that one's.
+    // For another user of the guest, the files belong to that user.
     let outcome =
         run(shared.command(&["-u", "1000:100"], "").args(["/shared/folder-guest", "/shared", "1000"]));
     outcome.expect_status(0);
@@ -51,7 +51,7 @@ fn programs_find_a_disk() {
 }
 
 #[test]
-fn what_one_writes_the_other_reads() {
+fn guest_and_host_read_each_others_files() {
     let shared = Shared::new();
     fs::write(shared.path().join("from host"), "hello").unwrap();
     fs::set_permissions(shared.path().join("from host"), fs::Permissions::from_mode(0o600)).unwrap();
@@ -66,11 +66,11 @@ fn what_one_writes_the_other_reads() {
     assert_eq!(fs::read_to_string(&file).unwrap(), "back\n");
     assert_eq!(fs::metadata(&file).unwrap().mode() & 0o7777, 0o640);
     assert_eq!(fs::read_link(shared.path().join("a/link")).unwrap(), Path::new("../x"));
-    assert!(shared.user.is_tidy());
+    assert!(shared.user.has_no_guests());
 }
 
 #[test]
-fn a_directory_may_be_large() {
+fn a_directory_can_have_thousands_of_entries() {
     let shared = Shared::new();
     for number in 0..3_000 {
         fs::File::create(shared.path().join(format!("a file with the number {number}"))).unwrap();
@@ -81,7 +81,7 @@ fn a_directory_may_be_large() {
 }
 
 #[test]
-fn what_changes_on_the_host_is_seen() {
+fn changes_on_the_host_are_visible_in_the_guest() {
     let shared = Shared::new();
     let file = shared.path().join("file");
     fs::write(&file, "old").unwrap();
@@ -110,9 +110,9 @@ fn what_changes_on_the_host_is_seen() {
     assert!(child.wait().unwrap().success());
 }
 
-/// A file that becomes longer is whole for whoever opens it next, however soon.
+/// Opening a file revalidates its length, however recently it was cached.
 #[test]
-fn a_file_that_is_opened_has_its_length() {
+fn opening_a_file_shows_its_current_length() {
     let shared = Shared::new();
     fs::write(shared.path().join("file"), "0").unwrap();
     let mut command = shared.command(&[], "");
@@ -123,7 +123,7 @@ fn a_file_that_is_opened_has_its_length() {
         let mut line = String::new();
         output.read_line(&mut line).unwrap();
         assert_eq!(line, "0".repeat(length) + "\n");
-        // Into the same file, and as editors do it.
+        // Alternates between writing in place and replacing the file, as editors do.
         let name = if length % 2 == 0 { "file" } else { "new" };
         fs::write(shared.path().join(name), "0".repeat(length + 1)).unwrap();
         fs::rename(shared.path().join(name), shared.path().join("file")).unwrap();
@@ -133,13 +133,13 @@ fn a_file_that_is_opened_has_its_length() {
     assert!(child.wait().unwrap().success());
 }
 
-/// A program of a guest, another guest, and the host exclude each other, and wait for each other.
+/// Programs of two guests and of the host exclude each other, and wait for each other.
 #[test]
-fn locks_hold_between_guests_and_the_host() {
+fn flock_works_across_guests_and_the_host() {
     let shared = Shared::new();
     let file = fs::File::create(shared.path().join("lock")).unwrap();
     file.lock().unwrap();
-    // One that does not wait, and one that does, while another request of its guest is served.
+    // A non-blocking and a blocking request; another request of the guest is served during the latter.
     fs::copy(testbed("folder-guest"), shared.path().join("folder-guest")).unwrap();
     let script = "cd /shared; ./folder-guest try-flock lock && echo free; echo ready; \
                   ./folder-guest flock lock </dev/null & touch meanwhile; wait $!; ./folder-guest flock lock";
@@ -158,14 +158,14 @@ fn locks_hold_between_guests_and_the_host() {
     assert!(file.try_lock().is_err());
     let other = shared.shell("cd /shared; ls; ./folder-guest try-flock lock; echo $?");
     assert_eq!(other.expect_status(0).stdout, "folder-guest\nlock\nmeanwhile\n1\n", "{other}");
-    // What a guest has locked is free when it ends.
+    // Locks of a guest are released when it ends.
     child.kill().unwrap();
     child.wait().unwrap();
     file.lock().unwrap();
 }
 
 #[test]
-fn nothing_leads_out() {
+fn links_do_not_lead_out_of_the_folder() {
     let outside = tempfile::tempdir().unwrap();
     fs::write(outside.path().join("secret"), "secret of the host").unwrap();
     let shared = Shared::new();
@@ -178,17 +178,17 @@ fn nothing_leads_out() {
          cat magic/etc/data; ls /shared/..",
     );
     assert!(!outcome.stdout.contains("secret"), "{outcome}");
-    // A link leads to where it would lead in the guest.
+    // Links are resolved in the guest.
     assert!(outcome.stdout.contains("no program"), "{outcome}");
     assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 1);
 }
 
-/// The second guard: the server has what is moved open, as the guest has, and the host's kernel does not let it in.
+/// The second line of defence: the server and the guest have the moved directory open, and Landlock denies access.
 #[test]
-#[expect(clippy::print_stdout, reason = "what is not tested is said")]
-fn what_was_moved_away_is_out_of_reach() {
+#[expect(clippy::print_stdout, reason = "skipped tests are reported")]
+fn a_directory_moved_out_of_the_folder_is_inaccessible() {
     if !has_landlock() {
-        println!("this host has no Landlock");
+        println!("skipped: this host has no Landlock");
         return;
     }
     let (outside, shared) = (tempfile::tempdir().unwrap(), Shared::new());
@@ -209,14 +209,14 @@ fn what_was_moved_away_is_out_of_reach() {
     assert_eq!(fs::read_dir(outside.path().join("inner")).unwrap().count(), 1);
 }
 
-/// Whether the host's kernel confines a process that may also move files.
+/// Whether the host's kernel has Landlock with the right to rename between directories (`Refer`).
 fn has_landlock() -> bool {
     use landlock::{AccessFs, CompatLevel, Compatible, Ruleset, RulesetAttr};
     Ruleset::default().set_compatibility(CompatLevel::HardRequirement).handle_access(AccessFs::Refer).is_ok()
 }
 
 #[test]
-fn a_folder_that_is_only_read_stays_as_it_is() {
+fn a_read_only_folder_cannot_be_changed() {
     let shared = Shared::new();
     fs::write(shared.path().join("file"), "as it is").unwrap();
     let script = "cd /shared; for what in 'echo x > file' 'echo x >> file' 'rm file' 'mv file b' 'mkdir d' 'ln file b' \
@@ -230,7 +230,7 @@ fn a_folder_that_is_only_read_stays_as_it_is() {
 }
 
 #[test]
-fn a_server_that_is_killed_is_an_error() {
+fn after_its_server_is_killed_a_folder_returns_io_errors() {
     let shared = Shared::new();
     let script =
         "cd /shared; echo ready; read line; ls; cat a; echo x > b; echo $?; cd /; umount /shared; echo gone";
@@ -250,7 +250,7 @@ fn a_server_that_is_killed_is_an_error() {
 }
 
 #[test]
-fn a_server_ends_with_its_guest() {
+fn the_server_exits_with_its_guest() {
     let shared = Shared::new();
     let mut command = shared.command(&[], "");
     let mut child =
@@ -270,7 +270,7 @@ fn wait_for_ready(output: &mut impl BufRead) {
     assert_eq!(line, "ready\n");
 }
 
-/// The process that serves the folder of a guest, once there is one.
+/// Waits for the server process of a guest's folder and returns its PID.
 fn server_of(vmm: u32) -> u32 {
     loop {
         for entry in fs::read_dir("/proc").unwrap() {
@@ -285,14 +285,14 @@ fn server_of(vmm: u32) -> u32 {
     }
 }
 
-/// What a process does, if it is there.
+/// The state of a process, if it exists.
 fn state_of(process: u32) -> Option<char> {
     let stat = fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
     stat.rsplit(") ").next()?.chars().next()
 }
 
 #[test]
-fn a_kernel_that_was_booted_before_goes_on_with_any_folder() {
+fn guests_from_a_prebooted_kernel_can_share_any_folder() {
     for _ in 0..2 {
         let shared = Shared::new();
         fs::write(shared.path().join("file"), "its own").unwrap();
@@ -303,7 +303,7 @@ fn a_kernel_that_was_booted_before_goes_on_with_any_folder() {
 }
 
 #[test]
-fn several_folders_and_folders_in_folders() {
+fn several_folders_can_be_shared_and_nested() {
     let (one, two) = (Shared::new(), tempfile::tempdir().unwrap());
     fs::create_dir(one.path().join("inner")).unwrap();
     fs::write(two.path().join("file"), "two").unwrap();
@@ -312,21 +312,21 @@ fn several_folders_and_folders_in_folders() {
         run(one.command(&options, "").args(["sh", "-c", "cat /shared/inner/file; echo x > /shared/file"]));
     assert_eq!(outcome.expect_status(0).stdout, "two");
     assert!(one.path().join("file").exists());
-    // A path from where the caller is.
+    // A path relative to the current directory.
     let mut relative = one.user.run(&["-v", ".:/x"]);
     let outcome = run(relative.current_dir(two.path()).args(["ls", "/x"]));
     assert_eq!(outcome.expect_status(0).stdout, "file\n");
 }
 
-/// A share of the host's root: nothing in it is an interface of the host's kernel.
+/// Sharing the host's root does not expose interfaces of the host's kernel.
 #[test]
-fn what_is_mounted_below_a_folder_is_not_shared() {
+fn mounts_below_a_shared_folder_are_not_shared() {
     let user = User::new();
     let script = "cd /host; ls -d proc/; ls -A proc; \
                   cat proc/self/mem || echo x > proc/self/oom_score_adj || mkdir proc/new || echo closed";
     let outcome = run(user.run(&["-v", "/:/host"]).args(["sh", "-c", script]));
     assert_eq!(outcome.expect_status(0).stdout, "proc/\nclosed\n", "{outcome}");
-    // Another filesystem has a folder of its own, in the directory that stands for it.
+    // Another folder can be mounted over the empty directory of a mount.
     let outcome = run(user
         .run(&["-v", "/:/host", "-v", &format!("{}:/host/proc", user.folder().display())])
         .args(["ls", "/host/proc"]));
@@ -334,7 +334,7 @@ fn what_is_mounted_below_a_folder_is_not_shared() {
 }
 
 #[test]
-fn folders_that_cannot_be_shared_are_named() {
+fn an_error_names_the_folder_that_cannot_be_shared() {
     let shared = Shared::new();
     fs::write(shared.path().join("file"), "").unwrap();
     for (name, expected) in [
@@ -346,7 +346,7 @@ fn folders_that_cannot_be_shared_are_named() {
         let outcome = run(shared.user.run(&["-v", &format!("{}:/x", path.display())]).arg("true"));
         outcome.expect_status(2);
         assert_eq!(outcome.stderr, format!("kindling: cannot share {}: {expected}\n", path.display()));
-        assert!(shared.user.is_tidy());
+        assert!(shared.user.has_no_guests());
     }
     let outcome = run(shared.user.run(&["-v", "/proc/self:/x"]).arg("true"));
     outcome.expect_status(2);

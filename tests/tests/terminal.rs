@@ -1,4 +1,4 @@
-//! At a terminal the guest gets every key, Ctrl-A x leaves, and the settings come back.
+//! `kindling boot` on a terminal: raw mode, the escape sequence Ctrl-A x, and restored settings.
 
 use tests::terminal::Terminal;
 use tests::{boot, kindling};
@@ -43,13 +43,13 @@ fn the_terminal_is_restored_after_a_signal_and_after_a_failure() {
 }
 
 #[test]
-fn a_guest_that_ends_leaves_the_terminal_as_it_was() {
+fn the_terminal_is_restored_after_a_normal_exit_and_untouched_by_usage_errors() {
     let terminal = Terminal::open();
     let before = terminal.flags();
     let mut child = terminal.start(boot().args(["--", "true"]));
     assert_eq!(child.wait().unwrap().code(), Some(0));
     assert_eq!(terminal.flags(), before);
-    // A request that cannot be met never touches it.
+    // A boot that cannot start never changes the settings.
     let mut child = terminal.start(kindling().args(["boot", "--kernel", "/nonexistent"]));
     assert_eq!(child.wait().unwrap().code(), Some(2));
     assert_eq!(terminal.flags(), before);

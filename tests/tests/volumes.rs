@@ -1,15 +1,15 @@
-//! Volumes of `kindling run -v` outlive their guests, whatever ends those, and belong to one that writes at a time.
+//! Volumes (`kindling run -v NAME:/GUEST`) persist across guests, survive crashes, and have one writer at a time.
 
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
-use tests::conversation::Conversation;
-use tests::user::{SmallDisk, User};
+use tests::guest_console::GuestConsole;
+use tests::user::{SmallTmpfs, User};
 use tests::{Outcome, run, testbed};
 
 const DATA: &str = "data:/srv/data";
 
-/// A shell script in a guest of the image that has files at /srv/data.
+/// Runs a shell script in a guest of the image with files at /srv/data.
 #[track_caller]
 fn shell(user: &User, options: &[&str], script: &str) -> Outcome {
     run(&mut command(user, options, script))
@@ -30,42 +30,42 @@ fn disk(user: &User, name: &str) -> PathBuf {
     user.folder().join("data/kindling/volumes").join(name)
 }
 
-/// Checks a filesystem, and mends nothing.
+/// Checks a filesystem with e2fsck, without repairing it.
 #[track_caller]
 fn expect_clean(disk: &PathBuf) {
     run(Command::new(testbed("e2fsck")).args(["-f", "-n"]).arg(disk)).expect_status(0);
 }
 
 #[test]
-fn what_is_written_is_there_for_the_next_guest() {
+fn data_in_a_volume_persists_for_the_next_guest() {
     let user = User::new();
     let write = "echo words > /srv/new/file; sleep 1000 < /dev/null > /srv/new/held 2>&1 & ls -A /srv/new";
     assert_eq!(shell(&user, &["-v", "new:/srv/new"], write).expect_status(0).stdout, "file\nheld\n");
     expect_clean(&disk(&user, "new"));
-    // Read alone, which a filesystem with something in its journal cannot be.
+    // Read-only, which requires an empty journal.
     let outcome =
         shell(&user, &["-v", "new:/else/where:ro"], "cat /else/where/file; grep -c /else /proc/mounts");
     assert_eq!(outcome.expect_status(0).stdout, "words\n1\n");
-    // A volume begins as a hole.
+    // The file of a volume is sparse.
     assert!(std::os::unix::fs::MetadataExt::blocks(&fs::metadata(disk(&user, "new")).unwrap()) < 64 << 11);
-    assert!(user.is_tidy());
+    assert!(user.has_no_guests());
 }
 
-/// What a program wrote and the host has no room for cannot be kept; nobody should have to find out later.
+/// Buffered writes are lost when the host's disk is full; the error must be reported.
 #[test]
-fn a_full_disk_of_the_hosts_is_told() {
+fn a_full_disk_of_the_host_is_reported() {
     let user = User::new();
-    let place = user.folder().join("small");
-    let Some(_disk) = SmallDisk::at(&place) else { return };
+    let scratch = user.folder().join("small");
+    let Some(_disk) = SmallTmpfs::at(&scratch) else { return };
     let script = "dd if=/dev/zero bs=1M count=12 | tr '\\0' x > /srv/x";
     let mut command = command(&user, &["-v", "full:/srv"], script);
-    let outcome = run(command.env("XDG_DATA_HOME", &place));
-    let disk = place.join("kindling/volumes/full");
+    let outcome = run(command.env("XDG_DATA_HOME", &scratch));
+    let disk = scratch.join("kindling/volumes/full");
     outcome.expect_stderr(&format!("writing {} failed: No space left on device", disk.display()));
 }
 
 #[test]
-fn a_new_volume_has_what_the_image_has_there() {
+fn a_new_volume_is_initialized_with_the_files_of_the_image() {
     let user = User::new();
     let list = "cd /srv/data; stat -c '%n %a %u %g' . tool deep/er/file; stat -c '%n %y' deep; readlink link;
         md5sum < deep/er/file";
@@ -77,21 +77,21 @@ fn a_new_volume_has_what_the_image_has_there() {
         .args(["-R", "ea_get -x /data/deep user.colour"])
         .arg(disk(&user, "data")));
     assert!(attributes.stdout.contains("62 6c 75 65 00 72 65 64"), "{attributes}");
-    // Once: what is removed stays away.
+    // Only once: removed files are not copied again.
     shell(&user, &["-v", DATA], "rm -r /srv/data/deep").expect_status(0);
     assert_eq!(shell(&user, &["-v", DATA], "ls -A /srv/data").expect_status(0).stdout, "link\ntool\n");
     expect_clean(&disk(&user, "data"));
 }
 
 #[test]
-fn a_monitor_that_is_killed_leaves_what_was_promised() {
+fn fsynced_data_in_a_volume_survives_a_killed_monitor() {
     let user = User::new();
     let script = "echo words | dd of=/srv/data/promise conv=fsync 2>/dev/null; echo promised; read -r line";
-    let mut guest = Conversation::start(&mut command(&user, &["--name", "one", "-v", DATA], script));
+    let mut guest = GuestConsole::start(&mut command(&user, &["--name", "one", "-v", DATA], script));
     guest.expect("promised");
     guest.signal(libc::SIGKILL);
     guest.expect_end("signal: 9");
-    // Its journal would have to be gone through, for which the disk has to be writable.
+    // The journal must be replayed, which requires a writable disk.
     shell(&user, &["-v", "data:/srv/data:ro"], "true").expect_status(2).expect_stderr("did not end in order");
     let outcome = shell(&user, &["-v", DATA], "cat /srv/data/promise; wc -l < /srv/data/deep/er/file");
     assert_eq!(outcome.expect_status(0).stdout, "words\n100000\n");
@@ -99,10 +99,10 @@ fn a_monitor_that_is_killed_leaves_what_was_promised() {
 }
 
 #[test]
-fn one_guest_writes_or_many_read() {
+fn a_volume_has_one_writer_or_several_readers() {
     let user = User::new();
     let wait = "echo ready; read -r line";
-    let mut writer = Conversation::start(&mut command(&user, &["--name", "writer", "-v", DATA], wait));
+    let mut writer = GuestConsole::start(&mut command(&user, &["--name", "writer", "-v", DATA], wait));
     writer.expect("ready");
     let in_use = "the volume data is in use by the guest writer";
     shell(&user, &["-v", DATA], "true").expect_status(2).expect_stderr(in_use);
@@ -110,9 +110,9 @@ fn one_guest_writes_or_many_read() {
     volume(&user, &["rm", "data"]).expect_status(2).expect_stderr(in_use);
     let row = volume(&user, &["ls"]).expect_status(0).stdout.clone();
     assert!(row.lines().any(|line| line.starts_with("data ") && line.ends_with(" writer")), "{row}");
-    writer.go_on();
+    writer.send_line();
     writer.expect_status(0);
-    let mut reader = Conversation::start(&mut command(&user, &["-v", "data:/x:ro"], wait));
+    let mut reader = GuestConsole::start(&mut command(&user, &["-v", "data:/x:ro"], wait));
     reader.expect("ready");
     let script =
         "cat /x/link | wc -l; echo more > /x/more; mount -o remount,rw /x; echo more > /x/more; ls -A /x";
@@ -122,14 +122,14 @@ fn one_guest_writes_or_many_read() {
     shell(&user, &["-v", DATA], "true")
         .expect_status(2)
         .expect_stderr("the volume data is in use by the guest");
-    reader.go_on();
+    reader.send_line();
     reader.expect_status(0);
     assert_eq!(volume(&user, &["rm", "data"]).expect_status(0).stdout, "data\n");
     assert!(!disk(&user, "data").exists());
 }
 
 #[test]
-fn stopping_a_guest_leaves_its_volume_in_order() {
+fn stopping_a_guest_leaves_its_volume_clean() {
     let user = User::new();
     let script = "trap 'exit 0' TERM; while :; do echo word >> /srv/data/words; done";
     let mut started = command(&user, &["-d", "--rm", "--name", "one", "-v", DATA], script);
@@ -142,7 +142,7 @@ fn stopping_a_guest_leaves_its_volume_in_order() {
 }
 
 #[test]
-fn what_is_deleted_gives_its_room_back() {
+fn deleted_files_are_discarded_from_the_volumes_file() {
     let user = User::new();
     let blocks = || std::os::unix::fs::MetadataExt::blocks(&fs::metadata(disk(&user, "data")).unwrap());
     shell(&user, &["-v", DATA], "head -c 33554432 /dev/urandom > /srv/data/large").expect_status(0);
@@ -152,7 +152,7 @@ fn what_is_deleted_gives_its_room_back() {
 }
 
 #[test]
-fn a_full_volume_is_its_own_guests_trouble() {
+fn a_full_volume_affects_only_its_own_guest() {
     let user = User::new();
     volume(&user, &["create", "--size", "16M", "data"]).expect_status(0);
     let outcome = shell(
@@ -163,18 +163,18 @@ fn a_full_volume_is_its_own_guests_trouble() {
     assert_eq!(outcome.expect_status(0).stdout, "1\n", "{outcome}");
     expect_clean(&disk(&user, "data"));
     volume(&user, &["create", "--size", "16M", "large"]).expect_status(0);
-    // What the image has does not fit.
+    // The files of the image do not fit.
     let outcome = shell(&user, &["-v", "large:/srv/large"], "true");
     let expected = "cannot copy what the image has to the volume of /srv/large: ";
     outcome.expect_status(125).expect_stderr(expected);
-    // It is as new as it was, for another place.
+    // The volume is still uninitialized, and can be used at another path.
     let outcome = shell(&user, &["-v", "large:/srv/data"], "ls -A /srv/data");
     assert_eq!(outcome.expect_status(0).stdout, "deep\nlink\ntool\n");
-    assert!(user.is_tidy());
+    assert!(user.has_no_guests());
 }
 
 #[test]
-fn a_guest_with_a_volume_continues_from_a_booted_kernel() {
+fn a_guest_with_a_volume_starts_from_a_prebooted_kernel() {
     let user = User::new();
     for _ in 0..2 {
         let outcome = shell(&user, &["--report", "-v", DATA], "echo");
@@ -183,7 +183,7 @@ fn a_guest_with_a_volume_continues_from_a_booted_kernel() {
 }
 
 #[test]
-fn volumes_are_made_listed_and_removed() {
+fn volumes_can_be_created_listed_inspected_and_removed() {
     let user = User::new();
     assert_eq!(volume(&user, &["ls"]).expect_status(0).stdout, "NAME  SIZE  USED  GUESTS\n");
     assert_eq!(volume(&user, &["create", "--size", "1G", "one"]).expect_status(0).stdout, "one\n");
@@ -202,7 +202,7 @@ fn volumes_are_made_listed_and_removed() {
     shell(&user, &["-v", "two:/x:ro"], "true").expect_status(2).expect_stderr("there is no volume named two");
     shell(&user, &["-v", "one:/x:ro"], "true").expect_status(125).expect_stderr("volume of /x: ");
     volume(&user, &["rm", "one", "two"]).expect_status(2).expect_stderr("there is no volume named two");
-    // Nothing half made.
+    // Nothing is left in the folder.
     let folder = disk(&user, "");
     assert_eq!(fs::read_dir(folder).unwrap().count(), 0);
     let mut without = user.command("volume");
@@ -212,7 +212,7 @@ fn volumes_are_made_listed_and_removed() {
 }
 
 #[test]
-fn a_damaged_volume_is_named() {
+fn a_damaged_volume_is_reported() {
     let user = User::new();
     volume(&user, &["create", "data"]).expect_status(0);
     let file = fs::File::options().write(true).open(disk(&user, "data")).unwrap();
@@ -223,7 +223,7 @@ fn a_damaged_volume_is_named() {
 }
 
 #[test]
-fn a_read_only_root_leaves_what_is_written_for_a_while() {
+fn with_a_read_only_root_only_temporary_filesystems_and_volumes_are_writable() {
     let user = User::new();
     let script = "for d in / /etc /srv /root /tmp /run /dev/shm /var/tmp /srv/data; do
             echo x 2>/dev/null > $d/written && echo $d
@@ -236,7 +236,7 @@ fn a_read_only_root_leaves_what_is_written_for_a_while() {
 }
 
 #[test]
-fn programs_find_what_they_take_for_granted() {
+fn standard_paths_have_the_expected_permissions() {
     let user = User::new();
     let script = "stat -c '%a' /dev/shm /tmp; test -c /dev/pts/ptmx && echo a | cat /dev/stdin > /dev/stdout;
         echo b > /dev/fd/1; echo c > /dev/stderr; stat -c '%a %u' /etc /etc/hosts";

@@ -1,4 +1,4 @@
-//! Sockets between a guest and its host: streams both ways, ends, refusals, many of them and much data.
+//! vsock connections between guest and host: both directions, shutdown, refusal, many connections and large streams.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::Shutdown;
@@ -7,15 +7,15 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 use tests::vsock::{Pattern, check};
-use tests::{PATIENCE, Started, kindling, run, start, testbed};
+use tests::{Started, TIMEOUT, kindling, run, start, testbed};
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 
-/// A folder for a guest's sockets.
-struct Place(tempfile::TempDir);
+/// A folder with the sockets of a guest.
+struct SocketFolder(tempfile::TempDir);
 
-impl Place {
+impl SocketFolder {
     fn new() -> Self {
         Self(tempfile::tempdir().unwrap())
     }
@@ -24,7 +24,7 @@ impl Place {
         self.0.path().join(format!("vsock{suffix}"))
     }
 
-    /// A guest that runs a shell script.
+    /// Boots a guest that runs a shell script.
     fn boot(&self, script: &str) -> Command {
         let mut command = kindling();
         command.args(["boot", "--memory", "256", "--image"]).arg(testbed("images/vsock"));
@@ -36,7 +36,7 @@ impl Place {
         UnixListener::bind(self.path(&format!("_{port}"))).unwrap()
     }
 
-    /// Asks for a port of the guest; `None` when it is refused.
+    /// Connects to a port of the guest; `None` if it is refused.
     fn connect(&self, port: u32) -> Option<UnixStream> {
         let mut socket = UnixStream::connect(self.path("")).unwrap();
         writeln!(socket, "CONNECT {port}").unwrap();
@@ -53,7 +53,7 @@ impl Place {
     }
 }
 
-/// Waits until the guest says that it listens.
+/// Starts a guest and waits until it listens.
 fn listening(command: &mut Command) -> (std::process::Child, BufReader<std::process::ChildStdout>) {
     let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
     let mut output = BufReader::new(child.stdout.take().unwrap());
@@ -64,29 +64,29 @@ fn listening(command: &mut Command) -> (std::process::Child, BufReader<std::proc
 }
 
 #[test]
-fn a_guest_talks_to_a_program_of_the_host_and_each_side_ends_by_itself() {
-    let place = Place::new();
-    let listener = place.listen(80);
-    let guest = start(&mut place.boot("echo question | vsock-guest connect 80"));
+fn a_guest_connects_to_the_host_and_each_direction_shuts_down_separately() {
+    let folder = SocketFolder::new();
+    let listener = folder.listen(80);
+    let guest = start(&mut folder.boot("echo question | vsock-guest connect 80"));
     let (mut socket, _) = listener.accept().unwrap();
     let mut question = String::new();
     socket.read_to_string(&mut question).unwrap();
     assert_eq!(question, "question\n");
-    // The guest has stopped sending, and still takes an answer.
+    // The guest has shut down its sending side, and can still receive.
     socket.write_all(b"answer\n").unwrap();
     drop(socket);
-    let outcome = guest.finish_within(PATIENCE);
+    let outcome = guest.finish_within(TIMEOUT);
     assert_eq!(outcome.expect_status(0).stdout, "answer\n");
-    assert!(!place.path("").exists(), "the socket goes with the machine");
+    assert!(!folder.path("").exists(), "the socket must be removed with the guest");
 }
 
 #[test]
-fn a_program_of_the_host_talks_to_a_guest() {
-    let place = Place::new();
-    let (mut child, mut output) = listening(&mut place.boot("vsock-guest echo 52 2"));
-    assert!(place.connect(53).is_none(), "nobody listens there");
+fn the_host_connects_to_a_listening_guest() {
+    let folder = SocketFolder::new();
+    let (mut child, mut output) = listening(&mut folder.boot("vsock-guest echo 52 2"));
+    assert!(folder.connect(53).is_none(), "the guest does not listen on this port");
     for text in ["hello", "and again"] {
-        let mut socket = place.connect(52).unwrap();
+        let mut socket = folder.connect(52).unwrap();
         socket.write_all(text.as_bytes()).unwrap();
         socket.shutdown(Shutdown::Write).unwrap();
         let mut answer = String::new();
@@ -99,50 +99,50 @@ fn a_program_of_the_host_talks_to_a_guest() {
 }
 
 #[test]
-fn a_port_of_the_host_without_a_program_is_refused() {
-    let place = Place::new();
-    let outcome = run(&mut place.boot("vsock-guest connect 81"));
+fn a_connection_to_a_port_without_a_listener_is_reset() {
+    let folder = SocketFolder::new();
+    let outcome = run(&mut folder.boot("vsock-guest connect 81"));
     assert!(outcome.expect_status(1).stdout.contains("Connection reset by peer"), "{outcome}");
 }
 
-/// Answers each connection of a guest with the eight bytes that it sends.
-fn answer(socket: &mut UnixStream) {
+/// Echoes the eight bytes that a guest sends.
+fn echo(socket: &mut UnixStream) {
     let mut number = [0; 8];
     socket.read_exact(&mut number).unwrap();
     socket.write_all(&number).unwrap();
 }
 
 #[test]
-fn a_thousand_connections_at_once() {
-    let place = Place::new();
-    let listener = place.listen(80);
-    let guest = start(&mut place.boot("vsock-guest many 80 1000"));
+fn a_guest_can_have_a_thousand_concurrent_connections() {
+    let folder = SocketFolder::new();
+    let listener = folder.listen(80);
+    let guest = start(&mut folder.boot("vsock-guest many 80 1000"));
     let mut sockets: Vec<_> = (0..1000).map(|_| listener.accept().unwrap().0).collect();
-    sockets.iter_mut().for_each(answer);
-    guest.finish_within(PATIENCE).expect_status(0);
+    sockets.iter_mut().for_each(echo);
+    guest.finish_within(TIMEOUT).expect_status(0);
     for mut socket in sockets {
         assert_eq!(socket.read(&mut [0]).unwrap(), 0);
     }
 }
 
 #[test]
-fn a_thousand_connections_one_after_the_other() {
-    let place = Place::new();
-    let listener = place.listen(80);
-    let guest = start(&mut place.boot("vsock-guest sequence 80 1000"));
+fn a_guest_can_open_a_thousand_connections_in_sequence() {
+    let folder = SocketFolder::new();
+    let listener = folder.listen(80);
+    let guest = start(&mut folder.boot("vsock-guest sequence 80 1000"));
     for _ in 0..1000 {
         let mut socket = listener.accept().unwrap().0;
-        answer(&mut socket);
+        echo(&mut socket);
         assert_eq!(socket.read(&mut [0]).unwrap(), 0);
     }
-    guest.finish_within(PATIENCE).expect_status(0);
+    guest.finish_within(TIMEOUT).expect_status(0);
 }
 
 #[test]
-fn a_thousand_programs_at_once() {
-    let place = Place::new();
-    let (mut child, _output) = listening(&mut place.boot("vsock-guest echo 52 1000"));
-    let mut sockets: Vec<_> = (0..1000).map(|_| place.connect(52).unwrap()).collect();
+fn the_host_can_have_a_thousand_concurrent_connections() {
+    let folder = SocketFolder::new();
+    let (mut child, _output) = listening(&mut folder.boot("vsock-guest echo 52 1000"));
+    let mut sockets: Vec<_> = (0..1000).map(|_| folder.connect(52).unwrap()).collect();
     for (number, socket) in (0_u32..).zip(&mut sockets) {
         socket.write_all(&number.to_le_bytes()).unwrap();
         let mut answer = [0; 4];
@@ -153,7 +153,7 @@ fn a_thousand_programs_at_once() {
     assert_eq!(child.wait().unwrap().code(), Some(0));
 }
 
-/// KiB of a process's memory beside its guest's, which is its largest mapping.
+/// Resident memory of a process in KiB without guest memory, which is its largest mapping.
 fn own_memory(guest: &Started) -> u64 {
     let maps = std::fs::read_to_string(format!("/proc/{}/smaps", guest.child.id())).unwrap();
     let fields = |name: &str| -> Vec<u64> {
@@ -165,14 +165,14 @@ fn own_memory(guest: &Started) -> u64 {
     sizes.iter().zip(&resident).filter(|(size, _)| **size != largest).map(|(_, resident)| resident).sum()
 }
 
-/// What the VMM may grow by while a stream passes, in KiB: buffers for one connection, and pages of its program
-/// that it had not touched before.
+/// The maximum growth of the VMM during a stream in KiB: buffers of a connection, and pages of its program that were
+/// not mapped before.
 const GROWTH_MAX: u64 = 512;
 
 fn guest_sends(bytes: u64) {
-    let place = Place::new();
-    let listener = place.listen(80);
-    let guest = start(&mut place.boot(&format!("vsock-guest send 80 {bytes}")));
+    let folder = SocketFolder::new();
+    let listener = folder.listen(80);
+    let guest = start(&mut folder.boot(&format!("vsock-guest send 80 {bytes}")));
     let (mut socket, _) = listener.accept().unwrap();
     let before = own_memory(&guest);
     check(&mut socket, bytes).unwrap();
@@ -183,9 +183,9 @@ fn guest_sends(bytes: u64) {
 }
 
 fn guest_receives(bytes: u64) {
-    let place = Place::new();
-    let listener = place.listen(80);
-    let guest = start(&mut place.boot(&format!("vsock-guest receive 80 {bytes}")));
+    let folder = SocketFolder::new();
+    let listener = folder.listen(80);
+    let guest = start(&mut folder.boot(&format!("vsock-guest receive 80 {bytes}")));
     let (mut socket, _) = listener.accept().unwrap();
     let before = own_memory(&guest);
     Pattern::default().write_to(&mut socket, bytes).unwrap();
@@ -196,35 +196,35 @@ fn guest_receives(bytes: u64) {
 }
 
 #[test]
-fn a_stream_from_the_guest_arrives_whole() {
+fn a_stream_from_the_guest_arrives_unchanged() {
     guest_sends(32 * MIB);
 }
 
 #[test]
-fn a_stream_to_the_guest_arrives_whole() {
+fn a_stream_to_the_guest_arrives_unchanged() {
     guest_receives(32 * MIB);
 }
 
 #[test]
-#[ignore = "takes long: cargo xtask test --ignored 1_gib"]
-fn a_stream_of_1_gib_from_the_guest_arrives_whole() {
+#[ignore = "slow: cargo xtask test --ignored 1_gib"]
+fn a_stream_of_1_gib_from_the_guest_arrives_unchanged() {
     guest_sends(GIB);
 }
 
 #[test]
-#[ignore = "takes long: cargo xtask test --ignored 1_gib"]
-fn a_stream_of_1_gib_to_the_guest_arrives_whole() {
+#[ignore = "slow: cargo xtask test --ignored 1_gib"]
+fn a_stream_of_1_gib_to_the_guest_arrives_unchanged() {
     guest_receives(GIB);
 }
 
 #[test]
-#[ignore = "takes long: cargo xtask test --ignored 10_gib"]
-fn a_stream_of_10_gib_from_the_guest_arrives_whole() {
+#[ignore = "slow: cargo xtask test --ignored 10_gib"]
+fn a_stream_of_10_gib_from_the_guest_arrives_unchanged() {
     guest_sends(10 * GIB);
 }
 
 #[test]
-#[ignore = "takes long: cargo xtask test --ignored 10_gib"]
-fn a_stream_of_10_gib_to_the_guest_arrives_whole() {
+#[ignore = "slow: cargo xtask test --ignored 10_gib"]
+fn a_stream_of_10_gib_to_the_guest_arrives_unchanged() {
     guest_receives(10 * GIB);
 }

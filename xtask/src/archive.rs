@@ -1,5 +1,5 @@
-//! Initramfs archives (cpio, "newc"): sorted, with every time zero and root as the owner unless the caller
-//! wants to keep them, so that equal inputs give equal bytes.
+//! Initramfs archives (cpio, "newc"). Entries are sorted, timestamps are zero, and root owns every file unless the
+//! caller keeps the owners, so that equal inputs give equal bytes.
 
 use anyhow::{Context, Result, bail};
 use cpio::newc::{self, Builder};
@@ -32,7 +32,7 @@ struct Entry {
     content: Content,
 }
 
-/// An archive under construction: entries by their path inside it.
+/// An archive under construction; entries are keyed by their path inside it.
 #[derive(Debug, Default)]
 pub(crate) struct Archive {
     entries: BTreeMap<String, Entry>,
@@ -46,7 +46,7 @@ impl Archive {
         self.insert(path, Entry { permissions, owner: ROOT, content: Content::Directory })
     }
 
-    /// Adds a file of the host under another name. Directories above it are added too.
+    /// Adds a file of the host, and its parent directories.
     pub(crate) fn file(&mut self, path: &str, source: &Path, permissions: u32) -> Result<()> {
         self.insert(path, Entry { permissions, owner: ROOT, content: Content::File(source.into()) })
     }
@@ -56,7 +56,7 @@ impl Archive {
         self.insert(path, Entry { permissions: 0o644, owner: ROOT, content: Content::Bytes(bytes) })
     }
 
-    /// Adds what lies below a directory of the host, with its permissions.
+    /// Adds the content of a host directory, with its permissions.
     pub(crate) fn tree(&mut self, prefix: &str, source: &Path) -> Result<()> {
         for entry in fs::read_dir(source).with_context(|| format!("cannot read {}", source.display()))? {
             let entry = entry?;
@@ -86,11 +86,11 @@ impl Archive {
             Content::File(source.into())
         } else if kind.is_symlink() {
             let Ok(target) = fs::read_link(source)?.into_os_string().into_string() else {
-                bail!("its target is not UTF-8");
+                bail!("the link's target is not UTF-8");
             };
             Content::Link(target)
         } else if kind.is_socket() {
-            bail!("it is a socket, which has no meaning in an image");
+            bail!("it is a socket, which an image cannot contain");
         } else {
             let device = metadata.rdev();
             Content::Special {
@@ -102,7 +102,7 @@ impl Archive {
         self.insert(path, Entry { permissions, owner, content })
     }
 
-    /// Adds or replaces an entry, and adds the directories above it.
+    /// Adds or replaces an entry, and adds its parent directories.
     fn insert(&mut self, path: &str, entry: Entry) -> Result<()> {
         let path = path.trim_matches('/');
         if path.is_empty() || path.split('/').any(|part| part.is_empty() || part == "." || part == "..") {
@@ -180,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tree_is_archived_in_order_and_always_alike() {
+    fn equal_trees_give_equal_archives_in_path_order() {
         let source = tempfile::tempdir().unwrap();
         fs::create_dir_all(source.path().join("b/c")).unwrap();
         fs::write(source.path().join("b/c/x"), "hello").unwrap();
@@ -215,11 +215,11 @@ mod tests {
     }
 
     #[test]
-    fn owners_are_kept_where_they_are_wanted() {
+    fn owners_are_root_unless_they_are_kept() {
         let source = tempfile::tempdir().unwrap();
         let path = source.path().join("a");
         fs::write(&path, "").unwrap();
-        // Where root runs the tests, it would own the file.
+        // Only root may change the owner; for other users the file already has one that is not root.
         let _ = std::os::unix::fs::chown(&path, Some(1000), Some(100));
         let metadata = fs::metadata(&path).unwrap();
         for (keeps_owners, expected) in [(false, (0, 0)), (true, (metadata.uid(), metadata.gid()))] {
@@ -233,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn paths_stay_inside() {
+    fn paths_outside_the_archive_are_refused() {
         let mut archive = Archive::default();
         for path in ["", "/", "..", "a/../b", "a//b", "./a"] {
             assert!(archive.bytes(path, vec![]).is_err(), "{path:?}");

@@ -1,8 +1,9 @@
-//! What it costs to make a root filesystem of a container image, beside mkfs.erofs for the same tree: processor time of
-//! this host, in user space and in the kernel, and the time that somebody waits.
+//! The cost of converting a container image to a root filesystem, compared with mkfs.erofs on the same tree: CPU time
+//! of this host (user and system), and wall-clock time.
 //!
-//! The lab would not do: it has no instructions for SHA-256, which is nearly all of the work there. The time to wait is
-//! noisy here and depends on processors that have nothing else to do, so what counts of it is the ratio within one run.
+//! The lab is not used: its processor has no SHA instructions, and there SHA-256 would be nearly all of the work.
+//! Wall-clock time on a host is noisy and depends on its idle processors, so only the ratio within one run is
+//! meaningful.
 
 use crate::{docker_archive, test_images};
 use anyhow::{Context, Result, ensure};
@@ -19,29 +20,29 @@ use xshell::{Shell, cmd};
 /// The image that is converted: Debian with Node.js, about 200 MiB.
 const IMAGE: &str = "node";
 
-/// Medians.
+/// Medians of all runs.
 #[derive(Debug)]
 pub(crate) struct Figures {
     /// Bytes of the image's files, as one layer.
     pub(crate) bytes: u64,
     /// `mkfs.erofs` on the unpacked tree.
     pub(crate) mkfs: Times,
-    /// `kindling-oci prepare` of the tree as one layer that is not compressed.
+    /// `kindling-oci prepare` of the tree as one uncompressed layer.
     pub(crate) plain: Times,
-    /// The digest of that layer, which is a part of `plain`.
+    /// SHA-256 of that layer, which is part of `plain`.
     pub(crate) digest: Times,
     /// `kindling-oci prepare` of the same layer compressed with gzip.
     pub(crate) gzip: Times,
-    /// `tar` for that layer, whose tree `mkfs.erofs` would still have to take.
+    /// `tar --extract` of that layer, after which `mkfs.erofs` would still have to run.
     pub(crate) unpack: Times,
 }
 
-/// What something took.
+/// CPU time and wall-clock time.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Times {
-    /// Processor time.
+    /// User and system CPU time.
     pub(crate) processor: Duration,
-    /// From its start to its end.
+    /// Wall-clock time.
     pub(crate) waited: Duration,
 }
 
@@ -69,23 +70,24 @@ pub(crate) fn run(runs: usize) -> Result<u8> {
     Ok(0)
 }
 
-/// Measures each so often.
+/// Measures each conversion `runs` times.
 pub(crate) fn measure(runs: usize) -> Result<Figures> {
     let images = test_images::build()?;
-    let place = tempfile::tempdir_in(images.folder.parent().context("no place")?)?;
-    let place = place.path();
-    let (tree, shell) = (place.join("tree"), Shell::new()?);
+    let scratch =
+        tempfile::tempdir_in(images.folder.parent().context("the folder of test images has no parent")?)?;
+    let scratch = scratch.path();
+    let (tree, shell) = (scratch.join("tree"), Shell::new()?);
     let rootfs = images.prepare(IMAGE)?;
     cmd!(shell, "fsck.erofs --extract={tree} {rootfs}").quiet().ignore_stdout().ignore_stderr().run()?;
-    let plain = docker_archive::write(place, &tree, &json!({}))?;
-    let (layer, gzip) = (place.join("layer.tar"), place.join("gzip.tar"));
-    shell.change_dir(place);
+    let plain = docker_archive::write(scratch, &tree, &json!({}))?;
+    let (layer, gzip) = (scratch.join("layer.tar"), scratch.join("gzip.tar"));
+    shell.change_dir(scratch);
     cmd!(shell, "gzip --keep layer.tar").quiet().run()?;
     let manifest = json!([{ "Config": "config.json", "Layers": ["layer.tar.gz"] }]);
-    fs::write(place.join("manifest.json"), manifest.to_string())?;
+    fs::write(scratch.join("manifest.json"), manifest.to_string())?;
     cmd!(shell, "tar --create --file {gzip} manifest.json config.json layer.tar.gz").quiet().run()?;
-    let erofs = place.join("mkfs.erofs");
-    let cache = place.join("cache");
+    let erofs = scratch.join("mkfs.erofs");
+    let cache = scratch.join("cache");
     let prepare = |archive: &Path| {
         let mut command = Command::new(&images.program);
         command.args(["prepare", "--cache"]).args([&cache, archive]);
@@ -98,7 +100,7 @@ pub(crate) fn measure(runs: usize) -> Result<Figures> {
         times[1].push(prepare(&plain)?);
         times[2].push(measured(UsageWho::RUSAGE_THREAD, || Ok(sha256_of(&layer).map(drop)?))?);
         times[3].push(prepare(&gzip)?);
-        let (unpacked, compressed) = (place.join("unpacked"), place.join("layer.tar.gz"));
+        let (unpacked, compressed) = (scratch.join("unpacked"), scratch.join("layer.tar.gz"));
         fs::create_dir(&unpacked)?;
         let mut tar = Command::new("tar");
         times[4].push(time(
@@ -117,7 +119,7 @@ pub(crate) fn measure(runs: usize) -> Result<Figures> {
     Ok(Figures { bytes: layer.metadata()?.len(), mkfs, plain, digest, gzip, unpack })
 }
 
-/// What a command takes.
+/// Times of a command.
 fn time(command: &mut Command) -> Result<Times> {
     measured(UsageWho::RUSAGE_CHILDREN, || {
         let status =
@@ -127,7 +129,7 @@ fn time(command: &mut Command) -> Result<Times> {
     })
 }
 
-/// What something takes that is done by this thread or its children.
+/// Times of `work`, done by this thread or its children.
 fn measured(who: UsageWho, work: impl FnOnce() -> Result<()>) -> Result<Times> {
     let (before, start) = (used(who)?, Instant::now());
     work()?;

@@ -1,8 +1,8 @@
-//! `cargo xtask budget`: how much the figures of `tests/boot-budget.json` differ from lab to lab.
+//! `cargo xtask budget`: the spread of the values of `tests/boot-budget.json` between labs.
 //!
-//! The test program `exact_boot` says each figure that it holds against the budget in a line of its own. This command
-//! runs it in many labs, one after the other, and prints what each figure was in all of them, so that budgets and the
-//! margins of the test are set from a measurement.
+//! The test program `exact_boot` prints each value that it checks against the budget on a separate line. This command
+//! runs it in many labs, one after the other, and prints the distribution of each value, so that budgets and margins
+//! are based on measurements.
 
 use crate::bench::statistics::median;
 use crate::lab::Job;
@@ -15,33 +15,35 @@ use std::time::Duration;
 
 #[derive(Args, Debug)]
 pub(crate) struct Arguments {
-    /// Labs to measure in
+    /// Number of labs to measure in
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1000))]
     labs: u32,
-    /// Only tests whose names contain this
+    /// Run only tests whose names contain this
     filter: Option<String>,
 }
 
-/// The test program that measures.
+/// The test program.
 const PROGRAM: &str = "exact_boot";
-/// How its lines begin that name a figure: `figure: NAME: LEAST of [ALL]`.
+/// The prefix of a line with a value: `figure: NAME: LEAST of [ALL]`.
 const FIGURE: &str = "figure: ";
-/// How long it may say nothing.
-const SILENCE: Duration = Duration::from_secs(120);
+/// Limit of the time without output.
+const OUTPUT_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// Measures and prints a table; the exit status is 1 where a test failed in one of the labs.
+/// Measures and prints a table. The exit status is 1 if a test failed in one of the labs.
 pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let (_lock, testbed) = test::testbed()?;
-    let place = tempfile::tempdir_in(crate::cargo::target_directory())?;
-    let programs = test::programs(false, place.path())?;
-    let program =
-        programs.iter().find(|program| program.name == PROGRAM).context("there is no exact_boot")?;
+    let scratch = tempfile::tempdir_in(crate::cargo::target_directory())?;
+    let programs = test::programs(false, scratch.path())?;
+    let program = programs
+        .iter()
+        .find(|program| program.name == PROGRAM)
+        .context("the test program exact_boot was not built")?;
     let mut figures: BTreeMap<String, Vec<u64>> = BTreeMap::new();
     let mut failed = 0;
     for lab in 1..=arguments.labs {
         let (passed, output) = measure(program, &testbed, arguments.filter.as_deref())?;
         let found = figures_of(&output);
-        ensure!(!found.is_empty(), "no test said a figure:\n{output}");
+        ensure!(!found.is_empty(), "no test printed a value:\n{output}");
         for (name, value) in found {
             figures.entry(name).or_default().push(value);
         }
@@ -52,11 +54,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
         }
     }
     print!("{}", table(&figures));
-    println!("{failed} of {} labs had a test that failed", arguments.labs);
+    println!("tests failed in {failed} of {} labs", arguments.labs);
     Ok(u8::from(failed > 0))
 }
 
-/// Runs the program in one exact lab; whether its tests passed, and what it printed.
+/// Runs the test program in one exact lab; returns whether its tests passed, and its output.
 fn measure(program: &Program, testbed: &std::path::Path, filter: Option<&str>) -> Result<(bool, String)> {
     let path = format!("/tests/{PROGRAM}");
     let mut command = vec![path.clone(), "--test-threads=1".to_owned(), "--nocapture".to_owned()];
@@ -75,14 +77,14 @@ fn measure(program: &Program, testbed: &std::path::Path, filter: Option<&str>) -
         output.extend_from_slice(data);
         Ok(None)
     };
-    let status = job.drive(SILENCE, &mut answer)?;
+    let status = job.drive(OUTPUT_TIMEOUT, &mut answer)?;
     Ok((status == 0, String::from_utf8_lossy(&output).into_owned()))
 }
 
-/// The figures that a program's output names.
+/// Parses the values in the output of a test program.
 fn figures_of(output: &str) -> Vec<(String, u64)> {
     let figure = |line: &str| {
-        // A test's name stands before its first line, without an end of its own.
+        // The first line of a test follows the test's name without a line break.
         let (_, figure) = line.split_once(FIGURE)?;
         let (name, values) = figure.rsplit_once(": ")?;
         Some((name.to_owned(), values.split_whitespace().next()?.parse().ok()?))
@@ -90,7 +92,7 @@ fn figures_of(output: &str) -> Vec<(String, u64)> {
     output.lines().filter_map(figure).collect()
 }
 
-/// A row for each figure.
+/// Formats a row per value.
 fn table(figures: &BTreeMap<String, Vec<u64>>) -> String {
     let width = figures.keys().map(String::len).max().unwrap_or(0);
     let mut table = format!(
@@ -115,7 +117,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn figures_are_read_and_their_spread_is_said() {
+    fn the_table_has_minimum_median_maximum_and_spread_of_each_value() {
         let output = "test a ... figure: exec: 2000 of [2000, 2100]\nfigure: boot, VM created: 254000 of []\nok\nfigure: exec: many\n";
         assert_eq!(figures_of(output), [("exec".to_owned(), 2000), ("boot, VM created".to_owned(), 254_000)]);
         let figures = BTreeMap::from([("exec".to_owned(), vec![2100, 2000, 2050])]);

@@ -14,17 +14,17 @@ use std::fs::{self, File};
 use std::io::BufWriter;
 use std::path::{Path, PathBuf};
 
-/// What an image's kernel is for.
+/// The purpose of an image's kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Profile {
-    /// For `kindling run`, which starts guests from a pre-booted kernel: complete
+    /// For `kindling run`, which starts guests from a pre-booted kernel: all features
     Run,
-    /// For `kindling boot`: what costs a boot time is left out
+    /// For `kindling boot`: without features that slow down a boot
     Boot,
 }
 
 impl Profile {
-    /// The fragments of its kernel.
+    /// The configuration fragments of the kernel.
     pub(crate) fn fragments(self) -> Vec<&'static str> {
         match self {
             Self::Run => [&DEFAULT[..], &RUN].concat(),
@@ -32,7 +32,7 @@ impl Profile {
         }
     }
 
-    /// What an image is called that has no other name.
+    /// The default name of an image.
     pub(crate) const fn image_name(self) -> &'static str {
         match self {
             Self::Run => "run",
@@ -43,43 +43,42 @@ impl Profile {
 
 #[derive(Args, Debug)]
 pub(crate) struct Arguments {
-    /// What the kernel is for
+    /// Purpose of the kernel
     #[arg(long, value_enum, default_value = "boot")]
     pub(crate) profile: Profile,
     /// Name of the image [default: default, or run with --profile run]
     #[arg(long)]
     pub(crate) name: Option<String>,
-    /// Kernel configuration to add: a file, or the name of an optional fragment: pmem, uniprocessor, sysfs,
-    /// container, netfilter, hardening, mitigations, paravirt-spinlocks, debug;
-    /// may be repeated
+    /// Kernel configuration to add: a file, or the name of an optional fragment (pmem, uniprocessor, sysfs,
+    /// container, netfilter, hardening, mitigations, paravirt-spinlocks, debug); may be repeated
     #[arg(long, value_name = "FILE|NAME")]
     pub(crate) config_fragment: Vec<PathBuf>,
-    /// Program to use as /init instead of Kindling's
+    /// Program to use as /init, instead of Kindling's init
     #[arg(long, value_name = "FILE")]
     pub(crate) init: Option<PathBuf>,
-    /// Folder whose content becomes the root filesystem
+    /// Folder with the content of the root filesystem
     #[arg(long, value_name = "DIR")]
     pub(crate) root: Option<PathBuf>,
-    /// Container image that becomes the root filesystem, and whose command the guest runs: an OCI layout, an archive of
-    /// `docker save`, or a registry's name
+    /// Container image to use as the root filesystem, whose command the guest runs: an OCI layout, an archive of
+    /// `docker save`, or a name in a registry
     #[arg(long, value_name = "OCI", conflicts_with_all = ["root", "init"])]
     pub(crate) from: Option<String>,
-    /// Where it is kept when it is converted, instead of the user's cache
+    /// Cache for the converted image, instead of the user's cache
     #[arg(skip)]
     pub(crate) from_cache: Option<PathBuf>,
-    /// What the root filesystem is [default: an initramfs up to 3 MiB, EROFS above]
+    /// Type of the root filesystem [default: initramfs up to 3 MiB, EROFS above]
     #[arg(long, value_enum, requires = "root")]
     pub(crate) root_type: Option<RootType>,
-    /// Keep the users and groups that own the files of --root; otherwise root owns them
+    /// Keep the owners and groups of the files of --root, instead of root
     #[arg(long, requires = "root")]
     pub(crate) keep_owners: bool,
-    /// Kernel command line instead of the default
+    /// Kernel command line, instead of the default
     #[arg(long, value_name = "TEXT")]
     pub(crate) cmdline: Option<String>,
     /// Kernel source: a folder or a tarball, instead of Debian's package
     #[arg(long, value_name = "DIR|TARBALL")]
     pub(crate) kernel_source: Option<PathBuf>,
-    /// Folder to make [default: target/images/NAME]
+    /// Folder to write the image to [default: target/images/NAME]
     #[arg(long, value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
 }
@@ -109,7 +108,7 @@ impl Default for Arguments {
     }
 }
 
-/// Files of an image beside its kernel and description.
+/// Files of an image in addition to kernel and image.json.
 const INITRAMFS: &str = "initramfs.cpio";
 const EROFS: &str = "root.erofs";
 
@@ -124,30 +123,30 @@ const DIRECTORIES: [(&str, u32); 7] = [
     ("etc", 0o755),
 ];
 
-/// Builds the image and says where it is.
+/// Builds the image and prints its path.
 pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let directory = build(arguments)?;
     println!("{}", directory.display());
     Ok(0)
 }
 
-/// Builds the image unless it is there and made from the same inputs; returns its folder.
+/// Builds the image unless it is up to date; returns its folder.
 pub(crate) fn build(arguments: &Arguments) -> Result<PathBuf> {
     Ok(build_with_kernel(arguments)?.0)
 }
 
-/// Builds the image of a profile, with nothing of the user's in it.
+/// Builds the image of a profile with default arguments.
 pub(crate) fn of_profile(profile: Profile) -> Result<PathBuf> {
     build(&Arguments { profile, ..Arguments::default() })
 }
 
-/// Builds an image, and tells where its kernel came from.
+/// Builds an image; returns its folder and its kernel.
 pub(crate) fn build_with_kernel(arguments: &Arguments) -> Result<(PathBuf, Kernel)> {
     let fragments = fragments(arguments.profile, &arguments.config_fragment)?;
     build_of(arguments, &kernel::source(arguments.kernel_source.as_deref())?, &fragments)
 }
 
-/// The same with a kernel of these fragments.
+/// Builds an image with a kernel of these fragments.
 pub(crate) fn build_of(
     arguments: &Arguments,
     source: &kernel::Source,
@@ -157,7 +156,7 @@ pub(crate) fn build_of(
         Some(path) => std::path::absolute(path)?,
         None => cargo::target_directory().join("images").join(arguments.image_name()),
     };
-    // A root that cannot be one is named before a kernel is built for it.
+    // An unusable root is reported before a kernel is built for it.
     let survey = arguments.root.as_deref().map(Survey::of).transpose()?;
     let prepared = arguments
         .from
@@ -172,7 +171,7 @@ pub(crate) fn build_of(
 
     let _lock = cache::lock(&format!("image-{}", cache::key(&[&out.to_string_lossy()])))?;
     let draft = Draft::beside(&out)?;
-    // A copy, not a link: what somebody does to an image must not change the cache.
+    // A copy, not a link: changes to an image must not change the cache.
     let vmlinux = draft.path().join("vmlinux");
     fs::copy(&kernel.vmlinux, &vmlinux).with_context(|| format!("cannot write {}", vmlinux.display()))?;
     let tool = match &prepared {
@@ -216,7 +215,7 @@ pub(crate) fn build_of(
     Ok((out, kernel))
 }
 
-/// The fragments of a profile, and those that were asked for: a file, or the name of a shipped one.
+/// The fragments of a profile and the additional ones: files, or names of shipped fragments.
 pub(crate) fn fragments(profile: Profile, extra: &[PathBuf]) -> Result<Vec<Fragment>> {
     let mut fragments = shipped_named(&profile.fragments())?;
     for path in extra {
@@ -224,11 +223,11 @@ pub(crate) fn fragments(profile: Profile, extra: &[PathBuf]) -> Result<Vec<Fragm
         let fragment = if path.components().count() == 1 && !path.exists() {
             shipped_named(&[&*name])
                 .map(|mut found| found.remove(0))
-                .with_context(|| format!("{name} is neither a file nor a fragment"))?
+                .with_context(|| format!("{name} is neither a file nor the name of a fragment"))?
         } else {
             Fragment::read(path)?
         };
-        // The profile may have it.
+        // The profile may already include it.
         if !fragments.contains(&fragment) {
             fragments.push(fragment);
         }
@@ -236,8 +235,8 @@ pub(crate) fn fragments(profile: Profile, extra: &[PathBuf]) -> Result<Vec<Fragm
     Ok(fragments)
 }
 
-/// Writes the root filesystem in the form that was asked for or suits it. Where it is EROFS, the version of the
-/// tool that made it; the initramfs has init alone then.
+/// Writes the root filesystem in the requested or the suitable form. For EROFS, returns the version of the tool that
+/// made it; the initramfs then contains only init.
 fn write_root(
     arguments: &Arguments,
     survey: Option<&Survey>,
@@ -249,13 +248,13 @@ fn write_root(
         root_filesystem(init, None, false, &initramfs)?;
         return Ok(None);
     };
-    // An init of the user's own finds its files where it always found them, unless he says otherwise.
+    // With the user's own init, files stay in the initramfs unless the user chose otherwise.
     let usual = if arguments.init.is_some() { RootType::Initramfs } else { survey.root_type() };
     let keep_owners = arguments.keep_owners;
     match arguments.root_type.unwrap_or(usual) {
         RootType::Initramfs => {
-            if let Some(reason) = survey.beyond_initramfs() {
-                eprintln!("warning: {reason}, which an initramfs cannot hold; --root-type erofs can");
+            if let Some(reason) = survey.initramfs_obstacle() {
+                eprintln!("warning: {reason}, which an initramfs cannot store; use --root-type erofs");
             }
             root_filesystem(init, Some(root), keep_owners, &initramfs)?;
             Ok(None)
@@ -267,7 +266,7 @@ fn write_root(
     }
 }
 
-/// An initramfs with init, and what lies below a folder.
+/// Writes an initramfs with init and the content of a folder.
 pub(crate) fn root_filesystem(
     init: &Path,
     root: Option<&Path>,
@@ -293,7 +292,7 @@ fn describe(directory: &Path, name: &str) -> Result<ImageFile> {
     Ok(ImageFile { file: name.to_owned(), size: fs::metadata(&path)?.len(), sha256: sha256_of(&path)? })
 }
 
-/// Where the default image is, relative to the workspace, for messages.
+/// A path relative to the workspace, for messages.
 pub(crate) fn relative(path: &Path) -> String {
     path.strip_prefix(host::workspace()).unwrap_or(path).display().to_string()
 }
@@ -303,26 +302,26 @@ mod tests {
     use super::*;
     use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
-    /// A filesystem in memory of so many MiB, at a folder of its own; nothing for users who are not root.
-    struct SmallDisk(tempfile::TempDir);
+    /// A tmpfs of `mib` MiB; only root can mount one.
+    struct SmallTmpfs(tempfile::TempDir);
 
-    impl SmallDisk {
+    impl SmallTmpfs {
         fn new(mib: u64) -> Option<Self> {
-            let place = tempfile::tempdir().unwrap();
+            let scratch = tempfile::tempdir().unwrap();
             let size = std::ffi::CString::new(format!("size={mib}m")).unwrap();
-            mount("none", place.path(), "tmpfs", MountFlags::empty(), &*size).ok()?;
-            Some(Self(place))
+            mount("none", scratch.path(), "tmpfs", MountFlags::empty(), &*size).ok()?;
+            Some(Self(scratch))
         }
     }
 
-    impl Drop for SmallDisk {
+    impl Drop for SmallTmpfs {
         fn drop(&mut self) {
             let _ = unmount(self.0.path(), UnmountFlags::DETACH);
         }
     }
 
     #[test]
-    fn a_profile_names_the_image_and_its_fragments() {
+    fn a_profile_determines_the_name_and_the_fragments_of_an_image() {
         let run = Arguments { profile: Profile::Run, ..Arguments::default() };
         assert_eq!((run.image_name(), Arguments::default().image_name()), ("run", "default"));
         assert_eq!(Arguments { name: Some("x".to_owned()), ..run }.image_name(), "x");
@@ -332,13 +331,13 @@ mod tests {
         assert_eq!(names(Profile::Boot), DEFAULT);
         assert_eq!(names(Profile::Run), [&DEFAULT[..], &RUN].concat());
         let with_pmem = fragments(Profile::Run, &["pmem".into()]).unwrap();
-        assert_eq!(with_pmem.len(), DEFAULT.len() + RUN.len(), "pmem is one of them");
+        assert_eq!(with_pmem.len(), DEFAULT.len() + RUN.len(), "pmem is a fragment of profile run");
     }
 
     #[test]
-    fn a_disk_that_becomes_full_leaves_the_image_as_it_was() {
-        let Some(disk) = SmallDisk::new(16) else {
-            eprintln!("not tested: only root can make a small filesystem");
+    fn a_full_disk_leaves_the_previous_image_unchanged() {
+        let Some(disk) = SmallTmpfs::new(16) else {
+            eprintln!("skipped: mounting a small tmpfs requires root");
             return;
         };
         let (root, out) = (tempfile::tempdir().unwrap(), disk.0.path().join("image"));
@@ -350,7 +349,7 @@ mod tests {
             root_type: Some(RootType::Erofs),
             ..Arguments::default()
         };
-        // Somebody fills the tree when its size is known already, so that nothing refuses it before it is written.
+        // The tree grows after the survey, so that the check of the free space passes.
         let survey = Survey::of(root.path()).unwrap();
         fs::write(root.path().join("file"), vec![1; 32 << 20]).unwrap();
         let draft = Draft::beside(&out).unwrap();

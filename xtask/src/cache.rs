@@ -1,14 +1,14 @@
-//! Where downloads and built kernels are kept, shared by all checkouts of this user.
+//! The cache of downloads and built kernels, shared by all checkouts of the user.
 //!
-//! `KINDLING_CACHE`, or `kindling` in the XDG cache directory. What is built lies under the digest
-//! of everything it was built from, and appears by renaming, so that it is whole or absent.
+//! It is in `KINDLING_CACHE`, or in `kindling` in the XDG cache directory. Build results are keyed by the digest of all
+//! inputs and published by rename, so that they are complete or absent.
 
 use anyhow::{Context, Result, bail};
 use kindling_vmm::config::image::sha256;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
-/// The cache directory, which exists after this call.
+/// The cache directory; created if necessary.
 pub(crate) fn directory() -> Result<PathBuf> {
     let path = locate(|name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from))?;
     trusted_path::make_folder(&path).context("cannot use the cache")?;
@@ -20,35 +20,35 @@ fn locate(variable: impl Fn(&str) -> Option<PathBuf>) -> Result<PathBuf> {
     if let Some(path) = variable("KINDLING_CACHE") {
         return std::path::absolute(&path).with_context(|| format!("KINDLING_CACHE={}", path.display()));
     }
-    // The XDG specification says that relative paths are to be ignored.
+    // The XDG specification requires relative paths to be ignored.
     let base = variable("XDG_CACHE_HOME").filter(|path| path.is_absolute());
     match base.or_else(|| Some(variable("HOME")?.join(".cache"))) {
         Some(base) => Ok(base.join("kindling")),
-        None => bail!("neither KINDLING_CACHE nor HOME is set: there is no place for a cache"),
+        None => bail!("cannot locate the cache: neither KINDLING_CACHE nor HOME is set"),
     }
 }
 
-/// A subdirectory of the cache, which exists after this call.
+/// A subdirectory of the cache; created if necessary.
 pub(crate) fn subdirectory(name: &str) -> Result<PathBuf> {
     let path = directory()?.join(name);
     fs::create_dir_all(&path).with_context(|| format!("cannot create {}", path.display()))?;
     Ok(path)
 }
 
-/// The digest of several texts in a row, under which something built from them is kept.
+/// The cache key of a list of texts: their digest.
 pub(crate) fn key(parts: &[&str]) -> String {
-    // Each part's length is part of what is digested, so that no two lists run together.
+    // Lengths are included, so that different lists never concatenate to the same text.
     let text: String = parts.iter().map(|part| format!("{}\n{part}\n", part.len())).collect();
     sha256(text.as_bytes())[..32].to_owned()
 }
 
-/// Holds a lock until dropped; another process that wants the same one waits.
+/// A lock between processes, released on drop.
 #[derive(Debug)]
 pub(crate) struct Lock {
     _file: File,
 }
 
-/// Locks something by name. Waiting for another process is said.
+/// Acquires the lock with this name, and prints a message if it has to wait.
 pub(crate) fn lock(name: &str) -> Result<Lock> {
     let path = subdirectory("locks")?.join(name);
     let file = trusted_path::lock_file(&path).with_context(|| format!("cannot create {}", path.display()))?;
@@ -59,15 +59,15 @@ pub(crate) fn lock(name: &str) -> Result<Lock> {
     Ok(Lock { _file: file })
 }
 
-/// A directory under construction, which is removed unless it is [`Self::publish`]ed.
+/// A directory under construction, which is removed on drop unless it is [`Self::publish`]ed.
 #[derive(Debug)]
 pub(crate) struct Draft {
     directory: tempfile::TempDir,
 }
 
 impl Draft {
-    /// An empty directory beside `target`, so that it can be renamed to it. The caller holds a lock
-    /// for `target`: what an interrupted build of it left behind is removed.
+    /// Creates an empty directory beside `target`, so that it can be renamed to it. The caller holds a lock for
+    /// `target`; drafts left by interrupted builds are removed.
     pub(crate) fn beside(target: &Path) -> Result<Self> {
         let parent = target.parent().context("a root directory cannot be replaced")?;
         let name = target.file_name().context("a root directory cannot be replaced")?.to_string_lossy();
@@ -90,15 +90,15 @@ impl Draft {
         self.directory.path()
     }
 
-    /// Makes the directory appear as `target`, in one step, in place of what was there.
+    /// Atomically renames the directory to `target`, replacing an existing one.
     pub(crate) fn publish(self, target: &Path) -> Result<()> {
         use rustix::fs::{CWD, RenameFlags, chmod, renameat_with};
         let failed = || format!("cannot replace {}", target.display());
-        // Temporary directories are private; what they become is not.
+        // Temporary directories have mode 0700.
         chmod(self.path(), rustix::fs::Mode::from_raw_mode(0o755)).with_context(failed)?;
         if fs::symlink_metadata(target).is_ok() {
             renameat_with(CWD, self.path(), CWD, target, RenameFlags::EXCHANGE).with_context(failed)?;
-            // What was there before now has the draft's name and goes away with it.
+            // The previous target now has the draft's name and is removed.
             return self.directory.close().with_context(failed);
         }
         renameat_with(CWD, self.path(), CWD, target, RenameFlags::NOREPLACE).with_context(failed)?;
@@ -112,7 +112,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_environment_says_where_the_cache_is() {
+    fn the_environment_locates_the_cache() {
         let with = |pairs: &[(&str, &str)]| {
             let found =
                 |name: &str| pairs.iter().find(|(n, _)| *n == name).map(|(_, value)| PathBuf::from(value));
@@ -125,15 +125,15 @@ mod tests {
     }
 
     #[test]
-    fn keys_do_not_run_together() {
+    fn keys_depend_on_the_boundaries_between_parts() {
         assert_ne!(key(&["ab", "c"]), key(&["a", "bc"]));
         assert_eq!(key(&["a", "b"]), key(&["a", "b"]));
     }
 
     #[test]
-    fn a_draft_replaces_the_whole_target_or_leaves_it() {
-        let place = tempfile::tempdir().unwrap();
-        let target = place.path().join("image");
+    fn a_published_draft_replaces_the_target_and_an_abandoned_one_is_removed() {
+        let scratch = tempfile::tempdir().unwrap();
+        let target = scratch.path().join("image");
         for content in ["one", "two"] {
             let draft = Draft::beside(&target).unwrap();
             fs::write(draft.path().join(content), content).unwrap();
@@ -142,9 +142,9 @@ mod tests {
             assert_eq!(names, [content]);
         }
         // A build that was killed leaves its draft; the next one removes it.
-        fs::create_dir(place.path().join(".draft-image-killed")).unwrap();
+        fs::create_dir(scratch.path().join(".draft-image-killed")).unwrap();
         drop(Draft::beside(&target).unwrap());
-        let left: Vec<_> = fs::read_dir(place.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        let left: Vec<_> = fs::read_dir(scratch.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert_eq!(left, ["image"]);
     }
 }

@@ -1,18 +1,18 @@
-//! Building the workspace's own programs.
+//! Builds programs of the workspace with cargo.
 
 use crate::host::workspace;
 use anyhow::{Context, Result};
 use std::path::PathBuf;
 use xshell::{Shell, cmd};
 
-/// A shell in the workspace's root. Variables that would change what is built are removed.
+/// A shell in the workspace's root.
 pub(crate) fn shell() -> Result<Shell> {
     let shell = Shell::new()?;
     shell.change_dir(workspace());
     Ok(shell)
 }
 
-/// Builds a program in its release profile, and returns where it is.
+/// Builds a program in the release profile; returns its path.
 pub(crate) fn release_binary(package: &str, binary: &str) -> Result<PathBuf> {
     let shell = shell()?;
     cmd!(shell, "cargo build --quiet --release --package {package} --bin {binary}")

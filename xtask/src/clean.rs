@@ -8,12 +8,12 @@ use std::path::Path;
 
 #[derive(Args, Debug)]
 pub(crate) struct Arguments {
-    /// Say what would be freed, and remove nothing
+    /// Print what would be removed, without removing it
     #[arg(long)]
     dry_run: bool,
 }
 
-/// Removes each part of the cache and says what it was and how large.
+/// Removes each entry of the cache and prints its path and size.
 pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let directory = cache::directory()?;
     let mut total = 0;
@@ -37,7 +37,7 @@ fn remove(path: &Path) -> std::io::Result<()> {
     if path.symlink_metadata()?.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) }
 }
 
-/// Bytes that a file or a tree takes on the disk.
+/// Disk usage of a file or a directory tree in bytes.
 fn disk_usage(path: &Path) -> Result<u64> {
     use std::os::unix::fs::MetadataExt;
     let metadata = path.symlink_metadata()?;

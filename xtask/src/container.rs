@@ -1,4 +1,4 @@
-//! Root filesystems of container images: `kindling-oci` makes them.
+//! Root filesystems from container images, converted by `kindling-oci`.
 
 use crate::cargo;
 use anyhow::{Context, Result, bail};
@@ -7,7 +7,7 @@ use serde::Deserialize;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// What `kindling-oci` says of an image.
+/// The output of `kindling-oci prepare`.
 #[derive(Debug, Deserialize)]
 pub(crate) struct Prepared {
     pub(crate) rootfs: PathBuf,
@@ -32,7 +32,7 @@ struct User {
     home: Option<String>,
 }
 
-/// Converts an image, if that was not done before.
+/// Converts an image unless it is cached.
 pub(crate) fn prepare(image: &str, cache: Option<&Path>) -> Result<Prepared> {
     let mut command = Command::new(cargo::release_binary("kindling-oci", "kindling-oci")?);
     command.arg("prepare");
@@ -41,14 +41,14 @@ pub(crate) fn prepare(image: &str, cache: Option<&Path>) -> Result<Prepared> {
     }
     let output = command.args(["--", image]).stdin(Stdio::null()).stderr(Stdio::inherit()).output()?;
     if !output.status.success() {
-        // It has said why.
-        bail!("--from {image}: no root filesystem can be made of it");
+        // kindling-oci has printed the reason.
+        bail!("--from {image}: cannot convert the image to a root filesystem");
     }
-    serde_json::from_slice(&output.stdout).context("kindling-oci says something else than before")
+    serde_json::from_slice(&output.stdout).context("cannot parse the output of kindling-oci")
 }
 
 impl Prepared {
-    /// What the image's guest runs.
+    /// The command, environment and user of the image, for image.json.
     pub(crate) fn into_container(self) -> Container {
         let Self { digest, config, .. } = self;
         let mut environment = config.env;

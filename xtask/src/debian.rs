@@ -1,4 +1,4 @@
-//! Debian's packages: tools that are installed, and files that are only unpacked.
+//! Debian packages: tools that are installed, and packages that are only unpacked.
 
 use crate::cache;
 use anyhow::{Context, Result, bail};
@@ -7,7 +7,7 @@ use std::io::{BufRead, IsTerminal};
 use std::path::{Path, PathBuf};
 use xshell::{Shell, cmd};
 
-/// What a build or the lab needs: a file that shows it is there, and the package that has it.
+/// Required tools: a file that shows that the tool is installed, and its package.
 const KERNEL_BUILD: [(&str, &str); 8] = [
     ("/usr/bin/make", "make"),
     ("/usr/bin/gcc", "gcc"),
@@ -21,32 +21,32 @@ const KERNEL_BUILD: [(&str, &str); 8] = [
 const LAB: [(&str, &str); 2] =
     [("/usr/bin/qemu-system-x86_64", "qemu-system-x86"), ("/usr/bin/zstd", "zstd")];
 const EROFS: [(&str, &str); 1] = [("/usr/bin/mkfs.erofs", "erofs-utils")];
-/// The variable with which a user allows in advance what takes root.
-const CONSENT: &str = "KINDLING_INSTALL";
+/// The environment variable that allows commands as root without a prompt.
+const CONSENT_VARIABLE: &str = "KINDLING_INSTALL";
 
 const IMAGES: [(&str, &str); 2] = [("/usr/bin/mmdebstrap", "mmdebstrap"), ("/usr/bin/umoci", "umoci")];
 
-/// Installs what building a kernel needs and is not there.
+/// Installs missing packages for kernel builds.
 pub(crate) fn ensure_kernel_build_tools() -> Result<()> {
     ensure(&KERNEL_BUILD)
 }
 
-/// Installs what the lab needs and is not there.
+/// Installs missing packages for the lab.
 pub(crate) fn ensure_lab_tools() -> Result<()> {
     ensure(&LAB)
 }
 
-/// Installs what makes read-only root filesystems and is not there.
+/// Installs missing packages for EROFS images.
 pub(crate) fn ensure_erofs_tools() -> Result<()> {
     ensure(&EROFS)
 }
 
-/// Installs what makes container images of packages and is not there.
+/// Installs missing packages for building container images from packages.
 pub(crate) fn ensure_image_tools() -> Result<()> {
     ensure(&IMAGES)
 }
 
-/// The name of this machine's release of Debian.
+/// The code name of this machine's Debian release.
 pub(crate) fn release() -> String {
     let text = fs::read_to_string("/etc/os-release").unwrap_or_default();
     let name = text.lines().find_map(|line| line.strip_prefix("VERSION_CODENAME="));
@@ -61,9 +61,9 @@ fn ensure(needed: &[(&str, &str)]) -> Result<()> {
     }
     let list = missing.join(" ");
     if !Path::new("/usr/bin/apt-get").exists() {
-        bail!("please install what Debian calls: {list} (this system has no apt-get)");
+        bail!("missing packages: {list}; install them by their Debian names (this system has no apt-get)");
     }
-    allow("installing", &format!("apt-get install {list}"))?;
+    confirm_root("installing", &format!("apt-get install {list}"))?;
     let _lock = cache::lock("apt")?;
     install(&missing).with_context(|| format!("cannot install {list}; try: sudo apt-get install {list}"))
 }
@@ -73,34 +73,34 @@ fn install(packages: &[&str]) -> Result<()> {
         let words = ["install", "--yes", "--quiet", "--no-install-recommends"];
         apt_get(&[&words[..], packages].concat())
     };
-    // A machine's package lists may never have been fetched, or be out of date.
+    // Package lists may be missing or outdated.
     install().or_else(|_| update().and_then(|()| install()))
 }
 
-/// Says what is about to be done as root. Whoever is root asked for it by running this; another user is asked, because
-/// `sudo` may have the password already.
-fn allow(what: &str, command: &str) -> Result<()> {
+/// Announces a command that runs as root. Root's consent is implied by running xtask. Other users are asked, because
+/// `sudo` may not ask for a password.
+fn confirm_root(what: &str, command: &str) -> Result<()> {
     if rustix::process::geteuid().is_root() {
         eprintln!("{what}: {command} ...");
         return Ok(());
     }
-    if std::env::var_os(CONSENT).is_some_and(|value| value == "yes") {
-        eprintln!("{what}, as {CONSENT} allows: sudo {command} ...");
+    if std::env::var_os(CONSENT_VARIABLE).is_some_and(|value| value == "yes") {
+        eprintln!("{what}, as {CONSENT_VARIABLE} allows: sudo {command} ...");
         return Ok(());
     }
     if !std::io::stdin().is_terminal() {
-        bail!("this takes a command as root; run it, or set {CONSENT}=yes: sudo {command}");
+        bail!("root is required; run the command, or set {CONSENT_VARIABLE}=yes: sudo {command}");
     }
-    eprint!("May this run as root?  sudo {command}  [y/N] ");
+    eprint!("Run as root: sudo {command}  [y/N] ");
     let mut answer = String::new();
     std::io::stdin().lock().read_line(&mut answer)?;
     if ["y", "yes"].contains(&answer.trim().to_ascii_lowercase().as_str()) {
         return Ok(());
     }
-    bail!("not run: sudo {command}")
+    bail!("declined: sudo {command}")
 }
 
-/// `apt-get`, as root.
+/// Runs `apt-get` as root.
 fn apt_get(words: &[&str]) -> Result<()> {
     let shell = Shell::new()?;
     let command = if rustix::process::geteuid().is_root() {
@@ -111,8 +111,8 @@ fn apt_get(words: &[&str]) -> Result<()> {
     Ok(command.env("DEBIAN_FRONTEND", "noninteractive").quiet().ignore_stdout().run()?)
 }
 
-/// The unpacked content of a package, which is not installed. `name` may be a package that only
-/// depends on the one with the current version.
+/// The unpacked content of a package, which is not installed. `name` may be a metapackage that depends on the package
+/// with the current version.
 pub(crate) fn unpacked(name: &str) -> Result<PathBuf> {
     let target = cache::subdirectory("debian")?.join(name);
     if target.exists() {
@@ -135,15 +135,16 @@ pub(crate) fn unpacked(name: &str) -> Result<PathBuf> {
     Ok(target)
 }
 
-/// Name of the file inside an unpacked package that holds the package file's name.
+/// The file in an unpacked package with the name of the package file.
 const VERSION: &str = "PACKAGE";
 
-/// The file name, with version, of an unpacked package.
+/// The name of the package file, which contains its version.
 pub(crate) fn version(unpacked: &Path) -> Result<String> {
-    fs::read_to_string(unpacked.join(VERSION)).with_context(|| format!("{} is not whole", unpacked.display()))
+    fs::read_to_string(unpacked.join(VERSION))
+        .with_context(|| format!("{} is incomplete", unpacked.display()))
 }
 
-/// The versioned package behind a kernel's meta-package or Python's; other names stand for themselves.
+/// The versioned package of a metapackage of the kernel or Python; other names are returned unchanged.
 fn resolve(name: &str) -> Result<String> {
     let prefix = match name {
         "python3-minimal" => "python3.",
@@ -164,7 +165,7 @@ fn resolve(name: &str) -> Result<String> {
 }
 
 fn update() -> Result<()> {
-    allow("fetching Debian's package lists", "apt-get update")?;
+    confirm_root("fetching Debian's package lists", "apt-get update")?;
     apt_get(&["update", "--quiet"]).context("cannot fetch Debian's package lists; try: sudo apt-get update")
 }
 
@@ -183,5 +184,5 @@ fn download(package: &str, directory: &Path) -> Result<PathBuf> {
     files
         .into_iter()
         .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
-        .with_context(|| format!("downloading {package} gave no file"))
+        .with_context(|| format!("apt-get download {package} produced no file"))
 }

@@ -1,4 +1,4 @@
-//! A folder as a container image: an archive as `docker save` writes it, with the folder as its one layer.
+//! Packs a folder as a container image: an archive in the format of `docker save`, with one layer.
 
 use anyhow::Result;
 use kindling_vmm::config::image::sha256_of;
@@ -7,10 +7,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use xshell::{Shell, cmd};
 
-/// Writes `image.tar` into `place`. `config` is what the image says of its command.
-pub(crate) fn write(place: &Path, tree: &Path, config: &Value) -> Result<PathBuf> {
+/// Writes `image.tar` into `folder`. `config` is the `config` object of the image configuration.
+pub(crate) fn write(folder: &Path, tree: &Path, config: &Value) -> Result<PathBuf> {
     let shell = Shell::new()?;
-    shell.change_dir(place);
+    shell.change_dir(folder);
     let attributes = ["--xattrs", "--xattrs-include=*", "--sparse", "--sort=name"];
     cmd!(
         shell,
@@ -18,14 +18,14 @@ pub(crate) fn write(place: &Path, tree: &Path, config: &Value) -> Result<PathBuf
     )
     .quiet()
     .run()?;
-    let digest = sha256_of(&place.join("layer.tar"))?;
+    let digest = sha256_of(&folder.join("layer.tar"))?;
     let description = json!({
         "architecture": "amd64", "os": "linux", "config": config,
         "rootfs": { "diff_ids": [format!("sha256:{digest}")] },
     });
-    fs::write(place.join("config.json"), description.to_string())?;
+    fs::write(folder.join("config.json"), description.to_string())?;
     let manifest = json!([{ "Config": "config.json", "Layers": ["layer.tar"] }]);
-    fs::write(place.join("manifest.json"), manifest.to_string())?;
+    fs::write(folder.join("manifest.json"), manifest.to_string())?;
     cmd!(shell, "tar --create --file image.tar manifest.json config.json layer.tar").quiet().run()?;
-    Ok(place.join("image.tar"))
+    Ok(folder.join("image.tar"))
 }

@@ -1,9 +1,9 @@
-//! Whether guests run here directly or in the lab.
+//! Selects where guests run: on this machine or in the lab.
 
 use kindling_vmm::kvm::probe::{Probe, probe};
 use std::path::PathBuf;
 
-/// The workspace's root: commands work from everywhere inside it.
+/// The workspace's root.
 pub(crate) fn workspace() -> PathBuf {
     let here = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
     here.parent().map_or_else(|| here.clone(), PathBuf::from)
@@ -19,7 +19,7 @@ pub(crate) enum Host {
 }
 
 impl Host {
-    /// What files call a place that was measured in: here, or in the exact lab.
+    /// The name of the host in files.
     pub(crate) const fn kind(self) -> &'static str {
         match self {
             Self::Hardware => "hardware",
@@ -27,7 +27,7 @@ impl Host {
         }
     }
 
-    /// What times from there mean.
+    /// The meaning of times on the host.
     pub(crate) const fn meaning(self) -> &'static str {
         match self {
             Self::Hardware => "real time, with this machine's KVM",
@@ -37,11 +37,13 @@ impl Host {
         }
     }
 
-    /// Chooses, and says what it chose and why in one line. `exact` asks for the exact lab;
-    /// `counted` says that a lab, if it is one, counts instructions all the same.
+    /// Selects the host, and prints the choice and its reason on one line. `exact` forces the exact lab; `counted`
+    /// means that a lab counts instructions in any case.
     pub(crate) fn choose(exact: bool, counted: bool) -> Self {
         if exact {
-            println!("host: the exact lab (emulated KVM, one instruction = one nanosecond), as asked for");
+            println!(
+                "host: the exact lab (emulated KVM, one instruction = one nanosecond), because of --exact"
+            );
             return Self::Lab;
         }
         let found = probe();
@@ -51,8 +53,8 @@ impl Host {
                 return Self::Hardware;
             }
             Probe::Software { failed_on } => format!("/dev/kvm here is a software KVM: {failed_on}"),
-            Probe::NoPermission => "/dev/kvm may not be opened by this user".to_owned(),
-            Probe::Absent => "there is no /dev/kvm".to_owned(),
+            Probe::NoPermission => "this user has no permission to open /dev/kvm".to_owned(),
+            Probe::Absent => "/dev/kvm does not exist".to_owned(),
             Probe::Broken(error) => format!("/dev/kvm does not work: {error}"),
         };
         let kind = if counted { "the exact lab" } else { "the lab" };

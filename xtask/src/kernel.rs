@@ -1,7 +1,7 @@
-//! The guest kernel: its source, its configuration, and its build.
+//! The guest kernel: source, configuration and build.
 //!
-//! A kernel is kept under the digest of its source, its configuration and its compiler. Kernels of
-//! one source share a build directory, so that a changed fragment recompiles what it affects.
+//! Built kernels are cached under the digest of source, configuration and compiler. Kernels of one source share a build
+//! directory, so that a changed fragment recompiles only affected objects.
 
 use crate::cache::{self, Draft};
 use crate::debian;
@@ -20,19 +20,19 @@ use xshell::{Shell, cmd};
 
 /// The Debian package with the default source.
 const DEBIAN_SOURCE: &str = "linux-source-6.12";
-/// Raised when this file builds kernels differently from the same inputs.
+/// Version of the build recipe; increment when this module builds kernels differently from the same inputs.
 const RECIPE: &str = "2";
-/// Objects of a kernel with the default fragments, for the first build's progress.
+/// Number of objects of a kernel with the default fragments, for the progress of the first build.
 const USUAL_OBJECTS: u64 = 1150;
 
-/// Source of a kernel, unpacked.
+/// An unpacked kernel source.
 #[derive(Debug)]
 pub(crate) struct Source {
-    /// The folder with the kernel's top Makefile.
+    /// The folder with the top-level Makefile.
     pub(crate) directory: PathBuf,
-    /// What tells this source from every other.
+    /// A digest that identifies the source.
     identity: String,
-    /// Where it came from, for people.
+    /// A description of the origin.
     pub(crate) origin: String,
 }
 
@@ -41,19 +41,19 @@ pub(crate) struct Source {
 pub(crate) struct Kernel {
     /// The uncompressed ELF file.
     pub(crate) vmlinux: PathBuf,
-    /// Its symbols, which the ELF file does not have.
+    /// The symbols, which are stripped from the ELF file.
     pub(crate) system_map: PathBuf,
     /// `make kernelrelease`.
     pub(crate) version: String,
-    /// vCPUs that it can use: CONFIG_NR_CPUS.
+    /// The maximum number of vCPUs: CONFIG_NR_CPUS.
     pub(crate) vcpus_max: u8,
     /// SHA-256 of the composed configuration.
     pub(crate) config_sha256: String,
-    /// Compiler and linker with their versions.
+    /// Versions of compiler and linker.
     pub(crate) tools: BTreeMap<String, String>,
 }
 
-/// Finds or fetches the source: a folder, a tarball, or Debian's package.
+/// Locates or downloads the source: a folder, a tarball, or Debian's package.
 pub(crate) fn source(path: Option<&Path>) -> Result<Source> {
     match path {
         None => debian_source(),
@@ -77,7 +77,7 @@ fn tarball_source(path: &Path) -> Result<Source> {
     unpack(path, cache::key(&["tarball", &digest]), format!("{name}, SHA-256 {digest}"))
 }
 
-/// Unpacks a tarball into the cache, once.
+/// Unpacks a tarball into the cache unless it is there.
 fn unpack(tarball: &Path, identity: String, origin: String) -> Result<Source> {
     let directory = cache::subdirectory("kernel-source")?.join(&identity);
     if !directory.exists() {
@@ -87,7 +87,7 @@ fn unpack(tarball: &Path, identity: String, origin: String) -> Result<Source> {
             eprintln!("unpacking {} ...", tarball.display());
             let draft = Draft::beside(&directory)?;
             let (shell, target) = (Shell::new()?, draft.path());
-            // Nothing below these folders takes part in a build.
+            // No build uses files in these folders.
             let left_out = ["Documentation", "tools/testing", "drivers/gpu/drm/amd/include"];
             let exclude = left_out.map(|folder| format!("--exclude=*/{folder}/*.[!K]*"));
             cmd!(
@@ -104,8 +104,8 @@ fn unpack(tarball: &Path, identity: String, origin: String) -> Result<Source> {
     Ok(Source { directory, identity, origin })
 }
 
-/// A folder is identified by the names, sizes and times of its files: reading them all would take
-/// longer than a build may that has nothing to do.
+/// The source in a folder, identified by the names, sizes and modification times of its files: hashing their content
+/// would take longer than an up-to-date build may.
 fn directory_source(path: &Path) -> Result<Source> {
     let directory = path.canonicalize()?;
     require_kernel(&directory)?;
@@ -136,38 +136,38 @@ fn stamp(directory: &Path, stamps: &mut Vec<String>) -> Result<()> {
 
 fn require_kernel(directory: &Path) -> Result<()> {
     if !directory.join("Kbuild").exists() || !directory.join("arch/x86/Kconfig").exists() {
-        bail!("{} is not the source of a Linux kernel: it has no arch/x86/Kconfig", directory.display());
+        bail!("{} is not a Linux kernel source: Kbuild or arch/x86/Kconfig is missing", directory.display());
     }
     Ok(())
 }
 
-/// The kernel with this configuration: from the cache, or built now.
+/// The kernel with this configuration, from the cache or built.
 pub(crate) fn build(source: &Source, asked: &Composed) -> Result<Kernel> {
     debian::ensure_kernel_build_tools()?;
     let tools = tools()?;
     let versions: String = tools.iter().map(|(name, version)| format!("{name} {version}\n")).collect();
     let key = cache::key(&[RECIPE, &source.identity, &asked.text(), &versions]);
-    let place = cache::subdirectory("kernels")?.join(&key);
-    if !place.exists() {
+    let target = cache::subdirectory("kernels")?.join(&key);
+    if !target.exists() {
         let _lock = cache::lock(&format!("kernel-build-{}", source.identity))?;
-        if !place.exists() {
-            build_into(source, asked, &place)?;
+        if !target.exists() {
+            build_into(source, asked, &target)?;
         }
     }
     let read = |name: &str| -> Result<String> {
-        fs::read_to_string(place.join(name)).with_context(|| format!("{} is not whole", place.display()))
+        fs::read_to_string(target.join(name)).with_context(|| format!("{} is incomplete", target.display()))
     };
     Ok(Kernel {
         version: read("version")?,
         vcpus_max: vcpus_max(&read("config")?),
         config_sha256: sha256(read("config")?.as_bytes()),
-        vmlinux: place.join("vmlinux"),
-        system_map: place.join("System.map"),
+        vmlinux: target.join("vmlinux"),
+        system_map: target.join("System.map"),
         tools,
     })
 }
 
-/// `CONFIG_NR_CPUS`, as far as a machine has as many.
+/// `CONFIG_NR_CPUS`, capped at the maximum of a machine.
 fn vcpus_max(config: &str) -> u8 {
     let number = config.lines().find_map(|line| line.strip_prefix("CONFIG_NR_CPUS="));
     number.and_then(|number| number.parse().ok()).unwrap_or(VCPUS_MAX).min(VCPUS_MAX)
@@ -181,26 +181,26 @@ fn tools() -> Result<BTreeMap<String, String>> {
     Ok(BTreeMap::from([("gcc".to_owned(), gcc), ("ld".to_owned(), ld)]))
 }
 
-fn build_into(source: &Source, asked: &Composed, place: &Path) -> Result<()> {
+fn build_into(source: &Source, asked: &Composed, target: &Path) -> Result<()> {
     let work = cache::subdirectory("kernel-build")?.join(&source.identity);
     fs::create_dir_all(&work)?;
     configure_in(source, asked, &work)?;
     compile(source, &work)?;
-    let draft = Draft::beside(place)?;
-    // The symbols are in System.map.
+    let draft = Draft::beside(target)?;
+    // Symbols are kept in System.map only.
     vmlinux::pack(&work.join("vmlinux"), &draft.path().join("vmlinux"))?;
     fs::copy(work.join("System.map"), draft.path().join("System.map"))?;
     fs::copy(work.join(".config"), draft.path().join("config"))?;
     let version = make(source, &work).args(["--silent", "kernelrelease"]).output()?;
     fs::write(draft.path().join("version"), String::from_utf8_lossy(&version.stdout).trim())?;
-    draft.publish(place)
+    draft.publish(target)
 }
 
-/// The configuration that a set of fragments gives, checked against what they ask for.
+/// Configures a kernel with these fragments, and checks that their settings took effect.
 pub(crate) fn configure(source: &Source, asked: &Composed) -> Result<KernelConfig> {
     debian::ensure_kernel_build_tools()?;
-    let place = tempfile::tempdir()?;
-    configure_in(source, asked, place.path())
+    let target = tempfile::tempdir()?;
+    configure_in(source, asked, target.path())
 }
 
 fn configure_in(source: &Source, asked: &Composed, work: &Path) -> Result<KernelConfig> {
@@ -213,12 +213,12 @@ fn configure_in(source: &Source, asked: &Composed, work: &Path) -> Result<Kernel
     let kconfig = Kconfig::read(&KernelTree::new(&source.directory))?;
     if let Err(unmet) = check(asked, &result, &kconfig) {
         let list: String = unmet.iter().map(|unmet| format!("\n  {unmet}")).collect();
-        bail!("the kernel's configuration does not have what was asked for:{list}");
+        bail!("settings that did not take effect in the kernel's configuration:{list}");
     }
     Ok(result)
 }
 
-/// `make` for this source and build directory, alike on every machine and for every user.
+/// `make` for this source and build directory, reproducible across machines and users.
 fn make(source: &Source, work: &Path) -> Command {
     let mut command = Command::new("make");
     for name in ["MAKEFLAGS", "ARCH", "CROSS_COMPILE", "KCFLAGS", "KCONFIG_CONFIG", "LOCALVERSION", "O"] {
@@ -250,7 +250,7 @@ fn last_lines(text: &str) -> String {
     lines[lines.len().saturating_sub(20)..].join("\n")
 }
 
-/// Compiles `vmlinux`, showing objects done of objects expected.
+/// Compiles `vmlinux` and shows the number of objects built.
 fn compile(source: &Source, work: &Path) -> Result<()> {
     let count = work.join("objects");
     let known = fs::read_to_string(&count).ok().and_then(|text| text.parse().ok());

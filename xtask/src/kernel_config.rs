@@ -1,4 +1,4 @@
-//! `cargo xtask kernel-config`: the guest kernel's configuration, checked, compared, explained.
+//! `cargo xtask kernel-config`: checks, compares and explains configurations of the guest kernel.
 
 use crate::build_image::{self, Profile};
 use crate::{kernel, prices};
@@ -14,36 +14,36 @@ pub(crate) struct Arguments {
     /// Kernel source: a folder or a tarball, instead of Debian's package
     #[arg(long, value_name = "DIR|TARBALL", global = true)]
     kernel_source: Option<PathBuf>,
-    /// Whose fragments
+    /// Profile whose fragments are used
     #[arg(long, value_enum, global = true, default_value = "boot")]
     profile: Profile,
-    /// Configuration to add to them: a file, or the name of an optional fragment
+    /// Kernel configuration to add: a file, or the name of an optional fragment; may be repeated
     #[arg(long, value_name = "FILE|NAME", global = true)]
     config_fragment: Vec<PathBuf>,
 }
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Composes the fragments and says what of them the kernel does not take, and why
+    /// Check that the kernel accepts all settings of the fragments
     Check,
-    /// Lists the symbols in which two .config files differ
+    /// List the symbols that differ between two .config files
     Diff {
-        /// One configuration
+        /// First configuration
         a: PathBuf,
-        /// The other
+        /// Second configuration
         b: PathBuf,
     },
-    /// Says what a symbol is, what it needs, its value, and which fragment asks for it
+    /// Show a symbol's description, dependencies, value and the fragment that sets it
     Explain {
-        /// The symbol, with or without CONFIG_
+        /// Symbol, with or without CONFIG_
         symbol: String,
     },
-    /// Builds the kernel with and without each fragment and lists what each costs
+    /// Build the kernel with and without each fragment and list the cost of each
     Prices {
-        /// Also write the list to this file
+        /// Write the list to this file as well
         #[arg(long, value_name = "FILE")]
         out: Option<PathBuf>,
-        /// Price of this fragment alone, instead of all; may be repeated
+        /// Measure only this fragment; may be repeated
         #[arg(long, value_name = "NAME")]
         only: Vec<String>,
     },
@@ -56,7 +56,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
             let fragments = build_image::fragments(arguments.profile, &arguments.config_fragment)?;
             let asked = compose(&fragments)?;
             kernel::configure(&kernel::source(arguments.kernel_source.as_deref())?, &asked)?;
-            println!("all {} symbols of {} fragments are as asked", asked.len(), fragments.len());
+            println!(
+                "all {} symbols of {} fragments have the requested values",
+                asked.len(),
+                fragments.len()
+            );
         }
         Command::Prices { out, only } => {
             return prices::run(arguments.kernel_source.as_deref(), only, out.as_deref());
@@ -72,7 +76,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
             let config = kernel::configure(&source, &compose(&fragments)?)?;
             let kconfig = Kconfig::read(&KernelTree::new(&source.directory))?;
             let mut known = shipped()?;
-            known.extend(fragments.into_iter().filter(|fragment| arguments.is_users(fragment)));
+            known.extend(fragments.into_iter().filter(|fragment| arguments.is_user_fragment(fragment)));
             print!("{}", explain(symbol, &kconfig, Some(&config), &known));
         }
     }
@@ -80,7 +84,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
 }
 
 impl Arguments {
-    fn is_users(&self, fragment: &guest_kernel_config::Fragment) -> bool {
+    fn is_user_fragment(&self, fragment: &guest_kernel_config::Fragment) -> bool {
         self.config_fragment.iter().any(|path| path.to_string_lossy().ends_with(&fragment.name))
     }
 }

@@ -1,4 +1,4 @@
-//! `cargo xtask`: one file per command, and beside them what several commands share.
+//! `cargo xtask`: one module per command, and the modules that several commands share.
 #![expect(clippy::print_stderr, clippy::print_stdout, reason = "commands speak to their user")]
 
 mod archive;
@@ -38,7 +38,7 @@ mod vmlinux;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
-/// Builds, boots and tests Kindling.
+/// Build, boot and test Kindling
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask", arg_required_else_help = true)]
 struct Arguments {
@@ -48,35 +48,35 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Builds everything, boots the default image and prints its boot report
+    /// Build everything, boot the default image and print its boot report
     Run(run::Arguments),
-    /// Runs all tests: those of the crates, then those that boot guests
+    /// Run all tests: the unit tests, then the tests that boot guests
     Test(test::Arguments),
-    /// Measures the figures of tests/boot-budget.json in many labs, and how much they differ
+    /// Measure the values of tests/boot-budget.json in many labs and print their spread
     Budget(budget::Arguments),
-    /// Compares Kindling with other monitors: times, memory, exits
+    /// Compare boot times, memory and exits of Kindling and other monitors
     Bench(Box<bench::Arguments>),
-    /// Compares converting a container image with mkfs.erofs, on this machine
+    /// Compare the conversion of a container image with mkfs.erofs, on this machine
     BenchConvert {
-        /// How often each is measured
+        /// Number of times each conversion is measured
         #[arg(long, default_value_t = 5)]
         runs: usize,
     },
-    /// Shows where the time of one boot goes
+    /// Show where the time of one boot goes
     Profile(Box<profile::Arguments>),
-    /// Makes a bootable image: kernel, root filesystem and their description
+    /// Build a bootable image: kernel, root filesystem and image.json
     BuildImage(build_image::Arguments),
-    /// Checks, compares and explains the guest kernel's configuration
+    /// Check, compare and explain guest kernel configurations
     KernelConfig(kernel_config::Arguments),
-    /// Measures what a root filesystem costs in each form, by its size
+    /// Measure the cost of a root filesystem as an initramfs and as EROFS, by its size
     RootPrices(root_prices::Arguments),
-    /// Runs a command on an emulated machine that has KVM
+    /// Run a command in the lab, an emulated machine with KVM
     Lab(lab::Arguments),
-    /// Lists the VMM's functions that a boot executes, for the linker: vmm/boot-code.ld
+    /// Update vmm/boot-code.ld, the linker's list of the functions that a boot executes
     BootCode(boot_code::Arguments),
-    /// Writes the output of the commands that README and docs show into them
+    /// Update the command output shown in README.md and docs
     Transcripts(transcripts::Arguments),
-    /// Removes the cache and says what that frees
+    /// Remove the cache
     Clean(clean::Arguments),
     /// The part of `bench` that runs beside the monitors
     #[command(hide = true)]

@@ -1,5 +1,4 @@
-//! `cargo xtask kernel-config prices`: what each fragment costs, by building the kernel with and
-//! without it.
+//! `cargo xtask kernel-config prices`: the cost of each fragment, measured by building the kernel with and without it.
 
 use crate::bench::{self, Start};
 use crate::build_image::{self, Arguments as ImageArguments};
@@ -12,14 +11,14 @@ use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Fragments without which there is no guest that could be measured.
+/// Fragments that every measurable guest needs.
 const REQUIRED: [&str; 3] = ["base", "kvm-guest", "console"];
-/// MiB of the guest whose memory is measured.
+/// Memory of the measured guest in MiB.
 const GUEST_MIB: u64 = 128;
-/// How often a start is measured: what counts is the median.
+/// Repetitions of a start; the result is the median.
 const STARTS: u32 = 5;
 
-/// Default fragments that cannot be in a kernel without this one.
+/// Default fragments that depend on this one.
 fn dependents(name: &str) -> &'static [&'static str] {
     match name {
         "virtio" => &["block", "net", "ipv6", "vsock", "virtio-fs", "balloon"],
@@ -28,12 +27,12 @@ fn dependents(name: &str) -> &'static [&'static str] {
     }
 }
 
-/// A kernel that differs from the default by a fragment.
+/// A kernel that differs from the default by one fragment.
 #[derive(Debug)]
 struct Variant {
-    /// The fragment; none for the default kernel itself.
+    /// The fragment; `None` for the default kernel.
     fragment: Option<&'static str>,
-    /// What the kernel is made of.
+    /// The fragments of the kernel.
     parts: Vec<&'static str>,
 }
 
@@ -41,7 +40,7 @@ impl Variant {
     fn all() -> Vec<Self> {
         let mut variants = vec![Self { fragment: None, parts: DEFAULT.to_vec() }];
         let mut removable: Vec<_> = DEFAULT.into_iter().filter(|name| !REQUIRED.contains(name)).collect();
-        // Kernels that are alike follow each other: what they share is compiled once.
+        // Similar kernels are built in sequence, so that common objects are compiled once.
         removable.sort_by_key(|name| dependents(name).len());
         for name in removable {
             let gone = |part: &&str| *part == name || dependents(name).contains(part);
@@ -55,15 +54,15 @@ impl Variant {
         variants
     }
 
-    /// The fragments, and one that switches off what the missing ones ask for and nobody else does:
-    /// many a symbol is on where nobody asks. What a missing fragment switches off stays off.
+    /// The fragments, and one that disables the symbols that only the missing fragments enable: many symbols are
+    /// enabled by default. Symbols that a missing fragment disables stay disabled.
     fn fragments(&self) -> Result<Vec<Fragment>> {
         let mut fragments = shipped_named(&self.parts)?;
         let kept = compose(&fragments)?;
         let missing: Vec<_> = DEFAULT.into_iter().filter(|name| !self.parts.contains(name)).collect();
         let gone = shipped_named(&missing)?;
         let symbols = gone.iter().flat_map(|fragment| &fragment.symbols).map(|setting| &*setting.symbol);
-        // Two fragments may ask for the same symbol, and one may not.
+        // Two fragments may set the same symbol, and one fragment may not set it twice.
         let symbols: BTreeSet<&str> = symbols.filter(|symbol| kept.asked(symbol).is_none()).collect();
         let text: String = symbols.iter().map(|symbol| format!("CONFIG_{symbol}=n\n")).collect();
         fragments.push(Fragment::parse("without", text.as_bytes(), Origin::User)?);
@@ -79,16 +78,12 @@ impl Variant {
     }
 }
 
-/// The default kernel, and those for the fragments that are asked for.
+/// The default kernel and those of the requested fragments.
 fn chosen(only: &[String]) -> Result<Vec<Variant>> {
     let all = Variant::all();
     for name in only {
         let known: Vec<_> = all.iter().filter_map(|variant| variant.fragment).collect();
-        ensure!(
-            known.contains(&name.as_str()),
-            "--only {name}: fragments with a price are {}",
-            known.join(", ")
-        );
+        ensure!(known.contains(&name.as_str()), "--only {name}: expected one of {}", known.join(", "));
     }
     let is_chosen = |variant: &Variant| {
         only.is_empty() || variant.fragment.is_none_or(|fragment| only.iter().any(|name| name == fragment))
@@ -96,21 +91,21 @@ fn chosen(only: &[String]) -> Result<Vec<Variant>> {
     Ok(all.into_iter().filter(is_chosen).collect())
 }
 
-/// What was measured of a kernel.
+/// The measurements of a kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Measured {
     /// Nanoseconds from the start of the command to init's first instruction.
     boot_ns: i64,
     /// Bytes of the image's vmlinux.
     kernel_bytes: i64,
-    /// Bytes of guest memory that are not free when the payload starts.
+    /// Guest memory in bytes that is in use when the payload starts.
     memory_bytes: i64,
-    /// The same for `kindling run`, whose guests start from the pre-booted kernel; none where no program runs.
+    /// The measurements of `kindling run` from the pre-booted kernel; `None` if no program runs.
     start: Option<Start>,
 }
 
 impl Measured {
-    /// What the second costs more than the first.
+    /// The additional cost of `to` compared with `from`.
     fn price(from: Self, to: Self) -> Self {
         Self {
             boot_ns: to.boot_ns - from.boot_ns,
@@ -125,23 +120,22 @@ impl Measured {
     }
 }
 
-/// Builds every variant, boots each in one exact lab, and prints the list; also into `out`.
+/// Builds all variants, boots each in one exact lab, and prints the table; also writes it to `out`.
 pub(crate) fn run(kernel_source: Option<&Path>, only: &[String], out: Option<&Path>) -> Result<u8> {
-    let place = tempfile::tempdir()?;
+    let scratch = tempfile::tempdir()?;
     let variants = chosen(only)?;
     let source = kernel::source(kernel_source)?;
-    // A configuration that the kernel does not take shows within seconds; the builds take an hour.
+    // Configuration errors show within seconds, while the builds take an hour.
     for variant in &variants {
         let asked = compose(&variant.fragments()?)?;
-        kernel::configure(&source, &asked)
-            .with_context(|| format!("the kernel for the price of {}", variant.name()))?;
+        kernel::configure(&source, &asked).with_context(|| format!("the kernel of {}", variant.name()))?;
     }
     for (number, variant) in variants.iter().enumerate() {
         eprintln!("kernel {} of {}: {}", number + 1, variants.len(), variant.name());
-        build(variant, &source, &place.path().join(variant.name()))
-            .with_context(|| format!("the kernel for the price of {}", variant.name()))?;
+        build(variant, &source, &scratch.path().join(variant.name()))
+            .with_context(|| format!("the kernel of {}", variant.name()))?;
     }
-    let measured = measure(&variants, place.path())?;
+    let measured = measure(&variants, scratch.path())?;
     let text = table(&variants, &measured);
     print!("{text}");
     if let Some(path) = out {
@@ -164,9 +158,9 @@ fn build(variant: &Variant, source: &kernel::Source, directory: &Path) -> Result
     Ok(())
 }
 
-/// Boots each kernel twice, to init, and to a payload that prints the guest's memory, and starts programs from it.
-fn measure(variants: &[Variant], place: &Path) -> Result<Vec<Measured>> {
-    let busybox = place.join("busybox.cpio");
+/// Boots each kernel to init and to a payload that prints the guest's memory, and measures starts of programs.
+fn measure(variants: &[Variant], scratch: &Path) -> Result<Vec<Measured>> {
+    let busybox = scratch.join("busybox.cpio");
     let root = tempfile::tempdir()?;
     fs::create_dir(root.path().join("bin"))?;
     fs::copy(lab::busybox()?, root.path().join("bin/busybox"))?;
@@ -185,7 +179,7 @@ fn measure(variants: &[Variant], place: &Path) -> Result<Vec<Measured>> {
         );
         for kind in ["json", "memory"] {
             let file = format!("{name}.{kind}");
-            get.push((lab::inside(&file), place.join(&file)));
+            get.push((lab::inside(&file), scratch.join(&file)));
         }
     }
     let job = lab::Job {
@@ -196,37 +190,37 @@ fn measure(variants: &[Variant], place: &Path) -> Result<Vec<Measured>> {
         environment: Vec::new(),
         with: vec![
             (cargo::release_binary("kindling-cli", "kindling")?, "/bin/kindling".to_owned()),
-            (place.to_owned(), "/prices".to_owned()),
+            (scratch.to_owned(), "/prices".to_owned()),
         ],
         get,
         disk: None,
         has_xsave: false,
     };
     let status = job.run()?;
-    ensure!(status == 0, "a kernel of the list did not boot (status {status}); its output is above");
-    let images = variants.iter().map(|variant| (variant.name().to_owned(), place.join(variant.name())));
+    ensure!(status == 0, "a kernel failed to boot (status {status}); see its output above");
+    let images = variants.iter().map(|variant| (variant.name().to_owned(), scratch.join(variant.name())));
     let starts = bench::starts(images.collect(), STARTS)?;
     let starts = variants.iter().zip(starts);
-    starts.map(|(variant, start)| read(place, variant.name(), start)).collect()
+    starts.map(|(variant, start)| read(scratch, variant.name(), start)).collect()
 }
 
-fn read(place: &Path, name: &str, start: Option<Start>) -> Result<Measured> {
-    let report: serde_json::Value = serde_json::from_slice(&fs::read(place.join(format!("{name}.json")))?)?;
-    let steps = report["steps"].as_array().context("a report without steps")?;
+fn read(scratch: &Path, name: &str, start: Option<Start>) -> Result<Measured> {
+    let report: serde_json::Value = serde_json::from_slice(&fs::read(scratch.join(format!("{name}.json")))?)?;
+    let steps = report["steps"].as_array().context("the boot report has no steps")?;
     let init = guest_protocol::BootMark::InitEntered.name();
-    let step = steps.iter().find(|step| step["name"] == init).context("init was not reached")?;
-    let memory = fs::read_to_string(place.join(format!("{name}.memory")))?;
+    let step = steps.iter().find(|step| step["name"] == init).context("the boot did not reach init")?;
+    let memory = fs::read_to_string(scratch.join(format!("{name}.memory")))?;
     let free = free_kib(&memory).with_context(|| format!("{name}: no MemFree in {memory:?}"))?;
-    let image = Image::open(&place.join(name))?;
+    let image = Image::open(&scratch.join(name))?;
     Ok(Measured {
-        boot_ns: step["ns"].as_i64().context("a step without a time")?,
+        boot_ns: step["ns"].as_i64().context("a step of the boot report has no time")?,
         kernel_bytes: i64::try_from(image.kernel.size)?,
         memory_bytes: i64::try_from(GUEST_MIB * 1024)? * 1024 - free * 1024,
         start,
     })
 }
 
-/// `MemFree` of /proc/meminfo, in KiB.
+/// `MemFree` in /proc/meminfo, in KiB.
 pub(crate) fn free_kib(meminfo: &str) -> Option<i64> {
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemFree:"))?;
     line.trim().strip_suffix("kB")?.trim().parse().ok()
@@ -277,7 +271,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_fragment_that_can_be_left_out_or_added_has_a_price() {
+    fn every_removable_or_optional_fragment_has_one_variant() {
         let names: Vec<_> = Variant::all().iter().map(Variant::name).collect();
         for name in DEFAULT.iter().chain(&OPTIONAL).filter(|name| !REQUIRED.contains(name)) {
             assert_eq!(names.iter().filter(|other| *other == name).count(), 1, "{name}");
@@ -286,14 +280,14 @@ mod tests {
     }
 
     #[test]
-    fn every_variant_composes() {
+    fn the_fragments_of_every_variant_compose() {
         for variant in Variant::all() {
             compose(&variant.fragments().unwrap()).unwrap();
         }
     }
 
     #[test]
-    fn what_a_missing_fragment_asks_for_is_off() {
+    fn symbols_of_a_missing_fragment_are_disabled() {
         let all = Variant::all();
         let without = |name: &str| {
             let variant = all.iter().find(|variant| variant.fragment == Some(name)).unwrap();
@@ -301,25 +295,23 @@ mod tests {
         };
         let text = without("ipv6");
         assert!(text.contains("# CONFIG_IPV6 is not set") && text.contains("# CONFIG_IPV6_SIT is not set"));
-        // The fragment filesystems asks for the block layer as well.
+        // The fragment filesystems also enables the block layer.
         let text = without("block");
         assert!(text.contains("# CONFIG_VIRTIO_BLK is not set") && text.contains("CONFIG_BLOCK=y"));
     }
 
     #[test]
-    fn single_prices_need_the_default_and_a_known_name() {
+    fn a_single_fragment_is_measured_with_the_default_and_must_be_known() {
         let names = |only: &str| -> Result<Vec<_>> {
             Ok(chosen(&[only.to_owned()])?.iter().map(Variant::name).collect())
         };
         assert_eq!(names("ipv6").unwrap(), ["default", "ipv6"]);
-        assert!(
-            names("base").unwrap_err().to_string().starts_with("--only base: fragments with a price are ")
-        );
+        assert!(names("base").unwrap_err().to_string().starts_with("--only base: expected one of "));
         assert_eq!(chosen(&[]).unwrap().len(), Variant::all().len());
     }
 
     #[test]
-    fn prices_are_differences() {
+    fn the_table_shows_differences_from_the_default() {
         let kernel = |boot_ns, kernel_bytes, memory_bytes| Measured {
             boot_ns,
             kernel_bytes,
@@ -353,7 +345,7 @@ mod tests {
     }
 
     #[test]
-    fn free_memory_is_read() {
+    fn free_memory_is_parsed_from_meminfo() {
         assert_eq!(free_kib("MemTotal:  200 kB\nMemFree:          123 kB\n"), Some(123));
         assert_eq!(free_kib("MemTotal:  200 kB\n"), None);
     }

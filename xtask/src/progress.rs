@@ -1,10 +1,10 @@
-//! Progress of what takes longer than two seconds: a bar on a terminal, lines elsewhere.
+//! Progress of long operations: a bar on a terminal, lines elsewhere.
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
-/// A piece of work whose length is known or estimated.
+/// The progress of an operation whose length is known or estimated.
 #[derive(Debug)]
 pub(crate) struct Progress {
     what: String,
@@ -17,11 +17,11 @@ pub(crate) struct Progress {
     expected: u64,
 }
 
-/// Between two lines where there is no terminal.
+/// Interval between lines if there is no terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(15);
 
 impl Progress {
-    /// Starts showing that `expected` `unit`s of work are ahead.
+    /// Starts to show the progress of `expected` units.
     pub(crate) fn new(what: impl Into<String>, unit: &'static str, expected: u64) -> Self {
         let what = what.into();
         let lines = !std::io::stderr().is_terminal();
@@ -38,7 +38,7 @@ impl Progress {
         Self { what, unit, bar, lines, started, last_line: started, done: 0, expected }
     }
 
-    /// One more unit is done. An estimate that was too low grows with it.
+    /// Records a finished unit. An estimate that was too low is increased.
     pub(crate) fn advance(&mut self) {
         self.done += 1;
         if self.done > self.expected {
@@ -66,7 +66,7 @@ impl Progress {
         self.started.elapsed().saturating_mul(left) / done
     }
 
-    /// The work is done: says how long it took.
+    /// Ends the operation and prints its duration.
     pub(crate) fn finish(self) {
         self.bar.finish_and_clear();
         eprintln!("{}: done in {:.1} s", self.what, self.started.elapsed().as_secs_f64());

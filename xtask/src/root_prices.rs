@@ -1,4 +1,4 @@
-//! `cargo xtask root-prices`: what a root filesystem costs as an initramfs and as EROFS on a disk, by its size.
+//! `cargo xtask root-prices`: the cost of a root filesystem as an initramfs and as EROFS on a disk, by its size.
 
 use crate::build_image::{self, Arguments as ImageArguments};
 use crate::root_tree::RootType;
@@ -17,23 +17,23 @@ pub(crate) struct Arguments {
     size: Vec<u64>,
 }
 
-/// Bytes of each file that fills a tree up.
+/// Size in bytes of each file in a tree.
 const FILE: u64 = 64 << 10;
-/// MiB of the guest.
+/// Memory of the guest in MiB.
 const GUEST_MIB: u64 = 128;
 const FORMS: [(RootType, &str); 2] = [(RootType::Initramfs, "initramfs"), (RootType::Erofs, "EROFS")];
-const LITTLE: &str = "/bin/busybox cat /proc/meminfo";
-/// What the guests run, and how they start: the least there is, something that reads the whole filesystem, and the
-/// least from a pre-booted kernel.
+const MINIMAL: &str = "/bin/busybox cat /proc/meminfo";
+/// The payloads and how they start: a minimal one, one that reads the whole filesystem, and the minimal one from a
+/// pre-booted kernel.
 const STARTS: [(&str, &str, &str); 3] = [
-    ("little", "--cold", LITTLE),
+    ("little", "--cold", MINIMAL),
     ("all", "--cold", "/bin/busybox sh -c 'for f in /bin/busybox /data/*; do cat $f; done > /dev/null'"),
-    ("continued", "", LITTLE),
+    ("continued", "", MINIMAL),
 ];
 
 /// Builds the images, boots each in one exact lab, and prints the table.
 pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
-    let place = tempfile::tempdir()?;
+    let scratch = tempfile::tempdir()?;
     let mut images = Vec::new();
     for &size in &arguments.size {
         let root = tempfile::tempdir()?;
@@ -44,24 +44,24 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
                 name: Some(image.clone()),
                 root: Some(root.path().into()),
                 root_type: Some(form),
-                out: Some(place.path().join(&image)),
+                out: Some(scratch.path().join(&image)),
                 ..ImageArguments::default()
             })?;
             images.push((size, name, image));
         }
     }
-    measure(&images, place.path())?;
-    print!("{}", table(&images, place.path())?);
+    measure(&images, scratch.path())?;
+    print!("{}", table(&images, scratch.path())?);
     Ok(0)
 }
 
-/// A tree of this many bytes: busybox, and files whose content differs.
+/// Fills a tree to this size: busybox, and files with different content.
 fn fill(root: &Path, bytes: u64) -> Result<()> {
     let busybox = root.join("bin/busybox");
     fs::create_dir(root.join("bin"))?;
     fs::create_dir(root.join("data"))?;
     let taken = fs::copy(lab::busybox()?, &busybox)?;
-    ensure!(taken <= bytes, "busybox alone has {taken} bytes");
+    ensure!(taken <= bytes, "busybox alone takes {taken} bytes");
     let mut block = vec![0_u8; usize::try_from(FILE)?];
     for number in 0..(bytes - taken) / FILE {
         block[..8].copy_from_slice(&number.to_le_bytes());
@@ -70,7 +70,7 @@ fn fill(root: &Path, bytes: u64) -> Result<()> {
     Ok(())
 }
 
-fn measure(images: &[(u64, &str, String)], place: &Path) -> Result<()> {
+fn measure(images: &[(u64, &str, String)], scratch: &Path) -> Result<()> {
     let mut script = String::new();
     let mut get: Vec<(String, PathBuf)> = Vec::new();
     for (_, _, image) in images {
@@ -84,12 +84,12 @@ fn measure(images: &[(u64, &str, String)], place: &Path) -> Result<()> {
             );
             for kind in ["json", "out"] {
                 let file = format!("{name}.{kind}");
-                get.push((lab::inside(&file), place.join(&file)));
+                get.push((lab::inside(&file), scratch.join(&file)));
             }
         }
     }
     let mut with = vec![(cargo::release_binary("kindling-cli", "kindling")?, "/bin/kindling".to_owned())];
-    with.extend(images.iter().map(|(_, _, image)| (place.join(image), format!("/images/{image}"))));
+    with.extend(images.iter().map(|(_, _, image)| (scratch.join(image), format!("/images/{image}"))));
     let job = lab::Job {
         exact: true,
         cpus: 1,
@@ -102,26 +102,27 @@ fn measure(images: &[(u64, &str, String)], place: &Path) -> Result<()> {
         has_xsave: false,
     };
     let status = job.run()?;
-    ensure!(status == 0, "a guest did not end well (status {status}); its output is above");
+    ensure!(status == 0, "a guest failed (status {status}); see its output above");
     Ok(())
 }
 
 #[expect(clippy::cast_precision_loss, reason = "for display")]
-fn table(images: &[(u64, &str, String)], place: &Path) -> Result<String> {
+fn table(images: &[(u64, &str, String)], scratch: &Path) -> Result<String> {
     let mut text = String::from(
         "| root, MiB | form | to the payload, ms | to the end, ms | to the end of reading it all, ms | \
          guest memory taken, MiB | pre-booted: to the payload, ms | to the end, ms |\n\
          |---:|---|---:|---:|---:|---:|---:|---:|\n",
     );
     for (size, form, image) in images {
-        let report =
-            |start: &str, step: &str| time_of(&fs::read(place.join(format!("{image}-{start}.json")))?, step);
+        let report = |start: &str, step: &str| {
+            time_of(&fs::read(scratch.join(format!("{image}-{start}.json")))?, step)
+        };
         let started = report("little", BootMark::PayloadStarted.name())?;
         let ended = report("little", "guest ended")?;
         let read = report("all", "guest ended")?;
         let continued = report("continued", BootMark::PayloadStarted.name())?;
         let continued_end = report("continued", "guest ended")?;
-        let meminfo = fs::read_to_string(place.join(format!("{image}-little.out")))?;
+        let meminfo = fs::read_to_string(scratch.join(format!("{image}-little.out")))?;
         let free = crate::prices::free_kib(&meminfo).with_context(|| format!("no MemFree in {meminfo:?}"))?;
         let taken = GUEST_MIB as f64 - free as f64 / 1024.0;
         let ms = |ns: i64| ns as f64 / 1e6;
@@ -141,9 +142,12 @@ fn table(images: &[(u64, &str, String)], place: &Path) -> Result<String> {
 /// Nanoseconds from the start of the command to a step of its report.
 fn time_of(report: &[u8], step: &str) -> Result<i64> {
     let report: serde_json::Value = serde_json::from_slice(report)?;
-    let steps = report["steps"].as_array().context("a report without steps")?;
-    let step = steps.iter().find(|found| found["name"] == step).with_context(|| format!("no {step:?}"))?;
-    step["ns"].as_i64().context("a step without a time")
+    let steps = report["steps"].as_array().context("the boot report has no steps")?;
+    let step = steps
+        .iter()
+        .find(|found| found["name"] == step)
+        .with_context(|| format!("the boot report has no step {step:?}"))?;
+    step["ns"].as_i64().context("a step of the boot report has no time")
 }
 
 #[cfg(test)]

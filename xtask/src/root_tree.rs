@@ -1,4 +1,4 @@
-//! The tree that becomes an image's root filesystem: what is in it, which form fits it, and the EROFS file.
+//! The tree of an image's root filesystem: its survey, the choice of its type, and the EROFS image.
 
 use crate::debian;
 use anyhow::{Context, Result, bail};
@@ -10,49 +10,49 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-/// What an image's root filesystem is.
+/// The type of an image's root filesystem.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum RootType {
-    /// Files in memory, unpacked by the kernel while it boots
+    /// Files in memory, unpacked by the kernel during boot
     Initramfs,
-    /// A read-only disk below a writable overlay in memory
+    /// A read-only disk under a writable overlay in memory
     Erofs,
 }
 
-/// A tree of more bytes than this becomes a disk. A boot favours a disk at any size, a start from a pre-booted kernel
-/// an initramfs: `cargo xtask root-prices` shows by how much, and `docs/images.md` weighs them.
+/// Size in bytes above which a tree becomes a disk. A disk is faster for a boot at any size, an initramfs for a start
+/// from a pre-booted kernel: `cargo xtask root-prices` measures both, and `docs/images.md` weighs them.
 const INITRAMFS_MAX: u64 = 3 << 20;
-/// The same for every image, so that equal trees give equal bytes; nothing finds a root by it.
+/// The UUID of every image, so that equal trees give equal bytes; no root is looked up by UUID.
 const UUID: &str = "6b696e64-6c69-4e67-8000-726f6f740000";
-/// Bytes of a page, by which files and directories are rounded up.
+/// The block size, to which files and directories are rounded up.
 const BLOCK: u64 = 4096;
-/// Bytes of the longest name that a file can have. The mkfs.erofs of Debian 12 (1.5) cuts its last byte off and
-/// then does not find the file.
+/// The maximum length of a file name in bytes. The mkfs.erofs of Debian 12 (1.5) truncates such a name and then does
+/// not find the file.
 const LONG_NAME: usize = 255;
 
-/// What a tree consists of.
+/// A survey of a tree.
 #[derive(Debug, Default)]
 pub(crate) struct Survey {
-    /// Bytes of all files and links, each name with its own content.
+    /// Bytes of all files and links, counting hard links separately.
     bytes: u64,
-    /// Bytes of a filesystem in which all names of a file share its content.
+    /// Bytes of a filesystem, counting hard links once.
     blocks: u64,
-    /// What an initramfs would lose or could not hold.
-    beyond_initramfs: Option<String>,
-    /// Something with a name of [`LONG_NAME`] bytes.
+    /// The first entry that an initramfs cannot store completely, and why.
+    initramfs_obstacle: Option<String>,
+    /// A path whose name has [`LONG_NAME`] bytes.
     long_name: Option<String>,
-    /// Files with several names that were seen under one.
+    /// Files with several hard links that have been counted.
     linked: HashSet<(u64, u64)>,
 }
 
 impl Survey {
-    /// Looks at everything below a folder.
+    /// Surveys the tree below a folder.
     ///
     /// # Errors
-    /// Names what cannot be read, or cannot be part of an image.
+    /// Names the entry that cannot be read or stored in an image.
     pub(crate) fn of(root: &Path) -> Result<Self> {
         if !root.metadata().with_context(|| format!("--root {}", root.display()))?.is_dir() {
-            bail!("--root {}: it is not a folder", root.display());
+            bail!("--root {}: not a folder", root.display());
         }
         let mut survey = Self::default();
         let mut folders = vec![root.to_owned()];
@@ -74,7 +74,7 @@ impl Survey {
     fn add(&mut self, path: &Path, metadata: &Metadata) -> Result<()> {
         let kind = metadata.file_type();
         if kind.is_socket() {
-            bail!("it is a socket, which has no meaning in an image");
+            bail!("it is a socket, which an image cannot contain");
         }
         if kind.is_file() || kind.is_dir() {
             access(path, Access::READ_OK).context("it cannot be read")?;
@@ -89,34 +89,34 @@ impl Survey {
         if path.file_name().is_some_and(|name| name.len() >= LONG_NAME) {
             self.long_name = Some(path.display().to_string());
         }
-        if self.beyond_initramfs.is_none() {
-            self.beyond_initramfs = beyond_initramfs(path, metadata)?;
+        if self.initramfs_obstacle.is_none() {
+            self.initramfs_obstacle = initramfs_obstacle(path, metadata)?;
         }
         Ok(())
     }
 
-    /// The form that suits the tree.
+    /// The suitable type for the tree.
     pub(crate) const fn root_type(&self) -> RootType {
-        if self.bytes > INITRAMFS_MAX || self.beyond_initramfs.is_some() {
+        if self.bytes > INITRAMFS_MAX || self.initramfs_obstacle.is_some() {
             RootType::Erofs
         } else {
             RootType::Initramfs
         }
     }
 
-    /// What is lost, or cannot be built, if the tree becomes an initramfs.
-    pub(crate) fn beyond_initramfs(&self) -> Option<&str> {
-        self.beyond_initramfs.as_deref()
+    /// The reason why an initramfs cannot store the tree completely.
+    pub(crate) fn initramfs_obstacle(&self) -> Option<&str> {
+        self.initramfs_obstacle.as_deref()
     }
 }
 
-fn beyond_initramfs(path: &Path, metadata: &Metadata) -> Result<Option<String>> {
+fn initramfs_obstacle(path: &Path, metadata: &Metadata) -> Result<Option<String>> {
     let reason = if path.file_name().is_some_and(|name| name.to_str().is_none()) {
         "has a name that is not UTF-8"
     } else if metadata.is_symlink() && fs::read_link(path)?.to_str().is_none() {
-        "leads to a name that is not UTF-8"
+        "has a target that is not UTF-8"
     } else if metadata.len() > u64::from(u32::MAX) {
-        "has 4 GiB or more"
+        "is 4 GiB or larger"
     } else if has_attributes(path)? {
         "has extended attributes"
     } else {
@@ -133,25 +133,25 @@ fn has_attributes(path: &Path) -> Result<bool> {
     }
 }
 
-/// Makes `target` an EROFS filesystem with a tree in it, the same for equal trees; the version of the tool.
+/// Creates an EROFS image of a tree, with the same bytes for equal trees; returns the version of the tool.
 ///
-/// Files are not compressed and each starts at a page, so that a guest that sees the file as memory can use its
-/// pages as they are.
+/// Files are uncompressed and page-aligned, so that a guest that maps the image as memory (pmem, DAX) can use its pages
+/// directly.
 pub(crate) fn make_erofs(root: &Path, survey: &Survey, keep_owners: bool, target: &Path) -> Result<String> {
     debian::ensure_erofs_tools()?;
     let root = root.canonicalize()?;
-    let place = target.parent().context("a file without a folder")?.canonicalize()?;
-    if place.starts_with(&root) {
+    let location = target.parent().context("the target has no parent folder")?.canonicalize()?;
+    if location.starts_with(&root) {
         bail!("--root {} would contain the image itself; choose another --out", root.display());
     }
-    let disk = statvfs(&place).context("cannot ask for the free room")?;
+    let disk = statvfs(&location).context("cannot determine the free space")?;
     let free = disk.f_bavail.saturating_mul(disk.f_frsize);
     if survey.blocks > free {
         bail!(
             "{} needs {} MiB, and {} has {} MiB free",
             root.display(),
             survey.blocks >> 20,
-            place.display(),
+            location.display(),
             free >> 20
         );
     }
@@ -166,14 +166,14 @@ pub(crate) fn make_erofs(root: &Path, survey: &Survey, keep_owners: bool, target
         .context("cannot run mkfs.erofs")?;
     if !output.status.success() {
         let words = String::from_utf8_lossy(&output.stderr);
-        // One that a signal killed says nothing.
+        // A process killed by a signal prints nothing.
         let status = output.status.to_string();
         let why = [words.trim(), &status].into_iter().find(|words| !words.is_empty()).unwrap_or_default();
         let hint = survey.long_name.as_ref().map(|path| {
-            format!("; mkfs.erofs 1.5 does not take names of {LONG_NAME} bytes such as that of {path}")
+            format!("; mkfs.erofs 1.5 does not support names of {LONG_NAME} bytes, such as {path}")
         });
         let hint = hint.unwrap_or_default();
-        bail!("mkfs.erofs could not make {}: {why}{hint}", target.display());
+        bail!("mkfs.erofs could not create {}: {why}{hint}", target.display());
     }
     let words = String::from_utf8_lossy(&output.stdout);
     Ok(words.lines().next().unwrap_or_default().trim_start_matches("mkfs.erofs ").to_owned())
@@ -188,7 +188,7 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     #[test]
-    fn large_trees_become_disks() {
+    fn trees_above_the_limit_become_erofs() {
         let root = tempfile::tempdir().unwrap();
         fs::create_dir(root.path().join("d")).unwrap();
         let file = File::create(root.path().join("d/file")).unwrap();
@@ -199,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn names_of_one_file_take_its_room_once_in_a_filesystem() {
+    fn hard_links_count_once_in_a_filesystem() {
         let root = tempfile::tempdir().unwrap();
         fs::write(root.path().join("a"), vec![1; 10_000]).unwrap();
         fs::hard_link(root.path().join("a"), root.path().join("b")).unwrap();
@@ -208,32 +208,34 @@ mod tests {
     }
 
     #[test]
-    fn what_no_initramfs_holds_becomes_a_disk() {
+    fn a_tree_that_an_initramfs_cannot_store_becomes_erofs() {
         let not_utf8 = OsStr::from_bytes(b"\xff");
         let root = tempfile::tempdir().unwrap();
         fs::write(root.path().join(not_utf8), "").unwrap();
         let survey = Survey::of(root.path()).unwrap();
         assert_eq!(survey.root_type(), RootType::Erofs);
-        assert!(survey.beyond_initramfs().unwrap().ends_with("has a name that is not UTF-8"));
+        assert!(survey.initramfs_obstacle().unwrap().ends_with("has a name that is not UTF-8"));
         let root = tempfile::tempdir().unwrap();
         symlink(not_utf8, root.path().join("link")).unwrap();
-        assert!(Survey::of(root.path()).unwrap().beyond_initramfs().unwrap().ends_with("that is not UTF-8"));
+        assert!(
+            Survey::of(root.path()).unwrap().initramfs_obstacle().unwrap().ends_with("that is not UTF-8")
+        );
     }
 
     #[test]
-    fn what_cannot_be_a_root_is_named() {
+    fn an_error_names_the_entry_that_cannot_be_in_a_root() {
         let root = tempfile::tempdir().unwrap();
         let error = |path: &Path| format!("{:#}", Survey::of(path).unwrap_err());
         assert!(error(&root.path().join("none")).ends_with("none: No such file or directory (os error 2)"));
         fs::write(root.path().join("file"), "").unwrap();
-        assert!(error(&root.path().join("file")).ends_with("file: it is not a folder"));
+        assert!(error(&root.path().join("file")).ends_with("file: not a folder"));
         let _socket = std::os::unix::net::UnixListener::bind(root.path().join("socket")).unwrap();
-        assert!(error(root.path()).ends_with("socket: it is a socket, which has no meaning in an image"));
+        assert!(error(root.path()).ends_with("socket: it is a socket, which an image cannot contain"));
     }
 
     fn erofs(root: &Path, keep_owners: bool) -> Result<Vec<u8>> {
-        let place = tempfile::tempdir()?;
-        let target = place.path().join("root.erofs");
+        let location = tempfile::tempdir()?;
+        let target = location.path().join("root.erofs");
         make_erofs(root, &Survey::of(root)?, keep_owners, &target)?;
         Ok(fs::read(target)?)
     }
@@ -270,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tree_that_does_not_fit_the_disk_is_refused_before_anything_is_written() {
+    fn a_tree_larger_than_the_free_space_is_refused_before_writing() {
         let root = tempfile::tempdir().unwrap();
         // Its content is a hole.
         File::create(root.path().join("large")).unwrap().set_len(1 << 42).unwrap();
@@ -279,8 +281,8 @@ mod tests {
     }
 
     #[test]
-    #[ignore = "takes long: cargo test --package xtask 100_000 -- --ignored"]
-    fn a_tree_of_100_000_files_becomes_a_disk() {
+    #[ignore = "slow: cargo test --package xtask 100_000 -- --ignored"]
+    fn a_tree_of_100_000_files_becomes_erofs() {
         let root = tempfile::tempdir().unwrap();
         for folder in 0..100 {
             let folder = root.path().join(folder.to_string());
@@ -290,8 +292,8 @@ mod tests {
             }
         }
         let survey = Survey::of(root.path()).unwrap();
-        let place = tempfile::tempdir().unwrap();
-        let target = place.path().join("root.erofs");
+        let location = tempfile::tempdir().unwrap();
+        let target = location.path().join("root.erofs");
         make_erofs(root.path(), &survey, false, &target).unwrap();
         assert!(fs::metadata(&target).unwrap().len() <= survey.blocks + (1 << 20));
         let output = |program: &str, option: &str| {

@@ -1,4 +1,4 @@
-//! `cargo xtask run`: from nothing to a booted guest.
+//! `cargo xtask run`: builds everything and boots the default image.
 
 use crate::build_image::{self, relative};
 use crate::host::Host;
@@ -11,24 +11,24 @@ use std::process::Command;
 
 #[derive(Args, Debug)]
 pub(crate) struct Arguments {
-    /// Boot in the exact lab: the report counts instructions
+    /// Boot in the exact lab, which counts instructions
     #[arg(long)]
     exact: bool,
     /// Memory of the guest in MiB
     #[arg(long, value_name = "MIB", default_value_t = 128)]
     memory: u64,
-    /// Virtual processors of the guest
+    /// vCPUs of the guest
     #[arg(long, value_name = "N", default_value_t = 1)]
     vcpus: u8,
-    /// Command that the guest runs instead of greeting
+    /// Command to run in the guest, instead of printing the greeting
     #[arg(last = true, value_name = "COMMAND")]
     command: Vec<String>,
 }
 
-/// MiB that the lab itself needs beside the guest.
+/// Memory of the lab in MiB in addition to the guest's.
 const LAB_OVERHEAD_MIB: u64 = 1024;
 
-/// Builds what is missing, boots the default image and prints its report.
+/// Builds the default image if necessary, boots it and prints its boot report.
 pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let host = Host::choose(arguments.exact, arguments.vcpus > 1);
     let image = build_image::of_profile(build_image::Profile::Boot)?;

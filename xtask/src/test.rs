@@ -1,9 +1,8 @@
-//! `cargo xtask test`: the tests of the crates, then those that boot guests.
+//! `cargo xtask test`: unit tests, then the tests that boot guests.
 //!
-//! The files of `tests/tests` are programs of their own, linked statically. Those whose names
-//! start with `on_host_` need no KVM and run here; those that start with `exact_` run in the exact
-//! lab; all others run where there is a KVM: this machine's own, or the lab's. A lab has one processor,
-//! and several for those that start with `smp_`.
+//! The files of `tests/tests` are separate, statically linked programs. Those named `on_host_*` need no KVM and run on
+//! this machine. Those named `exact_*` run in the exact lab. All others run on this machine's KVM or in the lab. A lab
+//! has one processor, or several for programs named `smp_*`.
 
 use crate::build_image::{self, Arguments as Image, Profile};
 use crate::host::{Host, workspace};
@@ -26,52 +25,53 @@ use xshell::{Shell, cmd};
 
 #[derive(Args, Debug)]
 pub(crate) struct Arguments {
-    /// Only test programs and tests whose names contain this
+    /// Run only test programs and tests whose names contain this
     filter: Option<String>,
-    /// The tests that take too long for every day, instead of the others
+    /// Run only the slow tests, which are skipped by default
     #[arg(long)]
     ignored: bool,
 }
 
-/// Processors of the lab for tests of several vCPUs: as many as the largest of their guests has.
+/// Processors of the lab for tests with several vCPUs: as many as the largest guest has.
 const SMP_LAB_CPUS: u8 = 4;
 
-/// How the names of programs begin that do not run where there is a KVM, with one processor.
+/// Prefixes of test programs that do not run with KVM on one processor.
 const ON_HOST: &str = "on_host_";
 const EXACT: &str = "exact_";
 const SMP: &str = "smp_";
 
-/// Another monitor, and the test that needs it.
+/// The program of another monitor, and the test program that requires it.
 pub(crate) const FIRECRACKER: &str = "firecracker";
 
-/// Runs all tests; the exit status is 1 when one failed.
+/// Runs the tests. The exit status is 1 if one failed.
 pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let started = Instant::now();
     let filter = arguments.filter.as_deref().unwrap_or("");
     let host = Host::choose(false, true);
     let (_lock, testbed) = testbed()?;
     let images = test_images::build()?;
-    let place = tempfile::Builder::new().prefix("test-programs-").tempdir_in(cargo::target_directory())?;
-    let mut programs = programs(arguments.ignored, place.path())?;
-    // A lab takes longer to boot than most tests.
+    let location = tempfile::Builder::new().prefix("test-programs-").tempdir_in(cargo::target_directory())?;
+    let mut programs = programs(arguments.ignored, location.path())?;
+    // Programs without matching tests are skipped, because a lab takes longer to boot than most tests.
     programs.retain(|program| program.has_tests(filter));
     if programs.is_empty() {
-        bail!("no test and no test program has {filter:?} in its name");
+        bail!("no test or test program matches {filter:?}");
     }
     if !testbed.join(FIRECRACKER).exists() {
-        println!("\nno {FIRECRACKER} in PATH: the test that boots the image with it is not part of this run");
+        println!("\n{FIRECRACKER} not found in PATH: skipping the test that boots the image with it");
         programs.retain(|program| program.name != FIRECRACKER);
     }
     let chosen = |prefix: &str| -> Vec<&Program> {
         programs.iter().filter(|program| program.prefix() == prefix).collect()
     };
-    let here = |place, programs| Step::Here { place, programs, testbed: &testbed, images: &images, filter };
+    let here =
+        |location, programs| Step::Host { location, programs, testbed: &testbed, images: &images, filter };
     let queue = |cpus, prefix, images| Queue::new(cpus, chosen(prefix), &testbed, images, filter);
-    let crates = (filter.is_empty() && !arguments.ignored).then_some(Step::Crates);
+    let crates = (filter.is_empty() && !arguments.ignored).then_some(Step::UnitTests);
     let on_host = here("on this host", chosen(ON_HOST));
     let booting = queue(1, "", Some(&*images.disk));
     let (smp, exact) = (queue(SMP_LAB_CPUS, SMP, None), queue(1, EXACT, None));
-    // Its lab has another processor.
+    // Its lab has another CPU model.
     let firecracker = queue(1, FIRECRACKER, None);
     let first = crates.into_iter().chain([on_host]);
     let lanes: Vec<Vec<Step<'_>>> = match host {
@@ -90,7 +90,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let report = Report::new(started, lanes.len() == 1 || programs.len() == 1);
     let run = |lane: Vec<Step<'_>>| {
         let result = lane.iter().try_for_each(|step| step.run(&report));
-        // The other lane goes on, which may take minutes.
+        // Printed immediately, because the other lane may run for minutes.
         result.inspect_err(|error| eprintln!("\n{error:#}"))
     };
     let results: Vec<Result<()>> = std::thread::scope(|scope| {
@@ -105,7 +105,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     Ok(u8::from(!passed))
 }
 
-/// The testbed, and the lock that keeps another run from changing it.
+/// Lays out the testbed; returns it with a lock that keeps other runs from changing it.
 pub(crate) fn testbed() -> Result<(cache::Lock, PathBuf)> {
     debian::ensure_erofs_tools()?;
     debian::ensure_lab_tools()?;
@@ -114,7 +114,7 @@ pub(crate) fn testbed() -> Result<(cache::Lock, PathBuf)> {
     Ok((lock, lay_out_testbed()?))
 }
 
-/// Whether two labs run at once: one uses one processor, and its memory is the host's.
+/// Whether two labs can run in parallel: each uses one processor and its memory of the host.
 fn two_labs_fit() -> bool {
     const BOTH_KIB: u64 = 2 * test_lab::MEMORY_MIB * 1024;
     let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
@@ -124,13 +124,13 @@ fn two_labs_fit() -> bool {
     processors >= 2 && available >= BOTH_KIB
 }
 
-/// A part of a run: steps of one lane follow one another, and lanes run side by side.
+/// A step of a test run. Steps of a lane are sequential; lanes run in parallel.
 enum Step<'a> {
-    /// The tests inside the crates.
-    Crates,
+    /// The unit tests of the crates.
+    UnitTests,
     /// Test programs on this machine.
-    Here {
-        place: &'static str,
+    Host {
+        location: &'static str,
         programs: Vec<&'a Program>,
         testbed: &'a Path,
         images: &'a Images,
@@ -143,13 +143,13 @@ enum Step<'a> {
 impl Step<'_> {
     fn run(&self, report: &Report) -> Result<()> {
         match self {
-            Self::Crates => unit_tests(report),
-            Self::Here { place, programs, testbed, images, filter } => {
+            Self::UnitTests => unit_tests(report),
+            Self::Host { location, programs, testbed, images, filter } => {
                 for program in programs {
                     let mut command = Command::new(&program.path);
                     command.args(program.arguments(filter));
                     command.env("KINDLING_TESTBED", testbed).env(test_images::VARIABLE, &images.folder);
-                    run_here(command, report.transcript(&program.name, place))?;
+                    run_on_host(command, report.transcript(&program.name, location))?;
                 }
                 Ok(())
             }
@@ -158,24 +158,24 @@ impl Step<'_> {
     }
 }
 
-/// The tests inside the crates. guest-init is built by itself, as everywhere.
+/// Runs the unit tests of the crates. guest-init is always built separately.
 fn unit_tests(report: &Report) -> Result<()> {
-    // The package `tests` needs guests.
+    // The package `tests` boots guests.
     let others = ["--workspace", "--exclude", "guest-init", "--exclude", "tests"];
     for (name, package) in [("crates", &others[..]), ("crate of init", &["--package", "guest-init"])] {
         let mut command = Command::new("cargo");
         command.args(["test", "--quiet", "--no-fail-fast"]).args(package).current_dir(workspace());
-        run_here(command, report.transcript(name, "unit tests, on this host"))?;
+        run_on_host(command, report.transcript(name, "unit tests, on this host"))?;
     }
     Ok(())
 }
 
-/// Runs a command whose output, to both of its streams, goes into a transcript.
-fn run_here(mut command: Command, mut transcript: Transcript<'_>) -> Result<()> {
+/// Runs a command and records its standard output and standard error in a transcript.
+fn run_on_host(mut command: Command, mut transcript: Transcript<'_>) -> Result<()> {
     let (mut output, write) = std::io::pipe()?;
     command.stdin(Stdio::null()).stdout(write.try_clone()?).stderr(write);
     let mut child = command.spawn().with_context(|| format!("cannot start {:?}", command.get_program()))?;
-    // It holds the pipe's other end, which has to be closed for the output to end.
+    // The command holds the write end of the pipe, which must be closed for the output to end.
     drop(command);
     let mut buffer = [0; 8192];
     while let length @ 1.. = output.read(&mut buffer)? {
@@ -190,12 +190,12 @@ fn run_here(mut command: Command, mut transcript: Transcript<'_>) -> Result<()> 
 pub(crate) struct Program {
     pub(crate) name: String,
     pub(crate) path: PathBuf,
-    /// Whether those of its tests run that take long, instead of the others.
-    pub(crate) takes_long: bool,
+    /// Whether to run the slow tests instead of the others.
+    pub(crate) is_slow: bool,
 }
 
 impl Program {
-    /// What says where it runs.
+    /// The prefix of the name, which determines where the program runs.
     fn prefix(&self) -> &'static str {
         [ON_HOST, EXACT, SMP, FIRECRACKER]
             .into_iter()
@@ -203,17 +203,17 @@ impl Program {
             .unwrap_or_default()
     }
 
-    /// Whether a filter leaves it something to do.
+    /// Whether any test matches the filter.
     fn has_tests(&self, filter: &str) -> bool {
         let output = Command::new(&self.path).arg("--list").args(self.arguments(filter)).output();
-        // One that cannot say so fails where it is run, and is seen there.
+        // A program that cannot list its tests fails when it is run.
         output.map_or(true, |output| String::from_utf8_lossy(&output.stdout).contains(": test\n"))
     }
 
-    /// A filter that names the program chooses all of its tests.
+    /// The arguments of the program. A filter that matches the program's name selects all of its tests.
     pub(crate) fn arguments(&self, filter: &str) -> Vec<String> {
         let mut arguments = vec!["--test-threads=1".to_owned()];
-        if self.takes_long {
+        if self.is_slow {
             arguments.push("--ignored".to_owned());
         }
         if !self.name.contains(filter) {
@@ -223,9 +223,8 @@ impl Program {
     }
 }
 
-/// Builds the test programs, asks cargo where they are, and keeps them in a folder: whoever builds them meanwhile
-/// replaces cargo's files.
-pub(crate) fn programs(takes_long: bool, place: &Path) -> Result<Vec<Program>> {
+/// Builds the test programs and links them into `location`, where a parallel build does not replace them.
+pub(crate) fn programs(is_slow: bool, location: &Path) -> Result<Vec<Program>> {
     let shell = cargo::shell()?;
     let output = cmd!(shell, "cargo test --quiet --package tests --tests --no-run --message-format=json")
         .quiet()
@@ -238,9 +237,9 @@ pub(crate) fn programs(takes_long: bool, place: &Path) -> Result<Vec<Program>> {
         if let (true, Some(path), Some(name)) =
             (is_test, message["executable"].as_str(), message["target"]["name"].as_str())
         {
-            let kept = place.join(name);
+            let kept = location.join(name);
             fs::hard_link(path, &kept).with_context(|| format!("cannot link {path}"))?;
-            programs.push(Program { name: name.to_owned(), path: kept, takes_long });
+            programs.push(Program { name: name.to_owned(), path: kept, is_slow });
         }
     }
     if programs.is_empty() {
@@ -251,27 +250,27 @@ pub(crate) fn programs(takes_long: bool, place: &Path) -> Result<Vec<Program>> {
 }
 
 /// Builds the examples of the library `kindling`, which tests run.
-fn examples(place: &Path) -> Result<()> {
+fn examples(location: &Path) -> Result<()> {
     let shell = cargo::shell()?;
     let output = cmd!(shell, "cargo build --quiet --package kindling --examples --message-format=json")
         .quiet()
         .read()
         .context("cannot build the examples")?;
-    fs::create_dir_all(place)?;
+    fs::create_dir_all(location)?;
     for line in output.lines() {
         let message: serde_json::Value = serde_json::from_str(line)?;
         let is_example = message["target"]["kind"][0] == "example";
         if let (true, Some(path), Some(name)) =
             (is_example, message["executable"].as_str(), message["target"]["name"].as_str())
         {
-            fs::copy(path, place.join(name))?;
+            fs::copy(path, location.join(name))?;
         }
     }
     Ok(())
 }
 
-/// Lays out what the tests use: the command, two images, functions of their kernel, Debian's kernel in
-/// both its forms.
+/// Lays out the files that tests use: programs, images, the function list of their kernel, and Debian's kernel as
+/// bzImage and vmlinux.
 fn lay_out_testbed() -> Result<PathBuf> {
     let testbed = cargo::target_directory().join("testbed");
     let images = testbed.join("images");
@@ -331,19 +330,19 @@ fn lay_out_testbed() -> Result<PathBuf> {
     Ok(testbed)
 }
 
-/// An empty filesystem for a guest's disk, and a program without shared libraries that checks it.
+/// Creates an empty ext4 filesystem for a guest's disk, and adds a static e2fsck.
 fn filesystem(testbed: &Path) -> Result<()> {
     const MIB: u64 = 1 << 20;
     let image = testbed.join("ext4");
     fs::File::create(&image)?.set_len(32 * MIB)?;
     let shell = Shell::new()?;
-    // The lab's memory is its disk: what the filesystem does not use stays a hole.
+    // The lab stores files in memory: unused blocks stay holes.
     cmd!(shell, "/usr/sbin/mke2fs -q -t ext4 -E nodiscard -F {image}").quiet().run()?;
     fs::copy(debian::unpacked("e2fsck-static")?.join("sbin/e2fsck.static"), testbed.join("e2fsck"))?;
     Ok(())
 }
 
-/// A filesystem whose files a guest can use in place: not compressed, each at a page.
+/// Creates an EROFS image whose files a guest can map: uncompressed and page-aligned.
 fn erofs(target: &Path) -> Result<()> {
     debian::ensure_erofs_tools()?;
     let root = tempfile::tempdir()?;
@@ -356,7 +355,7 @@ fn erofs(target: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A root filesystem with Debian's busybox under the names of its commands.
+/// Creates a root filesystem with Debian's busybox and links for its applets.
 fn busybox_root(root: &Path) -> Result<()> {
     for name in ["bin", "etc", "usr"] {
         fs::create_dir(root.join(name))?;
@@ -364,7 +363,7 @@ fn busybox_root(root: &Path) -> Result<()> {
     let busybox = root.join("bin/busybox");
     fs::copy(lab::busybox()?, &busybox)?;
     let shell = Shell::new()?;
-    // As images with systemd have it: a link to what nobody makes here.
+    // A dangling link, as in images with systemd.
     std::os::unix::fs::symlink("../run/systemd/resolve/stub-resolv.conf", root.join("etc/resolv.conf"))?;
     for name in cmd!(shell, "{busybox} --list").quiet().read()?.lines().filter(|name| *name != "busybox") {
         std::os::unix::fs::symlink("busybox", root.join("bin").join(name))?;
@@ -375,7 +374,7 @@ fn busybox_root(root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Takes the vmlinux out of a bzImage. Its header says where the compressed kernel is
+/// Extracts the vmlinux of a bzImage. Its header has the position of the compressed kernel
 /// (`payload_offset` at 0x248, counted from the end of the setup sectors at 0x1f1, and
 /// `payload_length`), whose last four bytes are the uncompressed length
 /// (Documentation/arch/x86/boot.rst).
@@ -391,7 +390,7 @@ fn unpack_kernel(bzimage: &[u8], target: &Path) -> Result<()> {
         [0x28, 0xb5, 0x2f, 0xfd, ..] => "zstd",
         [0xfd, b'7', b'z', ..] => "xz",
         [0x1f, 0x8b, ..] => "gzip",
-        _ => bail!("the bzImage is compressed in a way that is not known here"),
+        _ => bail!("the bzImage has an unknown compression format"),
     };
     let packed = tempfile::NamedTempFile::new()?;
     fs::write(packed.path(), payload)?;

@@ -1,7 +1,7 @@
-//! The container images of `tests/tests/images.rs`: programs of Debian in an OCI layout, made by mmdebstrap and umoci.
+//! The container images of `tests/tests/images.rs`: Debian programs in an OCI layout, built with mmdebstrap and umoci.
 //!
-//! The layout is in the cache, under the digest of the script that makes it. Converted images are with the build's
-//! results, and are made again where `kindling-oci` has changed.
+//! The layout is cached under the digest of the script that builds it. Converted images are in the target directory,
+//! and are converted again when `kindling-oci` changes.
 
 use crate::{cache, cargo, debian, lab};
 use anyhow::{Context, Result, ensure};
@@ -11,9 +11,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use xshell::{Shell, cmd};
 
-/// Runs inside mmdebstrap, as a hook.
+/// The hook script of mmdebstrap.
 const SCRIPT: &str = include_str!("../test-images/build.sh");
-/// What no test looks at: a third of the whole.
+/// Files that no test uses, a third of the total.
 const EXCLUDED: [&str; 7] = [
     "/usr/share/doc/*",
     "/usr/share/info/*",
@@ -23,13 +23,13 @@ const EXCLUDED: [&str; 7] = [
     "/usr/lib/postgresql/*/lib/bitcode/*",
     "/usr/lib/postgresql/*/lib/llvmjit*",
 ];
-/// Those that the script makes and tests run.
+/// The images that the script builds and tests run.
 const NAMES: [&str; 6] = ["busybox", "python", "nginx", "postgres", "node", "podman"];
 
-/// Tells tests where the folder is.
+/// The environment variable with the path of the folder.
 pub(crate) const VARIABLE: &str = "KINDLING_TEST_IMAGES";
 
-/// A folder with the layout and a cache with all of its images, and the same as an ext4 filesystem.
+/// A folder with the layout and a cache with all converted images, and the same as an ext4 image.
 #[derive(Debug)]
 pub(crate) struct Images {
     pub(crate) folder: PathBuf,
@@ -39,7 +39,7 @@ pub(crate) struct Images {
 }
 
 impl Images {
-    /// Converts an image, where that was not done before; its root filesystem.
+    /// Converts an image unless it is cached; returns its root filesystem.
     pub(crate) fn prepare(&self, name: &str) -> Result<PathBuf> {
         let image = format!("{}:{name}", self.folder.join("layout").display());
         let mut command = Command::new(&self.program);
@@ -47,11 +47,11 @@ impl Images {
             command.args(["prepare", "--cache"]).arg(self.folder.join("cache")).arg(image).output()?;
         ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         let prepared: serde_json::Value = serde_json::from_slice(&output.stdout)?;
-        Ok(prepared["rootfs"].as_str().context("kindling-oci names no filesystem")?.into())
+        Ok(prepared["rootfs"].as_str().context("the output of kindling-oci has no rootfs")?.into())
     }
 }
 
-/// Makes what is not there.
+/// Builds and converts the images unless they are up to date.
 pub(crate) fn build() -> Result<Images> {
     debian::ensure_image_tools()?;
     let layout = layout()?;
@@ -73,7 +73,7 @@ pub(crate) fn build() -> Result<Images> {
     for name in NAMES {
         images.prepare(name)?;
     }
-    // Read from where it is: in the lab's initramfs it would be memory. What is not used stays a hole.
+    // The lab mounts the disk image, because files in its initramfs take memory. Unused blocks stay holes.
     cmd!(shell, "/usr/sbin/mke2fs -q -t ext4 -O ^has_journal -m 0 -E nodiscard -d {folder} {disk} 1800M")
         .quiet()
         .run()?;
@@ -81,7 +81,7 @@ pub(crate) fn build() -> Result<Images> {
     Ok(images)
 }
 
-/// The layout, which is made where the script has changed.
+/// Builds the layout unless it is cached.
 fn layout() -> Result<PathBuf> {
     let key = cache::key(&[SCRIPT, &EXCLUDED.join("\n")]);
     let target = cache::subdirectory("test-images")?.join(&key);
@@ -95,10 +95,10 @@ fn layout() -> Result<PathBuf> {
     Ok(target.join("layout"))
 }
 
-fn mmdebstrap(place: &Path, busybox: &Path) -> Result<()> {
-    let script = place.join("build.sh");
+fn mmdebstrap(scratch: &Path, busybox: &Path) -> Result<()> {
+    let script = scratch.join("build.sh");
     fs::write(&script, SCRIPT)?;
-    let log = fs::File::create(place.join("log"))?;
+    let log = fs::File::create(scratch.join("log"))?;
     let excluded = EXCLUDED.iter().map(|pattern| format!("--dpkgopt=path-exclude={pattern}"));
     let status = Command::new("mmdebstrap")
         .args(["--variant=essential", "--format=null"])
@@ -106,7 +106,7 @@ fn mmdebstrap(place: &Path, busybox: &Path) -> Result<()> {
         .arg(format!(
             "--customize-hook=sh '{}' \"$1\" '{}' '{}'",
             script.display(),
-            place.display(),
+            scratch.display(),
             busybox.display()
         ))
         .args([&debian::release(), "-"])
@@ -114,7 +114,7 @@ fn mmdebstrap(place: &Path, busybox: &Path) -> Result<()> {
         .stderr(log)
         .status()
         .context("cannot start mmdebstrap")?;
-    let said = fs::read_to_string(place.join("log")).unwrap_or_default();
+    let said = fs::read_to_string(scratch.join("log")).unwrap_or_default();
     let lines: Vec<_> = said.lines().collect();
     ensure!(status.success(), "mmdebstrap: {}", lines[lines.len().saturating_sub(20)..].join("\n"));
     Ok(())

@@ -1,10 +1,10 @@
-//! Test programs in labs: exact ones, but for tests that take long.
+//! Runs test programs in labs: exact labs, except for slow tests.
 //!
-//! A lab runs many programs, because packing and booting it takes longer than most of them. Its shell asks for the
-//! next one whenever one has ended, so that two labs work through one queue.
+//! A lab runs many programs, because packing and booting it takes longer than most of them. Its shell requests the next
+//! program when one has ended, so that two labs share one queue.
 
 use crate::bench::files::shared_libraries;
-use crate::lab::{DISK, Job, Silent};
+use crate::lab::{DISK, Job, OutputTimeout};
 use crate::test::{FIRECRACKER, Program};
 use crate::test_images;
 use crate::test_report::{Report, Transcript};
@@ -14,38 +14,38 @@ use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-/// Where the testbed is inside the lab.
+/// The path of the testbed in the lab.
 pub(crate) const TESTBED: &str = "/testbed";
-/// MiB of memory of a lab: the largest guest has 4096.
+/// Memory of a lab in MiB; the largest guest has 4096.
 pub(crate) const MEMORY_MIB: u64 = 6144;
-/// How long a test may say nothing; the slowest take half a minute.
-const SILENCE: Duration = Duration::from_secs(180);
-/// The same for those that take long.
-const LONG_SILENCE: Duration = Duration::from_secs(3600);
-/// Says how often a test does what it does a few times otherwise.
+/// Limit of the time without output of a test; the slowest take half a minute.
+const OUTPUT_TIMEOUT: Duration = Duration::from_secs(180);
+/// The limit for slow tests.
+const SLOW_OUTPUT_TIMEOUT: Duration = Duration::from_secs(3600);
+/// The environment variable with the number of rounds of tests that repeat their work.
 const ROUNDS: &str = "KINDLING_ROUNDS";
-/// The programs that take longest begin first, so that both labs end at about the same time.
+/// The longest programs start first, so that both labs end at about the same time.
 const LONGEST: [&str; 9] =
     ["preboot", "cp", "images", "run", "root", "shared_folder", "payload", "instances", "hostile"];
-/// Begins the lines that are for this program. The shell prints them at the start of a line.
+/// The prefix of lines of the lab's shell for this program, at the start of a line.
 const MARK: &str = "test lab:";
-/// What follows the mark: the lab has booted, or how a program ended.
+/// The word after the mark: the lab has booted, or the result of a program.
 const READY: &str = "ready";
 const PASSED: &str = "passed";
 const FAILED: &str = "failed";
 
-/// Test programs that wait for a lab, and what such a lab has.
+/// A queue of test programs, and the configuration of the labs that run them.
 #[derive(Debug)]
 pub(crate) struct Queue<'a> {
-    /// Processors of the lab.
+    /// Number of processors of the lab.
     cpus: u8,
-    /// The disk with container images.
+    /// The disk image with container images.
     images: Option<&'a Path>,
     testbed: &'a Path,
     filter: &'a str,
-    /// All programs; every lab has them.
+    /// All programs; every lab contains them.
     programs: Vec<&'a Program>,
-    /// Those that have not begun.
+    /// Programs that have not been started.
     waiting: Mutex<VecDeque<&'a Program>>,
 }
 
@@ -67,23 +67,23 @@ impl<'a> Queue<'a> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
     }
 
-    fn takes_long(&self) -> bool {
-        self.programs.iter().any(|program| program.takes_long)
+    fn is_slow(&self) -> bool {
+        self.programs.iter().any(|program| program.is_slow)
     }
 
-    /// How the report calls the lab.
-    fn place(&self) -> String {
+    /// The description of the lab in the report.
+    fn location(&self) -> String {
         let lab = if self.counts_instructions() { "exact lab" } else { "lab" };
         format!("in the {lab}, {} processor{}", self.cpus, if self.cpus == 1 { "" } else { "s" })
     }
 
-    /// What takes long takes three times as long where instructions are counted.
+    /// Whether the lab counts instructions. Slow tests run without, because counting makes them three times as slow.
     fn counts_instructions(&self) -> bool {
-        !self.takes_long() && std::env::var_os(ROUNDS).is_none()
+        !self.is_slow() && std::env::var_os(ROUNDS).is_none()
     }
 
-    /// Runs programs of the queue in a lab until there are none left. A program whose lab says nothing has failed, and
-    /// the next one has a new lab.
+    /// Runs the programs of the queue in a lab until the queue is empty. A program whose lab prints nothing for too
+    /// long has failed, and the next one gets a new lab.
     pub(crate) fn work(&self, report: &Report) -> Result<()> {
         while let Some(first) = self.next() {
             report.lab_started();
@@ -100,7 +100,7 @@ impl<'a> Queue<'a> {
                             }
                             current = self.next().map(|next| self.begin(next, report));
                         }
-                        // An empty answer ends the shell's input, and with it the lab.
+                        // An empty answer closes the shell's input, which ends the lab.
                         let program = current.as_ref().map(|current| current.program);
                         name =
                             Some(program.map_or_else(String::new, |program| format!("{}\n", program.name)));
@@ -111,17 +111,17 @@ impl<'a> Queue<'a> {
                 });
                 Ok(name.map(String::into_bytes))
             };
-            let silence = if self.takes_long() { LONG_SILENCE } else { SILENCE };
+            let silence = if self.is_slow() { SLOW_OUTPUT_TIMEOUT } else { OUTPUT_TIMEOUT };
             let result = self.job()?.drive(silence, &mut answer);
             match (result, current) {
                 (Ok(0), None) => {}
-                (Ok(status), _) => bail!("the shell of a test lab ended with status {status}"),
-                (Err(error), Some(mut current)) if error.is::<Silent>() => {
-                    // The name of the test that runs is a line without an end.
+                (Ok(status), _) => bail!("the shell of a test lab exited with status {status}"),
+                (Err(error), Some(mut current)) if error.is::<OutputTimeout>() => {
+                    // The line with the name of the running test is incomplete.
                     current.transcript.add(&lines.start);
                     current.transcript.add(format!("\n{error:#}\n").as_bytes());
                     current.transcript.end(false);
-                    report.lab_stood_still();
+                    report.lab_hung();
                 }
                 (Err(error), _) => return Err(error),
             }
@@ -130,10 +130,10 @@ impl<'a> Queue<'a> {
     }
 
     fn begin<'r>(&self, program: &'a Program, report: &'r Report) -> Current<'a, 'r> {
-        Current { program, transcript: report.transcript(&program.name, &self.place()) }
+        Current { program, transcript: report.transcript(&program.name, &self.location()) }
     }
 
-    /// A lab whose shell runs the programs that it is told, and says how each ended.
+    /// The job of a lab whose shell runs the requested programs and prints their results.
     fn job(&self) -> Result<Job> {
         let rounds = std::env::var(ROUNDS).ok();
         let mut with = vec![(self.testbed.to_owned(), TESTBED.to_owned())];
@@ -173,7 +173,7 @@ impl<'a> Queue<'a> {
     }
 }
 
-/// The program that runs in a lab.
+/// The program that is running in a lab.
 struct Current<'a, 'r> {
     program: &'a Program,
     transcript: Transcript<'r>,
@@ -182,12 +182,12 @@ struct Current<'a, 'r> {
 /// Splits output into lines.
 #[derive(Debug, Default)]
 struct Lines {
-    /// The start of a line whose end has not come.
+    /// The start of an incomplete line.
     start: Vec<u8>,
 }
 
 impl Lines {
-    /// Gives each whole line with its end to `take`.
+    /// Passes each complete line, including its end, to `take`.
     fn split(&mut self, data: &[u8], mut take: impl FnMut(&[u8])) {
         self.start.extend_from_slice(data);
         while let Some(end) = self.start.iter().position(|&byte| byte == b'\n') {
@@ -203,7 +203,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_are_whole_however_the_output_is_cut() {
+    fn lines_are_complete_for_every_split_of_the_output() {
         let output = b"test a ... ok\n\ntest lab: passed\nno end";
         for cut in 0..output.len() {
             let mut lines = Lines::default();

@@ -1,4 +1,4 @@
-//! Debian's programs for the tests of networks, with their libraries: the lab has none of its own.
+//! Debian's programs for network tests, with their shared libraries, which the lab lacks.
 
 use crate::build_image::{self, Arguments as Image};
 use crate::debian;
@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use std::fs;
 use std::path::Path;
 
-/// Packages and files of them that guests and their host have.
+/// Packages and their files for guests and host.
 const BOTH: [(&str, &str); 13] = [
     ("iperf3", "usr/bin/iperf3"),
     ("nginx", "usr/sbin/nginx"),
@@ -23,7 +23,7 @@ const BOTH: [(&str, &str); 13] = [
     ("libc6", "ld-linux-x86-64.so.2"),
 ];
 
-/// Those that only the host has: passt, and curl with what it needs to start.
+/// Packages and their files for the host only: passt, and curl with its libraries.
 const HOST: [(&str, &str); 28] = [
     ("passt", "usr/bin/passt"),
     ("curl", "usr/bin/curl"),
@@ -55,10 +55,10 @@ const HOST: [(&str, &str); 28] = [
     ("libffi8", "libffi.so.8"),
 ];
 
-/// Where packages have their libraries.
+/// Library folders in packages.
 const LIBRARIES: [&str; 2] = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"];
 
-/// Lays out the folder `network` of the testbed, and builds the image `network` from `root` with some more files.
+/// Lays out the folder `network` of the testbed, and builds the image `network` from `root` with additional files.
 pub(crate) fn build(testbed: &Path, root: &Path) -> Result<()> {
     let folder = testbed.join("network");
     let guest = root.join("lib64");
@@ -68,7 +68,7 @@ pub(crate) fn build(testbed: &Path, root: &Path) -> Result<()> {
     for (package, path) in BOTH.into_iter().chain(HOST) {
         copy(package, path, &folder)?;
     }
-    // The guest has them under the name that programs have for their loader's folder.
+    // In the guest they are in the folder of the dynamic loader.
     for (package, path) in BOTH {
         copy(package, path, &guest)?;
     }
@@ -84,12 +84,13 @@ pub(crate) fn build(testbed: &Path, root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Copies a program, by its path, or a library, by its name.
+/// Copies a program (given by its path) or a library (given by its name).
 fn copy(package: &str, path: &str, folder: &Path) -> Result<()> {
     let unpacked = debian::unpacked(package)?;
-    let places = [""].iter().chain(&LIBRARIES).map(|place| unpacked.join(place).join(path));
-    let file = places.into_iter().find(|file| file.exists());
-    let file = file.with_context(|| format!("Debian's {package} has no {path}"))?;
+    let candidates =
+        [""].iter().chain(&LIBRARIES).map(|library_folder| unpacked.join(library_folder).join(path));
+    let file = candidates.into_iter().find(|file| file.exists());
+    let file = file.with_context(|| format!("Debian's package {package} contains no {path}"))?;
     let name = file.file_name().unwrap_or_default();
     fs::copy(&file, folder.join(name)).with_context(|| format!("cannot copy {}", file.display()))?;
     Ok(())

@@ -1,14 +1,14 @@
-//! What `cargo xtask test` prints: the output of each test program as one block, and a line that counts at the end.
+//! The output of `cargo xtask test`: a block per test program, and a summary line.
 
 use std::io::{self, Write};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// The report of one run.
+/// The report of a test run.
 #[derive(Debug)]
 pub(crate) struct Report {
     started: Instant,
-    /// Output is printed as it comes, which only makes sense where programs run one after the other. Otherwise a
+    /// Whether output is printed immediately, which requires that programs run one after the other. Otherwise a
     /// program's block is printed at its end.
     live: bool,
     counts: Mutex<Counts>,
@@ -19,8 +19,8 @@ struct Counts {
     passed: u64,
     failed: u64,
     labs: u32,
-    stood_still: u32,
-    /// The programs with a test that failed.
+    hung: u32,
+    /// The programs with failed tests.
     programs: Vec<String>,
 }
 
@@ -37,12 +37,12 @@ impl Report {
         self.count(|counts| counts.labs += 1);
     }
 
-    pub(crate) fn lab_stood_still(&self) {
-        self.count(|counts| counts.stood_still += 1);
+    pub(crate) fn lab_hung(&self) {
+        self.count(|counts| counts.hung += 1);
     }
 
-    /// Begins the block of a program.
-    pub(crate) fn transcript(&self, name: &str, place: &str) -> Transcript<'_> {
+    /// Starts the block of a program.
+    pub(crate) fn transcript(&self, name: &str, location: &str) -> Transcript<'_> {
         let mut transcript = Transcript {
             report: self,
             name: name.to_owned(),
@@ -50,11 +50,11 @@ impl Report {
             text: Vec::new(),
             printed: 0,
         };
-        transcript.add(format!("\n{name} ({place})\n").as_bytes());
+        transcript.add(format!("\n{name} ({location})\n").as_bytes());
         transcript
     }
 
-    /// Prints the last lines; whether all tests passed.
+    /// Prints the summary; returns whether all tests passed.
     pub(crate) fn finish(self) -> bool {
         let counts = self.counts.into_inner().unwrap_or_else(PoisonError::into_inner);
         if !counts.programs.is_empty() {
@@ -67,14 +67,14 @@ impl Report {
 
 impl Counts {
     fn line(&self, time: Duration) -> String {
-        let Self { passed, failed, labs, stood_still, .. } = self;
+        let Self { passed, failed, labs, hung, .. } = self;
         let (minutes, seconds) = (time.as_secs() / 60, time.as_secs() % 60);
         format!(
-            "tests: {passed} passed, {failed} failed; labs: {labs} started, {stood_still} stood still; time: {minutes} min {seconds} s"
+            "tests: {passed} passed, {failed} failed; labs: {labs} started, {hung} hung; time: {minutes} min {seconds} s"
         )
     }
 
-    /// Counts the tests of libtest's summaries in a program's output.
+    /// Adds the counts of libtest's summaries in a program's output.
     fn add(&mut self, name: &str, output: &[u8], passed: bool) {
         let output = String::from_utf8_lossy(output);
         for summary in output.lines().filter_map(|line| line.strip_prefix("test result: ")) {
@@ -87,7 +87,7 @@ impl Counts {
     }
 }
 
-/// The number in front of a word.
+/// The number before a word.
 fn number_before(text: &str, word: &str) -> u64 {
     let before = text.split(word).next().unwrap_or_default();
     before.rsplit(' ').next().and_then(|number| number.parse().ok()).unwrap_or(0)
@@ -100,7 +100,7 @@ pub(crate) struct Transcript<'a> {
     name: String,
     started: Instant,
     text: Vec<u8>,
-    /// Bytes of the text that were printed.
+    /// The number of bytes that have been printed.
     printed: usize,
 }
 
@@ -112,7 +112,7 @@ impl Transcript<'_> {
         }
     }
 
-    /// The program has ended.
+    /// Completes the block with the program's result.
     pub(crate) fn end(mut self, passed: bool) {
         let how = if passed { "passed" } else { "failed" };
         let line = format!("{}: {how} in {} s\n", self.name, self.started.elapsed().as_secs());
@@ -121,7 +121,7 @@ impl Transcript<'_> {
         self.report.count(|counts| counts.add(&self.name, &self.text, passed));
     }
 
-    /// A pipe that nobody reads must not end the tests.
+    /// Prints new output. Errors are ignored, so that a closed pipe does not abort the tests.
     fn print(&mut self) {
         let mut output = io::stdout().lock();
         let _ = output.write_all(&self.text[self.printed..]).and_then(|()| output.flush());
@@ -134,24 +134,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tests_are_counted_by_the_summaries_of_all_programs() {
+    fn the_summaries_of_all_programs_are_summed() {
         let mut counts = Counts::default();
         let output = b"test result: ok. 12 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out\n\
             test result: FAILED. 3 passed; 2 failed; 0 ignored\n";
         counts.add("several", output, false);
         counts.add("one", b"test result: ok. 1 passed; 0 failed; 0 ignored\n", true);
-        // A program that ends without a summary counts none.
+        // A program without a summary adds no tests.
         counts.add("broken", b"Segmentation fault\n", false);
-        (counts.labs, counts.stood_still) = (4, 1);
+        (counts.labs, counts.hung) = (4, 1);
         assert_eq!(
             counts.line(Duration::from_secs(671)),
-            "tests: 16 passed, 2 failed; labs: 4 started, 1 stood still; time: 11 min 11 s"
+            "tests: 16 passed, 2 failed; labs: 4 started, 1 hung; time: 11 min 11 s"
         );
         assert_eq!(counts.programs, ["several", "broken"]);
     }
 
     #[test]
-    fn a_block_is_whole() {
+    fn a_block_has_a_heading_and_its_tests_are_counted() {
         let report = Report::new(Instant::now(), false);
         let mut transcript = report.transcript("net", "here");
         transcript.add(b"test result: ok. 2 passed; 0 failed\n");

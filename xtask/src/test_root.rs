@@ -1,8 +1,8 @@
-//! The root filesystem of `tests/tests/root.rs`: programs of Debian, and every kind of file that is unusual,
-//! with a list of all of them in `/list`.
+//! The root filesystem of `tests/tests/root.rs`: Debian programs, unusual files of every kind, and a list of all files
+//! in `/list`.
 //!
-//! Each line of the list is what one path of the tree is: path, permissions, user, group, names of a file, bytes,
-//! device number, content (SHA-256 of a file, target of a link), extended attributes.
+//! Each line of the list describes a path: path, mode, user, group, number of hard links, size, device number, content
+//! (SHA-256 of a file or of a link's target), extended attributes.
 
 use crate::build_image::{self, Arguments as Image};
 use crate::root_tree::RootType;
@@ -19,7 +19,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, lchown, symlink};
 use std::path::Path;
 use xshell::{Shell, cmd};
 
-/// Packages whose programs the guest runs beside Python's, and the libraries of all.
+/// Packages with programs for the guest, in addition to Python, and their libraries.
 const PACKAGES: [&str; 12] = [
     "bash",
     "coreutils",
@@ -37,10 +37,9 @@ const PACKAGES: [&str; 12] = [
 
 /// Builds the image `root` into a folder, and `oci` from the same tree.
 pub(crate) fn build(images: &Path) -> Result<()> {
-    // Not in /tmp, which may be a filesystem without extended attributes, and not in the testbed: a run that is killed
-    // leaves it behind.
-    let place = tempfile::tempdir_in(cargo::target_directory())?;
-    let root = place.path();
+    // Not in /tmp, which may lack extended attributes, and not in the testbed, where a killed run would leave it.
+    let scratch = tempfile::tempdir_in(cargo::target_directory())?;
+    let root = scratch.path();
     let shell = Shell::new()?;
     let python = debian::unpacked("python3-minimal")?;
     let library = format!("lib{}", debian::version(&python)?.split('_').next().unwrap_or_default());
@@ -52,7 +51,7 @@ pub(crate) fn build(images: &Path) -> Result<()> {
     let python = fs::read_dir(root.join("usr/bin"))?
         .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
         .find(|name| name.starts_with("python3."))
-        .context("the package with python3 has none")?;
+        .context("the package python3-minimal contains no python3")?;
     symlink(python, root.join("usr/bin/python"))?;
     unusual(&root.join("odd")).context("cannot make the unusual files")?;
     let mut list = String::new();
@@ -69,7 +68,7 @@ pub(crate) fn build(images: &Path) -> Result<()> {
     test_oci::build(images, root)
 }
 
-/// Files of every kind. What only root can make is there where root builds.
+/// Creates unusual files of every kind. Those that only root can create are skipped for other users.
 fn unusual(odd: &Path) -> Result<()> {
     fs::create_dir(odd)?;
     let file = |name: &[u8], content: &[u8], permissions: u32| -> Result<()> {
@@ -86,7 +85,7 @@ fn unusual(odd: &Path) -> Result<()> {
         file(format!("size-{size}").as_bytes(), &vec![b'x'; size], 0o644)?;
     }
     file(b"not \xff\xfe UTF-8\n", b"", 0o644)?;
-    // mkfs.erofs 1.5 takes no more.
+    // The maximum of mkfs.erofs 1.5.
     file(&[b'n'; 254], b"", 0o644)?;
     File::create(odd.join("sparse"))?.set_len((3 << 20) + 1)?;
     fs::hard_link(odd.join("plain"), odd.join("another-name"))?;
@@ -121,7 +120,7 @@ fn unusual(odd: &Path) -> Result<()> {
     let mut capability = [0_u8; 20];
     capability[..4].copy_from_slice(&0x0200_0001_u32.to_le_bytes());
     capability[4..8].copy_from_slice(&(1_u32 << 25).to_le_bytes());
-    // By its name busybox knows what it is to be.
+    // Busybox selects its applet by the name of the program.
     fs::create_dir(odd.join("capable"))?;
     fs::copy(crate::lab::busybox()?, odd.join("capable/busybox"))?;
     setxattr(odd.join("capable/busybox"), "security.capability", &capability, XattrFlags::empty())?;
@@ -141,7 +140,7 @@ fn add_lines(folder: &Path, inside: &[u8], list: &mut String) -> Result<()> {
         } else {
             "-".to_owned()
         };
-        // A directory of an overlay has one name and a size of its own.
+        // Link count and size of directories differ in an overlay.
         let (names, bytes) = if metadata.is_dir() { (1, 0) } else { (metadata.nlink(), metadata.len()) };
         let _ = write!(list, "{} {:o} ", escaped(&inside), metadata.mode());
         let _ = write!(list, "{} {} {names} {bytes} ", metadata.uid(), metadata.gid());
@@ -153,7 +152,7 @@ fn add_lines(folder: &Path, inside: &[u8], list: &mut String) -> Result<()> {
     Ok(())
 }
 
-/// `name=value` of each extended attribute, sorted, values in hexadecimal digits.
+/// `name=value` of each extended attribute, sorted; values in hexadecimal.
 fn attributes(path: &Path) -> Result<String> {
     let mut buffer = vec![0_u8; 65536];
     let length = rustix::fs::llistxattr(path, &mut buffer[..]).unwrap_or(0);
@@ -168,7 +167,7 @@ fn attributes(path: &Path) -> Result<String> {
     Ok(found.join(","))
 }
 
-/// A path with every byte that is not a letter or digit of ASCII, or one of `/._-`, as `%` and two digits.
+/// Escapes every byte except ASCII letters, digits and `/._-` as `%` and two hexadecimal digits.
 fn escaped(path: &[u8]) -> String {
     path.iter().fold(String::new(), |mut text, &byte| {
         if byte.is_ascii_alphanumeric() || b"/._-".contains(&byte) {

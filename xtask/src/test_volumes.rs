@@ -1,4 +1,4 @@
-//! What the tests of volumes have: Debian's mke2fs and debugfs with their libraries, and an image with files where volumes go.
+//! Files for volume tests: Debian's mke2fs and debugfs with their libraries, and an image with files at volume targets.
 
 use crate::{cargo, debian};
 use anyhow::{Context, Result};
@@ -7,7 +7,7 @@ use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::path::Path;
 use xshell::{Shell, cmd};
 
-/// Packages and libraries of theirs that these programs need.
+/// Packages and their libraries that these programs need.
 const LIBRARIES: [(&str, &str); 7] = [
     ("libext2fs2", "libext2fs.so.2"),
     ("libext2fs2", "libe2p.so.2"),
@@ -18,23 +18,25 @@ const LIBRARIES: [(&str, &str); 7] = [
     ("libc6", "libc.so.6"),
 ];
 const LOADER: &str = "ld-linux-x86-64.so.2";
-/// Where packages have their libraries.
-const PLACES: [&str; 2] = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"];
+/// Library folders in packages.
+const LIBRARY_FOLDERS: [&str; 2] = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"];
 
-/// Puts Debian's mke2fs and debugfs into a folder.
+/// Copies Debian's mke2fs and debugfs into a folder.
 pub(crate) fn programs(folder: &Path) -> Result<()> {
     fs::create_dir_all(folder)?;
     for (package, library) in LIBRARIES.into_iter().chain([("libc6", LOADER)]) {
         let unpacked = debian::unpacked(package)?;
-        let file =
-            PLACES.map(|place| unpacked.join(place).join(library)).into_iter().find(|file| file.exists());
-        let file = file.with_context(|| format!("Debian's {package} has no {library}"))?;
+        let file = LIBRARY_FOLDERS
+            .map(|scratch| unpacked.join(scratch).join(library))
+            .into_iter()
+            .find(|file| file.exists());
+        let file = file.with_context(|| format!("Debian's package {package} contains no {library}"))?;
         fs::copy(file, folder.join(library))?;
     }
     let programs = debian::unpacked("e2fsprogs")?.join("sbin");
     for program in ["mke2fs", "debugfs"] {
         fs::copy(programs.join(program), folder.join(format!("{program}.program")))?;
-        // The lab has no C library of its own.
+        // The lab has no C library.
         let script = format!(
             "#!/bin/sh\nhere=${{0%/*}}\nexec $here/{LOADER} --library-path $here $here/{program}.program \"$@\"\n"
         );
@@ -44,21 +46,21 @@ pub(crate) fn programs(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Lays out the folder `e2fsprogs` of the testbed, and `volumes.erofs` from `root` with some more files.
+/// Lays out the folder `e2fsprogs` of the testbed, and builds `volumes.erofs` from `root` with additional files.
 pub(crate) fn build(testbed: &Path, root: &Path) -> Result<()> {
     programs(&testbed.join("e2fsprogs"))?;
-    let place = tempfile::tempdir_in(cargo::target_directory())?;
-    let (place, image) = (place.path(), testbed.join("volumes.erofs"));
+    let scratch = tempfile::tempdir_in(cargo::target_directory())?;
+    let (scratch, image) = (scratch.path(), testbed.join("volumes.erofs"));
     let shell = Shell::new()?;
-    cmd!(shell, "cp --archive {root}/. {place}").quiet().run()?;
-    fs::create_dir_all(place.join("srv/large"))?;
-    fs::write(place.join("srv/large/file"), vec![b'x'; 16 << 20])?;
-    content(&place.join("srv/data")).context("cannot make the files of a volume")?;
-    cmd!(shell, "mkfs.erofs -E noinline_data {image} {place}").quiet().ignore_stdout().run()?;
+    cmd!(shell, "cp --archive {root}/. {scratch}").quiet().run()?;
+    fs::create_dir_all(scratch.join("srv/large"))?;
+    fs::write(scratch.join("srv/large/file"), vec![b'x'; 16 << 20])?;
+    content(&scratch.join("srv/data")).context("cannot make the files of a volume")?;
+    cmd!(shell, "mkfs.erofs -E noinline_data {image} {scratch}").quiet().ignore_stdout().run()?;
     Ok(())
 }
 
-/// Files of several kinds, for which `kindling run -v` makes a volume.
+/// Creates files of several kinds, which `kindling run -v` copies into a new volume.
 fn content(data: &Path) -> Result<()> {
     fs::create_dir_all(data.join("deep/er"))?;
     fs::write(data.join("deep/er/file"), "words\n".repeat(100_000))?;

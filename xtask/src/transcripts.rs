@@ -1,8 +1,8 @@
-//! `cargo xtask transcripts`: runs the commands whose output README and docs show, and writes it there.
+//! `cargo xtask transcripts`: runs the commands whose output README.md and docs show, and updates it there.
 //!
-//! Such output is a fenced block behind a comment that names its command: `<!-- transcript: cargo xtask run -->` where
-//! the block has the command and what it prints to both of its streams, as at a terminal, and
-//! `<!-- output: cargo xtask bench ... -->` where the block has what it prints to standard output.
+//! Such output is a fenced block after a comment with its command. After `<!-- transcript: cargo xtask run -->` the
+//! block has the command and what it prints to standard output and standard error, as on a terminal. After `<!--
+//! output: cargo xtask bench ... -->` the block has its standard output.
 
 use crate::host::workspace;
 use anyhow::{Context, Result, bail, ensure};
@@ -14,29 +14,29 @@ use std::process::{Command, Stdio};
 
 #[derive(Args, Debug)]
 pub(crate) struct Arguments {
-    /// Only commands that contain this; all of them take an hour
+    /// Run only commands that contain this; all commands take an hour
     filter: Option<String>,
 }
 
-/// How a comment begins that names a command, by what of it the block shows.
+/// The start of a comment with a command, and the content of the block that follows.
 const MARKS: [(&str, Shown); 2] =
     [("<!-- transcript: ", Shown::Transcript), ("<!-- output: ", Shown::Output)];
 const MARK_END: &str = " -->\n";
 const FENCE: &str = "```text\n";
 const FENCE_END: &str = "\n```";
-/// Stands in a command for the place of another monitor.
+/// Placeholder in a command for the path of Firecracker.
 const FIRECRACKER: &str = "firecracker=PATH";
 
-/// What of a command a block shows.
+/// The content of a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Shown {
-    /// The command, and both of its streams.
+    /// The command, its standard output and its standard error.
     Transcript,
     /// Its standard output.
     Output,
 }
 
-/// Replaces every block whose command was asked for, and says which files changed.
+/// Updates the blocks of all matching commands, and prints which files changed.
 pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let filter = arguments.filter.as_deref().unwrap_or_default();
     let mut found = false;
@@ -55,7 +55,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
             println!("{}", file.display());
         }
     }
-    ensure!(found, "no command of README and docs contains {filter:?}");
+    ensure!(found, "no command in README.md and docs contains {filter:?}");
     Ok(0)
 }
 
@@ -69,13 +69,13 @@ fn documents() -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// The text with the output of each command in its block. A command without output leaves its block as it is.
+/// Replaces the block of each command by its output. A command without output leaves its block unchanged.
 fn replaced(text: &str, mut output_of: impl FnMut(&str, Shown) -> Result<Option<String>>) -> Result<String> {
     let (mut new, mut rest) = (String::new(), text);
     while let Some((at, mark, shown)) = next_mark(rest) {
         let (before, part) = rest.split_at(at + mark.len());
-        let (command, part) = part.split_once(MARK_END).context("the comment of an output has no end")?;
-        let no_block = || format!("no block follows {command}");
+        let (command, part) = part.split_once(MARK_END).context("a comment with a command is not closed")?;
+        let no_block = || format!("the comment of {command} is not followed by a block");
         let block = part.strip_prefix(FENCE).with_context(no_block)?;
         let (old, after) = block.split_once(FENCE_END).with_context(no_block)?;
         let content = match output_of(command, shown)? {
@@ -89,7 +89,7 @@ fn replaced(text: &str, mut output_of: impl FnMut(&str, Shown) -> Result<Option<
     Ok(new + rest)
 }
 
-/// Where the next comment begins that names a command, and how.
+/// The position of the next comment with a command, its mark, and the content of its block.
 fn next_mark(text: &str) -> Option<(usize, &'static str, Shown)> {
     MARKS
         .into_iter()
@@ -97,21 +97,21 @@ fn next_mark(text: &str) -> Option<(usize, &'static str, Shown)> {
         .min_by_key(|(at, ..)| *at)
 }
 
-/// What a command prints; none where this machine lacks what it compares with. Paths of this workspace are shown from
-/// its root.
+/// Runs a command and returns its output; `None` if this machine lacks the monitor that it compares with. Paths in the
+/// workspace become relative.
 fn output_of(command: &str, shown: Shown) -> Result<Option<String>> {
     let mut words: Vec<String> = command.split_whitespace().map(str::to_owned).collect();
     if words.len() < 3 || words[..2] != ["cargo", "xtask"] {
-        bail!("{command} is no command of cargo xtask");
+        bail!("{command} is not a command of cargo xtask");
     }
     if let Some(word) = words.iter_mut().find(|word| *word == FIRECRACKER) {
         let folders = std::env::var_os("PATH").unwrap_or_default();
-        let mut places = std::env::split_paths(&folders).map(|folder| folder.join("firecracker"));
-        let Some(place) = places.find(|place| place.is_file()) else {
-            println!("no firecracker in PATH, not run: {command}");
+        let mut candidates = std::env::split_paths(&folders).map(|folder| folder.join("firecracker"));
+        let Some(program) = candidates.find(|program| program.is_file()) else {
+            println!("skipped, firecracker not found in PATH: {command}");
             return Ok(None);
         };
-        *word = format!("firecracker={}", place.display());
+        *word = format!("firecracker={}", program.display());
     }
     println!("$ {command}");
     let (mut output, write) = std::io::pipe()?;
@@ -123,17 +123,17 @@ fn output_of(command: &str, shown: Shown) -> Result<Option<String>> {
         drop(write);
     }
     let mut process = child.spawn().with_context(|| format!("cannot start {command}"))?;
-    // It holds the other end of the pipe, which has to be closed for the output to end.
+    // The command holds the write end of the pipe, which must be closed for the output to end.
     drop(child);
     let mut text = String::new();
     output.read_to_string(&mut text).with_context(|| format!("cannot read the output of {command}"))?;
     let status = process.wait()?;
     ensure!(status.success(), "{command} ended with {status}:\n{text}");
-    Ok(Some(without(&text, &workspace())))
+    Ok(Some(with_relative_paths(&text, &workspace())))
 }
 
-/// A text in which paths below a folder are relative to it.
-fn without(text: &str, folder: &Path) -> String {
+/// Makes paths below a folder relative to it.
+fn with_relative_paths(text: &str, folder: &Path) -> String {
     text.replace(&format!("{}/", folder.display()), "")
 }
 
@@ -153,12 +153,12 @@ mod tests {
                         ```text\nc\n```\n<!-- output: cargo xtask y -->\n```text\nnew of cargo xtask y\n```\n\
                         <!-- output: cargo xtask z -->\n```text\nkept\n```\nd\n";
         assert_eq!(new.unwrap(), expected);
-        // A command that fails leaves everything as it was.
+        // A command that fails is an error.
         assert!(replaced(text, |_, _| bail!("no")).is_err());
     }
 
     #[test]
-    fn a_comment_without_a_block_is_named() {
+    fn a_comment_without_a_block_is_an_error() {
         for text in
             ["<!-- transcript: x", "<!-- output: x -->\ntext", "<!-- transcript: x -->\n```text\nno end"]
         {
@@ -167,14 +167,14 @@ mod tests {
     }
 
     #[test]
-    fn only_the_projects_own_commands_are_run() {
+    fn only_cargo_xtask_commands_are_run() {
         assert!(output_of("rm -rf x", Shown::Output).is_err());
     }
 
     #[test]
-    fn paths_are_shown_from_the_root() {
+    fn paths_in_the_workspace_become_relative() {
         assert_eq!(
-            without("image: /home/me/k/target/images", Path::new("/home/me/k")),
+            with_relative_paths("image: /home/me/k/target/images", Path::new("/home/me/k")),
             "image: target/images"
         );
     }

@@ -1,9 +1,8 @@
-//! The kernel's file as an image has it: what is loaded, and nothing else.
+//! Packs a vmlinux for an image: only its loadable content.
 //!
-//! The linker starts text, entry code, read-only data and data at boundaries of 2 MiB, in memory and in
-//! the file, so that more than half of a `vmlinux` is padding. A monitor that reads the kernel would
-//! read it, and touch huge pages of guest memory for it. The packed file has the same segments at the
-//! same addresses, without the long runs of padding between their parts.
+//! The linker aligns text, entry code, read-only data and data to 2 MiB, in memory and in the file, so that more than
+//! half of a `vmlinux` is padding. A monitor would read the padding and touch huge pages of guest memory for it. The
+//! packed file has the same segments at the same addresses, without long runs of padding.
 
 use anyhow::{Context, Result, bail, ensure};
 use std::fs;
@@ -14,9 +13,9 @@ const PROGRAM_HEADER_LEN: usize = 56;
 const LOAD: u32 = 1;
 const NOTE: u32 = 4;
 const PAGE: usize = 4096;
-/// A run of padding that is worth a segment's end and another's start.
+/// The minimal length of a run of padding at which a segment is split.
 const LONG_RUN: usize = 64 * 1024;
-/// What the linker pads text with (arch/x86/kernel/vmlinux.lds.S): INT3, which nothing executes.
+/// The linker's padding of text (arch/x86/kernel/vmlinux.lds.S): INT3, which is never executed.
 const TEXT_PADDING: u8 = 0xcc;
 
 /// A program header, with the bytes that it describes.
@@ -30,7 +29,7 @@ struct Segment<'a> {
     memory_size: u64,
 }
 
-/// Writes the packed form of the kernel `built` to `packed`.
+/// Packs the kernel `built` into `packed`.
 pub(crate) fn pack(built: &Path, packed: &Path) -> Result<()> {
     let file = fs::read(built).with_context(|| format!("cannot read {}", built.display()))?;
     let bytes = packed_bytes(&file).with_context(|| format!("{} is not a kernel", built.display()))?;
@@ -62,7 +61,7 @@ fn packed_bytes(file: &[u8]) -> Result<Vec<u8>> {
             let start = note.virtual_address.checked_sub(part.virtual_address)?;
             (start + note.bytes.len() as u64 <= part.bytes.len() as u64).then_some(offset + start)
         });
-        offsets.push(inside.context("its notes are outside its segments")?);
+        offsets.push(inside.context("its notes are outside its loadable segments")?);
     }
     for (index, (part, offset)) in parts.iter().zip(offsets).enumerate() {
         let header = program_header(part, offset);
@@ -80,13 +79,13 @@ fn number(bytes: &[u8]) -> u64 {
 }
 
 fn read_segments(file: &[u8]) -> Result<Vec<Segment<'_>>> {
-    ensure!(file.len() >= HEADER_LEN && file[..5] == *b"\x7fELF\x02", "it is no 64-bit ELF file");
+    ensure!(file.len() >= HEADER_LEN && file[..5] == *b"\x7fELF\x02", "it is not a 64-bit ELF file");
     let table = usize::try_from(number(&file[32..40]))?;
     let count = usize::try_from(number(&file[56..58]))?;
     let headers = table
         .checked_add(count * PROGRAM_HEADER_LEN)
         .and_then(|end| file.get(table..end))
-        .context("its program headers are cut off")?;
+        .context("its program headers are truncated")?;
     let mut segments = Vec::new();
     for header in headers.chunks_exact(PROGRAM_HEADER_LEN) {
         let field = |at: usize| number(&header[at..at + 8]);
@@ -99,7 +98,7 @@ fn read_segments(file: &[u8]) -> Result<Vec<Segment<'_>>> {
                 flags,
                 virtual_address: field(16),
                 physical_address: field(24),
-                bytes: bytes.context("a segment is cut off")?,
+                bytes: bytes.context("a segment is truncated")?,
                 memory_size: field(40),
             });
         }
@@ -110,13 +109,13 @@ fn read_segments(file: &[u8]) -> Result<Vec<Segment<'_>>> {
     Ok(segments)
 }
 
-/// Whether a page holds nothing but padding. Zeroes need no file, because RAM is zero at first, and
-/// what text is padded with matters to nobody.
+/// Whether a page consists of padding. Zeroes need no file content, because guest memory is initially zero, and the
+/// padding of text is never used.
 fn is_padding(page: &[u8]) -> bool {
     page.iter().all(|&byte| byte == 0) || page.iter().all(|&byte| byte == TEXT_PADDING)
 }
 
-/// The parts of a segment between its long runs of padding. The last keeps the memory behind them.
+/// Splits a segment at long runs of padding. The last part keeps the segment's end in memory.
 fn split<'a>(segment: &Segment<'a>) -> Vec<Segment<'a>> {
     let mut parts: Vec<(usize, usize)> = Vec::new();
     for (index, page) in segment.bytes.chunks(PAGE).enumerate() {
@@ -196,7 +195,7 @@ mod tests {
         file
     }
 
-    /// What a loader puts into memory: address and byte of every byte that is not zero.
+    /// The address and value of every loaded byte that is not padding.
     fn memory(file: &[u8]) -> Vec<(u64, u8)> {
         let mut bytes: Vec<_> = read_segments(file)
             .unwrap()
@@ -210,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_the_same_and_the_file_has_no_long_runs_of_padding() {
+    fn a_packed_kernel_loads_the_same_memory_without_long_padding() {
         let mut content = vec![0; 1 << 20];
         content[400_000..600_000].fill(TEXT_PADDING);
         for at in [0, 5000, 300_000, 300_007, 700_000, (1 << 20) - 10] {
@@ -228,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_kernel_is_refused() {
+    fn files_that_are_not_kernels_are_refused() {
         let file = kernel(&[1; 100], 0);
         for length in 0..file.len() {
             assert!(packed_bytes(&file[..length]).is_err(), "{length}");

@@ -1,13 +1,13 @@
 #!/bin/sh
-# Makes the container images of tests/tests/images.rs: an OCI layout with an image for each program, all on one base
-# layer. mmdebstrap runs this as a hook, with the new system's root and the folder for the layout.
+# Builds the container images of tests/tests/images.rs: an OCI layout with an image per program, all on one base layer.
+# mmdebstrap runs this as a hook, with the root of the new system and the folder for the layout as arguments.
 set -eu
 root=$1 place=$2 busybox=$3
 layout=$place/layout work=$place/work
 mkdir "$work"
 umoci init --layout "$layout"
 
-# An image with what a bundle's tree has more than the image the bundle came from; the rest configures it.
+# Creates an image from the changes in a bundle; the remaining arguments configure it.
 image() {
     name=$1; shift
     rm -rf "$work/$name/rootfs/var/cache/apt" "$work/$name/rootfs/var/log/"*.log "$work/$name/rootfs/var/log/apt" \
@@ -17,12 +17,12 @@ image() {
     rm -rf "${work:?}/$name"
 }
 
-# A bundle of the base image with some packages of Debian more.
+# Unpacks a bundle of the base image and installs additional Debian packages in it.
 bundle() {
     name=$1; shift
     umoci unpack --image "$layout:base" "$work/$name"
     tree=$work/$name/rootfs
-    # For the packages' scripts; only root could make the device.
+    # The packages' scripts need /dev/null; a regular file replaces the device, which only root could create.
     touch "$tree/dev/null"
     chmod 666 "$tree/dev/null"
     sed "s#^Dir .*#Dir \"$tree\";#; s#^Dir::State::Status .*#Dir::State::Status \"$tree/var/lib/dpkg/status\";#" \
@@ -53,7 +53,7 @@ mkdir "$work/base/rootfs/dev" "$work/base/rootfs/proc" "$work/base/rootfs/sys" "
 image base
 
 bundle python python3 python3-pip-whl
-# What pip installs is a wheel that is made here: no package index is asked.
+# pip installs a wheel that is built here, without a package index.
 cat > "$work/python/rootfs/tmp/wheel.py" <<'END'
 import zipfile
 info = "greeting-1.0.dist-info/"
@@ -107,7 +107,7 @@ cp "$busybox" "$tree/srv/container/bin/busybox"
 for applet in cat echo hostname httpd id sh wget; do
     ln -s busybox "$tree/srv/container/bin/$applet"
 done
-# There is no systemd in the guest.
+# The guest has no systemd.
 cat > "$tree/etc/containers/containers.conf" <<'END'
 [containers]
 log_driver = "k8s-file"

@@ -1,7 +1,7 @@
-//! What programs do with files, in a folder of the host: `folder-guest FOLDER NAMES`, with so many in
-//! one directory. What is not as on any disk is a panic.
+//! Exercises the file operations of programs in a shared folder of the host: `folder-guest FOLDER NAMES`, with NAMES
+//! files in one directory. Panics if the result differs from that of a local filesystem.
 #![expect(unsafe_code, reason = "mappings of files")]
-#![expect(clippy::print_stdout, reason = "a program speaks to its user")]
+#![expect(clippy::print_stdout, reason = "the results go to standard output")]
 
 use rustix::fs::{AtFlags, CWD, FallocateFlags, Mode, OFlags, RenameFlags, SeekFrom, XattrFlags};
 use rustix::io::Errno;
@@ -37,9 +37,9 @@ fn main() -> std::process::ExitCode {
         ("sizes", sizes),
         ("mappings", mappings),
         ("special files", special_files),
-        ("files without a name", nameless_files),
+        ("unnamed files (O_TMPFILE)", unnamed_files),
         ("locks", locks),
-        ("openings of a file that changes", openings),
+        ("opening a file that changes", opening_a_changing_file),
     ];
     for (name, check) in checks {
         fs::create_dir("check").unwrap();
@@ -50,13 +50,13 @@ fn main() -> std::process::ExitCode {
     std::process::ExitCode::SUCCESS
 }
 
-/// A file in the folder of the present check.
+/// A path in the folder of the current check.
 fn at(name: &str) -> String {
     format!("check/{name}")
 }
 
 fn errno<T: std::fmt::Debug>(result: std::io::Result<T>) -> Errno {
-    Errno::from_io_error(&result.expect_err("it should fail")).expect("an error of the host")
+    Errno::from_io_error(&result.expect_err("the operation should fail")).expect("an error of the host")
 }
 
 fn contents() {
@@ -66,17 +66,17 @@ fn contents() {
     assert!(fs::read(at("a")).unwrap() == data);
     let file = OpenOptions::new().read(true).write(true).open(at("a")).unwrap();
     file.write_all_at(b"in the middle", 1_234_567).unwrap();
-    let mut piece = [0; 13];
-    file.read_exact_at(&mut piece, 1_234_567).unwrap();
-    assert_eq!(&piece, b"in the middle");
+    let mut chunk = [0; 13];
+    file.read_exact_at(&mut chunk, 1_234_567).unwrap();
+    assert_eq!(&chunk, b"in the middle");
     file.sync_all().unwrap();
     file.sync_data().unwrap();
-    // Past the page cache, in pieces that no page fits.
+    // Direct I/O, with lengths and offsets that are not page-aligned.
     let direct = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(at("a")).unwrap();
-    let mut pieces = vec![0; 1_500_000];
-    direct.read_exact_at(&mut pieces, 999).unwrap();
-    assert!(pieces[..1_000_000] == data[999..1_000_999]);
-    assert_eq!(direct.read_at(&mut pieces, 1 << 40).unwrap(), 0);
+    let mut chunks = vec![0; 1_500_000];
+    direct.read_exact_at(&mut chunks, 999).unwrap();
+    assert!(chunks[..1_000_000] == data[999..1_000_999]);
+    assert_eq!(direct.read_at(&mut chunks, 1 << 40).unwrap(), 0);
     File::options().write(true).truncate(true).open(at("a")).unwrap();
     assert_eq!(fs::metadata(at("a")).unwrap().len(), 0);
 }
@@ -112,7 +112,7 @@ fn names() {
     let longest = "x".repeat(255);
     fs::write(at(&longest), "").unwrap();
     assert_eq!(errno(fs::write(at(&(longest + "x")), "")), Errno::NAMETOOLONG);
-    // Any bytes but two.
+    // All bytes except NUL and slash are allowed.
     let odd = at("\n \t\"*?\u{1f980}\u{7f}");
     fs::write(&odd, "odd").unwrap();
     assert_eq!(fs::read_to_string(odd).unwrap(), "odd");
@@ -167,7 +167,7 @@ fn directories() {
     fs::write(at("file"), "").unwrap();
     assert_eq!(errno(fs::read_dir(at("file"))), Errno::NOTDIR);
     assert_eq!(errno(fs::rename(at("a"), at("a/b/d"))), Errno::INVAL);
-    // Its place is known by whoever is in it.
+    // A renamed directory stays the current directory of processes in it.
     let before = std::env::current_dir().unwrap();
     std::env::set_current_dir(at("a/b")).unwrap();
     fs::rename("../../a", "../../z").unwrap();
@@ -185,7 +185,7 @@ fn many_names() {
     }
     let found: BTreeSet<_> = fs::read_dir("check").unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(found.len(), count);
-    // Removing while reading leaves nothing out.
+    // Removing entries during readdir skips none.
     let mut removed = 0;
     for entry in fs::read_dir("check").unwrap() {
         fs::remove_file(entry.unwrap().path()).unwrap();
@@ -202,12 +202,13 @@ fn attributes() {
     assert_eq!(mode(), 0o640);
     fs::set_permissions(&path, fs::Permissions::from_mode(0o451)).unwrap();
     assert_eq!(mode(), 0o451);
-    // Nobody on the host is to have the rights of whom the folder belongs to.
+    // The set-user-ID and set-group-ID bits are dropped, so that no user of the host gets the rights of the folder's
+    // owner.
     fs::set_permissions(&path, fs::Permissions::from_mode(0o6755)).unwrap();
     assert_eq!(mode(), 0o755);
     let metadata = fs::metadata(&path).unwrap();
     let (user, group) = (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw());
-    assert_eq!((metadata.uid(), metadata.gid()), (user, group), "files belong to who made them");
+    assert_eq!((metadata.uid(), metadata.gid()), (user, group), "files belong to the user that created them");
     std::os::unix::fs::chown(&path, Some(user), Some(group)).unwrap();
     assert_eq!(errno(std::os::unix::fs::chown(&path, Some(user + 1), None)), Errno::PERM);
     assert_eq!(errno(std::os::unix::fs::chown(&path, None, Some(group + 1))), Errno::PERM);
@@ -242,7 +243,7 @@ fn extended_attributes() {
     fs::write(at("a"), "").unwrap();
     let set = |name, value: &[u8], flags| rustix::fs::setxattr(at("a"), name, value, flags);
     match set("user.one", b"1", XattrFlags::empty()) {
-        // The host's filesystem has none.
+        // The host's filesystem does not support extended attributes.
         Err(Errno::OPNOTSUPP) => return,
         result => result.unwrap(),
     }
@@ -260,7 +261,7 @@ fn extended_attributes() {
     assert_eq!(names, BTreeSet::from([&b"user.one\0"[..], b"user.two\0"]));
     rustix::fs::removexattr(at("a"), "user.one").unwrap();
     assert_eq!(rustix::fs::removexattr(at("a"), "user.one"), Err(Errno::NODATA));
-    // To others the guest's kernel says so.
+    // For other users the guest's kernel itself refuses.
     let refused = if rustix::process::getuid().is_root() { Errno::OPNOTSUPP } else { Errno::PERM };
     assert_eq!(set("trusted.a", b"", XattrFlags::empty()), Err(refused));
 }
@@ -272,9 +273,9 @@ fn sizes() {
     let metadata = file.metadata().unwrap();
     assert_eq!(metadata.len(), FAR + 3);
     assert!(metadata.blocks() < 1 << 20, "{} blocks", metadata.blocks());
-    let mut piece = [1; 6];
-    file.read_exact_at(&mut piece, FAR - 3).unwrap();
-    assert_eq!(&piece, b"\0\0\0far");
+    let mut chunk = [1; 6];
+    file.read_exact_at(&mut chunk, FAR - 3).unwrap();
+    assert_eq!(&chunk, b"\0\0\0far");
     assert_eq!(rustix::fs::seek(&file, SeekFrom::Data(0)).unwrap() & !0xf_ffff, FAR & !0xf_ffff);
     assert_eq!(rustix::fs::seek(&file, SeekFrom::Hole(0)).unwrap(), 0);
     file.set_len(10).unwrap();
@@ -295,38 +296,38 @@ fn mappings() {
     let file = OpenOptions::new().read(true).write(true).create_new(true).open(at("a")).unwrap();
     file.set_len(LENGTH as u64).unwrap();
     let access = ProtFlags::READ | ProtFlags::WRITE;
-    // SAFETY: the mapping is a new one, and this program alone has it.
-    let place = unsafe { mmap(std::ptr::null_mut(), LENGTH, access, MapFlags::SHARED, &file, 0) }.unwrap();
+    // SAFETY: the mapping is new and only this program uses it.
+    let address = unsafe { mmap(std::ptr::null_mut(), LENGTH, access, MapFlags::SHARED, &file, 0) }.unwrap();
     // SAFETY: the file is as long as the mapping.
-    let bytes = unsafe { std::slice::from_raw_parts_mut(place.cast::<u8>(), LENGTH) };
+    let bytes = unsafe { std::slice::from_raw_parts_mut(address.cast::<u8>(), LENGTH) };
     bytes[5000..5005].copy_from_slice(b"maped");
-    // SAFETY: it is the mapping.
-    unsafe { msync(place, LENGTH, MsyncFlags::SYNC) }.unwrap();
+    // SAFETY: the range is that of the mapping.
+    unsafe { msync(address, LENGTH, MsyncFlags::SYNC) }.unwrap();
     let direct = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(at("a")).unwrap();
-    let mut piece = [0; 5];
-    direct.read_exact_at(&mut piece, 5000).unwrap();
-    assert_eq!(&piece, b"maped", "what is in the mapping is in the file");
+    let mut chunk = [0; 5];
+    direct.read_exact_at(&mut chunk, 5000).unwrap();
+    assert_eq!(&chunk, b"maped", "a write to the mapping is visible in the file");
     file.write_all_at(b"other", 9000).unwrap();
-    assert_eq!(&bytes[9000..9005], b"other", "what is in the file is in the mapping");
+    assert_eq!(&bytes[9000..9005], b"other", "a write to the file is visible in the mapping");
     bytes[0] = b'x';
-    // SAFETY: nobody uses the mapping any more.
-    unsafe { munmap(place, LENGTH) }.unwrap();
+    // SAFETY: the mapping is not used any more.
+    unsafe { munmap(address, LENGTH) }.unwrap();
     drop(file);
     assert_eq!(fs::read(at("a")).unwrap()[0], b'x');
 }
 
-fn nameless_files() {
+fn unnamed_files() {
     let flags = OFlags::TMPFILE | OFlags::RDWR;
     let file = File::from(rustix::fs::open("check", flags, Mode::from_raw_mode(0o640)).unwrap());
-    file.write_all_at(b"nameless", 0).unwrap();
+    file.write_all_at(b"unnamed", 0).unwrap();
     assert_eq!(fs::read_dir("check").unwrap().count(), 0);
-    let place = format!("/proc/self/fd/{}", file.as_raw_fd());
-    rustix::fs::linkat(CWD, place, CWD, at("a"), AtFlags::SYMLINK_FOLLOW).unwrap();
-    assert_eq!(fs::read(at("a")).unwrap(), b"nameless");
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    rustix::fs::linkat(CWD, path, CWD, at("a"), AtFlags::SYMLINK_FOLLOW).unwrap();
+    assert_eq!(fs::read(at("a")).unwrap(), b"unnamed");
     assert_eq!(fs::metadata(at("a")).unwrap().ino(), file.metadata().unwrap().ino());
 }
 
-/// Those of one open file exclude those of another; a process has its own POSIX locks, which end with it.
+/// flock locks conflict between open file descriptions; POSIX locks belong to a process and end with it.
 fn locks() {
     use rustix::fs::{FlockOperation, fcntl_lock, flock};
     let exclusive = FlockOperation::NonBlockingLockExclusive;
@@ -336,7 +337,7 @@ fn locks() {
     flock(&first, exclusive).unwrap();
     assert_eq!(flock(&second, exclusive), Err(Errno::WOULDBLOCK));
     let waiter = std::thread::spawn(move || flock(&second, FlockOperation::LockExclusive).map(|()| second));
-    // Whichever comes first.
+    // The unlock may come before or after the blocking lock request.
     flock(&first, FlockOperation::Unlock).unwrap();
     let second = waiter.join().unwrap().unwrap();
     assert_eq!(flock(&first, exclusive), Err(Errno::WOULDBLOCK));
@@ -344,7 +345,7 @@ fn locks() {
     flock(&first, exclusive).unwrap();
     fcntl_lock(&first, exclusive).unwrap();
     fcntl_lock(open(), exclusive).unwrap();
-    // The file that was just closed was the process's, too.
+    // Closing any descriptor of the file releases the process's POSIX lock.
     let status =
         std::process::Command::new(std::env::current_exe().unwrap()).args(["lock", &at("a")]).status();
     assert!(status.unwrap().success());
@@ -354,19 +355,19 @@ fn locks() {
     assert!(!status.unwrap().success());
 }
 
-/// Tries to lock a file as a process of its own, with a POSIX lock.
+/// Tries to take a POSIX lock on a file in a separate process.
 fn lock(path: &str) -> std::process::ExitCode {
     let file = OpenOptions::new().read(true).write(true).open(path).unwrap();
     status_of(rustix::fs::fcntl_lock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive))
 }
 
-/// Tries to lock a file with flock.
+/// Tries to take a flock lock on a file.
 fn try_flock(path: &str) -> std::process::ExitCode {
     let file = File::open(path).unwrap();
     status_of(rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive))
 }
 
-/// Success for a lock that was granted, failure for one that another process holds.
+/// Success if the lock was granted, failure if another process holds it.
 fn status_of(result: Result<(), Errno>) -> std::process::ExitCode {
     match result {
         Ok(()) => std::process::ExitCode::SUCCESS,
@@ -375,7 +376,7 @@ fn status_of(result: Result<(), Errno>) -> std::process::ExitCode {
     }
 }
 
-/// Waits for the lock, and keeps it until a line comes.
+/// Waits for a flock lock, and holds it until a line arrives on standard input.
 fn hold_flock(path: &str) -> std::process::ExitCode {
     let file = File::open(path).unwrap();
     rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive).unwrap();
@@ -384,8 +385,8 @@ fn hold_flock(path: &str) -> std::process::ExitCode {
     std::process::ExitCode::SUCCESS
 }
 
-/// However often others change it meanwhile.
-fn openings() {
+/// A file that other threads append to keeps its inode number for every open and stat.
+fn opening_a_changing_file() {
     const ROUNDS: usize = 100;
     fs::write(at("a"), "").unwrap();
     let number = fs::metadata(at("a")).unwrap().ino();

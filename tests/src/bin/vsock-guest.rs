@@ -1,10 +1,10 @@
-//! What the tests of vsock run inside the guest: busybox knows no such sockets.
+//! The guest program of the vsock tests, because busybox has no vsock support.
 //!
-//! `connect PORT` copies: standard input to a port of the host, and what comes back to standard output.
-//! `echo PORT COUNT` answers so many connections, all at a time, with what they send. `many PORT COUNT` holds so
-//! many connections to a port of the host at once, and `sequence PORT COUNT` one after the other. `send PORT BYTES`
-//! and `receive PORT BYTES` are one side of a stream of [`tests::vsock::Pattern`].
-#![expect(clippy::print_stdout, reason = "a program speaks to its user")]
+//! `connect PORT` copies standard input to a port of the host, and its reply to standard output. `echo PORT COUNT`
+//! echoes COUNT concurrent connections. `many PORT COUNT` opens COUNT concurrent connections to a port of the host, and
+//! `sequence PORT COUNT` opens them one after the other. `send PORT BYTES` and `receive PORT BYTES` are one end of a
+//! stream of [`tests::vsock::Pattern`].
+#![expect(clippy::print_stdout, reason = "the results go to standard output")]
 
 use std::io::{self, Read, Write};
 use std::process::ExitCode;
@@ -21,7 +21,7 @@ fn main() -> ExitCode {
         Some("sequence") => sequence(port, number(2)),
         Some("send") => send(port, number(2)),
         Some("receive") => Stream::connect(port).and_then(|mut stream| check(&mut stream, number(2))),
-        _ => Err(io::Error::other("no such role")),
+        _ => Err(io::Error::other("unknown command")),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -68,7 +68,7 @@ fn exchange(stream: &mut Stream, number: u64) -> io::Result<()> {
     let mut answer = [0; 8];
     stream.read_exact(&mut answer)?;
     if u64::from_le_bytes(answer) != number {
-        return Err(io::Error::other("another answer"));
+        return Err(io::Error::other("unexpected reply"));
     }
     Ok(())
 }
@@ -92,7 +92,7 @@ fn send(port: u32, bytes: u64) -> io::Result<()> {
     let mut stream = Stream::connect(port)?;
     Pattern::default().write_to(&mut stream, bytes)?;
     shut_down(&stream, libc::SHUT_WR)?;
-    // The end of the other side says that all has come.
+    // The peer closes the stream when it has received everything.
     let mut rest = Vec::new();
     stream.read_to_end(&mut rest)?;
     Ok(())

@@ -1,8 +1,9 @@
-//! Memory that this guest gives back to its host.
+//! Timing of free page reporting through the balloon.
 //!
-//! No program asks for it: the guest's kernel names free memory to its balloon, which gives it back, two seconds after
-//! some became free (`PAGE_REPORTING_DELAY` in mm/page_reporting.c). This one sleeps meanwhile and then turns in
-//! circles: what guest, monitor and host do for it is time that is missing here.
+//! A program cannot request it: the guest kernel reports free pages to the balloon two seconds after pages were freed
+//! (`PAGE_REPORTING_DELAY` in mm/page_reporting.c). The measuring thread sleeps until shortly before the report and
+//! then busy-loops on the clock. The time that the loop misses is the time that guest kernel, monitor and host spend on
+//! the report.
 
 use anyhow::{Result, ensure};
 use std::hint::black_box;
@@ -10,36 +11,38 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 const MIB: usize = 1 << 20;
-/// The kernel's timer for its two seconds has steps of 80 ms (kernel/time/timer.c, 100 Hz).
-const BEFORE: Duration = Duration::from_millis(1950);
-const SPAN: Duration = Duration::from_millis(250);
-/// A look at the clock takes less.
-const LOOK: Duration = Duration::from_micros(2);
+/// Sleep before the busy loop. The kernel's timer for its two seconds has a granularity of 80 ms (kernel/time/timer.c,
+/// 100 Hz).
+const SLEEP: Duration = Duration::from_millis(1950);
+/// Length of the busy loop.
+const BUSY_LOOP: Duration = Duration::from_millis(250);
+/// Upper bound of the time of one clock read.
+const CLOCK_READ_MAX: Duration = Duration::from_micros(2);
 
-/// What giving so many MiB back takes.
+/// Returns how long reporting `mib` MiB of free memory takes.
 pub(crate) fn time_of_reports(mib: u32) -> Result<Duration> {
-    // It is in use while the kernel names what is free since the boot.
+    // The allocation keeps these pages in use while the kernel reports the pages that are free since boot.
     let memory = black_box(vec![1_u8; mib as usize * MIB]);
-    let ticks = time_of_others();
-    sleep(BEFORE + SPAN);
+    let ticks = time_not_running();
+    sleep(SLEEP + BUSY_LOOP);
     drop(memory);
-    sleep(BEFORE);
-    let whole = time_of_others();
-    ensure!(whole > ticks, "the kernel gave nothing back");
+    sleep(SLEEP);
+    let whole = time_not_running();
+    ensure!(whole > ticks, "the kernel reported no free pages");
     Ok(whole.saturating_sub(ticks))
 }
 
-/// The time for which everybody else had the processor during [`SPAN`].
-fn time_of_others() -> Duration {
+/// The time during [`BUSY_LOOP`] in which this thread did not run.
+fn time_not_running() -> Duration {
     let start = Instant::now();
-    let (mut last, mut others) = (start, Duration::ZERO);
-    while last - start < SPAN {
+    let (mut last, mut not_running) = (start, Duration::ZERO);
+    while last - start < BUSY_LOOP {
         let now = Instant::now();
         let passed = now - last;
-        if passed > LOOK {
-            others += passed;
+        if passed > CLOCK_READ_MAX {
+            not_running += passed;
         }
         last = now;
     }
-    others
+    not_running
 }

@@ -1,4 +1,4 @@
-//! Reads and writes of a raw disk, past the guest's page cache.
+//! Reads and writes of a raw disk with direct I/O, which bypasses the guest's page cache.
 
 use anyhow::{Context, Result, ensure};
 use io_payload::{DISK_BYTES, Operation};
@@ -8,17 +8,17 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 
 const SMALL: usize = 4096;
-/// The same as io_uring counts.
+/// [`SMALL`] in the types of io_uring.
 const SMALL_U32: u32 = 4096;
 const SMALL_I32: i32 = 4096;
 const LARGE: usize = 128 * 1024;
 const DEPTH: u32 = 32;
 
-/// Memory that direct I/O takes.
+/// A buffer with the alignment that direct I/O requires.
 #[repr(C, align(4096))]
 struct Buffer([u8; LARGE]);
 
-/// The disk, with one buffer, whose pages requests share out among them.
+/// The disk, with one buffer whose pages are shared by the requests.
 pub(crate) struct Disk {
     file: File,
     buffer: Box<Buffer>,
@@ -35,19 +35,19 @@ impl Disk {
         Ok(Self { file, buffer: Box::new(Buffer([0xa5; LARGE])), ring, state: 1 })
     }
 
-    /// Does an operation so many times.
+    /// Performs an operation `count` times.
     pub(crate) fn repeat(&mut self, operation: Operation, count: u32) -> Result<()> {
         match operation {
             Operation::BlockRead4k | Operation::BlockWrite4k => {
                 for _ in 0..count {
                     let offset = self.random_offset();
-                    self.once(operation, offset, SMALL)?;
+                    self.single(operation, offset, SMALL)?;
                 }
             }
             Operation::BlockRead4kDepth32 | Operation::BlockWrite4kDepth32 => self.deep(operation, count)?,
             Operation::BlockRead128k | Operation::BlockWrite128k => {
                 for number in 0..count {
-                    self.once(operation, u64::from(number) * LARGE as u64 % DISK_BYTES, LARGE)?;
+                    self.single(operation, u64::from(number) * LARGE as u64 % DISK_BYTES, LARGE)?;
                 }
             }
             _ => {}
@@ -55,7 +55,7 @@ impl Disk {
         Ok(())
     }
 
-    fn once(&mut self, operation: Operation, offset: u64, length: usize) -> Result<()> {
+    fn single(&mut self, operation: Operation, offset: u64, length: usize) -> Result<()> {
         let buffer = &mut self.buffer.0[..length];
         match operation {
             Operation::BlockRead4k | Operation::BlockRead128k => self.file.read_exact_at(buffer, offset)?,
@@ -64,7 +64,7 @@ impl Disk {
         Ok(())
     }
 
-    /// Keeps [`DEPTH`] requests on their way.
+    /// Keeps [`DEPTH`] requests in flight.
     #[expect(unsafe_code, reason = "io_uring takes addresses")]
     fn deep(&mut self, operation: Operation, count: u32) -> Result<()> {
         let descriptor = types::Fd(self.file.as_raw_fd());
@@ -80,21 +80,21 @@ impl Disk {
                     }
                     _ => opcode::Write::new(descriptor, page, SMALL_U32).offset(offset).build(),
                 };
-                // SAFETY: buffer and file live as long as the ring, which is `self`; that two requests may
-                // read into one page does no harm to bytes that nobody looks at.
+                // SAFETY: buffer and file live as long as the ring, which is in `self`. Two requests may read into the
+                // same page; its content is never used.
                 unsafe { self.ring.submission().push(&entry) }?;
                 started += 1;
             }
             self.ring.submit_and_wait(1)?;
             for entry in self.ring.completion() {
-                ensure!(entry.result() == SMALL_I32, "a request ended with {}", entry.result());
+                ensure!(entry.result() == SMALL_I32, "an io_uring request returned {}", entry.result());
                 finished += 1;
             }
         }
         Ok(())
     }
 
-    /// A place for 4 KiB, from a linear congruential generator (Knuth's MMIX).
+    /// A random offset of a 4 KiB block, from a linear congruential generator (Knuth's MMIX).
     const fn random_offset(&mut self) -> u64 {
         self.state = self.state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
         (self.state >> 33) % (DISK_BYTES / SMALL as u64) * SMALL as u64

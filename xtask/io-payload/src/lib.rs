@@ -1,9 +1,9 @@
-//! What the payload of `cargo xtask bench --scenario io` and whoever starts it agree on.
+//! The protocol between the payload of `cargo xtask bench --scenario io` and the bench.
 //!
-//! The payload's first argument is how often it does each operation, and a second one, [`REPORTS`], says that its
-//! balloon gives free memory back. It does the operations for whose device it finds, and then says on one line for each of them its name and the nanoseconds of all repetitions on the guest's clock, and at
-//! last [`END`]. At the beginning and end of the repetitions it writes to [`MARK_PORT`], which no monitor
-//! answers, but which KVM's tracepoints show.
+//! The payload's first argument is the number of repetitions of each operation. A second argument, [`REPORTS`], selects
+//! free page reporting. The payload performs the operations of each device that it finds. It then prints one line per
+//! operation, with its name and the nanoseconds of all repetitions on the guest's clock, and finally [`END`]. Before
+//! and after the repetitions it writes to [`MARK_PORT`], which no monitor handles but which KVM's tracepoints show.
 
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, UdpSocket};
@@ -11,63 +11,64 @@ use std::os::fd::AsRawFd;
 
 /// The port of a PC's power-on codes.
 pub const MARK_PORT: u16 = 0x80;
-/// Written there when an operation has been repeated; its number is written before.
+/// The value written to [`MARK_PORT`] after the repetitions of an operation; the operation's number is written before.
 pub const DONE: u8 = 0xff;
-/// What the payload says at the end.
+/// The last line that the payload prints.
 pub const END: &str = "all operations are done";
-/// The argument of a guest whose kernel names free memory to its host, of which a program learns nothing otherwise.
+/// The argument that makes the payload measure free page reporting: a program cannot detect whether the guest's balloon
+/// has it.
 pub const REPORTS: &str = "reports";
-/// Bytes of the disk that it reads and overwrites.
+/// Bytes of the disk that the payload reads and overwrites.
 pub const DISK_BYTES: u64 = 32 << 20;
 
-/// The host's end of the guest's network.
+/// The host's address in the guest's network.
 pub const HOST_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 99, 0, 1);
-/// The guest's address there.
+/// The guest's address in that network.
 pub const GUEST_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 99, 0, 2);
-/// Where both take packets.
+/// The UDP port on which both sides receive packets.
 pub const UDP_PORT: u16 = 7001;
-/// Where the host takes TCP streams.
+/// The TCP port on which the host listens.
 pub const STREAM_PORT: u16 = 7002;
-/// Where the host takes vsock streams.
+/// The vsock port on which the host listens.
 pub const VSOCK_PORT: u32 = 7003;
-/// Bytes of a packet's data: with the headers of IP and UDP they are 1500.
-pub const PACKET: usize = 1472;
-/// Packets that may be on their way.
-pub const PACKETS: u32 = 32;
-/// Bytes of a piece of a stream.
-const PIECE: usize = 64 << 10;
-/// Bytes of a message that is sent back.
-const MESSAGE: usize = 64;
+/// Bytes of a packet's payload; the IP and UDP headers make it 1500.
+pub const PACKET_LEN: usize = 1472;
+/// Packets that may be in flight.
+pub const PACKETS_IN_FLIGHT: u32 = 32;
+/// Bytes of one write or read of a stream.
+const CHUNK_LEN: usize = 64 << 10;
+/// Bytes of an echoed message.
+const MESSAGE_LEN: usize = 64;
 
-/// The guest's side of a stream's operation: says which and how often, and does it.
+/// Runs a stream operation on the guest's side: sends the operation and its count to the host, and performs it.
 ///
 /// # Errors
-/// When the stream breaks.
-pub fn ask(stream: &mut (impl Read + Write), operation: Operation, count: u32) -> io::Result<()> {
+/// When reading or writing the stream fails.
+pub fn run_stream(stream: &mut (impl Read + Write), operation: Operation, count: u32) -> io::Result<()> {
     let mut request = [0; 8];
     request[0] = operation as u8;
     request[4..].copy_from_slice(&count.to_le_bytes());
     stream.write_all(&request)?;
-    let mut buffer = vec![0; PIECE];
+    let mut buffer = vec![0; CHUNK_LEN];
     for _ in 0..count {
         match operation {
             Operation::TcpSend64k | Operation::VsockSend64k => stream.write_all(&buffer)?,
             Operation::TcpReceive64k | Operation::VsockReceive64k => stream.read_exact(&mut buffer)?,
             _ => {
-                stream.write_all(&buffer[..MESSAGE])?;
-                stream.read_exact(&mut buffer[..MESSAGE])?;
+                stream.write_all(&buffer[..MESSAGE_LEN])?;
+                stream.read_exact(&mut buffer[..MESSAGE_LEN])?;
             }
         }
     }
-    // What was sent has arrived when the host says so.
+    // The host confirms that it has received everything.
     stream.read_exact(&mut buffer[..1])
 }
 
-/// The host's side of one operation; `false` at the end of the stream.
+/// Serves one operation on the host's side; `false` at the end of the stream.
 ///
 /// # Errors
-/// When the stream breaks, or asks for something else.
-pub fn answer(stream: &mut (impl Read + Write)) -> io::Result<bool> {
+/// When reading or writing the stream fails, or the request has an unknown operation.
+pub fn serve_stream(stream: &mut (impl Read + Write)) -> io::Result<bool> {
     let mut request = [0; 8];
     match stream.read_exact(&mut request) {
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(false),
@@ -75,14 +76,14 @@ pub fn answer(stream: &mut (impl Read + Write)) -> io::Result<bool> {
     }
     let [number, _, _, _, a, b, c, d] = request;
     let operation = Operation::from_number(number).ok_or(io::ErrorKind::InvalidData)?;
-    let mut buffer = vec![0; PIECE];
+    let mut buffer = vec![0; CHUNK_LEN];
     for _ in 0..u32::from_le_bytes([a, b, c, d]) {
         match operation {
             Operation::TcpSend64k | Operation::VsockSend64k => stream.read_exact(&mut buffer)?,
             Operation::TcpReceive64k | Operation::VsockReceive64k => stream.write_all(&buffer)?,
             _ => {
-                stream.read_exact(&mut buffer[..MESSAGE])?;
-                stream.write_all(&buffer[..MESSAGE])?;
+                stream.read_exact(&mut buffer[..MESSAGE_LEN])?;
+                stream.write_all(&buffer[..MESSAGE_LEN])?;
             }
         }
     }
@@ -90,13 +91,13 @@ pub fn answer(stream: &mut (impl Read + Write)) -> io::Result<bool> {
     Ok(true)
 }
 
-/// Gives a network interface an address in a network of 256, and switches it on.
+/// Assigns a network interface an address with a /24 netmask, and brings it up.
 ///
 /// # Errors
-/// When there is no such interface, or this user may not.
+/// When there is no such interface, or the caller lacks CAP_NET_ADMIN.
 #[expect(unsafe_code, reason = "ioctls of network interfaces")]
-pub fn give_address(interface: &str, address: Ipv4Addr) -> io::Result<()> {
-    /// Switched on and running (IFF_UP, IFF_RUNNING in linux/if.h).
+pub fn set_address(interface: &str, address: Ipv4Addr) -> io::Result<()> {
+    /// Up and running (IFF_UP, IFF_RUNNING in linux/if.h).
     const UP: u16 = 0x41;
     let socket = UdpSocket::bind(("0.0.0.0", 0))?;
     // struct sockaddr_in: family, port, address.
@@ -123,48 +124,47 @@ pub fn give_address(interface: &str, address: Ipv4Addr) -> io::Result<()> {
     Ok(())
 }
 
-/// MiB that a guest gives back at once, half of what the smallest guest has.
+/// MiB that the guest reports free at once: half the memory of the smallest guest.
 const REPORTED_MIB: u32 = 64;
 
-/// What is done with a device.
+/// An operation on a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Operation {
-    /// 4 KiB of the disk, anywhere.
+    /// Reads 4 KiB at a random offset of the disk.
     BlockRead4k,
-    /// The same, 32 at a time.
+    /// The same with 32 requests in flight.
     BlockRead4kDepth32,
-    /// 4 KiB to the disk, anywhere.
+    /// Writes 4 KiB at a random offset of the disk.
     BlockWrite4k,
-    /// The same, 32 at a time.
+    /// The same with 32 requests in flight.
     BlockWrite4kDepth32,
-    /// 128 KiB of the disk, one after the other.
+    /// Reads the disk sequentially, 128 KiB at a time.
     BlockRead128k,
-    /// 128 KiB to the disk, one after the other.
+    /// Writes the disk sequentially, 128 KiB at a time.
     BlockWrite128k,
-    /// A packet of 1500 bytes to the host, of which every 32nd is answered.
+    /// Sends a packet of 1500 bytes to the host, which answers every 32nd.
     NetSend1500,
-    /// A packet of 1500 bytes from the host, which sends 32 when it is asked.
+    /// Receives a packet of 1500 bytes from the host, which sends 32 per request.
     NetReceive1500,
-    /// 64 KiB of a TCP stream to the host.
+    /// Sends 64 KiB over TCP to the host.
     TcpSend64k,
-    /// 64 KiB of a TCP stream from the host.
+    /// Receives 64 KiB over TCP from the host.
     TcpReceive64k,
-    /// 64 bytes to the host and back, over vsock.
+    /// Sends 64 bytes to the host over vsock and receives them back.
     VsockRoundTrip64,
-    /// 64 KiB of a vsock stream to the host.
+    /// Sends 64 KiB over vsock to the host.
     VsockSend64k,
-    /// 64 KiB of a vsock stream from the host.
+    /// Receives 64 KiB over vsock from the host.
     VsockReceive64k,
-    /// 4 KiB of the host's random numbers.
+    /// Reads 4 KiB from the host's random number generator.
     EntropyRead4k,
-    /// 1 MiB of memory that the guest used before and does not need any more, given back to the host. It has no
-    /// marks: the guest's kernel does it when it likes.
+    /// Reports 1 MiB of freed guest memory to the host. It has no marks: the guest kernel decides when it runs.
     BalloonReport1m,
 }
 
 impl Operation {
-    /// All of them, in the order in which they are done.
+    /// All operations, in the order in which the payload performs them.
     pub const ALL: [Self; 15] = [
         Self::BlockRead4k,
         Self::BlockRead4kDepth32,
@@ -183,7 +183,7 @@ impl Operation {
         Self::BalloonReport1m,
     ];
 
-    /// What the payload and the bench's rows call it.
+    /// The name in the payload's output and in the bench's rows.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -205,7 +205,7 @@ impl Operation {
         }
     }
 
-    /// What a table's column is called.
+    /// The title of a table column.
     #[must_use]
     pub const fn title(self) -> &'static str {
         match self {
@@ -227,7 +227,8 @@ impl Operation {
         }
     }
 
-    /// How often it is done where 4 KiB are asked for so often: as many bytes of longer ones say no more.
+    /// The number of repetitions when 4 KiB operations are repeated `count` times. Longer operations are repeated less
+    /// often: as many bytes of them would not make the result more precise.
     #[must_use]
     pub const fn repetitions(self, count: u32) -> u32 {
         match self {
@@ -243,13 +244,13 @@ impl Operation {
         }
     }
 
-    /// The operation with this number, as it is written to [`MARK_PORT`].
+    /// The operation with this number, as written to [`MARK_PORT`].
     #[must_use]
     pub fn from_number(number: u8) -> Option<Self> {
         Self::ALL.into_iter().find(|&operation| operation as u8 == number)
     }
 
-    /// The operation of this name.
+    /// The operation with this name.
     #[must_use]
     pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|operation| operation.name() == name)
@@ -261,7 +262,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn operations_have_numbers_and_names_of_their_own() {
+    fn numbers_and_names_of_operations_are_unique() {
         for (number, operation) in (0..).zip(Operation::ALL) {
             assert_eq!(Operation::from_number(number), Some(operation));
             assert_eq!(Operation::from_name(operation.name()), Some(operation));
@@ -271,17 +272,17 @@ mod tests {
     }
 
     #[test]
-    fn both_sides_of_a_stream_agree() {
+    fn guest_and_host_complete_every_stream_operation() {
         let (mut guest, mut host) = std::os::unix::net::UnixStream::pair().unwrap();
         let server = std::thread::spawn(move || {
             let mut count = 0;
-            while answer(&mut host).unwrap() {
+            while serve_stream(&mut host).unwrap() {
                 count += 1;
             }
             count
         });
         for operation in [Operation::TcpSend64k, Operation::VsockReceive64k, Operation::VsockRoundTrip64] {
-            ask(&mut guest, operation, 3).unwrap();
+            run_stream(&mut guest, operation, 3).unwrap();
         }
         drop(guest);
         assert_eq!(server.join().unwrap(), 3);

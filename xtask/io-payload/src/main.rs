@@ -8,7 +8,7 @@ mod vsock;
 use anyhow::{Context, Result};
 use block::Disk;
 use io_payload::{DONE, END, MARK_PORT, Operation, REPORTS};
-use net::Card;
+use net::NetCard;
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
@@ -20,18 +20,18 @@ const DISK: &str = "/dev/vda";
 
 fn main() -> Result<()> {
     let mut arguments = std::env::args().skip(1);
-    let count = arguments.next().context("how often? the first argument says it")?.parse()?;
+    let count = arguments.next().context("usage: io-payload COUNT [reports]")?.parse()?;
     let reports = arguments.next().is_some_and(|word| word == REPORTS);
-    allow_mark_port()?;
+    request_mark_port()?;
     let mut devices = Devices {
         disk: Path::new(DISK).exists().then(|| Disk::open(DISK)).transpose()?,
-        card: Card::open()?,
+        card: NetCard::open()?,
         vsock: Vsock::open(),
         random: random_numbers(),
     };
     let mut measured = Vec::new();
     for operation in Operation::ALL {
-        // What happens only the first time is not what an operation costs.
+        // The first repetition is a warm-up and is not measured.
         if !devices.repeat(operation, 1)? {
             continue;
         }
@@ -46,20 +46,20 @@ fn main() -> Result<()> {
         let operation = Operation::BalloonReport1m;
         measured.push((operation, balloon::time_of_reports(operation.repetitions(count))?));
     }
-    say(&measured);
+    print_results(&measured);
     Ok(())
 }
 
-/// The devices that are there.
+/// The guest's devices.
 struct Devices {
     disk: Option<Disk>,
-    card: Option<Card>,
+    card: Option<NetCard>,
     vsock: Option<Vsock>,
     random: Option<File>,
 }
 
 impl Devices {
-    /// Does an operation so many times; `false` when its device is not there.
+    /// Performs an operation `count` times; `false` if the guest has no device for it.
     fn repeat(&mut self, operation: Operation, count: u32) -> Result<bool> {
         let name = operation.name();
         let done = if name.starts_with("block") {
@@ -77,10 +77,10 @@ impl Devices {
     }
 }
 
-/// The host's random numbers, if there is a device for them.
+/// The host's random number generator, if the guest has a device for it.
 fn random_numbers() -> Option<File> {
     let mut file = File::open("/dev/hwrng").ok()?;
-    // The name is there without a device.
+    // The file exists without a device.
     file.read_exact(&mut [0]).is_ok().then_some(file)
 }
 
@@ -89,25 +89,29 @@ fn read_random(file: &mut File, count: u32) -> Result<()> {
     (0..count).try_for_each(|_| Ok(file.read_exact(&mut numbers)?))
 }
 
-/// The console is slow: nothing is said before the end.
-#[expect(clippy::print_stdout, reason = "standard output is how this program reports")]
-fn say(measured: &[(Operation, std::time::Duration)]) {
+/// Prints the results. Nothing is printed before, because the console is slow.
+#[expect(clippy::print_stdout, reason = "the results go to standard output")]
+fn print_results(measured: &[(Operation, std::time::Duration)]) {
     for (operation, time) in measured {
         println!("{} {}", operation.name(), time.as_nanos());
     }
     println!("{END}");
 }
 
-#[expect(unsafe_code, reason = "asks for access to an I/O port")]
-fn allow_mark_port() -> Result<()> {
-    // SAFETY: the call reads no memory; the port belongs to no device of these guests.
+#[expect(unsafe_code, reason = "requests access to an I/O port")]
+fn request_mark_port() -> Result<()> {
+    // SAFETY: the call reads no memory; no device of these guests uses the port.
     let result = unsafe { libc::ioperm(MARK_PORT.into(), 1, 1) };
-    anyhow::ensure!(result == 0, "no access to the port of marks: {}", std::io::Error::last_os_error());
+    anyhow::ensure!(
+        result == 0,
+        "cannot access I/O port {MARK_PORT:#x}: {}",
+        std::io::Error::last_os_error()
+    );
     Ok(())
 }
 
 #[expect(unsafe_code, reason = "writes an I/O port")]
 fn mark(value: u8) {
-    // SAFETY: `main` asked for access to the port, and no device answers there.
+    // SAFETY: `main` requested access to the port, and no device of these guests uses it.
     unsafe { x86_64::instructions::port::Port::new(MARK_PORT).write(value) };
 }

@@ -1,18 +1,18 @@
-//! Streams to whoever started the guest, over vsock.
+//! A stream to the host over vsock.
 
 use anyhow::Result;
-use io_payload::{Operation, VSOCK_PORT, ask};
+use io_payload::{Operation, VSOCK_PORT, run_stream};
 use std::fs::File;
 use std::os::fd::FromRawFd;
 
-/// A stream to the host.
+/// A connected vsock stream to the host.
 pub(crate) struct Vsock(File);
 
 impl Vsock {
-    /// Connects, if there is a device and somebody listens behind it.
+    /// Connects, if the guest has a vsock device and the host listens.
     #[expect(unsafe_code, reason = "std has no vsock")]
     pub(crate) fn open() -> Option<Self> {
-        // SAFETY: the calls read a structure of the size that they are told, and the descriptor is nobody else's.
+        // SAFETY: the calls read a structure of the given size, and only `file` owns the descriptor.
         unsafe {
             let socket = libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0);
             if socket < 0 {
@@ -28,8 +28,8 @@ impl Vsock {
         }
     }
 
-    /// Does an operation so many times.
+    /// Performs an operation `count` times.
     pub(crate) fn repeat(&mut self, operation: Operation, count: u32) -> Result<()> {
-        Ok(ask(&mut self.0, operation, count)?)
+        Ok(run_stream(&mut self.0, operation, count)?)
     }
 }

@@ -1,4 +1,4 @@
-//! What a user asks of `cargo xtask bench`, and what is wrong with it.
+//! Command-line arguments of `cargo xtask bench` and their validation.
 
 use super::plan::{Case, Scenario};
 use super::vmms::{Kind, Vmm};
@@ -14,79 +14,79 @@ pub(crate) struct Arguments {
     /// Measure in the exact lab, which counts instructions
     #[arg(long)]
     exact: bool,
-    /// What the guests do
+    /// Workload of the guests
     #[arg(long, value_enum, default_value_t = Scenario::Boot)]
     scenario: Scenario,
-    /// How often each measurement is made
+    /// Number of times each measurement is repeated
     #[arg(long, value_name = "N", default_value = "3")]
     runs: String,
-    /// Memory of the guests in MiB: one number, or several with commas between them
+    /// Memory of the guests in MiB; several sizes separated by commas
     #[arg(long, value_name = "LIST", default_value = "128")]
     memory: String,
-    /// Virtual processors of the guests: one number, or several with commas between them
+    /// vCPUs of the guests; several numbers separated by commas
     #[arg(long, value_name = "LIST", default_value = "1")]
     vcpus: String,
-    /// Another monitor: a program that takes Firecracker's --no-api --config-file or, with a NAME
-    /// that begins with "kindling", another build of ours; may be repeated
+    /// Additional monitor: a program that takes Firecracker's --no-api --config-file or, if NAME starts
+    /// with "kindling", another build of Kindling; may be repeated
     #[arg(long, value_name = "NAME=PATH")]
     vmm: Vec<String>,
-    /// Image whose kernel programs start from, in place of the one for `kindling run`; may be repeated
+    /// Image to start programs from, instead of the image of `kindling run`; may be repeated
     #[arg(long, value_name = "NAME=DIR")]
     image: Vec<String>,
-    /// Guest kernel instead of the default image's
+    /// Guest kernel, instead of the kernel of the default image
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
-    /// Write all rows as JSON
+    /// Write all rows as JSON to a file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Draw all rows as bars
+    /// Write all rows as an SVG bar chart to a file
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
 }
 
-/// A request that can be met, as far as is known before anything runs.
+/// Validated arguments.
 #[derive(Debug)]
 pub(super) struct Request {
-    /// Whether the exact lab was asked for.
+    /// Whether to use the exact lab.
     pub(super) exact: bool,
-    /// What the guests do.
+    /// The workload of the guests.
     pub(super) scenario: Scenario,
-    /// How often each measurement is made.
+    /// Repetitions of each measurement.
     pub(super) runs: u32,
-    /// MiB of memory of the guests.
+    /// Memory sizes of the guests in MiB.
     pub(super) memory: Vec<u64>,
-    /// Their virtual processors.
+    /// Numbers of vCPUs.
     pub(super) vcpus: Vec<u8>,
-    /// Monitors beside ours and QEMU's.
+    /// Monitors in addition to Kindling and QEMU.
     pub(super) vmms: Vec<Vmm>,
-    /// Images of a scenario that compares some, by name.
+    /// Named images to compare.
     pub(super) images: Vec<(String, PathBuf)>,
-    /// The kernel instead of the image's.
+    /// The kernel that replaces the image's.
     pub(super) kernel: Option<PathBuf>,
-    /// Where the JSON goes.
+    /// The file to write JSON to.
     pub(super) json: Option<PathBuf>,
-    /// Where the picture goes.
+    /// The file to write the SVG chart to.
     pub(super) svg: Option<PathBuf>,
 }
 
-/// Names of the rows that are always there.
-pub(super) const OURS: &str = "kindling";
-pub(super) const PREBOOTED: &str = "kindling-preboot";
-pub(super) const QEMUS: &str = "qemu-microvm";
+/// Names of the built-in rows.
+pub(super) const KINDLING: &str = "kindling";
+pub(super) const KINDLING_PREBOOT: &str = "kindling-preboot";
+pub(super) const QEMU_MICROVM: &str = "qemu-microvm";
 
-/// The least memory a guest can have in MiB, as `kindling boot` says.
+/// The minimum memory of a guest in MiB, as enforced by `kindling boot`.
 const MEMORY_MIN_MIB: u64 = 16;
-/// More runs than anybody waits for.
+/// Upper limit of `--runs`.
 const RUNS_MAX: u64 = 10_000;
 
 impl Arguments {
-    /// Checks everything that can be checked before anything is built.
+    /// Validates the arguments before anything is built.
     ///
     /// # Errors
-    /// Names the first thing that is wrong.
+    /// Describes the first invalid argument.
     pub(super) fn check(&self) -> Result<Request> {
         let [runs] = list("--runs", &self.runs, 1, RUNS_MAX)?[..] else {
-            bail!("--runs {}: one number is needed", self.runs);
+            bail!("--runs {}: expected a single number", self.runs);
         };
         let kernel = self.kernel.as_deref().map(|path| existing("--kernel", path)).transpose()?;
         for (option, path) in [("--json", &self.json), ("--svg", &self.svg)] {
@@ -98,12 +98,12 @@ impl Arguments {
         let runs_programs = matches!(self.scenario, Scenario::Run | Scenario::Start);
         if runs_programs && (kernel.is_some() || !self.vmm.is_empty()) {
             bail!(
-                "--scenario {}: programs run on an image's kernel, under this build; leave out --kernel and --vmm",
+                "--scenario {}: programs run on the kernel of an image and under this build; remove --kernel and --vmm",
                 self.scenario.name()
             );
         }
         if self.scenario != Scenario::Start && !self.image.is_empty() {
-            bail!("--image: only --scenario start compares images");
+            bail!("--image requires --scenario start");
         }
         let vcpus = list("--vcpus", &self.vcpus, 1, VCPUS_MAX.into())?;
         Ok(Request {
@@ -122,7 +122,7 @@ impl Arguments {
 }
 
 impl Request {
-    /// Starts from the kernels of some images, in the exact lab.
+    /// A request that measures starts from the kernels of these images in the exact lab.
     pub(super) fn of_starts(images: Vec<(String, PathBuf)>, runs: u32) -> Self {
         Self {
             exact: true,
@@ -138,7 +138,7 @@ impl Request {
         }
     }
 
-    /// The sizes of guests, those with equally many vCPUs together.
+    /// The sizes of guests, grouped by the number of vCPUs.
     pub(super) fn cases(&self) -> impl Iterator<Item = Vec<Case>> {
         self.vcpus
             .iter()
@@ -146,41 +146,41 @@ impl Request {
     }
 }
 
-/// Numbers with commas between them.
+/// Parses numbers separated by commas.
 fn list(option: &str, text: &str, min: u64, max: u64) -> Result<Vec<u64>> {
     let mut numbers = Vec::new();
     for word in text.split(',') {
         let Ok(number) = word.trim().parse::<u64>() else {
             bail!(
-                "{option} {text}: {word:?} is not a number; write for example {option} {min} or {min},{max}"
+                "{option} {text}: {word:?} is not a number; for example: {option} {min} or {option} {min},{max}"
             );
         };
         if !(min..=max).contains(&number) {
             bail!("{option} {text}: {number} is not between {min} and {max}");
         }
         if numbers.contains(&number) {
-            bail!("{option} {text}: {number} is there twice");
+            bail!("{option} {text}: {number} is repeated");
         }
         numbers.push(number);
     }
     Ok(numbers)
 }
 
-/// MiB of memory of this machine: no guest can have more.
+/// Memory of this machine in MiB: the upper limit of a guest's.
 fn host_memory_mib() -> u64 {
     let information = rustix::system::sysinfo();
-    // 32-bit kernels count in words of another size than 64-bit ones.
+    // The integer types differ between C libraries.
     #[expect(clippy::useless_conversion, reason = "the field's type depends on the C library")]
     let bytes = u64::from(information.totalram) * u64::from(information.mem_unit);
     bytes >> 20
 }
 
-/// What an option of the form NAME=PATH says.
+/// Splits an option of the form NAME=PATH.
 fn named<'a>(option: &str, value: &'a str) -> Result<(&'a str, &'a str)> {
     let named = value.split_once('=').filter(|(name, path)| !name.is_empty() && !path.is_empty());
-    let Some((name, path)) = named else { bail!("{option} {value}: not of the form NAME=PATH") };
+    let Some((name, path)) = named else { bail!("{option} {value}: expected NAME=PATH") };
     if name.chars().any(char::is_control) {
-        bail!("{option} {value:?}: the name has a control character in it");
+        bail!("{option} {value:?}: the name contains a control character");
     }
     Ok((name, path))
 }
@@ -190,11 +190,11 @@ fn named_images(options: &[String]) -> Result<Vec<(String, PathBuf)>> {
     for option in options {
         let (name, path) = named("--image", option)?;
         if images.iter().any(|(other, _)| other == name) {
-            bail!("--image {option}: there is a row {name} already; choose another name");
+            bail!("--image {option}: the name {name} is already in use; choose another name");
         }
         if !Path::new(path).join(DESCRIPTION).is_file() {
             bail!(
-                "--image {option}: there is no {DESCRIPTION} in {path}; `cargo xtask build-image` makes images"
+                "--image {option}: {path} contains no {DESCRIPTION}; build an image with `cargo xtask build-image`"
             );
         }
         images.push((name.to_owned(), std::path::absolute(path)?));
@@ -206,8 +206,10 @@ fn named_vmms(options: &[String]) -> Result<Vec<Vmm>> {
     let mut vmms: Vec<Vmm> = Vec::new();
     for option in options {
         let (name, path) = named("--vmm", option)?;
-        if [OURS, PREBOOTED, QEMUS].contains(&name) || vmms.iter().any(|vmm| vmm.name == name) {
-            bail!("--vmm {option}: there is a row {name} already; choose another name");
+        if [KINDLING, KINDLING_PREBOOT, QEMU_MICROVM].contains(&name)
+            || vmms.iter().any(|vmm| vmm.name == name)
+        {
+            bail!("--vmm {option}: the name {name} is already in use; choose another name");
         }
         let path = existing("--vmm", Path::new(path))?;
         if access(&path, Access::EXEC_OK).is_err() {
@@ -218,10 +220,10 @@ fn named_vmms(options: &[String]) -> Result<Vec<Vmm>> {
     Ok(vmms)
 }
 
-/// A file that is there, as an absolute path.
+/// The absolute path of an existing file.
 fn existing(option: &str, path: &Path) -> Result<PathBuf> {
     if !path.exists() {
-        bail!("{option}: there is no {}", path.display());
+        bail!("{option}: {} does not exist", path.display());
     }
     if !path.is_file() {
         bail!("{option}: {} is not a file", path.display());
@@ -229,17 +231,17 @@ fn existing(option: &str, path: &Path) -> Result<PathBuf> {
     Ok(std::path::absolute(path)?)
 }
 
-/// Measuring takes minutes: what cannot be written is said before.
+/// Checks that a file can be written before the measurement, which takes minutes.
 fn writable(option: &str, path: &Path) -> Result<()> {
     if path.is_dir() || path.file_name().is_none() {
-        bail!("{option}: {} is not the name of a file", path.display());
+        bail!("{option}: {} is not a file name", path.display());
     }
     let folder = crate::output::folder_of(path);
     if !folder.is_dir() {
-        bail!("{option}: there is no folder {}", folder.display());
+        bail!("{option}: the folder {} does not exist", folder.display());
     }
     if access(folder, Access::WRITE_OK).is_err() {
-        bail!("{option}: files in {} cannot be written", folder.display());
+        bail!("{option}: the folder {} is not writable", folder.display());
     }
     Ok(())
 }
@@ -261,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn lists_become_sizes() {
+    fn lists_of_memory_and_vcpus_are_combined_into_cases() {
         let request = check(&["--memory", "64, 128,16", "--vcpus", "2,1"]).unwrap();
         let cases: Vec<_> = request.cases().flatten().map(|case| (case.memory_mib, case.vcpus)).collect();
         assert_eq!(cases, [(64, 2), (128, 2), (16, 2), (64, 1), (128, 1), (16, 1)]);
@@ -269,7 +271,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_named_on_one_line() {
+    fn each_invalid_argument_is_reported_on_one_line() {
         let directory = tempfile::tempdir().unwrap();
         let path = |name: &str| directory.path().join(name).display().to_string();
         std::fs::write(path("plain"), "").unwrap();
@@ -277,31 +279,31 @@ mod tests {
         let firecracker = |path: &str| format!("fc={path}");
         for (words, expected) in [
             (vec!["--runs", "0"], "--runs 0: 0 is not between 1 and 10000".to_owned()),
-            (vec!["--runs", "1,2"], "--runs 1,2: one number is needed".to_owned()),
+            (vec!["--runs", "1,2"], "--runs 1,2: expected a single number".to_owned()),
             (vec!["--runs", "x"], "--runs x: \"x\" is not a number".to_owned()),
             (vec!["--memory", "64,,128"], "--memory 64,,128: \"\" is not a number".to_owned()),
             (vec!["--memory", "15"], "--memory 15: 15 is not between 16 and ".to_owned()),
             (vec!["--memory", "99999999999"], "99999999999 is not between 16 and ".to_owned()),
-            (vec!["--memory", "64,64"], "--memory 64,64: 64 is there twice".to_owned()),
+            (vec!["--memory", "64,64"], "--memory 64,64: 64 is repeated".to_owned()),
             (vec!["--vcpus", "17"], "--vcpus 17: 17 is not between 1 and 16".to_owned()),
             (vec!["--vcpus", "1,-1"], "\"-1\" is not a number".to_owned()),
-            (vec!["--vmm", "fc"], "--vmm fc: not of the form NAME=PATH".to_owned()),
-            (vec!["--vmm", "=x"], "--vmm =x: not of the form NAME=PATH".to_owned()),
-            (vec!["--vmm", "kindling=/bin/sh"], "there is a row kindling already".to_owned()),
-            (vec!["--vmm", &firecracker(&absent)], format!("--vmm: there is no {absent}")),
+            (vec!["--vmm", "fc"], "--vmm fc: expected NAME=PATH".to_owned()),
+            (vec!["--vmm", "=x"], "--vmm =x: expected NAME=PATH".to_owned()),
+            (vec!["--vmm", "kindling=/bin/sh"], "the name kindling is already in use".to_owned()),
+            (vec!["--vmm", &firecracker(&absent)], format!("--vmm: {absent} does not exist")),
             (vec!["--vmm", &firecracker(&plain)], format!("{plain} is not executable")),
             (vec!["--vmm", &firecracker(&folder)], format!("{folder} is not a file")),
-            (vec!["--kernel", &absent], format!("--kernel: there is no {absent}")),
-            (vec!["--json", &folder], format!("--json: {folder} is not the name of a file")),
-            (vec!["--svg", "/absent/x"], "--svg: there is no folder /absent".to_owned()),
-            (vec!["--scenario", "run", "--kernel", &plain], "leave out --kernel".to_owned()),
-            (vec!["--scenario", "run", "--vmm", "a=/bin/sh"], "leave out --kernel".to_owned()),
+            (vec!["--kernel", &absent], format!("--kernel: {absent} does not exist")),
+            (vec!["--json", &folder], format!("--json: {folder} is not a file name")),
+            (vec!["--svg", "/absent/x"], "--svg: the folder /absent does not exist".to_owned()),
+            (vec!["--scenario", "run", "--kernel", &plain], "remove --kernel".to_owned()),
+            (vec!["--scenario", "run", "--vmm", "a=/bin/sh"], "remove --kernel".to_owned()),
             (vec!["--scenario", "start", "--vmm", "a=/bin/sh"], "--scenario start: ".to_owned()),
-            (vec!["--image", "a=/"], "only --scenario start compares images".to_owned()),
-            (vec!["--scenario", "start", "--image", "a"], "--image a: not of the form NAME=PATH".to_owned()),
+            (vec!["--image", "a=/"], "--image requires --scenario start".to_owned()),
+            (vec!["--scenario", "start", "--image", "a"], "--image a: expected NAME=PATH".to_owned()),
             (
                 vec!["--scenario", "start", "--image", "a=/"],
-                "--image a=/: there is no image.json in /".to_owned(),
+                "--image a=/: / contains no image.json".to_owned(),
             ),
             (vec!["--svg", "x", "--json", "x"], "--json and --svg name the same file".to_owned()),
         ] {
@@ -312,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn monitors_are_taken_by_name() {
+    fn the_name_of_a_monitor_selects_its_kind() {
         let request = check(&["--vmm", "firecracker=/bin/sh", "--vmm", "kindling-old=/bin/sh"]).unwrap();
         let kinds: Vec<_> = request.vmms.iter().map(|vmm| (&*vmm.name, vmm.kind)).collect();
         assert_eq!(kinds, [("firecracker", Kind::Firecracker), ("kindling-old", Kind::Kindling)]);

@@ -1,4 +1,4 @@
-//! What is measured of boots.
+//! The measurements of scenario `boot`.
 
 use super::measure::{Bench, SETTLE};
 use super::metric::Metric;
@@ -9,11 +9,10 @@ use anyhow::{Context, Result};
 use std::fs;
 
 impl Bench<'_> {
-    /// Each kind of run by itself, so that none disturbs what another measures. Before them the
-    /// host meets the monitor once, which does not count: its files are in memory then, and a lab
-    /// that has just started has more to do than the run (15 ms were seen).
+    /// Runs each kind of measurement separately, so that none disturbs another. A first boot is not measured: it brings
+    /// the monitor's files into the page cache, and a lab that has just booted still has background work (up to 15 ms).
     pub(super) fn boots(&mut self, tracer: Option<&Tracer>, runs: u32) -> Result<()> {
-        self.boot(Task::Speak, None, |_| Ok(()))?;
+        self.boot(Task::Print, None, |_| Ok(()))?;
         for run in 1..=runs {
             eprintln!("run {run} of {runs} ...");
             self.greeting(tracer.is_none())?;
@@ -26,11 +25,11 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// A guest without a payload, whose init greets: when init began, and when it first spoke. A
-    /// monitor without our ports cannot tell the first, so the second stands for it.
+    /// A guest without a payload, whose init prints a greeting: the time of init's first instruction and of its first
+    /// output. For monitors without Kindling's boot mark port, the second value replaces the first.
     fn greeting(&mut self, vmm_only: bool) -> Result<()> {
         let path = self.scratch.join("report.json");
-        let report = self.vmm.kind.is_ours().then_some(path.as_path());
+        let report = self.vmm.kind.is_kindling().then_some(path.as_path());
         let run = self.boot(Task::Greet, report, |_| Ok(()))?;
         let first_byte = run.seen.since(run.spawned);
         self.add(Metric::SpawnToFirstByte, first_byte);
@@ -38,7 +37,7 @@ impl Bench<'_> {
             self.add(Metric::SpawnToInit, first_byte);
             return Ok(());
         };
-        let text = fs::read(report).context("it left no report")?;
+        let text = fs::read(report).context("it wrote no report")?;
         let steps = Steps(serde_json::from_slice(&text).context("its report is not JSON")?);
         let init = steps.at("init: first instruction")?;
         self.add(Metric::SpawnToInit, init.saturating_sub(run.spawned.0));
@@ -50,19 +49,19 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// A guest whose payload speaks and ends.
+    /// A guest whose payload prints a line and exits.
     fn payload(&mut self) -> Result<()> {
-        let run = self.boot(Task::Speak, None, |_| Ok(()))?;
+        let run = self.boot(Task::Print, None, |_| Ok(()))?;
         self.add(Metric::SpawnToOutput, run.seen.since(run.spawned));
         self.add(Metric::SpawnToExit, run.ended.since(run.spawned));
         self.add(Metric::CpuTime, u64::try_from(run.cpu_time.as_nanos()).unwrap_or(u64::MAX));
         Ok(())
     }
 
-    /// The same again while KVM's events are recorded.
+    /// The same guest while KVM's tracepoints are recorded.
     fn traced(&mut self, tracer: &Tracer) -> Result<()> {
         tracer.start(&Traced::EVENTS)?;
-        let run = self.boot(Task::Speak, None, |_| Ok(()))?;
+        let run = self.boot(Task::Print, None, |_| Ok(()))?;
         let traced = Traced::of(&tracer.finish()?, &run)?;
         self.add(Metric::VmmOnly, traced.vmm_only);
         self.add(Metric::UserExits, traced.user_exits);
@@ -70,7 +69,7 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// A guest whose payload waits while the monitor's memory is counted.
+    /// A guest whose payload waits while the monitor's memory is measured.
     fn memory(&mut self) -> Result<()> {
         let usage = self.memory_usage()?;
         self.add(Metric::VmmPrivateMemory, usage.private);
@@ -90,11 +89,11 @@ impl Bench<'_> {
     }
 }
 
-/// The report of one of our own boots.
+/// The steps of a boot report of Kindling.
 struct Steps(serde_json::Value);
 
 impl Steps {
-    /// When a step was reached, on CLOCK_MONOTONIC.
+    /// The time of a step on CLOCK_MONOTONIC.
     fn at(&self, name: &str) -> Result<u64> {
         let steps = self.0["steps"].as_array().map_or(&[][..], Vec::as_slice);
         let step = steps.iter().find(|step| step["name"] == name);

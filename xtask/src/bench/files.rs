@@ -1,16 +1,16 @@
-//! What monitors need beside themselves inside the lab: shared libraries and firmware.
+//! Files that monitors need in the lab besides their program: shared libraries and firmware.
 
 use super::vmms::{Kind, Vmm};
 use anyhow::Result;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Firmware that QEMU's microvm machine loads, of Debian's package qemu-system-data.
+/// Firmware of QEMU's microvm machine, from Debian's package qemu-system-data.
 const FIRMWARE: [&str; 2] = ["/usr/share/qemu/qboot.rom", "/usr/share/qemu/bios-microvm.bin"];
-/// Where the loader looks libraries up: without it each start would search for them.
+/// The dynamic loader's cache; without it each start would search for the libraries.
 const LOADER_CACHE: &str = "/etc/ld.so.cache";
 
-/// The files that a monitor needs, all in the places where they are here.
+/// The files that a monitor needs, at the same paths as on the host.
 pub(super) fn needed(vmm: &Vmm) -> Result<Vec<(PathBuf, String)>> {
     let mut files = shared_libraries(&vmm.path)?;
     if vmm.kind == Kind::Qemu {
@@ -19,7 +19,7 @@ pub(super) fn needed(vmm: &Vmm) -> Result<Vec<(PathBuf, String)>> {
     Ok(files)
 }
 
-/// What a program's loader needs, in the places where it is here; nothing for a static program.
+/// The shared libraries of a program and its loader, at the same paths as on the host; empty for a static program.
 pub(crate) fn shared_libraries(program: &Path) -> Result<Vec<(PathBuf, String)>> {
     let mut files = libraries(program)?;
     if !files.is_empty() {
@@ -28,13 +28,13 @@ pub(crate) fn shared_libraries(program: &Path) -> Result<Vec<(PathBuf, String)>>
     Ok(in_place(files))
 }
 
-/// The files that exist. The source is what a link leads to; the target has the name by which it is asked for.
+/// The files that exist. The source is resolved through symbolic links; the target is the requested path.
 fn in_place(files: Vec<String>) -> Vec<(PathBuf, String)> {
     let files = files.into_iter().filter(|file| Path::new(file).exists());
     files.map(|file| (PathBuf::from(&file), file)).collect()
 }
 
-/// The libraries of a program and their loader; none for a static program or a script.
+/// The libraries of a program and its loader; empty for a static program or a script.
 fn libraries(program: &Path) -> Result<Vec<String>> {
     let output = Command::new("ldd").arg(program).output()?;
     if !output.status.success() {
@@ -43,11 +43,11 @@ fn libraries(program: &Path) -> Result<Vec<String>> {
     Ok(paths(&String::from_utf8_lossy(&output.stdout)))
 }
 
-/// The paths that ldd names: `libz.so.1 => /lib/libz.so.1 (0x...)` or `/lib64/ld.so (0x...)`.
+/// The paths in the output of ldd: `libz.so.1 => /lib/libz.so.1 (0x...)` or `/lib64/ld.so (0x...)`.
 fn paths(ldd: &str) -> Vec<String> {
     let path = |line: &str| {
-        let (_, place) = line.split_once(" => ").unwrap_or(("", line));
-        place.split_whitespace().next().filter(|word| word.starts_with('/')).map(str::to_owned)
+        let (_, path) = line.split_once(" => ").unwrap_or(("", line));
+        path.split_whitespace().next().filter(|word| word.starts_with('/')).map(str::to_owned)
     };
     ldd.lines().filter_map(path).collect()
 }

@@ -1,4 +1,4 @@
-//! What is measured of operations on devices.
+//! The measurements of scenario `io`: operations on devices.
 
 use super::measure::Bench;
 use super::metric::{Metric, Part};
@@ -10,14 +10,14 @@ use kindling_vmm::Instant;
 use std::fs;
 use std::path::Path;
 
-/// How often each operation is done. In the exact lab a few say what many do.
+/// Repetitions of each operation. The exact lab is deterministic enough for a few.
 const COUNT: u32 = 256;
 
-/// Events of KVM that [`evaluate`] takes.
+/// KVM tracepoints that [`evaluate`] reads.
 const EVENTS: [&str; 4] = ["kvm_entry", "kvm_exit", "kvm_userspace_exit", "kvm_pio"];
 
 impl Bench<'_> {
-    /// Guests with all devices, beside guests without.
+    /// Compares guests with all devices with guests without devices, and measures the operations.
     pub(super) fn operations(&mut self, tracer: Option<&Tracer>, runs: u32) -> Result<()> {
         let others = self.entropy_and_balloon();
         let devices = self.all_devices()?;
@@ -30,7 +30,7 @@ impl Bench<'_> {
             let (boot_with, memory_with) = self.presence()?;
             self.add(Metric::DevicesBoot, boot_with.saturating_sub(boot));
             self.add(Metric::DevicesMemory, memory_with.saturating_sub(memory));
-            // How a guest came to its devices makes no difference to what they cost.
+            // Operations cost the same in a pre-booted guest.
             if self.vmm.kind == Kind::Prebooted {
                 continue;
             }
@@ -43,8 +43,8 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// The disk, and of the other devices those with which the monitor boots. What it does for its first guest with
-    /// each of them does not count.
+    /// The disk, and each other device with which the monitor boots. Each combination is booted once before it is
+    /// measured, as a warm-up.
     fn all_devices(&mut self) -> Result<Devices> {
         self.boot(Task::Greet, None, |_| Ok(()))?;
         let disk = Devices { disk: Some(disk(self.scratch)?), ..Devices::default() };
@@ -59,8 +59,8 @@ impl Bench<'_> {
         Ok(self.devices.clone())
     }
 
-    /// The devices of a guest of their own: the kernel uses them whenever it likes, which would be in the way of the
-    /// other devices' operations.
+    /// The devices that are measured in a separate guest: its kernel uses them at any time, which would disturb the
+    /// operations of other devices.
     fn entropy_and_balloon(&mut self) -> Devices {
         self.try_devices("entropy", Some(Devices { entropy: true, ..Devices::default() }));
         self.try_devices("a balloon", Some(Devices { balloon: true, ..self.devices.clone() }));
@@ -77,13 +77,13 @@ impl Bench<'_> {
         }
     }
 
-    /// The time until init speaks, and memory of the monitor.
+    /// The time until init's first output, and the monitor's private memory.
     fn presence(&self) -> Result<(u64, u64)> {
         let run = self.boot(Task::Greet, None, |_| Ok(()))?;
         Ok((run.seen.since(run.spawned), self.memory_usage()?.private))
     }
 
-    /// One guest for times, and one for what KVM says of it.
+    /// Measures times in one guest and KVM's events in another.
     fn timed(&mut self, tracer: Option<&Tracer>) -> Result<()> {
         let task = Task::Operate { count: COUNT, reports: self.devices.balloon };
         let times = reported(&self.boot(task, None, |_| Ok(()))?.console)?;
@@ -109,49 +109,49 @@ impl Bench<'_> {
     }
 }
 
-/// A disk whose blocks are all there.
+/// Creates a disk image without holes.
 fn disk(folder: &Path) -> Result<std::path::PathBuf> {
     let path = folder.join("disk");
     if !path.exists() {
-        fs::write(&path, vec![0x5a; usize::try_from(DISK_BYTES)?]).context("cannot make a disk")?;
+        fs::write(&path, vec![0x5a; usize::try_from(DISK_BYTES)?]).context("cannot create a disk image")?;
     }
     Ok(path)
 }
 
-/// The nanoseconds of all repetitions of each operation, as the payload says them.
+/// Parses the nanoseconds of all repetitions of each operation from the payload's output.
 fn reported(console: &str) -> Result<Vec<(Operation, u64)>> {
     let line = |line: &str| {
         let (name, time) = line.trim().split_once(' ')?;
         Some((Operation::from_name(name)?, time.parse().ok()?))
     };
     let times: Vec<_> = console.lines().filter_map(line).collect();
-    anyhow::ensure!(!times.is_empty(), "its payload found no device");
+    anyhow::ensure!(!times.is_empty(), "its payload reported no operation");
     Ok(times)
 }
 
-/// What happened while one operation was repeated.
+/// KVM events during the repetitions of one operation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Counts {
-    /// Nanoseconds in which the guest ran.
+    /// Nanoseconds in guest mode.
     guest: u64,
     exits: u64,
     user_exits: u64,
 }
 
-/// Counts between the payload's marks. Times in a trace are microseconds; what that does to single ones evens out.
+/// Counts the events between the payload's marks. Timestamps of a trace are in microseconds; the rounding averages out.
 fn evaluate(trace: &str, spawned: Instant) -> Vec<(Operation, Counts)> {
     let mut all: Vec<(Operation, Counts)> = Vec::new();
     let mut is_open = false;
-    // When each vCPU was entered last.
+    // The last entry of each vCPU.
     let mut entered: Vec<(&str, Instant)> = Vec::new();
-    // What came before was a run that failed, and was made again.
+    // Earlier events belong to a failed run that was repeated.
     for (name, at, rest) in trace.lines().filter_map(trace::split).filter(|(_, at, _)| *at >= spawned) {
         if let Some(value) = written(name, rest) {
             let operation = Operation::from_number(value);
             is_open = operation.is_some();
             all.extend(operation.map(|operation| (operation, Counts::default())));
         }
-        // Both lines begin with `vcpu 0`, one goes on with a comma.
+        // Both lines begin with `vcpu 0`; in one of them a comma follows.
         let vcpu = rest.split([',', ' ']).nth(1).unwrap_or_default();
         let entry = entered.iter().position(|(of, _)| *of == vcpu);
         match name {
@@ -176,7 +176,7 @@ fn evaluate(trace: &str, spawned: Instant) -> Vec<(Operation, Counts)> {
     all
 }
 
-/// The byte that the guest wrote to the port of marks: `pio_write at 0x80 size 1 count 1 val 0x3`.
+/// The byte that the guest wrote to the mark port: `pio_write at 0x80 size 1 count 1 val 0x3`.
 fn written(name: &str, rest: &str) -> Option<u8> {
     let rest = rest.strip_prefix(&format!("pio_write at {MARK_PORT:#x} ")).filter(|_| name == "kvm_pio")?;
     let (_, value) = rest.rsplit_once("val 0x")?;
@@ -203,14 +203,14 @@ mod tests {
 ";
 
     #[test]
-    fn what_is_between_the_marks_counts() {
+    fn only_events_between_the_marks_are_counted() {
         let counts = Counts { guest: 15_000, exits: 2, user_exits: 1 };
         let expected = [(Operation::BlockRead4kDepth32, counts)];
         assert_eq!(evaluate(TRACE, Instant(3_000_000_000)), expected);
     }
 
     #[test]
-    fn the_payload_reports_by_name() {
+    fn results_of_the_payload_are_parsed_by_name() {
         let console = format!("noise 1\r\nblock_read_4k 1000\r\n{}\r\n", io_payload::END);
         assert_eq!(reported(&console).unwrap(), [(Operation::BlockRead4k, 1000)]);
         assert!(reported("").is_err());

@@ -1,4 +1,4 @@
-//! The measuring: beside the monitors, on this machine or inside the lab.
+//! The measuring code, which runs on the same machine as the monitors: this machine or the lab.
 
 use super::metric::Metric;
 use super::peer::Peers;
@@ -14,19 +14,19 @@ use std::time::Duration;
 
 #[derive(Args, Debug)]
 pub(crate) struct Arguments {
-    /// What to measure
+    /// File with the plan to measure
     plan: PathBuf,
-    /// Where the values go
+    /// File to write the outcome to
     outcome: PathBuf,
 }
 
-/// A monitor that has not ended by then hangs. In the lab these are its own seconds, and a guest
-/// that turns in circles takes a minute for them.
+/// Timeout of a monitor. In the lab it is on the lab's clock; a guest that spins makes it last about a minute of real
+/// time.
 pub(super) const LIMIT: Duration = Duration::from_secs(10);
-/// How often a run is made until it succeeds: a guest in the lab can hang through no fault of its own or of its
-/// monitor (docs/testing.md, "The lab").
+/// Attempts of a run until it succeeds: a guest in the lab can hang without a fault of the guest or its monitor
+/// (docs/testing.md, "The lab").
 const ATTEMPTS: u32 = 4;
-/// Between two runs, and before a waiting guest's memory is read: what the kernel does later is done.
+/// Pause between two runs, and before a guest's memory is read, in which deferred work of the kernel completes.
 pub(super) const SETTLE: Duration = Duration::from_millis(50);
 
 /// The hidden command that runs inside the lab.
@@ -37,7 +37,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     Ok(0)
 }
 
-/// Carries a plan out. A monitor that fails is reported with the others' values.
+/// Executes a plan. A monitor that fails is reported together with the values of the others.
 pub(super) fn measure(plan: &Plan) -> Result<Outcome> {
     let scratch = tempfile::tempdir()?;
     let mut outcome = Outcome { machine: machine(), ..Outcome::default() };
@@ -88,7 +88,7 @@ pub(super) fn measure(plan: &Plan) -> Result<Outcome> {
     Ok(outcome)
 }
 
-/// The processor and the kernel that the monitors run on.
+/// The processor model and kernel release of the monitors' host.
 fn machine() -> String {
     let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
@@ -102,29 +102,29 @@ pub(super) struct Bench<'a> {
     pub(super) vmm: &'a Vmm,
     pub(super) guest: &'a Guest,
     pub(super) case: Case,
-    /// What the next guests have.
+    /// The devices of the next guests.
     pub(super) devices: Devices,
-    /// Who is behind devices that lead to somebody.
+    /// The host side of network and vsock devices.
     pub(super) peers: &'a Peers,
     pub(super) scratch: &'a Path,
     samples: Vec<Sample>,
-    /// What could not be measured of it.
+    /// Measurements that could not be made, and why.
     pub(super) omitted: Vec<String>,
 }
 
 impl Bench<'_> {
-    /// Boots the kernel once for the guests with these devices that follow, where they continue from it. That ends
-    /// with the result, so that no other monitor finds it.
+    /// Pre-boots the kernel for the following guests with these devices, if the monitor supports it. Dropping the
+    /// result removes the pre-booted kernel, so that no other monitor uses it.
     pub(super) fn preboot(&self) -> Result<Option<Prebooted>> {
         let Some(mut command) = self.vmm.preboot(self.guest, self.case, &self.devices) else {
             return Ok(None);
         };
-        let output = command.output().context("it cannot be started")?;
-        let place = self.guest.image.as_ref().map(|image| Prebooted(image.join("preboot")));
+        let output = command.output().context("cannot start the monitor")?;
+        let prebooted = self.guest.image.as_ref().map(|image| Prebooted(image.join("preboot")));
         if !output.status.success() {
-            bail!("it did not boot the kernel: {}", String::from_utf8_lossy(&output.stderr));
+            bail!("cannot pre-boot the kernel: {}", String::from_utf8_lossy(&output.stderr));
         }
-        Ok(place)
+        Ok(prebooted)
     }
 
     pub(super) fn add(&mut self, metric: Metric, value: u64) {
@@ -135,16 +135,16 @@ impl Bench<'_> {
         &self,
         task: Task,
         report: Option<&Path>,
-        mut at_text: impl FnMut(u32) -> Result<()>,
+        mut on_text: impl FnMut(u32) -> Result<()>,
     ) -> Result<Run> {
         let mut attempt = 1;
         loop {
             std::thread::sleep(SETTLE);
-            // Monitors make it, and some leave it behind.
+            // Monitors create the socket, and some do not remove it.
             let _ = self.devices.vsock.as_ref().map(fs::remove_file);
             let command =
                 self.vmm.command(self.guest, self.case, task, &self.devices, self.scratch, report)?;
-            match process::run(command, task.text(), LIMIT, &mut at_text) {
+            match process::run(command, task.text(), LIMIT, &mut on_text) {
                 Err(error) if attempt < ATTEMPTS => {
                     attempt += 1;
                     eprintln!("{}: {error:#}; attempt {attempt} of {ATTEMPTS}", self.vmm.name);
@@ -155,7 +155,7 @@ impl Bench<'_> {
     }
 }
 
-/// Kernels that were booted before, as long as this exists.
+/// The folder of pre-booted kernels, which is removed on drop.
 pub(super) struct Prebooted(PathBuf);
 
 impl Drop for Prebooted {

@@ -1,11 +1,11 @@
-//! What is measured: its name in files, its unit, its titles in tables and pictures.
+//! Metrics: their names in files, units, and titles in tables and charts.
 
 use super::plan::Scenario;
 use clap::ValueEnum;
 use io_payload::Operation;
 use serde::{Deserialize, Serialize};
 
-/// What is measured.
+/// A metric.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
 #[serde(into = "String", try_from = "String")]
 pub(super) enum Metric {
@@ -15,63 +15,63 @@ pub(super) enum Metric {
     SpawnToFirstByte,
     /// From the spawn to the first byte that the payload writes there.
     SpawnToOutput,
-    /// From the spawn to the end of the monitor's process.
+    /// From the spawn to the exit of the monitor's process.
     SpawnToExit,
-    /// From the spawn to the first entry of the guest, and from the last exit to the process's end.
+    /// From the spawn to the first guest entry, plus from the last exit to the end of the process.
     VmmOnly,
-    /// User and system time of the monitor's process, with its guest's.
+    /// User and system time of the monitor's process, including its guest's.
     CpuTime,
-    /// Memory that only the monitor's process has, while a payload waits for input.
+    /// Private memory of the monitor's process, while a payload waits for input.
     VmmPrivateMemory,
-    /// The same with its share of what several processes have.
+    /// Proportional set size (PSS) of the monitor's process in the same state.
     VmmProportionalMemory,
     /// Exits from the guest to the monitor, until the payload's first output.
     UserExits,
-    /// Faults on guest memory that KVM handled, until the payload's first output.
+    /// Page faults on guest memory handled by KVM, until the payload's first output.
     GuestPageFaults,
-    /// What devices add to [`Self::SpawnToFirstByte`].
+    /// The increase of [`Self::SpawnToFirstByte`] by devices.
     DevicesBoot,
-    /// What devices add to [`Self::VmmPrivateMemory`].
+    /// The increase of [`Self::VmmPrivateMemory`] by devices.
     DevicesMemory,
-    /// From the spawn of `kindling run` to its end, for one small program.
+    /// From the spawn of `kindling run` to its exit, for a small static program.
     RunHello,
-    /// The same for a program of busybox's.
+    /// The same for a busybox applet.
     RunBusybox,
-    /// [`Self::RunBusybox`] with a volume that there was before.
+    /// [`Self::RunBusybox`] with an existing volume.
     RunVolume,
-    /// [`Self::RunBusybox`] with a folder of the host.
+    /// [`Self::RunBusybox`] with a shared folder of the host.
     RunFolder,
-    /// Faults on guest memory that KVM handled from the start of [`Self::RunBusybox`] to its end.
+    /// Page faults on guest memory handled by KVM during [`Self::RunBusybox`].
     RunFaults,
-    /// Memory that only the process of `kindling run` has, its guest's included, while the program waits for input.
+    /// Private memory of the process of `kindling run`, including guest memory, while the program waits for input.
     IdleMemory,
-    /// From the spawn of `kindling exec` to its end, for a program that does nothing.
+    /// From the spawn of `kindling exec` to its exit, for a program that does nothing.
     ExecTrue,
-    /// For a MiB of a stream to go into `cat` and to come back.
+    /// The time per MiB of a stream through `cat` in the guest.
     Stream,
-    /// What the monitor's memory without its guest's grows by meanwhile.
+    /// The growth of the monitor's memory, without guest memory, during the stream.
     StreamMemory,
-    /// A part of what an operation on a device takes.
+    /// A component of the cost of an operation on a device.
     Operation(Operation, Part),
 }
 
-/// A part of what an operation takes.
+/// A component of the cost of an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Part {
     /// Guest and host together.
     Whole,
-    /// Without the time in which the guest runs.
+    /// Without the time in guest mode.
     Host,
-    /// Exits from the guest, to KVM and to the monitor, of a thousand operations.
+    /// Exits per thousand operations, to KVM or to the monitor.
     Exits,
-    /// Of these, exits to the monitor.
+    /// Exits per thousand operations to the monitor.
     UserExits,
 }
 
 impl Part {
     const ALL: [Self; 4] = [Self::Whole, Self::Host, Self::Exits, Self::UserExits];
 
-    /// What its metrics' names end with.
+    /// The suffix of the metric's name.
     const fn suffix(self) -> &'static str {
         match self {
             Self::Whole => "",
@@ -81,7 +81,7 @@ impl Part {
         }
     }
 
-    /// What a table of it is called.
+    /// The title of a table.
     const fn title(self) -> &'static str {
         match self {
             Self::Whole => "an operation, guest and host together, us",
@@ -93,9 +93,9 @@ impl Part {
 }
 
 impl Metric {
-    /// All of a scenario, in the order of reports: tables with their titles and columns.
+    /// The tables of a scenario in the order of the report, with titles and columns.
     pub(super) fn tables(scenario: Scenario) -> Vec<(&'static str, Vec<Self>)> {
-        /// A terminal has about 100 characters.
+        /// As many as fit into about 100 characters.
         const COLUMNS: usize = 5;
         let mut tables = match scenario {
             Scenario::Boot => vec![
@@ -138,12 +138,12 @@ impl Metric {
         tables
     }
 
-    /// All of a scenario, in the order of reports.
+    /// All metrics of a scenario in the order of the report.
     pub(super) fn all(scenario: Scenario) -> impl Iterator<Item = Self> {
         Self::tables(scenario).into_iter().flat_map(|(_, metrics)| metrics)
     }
 
-    /// What files call it.
+    /// The name in files.
     pub(super) fn name(self) -> String {
         match self {
             Self::SpawnToInit => "spawn_to_init",
@@ -188,7 +188,7 @@ impl Metric {
         }
     }
 
-    /// What a chart is called.
+    /// The title of a chart.
     pub(super) fn long_title(self) -> String {
         match self {
             Self::SpawnToInit => "spawn to init's first instruction, ms",
@@ -207,17 +207,17 @@ impl Metric {
             Self::RunBusybox => "kindling run of a program of busybox, ms",
             Self::RunVolume => "the same with a volume, ms",
             Self::RunFolder => "the same with a folder of the host, ms",
-            Self::RunFaults => "faults on guest memory meanwhile",
+            Self::RunFaults => "page faults on guest memory",
             Self::IdleMemory => "private memory of a guest that waits, its monitor included, MiB",
             Self::ExecTrue => "kindling exec of true, ms",
             Self::Stream => "a MiB into cat and back, ms",
-            Self::StreamMemory => "what memory without the guest's grows by meanwhile, MiB",
+            Self::StreamMemory => "growth of memory without guest memory during the stream, MiB",
             Self::Operation(_, part) => return format!("{}: {}", self.title(), part.title()),
         }
         .to_owned()
     }
 
-    /// What a column is called, with the unit in which it shows values where the table does not say it.
+    /// The title of a column, with its unit unless the table's title has it.
     pub(super) const fn title(self) -> &'static str {
         match self {
             Self::SpawnToInit => "init, ms",
@@ -245,7 +245,7 @@ impl Metric {
         }
     }
 
-    /// A value as people read it, in the unit of the title.
+    /// Formats a value in the unit of the title.
     pub(super) fn show(self, value: u64) -> String {
         let digits = match self {
             Self::Operation(..) => 2,
@@ -286,7 +286,7 @@ impl TryFrom<String> for Metric {
     }
 }
 
-/// What a value counts.
+/// The unit of a value.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
 pub(super) enum Unit {
     /// Time.
@@ -305,7 +305,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_lead_back_to_their_metrics() {
+    fn every_metric_is_found_by_its_name() {
         for metric in Scenario::value_variants().iter().flat_map(|&scenario| Metric::all(scenario)) {
             assert_eq!(Metric::try_from(metric.name()), Ok(metric));
         }

@@ -1,7 +1,7 @@
-//! `cargo xtask bench`: monitors side by side, with the same kernel, initramfs and payload.
+//! `cargo xtask bench`: compares monitors with the same kernel, initramfs and payload.
 //!
-//! The measuring runs beside the monitors: in this process where this machine's KVM can run Linux,
-//! and otherwise in the exact lab, where this program is started as a command of the lab.
+//! The measuring code runs on the same machine as the monitors: in this process if this machine's KVM can run Linux,
+//! otherwise in the exact lab, where this program is started as the lab's command.
 
 mod arguments;
 mod boot;
@@ -37,14 +37,14 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use vmms::{Guest, Kind, Vmm};
 
-/// MiB that the lab itself needs beside the guest: its initramfs has QEMU with its libraries.
+/// Memory of the lab in MiB in addition to the guest's: its initramfs contains QEMU and its libraries.
 const LAB_OVERHEAD_MIB: u64 = 1024;
-/// How long the measuring may say nothing: while a monitor runs, it prints a line every five seconds of the lab's clock.
-const SILENCE: Duration = Duration::from_secs(60);
-/// Where QEMU is, in Debian and so in the lab.
+/// Limit of the time without output: while a monitor runs, a line is printed every five seconds of the lab's clock.
+const OUTPUT_TIMEOUT: Duration = Duration::from_secs(60);
+/// The path of QEMU in Debian, and in the lab.
 const QEMU: &str = "/usr/bin/qemu-system-x86_64";
 
-/// Measures, prints tables, writes files; the exit status is 1 when a monitor failed.
+/// Measures, prints tables and writes files. The exit status is 1 if a monitor failed.
 pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let request = arguments.check()?;
     let host = Host::choose(request.exact, true);
@@ -73,7 +73,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     Ok(u8::from(!report.failures.is_empty()))
 }
 
-/// Measures what was asked for.
+/// Measures the request.
 fn outcome(request: &Request, host: Host) -> Result<Outcome> {
     debian::ensure_lab_tools()?;
     let folder = tempfile::tempdir()?;
@@ -98,19 +98,19 @@ fn outcome(request: &Request, host: Host) -> Result<Outcome> {
     }
 }
 
-/// What a program costs that starts from a pre-booted kernel: medians of `runs` in the exact lab.
+/// The cost of a program that starts from a pre-booted kernel: medians of `runs` in the exact lab.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Start {
     /// Nanoseconds of a whole `kindling run`.
     pub(crate) ns: i64,
-    /// Faults on guest memory meanwhile.
+    /// Page faults on guest memory during that time.
     pub(crate) faults: i64,
-    /// Bytes of private memory of a guest that waits, its monitor included.
+    /// Private memory of the monitor and its guest in bytes, while the program waits for input.
     pub(crate) idle_bytes: i64,
 }
 
-/// Measures starts from the kernels of named images, in the order of the images. A kernel with which no program runs is
-/// reported on standard error and has no value.
+/// Measures starts from the kernels of named images, in the order of the images. A kernel with which no program starts
+/// is reported on standard error and has no value.
 ///
 /// # Errors
 /// When nothing can be measured.
@@ -118,7 +118,7 @@ pub(crate) fn starts(images: Vec<(String, PathBuf)>, runs: u32) -> Result<Vec<Op
     let request = Request::of_starts(images, runs);
     let outcome = outcome(&request, Host::Lab)?;
     for failure in &outcome.failures {
-        eprintln!("no program starts with the kernel {}: {}", failure.vmm, failure.what);
+        eprintln!("cannot start a program with the kernel {}: {}", failure.vmm, failure.what);
     }
     let rows = statistics::rows(request.scenario, &outcome.samples);
     let start = |name: &str| {
@@ -135,23 +135,22 @@ pub(crate) fn starts(images: Vec<(String, PathBuf)>, runs: u32) -> Result<Vec<Op
     Ok(request.images.iter().map(|(name, _)| start(name)).collect())
 }
 
-/// The monitors: ours, which boots and, with an image, continues from a boot; QEMU's; those that the user
-/// named.
+/// The monitors: Kindling, Kindling from a pre-booted kernel if there is an image, QEMU, and those given with `--vmm`.
 fn vmms(request: &Request, has_image: bool) -> Result<Vec<Vmm>> {
     let ours = cargo::release_binary("kindling-cli", "kindling")?;
     let always = [
-        (arguments::OURS, Kind::Kindling, ours.clone()),
-        (arguments::PREBOOTED, Kind::Prebooted, ours),
-        (arguments::QEMUS, Kind::Qemu, PathBuf::from(QEMU)),
+        (arguments::KINDLING, Kind::Kindling, ours.clone()),
+        (arguments::KINDLING_PREBOOT, Kind::Prebooted, ours),
+        (arguments::QEMU_MICROVM, Kind::Qemu, PathBuf::from(QEMU)),
     ];
-    // Programs are run from kernels that were booted before without asking for it.
+    // `kindling run` always starts from a pre-booted kernel.
     let has_prebooted = has_image && request.scenario != Scenario::Run;
     let always = always.into_iter().filter(|(_, kind, _)| has_prebooted || *kind != Kind::Prebooted);
     let always = always.map(|(name, kind, path)| Vmm { name: name.to_owned(), kind, path, image: None });
     Ok(always.into_iter().chain(request.vmms.iter().cloned()).collect())
 }
 
-/// Our monitor once for each image whose kernel programs start from, and what the first of them boots.
+/// Kindling once per image, and the guest of the first image.
 fn images(request: &Request) -> Result<(Guest, Vec<Vmm>)> {
     let ours = cargo::release_binary("kindling-cli", "kindling")?;
     let mut images = request.images.clone();
@@ -163,7 +162,7 @@ fn images(request: &Request) -> Result<(Guest, Vec<Vmm>)> {
     Ok((guest, images.into_iter().map(vmm).collect()))
 }
 
-/// What guests boot.
+/// The kernel, initramfs and image that guests boot.
 fn guest(request: &Request) -> Result<Guest> {
     let guest = guest_of(match request.scenario {
         Scenario::Run => build_image::of_profile(build_image::Profile::Run)?,
@@ -179,7 +178,7 @@ fn guest_of(image: PathBuf) -> Guest {
     Guest { kernel: image.join("vmlinux"), initrd: image.join("initramfs.cpio"), image: Some(image) }
 }
 
-/// The default image with the payload in its root filesystem, or with the one that uses devices as well.
+/// The default image with the payload in its root filesystem, and the payload that exercises devices if requested.
 pub(crate) fn image(uses_devices: bool) -> Result<PathBuf> {
     let root = tempfile::tempdir()?;
     put(root.path(), payload::PATH, &payload::program())?;
@@ -195,7 +194,7 @@ pub(crate) fn image(uses_devices: bool) -> Result<PathBuf> {
     })
 }
 
-/// Makes a program of a root filesystem.
+/// Adds an executable to a root filesystem.
 fn put(root: &Path, path: &str, program: &[u8]) -> Result<()> {
     let file = root.join(path.trim_start_matches('/'));
     file.parent().map_or(Ok(()), fs::create_dir_all)?;
@@ -203,9 +202,8 @@ fn put(root: &Path, path: &str, program: &[u8]) -> Result<()> {
     Ok(fs::set_permissions(&file, Permissions::from_mode(0o755))?)
 }
 
-/// Carries the request out in one lab for each number of vCPUs: a guest is measured where there are
-/// as many processors as it has vCPUs. Where that is one, what guest, monitor and the host's kernel do adds up, on
-/// whichever thread they do it.
+/// Measures in one lab per number of vCPUs: the lab has as many processors as the guest has vCPUs. With one processor,
+/// the times of guest, monitor and host kernel add up, whichever thread they run on.
 fn in_labs(request: &Request, plan: &Plan) -> Result<Outcome> {
     let mut whole = Outcome::default();
     for cases in request.cases() {
@@ -242,19 +240,19 @@ fn in_lab(cases: Vec<Case>, plan: &Plan) -> Result<Outcome> {
         },
     };
     let images = plan.images.as_ref().map(|images| {
-        let place = |path: &Path, name: &str| put(path, &format!("/vmms/{name}"));
-        images.map(place)
+        let copy = |path: &Path, name: &str| put(path, &format!("/vmms/{name}"));
+        images.map(copy)
     });
     let mut there = Vec::new();
     for (number, vmm) in plan.vmms.iter().enumerate() {
-        // QEMU finds its firmware relative to its own place.
+        // QEMU looks up its firmware relative to its own path.
         let path = if vmm.kind == Kind::Qemu { QEMU.to_owned() } else { format!("/vmms/{number}") };
         with.push((vmm.path.clone(), path.clone()));
         with.extend(files::needed(vmm)?);
         let image = vmm.image.as_ref().map(|image| {
-            let place = format!("/vmms/{number}-image");
-            with.push((image.clone(), place.clone()));
-            place.into()
+            let target = format!("/vmms/{number}-image");
+            with.push((image.clone(), target.clone()));
+            target.into()
         });
         there.push(Vmm { path: path.into(), image, ..vmm.clone() });
     }
@@ -274,23 +272,23 @@ fn in_lab(cases: Vec<Case>, plan: &Plan) -> Result<Outcome> {
         disk: None,
         has_xsave: needs_xsave(&plan.vmms),
     }
-    .run_unless_silent(SILENCE)?;
+    .run_with_output_timeout(OUTPUT_TIMEOUT)?;
     if status != 0 {
-        bail!("measuring in the lab ended with status {status}");
+        bail!("measuring in the lab failed with status {status}");
     }
-    serde_json::from_slice(&fs::read(outcome.path())?).context("the lab's values cannot be read")
+    serde_json::from_slice(&fs::read(outcome.path())?).context("cannot parse the outcome from the lab")
 }
 
-/// Whether one of the monitors does not start on a processor without XSAVE. All are measured on one that has it then,
-/// so that their guests have the same work to do.
+/// Whether a monitor requires XSAVE. All monitors are then measured on a processor that has it, so that their guests
+/// have the same work to do.
 fn needs_xsave(vmms: &[Vmm]) -> bool {
     vmms.iter().any(|vmm| vmm.kind == Kind::Firecracker)
 }
 
-/// What the reader of a table or of the JSON has to know about single values.
+/// Notes on individual values, for the table and the JSON.
 fn notes(request: &Request, outcome: &Outcome, host: Host) -> Vec<String> {
-    let foreign = request.vmms.iter().filter(|vmm| !vmm.kind.is_ours()).map(|vmm| &*vmm.name);
-    let mut names: Vec<&str> = [arguments::QEMUS].into_iter().chain(foreign).collect();
+    let foreign = request.vmms.iter().filter(|vmm| !vmm.kind.is_kindling()).map(|vmm| &*vmm.name);
+    let mut names: Vec<&str> = [arguments::QEMU_MICROVM].into_iter().chain(foreign).collect();
     let has_init = |name: &str| {
         let mut samples = outcome.samples.iter();
         samples.any(|sample| sample.vmm == name && sample.metric == Metric::SpawnToInit)
@@ -300,7 +298,7 @@ fn notes(request: &Request, outcome: &Outcome, host: Host) -> Vec<String> {
     if !names.is_empty() {
         let names = names.join(", ");
         notes.push(format!(
-            "* for {names} it is the first byte, which is not compared with a first instruction"
+            "* for {names} it is the first byte, which is not compared with the first instruction"
         ));
     }
     if host == Host::Lab && needs_xsave(&request.vmms) {

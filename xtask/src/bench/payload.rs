@@ -1,22 +1,20 @@
-//! The smallest program that a guest can run: it says one line and ends, or waits for a byte
-//! before it does.
+//! The smallest payload: it prints one line and exits, or waits for a byte of standard input before it exits.
 
-/// What the payload says. The console's terminal puts a carriage return before the line's end, so
-/// that the text is looked for without it.
+/// The line that the payload prints, without its end: the console's terminal inserts a carriage return there.
 pub(super) const TEXT: &str = "the payload runs";
-/// Where it lies in the guest.
+/// The payload's path in the guest.
 pub(crate) const PATH: &str = "/bin/payload";
-/// Where the payload that uses devices lies in the guest.
+/// The path of the payload that exercises devices.
 pub(crate) const IO_PATH: &str = "/bin/io-payload";
-/// The argument with which it waits for a byte on its standard input.
+/// The argument that makes it wait for a byte of standard input.
 pub(super) const WAIT: &str = "wait";
 
-/// Where the file is loaded.
+/// The load address of the file.
 const ADDRESS: u64 = 0x40_0000;
-/// Sizes of the ELF header and of the one program header, which the code follows.
+/// Sizes of the ELF header and of the program header, which the code follows.
 const HEADERS: u64 = 64 + 56;
 
-/// The program: an ELF file (System V ABI) of one segment.
+/// The program: an ELF file (System V ABI) with one segment.
 pub(super) fn program() -> Vec<u8> {
     let code = code();
     let mut bytes = b"\x7fELF\x02\x01\x01".to_vec();
@@ -41,7 +39,7 @@ pub(super) fn program() -> Vec<u8> {
     bytes
 }
 
-/// Its instructions, and the text behind them.
+/// The instructions, followed by the text.
 fn code() -> Vec<u8> {
     let length = TEXT.len().to_le_bytes()[0] + 1;
     let instructions: [&[u8]; 16] = [
@@ -73,12 +71,12 @@ mod tests {
     use std::process::{Command, Stdio};
 
     #[test]
-    fn the_payload_speaks_and_ends_or_waits_for_a_byte() {
+    fn the_payload_prints_its_line_and_exits_or_waits_for_a_byte() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("payload");
         std::fs::write(&path, program()).unwrap();
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
-        // A shell starts it: another test's fork may still hold the file open for writing.
+        // A shell retries the start: another test's fork may still hold the file open for writing (ETXTBSY).
         let run = |argument: &str| {
             let program = path.display();
             let script =
@@ -88,7 +86,7 @@ mod tests {
             command.stderr(Stdio::null()).spawn().unwrap()
         };
         let mut speaking = run("");
-        // Its input stays open, so that it would wait if it read.
+        // Its standard input stays open, so that a read would block.
         let input = speaking.stdin.take();
         let ended = (0..500).any(|_| {
             std::thread::sleep(std::time::Duration::from_millis(10));

@@ -1,7 +1,7 @@
-//! The host's side of what guests do with their network card and vsock.
+//! The host side of the guests' network and vsock operations.
 
 use anyhow::{Context, Result, ensure};
-use io_payload::{HOST_ADDRESS, PACKET, STREAM_PORT, UDP_PORT, VSOCK_PORT, answer, give_address};
+use io_payload::{HOST_ADDRESS, PACKET_LEN, STREAM_PORT, UDP_PORT, VSOCK_PORT, serve_stream, set_address};
 use std::fs::File;
 use std::io;
 use std::net::{TcpListener, UdpSocket};
@@ -10,20 +10,20 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::thread;
 
-/// The tap device of all guests, one after the other.
+/// The tap device, which all guests use one after the other.
 const TAP: &str = "kindling-bench";
 
-/// Those that there are, by what a guest's device leads to.
+/// The peers that this host can provide.
 #[derive(Debug, Default)]
 pub(crate) struct Peers {
-    /// A tap device.
+    /// The name of the tap device.
     pub(crate) tap: Option<String>,
-    /// A Unix socket, or the kernel's vsock.
+    /// The path of the Unix socket for monitors that connect vsock to one; other monitors use the kernel's vsock.
     pub(crate) vsock: Option<PathBuf>,
 }
 
 impl Peers {
-    /// Those that this host can have; why it cannot have the others.
+    /// Sets up the peers. The reason why one cannot be set up is added to `omitted`.
     pub(crate) fn new(folder: &Path, omitted: &mut Vec<String>) -> Self {
         let mut try_to = |what: &str, result: Result<()>| {
             let _ = result.map_err(|error| omitted.push(format!("{what}: {error:#}")));
@@ -35,29 +35,29 @@ impl Peers {
     }
 }
 
-/// Makes a tap device with somebody behind it; its name.
+/// Creates a tap device, serves it, and returns its name.
 ///
 /// # Errors
-/// Where that takes rights that this user does not have.
+/// When the user lacks CAP_NET_ADMIN.
 fn network() -> Result<String> {
-    make_tap().with_context(|| format!("cannot make the tap device {TAP}"))?;
-    give_address(TAP, HOST_ADDRESS).with_context(|| format!("cannot give {TAP} its address"))?;
+    make_tap().with_context(|| format!("cannot create the tap device {TAP}"))?;
+    set_address(TAP, HOST_ADDRESS).with_context(|| format!("cannot set the address of {TAP}"))?;
     let socket = UdpSocket::bind((HOST_ADDRESS, UDP_PORT))?;
     let listener = TcpListener::bind((HOST_ADDRESS, STREAM_PORT))?;
     thread::spawn(move || exchange_packets(&socket));
     thread::spawn(move || {
         for mut stream in listener.incoming().flatten() {
             let _ = stream.set_nodelay(true);
-            // A guest that ends in the middle is reported elsewhere.
-            while answer(&mut stream).unwrap_or(false) {}
+            // A guest that ends early is reported elsewhere.
+            while serve_stream(&mut stream).unwrap_or(false) {}
         }
     });
     Ok(TAP.to_owned())
 }
 
-/// Answers the packets that begin with a one, and sends as many as those that begin with a two ask for.
+/// Answers a packet that begins with 1, and sends as many packets as the second byte of a packet that begins with 2.
 fn exchange_packets(socket: &UdpSocket) {
-    let mut packet = [0; PACKET];
+    let mut packet = [0; PACKET_LEN];
     while let Ok((_, guest)) = socket.recv_from(&mut packet) {
         let answers = match packet {
             [1, ..] => 1,
@@ -70,26 +70,26 @@ fn exchange_packets(socket: &UdpSocket) {
     }
 }
 
-/// Somebody behind the vsock devices of monitors that lead to Unix sockets; the path that these are given.
+/// Serves vsock for monitors that connect it to Unix sockets; returns the path to pass to them.
 fn vsock(folder: &Path) -> Result<PathBuf> {
     let path = folder.join("vsock");
-    // A guest's port is a socket with its number behind the path.
+    // The socket of a vsock port is the path with `_PORT` appended.
     let listener = UnixListener::bind(format!("{}_{VSOCK_PORT}", path.display()))?;
     thread::spawn(move || {
         for mut stream in listener.incoming().flatten() {
-            while answer(&mut stream).unwrap_or(false) {}
+            while serve_stream(&mut stream).unwrap_or(false) {}
         }
     });
     Ok(path)
 }
 
-/// Somebody behind the vsock devices that the kernel has for monitors.
+/// Serves vsock for monitors that use the kernel's vhost-vsock.
 ///
 /// # Errors
-/// When the kernel has none.
+/// When the kernel has no vsock.
 #[expect(unsafe_code, reason = "std has no vsock")]
 fn kernel_vsock() -> Result<()> {
-    // SAFETY: the calls read a structure of the size that they are told, and descriptors are nobody else's.
+    // SAFETY: the calls read a structure of the given size, and only `listener` owns the descriptor.
     let listener = unsafe {
         let socket = libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0);
         ensure!(socket >= 0, "no vsock: {}", io::Error::last_os_error());
@@ -105,7 +105,7 @@ fn kernel_vsock() -> Result<()> {
     };
     thread::spawn(move || {
         loop {
-            // SAFETY: nobody wants the other's address, and the descriptor is nobody else's.
+            // SAFETY: accept may be called without an address, and only `stream` owns the descriptor.
             let mut stream = unsafe {
                 let stream = libc::accept(listener.as_raw_fd(), std::ptr::null_mut(), std::ptr::null_mut());
                 if stream < 0 {
@@ -113,18 +113,18 @@ fn kernel_vsock() -> Result<()> {
                 }
                 File::from_raw_fd(stream)
             };
-            while answer(&mut stream).unwrap_or(false) {}
+            while serve_stream(&mut stream).unwrap_or(false) {}
         }
     });
     Ok(())
 }
 
-/// The numbers are of linux/if_tun.h.
+/// Creates a persistent tap device; the constants are from linux/if_tun.h.
 #[expect(unsafe_code, reason = "ioctls of tap devices")]
 fn make_tap() -> io::Result<()> {
     const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
     const TUNSETPERSIST: libc::c_ulong = 0x4004_54cb;
-    /// A tap without packet information, with virtio headers.
+    /// A tap device without packet information, with virtio headers.
     const FLAGS: u16 = 0x0002 | 0x1000 | 0x4000;
     let tun = File::options().read(true).write(true).open("/dev/net/tun")?;
     let mut request = [0_u8; 40];

@@ -1,4 +1,4 @@
-//! What is measured: the plan that goes to where the guests run, and what comes back from there.
+//! The plan, which is sent to the machine that runs the guests, and the outcome, which it sends back.
 
 use super::metric::Metric;
 use super::run::Images;
@@ -6,38 +6,38 @@ use super::vmms::{Guest, Vmm};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-/// What to measure, with paths as they are where it is measured.
+/// The measurements to make. Paths are those of the machine that runs the guests.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub(super) struct Plan {
-    /// What the guests do.
+    /// The workload of the guests.
     pub(super) scenario: Scenario,
-    /// The monitors, ours first.
+    /// The monitors, Kindling first.
     pub(super) vmms: Vec<Vmm>,
-    /// What all of them boot.
+    /// The guest that all of them boot.
     pub(super) guest: Guest,
-    /// What programs come from, where guests run some.
+    /// The container images and programs of scenarios that run programs.
     pub(super) images: Option<Images>,
-    /// Sizes of guests.
+    /// The sizes of guests.
     pub(super) cases: Vec<Case>,
-    /// How often each of the measurements is made.
+    /// Repetitions of each measurement.
     pub(super) runs: u32,
 }
 
-/// What the guests do.
+/// The workload of the guests.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize, ValueEnum)]
 pub(super) enum Scenario {
-    /// Boot to init, run a payload, end
+    /// Boot to init, run a payload, exit
     Boot,
-    /// Use devices
+    /// Exercise devices
     Io,
-    /// Run programs of container images, and stream through one
+    /// Run programs of container images, and stream data through one
     Run,
-    /// Start a program from a pre-booted kernel, and let it wait
+    /// Start a program from a pre-booted kernel, and let it idle
     Start,
 }
 
 impl Scenario {
-    /// What rows call it.
+    /// The name in rows.
     pub(super) const fn name(self) -> &'static str {
         match self {
             Self::Boot => "boot",
@@ -64,16 +64,16 @@ impl std::fmt::Display for Case {
     }
 }
 
-/// What came of a plan.
+/// The result of a plan.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 pub(super) struct Outcome {
-    /// The processor and the kernel under the monitors.
+    /// The processor model and kernel release of the monitors' host.
     pub(super) machine: String,
     /// Every value of every run.
     pub(super) samples: Vec<Sample>,
-    /// Monitors that failed, each with why and its last output.
+    /// Monitors that failed, with the reason and their last output.
     pub(super) failures: Vec<Failure>,
-    /// What could not be measured there, and why.
+    /// Measurements that could not be made, and why.
     pub(super) omitted: Vec<String>,
 }
 
@@ -84,13 +84,13 @@ pub(super) struct Sample {
     pub(super) vmm: String,
     /// The guest's size.
     pub(super) case: Case,
-    /// What the value is.
+    /// The metric.
     pub(super) metric: Metric,
     /// The value in the metric's unit.
     pub(super) value: u64,
 }
 
-/// A monitor that did not do what it should.
+/// A monitor that failed.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub(super) struct Failure {
     /// The monitor's name.
@@ -98,6 +98,6 @@ pub(super) struct Failure {
     /// The guest's size.
     #[serde(flatten)]
     pub(super) case: Case,
-    /// What happened, and what the monitor said last.
+    /// The error, with the monitor's last output.
     pub(super) what: String,
 }

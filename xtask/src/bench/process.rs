@@ -1,5 +1,5 @@
-//! One run of a monitor: started, watched on the clock that everything is measured with, and ended
-//! for certain.
+//! One run of a monitor's process: spawns it, timestamps its output on the clock of all measurements, and guarantees
+//! that it has ended.
 
 use anyhow::{Context, Result, anyhow, bail};
 use kindling_vmm::Instant;
@@ -11,56 +11,57 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
-/// What a run gave.
+/// The result of a run.
 #[derive(Debug)]
 pub(super) struct Run {
     /// Just before the process was spawned.
     pub(super) spawned: Instant,
-    /// When the first byte of the awaited text was read.
+    /// When the first byte of the expected text was read.
     pub(super) seen: Instant,
-    /// When the process had ended.
+    /// When the process ended.
     pub(super) ended: Instant,
-    /// Its user and system time.
+    /// The user and system time of the process.
     pub(super) cpu_time: Duration,
-    /// What it and its guest said on standard output.
+    /// Standard output of the monitor, which includes the guest's console.
     pub(super) console: String,
 }
 
-/// After so long without output a line says that the measuring goes on: a lab whose clock stands says nothing. Runs
-/// that succeed rarely take so long, so that the line is in few measured times. In the lab these are its own seconds, of
-/// which each takes a few.
-const PATIENCE: Duration = Duration::from_secs(5);
-/// Lines of output that a failure shows.
+/// Time without output after which a progress line is printed: a lab whose clock has stopped prints nothing. Successful
+/// runs rarely take this long, so the line disturbs few measurements. In the lab the time is on the lab's clock, of
+/// which each second takes several seconds of real time.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(5);
+/// Lines of output in an error message.
 const LAST_LINES: usize = 12;
-/// More output than this is no boot's.
+/// Limit of the output, far above that of a boot.
 const OUTPUT_MAX: usize = 1 << 20;
 
-/// Runs a monitor until it ends by itself with status 0, within `limit`. When its output has `text`, `at_text` is called
-/// with its process id, and a line is written to its console. For an empty text that is at once, and nothing is written.
+/// Runs a monitor until it exits with status 0, within `limit`. When its output contains `text`, calls `on_text` with
+/// its process id and writes a newline to its console. For an empty text `on_text` is called immediately and nothing is
+/// written.
 ///
 /// # Errors
-/// When it does not start, says something else, hangs or fails, with its last output. It does not
-/// run any more then.
+/// When the monitor cannot be started, prints other output, hangs or fails; the error has its last output. The process
+/// has then ended.
 pub(super) fn run(
     mut command: Command,
     text: &str,
     limit: Duration,
-    at_text: impl FnOnce(u32) -> Result<()>,
+    on_text: impl FnOnce(u32) -> Result<()>,
 ) -> Result<Run> {
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let cpu_time_before = children_cpu_time();
     let spawned = Instant::now();
-    let child = command.spawn().context("it cannot be started")?;
+    let child = command.spawn().context("cannot start the monitor")?;
     let mut watched = Watched::new(child, spawned)?;
     let (seen, ended) = watched
-        .watch(text, limit, at_text)
+        .watch(text, limit, on_text)
         .map_err(|error| anyhow!("{error:#}; {}", last_output(&watched.console, &watched.messages)))?;
     let cpu_time = children_cpu_time().saturating_sub(cpu_time_before);
     let console = String::from_utf8_lossy(&watched.console).into_owned();
     Ok(Run { spawned, seen, ended, cpu_time, console })
 }
 
-/// A monitor's process, which is killed with its children when this goes away.
+/// A monitor's process, which is killed with its descendants on drop.
 struct Watched {
     child: Child,
     exit: OwnedFd,
@@ -69,7 +70,7 @@ struct Watched {
     stderr: Option<ChildStderr>,
     spawned: Instant,
     console: Vec<u8>,
-    /// When each piece of the console began to arrive, by the offset of its first byte.
+    /// The arrival time of each chunk of console output, by the offset of its first byte.
     arrivals: Vec<(usize, Instant)>,
     messages: Vec<u8>,
 }
@@ -82,21 +83,22 @@ impl Watched {
         Ok(Self { child, exit, stdin, stdout, stderr, spawned, console, arrivals, messages })
     }
 
-    /// Reads what it says until it ends with status 0; when the text came, and when it had ended.
+    /// Reads the output until the process exits with status 0; returns when the text arrived and when the process
+    /// ended.
     fn watch(
         &mut self,
         text: &str,
         limit: Duration,
-        at_text: impl FnOnce(u32) -> Result<()>,
+        on_text: impl FnOnce(u32) -> Result<()>,
     ) -> Result<(Instant, Instant)> {
-        let (mut at_text, mut ended) = (Some(at_text), None);
+        let (mut on_text, mut ended) = (Some(on_text), None);
         loop {
             let quiet = self.step(limit, &mut ended)?;
             let seen = self.arrival(text);
-            if let (Some(_), None, Some(act)) = (seen, ended, at_text.take_if(|_| seen.is_some())) {
+            if let (Some(_), None, Some(act)) = (seen, ended, on_text.take_if(|_| seen.is_some())) {
                 act(self.child.id())?;
                 if !text.is_empty() {
-                    // A monitor that has ended by now reads nothing.
+                    // The write fails if the monitor has already ended.
                     let _ = self.stdin.as_mut().map(|stdin| stdin.write_all(b"\n"));
                 }
             }
@@ -104,30 +106,30 @@ impl Watched {
             let status = self.child.wait()?;
             match seen {
                 Some(seen) if status.success() => return Ok((seen, ended)),
-                Some(_) => bail!("it ended with {}", in_words(status)),
-                None => bail!("it ended with {} before {text:?} came", in_words(status)),
+                Some(_) => bail!("it ended with {}", describe_status(status)),
+                None => bail!("it ended with {} before it printed {text:?}", describe_status(status)),
             }
         }
     }
 
-    /// Waits for output or the end, and takes what there is. Whether there was no output.
+    /// Waits for output or the end of the process, and reads available output. Returns whether there was none.
     fn step(&mut self, limit: Duration, ended: &mut Option<Instant>) -> Result<bool> {
         let passed = Duration::from_nanos(Instant::now().since(self.spawned));
         let left = limit.saturating_sub(passed);
         if left.is_zero() {
-            bail!("it had not ended after {} s", limit.as_secs());
+            bail!("timed out after {} s", limit.as_secs());
         }
-        // A process that has ended has nothing more to wait for.
-        let left = if ended.is_some() { Duration::ZERO } else { left.min(PATIENCE) };
+        // Only buffered output is left after the end of the process.
+        let left = if ended.is_some() { Duration::ZERO } else { left.min(PROGRESS_INTERVAL) };
         let mut polled = Vec::new();
         let pipes = [self.stdout.as_ref().map(AsFd::as_fd), self.stderr.as_ref().map(AsFd::as_fd)];
         for descriptor in pipes.into_iter().chain([Some(self.exit.as_fd())]) {
-            // The process's own descriptor stands for a pipe that is closed: it is not read.
+            // The pidfd takes the slot of a closed pipe, which is not read.
             polled.push(PollFd::from_borrowed_fd(descriptor.unwrap_or(self.exit.as_fd()), PollFlags::IN));
         }
         let events = poll(&mut polled, Some(&Timespec::try_from(left)?))?;
         if events == 0 && ended.is_none() {
-            eprintln!("it still runs after {} s ...", passed.saturating_add(left).as_secs());
+            eprintln!("still running after {} s ...", passed.saturating_add(left).as_secs());
         }
         let now = Instant::now();
         let ready: Vec<bool> = polled.iter().map(|polled| !polled.revents().is_empty()).collect();
@@ -138,15 +140,15 @@ impl Watched {
         let before = self.console.len() + self.messages.len();
         if ready[0] && self.stdout.is_some() {
             self.arrivals.push((self.console.len(), now));
-            take(&mut self.stdout, &mut self.console)?;
+            read_pipe(&mut self.stdout, &mut self.console)?;
         }
         if ready[1] {
-            take(&mut self.stderr, &mut self.messages)?;
+            read_pipe(&mut self.stderr, &mut self.messages)?;
         }
         Ok(self.console.len() + self.messages.len() == before)
     }
 
-    /// When the first byte of a text on the console arrived, if all of it has.
+    /// When the first byte of a text on the console arrived, if the text is complete.
     fn arrival(&self, text: &str) -> Option<Instant> {
         if text.is_empty() {
             return Some(self.spawned);
@@ -158,7 +160,7 @@ impl Watched {
 
 impl Drop for Watched {
     fn drop(&mut self) {
-        // A process that has not been waited for keeps its id.
+        // A process keeps its id until it is waited for.
         if let Ok(None) = self.child.try_wait() {
             kill_with_descendants(Pid::from_child(&self.child));
             let _ = self.child.wait();
@@ -166,8 +168,8 @@ impl Drop for Watched {
     }
 }
 
-/// Kills a process and what it started. (A process group of its own would be shorter, but Ctrl-C at
-/// the terminal would not reach it.)
+/// Kills a process and its descendants. (A separate process group would be simpler, but would not receive Ctrl-C from
+/// the terminal.)
 fn kill_with_descendants(process: Pid) {
     let children = std::fs::read_to_string(format!("/proc/{process}/task/{process}/children"));
     let _ = kill_process(process, Signal::KILL);
@@ -178,8 +180,8 @@ fn kill_with_descendants(process: Pid) {
     }
 }
 
-/// Takes what a pipe has; a pipe that its writers have closed goes away.
-fn take(pipe: &mut Option<impl Read>, bytes: &mut Vec<u8>) -> Result<()> {
+/// Reads available bytes from a pipe, and drops the pipe at its end.
+fn read_pipe(pipe: &mut Option<impl Read>, bytes: &mut Vec<u8>) -> Result<()> {
     let mut buffer = [0; 4096];
     let length = pipe.as_mut().map_or(Ok(0), |pipe| pipe.read(&mut buffer))?;
     bytes.extend(&buffer[..length]);
@@ -187,24 +189,24 @@ fn take(pipe: &mut Option<impl Read>, bytes: &mut Vec<u8>) -> Result<()> {
         *pipe = None;
     }
     if bytes.len() > OUTPUT_MAX {
-        bail!("it says more than {} KiB", OUTPUT_MAX >> 10);
+        bail!("it printed more than {} KiB", OUTPUT_MAX >> 10);
     }
     Ok(())
 }
 
-fn in_words(status: ExitStatus) -> String {
+fn describe_status(status: ExitStatus) -> String {
     match (status.code(), status.signal()) {
         (Some(code), _) => format!("status {code}"),
         (None, signal) => format!("signal {}", signal.unwrap_or_default()),
     }
 }
 
-/// The last lines that a monitor and its guest said, without what would move a reader's cursor.
+/// The last lines of output of a monitor and its guest, without control characters.
 fn last_output(console: &[u8], messages: &[u8]) -> String {
     let text = [String::from_utf8_lossy(console), String::from_utf8_lossy(messages)].join("\n");
     let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
     if lines.is_empty() {
-        return "it said nothing".to_owned();
+        return "no output".to_owned();
     }
     let mut shown = String::from("its last output:");
     for line in &lines[lines.len().saturating_sub(LAST_LINES)..] {
@@ -248,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn a_run_is_timed_and_told_to_go_on() {
+    fn a_run_is_timed_and_gets_a_newline_after_the_text() {
         let script = "printf 'noise\nrea'; sleep 0.2; printf 'dy\n'; read line; sleep 0.2";
         let mut asked = 0;
         let run = run(shell(script), "ready", LIMIT, |pid| {
@@ -263,31 +265,31 @@ mod tests {
     }
 
     #[test]
-    fn failures_have_their_last_words() {
+    fn errors_have_the_status_and_the_last_output() {
         assert_eq!(
             failure("echo one; printf '\\033[2J two\\n' >&2; exit 3", LIMIT),
-            "it ended with status 3 before \"ready\" came; its last output:\n  | one\n  | .[2J two"
+            "it ended with status 3 before it printed \"ready\"; its last output:\n  | one\n  | .[2J two"
         );
         assert_eq!(
             failure("kill -9 $$", LIMIT),
-            "it ended with signal 9 before \"ready\" came; it said nothing"
+            "it ended with signal 9 before it printed \"ready\"; no output"
         );
         assert_eq!(
             failure("echo ready; exit 1", LIMIT),
             "it ended with status 1; its last output:\n  | ready"
         );
         let absent = run(Command::new("/absent"), "ready", LIMIT, |_| Ok(())).unwrap_err();
-        assert!(format!("{absent:#}").starts_with("it cannot be started: "), "{absent:#}");
+        assert!(format!("{absent:#}").starts_with("cannot start the monitor: "), "{absent:#}");
     }
 
     #[test]
-    fn nobody_waits_for_what_hangs() {
+    fn a_process_that_hangs_or_floods_is_killed_with_its_children() {
         let before = std::time::Instant::now();
         let text = failure("echo here; sleep 1000 & echo $!; sleep 1000", Duration::from_secs(1));
         let background = text.rsplit(' ').next().unwrap_or_default();
-        let expected = format!("it had not ended after 1 s; its last output:\n  | here\n  | {background}");
+        let expected = format!("timed out after 1 s; its last output:\n  | here\n  | {background}");
         assert_eq!(text, expected);
-        // It is killed by now, and vanishes when somebody has waited for it.
+        // The process has been killed and disappears when it has been reaped.
         let path = format!("/proc/{background}/stat");
         let lives = || std::fs::read_to_string(&path).is_ok_and(|stat| !stat.contains(") Z "));
         while lives() {
@@ -295,7 +297,7 @@ mod tests {
             std::thread::sleep(Duration::from_millis(10));
         }
         let text = failure("yes", LIMIT);
-        assert!(text.starts_with("it says more than 1024 KiB; "), "{text}");
+        assert!(text.starts_with("it printed more than 1024 KiB; "), "{text}");
         assert!(before.elapsed() < LIMIT);
     }
 }

@@ -1,4 +1,4 @@
-//! What a user sees: tables, and the same as JSON.
+//! The report of a bench: tables and JSON.
 
 use super::metric::Metric;
 use super::plan::{Case, Failure, Scenario};
@@ -6,95 +6,95 @@ use super::statistics::Row;
 use serde::Serialize;
 use std::fmt::Write;
 
-/// Everything that is reported.
+/// The report.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Report {
-    /// What the guests did.
+    /// The workload of the guests.
     #[serde(skip)]
     pub(super) scenario: Scenario,
-    /// Where it was measured.
+    /// The host of the measurements.
     pub(super) host: HostDescription,
-    /// What was measured.
+    /// The measured values.
     pub(super) rows: Vec<Row>,
-    /// Monitors that have no rows because they failed. Absent from JSON where none did.
+    /// Monitors without rows because they failed. Omitted from JSON when empty.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(super) failures: Vec<Failure>,
 }
 
-/// Where something was measured.
+/// The host of the measurements.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct HostDescription {
     /// `exact-lab` or `hardware`.
     pub(super) kind: &'static str,
-    /// What a value from there means.
+    /// The meaning of times on this host.
     pub(super) meaning: &'static str,
-    /// The processor and the kernel under the monitors.
+    /// The processor model and kernel release of the monitors' host.
     pub(super) machine: String,
-    /// What the reader has to know about single values, those that are missing among them.
+    /// Notes on individual values, including those that are missing.
     pub(super) notes: Vec<String>,
 }
 
-/// Width of a column, and of the ratio inside it.
+/// Width of a column, and of the ratio in it.
 const COLUMN: usize = 17;
 const RATIO: usize = 7;
 const VALUE: usize = COLUMN - RATIO;
-/// Width of the monitors' names, unless one is longer.
+/// Minimal width of the column with the monitors' names.
 const NAME: usize = 14;
 
-/// Lines under the tables of boots: what the columns are. Different columns come from different runs, so that
-/// with several vCPUs init may seem to be later than the payload.
+/// The legend of scenario `boot`. Columns come from different runs, so that with several vCPUs init may appear later
+/// than the payload.
 const BOOT_LEGEND: &str = "\
 All times are from the spawn of the monitor's process; the ratio is to the first row of the same table.
-Below each median are smallest and largest value. One boot before all others does not count.
-kindling-preboot: Kindling continuing from a kernel that it booted before (`kindling preboot`)
+Below each median: the smallest and largest value. One warm-up boot is not counted.
+kindling-preboot: Kindling started from a pre-booted kernel (`kindling preboot`)
 init: its first instruction; first byte: init's greeting on the console; both in guests without payload
-output: the payload's first byte there, in guests with it; exit: the monitor's process has ended
-VMM only: until the guest is first entered, and from its last exit to the process's end
-CPU time: user and system time of the monitor's process, its guest's included
-private, PSS: the process's memory without guest memory while a payload waits for input; pages that
-  only it has (its program's too, when it runs alone), and these with its share of the others; page
-  tables and the kernel's objects are not counted
+output: the payload's first byte on the console; exit: the end of the monitor's process
+VMM only: until the first guest entry, plus from the last exit to the end of the process
+CPU time: user and system time of the monitor's process, including its guest
+private, PSS: memory of the process without guest memory while a payload waits for input: pages
+  of no other process (including its program, if it is the only instance), and proportional set size;
+  page tables and kernel objects are not counted
 user exits, guest faults: KVM's kvm_userspace_exit and kvm_page_fault until the payload's first output
 ";
 
-/// Lines under the tables of operations.
+/// The legend of scenario `io`.
 const IO_LEGEND: &str = "\
-read, write: random places of a disk, a raw file in memory on the host; past the guest's page cache; one request
-  at a time, or 32 (x32); 128k: one after the other
-random: of /dev/hwrng; give back: of 64 MiB that the guest freed, by free page reporting, what is missing of the
-  guest's time beyond its ticks
+read, write: random offsets of a disk, a raw file in the host's memory; bypassing the guest's page cache; one request
+  in flight, or 32 (x32); 128k: sequential
+random: from /dev/hwrng; give back: free page reporting of 64 MiB that the guest freed: the time for which the
+  guest did not run, without its timer ticks
 what the devices add: a disk, a network card and a vsock; to the time from the spawn to init's first byte on the
-  console, and to the memory that only the monitor's process has; beside the same guest without them
-the host's part: the whole without the time between KVM's entries of the guest and its exits, from another run
-the ratio is to the first row of the same table; below each median are smallest and largest value
+  console, and to the private memory of the monitor's process; compared with the same guest without them
+the host's part: the total without the time in guest mode (between KVM's entries and exits), from another run
+the ratio is to the first row of the same table; below each median: the smallest and largest value
 ";
 
-/// Lines under the tables of programs.
+/// The legend of scenario `run`.
 const RUN_LEGEND: &str = "\
 hello: `kindling run` of a small static program from a container image, from the spawn to the end of the process;
-  busybox: the same of its echo. The kernel was booted and the image converted for a run before
-volume, folder: busybox with `-v NAME:GUEST`, of a volume that was used before, and with `-v /HOST:GUEST`
-exec true: `kindling exec` of busybox's true in a guest that runs, from the spawn to the end of the process
-stream: for each MiB of 1 GiB through the standard input of `cat` in a guest and back from its standard output; without
-  `kindling run`, of 64 MiB through a port of a virtio console. Who sends and who receives is in it
-growth: of the memory that only the monitor's process has, without its guest's, from before to after
+  busybox: the same for its echo. The kernel was pre-booted and the image converted by an earlier run
+volume, folder: busybox with `-v NAME:GUEST`, with an existing volume, and with `-v /HOST:GUEST`
+exec true: `kindling exec` of busybox's true in a running guest, from the spawn to the end of the process
+stream: per MiB of 1 GiB through the standard input of `cat` in a guest and back from its standard output; without
+  `kindling run`, of 64 MiB through a port of a virtio console; including the sender and the receiver
+growth: of the private memory of the monitor's process, without guest memory, during the stream
 ";
 
-/// Lines under the tables of starts.
+/// The legend of scenario `start`.
 const START_LEGEND: &str = "\
 busybox: `kindling run` of busybox's echo from a container image, from the spawn to the end of the process; the kernel
-  was booted and the image converted for a run before
-guest faults: page faults on guest memory that KVM handled meanwhile
-idle: memory that only the process of `kindling run` has, its guest's included, while a shell waits for input
+  was pre-booted and the image converted by an earlier run
+guest faults: page faults on guest memory handled by KVM during that time
+idle: private memory of the process of `kindling run`, including guest memory, while a shell waits for input
 ";
 
 impl Report {
-    /// As JSON.
+    /// The report as JSON.
     pub(super) fn json(&self) -> serde_json::Result<String> {
         Ok(serde_json::to_string_pretty(self)? + "\n")
     }
 
-    /// As tables, one pair per size.
+    /// The report as tables, grouped by the size of the guest.
     pub(super) fn tables(&self) -> String {
         let host = &self.host;
         let mut text = format!("\nmeasured in {}\non {}\n", host.meaning, host.machine);
@@ -103,7 +103,7 @@ impl Report {
                 text,
                 "\n{}: {case}, median of {}",
                 self.scenario.name(),
-                runs_in_words(&self.rows, case)
+                describe_runs(&self.rows, case)
             );
             for (title, metrics) in Metric::tables(self.scenario) {
                 self.table(&mut text, case, title, &metrics);
@@ -122,7 +122,7 @@ impl Report {
         text
     }
 
-    /// The sizes that have rows, in their order.
+    /// The sizes that have rows, in order.
     pub(super) fn cases(&self) -> Vec<Case> {
         let mut cases = Vec::new();
         for row in &self.rows {
@@ -133,7 +133,7 @@ impl Report {
         cases
     }
 
-    /// The monitors that have rows, in their order.
+    /// The monitors that have rows, in order.
     pub(super) fn vmms(&self) -> Vec<&str> {
         let mut vmms = Vec::new();
         for row in &self.rows {
@@ -191,33 +191,33 @@ impl Report {
 }
 
 impl Report {
-    /// How many times the first monitor's value this is. A monitor without our ports has no time of
-    /// init's first instruction, so that what stands there is not compared.
+    /// The ratio to the first monitor's value. Monitors without Kindling's boot mark port have no time of init's first
+    /// instruction, so the value that stands in for it has no ratio.
     fn ratio(&self, row: &Row, first: Option<&Row>) -> String {
         let Some(first) = first.filter(|first| first.median > 0) else { return String::new() };
         if row.metric == Metric::SpawnToInit && self.is_stand_in(row) {
             return "*".to_owned();
         }
         let ratio = row.metric.scaled(row.median) / row.metric.scaled(first.median);
-        // Larger ones would touch the value.
+        // Wider ratios would touch the value.
         if ratio < 100.0 { format!("{ratio:.2}x") } else { format!("{ratio:.0}x") }
     }
 
-    /// Whether init's first byte stands for its first instruction.
+    /// Whether the time of init's first byte stands in for that of its first instruction.
     fn is_stand_in(&self, row: &Row) -> bool {
         let byte = self.row(row.case(), &row.vmm, Metric::SpawnToFirstByte);
         byte.is_some_and(|byte| (byte.median, byte.min, byte.max) == (row.median, row.min, row.max))
     }
 }
 
-fn runs_in_words(rows: &[Row], case: Case) -> String {
+fn describe_runs(rows: &[Row], case: Case) -> String {
     match rows.iter().filter(|row| row.case() == case).map(|row| row.runs).max() {
         Some(1) => "1 run".to_owned(),
         runs => format!("{} runs", runs.unwrap_or(0)),
     }
 }
 
-/// Ends a line without spaces before its end.
+/// Ends a line without trailing spaces.
 fn trim_line(text: &mut String) {
     text.truncate(text.trim_end_matches(' ').len());
     text.push('\n');
@@ -229,7 +229,7 @@ pub(super) mod tests {
     use crate::bench::plan::Sample;
     use crate::bench::statistics::rows;
 
-    /// Two monitors, one of which is a stranger.
+    /// A report of Kindling and of a monitor without boot marks.
     pub(in crate::bench) fn report() -> Report {
         let case = Case { memory_mib: 128, vcpus: 1 };
         let values = [
@@ -251,7 +251,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn json_has_the_promised_fields() {
+    fn json_has_the_documented_fields() {
         let json: serde_json::Value = serde_json::from_str(&report().json().unwrap()).unwrap();
         assert_eq!(json["host"]["kind"], "exact-lab");
         assert_eq!(json["rows"].as_array().unwrap().len(), 6);
@@ -272,7 +272,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn metrics_have_the_promised_names() {
+    fn metrics_have_the_documented_names_and_units() {
         let names: Vec<_> = Metric::all(Scenario::Boot).collect();
         let names = serde_json::to_value(names).unwrap();
         let expected = serde_json::json!([
@@ -294,7 +294,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn tables_compare_like_with_like() {
+    fn tables_show_ratios_only_of_comparable_values() {
         let text = report().tables();
         let line = |start: &str| text.lines().find(|line| line.starts_with(start)).unwrap();
         let words: Vec<_> = line("<qemu>").split_whitespace().collect();

@@ -1,4 +1,4 @@
-//! What is measured of `kindling run` and `kindling exec`: programs of container images, as their user starts them.
+//! The measurements of scenarios `run` and `start`: `kindling run` and `kindling exec` of programs in container images.
 
 use super::measure::{Bench, LIMIT, SETTLE};
 use super::metric::Metric;
@@ -21,63 +21,62 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-/// What programs come from.
+/// Container images and the programs that run them.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub(super) struct Images {
-    /// The program that reads container images, which lies beside ours.
+    /// `kindling-oci`, which lies beside `kindling`.
     pub(super) converter: PathBuf,
-    /// The monitor of one guest, which lies there too.
+    /// `kindling-vmm`, which lies there too.
     monitor: PathBuf,
-    /// The program that serves folders, which lies there too.
+    /// `kindling-fs`, which lies there too.
     server: PathBuf,
-    /// A folder with the program that makes filesystems for volumes.
+    /// A folder with mke2fs, which formats volumes.
     filesystems: PathBuf,
-    /// A container image of one small program that needs nothing else.
+    /// A container image of one small static program.
     hello: PathBuf,
     /// A container image of busybox.
     busybox: PathBuf,
-    /// Kernel and initramfs, with busybox, of a guest that talks through a port of a virtio console, where a monitor
-    /// has such guests.
+    /// Kernel and initramfs (with busybox) of a guest with a virtio console, for other monitors.
     console: Option<Console>,
 }
 
-/// What a monitor with a virtio console boots.
+/// The kernel and initramfs of a guest with a virtio console.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub(super) struct Console {
     pub(super) kernel: PathBuf,
     pub(super) initrd: PathBuf,
 }
 
-/// What goes through `cat` under `kindling run`.
+/// Bytes of the stream through `cat` under `kindling run`.
 const STREAM_BYTES: u64 = 1 << 30;
-/// What goes through that of another monitor: a lab stands still some time with so many interrupts as those take
-/// (docs/testing.md, "The lab"), and what is told is the time for a MiB.
-const OTHERS_STREAM_BYTES: u64 = 64 << 20;
-/// How much of it at once.
-const PIECE: usize = 64 << 10;
-/// After how much of it somebody is told.
-const STEP: u64 = 16 << 20;
-/// A stream that is not through by then stands still.
-const STREAM_LIMIT: Duration = Duration::from_secs(120);
-/// What a guest says that waits for more commands.
+/// Bytes of the stream of other monitors. Their many interrupts hang a lab after some time (docs/testing.md, "The
+/// lab"), and the result is the time per MiB.
+const CONSOLE_STREAM_BYTES: u64 = 64 << 20;
+/// Bytes of one write or read.
+const CHUNK_LEN: usize = 64 << 10;
+/// Bytes between two progress lines.
+const PROGRESS_STEP: u64 = 16 << 20;
+/// Timeout of a stream.
+const STREAM_TIMEOUT: Duration = Duration::from_secs(120);
+/// The line that a guest prints before it waits for commands.
 const READY: &str = "ready";
-/// A volume of a program's.
+/// The option for a volume.
 const VOLUME: [&str; 2] = ["-v", "data:/data"];
-/// A folder of the host's, the one where this runs.
+/// The option for a shared folder, the current directory.
 const FOLDER: [&str; 2] = ["-v", ".:/data"];
-/// The name of the guest in which commands are run.
+/// The name of the guest that runs commands.
 const NAME: &str = "bench";
 
 impl Images {
-    /// Makes them in a folder, all but the guest with a virtio console.
+    /// Creates the images in a folder, without the guest with a virtio console.
     pub(super) fn make(folder: &Path) -> Result<Self> {
         let (hello, busybox) = (folder.join("hello"), folder.join("busybox"));
         super::put(&hello.join("tree"), payload::PATH, &payload::program())?;
         put_busybox(&busybox.join("tree"))?;
         let filesystems = folder.join("e2fsprogs");
         test_volumes::programs(&filesystems)?;
-        let image = |place: &Path, command| {
-            docker_archive::write(place, &place.join("tree"), &json!({ "Cmd": [command] }))
+        let image = |folder: &Path, command| {
+            docker_archive::write(folder, &folder.join("tree"), &json!({ "Cmd": [command] }))
         };
         Ok(Self {
             converter: cargo::release_binary("kindling-oci", "kindling-oci")?,
@@ -90,7 +89,7 @@ impl Images {
         })
     }
 
-    /// Builds the guest with a virtio console, too, in the same folder.
+    /// Adds the guest with a virtio console, in the same folder.
     pub(super) fn with_console(self, folder: &Path) -> Result<Self> {
         let fragment = folder.join("console.config");
         fs::write(&fragment, include_str!("console.config"))?;
@@ -104,24 +103,24 @@ impl Images {
         Ok(Self { console: Some(console), ..self })
     }
 
-    /// The same in other places, each with a name of its own.
-    pub(super) fn map(&self, mut place: impl FnMut(&Path, &str) -> PathBuf) -> Self {
+    /// Replaces each path by the result of `relocate`, which gets a unique name for it.
+    pub(super) fn map(&self, mut relocate: impl FnMut(&Path, &str) -> PathBuf) -> Self {
         Self {
-            converter: place(&self.converter, "kindling-oci"),
-            monitor: place(&self.monitor, "kindling-vmm"),
-            server: place(&self.server, "kindling-fs"),
-            filesystems: place(&self.filesystems, "e2fsprogs"),
-            hello: place(&self.hello, "hello.tar"),
-            busybox: place(&self.busybox, "busybox.tar"),
+            converter: relocate(&self.converter, "kindling-oci"),
+            monitor: relocate(&self.monitor, "kindling-vmm"),
+            server: relocate(&self.server, "kindling-fs"),
+            filesystems: relocate(&self.filesystems, "e2fsprogs"),
+            hello: relocate(&self.hello, "hello.tar"),
+            busybox: relocate(&self.busybox, "busybox.tar"),
             console: self.console.as_ref().map(|console| Console {
-                kernel: place(&console.kernel, "console-kernel"),
-                initrd: place(&console.initrd, "console-initrd"),
+                kernel: relocate(&console.kernel, "console-kernel"),
+                initrd: relocate(&console.initrd, "console-initrd"),
             }),
         }
     }
 }
 
-/// Busybox and the commands that are measured.
+/// Adds busybox and the applets that are measured to a root filesystem.
 fn put_busybox(tree: &Path) -> Result<()> {
     super::put(tree, "/bin/busybox", &fs::read(lab::busybox()?)?)?;
     for name in ["cat", "echo", "sh", "true"] {
@@ -131,11 +130,11 @@ fn put_busybox(tree: &Path) -> Result<()> {
 }
 
 impl Bench<'_> {
-    /// Programs and streams; of a monitor that only has guests, streams.
+    /// Measures programs and streams; for other monitors, streams only.
     pub(super) fn programs(&mut self, images: &Images, runs: u32) -> Result<()> {
-        let is_ours = self.vmm.kind.is_ours();
-        if is_ours {
-            // For the first one the images are converted and the kernel is booted.
+        let is_kindling = self.vmm.kind.is_kindling();
+        if is_kindling {
+            // Warm-up: converts the images and pre-boots the kernel.
             self.program(images, &images.hello, &[], &[], payload::TEXT)?;
             for options in [&[][..], &VOLUME, &FOLDER] {
                 self.program(images, &images.busybox, options, &["echo", READY], READY)?;
@@ -143,7 +142,7 @@ impl Bench<'_> {
         }
         for run in 1..=runs {
             eprintln!("run {run} of {runs} ...");
-            if is_ours {
+            if is_kindling {
                 let hello = self.program(images, &images.hello, &[], &[], payload::TEXT)?;
                 self.add(Metric::RunHello, hello);
                 for (metric, options) in [
@@ -154,21 +153,21 @@ impl Bench<'_> {
                     let busybox = self.program(images, &images.busybox, options, &["echo", READY], READY)?;
                     self.add(metric, busybox);
                 }
-                let exec = self.one_more_program(images)?;
+                let exec = self.exec_program(images)?;
                 self.add(Metric::ExecTrue, exec);
             }
             eprintln!("a stream through cat ...");
-            let stream = if is_ours { self.stream(images)? } else { self.console_stream(images)? };
+            let stream = if is_kindling { self.stream(images)? } else { self.console_stream(images)? };
             self.add(Metric::Stream, stream.nanoseconds);
             self.add(Metric::StreamMemory, stream.memory_growth);
         }
         Ok(())
     }
 
-    /// What a program costs that starts from a pre-booted kernel.
+    /// Measures starts of a program from a pre-booted kernel.
     pub(super) fn starts(&mut self, images: &Images, tracer: Option<&Tracer>, runs: u32) -> Result<()> {
         let start = |bench: &Self| bench.program(images, &images.busybox, &[], &["echo", READY], READY);
-        // For the first one the image is converted and the kernel is booted.
+        // Warm-up: converts the image and pre-boots the kernel.
         start(self)?;
         start(self)?;
         for run in 1..=runs {
@@ -187,7 +186,7 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// Private memory of a monitor and its guest, whose program waits.
+    /// The private memory of a monitor, including its guest, while the program waits for input.
     fn idle_memory(&self, images: &Images) -> Result<u64> {
         thread::sleep(SETTLE);
         let mut run = self.run_command(&images.busybox, &[]);
@@ -202,7 +201,7 @@ impl Bench<'_> {
         Ok(memory)
     }
 
-    /// `kindling run` of a program that says something; nanoseconds until it has ended.
+    /// The nanoseconds of `kindling run` of a program that prints `text`, until its exit.
     fn program(
         &self,
         images: &Images,
@@ -213,20 +212,20 @@ impl Bench<'_> {
     ) -> Result<u64> {
         thread::sleep(SETTLE);
         let mut run = self.run_command(image, options);
-        // A volume that is not there is made with this.
+        // Missing volumes are formatted with the programs in this folder.
         let path = std::env::var("PATH").unwrap_or_default();
         run.args(command).env("PATH", format!("{}:{path}", images.filesystems.display()));
         let run = process::run(run, text, LIMIT, |_| Ok(()))?;
         Ok(run.ended.since(run.spawned))
     }
 
-    /// `kindling exec` of a program that does nothing; nanoseconds until it has ended.
-    fn one_more_program(&self, images: &Images) -> Result<u64> {
+    /// The nanoseconds of `kindling exec` of a program that does nothing, until its exit.
+    fn exec_program(&self, images: &Images) -> Result<u64> {
         let mut guest = self.run_command(&images.busybox, &["--name", NAME]);
         guest.args(["sh", "-c", &format!("echo {READY}; read -r line")]);
         let mut nanoseconds = 0;
         process::run(guest, READY, LIMIT, |_| {
-            // The first one reads what the second finds in memory.
+            // The first run is a warm-up of the page cache.
             for _ in 0..2 {
                 thread::sleep(SETTLE);
                 let mut exec = self.kindling("exec");
@@ -239,20 +238,20 @@ impl Bench<'_> {
         Ok(nanoseconds)
     }
 
-    /// Bytes through `cat` under `kindling run`.
+    /// Streams bytes through `cat` under `kindling run`.
     fn stream(&self, images: &Images) -> Result<Streamed> {
         thread::sleep(SETTLE);
         let mut run = self.run_command(&images.busybox, &[]);
         run.arg("cat").stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut monitor = Monitor::start(run)?;
-        let input = monitor.child.stdin.take().context("it has no input")?;
-        let output = monitor.child.stdout.take().context("it has no output")?;
+        let input = monitor.child.stdin.take().context("the monitor has no standard input")?;
+        let output = monitor.child.stdout.take().context("the monitor has no standard output")?;
         let streamed = echo(STREAM_BYTES, input, output, || self.private_memory(monitor.child.id()))?;
         monitor.end()?;
         Ok(streamed)
     }
 
-    /// The same through a port of a virtio console, from whose device `cat` reads and to which it writes.
+    /// Streams bytes through a port of a virtio console that `cat` reads and writes.
     fn console_stream(&self, images: &Images) -> Result<Streamed> {
         thread::sleep(SETTLE);
         let socket = self.scratch.join("console");
@@ -261,14 +260,14 @@ impl Bench<'_> {
         let mut command = self.vmm.console_command(console, self.case, &socket);
         command.stdin(Stdio::null()).stdout(Stdio::null());
         let mut monitor = Monitor::start(command)?;
-        // Its guest boots when somebody has connected.
+        // The guest boots after the socket has been connected.
         let stream = loop {
             match UnixStream::connect(&socket) {
                 Err(_) if monitor.child.try_wait()?.is_none() => thread::sleep(SETTLE),
-                result => break result.context("it ended before it listened")?,
+                result => break result.context("the monitor exited before it listened")?,
             }
         };
-        let streamed = echo(OTHERS_STREAM_BYTES, stream.try_clone()?, stream, || {
+        let streamed = echo(CONSOLE_STREAM_BYTES, stream.try_clone()?, stream, || {
             self.private_memory(monitor.child.id())
         })?;
         monitor.end()?;
@@ -282,7 +281,7 @@ impl Bench<'_> {
         run
     }
 
-    /// A command of ours, of a user who keeps everything in one folder.
+    /// A command of `kindling` with all of its user directories in one folder.
     fn kindling(&self, name: &str) -> Command {
         let mut command = Command::new(&self.vmm.path);
         let image = self.vmm.image.as_ref().or(self.guest.image.as_ref());
@@ -300,16 +299,16 @@ impl Bench<'_> {
     }
 }
 
-/// How a stream went.
+/// The measurement of a stream.
 #[derive(Clone, Copy, Debug)]
 struct Streamed {
-    /// For each MiB.
+    /// Time per MiB.
     nanoseconds: u64,
-    /// What the monitor's memory without its guest's grew by.
+    /// Growth of the monitor's memory without guest memory.
     memory_growth: u64,
 }
 
-/// Sends bytes and takes them back. The guest is up when the first one has returned; that does not count.
+/// Sends bytes and receives their echo. The first byte is not measured: its echo shows that the guest has booted.
 fn echo(
     bytes: u64,
     mut input: impl Write + Send + 'static,
@@ -317,54 +316,54 @@ fn echo(
     memory: impl Fn() -> Result<u64>,
 ) -> Result<Streamed> {
     input.write_all(b"x")?;
-    output.read_exact(&mut [0]).context("its first byte did not come back")?;
+    output.read_exact(&mut [0]).context("the first byte was not echoed")?;
     let memory_before = memory()?;
     let start = Instant::now();
     let writer = thread::spawn(move || {
-        let piece = vec![0; PIECE];
+        let piece = vec![0; CHUNK_LEN];
         let mut left = bytes;
         while left > 0 {
             input.write_all(&piece)?;
-            left = left.saturating_sub(PIECE as u64);
+            left = left.saturating_sub(CHUNK_LEN as u64);
         }
         std::io::Result::Ok(input)
     });
-    let mut piece = vec![0; PIECE];
+    let mut piece = vec![0; CHUNK_LEN];
     let mut left = bytes;
     while left > 0 {
         let count = output.read(&mut piece)? as u64;
-        ensure!(count > 0, "{left} bytes did not come back");
+        ensure!(count > 0, "{left} bytes were not echoed");
         left = left.saturating_sub(count);
-        if left % STEP < count {
-            // A lab that says nothing is taken for one that stands still.
+        if left % PROGRESS_STEP < count {
+            // Regular output keeps the lab below its output timeout.
             eprintln!("{} MiB left", left >> 20);
         }
     }
     let nanoseconds = Instant::now().since(start);
     let memory_growth = memory()?.saturating_sub(memory_before);
-    // The end of its input is the end of the guest; a socket ends with the last who has it.
+    // The guest ends at the end of its input; a socket is closed when all of its descriptors are.
     let input = writer.join().map_err(|_| anyhow::anyhow!("the writer panicked"))?.context("cannot write")?;
     drop((input, output));
     Ok(Streamed { nanoseconds: nanoseconds / (bytes >> 20), memory_growth })
 }
 
-/// A monitor's process, which is killed when its time is over and when this goes away.
+/// A monitor's process, which is killed after [`STREAM_TIMEOUT`] and on drop.
 struct Monitor {
     child: Child,
-    has_ended: mpsc::Sender<()>,
+    end_sender: mpsc::Sender<()>,
 }
 
 impl Monitor {
     fn start(mut command: Command) -> Result<Self> {
-        let child = command.spawn().context("it cannot be started")?;
-        let (has_ended, ended) = mpsc::channel();
+        let child = command.spawn().context("cannot start the monitor")?;
+        let (end_sender, ended) = mpsc::channel();
         let pid = Pid::from_child(&child);
         thread::spawn(move || {
-            if ended.recv_timeout(STREAM_LIMIT) == Err(mpsc::RecvTimeoutError::Timeout) {
+            if ended.recv_timeout(STREAM_TIMEOUT) == Err(mpsc::RecvTimeoutError::Timeout) {
                 let _ = kill_process(pid, Signal::KILL);
             }
         });
-        Ok(Self { child, has_ended })
+        Ok(Self { child, end_sender })
     }
 
     fn end(mut self) -> Result<()> {
@@ -376,7 +375,7 @@ impl Monitor {
 
 impl Drop for Monitor {
     fn drop(&mut self) {
-        let _ = self.has_ended.send(());
+        let _ = self.end_sender.send(());
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

@@ -1,9 +1,9 @@
-//! How much memory a monitor's process has beside its guest's.
+//! Memory of a monitor's process without guest memory.
 //!
-//! /proc/PID/smaps does not say which mappings are guest memory. Guest memory is writable and larger
-//! than anything else of a monitor, so it is taken to be the largest runs of adjacent writable
-//! mappings, until they hold as much as the guest has; of each run only the shortest part that is
-//! large enough. (Adjacent, because ours maps files over guest memory, which splits it.)
+//! /proc/PID/smaps does not mark guest memory. Guest memory is writable and larger than any other mapping of a monitor.
+//! The heuristic therefore takes the largest runs of adjacent writable mappings until their size reaches that of guest
+//! memory, and of each run the shortest part that is large enough. (Runs of adjacent mappings, because Kindling maps
+//! files over guest memory, which splits it.)
 
 /// One mapping.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -21,17 +21,16 @@ impl Mapping {
     }
 }
 
-/// Bytes of a process's memory, without its guest's.
+/// Memory of a process in bytes, without guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Usage {
-    /// Pages that no other process has.
+    /// Private pages.
     pub(super) private: u64,
-    /// These, and of each page that others have too, its part.
+    /// Proportional set size: private pages, and an equal share of each shared page.
     pub(super) proportional: u64,
 }
 
-/// What /proc/PID/smaps says of a monitor whose guest has so many bytes of memory; `None` where no
-/// guest memory is found.
+/// Reads the usage of a monitor whose guest has `guest_bytes` of memory; `None` if no mappings match guest memory.
 pub(super) fn without_guest(smaps: &str, guest_bytes: u64) -> Option<Usage> {
     let mappings = parse(smaps);
     let mut runs = runs(&mappings);
@@ -55,7 +54,7 @@ pub(super) fn without_guest(smaps: &str, guest_bytes: u64) -> Option<Usage> {
     })
 }
 
-/// Bytes that no other process has, those of the guest included.
+/// Private memory in bytes, including guest memory.
 pub(super) fn private(smaps: &str) -> u64 {
     parse(smaps).iter().map(|mapping| mapping.private).sum()
 }
@@ -64,7 +63,7 @@ fn size(run: &[Mapping]) -> u64 {
     run.iter().map(Mapping::size).sum()
 }
 
-/// Writable mappings without gaps between them.
+/// Runs of adjacent writable mappings.
 fn runs(mappings: &[Mapping]) -> Vec<&[Mapping]> {
     mappings
         .chunk_by(|a, b| a.writable && b.writable && a.end == b.start)
@@ -72,7 +71,7 @@ fn runs(mappings: &[Mapping]) -> Vec<&[Mapping]> {
         .collect()
 }
 
-/// The shortest part of a run that has so many bytes; the whole run where it has fewer.
+/// The shortest part of a run with at least `bytes`, or the whole run.
 fn shortest_part(run: &[Mapping], bytes: u64) -> &[Mapping] {
     let mut best = run;
     for first in 0..run.len() {
@@ -128,8 +127,8 @@ mod tests {
         )
     }
 
-    /// A heap, a library's text, and guest memory of 64 MiB with a file mapped over its middle,
-    /// directly behind the stack of a thread.
+    /// A heap, the text of a library, and 64 MiB of guest memory with a file mapped over its middle, directly after the
+    /// stack of a thread.
     fn ours() -> String {
         let base = 0x7f00_0000_0000;
         [
@@ -145,13 +144,13 @@ mod tests {
     }
 
     #[test]
-    fn guest_memory_is_left_out_whole() {
+    fn guest_memory_split_by_a_file_mapping_is_excluded() {
         let usage = without_guest(&ours(), 64 * MIB).unwrap();
         assert_eq!(usage, Usage { private: 133 * 1024, proportional: 127 * 1024 });
     }
 
     #[test]
-    fn guest_memory_may_lie_in_two_places() {
+    fn guest_memory_in_two_mappings_is_excluded() {
         let text = [
             entry(0x1_0000_0000, 1024 * MIB, "rw-s", 50, 50),
             entry(0x7_0000_0000, 3072 * MIB, "rw-s", 60, 60),
@@ -163,8 +162,8 @@ mod tests {
     }
 
     #[test]
-    fn what_lies_apart_is_not_one_memory() {
-        // 40 MiB and 24 MiB of something else with a gap between them, and a guest of 64 MiB elsewhere.
+    fn mappings_with_a_gap_are_not_taken_for_guest_memory() {
+        // 40 MiB and 24 MiB of other memory with a gap between them, and 64 MiB of guest memory.
         let text = [
             entry(0x1_0000_0000, 40 * MIB, "rw-p", 10, 10),
             entry(0x1_0000_0000 + 41 * MIB, 24 * MIB, "rw-p", 11, 11),
@@ -176,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn a_process_without_so_much_memory_has_no_guest() {
+    fn a_process_with_less_memory_than_the_guest_has_no_result() {
         assert_eq!(without_guest(&ours(), 512 * MIB), None);
         assert_eq!(without_guest("", MIB), None);
         assert_eq!(without_guest("no-sense\nPss: 1 kB\nfff-0 rw-p\n", MIB), None);

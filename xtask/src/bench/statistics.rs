@@ -1,31 +1,31 @@
-//! From the values of single runs to rows: median, smallest, largest.
+//! Aggregates samples into rows: median, minimum, maximum.
 
 use super::metric::{Metric, Unit};
 use super::plan::{Case, Sample, Scenario};
 use serde::Serialize;
 
-/// What all runs of one monitor say about one metric.
+/// The statistics of one metric of one monitor.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(super) struct Row {
     /// The monitor's name.
     pub(super) vmm: String,
-    /// What the guests did.
+    /// The workload of the guests.
     pub(super) scenario: &'static str,
-    /// MiB of memory of the guest.
+    /// Memory of the guest in MiB.
     pub(super) memory_mib: u64,
-    /// Its virtual processors.
+    /// vCPUs of the guest.
     pub(super) vcpus: u8,
-    /// What was measured.
+    /// The metric.
     pub(super) metric: Metric,
-    /// What the values count.
+    /// The unit of the values.
     pub(super) unit: Unit,
-    /// The value in the middle; between two, what lies halfway.
+    /// The median; for an even number of values the mean of the two middle ones.
     pub(super) median: u64,
-    /// The smallest value.
+    /// The minimum.
     pub(super) min: u64,
-    /// The largest value.
+    /// The maximum.
     pub(super) max: u64,
-    /// How many values there were.
+    /// The number of values.
     pub(super) runs: usize,
 }
 
@@ -36,7 +36,7 @@ impl Row {
     }
 }
 
-/// One row per size, monitor and metric that has values, in the order in which these were taken.
+/// One row per size, monitor and metric with samples, in the order of the samples.
 pub(super) fn rows(scenario: Scenario, samples: &[Sample]) -> Vec<Row> {
     let mut groups: Vec<(Case, &str)> = Vec::new();
     for sample in samples {
@@ -68,7 +68,7 @@ pub(super) fn rows(scenario: Scenario, samples: &[Sample]) -> Vec<Row> {
         .collect()
 }
 
-/// The middle of sorted values; between two, what lies halfway.
+/// The median of sorted values; for an even number the mean of the two middle ones.
 pub(crate) fn median(sorted: &[u64]) -> Option<u64> {
     let upper = *sorted.get(sorted.len() / 2)?;
     let lower = *sorted.get(sorted.len().checked_sub(1)? / 2)?;
@@ -86,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn medians() {
+    fn the_median_of_an_even_number_is_the_mean_of_the_middle_two() {
         assert_eq!(median(&[]), None);
         assert_eq!(median(&[7]), Some(7));
         assert_eq!(median(&[1, 4]), Some(2));
@@ -95,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_keep_monitors_sizes_and_metrics_apart() {
+    fn rows_are_grouped_by_monitor_size_and_metric() {
         let mut samples = vec![
             sample("b", Metric::SpawnToExit, 30),
             sample("b", Metric::UserExits, 7),

@@ -1,24 +1,24 @@
-//! The same as a picture: one chart per metric, one group of bars per size, one bar per monitor.
+//! The report as an SVG chart: one chart per metric, one group of bars per size, one bar per monitor.
 
 use super::metric::Metric;
 use super::report::Report;
 use crate::output::COLOURS;
 use std::fmt::Write;
 
-/// Pixels: the picture's width, a chart's, and the edges around everything.
+/// In pixels: the widths of the image and of a chart, and the margin.
 const WIDTH: usize = 1000;
 const CHART: usize = 475;
 const EDGE: usize = 20;
-/// Pixels that a bar takes, the title of a chart, and the name of a size.
+/// In pixels: the heights of a bar, of a chart's title and of the name of a size.
 const BAR: usize = 15;
 const TITLE: usize = 30;
 const GROUP: usize = 18;
-/// Pixels beside a bar for its value.
+/// In pixels: the width for a bar's value.
 const VALUE: usize = 90;
-/// Where the charts begin, below title and legend.
+/// The top of the charts, below title and legend.
 const TOP: usize = 100;
 
-/// The picture, which needs nothing else to be shown.
+/// The image, without external references.
 pub(super) fn picture(report: &Report) -> String {
     let metrics: Vec<Metric> = Metric::all(report.scenario)
         .filter(|metric| report.rows.iter().any(|row| row.metric == *metric))
@@ -59,12 +59,12 @@ fn heading(svg: &mut String, report: &Report) {
     }
 }
 
-/// Bars of one metric, from zero, medians with lines from the smallest to the largest value.
+/// The bars of one metric, from zero: medians, with lines from the minimum to the maximum.
 fn chart(svg: &mut String, report: &Report, metric: Metric, x: usize, top: usize) {
     text(svg, x, top + 18, "font-size=\"14\" font-weight=\"bold\"", &metric.long_title());
     let largest = report.rows.iter().filter(|row| row.metric == metric).map(|row| row.max).max();
-    let room = CHART - VALUE - EDGE;
-    let length = |value: u64| pixels(value, largest.unwrap_or(0), room);
+    let width = CHART - VALUE - EDGE;
+    let length = |value: u64| pixels(value, largest.unwrap_or(0), width);
     let mut y = top + TITLE;
     for case in report.cases() {
         text(svg, x, y + 11, "fill=\"#555\"", &case.to_string());
@@ -88,23 +88,23 @@ fn chart(svg: &mut String, report: &Report, metric: Metric, x: usize, top: usize
     }
 }
 
-/// A value's part of the room that the largest one takes whole.
-fn pixels(value: u64, largest: u64, room: usize) -> usize {
-    let scaled = u128::from(value) * room as u128 / u128::from(largest.max(1));
-    usize::try_from(scaled).unwrap_or(room).min(room)
+/// Scales a value so that the largest takes `width` pixels.
+fn pixels(value: u64, largest: u64, width: usize) -> usize {
+    let scaled = u128::from(value) * width as u128 / u128::from(largest.max(1));
+    usize::try_from(scaled).unwrap_or(width).min(width)
 }
 
 fn colour(number: usize) -> &'static str {
     COLOURS[number % COLOURS.len()]
 }
 
-fn text(svg: &mut String, x: usize, y: usize, attributes: &str, words: &str) {
-    let _ = writeln!(svg, "<text x=\"{x}\" y=\"{y}\" {attributes}>{}</text>", escaped(words));
+fn text(svg: &mut String, x: usize, y: usize, attributes: &str, text_value: &str) {
+    let _ = writeln!(svg, "<text x=\"{x}\" y=\"{y}\" {attributes}>{}</text>", escaped(text_value));
 }
 
-/// A user chooses some of the words.
-fn escaped(words: &str) -> String {
-    words.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
+/// Escapes text, some of which the user chooses.
+fn escaped(text_value: &str) -> String {
+    text_value.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }
 
 #[cfg(test)]
@@ -113,7 +113,7 @@ mod tests {
     use crate::bench::report::tests::report;
 
     #[test]
-    fn bars_are_in_proportion() {
+    fn bars_are_proportional_to_values() {
         assert_eq!(pixels(5, 10, 300), 150);
         assert_eq!(pixels(10, 10, 300), 300);
         assert_eq!(pixels(0, 0, 300), 0);
@@ -121,11 +121,11 @@ mod tests {
     }
 
     #[test]
-    fn a_picture_has_every_value_and_is_whole() {
+    fn an_image_has_every_value_and_is_complete() {
         let svg = picture(&report());
         assert!(svg.starts_with("<svg xmlns=") && svg.ends_with("</svg>\n"));
-        for words in ["20.000", "100.000", "1.00", "&lt;qemu&gt;: not measured", "the exact lab"] {
-            assert!(svg.contains(words), "{words} in {svg}");
+        for text_value in ["20.000", "100.000", "1.00", "&lt;qemu&gt;: not measured", "the exact lab"] {
+            assert!(svg.contains(text_value), "{text_value} in {svg}");
         }
         assert!(!svg.contains("<qemu>"), "names are escaped");
         assert_eq!(svg.matches("<text").count(), svg.matches("</text>").count());

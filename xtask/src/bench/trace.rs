@@ -1,7 +1,7 @@
-//! What KVM says of a guest: its tracepoints, read through tracefs in an instance of its own.
+//! KVM's tracepoints of a guest, read through a tracefs instance.
 //!
-//! They are the same for every monitor. Recording them costs the guest time, so runs that are
-//! traced give counts, and only those times in which no guest runs.
+//! They are the same for every monitor. Recording them slows the guest down, so traced runs provide counts, and only
+//! times during which no guest runs.
 
 use super::process::Run;
 use anyhow::{Context, Result, bail};
@@ -9,19 +9,19 @@ use kindling_vmm::Instant;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Where tracefs is mounted.
+/// The mount point of tracefs.
 const TRACEFS: &str = "/sys/kernel/tracing";
-/// KiB of each processor's buffer: a boot takes less than a tenth.
+/// Size of each processor's buffer in KiB; a boot takes less than a tenth.
 const BUFFER_KIB: u32 = 16 * 1024;
 
-/// What is recorded.
+/// A recorded tracepoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Event {
-    /// A processor goes into the guest.
+    /// VM entry.
     Entry,
-    /// KVM returns to the monitor.
+    /// Exit to user space.
     UserExit,
-    /// An access to guest memory that is not mapped, or not yet.
+    /// A page fault on guest memory.
     PageFault,
 }
 
@@ -33,72 +33,72 @@ impl Event {
     ];
 }
 
-/// What a traced run gave.
+/// The result of a traced run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Traced {
-    /// Exits to the monitor until the text was seen.
+    /// Exits to the monitor until the text was read.
     pub(super) user_exits: u64,
-    /// Faults on guest memory until then.
+    /// Page faults on guest memory until then.
     pub(super) page_faults: u64,
-    /// Time before the first entry and after the last exit.
+    /// Time before the first entry plus time after the last exit.
     pub(super) vmm_only: u64,
 }
 
 impl Traced {
-    /// The events that it takes.
+    /// The tracepoints to record.
     pub(super) const EVENTS: [&str; 3] = [Event::ALL[0].1, Event::ALL[1].1, Event::ALL[2].1];
 
-    /// What a trace says of a boot.
+    /// Evaluates the trace of a boot.
     ///
     /// # Errors
-    /// When the guest never ran.
+    /// When the trace contains no entry.
     pub(super) fn of(trace: &str, run: &Run) -> Result<Self> {
         evaluate(trace, run.spawned, run.seen, run.ended).context("KVM recorded no entry of the guest")
     }
 }
 
-/// The number of faults on guest memory in a trace.
+/// The number of page faults on guest memory in a trace.
 pub(super) fn page_faults(trace: &str) -> u64 {
     trace.lines().filter_map(event).map(|(event, _)| u64::from(event == Event::PageFault)).sum()
 }
 
-/// A place where the kernel records the events of this process's children.
+/// A tracefs instance that records the events of this process's children.
 #[derive(Debug)]
 pub(super) struct Tracer {
     instance: PathBuf,
 }
 
 impl Tracer {
-    /// Makes the place.
+    /// Creates the instance.
     ///
     /// # Errors
-    /// Where the kernel cannot record or this user may not.
+    /// When the kernel has no such tracepoints or the user lacks permission.
     pub(super) fn new() -> Result<Self> {
         let events = Path::new(TRACEFS).join("events/kvm");
         if !events.exists() {
-            bail!("{} is not there for this user", events.display());
+            bail!("{} does not exist or is not accessible", events.display());
         }
         let name = format!("kindling-bench-{}", std::process::id());
         let tracer = Self { instance: Path::new(TRACEFS).join("instances").join(name) };
         fs::create_dir(&tracer.instance)
-            .with_context(|| format!("cannot make {}", tracer.instance.display()))?;
+            .with_context(|| format!("cannot create {}", tracer.instance.display()))?;
         tracer.set("buffer_size_kb", &BUFFER_KIB.to_string())?;
-        // The clock of all other times.
+        // CLOCK_MONOTONIC, like all other times.
         tracer.set("trace_clock", "mono")?;
-        // What does not fit is lost and counted, so that the first entry stays.
+        // Events that do not fit are dropped and counted, so that the first entry is kept.
         tracer.set("options/overwrite", "0")?;
         tracer.set("options/event-fork", "1")?;
         tracer.set("set_event_pid", &std::process::id().to_string())?;
         Ok(tracer)
     }
 
-    /// Forgets what was recorded, and begins to record these of KVM's events.
+    /// Clears the buffer and enables these tracepoints of KVM.
     pub(super) fn start(&self, events: &[&str]) -> Result<()> {
         self.set("trace", "")?;
         events.iter().try_for_each(|name| self.set(&format!("events/kvm/{name}/enable"), "1"))
     }
 
-    /// Stops, and gives what was recorded, a line for each event.
+    /// Stops recording and returns the trace, with one line per event.
     pub(super) fn finish(&self) -> Result<String> {
         self.set("events/kvm/enable", "0")?;
         for entry in fs::read_dir(self.instance.join("per_cpu"))? {
@@ -122,20 +122,20 @@ impl Drop for Tracer {
     }
 }
 
-/// Whether a processor's statistics say that events are missing.
+/// Whether a processor's statistics report lost events.
 fn lost(stats: &str) -> bool {
     let is_loss = |line: &str| line.starts_with("overrun:") || line.starts_with("dropped events:");
     stats.lines().any(|line| is_loss(line) && !line.ends_with(": 0"))
 }
 
-/// The event of a line and its time, if it is one of ours.
+/// The event of a line and its time, if it is one of [`Event::ALL`].
 fn event(line: &str) -> Option<(Event, Instant)> {
     let (name, at, _) = split(line)?;
     let (event, _) = Event::ALL.into_iter().find(|(_, known)| *known == name)?;
     Some((event, at))
 }
 
-/// An event's name, its time and what else its line says:
+/// Splits a line into the event's name, its time and its arguments:
 /// `     CPU 0/KVM-171     [000] d..1.     3.641028: kvm_entry: vcpu 0, rip 0x...`.
 pub(super) fn split(line: &str) -> Option<(&str, Instant, &str)> {
     let (before, event) = line.split_once(": kvm_")?;
@@ -149,7 +149,7 @@ pub(super) fn split(line: &str) -> Option<(&str, Instant, &str)> {
 fn evaluate(trace: &str, spawned: Instant, seen: Instant, ended: Instant) -> Option<Traced> {
     let (mut first_entry, mut last_exit) = (None, None);
     let (mut user_exits, mut page_faults) = (0, 0);
-    // What came before was a run that failed, and was made again.
+    // Earlier events belong to a failed run that was repeated.
     for (event, at) in trace.lines().filter_map(event).filter(|(_, at)| *at >= spawned) {
         match event {
             Event::Entry => first_entry = Some(first_entry.map_or(at, |first: Instant| first.min(at))),
@@ -180,18 +180,18 @@ mod tests {
 ";
 
     #[test]
-    fn events_count_until_the_text_was_seen() {
+    fn events_are_counted_until_the_text_was_read() {
         let traced = evaluate(TRACE, Instant(3_000_000_000), Instant(3_000_250_000), Instant(3_000_900_000));
         assert_eq!(traced, Some(Traced { user_exits: 1, page_faults: 2, vmm_only: 100_000 + 600_000 }));
     }
 
     #[test]
-    fn faults_count_wherever_they_are() {
+    fn page_faults_are_counted_in_the_whole_trace() {
         assert_eq!(page_faults(TRACE), 2);
     }
 
     #[test]
-    fn events_of_a_run_that_failed_before_do_not_count() {
+    fn events_before_the_spawn_are_ignored() {
         let before = TRACE.replace("     3.000", "     2.000");
         let both = before + TRACE;
         let traced =
@@ -200,12 +200,12 @@ mod tests {
     }
 
     #[test]
-    fn a_trace_without_a_guest_gives_nothing() {
+    fn a_trace_without_an_entry_has_no_result() {
         assert_eq!(evaluate("# tracer: nop\n", Instant(0), Instant(1), Instant(2)), None);
     }
 
     #[test]
-    fn lost_events_are_noticed() {
+    fn lost_events_are_detected() {
         assert!(!lost("entries: 3\noverrun: 0\ncommit overrun: 0\ndropped events: 0\nread events: 7\n"));
         assert!(lost("entries: 3\noverrun: 0\ndropped events: 12\n"));
         assert!(lost("overrun: 1\ndropped events: 0\n"));

@@ -1,4 +1,4 @@
-//! The monitors that are compared, and how each is asked for the same guest.
+//! The monitors that are compared, and their command lines for the same guest.
 
 use super::payload;
 use super::plan::Case;
@@ -12,72 +12,72 @@ use std::process::Command;
 /// A monitor.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
 pub(super) struct Vmm {
-    /// What reports call it.
+    /// The name in reports.
     pub(super) name: String,
-    /// Whose arguments it takes.
+    /// The syntax of its arguments.
     pub(super) kind: Kind,
-    /// Its program.
+    /// The path of its program.
     pub(super) path: PathBuf,
-    /// The image that its guests are of, where it is not the one of all.
+    /// The image of its guests, if it differs from [`Guest::image`].
     pub(super) image: Option<PathBuf>,
 }
 
-/// Whose arguments a monitor takes.
+/// The kind of a monitor, which determines its arguments.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
 pub(super) enum Kind {
-    /// Ours.
+    /// Kindling.
     Kindling,
-    /// Ours, which continues from a kernel that it has booted before.
+    /// Kindling, started from a pre-booted kernel.
     Prebooted,
-    /// QEMU's, for its microvm machine.
+    /// QEMU with its microvm machine.
     Qemu,
-    /// Firecracker's.
+    /// Firecracker, or a monitor with its configuration file.
     Firecracker,
 }
 
 impl Kind {
-    /// A monitor that the user names is another build of ours, or one like Firecracker.
+    /// The kind of a monitor that the user named: another build of Kindling, or one like Firecracker.
     pub(super) fn of(name: &str) -> Self {
         if name.starts_with("kindling") { Self::Kindling } else { Self::Firecracker }
     }
 }
 
-/// What every monitor boots: the same kernel and the same initramfs.
+/// The guest of every monitor: the same kernel and initramfs.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub(super) struct Guest {
     /// The kernel.
     pub(super) kernel: PathBuf,
     /// The initramfs.
     pub(super) initrd: PathBuf,
-    /// The image that both are from; none where the user named another kernel.
+    /// The image of both; `None` if the user chose another kernel.
     pub(super) image: Option<PathBuf>,
 }
 
-/// Devices of a guest beside its console.
+/// Devices of a guest in addition to its console.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Devices {
-    /// A raw file that is its disk.
+    /// The raw file of its disk.
     pub(super) disk: Option<PathBuf>,
-    /// The tap device that its network card is.
+    /// The tap device of its network card.
     pub(super) tap: Option<String>,
-    /// Where its vsock leads to, for monitors that lead it to Unix sockets; others have the kernel's.
+    /// The Unix socket of its vsock device; QEMU uses the kernel's vhost-vsock instead.
     pub(super) vsock: Option<PathBuf>,
-    /// Whether it has the host's random numbers.
+    /// Whether it has an entropy device.
     pub(super) entropy: bool,
-    /// Whether its kernel names free memory to the host.
+    /// Whether it has a balloon with free page reporting.
     pub(super) balloon: bool,
 }
 
-/// What init does.
+/// The task of init.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Task {
-    /// It prints its greeting.
+    /// Prints its greeting.
     Greet,
-    /// It runs the payload.
-    Speak,
-    /// It runs the payload, which waits for a byte.
+    /// Runs the payload, which prints its line.
+    Print,
+    /// Runs the payload, which waits for a byte.
     Wait,
-    /// It runs the payload that uses devices, each so many times, or the memory that its kernel names to the host.
+    /// Runs the payload that exercises devices, with `count` repetitions, or that measures free page reporting.
     Operate { count: u32, reports: bool },
 }
 
@@ -85,7 +85,7 @@ impl Task {
     fn payload(self) -> Vec<String> {
         match self {
             Self::Greet => Vec::new(),
-            Self::Speak => vec![payload::PATH.to_owned()],
+            Self::Print => vec![payload::PATH.to_owned()],
             Self::Wait => vec![payload::PATH.to_owned(), payload::WAIT.to_owned()],
             Self::Operate { count, reports } => {
                 let reports = reports.then(|| io_payload::REPORTS.to_owned());
@@ -94,26 +94,25 @@ impl Task {
         }
     }
 
-    /// The text by which it is known that the guest got there.
+    /// The console output that shows that the task was reached.
     pub(super) const fn text(self) -> &'static str {
         match self {
             Self::Greet => "Hello from Kindling",
-            Self::Speak | Self::Wait => payload::TEXT,
+            Self::Print | Self::Wait => payload::TEXT,
             Self::Operate { .. } => io_payload::END,
         }
     }
 }
 
 impl Kind {
-    /// Whether it is ours, so that it has our reports.
-    pub(super) const fn is_ours(self) -> bool {
+    /// Whether it is Kindling, which writes boot reports.
+    pub(super) const fn is_kindling(self) -> bool {
         matches!(self, Self::Kindling | Self::Prebooted)
     }
 }
 
 impl Vmm {
-    /// The command that boots the kernel once for later guests of this size with these devices, for a monitor that
-    /// does so.
+    /// The command that pre-boots the kernel for guests of this size with these devices, for monitors that support it.
     pub(super) fn preboot(&self, guest: &Guest, case: Case, devices: &Devices) -> Option<Command> {
         let image = guest.image.as_ref().filter(|_| self.kind == Kind::Prebooted)?;
         let mut command = Command::new(&self.path);
@@ -123,8 +122,8 @@ impl Vmm {
         Some(command)
     }
 
-    /// The command that boots a guest of QEMU's in which `cat` reads from a port of a virtio console and writes to it.
-    /// The port leads to a Unix socket that the monitor makes, and the guest boots when somebody has connected.
+    /// The QEMU command that boots a guest in which `cat` echoes a port of a virtio console. The monitor creates a Unix
+    /// socket for the port and boots the guest once it has been connected.
     pub(super) fn console_command(&self, console: &Console, case: Case, socket: &Path) -> Command {
         let mut command = Command::new(&self.path);
         qemu_machine(&mut command, case);
@@ -138,8 +137,8 @@ impl Vmm {
         command
     }
 
-    /// The command that boots the guest. Files that the monitor needs are written into `scratch`;
-    /// ours writes its report to `report`.
+    /// The command that boots the guest. Configuration files of the monitor are written into `scratch`; Kindling writes
+    /// its report to `report`.
     pub(super) fn command(
         &self,
         guest: &Guest,
@@ -205,9 +204,9 @@ fn kindling_devices(command: &mut Command, devices: &Devices) {
     }
 }
 
-/// QEMU at its fastest: no device that a guest does not need, no ACPI tables, no option ROM, interrupt
-/// controllers in KVM (20 % faster to the end than its default, which splits them; exact lab), the
-/// kernel loaded by qboot, and the end by a triple fault, as docs/system/i386/microvm.rst advises.
+/// The fastest configuration of QEMU: no device that the guest does not need, no ACPI tables, no option ROM, interrupt
+/// controllers in KVM (20 % faster to the end than its default, the split irqchip; exact lab), the
+/// kernel loaded by qboot, and shutdown by a triple fault, as docs/system/i386/microvm.rst advises.
 fn qemu_machine(command: &mut Command, case: Case) {
     let machine = "microvm,accel=kvm,kernel-irqchip=on,acpi=off,pic=off,pit=off,rtc=off,isa-serial=on,x-option-roms=off,\
                    auto-kernel-cmdline=off";
@@ -216,8 +215,8 @@ fn qemu_machine(command: &mut Command, case: Case) {
     command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
 }
 
-/// Of QEMU's ways to use a disk, Linux's own asynchronous I/O without an I/O thread takes the fewest instructions
-/// (against aio=threads and aio=io_uring, each with cache=none, with and without such a thread; exact lab).
+/// The disk uses Linux native AIO without an I/O thread, which takes the fewest instructions of QEMU's options
+/// (compared with aio=threads and aio=io_uring, each with cache=none, with and without an I/O thread; exact lab).
 fn qemu(command: &mut Command, guest: &Guest, case: Case, task: Task, devices: &Devices) {
     qemu_machine(command, case);
     command.args(["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]);
@@ -227,7 +226,7 @@ fn qemu(command: &mut Command, guest: &Guest, case: Case, task: Task, devices: &
         let disk = disk.display();
         command.args(["-drive", &format!("if=none,id=disk,format=raw,cache=none,aio=native,file={disk}")]);
         command.args(["-device", "virtio-blk-device,drive=disk,bus=virtio-mmio-bus.0"]);
-        // The first place of a virtio device (hw/i386/microvm.c), of which there are no tables.
+        // The first virtio-mmio slot (hw/i386/microvm.c); without ACPI tables the command line describes it.
         words += " virtio_mmio.device=512@0xfeb00000:5";
     }
     if let Some(tap) = &devices.tap {
@@ -250,7 +249,7 @@ fn qemu(command: &mut Command, guest: &Guest, case: Case, task: Task, devices: &
     command.args(["-append", &command_line(Kind::Qemu, task, &words)]);
 }
 
-/// The configuration file for a monitor that takes Firecracker's.
+/// The configuration file for Firecracker.
 fn firecracker_configuration(guest: &Guest, case: Case, task: Task, devices: &Devices) -> serde_json::Value {
     let drive = |path: &PathBuf| {
         serde_json::json!({
@@ -284,8 +283,8 @@ fn firecracker_configuration(guest: &Guest, case: Case, task: Task, devices: &De
     configuration
 }
 
-/// The kernel command line for a monitor without our ports, from which init takes its payload.
-/// Firecracker ends at a reset over the keyboard controller, QEMU's microvm at a triple fault.
+/// The kernel command line for other monitors, from which init takes its payload. Firecracker exits at a reset through
+/// the keyboard controller, QEMU's microvm at a triple fault.
 fn command_line(kind: Kind, task: Task, words: &str) -> String {
     let mut line = match kind {
         Kind::Qemu => DEFAULT_COMMAND_LINE.replace("reboot=k", "reboot=t"),
@@ -309,7 +308,7 @@ mod tests {
     const CASE: Case = Case { memory_mib: 256, vcpus: 2 };
 
     #[test]
-    fn firecracker_gets_its_configuration_as_a_file() {
+    fn firecracker_is_configured_by_a_file() {
         let scratch = tempfile::tempdir().unwrap();
         let vmm = Vmm { name: "fc".into(), kind: Kind::of("fc"), path: "/fc".into(), image: None };
         let command =
@@ -328,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn qemu_ends_by_a_triple_fault_and_gets_the_same_guest() {
+    fn qemu_boots_the_same_guest_and_shuts_down_by_a_triple_fault() {
         let vmm = Vmm { name: "q".into(), kind: Kind::Qemu, path: "/q".into(), image: None };
         let none = Devices::default();
         let command = vmm.command(&guest(), CASE, Task::Greet, &none, Path::new("/"), None).unwrap();
@@ -341,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_says_whose_arguments_a_monitor_takes() {
+    fn the_kind_of_a_monitor_follows_from_its_name() {
         assert_eq!(Kind::of("kindling-before"), Kind::Kindling);
         assert_eq!(Kind::of("firecracker"), Kind::Firecracker);
         assert_eq!(Kind::of("anything"), Kind::Firecracker);

@@ -1,37 +1,37 @@
-//! The linker's map (`-Map`, as LLD writes it): which piece of code of which object file is where.
+//! The linker's map (`-Map`, as LLD writes it): the address of each input section of code and its object file.
 //!
-//! Each line is an address, the same again, a size and an alignment in hexadecimal numbers, then a name. By the
-//! indentation of the name it is an output section, an input section as `FILE:(SECTION)`, or a symbol.
+//! Each line has the virtual address, the load address, size and alignment in hexadecimal, then a name. The indentation
+//! of the name distinguishes an output section, an input section as `FILE:(SECTION)`, and a symbol.
 
 use anyhow::{Result, ensure};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// The output sections with the program's code.
+/// The output sections that contain code.
 const CODE: [&str; 2] = [".text.boot", ".text"];
 
 /// An input section.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Piece {
+struct InputSection {
     /// The object file, within its archive: `libc.a(read.o)`.
     file: String,
     /// The section's name.
     section: String,
 }
 
-/// The pieces of code, by the addresses of their symbols.
+/// The input sections of code, by the addresses of their symbols.
 #[derive(Debug)]
 pub(super) struct LinkMap {
-    pieces: Vec<Piece>,
-    /// Symbols' addresses, and the place of their piece.
+    sections: Vec<InputSection>,
+    /// Index into `sections` by the address of each symbol.
     symbols: BTreeMap<u64, usize>,
 }
 
 impl LinkMap {
     /// Reads a map.
     pub(super) fn parse(text: &str) -> Result<Self> {
-        let mut this = Self { pieces: Vec::new(), symbols: BTreeMap::new() };
+        let mut this = Self { sections: Vec::new(), symbols: BTreeMap::new() };
         let mut is_code = false;
-        let mut is_piece = false;
+        let mut is_section = false;
         for line in text.lines() {
             let Some((address, size, name)) = split(line) else { continue };
             let indentation = name.len() - name.trim_start().len();
@@ -39,38 +39,38 @@ impl LinkMap {
             match indentation {
                 0 => is_code = CODE.contains(&name),
                 8 if is_code => {
-                    let piece = piece(name);
-                    is_piece = size > 0 && piece.is_some();
-                    if is_piece {
-                        this.pieces.extend(piece);
-                        this.symbols.insert(address, this.pieces.len() - 1);
+                    let section = section(name);
+                    is_section = size > 0 && section.is_some();
+                    if is_section {
+                        this.sections.extend(section);
+                        this.symbols.insert(address, this.sections.len() - 1);
                     }
                 }
-                16 if is_code && is_piece => {
-                    this.symbols.insert(address, this.pieces.len() - 1);
+                16 if is_code && is_section => {
+                    this.symbols.insert(address, this.sections.len() - 1);
                 }
                 _ => {}
             }
         }
-        ensure!(!this.pieces.is_empty(), "it names no code");
+        ensure!(!this.sections.is_empty(), "the map has no code sections");
         Ok(this)
     }
 
-    /// Where functions begin.
+    /// The addresses of functions.
     pub(super) fn addresses(&self) -> impl Iterator<Item = u64> {
         self.symbols.keys().copied()
     }
 
-    /// The patterns that name the pieces with these addresses.
+    /// The linker-script patterns that match the input sections of these addresses.
     pub(super) fn patterns(&self, addresses: &BTreeSet<u64>) -> BTreeSet<String> {
-        let reached = addresses.iter().filter_map(|address| self.pieces.get(*self.symbols.get(address)?));
-        reached.flat_map(|piece| piece.patterns(&self.pieces)).collect()
+        let reached = addresses.iter().filter_map(|address| self.sections.get(*self.symbols.get(address)?));
+        reached.flat_map(|section| section.patterns(&self.sections)).collect()
     }
 }
 
-/// Address, size and name of a line; the name with the indentation in front of it.
+/// Address, size and name of a line; the name includes its indentation.
 fn split(line: &str) -> Option<(u64, u64, &str)> {
-    /// Four numbers and the spaces between them, before the name.
+    /// Width of the four numbers with their separators.
     const NUMBERS: usize = 16 + 1 + 16 + 1 + 8 + 1 + 5 + 1;
     let (numbers, name) = line.split_at_checked(NUMBERS)?;
     let mut numbers = numbers.split_whitespace();
@@ -79,51 +79,49 @@ fn split(line: &str) -> Option<(u64, u64, &str)> {
     Some((address, size, name))
 }
 
-/// `FILE:(SECTION)`; none for what the linker made.
-fn piece(name: &str) -> Option<Piece> {
+/// Parses `FILE:(SECTION)`; `None` for sections that the linker generated.
+fn section(name: &str) -> Option<InputSection> {
     let (path, section) = name.strip_suffix(')')?.rsplit_once(":(")?;
     let file = path.rsplit('/').next()?;
-    // Within a section: `.text+0x10`.
+    // An offset within a section: `.text+0x10`.
     let section = section.split("+0x").next()?;
-    (!file.starts_with('<')).then(|| Piece { file: file.to_owned(), section: section.to_owned() })
+    (!file.starts_with('<')).then(|| InputSection { file: file.to_owned(), section: section.to_owned() })
 }
 
-impl Piece {
-    /// The patterns that take this piece, of all that there are. More than one where there are pieces that do the
-    /// same on other processors.
+impl InputSection {
+    /// The patterns that match this section. Several, if there are variants of the function for other processors.
     fn patterns(&self, all: &[Self]) -> Vec<String> {
         let in_archive = self.file.strip_suffix(')').and_then(|file| file.split_once('('));
-        if let Some(symbol) = self.section.strip_prefix(".text.").filter(|_| !is_of_c(in_archive)) {
+        if let Some(symbol) = self.section.strip_prefix(".text.").filter(|_| !is_c_archive(in_archive)) {
             return vec![format!("*(.text.{})", without_digests(symbol))];
         }
-        // What has no name of its own and is in no archive is the start of every program, or the compiler's.
+        // An object outside an archive without function sections is the startup code, or the compiler's.
         let Some((archive, object)) = in_archive else {
             let is_start = self.file.ends_with("crt1.o");
             return is_start.then(|| "*crt1.o(.text)".to_owned()).into_iter().collect();
         };
-        let relatives = all.iter().filter_map(|other| {
+        let variants = all.iter().filter_map(|other| {
             let other = other.file.strip_prefix(archive)?.strip_prefix('(')?.strip_suffix(')')?;
-            (is_relative(object, other)).then_some(other)
+            (is_variant(object, other)).then_some(other)
         });
-        let objects = std::iter::once(object).chain(relatives);
+        let objects = std::iter::once(object).chain(variants);
         objects.map(|object| format!("*{archive}:{object}(.text .text.*)")).collect()
     }
 }
 
-/// Whether an object file is of an archive of C, where sections have names of processors, rather than of Rust, where
-/// they have those of functions.
-fn is_of_c(in_archive: Option<(&str, &str)>) -> bool {
+/// Whether an object file is from a C archive, whose section names denote processors rather than functions as in Rust.
+fn is_c_archive(in_archive: Option<(&str, &str)>) -> bool {
     in_archive.is_some_and(|(archive, _)| archive.ends_with(".a"))
 }
 
-/// A mangled name with a star for what changes when something else does.
+/// A mangled name with a wildcard for the parts that depend on other code.
 fn without_digests(symbol: &str) -> String {
-    // The older mangling ends with `17h`, sixteen digits and `E`, behind which the optimiser may have put more.
+    // The legacy mangling ends with `17h`, sixteen digits and `E`; the optimiser may append a suffix.
     if symbol.contains("_ZN") {
         return symbol.rfind("17h").map_or(symbol.to_owned(), |end| symbol[..end + 3].to_owned() + "*");
     }
-    // The newer one has `Cs`, digits and `_` before each name of a crate, and behind it the optimiser may have put a
-    // number, which is another in each build.
+    // The v0 mangling has `Cs`, digits and `_` before each crate name; the optimiser may append a number that differs
+    // between builds.
     let is_newer = symbol.contains("_R");
     let numbered =
         symbol.rsplit_once('.').filter(|(_, number)| number.bytes().all(|byte| byte.is_ascii_digit()));
@@ -146,9 +144,9 @@ fn without_digests(symbol: &str) -> String {
     name
 }
 
-/// Whether an object file has the same function as another, for processors that are common today: AVX2 or AVX-512
-/// with vectors of 32 bytes.
-fn is_relative(object: &str, other: &str) -> bool {
+/// Whether an object file has a variant of the same function for common processors: AVX2, or AVX-512 with vectors of 32
+/// bytes.
+fn is_variant(object: &str, other: &str) -> bool {
     let (Some((function, _)), Some((same, processor))) = (object.split_once('-'), other.split_once('-'))
     else {
         return false;
@@ -183,7 +181,7 @@ mod tests {
 ";
 
     #[test]
-    fn functions_are_named_by_what_the_linker_looks_at() {
+    fn functions_are_named_by_their_input_sections() {
         let map = LinkMap::parse(MAP).unwrap();
         let all: Vec<u64> = map.addresses().collect();
         assert_eq!(all, [0x1000, 0x1100, 0x1200, 0x1210, 0x1300, 0x1500, 0x1600, 0x1700]);
@@ -194,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn what_other_processors_do_instead_is_named_as_well() {
+    fn variants_for_other_processors_are_included() {
         let map = LinkMap::parse(MAP).unwrap();
         let patterns = Vec::from_iter(map.patterns(&BTreeSet::from([0x1210])));
         let expected = ["*libc.a:memcpy-evex-erms.o(.text .text.*)", "*libc.a:memcpy-sse2.o(.text .text.*)"];
@@ -202,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn a_map_of_another_linker_is_refused() {
+    fn a_map_of_another_linker_is_an_error() {
         assert!(LinkMap::parse("Memory Configuration\n\n.text 0x1000 0x20\n").is_err());
     }
 }

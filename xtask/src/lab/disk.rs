@@ -1,5 +1,4 @@
-//! What the lab boots from: Debian's kernel, and an initramfs with KVM's modules, the command and
-//! its files.
+//! The files that the lab boots from: Debian's kernel, and an initramfs with KVM's modules, the command and its files.
 
 use super::{Job, WORKING_DIRECTORY, guest};
 use crate::archive::Archive;
@@ -29,7 +28,7 @@ pub(crate) fn busybox() -> Result<PathBuf> {
         .map(|name| package.join(name))
         .into_iter()
         .find(|path| path.exists())
-        .with_context(|| format!("{BUSYBOX_PACKAGE} has no busybox"))
+        .with_context(|| format!("{BUSYBOX_PACKAGE} contains no busybox"))
 }
 
 fn file_starting_with(directory: &Path, prefix: &str) -> Result<PathBuf> {
@@ -37,10 +36,10 @@ fn file_starting_with(directory: &Path, prefix: &str) -> Result<PathBuf> {
         .filter_map(Result::ok)
         .map(|entry| entry.path())
         .find(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(prefix)))
-        .with_context(|| format!("{} has no {prefix}*", directory.display()))
+        .with_context(|| format!("{} contains no {prefix}*", directory.display()))
 }
 
-/// Packs the lab's initramfs into a file without a name, which vanishes with its last user.
+/// Packs the lab's initramfs into an unnamed temporary file.
 pub(super) fn pack(job: &Job) -> Result<File> {
     let mut archive = Archive::default();
     for (name, permissions) in
@@ -50,7 +49,7 @@ pub(super) fn pack(job: &Job) -> Result<File> {
     }
     archive.directory(WORKING_DIRECTORY, 0o755)?;
     let stripped = tempfile::tempdir()?;
-    // By this name it is there even when another build has replaced it.
+    // This path works even if another build has replaced the file.
     let this_program = format!("/proc/{}/exe", std::process::id());
     let init = strip(Path::new(&this_program), stripped.path(), "init")?;
     archive.file("init", &init, 0o755)?;
@@ -73,7 +72,7 @@ pub(super) fn pack(job: &Job) -> Result<File> {
     Ok(file)
 }
 
-/// A copy of one of cargo's programs without debugging information, which is most of it.
+/// A copy of a program without debugging information, which is most of a debug build.
 fn strip(program: &Path, directory: &Path, name: &str) -> Result<PathBuf> {
     let mut magic = [0; 4];
     std::io::Read::read_exact(&mut File::open(program)?, &mut magic)?;
@@ -83,7 +82,8 @@ fn strip(program: &Path, directory: &Path, name: &str) -> Result<PathBuf> {
     Ok(target)
 }
 
-/// The modules of KVM, and those of devices that QEMU has in the kernel, in the order in which they are loaded. A kernel may have one built in.
+/// Adds the modules of KVM and of devices that QEMU implements in the kernel (vhost), in load order. A module may be
+/// missing because it is built in.
 fn add_modules(archive: &mut Archive) -> Result<()> {
     let modules = debian::unpacked(KERNEL_PACKAGE)?.join("lib/modules");
     let release = file_starting_with(&modules, "6.")?;

@@ -1,27 +1,27 @@
-//! What passes between the lab and its host over one channel: frames of a kind, a length and data.
+//! The frames exchanged by the lab and its host over one channel: a kind, a length and data.
 
 use std::io::{self, Read, Write};
 
-/// What a frame holds.
+/// The kind of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     /// From the lab: the command's standard output.
     Output = 1,
-    /// From the lab: its standard error.
+    /// From the lab: the command's standard error.
     Error = 2,
-    /// From the lab: the name of a file that follows.
+    /// From the lab: the name of a file, whose data follows.
     FileName = 3,
-    /// From the lab: a part of that file.
+    /// From the lab: a chunk of that file.
     FileData = 4,
-    /// From the lab: the command's exit status, one byte. Nothing follows.
+    /// From the lab: the command's exit status, one byte; the last frame.
     Exit = 5,
-    /// From the lab: what it could not do; an exit status follows.
+    /// From the lab: an error message of its init, instead of an exit status.
     Failure = 6,
-    /// To the lab: standard input; no data at its end.
+    /// To the lab: standard input; an empty frame is its end.
     Input = 7,
 }
 
-/// The longest frame's data in bytes.
+/// The maximum length of a frame's data in bytes.
 pub(crate) const DATA_MAX: usize = 64 * 1024;
 
 impl Kind {
@@ -47,7 +47,7 @@ pub(crate) fn read(channel: &mut impl Read) -> io::Result<(Kind, Vec<u8>)> {
     let length = u32::from_le_bytes([header[1], header[2], header[3], header[4]]);
     let length = usize::try_from(length).ok().filter(|&length| length <= DATA_MAX);
     let (Some(kind), Some(length)) = (kind, length) else {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "not a frame of the lab"));
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "malformed frame from the lab"));
     };
     let mut data = vec![0; length];
     channel.read_exact(&mut data)?;
@@ -59,7 +59,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn frames_survive_and_nonsense_is_refused() {
+    fn frames_are_read_as_written_and_malformed_ones_are_errors() {
         let mut bytes = Vec::new();
         for kind in Kind::ALL {
             write(&mut bytes, kind, b"data").unwrap();

@@ -1,6 +1,6 @@
-//! The lab's PID 1: loads KVM, runs the command, sends back what it prints and how it ends.
+//! PID 1 of the lab: loads KVM, runs the command, and sends its output and exit status to the host.
 //!
-//! This program is its own init: started as process 1 it does this instead of parsing arguments.
+//! The `xtask` program is the lab's init: started as PID 1 it runs this module instead of parsing arguments.
 
 use super::frame::{self, Kind};
 use super::{Job, WORKING_DIRECTORY};
@@ -17,14 +17,14 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
-/// Where the request lies in the lab's initramfs.
+/// The path of the request in the lab's initramfs.
 pub(super) const REQUEST: &str = "/request.json";
-/// Where the modules lie.
+/// The folder of kernel modules.
 pub(super) const MODULES: &str = "/modules";
 /// The channel to the host: the first port of the virtio console device.
 const CHANNEL: &str = "/dev/vport0p1";
 
-/// What the lab is asked to do.
+/// The command to run, and the files to send back.
 #[derive(Debug, Deserialize, Serialize)]
 pub(super) struct Request {
     command: Vec<String>,
@@ -46,14 +46,14 @@ impl Request {
     }
 }
 
-/// Whether this process is the init of a lab.
+/// Whether this process is PID 1 of a lab.
 pub(crate) fn is_inside() -> bool {
     std::process::id() == 1 && fs::exists(REQUEST).unwrap_or(false)
 }
 
 type Channel = Arc<Mutex<File>>;
 
-/// The life of the lab.
+/// Runs the request and powers the lab off.
 pub(crate) fn main() -> ! {
     let channel = mount_filesystems()
         .and_then(|()| Ok(File::options().read(true).write(true).open(CHANNEL)?))
@@ -77,7 +77,7 @@ fn power_off() -> ! {
     }
 }
 
-/// Puts a mount over the first root filesystem, which is none that pivot_root(2) could leave: sandboxes do that.
+/// Mounts over the initial rootfs, because pivot_root(2), which sandboxes call, fails on the rootfs itself.
 fn cover_root() -> Result<()> {
     const MOUNT_POINT: &str = "/root";
     rustix::mount::mount_bind("/", MOUNT_POINT)?;
@@ -144,12 +144,12 @@ fn mount_disk() -> Result<()> {
 fn install_busybox() -> Result<()> {
     let status = Command::new("/bin/busybox").args(["--install", "-s", "/bin"]).status()?;
     anyhow::ensure!(status.success(), "busybox --install failed");
-    // Hosts have the mke2fs of e2fsprogs or none. This one knows no ext4, and is in a folder of the system.
+    // Hosts have the mke2fs of e2fsprogs, or none. Busybox's does not support ext4, and lies in a system folder.
     Ok(fs::remove_file("/bin/mke2fs")?)
 }
 
 fn run_command(request: &Request, channel: &Channel) -> Result<u8> {
-    let (program, arguments) = request.command.split_first().context("there is no command")?;
+    let (program, arguments) = request.command.split_first().context("the request has no command")?;
     let mut command = Command::new(program);
     command
         .args(arguments.iter().map(|argument| super::with_time(argument)))
@@ -172,8 +172,7 @@ fn run_command(request: &Request, channel: &Channel) -> Result<u8> {
     forward_input(&mut child, channel)?;
     let status = reap(&child);
     for output in outputs {
-        // The threads end when every holder of the pipes has: a forgotten background process is
-        // killed for that.
+        // The threads end when all writers have closed the pipes: background processes of the command are killed.
         let group = rustix::process::Pid::from_child(&child);
         let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
         let _ = output.join();
@@ -181,7 +180,7 @@ fn run_command(request: &Request, channel: &Channel) -> Result<u8> {
     Ok(status)
 }
 
-/// Waits for the command and, as init must, for every orphan.
+/// Waits for the command, and reaps orphans.
 fn reap(child: &Child) -> u8 {
     let pid = rustix::process::Pid::from_child(child);
     loop {
@@ -234,7 +233,7 @@ fn forward_input(child: &mut Child, channel: &Channel) -> Result<()> {
 }
 
 fn send_file(channel: &Channel, name: &str) -> Result<()> {
-    let mut file = File::open(name).with_context(|| format!("the command left no {name}"))?;
+    let mut file = File::open(name).with_context(|| format!("the command did not write {name}"))?;
     send(channel, Kind::FileName, name.as_bytes())?;
     let mut buffer = vec![0; frame::DATA_MAX];
     loop {

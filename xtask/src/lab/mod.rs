@@ -1,9 +1,8 @@
-//! The lab: an emulated machine with an ordinary KVM, for hosts that have none.
+//! The lab: an emulated machine with KVM, for hosts without a usable one.
 //!
-//! QEMU's TCG emulates AMD's SVM with nested paging. A stock Debian kernel in it loads `kvm_amd`
-//! and offers a complete KVM: neither /dev/kvm nor root nor a special host is needed. In *exact*
-//! mode one instruction is one nanosecond of the lab's clock, so that times count instructions and
-//! are the same on every machine.
+//! QEMU's TCG emulates AMD SVM with nested paging. A stock Debian kernel in it loads `kvm_amd` and provides a complete
+//! KVM, without /dev/kvm or root on the host. In *exact* mode one instruction takes one nanosecond of the lab's clock,
+//! so that times count instructions and are the same on every host.
 
 mod corrected_qemu;
 mod disk;
@@ -12,7 +11,7 @@ pub(crate) mod guest;
 mod qemu;
 
 pub(crate) use disk::{busybox, kernel};
-pub(crate) use qemu::{Driver, Silent};
+pub(crate) use qemu::{Driver, OutputTimeout};
 
 use crate::build_image::{self, Profile};
 use crate::cargo;
@@ -23,94 +22,93 @@ use std::time::Duration;
 
 #[derive(Args, Debug)]
 pub(crate) struct Arguments {
-    /// Count instructions: one is one nanosecond of the lab's clock
+    /// Count instructions: one instruction takes one nanosecond of the lab's clock
     #[arg(long)]
     exact: bool,
-    /// Processors of the lab
+    /// Number of processors of the lab
     #[arg(long, default_value_t = 1)]
     cpus: u8,
     /// Memory of the lab in MiB
     #[arg(long, value_name = "MIB", default_value_t = 2048)]
     memory: u64,
-    /// File or folder to put into the lab's working directory, or at DEST; may be repeated
+    /// File or folder to copy into the lab's working directory, or to DEST; may be repeated
     #[arg(long, value_name = "FILE[:DEST]")]
     with: Vec<String>,
-    /// Image of an ext4 filesystem, which is at /disk in the lab, read-only
+    /// ext4 filesystem image to mount read-only at /disk in the lab
     #[arg(long, value_name = "FILE")]
     disk: Option<PathBuf>,
-    /// Give the lab's processor XSAVE, which Firecracker needs
+    /// Enable XSAVE in the lab's processor, which Firecracker requires
     #[arg(long)]
     xsave: bool,
-    /// File to copy back when the command has ended, into the current directory or to DEST; may
-    /// be repeated
+    /// File to copy from the lab after the command, to the current directory or to DEST; may be repeated
     #[arg(long, value_name = "FILE[:DEST]")]
     get: Vec<String>,
-    /// Command to run; `kindling` with its other programs, busybox's commands and the default image
-    /// (/images/default) are there
+    /// Command to run; the lab has `kindling` and its helper programs, busybox, and the default image in
+    /// /images/default
     #[arg(last = true, required = true, value_name = "COMMAND")]
     command: Vec<String>,
 }
 
-/// Where commands run inside the lab.
+/// The working directory of commands in the lab.
 pub(crate) const WORKING_DIRECTORY: &str = "/work";
 
-/// Where a job's disk is inside the lab.
+/// The mount point of a job's disk in the lab.
 pub(crate) const DISK: &str = "/disk";
 
-/// Stands in a command for the time at which it is started: CLOCK_MONOTONIC in nanoseconds.
+/// Placeholder in a command for the time of its start: CLOCK_MONOTONIC in nanoseconds.
 pub(crate) const NOW: &str = "{now}";
 
-/// An argument with [`NOW`] replaced.
+/// Replaces [`NOW`] in an argument.
 pub(crate) fn with_time(argument: &str) -> String {
     argument.replace(NOW, &kindling_vmm::Instant::now().0.to_string())
 }
 
-/// What to run in a lab, and with what.
+/// A command to run in a lab, with its files.
 #[derive(Debug, Default)]
 pub(crate) struct Job {
-    /// Whether time counts instructions.
+    /// Whether the lab's clock counts instructions.
     pub(crate) exact: bool,
-    /// Processors.
+    /// Number of processors.
     pub(crate) cpus: u8,
-    /// MiB of memory.
+    /// Memory in MiB.
     pub(crate) memory_mib: u64,
     /// The command.
     pub(crate) command: Vec<String>,
-    /// Its environment.
+    /// Environment variables of the command.
     pub(crate) environment: Vec<(String, String)>,
-    /// Files and folders of the host, and where they go.
+    /// Files and folders of the host, with their paths in the lab.
     pub(crate) with: Vec<(PathBuf, String)>,
-    /// Files of the lab, and where they go on the host.
+    /// Files of the lab to copy back, with their paths on the host.
     pub(crate) get: Vec<(String, PathBuf)>,
-    /// An ext4 filesystem that is read from where it is, at [`DISK`]: what is in `with` takes memory.
+    /// An ext4 filesystem image mounted at [`DISK`], which takes no memory, unlike files in `with`.
     pub(crate) disk: Option<PathBuf>,
-    /// Whether the processor has XSAVE, without which Firecracker does not start. Programs of guests do not return
-    /// from a signal handler then (docs/testing.md, "The lab").
+    /// Whether the processor has XSAVE, which Firecracker requires. Guest programs then do not return from signal
+    /// handlers (docs/testing.md, "The lab").
     pub(crate) has_xsave: bool,
 }
 
 impl Job {
-    /// Whether the lab counts instructions. With several processors it always does: without, about
-    /// a quarter of the guests with four vCPUs hung while they booted, for a reason not found;
-    /// counted, the processors take turns in the same way every time, and none did.
+    /// Whether the lab counts instructions. With several processors it always does: otherwise about a quarter of the
+    /// guests with four vCPUs hung during boot, for an unknown reason. With counted instructions the scheduling of the
+    /// processors is deterministic, and none hung.
     pub(crate) const fn counts_instructions(&self) -> bool {
         self.exact || self.cpus > 1
     }
 
-    /// Runs the command with this process's standard streams; its exit status.
+    /// Runs the command with this process's standard streams; returns its exit status.
     pub(crate) fn run(&self) -> Result<u8> {
         qemu::run(self, None, None)
     }
 
-    /// Runs the command with a driver in place of the standard streams. A lab that says nothing for `limit` is an
-    /// error, which is [`Silent`].
-    pub(crate) fn drive(&self, limit: Duration, driver: Driver<'_>) -> Result<u8> {
-        qemu::run(self, Some(limit), Some(driver))
+    /// Runs the command with a driver in place of the standard streams. A lab without output for `timeout` is an error,
+    /// [`OutputTimeout`].
+    pub(crate) fn drive(&self, timeout: Duration, driver: Driver<'_>) -> Result<u8> {
+        qemu::run(self, Some(timeout), Some(driver))
     }
 
-    /// Runs the command with the standard streams. A lab that says nothing for `limit` is an error.
-    pub(crate) fn run_unless_silent(&self, limit: Duration) -> Result<u8> {
-        qemu::run(self, Some(limit), None)
+    /// Runs the command with the standard streams. A lab without output for `timeout` is an error.
+    pub(crate) fn run_with_output_timeout(&self, timeout: Duration) -> Result<u8> {
+        qemu::run(self, Some(timeout), None)
     }
 }
 
@@ -125,7 +123,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
         (cargo::release_binary("kindling-fs", "kindling-fs")?, "/bin/kindling-fs".to_owned()),
         (image, "/images/default".to_owned()),
     ];
-    // `kindling run` prefers its own kernel. It is built only for users who have asked for it before: that takes minutes.
+    // `kindling run` prefers the image `run`. It is included only if it has been built before, because a build takes
+    // minutes.
     if cargo::target_directory().join("images/run").exists() {
         with.push((build_image::of_profile(Profile::Run)?, "/images/run".to_owned()));
     }
@@ -154,9 +153,9 @@ fn into_lab(text: &str) -> Result<(PathBuf, String)> {
     };
     let path = PathBuf::from(source);
     if !path.exists() {
-        bail!("--with {text}: there is no {source}");
+        bail!("--with {text}: {source} does not exist");
     }
-    let name = path.file_name().with_context(|| format!("--with {text}: {source} has no name"))?;
+    let name = path.file_name().with_context(|| format!("--with {text}: {source} has no file name"))?;
     let target = target.map_or_else(|| name.to_string_lossy().into_owned(), str::to_owned);
     Ok((path, inside(&target)))
 }
@@ -169,7 +168,7 @@ fn out_of_lab(text: &str) -> Result<(String, PathBuf)> {
     Ok((inside(source), target))
 }
 
-/// An absolute path inside the lab.
+/// Makes a path absolute, relative to the lab's working directory.
 pub(crate) fn inside(path: &str) -> String {
     if path.starts_with('/') { path.to_owned() } else { format!("{WORKING_DIRECTORY}/{path}") }
 }

@@ -1,4 +1,4 @@
-//! Running the lab: QEMU, and the other end of its channel.
+//! Runs QEMU and serves the host's end of the lab's channel.
 
 use super::frame::{self, Kind};
 use super::{Job, corrected_qemu, disk};
@@ -14,23 +14,23 @@ use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
-/// The lab said nothing for this long, and was stopped.
+/// The error of a lab that was stopped because it printed nothing for this time.
 #[derive(Debug)]
-pub(crate) struct Silent(pub(super) Duration);
+pub(crate) struct OutputTimeout(pub(super) Duration);
 
-impl std::error::Error for Silent {}
+impl std::error::Error for OutputTimeout {}
 
-impl fmt::Display for Silent {
+impl fmt::Display for OutputTimeout {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "it said nothing for {} s", self.0.as_secs())
+        write!(f, "no output for {} s", self.0.as_secs())
     }
 }
 
-/// Drives a lab's command in place of this process's standard streams: takes what the command prints to either of its
-/// streams, and returns what becomes the command's input; an empty answer ends that.
+/// Replaces this process's standard streams: gets the command's standard output and standard error, and returns input
+/// for the command. An empty answer closes the command's input.
 pub(crate) type Driver<'a> = &'a mut dyn FnMut(&[u8]) -> Result<Option<Vec<u8>>>;
 
-/// Boots a lab, runs its job, and returns the command's exit status. A lab that says nothing for `limit` is stopped.
+/// Boots a lab, runs its job, and returns the command's exit status. A lab without output for `limit` is stopped.
 pub(super) fn run(job: &Job, limit: Option<Duration>, driver: Option<Driver<'_>>) -> Result<u8> {
     debian::ensure_lab_tools()?;
     let kernel = disk::kernel()?;
@@ -53,7 +53,7 @@ pub(super) fn run(job: &Job, limit: Option<Duration>, driver: Option<Driver<'_>>
             })
         }
     };
-    // The lab has powered off, or it is of no use any more.
+    // The lab has powered off or has failed.
     let _ = child.kill();
     let _ = child.wait();
     result.with_context(|| {
@@ -65,13 +65,13 @@ pub(super) fn run(job: &Job, limit: Option<Duration>, driver: Option<Driver<'_>>
     })
 }
 
-/// The lab's processor for jobs that need XSAVE.
+/// The CPU model for jobs that require XSAVE.
 const PROCESSOR_WITH_XSAVE: &str = "EPYC,+svm,+npt";
-/// The processor of all other jobs. Like every processor without XSAVE it has no AVX: some programs check the bit of AVX
-/// alone (netavark's SHA-512 does).
+/// The CPU model of all other jobs. It has neither XSAVE nor AVX: some programs check only the CPUID bit of AVX
+/// (netavark's SHA-512 does).
 const PROCESSOR: &str = "EPYC,+svm,+npt,-xsave,-avx,-avx2,-f16c,-fma";
 
-/// TCG says at every start which features of the processor model it does not have.
+/// TCG prints this at every start for unsupported features of the CPU model.
 const UNSUPPORTED: &str = "TCG doesn't support requested feature";
 
 fn last_lines(path: &Path) -> String {
@@ -82,7 +82,7 @@ fn last_lines(path: &Path) -> String {
 }
 
 fn spawn(job: &Job, kernel: &Path, initramfs: &File, console: &Path, messages: File) -> Result<Child> {
-    // The file has no name of its own; QEMU opens it through this process.
+    // The file is unnamed; QEMU opens it through this process's descriptor.
     let initrd = format!("/proc/{}/fd/{}", std::process::id(), initramfs.as_raw_fd());
     let processor = if job.has_xsave { PROCESSOR_WITH_XSAVE } else { PROCESSOR };
     let mut command = Command::new(corrected_qemu::program());
@@ -110,7 +110,7 @@ fn spawn(job: &Job, kernel: &Path, initramfs: &File, console: &Path, messages: F
     command.spawn().context("cannot start qemu-system-x86_64")
 }
 
-/// Whatever ends this process, Ctrl-C or SIGKILL, ends QEMU too.
+/// Kills QEMU when this process ends, even by SIGKILL.
 #[expect(unsafe_code, reason = "code between fork and exec")]
 fn die_with_this_process(command: &mut Command) {
     use rustix::process::{Signal, set_parent_process_death_signal};
@@ -121,7 +121,7 @@ fn die_with_this_process(command: &mut Command) {
     }
 }
 
-/// Passes this process's standard input on, until it ends or the lab does.
+/// Forwards this process's standard input until it or the lab ends.
 fn forward_input(mut channel: ChildStdin) {
     let mut buffer = vec![0; 4096];
     loop {
@@ -133,12 +133,12 @@ fn forward_input(mut channel: ChildStdin) {
             break;
         }
     }
-    // QEMU takes the end of its standard input for the end of the channel in both directions, so
-    // it stays open until this process ends.
+    // QEMU closes both directions of the channel at the end of its standard input, so the input stays open until this
+    // process ends.
     std::mem::forget(channel);
 }
 
-/// Passes the command's output on and its files back, until it ends.
+/// Forwards the command's output and receives its files, until the command exits.
 fn serve(
     job: &Job,
     mut channel: ChildStdout,
@@ -151,36 +151,36 @@ fn serve(
             let time = Timespec::try_from(limit)?;
             let mut descriptors = [PollFd::new(&channel, PollFlags::IN)];
             let ready = retry_on_intr(|| poll(&mut descriptors, Some(&time)))?;
-            ensure!(ready > 0, Silent(limit));
+            ensure!(ready > 0, OutputTimeout(limit));
         }
-        let (kind, data) = frame::read(&mut channel).context("its channel closed")?;
+        let (kind, data) = frame::read(&mut channel).context("the channel to the lab was closed")?;
         match kind {
             Kind::Output | Kind::Error => output(kind, &data)?,
             Kind::FileName => file = Some(create(job, &String::from_utf8_lossy(&data))?),
             Kind::FileData => {
                 file.as_mut()
-                    .context("a file without a name")?
+                    .context("the lab sent file data without a name")?
                     .write_all(&data)
-                    .context("copying a file back")?;
+                    .context("cannot write a file from the lab")?;
             }
             Kind::Failure => bail!("{}", String::from_utf8_lossy(&data)),
             Kind::Exit => return Ok(data.first().copied().unwrap_or(255)),
-            Kind::Input => bail!("it sent what only its host sends"),
+            Kind::Input => bail!("the lab sent a frame of standard input"),
         }
     }
 }
 
 fn write_through(mut stream: impl Write, data: &[u8]) -> Result<()> {
-    stream.write_all(data).and_then(|()| stream.flush()).context("cannot pass the command's output on")
+    stream.write_all(data).and_then(|()| stream.flush()).context("cannot forward the command's output")
 }
 
-/// The lab may only send the files that it was asked for.
+/// Creates a file that the lab sends; only requested files are accepted.
 fn create(job: &Job, name: &str) -> Result<File> {
     let (_, target) = job
         .get
         .iter()
         .find(|(asked, _)| asked == name)
-        .with_context(|| format!("nobody asked for {name}"))?;
+        .with_context(|| format!("the lab sent {name}, which was not requested"))?;
     if let Some(parent) = target.parent() {
         fs::create_dir_all(parent)?;
     }

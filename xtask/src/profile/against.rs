@@ -1,14 +1,14 @@
-//! What became slower or faster since an earlier profile.
+//! Comparison with an earlier profile (`--against`).
 
 use super::record::{Lane, Phase, Profile};
 use super::text::{milliseconds, signed_milliseconds};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
-/// Rows that a terminal gets.
+/// Number of rows in the terminal.
 const ROWS: usize = 40;
-/// A change of fewer nanoseconds is none: it would be shown as zero.
-const LEAST: u64 = 500;
+/// The minimal change in nanoseconds that is reported; smaller ones would be shown as zero.
+const MIN_CHANGE_NS: u64 = 500;
 
 /// A phase in two profiles.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,20 +22,20 @@ pub(super) struct Difference {
 }
 
 impl Difference {
-    /// Whether only one of the profiles has it.
-    const fn is_of_one(&self) -> bool {
+    /// Whether the phase is in only one of the profiles.
+    const fn is_added_or_removed(&self) -> bool {
         self.old.is_none() || self.new.is_none()
     }
 
-    /// How much longer it takes now.
+    /// The change of the duration.
     fn change(&self) -> i64 {
         let signed = |time: Option<u64>| i64::try_from(time.unwrap_or(0)).unwrap_or(i64::MAX);
         signed(self.new) - signed(self.old)
     }
 }
 
-/// Every phase that takes noticeably another time, or that only one of the profiles has, the largest change
-/// first. Phases of one name, like initcalls of several files, are one.
+/// The phases whose duration changed, or that only one profile has, by the size of the change. Phases with the same
+/// name, such as initcalls of several files, are summed.
 pub(super) fn differences(old: &Profile, new: &Profile) -> Vec<Difference> {
     let (earlier, now) = (sums(&old.phases), sums(&new.phases));
     let keys: BTreeSet<&(Lane, &str)> = earlier.keys().chain(now.keys()).collect();
@@ -47,13 +47,15 @@ pub(super) fn differences(old: &Profile, new: &Profile) -> Vec<Difference> {
             old: earlier.get(key).copied(),
             new: now.get(key).copied(),
         })
-        .filter(|difference| difference.change().unsigned_abs() >= LEAST || difference.is_of_one())
+        .filter(|difference| {
+            difference.change().unsigned_abs() >= MIN_CHANGE_NS || difference.is_added_or_removed()
+        })
         .collect();
     differences.sort_by_key(|difference| std::cmp::Reverse(difference.change().unsigned_abs()));
     differences
 }
 
-/// How long the phases of each name take together.
+/// The total duration of the phases of each name.
 fn sums(phases: &[Phase]) -> BTreeMap<(Lane, &str), u64> {
     let mut sums = BTreeMap::new();
     for phase in phases {
@@ -64,16 +66,17 @@ fn sums(phases: &[Phase]) -> BTreeMap<(Lane, &str), u64> {
 
 /// The comparison for the terminal.
 pub(super) fn report(old: &Profile, new: &Profile) -> String {
-    let mut text = String::from("\nagainst the earlier profile, milliseconds\n\n");
+    let mut text = String::from("\ncompared with the earlier profile, milliseconds\n\n");
     if old.host != new.host {
-        let _ = writeln!(text, "note: that one was measured in {}\n", printable(&old.host.meaning));
+        let _ =
+            writeln!(text, "note: the earlier profile was measured in {}\n", printable(&old.host.meaning));
     }
     let size = |profile: &Profile| (profile.guest.memory_mib, profile.guest.vcpus);
     if size(old) != size(new) {
         let (memory, vcpus) = size(old);
-        let _ = writeln!(text, "note: that guest had {memory} MiB and {vcpus} vCPUs\n");
+        let _ = writeln!(text, "note: the earlier guest had {memory} MiB and {vcpus} vCPUs\n");
     }
-    text.push_str("      old       new    change  who       what\n");
+    text.push_str("      old       new    change  lane      phase\n");
     let totals = |profile: &Profile| {
         let totals = profile.totals;
         [totals.init_reached, totals.vmm, totals.kernel, totals.process]
@@ -88,17 +91,17 @@ pub(super) fn report(old: &Profile, new: &Profile) -> String {
         row(&mut text, difference.lane.title(), &printable(&difference.name), difference.old, difference.new);
     }
     if differences.is_empty() {
-        text.push_str("no phase takes another time\n");
+        text.push_str("no phase changed\n");
     }
     if let Some(rest) = differences.get(ROWS..).filter(|rest| !rest.is_empty()) {
         let sum: i64 = rest.iter().map(Difference::change).sum();
         let _ =
-            writeln!(text, "{:30.3}  {} others, none of them by more", signed_milliseconds(sum), rest.len());
+            writeln!(text, "{:30.3}  {} others with smaller changes", signed_milliseconds(sum), rest.len());
     }
     text
 }
 
-fn row(text: &mut String, who: &str, what: &str, old: Option<u64>, new: Option<u64>) {
+fn row(text: &mut String, lane: &str, phase: &str, old: Option<u64>, new: Option<u64>) {
     let time =
         |time: Option<u64>| time.map_or_else(|| "-".to_owned(), |ns| format!("{:.3}", milliseconds(ns)));
     let signed = |time: Option<u64>| i64::try_from(time.unwrap_or(0)).unwrap_or(i64::MAX);
@@ -108,10 +111,10 @@ fn row(text: &mut String, who: &str, what: &str, old: Option<u64>, new: Option<u
         _ => "",
     };
     let change = signed_milliseconds(signed(new) - signed(old));
-    let _ = writeln!(text, "{:>9} {:>9} {change:+9.3}  {who:8}  {what}{note}", time(old), time(new));
+    let _ = writeln!(text, "{:>9} {:>9} {change:+9.3}  {lane:8}  {phase}{note}", time(old), time(new));
 }
 
-/// A file's author chooses the words; they must not reach the terminal as commands.
+/// Replaces control characters, which the author of a file chooses, so that they do not reach the terminal.
 fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '.' } else { c }).collect()
 }
@@ -126,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn changes_are_sorted_by_their_size() {
+    fn changed_phases_are_sorted_by_the_size_of_the_change() {
         let old = with(vec![
             phase(Lane::Kernel, "same", 0, 5),
             phase(Lane::Kernel, "slower", 0, 1_000_000),
@@ -159,15 +162,15 @@ mod tests {
     }
 
     #[test]
-    fn another_host_or_guest_is_said() {
+    fn a_different_host_or_guest_is_noted() {
         let mut old = profile();
         old.host.meaning = "real time".into();
         old.guest.vcpus = 4;
         old.phases.push(phase(Lane::Kernel, "\u{1b}[2J", 0, 1));
         let text = report(&old, &profile());
-        assert!(text.contains("note: that one was measured in real time"), "{text}");
-        assert!(text.contains("note: that guest had 128 MiB and 4 vCPUs"), "{text}");
+        assert!(text.contains("note: the earlier profile was measured in real time"), "{text}");
+        assert!(text.contains("note: the earlier guest had 128 MiB and 4 vCPUs"), "{text}");
         assert!(!text.contains('\u{1b}'), "{text:?}");
-        assert!(report(&profile(), &profile()).contains("no phase takes another time"));
+        assert!(report(&profile(), &profile()).contains("no phase changed"));
     }
 }

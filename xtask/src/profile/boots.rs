@@ -1,4 +1,4 @@
-//! The boots: run one after another beside the VMM, on this machine or inside the lab, and read back.
+//! Runs the boots one after another on the machine of the VMM (this machine or the lab), and reads their records.
 
 use crate::lab;
 use anyhow::{Context, Result, bail};
@@ -14,21 +14,21 @@ use std::time::Duration;
 
 #[derive(Args, Debug)]
 pub(crate) struct Arguments {
-    /// What to run
+    /// File with the boots to run
     plan: PathBuf,
-    /// Where the times go
+    /// File to write the times to
     times: PathBuf,
 }
 
-/// A boot that has not ended by then hangs. In the lab these are its own seconds.
+/// Timeout of a boot. In the lab it is on the lab's clock.
 const LIMIT: Duration = Duration::from_secs(20);
-/// Between two boots: what the host does after the end of a guest is done.
+/// Pause between two boots, in which the host completes deferred work of the previous guest.
 const SETTLE: Duration = Duration::from_millis(50);
 
-/// A boot to make.
+/// A boot to run.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub(super) struct Boot {
-    /// What a message calls it.
+    /// The name in messages.
     pub(super) name: String,
     /// The program and its arguments.
     pub(super) command: Vec<String>,
@@ -37,18 +37,18 @@ pub(super) struct Boot {
 /// The hidden command that runs inside the lab.
 pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let plan: Vec<Boot> = serde_json::from_slice(&fs::read(&arguments.plan)?)?;
-    fs::write(&arguments.times, serde_json::to_vec(&make(&plan)?)?)?;
+    fs::write(&arguments.times, serde_json::to_vec(&run_all(&plan)?)?)?;
     Ok(0)
 }
 
-/// Makes the boots; how long each process was there, in nanoseconds.
-pub(super) fn make(plan: &[Boot]) -> Result<Vec<u64>> {
-    plan.iter().map(make_one).collect()
+/// Runs the boots; returns the duration of each process in nanoseconds.
+pub(super) fn run_all(plan: &[Boot]) -> Result<Vec<u64>> {
+    plan.iter().map(run_one).collect()
 }
 
-fn make_one(boot: &Boot) -> Result<u64> {
+fn run_one(boot: &Boot) -> Result<u64> {
     std::thread::sleep(SETTLE);
-    let (program, arguments) = boot.command.split_first().context("a boot without a program")?;
+    let (program, arguments) = boot.command.split_first().context("the command of a boot is empty")?;
     let started = Instant::now();
     let child = Command::new(program)
         .args(arguments.iter().map(|argument| lab::with_time(argument)))
@@ -57,17 +57,17 @@ fn make_one(boot: &Boot) -> Result<u64> {
         .stderr(Stdio::piped())
         .spawn()
         .with_context(|| format!("cannot start {program}"))?;
-    let (ended, told) = mpsc::channel::<()>();
+    let (end_sender, end_receiver) = mpsc::channel::<()>();
     let pid = Pid::from_child(&child);
-    // Sleeps until the boot has ended, and disturbs it only where it has not.
+    // The thread sleeps until the boot has ended, and kills it only after the timeout.
     std::thread::spawn(move || {
-        if told.recv_timeout(LIMIT) == Err(mpsc::RecvTimeoutError::Timeout) {
+        if end_receiver.recv_timeout(LIMIT) == Err(mpsc::RecvTimeoutError::Timeout) {
             let _ = kill_process(pid, Signal::TERM);
         }
     });
     let output = child.wait_with_output()?;
     let time = Instant::now().since(started);
-    drop(ended);
+    drop(end_sender);
     if !output.status.success() {
         let words = String::from_utf8_lossy(&output.stderr);
         bail!("the {} boot failed ({}): {}", boot.name, output.status, words.trim());
@@ -81,33 +81,33 @@ pub(super) struct Report {
     pub(super) steps: Vec<Step>,
 }
 
-/// A step of it: a name, and when it was complete in nanoseconds since the start.
+/// A step of a boot report: its name, and when it was complete in nanoseconds since the start.
 #[derive(Clone, Debug, Deserialize)]
 pub(super) struct Step {
     pub(super) name: String,
     pub(super) ns: u64,
 }
 
-/// Where the guest begins, and where init does.
+/// The steps at which the guest and init start.
 pub(super) const FIRST_INSTRUCTION: &str = "first instruction";
 pub(super) const INIT: &str = "init: first instruction";
 
 impl Report {
-    /// When a step was complete.
+    /// The time of a step.
     pub(super) fn at(&self, name: &str) -> Result<u64> {
         let step = self.steps.iter().find(|step| step.name == name);
         Ok(step.with_context(|| format!("the boot's report has no step {name:?}"))?.ns)
     }
 
-    /// How long the kernel took.
+    /// The duration of the kernel's boot.
     pub(super) fn kernel_time(&self) -> Result<u64> {
         Ok(self.at(INIT)?.saturating_sub(self.at(FIRST_INSTRUCTION)?))
     }
 }
 
-/// A sample: when, on which vCPU, its instruction pointer, words of its stack.
+/// A sample: time, vCPU, instruction pointer, words of the stack.
 pub(super) type Sample = (u64, u8, u64, Vec<u64>);
-/// A mark: when, on which vCPU, the function, for how long the VMM held the guest.
+/// A mark: time, vCPU, address of the function, time for which the VMM held the guest.
 pub(super) type Mark = (u64, u8, u64, u64);
 
 /// The records of a boot, as `kindling boot --profile` writes them.
@@ -115,26 +115,26 @@ pub(super) type Mark = (u64, u8, u64, u64);
 pub(super) struct Records {
     pub(super) report: Report,
     pub(super) samples: Vec<Sample>,
-    /// When, what the guest did, the port or the address.
+    /// Time, kind of access, port or address.
     pub(super) exits: Vec<(u64, String, u64)>,
     pub(super) marks: Vec<Mark>,
 }
 
-/// Everything that was measured.
+/// All measurements.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Measured {
-    /// The boot of which nothing was recorded.
+    /// The boot without recording.
     pub(super) plain: Report,
-    /// How long its process was there.
+    /// The duration of its process.
     pub(super) plain_time: u64,
-    /// The one with marked functions.
+    /// The boot with marked functions.
     pub(super) marked: Records,
-    /// The one with marked functions and samples.
+    /// The boot with marked functions and samples.
     pub(super) sampled: Option<Records>,
 }
 
-/// Reads what `kindling` wrote.
+/// Reads a JSON file that `kindling` wrote.
 pub(super) fn read<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<T> {
-    let text = fs::read(path).with_context(|| format!("the boot left no {}", path.display()))?;
-    serde_json::from_slice(&text).with_context(|| format!("{} cannot be read", path.display()))
+    let text = fs::read(path).with_context(|| format!("the boot did not write {}", path.display()))?;
+    serde_json::from_slice(&text).with_context(|| format!("cannot parse {}", path.display()))
 }

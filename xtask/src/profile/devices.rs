@@ -1,9 +1,9 @@
-//! Whose a port or an address is, for people.
+//! Names of the devices at ports and addresses.
 
 use guest_protocol::port;
 use kindling_vmm::layout;
 
-/// The device that an exit of this kind reached, or what would be there on a PC.
+/// The device that an exit accessed, or the device that a PC would have there.
 pub(super) fn name(reason: &str, address: u64) -> &'static str {
     const PAGE: u64 = layout::PAGE_SIZE - 1;
     if reason.starts_with("memory") {

@@ -1,14 +1,14 @@
-//! The guest's kernel as a profile needs it: its symbols, its initcalls, and where its code calls.
+//! The guest kernel for a profile: symbols, initcalls and call instructions.
 
 use anyhow::{Context, Result, bail, ensure};
 use kindling_vmm::boot::elf::Elf;
 use std::collections::HashMap;
 
-/// Where x86-64 kernels map their own image (`__START_KERNEL_map`): what is linked at this address
-/// plus `n` lies at the physical address `n`.
+/// The base of the kernel image mapping of x86-64 (`__START_KERNEL_map`): link address base plus `n` is physical
+/// address `n`.
 const KERNEL_MAP: u64 = 0xffff_ffff_8000_0000;
 
-/// A function, or another place that has a name.
+/// A symbol.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Symbol {
     address: u64,
@@ -19,20 +19,20 @@ struct Symbol {
 /// The symbols of a System.map.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Symbols {
-    /// Code alone, by address.
+    /// Symbols of code, sorted by address.
     code: Vec<Symbol>,
     addresses: HashMap<String, u64>,
-    /// Initcalls' table entries by address, whose names say which file they are from.
+    /// Entries of the initcall table by address; their names contain the source file.
     entries: HashMap<u64, String>,
 }
 
 impl Symbols {
-    /// Reads the lines of a System.map: address, kind, name.
+    /// Parses a System.map: lines of address, kind, name.
     pub(super) fn parse(text: &str) -> Result<Self> {
         let mut this = Self::default();
         for (number, line) in text.lines().enumerate() {
             let symbol = parse_line(line)
-                .with_context(|| format!("line {} of the kernel's System.map is none", number + 1))?;
+                .with_context(|| format!("line {} of the kernel's System.map is malformed", number + 1))?;
             if symbol.name.starts_with("__initcall__kmod_") {
                 this.entries.insert(symbol.address, symbol.name.clone());
             }
@@ -45,13 +45,12 @@ impl Symbols {
         Ok(this)
     }
 
-    /// The address of a name.
+    /// The address of a symbol.
     pub(super) fn address(&self, name: &str) -> Option<u64> {
         self.addresses.get(name).copied()
     }
 
-    /// The function that an instruction is in. A part that the compiler set aside as unlikely is the
-    /// function's own.
+    /// The function that contains an instruction. Its `.cold` part counts as the function.
     pub(super) fn function(&self, instruction: u64) -> Option<&str> {
         let in_section = |start: &str, end: &str| {
             let (start, end) = (self.address(start), self.address(end));
@@ -65,8 +64,8 @@ impl Symbols {
         Some(name.strip_suffix(".cold").unwrap_or(name))
     }
 
-    /// The kernel's file without folder and extension that an initcall is from, where its entry
-    /// says so: `__initcall__kmod_FILE__NUMBER_LINE_FUNCTION`.
+    /// The source file of an initcall without folder and extension, if its entry's name contains it:
+    /// `__initcall__kmod_FILE__NUMBER_LINE_FUNCTION`.
     fn file_of_entry(&self, entry: u64) -> Option<&str> {
         let rest = self.entries.get(&entry)?.strip_prefix("__initcall__kmod_")?;
         Some(rest.split_once("__")?.0)
@@ -81,30 +80,30 @@ fn parse_line(line: &str) -> Option<Symbol> {
     Some(Symbol { address, name, is_code: matches!(kind, "T" | "t" | "W" | "w") })
 }
 
-/// A call that returns to some address.
+/// The call instruction before a return address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Call {
-    /// To this address.
+    /// A direct call of this address.
     To(u64),
-    /// To one that was in a register or in memory, or that was patched in while the kernel booted.
-    Anywhere,
+    /// An indirect call, or one whose target is patched during boot.
+    Indirect,
 }
 
 /// An initcall.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Initcall {
-    /// Its function's address.
+    /// The address of its function.
     pub(super) address: u64,
-    /// Its function's name.
+    /// The name of its function.
     pub(super) name: String,
-    /// When it is due: `early`, `pure` and so on.
+    /// Its level: `early`, `pure` and so on.
     pub(super) level: &'static str,
-    /// The kernel's file it is from, where that is known.
+    /// Its source file, if known.
     pub(super) file: Option<String>,
 }
 
-/// Where each level begins (INIT_CALLS in include/asm-generic/vmlinux.lds.h; names as in
-/// `initcall_level_names` of init/main.c, but that of the first, which has none there).
+/// The start symbol of each level (INIT_CALLS in include/asm-generic/vmlinux.lds.h), with its name from
+/// `initcall_level_names` in init/main.c; the first level has no name there.
 const LEVELS: [(&str, &str); 10] = [
     ("__initcall_start", "early"),
     ("__initcall0_start", "pure"),
@@ -117,9 +116,9 @@ const LEVELS: [(&str, &str); 10] = [
     ("__initcall6_start", "device"),
     ("__initcall7_start", "late"),
 ];
-/// Where the table ends: console initcalls are called elsewhere, if there are any.
+/// The end symbol of the table: console initcalls, if there are any, are called elsewhere.
 const TABLE_ENDS: [&str; 2] = ["__con_initcall_start", "__initcall_end"];
-/// More initcalls than any kernel has.
+/// Upper limit of the number of initcalls, above that of any kernel.
 const INITCALLS_MAX: u64 = 3000;
 
 /// A kernel's file and its symbols.
@@ -131,13 +130,13 @@ pub(super) struct KernelImage {
 }
 
 impl KernelImage {
-    /// From the bytes of a vmlinux and the text of its System.map.
+    /// Parses a vmlinux and its System.map.
     pub(super) fn new(file: Vec<u8>, system_map: &str) -> Result<Self> {
-        let elf = Elf::parse(&file[..], file.len() as u64).context("the kernel's vmlinux is not whole")?;
+        let elf = Elf::parse(&file[..], file.len() as u64).context("cannot parse the kernel's vmlinux")?;
         Ok(Self { file, elf, symbols: Symbols::parse(system_map)? })
     }
 
-    /// The bytes that are linked at an address.
+    /// The bytes at a link address.
     fn bytes<const N: usize>(&self, address: u64) -> Option<[u8; N]> {
         let physical = address.checked_sub(KERNEL_MAP)?;
         let end = physical.checked_add(N as u64)?;
@@ -148,7 +147,7 @@ impl KernelImage {
         self.file.get(start..start + N)?.try_into().ok()
     }
 
-    /// The call instruction in front of an address, if there is one.
+    /// The call instruction that ends at an address, if there is one.
     pub(super) fn call_before(&self, address: u64) -> Option<Call> {
         const CALL: u8 = 0xe8;
         if let Some([CALL, a, b, c, d]) = self.bytes(address.wrapping_sub(5)) {
@@ -157,25 +156,24 @@ impl KernelImage {
                 ["__SCT__", "__x86_indirect_thunk", "BUG_func"].iter().any(|start| name.starts_with(start))
             };
             match self.symbols.function(target) {
-                Some(name) if patched(name) => return Some(Call::Anywhere),
+                Some(name) if patched(name) => return Some(Call::Indirect),
                 Some(_) => return Some(Call::To(target)),
                 None => {}
             }
         }
         let bytes: [u8; 7] = self.bytes(address.wrapping_sub(7))?;
-        // FF /2 with its address in a register, or in memory with each kind of displacement (Intel
-        // SDM, volume 2, "CALL" and tables 2-2 and 2-3).
+        // FF /2 with the target in a register, or in memory with each kind of displacement (Intel SDM, volume 2, "CALL"
+        // and tables 2-2 and 2-3).
         let lengths = [(5, 2), (4, 3), (3, 4), (1, 6), (0, 7)];
         let indirect = |&(at, length): &(usize, usize)| {
             bytes[at] == 0xff
                 && bytes[at + 1] >> 3 & 7 == 2
                 && call_length(bytes[at + 1], bytes.get(at + 2)) == length
         };
-        lengths.iter().any(indirect).then_some(Call::Anywhere)
+        lengths.iter().any(indirect).then_some(Call::Indirect)
     }
 
-    /// The initcalls in the order of their table, whose entries are offsets from themselves
-    /// (CONFIG_HAVE_ARCH_PREL32_RELOCATIONS).
+    /// The initcalls in table order. Entries are relative offsets (CONFIG_HAVE_ARCH_PREL32_RELOCATIONS).
     pub(super) fn initcalls(&self) -> Result<Vec<Initcall>> {
         let symbol = |name: &str| {
             self.symbols.address(name).with_context(|| format!("the kernel's System.map has no {name}"))
@@ -184,24 +182,24 @@ impl KernelImage {
         let end = TABLE_ENDS
             .iter()
             .find_map(|name| self.symbols.address(name))
-            .context("the kernel's System.map does not say where the table of initcalls ends")?;
+            .context("the kernel's System.map has no symbol for the end of the initcall table")?;
         if end < start || (end - start) / 4 > INITCALLS_MAX {
-            bail!("the kernel's table of initcalls, {start:#x} to {end:#x}, cannot be one");
+            bail!("the kernel's initcall table from {start:#x} to {end:#x} has an invalid size");
         }
         let levels: Vec<(u64, &str)> =
             LEVELS.iter().map(|&(name, level)| Ok((symbol(name)?, level))).collect::<Result<_>>()?;
         ensure!(
             levels.is_sorted_by_key(|(start, _)| *start),
-            "the kernel's levels of initcalls are not in order"
+            "the kernel's initcall levels are not in order"
         );
         let mut initcalls = Vec::new();
         for entry in (start..end).step_by(4) {
-            let offset = self.bytes(entry).context("the kernel's table of initcalls is not in its file")?;
+            let offset = self.bytes(entry).context("the kernel's initcall table is outside its file")?;
             let address = entry.wrapping_add_signed(i32::from_le_bytes(offset).into());
             let name = self
                 .symbols
                 .function(address)
-                .with_context(|| format!("the initcall at {entry:#x} is no function of the kernel"))?;
+                .with_context(|| format!("the initcall at {entry:#x} is not a function of the kernel"))?;
             let level = levels.iter().rev().find(|(start, _)| *start <= entry).map_or("", |(_, level)| level);
             let file = self.symbols.file_of_entry(entry).map(str::to_owned);
             initcalls.push(Initcall { address, name: name.to_owned(), level, file });
@@ -210,7 +208,7 @@ impl KernelImage {
     }
 }
 
-/// The length of an indirect call from its second byte and the one behind it.
+/// The length of an indirect call, from its ModRM byte and the SIB byte.
 fn call_length(mod_rm: u8, sib: Option<&u8>) -> usize {
     let (mode, register) = (mod_rm >> 6, mod_rm & 7);
     let has_sib = mode != 3 && register == 4;
@@ -227,10 +225,10 @@ fn call_length(mod_rm: u8, sib: Option<&u8>) -> usize {
 pub(super) mod tests {
     use super::*;
 
-    /// Where the tests' kernel is linked.
+    /// The link address of the tests' kernel.
     pub(in super::super) const TEXT: u64 = KERNEL_MAP + 0x100_0000;
 
-    /// A vmlinux of one segment with these bytes at [`TEXT`] (System V ABI, ELF-64).
+    /// A vmlinux with one segment that has these bytes at [`TEXT`] (System V ABI, ELF-64).
     pub(in super::super) fn vmlinux(code: &[u8]) -> Vec<u8> {
         let mut file = vec![0; 4096];
         file[..6].copy_from_slice(b"\x7fELF\x02\x01");
@@ -243,7 +241,7 @@ pub(super) mod tests {
         file
     }
 
-    /// A kernel whose functions begin at these offsets, with `more` lines in its System.map.
+    /// A kernel with functions at these offsets and `more` lines in its System.map.
     pub(in super::super) fn kernel(code: &[u8], functions: &[(&str, u64)], more: &str) -> KernelImage {
         let line = |name: &str, at: u64, kind: &str| format!("{:016x} {kind} {name}\n", TEXT + at);
         let mut map = line("_stext", 0, "T") + &line("_etext", code.len() as u64, "T");
@@ -252,7 +250,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn instructions_are_in_the_function_before_them() {
+    fn an_instruction_belongs_to_the_preceding_symbol() {
         let kernel = kernel(&[0x90; 64], &[("first", 8), ("second", 16), ("first.cold", 40)], "");
         let function = |at: u64| kernel.symbols.function(TEXT + at);
         assert_eq!(function(8), Some("first"));
@@ -263,11 +261,11 @@ pub(super) mod tests {
         assert_eq!(kernel.symbols.function(TEXT - 1), None);
         assert_eq!(kernel.symbols.function(0x20_0000), None);
         let error = Symbols::parse("ffffffff81000000 T _text\nnot a line\n").unwrap_err().to_string();
-        assert_eq!(error, "line 2 of the kernel's System.map is none");
+        assert_eq!(error, "line 2 of the kernel's System.map is malformed");
     }
 
     #[test]
-    fn calls_are_recognised_from_behind() {
+    fn calls_are_decoded_from_their_return_address() {
         // Intel SDM, volume 2: E8 is a call by displacement, FF /2 an indirect one.
         let call = |code: &[u8]| {
             let mut bytes = vec![0x90; 16];
@@ -287,14 +285,14 @@ pub(super) mod tests {
             &[0xff, 0x14, 0xc5, 0x01, 0x02, 0x03, 0x04], // call [rax*8+n]
             &[0xff, 0x14, 0x25, 0x01, 0x02, 0x03, 0x04], // call [n]
         ] {
-            assert_eq!(call(code), Some(Call::Anywhere), "{code:x?}");
+            assert_eq!(call(code), Some(Call::Indirect), "{code:x?}");
         }
         for code in [&[0xff, 0xe0][..], &[0xff, 0x50], &[0x90], &[0xff, 0x14, 0xc5, 1, 2]] {
             assert_eq!(call(code), None, "{code:x?}");
         }
     }
 
-    /// A table with one initcall at each of two levels; the second one's offset is `second`.
+    /// A kernel with one initcall at each of two levels; `second` is the offset of the second.
     fn with_table(second: i32) -> KernelImage {
         let mut code = vec![0x90; 64];
         code.extend((-64_i32).to_le_bytes());
@@ -309,7 +307,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn initcalls_are_read_from_their_table() {
+    fn initcalls_are_read_from_the_relative_table() {
         let initcalls = with_table(-36).initcalls().unwrap();
         let short: Vec<_> = initcalls
             .iter()
@@ -317,7 +315,7 @@ pub(super) mod tests {
             .collect();
         assert_eq!(short, [(0, "first", "subsys", None), (32, "second", "late", Some("pty"))]);
         let error = with_table(1000).initcalls().unwrap_err().to_string();
-        assert!(error.contains("is no function of the kernel"), "{error}");
+        assert!(error.contains("is not a function of the kernel"), "{error}");
         let error = kernel(&[0x90], &[], "").initcalls().unwrap_err().to_string();
         assert_eq!(error, "the kernel's System.map has no __initcall_start");
     }

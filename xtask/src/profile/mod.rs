@@ -1,8 +1,7 @@
 //! `cargo xtask profile`: one boot as one timeline.
 //!
-//! Three boots are made, so that looking at the one does not change what is said of the other: one of
-//! which nothing is recorded, one with marked functions of the kernel, and one with samples if these
-//! are asked for (`docs/profiling.md`).
+//! Up to three boots are run, so that recording does not change the reported totals: one without recording, one with
+//! marked kernel functions, and one with samples if requested (`docs/profiling.md`).
 
 mod against;
 pub(crate) mod boots;
@@ -36,41 +35,40 @@ pub(crate) struct Arguments {
     /// Measure in the exact lab, which counts instructions
     #[arg(long)]
     exact: bool,
-    /// Look where the guest is as well, at this interval in microseconds [default: 25]
+    /// Also sample the guest's stacks at this interval in microseconds [default: 25]
     #[arg(long, value_name = "US", num_args = 0..=1, default_missing_value = "25",
           value_parser = value_parser!(u64).range(1..=1_000_000))]
     sample: Option<u64>,
-    /// Say what became slower or faster since this profile.json was written
+    /// Compare with the profile.json of an earlier profile
     #[arg(long, value_name = "FILE")]
     against: Option<PathBuf>,
-    /// Folder for profile.html, trace.json and profile.json [default: target/profile]
+    /// Folder to write profile.html, trace.json and profile.json to [default: target/profile]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
     /// Memory of the guest in MiB
     #[arg(long, value_name = "MIB", default_value_t = 128, value_parser = value_parser!(u64).range(16..=1 << 20))]
     memory: u64,
-    /// Virtual processors of the guest
+    /// vCPUs of the guest
     #[arg(long, value_name = "N", default_value_t = 1,
           value_parser = value_parser!(u8).range(1..=i64::from(VCPUS_MAX)))]
     vcpus: u8,
-    /// Kernel command line instead of the image's
+    /// Kernel command line, instead of the image's
     #[arg(long, value_name = "TEXT")]
     cmdline: Option<String>,
-    /// Kernel configuration to add to the default image's: a file, or the name of an optional
-    /// fragment; may be repeated
+    /// Kernel configuration to add to the default image's: a file, or the name of an optional fragment; may be repeated
     #[arg(long, value_name = "FILE|NAME")]
     config_fragment: Vec<PathBuf>,
 }
 
-/// MiB that the lab itself needs beside the guest.
+/// Memory of the lab in MiB in addition to the guest's.
 const LAB_OVERHEAD_MIB: u64 = 1024;
 
-/// Measures, prints tables, writes files.
+/// Measures, prints tables and writes files.
 pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let out = arguments.out.clone().unwrap_or_else(|| cargo::target_directory().join("profile"));
-    // What the user can get wrong comes before what takes time.
+    // Arguments are checked before anything that takes time.
     let earlier = arguments.against.as_deref().map(Profile::open).transpose()?;
-    fs::create_dir_all(&out).with_context(|| format!("cannot make the folder {}", out.display()))?;
+    fs::create_dir_all(&out).with_context(|| format!("cannot create the folder {}", out.display()))?;
     let host = Host::choose(arguments.exact, true);
     let default = arguments.config_fragment.is_empty();
     let (image, kernel) = build_with_kernel(&build_image::Arguments {
@@ -102,7 +100,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     Ok(0)
 }
 
-/// The list of a kernel's functions that `kindling boot --profile-functions` reads.
+/// The list of kernel functions for `kindling boot --profile-functions`.
 pub(crate) fn function_list(kernel: &Kernel) -> Result<String> {
     let kernel = read_kernel(kernel)?;
     Ok(phases::list(&phases::functions(&kernel, &kernel.initcalls()?)))
@@ -115,7 +113,7 @@ fn read_kernel(kernel: &Kernel) -> Result<KernelImage> {
     KernelImage::new(file, &map)
 }
 
-/// What was measured, as a profile.
+/// Builds a profile from the measurements.
 fn profile(
     arguments: &Arguments,
     host: Host,
@@ -132,7 +130,7 @@ fn profile(
         let in_kernel = records.samples.iter().filter(|sample| sample.0 < init).count() as u64;
         Ok(Samples {
             interval_us: arguments.sample.unwrap_or_default(),
-            // Each stands for equally much, whatever the sampling itself took.
+            // All samples represent the same time, so that the overhead of sampling cancels out.
             ns_per_sample: measured.plain.kernel_time()? / in_kernel.max(1),
             stacks,
         })
@@ -158,7 +156,7 @@ fn profile(
     })
 }
 
-/// Boots to make, and with what.
+/// The arguments of the boots.
 struct Session<'a> {
     arguments: &'a Arguments,
     image: &'a Path,
@@ -166,34 +164,33 @@ struct Session<'a> {
 }
 
 impl Session<'_> {
-    /// Makes the boots where guests run, and reads what they left.
+    /// Runs the boots on the host, and reads their records.
     fn measure(&self, host: Host) -> Result<Measured> {
         debian::ensure_lab_tools()?;
         let kindling = cargo::release_binary("kindling-cli", "kindling")?;
-        let place = tempfile::tempdir()?;
-        let list = place.path().join("functions");
+        let scratch = tempfile::tempdir()?;
+        let list = scratch.path().join("functions");
         fs::write(&list, self.functions)?;
         let times: Vec<u64> = match host {
-            Host::Hardware => boots::make(&self.plan(&kindling, self.image, place.path()))?,
+            Host::Hardware => boots::run_all(&self.plan(&kindling, self.image, scratch.path()))?,
             Host::Lab => {
-                self.in_lab(kindling, place.path())?;
-                boots::read(&place.path().join("times.json"))?
+                self.in_lab(kindling, scratch.path())?;
+                boots::read(&scratch.path().join("times.json"))?
             }
         };
-        let file = |name: &str| place.path().join(name);
+        let file = |name: &str| scratch.path().join(name);
         Ok(Measured {
             plain: boots::read(&file("plain.json"))?,
-            // The first boot does not count.
-            plain_time: *times.get(1).context("the boots left no times")?,
+            // The first boot is a warm-up.
+            plain_time: *times.get(1).context("the boots reported no times")?,
             marked: boots::read(&file("marked.json"))?,
             sampled: self.arguments.sample.map(|_| boots::read(&file("sampled.json"))).transpose()?,
         })
     }
 
-    /// The boots: one before those that count, because the host has to meet a program once; then
-    /// each of the kinds.
-    fn plan(&self, kindling: &Path, image: &Path, place: &Path) -> Vec<Boot> {
-        let file = |name: &str| place.join(name).display().to_string();
+    /// The boots to run: a warm-up boot, because the first run of a program on a host is slower, and one of each kind.
+    fn plan(&self, kindling: &Path, image: &Path, scratch: &Path) -> Vec<Boot> {
+        let file = |name: &str| scratch.join(name).display().to_string();
         let boot = |name: &str, more: &[&str]| {
             let mut command = vec![kindling.display().to_string(), "boot".into()];
             command.extend(["--image".into(), image.display().to_string()]);
@@ -222,9 +219,9 @@ impl Session<'_> {
         plan
     }
 
-    /// The same in one lab, with its files in the same places of its working directory.
-    fn in_lab(&self, kindling: PathBuf, place: &Path) -> Result<()> {
-        let plan = place.join("plan.json");
+    /// Runs the boots in one lab, with the same file names in its working directory.
+    fn in_lab(&self, kindling: PathBuf, scratch: &Path) -> Result<()> {
+        let plan = scratch.join("plan.json");
         let boots = self.plan(
             Path::new("/bin/kindling"),
             Path::new("/images/default"),
@@ -244,15 +241,15 @@ impl Session<'_> {
                 (kindling, "/bin/kindling".to_owned()),
                 (self.image.into(), "/images/default".to_owned()),
                 (plan, lab::inside("plan.json")),
-                (place.join("functions"), lab::inside("functions")),
+                (scratch.join("functions"), lab::inside("functions")),
             ],
-            get: files.iter().map(|name| (lab::inside(name), place.join(name))).collect(),
+            get: files.iter().map(|name| (lab::inside(name), scratch.join(name))).collect(),
             disk: None,
             has_xsave: false,
         }
         .run()?;
         if status != 0 {
-            bail!("the boots in the lab ended with status {status}");
+            bail!("the boots in the lab failed with status {status}");
         }
         Ok(())
     }

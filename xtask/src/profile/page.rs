@@ -1,7 +1,7 @@
-//! The profile as one page for a browser, which loads nothing.
+//! The profile as a self-contained HTML page.
 //!
-//! Script and style are fixed text; everything a guest or a user chose is in one JSON text, which
-//! the script shows as text and never as markup.
+//! Script and style are fixed. All text that a guest or a user chose is in one JSON document, which the script displays
+//! as text and never as markup.
 
 use super::record::Profile;
 use super::{against, text};
@@ -9,11 +9,11 @@ use crate::output::COLOURS;
 use anyhow::Result;
 use serde_json::json;
 
-/// The page, with a place for the data.
+/// The page with a placeholder for the data.
 const PAGE: &str = include_str!("page.html");
-const PLACE: &str = "{data}";
+const PLACEHOLDER: &str = "{data}";
 
-/// The page of a profile, with what changed since an earlier one.
+/// The page of a profile, with the changes since an earlier one.
 pub(super) fn html(profile: &Profile, earlier: Option<&Profile>) -> Result<String> {
     let differences: Option<Vec<_>> = earlier.map(|earlier| {
         against::differences(earlier, profile)
@@ -27,10 +27,10 @@ pub(super) fn html(profile: &Profile, earlier: Option<&Profile>) -> Result<Strin
         "differences": differences,
         "colours": COLOURS,
     });
-    Ok(PAGE.replacen(PLACE, &embedded(&serde_json::to_string(&data)?), 1))
+    Ok(PAGE.replacen(PLACEHOLDER, &embedded(&serde_json::to_string(&data)?), 1))
 }
 
-/// JSON that can stand inside a script element: no text in it ends the element or begins a comment.
+/// Escapes JSON for a script element, so that no text in it ends the element or begins a comment.
 fn embedded(json: &str) -> String {
     json.replace('<', "\\u003c").replace('>', "\\u003e").replace('&', "\\u0026")
 }
@@ -41,9 +41,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_text_of_a_guest_becomes_markup() {
+    fn text_of_a_guest_never_becomes_markup() {
         let page = html(&profile(), Some(&profile())).unwrap();
-        assert!(!page.contains("<img"), "a name is markup");
+        assert!(!page.contains("<img"), "a name became markup");
         let count = |text: &str| page.matches(text).count();
         assert_eq!(count("</script>"), PAGE.matches("</script>").count());
         let start = page.find("type=\"application/json\">").unwrap() + "type=\"application/json\">".len();
@@ -53,10 +53,10 @@ mod tests {
     }
 
     #[test]
-    fn the_page_needs_nothing_else() {
+    fn the_page_has_no_external_references() {
         for word in ["http:", "https:", "src=", "@import", "url(", "innerHTML", "eval("] {
             assert!(!PAGE.contains(word), "the page has {word}");
         }
-        assert_eq!(PAGE.matches(PLACE).count(), 1);
+        assert_eq!(PAGE.matches(PLACEHOLDER).count(), 1);
     }
 }

@@ -1,6 +1,6 @@
-//! A profile as a file: what `profile.json` holds and `--against` reads.
+//! The file format of a profile: `profile.json`, which `--against` reads.
 //!
-//! Times are nanoseconds. Those that are not lengths count from the start of the VMM's process.
+//! Times are in nanoseconds. Points in time count from the start of the VMM's process.
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
@@ -8,11 +8,11 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-/// What tells this file from every other.
+/// The format identifier.
 const FORMAT: &str = "kindling-profile";
-/// Raised when a reader of the older ones would misunderstand the file.
+/// The format version, incremented at incompatible changes.
 const VERSION: u32 = 1;
-/// A file of more bytes than this is no profile: one with samples has about 200 KiB.
+/// The maximum size of a file; one with samples has about 200 KiB.
 const FILE_MAX: u64 = 64 << 20;
 
 /// The profile of a boot.
@@ -23,27 +23,27 @@ pub(super) struct Profile {
     pub(super) host: Host,
     pub(super) guest: Guest,
     pub(super) totals: Totals,
-    /// In the order of their lanes, and by time inside each.
+    /// Sorted by lane, then by time.
     pub(super) phases: Vec<Phase>,
     /// Exits to the VMM, the most frequent first.
     pub(super) exits: Vec<Exits>,
-    /// Functions that would begin a phase and that the compiler put into their callers.
+    /// Functions that would begin a phase but were inlined by the compiler.
     pub(super) without_mark: Vec<String>,
     pub(super) perturbation: Perturbation,
-    /// Where the guest was, if samples were asked for.
+    /// Stack samples, if requested.
     pub(super) samples: Option<Samples>,
 }
 
-/// Where it was measured.
+/// The host of the measurement.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
 pub(super) struct Host {
     /// `exact-lab` or `hardware`.
     pub(super) kind: String,
-    /// What a time from there means.
+    /// The meaning of times on the host.
     pub(super) meaning: String,
 }
 
-/// What was booted.
+/// The guest.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
 pub(super) struct Guest {
     pub(super) kernel: String,
@@ -53,7 +53,7 @@ pub(super) struct Guest {
     pub(super) vcpus: u8,
 }
 
-/// How long a boot takes of which nothing is recorded.
+/// Durations of a boot without recording.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
 pub(super) struct Totals {
     /// From the start of the process to the first instruction of the guest.
@@ -66,22 +66,22 @@ pub(super) struct Totals {
     pub(super) process: u64,
 }
 
-/// What somebody does at a time; lanes go on beside one another.
+/// A lane of the timeline; lanes run in parallel.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum Lane {
-    /// The monitor, before and after the guest runs.
+    /// The VMM, before and after the guest runs.
     Vmm,
-    /// The kernel's functions in a row.
+    /// The kernel's phases.
     Kernel,
-    /// The kernel's initcalls, each of which lies in a phase of the lane before.
+    /// The kernel's initcalls, each within a phase of the kernel's lane.
     Initcall,
     /// Init.
     Init,
 }
 
 impl Lane {
-    /// What a reader calls it.
+    /// The title.
     pub(super) const fn title(self) -> &'static str {
         match self {
             Self::Vmm => "VMM",
@@ -92,12 +92,12 @@ impl Lane {
     }
 }
 
-/// A part of the boot.
+/// A phase of the boot.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
 pub(super) struct Phase {
     pub(super) lane: Lane,
     pub(super) name: String,
-    /// What it is for or, for an initcall, its level and the kernel's file it is from.
+    /// A description; for an initcall its level and source file.
     pub(super) about: String,
     pub(super) start: u64,
     pub(super) duration: u64,
@@ -110,46 +110,46 @@ pub(super) struct Exits {
     pub(super) reason: String,
     /// The port or the guest-physical address.
     pub(super) address: u64,
-    /// Whose it is.
+    /// The device at the address.
     pub(super) device: String,
-    /// How many there were before init's first instruction.
+    /// The number of exits before init's first instruction.
     pub(super) before_init: u64,
-    /// When each was, those of init included.
+    /// The time of each exit, including those during init.
     pub(super) at: Vec<u64>,
 }
 
-/// What recording changes.
+/// The overhead of recording.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
 pub(super) struct Perturbation {
-    /// By how much longer the kernel took with marked functions.
+    /// The additional duration of the kernel's boot with marked functions.
     pub(super) marked_longer: i64,
-    /// First calls of marked functions.
+    /// The number of marks: first calls of marked functions.
     pub(super) marks: u64,
-    /// What was taken off the times of the marked boot for each mark before.
+    /// The time subtracted from times of the marked boot per preceding mark.
     pub(super) cost_of_mark: u64,
-    /// The part of it for which the VMM held the guest.
+    /// The time per mark for which the VMM held the guest.
     pub(super) held_per_mark: u64,
-    /// By how much longer it took with samples as well.
+    /// The additional duration with samples.
     pub(super) sampled_longer: Option<i64>,
 }
 
-/// Where the guest was at regular moments.
+/// Periodic stack samples of the guest.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
 pub(super) struct Samples {
     pub(super) interval_us: u64,
-    /// The time that one sample stands for.
+    /// The time represented by one sample.
     pub(super) ns_per_sample: u64,
-    /// Phase and functions from the outermost to the innermost, and how often these were met.
+    /// Stacks of phase and functions, outermost first, with the number of their samples.
     pub(super) stacks: Vec<(Vec<String>, u64)>,
 }
 
 impl Profile {
-    /// The format's own fields.
+    /// The format identifier and version.
     pub(super) fn format() -> (String, u32) {
         (FORMAT.to_owned(), VERSION)
     }
 
-    /// As JSON.
+    /// The profile as JSON.
     pub(super) fn to_json(&self) -> Result<String> {
         Ok(serde_json::to_string(self)? + "\n")
     }
@@ -157,7 +157,7 @@ impl Profile {
     /// Reads the profile of an earlier boot.
     ///
     /// # Errors
-    /// Says why the file is none.
+    /// When the file is not a valid profile.
     pub(super) fn open(path: &Path) -> Result<Self> {
         #[derive(Deserialize)]
         struct Head {
@@ -165,9 +165,9 @@ impl Profile {
             version: u32,
         }
         let name = path.display();
-        let foreign = || format!("{name} is not a profile: write one with `cargo xtask profile --out DIR`");
+        let foreign = || format!("{name} is not a profile; create one with `cargo xtask profile --out DIR`");
         if !path.is_file() {
-            bail!("there is no file {name}: --against takes the profile.json of an earlier profile");
+            bail!("{name} does not exist; --against expects the profile.json of an earlier profile");
         }
         let mut text = Vec::new();
         let file = File::open(path).with_context(|| format!("cannot read {name}"))?;
@@ -181,11 +181,11 @@ impl Profile {
         }
         if head.version != VERSION {
             bail!(
-                "{name} has version {}, this program reads {VERSION}: profile that boot again",
+                "{name} has version {}, but this program reads version {VERSION}; create the profile again",
                 head.version
             );
         }
-        serde_json::from_slice(&text).with_context(|| format!("{name} is not a whole profile"))
+        serde_json::from_slice(&text).with_context(|| format!("{name} is an invalid profile"))
     }
 }
 
@@ -198,7 +198,7 @@ pub(super) mod tests {
         Phase { lane, name: name.to_owned(), about: String::new(), start, duration }
     }
 
-    /// A small profile whose words are a guest's worst.
+    /// A small profile with hostile text of a guest.
     pub(in super::super) fn profile() -> Profile {
         let (format, version) = Profile::format();
         let evil = "</script><img src=x onerror=alert(1)>&\"'\u{2028}\u{1b}[2J";
@@ -251,7 +251,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn what_is_written_is_read() {
+    fn a_written_profile_is_read_back() {
         assert_eq!(opened(&profile().to_json().unwrap()).unwrap(), profile());
     }
 
@@ -263,8 +263,11 @@ pub(super) mod tests {
             ("[]", "is not a profile"),
             ("{\"start_ns\": 1}", "is not a profile"),
             (&json.replace("kindling-profile", "other"), "is not a profile"),
-            (&json.replace("\"version\":1", "\"version\":2"), "has version 2, this program reads 1"),
-            (&json.replace("\"phases\"", "\"phasez\""), "is not a whole profile"),
+            (
+                &json.replace("\"version\":1", "\"version\":2"),
+                "has version 2, but this program reads version 1",
+            ),
+            (&json.replace("\"phases\"", "\"phasez\""), "is an invalid profile"),
         ];
         for (text, expected) in table {
             let message = format!("{:#}", opened(text).unwrap_err());
@@ -272,6 +275,6 @@ pub(super) mod tests {
             assert_eq!(message.lines().count(), 1, "{message}");
         }
         let message = Profile::open(Path::new("/nonexistent")).unwrap_err().to_string();
-        assert!(message.starts_with("there is no file /nonexistent"), "{message}");
+        assert!(message.starts_with("/nonexistent does not exist"), "{message}");
     }
 }

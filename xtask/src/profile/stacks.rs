@@ -1,14 +1,13 @@
-//! From the words on a stack to the calls that led to an instruction.
+//! Reconstructs call chains from stack words.
 //!
-//! The kernel has neither frame pointers nor unwinding tables in its image. A word of a stack is a
-//! return address when it follows a call instruction; it is not left over from an earlier call when
-//! its function is the one that the caller before it called. Going from the outermost word inwards,
-//! nearly every false one is told by that; a call through a pointer can lead anywhere, and there a
-//! false one may pass.
+//! The kernel image has neither frame pointers nor unwind tables. A stack word is taken for a return address if it
+//! follows a call instruction. It is taken for current, rather than left over from an earlier call, if it lies in the
+//! function that the preceding (outer) frame calls. The scan from the outermost word inwards thus rejects nearly all
+//! stale words. After an indirect call any function is possible, so that a stale word may be accepted there.
 
 use super::kernel_image::{Call, KernelImage};
 
-/// The functions that called one another, the outermost first, without the innermost one.
+/// The callers of the innermost function, outermost first.
 pub(super) fn callers<'a>(kernel: &'a KernelImage, words: &[u64]) -> Vec<&'a str> {
     let mut frames: Vec<&str> = Vec::new();
     let mut expected = None;
@@ -21,7 +20,7 @@ pub(super) fn callers<'a>(kernel: &'a KernelImage, words: &[u64]) -> Vec<&'a str
         frames.push(function);
         expected = match call {
             Call::To(address) => kernel.symbols.function(address),
-            Call::Anywhere => None,
+            Call::Indirect => None,
         };
     }
     frames
@@ -32,8 +31,8 @@ mod tests {
     use super::super::kernel_image::tests::{TEXT, kernel};
     use super::*;
 
-    /// `outer` calls `middle` at 0 and `other` at 5; `middle` calls through a register at 32;
-    /// `inner` and `other` call nothing.
+    /// `outer` calls `middle` at 0 and `other` at 5; `middle` makes an indirect call at 32; `inner` and `other` make no
+    /// calls.
     fn image() -> KernelImage {
         let mut code = vec![0x90; 128];
         code[..5].copy_from_slice(&[0xe8, 27, 0, 0, 0]);
@@ -43,15 +42,15 @@ mod tests {
     }
 
     #[test]
-    fn only_words_that_fit_the_call_before_them_are_frames() {
+    fn only_words_that_match_the_call_of_the_outer_frame_are_frames() {
         let image = image();
         // Innermost first, as the VMM records them.
         assert_eq!(callers(&image, &[TEXT + 34, TEXT + 5]), ["outer", "middle"]);
-        // Left over: `middle` was called and not `outer` again; no call ends at 70.
+        // Stale: `middle` was called and not `outer` again; no call ends at 70.
         assert_eq!(callers(&image, &[TEXT + 34, TEXT + 70, TEXT + 10, TEXT + 5]), ["outer", "middle"]);
         // `outer` called `other`, so that `middle` cannot be what runs.
         assert_eq!(callers(&image, &[TEXT + 34, TEXT + 10]), ["outer"]);
-        // Behind a call through a pointer anything may follow.
+        // After an indirect call any function may follow.
         assert_eq!(callers(&image, &[TEXT + 5, TEXT + 34]), ["middle", "outer"]);
         assert!(callers(&image, &[]).is_empty());
         assert!(callers(&image, &[0, u64::MAX, TEXT]).is_empty());

@@ -1,9 +1,9 @@
-//! A profile for the terminal: the phases in their order, then what took longest.
+//! The profile as text: the phases in order, then the longest ones.
 
 use super::record::{Lane, Phase, Profile};
 use std::fmt::Write;
 
-/// Rows of the table of what took longest.
+/// Rows of the table of the longest phases.
 const LONGEST: usize = 30;
 /// Rows of the table of exits.
 const EXITS: usize = 12;
@@ -14,13 +14,13 @@ pub(super) fn milliseconds(ns: u64) -> f64 {
     ns as f64 / 1e6
 }
 
-/// The same with its sign.
+/// A signed time in milliseconds.
 #[expect(clippy::cast_precision_loss, reason = "for display; boots take less than 2^53 ns")]
 pub(super) fn signed_milliseconds(ns: i64) -> f64 {
     ns as f64 / 1e6
 }
 
-/// Everything, one table after the other.
+/// All tables.
 pub(super) fn report(profile: &Profile) -> String {
     let mut text = heading(profile);
     in_order(&mut text, profile);
@@ -48,9 +48,9 @@ fn heading(profile: &Profile) -> String {
     )
 }
 
-/// The phases by time, without the initcalls, which lie inside some of them.
+/// The phases in order of time, without initcalls, which lie within some of them.
 fn in_order(text: &mut String, profile: &Profile) {
-    let _ = writeln!(text, "\nphases, milliseconds\n\n    start       own  who     what");
+    let _ = writeln!(text, "\nphases, milliseconds\n\n    start       own  lane    phase");
     let mut phases: Vec<&Phase> =
         profile.phases.iter().filter(|phase| phase.lane != Lane::Initcall).collect();
     phases.sort_by_key(|phase| phase.start);
@@ -61,7 +61,7 @@ fn in_order(text: &mut String, profile: &Profile) {
     }
 }
 
-/// What took longest, initcalls in place of the phases that consist of them.
+/// The longest phases, with initcalls instead of the phases that consist of them.
 fn longest(text: &mut String, profile: &Profile) {
     let mut phases: Vec<&Phase> =
         profile.phases.iter().filter(|phase| !phase.name.starts_with("initcalls: ")).collect();
@@ -69,7 +69,7 @@ fn longest(text: &mut String, profile: &Profile) {
     let whole = profile.totals.process.max(1);
     let _ = writeln!(
         text,
-        "\nwhat took longest, milliseconds and part of the whole\n\n      own    part  who       what"
+        "\nlongest phases, milliseconds and share of the total\n\n      own    part  lane      phase"
     );
     for phase in phases.into_iter().take(LONGEST) {
         let own = milliseconds(phase.duration);
@@ -79,7 +79,7 @@ fn longest(text: &mut String, profile: &Profile) {
     }
 }
 
-/// A row with what the phase is for, from a column on where there is room.
+/// Appends the description of a phase to a row, at a fixed column if possible.
 fn with_about(row: String, about: &str) -> String {
     const COLUMN: usize = 62;
     if about.is_empty() { row } else { format!("{row:COLUMN$} {about}") }
@@ -102,13 +102,13 @@ fn exits(text: &mut String, profile: &Profile) {
     }
 }
 
-/// What recording changed, and what was done about it.
+/// The overhead of recording and its correction.
 pub(super) fn perturbation(profile: &Profile) -> String {
     let p = &profile.perturbation;
     let mut text = format!(
-        "recording: totals, VMM and init are of a boot of which nothing was recorded. The kernel's phases are of \
-         another,\nwhich {} marks made {:.3} ms longer: {:.1} us for each mark before it were taken off each time (the VMM held\nthe \
-         guest for {:.1} us at a mark).",
+        "recording: totals, VMM and init are from a boot without recording. The kernel's phases are from another boot,\n\
+         which {} marks made {:.3} ms longer: {:.1} us per preceding mark were subtracted from each time (the VMM held\nthe \
+         guest for {:.1} us per mark).",
         p.marks,
         signed_milliseconds(p.marked_longer),
         milliseconds(p.cost_of_mark) * 1e3,
@@ -117,7 +117,7 @@ pub(super) fn perturbation(profile: &Profile) -> String {
     if !profile.without_mark.is_empty() {
         let _ = write!(
             text,
-            "\nWithout a mark, because the compiler put them into their callers: {}.",
+            "\nWithout a mark, because the compiler inlined them: {}.",
             profile.without_mark.join(", ")
         );
     }
@@ -125,7 +125,7 @@ pub(super) fn perturbation(profile: &Profile) -> String {
         let count: u64 = samples.stacks.iter().map(|(_, count)| count).sum();
         let _ = write!(
             text,
-            "\n{count} samples every {} us are of a third, which they made {:.3} ms longer: each stands for {:.1} us.",
+            "\n{count} samples every {} us are from a third boot, which they made {:.3} ms longer; each represents {:.1} us.",
             samples.interval_us,
             signed_milliseconds(longer),
             milliseconds(samples.ns_per_sample) * 1e3,
@@ -148,12 +148,12 @@ mod tests {
             "    1.500  21.4 %  initcall  pty_init",
             "1 exits to the VMM before init",
             "      1  port write          0x3f8  serial port",
-            "which 3 marks made 0.001 ms longer: 0.3 us for each mark before it were taken off each time",
+            "which 3 marks made 0.001 ms longer: 0.3 us per preceding mark were subtracted from each time",
             "3 samples every 25 us",
         ] {
             assert!(text.contains(expected), "{expected:?} is missing in {text}");
         }
-        let longest = text.find("what took longest").unwrap();
+        let longest = text.find("longest phases").unwrap();
         assert!(text[longest..].find("pty_init") < text[longest..].find("kernel loaded"));
     }
 }

@@ -1,20 +1,19 @@
-//! From what was measured to one timeline.
+//! Combines the measurements into one timeline.
 //!
-//! The plain boot, of which nothing is recorded, is the truth for everything it shows: the VMM's
-//! steps, init's, and how long the kernel takes. The marks of the marked boot divide the kernel's
-//! time. Each of them made that boot longer, by about as much as every other: a part of the
-//! difference between the two boots is taken off each time for each mark before it, so that the
-//! phases add up to the plain boot.
+//! The plain boot, without recording, is authoritative for the steps of VMM and init and for the duration of the
+//! kernel's boot. The marks of the marked boot divide the kernel's time. Each mark made that boot longer by about the
+//! same time. An equal share of the difference between the two boots is therefore subtracted from each time per
+//! preceding mark, so that the phases add up to the plain boot.
 
 use super::boots::{FIRST_INSTRUCTION, INIT, Mark, Measured, Records, Report};
 use super::kernel_image::KernelImage;
-use super::phases::{Begins, CALLS_INITCALLS, ENTRY, about_step};
+use super::phases::{CALLS_INITCALLS, ENTRY, MarkTarget, about_step};
 use super::record::{Exits, Lane, Perturbation, Phase, Totals};
 use super::{devices, stacks};
 use anyhow::{Result, ensure};
 use std::collections::{BTreeMap, HashMap};
 
-/// Where every stack of the kernel begins, which says nothing.
+/// The outermost functions of every kernel stack, which are omitted.
 const OUTERMOST: [&str; 5] = [
     "common_startup_64",
     "x86_64_start_kernel",
@@ -23,16 +22,16 @@ const OUTERMOST: [&str; 5] = [
     "ret_from_fork",
 ];
 
-/// What marks begin, by the address of their function.
-pub(super) type Functions = HashMap<u64, Begins>;
+/// The targets of marks, by the address of their function.
+pub(super) type Functions = HashMap<u64, MarkTarget>;
 
-/// The end of a guest that was not stopped, and what comes after it.
+/// The step at which a guest ends by itself, and the step after it.
 const GUEST_ENDED: &str = "guest ended";
 const PROCESS_ENDED: &str = "process ended";
-/// How samples of init's own code are called.
+/// The name of samples in user space.
 const USER_SPACE: &str = "init (user space)";
 
-/// How long each part of the plain boot took.
+/// The durations of the plain boot.
 pub(super) fn totals(measured: &Measured) -> Result<Totals> {
     let plain = &measured.plain;
     Ok(Totals {
@@ -43,7 +42,7 @@ pub(super) fn totals(measured: &Measured) -> Result<Totals> {
     })
 }
 
-/// By how much recording made the kernel slower.
+/// The overhead of recording in the kernel's boot.
 pub(super) fn perturbation(measured: &Measured) -> Result<Perturbation> {
     let (plain, marked) = (measured.plain.kernel_time()?, measured.marked.report.kernel_time()?);
     let longer = |time: u64| i64::try_from(time).unwrap_or(i64::MAX) - i64::try_from(plain).unwrap_or(0);
@@ -51,10 +50,7 @@ pub(super) fn perturbation(measured: &Measured) -> Result<Perturbation> {
     let held: Vec<u64> =
         measured.marked.marks.iter().filter(|mark| mark.0 <= init).map(|mark| mark.3).collect();
     let marks = held.len() as u64;
-    ensure!(
-        marks > 0,
-        "the marked boot recorded no function of the kernel: this is a mistake of this program"
-    );
+    ensure!(marks > 0, "the marked boot recorded no kernel function; this is a bug in xtask");
     let sampled = measured.sampled.as_ref().map(|records| records.report.kernel_time()).transpose()?;
     Ok(Perturbation {
         marked_longer: longer(marked),
@@ -65,11 +61,11 @@ pub(super) fn perturbation(measured: &Measured) -> Result<Perturbation> {
     })
 }
 
-/// Turns times of the marked boot into times of the plain one.
+/// Converts times of the marked boot to times of the plain boot.
 struct Clock<'a> {
     marks: &'a [Mark],
     cost: u64,
-    /// First instructions of guest and init in the marked boot, and in the plain one.
+    /// The times of the first instructions of guest and init in each boot.
     marked: (u64, u64),
     plain: (u64, u64),
 }
@@ -101,9 +97,9 @@ pub(super) fn phases(measured: &Measured, functions: &Functions, cost: u64) -> R
     let mut phases = steps(measured)?;
     let clock = Clock::of(measured, cost)?;
     let mut latest = 0;
-    let mut marks: Vec<(u64, &Begins)> = Vec::new();
+    let mut marks: Vec<(u64, &MarkTarget)> = Vec::new();
     for mark in &measured.marked.marks {
-        // The average cost may be a little more than that of a mark close behind another one.
+        // A mark close to the previous one may cost less than the average.
         latest = clock.plain(mark.0).max(latest);
         if let Some(begins) = functions.get(&mark.2).filter(|_| latest < clock.plain.1) {
             marks.push((latest, begins));
@@ -114,7 +110,7 @@ pub(super) fn phases(measured: &Measured, functions: &Functions, cost: u64) -> R
     Ok(phases)
 }
 
-/// The steps of VMM and init: each lasts from the one before it until it is complete.
+/// The steps of VMM and init; each lasts from the end of the previous one.
 fn steps(measured: &Measured) -> Result<Vec<Phase>> {
     let (first, init) = (measured.plain.at(FIRST_INSTRUCTION)?, measured.plain.at(INIT)?);
     let end = measured.plain.at(GUEST_ENDED)?;
@@ -138,9 +134,9 @@ fn steps(measured: &Measured) -> Result<Vec<Phase>> {
     Ok(phases)
 }
 
-/// The kernel's phases and initcalls. A phase lasts until the next one begins, and the first initcall
-/// of a level begins one; an initcall lasts until the next mark of either kind.
-fn kernel(marks: &[(u64, &Begins)], (first, init): (u64, u64)) -> Vec<Phase> {
+/// The kernel's phases and initcalls. A phase lasts until the next one begins. The first initcall of a level begins a
+/// phase. An initcall lasts until the next mark of either kind.
+fn kernel(marks: &[(u64, &MarkTarget)], (first, init): (u64, u64)) -> Vec<Phase> {
     let phase = |lane, name: &str, about: &str, start| Phase {
         lane,
         name: name.to_owned(),
@@ -153,12 +149,12 @@ fn kernel(marks: &[(u64, &Begins)], (first, init): (u64, u64)) -> Vec<Phase> {
     let (mut level, mut in_thread) = ("", false);
     for (number, (at, begins)) in marks.iter().enumerate() {
         match begins {
-            Begins::Phase(name, about) => {
+            MarkTarget::Phase(name, about) => {
                 phases.push(phase(Lane::Kernel, name, about, *at));
                 level = "";
                 in_thread |= *name == CALLS_INITCALLS;
             }
-            Begins::Initcall(call) if !in_thread => {
+            MarkTarget::Initcall(call) if !in_thread => {
                 phases.push(phase(
                     Lane::Kernel,
                     &call.name,
@@ -166,7 +162,7 @@ fn kernel(marks: &[(u64, &Begins)], (first, init): (u64, u64)) -> Vec<Phase> {
                     *at,
                 ));
             }
-            Begins::Initcall(call) => {
+            MarkTarget::Initcall(call) => {
                 if level != call.level {
                     level = call.level;
                     phases.push(phase(
@@ -192,8 +188,8 @@ fn kernel(marks: &[(u64, &Begins)], (first, init): (u64, u64)) -> Vec<Phase> {
     phases
 }
 
-/// The exits of the marked boot, the most frequent first. Its guest goes on longer than the plain
-/// boot's, because it sends the kernel's log at the end: exits of that are left out.
+/// The exits of the marked boot, the most frequent first. Its guest also sends the kernel log at the end; those exits
+/// are omitted.
 pub(super) fn exits(measured: &Measured, cost: u64) -> Result<Vec<Exits>> {
     let clock = Clock::of(measured, cost)?;
     let end = measured.plain.at(GUEST_ENDED)?;
@@ -216,7 +212,7 @@ pub(super) fn exits(measured: &Measured, cost: u64) -> Result<Vec<Exits>> {
     Ok(exits)
 }
 
-/// Phase and functions of every sample, and how often these were met.
+/// The stacks of all samples (phase, then functions), with their counts.
 pub(super) fn stacks(
     records: &Records,
     kernel: &KernelImage,
@@ -224,7 +220,7 @@ pub(super) fn stacks(
 ) -> Result<Vec<(Vec<String>, u64)>> {
     let mut counts: BTreeMap<Vec<String>, u64> = BTreeMap::new();
     let (first, init) = (records.report.at(FIRST_INSTRUCTION)?, records.report.at(INIT)?);
-    let marks: Vec<(u64, &Begins)> =
+    let marks: Vec<(u64, &MarkTarget)> =
         records.marks.iter().filter_map(|mark| Some((mark.0, functions.get(&mark.2)?))).collect();
     let phases = self::kernel(&marks, (first, init));
     let phases: Vec<&Phase> = phases.iter().filter(|phase| phase.lane == Lane::Kernel).collect();
@@ -244,10 +240,10 @@ pub(super) fn stacks(
     Ok(counts.into_iter().collect())
 }
 
-/// What a sample's instruction is part of.
+/// The name of the function of a sample's instruction.
 fn innermost(kernel: &KernelImage, instruction: u64, init_runs: bool) -> String {
     const KERNEL_MAP: u64 = 0xffff_ffff_8000_0000;
-    // The kernel begins at physical addresses, before it maps itself.
+    // The kernel starts at physical addresses, before it maps itself.
     let address = if instruction < KERNEL_MAP && !init_runs { instruction | KERNEL_MAP } else { instruction };
     match kernel.symbols.function(address) {
         Some(name) => name.to_owned(),
@@ -292,9 +288,9 @@ mod tests {
         let initcall =
             Initcall { address: 2, name: "pty_init".into(), level: "device", file: Some("pty".into()) };
         let functions = HashMap::from([
-            (1, Begins::Phase("kernel_init_freeable", "")),
-            (2, Begins::Initcall(initcall)),
-            (3, Begins::Phase("free_initmem", "")),
+            (1, MarkTarget::Phase("kernel_init_freeable", "")),
+            (2, MarkTarget::Initcall(initcall)),
+            (3, MarkTarget::Phase("free_initmem", "")),
         ]);
         (Measured { plain, plain_time: 1260, marked, sampled: None }, functions)
     }
@@ -327,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn exits_are_counted_until_init() {
+    fn exits_are_counted_up_to_init() {
         let (measured, _) = measured();
         let exits = exits(&measured, 100).unwrap();
         let short: Vec<_> = exits.iter().map(|e| (e.address, &*e.device, e.before_init, &e.at[..])).collect();
@@ -337,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn a_marked_boot_that_was_faster_changes_no_time() {
+    fn a_faster_marked_boot_does_not_change_times() {
         let (mut measured, functions) = measured();
         measured.marked.report = report(&[(FIRST_INSTRUCTION, 200), (INIT, 1190)]);
         let perturbation = perturbation(&measured).unwrap();
@@ -348,7 +344,7 @@ mod tests {
     }
 
     #[test]
-    fn samples_are_named_by_phase_and_function() {
+    fn samples_are_grouped_by_phase_and_function() {
         let kernel = image::kernel(&[0x90; 64], &[("startup_64", 0), ("memset", 32)], "");
         let (measured, functions) = measured();
         let physical = image::TEXT & 0x7fff_ffff;

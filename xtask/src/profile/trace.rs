@@ -1,14 +1,13 @@
-//! The timeline as a trace that Perfetto opens: Chrome's trace event format.
+//! The timeline in Chrome's trace event format, for Perfetto.
 
 use super::record::{Lane, Profile};
 use anyhow::Result;
 use serde_json::{Value, json};
 
-/// Who is a process of the trace: its number and name. The kernel's phases and initcalls are
-/// threads of one.
+/// The processes of the trace: number and name. The kernel's phases and initcalls are threads of one process.
 const PROCESSES: [(u64, &str); 3] = [(1, "VMM"), (2, "kernel"), (3, "init")];
 
-const fn place(lane: Lane) -> (u64, u64) {
+const fn process_and_thread(lane: Lane) -> (u64, u64) {
     match lane {
         Lane::Vmm => (1, 1),
         Lane::Kernel => (2, 1),
@@ -17,7 +16,7 @@ const fn place(lane: Lane) -> (u64, u64) {
     }
 }
 
-/// The trace's JSON. Times are microseconds, as the format wants them.
+/// The trace as JSON. The format's times are in microseconds.
 pub(super) fn json(profile: &Profile) -> Result<String> {
     let mut events: Vec<Value> = Vec::new();
     for (pid, name) in PROCESSES {
@@ -32,7 +31,7 @@ pub(super) fn json(profile: &Profile) -> Result<String> {
             .push(json!({"ph": "M", "pid": pid, "tid": tid, "name": "thread_name", "args": {"name": name}}));
     }
     for phase in &profile.phases {
-        let (pid, tid) = place(phase.lane);
+        let (pid, tid) = process_and_thread(phase.lane);
         events.push(json!({
             "ph": "X", "pid": pid, "tid": tid, "name": phase.name, "cat": phase.lane.title(),
             "ts": microseconds(phase.start), "dur": microseconds(phase.duration), "args": {"about": phase.about},
@@ -59,7 +58,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn phases_are_complete_events_and_exits_instants() {
+    fn phases_are_complete_events_and_exits_are_instant_events() {
         let trace: Value = serde_json::from_str(&json(&profile()).unwrap()).unwrap();
         let events = trace["traceEvents"].as_array().unwrap();
         let of = |kind: &str| events.iter().filter(|event| event["ph"] == kind).collect::<Vec<_>>();
