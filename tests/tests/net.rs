@@ -239,7 +239,7 @@ fn what_passt_refuses_is_said_in_a_line() {
     // There is no way out, which passt wants to know before anything else.
     enter_new();
     let outcome = run(&mut on_passt(&[], "true"));
-    outcome.expect_status(2).expect_stderr("user cannot be the other end of a network card: passt says: ");
+    outcome.expect_status(2).expect_stderr("user cannot be the other end of a network card: passt: ");
     assert_eq!(outcome.stderr.lines().count(), 1, "{outcome}");
     wait_for_end_of_passt();
 }
@@ -252,11 +252,11 @@ fn taps_that_cannot_be_used_are_named() {
         outcome.expect_status(2).expect_stderr(expected);
         assert_eq!(outcome.stderr.lines().count(), 1, "{outcome}");
     };
-    refused("tap7", "the host has no such interface; `ip tuntap add tap7 mode tap");
+    refused("tap7", "no such interface on the host; create it with `ip tuntap add tap7 mode tap");
     refused("lo", "it is not a tap device");
     // The second card of the same guest finds its tap in use by the first.
     let outcome = run(boot().args(["--net", "tap0", "--net", "tap0", "--", "true"]));
-    outcome.expect_status(2).expect_stderr("another program uses it");
+    outcome.expect_status(2).expect_stderr("it is in use by another process");
 }
 
 #[test]
@@ -266,7 +266,7 @@ fn a_tap_of_another_user_is_named() {
     shell("chmod 666 /dev/net/tun");
     let boot_as = |user: u32| run(boot().args(["--net", "tap0", "--", "true"]).uid(user));
     let outcome = boot_as(1000);
-    outcome.expect_status(2).expect_stderr("it belongs to another user; `ip tuntap add tap0 mode tap user");
+    outcome.expect_status(2).expect_stderr("it belongs to another user; create it with `ip tuntap add tap0 mode tap user");
     assert_eq!(outcome.stderr.lines().count(), 1, "{outcome}");
     // Whatever its owner may not use then, it is not the tap.
     let outcome = boot_as(1001);

@@ -205,12 +205,12 @@ fn vsock_sockets() {
     let kernel = place.kernel();
     let at = |path: &str, expected: &str| refused(&["--kernel", &kernel, "--vsock", path], expected);
     let file = place.file("taken", b"mine");
-    at(&file, "taken cannot be the vsock's socket: there is a file of that name, which is no socket; choose");
+    at(&file, "taken cannot be the vsock's socket: it exists and is not a socket; choose");
     assert_eq!(std::fs::read(&file).unwrap(), b"mine");
     at("/nonexistent/vsock", "/nonexistent/vsock cannot be the vsock's socket: No such file");
     let path = place.0.path().join("used");
     let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
-    at(path.to_str().unwrap(), "somebody listens on it, perhaps another guest; choose another path");
+    at(path.to_str().unwrap(), "it is in use, perhaps by another guest; choose another path");
     at(&format!("/tmp/{}", "x".repeat(92)), "has 97 bytes; the path of a socket can have 96");
 }
 
@@ -348,7 +348,7 @@ fn network_cards() {
     // A port that somebody has.
     let listener = std::net::TcpListener::bind("0.0.0.0:0").unwrap();
     let port = listener.local_addr().unwrap().port();
-    let expected = format!("port {port} of the host is in use; choose another one");
+    let expected = format!("port {port} of the host is in use; choose another port");
     refused(&["--net", "user", "-p", &format!("{port}:80"), "--kernel", &kernel], &expected);
 }
 
@@ -364,7 +364,7 @@ fn networking_without_passt() {
     let outcome = run(kindling().env("PATH", "").args(["boot", "--net", "user", "--kernel", &kernel]));
     outcome
         .expect_status(2)
-        .expect_stderr("it needs the program passt, which Debian has in a package of this name");
+        .expect_stderr("the program passt is not installed; Debian has it in the package passt");
 }
 
 #[test]

@@ -127,7 +127,7 @@ fn files_that_cannot_be_memory_are_refused() {
     file.as_file().set_len(5).unwrap();
     run(boot().args(["--pmem", &option(file.path(), "")]))
         .expect_status(2)
-        .expect_stderr("its 5 bytes are not a multiple of 2 MiB; truncate -s 2M");
+        .expect_stderr("its 5 bytes are not a multiple of 2 MiB; extend it with truncate -s 2M");
     run(boot().args(["--pmem", "/no/such/file"]))
         .expect_status(2)
         .expect_stderr("/no/such/file cannot be memory");

@@ -16,7 +16,7 @@ pub enum GuestRequest {
     /// The guest is where the machine was to stop and be kept.
     Freeze,
     /// The write has to wait for the host, and is made again in a moment.
-    Again,
+    Retry,
 }
 
 /// A device with registers, in I/O ports or in memory.

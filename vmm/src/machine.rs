@@ -247,7 +247,7 @@ impl Origin {
             Err(error) => return Ok((Self { refusal: Some(error), ..Self::default() }, opened)),
         };
         let hypervisor = opened.kvm.take().map_or_else(Hypervisor::open, Hypervisor::of_descriptor)?;
-        let refusal = preboot.check_devices(opened.shapes()).or_else(|| preboot.check_host(&hypervisor));
+        let refusal = preboot.check_devices(opened.identities()).or_else(|| preboot.check_host(&hypervisor));
         let preboot = refusal.is_none().then_some(preboot);
         Ok((Self { preboot, hypervisor: Some(hypervisor), refusal }, opened))
     }

@@ -375,7 +375,7 @@ fn reason_of(end: VcpuEnd, console: &[String]) -> ExitReason {
         VcpuEnd::Request(GuestRequest::Reset) if has_panicked(console) => ExitReason::GuestPanic,
         VcpuEnd::Request(GuestRequest::Reset) => ExitReason::Reset,
         // Nobody asked this machine to stop there.
-        VcpuEnd::Request(GuestRequest::Freeze | GuestRequest::Again) => ExitReason::Stopped,
+        VcpuEnd::Request(GuestRequest::Freeze | GuestRequest::Retry) => ExitReason::Stopped,
         VcpuEnd::TripleFault if has_panicked(console) => ExitReason::GuestPanic,
         VcpuEnd::TripleFault => ExitReason::TripleFault,
         VcpuEnd::InternalError { suberror } => ExitReason::KvmInternalError { suberror },

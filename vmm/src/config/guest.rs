@@ -70,10 +70,10 @@ impl GuestConfig {
         &self,
         vm_age: u64,
         kernel_log: bool,
-        renewal: Option<&Renewal>,
+        reseed: Option<&Reseed>,
     ) -> Result<Vec<u8>, FrameError> {
-        let renewed =
-            renewal.map(|renewal| [Item::RealTime(renewal.real_time), Item::Entropy(&renewal.entropy)]);
+        let reseed_items =
+            reseed.map(|reseed| [Item::RealTime(reseed.real_time), Item::Entropy(&reseed.entropy)]);
         let items = self
             .arguments
             .iter()
@@ -90,7 +90,7 @@ impl GuestConfig {
             .chain(self.mounts.iter().map(Mount::item))
             .chain(self.is_root_read_only.then_some(Item::ReadOnlyRoot))
             .chain(kernel_log.then_some(Item::KernelLog))
-            .chain(renewed.into_iter().flatten());
+            .chain(reseed_items.into_iter().flatten());
         let mut bytes = Vec::new();
         frame::encode(items, &mut bytes)?;
         Ok(bytes)
@@ -99,16 +99,16 @@ impl GuestConfig {
 
 /// What a guest sets anew whose kernel has booted before.
 #[derive(Clone, Copy, Debug)]
-pub struct Renewal {
+pub struct Reseed {
     /// Nanoseconds since 1970.
     pub real_time: u64,
     /// Random bytes, never the same twice.
     pub entropy: [u8; 32],
 }
 
-impl Renewal {
+impl Reseed {
     /// One that is as long as any, to see whether it fits a frame.
-    pub const LENGTH: Self = Self { real_time: 0, entropy: [0; 32] };
+    pub const PLACEHOLDER: Self = Self { real_time: 0, entropy: [0; 32] };
 
     /// The host's time and some of its random numbers.
     ///

@@ -11,7 +11,7 @@ mod network;
 mod null;
 
 pub use devices::Devices;
-pub use guest::{GuestConfig, Mount, Renewal};
+pub use guest::{GuestConfig, Mount, Reseed};
 pub use guest_protocol::frame::{MountKind, Network};
 pub(crate) use json::read_bounded;
 pub use json::{FileConfig, from_json_file};
@@ -389,7 +389,7 @@ fn validate_guest(guest: &GuestConfig) -> Result<(), ConfigError> {
     if [guest.user_id, guest.group_id].contains(&u32::MAX) || guest.groups.contains(&u32::MAX) {
         return Err(ConfigError::Id);
     }
-    guest.to_frame(0, false, Some(&Renewal::LENGTH))?;
+    guest.to_frame(0, false, Some(&Reseed::PLACEHOLDER))?;
     Ok(())
 }
 

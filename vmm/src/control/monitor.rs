@@ -138,8 +138,8 @@ fn backend(
             Backend::File(next()?.into())
         }
         DeviceConfig::Network(_) => Backend::Link(next()?),
-        DeviceConfig::Vsock(_) => Backend::Listener(Listener::of_descriptor(UnixListener::from(next()?))),
-        DeviceConfig::Folder(_) => Backend::Folder(Server::of_descriptors(next()?.into(), next()?)),
+        DeviceConfig::Vsock(_) => Backend::Listener(Listener::from_descriptor(UnixListener::from(next()?))),
+        DeviceConfig::Folder(_) => Backend::Folder(Server::from_descriptors(next()?.into(), next()?)),
         DeviceConfig::Entropy(_) | DeviceConfig::Balloon(_) => Backend::Host,
     })
 }

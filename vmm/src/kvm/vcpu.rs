@@ -199,11 +199,11 @@ impl Vcpu {
                     record(ExitKind::MmioWrite, address);
                     pass_on_collected();
                     let mut request = buses.memory.write(address, data);
-                    while request == Some(GuestRequest::Again) && !stopping.load(Ordering::Acquire) {
+                    while request == Some(GuestRequest::Retry) && !stopping.load(Ordering::Acquire) {
                         std::thread::sleep(AGAIN_INTERVAL);
                         request = buses.memory.write(address, data);
                     }
-                    if let Some(request) = request.filter(|&request| request != GuestRequest::Again) {
+                    if let Some(request) = request.filter(|&request| request != GuestRequest::Retry) {
                         return VcpuEnd::Request(request);
                     }
                 }

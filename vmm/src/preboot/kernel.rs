@@ -74,8 +74,11 @@ impl Preboot {
     }
 
     /// Whether the machine's devices can take the place of those that the kernel was booted with.
-    pub(crate) fn check_devices(&self, shapes: impl Iterator<Item = virtio::Shape>) -> Option<PrebootError> {
-        let is_same = shapes.eq(self.state.virtio.iter().map(|state| state.shape.clone()));
+    pub(crate) fn check_devices(
+        &self,
+        identities: impl Iterator<Item = virtio::DeviceIdentity>,
+    ) -> Option<PrebootError> {
+        let is_same = identities.eq(self.state.virtio.iter().map(|state| state.identity.clone()));
         (!is_same).then(|| self.made("for other devices"))
     }
 
