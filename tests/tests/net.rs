@@ -266,7 +266,9 @@ fn a_tap_of_another_user_is_named() {
     shell("chmod 666 /dev/net/tun");
     let boot_as = |user: u32| run(boot().args(["--net", "tap0", "--", "true"]).uid(user));
     let outcome = boot_as(1000);
-    outcome.expect_status(2).expect_stderr("it belongs to another user; create it with `ip tuntap add tap0 mode tap user");
+    outcome
+        .expect_status(2)
+        .expect_stderr("it belongs to another user; create it with `ip tuntap add tap0 mode tap user");
     assert_eq!(outcome.stderr.lines().count(), 1, "{outcome}");
     // Whatever its owner may not use then, it is not the tap.
     let outcome = boot_as(1001);

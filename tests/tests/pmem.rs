@@ -114,8 +114,7 @@ fn a_file_that_is_made_shorter_ends_its_guests() {
         file.as_file().set_len(1 << 20).unwrap();
         guest.go_on();
         let errors = guest.expect_end("exit status: 125");
-        let expected =
-            format!("{} is memory of the guest, and somebody made it shorter", file.path().display());
+        let expected = format!("{} is mapped as guest memory and was truncated", file.path().display());
         assert!(errors.contains(&expected), "{errors}");
         file.as_file().set_len(4 << 20).unwrap();
     }

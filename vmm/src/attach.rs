@@ -45,7 +45,7 @@ impl Opened {
     pub(crate) fn new(config: &Config, resources: Resources) -> Result<Self, Error> {
         let Resources { kvm, boot, backends, starting, .. } = resources;
         let mut opened = Self { kvm, boot, starting, ..Self::default() };
-        let mut next = layout::behind_ram(config.machine.mem_size_mib * layout::MIB);
+        let mut next = layout::above_ram(config.machine.mem_size_mib * layout::MIB);
         for (config, backend) in config.devices.iter().zip(backends) {
             let name = config.name().to_owned();
             let host = |what| Error::host(what);
@@ -79,7 +79,7 @@ impl Opened {
                         device = device.placeholder().map_err(host("make blank memory"))?;
                     }
                     let (start, file) = device.memory();
-                    next = layout::behind(start, file.size());
+                    next = layout::next_section(start, file.size());
                     opened.files.push((start, file));
                     opened.add(name, device);
                 }

@@ -32,7 +32,6 @@ mod error;
 mod event_loop;
 mod exit;
 pub mod function_marks;
-mod gate;
 pub mod host;
 pub mod kvm;
 pub mod layout;
@@ -42,6 +41,7 @@ pub mod preboot;
 mod profile;
 mod resources;
 mod running;
+mod start_latch;
 mod timeline;
 
 pub use config::{Config, ProfileConfig};

@@ -17,7 +17,6 @@ use crate::devices::virtio::{Transport, balloon};
 use crate::error::Error;
 use crate::event_loop::Input;
 use crate::function_marks::{FunctionMarks, MarkError};
-use crate::gate::Gate;
 use crate::kvm::{Hypervisor, KvmError, Vcpu, Vm};
 use crate::layout;
 use crate::memory::GuestMemory;
@@ -26,6 +25,7 @@ use crate::preboot::kernel::Preboot;
 use crate::preboot::state::State;
 use crate::profile::Recorder;
 use crate::resources::{Behind, Resources};
+use crate::start_latch::StartLatch;
 use crate::timeline::{Instant, Timeline};
 use guest_protocol::{BootMark, port};
 use std::fs::File;
@@ -43,7 +43,7 @@ use vmm_sys_util::eventfd::EventFd;
 pub struct Machine {
     pub(crate) vcpus: Vec<Vcpu>,
     /// What all vCPUs but one wait for, where they do.
-    pub(crate) gate: Option<Arc<Gate>>,
+    pub(crate) latch: Option<Arc<StartLatch>>,
     pub(crate) devices: Devices,
     pub(crate) timeline: Timeline,
     pub(crate) stopping: Arc<AtomicBool>,
@@ -173,7 +173,7 @@ impl Machine {
             state,
         };
         let devices = devices.build()?;
-        let gate = preboot.as_ref().map(|preboot| preboot.go_on_at_init(&memory, &mut lock(&devices.marks)));
+        let latch = preboot.as_ref().map(|preboot| preboot.go_on_at_init(&memory, &mut lock(&devices.marks)));
         timeline.reached("devices built");
 
         let vcpus = create_vcpus(config, &vm, &memory, marks.as_ref())?;
@@ -188,7 +188,7 @@ impl Machine {
         let is_kept = purpose.freeze_at().is_some();
         Ok(Self {
             vcpus,
-            gate,
+            latch,
             devices,
             timeline,
             stopping,

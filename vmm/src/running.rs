@@ -140,10 +140,10 @@ impl Running {
         )
         .map_err(Error::host("make an epoll instance"))?;
         let mut vcpus: Vec<_> = std::mem::take(&mut machine.vcpus).into_iter().enumerate().collect();
-        // The first vCPU starts last: the others wait inside KVM until it wakes them. Where they wait at a gate
+        // The first vCPU starts last: the others wait inside KVM until it wakes them. Where they wait at a latch
         // for one of them, that one comes first.
-        match &machine.gate {
-            Some(gate) => vcpus.swap(0, gate.first()),
+        match &machine.latch {
+            Some(latch) => vcpus.swap(0, latch.first()),
             None => vcpus.reverse(),
         }
         let outcomes = Arc::default();
@@ -160,12 +160,12 @@ impl Running {
         let stopping: Arc<AtomicBool> = Arc::clone(&self.machine.stopping);
         let outcomes = Arc::clone(&self.outcomes);
         let is_kept = self.machine.is_kept;
-        let gate = self.machine.gate.clone();
+        let latch = self.machine.latch.clone();
         let run = move || {
             // Whoever started this process may have blocked the signal.
             let _ = unblock_signal(SIGRTMIN());
-            if let Some(gate) = gate {
-                gate.pass(id);
+            if let Some(latch) = latch {
+                latch.wait(id);
             }
             // Without a timer there are no samples, which the profile shows.
             if let Some(recorder) = &mut vcpu.recorder {
@@ -257,8 +257,8 @@ impl Running {
     /// Makes every vCPU thread end, and waits for it.
     fn stop_vcpus(&mut self) {
         self.machine.stopping.store(true, Ordering::Release);
-        if let Some(gate) = &self.machine.gate {
-            gate.open();
+        if let Some(latch) = &self.machine.latch {
+            latch.open();
         }
         // All at once: one vCPU may wait for a lock that another holds while it writes, and only
         // that write can be interrupted. A thread that has left its outcome is as good as ended.
@@ -301,7 +301,7 @@ impl Running {
         let mut registers = None;
         let files = self.machine.memory.backing_files();
         let reason = match end {
-            LoopEnd::Left => ExitReason::Left,
+            LoopEnd::TerminalEscape => ExitReason::TerminalEscape,
             LoopEnd::Stopped => ExitReason::Stopped,
             LoopEnd::MemoryLost => lost_memory(&files).unwrap_or(ExitReason::Stopped),
             // What ended first is why the machine ended; the rest stopped because of it.
@@ -362,7 +362,7 @@ fn has_panicked(console: &[String]) -> bool {
 /// That a file which is guest memory has become shorter, if one has.
 fn lost_memory(files: &[Arc<BackingFile>]) -> Option<ExitReason> {
     let mut path = [0; 4096];
-    let path = String::from_utf8_lossy(files.iter().find(|file| file.is_shorter())?.path(&mut path));
+    let path = String::from_utf8_lossy(files.iter().find(|file| file.is_truncated())?.path(&mut path));
     Some(ExitReason::MemoryLost { path: path.into_owned() })
 }
 

@@ -143,7 +143,7 @@ pub fn load(
         (Some(file), Some(path)) => initrd::load(memory, file, path, kernel.end)?,
         _ => None,
     };
-    let line = layout::announced(hardware.devices) + &source.boot_args;
+    let line = layout::virtio_mmio_parameters(hardware.devices) + &source.boot_args;
     write_command_line(memory, &line)?;
     zero_page::write(memory, &kernel, initrd, &line)?;
     tables::write(memory)?;

@@ -353,7 +353,7 @@ impl Config {
         }
         self.devices.validate(machine.mem_size_mib)?;
         let line = &self.boot_source.boot_args;
-        let length = line.len() + crate::layout::announced(self.devices.count()).len();
+        let length = line.len() + crate::layout::virtio_mmio_parameters(self.devices.count()).len();
         if length > COMMAND_LINE_MAX {
             return Err(ConfigError::CommandLineTooLong(length));
         }

@@ -294,7 +294,7 @@ impl Vm {
     /// # Errors
     /// When KVM refuses.
     pub unsafe fn set_memory(&self, memory: &GuestMemory) -> Result<(), KvmError> {
-        memory.keep_out_of_dumps();
+        memory.exclude_from_core_dumps();
         for (slot, region) in (0..).zip(memory.inner().iter()) {
             let slot = kvm_userspace_memory_region {
                 slot,

@@ -244,11 +244,11 @@ impl Descriptor {
     /// The segment that the descriptor points to; `None` unless it is in RAM or in one file that the guest has as
     /// memory.
     fn segment(&self, view: &View) -> Option<Segment> {
-        let in_file = || {
+        let file_address = || {
             let length = usize::try_from(self.length).ok()?;
-            view.memory.in_file(GuestAddress(self.address), length, self.flags & WRITE != 0)
+            view.memory.file_address(GuestAddress(self.address), length, self.flags & WRITE != 0)
         };
-        let slot = view.find(self.address, self.length.into()).or_else(in_file)?;
+        let slot = view.find(self.address, self.length.into()).or_else(file_address)?;
         Some(Segment::new(slot, self.length))
     }
 

@@ -132,7 +132,10 @@ fn errors_name_the_file() {
     let message = |folder: &tempfile::TempDir, read_only| open(folder, read_only).unwrap_err().to_string();
     assert!(message(&file(0), true).ends_with("it is empty"));
     let text = message(&file(2 * MIB + 1), false);
-    assert!(text.contains("its 2097153 bytes are not a multiple of 2 MiB; extend it with truncate -s 4M"), "{text}");
+    assert!(
+        text.contains("its 2097153 bytes are not a multiple of 2 MiB; extend it with truncate -s 4M"),
+        "{text}"
+    );
     let folder = file(2 * MIB);
     let written = open(&folder, false).unwrap();
     assert!(message(&folder, true).contains("it is in use"));
