@@ -145,7 +145,7 @@ impl Opened {
                 transport.restore(state);
             } else {
                 // The addresses of a queue matter when it becomes ready.
-                vm.collect_writes(GuestAddress(start.0 + QUEUE_ADDRESSES), QUEUE_ADDRESSES_LEN);
+                vm.coalesce_writes(GuestAddress(start.0 + QUEUE_ADDRESSES), QUEUE_ADDRESSES_LEN);
             }
             let transport = Arc::new(Mutex::new(transport));
             bus.claim(start.0..=start.0 + layout::PAGE_SIZE - 1, transport.clone());
@@ -170,7 +170,7 @@ fn show(vm: &Vm, pages: &RegisterPages, memory: &GuestMemory) -> Result<(), KvmE
     // SAFETY: each transport holds the pages and the memory with its files, and the machine drops its transports
     // after its vCPUs. The layout puts files behind RAM and each other.
     unsafe {
-        vm.show_registers(pages)?;
-        vm.show_files(memory)
+        vm.map_registers(pages)?;
+        vm.map_files(memory)
     }
 }

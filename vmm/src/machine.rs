@@ -150,7 +150,7 @@ impl Machine {
 
         let hypervisor = match (hypervisor, opened.kvm.take()) {
             (Some(hypervisor), _) => hypervisor,
-            (None, Some(descriptor)) => Hypervisor::of_descriptor(descriptor)?,
+            (None, Some(descriptor)) => Hypervisor::from_descriptor(descriptor)?,
             (None, None) => Hypervisor::open()?,
         };
         timeline.reached("KVM opened");
@@ -246,7 +246,7 @@ impl Origin {
             Ok(None) => return Ok((Self::default(), opened)),
             Err(error) => return Ok((Self { refusal: Some(error), ..Self::default() }, opened)),
         };
-        let hypervisor = opened.kvm.take().map_or_else(Hypervisor::open, Hypervisor::of_descriptor)?;
+        let hypervisor = opened.kvm.take().map_or_else(Hypervisor::open, Hypervisor::from_descriptor)?;
         let refusal = preboot.check_devices(opened.identities()).or_else(|| preboot.check_host(&hypervisor));
         let preboot = refusal.is_none().then_some(preboot);
         Ok((Self { preboot, hypervisor: Some(hypervisor), refusal }, opened))
@@ -366,7 +366,7 @@ impl DevicesBuilder<'_> {
                 device.restore(&state.io_apic);
             } else {
                 // What it selects matters when that register is accessed.
-                vm.collect_writes(GuestAddress(start + u64::from(io_apic::SELECT)), 4);
+                vm.coalesce_writes(GuestAddress(start + u64::from(io_apic::SELECT)), 4);
             }
             let device = Arc::new(Mutex::new(device));
             buses.memory.claim(start..=start + layout::PAGE_SIZE - 1, device.clone());

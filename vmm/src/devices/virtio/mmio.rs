@@ -98,8 +98,8 @@ impl Transport {
             is_resetting: false,
             failure: None,
         };
-        this.show_identity();
-        this.show_selected();
+        this.set_constant_registers();
+        this.update_selected_registers();
         this
     }
 
@@ -201,7 +201,7 @@ impl Transport {
     }
 
     /// Sets the registers that never change.
-    fn show_identity(&self) {
+    fn set_constant_registers(&self) {
         self.registers.set(register::MAGIC, MAGIC);
         self.registers.set(register::VERSION, VERSION);
         self.registers.set(register::DEVICE_ID, self.device.kind());
@@ -213,7 +213,7 @@ impl Transport {
     }
 
     /// Sets the registers that depend on a selector register.
-    fn show_selected(&self) {
+    fn update_selected_registers(&self) {
         self.registers
             .set(register::DEVICE_FEATURES, half(self.offered(), self.state.device_features_select));
         let queue = self.selected_queue().and_then(|queue| self.queues.queues.get(queue));
@@ -251,7 +251,7 @@ impl Transport {
             }
             _ => self.write_queue(offset, value),
         }
-        self.show_selected();
+        self.update_selected_registers();
     }
 
     /// The driver accepts features until it sets FEATURES_OK.

@@ -108,7 +108,7 @@ impl Transport {
             queue.set_ready(state.is_ready);
         }
         self.set_status(self.state.status);
-        self.show_selected();
+        self.update_selected_registers();
         self.device.restore_configuration(&state.configuration);
         self.registers.set_configuration(&self.device.configuration());
         if self.device.configuration() != state.configuration {
