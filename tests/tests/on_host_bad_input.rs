@@ -94,7 +94,7 @@ fn initrds() {
     boot("/", "/ is not a file");
     let large = place.file("large", b"");
     std::fs::File::options().write(true).open(&large).unwrap().set_len(1 << 30).unwrap();
-    boot(&large, "are free behind the kernel: give the machine more memory");
+    boot(&large, "are free after the kernel: give the machine more memory");
 }
 
 #[test]
