@@ -211,7 +211,7 @@ fn vsock_sockets() {
     let path = place.0.path().join("used");
     let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
     at(path.to_str().unwrap(), "it is in use, perhaps by another guest; choose another path");
-    at(&format!("/tmp/{}", "x".repeat(92)), "has 97 bytes; the path of a socket can have 96");
+    at(&format!("/tmp/{}", "x".repeat(92)), "has 97 bytes; the path of a socket has at most 96");
 }
 
 #[test]
@@ -265,7 +265,7 @@ fn disks_that_are_none() {
     refused(&[fifo.to_str().unwrap()], "it is neither a file nor a block device");
     let many = vec![format!("{disk}:ro"); 20];
     let many: Vec<&str> = many.iter().map(String::as_str).collect();
-    refused(&many, "20 devices were asked for; a machine has at most 19");
+    refused(&many, "20 devices are configured; a machine has at most 19");
 }
 
 #[test]
@@ -274,7 +274,7 @@ fn devices_that_make_no_sense() {
     let kernel = place.kernel();
     let path = format!("/tmp/{}", "x".repeat(103));
     let table: [(&[&str], &str); 7] = [
-        (&["--vsock", &path], "has 108 bytes; the path of a socket can have 96"),
+        (&["--vsock", &path], "has 108 bytes; the path of a socket has at most 96"),
         (&["--net", "tap0,mac=06:00"], "--net tap0,mac=06:00: \"06:00\" is not an Ethernet address"),
         (&["--net", "tap0,mac=ff:ff:ff:ff:ff:ff"], "is the address of a group of cards"),
         (&["--net", "tap0,mtu=70000"], "\"70000\" is not a number of bytes"),

@@ -1,4 +1,5 @@
-//! Fuzzes the balloon device with an arbitrary driver: no panic, no access outside of guest memory, and a reset recovers the device.
+//! Fuzzes the balloon device with an arbitrary driver: no panic, no access outside of guest memory,
+//! and a reset recovers the device.
 //!
 //! `cargo +nightly fuzz run balloon -- -max_total_time=600`, in the parent folder.
 #![no_main]

@@ -1,4 +1,5 @@
-//! Fuzzes the control channel: the front-end process must tolerate arbitrary messages of a monitor that its guest controls.
+//! Fuzzes the control channel: the front-end process must tolerate arbitrary messages of a monitor that its
+//! guest controls.
 //!
 //! `cargo +nightly fuzz run control -- -max_total_time=600`, in the parent folder.
 #![no_main]

@@ -1,4 +1,5 @@
-//! Fuzzes the entropy device with an arbitrary driver: no panic, no access outside of guest memory, and a reset recovers the device.
+//! Fuzzes the entropy device with an arbitrary driver: no panic, no access outside of guest memory,
+//! and a reset recovers the device.
 //!
 //! `cargo +nightly fuzz run entropy -- -max_total_time=600`, in the parent folder.
 #![no_main]

@@ -476,7 +476,7 @@ mod tests {
             let start = GuestAddress(MIB + address);
             memory.inner().read_slice(&mut seen, start).unwrap();
             assert_eq!(seen[..20_000], code, "{address:#x}");
-            assert!(seen[20_000..].iter().all(|&byte| byte == 0), "behind the file's bytes is zero");
+            assert!(seen[20_000..].iter().all(|&byte| byte == 0), "bytes after those of the file are zero");
             assert_eq!(kernel.entry, start);
             assert_eq!(kernel.end.0, MIB + address + 30_000);
         }

@@ -172,7 +172,7 @@ fn warnings(file: &ConfigFile) -> impl Iterator<Item = String> {
     let limits_pmem = |pmem: &Pmem| pmem.rate_limiter.is_some_and(|limiter| limiter.is_limit());
     let forwards_mmds = |card: &NetworkInterface| card.allow_mmds_requests == Some(true);
     let no_snapshots = "there are no snapshots that dirty pages would be tracked for";
-    let no_threads = "each vCPU is a core of its own, without a second thread";
+    let no_threads = "each vCPU is a separate core with one thread";
     let no_mmds = "there is no metadata service";
     let table = [
         ("machine-config.smt", machine.smt == Some(true), no_threads),
@@ -202,7 +202,7 @@ fn warnings(file: &ConfigFile) -> impl Iterator<Item = String> {
             "there are no metrics; --report-json writes when each step was reached",
         ),
         ("memory-hotplug", has(&file.memory_hotplug), "a guest's memory does not grow"),
-        ("serial", has(&file.serial), "--console says where the console leads"),
+        ("serial", has(&file.serial), "use --console to redirect the console"),
     ];
     let known = table.into_iter().filter(|(_, is_asked, _)| *is_asked);
     let known = known.map(|(field, _, what)| format!("{field} has no effect: {what}"));

@@ -201,7 +201,7 @@ pub enum ConfigError {
         supported: &'static str,
     },
     /// More devices than a machine has interrupt lines for.
-    #[error("{0} devices were asked for; a machine has at most {DEVICES_MAX}")]
+    #[error("{0} devices are configured; a machine has at most {DEVICES_MAX}")]
     TooManyDevices(usize),
     /// An invalid device name.
     #[error("{0:?} cannot be the name of a device: letters, digits, - and _ are allowed")]
@@ -235,7 +235,7 @@ pub enum ConfigError {
     GuestCid(u32),
     /// A path that is too long for a Unix socket.
     #[error(
-        "{} has {length} bytes; the path of a socket can have 96, and 11 for the port behind it; choose a shorter one",
+        "{} has {length} bytes; the path of a socket has at most 96, and 11 for the port after it; choose a shorter one",
         path.display()
     )]
     SocketPath {

@@ -174,7 +174,7 @@ impl Vcpu {
     ///
     /// # Errors
     /// When KVM refuses, for instance because this host does not support the guest's time stamp counter frequency.
-    #[expect(unsafe_code, reason = "KVM_SET_XSAVE reads behind its structure where a process asked for AMX")]
+    #[expect(unsafe_code, reason = "KVM_SET_XSAVE reads beyond its structure if the process has enabled AMX")]
     pub fn restore(&self, state: &VcpuState, tsc: u64, is_first: bool) -> Result<(), KvmError> {
         let what = "set a vCPU's state";
         let fd = &self.fd;

@@ -101,7 +101,7 @@ fn a_lack_of_permission_comes_with_a_remedy() {
     expect_permission(0o600, "wheel:x:GID:\n", ROOT, "permissions allow it");
     expect_permission(0o666, "", "", "permissions allow it");
     expect_permission(0o600, "noise", "Uid:\tx\n", NO_GROUP);
-    // Nobody is asked to join the group of root, which owns files in tests that run as root.
+    // Joining the group of root is never advised. That group owns the files of tests that run as root.
     let expected =
         if rustix::process::getegid().is_root() { NO_GROUP } else { "sudo usermod -aG wheel $USER" };
     expect_permission(0o660, "a:x:77777:\nwheel:x:GID:me\n", STRANGER, expected);
