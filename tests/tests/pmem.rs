@@ -129,5 +129,5 @@ fn files_that_cannot_be_memory_are_refused() {
         .expect_stderr("its 5 bytes are not a multiple of 2 MiB; extend it with truncate -s 2M");
     run(boot().args(["--pmem", "/no/such/file"]))
         .expect_status(2)
-        .expect_stderr("/no/such/file cannot be memory");
+        .expect_stderr("/no/such/file cannot be a pmem device");
 }

@@ -212,7 +212,7 @@ mod tests {
         let memory = memory(&[0x90; 4]);
         for address in [0, START, KERNEL_MAP, KERNEL_MAP + START - 1, KERNEL_MAP + START + 4, u64::MAX] {
             let error = FunctionMarks::plant(&memory, &source, &[address]).unwrap_err().to_string();
-            assert!(error.contains(&format!("{address:#x} is no address")), "{error}");
+            assert!(error.contains(&format!("{address:#x} is not an address")), "{error}");
         }
         assert_eq!(content(&memory), [0x90; 4]);
         let many = vec![KERNEL_MAP + START; FUNCTIONS_MAX + 1];

@@ -124,7 +124,7 @@ fn other_devices_transfer_to_and_from_the_mapping() {
 fn errors_name_the_file() {
     let error = |config: &Config| Pmem::open(config, START).unwrap_err().to_string();
     let missing = error(&config(Path::new("/nonexistent/file"), true));
-    assert!(missing.starts_with("/nonexistent/file cannot be memory of a guest: No such file"), "{missing}");
+    assert!(missing.starts_with("/nonexistent/file cannot be a pmem device: No such file"), "{missing}");
     assert!(error(&config(Path::new("/"), true)).ends_with("it is a directory"));
     assert!(
         error(&config(Path::new("/dev/null"), true)).ends_with("it is neither a file nor a block device")
