@@ -62,10 +62,10 @@ static FILES: OnceLock<Vec<Arc<BackingFile>>> = OnceLock::new();
 extern "C" fn explain(signal: libc::c_int) {
     terminal::restore_from_handler();
     // All of this makes system calls on what was prepared, and nothing else.
-    if let Some(file) = FILES.get().into_iter().flatten().find(|file| file.is_shorter()) {
+    if let Some(file) = FILES.get().into_iter().flatten().find(|file| file.is_truncated()) {
         let mut path = [0; 1024];
         let path = file.path(&mut path);
-        for part in [b"kindling: ", path, BackingFile::MADE_SHORTER.as_bytes(), b"\n"] {
+        for part in [b"kindling: ", path, BackingFile::TRUNCATED_MESSAGE.as_bytes(), b"\n"] {
             let _ = rustix::io::write(rustix::stdio::stderr(), part);
         }
         // SAFETY: _exit may be called in a signal handler.

@@ -238,7 +238,7 @@ fn an_error_of_passt_is_reported_on_one_line() {
     // passt requires a default route.
     enter_network_namespace();
     let outcome = run(&mut on_passt(&[], "true"));
-    outcome.expect_status(2).expect_stderr("user cannot be the other end of a network card: passt says: ");
+    outcome.expect_status(2).expect_stderr("user cannot be the other end of a network card: passt: ");
     assert_eq!(outcome.stderr.lines().count(), 1, "{outcome}");
     wait_for_exit_of_passt();
 }
@@ -251,11 +251,11 @@ fn an_error_names_the_tap_that_cannot_be_used() {
         outcome.expect_status(2).expect_stderr(expected);
         assert_eq!(outcome.stderr.lines().count(), 1, "{outcome}");
     };
-    refused("tap7", "the host has no such interface; `ip tuntap add tap7 mode tap");
+    refused("tap7", "no such interface on the host; create it with `ip tuntap add tap7 mode tap");
     refused("lo", "it is not a tap device");
     // The first card of the same guest already uses the tap.
     let outcome = run(boot().args(["--net", "tap0", "--net", "tap0", "--", "true"]));
-    outcome.expect_status(2).expect_stderr("another program uses it");
+    outcome.expect_status(2).expect_stderr("it is in use by another process");
 }
 
 #[test]
@@ -265,7 +265,9 @@ fn a_tap_of_another_user_is_refused() {
     shell("chmod 666 /dev/net/tun");
     let boot_as = |user: u32| run(boot().args(["--net", "tap0", "--", "true"]).uid(user));
     let outcome = boot_as(1000);
-    outcome.expect_status(2).expect_stderr("it belongs to another user; `ip tuntap add tap0 mode tap user");
+    outcome
+        .expect_status(2)
+        .expect_stderr("it belongs to another user; create it with `ip tuntap add tap0 mode tap user");
     assert_eq!(outcome.stderr.lines().count(), 1, "{outcome}");
     // The owner may use the tap; any further error is unrelated.
     let outcome = boot_as(1001);

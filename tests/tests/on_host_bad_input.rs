@@ -94,7 +94,7 @@ fn invalid_initrds_are_refused() {
     boot("/", "/ is not a file");
     let large = scratch.file("large", b"");
     std::fs::File::options().write(true).open(&large).unwrap().set_len(1 << 30).unwrap();
-    boot(&large, "are free behind the kernel: give the machine more memory");
+    boot(&large, "are free after the kernel: give the machine more memory");
 }
 
 #[test]
@@ -208,13 +208,13 @@ fn invalid_vsock_paths_are_refused() {
     let kernel = scratch.kernel();
     let at = |path: &str, expected: &str| refused(&["--kernel", &kernel, "--vsock", path], expected);
     let file = scratch.file("taken", b"mine");
-    at(&file, "taken cannot be the vsock's socket: there is a file of that name, which is no socket; choose");
+    at(&file, "taken cannot be the vsock's socket: it exists and is not a socket; choose");
     assert_eq!(std::fs::read(&file).unwrap(), b"mine");
     at("/nonexistent/vsock", "/nonexistent/vsock cannot be the vsock's socket: No such file");
     let path = scratch.0.path().join("used");
     let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
-    at(path.to_str().unwrap(), "somebody listens on it, perhaps another guest; choose another path");
-    at(&format!("/tmp/{}", "x".repeat(92)), "has 97 bytes; the path of a socket can have 96");
+    at(path.to_str().unwrap(), "it is in use, perhaps by another guest; choose another path");
+    at(&format!("/tmp/{}", "x".repeat(92)), "has 97 bytes; the path of a socket has at most 96");
 }
 
 #[test]
@@ -268,7 +268,7 @@ fn invalid_disks_are_refused() {
     refused(&[fifo.to_str().unwrap()], "it is neither a file nor a block device");
     let many = vec![format!("{disk}:ro"); 20];
     let many: Vec<&str> = many.iter().map(String::as_str).collect();
-    refused(&many, "20 devices were asked for; a machine has at most 19");
+    refused(&many, "20 devices are configured; a machine has at most 19");
 }
 
 #[test]
@@ -277,7 +277,7 @@ fn invalid_device_options_are_refused() {
     let kernel = scratch.kernel();
     let path = format!("/tmp/{}", "x".repeat(103));
     let table: [(&[&str], &str); 7] = [
-        (&["--vsock", &path], "has 108 bytes; the path of a socket can have 96"),
+        (&["--vsock", &path], "has 108 bytes; the path of a socket has at most 96"),
         (&["--net", "tap0,mac=06:00"], "--net tap0,mac=06:00: \"06:00\" is not an Ethernet address"),
         (&["--net", "tap0,mac=ff:ff:ff:ff:ff:ff"], "is the address of a group of cards"),
         (&["--net", "tap0,mtu=70000"], "\"70000\" is not a number of bytes"),
@@ -351,7 +351,7 @@ fn invalid_network_options_are_refused() {
     // A port that is in use.
     let listener = std::net::TcpListener::bind("0.0.0.0:0").unwrap();
     let port = listener.local_addr().unwrap().port();
-    let expected = format!("port {port} of the host is in use; choose another one");
+    let expected = format!("port {port} of the host is in use; choose another port");
     refused(&["--net", "user", "-p", &format!("{port}:80"), "--kernel", &kernel], &expected);
 }
 
@@ -367,7 +367,7 @@ fn net_user_without_passt_is_refused() {
     let outcome = run(kindling().env("PATH", "").args(["boot", "--net", "user", "--kernel", &kernel]));
     outcome
         .expect_status(2)
-        .expect_stderr("it needs the program passt, which Debian has in a package of this name");
+        .expect_stderr("the program passt is not installed; Debian has it in the package passt");
 }
 
 #[test]

@@ -115,8 +115,7 @@ fn truncating_the_file_ends_the_guest_with_an_explanation() {
         file.as_file().set_len(1 << 20).unwrap();
         guest.send_line();
         let errors = guest.expect_end("exit status: 125");
-        let expected =
-            format!("{} is memory of the guest, and somebody made it shorter", file.path().display());
+        let expected = format!("{} is mapped as guest memory and was truncated", file.path().display());
         assert!(errors.contains(&expected), "{errors}");
         file.as_file().set_len(4 << 20).unwrap();
     }
@@ -128,8 +127,8 @@ fn missing_files_and_writable_files_of_an_unaligned_size_are_refused() {
     file.as_file().set_len(5).unwrap();
     run(boot().args(["--pmem", &option(file.path(), "")]))
         .expect_status(2)
-        .expect_stderr("its 5 bytes are not a multiple of 2 MiB; truncate -s 2M");
+        .expect_stderr("its 5 bytes are not a multiple of 2 MiB; extend it with truncate -s 2M");
     run(boot().args(["--pmem", "/no/such/file"]))
         .expect_status(2)
-        .expect_stderr("/no/such/file cannot be memory");
+        .expect_stderr("/no/such/file cannot be a pmem device");
 }

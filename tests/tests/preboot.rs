@@ -59,9 +59,8 @@ fn a_bus_error_is_explained_if_the_file_was_truncated() {
     shorter.signal(libc::SIGCONT);
     let errors = shorter.expect_end("exit status: 125");
     let path = path.display();
-    let expected = format!(
-        "kindling: {path} is memory of the guest, and somebody made it shorter while the guest ran\n"
-    );
+    let expected =
+        format!("kindling: {path} is mapped as guest memory and was truncated while the guest ran\n");
     assert_eq!(errors, expected);
 }
 

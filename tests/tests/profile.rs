@@ -109,7 +109,7 @@ fn invalid_function_lists_are_refused() {
     let image = testbed("images/default");
     let image = ["--image", image.to_str().unwrap()];
     refused("start_kernel\n", &image, "line 1 does not begin with a hexadecimal address");
-    refused("ffffffff00000000\n", &image, "0xffffffff00000000 is no address in this kernel's segments");
+    refused("ffffffff00000000\n", &image, "0xffffffff00000000 is not an address in this kernel's segments");
     refused(&"ffffffff81000000\n".repeat(4097), &image, "4097 functions are too many");
     let kernel = directory.path().join("kernel");
     std::fs::write(&kernel, elf(&exit(0))).unwrap();

@@ -338,9 +338,9 @@ fn an_error_names_the_folder_that_cannot_be_shared() {
     let shared = Shared::new();
     fs::write(shared.path().join("file"), "").unwrap();
     for (name, expected) in [
-        ("none", "there is no such folder"),
-        ("file", "it is no folder; share the one that it is in"),
-        ("file/x", "it lies in what is no folder"),
+        ("none", "no such folder"),
+        ("file", "not a folder; share the folder that contains it"),
+        ("file/x", "a part of the path is not a folder"),
     ] {
         let path = shared.path().join(name);
         let outcome = run(shared.user.run(&["-v", &format!("{}:/x", path.display())]).arg("true"));
@@ -350,6 +350,6 @@ fn an_error_names_the_folder_that_cannot_be_shared() {
     }
     let outcome = run(shared.user.run(&["-v", "/proc/self:/x"]).arg("true"));
     outcome.expect_status(2);
-    let expected = "it is the host's proc, whose files are interfaces of its kernel";
+    let expected = "the files of the host's proc are interfaces of its kernel";
     assert_eq!(outcome.stderr, format!("kindling: cannot share /proc/self: {expected}\n"));
 }

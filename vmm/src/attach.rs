@@ -12,7 +12,7 @@ use crate::devices::virtio::net::{self, Net};
 use crate::devices::virtio::pmem::Pmem;
 use crate::devices::virtio::vsock::Vsock;
 use crate::devices::virtio::{
-    Device, QUEUE_ADDRESSES, QUEUE_ADDRESSES_LEN, RegisterPages, Shape, State, Transport, Wiring,
+    Device, DeviceIdentity, QUEUE_ADDRESSES, QUEUE_ADDRESSES_LEN, RegisterPages, State, Transport, Wiring,
 };
 use crate::error::Error;
 use crate::kvm::{KvmError, Vm};
@@ -45,7 +45,7 @@ impl Opened {
     pub(crate) fn new(config: &Config, resources: Resources) -> Result<Self, Error> {
         let Resources { kvm, boot, backends, starting, .. } = resources;
         let mut opened = Self { kvm, boot, starting, ..Self::default() };
-        let mut next = layout::behind_ram(config.machine.mem_size_mib * layout::MIB);
+        let mut next = layout::above_ram(config.machine.mem_size_mib * layout::MIB);
         for (config, backend) in config.devices.iter().zip(backends) {
             let name = config.name().to_owned();
             let host = |what| Error::host(what);
@@ -56,30 +56,30 @@ impl Opened {
                     opened.add(name, Net::with_link(card, link));
                 }
                 (DeviceConfig::Network(card), _) => {
-                    opened.add(name, Net::blank(card).map_err(host("make a blank network card"))?);
+                    opened.add(name, Net::placeholder(card).map_err(host("make a blank network card"))?);
                 }
                 (DeviceConfig::Vsock(vsock), Backend::Listener(listener)) => {
                     opened.add(name, Vsock::with(vsock, listener));
                 }
                 (DeviceConfig::Vsock(vsock), _) => {
-                    opened.add(name, Vsock::blank(vsock).map_err(host("make a socket"))?);
+                    opened.add(name, Vsock::placeholder(vsock).map_err(host("make a socket"))?);
                 }
                 (DeviceConfig::Entropy(entropy), Backend::Host) => opened.add(name, Entropy::new(entropy)),
-                (DeviceConfig::Entropy(entropy), _) => opened.add(name, Entropy::new(entropy).blank()),
+                (DeviceConfig::Entropy(entropy), _) => opened.add(name, Entropy::new(entropy).placeholder()),
                 (DeviceConfig::Balloon(balloon), backend) => {
                     let device = Balloon::new(balloon).map_err(host("make an eventfd"))?;
                     opened.balloon = Some(device.control());
                     let is_blank = !matches!(backend, Backend::Host);
-                    opened.add(name, if is_blank { device.blank() } else { device });
+                    opened.add(name, if is_blank { device.placeholder() } else { device });
                 }
                 (DeviceConfig::Pmem(pmem), backend) => {
                     let (file, is_blank) = backend.into_file().ok_or_else(nothing_behind)?;
                     let mut device = Pmem::new(pmem, file, next)?;
                     if is_blank {
-                        device = device.blank().map_err(host("make blank memory"))?;
+                        device = device.placeholder().map_err(host("make blank memory"))?;
                     }
                     let (start, file) = device.memory();
-                    next = layout::behind(start, file.size());
+                    next = layout::next_section(start, file.size());
                     opened.files.push((start, file));
                     opened.add(name, device);
                 }
@@ -108,8 +108,8 @@ impl Opened {
     }
 
     /// What drivers take for granted of them.
-    pub(crate) fn shapes(&self) -> impl Iterator<Item = Shape> {
-        self.devices.iter().map(|(_, device)| Transport::shape(device.as_ref()))
+    pub(crate) fn identities(&self) -> impl Iterator<Item = DeviceIdentity> {
+        self.devices.iter().map(|(_, device)| Transport::identity(device.as_ref()))
     }
 
     /// Connects them to the machine. They go on from where others were left, if there are states.
@@ -137,7 +137,7 @@ impl Opened {
             let wiring = Wiring {
                 registers: pages.page(number),
                 interrupt: vm.interrupt(line)?,
-                doorbell: vm.doorbell(start, device.serves_at_once())?,
+                doorbell: vm.doorbell(start, device.serves_inline())?,
                 memory: memory.clone(),
             };
             let mut transport = Transport::new(device, name, wiring);
@@ -145,7 +145,7 @@ impl Opened {
                 transport.restore(state);
             } else {
                 // The addresses of a queue matter when it becomes ready.
-                vm.collect_writes(GuestAddress(start.0 + QUEUE_ADDRESSES), QUEUE_ADDRESSES_LEN);
+                vm.coalesce_writes(GuestAddress(start.0 + QUEUE_ADDRESSES), QUEUE_ADDRESSES_LEN);
             }
             let transport = Arc::new(Mutex::new(transport));
             bus.claim(start.0..=start.0 + layout::PAGE_SIZE - 1, transport.clone());
@@ -158,7 +158,7 @@ impl Opened {
 fn disk(drive: &Drive, backend: Backend) -> Result<Block, Error> {
     let (file, is_blank) = backend.into_file().ok_or_else(nothing_behind)?;
     let device = Block::new(drive, file)?;
-    if is_blank { device.blank().map_err(Error::host("make a blank disk")) } else { Ok(device) }
+    if is_blank { device.placeholder().map_err(Error::host("make a blank disk")) } else { Ok(device) }
 }
 
 fn nothing_behind() -> Error {
@@ -170,7 +170,7 @@ fn show(vm: &Vm, pages: &RegisterPages, memory: &GuestMemory) -> Result<(), KvmE
     // SAFETY: each transport holds the pages and the memory with its files, and the machine drops its transports
     // after its vCPUs. The layout puts files behind RAM and each other.
     unsafe {
-        vm.show_registers(pages)?;
-        vm.show_files(memory)
+        vm.map_registers(pages)?;
+        vm.map_files(memory)
     }
 }

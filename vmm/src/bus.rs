@@ -1,4 +1,4 @@
-//! From the port or the address of an access to the device behind it.
+//! Dispatch of port and memory accesses to devices.
 
 use guest_protocol::ExitStatus;
 use std::fmt;
@@ -6,27 +6,27 @@ use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// What a guest asks of the machine as a whole by an access to a device.
+/// A request of the guest to the machine, as the effect of a device access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GuestRequest {
-    /// The guest has ended.
+    /// The guest has ended with this status.
     End(ExitStatus),
-    /// The guest wants to start over.
+    /// The guest requests a reset.
     Reset,
-    /// The guest is where the machine was to stop and be kept.
+    /// The guest has reached the stage at which the machine freezes, to be saved as a snapshot (a preboot).
     Freeze,
-    /// The write has to wait for the host, and is made again in a moment.
-    Again,
+    /// The write cannot complete yet; the vCPU repeats it after a short time.
+    Retry,
 }
 
-/// A device with registers, in I/O ports or in memory.
+/// A device with registers in I/O ports or in memory.
 ///
-/// `offset` counts from the device's first port or address. `data` has as many bytes as the access;
-/// a string instruction (`rep insb`) arrives as one access with all its bytes.
+/// `offset` is relative to the device's first port or address. `data` has the length of the access in bytes; a string
+/// instruction (`rep insb`) arrives as one access with all its bytes.
 pub trait BusDevice: Send {
-    /// Answers a read by filling `data`, which holds all ones.
+    /// Handles a read. `data` initially contains all ones; bytes that the device does not fill read as such.
     fn read(&mut self, offset: u16, data: &mut [u8]);
-    /// Takes a write.
+    /// Handles a write; returns a request to the machine, if the write is one.
     fn write(&mut self, offset: u16, data: &[u8]) -> Option<GuestRequest>;
 }
 
@@ -35,8 +35,8 @@ struct Claim<A> {
     device: Arc<Mutex<dyn BusDevice>>,
 }
 
-/// Either the I/O ports of a machine or its addresses that are no RAM. Those that no device claims
-/// read as all ones and ignore writes, as on a PC; such accesses are counted.
+/// A bus: either the I/O ports of a machine, or its guest-physical addresses that are not RAM. Unclaimed ports and
+/// addresses read as all ones and ignore writes, as on a PC; accesses to them are counted.
 pub struct Bus<A> {
     claims: Vec<Claim<A>>,
     unclaimed: AtomicU64,
@@ -44,7 +44,7 @@ pub struct Bus<A> {
 
 /// The I/O ports.
 pub type PortBus = Bus<u16>;
-/// The guest-physical addresses that are no RAM.
+/// The guest-physical addresses that are not RAM.
 pub type MemoryBus = Bus<u64>;
 
 impl<A> Default for Bus<A> {
@@ -63,7 +63,7 @@ impl<A> Bus<A>
 where
     A: Copy + Ord + fmt::Debug + std::ops::Sub<Output = A> + TryInto<u16>,
 {
-    /// Gives these ports or addresses to a device; at most 65,536 of them.
+    /// Assigns ports or addresses to a device: at most 65,536, and none that another device has.
     pub fn claim(&mut self, range: RangeInclusive<A>, device: Arc<Mutex<dyn BusDevice>>) {
         debug_assert!(
             self.claims
@@ -74,12 +74,12 @@ where
         self.claims.push(Claim { range, device });
     }
 
-    /// Gives these ports or addresses to a device, whether or not another one has them.
+    /// Assigns ports or addresses to a device, with precedence over earlier claims.
     pub fn override_claims(&mut self, range: RangeInclusive<A>, device: Arc<Mutex<dyn BusDevice>>) {
         self.claims.insert(0, Claim { range, device });
     }
 
-    /// Reads a port or an address.
+    /// Handles a read of a port or address.
     pub fn read(&self, at: A, data: &mut [u8]) {
         data.fill(0xff);
         match self.find(at) {
@@ -88,7 +88,7 @@ where
         }
     }
 
-    /// Writes a port or an address.
+    /// Handles a write to a port or address.
     pub fn write(&self, at: A, data: &[u8]) -> Option<GuestRequest> {
         let Some((claim, offset)) = self.find(at) else {
             self.count_unclaimed();
@@ -97,7 +97,7 @@ where
         lock(&claim.device).write(offset, data)
     }
 
-    /// Accesses so far to what no device has.
+    /// Number of accesses to unclaimed ports or addresses.
     pub fn unclaimed(&self) -> u64 {
         self.unclaimed.load(Ordering::Relaxed)
     }
@@ -115,14 +115,13 @@ where
 /// The two buses of a machine.
 #[derive(Debug, Default)]
 pub struct Buses {
-    /// I/O ports.
+    /// The I/O ports.
     pub ports: PortBus,
-    /// Addresses.
+    /// The guest-physical addresses.
     pub memory: MemoryBus,
 }
 
-/// Locks a device. A thread that panicked while it held the lock has ended the process
-/// (`panic = "abort"`), so a poisoned lock cannot be seen.
+/// Locks a device. A thread that panics ends the process (`panic = "abort"`), so that a lock is never seen poisoned.
 pub(crate) fn lock<T: ?Sized>(device: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     device.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -159,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn a_device_that_overrides_others_is_found_first() {
+    fn overriding_claims_have_precedence() {
         let (first, second) =
             (Arc::new(Mutex::new(Recorder::default())), Arc::new(Mutex::new(Recorder::default())));
         let mut bus = PortBus::default();

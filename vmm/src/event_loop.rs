@@ -1,5 +1,5 @@
-//! The one loop that waits for everything that is not a vCPU: console input, devices, the end of a vCPU,
-//! and the wish to stop.
+//! The event loop: it waits for console input, device events, the end of a vCPU, control requests, and the request to
+//! stop.
 
 use crate::bus::lock;
 use crate::control::{Control, Event, Request, Statistics};
@@ -19,36 +19,36 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, TryLockError};
 use vmm_sys_util::eventfd::EventFd;
 
-/// Console input on its way to the serial port.
+/// Console input for the serial port.
 #[derive(Debug)]
 pub(crate) struct Input {
     source: File,
-    /// Readable when the guest has read what it was given.
+    /// Readable when the guest has emptied the receive FIFO.
     drained: EventFd,
-    /// Ctrl-A x means something only where a person types it.
+    /// Ctrl-A x is recognized only on a terminal.
     escape: Option<EscapeFilter>,
-    /// Bytes that were read and do not fit the port yet: one read's worth, or what was typed ahead.
+    /// Bytes that were read and did not fit into the port yet: from one read, or typed ahead.
     waiting: Vec<u8>,
     state: SourceState,
 }
 
-/// How the loop learns that there is input.
+/// How the loop is notified of input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum SourceState {
     /// The source is watched.
     Watched,
-    /// The port is full: the source is not watched until the guest has read.
+    /// The port is full: the source is watched again when the guest has read.
     Paused,
-    /// A regular file, which epoll does not take, and which always has input until its end.
+    /// A regular file, which epoll does not support, and which is readable until its end.
     AlwaysReady,
-    /// There is no more input.
+    /// The end of the input was reached.
     Ended,
 }
 
 impl Input {
     const READ_SIZE: usize = 64;
-    /// Keys that a terminal may be ahead of its guest.
-    const TYPED_AHEAD: usize = 4096;
+    /// Maximum number of bytes that are typed ahead of the guest.
+    const TYPE_AHEAD_MAX: usize = 4096;
 
     pub(crate) fn new(source: File, drained: EventFd) -> Self {
         let escape = source.is_terminal().then(EscapeFilter::default);
@@ -61,11 +61,11 @@ impl Input {
 pub(crate) enum LoopEnd {
     /// A vCPU has ended.
     VcpuEnded,
-    /// Somebody told the machine to stop.
+    /// The machine was requested to stop.
     Stopped,
-    /// The person at the terminal asked to leave.
-    Left,
-    /// A file that is guest memory has become shorter.
+    /// The user typed Ctrl-A x.
+    TerminalEscape,
+    /// A file that is mapped as guest memory was truncated.
     MemoryLost,
 }
 
@@ -73,33 +73,33 @@ const VCPU_ENDED: u64 = 0;
 const STOP: u64 = 1;
 const SOURCE: u64 = 2;
 const DRAINED: u64 = 3;
-/// A file that is guest memory has changed.
+/// A file that is mapped as guest memory has changed.
 const MEMORY: u64 = 5;
-/// Not an event: the port was busy, and input is offered again.
+/// Not an event: the port was busy, and the input is offered again.
 const RETRY: u64 = 4;
-/// A request of the front.
+/// A request from the front-end process.
 const CONTROL: u64 = 6;
-/// How long to wait before that, in nanoseconds.
+/// Interval of these attempts in nanoseconds.
 const RETRY_INTERVAL: u64 = 5_000_000;
-/// Events that are taken at once.
+/// Maximum number of events per wait.
 const EVENTS: usize = 16;
 
-/// The loop's descriptors, registered before any vCPU runs.
+/// The event loop, whose descriptors are registered before any vCPU runs.
 #[derive(Debug)]
 pub(crate) struct EventLoop {
     epoll: Arc<OwnedFd>,
     input: Option<Input>,
-    /// The front, where it is another process.
+    /// The connection to the front-end process, if there is one.
     control: Option<Control>,
-    /// The front waits for all vCPUs to leave the guest.
+    /// Whether the front waits for all vCPUs to leave the guest.
     is_pausing: bool,
-    /// Input waits for a port that was busy.
+    /// Whether input waits for a port that was busy.
     retry: bool,
     devices: Vec<Arc<Mutex<Transport>>>,
-    /// Files that are guest memory, and what tells of changes of theirs.
+    /// Files that are mapped as guest memory, and the inotify descriptor for their changes.
     files: Vec<Arc<BackingFile>>,
     changes: Option<OwnedFd>,
-    /// When each device wants to be called at the latest.
+    /// The deadline of each device.
     deadlines: Vec<Option<Instant>>,
     /// Devices whose failure the front knows.
     reported: Vec<bool>,
@@ -121,7 +121,7 @@ impl EventLoop {
             lock(device).watch(Watcher::new(Arc::clone(&epoll), number))?;
         }
         let (deadlines, reported) = (vec![None; devices.len()], vec![false; devices.len()]);
-        // Without a watch the guest runs as well, as long as nobody makes its files shorter.
+        // Without the watch, the guest runs until it accesses a truncated file.
         let changes = memory::watch(&files).unwrap_or(None);
         if let Some(changes) = &changes {
             watch(&epoll, changes.as_fd(), MEMORY)?;
@@ -145,7 +145,7 @@ impl EventLoop {
             watch(&this.epoll, borrow(&input.drained), DRAINED)?;
             input.state = match watch(&this.epoll, input.source.as_fd(), SOURCE) {
                 Ok(()) => SourceState::Watched,
-                // epoll refuses what is always readable: regular files, /dev/null.
+                // epoll refuses descriptors that are always readable: regular files, /dev/null.
                 Err(Errno::PERM) => SourceState::AlwaysReady,
                 Err(error) => return Err(error.into()),
             };
@@ -153,22 +153,22 @@ impl EventLoop {
         Ok(this)
     }
 
-    /// Runs until something ends the machine.
+    /// Runs until an event ends the machine.
     pub(crate) fn run(&mut self, serial: &Mutex<SerialPort>, vcpus: &VcpuThreads) -> LoopEnd {
         let mut events = Vec::with_capacity(EVENTS);
         if self.serve_ready_source(serial) {
-            return LoopEnd::Left;
+            return LoopEnd::TerminalEscape;
         }
         loop {
             events.clear();
             let limit = self.limit();
             match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), limit.as_ref()) {
                 Ok(_) | Err(Errno::INTR) => {}
-                // epoll_wait fails only for wrong arguments; a loop that cannot wait must not spin.
+                // epoll_wait fails only for invalid arguments; the loop must not spin in that case.
                 Err(_) => return LoopEnd::Stopped,
             }
             if events.is_empty() && self.retry && self.serve_input(serial, RETRY) {
-                return LoopEnd::Left;
+                return LoopEnd::TerminalEscape;
             }
             self.serve_deadlines();
             self.finish_pause(vcpus);
@@ -183,7 +183,9 @@ impl EventLoop {
                     STOP => return LoopEnd::Stopped,
                     CONTROL if !self.serve_control(vcpus) => return LoopEnd::Stopped,
                     MEMORY if self.has_lost_memory() => return LoopEnd::MemoryLost,
-                    SOURCE | DRAINED if self.serve_input(serial, data.u64()) => return LoopEnd::Left,
+                    SOURCE | DRAINED if self.serve_input(serial, data.u64()) => {
+                        return LoopEnd::TerminalEscape;
+                    }
                     _ => {}
                 }
             }
@@ -195,20 +197,20 @@ impl EventLoop {
         self.control.as_ref()
     }
 
-    /// What tells of changes of files that are guest memory. Its end waits for SRCU (`fsnotify_destroy_group` in
+    /// The inotify descriptor for changes of mapped files. Closing it waits for SRCU (`fsnotify_destroy_group` in
     /// fs/notify/group.c).
     pub(crate) fn changes(&self) -> Option<BorrowedFd<'_>> {
         self.changes.as_ref().map(AsFd::as_fd)
     }
 
     fn has_lost_memory(&self) -> bool {
-        // What happened says nothing that is not seen in the files.
-        let mut happened = [0; 4096];
-        while self.changes.as_ref().is_some_and(|changes| read(changes, &mut happened).is_ok()) {}
-        self.files.iter().any(|file| file.is_shorter())
+        // The inotify events are not needed, because the files show their state.
+        let mut inotify_events = [0; 4096];
+        while self.changes.as_ref().is_some_and(|changes| read(changes, &mut inotify_events).is_ok()) {}
+        self.files.iter().any(|file| file.is_truncated())
     }
 
-    /// How long to wait at most.
+    /// The timeout of the next wait.
     fn limit(&self) -> Option<Timespec> {
         let earliest = self.deadlines.iter().flatten().min();
         let until = earliest.map(|deadline| deadline.0.saturating_sub(Instant::now().0));
@@ -219,7 +221,7 @@ impl EventLoop {
         Some(Timespec { tv_sec: seconds.try_into().ok()?, tv_nsec: rest.try_into().ok()? })
     }
 
-    /// Calls a device for one of its descriptors.
+    /// Calls a device for an event of one of its descriptors.
     fn serve_device(&mut self, device: u64, token: u64, flags: EventFlags) {
         let Ok(device) = usize::try_from(device) else { return };
         let token = u32::try_from(token & u64::from(u32::MAX)).unwrap_or(u32::MAX);
@@ -230,7 +232,7 @@ impl EventLoop {
         self.report_failure(device);
     }
 
-    /// Calls the devices whose time has come.
+    /// Calls the devices whose deadline has expired.
     fn serve_deadlines(&mut self) {
         if self.deadlines.iter().all(Option::is_none) {
             return;
@@ -302,32 +304,32 @@ impl EventLoop {
         }
     }
 
-    /// Input from a regular file is there before any event.
+    /// A regular file causes no event, so that it is read before the first wait.
     fn serve_ready_source(&mut self, serial: &Mutex<SerialPort>) -> bool {
         let ready = self.input.as_ref().is_some_and(|input| input.state == SourceState::AlwaysReady);
         ready && self.serve_input(serial, DRAINED)
     }
 
-    /// Moves input to the port; `true` when the person at the terminal asked to leave.
+    /// Moves input to the port; returns `true` when the user typed Ctrl-A x.
     fn serve_input(&mut self, serial: &Mutex<SerialPort>, event: u64) -> bool {
         let Some(input) = &mut self.input else { return false };
         if event == DRAINED {
-            // The counter only has to be reset; that it had a value is why we are here.
+            // The read only resets the counter.
             let _ = input.drained.read();
         }
-        // Only a source that said so, or one that is always ready, can be read without waiting.
+        // A read of any other source could block.
         let readable = event == SOURCE || input.state == SourceState::AlwaysReady;
-        let left = readable && input.wants_more() && input.read_source();
-        self.retry = input.give_to(serial);
-        self.watch_source_again();
-        left
+        let escaped = readable && input.accepts_more() && input.read_source();
+        self.retry = input.enqueue(serial);
+        self.update_source_watch();
+        escaped
     }
 
-    /// Watches the source exactly while the port has taken all that was read.
-    fn watch_source_again(&mut self) {
+    /// Watches the source exactly while the port has accepted all that was read.
+    fn update_source_watch(&mut self) {
         let Some(input) = &mut self.input else { return };
-        match (input.state, input.wants_more()) {
-            // Not masked but removed: a closed pipe is reported even where nothing is asked for.
+        match (input.state, input.accepts_more()) {
+            // Removed, not only masked: epoll reports a hangup even for an empty set of events.
             (SourceState::Watched, false) => {
                 let _ = epoll::delete(&self.epoll, &input.source);
                 input.state = SourceState::Paused;
@@ -345,23 +347,23 @@ impl EventLoop {
 }
 
 impl Input {
-    /// Whether to read on. Input waits in its source until the guest has taken what was read; only
-    /// a terminal is always read, because its user may want to leave a guest that reads nothing.
-    const fn wants_more(&self) -> bool {
+    /// Whether to read more. Input stays in its source until the guest has read what was delivered; only a terminal is
+    /// always read, so that the user can type Ctrl-A x when the guest does not read.
+    const fn accepts_more(&self) -> bool {
         self.escape.is_some() || self.waiting.is_empty()
     }
 
-    /// Reads once; `true` when that held the escape.
+    /// Reads once; returns `true` when the input contained Ctrl-A x.
     fn read_source(&mut self) -> bool {
         let mut buffer = [0; Self::READ_SIZE];
         match self.source.read(&mut buffer) {
             Ok(0) => self.state = SourceState::Ended,
             Ok(length) => match &mut self.escape {
                 Some(filter) => {
-                    let left = filter.filter(&buffer[..length], &mut self.waiting);
-                    // Keys that nobody reads are lost, as on a real line.
-                    self.waiting.truncate(Self::TYPED_AHEAD);
-                    return left;
+                    let escaped = filter.filter(&buffer[..length], &mut self.waiting);
+                    // Keys that the guest does not read are lost, as on a real line.
+                    self.waiting.truncate(Self::TYPE_AHEAD_MAX);
+                    return escaped;
                 }
                 None => self.waiting.extend(&buffer[..length]),
             },
@@ -371,9 +373,9 @@ impl Input {
         false
     }
 
-    /// Gives the port what it takes; `true` when the port is busy. A vCPU may hold it while it
-    /// waits for whoever reads its output, and this loop must not wait with it.
-    fn give_to(&mut self, serial: &Mutex<SerialPort>) -> bool {
+    /// Enqueues as much as the port accepts; returns `true` when the port is busy. A vCPU may hold its lock while it
+    /// waits for the reader of its output, and this loop must not wait for that.
+    fn enqueue(&mut self, serial: &Mutex<SerialPort>) -> bool {
         if self.waiting.is_empty() {
             return false;
         }

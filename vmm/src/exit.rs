@@ -1,4 +1,4 @@
-//! How a machine ended.
+//! The result of a machine.
 
 use crate::kvm::{ExitCounts, Registers};
 use crate::memory::BackingFile;
@@ -10,59 +10,59 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[non_exhaustive]
 pub enum ExitReason {
-    /// The payload ended with this code.
+    /// The payload exited with this code. A payload that is killed by a signal has code 128 plus the signal number.
     Payload(u8),
-    /// Init failed; it said why on the console.
+    /// Init failed. The reason is on the console.
     InitPanic,
     /// The guest's kernel panicked.
     GuestPanic,
-    /// The guest reset the machine without a panic and without an exit status.
+    /// The guest reset the machine without a kernel panic and without an exit status.
     Reset,
-    /// The guest's processor shut down.
+    /// The guest's processor shut down after a triple fault.
     TripleFault,
-    /// KVM could not go on.
+    /// KVM reported `KVM_EXIT_INTERNAL_ERROR`.
     KvmInternalError {
-        /// KVM's suberror; 1 is an instruction that it cannot emulate.
+        /// KVM's suberror; 1 (`KVM_INTERNAL_ERROR_EMULATION`) is an instruction that KVM cannot emulate.
         suberror: u32,
     },
-    /// This program or the host's KVM failed.
+    /// The VMM or the host's KVM failed; the text is the error with its causes.
     VmmFailure(String),
-    /// A file that is guest memory became shorter.
+    /// A file that is mapped as guest memory was truncated.
     MemoryLost {
-        /// Its path, as the host had it then.
+        /// The path of the file at the time of the failure.
         path: String,
     },
-    /// Somebody stopped the machine.
+    /// The machine was stopped from outside.
     Stopped,
-    /// The person at the terminal left with Ctrl-A x.
-    Left,
+    /// The user typed Ctrl-A x at the terminal.
+    TerminalEscape,
 }
 
 impl ExitReason {
     /// The exit status of the `kindling` command for this reason.
     ///
-    /// A payload's own code passes unchanged, so a payload that ends with 119 to 123 looks like
-    /// one of the others; the message on standard error tells them apart.
+    /// The code of a payload is passed unchanged, so that a code of 119 to 123 is ambiguous; the message on standard
+    /// error is not.
     #[must_use]
     pub const fn status(&self) -> u8 {
         match self {
             Self::Payload(code) => *code,
-            Self::Left => 0,
+            Self::TerminalEscape => 0,
             Self::Reset => 119,
             Self::InitPanic => 120,
             Self::KvmInternalError { .. } => 121,
             Self::TripleFault => 122,
             Self::GuestPanic => 123,
             Self::VmmFailure(_) | Self::MemoryLost { .. } => 125,
-            // 128 + SIGTERM, unless the caller knows which signal it was.
+            // 128 + SIGTERM; the caller uses another value if it knows the signal.
             Self::Stopped => 143,
         }
     }
 
-    /// Whether something went wrong that is not the payload's affair.
+    /// Whether the machine failed, in contrast to its payload.
     #[must_use]
     pub const fn is_failure(&self) -> bool {
-        !matches!(self, Self::Payload(_) | Self::Stopped | Self::Left)
+        !matches!(self, Self::Payload(_) | Self::Stopped | Self::TerminalEscape)
     }
 }
 
@@ -75,19 +75,19 @@ impl std::fmt::Display for ExitReason {
             Self::Reset => write!(f, "the guest reset the machine before its payload had ended"),
             Self::TripleFault => write!(f, "the guest's processor shut down after a triple fault"),
             Self::KvmInternalError { suberror: 1 } => {
-                write!(f, "KVM met an instruction that it cannot emulate (internal error 1)")
+                write!(f, "KVM cannot emulate an instruction (internal error 1)")
             }
             Self::KvmInternalError { suberror } => write!(f, "KVM failed with internal error {suberror}"),
             Self::VmmFailure(what) => write!(f, "{what}"),
-            Self::MemoryLost { path } => write!(f, "{path}{}", BackingFile::MADE_SHORTER),
+            Self::MemoryLost { path } => write!(f, "{path}{}", BackingFile::TRUNCATED_MESSAGE),
             Self::Stopped => write!(f, "the machine was stopped"),
-            Self::Left => write!(f, "the terminal left the machine"),
+            Self::TerminalEscape => write!(f, "Ctrl-A x was typed at the terminal"),
         }
     }
 }
 
 impl Exit {
-    /// The end of a machine of which nothing else is known.
+    /// The result of a machine of which only the reason is known.
     #[must_use]
     pub fn new(reason: ExitReason, timeline: Timeline) -> Self {
         Self {
@@ -103,24 +103,24 @@ impl Exit {
     }
 }
 
-/// What is left of a machine.
+/// The result of a machine, with everything that a report needs.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Exit {
-    /// Why it ended.
+    /// Why the machine ended.
     pub reason: ExitReason,
-    /// When each step was reached, the guest's marks among them.
+    /// When the steps of the boot completed, including the guest's boot marks.
     pub timeline: Timeline,
-    /// Exits of all vCPUs to this program.
+    /// Number of VM exits to user space of all vCPUs, by kind.
     pub exits: ExitCounts,
-    /// Accesses to I/O ports that no device has.
+    /// Number of accesses to unclaimed I/O ports.
     pub unclaimed_ports: u64,
-    /// A sentence for each device that stopped because its driver broke a rule, or that has nobody behind it any more.
+    /// One sentence per device that has failed: its driver violated the specification, or its backend failed.
     pub device_failures: Vec<String>,
-    /// The last lines of console output.
+    /// The last lines of console output, oldest first.
     pub console_tail: Vec<String>,
-    /// Registers of the vCPU that failed, if one did.
+    /// Registers of the vCPU that failed; `None` unless one did.
     pub registers: Option<Registers>,
-    /// The records of a boot that was profiled; they stay in the process that made them.
+    /// The profile of the boot, if one was configured. It is not sent to another process.
     #[serde(skip)]
     pub profile: Option<Profile>,
 }

@@ -1,14 +1,14 @@
-//! When functions of a guest's kernel are first called, on the VMM's clock.
+//! Recording the first calls of kernel functions, on the VMM's clock.
 //!
-//! The first byte of each function is replaced by `out dx, al`, which leaves the guest with the
-//! instruction pointer at the function. The byte is put back and the function runs: one exit each,
-//! and none where it is called again. A breakpoint (INT3) would do as well on hardware, but QEMU's
-//! emulation of SVM does not intercept it: it raises the exception inside the guest, so that the lab
-//! would have no marks. The kernel's own INT3s stay its own this way, too.
+//! The first byte of each function is replaced by `out dx, al`, which causes an exit with the instruction pointer at
+//! the function. The VMM restores the byte and the function runs: one exit per function, and none for later calls. A
+//! breakpoint (INT3) would also work on hardware, but QEMU's emulation of SVM does not intercept it: the exception is
+//! raised inside the guest, so that marks would not work in the lab. Besides, the INT3 instructions of the kernel
+//! itself are not affected.
 //!
-//! No port is reserved for this. Whatever DX holds, an exit is a mark when the instruction pointer
-//! says so; only the ports that KVM answers itself would be lost, and a machine without the PC's
-//! interrupt controllers has none of them.
+//! No port is reserved. Whatever DX contains, an exit is a mark if its instruction pointer is that of a mark; only
+//! accesses to ports that KVM handles itself would be lost, and a machine without the PC's interrupt controllers has
+//! none.
 
 use crate::boot::elf::{Elf, ElfError};
 use crate::bus::lock;
@@ -21,13 +21,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use vm_memory::GuestAddress;
 
-/// Functions that a boot can have marked; a kernel has some hundreds of initcalls.
+/// Maximum number of marked functions; a kernel has some hundreds of initcalls.
 pub const FUNCTIONS_MAX: usize = 4096;
-/// Bytes of a file with that many addresses, and their names beside them.
+/// Maximum size in bytes of a file with that many addresses and names.
 const FILE_MAX: u64 = 256 * 1024;
 /// `out dx, al`.
 const OUT: u8 = 0xee;
-/// Where x86-64 kernels map their own image (`__START_KERNEL_map`).
+/// Virtual base address of the kernel image of x86-64 kernels (`__START_KERNEL_map`).
 const KERNEL_MAP: u64 = 0xffff_ffff_8000_0000;
 
 /// Why functions of a kernel cannot be marked.
@@ -39,39 +39,40 @@ pub enum MarkError {
     Read {
         /// The file.
         path: PathBuf,
-        /// What the host said.
+        /// The host's error.
         source: io::Error,
     },
-    /// The kernel's file does not say where its functions are.
-    #[error("functions can be marked in an uncompressed kernel (vmlinux) only; {} is none: {source}", path.display())]
+    /// The kernel's file does not contain the addresses of its segments.
+    #[error("functions can be marked in an uncompressed kernel (vmlinux) only; {} is not one: {source}", path.display())]
     Kernel {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The reason.
         source: ElfError,
     },
-    /// An address that is not one of the kernel's code.
+    /// An address outside of the kernel's segments.
     #[error(
-        "{0:#x} is no address in this kernel's segments: take addresses from the System.map beside its vmlinux"
+        "{0:#x} is not an address in this kernel's segments: take addresses from the System.map beside its vmlinux"
     )]
     Outside(u64),
     /// Too many addresses.
     #[error("{0} functions are too many to mark; name at most {FUNCTIONS_MAX}")]
     TooMany(usize),
-    /// KVM would keep some of the marks for itself.
+    /// The machine has interrupt controllers whose ports KVM handles itself.
     #[error(
         "functions can be marked in images only (--image): with a PC's interrupt controllers some would be lost"
     )]
     Controllers,
-    /// Guest memory cannot be read or written there.
+    /// Guest memory is not accessible at the address.
     #[error(transparent)]
     Memory(#[from] MemoryError),
 }
 
-/// Reads a list of functions: a line each, the address in hexadecimal digits and then anything.
+/// Reads a list of functions: one per line, which starts with the virtual address in hexadecimal digits; the rest of
+/// the line is ignored.
 ///
 /// # Errors
-/// Names the file and the line that is wrong.
+/// Names the file and the invalid line.
 pub fn functions_from_file(path: &Path) -> Result<Vec<u64>, ConfigError> {
     let bytes = read_bounded(path, FILE_MAX)?;
     let address = |(number, line): (usize, &str)| {
@@ -89,7 +90,7 @@ pub fn functions_from_file(path: &Path) -> Result<Vec<u64>, ConfigError> {
 #[derive(Debug)]
 pub(crate) struct FunctionMarks {
     memory: GuestMemory,
-    /// What belongs at each physical address; `None` once it is back there.
+    /// The original byte at each physical address; `None` once it has been restored.
     first_bytes: Mutex<HashMap<u64, Option<u8>>>,
 }
 
@@ -118,8 +119,7 @@ impl FunctionMarks {
             }
             let mut byte = [0];
             memory.read(GuestAddress(address), &mut byte)?;
-            // A function that begins with this very instruction, or that is named twice, has no mark
-            // of its own.
+            // A function that begins with this instruction is not marked, and one that is named twice is marked once.
             if byte != [OUT] {
                 memory.write(GuestAddress(address), &[OUT])?;
                 first_bytes.insert(address, Some(byte[0]));
@@ -128,13 +128,13 @@ impl FunctionMarks {
         Ok(Self { memory: memory.clone(), first_bytes: Mutex::new(first_bytes) })
     }
 
-    /// Whether the instruction at this address was a mark; its function is whole again. Two vCPUs
-    /// may have met it at once, and then it was one for both.
+    /// Whether the instruction at this address was a mark, whose original byte has been restored. If two vCPUs execute
+    /// it concurrently, it is a mark for both.
     pub(crate) fn remove(&self, instruction: u64) -> bool {
         let address = physical(instruction);
         let mut first_bytes = lock(&self.first_bytes);
         let Some(entry) = first_bytes.get_mut(&address) else { return false };
-        // Guest memory that was there when the mark was planted is there still.
+        // Guest memory that existed when the mark was set still exists.
         entry.take().is_none_or(|byte| self.memory.write(GuestAddress(address), &[byte]).is_ok())
     }
 }
@@ -146,7 +146,7 @@ fn headers(path: &Path) -> Result<Elf, MarkError> {
     Elf::parse(&file, length).map_err(|source| MarkError::Kernel { path: path.into(), source })
 }
 
-/// The physical address of an instruction of the kernel, which runs at physical addresses at first.
+/// The physical address of an instruction of the kernel, which initially runs at physical addresses.
 const fn physical(address: u64) -> u64 {
     if address < KERNEL_MAP { address } else { address - KERNEL_MAP }
 }
@@ -157,7 +157,7 @@ mod tests {
 
     const START: u64 = 0x10_0000;
 
-    /// An ELF file with one segment of these bytes at 1 MiB, as the System V ABI describes it.
+    /// An ELF file with one segment of these bytes at 1 MiB, as specified by the System V ABI.
     fn kernel(directory: &Path, code: &[u8]) -> BootSource {
         let mut file = vec![0; 4096];
         file[..6].copy_from_slice(b"\x7fELF\x02\x01");
@@ -186,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn marks_are_planted_and_each_goes_away_when_it_is_met() {
+    fn marks_are_set_and_removed_on_the_first_call() {
         let directory = tempfile::tempdir().unwrap();
         let code = [0x55, 0x53, OUT, 0xc3];
         let (source, memory) = (kernel(directory.path(), &code), memory(&code));
@@ -196,23 +196,23 @@ mod tests {
         assert_eq!(content(&memory), [OUT, OUT, OUT, 0xc3]);
         assert!(marks.remove(start + 1));
         assert_eq!(content(&memory), [OUT, 0x53, OUT, 0xc3]);
-        // Another vCPU met it as well, and the first instructions of a kernel run unmapped.
+        // Another vCPU executes it as well, and the first instructions of a kernel run at physical addresses.
         assert!(marks.remove(start + 1));
         assert!(marks.remove(START));
         assert_eq!(content(&memory), code);
-        // What the kernel itself has there is not ours.
+        // An `out` of the kernel itself is not a mark.
         assert!(!marks.remove(start + 2));
         assert!(!marks.remove(start + 3));
     }
 
     #[test]
-    fn what_is_no_function_of_the_kernel_is_named() {
+    fn errors_name_invalid_addresses() {
         let directory = tempfile::tempdir().unwrap();
         let source = kernel(directory.path(), &[0x90; 4]);
         let memory = memory(&[0x90; 4]);
         for address in [0, START, KERNEL_MAP, KERNEL_MAP + START - 1, KERNEL_MAP + START + 4, u64::MAX] {
             let error = FunctionMarks::plant(&memory, &source, &[address]).unwrap_err().to_string();
-            assert!(error.contains(&format!("{address:#x} is no address")), "{error}");
+            assert!(error.contains(&format!("{address:#x} is not an address")), "{error}");
         }
         assert_eq!(content(&memory), [0x90; 4]);
         let many = vec![KERNEL_MAP + START; FUNCTIONS_MAX + 1];
@@ -226,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn lists_are_read_and_their_mistakes_named() {
+    fn lists_are_parsed_and_errors_name_the_line() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("functions");
         std::fs::write(&path, "ffffffff81000000 T _text\n\n0x10\n").unwrap();

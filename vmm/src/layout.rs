@@ -1,4 +1,4 @@
-//! Where everything is: the guest-physical memory map, the I/O ports and the interrupt lines.
+//! The guest-physical memory map, the I/O ports and the interrupt lines of a machine.
 //!
 //! ```text
 //!           0  +------------------------------+
@@ -10,10 +10,10 @@
 //!    0xa_0000  +------------------------------+
 //!              | nothing (legacy VGA and ROM) |
 //!   0x10_0000  +------------------------------+
-//!              | kernel, where its file says  |
-//!              | initrd, right behind it      |
+//!              | kernel, at its own addresses |
+//!              | initrd, directly after it    |
 //!              | ...                          |
-//! 0xc000_0000  +------------------------------+  RAM above 3 GiB goes on at 4 GiB
+//! 0xc000_0000  +------------------------------+  RAM continues at 4 GiB
 //! 0xd000_0000  | virtio-mmio devices          |
 //! 0xfec0_0000  | I/O APIC                     |
 //! 0xfee0_0000  | local APICs                  |
@@ -21,90 +21,90 @@
 //! 0x1_0000_0000+------------------------------+
 //!              | RAM above 3 GiB              |
 //!              +------------------------------+  at the next multiple of 128 MiB
-//!              | files as memory (pmem)       |
+//!              | mapped files (pmem)          |
 //!              +------------------------------+
 //! ```
 
 use vm_memory::GuestAddress;
 
-/// Interrupt line of the guest's I/O APIC, which a device raises through an irqfd.
+/// An interrupt line of the guest's I/O APIC (global system interrupt), which a device raises through an irqfd.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Gsi(pub u32);
 
-/// Bytes in a MiB.
+/// Bytes per MiB.
 pub const MIB: u64 = 1 << 20;
 /// Size of a page of guest or host memory in bytes.
 pub const PAGE_SIZE: u64 = PAGE as u64;
-/// The same as the length of a buffer.
+/// The same, as the length of a buffer.
 pub const PAGE: usize = 4096;
 
 /// Size of a huge page of the host in bytes.
 pub const HUGE_PAGE_SIZE: u64 = 2 * MIB;
 
-/// The GDT of the first vCPU.
+/// Address of the GDT of the boot vCPU.
 pub const GDT: GuestAddress = GuestAddress(0x500);
-/// The zero page: `struct boot_params` of the Linux boot protocol.
+/// Address of the zero page: `struct boot_params` of the Linux boot protocol.
 pub const ZERO_PAGE: GuestAddress = GuestAddress(0x7000);
-/// Page-map level 4, followed by one page-directory-pointer table and one page directory.
+/// Address of the page tables of the boot vCPU: a PML4, a page-directory-pointer table and a page directory.
 pub const PAGE_TABLES: GuestAddress = GuestAddress(0x9000);
-/// The kernel command line and its NUL.
+/// Address of the kernel command line, which ends with a NUL.
 pub const COMMAND_LINE: GuestAddress = GuestAddress(0x2_0000);
-/// Longest command line in bytes without its NUL: COMMAND_LINE_SIZE of
-/// arch/x86/include/asm/setup.h is 2048.
+/// Maximum length of the command line in bytes without its NUL: COMMAND_LINE_SIZE of arch/x86/include/asm/setup.h is
+/// 2048.
 pub const COMMAND_LINE_MAX: usize = 2047;
-/// The MP table, at the start of the last KiB below 640 KiB, where the kernel looks for it
-/// (`mpparse_find_mptable` in arch/x86/kernel/mpparse.c).
+/// Address of the MP table: the start of the last KiB below 640 KiB, which the kernel searches (`mpparse_find_mptable`
+/// in arch/x86/kernel/mpparse.c).
 pub const MP_TABLE: GuestAddress = GuestAddress(0x9_fc00);
-/// Bytes that the MP table may take.
+/// Maximum length of the MP table in bytes.
 pub const MP_TABLE_MAX: u64 = 0x400;
-/// End of the memory below the legacy hole.
+/// End of the RAM below the legacy hole.
 pub const LOW_MEMORY_END: GuestAddress = GuestAddress(0xa_0000);
-/// Start of the memory above the legacy hole; nothing of a kernel may lie below it.
+/// Start of the RAM above the legacy hole, which is the lowest address of a kernel.
 pub const HIGH_MEMORY: GuestAddress = GuestAddress(0x10_0000);
-/// End of what the page tables of the first vCPU map, one to one, until the kernel has its own.
+/// End of the identity mapping of the initial page tables, which the kernel uses until it has its own.
 pub const IDENTITY_MAP_END: GuestAddress = GuestAddress(0x4000_0000);
 
-/// RAM stops here and goes on at [`RAM_ABOVE_GAP`]; devices live between.
+/// Start of the device gap: RAM continues at [`RAM_ABOVE_GAP`].
 pub const MMIO_GAP: GuestAddress = GuestAddress(0xc000_0000);
-/// RAM above the device gap.
+/// Start of the RAM above the device gap.
 pub const RAM_ABOVE_GAP: GuestAddress = GuestAddress(0x1_0000_0000);
-/// Registers of the first virtio device; each has a page, one after the other.
+/// Address of the registers of the first virtio device; each device has one page.
 pub const VIRTIO_MMIO: GuestAddress = GuestAddress(0xd000_0000);
-/// Registers of the I/O APIC (Intel 82093AA, section 3.0).
+/// Address of the registers of the I/O APIC (Intel 82093AA, section 3.0).
 pub const IO_APIC: GuestAddress = GuestAddress(0xfec0_0000);
-/// Registers of the local APICs (Intel SDM, volume 3, section 11.4.1).
+/// Address of the registers of the local APICs (Intel SDM, volume 3, section 11.4.1).
 pub const LOCAL_APIC: GuestAddress = GuestAddress(0xfee0_0000);
-/// One page for KVM's identity map (`KVM_SET_IDENTITY_MAP_ADDR`).
+/// Address of the page of KVM's identity map (`KVM_SET_IDENTITY_MAP_ADDR`).
 pub const KVM_IDENTITY_MAP: GuestAddress = GuestAddress(0xfffb_c000);
-/// Three pages for KVM's task state segment (`KVM_SET_TSS_ADDR`).
+/// Address of the three pages of KVM's task state segment (`KVM_SET_TSS_ADDR`).
 pub const KVM_TSS: GuestAddress = GuestAddress(0xfffb_d000);
 
-/// Pins of the I/O APIC, which are GSIs 0 to 23.
+/// Number of pins of the I/O APIC, which are GSIs 0 to 23.
 pub const IO_APIC_PINS: u8 = 24;
-/// Interrupt of the serial port, the one a PC's first port has.
+/// Interrupt line of the serial port: that of COM1 of a PC.
 pub const SERIAL_GSI: Gsi = Gsi(4);
-/// Interrupt of the first virtio device; the others follow.
+/// Interrupt line of the first virtio device; the others follow.
 const VIRTIO_GSI: u32 = 5;
-/// virtio devices that a machine can have: each has a line of the I/O APIC.
+/// Maximum number of virtio devices of a machine: each has its own line of the I/O APIC.
 pub const DEVICES_MAX: usize = IO_APIC_PINS as usize - VIRTIO_GSI as usize;
 
-/// The eight registers of the serial port.
+/// First of the eight ports of the serial port (COM1).
 pub const SERIAL_PORT: u16 = 0x3f8;
-/// Status and command register of a keyboard controller, of which only "reset" works.
+/// Port of the status and command register of a keyboard controller, which only supports the reset.
 pub const KEYBOARD_CONTROLLER_PORT: u16 = 0x64;
-/// Reset control register of a PC chipset.
+/// Port of the reset control register of a PC chipset.
 pub const RESET_CONTROL_PORT: u16 = 0xcf9;
-/// Data register of a real-time clock, which is not there.
+/// Port of the data register of the absent real-time clock.
 pub const RTC_DATA_PORT: u16 = 0x71;
 
-/// vCPUs that a machine can have at most; the guest kernel is built for as many.
+/// Maximum number of vCPUs of a machine, which is also the limit of the guest kernel's configuration.
 pub const VCPUS_MAX: u8 = 16;
 
 const fn precedes(first: GuestAddress, size: u64, next: GuestAddress) -> bool {
     first.0 + size <= next.0
 }
 
-// The drawing above and the constants agree, and nothing overlaps.
+// The drawing above matches the constants, and nothing overlaps.
 const _: () = {
     assert!(precedes(GDT, 4 * 8, ZERO_PAGE));
     assert!(precedes(ZERO_PAGE, PAGE_SIZE, PAGE_TABLES));
@@ -121,7 +121,7 @@ const _: () = {
     assert!(precedes(KVM_TSS, 3 * PAGE_SIZE, RAM_ABOVE_GAP));
 };
 
-/// Registers and interrupt of a virtio device, counted from zero; there are at most [`DEVICES_MAX`].
+/// Register address and interrupt line of a virtio device. `number` starts at 0 and is less than [`DEVICES_MAX`].
 #[must_use]
 pub const fn virtio_device(number: usize) -> (GuestAddress, Gsi) {
     #[expect(clippy::cast_possible_truncation, reason = "numbers are below DEVICES_MAX")]
@@ -129,9 +129,9 @@ pub const fn virtio_device(number: usize) -> (GuestAddress, Gsi) {
     (GuestAddress(VIRTIO_MMIO.0 + number as u64 * PAGE_SIZE), Gsi(line))
 }
 
-/// The RAM of a machine as start and size of one or two ranges.
+/// The RAM of a machine with `bytes` bytes: start and size in bytes of one or two ranges.
 ///
-/// The second range exists where the memory does not fit below [`MMIO_GAP`].
+/// The second range exists if the RAM does not fit below [`MMIO_GAP`].
 #[must_use]
 pub fn ram_ranges(bytes: u64) -> Vec<(GuestAddress, u64)> {
     let below = bytes.min(MMIO_GAP.0);
@@ -142,28 +142,28 @@ pub fn ram_ranges(bytes: u64) -> Vec<(GuestAddress, u64)> {
     ranges
 }
 
-/// Alignment of what is memory and no RAM: a section of the guest's kernel (SECTION_SIZE_BITS in
-/// arch/x86/include/asm/sparsemem.h), so that its page structures are not mixed with those of RAM.
+/// Alignment of memory that is not RAM: a memory section of the guest's kernel (SECTION_SIZE_BITS in
+/// arch/x86/include/asm/sparsemem.h), so that its `struct page` arrays do not overlap those of RAM.
 const SECTION: u64 = 128 * MIB;
 
-/// Where memory that is no RAM starts in a machine with this much RAM, always above 4 GiB.
+/// First address for memory that is not RAM in a machine with `ram` bytes of RAM; always above 4 GiB.
 #[must_use]
-pub fn behind_ram(ram: u64) -> GuestAddress {
+pub fn above_ram(ram: u64) -> GuestAddress {
     let above = ram.saturating_sub(MMIO_GAP.0);
-    behind(RAM_ABOVE_GAP, above)
+    next_section(RAM_ABOVE_GAP, above)
 }
 
-/// The next place behind one of this many bytes. What no guest can reach is refused when it is given to KVM.
+/// First section boundary after a range of `size` bytes at `start`. KVM refuses addresses that the guest cannot reach.
 #[must_use]
-pub const fn behind(start: GuestAddress, size: u64) -> GuestAddress {
+pub const fn next_section(start: GuestAddress, size: u64) -> GuestAddress {
     let end = start.0.saturating_add(size);
     GuestAddress(end.saturating_add(SECTION - 1) / SECTION * SECTION)
 }
 
-/// The words that tell the kernel of the virtio devices (`vm_cmdline_set` in drivers/virtio/virtio_mmio.c). They
-/// come first, because a line may end with arguments of init's.
+/// The kernel parameters that announce the virtio devices (`vm_cmdline_set` in drivers/virtio/virtio_mmio.c). They are
+/// at the start of the command line, because its end may be arguments of init.
 #[must_use]
-pub fn announced(devices: usize) -> String {
+pub fn virtio_mmio_parameters(devices: usize) -> String {
     let word = |number| {
         let (registers, line) = virtio_device(number);
         format!("virtio_mmio.device=4K@{:#x}:{} ", registers.0, line.0)
@@ -176,18 +176,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn files_lie_in_sections_of_their_own_behind_ram() {
-        assert_eq!(behind_ram(128 * MIB), RAM_ABOVE_GAP);
-        assert_eq!(behind_ram(3072 * MIB), RAM_ABOVE_GAP);
-        assert_eq!(behind_ram(3073 * MIB).0, (4096 + 128) * MIB);
-        assert_eq!(behind_ram(8192 * MIB).0, 9216 * MIB);
-        assert_eq!(behind(GuestAddress(4096 * MIB), 2 * MIB).0, 4224 * MIB);
-        assert_eq!(behind(GuestAddress(4096 * MIB), 128 * MIB).0, 4224 * MIB);
-        assert!(behind(GuestAddress(4096 * MIB), u64::MAX).0 > 1 << 63);
+    fn files_start_at_section_boundaries_above_ram() {
+        assert_eq!(above_ram(128 * MIB), RAM_ABOVE_GAP);
+        assert_eq!(above_ram(3072 * MIB), RAM_ABOVE_GAP);
+        assert_eq!(above_ram(3073 * MIB).0, (4096 + 128) * MIB);
+        assert_eq!(above_ram(8192 * MIB).0, 9216 * MIB);
+        assert_eq!(next_section(GuestAddress(4096 * MIB), 2 * MIB).0, 4224 * MIB);
+        assert_eq!(next_section(GuestAddress(4096 * MIB), 128 * MIB).0, 4224 * MIB);
+        assert!(next_section(GuestAddress(4096 * MIB), u64::MAX).0 > 1 << 63);
     }
 
     #[test]
-    fn ram_leaves_the_device_gap_free() {
+    fn ram_does_not_overlap_the_device_gap() {
         assert_eq!(ram_ranges(128 * MIB), [(GuestAddress(0), 128 * MIB)]);
         assert_eq!(ram_ranges(3072 * MIB), [(GuestAddress(0), 3072 * MIB)]);
         assert_eq!(

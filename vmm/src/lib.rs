@@ -32,7 +32,6 @@ mod error;
 mod event_loop;
 mod exit;
 pub mod function_marks;
-mod gate;
 pub mod host;
 pub mod kvm;
 pub mod layout;
@@ -43,6 +42,7 @@ pub mod preboot;
 mod profile;
 mod resources;
 mod running;
+mod start_latch;
 mod timeline;
 mod vcpu_threads;
 

@@ -17,7 +17,6 @@ use crate::devices::virtio::{Transport, balloon};
 use crate::error::Error;
 use crate::event_loop::Input;
 use crate::function_marks::{FunctionMarks, MarkError};
-use crate::gate::Gate;
 use crate::kvm::{Hypervisor, KvmError, Vcpu, Vm};
 use crate::layout;
 use crate::memory::GuestMemory;
@@ -26,6 +25,7 @@ use crate::preboot::kernel::Preboot;
 use crate::preboot::state::State;
 use crate::profile::Recorder;
 use crate::resources::{Behind, Resources};
+use crate::start_latch::StartLatch;
 use crate::timeline::{Instant, Timeline};
 use guest_protocol::{BootMark, port};
 use std::fs::File;
@@ -43,7 +43,7 @@ use vmm_sys_util::eventfd::EventFd;
 pub struct Machine {
     pub(crate) vcpus: Vec<Vcpu>,
     /// What all vCPUs but one wait for, where they do.
-    pub(crate) gate: Option<Arc<Gate>>,
+    pub(crate) latch: Option<Arc<StartLatch>>,
     pub(crate) devices: Devices,
     pub(crate) timeline: Timeline,
     pub(crate) stopping: Arc<AtomicBool>,
@@ -147,7 +147,7 @@ impl Machine {
 
         let hypervisor = match (hypervisor, opened.kvm.take()) {
             (Some(hypervisor), _) => hypervisor,
-            (None, Some(descriptor)) => Hypervisor::of_descriptor(descriptor)?,
+            (None, Some(descriptor)) => Hypervisor::from_descriptor(descriptor)?,
             (None, None) => Hypervisor::open()?,
         };
         timeline.reached("KVM opened");
@@ -170,7 +170,7 @@ impl Machine {
             state,
         };
         let devices = devices.build()?;
-        let gate = preboot.as_ref().map(|preboot| preboot.go_on_at_init(&memory, &mut lock(&devices.marks)));
+        let latch = preboot.as_ref().map(|preboot| preboot.go_on_at_init(&memory, &mut lock(&devices.marks)));
         timeline.reached("devices built");
 
         let vcpus = create_vcpus(config, &vm, &memory, marks.as_ref())?;
@@ -185,7 +185,7 @@ impl Machine {
         let is_kept = purpose.freeze_at().is_some();
         Ok(Self {
             vcpus,
-            gate,
+            latch,
             devices,
             timeline,
             stopping,
@@ -243,8 +243,8 @@ impl Origin {
             Ok(None) => return Ok((Self::default(), opened)),
             Err(error) => return Ok((Self { refusal: Some(error), ..Self::default() }, opened)),
         };
-        let hypervisor = opened.kvm.take().map_or_else(Hypervisor::open, Hypervisor::of_descriptor)?;
-        let refusal = preboot.check_devices(opened.shapes()).or_else(|| preboot.check_host(&hypervisor));
+        let hypervisor = opened.kvm.take().map_or_else(Hypervisor::open, Hypervisor::from_descriptor)?;
+        let refusal = preboot.check_devices(opened.identities()).or_else(|| preboot.check_host(&hypervisor));
         let preboot = refusal.is_none().then_some(preboot);
         Ok((Self { preboot, hypervisor: Some(hypervisor), refusal }, opened))
     }
@@ -355,7 +355,7 @@ impl DevicesBuilder<'_> {
                 device.restore(&state.io_apic);
             } else {
                 // What it selects matters when that register is accessed.
-                vm.collect_writes(GuestAddress(start + u64::from(io_apic::SELECT)), 4);
+                vm.coalesce_writes(GuestAddress(start + u64::from(io_apic::SELECT)), 4);
             }
             let device = Arc::new(Mutex::new(device));
             buses.memory.claim(start..=start + layout::PAGE_SIZE - 1, device.clone());

@@ -1,5 +1,4 @@
-//! What a profiled boot records beside its timeline: where the guest was at regular moments, each
-//! exit to the VMM, and the kernel's own log.
+//! The records of a profiled boot: samples of the guest's instruction pointer, VM exits, and the kernel log.
 #![expect(unsafe_code, reason = "a timer that signals one thread has no safe wrapper")]
 
 use crate::config::ProfileConfig;
@@ -9,61 +8,61 @@ use std::io;
 use std::time::Duration;
 use vmm_sys_util::signal::SIGRTMIN;
 
-/// Records of one kind that a boot can leave at most. A boot has some hundreds; a guest that makes
-/// more exits than this is not booting any more.
+/// Maximum number of records per kind. A boot causes some hundreds; a guest with more exits than this is not booting
+/// any more.
 const RECORDS_MAX: usize = 1 << 20;
 
-/// Samples that a boot can leave at most: each has a part of a stack, 4 KiB at most.
+/// Maximum number of samples; each contains up to 4 KiB of stack.
 const SAMPLES_MAX: usize = 1 << 16;
 
-/// How often the time to the next sample is doubled at most, for a guest that did not get on.
+/// Maximum number of times that the sample interval is doubled for a guest that makes no progress.
 const DOUBLINGS_MAX: u32 = 6;
 
-/// The least time after which a sample that was missed is tried again: much more than one takes.
+/// Minimum delay of the next attempt after a missed sample: much longer than taking a sample.
 const AGAIN_MIN: Duration = Duration::from_millis(1);
 
-/// Where a vCPU was at a moment.
+/// A sample of a vCPU.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sample {
-    /// The moment.
+    /// The time of the sample.
     pub at: Instant,
-    /// The vCPU.
+    /// The index of the vCPU.
     pub vcpu: u8,
-    /// Its instruction pointer.
+    /// The instruction pointer, a virtual address of the guest.
     pub instruction: u64,
-    /// Numbers on its kernel stack that may be return addresses, the innermost first. The kernel
-    /// keeps no frame pointers: some are left over from earlier calls.
+    /// Values on the kernel stack that may be return addresses, innermost first. The kernel has no frame pointers, so
+    /// that some are leftovers of earlier calls.
     pub stack: Vec<u64>,
 }
 
-/// The first call of a function of the kernel.
+/// The first call of a kernel function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FunctionMark {
-    /// When the VMM took it up.
+    /// When the VMM handled the exit.
     pub at: Instant,
-    /// The vCPU.
+    /// The index of the vCPU.
     pub vcpu: u8,
-    /// The function's address, as the vCPU had it.
+    /// The virtual address of the function.
     pub function: u64,
-    /// Nanoseconds for which the VMM held the guest; the exit and the entry took more.
+    /// Nanoseconds that the VMM took to handle the exit, without those of the exit and entry themselves.
     pub held: u64,
 }
 
-/// What a guest did to leave to the VMM.
+/// The operation that caused an exit to the VMM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum ExitKind {
-    /// Read an I/O port.
+    /// Read of an I/O port.
     PortRead,
-    /// Wrote an I/O port.
+    /// Write of an I/O port.
     PortWrite,
-    /// Read a device's register in memory.
+    /// Read of a memory-mapped register.
     MmioRead,
-    /// Wrote a device's register in memory.
+    /// Write of a memory-mapped register.
     MmioWrite,
 }
 
 impl ExitKind {
-    /// What a report calls it.
+    /// The name of the operation in reports.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -75,32 +74,32 @@ impl ExitKind {
     }
 }
 
-/// One exit to the VMM.
+/// A VM exit to the VMM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExitRecord {
-    /// When the VMM took it up.
+    /// When the VMM handled the exit.
     pub at: Instant,
-    /// What the guest did.
+    /// The operation of the guest.
     pub kind: ExitKind,
-    /// The port or the guest-physical address.
+    /// The port, or the guest-physical address.
     pub address: u64,
 }
 
-/// The records of a boot, by time.
+/// The records of a boot, in the order of time.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Profile {
-    /// Where the vCPUs were.
+    /// Samples of the vCPUs.
     pub samples: Vec<Sample>,
-    /// Their exits to the VMM, without those of the marks and of sending the log.
+    /// VM exits to the VMM, without those of function marks and of the transfer of the kernel log.
     pub exits: Vec<ExitRecord>,
-    /// First calls of the functions that were asked for.
+    /// First calls of the configured functions.
     pub marks: Vec<FunctionMark>,
-    /// The kernel's log as its `syslog` call gives it; empty where init sent none.
+    /// The kernel log as returned by syslog(2); empty if init has not sent it. The guest controls its content.
     pub kernel_log: Vec<u8>,
 }
 
 impl Profile {
-    /// Adds the records of a vCPU.
+    /// Adds the records of one vCPU.
     pub(crate) fn add(&mut self, recorder: Recorder) {
         self.samples.extend(recorder.samples);
         self.exits.extend(recorder.exits);
@@ -111,7 +110,7 @@ impl Profile {
     }
 }
 
-/// Takes the records of one vCPU, on its thread.
+/// The recorder of one vCPU, which is used on its thread.
 #[derive(Debug)]
 pub struct Recorder {
     sample_interval: Option<Duration>,
@@ -128,25 +127,25 @@ impl Recorder {
         Self { sample_interval, vcpu, timer: None, samples: Vec::new(), exits: Vec::new(), marks: Vec::new() }
     }
 
-    /// Starts to interrupt the calling thread, where samples are asked for.
+    /// Starts to interrupt the calling thread periodically, if samples are configured.
     pub(crate) fn start_sampling(&mut self) -> io::Result<()> {
         self.timer = self.sample_interval.map(SampleTimer::start).transpose()?;
         Ok(())
     }
 
-    /// Stops that.
+    /// Stops the interruptions.
     pub(crate) fn stop_sampling(&mut self) {
         self.timer = None;
     }
 
-    /// Whether the time of the next sample has come.
+    /// Whether the next sample is due.
     pub(crate) fn sample_is_due(&self) -> bool {
         self.samples.len() < SAMPLES_MAX
             && self.timer.as_ref().is_some_and(|timer| timer.due <= Instant::now())
     }
 
-    /// Records where the vCPU is, and waits for the next time: longer where it is the same instruction as before. An
-    /// entry of the guest may take as long as the interval, and then it would never get on.
+    /// Records a sample, and schedules the next one: with a longer interval if the instruction is the same as before.
+    /// An entry into the guest may take as long as the interval, in which case the guest would make no progress.
     pub(crate) fn sample(&mut self, instruction: u64, stack: Vec<u64>) {
         let stood_still = self.samples.last().is_some_and(|last| last.instruction == instruction);
         self.samples.push(Sample { at: Instant::now(), vcpu: self.vcpu, instruction, stack });
@@ -156,14 +155,14 @@ impl Recorder {
         }
     }
 
-    /// Records the first call of a function, which was taken up at `at`; the guest is about to go on.
+    /// Records the first call of a function; the exit was handled from `at` until now.
     pub(crate) fn mark(&mut self, at: Instant, function: u64) {
         let held = Instant::now().since(at);
         self.marks.push(FunctionMark { at, vcpu: self.vcpu, function, held });
     }
 
-    /// Records an exit. The kernel's log arrives when all that is measured is over, some bytes with each
-    /// exit: it is not recorded, and neither is what comes after it.
+    /// Records an exit. The transfer of the kernel log after the end of the boot causes many exits; neither these nor
+    /// later exits are recorded.
     pub(crate) fn exit(&mut self, kind: ExitKind, address: u64) {
         if (kind, address) == (ExitKind::PortWrite, port::KERNEL_LOG.into()) {
             return self.stop_sampling();
@@ -174,26 +173,26 @@ impl Recorder {
     }
 }
 
-/// Interrupts the thread that started it with the signal that makes `KVM_RUN` return, once each
-/// time that it is armed and much later again: a timer that soon repeated by itself would leave a guest without a single
-/// instruction where taking a sample takes longer than the interval.
+/// A timer that interrupts the thread that started it, with the signal that makes `KVM_RUN` return: once after each
+/// arming, and again much later. With a short period, a guest would never execute an instruction if taking a sample
+/// takes longer than the period.
 #[derive(Debug)]
 struct SampleTimer {
     id: libc::timer_t,
     interval: Duration,
-    /// How often it is doubled the next time.
+    /// Number of times that the next interval is doubled.
     doublings: u32,
     due: Instant,
 }
 
-// SAFETY: a timer's id is a number to the kernel, which any thread of the process may use.
+// SAFETY: the kernel identifies a timer by a number, which any thread of the process may use.
 unsafe impl Send for SampleTimer {}
 
 impl SampleTimer {
     fn start(interval: Duration) -> io::Result<Self> {
         let mut id: libc::timer_t = std::ptr::null_mut();
-        // SAFETY: an all-zero sigevent is valid; the kernel reads it and fills the timer's id. The
-        // signal's handler exists since `Running::start`.
+        // SAFETY: an all-zero sigevent is valid; the kernel reads it and writes the timer's id. `Running::start` has
+        // installed the signal's handler.
         let result = unsafe {
             let mut event: libc::sigevent = std::mem::zeroed();
             event.sigev_notify = libc::SIGEV_THREAD_ID;
@@ -214,11 +213,11 @@ impl SampleTimer {
             tv_sec: libc::time_t::try_from(duration.as_secs()).unwrap_or(libc::time_t::MAX),
             tv_nsec: duration.subsec_nanos().into(),
         };
-        // A signal that arrives just before the vCPU is entered is lost; a later one is not.
+        // A signal that arrives just before the entry into the guest is lost; the next one is not.
         let interval = self.interval.saturating_mul(1 << self.doublings);
         let again = interval.saturating_mul(8).max(AGAIN_MIN);
         let setting = libc::itimerspec { it_interval: time(again), it_value: time(interval) };
-        // SAFETY: the timer is this one's own, and the kernel reads the setting.
+        // SAFETY: the timer belongs to this structure, and the kernel only reads the setting.
         unsafe { libc::timer_settime(self.id, 0, &raw const setting, std::ptr::null_mut()) };
         let interval = u64::try_from(interval.as_nanos()).unwrap_or(u64::MAX);
         self.due = Instant(Instant::now().0.saturating_add(interval));
@@ -227,7 +226,7 @@ impl SampleTimer {
 
 impl Drop for SampleTimer {
     fn drop(&mut self) {
-        // SAFETY: the timer was made by `start` and is deleted once.
+        // SAFETY: the timer was created by `start`, and is deleted once.
         unsafe { libc::timer_delete(self.id) };
     }
 }

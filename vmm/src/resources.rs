@@ -56,7 +56,7 @@ impl Backend {
             Self::Listener(listener) => Self::Listener(listener.try_clone()?),
             Self::Folder(server) => {
                 let [socket, messages] = server.descriptors()?;
-                Self::Folder(Server::of_descriptors(socket.into(), messages))
+                Self::Folder(Server::from_descriptors(socket.into(), messages))
             }
             Self::Nothing => Self::Nothing,
         })

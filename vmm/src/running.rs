@@ -114,15 +114,15 @@ impl Running {
         )
         .map_err(Error::host("make an epoll instance"))?;
         let mut vcpus: Vec<_> = std::mem::take(&mut machine.vcpus).into_iter().enumerate().collect();
-        // The first vCPU starts last: the others wait inside KVM until it wakes them. Where they wait at a gate
+        // The first vCPU starts last: the others wait inside KVM until it wakes them. Where they wait at a latch
         // for one of them, that one comes first.
-        match &machine.gate {
-            Some(gate) => vcpus.swap(0, gate.first()),
+        match &machine.latch {
+            Some(latch) => vcpus.swap(0, latch.first()),
             None => vcpus.reverse(),
         }
         let mut threads = VcpuThreads::new(ended, Arc::clone(&machine.stopping))?;
         for (id, vcpu) in vcpus {
-            threads.start(id, vcpu, &machine.devices.buses, machine.gate.as_ref(), machine.is_kept)?;
+            threads.start(id, vcpu, &machine.devices.buses, machine.latch.as_ref(), machine.is_kept)?;
         }
         Ok(Self { vcpus: threads, stop, event_loop, machine })
     }
@@ -190,8 +190,8 @@ impl Running {
 
     /// Makes every vCPU thread end, and waits for it.
     fn stop_vcpus(&mut self) {
-        if let Some(gate) = &self.machine.gate {
-            gate.open();
+        if let Some(latch) = &self.machine.latch {
+            latch.open();
         }
         self.vcpus.stop();
     }
@@ -221,7 +221,7 @@ impl Running {
         let mut registers = None;
         let files = self.machine.memory.backing_files();
         let reason = match end {
-            LoopEnd::Left => ExitReason::Left,
+            LoopEnd::TerminalEscape => ExitReason::TerminalEscape,
             LoopEnd::Stopped => ExitReason::Stopped,
             LoopEnd::MemoryLost => lost_memory(&files).unwrap_or(ExitReason::Stopped),
             // What ended first is why the machine ended; the rest stopped because of it.
@@ -268,7 +268,7 @@ fn has_panicked(console: &[String]) -> bool {
 /// That a file which is guest memory has become shorter, if one has.
 fn lost_memory(files: &[Arc<BackingFile>]) -> Option<ExitReason> {
     let mut path = [0; 4096];
-    let path = String::from_utf8_lossy(files.iter().find(|file| file.is_shorter())?.path(&mut path));
+    let path = String::from_utf8_lossy(files.iter().find(|file| file.is_truncated())?.path(&mut path));
     Some(ExitReason::MemoryLost { path: path.into_owned() })
 }
 
@@ -281,7 +281,7 @@ fn reason_of(end: VcpuEnd, console: &[String]) -> ExitReason {
         VcpuEnd::Request(GuestRequest::Reset) if has_panicked(console) => ExitReason::GuestPanic,
         VcpuEnd::Request(GuestRequest::Reset) => ExitReason::Reset,
         // Nobody asked this machine to stop there.
-        VcpuEnd::Request(GuestRequest::Freeze | GuestRequest::Again) => ExitReason::Stopped,
+        VcpuEnd::Request(GuestRequest::Freeze | GuestRequest::Retry) => ExitReason::Stopped,
         VcpuEnd::TripleFault if has_panicked(console) => ExitReason::GuestPanic,
         VcpuEnd::TripleFault => ExitReason::TripleFault,
         VcpuEnd::InternalError { suberror } => ExitReason::KvmInternalError { suberror },

@@ -2,10 +2,10 @@
 
 use crate::bus::{Buses, lock};
 use crate::error::Error;
-use crate::gate::Gate;
 use crate::kvm::{ExitCounts, Pause, Registers, Vcpu, VcpuEnd};
 use crate::poll::wait_readable;
 use crate::profile::Recorder;
+use crate::start_latch::StartLatch;
 use crate::timeline::Instant;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -61,7 +61,7 @@ impl VcpuThreads {
         Ok(Self { threads: Vec::new(), outcomes: Arc::default(), ended, stopping, pause: Arc::default() })
     }
 
-    /// Starts the thread of a vCPU, which waits at `gate` first. `is_captured` says whether its state is read at the end.
+    /// Starts the thread of a vCPU, which waits at `latch` first. `is_captured` says whether its state is read at the end.
     ///
     /// # Errors
     /// When the host refuses a thread or a descriptor.
@@ -70,18 +70,18 @@ impl VcpuThreads {
         id: usize,
         mut vcpu: Vcpu,
         buses: &Arc<Buses>,
-        gate: Option<&Arc<Gate>>,
+        latch: Option<&Arc<StartLatch>>,
         is_captured: bool,
     ) -> Result<(), Error> {
         let ended = self.ended.try_clone().map_err(Error::host("duplicate an eventfd"))?;
-        let (buses, gate) = (Arc::clone(buses), gate.cloned());
+        let (buses, latch) = (Arc::clone(buses), latch.cloned());
         let (stopping, pause) = (Arc::clone(&self.stopping), Arc::clone(&self.pause));
         let outcomes = Arc::clone(&self.outcomes);
         let run = move || {
             // The parent of this process may have blocked the signal.
             let _ = unblock_signal(SIGRTMIN());
-            if let Some(gate) = gate {
-                gate.pass(id);
+            if let Some(latch) = latch {
+                latch.wait(id);
             }
             // Without a timer there are no samples, which the profile shows.
             if let Some(recorder) = &mut vcpu.recorder {

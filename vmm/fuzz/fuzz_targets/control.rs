@@ -1,6 +1,7 @@
-//! A monitor that its guest has taken over says anything to its front, and whatever comes has to be survived.
+//! Fuzzes the control channel: the front-end process must tolerate arbitrary messages of a monitor that its
+//! guest controls.
 //!
-//! `cargo +nightly fuzz run control -- -max_total_time=600`, in the folder above this one.
+//! `cargo +nightly fuzz run control -- -max_total_time=600`, in the parent folder.
 #![no_main]
 
 use kindling_vmm::control;

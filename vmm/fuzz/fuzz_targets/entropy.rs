@@ -1,6 +1,7 @@
-//! Any driver of a source of random numbers: nothing panics, nothing outside guest memory is touched, and a reset mends what was broken.
+//! Fuzzes the entropy device with an arbitrary driver: no panic, no access outside of guest memory,
+//! and a reset recovers the device.
 //!
-//! `cargo +nightly fuzz run entropy -- -max_total_time=600`, in the folder above this one.
+//! `cargo +nightly fuzz run entropy -- -max_total_time=600`, in the parent folder.
 #![no_main]
 
 use kindling_vmm::config::devices;

@@ -1,6 +1,7 @@
-//! Any driver of a shared folder, and any server of it: nothing panics, nothing outside guest memory is touched, and a reset mends what was broken.
+//! Fuzzes the file system device with an arbitrary driver and an arbitrary server: no panic, no access outside of guest
+//! memory, and a reset recovers the device.
 //!
-//! `cargo +nightly fuzz run fs -- -max_total_time=600`, in the folder above this one.
+//! `cargo +nightly fuzz run fs -- -max_total_time=600`, in the parent folder.
 #![no_main]
 
 use kindling_vmm::devices::virtio::driver::Driver;
@@ -12,7 +13,7 @@ use std::os::unix::net::UnixStream;
 fuzz_target!(|bytes: &[u8]| {
     let (replies, requests) = bytes.split_at(bytes.len() / 4);
     let (ours, mut server) = UnixStream::pair().unwrap();
-    // Replies that are there before their requests are for nobody, but those of numbers that were given out.
+    // Replies that arrive before their requests are dropped, except for those with numbers already in use.
     server.set_nonblocking(true).unwrap();
     let _ = server.write_all(replies);
     Driver::new(SharedFolder::with("tag", Some(Server::connected(ours)))).misbehave(requests);

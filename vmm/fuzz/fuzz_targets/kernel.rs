@@ -1,7 +1,6 @@
-//! Any bytes as a kernel and as an initrd: loading them is an error or leaves a machine whose
-//! entry point is guest memory.
+//! Fuzzes the loading of kernel and initrd: it returns an error, or an entry point within guest memory.
 //!
-//! `cargo +nightly fuzz run kernel -- -max_total_time=60`, in the folder above this one.
+//! `cargo +nightly fuzz run kernel -- -max_total_time=60`, in the parent folder.
 #![no_main]
 
 use kindling_vmm::boot::{self, BootFiles, Hardware};

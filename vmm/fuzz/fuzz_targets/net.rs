@@ -1,6 +1,7 @@
-//! Any driver of a network card, and any peer: nothing panics, nothing outside guest memory is touched, and a reset mends what was broken.
+//! Fuzzes the network device with an arbitrary driver and an arbitrary peer: no panic, no access outside of guest memory,
+//! and a reset recovers the device.
 //!
-//! `cargo +nightly fuzz run net -- -max_total_time=600`, in the folder above this one.
+//! `cargo +nightly fuzz run net -- -max_total_time=600`, in the parent folder.
 #![no_main]
 
 use kindling_vmm::config::devices::NetworkInterface;
@@ -10,7 +11,7 @@ use libfuzzer_sys::fuzz_target;
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socketpair};
 
 fuzz_target!(|bytes: &[u8]| {
-    // What the other end is, whether its first frame is of a plausible length, and how much it says.
+    // The type of the peer, whether its first frame has a plausible length, and how much it sends.
     let Some(([first, second], bytes)) = bytes.split_first_chunk() else { return };
     let is_passt = first & 1 == 0;
     let (said, bytes) = bytes.split_at(usize::from(*second).min(bytes.len()));
@@ -21,7 +22,7 @@ fuzz_target!(|bytes: &[u8]| {
         stream.extend([0, 0, first >> 2, 60]);
     }
     stream.extend(said);
-    // Once as frames that a buffer holds, and once as one that it does not.
+    // First as frames that fit into a buffer, then as one that does not.
     for frame in [&stream[..], said, &[&stream[..], &[0; 5000]].concat()] {
         let _ = send(&its, frame, SendFlags::NOSIGNAL);
     }

@@ -1,6 +1,7 @@
-//! Any driver of sockets, one of whose ports leads to a program of the host: nothing panics, nothing outside guest memory is touched, and a reset mends what was broken.
+//! Fuzzes the socket device with an arbitrary driver, and with a program of the host on one of its ports: no panic, no
+//! access outside of guest memory, and a reset recovers the device.
 //!
-//! `cargo +nightly fuzz run vsock -- -max_total_time=600`, in the folder above this one.
+//! `cargo +nightly fuzz run vsock -- -max_total_time=600`, in the parent folder.
 #![no_main]
 
 use kindling_vmm::config::devices;
@@ -13,7 +14,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 fuzz_target!(|bytes: &[u8]| {
     let folder = tempfile::tempdir_in("/dev/shm").unwrap();
     let path = folder.path().join("v");
-    // The guest can reach port 0, which is what most of its packets name, and the host asks for one of the guest.
+    // The guest can connect to port 0, the port of most of its packets, and the host connects to a port of the guest.
     let _listener = UnixListener::bind(folder.path().join("v_0")).unwrap();
     let config = devices::Vsock { guest_cid: 3, uds_path: path.clone(), vsock_id: None };
     let device = Vsock::open(&config).unwrap();

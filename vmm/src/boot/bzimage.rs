@@ -1,6 +1,7 @@
-//! A compressed kernel, as distributions ship it. `linux-loader` reads it; it unpacks itself.
+//! Loading of a compressed kernel (bzImage), as distributions provide it. `linux-loader` parses it; the kernel
+//! decompresses itself.
 //!
-//! Facts are those of Documentation/arch/x86/boot.rst.
+//! The source is Documentation/arch/x86/boot.rst.
 
 use super::{BootError, Kernel, kernel_limit, too_large};
 use crate::layout;
@@ -13,14 +14,14 @@ use vm_memory::GuestAddress;
 pub(super) const MAGIC: [u8; 4] = *b"HdrS";
 pub(super) const MAGIC_OFFSET: u64 = 0x202;
 
-/// The 64-bit entry point's distance from the start of the loaded kernel.
+/// Offset of the 64-bit entry point from the start of the loaded kernel.
 const ENTRY_64: u64 = 0x200;
-/// First protocol version whose header has `xloadflags`.
+/// First version of the boot protocol with the field `xloadflags`.
 const VERSION_2_12: u16 = 0x20c;
 /// Bit of `xloadflags`: the kernel has a 64-bit entry point.
 const XLF_KERNEL_64: u16 = 1;
 
-/// Puts a bzImage where its header says.
+/// Loads a bzImage at the address in its header.
 pub(super) fn load(
     memory: &GuestMemory,
     mut file: File,
@@ -42,8 +43,8 @@ pub(super) fn load(
             version & 0xff
         )));
     }
-    // The kernel unpacks itself at its preferred address, or where it was loaded if that is
-    // higher, and needs `init_size` bytes there before it reads the memory map.
+    // The kernel decompresses itself at its preferred address, or at its load address if that is higher, and needs
+    // `init_size` bytes there before it reads the memory map.
     let (preferred, init_size) = (header.pref_address, header.init_size);
     let end = preferred.max(loaded.kernel_load.0).saturating_add(init_size.into()).max(loaded.kernel_end);
     if end > kernel_limit(memory) {
@@ -63,7 +64,7 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
 
-    /// A bzImage of 5 setup sectors and 1000 bytes of kernel. Offsets are those of boot.rst.
+    /// A bzImage with 5 setup sectors and 1000 bytes of kernel. Offsets are those of boot.rst.
     fn image() -> Vec<u8> {
         let mut bytes = vec![0; 5 * 512 + 1000];
         bytes[0x1f1] = 4;
@@ -87,14 +88,14 @@ mod tests {
     }
 
     #[test]
-    fn a_kernel_goes_where_its_header_says() {
+    fn a_kernel_is_loaded_at_the_address_in_its_header() {
         let kernel = load_with(0, &[]).unwrap();
         assert_eq!(kernel.entry.0, MIB + 0x200);
         assert_eq!(kernel.end.0, 2 * MIB + 0x1000);
     }
 
     #[test]
-    fn wrong_headers_are_named() {
+    fn errors_name_the_invalid_field() {
         let message = |at, change: &[u8]| load_with(at, change).err().unwrap().to_string();
         for (at, change, expected) in [
             (0x206, &[0x0b, 0x02][..], "boot protocol 2.11 has no 64-bit entry"),
@@ -112,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn no_truncation_does_harm() {
+    fn no_truncation_causes_a_panic() {
         let memory = GuestMemory::anonymous(16 * MIB).unwrap();
         let bytes = image();
         for length in 0..bytes.len() {

@@ -1,14 +1,13 @@
-//! An uncompressed kernel: an ELF file whose segments are read to where they run.
+//! Loading of an uncompressed kernel: an ELF file whose segments are read to their physical addresses.
 //!
-//! Mapping the segments copy-on-write from the page cache looks cheaper and is not: a booting
-//! kernel patches its own code (alternatives, paravirtual calls, lock prefixes) nearly everywhere,
-//! so that most pages of code are faulted in one by one and copied after all. In the exact lab a
-//! mapped kernel is loaded 7 ms sooner and reaches init 24 ms later than one that is read into
-//! anonymous memory with huge pages.
+//! Mapping the segments copy-on-write from the page cache is slower: a booting kernel patches its own code
+//! (alternatives, paravirtual calls, lock prefixes) nearly everywhere, so that most pages of code are faulted in one by
+//! one and copied. In the exact lab a mapped kernel is loaded 7 ms sooner and reaches init 24 ms later than one that is
+//! read into anonymous memory with huge pages.
 //!
-//! Facts are those of the System V ABI's "Object Files" chapter (ELF-64) and of the 64-bit boot
-//! protocol (Documentation/arch/x86/boot.rst): the kernel's ELF entry point is its 64-bit entry,
-//! and its segments go to their physical addresses.
+//! Sources are the chapter "Object Files" of the System V ABI (ELF-64), and the 64-bit boot protocol
+//! (Documentation/arch/x86/boot.rst): the kernel's ELF entry point is its 64-bit entry point, and its segments are
+//! loaded at their physical addresses.
 
 use super::Kernel;
 use crate::layout;
@@ -30,12 +29,12 @@ const PROGRAM_HEADERS_MAX: u16 = 64;
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ElfError {
-    /// The file ends before something it announces.
+    /// The file is shorter than its headers state.
     #[error("the file is truncated: {what} ends at byte {end}, the file at byte {length}")]
     Truncated {
-        /// What is cut off.
+        /// The truncated part.
         what: &'static str,
-        /// Where it would end; the largest number where that overflows.
+        /// End of that part in bytes; the largest number if it overflows.
         end: u64,
         /// Length of the file in bytes.
         length: u64,
@@ -43,7 +42,7 @@ pub enum ElfError {
     /// The file could not be read.
     #[error("reading it failed: {0}")]
     Read(String),
-    /// Not an ELF file at all.
+    /// Not an ELF file.
     #[error("it is not an ELF file")]
     NotElf,
     /// A 32-bit or unknown ELF class.
@@ -52,21 +51,21 @@ pub enum ElfError {
     /// A big-endian file.
     #[error("it is a big-endian ELF file")]
     BigEndian,
-    /// A program for another kind of processor.
+    /// A program for another processor architecture.
     #[error("it is for another processor (ELF machine {0} instead of 62, x86-64)")]
     Machine(u16),
     /// An object file, a shared library or a position-independent program.
     #[error("it is not an executable (ELF type {0} instead of 2)")]
     NotExecutable(u16),
-    /// Program headers in a form that no kernel has.
+    /// Program headers that are not plausible for a kernel.
     #[error("its {count} program headers of {size} bytes are not those of a kernel")]
     ProgramHeaders {
-        /// How many there are.
+        /// Number of program headers.
         count: u16,
-        /// Size of each in bytes.
+        /// Size of a program header in bytes.
         size: u16,
     },
-    /// No segment at all.
+    /// No loadable segment.
     #[error("it has no loadable segment")]
     NoSegments,
     /// A segment larger in the file than in memory, or whose end overflows.
@@ -74,30 +73,30 @@ pub enum ElfError {
         "the segment at {address:#x} has impossible sizes: {file_size} bytes in the file, {memory_size} in memory"
     )]
     SegmentSize {
-        /// Its physical address.
+        /// Physical address of the segment.
         address: u64,
-        /// Its bytes in the file.
+        /// Length in the file in bytes.
         file_size: u64,
-        /// Its bytes in memory.
+        /// Length in memory in bytes.
         memory_size: u64,
     },
-    /// A segment below the first MiB, where tables are.
+    /// A segment below 1 MiB, where the boot tables are.
     #[error("the segment at {0:#x} lies below 1 MiB, where the boot tables are")]
     SegmentTooLow(u64),
-    /// Two segments in one place.
+    /// Two overlapping segments.
     #[error("the segments at {first:#x} and {second:#x} overlap")]
     Overlap {
-        /// Physical address of the one.
+        /// Physical address of the first segment.
         first: u64,
-        /// Physical address of the other.
+        /// Physical address of the second segment.
         second: u64,
     },
-    /// An entry point outside every segment.
-    #[error("its entry point {0:#x} is in none of its segments")]
+    /// An entry point outside of all segments.
+    #[error("its entry point {0:#x} is outside of its segments")]
     Entry(u64),
 }
 
-/// Why an ELF kernel was not loaded.
+/// The error of loading an ELF kernel.
 #[derive(Debug)]
 pub(super) enum LoadError {
     Elf(ElfError),
@@ -117,12 +116,12 @@ impl From<MemoryError> for LoadError {
     }
 }
 
-/// Something that can be read at an offset: a file, or bytes in a test.
+/// A source of bytes that can be read at an offset: a file, or a slice in a test.
 pub trait ReadAt {
-    /// Fills `buffer` from `offset` on.
+    /// Fills `buffer` with the bytes at `offset`.
     ///
     /// # Errors
-    /// When there are not that many bytes, or they cannot be read.
+    /// When there are fewer bytes, or they cannot be read.
     fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()>;
 }
 
@@ -146,13 +145,13 @@ impl ReadAt for [u8] {
 /// A loadable segment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Segment {
-    /// Where its bytes are in the file.
+    /// Offset of its bytes in the file.
     pub file_offset: u64,
-    /// How many there are.
+    /// Length of its bytes in the file.
     pub file_size: u64,
-    /// Where they go in guest-physical memory.
+    /// Guest-physical address.
     pub address: u64,
-    /// How many bytes it takes there; those behind `file_size` are zero.
+    /// Length in memory in bytes; bytes beyond `file_size` are zero.
     pub memory_size: u64,
 }
 
@@ -162,26 +161,26 @@ impl Segment {
     }
 }
 
-/// What a kernel's ELF file says: validated, so that no sum of its fields overflows.
+/// The headers of a kernel's ELF file, validated such that no sum of its fields overflows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Elf {
     /// Physical address of the first instruction.
     pub entry: u64,
-    /// The segments by address; none is empty, none overlaps another.
+    /// The segments in ascending order of their addresses; none is empty, and none overlaps another.
     pub segments: Vec<Segment>,
 }
 
 impl Elf {
-    /// Reads and checks the headers of a file of `length` bytes.
+    /// Reads and validates the headers of a file of `length` bytes.
     ///
     /// # Errors
-    /// Names the first thing that is not as in a 64-bit x86 kernel.
+    /// The first property that is not that of a 64-bit x86 kernel.
     pub fn parse<F: ReadAt + ?Sized>(file: &F, length: u64) -> Result<Self, ElfError> {
         let header: [u8; HEADER_LEN] = read(file, length, "the ELF header", 0)?;
         let (entry, table, count) = parse_header(&header)?;
         let mut segments = Vec::new();
         for index in 0..count {
-            // A table near the end of the 64-bit range saturates, and is then behind the file.
+            // An end that overflows saturates, and is then beyond the end of the file.
             let offset = table.saturating_add(u64::from(index) * PROGRAM_HEADER_LEN as u64);
             let header: [u8; PROGRAM_HEADER_LEN] = read(file, length, "a program header", offset)?;
             segments.extend(parse_segment(&header, length)?);
@@ -201,7 +200,7 @@ impl Elf {
         Ok(Self { entry, segments })
     }
 
-    /// First address behind all segments.
+    /// First address after all segments.
     #[must_use]
     pub fn end(&self) -> u64 {
         self.segments.iter().map(Segment::end).max().unwrap_or(0)
@@ -264,7 +263,7 @@ fn parse_header(header: &[u8; HEADER_LEN]) -> Result<(u64, u64, u16), ElfError> 
     Ok((double(header, 24), double(header, 32), count))
 }
 
-/// The segment that a program header describes, if it is one to load and not empty.
+/// The segment of a program header; `None` if it is empty or not loadable.
 fn parse_segment(header: &[u8; PROGRAM_HEADER_LEN], length: u64) -> Result<Option<Segment>, ElfError> {
     const LOAD: u32 = 1;
     if word(header, 0) != LOAD {
@@ -290,7 +289,7 @@ fn parse_segment(header: &[u8; PROGRAM_HEADER_LEN], length: u64) -> Result<Optio
     Ok((memory_size > 0).then_some(segment))
 }
 
-/// Puts the segments of a kernel file into guest memory.
+/// Reads the segments of a kernel file into guest memory.
 pub(super) fn load(memory: &GuestMemory, file: &File, length: u64) -> Result<Kernel, LoadError> {
     let elf = Elf::parse(file, length)?;
     let end = elf.end();
@@ -306,12 +305,12 @@ pub(super) fn load(memory: &GuestMemory, file: &File, length: u64) -> Result<Ker
     Ok(Kernel { entry: GuestAddress(elf.entry), end: GuestAddress(end), setup_header: None })
 }
 
-/// Bytes of a kernel in a huge page from which on the huge page pays: clearing it costs about as much
-/// as 80 faults of 4 KiB (exact lab).
+/// Minimum number of kernel bytes in a huge page that make the huge page worthwhile: clearing it takes about as long as
+/// 80 page faults of 4 KiB (exact lab).
 const DENSE: u64 = 80 * layout::PAGE_SIZE;
 
-/// The huge pages of guest memory in which a kernel has something, but little. The last one is not
-/// among them: what lies behind the kernel there is memory like any other.
+/// The huge pages of guest memory that contain only few bytes of the kernel. The last one is excluded, because the
+/// memory after the kernel is used like any other.
 fn sparse_regions(segments: &[Segment]) -> Vec<Range<u64>> {
     let mut used: BTreeMap<u64, u64> = BTreeMap::new();
     for segment in segments {
@@ -336,7 +335,7 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
 
-    /// A tiny kernel: one segment of `code` at 1 MiB, its bytes at file offset 4096.
+    /// A tiny kernel: one segment with `code` at 1 MiB, whose bytes are at file offset 4096.
     fn tiny(code: &[u8]) -> Vec<u8> {
         let mut file = vec![0; 4096];
         file[..4].copy_from_slice(b"\x7fELF");
@@ -362,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn huge_pages_with_little_in_them_are_found() {
+    fn sparse_huge_pages_are_found() {
         let segment = |address, memory_size| Segment { file_offset: 0, file_size: 0, address, memory_size };
         let segments =
             [segment(16 * MIB, 4 * MIB + 4096), segment(24 * MIB + 4096, MIB), segment(26 * MIB, 1)];
@@ -379,7 +378,7 @@ mod tests {
     }
 
     #[test]
-    fn every_truncation_is_named() {
+    fn errors_name_the_truncated_part() {
         let file = tiny(&[0xf4; 10]);
         for length in 0..file.len() {
             let error = parse(&file[..length]).unwrap_err();
@@ -403,7 +402,7 @@ mod tests {
     }
 
     #[test]
-    fn each_wrong_field_has_its_error() {
+    fn each_invalid_field_has_its_own_error() {
         let max = &u64::MAX.to_le_bytes();
         let size =
             |file_size, memory_size, address| ElfError::SegmentSize { address, file_size, memory_size };
@@ -434,7 +433,7 @@ mod tests {
     }
 
     #[test]
-    fn overlapping_segments_are_named() {
+    fn overlapping_segments_are_refused() {
         let mut file = tiny(&[0xf4; 10]);
         let header: Vec<u8> = file[64..120].into();
         file[120..176].copy_from_slice(&header);
@@ -455,7 +454,7 @@ mod tests {
     }
 
     #[test]
-    fn segments_arrive_whatever_their_alignment() {
+    fn segments_of_any_alignment_are_loaded() {
         let code: Vec<u8> = (0..20_000_u32).map(|index| index.to_le_bytes()[0] ^ 0x5a).collect();
         // Low bits of the address: those of the file offset, or others.
         for (address, offset) in [(0, 4096), (0x123, 4096 + 0x123), (0x10, 4096), (0xfff, 4096 + 0xfff)] {
@@ -477,7 +476,7 @@ mod tests {
             let start = GuestAddress(MIB + address);
             memory.inner().read_slice(&mut seen, start).unwrap();
             assert_eq!(seen[..20_000], code, "{address:#x}");
-            assert!(seen[20_000..].iter().all(|&byte| byte == 0), "behind the file's bytes is zero");
+            assert!(seen[20_000..].iter().all(|&byte| byte == 0), "bytes after those of the file are zero");
             assert_eq!(kernel.entry, start);
             assert_eq!(kernel.end.0, MIB + address + 30_000);
         }
@@ -493,7 +492,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_header_does_harm(
+        fn no_header_causes_a_panic(
             changes in prop::collection::vec((0_usize..180, any::<u8>()), 0..12),
             length in 0_usize..5000,
         ) {

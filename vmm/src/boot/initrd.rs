@@ -1,4 +1,4 @@
-//! The initrd, behind the kernel.
+//! Loading of the initrd.
 
 use super::{BootError, kernel_limit, length};
 use crate::layout::{self, HUGE_PAGE_SIZE, PAGE_SIZE};
@@ -14,14 +14,13 @@ pub(super) struct Initrd {
     pub(super) size: u32,
 }
 
-/// Initrds up to this size are read: mapping is for those that are worth sharing.
+/// Maximum size of an initrd that is read: mapping pays off only for larger ones, whose pages are shared.
 const READ_MAX: u64 = layout::MIB;
 
-/// Puts an initrd right behind the kernel. A small one is read, into huge pages that the kernel's
-/// last segment has touched already; a large one is mapped copy-on-write from the page cache, on
-/// huge pages of its own. The end of memory, where other monitors put it, is where the kernel
-/// allocates first: a file mapped there would break those huge pages, and each page of 4 KiB be a
-/// fault. An empty file is no initrd.
+/// Loads an initrd directly after the kernel. A small one is read into huge pages that the kernel's last segment has
+/// populated already; a large one is mapped copy-on-write from the page cache, into separate huge pages. Other monitors
+/// place it at the end of memory, where the kernel allocates first: a mapped file would split those huge pages, and
+/// each page of 4 KiB would cause a page fault. An empty file counts as no initrd.
 pub(super) fn load(
     memory: &GuestMemory,
     file: File,
@@ -41,7 +40,7 @@ pub(super) fn load(
     }
     let is_mapped = size > READ_MAX;
     let next_huge_page = kernel_end.0.next_multiple_of(HUGE_PAGE_SIZE);
-    // Where memory is tight it shares a huge page with the kernel after all.
+    // If memory is scarce, it shares a huge page with the kernel.
     let start = if is_mapped && next_huge_page + size <= limit { next_huge_page } else { next_page };
     let whole = if is_mapped { size - size % PAGE_SIZE } else { 0 };
     if whole > 0 {
@@ -68,7 +67,7 @@ mod tests {
     }
 
     #[test]
-    fn it_lies_behind_the_kernel() {
+    fn the_initrd_is_loaded_after_the_kernel() {
         for size in [1_u32, 4095, 4096, 4097, 10_000, 1 << 20, (1 << 20) + 1, 3 << 20] {
             let bytes: Vec<u8> = (0..size).map(|index| index.to_le_bytes()[0]).collect();
             let (memory, initrd) = load_bytes(&bytes, MIB + 1).unwrap();
@@ -83,12 +82,12 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_file_is_no_initrd() {
+    fn an_empty_file_counts_as_no_initrd() {
         assert_eq!(load_bytes(&[], MIB).unwrap().1, None);
     }
 
     #[test]
-    fn one_that_does_not_fit_behind_the_kernel_is_refused() {
+    fn an_initrd_that_does_not_fit_is_refused() {
         assert!(load_bytes(&[1; 8192], 16 * MIB - 8192).is_ok());
         let error = load_bytes(&[1; 8193], 16 * MIB - 8192).unwrap_err();
         assert!(matches!(error, BootError::InitrdTooLarge { size: 8193, free: 8192, .. }), "{error}");
@@ -97,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_a_file_is_refused() {
+    fn irregular_files_are_refused() {
         let open = |path: &str| super::super::open(Path::new(path)).unwrap_err().to_string();
         assert_eq!(open("/dev/zero"), "/dev/zero is not a file");
         assert_eq!(open("/"), "/ is not a file");

@@ -1,5 +1,4 @@
-//! From a kernel file to the first instruction: everything that has to be in guest memory, and
-//! where the first vCPU starts.
+//! Loading a kernel: everything that must be in guest memory before the first instruction, and the entry point.
 
 mod bzimage;
 pub mod elf;
@@ -19,7 +18,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use vm_memory::GuestAddress;
 
-/// Why a guest cannot be booted from these files.
+/// Why a guest cannot be booted from the configured files.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum BootError {
@@ -28,47 +27,47 @@ pub enum BootError {
     Read {
         /// The file.
         path: PathBuf,
-        /// What the host said.
+        /// The host's error.
         source: io::Error,
     },
-    /// A path that leads to a directory, a device or the like.
+    /// A path of a directory, a device or another file that is not regular.
     #[error("{} is not a file", .0.display())]
     NotAFile(PathBuf),
-    /// A kernel file in neither of the known formats.
+    /// A kernel file in an unknown format.
     #[error("{} is not a Linux kernel: it is neither an ELF file (vmlinux) nor a bzImage", .0.display())]
     UnknownFormat(PathBuf),
-    /// An ELF file that is not a kernel this machine can run.
+    /// An ELF file that is not a kernel for this machine.
     #[error("{} cannot be booted: {source}", path.display())]
     Elf {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The reason.
         source: elf::ElfError,
     },
-    /// A bzImage that is broken or too old.
+    /// A bzImage that is invalid or too old.
     #[error("{} cannot be booted: {problem}", path.display())]
     BzImage {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The reason.
         problem: String,
     },
     /// A kernel that needs more memory than the machine has.
     #[error("the kernel needs {needed_mib} MiB of memory; give the machine more than {given_mib} MiB")]
     KernelTooLarge {
-        /// MiB up to the end of the kernel, rounded up.
+        /// End address of the kernel in MiB, rounded up.
         needed_mib: u64,
-        /// MiB that there are below the device gap and within reach of the first page tables.
+        /// Available memory in MiB: below the device gap, and within the initial page tables.
         given_mib: u64,
     },
-    /// An initrd that does not fit beside the kernel.
-    #[error("{} has {size} bytes; {free} are free behind the kernel: give the machine more memory", path.display())]
+    /// An initrd that does not fit into memory after the kernel.
+    #[error("{} has {size} bytes; {free} are free after the kernel: give the machine more memory", path.display())]
     InitrdTooLarge {
         /// The file.
         path: PathBuf,
-        /// Its size in bytes.
+        /// Size of the initrd in bytes.
         size: u64,
-        /// Bytes between the end of the kernel and the end of memory.
+        /// Number of bytes between the end of the kernel and the end of memory.
         free: u64,
     },
     /// Guest memory that cannot be written.
@@ -76,36 +75,36 @@ pub enum BootError {
     Memory(#[from] MemoryError),
 }
 
-/// Where the first vCPU starts.
+/// The entry point of the boot vCPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry {
     /// Guest-physical address of the first instruction, run in 64-bit mode.
     pub instruction: GuestAddress,
 }
 
-/// A kernel in guest memory.
+/// A kernel that was loaded into guest memory.
 struct Kernel {
     entry: GuestAddress,
-    /// First byte behind everything that the kernel uses before it manages memory itself.
+    /// First address after the memory that the kernel uses before it manages memory itself.
     end: GuestAddress,
-    /// The setup header of a bzImage.
+    /// The setup header, if the kernel is a bzImage.
     setup_header: Option<linux_loader::bootparam::setup_header>,
 }
 
-/// What the boot tables say of the machine.
+/// The hardware that the boot tables describe.
 #[derive(Clone, Copy, Debug)]
 pub struct Hardware<'a> {
-    /// vCPUs.
+    /// Number of vCPUs.
     pub vcpus: u8,
-    /// Interrupt lines that lead to a device.
+    /// Interrupt lines with a device.
     pub lines: &'a [Gsi],
-    /// virtio devices.
+    /// Number of virtio devices.
     pub devices: usize,
     /// The interrupt controllers.
     pub controllers: InterruptControllers,
 }
 
-/// The files of a boot source, open.
+/// The open files of a boot source.
 #[derive(Debug)]
 pub struct BootFiles {
     pub(crate) kernel: File,
@@ -113,10 +112,10 @@ pub struct BootFiles {
 }
 
 impl BootFiles {
-    /// Opens them.
+    /// Opens the files.
     ///
     /// # Errors
-    /// When one cannot be opened, or is no file.
+    /// When a file cannot be opened, or is not a regular file.
     pub fn open(source: &BootSource) -> Result<Self, BootError> {
         let kernel = open(&source.kernel_image_path)?;
         Ok(Self { kernel, initrd: source.initrd_path.as_deref().map(open).transpose()? })
@@ -128,10 +127,10 @@ impl BootFiles {
     }
 }
 
-/// Puts the kernel, the initrd, the command line and every table into guest memory.
+/// Loads the kernel, the initrd, the command line and all tables into guest memory.
 ///
 /// # Errors
-/// When a file is not what it should be, or does not fit.
+/// When a file is invalid, or does not fit into memory.
 pub fn load(
     memory: &GuestMemory,
     source: &BootSource,
@@ -143,7 +142,7 @@ pub fn load(
         (Some(file), Some(path)) => initrd::load(memory, file, path, kernel.end)?,
         _ => None,
     };
-    let line = layout::announced(hardware.devices) + &source.boot_args;
+    let line = layout::virtio_mmio_parameters(hardware.devices) + &source.boot_args;
     write_command_line(memory, &line)?;
     zero_page::write(memory, &kernel, initrd, &line)?;
     tables::write(memory)?;
@@ -151,8 +150,8 @@ pub fn load(
     Ok(Entry { instruction: kernel.entry })
 }
 
-/// Reads the first bytes of the kernel's file to see what it is. A file of the one format that is
-/// broken keeps that format's error.
+/// Determines the format of the kernel from its first bytes, and loads it. An invalid file keeps the error of its
+/// format.
 fn load_kernel(memory: &GuestMemory, file: File, path: &Path) -> Result<Kernel, BootError> {
     let length = length(&file, path)?;
     let mut magic = [0; 4];
@@ -180,15 +179,15 @@ fn too_large(memory: &GuestMemory, end: u64) -> BootError {
     }
 }
 
-/// No kernel may end above this address.
+/// The maximum end address of a kernel.
 fn kernel_limit(memory: &GuestMemory) -> u64 {
     memory.low_end().0.min(layout::IDENTITY_MAP_END.0)
 }
 
-/// Opens a regular file; anything else could block, never end, or change its length.
+/// Opens a regular file; any other file could block, be endless, or change its length.
 fn open(path: &Path) -> Result<File, BootError> {
     let failed = |source| BootError::Read { path: path.into(), source };
-    // The type is checked before opening, because opening a FIFO waits for its writer.
+    // The type is checked before opening, because opening a FIFO blocks until it has a writer.
     if !std::fs::metadata(path).map_err(failed)?.is_file() {
         return Err(BootError::NotAFile(path.into()));
     }

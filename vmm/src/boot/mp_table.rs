@@ -1,5 +1,5 @@
-//! The MP table: which processors and interrupt lines there are (Intel MultiProcessor
-//! Specification 1.4). It takes the place of ACPI.
+//! The MP table, which describes processors and interrupt lines (Intel MultiProcessor Specification 1.4). It replaces
+//! ACPI.
 
 use super::Hardware;
 use crate::config::InterruptControllers;
@@ -8,18 +8,18 @@ use crate::memory::{GuestMemory, MemoryError};
 
 /// Version 1.4 (section 4.1).
 const SPECIFICATION: u8 = 4;
-/// The version register of KVM's local APICs and I/O APIC (integrated APIC).
+/// The value of the version register of KVM's local APICs and I/O APIC (integrated APIC).
 const APIC_VERSION: u8 = 0x14;
 const ISA_BUS: u8 = 0;
 
-/// Kinds of entries (section 4.3).
+/// Entry types (section 4.3).
 const PROCESSOR: u8 = 0;
 const BUS: u8 = 1;
 const IO_APIC: u8 = 2;
 const IO_INTERRUPT: u8 = 3;
 const LOCAL_INTERRUPT: u8 = 4;
 
-/// Kinds of interrupts (section 4.3.4).
+/// Interrupt types (section 4.3.4).
 const VECTORED: u8 = 0;
 const NMI: u8 = 1;
 const EXTERNAL: u8 = 3;
@@ -30,7 +30,7 @@ pub(super) fn write(memory: &GuestMemory, hardware: Hardware<'_>) -> Result<(), 
     memory.write(MP_TABLE, &table(hardware))
 }
 
-/// The floating pointer structure, and behind it the configuration table.
+/// The floating pointer structure, followed by the configuration table.
 fn table(hardware: Hardware<'_>) -> Vec<u8> {
     let entries = entries(hardware);
     let count = u16::try_from(entries.len()).unwrap_or(0);
@@ -57,7 +57,7 @@ fn floating_pointer() -> Vec<u8> {
     bytes
 }
 
-/// The header of the configuration table (section 4.2), with its checksum left zero.
+/// The header of the configuration table (section 4.2) with a checksum of zero.
 fn configuration_header(body: usize, count: u16) -> Vec<u8> {
     const LEN: usize = 44;
     let length = u16::try_from(LEN + body).unwrap_or(0);
@@ -76,14 +76,14 @@ fn configuration_header(body: usize, count: u16) -> Vec<u8> {
 }
 
 fn entries(hardware: Hardware<'_>) -> Vec<Vec<u8>> {
-    // The I/O APIC's id follows those of the processors.
+    // The id of the I/O APIC follows those of the processors.
     let io_apic = hardware.vcpus;
     let mut entries: Vec<Vec<u8>> = (0..hardware.vcpus).map(processor).collect();
     entries.push([&[BUS, ISA_BUS][..], b"ISA   "].concat());
     let address = u32::try_from(layout::IO_APIC.0).unwrap_or(0).to_le_bytes();
     entries.push([&[IO_APIC, io_apic, APIC_VERSION, 1][..], &address].concat());
-    // Every line is the ISA interrupt of the same number, edge-triggered. The kernel sets up each
-    // one that it is told of, so it is told of those that lead somewhere.
+    // Each line is the ISA interrupt of the same number, edge-triggered. The kernel sets up every entry, so that only
+    // lines with a device are listed.
     entries.extend(hardware.lines.iter().filter_map(|line| {
         let pin = u8::try_from(line.0).ok()?;
         Some(interrupt(IO_INTERRUPT, VECTORED, pin, io_apic, pin))
@@ -99,14 +99,14 @@ fn processor(id: u8) -> Vec<u8> {
     const ENABLED: u8 = 1;
     const BOOTSTRAP: u8 = 2;
     let flags = if id == 0 { ENABLED | BOOTSTRAP } else { ENABLED };
-    // Signature and feature flags are zero: kernels ask CPUID. Eight bytes are reserved.
+    // Signature and feature flags are zero, because kernels use CPUID. Eight bytes are reserved.
     let mut bytes = vec![PROCESSOR, id, APIC_VERSION, flags];
     bytes.resize(20, 0);
     bytes
 }
 
-/// An interrupt that arrives on bus line `line` and goes to pin `pin` of APIC `apic`; polarity and
-/// trigger mode are the bus's.
+/// An interrupt entry: bus line `line` is connected to pin `pin` of APIC `apic`; polarity and trigger mode are those of
+/// the bus.
 fn interrupt(entry: u8, kind: u8, line: u8, apic: u8, pin: u8) -> Vec<u8> {
     vec![entry, kind, 0, 0, ISA_BUS, line, apic, pin]
 }
@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_keep_their_numbers() {
+    fn lines_are_connected_to_pins_of_the_same_number() {
         let entries = entries(hardware(1, InterruptControllers::IoApic));
         // Type 3, vectored, conforming to the bus, bus 0 line n, APIC 1 pin n (section 4.3.4).
         assert_eq!(entries[3], [3, 0, 0, 0, 0, 4, 1, 4]);
@@ -160,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn the_largest_table_fits_its_place() {
+    fn the_largest_table_fits_into_the_memory_map() {
         let lines: Vec<Gsi> = (0..u32::from(layout::IO_APIC_PINS)).map(Gsi).collect();
         let hardware = Hardware {
             vcpus: layout::VCPUS_MAX,

@@ -1,5 +1,5 @@
-//! The processor's own tables for the first instructions: a GDT, and page tables that map the
-//! first GiB to itself. The kernel replaces both within microseconds.
+//! The initial GDT and page tables of the boot vCPU. The page tables map the first GiB to itself. The kernel replaces
+//! both within microseconds.
 
 use crate::layout::{self, GDT, PAGE_SIZE, PAGE_TABLES};
 use crate::memory::{GuestMemory, MemoryError};
@@ -13,13 +13,13 @@ pub(crate) const CODE_SEGMENT: u16 = 2;
 /// Index in the GDT of the data segment that the boot protocol calls `__BOOT_DS`.
 pub(crate) const DATA_SEGMENT: u16 = 3;
 
-/// The GDT's entries: two unused, then code and data.
+/// The entries of the GDT: two unused ones, then code and data.
 pub(crate) const GDT_ENTRIES: [u64; 4] =
     [0, 0, DescriptorFlags::KERNEL_CODE64.bits(), DescriptorFlags::KERNEL_DATA.bits()];
 
 const LARGE_PAGE: u64 = 2 << 20;
 
-/// Writes GDT and page tables.
+/// Writes the GDT and the page tables.
 pub(crate) fn write(memory: &GuestMemory) -> Result<(), MemoryError> {
     memory.write(GDT, GDT_ENTRIES.map(u64::to_le_bytes).as_flattened())?;
     let table = |index: u64| PAGE_TABLES.0 + index * PAGE_SIZE;
@@ -65,7 +65,7 @@ mod tests {
     }
 
     #[test]
-    fn code_and_data_are_where_the_boot_protocol_wants_them() {
+    fn segments_have_the_selectors_of_the_boot_protocol() {
         // __BOOT_CS is 0x10 and __BOOT_DS is 0x18 (boot.rst, "64-bit boot protocol"). Code: long
         // mode, present, ring 0, execute and read; data: present, ring 0, read and write.
         assert_eq!(CODE_SEGMENT << 3, 0x10);

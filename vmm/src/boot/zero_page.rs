@@ -1,5 +1,4 @@
-//! The zero page: what the boot protocol lets a loader tell the kernel
-//! (Documentation/arch/x86/zero-page.rst).
+//! The zero page: the information that the boot loader passes to the kernel (Documentation/arch/x86/zero-page.rst).
 
 use super::Kernel;
 use super::initrd::Initrd;
@@ -9,11 +8,11 @@ use crate::memory::MemoryError;
 use linux_loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
-/// "A loader without a number of its own."
+/// The loader type "undefined", for a loader without an assigned id.
 const LOADER_UNDEFINED: u8 = 0xff;
 const BOOT_FLAG: u16 = 0xaa55;
 const HEADER_MAGIC: u32 = u32::from_le_bytes(super::bzimage::MAGIC);
-/// Protocol version of the header made for an ELF kernel, which has none of its own.
+/// Protocol version in the header for an ELF kernel, which has no setup header.
 const VERSION: u16 = 0x20f;
 const KERNEL_ALIGNMENT: u32 = 0x20_0000;
 
@@ -50,14 +49,14 @@ pub(super) fn write(
         .map_err(|_| MemoryError::Outside { address: layout::ZERO_PAGE.0, length: layout::PAGE_SIZE })
 }
 
-/// Everything the boot tables point to lies below 4 GiB by the layout.
+/// Converts the address of a boot table, which is below 4 GiB according to the memory map.
 fn below_4_gib(address: GuestAddress) -> u32 {
     u32::try_from(address.0).unwrap_or(u32::MAX)
 }
 
-/// The memory map: RAM without the legacy hole. The MP table is part of the RAM: a kernel that
-/// reads it keeps it (`mpparse_find_mptable`), and each entry here is scanned a thousand times while
-/// the kernel maps its memory (`e820__mapped_any`).
+/// The memory map: RAM without the legacy hole. The MP table is in RAM: a kernel that reads it reserves it
+/// (`mpparse_find_mptable`), and the kernel scans the entries a thousand times while it maps its memory
+/// (`e820__mapped_any`), so that there is no separate entry.
 fn memory_map(memory: &GuestMemory) -> Vec<boot_e820_entry> {
     let ram = |start: u64, end: u64| boot_e820_entry { addr: start, size: end - start, r#type: E820_RAM };
     let mut map = vec![ram(0, layout::LOW_MEMORY_END.0), ram(layout::HIGH_MEMORY.0, memory.low_end().0)];
@@ -80,7 +79,7 @@ mod tests {
     }
 
     #[test]
-    fn the_kernel_is_told_of_memory_and_command_line() {
+    fn memory_and_command_line_are_in_the_zero_page() {
         let params = written(128, None);
         let header = params.hdr;
         assert_eq!({ header.header }, 0x5372_6448);
@@ -94,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_above_the_device_gap_is_an_entry_of_its_own() {
+    fn memory_above_the_device_gap_is_a_separate_entry() {
         let params = written(4096, None);
         assert_eq!(params.e820_entries, 3);
         let entry = params.e820_table[2];
@@ -102,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn the_initrd_is_named() {
+    fn the_initrd_is_in_the_zero_page() {
         let initrd = Initrd { address: GuestAddress(0x7ff_f000), size: 77 };
         let header = written(128, Some(initrd)).hdr;
         assert_eq!(({ header.ramdisk_image }, { header.ramdisk_size }), (0x7ff_f000, 77));

@@ -1,5 +1,5 @@
-//! The virtio devices that a user may ask for. The structures are the sections of Firecracker's JSON, and
-//! what it has no field for has a default.
+//! Configuration of the virtio devices. The structures are the sections of Firecracker's configuration file; fields
+//! that Firecracker does not have are optional.
 
 use super::ConfigError;
 pub use super::limits::{RateLimiter, TokenBucket};
@@ -13,52 +13,52 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-/// The virtio devices of a machine, in the order in which the guest finds them: drives, network interfaces,
-/// vsock, entropy, balloon, pmem, shared folders.
+/// The virtio devices of a machine, in the order in which the guest discovers them: drives, network interfaces, vsock,
+/// entropy, balloon, pmem, shared folders.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Devices {
-    /// Disks; the guest calls them /dev/vda, /dev/vdb and so on.
+    /// Block devices: /dev/vda, /dev/vdb and so on in the guest.
     pub drives: Vec<Drive>,
-    /// Network cards; the guest calls them eth0, eth1 and so on.
+    /// Network devices: eth0, eth1 and so on in the guest.
     pub network_interfaces: Vec<NetworkInterface>,
-    /// A way between sockets of the guest and of the host.
+    /// The socket device.
     pub vsock: Option<Vsock>,
-    /// A source of random numbers.
+    /// The entropy device.
     pub entropy: Option<Entropy>,
-    /// A balloon, through which memory goes back to the host.
+    /// The memory balloon device.
     pub balloon: Option<Balloon>,
-    /// Files that the guest sees as memory; it calls them /dev/pmem0, /dev/pmem1 and so on.
+    /// Persistent memory devices: /dev/pmem0, /dev/pmem1 and so on in the guest.
     pub pmem: Vec<Pmem>,
-    /// Folders of the host, which the guest mounts by their tags.
+    /// Shared folders, which the guest mounts by their tags.
     pub shared_folders: Vec<SharedFolder>,
-    /// File of the image's root filesystem, which init mounts. The guest finds it behind the drives, so that
-    /// those have the same names with every image.
+    /// Path of the image's root filesystem, which init mounts. It is the block device after the drives, so that the
+    /// names of the drives do not depend on the image.
     pub root: Option<PathBuf>,
 }
 
-/// One device of a configuration.
+/// The configuration of one device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DeviceConfig<'a> {
-    /// A drive.
+    /// A block device.
     Drive(&'a Drive),
-    /// The image's root filesystem as a disk.
+    /// The image's root filesystem, as a block device.
     Root(Drive),
-    /// A network card.
+    /// A network device.
     Network(&'a NetworkInterface),
-    /// The vsock.
+    /// The socket device.
     Vsock(&'a Vsock),
-    /// The source of random numbers.
+    /// The entropy device.
     Entropy(&'a Entropy),
-    /// The balloon.
+    /// The balloon device.
     Balloon(&'a Balloon),
-    /// A file as memory.
+    /// A persistent memory device.
     Pmem(&'a Pmem),
     /// A shared folder.
     Folder(&'a SharedFolder),
 }
 
 impl DeviceConfig<'_> {
-    /// Its name.
+    /// The name of the device.
     #[must_use]
     pub fn name(&self) -> &str {
         match self {
@@ -73,7 +73,7 @@ impl DeviceConfig<'_> {
         }
     }
 
-    /// A letter for its kind: disk, read-only disk, network card, vsock, entropy, balloon, memory, folder.
+    /// The letter of the device type: disk, read-only disk, network, vsock, entropy, balloon, memory (pmem), folder.
     const fn letter(&self) -> char {
         match self {
             Self::Drive(drive) if !drive.is_read_only => 'd',
@@ -89,7 +89,7 @@ impl DeviceConfig<'_> {
 }
 
 impl Devices {
-    /// All of them, in the order of their registers. The image's root filesystem comes behind the drives.
+    /// All devices, in the order of their register addresses. The image's root filesystem comes after the drives.
     pub fn iter(&self) -> impl Iterator<Item = DeviceConfig<'_>> {
         let drives = self.drives.iter().map(DeviceConfig::Drive);
         let root = self.root_drive().map(|(drive, _)| DeviceConfig::Root(drive));
@@ -109,8 +109,8 @@ impl Devices {
             .chain(folders)
     }
 
-    /// The image's root filesystem as a disk, and the guest's name for it. This is the only place that knows
-    /// which kind of device it is.
+    /// The image's root filesystem as a drive, and its device name in the guest; `None` without one. Only this function
+    /// determines its device type.
     #[must_use]
     pub fn root_drive(&self) -> Option<(Drive, String)> {
         let path = self.root.as_ref()?;
@@ -120,8 +120,8 @@ impl Devices {
         Some((drive, format!("/dev/vd{letter}")))
     }
 
-    /// Whether nothing of them outlives the machine: neither disks, files as memory nor folders that a guest leaves in
-    /// order, nor network cards whose other end others may have afterwards.
+    /// Whether the machine shares no state with others that outlives it: no disks, pmem files or folders, which the
+    /// guest must leave in a consistent state, and no network devices, whose host interface may be reused.
     #[must_use]
     pub const fn are_private(&self) -> bool {
         self.drives.is_empty()
@@ -130,7 +130,7 @@ impl Devices {
             && self.network_interfaces.is_empty()
     }
 
-    /// How many there are.
+    /// Number of devices.
     #[must_use]
     pub const fn count(&self) -> usize {
         self.drives.len()
@@ -143,14 +143,14 @@ impl Devices {
             + self.root.is_some() as usize
     }
 
-    /// A letter for each, by its kind: disk, read-only disk, network card, vsock, entropy, balloon, memory,
-    /// folder.
+    /// One letter per device, for its type: **d**isk, **r**ead-only disk, **n**etwork, **v**sock, **e**ntropy,
+    /// **b**alloon, **m**emory (pmem), **f**older.
     #[must_use]
     pub fn kinds(&self) -> String {
         self.iter().map(|device| device.letter()).collect()
     }
 
-    /// Checks everything that can be checked without opening a file, for a machine with so many MiB of memory.
+    /// Checks everything that can be checked without opening a file. `memory` is the size of the guest's memory in MiB.
     pub(super) fn validate(&self, memory: u64) -> Result<(), ConfigError> {
         if self.count() > DEVICES_MAX {
             return Err(ConfigError::TooManyDevices(self.count()));
@@ -190,7 +190,7 @@ impl Devices {
         Ok(())
     }
 
-    /// What init has to tell the guest's kernel of its network cards.
+    /// The network configuration for init.
     pub(crate) fn guest_networks(&self) -> Vec<Network> {
         (0..)
             .zip(&self.network_interfaces)
@@ -199,43 +199,44 @@ impl Devices {
     }
 }
 
-/// A disk.
+/// A block device.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Drive {
-    /// Its name, which the guest reads as the disk's serial number, up to 20 bytes of it.
+    /// Name of the drive. The guest reads its first 20 bytes as the serial number.
     pub drive_id: String,
-    /// A raw file or a block device.
+    /// Path of the backing file: a raw image, or a block device.
     #[serde(default, deserialize_with = "null_is_default")]
     pub path_on_host: PathBuf,
-    /// Whether the kernel mounts it as its root; `root=` on the command line then names it.
+    /// Whether this is the root device, which adds `root=` to the kernel command line.
     #[serde(default, deserialize_with = "null_is_default")]
     pub is_root_device: bool,
-    /// Whether the guest may only read.
+    /// Whether the guest can only read.
     #[serde(default, deserialize_with = "null_is_default")]
     pub is_read_only: bool,
-    /// The partition to mount as root.
+    /// UUID of the partition that is the root filesystem.
     #[serde(default)]
     pub partuuid: Option<String>,
-    /// Whether what the guest flushes is flushed to the host's disk.
+    /// Whether flushes of the guest make writes durable on the host.
     #[serde(default, deserialize_with = "null_is_default")]
     pub cache_type: CacheType,
-    /// Accepted and not heeded: what can be done at once is, and the rest goes to io_uring where there is one.
+    /// Accepted and ignored: requests are served inline if they do not block, and otherwise by io_uring if the host
+    /// allows it.
     #[serde(default)]
     pub io_engine: Option<IoEngine>,
-    /// Limits of bytes and requests.
+    /// Limits of bytes and requests per time; no limit by default.
     #[serde(default)]
     pub rate_limiter: Option<RateLimiter>,
-    /// Whether the host's page cache is left out.
+    /// Whether to bypass the host's page cache (`O_DIRECT`).
     #[serde(default, deserialize_with = "null_is_default")]
     pub direct: bool,
-    /// The socket of a vhost-user backend, which is not supported.
+    /// Path of the socket of a vhost-user backend, which is not supported.
     #[serde(default)]
     pub socket: Option<PathBuf>,
 }
 
 impl Drive {
-    /// A disk that the guest may write.
+    /// A writable drive with default values.
     #[must_use]
     pub fn new(drive_id: impl Into<String>, path_on_host: impl Into<PathBuf>) -> Self {
         Self {
@@ -267,42 +268,42 @@ impl Drive {
     }
 }
 
-/// What a flush of the guest does.
+/// The effect of a flush of the guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 pub enum CacheType {
-    /// What was written reaches the host's disk.
+    /// Completed writes are durable on the host's disk.
     #[default]
     Writeback,
-    /// Nothing: a crash of the host can lose what the guest believes to be written.
+    /// None: a crash of the host can lose writes that the guest has flushed.
     Unsafe,
 }
 
-/// Firecracker's ways of reading and writing.
+/// Firecracker's I/O engines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 pub enum IoEngine {
-    /// With system calls that wait.
+    /// Blocking system calls.
     Sync,
-    /// With io_uring.
+    /// io_uring.
     Async,
 }
 
-/// Sockets between guest and host.
+/// The socket device.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Vsock {
-    /// The guest's number, 3 or more.
+    /// The CID of the guest: 3 to 4294967294.
     pub guest_cid: u32,
-    /// The Unix socket at which programs of the host ask for ports of the guest. For port N of the host the
-    /// guest is connected to the socket of this path with `_N` behind it.
+    /// Path of the Unix socket at which programs of the host connect to ports of the guest: at most 96 bytes. A
+    /// connection of the guest to port N of the host leads to the socket at this path with the suffix `_N`.
     pub uds_path: PathBuf,
-    /// Accepted and not heeded.
+    /// Accepted and ignored.
     #[serde(default)]
     pub vsock_id: Option<String>,
 }
 
 impl Vsock {
-    /// Bytes that the path can have: those of any Unix socket (`sun_path` in unix(7), without its NUL), less the
-    /// longest port behind it.
+    /// Maximum length of the path in bytes: that of a Unix socket (`sun_path` in unix(7), without its NUL), minus that
+    /// of the longest port suffix.
     const PATH_MAX: usize = 107 - "_4294967295".len();
 
     fn validate(&self) -> Result<(), ConfigError> {
@@ -318,31 +319,31 @@ impl Vsock {
     }
 }
 
-/// A source of random numbers.
+/// The entropy device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Entropy {
-    /// Limits of bytes and requests.
+    /// Limits of bytes and requests per time; no limit by default.
     pub rate_limiter: Option<RateLimiter>,
 }
 
-/// A balloon.
+/// The memory balloon device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Balloon {
-    /// MiB of memory that the guest gives back at first.
+    /// Initial target size in MiB, less than the guest's memory.
     #[serde(deserialize_with = "null_is_default")]
     pub amount_mib: u64,
-    /// Whether a guest that runs out of memory takes it back by itself.
+    /// Whether the guest may deflate the balloon when it runs out of memory.
     #[serde(deserialize_with = "null_is_default")]
     pub deflate_on_oom: bool,
-    /// Seconds between statistics of the guest; 0 for none.
+    /// Interval of the guest's memory statistics in seconds; 0 disables them.
     #[serde(deserialize_with = "null_is_default")]
     pub stats_polling_interval_s: u16,
-    /// Whether the guest says which pages it does not use, so that the host can have them.
+    /// Whether the guest reports free pages, which are then returned to the host.
     #[serde(deserialize_with = "null_is_default")]
     pub free_page_reporting: bool,
-    /// Accepted and not heeded: hinting runs serve live migration.
+    /// Accepted and ignored: free page hinting serves live migration.
     #[serde(deserialize_with = "null_is_default")]
     pub free_page_hinting: bool,
 }
@@ -356,38 +357,38 @@ impl Balloon {
     }
 }
 
-/// A file as memory.
+/// A persistent memory device.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Pmem {
-    /// Its name.
+    /// Name of the device.
     pub id: String,
-    /// The file.
+    /// Path of the backing file. The length of a writable file must be a multiple of 2 MiB.
     pub path_on_host: PathBuf,
-    /// Whether the kernel mounts it as its root.
+    /// Whether this is the root device, which adds `root=` to the kernel command line.
     #[serde(default, deserialize_with = "null_is_default")]
     pub root_device: bool,
-    /// Whether the guest may only read.
+    /// Whether the guest can only read.
     #[serde(default, deserialize_with = "null_is_default")]
     pub read_only: bool,
-    /// Accepted and not heeded: flushes are not limited.
+    /// Accepted and ignored: flushes are not limited.
     #[serde(default)]
     pub rate_limiter: Option<RateLimiter>,
 }
 
-/// Bytes of a shared folder's tag (section 5.11.4 of the virtio specification).
+/// Maximum length of a tag in bytes (section 5.11.4 of the virtio specification).
 const TAG_MAX: usize = 36;
 
-/// A folder of the host.
+/// A folder of the host that is shared with the guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SharedFolder {
-    /// What the guest mounts it by, up to 36 bytes.
+    /// The tag by which the guest mounts the folder: at most 36 bytes.
     pub tag: String,
-    /// The folder.
+    /// Path of the folder on the host.
     pub path: PathBuf,
-    /// Whether the guest may only read.
+    /// Whether the guest can only read.
     pub read_only: bool,
-    /// User and group that files of this process's user and group belong to in the guest.
+    /// The guest's user and group id of files that belong to this process's user and group.
     pub owner: (u32, u32),
 }
 
@@ -396,7 +397,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn balloons_that_cannot_be_are_refused() {
+    fn invalid_balloons_are_refused() {
         let check = |balloon| {
             let devices = Devices { balloon: Some(balloon), ..Devices::default() };
             devices.validate(128).map_err(|error| error.to_string())
@@ -412,7 +413,7 @@ mod tests {
     }
 
     #[test]
-    fn the_root_filesystem_is_behind_the_drives() {
+    fn the_root_filesystem_comes_after_the_drives() {
         let mut devices = Devices { root: Some("root.erofs".into()), ..Devices::default() };
         let (drive, name) = devices.root_drive().unwrap();
         assert_eq!((&*name, drive.is_read_only, devices.count()), ("/dev/vda", true, 1));
@@ -425,7 +426,7 @@ mod tests {
     }
 
     #[test]
-    fn ethernet_addresses_are_read_or_refused() {
+    fn ethernet_addresses_are_parsed_or_refused() {
         assert_eq!("06:00:ac:10:00:02".parse(), Ok(MacAddress([6, 0, 0xac, 0x10, 0, 2])));
         for text in [
             "",

@@ -1,56 +1,57 @@
-//! What the guest runs: what init is told.
+//! The payload of a guest, which is sent to init.
 
 use guest_protocol::agent::TerminalSize;
 use guest_protocol::frame::{self, FrameError, Item, MountKind, Network};
 use serde::{Deserialize, Serialize};
 use std::io;
 
-/// What the guest runs and how, in the guest's own terms.
+/// The payload of a guest and its environment.
 ///
 /// Strings are bytes, as Linux has them; none may contain a NUL.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestConfig {
-    /// Argument vector of the payload; empty for none.
+    /// Argument vector of the payload; empty for init's greeting.
     #[serde(with = "byte_strings")]
     pub arguments: Vec<Vec<u8>>,
-    /// Environment entries, `NAME=value`.
+    /// Environment entries, each `NAME=value`.
     #[serde(with = "byte_strings")]
     pub environment: Vec<Vec<u8>>,
-    /// Working directory, `/` by default.
+    /// Working directory; `/` by default.
     pub working_directory: Option<Vec<u8>>,
-    /// Hostname, the kernel's default if none.
+    /// Hostname; the kernel's default by default.
     pub hostname: Option<Vec<u8>>,
-    /// User id.
+    /// User id of the payload.
     pub user_id: u32,
-    /// Group id.
+    /// Group id of the payload.
     pub group_id: u32,
-    /// Device with an EROFS root filesystem, such as `/dev/vda`; that of the configuration's image where none is
-    /// named and the image has one.
+    /// Block device with an EROFS root filesystem, such as `/dev/vda`; by default that of the configuration's image, if
+    /// the image has one.
     pub root_device: Option<Vec<u8>>,
-    /// Network cards that init gives an address; those of the machine's own configuration come before them.
+    /// Network devices that init configures, in addition to those of
+    /// [`Devices::network_interfaces`](super::Devices::network_interfaces), which are configured first.
     pub networks: Vec<Network>,
-    /// Further group ids.
+    /// Supplementary group ids of the payload.
     pub groups: Vec<u32>,
-    /// Size of the terminal that the payload gets from the agent; none where it gets pipes.
+    /// Size of the terminal that the agent creates for the payload; `None` for pipes.
     pub terminal: Option<TerminalSize>,
-    /// Whether the payload's streams lead to the agent (`guest_protocol::agent`), over vsock.
+    /// Whether the standard streams of the payload are connected to the agent (`guest_protocol::agent`) over vsock.
     pub agent: bool,
     /// Filesystems that init mounts before the payload runs, in this order.
     pub mounts: Vec<Mount>,
-    /// Whether programs may only read the root filesystem.
+    /// Whether the root filesystem is read-only.
     pub is_root_read_only: bool,
 }
 
 /// A filesystem that init mounts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mount {
-    /// What it is.
+    /// The type of the filesystem.
     pub kind: MountKind,
-    /// Whether the guest may only read.
+    /// Whether the mount is read-only.
     pub is_read_only: bool,
-    /// The guest's name for the disk, such as `/dev/vda`, or the device's tag.
+    /// The guest's name of the device, such as `/dev/vda`, or the tag of a shared folder.
     pub source: Vec<u8>,
-    /// An absolute path in the guest, where directories are made that are missing.
+    /// The mount point, an absolute path in the guest. Missing directories are created.
     pub target: Vec<u8>,
 }
 
@@ -62,18 +63,19 @@ impl Mount {
 }
 
 impl GuestConfig {
-    /// The frame that says this to init.
+    /// Encodes the configuration as a frame for init. `vm_age` is the age of the VM in nanoseconds, `kernel_log` makes
+    /// init send the kernel log, and `reseed` is required for a kernel that was booted for another guest.
     ///
     /// # Errors
-    /// When arguments and environment are longer than Linux takes them.
+    /// When arguments and environment exceed the limits of Linux.
     pub fn to_frame(
         &self,
         vm_age: u64,
         kernel_log: bool,
-        renewal: Option<&Renewal>,
+        reseed: Option<&Reseed>,
     ) -> Result<Vec<u8>, FrameError> {
-        let renewed =
-            renewal.map(|renewal| [Item::RealTime(renewal.real_time), Item::Entropy(&renewal.entropy)]);
+        let reseed_items =
+            reseed.map(|reseed| [Item::RealTime(reseed.real_time), Item::Entropy(&reseed.entropy)]);
         let items = self
             .arguments
             .iter()
@@ -90,30 +92,31 @@ impl GuestConfig {
             .chain(self.mounts.iter().map(Mount::item))
             .chain(self.is_root_read_only.then_some(Item::ReadOnlyRoot))
             .chain(kernel_log.then_some(Item::KernelLog))
-            .chain(renewed.into_iter().flatten());
+            .chain(reseed_items.into_iter().flatten());
         let mut bytes = Vec::new();
         frame::encode(items, &mut bytes)?;
         Ok(bytes)
     }
 }
 
-/// What a guest sets anew whose kernel has booted before.
+/// What a guest must be given when its kernel was booted for another guest (a preboot): the time and new random
+/// numbers.
 #[derive(Clone, Copy, Debug)]
-pub struct Renewal {
-    /// Nanoseconds since 1970.
+pub struct Reseed {
+    /// Wall-clock time in nanoseconds since 1970.
     pub real_time: u64,
-    /// Random bytes, never the same twice.
+    /// Random bytes, which are never used twice.
     pub entropy: [u8; 32],
 }
 
-impl Renewal {
-    /// One that is as long as any, to see whether it fits a frame.
-    pub const LENGTH: Self = Self { real_time: 0, entropy: [0; 32] };
+impl Reseed {
+    /// A value for checking whether a configuration fits into a frame.
+    pub const PLACEHOLDER: Self = Self { real_time: 0, entropy: [0; 32] };
 
-    /// The host's time and some of its random numbers.
+    /// The current time and random numbers of the host (getrandom(2)).
     ///
     /// # Errors
-    /// When the host gives no random numbers.
+    /// When the host provides no random numbers.
     pub fn now() -> io::Result<Self> {
         let mut entropy = [0; 32];
         let length = rustix::rand::getrandom(&mut entropy, rustix::rand::GetRandomFlags::empty())?;
@@ -126,7 +129,7 @@ impl Renewal {
     }
 }
 
-/// Lists of byte strings, each of which is moved whole: an environment may have 2 MiB.
+/// Serialization of lists of byte strings, each of which is copied as a whole: an environment may have 2 MiB.
 mod byte_strings {
     use serde::de::{Deserialize, Deserializer, Error, Visitor};
     use serde::ser::{Serialize, Serializer};

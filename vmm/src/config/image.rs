@@ -13,58 +13,57 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-/// Name of the description inside an image's folder.
+/// File name of the description in an image's folder.
 pub const DESCRIPTION: &str = "image.json";
-/// A description of more bytes than this is a mistake.
+/// Maximum size of a description in bytes; larger files are refused.
 const DESCRIPTION_MAX: u64 = 1024 * 1024;
 
-/// `image.json`: what an image consists of and what it was made from.
+/// `image.json`: the files of an image, and what it was built from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Image {
-    /// Version of this description; 1.
+    /// Version of the description: [`Self::FORMAT`].
     pub format: u32,
-    /// The image's name.
+    /// Name of the image.
     pub name: String,
-    /// The kernel's file.
+    /// The kernel.
     pub kernel: ImageFile,
-    /// The initramfs's file: init, and the root filesystem where that has no file of its own.
+    /// The initramfs: init, and the root filesystem if that has no file of its own.
     pub initrd: ImageFile,
-    /// The root filesystem's file, EROFS, where it is not the initramfs.
+    /// The root filesystem (EROFS), unless it is in the initramfs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub root: Option<ImageFile>,
-    /// What the root filesystem's container image runs, where it is of one.
+    /// The configuration of the container image that the root filesystem was made from, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub container: Option<Container>,
     /// The kernel command line.
     pub boot_args: String,
-    /// vCPUs that the kernel was built for, at most; as many as a machine can have where the
-    /// description does not say.
-    #[serde(default = "any_number_of_vcpus")]
+    /// Maximum number of vCPUs that the kernel supports. By default there is no limit other than that of a machine.
+    #[serde(default = "default_vcpus_max")]
     pub vcpus_max: u8,
     /// Version of the kernel, such as 6.12.30.
     pub kernel_version: String,
-    /// Where the kernel's source came from.
+    /// Origin of the kernel's source.
     pub kernel_source: String,
     /// SHA-256 of the composed kernel configuration.
     pub kernel_config_sha256: String,
-    /// Names of the configuration fragments, in the order they were composed.
+    /// Names of the configuration fragments in the order of their composition.
     pub fragments: Vec<String>,
-    /// The tools that built it, with their versions.
+    /// Build tools and their versions.
     pub tools: BTreeMap<String, String>,
-    /// Time of the build in seconds since 1970; always 0, so that equal inputs give equal bytes.
+    /// Build time in seconds since 1970; always 0, so that builds are reproducible.
     pub build_time: u64,
 }
 
-const fn any_number_of_vcpus() -> u8 {
+const fn default_vcpus_max() -> u8 {
     VCPUS_MAX
 }
 
-/// What a container image runs when nobody asks for something else.
+/// The default process of a container image.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Container {
-    /// The image's id, the digest of its configuration.
+    /// The image's id: the digest of its configuration.
     pub digest: String,
     /// Entrypoint and command.
     pub arguments: Vec<String>,
@@ -76,7 +75,7 @@ pub struct Container {
     pub user_id: u32,
     /// Group id.
     pub group_id: u32,
-    /// Further group ids.
+    /// Supplementary group ids.
     pub groups: Vec<u32>,
 }
 
@@ -99,20 +98,20 @@ impl Container {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ImageFile {
-    /// Name inside the image's folder.
+    /// File name in the image's folder.
     pub file: String,
     /// Size in bytes.
     pub size: u64,
-    /// SHA-256 in hexadecimal digits.
+    /// SHA-256 in 64 lower-case hexadecimal digits.
     pub sha256: String,
 }
 
-/// SHA-256 of an image's kernel and initramfs, each in 64 hexadecimal digits, as its description names them.
+/// SHA-256 of an image's kernel and initramfs in 64 lower-case hexadecimal digits, from its description.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Digests {
-    /// Of the kernel.
+    /// Digest of the kernel.
     pub kernel: String,
-    /// Of the initramfs.
+    /// Digest of the initramfs.
     pub initrd: String,
 }
 
@@ -120,11 +119,11 @@ impl Image {
     /// Version of the description that this program reads and writes.
     pub const FORMAT: u32 = 1;
 
-    /// Reads the description of the image in a folder, and compares the sizes of its files with
-    /// it. Digests are left to [`Self::verify`], which has to read every byte.
+    /// Reads the description of the image in a folder, and compares the sizes of its files with it. Digests are checked
+    /// by [`Self::verify`], which reads all files completely.
     ///
     /// # Errors
-    /// When the description or a file is missing or not what it should be.
+    /// When the description or a file is missing or invalid.
     pub fn open(directory: &Path) -> Result<Self, ConfigError> {
         let path = directory.join(DESCRIPTION);
         let text = read_bounded(&path, DESCRIPTION_MAX)?;
@@ -151,7 +150,7 @@ impl Image {
                 )));
             }
             let path = directory.join(&file.file);
-            // Links could lead out of the folder, and devices have no end.
+            // Symbolic links could lead out of the folder, and device files have no size.
             let metadata = std::fs::symlink_metadata(&path)
                 .map_err(|source| ConfigError::Read { path: path.clone(), source })?;
             if !metadata.is_file() {
@@ -183,12 +182,12 @@ impl Image {
         Ok(())
     }
 
-    /// All files beside the description.
+    /// All files of the image except for the description.
     fn files(&self) -> impl Iterator<Item = &ImageFile> {
         [&self.kernel, &self.initrd].into_iter().chain(&self.root)
     }
 
-    /// A machine of the default size with this image, which lies in `directory`.
+    /// A machine of the default size with this image, which is in `directory`.
     #[must_use]
     pub fn config(&self, directory: &Path) -> Config {
         let mut config = Config::new(self.boot_source(directory));
@@ -197,7 +196,7 @@ impl Image {
         config
     }
 
-    /// Kernel and initramfs of this image, which lies in `directory`.
+    /// Kernel and initramfs of this image, which is in `directory`.
     #[must_use]
     pub fn boot_source(&self, directory: &Path) -> BootSource {
         let path = |file: &ImageFile| -> PathBuf { directory.join(&file.file) };
@@ -205,7 +204,7 @@ impl Image {
             kernel_image_path: path(&self.kernel),
             initrd_path: Some(path(&self.initrd)),
             boot_args: self.boot_args.clone(),
-            // The kernels of images read the MP table: the fragment kvm-guest sees to it.
+            // The kernels of images read the MP table: the fragment kvm-guest enables it.
             interrupt_controllers: InterruptControllers::IoApic,
             vcpus_max: self.vcpus_max,
             image_digests: Some(Digests {
@@ -215,8 +214,7 @@ impl Image {
         }
     }
 
-    /// Where the pre-booted kernel of the image in `directory` lies, for a machine of this size with devices of
-    /// these kinds.
+    /// The path of the preboot of the image in `directory`, for a machine of this size with devices of these types.
     #[must_use]
     pub fn preboot_path(directory: &Path, machine: &MachineConfig, devices: &Devices) -> PathBuf {
         let kinds = devices.kinds();
@@ -234,10 +232,10 @@ pub fn sha256_of(path: &Path) -> io::Result<String> {
     sha256_copying(File::open(path)?, io::sink())
 }
 
-/// SHA-256 of all that a reader gives, in hexadecimal digits. The same bytes go to `copy`.
+/// SHA-256 of all bytes of a reader in hexadecimal digits. The bytes are also written to `copy`.
 ///
 /// # Errors
-/// When it cannot be read, or the copy cannot be written.
+/// When the reader or the writer fails.
 pub(crate) fn sha256_copying(mut reader: impl Read, mut copy: impl io::Write) -> io::Result<String> {
     let mut digest = Sha256::new();
     let mut buffer = vec![0; 1 << 20];
@@ -253,7 +251,7 @@ pub(crate) fn sha256_copying(mut reader: impl Read, mut copy: impl io::Write) ->
     Ok(hexadecimal(&digest.finalize()))
 }
 
-/// Whether a text is a digest as this module writes it. It may become a part of a path.
+/// Whether a text is a digest as written by this module. Digests are used as parts of paths.
 fn is_sha256(text: &str) -> bool {
     text.len() == 64 && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }
@@ -322,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn changed_files_are_named() {
+    fn errors_name_changed_files() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path();
         let image = image(path);
@@ -344,12 +342,12 @@ mod tests {
     }
 
     #[test]
-    fn a_root_filesystem_is_a_file_like_the_others() {
+    fn the_root_filesystem_is_verified_as_well() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path();
         let mut image = image(path);
         let text = serde_json::to_string(&image).unwrap();
-        assert!(!text.contains("root"), "descriptions without one are what they were: {text}");
+        assert!(!text.contains("root"), "it is omitted without one: {text}");
         assert_eq!(image.config(path).devices.root, None);
         std::fs::write(path.join("root.erofs"), b"root").unwrap();
         let file = ImageFile { file: "root.erofs".into(), size: 4, sha256: sha256(b"root") };
@@ -375,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_container_image_runs_is_what_its_guest_runs() {
+    fn the_guest_runs_the_container_image_s_process() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path();
         let mut image = image(path);
@@ -397,7 +395,7 @@ mod tests {
     }
 
     #[test]
-    fn descriptions_that_are_wrong_are_refused() {
+    fn invalid_descriptions_are_refused() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path();
         let good = image(path);

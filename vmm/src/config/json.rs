@@ -1,4 +1,4 @@
-//! Firecracker's configuration file.
+//! Firecracker's configuration file format.
 
 use super::devices::{Balloon, Devices, Drive, Entropy, NetworkInterface, Pmem, Vsock};
 use super::null::null_is_default;
@@ -11,13 +11,13 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-/// A configuration file of more bytes than this is a mistake.
+/// Maximum size of a configuration file in bytes; larger files are refused.
 const FILE_MAX: u64 = 1024 * 1024;
-/// More bytes than a description has that nobody wrote by hand.
-const ORDINARY: usize = 2048;
+/// Initial buffer size in bytes, which is sufficient for most files.
+const INITIAL_CAPACITY: usize = 2048;
 
-/// The file. As in Firecracker, a section that is null is absent, a field that nobody knows is an error, and a
-/// section that nobody knows is not.
+/// The file. As in Firecracker, a null section counts as absent, an unknown field is an error, and an unknown section
+/// is not.
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct ConfigFile {
@@ -33,7 +33,7 @@ struct ConfigFile {
     balloon: Option<Balloon>,
     #[serde(default, deserialize_with = "null_is_default")]
     pmem: Vec<Pmem>,
-    /// The path of a template, or the template.
+    /// The path of a CPU template, or the template.
     cpu_config: Option<Value>,
     logger: Option<Map<String, Value>>,
     metrics: Option<Map<String, Value>>,
@@ -73,29 +73,29 @@ enum HugePages {
     Hugetlbfs,
 }
 
-/// What a configuration file asks for.
+/// A parsed configuration file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FileConfig {
     /// The machine.
     pub config: Config,
-    /// A line for each field that has no effect, with the file's and the field's name.
+    /// One line per field that has no effect, with the names of file and field.
     pub warnings: Vec<String>,
 }
 
 /// Reads a file of Firecracker's `--config-file` format.
 ///
-/// Paths in it are relative to the current directory, as they are for Firecracker. The console is
-/// [`super::Console::Stdio`] and the payload is init's greeting; both can be changed in the result.
+/// Paths in it are relative to the current directory, as with Firecracker. The console is [`super::Console::Stdio`] and
+/// the payload is init's greeting; both can be changed in the result.
 ///
 /// # Errors
-/// Names the field that is unknown, of the wrong type, or asks for something that is not there.
+/// When the file cannot be read or parsed, or a value is not supported; the message names the field.
 pub fn from_json_file(path: &Path) -> Result<FileConfig, ConfigError> {
     let text = read_bounded(path, FILE_MAX)?;
     let mut file: ConfigFile = serde_json::from_slice(&text)
         .map_err(|error| ConfigError::Json { path: path.into(), message: error.to_string() })?;
     let warnings = warnings(&file).map(|warning| format!("{}: {warning}", path.display())).collect();
     let machine = machine(&file)?;
-    // The guest finds its root device first, wherever it stands in the file.
+    // The root device is the first drive in the guest, regardless of its position in the file.
     file.drives.sort_by_key(|drive| !drive.is_root_device);
     let BootSourceSection { kernel_image_path, initrd_path, boot_args } = file.boot_source;
     let mut boot_source = BootSource { initrd_path, ..BootSource::kernel(kernel_image_path) };
@@ -103,7 +103,7 @@ pub fn from_json_file(path: &Path) -> Result<FileConfig, ConfigError> {
         boot_source.boot_args = line;
     }
     if let Some(root) = root_argument(&file.drives, &file.pmem) {
-        // In front, because a line may end with arguments of init's.
+        // At the start, because the end of the line may be arguments of init.
         boot_source.boot_args.insert_str(0, &root);
     }
     let devices = Devices {
@@ -119,8 +119,7 @@ pub fn from_json_file(path: &Path) -> Result<FileConfig, ConfigError> {
     Ok(FileConfig { config: Config { machine, devices, ..Config::new(boot_source) }, warnings })
 }
 
-/// The words on the command line that name the root device, if one of the devices is it. The guest counts
-/// drives in their order.
+/// The kernel parameters that select the root device, if one of the devices is it. Drives are named in their order.
 fn root_argument(drives: &[Drive], pmem: &[Pmem]) -> Option<String> {
     let mode = |is_read_only: bool| if is_read_only { "ro" } else { "rw" };
     let drive = drives.iter().zip('a'..='z').find(|(drive, _)| drive.is_root_device);
@@ -139,7 +138,7 @@ fn machine(file: &ConfigFile) -> Result<MachineConfig, ConfigError> {
     let section = &file.machine_config;
     let unsupported =
         |field, value: String, supported| Err(ConfigError::Unsupported { field, value, supported });
-    // A guest whose processor should lack a feature may not be given it.
+    // A CPU template can hide a processor feature for security, so that it cannot be ignored.
     if let Some(template) = section.cpu_template.as_ref().filter(|template| *template != "None") {
         return unsupported("machine-config.cpu_template", template.clone(), "\"None\"");
     }
@@ -153,7 +152,7 @@ fn machine(file: &ConfigFile) -> Result<MachineConfig, ConfigError> {
     Ok(MachineConfig { vcpu_count, mem_size_mib: section.mem_size_mib.unwrap_or(mem_size_mib) })
 }
 
-/// Whether a value says nothing: null, or a list or an object without such a value.
+/// Whether a value is empty: null, or a list or object that contains only empty values.
 fn is_empty(value: &Value) -> bool {
     match value {
         Value::Null => true,
@@ -163,7 +162,8 @@ fn is_empty(value: &Value) -> bool {
     }
 }
 
-/// A line for each field of which the guest has no disadvantage but its user does not get what the field stands for.
+/// One line per field that can be ignored without harm to the guest, but does not have the effect that the user
+/// expects.
 fn warnings(file: &ConfigFile) -> impl Iterator<Item = String> {
     let machine = &file.machine_config;
     let has = |section: &Option<Map<String, Value>>| {
@@ -172,7 +172,7 @@ fn warnings(file: &ConfigFile) -> impl Iterator<Item = String> {
     let limits_pmem = |pmem: &Pmem| pmem.rate_limiter.is_some_and(|limiter| limiter.is_limit());
     let forwards_mmds = |card: &NetworkInterface| card.allow_mmds_requests == Some(true);
     let no_snapshots = "there are no snapshots that dirty pages would be tracked for";
-    let no_threads = "each vCPU is a core of its own, without a second thread";
+    let no_threads = "each vCPU is a separate core with one thread";
     let no_mmds = "there is no metadata service";
     let table = [
         ("machine-config.smt", machine.smt == Some(true), no_threads),
@@ -202,7 +202,7 @@ fn warnings(file: &ConfigFile) -> impl Iterator<Item = String> {
             "there are no metrics; --report-json writes when each step was reached",
         ),
         ("memory-hotplug", has(&file.memory_hotplug), "a guest's memory does not grow"),
-        ("serial", has(&file.serial), "--console says where the console leads"),
+        ("serial", has(&file.serial), "use --console to redirect the console"),
     ];
     let known = table.into_iter().filter(|(_, is_asked, _)| *is_asked);
     let known = known.map(|(field, _, what)| format!("{field} has no effect: {what}"));
@@ -210,11 +210,11 @@ fn warnings(file: &ConfigFile) -> impl Iterator<Item = String> {
     known.chain(unknown)
 }
 
-/// Reads a file that must not be larger than `limit` bytes, whatever its metadata says.
+/// Reads a file of at most `limit` bytes, regardless of its metadata.
 pub(crate) fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>, ConfigError> {
     let failed = |source| ConfigError::Read { path: path.into(), source };
-    // Room for an ordinary description: a vector that grows while it is read costs a call each time.
-    let mut bytes = Vec::with_capacity(ORDINARY);
+    // The initial capacity avoids repeated reallocations and reads for most files.
+    let mut bytes = Vec::with_capacity(INITIAL_CAPACITY);
     File::open(path).and_then(|file| file.take(limit + 1).read_to_end(&mut bytes)).map_err(failed)?;
     if bytes.len() as u64 > limit {
         return Err(ConfigError::FileTooLarge { path: path.into(), limit });
@@ -239,13 +239,13 @@ mod tests {
         Ok(config)
     }
 
-    /// A file with these sections beside its boot source.
+    /// A file with these sections in addition to its boot source.
     fn with(sections: &str) -> String {
         format!(r#"{{"boot-source": {{"kernel_image_path": "k"}}, {sections}}}"#)
     }
 
     #[test]
-    fn a_file_of_firecrackers_is_read_as_it_is() {
+    fn a_firecracker_file_is_accepted_unchanged() {
         let config = read(
             r#"{
                 "boot-source": {
@@ -267,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_left_out_has_defaults() {
+    fn absent_fields_have_defaults() {
         let config = read(r#"{"boot-source": {"kernel_image_path": "k"}}"#).unwrap();
         assert_eq!(config.boot_source, BootSource::kernel("k"));
         assert_eq!(config.machine, MachineConfig::default());
@@ -321,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn what_changes_nothing_is_accepted() {
+    fn values_without_effect_are_accepted_silently() {
         let machine = r#""machine-config": {
             "vcpu_count": 1, "mem_size_mib": 128, "smt": false, "ht_enabled": false, "track_dirty_pages": false,
             "huge_pages": "Transparent", "cpu_template": "None"
@@ -333,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_guest_does_without_is_a_warning_that_names_the_field() {
+    fn ignored_values_cause_a_warning_that_names_the_field() {
         let pmem = r#""pmem": [{ "id": "p", "path_on_host": "f", "rate_limiter": {
             "ops": { "size": 1, "refill_time": 1 } } }]"#;
         let card = r#""network-interfaces": [
@@ -373,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn devices_that_cannot_be_are_refused_by_name() {
+    fn errors_name_invalid_devices() {
         let drive = |fields: &str| format!(r#""drives": [{{ "drive_id": "d"{fields} }}]"#);
         let two_roots = r#""drives": [{ "drive_id": "d", "path_on_host": "f", "is_root_device": true }],
             "pmem": [{ "id": "p", "path_on_host": "f", "root_device": true }]"#;
@@ -389,7 +389,7 @@ mod tests {
     }
 
     #[test]
-    fn mistakes_are_named() {
+    fn errors_name_the_mistake() {
         let machine = |text: &str| {
             format!(r#"{{"boot-source": {{"kernel_image_path": "k"}}, "machine-config": {text}}}"#)
         };
@@ -432,7 +432,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_file_is_named() {
+    fn the_error_names_a_missing_file() {
         let error = from_json_file(Path::new("/nonexistent/vm.json")).unwrap_err();
         assert_eq!(error.to_string(), "cannot read /nonexistent/vm.json");
     }

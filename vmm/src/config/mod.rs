@@ -1,6 +1,6 @@
-//! What a user may ask for: plain data, validated here and nowhere else.
+//! The configuration of a machine: plain data, which is validated in this module only.
 //!
-//! Names are those of Firecracker's JSON where it has the field.
+//! Names are those of Firecracker's configuration where it has an equivalent field.
 
 pub mod devices;
 mod guest;
@@ -11,7 +11,7 @@ mod network;
 mod null;
 
 pub use devices::Devices;
-pub use guest::{GuestConfig, Mount, Renewal};
+pub use guest::{GuestConfig, Mount, Reseed};
 pub use guest_protocol::frame::{MountKind, Network};
 pub(crate) use json::read_bounded;
 pub use json::{FileConfig, from_json_file};
@@ -23,56 +23,56 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// Everything that makes one machine.
+/// The configuration of one machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Config {
-    /// What to boot.
+    /// The kernel to boot.
     pub boot_source: BootSource,
-    /// vCPUs and memory.
+    /// Number of vCPUs and memory size.
     pub machine: MachineConfig,
-    /// Where the serial console leads.
+    /// Destination of the serial console.
     pub console: Console,
-    /// Its virtio devices.
+    /// The virtio devices.
     pub devices: Devices,
-    /// What init runs.
+    /// The payload, which init runs.
     pub guest: GuestConfig,
-    /// What to record of the boot; nothing by default, because recording costs time.
+    /// What to record during the boot; `None` by default, because recording slows the boot down.
     pub profile: Option<ProfileConfig>,
-    /// File of a pre-booted kernel ([`crate::preboot::make`]), which the machine continues from where it
-    /// exists and fits. Otherwise the machine boots.
+    /// Path of a preboot ([`crate::preboot::make`]). The machine continues from it if the file exists and matches the
+    /// configuration and the host; otherwise it boots.
     pub preboot: Option<PathBuf>,
 }
 
-/// Which interrupt controllers a machine has beside the local APICs.
+/// The interrupt controllers of a machine in addition to the local APICs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum InterruptControllers {
-    /// Those of a PC: two 8259 and an I/O APIC, all inside KVM. Every kernel finds its interrupts.
+    /// Those of a PC: two 8259 and an I/O APIC, all emulated by KVM. They work with every kernel.
     #[default]
     Pc,
-    /// An I/O APIC alone. A kernel that reads the MP table or, without one, needs no interrupt line
-    /// boots faster, because it does not set up what is not there.
+    /// Only an I/O APIC. Kernels boot faster, because they do not initialize the 8259 controllers. The kernel must read
+    /// the MP table, or need no interrupt line.
     IoApic,
 }
 
-/// Kernel, initrd and command line.
+/// The kernel, its initrd and its command line.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BootSource {
-    /// An uncompressed `vmlinux` or a `bzImage`.
+    /// Path of the kernel: an uncompressed ELF `vmlinux`, or a `bzImage`.
     pub kernel_image_path: PathBuf,
-    /// An initramfs, if any.
+    /// Path of the initramfs; `None` without one.
     pub initrd_path: Option<PathBuf>,
-    /// The kernel command line; at most 2047 bytes.
+    /// The kernel command line: at most 2047 bytes.
     pub boot_args: String,
-    /// What the kernel expects for its interrupt lines.
+    /// The interrupt controllers that the kernel requires.
     pub interrupt_controllers: InterruptControllers,
-    /// vCPUs that the kernel was built for.
+    /// Maximum number of vCPUs that the kernel supports.
     pub vcpus_max: u8,
-    /// Digests of kernel and initrd where both come from an image, which names them.
+    /// Digests of kernel and initrd, if both come from an image.
     pub image_digests: Option<image::Digests>,
 }
 
 impl BootSource {
-    /// A kernel with the default command line and no initrd.
+    /// A kernel with the default command line and without an initrd.
     #[must_use]
     pub fn kernel(path: impl Into<PathBuf>) -> Self {
         Self {
@@ -86,12 +86,12 @@ impl BootSource {
     }
 }
 
-/// vCPUs and memory.
+/// Number of vCPUs and memory size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MachineConfig {
-    /// 1 to 16.
+    /// Number of vCPUs: 1 to 16.
     pub vcpu_count: u8,
-    /// MiB of memory: at least 16, at most what the host has.
+    /// Memory size in MiB: at least 16, and at most the memory of the host.
     pub mem_size_mib: u64,
 }
 
@@ -101,69 +101,69 @@ impl Default for MachineConfig {
     }
 }
 
-/// What to record beside exits and the kernel's log.
+/// What to record during a boot, in addition to VM exits and the kernel log.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProfileConfig {
-    /// How often to look where a vCPU is; not at all where there is none.
+    /// Interval between two samples of the instruction pointer of each vCPU; `None` disables sampling.
     pub sample_interval: Option<Duration>,
-    /// Functions of the kernel whose first calls are recorded, by their addresses: at most
+    /// Addresses of kernel functions whose first call is recorded: at most
     /// [`FUNCTIONS_MAX`](crate::function_marks::FUNCTIONS_MAX).
     pub functions: Vec<u64>,
 }
 
-/// Where the serial console leads.
+/// Destination of the serial console.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Console {
-    /// Output to this process's standard output, input from its standard input.
+    /// Standard output and standard input of this process.
     Stdio,
-    /// Output to nowhere, no input.
+    /// Output is discarded, and there is no input.
     Null,
-    /// Output to a file, which is created or emptied; no input.
+    /// Output to this file, which is created or truncated; no input.
     File(PathBuf),
 }
 
-/// What is wrong with a configuration.
+/// An invalid configuration.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConfigError {
-    /// A number of vCPUs that no machine has.
+    /// An unsupported number of vCPUs.
     #[error("vcpu_count is {0}; a machine has 1 to {VCPUS_MAX} vCPUs")]
     VcpuCount(u64),
-    /// More vCPUs than the image's kernel can use.
+    /// More vCPUs than the kernel of the image supports.
     #[error(
         "vcpu_count is {asked}, but the kernel of this image was built for {max}; build an image without \
          the fragment that limits it (uniprocessor)"
     )]
     KernelVcpus {
-        /// vCPUs asked for.
+        /// The configured number of vCPUs.
         asked: u8,
-        /// vCPUs that the kernel can use.
+        /// The number of vCPUs that the kernel supports.
         max: u8,
     },
-    /// Less memory than a kernel needs.
+    /// Less memory than a Linux guest needs, in MiB.
     #[error("mem_size_mib is {0}; a Linux guest needs at least {MEMORY_MIN_MIB} MiB")]
     MemoryTooSmall(u64),
     /// More memory than the host has.
     #[error("mem_size_mib is {asked}, but this host has {host} MiB in all")]
     MemoryTooLarge {
-        /// MiB asked for.
+        /// The configured size in MiB.
         asked: u64,
-        /// MiB of memory of the host.
+        /// Memory of the host in MiB.
         host: u64,
     },
-    /// A command line that no kernel takes.
+    /// A kernel command line that is too long, with its length in bytes.
     #[error("the kernel command line has {0} bytes; the kernel takes at most {COMMAND_LINE_MAX}")]
     CommandLineTooLong(usize),
-    /// A NUL inside a string that ends with one.
+    /// A NUL byte in a string that is NUL-terminated in the guest.
     #[error("{0} has a NUL byte in it")]
     NulByte(&'static str),
-    /// An environment entry without a name.
+    /// An environment entry that is not of the form `NAME=value`.
     #[error("the environment entry {0:?} is not of the form NAME=VALUE")]
     Environment(String),
-    /// An id that stands for "leave it as it is".
+    /// The user or group id 4294967295, which means "unchanged" in system calls.
     #[error("user and group ids go from 0 to 4294967294")]
     Id,
-    /// Arguments and environment that Linux does not take, or a configuration that does not fit a frame.
+    /// Arguments and environment that exceed the limits of Linux, or a configuration that does not fit into a frame.
     #[error(transparent)]
     Payload(#[from] FrameError),
     /// A configuration file or image that cannot be read.
@@ -171,101 +171,101 @@ pub enum ConfigError {
     Read {
         /// The file.
         path: PathBuf,
-        /// What the host said.
+        /// The host's error.
         source: io::Error,
     },
-    /// A file that is far larger than any configuration.
+    /// A file that is too large for a configuration.
     #[error("{} is larger than a configuration file can be ({limit} bytes)", path.display())]
     FileTooLarge {
         /// The file.
         path: PathBuf,
-        /// Largest size in bytes.
+        /// Maximum size in bytes.
         limit: u64,
     },
-    /// A configuration file or image description that is not what it should be.
+    /// A configuration file or image description that is not valid.
     #[error("{} is not valid: {message}", path.display())]
     Json {
         /// The file.
         path: PathBuf,
-        /// Which field, where, and what was expected.
+        /// The field, its position, and the expected value.
         message: String,
     },
-    /// A field whose value names something that does not exist yet.
+    /// A field with a value that is not supported.
     #[error("{field} = {value} is not supported; leave it out or set it to {supported}")]
     Unsupported {
-        /// The field's name in the file.
+        /// The name of the field in the file.
         field: &'static str,
-        /// The value that was asked for.
+        /// The configured value.
         value: String,
-        /// A value that works.
+        /// A supported value.
         supported: &'static str,
     },
-    /// More devices than a machine has lines for.
-    #[error("{0} devices were asked for; a machine has at most {DEVICES_MAX}")]
+    /// More devices than a machine has interrupt lines for.
+    #[error("{0} devices are configured; a machine has at most {DEVICES_MAX}")]
     TooManyDevices(usize),
-    /// A name of a device that cannot be one.
+    /// An invalid device name.
     #[error("{0:?} cannot be the name of a device: letters, digits, - and _ are allowed")]
     DeviceId(String),
-    /// Two devices with one name.
+    /// Two devices with the same name.
     #[error("two devices are called {0:?}")]
     DeviceTwice(String),
     /// A drive without a file.
     #[error("drive {0} has no path_on_host")]
     NoDrivePath(String),
-    /// Two devices that the kernel is to mount as its root.
+    /// Two root devices.
     #[error("{first} and {second} are both the root device; a machine has one")]
     SecondRoot {
-        /// The name of one.
+        /// The name of the first.
         first: String,
-        /// The name of another.
+        /// The name of the second.
         second: String,
     },
-    /// A device on the command line that cannot be understood.
+    /// An invalid device option on the command line.
     #[error("--{option} {value}: {what}")]
     DeviceOption {
-        /// The option's name.
+        /// The name of the option, without dashes.
         option: &'static str,
         /// Its value.
         value: String,
-        /// What is wrong, and what it may be.
+        /// The problem, and the valid values.
         what: String,
     },
-    /// A number that is not a guest's.
+    /// A CID that is not valid for a guest.
     #[error("guest_cid is {0}; those of guests go from 3 to 4294967294")]
     GuestCid(u32),
-    /// A path that no Unix socket can have.
+    /// A path that is too long for a Unix socket.
     #[error(
-        "{} has {length} bytes; the path of a socket can have 96, and 11 for the port behind it; choose a shorter one",
+        "{} has {length} bytes; the path of a socket has at most 96, and 11 for the port after it; choose a shorter one",
         path.display()
     )]
     SocketPath {
         /// The path.
         path: PathBuf,
-        /// Its length.
+        /// Length of the path in bytes.
         length: usize,
     },
-    /// A path at which the vsock's socket cannot be.
+    /// A path at which the vsock's Unix socket cannot be created.
     #[error("{} cannot be the vsock's socket: {what}", path.display())]
     VsockSocket {
         /// The path.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The problem.
         what: String,
     },
-    /// A file that cannot be the one behind a device.
+    /// A file that cannot be the backing file of a drive.
     #[error("{} cannot be a drive: {what}", path.display())]
     DriveFile {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The problem.
         what: String,
     },
-    /// A file that a guest cannot have as memory.
-    #[error("{} cannot be memory of a guest: {what}", path.display())]
+    /// A file that cannot be the backing file of a pmem device.
+    #[error("{} cannot be a pmem device: {what}", path.display())]
     PmemFile {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The problem.
         what: String,
     },
     /// A folder that cannot be shared with a guest.
@@ -273,48 +273,48 @@ pub enum ConfigError {
     SharedFolder {
         /// The folder.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The problem.
         what: String,
     },
-    /// A balloon that would take everything.
+    /// A balloon of the size of the guest's memory or larger.
     #[error("a balloon of {asked} MiB is too large for a guest of {memory} MiB: it needs some itself")]
     BalloonTooLarge {
-        /// MiB of the balloon.
+        /// Size of the balloon in MiB.
         asked: u64,
-        /// MiB of the guest.
+        /// Memory of the guest in MiB.
         memory: u64,
     },
-    /// An interface of the host that cannot be the other end of a network card.
+    /// A host interface that a network device cannot be attached to.
     #[error("{name} cannot be the other end of a network card: {what}")]
     InterfaceDevice {
-        /// Its name, or `user` for passt.
+        /// Name of the host interface, or `user` for passt.
         name: String,
-        /// What is wrong with it, and what to do.
+        /// The problem and its remedy.
         what: String,
     },
-    /// A value of a network interface that none can have.
+    /// An invalid value of a network interface.
     #[error("network interface {id}: {what}")]
     Interface {
-        /// The interface's name.
+        /// The name of the network interface.
         id: String,
-        /// What is wrong with it.
+        /// The problem.
         what: String,
     },
-    /// A file of an image that is not the one its description names.
+    /// A file of an image that differs from the image's description.
     #[error("{} is not the file that image.json describes: {what}", path.display())]
     ImageFile {
         /// The file.
         path: PathBuf,
-        /// How it differs.
+        /// The difference.
         what: String,
     },
 }
 
-/// Less memory than this holds no Linux kernel with its page tables and an initramfs.
+/// With less memory, a Linux kernel with its page tables and an initramfs does not fit.
 const MEMORY_MIN_MIB: u64 = 16;
 
 impl Config {
-    /// A machine of the default size that boots this, with its console on the standard streams.
+    /// A machine of the default size with this kernel, and with its console on the standard streams.
     #[must_use]
     pub fn new(boot_source: BootSource) -> Self {
         Self {
@@ -331,7 +331,7 @@ impl Config {
     /// Checks everything that can be checked without opening a file.
     ///
     /// # Errors
-    /// Names the first value that is wrong, and what it may be.
+    /// Names the first invalid value, and the valid values.
     pub fn validate(&self) -> Result<(), ConfigError> {
         self.validate_on_host(host_memory_mib())
     }
@@ -353,7 +353,7 @@ impl Config {
         }
         self.devices.validate(machine.mem_size_mib)?;
         let line = &self.boot_source.boot_args;
-        let length = line.len() + crate::layout::announced(self.devices.count()).len();
+        let length = line.len() + crate::layout::virtio_mmio_parameters(self.devices.count()).len();
         if length > COMMAND_LINE_MAX {
             return Err(ConfigError::CommandLineTooLong(length));
         }
@@ -385,15 +385,15 @@ fn validate_guest(guest: &GuestConfig) -> Result<(), ConfigError> {
             return Err(ConfigError::Environment(String::from_utf8_lossy(entry).into_owned()));
         }
     }
-    // setresuid takes the largest number for "unchanged", which would leave the payload root.
+    // setresuid(2) interprets the largest number as "unchanged", which would run the payload as root.
     if [guest.user_id, guest.group_id].contains(&u32::MAX) || guest.groups.contains(&u32::MAX) {
         return Err(ConfigError::Id);
     }
-    guest.to_frame(0, false, Some(&Renewal::LENGTH))?;
+    guest.to_frame(0, false, Some(&Reseed::PLACEHOLDER))?;
     Ok(())
 }
 
-/// MiB of memory of this host.
+/// Memory of this host in MiB.
 fn host_memory_mib() -> u64 {
     let info = rustix::system::sysinfo();
     (info.totalram as u64).saturating_mul(info.mem_unit.into()) / crate::layout::MIB
@@ -414,7 +414,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kernel_for_one_vcpu_is_not_given_two() {
+    fn a_kernel_for_one_vcpu_refuses_two() {
         let mut config = config();
         config.boot_source.vcpus_max = 1;
         config.machine.vcpu_count = 1;
@@ -433,7 +433,7 @@ mod tests {
     }
 
     #[test]
-    fn bad_values_are_named() {
+    fn errors_name_the_invalid_value() {
         let table: [(&str, String); 12] = [
             ("ids go from 0 to 4294967294", error(|c| c.guest.user_id = u32::MAX)),
             ("ids go from 0 to 4294967294", error(|c| c.guest.group_id = u32::MAX)),
@@ -460,7 +460,7 @@ mod tests {
     }
 
     #[test]
-    fn the_limits_themselves_are_valid() {
+    fn values_at_the_limits_are_valid() {
         let mut config = config();
         config.machine = MachineConfig { vcpu_count: 16, mem_size_mib: 1000 };
         config.boot_source.boot_args = "x".repeat(2047);

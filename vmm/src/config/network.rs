@@ -1,4 +1,4 @@
-//! Network cards.
+//! Network devices.
 
 use super::ConfigError;
 use super::limits::RateLimiter;
@@ -7,63 +7,63 @@ use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, Ipv4Addr};
 use std::str::FromStr;
 
-/// A network card.
+/// A network device.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetworkInterface {
-    /// Its name.
+    /// Name of the device.
     pub iface_id: String,
-    /// The tap device that it leads to, or `user` for networking without one, through passt.
+    /// Name of the tap device on the host, or `user` for user-mode networking with passt.
     pub host_dev_name: String,
-    /// Its address; one that is made from `host_dev_name` where there is none.
+    /// MAC address; by default it is derived from `host_dev_name`.
     #[serde(default)]
     pub guest_mac: Option<MacAddress>,
-    /// The largest IP packet in bytes, 68 to 65535. Where it is not said, it is the guest's kernel's 1500 with a
-    /// tap, and 65520 with passt.
+    /// Maximum size of an IP packet in bytes: 68 to 65535. The default is that of the guest's kernel (1500) with a tap
+    /// device, and 65520 with passt.
     #[serde(default)]
     pub mtu: Option<u16>,
-    /// The guest's IPv4 address, which init sets. Without one the guest configures itself; with passt, which knows
-    /// the guest by its address, it is [`user_network::ADDRESS`].
+    /// IPv4 address of the guest, which init configures. Without an address the guest configures itself. With passt,
+    /// which identifies the guest by its address, the default is [`user_network::ADDRESS`].
     #[serde(default)]
     pub guest_ip: Option<InterfaceAddress>,
-    /// The guest's way out.
+    /// Default gateway of the guest.
     #[serde(default)]
     pub gateway: Option<Ipv4Addr>,
-    /// The guest's name server.
+    /// Name server of the guest.
     #[serde(default)]
     pub nameserver: Option<Ipv4Addr>,
-    /// Limits of what the guest receives.
+    /// Rate limits for received frames.
     #[serde(default)]
     pub rx_rate_limiter: Option<RateLimiter>,
-    /// Limits of what the guest sends.
+    /// Rate limits for sent frames.
     #[serde(default)]
     pub tx_rate_limiter: Option<RateLimiter>,
-    /// Of files of Firecracker before 1.0. Accepted and not heeded: there is no metadata service.
+    /// A field of Firecracker before 1.0, accepted and ignored: there is no metadata service.
     #[serde(default)]
     pub allow_mmds_requests: Option<bool>,
-    /// Ports of the host that lead into the guest, where the other end is passt.
+    /// Host ports that are forwarded to the guest; only with passt.
     #[serde(skip)]
     pub forwards: Vec<PortForward>,
 }
 
-/// What a guest has whose card leads to passt. There is one such network for each card, and nobody else in it.
+/// The guest's network configuration with passt. Each device has its own such network, without other hosts.
 pub mod user_network {
     use std::net::Ipv4Addr;
 
-    /// The guest's address.
+    /// IPv4 address of the guest.
     pub const ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
-    /// Bits of the network's part of it.
+    /// Prefix length of the network in bits.
     pub const PREFIX: u8 = 24;
-    /// The way out.
+    /// Default gateway.
     pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
-    /// Where passt answers for the host's first name server.
+    /// Address at which passt forwards DNS requests to the host's first name server.
     pub const NAMESERVER: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 3);
-    /// The largest packet that passt takes, rounded down to words of IP (its manual page, `--mtu`).
+    /// MTU in bytes: the largest packet that passt supports, rounded down to a multiple of four (passt(1), `--mtu`).
     pub const MTU: u16 = 65_520;
 }
 
 impl NetworkInterface {
-    /// Whether it leads to passt.
+    /// Whether the device is connected to passt.
     #[must_use]
     pub fn is_user(&self) -> bool {
         self.host_dev_name == "user"
@@ -90,25 +90,25 @@ impl NetworkInterface {
         Ok(())
     }
 
-    /// The card's address.
+    /// The MAC address of the device.
     pub(crate) fn mac(&self) -> MacAddress {
         self.guest_mac.unwrap_or_else(|| {
-            // FNV-1a: names of taps are different on one host, and so are the addresses behind one bridge.
+            // FNV-1a: the names of tap devices are unique on a host, and so are the addresses on one bridge.
             let hash = self.host_dev_name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
                 (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
             });
             let [a, b, c, d, e, ..] = hash.to_le_bytes();
-            // An address that nobody assigned, of one card.
+            // A locally administered unicast address.
             MacAddress([0x06, a, b, c, d, e])
         })
     }
 
-    /// What the card says about its MTU.
+    /// The MTU that the device reports to the guest.
     pub(crate) fn guest_mtu(&self) -> Option<u16> {
         self.mtu.or_else(|| self.is_user().then_some(user_network::MTU))
     }
 
-    /// What init has to set up, if this is card number `card`.
+    /// The network configuration for init; `card` is the index of the device.
     pub(super) fn guest_network(&self, card: u8) -> Option<Network> {
         if self.is_user() {
             return Some(Network {
@@ -126,13 +126,13 @@ impl NetworkInterface {
     }
 }
 
-/// An IPv4 address with its network.
+/// An IPv4 address with its prefix length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct InterfaceAddress {
     /// The address.
     pub address: Ipv4Addr,
-    /// Bits of its network's part, 1 to 32.
+    /// Prefix length of the network in bits: 1 to 32.
     pub prefix: u8,
 }
 
@@ -164,7 +164,7 @@ impl TryFrom<String> for InterfaceAddress {
 }
 
 impl NetworkInterface {
-    /// A card of which nothing is said but its name and its other end.
+    /// A network device with default values.
     #[must_use]
     pub fn new(iface_id: impl Into<String>, host_dev_name: impl Into<String>) -> Self {
         Self {
@@ -203,7 +203,7 @@ impl FromStr for MacAddress {
         if parts.next().is_some() {
             return Err(wrong());
         }
-        // The lowest bit of the first byte is that of groups.
+        // The lowest bit of the first byte marks multicast addresses.
         if bytes[0] & 1 != 0 {
             return Err(format!("{text:?} is the address of a group of cards"));
         }
@@ -225,22 +225,22 @@ impl TryFrom<String> for MacAddress {
     }
 }
 
-/// Ports of the host that lead to as many of the guest.
+/// A range of host ports that is forwarded to guest ports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PortForward {
-    /// Whose ports.
+    /// The transport protocol.
     pub protocol: Protocol,
-    /// The host's address that they are ports of; of all where none is named.
+    /// The host address that the ports are bound to; `None` for all addresses.
     pub address: Option<IpAddr>,
-    /// The first one on the host.
+    /// First host port.
     pub host: u16,
-    /// The first one in the guest.
+    /// First guest port.
     pub guest: u16,
-    /// How many follow each of them.
+    /// Number of ports in the range in addition to the first.
     pub further: u16,
 }
 
-/// A protocol with ports.
+/// A transport protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Protocol {
     /// TCP.

@@ -140,8 +140,8 @@ fn backend(
         DeviceConfig::Drive(_) | DeviceConfig::Pmem(_) => Backend::File(next()?.into()),
         _ if behind == Behind::Root => Backend::Nothing,
         DeviceConfig::Network(_) => Backend::Link(next()?),
-        DeviceConfig::Vsock(_) => Backend::Listener(Listener::of_descriptor(UnixListener::from(next()?))),
-        DeviceConfig::Folder(_) => Backend::Folder(Server::of_descriptors(next()?.into(), next()?)),
+        DeviceConfig::Vsock(_) => Backend::Listener(Listener::from_descriptor(UnixListener::from(next()?))),
+        DeviceConfig::Folder(_) => Backend::Folder(Server::from_descriptors(next()?.into(), next()?)),
         DeviceConfig::Entropy(_) | DeviceConfig::Balloon(_) => Backend::Host,
     })
 }

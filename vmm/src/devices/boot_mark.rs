@@ -1,10 +1,10 @@
-//! The boot-mark port: one byte written says that the guest reached a stage.
+//! The boot-mark port: a 1-byte write reports that the guest has reached a boot stage.
 
 use crate::bus::{BusDevice, GuestRequest};
 use crate::timeline::Instant;
 use std::fmt;
 
-/// A mark and when it arrived.
+/// A boot mark and its time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mark {
     /// The byte that the guest wrote.
@@ -17,9 +17,9 @@ pub struct Mark {
 #[derive(Debug, Default)]
 pub struct BootMarks {
     marks: Vec<Mark>,
-    /// The stage at which the machine is to stop where it is.
+    /// The stage at which the machine freezes.
     freeze_at: Option<u8>,
-    /// What is to be done when a stage is first reached.
+    /// Callbacks for the first mark of a stage.
     actions: Vec<(u8, Action)>,
 }
 
@@ -32,21 +32,21 @@ impl fmt::Debug for Action {
 }
 
 impl BootMarks {
-    /// Marks that are kept. A boot has a handful; a guest that writes more gains nothing.
+    /// Number of marks that are recorded: a boot writes a handful. Further marks are dropped.
     pub const CAPACITY: usize = 64;
 
-    /// Marks that make the machine stop where it is when `stage` is reached.
+    /// Creates a device that freezes the machine when the guest reaches `stage`.
     #[must_use]
     pub const fn freezing_at(stage: u8) -> Self {
         Self { marks: Vec::new(), freeze_at: Some(stage), actions: Vec::new() }
     }
 
-    /// Adds what is done when `stage` is first reached, before the guest goes on.
+    /// Registers a callback for the first mark of `stage`. It runs on the vCPU's thread, before the guest continues.
     pub fn call_at(&mut self, stage: u8, action: impl FnOnce() + Send + 'static) {
         self.actions.push((stage, Action(Box::new(action))));
     }
 
-    /// The marks so far, in order.
+    /// The marks recorded so far, in the order of arrival.
     #[must_use]
     pub fn marks(&self) -> &[Mark] {
         &self.marks

@@ -1,50 +1,51 @@
-//! The configuration ports: init writes a nonce, then reads the response to it and the configuration frame.
+//! The configuration device: init writes a nonce, and reads the handshake response and the configuration frame.
 
 use crate::bus::{BusDevice, GuestRequest};
-use crate::config::{GuestConfig, Renewal};
+use crate::config::{GuestConfig, Reseed};
 use crate::timeline::Instant;
 use guest_protocol::frame::FrameError;
 use guest_protocol::handshake;
 
-/// The device behind `port::CONFIG_REQUEST` and `port::CONFIG_DATA`.
+/// The device at the I/O ports `port::CONFIG_REQUEST` and `port::CONFIG_DATA`.
 #[derive(Debug)]
 pub struct Configuration {
     config: GuestConfig,
     vm_created: Instant,
-    /// Whether init is asked for the kernel's log.
+    /// Whether init sends the kernel log.
     kernel_log: bool,
-    /// Whether the kernel has booted for another guest.
-    renew: bool,
-    /// The response to the last nonce, and the frame.
+    /// Whether the kernel was booted for another guest (a preboot), so that the frame contains a new seed and the time.
+    reseed: bool,
+    /// The handshake response to the last nonce, followed by the frame.
     answer: Vec<u8>,
     position: usize,
 }
 
 impl Configuration {
-    /// A device that answers with `config`, and with the time since `vm_created`. `renew` says that the
-    /// guest's kernel has booted for another guest.
+    /// Creates a device that sends `config` and the age of the VM, which was created at `vm_created`. `kernel_log`
+    /// makes init send the kernel log. `reseed` states that the kernel was booted for another guest, so that the guest
+    /// needs the current time and new random numbers.
     ///
     /// # Errors
-    /// When the configuration does not fit a frame.
+    /// When the configuration does not fit into a frame.
     pub fn new(
         config: GuestConfig,
         vm_created: Instant,
         kernel_log: bool,
-        renew: bool,
+        reseed: bool,
     ) -> Result<Self, FrameError> {
-        // The frame is made anew for each question, because it says how old the VM is; making it
-        // once here shows that it can be made.
-        config.to_frame(0, kernel_log, Some(&Renewal::LENGTH))?;
-        Ok(Self { config, vm_created, kernel_log, renew, answer: Vec::new(), position: 0 })
+        // The frame is built for each request, because it contains the age of the VM; building it here shows that it
+        // fits.
+        config.to_frame(0, kernel_log, Some(&Reseed::PLACEHOLDER))?;
+        Ok(Self { config, vm_created, kernel_log, reseed, answer: Vec::new(), position: 0 })
     }
 
     fn restart(&mut self, nonce: u32) {
         let age = Instant::now().since(self.vm_created);
-        let renewal = self.renew.then(Renewal::now).transpose();
-        // Init does not go on with an empty frame: no guest may run with the random numbers of another.
-        let frame = renewal
+        let reseed = self.reseed.then(Reseed::now).transpose();
+        // Init rejects an empty frame, so that no guest runs with the random numbers of another.
+        let frame = reseed
             .ok()
-            .and_then(|renewal| self.config.to_frame(age, self.kernel_log, renewal.as_ref()).ok())
+            .and_then(|reseed| self.config.to_frame(age, self.kernel_log, reseed.as_ref()).ok())
             .unwrap_or_default();
         let length = u32::try_from(frame.len()).unwrap_or(0);
         self.answer = [&handshake::response(nonce, length), &*frame].concat();
@@ -52,14 +53,14 @@ impl Configuration {
     }
 }
 
-/// Offset of `port::CONFIG_DATA` from the device's first port.
+/// Offset of `port::CONFIG_DATA` from `port::CONFIG_REQUEST`.
 const DATA: u16 = guest_protocol::port::CONFIG_DATA - guest_protocol::port::CONFIG_REQUEST;
 
 impl BusDevice for Configuration {
     fn read(&mut self, offset: u16, data: &mut [u8]) {
         match (offset, data.len()) {
-            // The init of earlier versions reads the length of its frame here. It does not take an empty
-            // frame for one, and says that init and VMM are of different versions.
+            // The init of earlier versions reads the length of its frame here. It rejects the length 0 with a message
+            // that init and VMM are of different versions.
             (0, 4) => data.fill(0),
             (DATA, length) => {
                 let rest = self.answer.get(self.position..).unwrap_or_default();
@@ -91,7 +92,7 @@ mod tests {
         data
     }
 
-    /// Writes the nonce and reads the answer in pieces; the frame.
+    /// Writes the nonce and reads the answer in parts; returns the frame.
     fn request(device: &mut Configuration, nonce: u32) -> Vec<u8> {
         assert_eq!(device.write(0, &nonce.to_le_bytes()), None);
         let first = read(device, DATA, handshake::RESPONSE_LEN + 1);
@@ -107,19 +108,19 @@ mod tests {
     }
 
     #[test]
-    fn the_frame_is_read_in_pieces_and_can_be_read_again() {
+    fn the_frame_can_be_read_in_parts_and_requested_again() {
         let mut device = device();
         for nonce in [0, 0x1234_5678] {
             let bytes = request(&mut device, nonce);
             let items: Vec<_> = frame::decode(&bytes).unwrap().map(Result::unwrap).collect();
             assert_eq!(items[..3], [Item::Argument(b"/bin/true"), Item::UserId(1000), Item::GroupId(0)]);
             assert!(matches!(items[3], Item::VmAge(_)));
-            assert_eq!(read(&mut device, DATA, 3), [0; 3], "behind the end are zeroes");
+            assert_eq!(read(&mut device, DATA, 3), [0; 3], "zeroes after the end");
         }
     }
 
     #[test]
-    fn a_kernel_that_booted_before_renews_its_time_and_its_random_numbers() {
+    fn a_preboot_gets_the_time_and_new_random_numbers() {
         let mut device = Configuration::new(GuestConfig::default(), Instant::now(), false, true).unwrap();
         let mut seeds = Vec::new();
         for nonce in 0..2 {
@@ -135,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn odd_accesses_do_no_harm() {
+    fn unexpected_accesses_are_ignored() {
         let mut device = device();
         assert_eq!(read(&mut device, 0, 1), [0xff]);
         assert_eq!(read(&mut device, 0, 8), [0xff; 8]);
@@ -145,7 +146,7 @@ mod tests {
             assert_eq!(
                 read(&mut device, DATA, 16),
                 [0; 16],
-                "{} bytes at {offset} are no request",
+                "{} bytes at {offset} are not a request",
                 data.len()
             );
         }
@@ -155,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn the_init_of_an_earlier_version_reads_an_empty_frame() {
+    fn the_init_of_an_earlier_version_reads_length_zero() {
         assert_eq!(read(&mut device(), 0, 4), [0; 4]);
     }
 

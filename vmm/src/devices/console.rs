@@ -1,4 +1,4 @@
-//! Where console output goes, and its last lines for the report of a failure.
+//! The destination of console output, and the last lines of output for failure reports.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -11,14 +11,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::event::{PollFd, PollFlags, poll};
 
-/// Receives a guest's console output.
+/// The destination of a guest's console output.
 ///
-/// Output that cannot be written (a closed pipe, a full disk) is dropped: a guest does not fail
-/// because nobody listens to it. A reader that does not read makes the guest wait, and only until
-/// the machine is told to stop.
+/// Output that cannot be written (a closed pipe, a full disk) is dropped: a guest does not fail because of a missing
+/// reader. A write to a full pipe blocks the vCPU until the reader reads, or until the machine is stopped.
 pub struct ConsoleOutput {
     target: Option<File>,
-    /// Bytes of a file that has a bound.
+    /// Size of the file in bytes, when the file is limited.
     length: Option<u64>,
     stopping: Arc<AtomicBool>,
     tail: VecDeque<u8>,
@@ -31,37 +30,39 @@ impl fmt::Debug for ConsoleOutput {
 }
 
 impl ConsoleOutput {
-    /// Bytes of output that are kept for the report: about a screen.
+    /// Bytes of output that are kept for failure reports: about a screen.
     const TAIL: usize = 4096;
-    /// Bytes of a file that has a bound. When it is full, its older half is left out: of a guest that writes without
-    /// end the last words count, as in its log.
+    /// Size limit of a console file in bytes. When the file reaches the limit, its older half is discarded: of a guest
+    /// that writes without end, the most recent output matters, as in a log.
     const FULL: u64 = 16 << 20;
 
-    /// Output to a file, or to nowhere. Once `stopping` is set, a write that would wait gives up.
+    /// Creates an output that writes to `target`, or discards all output. Once `stopping` is set, a blocked write
+    /// returns and drops its bytes.
     #[must_use]
     pub fn new(target: Option<File>, stopping: Arc<AtomicBool>) -> Self {
         Self { target, length: None, stopping, tail: VecDeque::new() }
     }
 
-    /// Output to a new file, of which the last 8 to 16 MiB are kept. What is no regular file has no bound.
+    /// Creates an output that writes to a new file, of which the last 8 to 16 MiB are kept. A file that is not a
+    /// regular file has no limit.
     #[must_use]
     pub fn to_file(file: File, stopping: Arc<AtomicBool>) -> Self {
         let is_regular = file.metadata().is_ok_and(|metadata| metadata.is_file());
         Self { length: is_regular.then_some(0), ..Self::new(Some(file), stopping) }
     }
 
-    /// Makes room in a file for so many bytes.
+    /// Discards the older half of the file if `count` more bytes exceed the limit `full`.
     fn make_room(&mut self, count: usize, full: u64) {
         let (Some(file), Some(length)) = (&mut self.target, &mut self.length) else { return };
         if *length + count as u64 > full {
-            // Where its content cannot be kept the file begins anew.
+            // When the newer half cannot be copied, the file is truncated to zero.
             *length = keep_newer_half(file, *length).unwrap_or(0);
             let _ = file.set_len(*length).and_then(|()| file.seek(SeekFrom::Start(*length)));
         }
         *length += count as u64;
     }
 
-    /// The last lines of output: at most `lines` of them.
+    /// The last lines of output, at most `lines` of them, oldest first.
     #[must_use]
     pub fn last_lines(&self, lines: usize) -> Vec<String> {
         let bytes: Vec<u8> = self.tail.iter().copied().collect();
@@ -80,7 +81,7 @@ impl ConsoleOutput {
                 Ok(written) => bytes = &bytes[written..],
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    // An interrupted poll is a chance to see that the machine stops.
+                    // A signal interrupts the poll, so that the loop checks `stopping` again.
                     let _ = poll(&mut [PollFd::new(target, PollFlags::OUT)], None);
                 }
                 Err(_) => return,
@@ -110,9 +111,9 @@ impl Write for ConsoleOutput {
     }
 }
 
-/// Copies the second half of a file over the first; its bytes.
+/// Copies the second half of a file over the first; returns its length in bytes.
 fn keep_newer_half(file: &File, length: u64) -> io::Result<u64> {
-    // It was opened for writing.
+    // `file` is open for writing only, so that it is opened again for reading.
     let old = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
     let (start, mut done) = (length / 2, 0);
     let mut buffer = vec![0; 64 << 10];
@@ -126,8 +127,8 @@ fn keep_newer_half(file: &File, length: u64) -> io::Result<u64> {
     }
 }
 
-/// Recognises Ctrl-A x, which leaves the machine, in what a terminal sends. Ctrl-A twice sends
-/// one Ctrl-A to the guest.
+/// Recognizes the escape sequence Ctrl-A x, which stops the machine, in terminal input. Ctrl-A twice sends one Ctrl-A
+/// to the guest.
 #[derive(Debug, Default)]
 pub struct EscapeFilter {
     pending: bool,
@@ -136,7 +137,7 @@ pub struct EscapeFilter {
 impl EscapeFilter {
     const CTRL_A: u8 = 0x01;
 
-    /// Removes escapes from input; `true` when the user asked to leave.
+    /// Appends `input` without escape sequences to `forwarded`; returns `true` when the user typed Ctrl-A x.
     pub fn filter(&mut self, input: &[u8], forwarded: &mut Vec<u8>) -> bool {
         for &byte in input {
             if !std::mem::take(&mut self.pending) {
@@ -150,7 +151,7 @@ impl EscapeFilter {
             match byte {
                 b'x' | b'X' => return true,
                 Self::CTRL_A => forwarded.push(Self::CTRL_A),
-                // Not an escape after all: both keys are the guest's.
+                // Not an escape sequence: both keys are forwarded to the guest.
                 _ => forwarded.extend([Self::CTRL_A, byte]),
             }
         }
@@ -180,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reader_that_is_gone_does_not_fail_the_guest() {
+    fn a_closed_pipe_does_not_fail_the_guest() {
         let (reader, writer) = io::pipe().unwrap();
         drop(reader);
         let file = File::from(std::os::fd::OwnedFd::from(writer));
@@ -204,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_keeps_the_last_words() {
+    fn a_file_keeps_the_most_recent_output() {
         const FULL: u64 = 1000;
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("console");
@@ -222,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn only_files_have_a_bound() {
+    fn only_regular_files_are_limited() {
         let (mut reader, writer) = std::io::pipe().unwrap();
         let mut output = ConsoleOutput::to_file(File::from(OwnedFd::from(writer)), Arc::default());
         for _ in 0..10 {

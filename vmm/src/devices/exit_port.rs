@@ -1,9 +1,10 @@
-//! The exit port: four bytes written end the guest with that status.
+//! The exit port: a 4-byte write ends the guest with the written status.
 
 use crate::bus::{BusDevice, GuestRequest};
 use guest_protocol::ExitStatus;
 
-/// Turns a write of an [`ExitStatus`] into the end of the machine; anything else is ignored.
+/// Turns a 4-byte write of an [`ExitStatus`] into [`GuestRequest::End`]; other writes are ignored, and reads return all
+/// ones.
 #[derive(Debug, Default)]
 pub struct ExitPort;
 

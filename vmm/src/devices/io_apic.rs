@@ -1,48 +1,48 @@
-//! The I/O APIC (Intel 82093AA): it turns interrupt lines into messages to local APICs.
+//! The I/O APIC (Intel 82093AA): it translates interrupt lines into messages to the local APICs.
 //!
-//! KVM has one of its own, which always comes with two 8259 controllers. A kernel that finds those
-//! walks all 24 pins several times while it boots, each register access being an exit that KVM has
-//! to decode: 2.5 ms (exact lab). Without them it touches the pins that devices use, about twenty
-//! accesses in all, so those may as well come here. Interrupts themselves do not: a line is an irqfd
-//! whose message KVM delivers.
+//! KVM emulates an I/O APIC as well, but only together with two 8259 interrupt controllers. A kernel that detects those
+//! iterates over all 24 pins several times during the boot, and KVM has to decode the instruction of each register
+//! access: 2.5 ms in total (exact lab). Without the 8259 controllers the kernel accesses only the pins that devices
+//! use, with about twenty accesses in total, so that the device is emulated in user space. Interrupts do not pass
+//! through here: each line is an irqfd, whose message KVM delivers.
 //!
-//! The kernel reads and writes every pin when it turns x2APIC mode on (`enable_IR_x2apic` in
-//! arch/x86/kernel/apic/apic.c), so there are no more pins than the highest line needs.
+//! The kernel reads and writes every pin when it enables x2APIC mode (`enable_IR_x2apic` in
+//! arch/x86/kernel/apic/apic.c), so that the number of pins is that of the highest line in use.
 //!
-//! Lines are edges. Level-triggered pins would need the end of each interrupt to come back here,
-//! and no device of this machine has one.
+//! All lines are edge-triggered. Level-triggered pins would have to receive each end of interrupt in user space, and no
+//! device of this machine needs them.
 
 use crate::bus::{BusDevice, GuestRequest};
 use crate::layout::{Gsi, IO_APIC_PINS};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
-/// A message-signalled interrupt (Intel SDM, volume 3, section 11.11).
+/// A message-signaled interrupt (Intel SDM, volume 3, section 11.11).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Message {
-    /// Where it is written to: which local APICs.
+    /// The address of the message, which selects the local APICs.
     pub address: u64,
-    /// What is written: vector and delivery mode.
+    /// The data of the message: vector and delivery mode.
     pub data: u32,
 }
 
-/// Takes the messages of all lines whenever one changes; a masked line has none.
+/// The receiver of the messages of all lines.
 pub trait MessageSink: Send {
-    /// Makes line `n` send `messages[n]`.
+    /// Makes line `n` send `messages[n]`. `None` is a masked line. Called whenever one of the messages changes.
     fn set(&mut self, messages: &[Option<Message>]);
 }
 
-/// Offsets of the registers in memory (section 3.0).
+/// Offsets of the memory-mapped registers (section 3.0).
 pub(crate) const SELECT: u16 = 0x00;
 const WINDOW: u16 = 0x10;
 
-/// Indices of the registers behind the window (section 3.2).
+/// Indices of the registers that are accessed through the window (section 3.2).
 const ID: u8 = 0x00;
 const VERSION: u8 = 0x01;
 const ARBITRATION: u8 = 0x02;
 const TABLE: u8 = 0x10;
 
-/// The version, whose register has the number of the last pin in bits 16 to 23.
+/// The value of the version register, without the number of the last pin in bits 16 to 23.
 const VERSION_NUMBER: u32 = 0x11;
 
 /// Fields of a redirection table entry (section 3.2.4).
@@ -57,31 +57,31 @@ mod entry {
     pub(super) const READ_ONLY: u64 = 1 << 12 | 1 << 14;
     /// Masked.
     pub(super) const MASKED: u64 = 1 << 16;
-    /// Where the destination starts.
+    /// The lowest bit of the destination.
     pub(super) const DESTINATION: u32 = 56;
 }
 
-/// The registers: plain data, all there is to the device's state.
+/// The registers: the complete state of the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
-    /// The register behind the window.
+    /// The index of the register that the window accesses.
     pub select: u8,
     /// The identification register.
     pub id: u32,
-    /// Pins: 1 to 24.
+    /// Number of pins: 1 to 24.
     pub pins: u8,
-    /// The redirection table; entries behind the last pin are not used.
+    /// The redirection table; entries beyond the last pin are unused.
     pub entries: [u64; IO_APIC_PINS as usize],
 }
 
 impl State {
-    /// After a reset every pin is masked.
+    /// The state after a reset: every pin is masked.
     const fn with_pins(pins: u8) -> Self {
         Self { select: 0, id: 0, pins, entries: [entry::MASKED; IO_APIC_PINS as usize] }
     }
 }
 
-/// The device: the registers, and who takes the messages that they amount to.
+/// An I/O APIC, with the receiver of its messages.
 pub struct IoApic {
     state: State,
     sink: Box<dyn MessageSink>,
@@ -94,7 +94,7 @@ impl fmt::Debug for IoApic {
 }
 
 impl IoApic {
-    /// An I/O APIC after a reset, with pins for these lines.
+    /// Creates an I/O APIC in its reset state, with the pins 0 to the highest of `lines`.
     #[must_use]
     pub fn new(lines: &[Gsi], sink: Box<dyn MessageSink>) -> Self {
         let highest = lines.iter().map(|line| line.0).max().unwrap_or(0);
@@ -102,19 +102,19 @@ impl IoApic {
         Self { state: State::with_pins(pins), sink }
     }
 
-    /// The registers.
+    /// Returns a copy of the registers.
     #[must_use]
     pub const fn state(&self) -> State {
         self.state
     }
 
-    /// Takes over the registers of another I/O APIC. The number of pins stays: it is the machine's.
+    /// Restores saved registers. The number of pins is not restored: it is a property of the machine.
     pub fn restore(&mut self, state: &State) {
         self.state = State { pins: self.state.pins, ..*state };
         self.sink.set(&self.state.entries.map(message));
     }
 
-    /// Index into the table, and whether the selected register is the entry's upper half.
+    /// The index of the selected redirection table entry, and whether its upper half is selected.
     fn selected_entry(&self) -> Option<(usize, bool)> {
         let register = self.state.select.checked_sub(TABLE)?;
         let index = usize::from(register / 2);
@@ -135,7 +135,7 @@ impl IoApic {
 
     fn write_register(&mut self, value: u32) {
         if self.state.select == ID {
-            // Bits 24 to 27 are the identification.
+            // Bits 24 to 27 are the APIC ID.
             self.state.id = value & 0x0f00_0000;
             return;
         }
@@ -148,15 +148,14 @@ impl IoApic {
             old & (0xffff_ffff << 32 | entry::READ_ONLY) | value & !entry::READ_ONLY
         };
         self.state.entries[index] = new;
-        // Each change of the routing makes KVM wait for its readers: what changes nothing is not
-        // passed on.
+        // Each routing update makes KVM wait for an SRCU grace period, so that writes without effect are not forwarded.
         if message(old) != message(new) {
             self.sink.set(&self.state.entries.map(message));
         }
     }
 }
 
-/// What an entry sends when its pin is raised.
+/// The message of a redirection table entry; `None` when the entry is masked.
 fn message(entry: u64) -> Option<Message> {
     const APIC_BASE: u64 = 0xfee0_0000;
     if entry & entry::MASKED != 0 {
@@ -227,7 +226,7 @@ mod tests {
     // Register numbers and bits restate the 82093AA datasheet.
 
     #[test]
-    fn it_has_24_masked_pins_after_a_reset() {
+    fn a_reset_masks_all_24_pins() {
         let (mut device, log) = device();
         assert_eq!(read(&mut device, 1), 0x0017_0011);
         for pin in 0..24 {
@@ -238,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn it_has_no_more_pins_than_lines_need() {
+    fn the_highest_line_determines_the_number_of_pins() {
         let mut device = IoApic::new(&[Gsi(4)], Box::new(Recorder(Log::default())));
         assert_eq!(read(&mut device, 1), 0x0004_0011);
         assert_eq!(read(&mut device, 0x18), 0x0001_0000);
@@ -291,6 +290,6 @@ mod tests {
             write(&mut device, register, 0x5a5a_5a5a);
             read(&mut device, register);
         }
-        assert_eq!(read(&mut device, 0x40), u32::MAX, "behind the last pin");
+        assert_eq!(read(&mut device, 0x40), u32::MAX, "beyond the last pin");
     }
 }

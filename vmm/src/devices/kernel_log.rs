@@ -1,18 +1,18 @@
-//! The port over which init sends the kernel's log, where the VMM profiles a boot.
+//! The I/O port through which init sends the kernel log when the VMM profiles a boot.
 
 use crate::bus::{BusDevice, GuestRequest};
 
-/// Keeps what the guest sends, up to a bound.
+/// Records what the guest writes, up to a limit.
 #[derive(Debug, Default)]
 pub struct KernelLog {
     text: Vec<u8>,
 }
 
 impl KernelLog {
-    /// Bytes that are kept: a kernel with the debug fragment logs about 100 KiB.
+    /// Bytes that are recorded: a kernel with the debug fragment logs about 100 KiB. The rest is dropped.
     const CAPACITY: usize = 1 << 20;
 
-    /// What was sent so far.
+    /// The bytes received so far. The guest controls them: they are not necessarily UTF-8.
     #[must_use]
     pub fn text(&self) -> &[u8] {
         &self.text

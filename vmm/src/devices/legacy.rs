@@ -1,19 +1,18 @@
-//! Two PC chips that are absent, and whose usual absence would cost a kernel a long wait.
+//! Two PC chips that are absent, with just enough registers to keep a kernel from waiting for them.
 //!
-//! A kernel that was built for anything (rather than for this VMM) looks for a keyboard controller
-//! and a real-time clock. Ports that nobody has read as all ones, which a real-time clock's driver
-//! takes for "update in progress" and polls for a second, and which a reset through the keyboard
-//! controller takes for "busy" and polls 65,536 times. These answers end both at once, and the
-//! resets that PCs have end the machine.
+//! A general-purpose kernel probes for a keyboard controller and a real-time clock. Unassigned ports read as all ones.
+//! The driver of the real-time clock interprets that as "update in progress" and polls for one second; a reset through
+//! the keyboard controller interprets it as "busy" and polls 65,536 times. The values here end both loops in the first
+//! iteration. Writes to the two reset registers of a PC end the machine.
 
 use crate::bus::{BusDevice, GuestRequest};
 
 /// Status of the keyboard controller: output buffer full, input buffer empty.
 ///
-/// "Input buffer empty" lets a reset command through at once. "Output buffer full", however often
-/// it is read, is what `i8042_flush` in drivers/input/serio/i8042.c takes for "no controller".
+/// "Input buffer empty" lets a reset command through without polling. "Output buffer full" on every read makes
+/// `i8042_flush` in drivers/input/serio/i8042.c conclude that there is no controller.
 const STATUS: u8 = 0x01;
-/// Pulses the processor's reset line (8042 controller command).
+/// The 8042 controller command that pulses the processor's reset line.
 const PULSE_RESET: u8 = 0xfe;
 
 /// The status and command register of a keyboard controller that can only reset the machine.
@@ -45,8 +44,8 @@ impl BusDevice for ResetControl {
     }
 }
 
-/// The data register of a real-time clock whose registers are all zero: no update in progress,
-/// and "RAM and time invalid", so that its driver leaves it alone.
+/// The data register of a real-time clock whose registers are all zero: no update in progress, and "RAM and time
+/// invalid", so that the driver does not register the clock.
 #[derive(Debug, Default)]
 pub struct AbsentClock;
 

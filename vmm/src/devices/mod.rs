@@ -1,5 +1,5 @@
-//! The devices of a machine. Each knows its registers and nothing about KVM, the bus or another
-//! device.
+//! The devices of the microVM. Each device implements its registers and does not depend on KVM, on the bus or on
+//! another device.
 
 pub mod boot_mark;
 pub mod configuration;

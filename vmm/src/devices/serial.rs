@@ -1,4 +1,4 @@
-//! The serial port: the guest's console. The registers are `vm-superio`'s.
+//! The serial port, which is the guest's console. `vm-superio` implements the registers.
 
 use crate::bus::{BusDevice, GuestRequest};
 use crate::devices::console::ConsoleOutput;
@@ -8,7 +8,7 @@ use vm_superio::serial::{SerialEvents, SerialState};
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
-/// Raises an interrupt through an eventfd, which KVM takes as an edge on the port's line.
+/// Raises an interrupt through an eventfd, which KVM delivers as an edge on the port's interrupt line.
 #[derive(Debug)]
 struct Interrupt(EventFd);
 
@@ -20,7 +20,7 @@ impl Trigger for Interrupt {
     }
 }
 
-/// Tells the event loop that the guest has read all input that was waiting.
+/// Notifies the event loop that the guest has read all buffered input.
 #[derive(Debug)]
 struct Drained(EventFd);
 
@@ -29,16 +29,16 @@ impl SerialEvents for Drained {
     fn out_byte(&self) {}
     fn tx_lost_byte(&self) {}
     fn in_buffer_empty(&self) {
-        // The counter of an eventfd can only fail to be written when nobody ever reads it.
+        // A write of an eventfd fails only when its counter overflows, in which case the eventfd is readable already.
         let _ = self.0.write(1);
     }
 }
 
-/// The interrupt enable register, and its bit for received data.
+/// Offset of the interrupt enable register, and its bit for received data.
 const INTERRUPT_ENABLE: u16 = 1;
 const RECEIVED_DATA: u8 = 0x01;
 
-/// The registers: all there is to the port's state, but for input that the guest has not read.
+/// The registers of a serial port: its complete state except for input that the guest has not read yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
     divisor: [u8; 2],
@@ -51,24 +51,24 @@ pub struct State {
     scratch: u8,
 }
 
-/// A 16550A serial port whose output is a [`ConsoleOutput`].
+/// A 16550A UART whose transmitter writes to a [`ConsoleOutput`].
 #[derive(Debug)]
 pub struct SerialPort {
     uart: Serial<Interrupt, Drained, ConsoleOutput>,
-    /// Whether the guest has asked for interrupts on received data. A driver empties the port when
-    /// it starts, so that input given to it before would be lost.
+    /// Whether the guest has enabled the interrupt for received data. A driver clears the receive FIFO when it starts,
+    /// so that input that is enqueued earlier would be lost.
     receiving: bool,
 }
 
 impl SerialPort {
-    /// A port that raises `interrupt`, and writes `drained` whenever its input buffer gets empty or
-    /// the guest begins to receive.
+    /// Creates a port that writes `interrupt` to raise its interrupt, and writes `drained` whenever its receive FIFO
+    /// becomes empty or the guest enables the interrupt for received data.
     #[must_use]
     pub fn new(interrupt: EventFd, drained: EventFd, output: ConsoleOutput) -> Self {
         Self { uart: Serial::with_events(Interrupt(interrupt), Drained(drained), output), receiving: false }
     }
 
-    /// The registers.
+    /// Returns a copy of the registers.
     #[must_use]
     pub fn state(&self) -> State {
         let state = self.uart.state();
@@ -84,10 +84,10 @@ impl SerialPort {
         }
     }
 
-    /// A port with the registers of another one; the rest is as in [`Self::new`].
+    /// Creates a port with saved registers and an empty receive FIFO; the other arguments are those of [`Self::new`].
     ///
     /// # Errors
-    /// When an interrupt that waits cannot be raised.
+    /// When a pending interrupt cannot be raised.
     pub fn restored(
         state: &State,
         interrupt: EventFd,
@@ -114,13 +114,13 @@ impl SerialPort {
         Ok(this)
     }
 
-    /// Bytes of input that the port takes now: none until the guest receives.
+    /// Free space of the receive FIFO in bytes; 0 until the guest enables the interrupt for received data.
     #[must_use]
     pub fn input_space(&self) -> usize {
         if self.receiving { self.uart.fifo_capacity() } else { 0 }
     }
 
-    /// Notices when a driver begins to receive.
+    /// Updates [`Self::receiving`], and notifies the event loop when a driver enables the interrupt for received data.
     fn update_receiving(&mut self) {
         let receiving = self.uart.state().interrupt_enable & RECEIVED_DATA != 0;
         if receiving && !self.receiving {
@@ -129,13 +129,13 @@ impl SerialPort {
         self.receiving = receiving;
     }
 
-    /// Gives input to the guest; at most [`Self::input_space`] bytes.
+    /// Enqueues input for the guest. Bytes beyond [`Self::input_space`] are dropped.
     pub fn put_input(&mut self, bytes: &[u8]) {
         // A port in loopback mode takes no input: the bytes are lost, as on a real line.
         let _ = self.uart.enqueue_raw_bytes(bytes);
     }
 
-    /// The last lines of output.
+    /// The last lines of output, at most `lines` of them, oldest first.
     #[must_use]
     pub fn last_lines(&self, lines: usize) -> Vec<String> {
         self.uart.writer().last_lines(lines)
@@ -153,7 +153,7 @@ impl BusDevice for SerialPort {
     fn write(&mut self, offset: u16, data: &[u8]) -> Option<GuestRequest> {
         let register = offset.to_le_bytes()[0];
         for &byte in data {
-            // Errors are an interrupt that could not be raised; the guest polls as well.
+            // An error means that an interrupt could not be raised; the guest's driver polls as well.
             let _ = self.uart.write(register, byte);
         }
         if offset == INTERRUPT_ENABLE {
@@ -195,9 +195,9 @@ mod tests {
     }
 
     #[test]
-    fn input_raises_an_interrupt_and_draining_it_is_told() {
+    fn input_raises_an_interrupt_and_draining_it_notifies_the_event_loop() {
         let (mut port, interrupt, drained) = port();
-        assert_eq!(port.input_space(), 0, "nobody receives yet");
+        assert_eq!(port.input_space(), 0, "the guest does not receive yet");
         port.write(1, &[0x01]);
         assert_eq!(drained.read().unwrap(), 1, "the guest begins to receive");
         let space = port.input_space();
@@ -211,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn more_input_than_fits_is_refused_whole() {
+    fn input_beyond_the_fifo_is_dropped() {
         let (mut port, _, _) = port();
         port.write(1, &[0x01]);
         let space = port.input_space();

@@ -1,29 +1,29 @@
-//! cgroup v2: what limits a guest, and how long a process waits to be moved into a limit.
+//! cgroup v2: resource limits of guests, and the delay of moving a process into a cgroup.
 
 use super::kernel::Version;
-use super::{Finding, Sources, is_plain};
+use super::{Finding, Sources, is_safe_in_command};
 
 const MOUNTS: &str = "/proc/self/mountinfo";
-/// What limits on guests are made of.
+/// The controllers that limit guests.
 const NEEDED_CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
-/// Linux 6.0 made moves between cgroups slow in favour of fork and exit; `favordynmods` undoes it.
+/// Linux 6.0 made moves between cgroups slower to speed up fork and exit; `favordynmods` reverts this.
 const FIRST_WITH_SLOW_MOVES: Version = Version::new(6, 0, 0);
 
 /// A mounted cgroup v2 hierarchy.
 #[derive(Debug, PartialEq, Eq)]
 struct Mount {
-    /// Which cgroup is at the mount point.
+    /// Path of the cgroup at the mount point.
     cgroup: String,
     mount_point: String,
-    favors_moves: bool,
+    has_favordynmods: bool,
 }
 
-/// Finds the hierarchy in the text of `/proc/self/mountinfo`, and whether there is one of version 1.
+/// Finds the cgroup v2 hierarchy in the text of `/proc/self/mountinfo`; also returns whether a v1 hierarchy is mounted.
 fn parse_mounts(text: &str) -> (Option<Mount>, bool) {
     let mut found = None;
     let mut has_version_1 = false;
     for line in text.lines() {
-        // A variable number of optional fields ends with a lone hyphen.
+        // A variable number of optional fields ends with a single hyphen.
         let Some((mount, file_system)) = line.split_once(" - ") else { continue };
         let mut file_system = file_system.split(' ');
         let kind = file_system.next();
@@ -34,31 +34,31 @@ fn parse_mounts(text: &str) -> (Option<Mount>, bool) {
         let options = file_system.nth(1).unwrap_or_default();
         let mut mount = mount.split(' ').skip(3);
         let (Some(cgroup), Some(mount_point)) = (mount.next(), mount.next()) else { continue };
-        // It will be put into a command.
-        if !is_plain(mount_point) {
+        // The path becomes a part of a command.
+        if !is_safe_in_command(mount_point) {
             continue;
         }
         found = Some(Mount {
             cgroup: cgroup.into(),
             mount_point: mount_point.into(),
-            favors_moves: options.split(',').any(|option| option == "favordynmods"),
+            has_favordynmods: options.split(',').any(|option| option == "favordynmods"),
         });
     }
     (found, has_version_1)
 }
 
 /// Whether the hierarchy is mounted with `favordynmods`.
-pub(super) fn favors_moves(sources: &Sources) -> bool {
+pub(super) fn has_favordynmods(sources: &Sources) -> bool {
     let mount = sources.read(MOUNTS).ok().and_then(|text| parse_mounts(&text).0);
-    mount.is_some_and(|mount| mount.favors_moves)
+    mount.is_some_and(|mount| mount.has_favordynmods)
 }
 
-/// The lowest memory limit of this process's cgroup and those above it that can be seen.
+/// The lowest memory limit in bytes of this process's cgroup and its visible ancestors.
 pub(super) fn memory_limit(sources: &Sources) -> Option<u64> {
     let mount = parse_mounts(&sources.read(MOUNTS).ok()?).0?;
     let cgroups = sources.read("/proc/self/cgroup").ok()?;
     let own = cgroups.lines().find_map(|line| line.strip_prefix("0::"))?;
-    // Without a cgroup namespace a container sees the whole path and only its own part mounted.
+    // Without a cgroup namespace, a container sees its full path, but only its own subtree is mounted.
     let own = own.strip_prefix(mount.cgroup.trim_end_matches('/')).unwrap_or(own).trim_matches('/');
     if own.split('/').any(|part| part == "..") {
         return None;
@@ -81,7 +81,7 @@ const LIMITS: &str = "cgroup v2 is what holds a guest to its share of processors
 const USE_VERSION_2: &str = "boot the host with `systemd.unified_cgroup_hierarchy=1` on its kernel command line, or \
      with `cgroup_no_v1=all` where there is no systemd";
 
-/// Whether guests can be limited, and moved into their limits without waiting.
+/// Whether guests can be limited, and moved into their cgroups without a delay.
 pub(super) fn cgroup(sources: &Sources) -> Finding {
     let mounts = match sources.read(MOUNTS) {
         Ok(mounts) => mounts,
@@ -104,7 +104,7 @@ pub(super) fn cgroup(sources: &Sources) -> Finding {
     mounted(sources, &mount, has_version_1)
 }
 
-/// The same where cgroup v2 is mounted.
+/// The finding for a mounted cgroup v2 hierarchy.
 fn mounted(sources: &Sources, mount: &Mount, has_version_1: bool) -> Finding {
     let at = &mount.mount_point;
     let controllers = sources.read(&format!("{at}/cgroup.controllers")).unwrap_or_default();
@@ -127,17 +127,17 @@ fn mounted(sources: &Sources, mount: &Mount, has_version_1: bool) -> Finding {
             "have these controllers delegated: in systemd, `Delegate=yes` for the service".into()
         });
     }
-    if mount.favors_moves {
+    if mount.has_favordynmods {
         fact += "; favordynmods is on";
         meanings.push("With favordynmods, moving a process into a cgroup does not wait for RCU.".into());
     } else if kernel.is_none_or(|kernel| kernel >= FIRST_WITH_SLOW_MOVES) {
         fact += "; favordynmods is off";
-        let who_waits = if kernel.is_some_and(Version::recovers_huge_pages_cheaply) {
+        let delayed_operations = if kernel.is_some_and(Version::recovers_huge_pages_cheaply) {
             "Moving a process into a cgroup waits"
         } else {
             "Creating a VM and moving a process into a cgroup wait"
         };
-        meanings.push(format!("{who_waits} for a grace period of RCU (reported: 20 to 40 ms)."));
+        meanings.push(format!("{delayed_operations} for a grace period of RCU (reported: 20 to 40 ms)."));
         advice.push(format!(
             "`sudo mount -o remount,favordynmods {at}`, on the host itself, or from Linux 6.7 on boot it with \
              `cgroup_favordynmods=true`"
@@ -161,14 +161,14 @@ mod tests {
         let text = "22 1 254:0 / / rw - ext4 /dev/vda rw\n\
             30 23 0:26 /a /sys/fs/cgroup rw,nosuid shared:4 master:1 - cgroup2 cgroup2 rw,nsdelegate,favordynmods";
         let expected =
-            Mount { cgroup: "/a".into(), mount_point: "/sys/fs/cgroup".into(), favors_moves: true };
+            Mount { cgroup: "/a".into(), mount_point: "/sys/fs/cgroup".into(), has_favordynmods: true };
         assert_eq!(parse_mounts(text), (Some(expected), false));
     }
 
     #[test]
     fn the_option_is_not_found_inside_another_word() {
         let text = "30 23 0:26 / /c rw - cgroup2 favordynmods rw,nofavordynmods";
-        assert!(!parse_mounts(text).0.unwrap().favors_moves);
+        assert!(!parse_mounts(text).0.unwrap().has_favordynmods);
     }
 
     proptest! {

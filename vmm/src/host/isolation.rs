@@ -1,16 +1,16 @@
-//! What networking and jails take from the host.
+//! The host's support for networking and jails.
 
 use super::{Finding, Sources};
 use std::io;
 
-/// Whether tap devices can be used.
+/// Whether tap devices are usable.
 pub(super) fn tun(sources: &Sources) -> Finding {
-    judge_tun(sources.open_device(TUN))
+    tun_finding(sources.open_device(TUN))
 }
 
 const TUN: &str = "/dev/net/tun";
 
-fn judge_tun(opened: io::Result<()>) -> Finding {
+fn tun_finding(opened: io::Result<()>) -> Finding {
     const NAME: &str = "tun";
     let Err(error) = opened else {
         return Finding::good(
@@ -24,13 +24,13 @@ fn judge_tun(opened: io::Result<()>) -> Finding {
     match error.raw_os_error() {
         Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => Finding::improvable(
             NAME,
-            format!("there is no {TUN}, or no driver behind it"),
+            format!("{TUN} does not exist, or has no driver"),
             meaning,
             format!("`sudo modprobe tun`; in a container, pass the device in (`--device {TUN}`)"),
         ),
         Some(libc::EACCES | libc::EPERM) => Finding::improvable(
             NAME,
-            format!("{TUN} may not be opened by this user"),
+            format!("this user has no permission to open {TUN}"),
             meaning,
             format!(
                 "`sudo chmod 0666 {TUN}` (its usual mode: the kernel checks rights when a tap device is made)"
@@ -45,8 +45,8 @@ fn judge_tun(opened: io::Result<()>) -> Finding {
     }
 }
 
-/// Whether users other than root can make namespaces, as far as settings show it. A container's
-/// system call filter can forbid it all the same.
+/// Whether users other than root can create namespaces, according to the settings. The system call filter of a
+/// container may nevertheless forbid it.
 pub(super) fn user_namespaces(sources: &Sources) -> Finding {
     const NAME: &str = "user_namespaces";
     const OFF: &str =
@@ -66,12 +66,12 @@ pub(super) fn user_namespaces(sources: &Sources) -> Finding {
         let advice = "`sudo sysctl user.max_user_namespaces=10000`";
         return Finding::improvable(NAME, "none are allowed (user.max_user_namespaces=0)", OFF, advice);
     }
-    // A setting of Debian's kernels and those derived from them.
+    // A setting of the kernels of Debian and its derivatives.
     if sources.number("/proc/sys/kernel/unprivileged_userns_clone") == Ok(0) {
         let fact = "only root may make them (kernel.unprivileged_userns_clone=0)";
         return Finding::improvable(NAME, fact, OFF, "`sudo sysctl kernel.unprivileged_userns_clone=1`");
     }
-    // A setting of Ubuntu's kernels: they can be made, but without any capability in them.
+    // A setting of Ubuntu's kernels: namespaces can be created, but without any capabilities in them.
     if sources.number("/proc/sys/kernel/apparmor_restrict_unprivileged_userns") == Ok(1) {
         return Finding::improvable(
             NAME,
@@ -90,12 +90,12 @@ pub(super) fn user_namespaces(sources: &Sources) -> Finding {
 
 #[cfg(test)]
 mod tests {
-    use super::judge_tun;
+    use super::tun_finding;
     use crate::host::Status;
     use std::io;
 
     #[test]
-    fn errors_of_the_device_are_told_apart() {
+    fn errors_of_the_device_are_distinguished() {
         for (errno, status, advice) in [
             (libc::ENOENT, Status::Improvable, "modprobe tun"),
             (libc::ENODEV, Status::Improvable, "modprobe tun"),
@@ -103,10 +103,10 @@ mod tests {
             (libc::EPERM, Status::Improvable, "chmod 0666"),
             (libc::EBUSY, Status::Unknown, "ls -l"),
         ] {
-            let finding = judge_tun(Err(io::Error::from_raw_os_error(errno)));
+            let finding = tun_finding(Err(io::Error::from_raw_os_error(errno)));
             assert_eq!(finding.status, status, "{errno}");
             assert!(finding.advice.unwrap().contains(advice), "{errno}");
         }
-        assert_eq!(judge_tun(Ok(())).status, Status::Good);
+        assert_eq!(tun_finding(Ok(())).status, Status::Good);
     }
 }

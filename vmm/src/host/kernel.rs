@@ -1,9 +1,9 @@
-//! The host kernel's version, and what newer kernels do faster when a VM is created.
+//! The host kernel's version, and improvements of the creation of VMs in newer kernels.
 
 use super::{Finding, Sources, quoted};
 use std::fmt;
 
-/// A kernel version, without what a distribution appends to it.
+/// A kernel version without the suffix of a distribution.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Version {
     major: u32,
@@ -16,7 +16,7 @@ impl Version {
         Self { major, minor, patch }
     }
 
-    /// Reads the likes of `6.12.117+deb12-cloud-amd64`, `6.8.0-45-generic` and `7.0-rc1`.
+    /// Parses a release such as `6.12.117+deb12-cloud-amd64`, `6.8.0-45-generic` or `7.0-rc1`.
     fn parse(release: &str) -> Option<Self> {
         let numbers = release.split(|c: char| c != '.' && !c.is_ascii_digit()).next()?;
         let mut numbers = numbers.split('.');
@@ -29,14 +29,14 @@ impl Version {
         Some(Self { major, minor, patch })
     }
 
-    /// The version of the running kernel, where it can be told.
+    /// The version of the running kernel; `None` if it is unknown.
     pub(super) fn of(sources: &Sources) -> Option<Self> {
         Self::parse(&sources.read(RELEASE).ok()?)
     }
 
-    /// Whether KVM starts the thread that recovers huge pages as a thread of the VMM, when a vCPU
-    /// first runs. Before, `KVM_CREATE_VM` made a kernel thread and moved it into the VMM's
-    /// cgroups. Linux 6.13 changed that, and so did 6.12.2 among the stable kernels.
+    /// Whether KVM starts the thread that recovers huge pages as a thread of the VMM, on the first run of a vCPU.
+    /// Before, `KVM_CREATE_VM` created a kernel thread and moved it into the VMM's cgroups. The change is in Linux 6.13
+    /// and in the stable kernel 6.12.2.
     pub(super) fn recovers_huge_pages_cheaply(self) -> bool {
         self >= Self::new(6, 13, 0) || (self >= Self::new(6, 12, 2) && self < Self::new(6, 13, 0))
     }
@@ -50,9 +50,9 @@ impl fmt::Display for Version {
 
 const RELEASE: &str = "/proc/sys/kernel/osrelease";
 
-/// Something that newer kernels do faster.
+/// An improvement in newer kernels.
 struct Improvement {
-    /// Which kernels do, in words.
+    /// The first version that contains it, as text.
     since: &'static str,
     is_in: fn(Version) -> bool,
     what: &'static str,
@@ -82,7 +82,7 @@ const IMPROVEMENTS: [Improvement; 4] = [
     },
 ];
 
-/// How new the kernel is.
+/// The version of the kernel.
 pub(super) fn kernel(sources: &Sources) -> Finding {
     const NAME: &str = "kernel";
     const NOT_TOLD: &str = "Newer kernels create VMs faster; whether this one does cannot be told.";
@@ -101,8 +101,8 @@ pub(super) fn kernel(sources: &Sources) -> Finding {
         .collect();
     let fact = format!("Linux {version}");
     if missing.is_empty() {
-        // The deferred SRCU callback of 6.18 makes the next expedited wait an ordinary one, as
-        // users of CONFIG_HZ=100 found: an order of set-up that the VMM, not the host, can avoid.
+        // The deferred SRCU callback of 6.18 turns the next expedited wait into an ordinary one, as users with
+        // CONFIG_HZ=100 found. The VMM can avoid it by the order of its setup, the host cannot.
         return Finding::good(
             NAME,
             fact,
@@ -125,7 +125,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn releases_of_distributions_are_read() {
+    fn releases_of_distributions_are_parsed() {
         for (release, expected) in [
             ("6.12.117+deb12-cloud-amd64", Some((6, 12, 117))),
             ("6.8.0-45-generic", Some((6, 8, 0))),
@@ -159,12 +159,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_release_is_read_or_refused(release in "\\PC{0,40}") {
+        fn any_release_is_parsed_or_refused(release in "\\PC{0,40}") {
             let _ = Version::parse(&release);
         }
 
         #[test]
-        fn a_version_is_read_whatever_follows(
+        fn a_version_is_parsed_with_any_suffix(
             major: u32, minor: u32, patch: u32, rest in "([-+_a-z][\\PC]{0,20})?",
         ) {
             let release = format!("{major}.{minor}.{patch}{rest}");

@@ -1,6 +1,6 @@
-//! What the probe found, with what stands between this user and a good KVM.
+//! The result of the KVM probe, its cause and remedy, and KVM's parameters.
 
-use super::{Finding, Sources, is_plain};
+use super::{Finding, Sources, is_safe_in_command};
 use crate::kvm::DEVICE;
 use crate::kvm::probe::Probe;
 use std::error::Error;
@@ -8,12 +8,12 @@ use std::os::unix::fs::MetadataExt;
 
 const LAB: &str = "until then `cargo xtask lab` runs guests on an emulated machine that has a complete KVM";
 
-/// What the first processor says about virtualization.
+/// The virtualization features of the first processor.
 #[derive(Clone, Copy, Default)]
 struct Processor {
     vmx: bool,
     svm: bool,
-    /// Somebody else's virtual machine.
+    /// Whether this host is itself a virtual machine.
     hypervisor: bool,
 }
 
@@ -47,7 +47,7 @@ fn is_loaded(sources: &Sources, module: &str) -> bool {
     sources.exists(&format!("/sys/module/{module}"))
 }
 
-/// Whether this user can run guests here.
+/// Whether this user can run guests on this host.
 pub(super) fn kvm(sources: &Sources, probe: &Probe) -> Finding {
     const NAME: &str = "kvm";
     match probe {
@@ -65,19 +65,20 @@ pub(super) fn kvm(sources: &Sources, probe: &Probe) -> Finding {
                 if is_loaded(sources, "kvm_pvm") { "software KVM (kvm_pvm)" } else { "software KVM" };
             let meaning = "This KVM emulates the guest's kernel mode, too slowly or not completely: Linux \
                            guests do not run on it.";
-            Finding::bad(NAME, format!("{module}: {failed_on}"), meaning, way_to_hardware(sources))
+            Finding::bad(NAME, format!("{module}: {failed_on}"), meaning, hardware_advice(sources))
         }
         Probe::NoPermission => {
             let (fact, advice) = permission(sources);
             let mut meaning = String::from("Guests cannot be run by this user.");
             if Processor::of(sources).is_some_and(|processor| processor.module().is_none()) {
-                meaning += " The processor shows neither vmx nor svm, so expect a software KVM behind it.";
+                meaning +=
+                    " The processor has neither vmx nor svm, so the device is probably a software KVM.";
             }
             Finding::bad(NAME, fact, meaning, advice)
         }
         Probe::Absent => {
-            let fact = format!("{DEVICE} does not exist, or has no driver behind it");
-            Finding::bad(NAME, fact, "Guests cannot be run on this host.", way_to_hardware(sources))
+            let fact = format!("{DEVICE} does not exist, or has no driver");
+            Finding::bad(NAME, fact, "Guests cannot be run on this host.", hardware_advice(sources))
         }
         Probe::Broken(error) => {
             let mut fact = error.to_string();
@@ -87,14 +88,14 @@ pub(super) fn kvm(sources: &Sources, probe: &Probe) -> Finding {
                 cause = error.source();
             }
             let advice = "see what `sudo dmesg | grep -i kvm` says, and end other hypervisors (VirtualBox, \
-                          VMware), which keep the processor's virtualization to themselves";
+                          VMware), which use the processor's virtualization exclusively";
             Finding::bad(NAME, fact, "Guests cannot be run on this host.", advice)
         }
     }
 }
 
-/// What to do where the processor's virtualization is not in use.
-fn way_to_hardware(sources: &Sources) -> String {
+/// The advice when the processor's virtualization is not in use.
+fn hardware_advice(sources: &Sources) -> String {
     let Some(processor) = Processor::of(sources) else {
         return format!(
             "see whether `grep -E 'vmx|svm' /proc/cpuinfo` finds virtualization, and load kvm_intel or kvm_amd \
@@ -122,13 +123,13 @@ fn way_to_hardware(sources: &Sources) -> String {
              the hypervisor below, or use a host that has it; {LAB}"
         ),
         None => format!(
-            "the processor shows neither vmx nor svm: switch virtualization (VT-x, AMD-V or SVM) on in the \
+            "the processor has neither vmx nor svm: switch virtualization (VT-x, AMD-V or SVM) on in the \
              firmware, if the processor has it; {LAB}"
         ),
     }
 }
 
-/// Who this process is, for file permissions.
+/// The ids of this process for file permissions.
 struct User {
     id: u64,
     groups: Vec<u64>,
@@ -141,7 +142,7 @@ impl User {
             let line = status.lines().find_map(|line| line.strip_prefix(key))?;
             line.split_whitespace().map(|number| number.parse().ok()).collect()
         };
-        // Real, effective, saved, file system: the last decides about files.
+        // Real, effective, saved, file system id: the last one determines file permissions.
         let id = *numbers("Uid:")?.get(3)?;
         let mut groups = numbers("Groups:").unwrap_or_default();
         groups.push(*numbers("Gid:")?.get(3)?);
@@ -149,7 +150,7 @@ impl User {
     }
 }
 
-/// Why the device may not be opened, and what changes that.
+/// Why the device cannot be opened, and the advice.
 fn permission(sources: &Sources) -> (String, String) {
     const GROUP_MAY: u32 = 0o060;
     const OTHERS_MAY: u32 = 0o006;
@@ -157,13 +158,13 @@ fn permission(sources: &Sources) -> (String, String) {
         let advice = format!(
             "join the group that `ls -l {DEVICE}` shows: `sudo usermod -aG kvm $USER`, and log in again"
         );
-        return (format!("{DEVICE} may not be opened by this user"), advice);
+        return (format!("this user has no permission to open {DEVICE}"), advice);
     };
     let mode = device.mode();
     let gid = u64::from(device.gid());
     let group = group_name(sources, gid).unwrap_or_else(|| gid.to_string());
     let fact = format!(
-        "{DEVICE} may not be opened by this user: it belongs to user {} and group {group}, mode {:04o}",
+        "this user has no permission to open {DEVICE}: it belongs to user {} and group {group}, mode {:04o}",
         device.uid(),
         mode & 0o7777
     );
@@ -182,7 +183,7 @@ fn permission(sources: &Sources) -> (String, String) {
             sources.read("/etc/group").is_ok_and(|text| text.lines().any(|line| line.starts_with("kvm:")));
         let make = if has_kvm { "" } else { "`sudo groupadd --system kvm`; " };
         format!(
-            "give it to a group of its own and join that: {make}`sudo chown root:kvm {DEVICE} && sudo chmod \
+            "assign it to a separate group and join that: {make}`sudo chown root:kvm {DEVICE} && sudo chmod \
              0660 {DEVICE}`; `sudo usermod -aG kvm $USER`, and log in again"
         )
     };
@@ -194,12 +195,12 @@ fn group_name(sources: &Sources, gid: u64) -> Option<String> {
     groups.lines().find_map(|line| {
         let mut fields = line.split(':');
         let name = fields.next()?;
-        // It will be put into a command.
-        (fields.nth(1)?.parse() == Ok(gid) && is_plain(name)).then(|| name.to_owned())
+        // The name becomes a part of a command.
+        (fields.nth(1)?.parse() == Ok(gid) && is_safe_in_command(name)).then(|| name.to_owned())
     })
 }
 
-/// KVM's own settings, where one of them slows guests down.
+/// KVM's parameters, if one of them slows guests down.
 pub(super) fn parameters(sources: &Sources) -> Finding {
     const NAME: &str = "kvm_parameters";
     const AT_LOAD: &str = "/sys/module/kvm/parameters/enable_virt_at_load";

@@ -1,23 +1,23 @@
-//! Memory for guests, and the pages it comes in.
+//! Memory for guests, and its page size.
 //!
-//! A guest's kernel touches most of its memory for the first time, and each first touch is a
-//! fault in KVM. Pages of 2 MiB make 512 times fewer of them.
+//! A guest's kernel accesses most of its memory for the first time, and each first access is a page fault in KVM. With
+//! pages of 2 MiB there are 512 times fewer faults.
 
 use super::{Finding, Sources, cgroup, quoted};
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
-/// Room for one guest of the usual 128 MiB and its VMM, and nothing else.
+/// Enough for one guest of the default size of 128 MiB and its VMM.
 const TOO_LITTLE: u64 = 256 * MIB;
 const LITTLE: u64 = 1024 * MIB;
 
-/// Bytes with a unit, as people write them.
+/// Formats bytes with a unit.
 fn size(bytes: u64) -> String {
     let mib = bytes / MIB;
     if mib < 1024 { format!("{mib} MiB") } else { format!("{}.{} GiB", mib / 1024, mib % 1024 * 10 / 1024) }
 }
 
-/// How much memory there is for guests.
+/// The amount of memory for guests.
 pub(super) fn memory(sources: &Sources) -> Finding {
     const NAME: &str = "memory";
     const NOT_TOLD: &str = "How many guests have room cannot be told.";
@@ -51,7 +51,7 @@ pub(super) fn memory(sources: &Sources) -> Finding {
     if usable < LITTLE {
         return Finding::improvable(NAME, fact, "This is enough for a few small guests.", more);
     }
-    // With mode 2 MAP_NORESERVE means nothing.
+    // In mode 2 the kernel ignores MAP_NORESERVE.
     if sources.number("/proc/sys/vm/overcommit_memory") == Ok(2) {
         return Finding::improvable(
             NAME,
@@ -69,7 +69,7 @@ pub(super) fn memory(sources: &Sources) -> Finding {
     )
 }
 
-/// Huge pages set aside for those who ask for them.
+/// Reserved huge pages.
 pub(super) fn hugepages(sources: &Sources) -> Finding {
     const NAME: &str = "hugepages";
     const SETTING: &str =
@@ -83,7 +83,7 @@ pub(super) fn hugepages(sources: &Sources) -> Finding {
             return Finding::unknown(NAME, why, meaning, "see `grep -i huge /proc/meminfo`");
         }
     };
-    // Pages that are promised to a mapping count as free until they are touched.
+    // Pages that are reserved by a mapping count as free until they are accessed.
     let free = free.saturating_sub(number("resv_hugepages").unwrap_or(0));
     let reported = "guest kernels were reported to boot in 32 to 56 % less time in such memory";
     if all == 0 {
@@ -113,7 +113,7 @@ pub(super) fn thp(sources: &Sources) -> Finding {
     const NAME: &str = "thp";
     const DIRECTORY: &str = "/sys/kernel/mm/transparent_hugepage";
     let all_sizes = format!("{DIRECTORY}/enabled");
-    // Since Linux 6.8 each size has a setting, which mostly is to inherit the common one.
+    // Since Linux 6.8 each size has its own setting, which usually inherits the common one.
     let one_size = format!("{DIRECTORY}/hugepages-2048kB/enabled");
     let own = sources.read(&one_size).ok().filter(|text| chosen(text).is_some_and(|word| word != "inherit"));
     let (path, text) = match own {
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn the_choice_is_the_word_in_brackets() {
+    fn the_selected_value_is_in_brackets() {
         assert_eq!(chosen("always [madvise] never"), Some("madvise"));
         assert_eq!(chosen("always madvise never"), None);
         assert_eq!(chosen("[always"), None);

@@ -1,13 +1,11 @@
-//! What a host can do for microVMs: facts from `/proc`, `/sys` and `/dev`, what each means, and
-//! what would make it better.
+//! Checks of a host's suitability for microVMs: facts from `/proc`, `/sys` and `/dev`, their meaning, and advice for
+//! improvements.
 //!
-//! A check only reads. It takes the root directory from [`Sources`], so that tests lay out the
-//! files of any host, and it takes nothing it reads for granted: a file that is missing or says
-//! something else than expected is a finding too. What KVM can do is found by
-//! [`crate::kvm::probe`], which runs guest code; here its answer is put into words.
+//! A check only reads. It takes the root directory from [`Sources`], so that tests can provide the files of any host,
+//! and it does not rely on their content: a missing file or unexpected content is a finding as well.
+//! [`crate::kvm::probe`] tests KVM by running guest code; its result is explained here.
 //!
-//! Times called "reported" come from users of other VMMs on their hosts, not from measurements
-//! of this one.
+//! Times called "reported" come from users of other VMMs on their hosts, not from measurements of this VMM.
 
 mod cgroup;
 mod isolation;
@@ -22,17 +20,17 @@ pub use sources::Sources;
 use crate::kvm::probe::Probe;
 use serde::Serialize;
 
-/// How good a fact is for microVMs.
+/// The assessment of a fact.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Status {
-    /// Nothing to do.
+    /// Nothing to improve.
     Good,
-    /// Guests run, and would run or start faster, or be better isolated.
+    /// Guests run. With the advice they run or start faster, or are better isolated.
     Improvable,
     /// Guests do not run, run badly, or endanger the host.
     Bad,
-    /// The host does not say.
+    /// The host does not provide the information.
     Unknown,
 }
 
@@ -49,20 +47,20 @@ impl Status {
     }
 }
 
-/// One fact about the host.
+/// A fact about the host.
 ///
-/// The constructors see to it that only a good fact comes without advice.
+/// The constructors ensure that every finding has advice unless it is good.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Finding {
-    /// Which fact; stays the same from version to version.
+    /// The identifier of the fact, which is the same in all versions.
     pub name: &'static str,
-    /// How good it is.
+    /// The assessment.
     pub status: Status,
-    /// What is so.
+    /// The fact.
     pub fact: String,
-    /// What that means for microVMs.
+    /// Its meaning for microVMs.
     pub meaning: String,
-    /// What to do about it, with commands between backticks.
+    /// Advice, with commands in backticks; `None` if and only if the status is good.
     pub advice: Option<String>,
 }
 
@@ -100,17 +98,17 @@ impl Finding {
     }
 }
 
-/// Everything found, and what it comes to.
+/// All findings and their summary.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
-    /// Whether guests run at full speed, in one sentence.
+    /// Whether guests run at full speed, as one sentence.
     pub verdict: String,
-    /// The facts, the most important first.
+    /// The findings in descending order of importance.
     pub findings: Vec<Finding>,
 }
 
 impl Report {
-    /// Looks at a host whose KVM the probe has tried.
+    /// Checks a host. `probe` is the result of the probe of its KVM.
     #[must_use]
     pub fn new(sources: &Sources, probe: &Probe) -> Self {
         let findings = vec![
@@ -134,7 +132,7 @@ fn verdict(probe: &Probe, findings: &[Finding]) -> String {
         Probe::Hardware { .. } => {
             let bad: Vec<_> = names_with(findings, Status::Bad).collect();
             if !bad.is_empty() {
-                return format!("guests run on this host, but first see to what is bad: {}", bad.join(", "));
+                return format!("guests run on this host, but first fix what is bad: {}", bad.join(", "));
             }
             return match names_with(findings, Status::Improvable).count() {
                 0 => "guests run at full speed on this host".into(),
@@ -143,7 +141,7 @@ fn verdict(probe: &Probe, findings: &[Finding]) -> String {
             };
         }
         Probe::Software { .. } => "its KVM is software that cannot run Linux",
-        Probe::NoPermission => "this user may not open its KVM device",
+        Probe::NoPermission => "this user has no permission to open its KVM device",
         Probe::Absent => "it has no KVM",
         Probe::Broken(_) => "its KVM does not work",
     };
@@ -154,15 +152,15 @@ fn names_with(findings: &[Finding], status: Status) -> impl Iterator<Item = &'st
     findings.iter().filter(move |finding| finding.status == status).map(|finding| finding.name)
 }
 
-/// What a file said, for a fact: on one line, without control characters, and not endless.
+/// Quotes the content of a file in a fact: in one line, without control characters, and truncated.
 fn quoted(text: &str) -> String {
-    const LONGEST: usize = 60;
-    let short: String = text.trim().chars().take(LONGEST).collect();
+    const MAX_LEN: usize = 60;
+    let short: String = text.trim().chars().take(MAX_LEN).collect();
     format!("{short:?}")
 }
 
-/// Whether a name that this host gave can stand in a command that somebody copies.
-fn is_plain(name: &str) -> bool {
+/// Whether a name from this host can be part of a command that the user copies.
+fn is_safe_in_command(name: &str) -> bool {
     !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || "_-./".contains(c))
 }
 

@@ -1,9 +1,8 @@
-//! KVM's answer to the iTLB multihit erratum, and the thread that comes with it.
+//! KVM's mitigation of the iTLB multihit erratum, and its thread.
 //!
-//! On processors with the erratum KVM maps a guest's code in 4 KiB pages, and a thread of each VM
-//! gives the huge pages back after a while. KVM makes that thread on every processor unless
-//! `nx_huge_pages` is `never`, and up to Linux 6.12 making it moved it between cgroups, which is
-//! most of what creating a VM took there.
+//! On affected processors KVM maps guest code in 4 KiB pages, and a thread of each VM recovers the huge pages after a
+//! while. KVM creates this thread on every processor unless `nx_huge_pages` is `never`. Up to Linux 6.12 the thread was
+//! moved between cgroups on creation, which is most of the time that creating a VM took there.
 
 use super::kernel::Version;
 use super::{Finding, Sources, cgroup, quoted};
@@ -11,7 +10,7 @@ use super::{Finding, Sources, cgroup, quoted};
 const NAME: &str = "nx_huge_pages";
 const PARAMETER: &str = "/sys/module/kvm/parameters/nx_huge_pages";
 const ERRATUM: &str = "/sys/devices/system/cpu/vulnerabilities/itlb_multihit";
-/// Linux 6.5 knows the value `never`.
+/// Linux 6.5 introduced the value `never`.
 const FIRST_WITH_NEVER: Version = Version::new(6, 5, 0);
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -21,7 +20,7 @@ enum Processor {
     Unknown,
 }
 
-/// What the mitigation does to the creation of a VM.
+/// The effect of the mitigation on the creation of a VM.
 pub(super) fn nx_huge_pages(sources: &Sources) -> Finding {
     let value = match sources.read(PARAMETER) {
         Ok(value) => value,
@@ -53,7 +52,7 @@ pub(super) fn nx_huge_pages(sources: &Sources) -> Finding {
         "N" | "Y" => thread(sources, fact, processor),
         _ => {
             let fact = format!("{PARAMETER} says {}", quoted(&value));
-            let meaning = "This is none of the values that KVM is known to show: Y, N and never.";
+            let meaning = "This is not one of the known values of this parameter: Y, N and never.";
             Finding::unknown(NAME, fact, meaning, "see `modinfo kvm` for what this kernel means by it")
         }
     }
@@ -70,14 +69,14 @@ fn unprotected(fact: String) -> Finding {
     )
 }
 
-/// The cost of the thread, where the mitigation itself is as it should be.
+/// The cost of the thread, if the mitigation itself is configured correctly.
 fn thread(sources: &Sources, fact: String, processor: Processor) -> Finding {
     let kernel = Version::of(sources);
     if kernel.is_some_and(Version::recovers_huge_pages_cheaply) {
         let meaning = "This kernel makes the thread that recovers huge pages cheaply.";
         return Finding::good(NAME, fact, meaning);
     }
-    if cgroup::favors_moves(sources) {
+    if cgroup::has_favordynmods(sources) {
         let meaning = "Creating a VM makes a thread that recovers huge pages and moves it into the VMM's cgroups, \
                        which favordynmods makes quick.";
         return Finding::good(NAME, fact, meaning);

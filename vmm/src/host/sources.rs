@@ -1,4 +1,4 @@
-//! Where facts come from.
+//! The files that facts are read from.
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
@@ -6,9 +6,9 @@ use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 
-/// Enough for `/proc/self/mountinfo` on a host with thousands of containers. Longer files are cut
-/// off: of `/proc/cpuinfo` only the first processor matters.
-const LONGEST_FILE: u64 = 1 << 20;
+/// Maximum number of bytes that are read of a file: enough for `/proc/self/mountinfo` on a host with thousands of
+/// containers. Longer files are truncated: of `/proc/cpuinfo` only the first processor matters.
+const MAX_FILE_LEN: u64 = 1 << 20;
 
 /// The directory tree that facts are read from.
 #[derive(Clone, Debug)]
@@ -17,19 +17,19 @@ pub struct Sources {
 }
 
 impl Sources {
-    /// This host.
+    /// The files of this host.
     #[must_use]
     pub fn host() -> Self {
         Self::under("/")
     }
 
-    /// The `proc`, `sys`, `dev` and `etc` in a directory.
+    /// The directories `proc`, `sys`, `dev` and `etc` below `root`.
     #[must_use]
     pub fn under(root: impl Into<PathBuf>) -> Self {
         Self { root: root.into() }
     }
 
-    /// Where an absolute path of the host is.
+    /// The path of a host file in the tree.
     pub(super) fn path(&self, path: &str) -> PathBuf {
         self.root.join(path.trim_start_matches('/'))
     }
@@ -38,16 +38,16 @@ impl Sources {
         self.path(path).exists()
     }
 
-    /// A file's text without the newline at its end.
+    /// The text of a file without the trailing newline.
     pub(super) fn read(&self, path: &str) -> Result<String, Unreadable> {
         let mut bytes = Vec::new();
         File::open(self.path(path))
-            .and_then(|file| file.take(LONGEST_FILE).read_to_end(&mut bytes))
+            .and_then(|file| file.take(MAX_FILE_LEN).read_to_end(&mut bytes))
             .map_err(|source| Unreadable { path: path.into(), source })?;
         Ok(String::from_utf8_lossy(&bytes).trim_end().to_owned())
     }
 
-    /// A file that holds one number.
+    /// The number in a file.
     pub(super) fn number(&self, path: &str) -> Result<u64, String> {
         let text = self.read(path).map_err(|error| error.to_string())?;
         text.parse().map_err(|_| format!("{path} says {} where a number was expected", super::quoted(&text)))

@@ -1,4 +1,4 @@
-//! Hosts laid out as files: each check sees what makes it good, what does not, nothing and noise.
+//! Hosts that consist of files: each check is tested with good, bad, missing and invalid content.
 
 mod kvm;
 
@@ -11,7 +11,7 @@ use std::fs;
 use std::time::Duration;
 use tempfile::TempDir;
 
-/// A host that exists only as files.
+/// A host that consists of files only.
 struct Host {
     root: TempDir,
 }
@@ -89,8 +89,8 @@ const CGROUP2: &str = "35 24 0:30 / /sys/fs/cgroup rw,nosuid shared:9 - cgroup2 
 const CGROUP2_FAVORED: &str = "35 24 0:30 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw,nsdelegate,favordynmods\n";
 const CGROUP1: &str = "36 31 0:33 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n";
 
-/// What a check must find on a host of these files, and words of its advice, or of its meaning
-/// where there is no advice.
+/// Expects a finding of this status on a host with these files, with `words` in its advice, or in its meaning if there
+/// is no advice.
 #[track_caller]
 fn expect(check: Check, files: &[(&str, &str)], status: Status, words: &str) {
     let finding = check(&Host::with(files).sources());
@@ -147,7 +147,7 @@ fn nx_huge_pages_of_a_processor_that_is_affected() {
     check("Y\n", SPLIT, "6.13.0", Status::Good, "cheaply");
     check("N\n", "KVM: Vulnerable\n", "6.18.0", Status::Bad, "mitigations=off");
     check("never\n", "KVM: Vulnerable\n", "6.18.0", Status::Bad, "mitigations=off");
-    // A processor that does not say is not told to drop its protection.
+    // For a processor of unknown status the advice does not disable the mitigation.
     check("N\n", "", "6.8.0", Status::Improvable, "favordynmods");
 }
 
@@ -169,7 +169,7 @@ fn kernels() {
 }
 
 #[test]
-fn a_kernel_is_told_exactly_what_it_lacks() {
+fn the_finding_lists_the_missing_improvements() {
     for (release, lacks) in [
         ("6.10.14", vec!["6.11", "6.12,", "6.13", "6.18"]),
         ("6.11.0", vec!["6.12,", "6.13", "6.18"]),
@@ -249,7 +249,7 @@ fn memory_that_may_not_be_overcommitted() {
 }
 
 #[test]
-fn the_lowest_limit_on_the_way_up_counts() {
+fn the_lowest_limit_of_all_ancestors_counts() {
     let check = |own: &str, limits: &[(&str, &str)], status, words: &str| {
         let mut files = vec![("/proc/meminfo", PLENTY), (MOUNTS, CGROUP2), ("/proc/self/cgroup", own)];
         files.extend(limits);
@@ -317,7 +317,7 @@ fn transparent_huge_pages() {
 fn tap_devices() {
     expect(isolation::tun, &[("/dev/net/tun", "")], Status::Good, "CAP_NET_ADMIN");
     expect(isolation::tun, &[], Status::Improvable, "modprobe tun");
-    // A directory cannot be opened for writing, by anybody.
+    // A directory cannot be opened for writing, not even by root.
     expect(isolation::tun, &[("/dev/net/tun/x", "")], Status::Unknown, "ls -l");
 }
 
@@ -340,7 +340,7 @@ fn namespaces_of_users() {
 fn the_verdict_is_about_kvm_first() {
     let empty = Host::with(&[]);
     let verdict = |probe: &Probe| Report::new(&empty.sources(), probe).verdict;
-    // An empty host lacks tap devices; all else is unknown.
+    // An empty host lacks tap devices; everything else is unknown.
     assert_eq!(verdict(&HARDWARE), "guests run at full speed on this host; one thing can be improved");
     assert_eq!(
         verdict(&software()),
@@ -349,13 +349,13 @@ fn the_verdict_is_about_kvm_first() {
     assert_eq!(verdict(&Probe::Absent), "guests do not run on this host: it has no KVM");
     assert_eq!(
         verdict(&Probe::NoPermission),
-        "guests do not run on this host: this user may not open its KVM device"
+        "guests do not run on this host: this user has no permission to open its KVM device"
     );
 
     let no_ept = Host::with(&[("/sys/module/kvm_intel/parameters/ept", "N")]);
     assert_eq!(
         Report::new(&no_ept.sources(), &HARDWARE).verdict,
-        "guests run on this host, but first see to what is bad: kvm_parameters"
+        "guests run on this host, but first fix what is bad: kvm_parameters"
     );
 }
 
@@ -392,14 +392,14 @@ fn a_finding_as_json() {
     }
 }
 
-/// What must hold of whatever a check finds.
+/// Checks the invariants of all findings.
 #[track_caller]
 fn is_well_formed(finding: &Finding) {
     assert_eq!(finding.advice.is_none(), finding.status == Status::Good, "{finding:#?}");
     for text in [&finding.fact, &finding.meaning].into_iter().chain(&finding.advice) {
         assert!(!text.is_empty() && !text.chars().any(char::is_control), "{finding:#?}");
     }
-    // Facts may quote files; the rest is ours, and its commands end.
+    // Facts may quote files; all other texts are constant, and their backticks are balanced.
     for text in [&finding.meaning].into_iter().chain(&finding.advice) {
         assert!(text.matches('`').count() % 2 == 0, "{finding:#?}");
     }
@@ -407,7 +407,7 @@ fn is_well_formed(finding: &Finding) {
 }
 
 #[test]
-fn whatever_is_not_good_comes_with_advice() {
+fn findings_that_are_not_good_have_advice() {
     let empty = Host::with(&[]);
     for probe in [HARDWARE, software(), Probe::NoPermission, Probe::Absent, Probe::Broken(KvmError::Absent)] {
         Report::new(&empty.sources(), &probe).findings.iter().for_each(is_well_formed);

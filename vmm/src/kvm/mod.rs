@@ -1,4 +1,4 @@
-//! KVM: the only module that makes KVM's ioctls.
+//! The interface to KVM: the only module that calls KVM's ioctls.
 #![expect(unsafe_code, reason = "giving guest memory to KVM, reading its run structure")]
 
 mod coalesced;
@@ -36,48 +36,48 @@ use vmm_sys_util::eventfd::EventFd;
 
 /// Path of the KVM device.
 pub const DEVICE: &str = "/dev/kvm";
-/// The only version of the KVM API there has been since 2007.
+/// The KVM API version, which has not changed since 2007.
 const API_VERSION: i32 = 12;
 
-/// Why KVM cannot be used, or what it refused.
+/// Why KVM is not usable, or which operation it refused.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum KvmError {
     /// There is no KVM device.
     #[error("{DEVICE} does not exist: this host offers no KVM, or its module is not loaded")]
     Absent,
-    /// The user may not open the device.
-    #[error("{DEVICE} may not be opened by this user: join the group that owns it, often kvm")]
+    /// The user has no permission to open the device.
+    #[error("no permission to open {DEVICE}: join the group that owns it, often kvm")]
     NoPermission,
     /// The device cannot be opened for another reason.
     #[error("cannot open {DEVICE}")]
     Open(#[source] io::Error),
-    /// A KVM without processor support behind it.
+    /// A KVM that emulates virtualization in software.
     #[error(
-        "{DEVICE} is a software KVM: this processor shows neither VMX nor SVM, and such a KVM \
+        "{DEVICE} is a software KVM: this processor has neither VMX nor SVM, and such a KVM \
          cannot run a Linux kernel"
     )]
     SoftwareOnly,
-    /// A KVM that speaks another API.
-    #[error("{DEVICE} speaks API version {0}, this program speaks {API_VERSION}")]
+    /// A KVM with another API version.
+    #[error("{DEVICE} has API version {0}, but version {API_VERSION} is required")]
     ApiVersion(i32),
-    /// Memory behind the end of what a processor can address.
+    /// Memory beyond the physical address space of the processor.
     #[error(
         "memory would end at {end:#x}, but this processor's physical addresses have {bits} bits: give the \
-         guest less memory, or smaller files as memory"
+         guest less memory, or smaller pmem files"
     )]
     OutOfReach {
-        /// Guest-physical address of its end.
+        /// Guest-physical address of the end of the memory.
         end: u64,
-        /// Bits of the processor's addresses.
+        /// Width of the processor's physical addresses in bits.
         bits: u8,
     },
     /// An ioctl failed.
     #[error("KVM refused to {what}")]
     Ioctl {
-        /// What was asked of it.
+        /// The operation.
         what: &'static str,
-        /// Its answer.
+        /// KVM's error.
         source: io::Error,
     },
 }
@@ -88,7 +88,7 @@ impl KvmError {
     }
 }
 
-/// The host's KVM.
+/// The host's KVM (`/dev/kvm`).
 #[derive(Debug)]
 pub struct Hypervisor {
     kvm: Kvm,
@@ -96,20 +96,20 @@ pub struct Hypervisor {
 }
 
 impl Hypervisor {
-    /// Opens KVM where the processor can run guests. `kindling doctor` looks closer.
+    /// Opens KVM, and checks that the processor can run guests. `kindling doctor` checks more.
     ///
     /// # Errors
-    /// Says why there is no usable KVM.
+    /// The reason why KVM is not usable.
     pub fn open() -> Result<Self, KvmError> {
         Self::with(open_device()?)
     }
 
-    /// The KVM behind a descriptor of /dev/kvm.
+    /// Uses a descriptor of /dev/kvm.
     ///
     /// # Errors
-    /// Says why it is not usable.
-    pub(crate) fn of_descriptor(descriptor: OwnedFd) -> Result<Self, KvmError> {
-        // SAFETY: the descriptor is owned and given away here.
+    /// The reason why KVM is not usable.
+    pub(crate) fn from_descriptor(descriptor: OwnedFd) -> Result<Self, KvmError> {
+        // SAFETY: the descriptor is owned, and its ownership is transferred here.
         Self::with(checked(unsafe { Kvm::from_raw_fd(descriptor.into_raw_fd()) })?)
     }
 
@@ -125,10 +125,10 @@ impl Hypervisor {
         }
         let supported_cpuid =
             supported_cpuid(&kvm).map_err(KvmError::ioctl("say which CPUID leaves it supports"))?;
-        Ok(Self { kvm, supported_cpuid: cpuid::in_short(&supported_cpuid) })
+        Ok(Self { kvm, supported_cpuid: cpuid::compact(&supported_cpuid) })
     }
 
-    /// Numbers of the model-specific registers that this KVM can read and set.
+    /// Indices of the model-specific registers that this KVM can save and restore.
     ///
     /// # Errors
     /// When KVM refuses.
@@ -137,18 +137,18 @@ impl Hypervisor {
         Ok(list.as_slice().to_vec())
     }
 
-    /// What CPUID says to the first of `count` vCPUs on this host.
+    /// CPUID of the first of `count` vCPUs on this host.
     #[must_use]
     pub fn cpuid(&self, count: u8) -> CpuId {
         cpuid::for_vcpu(&self.supported_cpuid, 0, count)
     }
 }
 
-/// The CPUID leaves that KVM supports. Room for many is memory that is cleared first, so it is offered only to
-/// a KVM that has many.
+/// The CPUID leaves that KVM supports. The buffer is zeroed first, so that a large one is only used if KVM has many
+/// leaves.
 fn supported_cpuid(kvm: &Kvm) -> Result<CpuId, kvm_ioctls::Error> {
-    const FEW: usize = 96;
-    match kvm.get_supported_cpuid(FEW) {
+    const USUAL_ENTRIES: usize = 96;
+    match kvm.get_supported_cpuid(USUAL_ENTRIES) {
         Err(error) if error.errno() == libc::E2BIG => kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES),
         result => result,
     }
@@ -158,7 +158,7 @@ fn open_device() -> Result<Kvm, KvmError> {
     checked(Kvm::new().map_err(|error| refused(error.into()))?)
 }
 
-/// Why /dev/kvm cannot be opened.
+/// The reason why /dev/kvm cannot be opened.
 fn refused(error: io::Error) -> KvmError {
     match error.raw_os_error() {
         Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => KvmError::Absent,
@@ -174,16 +174,17 @@ fn checked(kvm: Kvm) -> Result<Kvm, KvmError> {
     }
 }
 
-/// Takes the performance counters from a machine that has no vCPUs yet. What CPUID says is not enough: KVM gives the
-/// guests of AMD processors four of them in any case (`amd_pmu_refresh` in arch/x86/kvm/svm/pmu.c), which time what others
-/// do on the processor. A KVM that has no counters for guests refuses, and so does Linux before 5.18.
-fn switch_counters_off(vm: &VmFd) {
+/// Disables the performance counters of a machine without vCPUs. Hiding them in CPUID is not sufficient: KVM gives
+/// guests of AMD processors four of them in any case (`amd_pmu_refresh` in arch/x86/kvm/svm/pmu.c), with which a guest
+/// can time other users of the processor. A KVM without support for counters refuses, and so does Linux before 5.18;
+/// errors are therefore ignored.
+fn disable_performance_counters(vm: &VmFd) {
     let mut capability = kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, ..kvm_enable_cap::default() };
     capability.args[0] = KVM_PMU_CAP_DISABLE.into();
     let _ = vm.enable_cap(&capability);
 }
 
-/// The routing table of a machine whose lines are messages.
+/// The interrupt routing table of a machine whose lines are messages.
 #[derive(Debug)]
 struct MessageRoutes(Arc<VmFd>);
 
@@ -207,28 +208,28 @@ impl MessageSink for MessageRoutes {
             })
         };
         let entries: Vec<_> = (0..).zip(messages).filter_map(entry).collect();
-        // KVM takes 4096 entries and here are 24 at most. It can only fail for want of memory, and
-        // then the guest misses the interrupts of a device, as with a broken one.
+        // KVM accepts 4096 entries, and there are at most 24. It fails only when the host is out of memory, in which
+        // case the guest loses the interrupts of a device, as with a broken device.
         if let Ok(table) = KvmIrqRouting::from_entries(&entries) {
             let _ = self.0.set_gsi_routing(&table);
         }
     }
 }
 
-/// A virtual machine with its memory and its interrupt controllers.
+/// A virtual machine with its memory and interrupt controllers.
 #[derive(Debug)]
 pub struct Vm {
     fd: Arc<VmFd>,
     supported_cpuid: CpuId,
-    /// Whether there are registers whose writes wait.
-    collects: AtomicBool,
-    /// Writes that wait, once there is a vCPU.
-    collected: OnceLock<Arc<CoalescedWrites>>,
+    /// Whether there are registers with coalesced writes.
+    coalesces: AtomicBool,
+    /// The ring of coalesced writes, once there is a vCPU.
+    coalesced: OnceLock<Arc<CoalescedWrites>>,
 }
 
 impl Vm {
-    /// Creates an empty machine with local APICs inside KVM, and there as well or outside it the
-    /// other interrupt controllers.
+    /// Creates a machine without memory and vCPUs. The local APICs are emulated by KVM; the other interrupt controllers
+    /// are as configured.
     ///
     /// There is no PIT: kernels take the time from kvm-clock and timers from the local APIC.
     ///
@@ -236,7 +237,7 @@ impl Vm {
     /// When KVM refuses.
     pub fn new(hypervisor: Hypervisor, controllers: InterruptControllers) -> Result<Self, KvmError> {
         let fd = hypervisor.kvm.create_vm().map_err(KvmError::ioctl("create a VM"))?;
-        switch_counters_off(&fd);
+        disable_performance_counters(&fd);
         fd.set_identity_map_address(layout::KVM_IDENTITY_MAP.0)
             .map_err(KvmError::ioctl("place its identity map"))?;
         fd.set_tss_address(usize::try_from(layout::KVM_TSS.0).unwrap_or(usize::MAX))
@@ -253,19 +254,19 @@ impl Vm {
         }
         Ok(Self {
             fd: Arc::new(fd),
-            collects: AtomicBool::new(false),
-            collected: OnceLock::new(),
+            coalesces: AtomicBool::new(false),
+            coalesced: OnceLock::new(),
             supported_cpuid: hypervisor.supported_cpuid,
         })
     }
 
-    /// What CPUID says to the first of `count` vCPUs.
+    /// CPUID of the first of `count` vCPUs.
     #[must_use]
     pub fn cpuid(&self, count: u8) -> CpuId {
         cpuid::for_vcpu(&self.supported_cpuid, 0, count)
     }
 
-    /// Nanoseconds of the machine's clock, which kvm-clock shows to the guest.
+    /// The machine's clock in nanoseconds, which the guest reads as kvm-clock.
     ///
     /// # Errors
     /// When KVM refuses.
@@ -273,7 +274,7 @@ impl Vm {
         Ok(self.fd.get_clock().map_err(KvmError::ioctl("read the machine's clock"))?.clock)
     }
 
-    /// Sets the machine's clock.
+    /// Sets the machine's clock in nanoseconds.
     ///
     /// # Errors
     /// When KVM refuses.
@@ -282,13 +283,13 @@ impl Vm {
         self.fd.set_clock(&clock).map_err(KvmError::ioctl("set the machine's clock"))
     }
 
-    /// Where an I/O APIC outside KVM says what its lines send.
+    /// The receiver for the messages of an I/O APIC in user space.
     #[must_use]
     pub fn message_routes(&self) -> Box<dyn MessageSink> {
         Box::new(MessageRoutes(Arc::clone(&self.fd)))
     }
 
-    /// Makes `memory` the machine's RAM.
+    /// Makes `memory` the RAM of the machine.
     ///
     /// # Safety
     /// `memory` lives at least as long as the last vCPU of this machine.
@@ -296,7 +297,7 @@ impl Vm {
     /// # Errors
     /// When KVM refuses.
     pub unsafe fn set_memory(&self, memory: &GuestMemory) -> Result<(), KvmError> {
-        memory.keep_out_of_dumps();
+        memory.exclude_from_core_dumps();
         for (slot, region) in (0..).zip(memory.inner().iter()) {
             let slot = kvm_userspace_memory_region {
                 slot,
@@ -312,15 +313,15 @@ impl Vm {
         Ok(())
     }
 
-    /// Shows the registers of the virtio devices to the guest, which can read and not write them.
+    /// Maps the registers of the virtio devices into the guest as read-only memory: writes exit to the VMM.
     ///
     /// # Safety
     /// `pages` lives at least as long as the last vCPU of this machine.
     ///
     /// # Errors
     /// When KVM refuses.
-    pub unsafe fn show_registers(&self, pages: &RegisterPages) -> Result<(), KvmError> {
-        /// Behind the slots of memory.
+    pub unsafe fn map_registers(&self, pages: &RegisterPages) -> Result<(), KvmError> {
+        /// After the slots of RAM.
         const SLOT: u32 = 16;
         let slot = kvm_userspace_memory_region {
             slot: SLOT,
@@ -335,8 +336,8 @@ impl Vm {
             .map_err(KvmError::ioctl("show the registers of devices"))
     }
 
-    /// Makes the files beside `memory` memory of the machine. A guest that writes to one that is not writable leaves to
-    /// this process, which ignores it.
+    /// Maps the files beside `memory` into the guest. Writes to a read-only file exit to this process, which ignores
+    /// them.
     ///
     /// # Safety
     /// The files lie at addresses outside RAM and each other, and `memory` lives at least as long as the last vCPU
@@ -344,8 +345,8 @@ impl Vm {
     ///
     /// # Errors
     /// When the guest's processor cannot reach one, or KVM refuses.
-    pub unsafe fn show_files(&self, memory: &GuestMemory) -> Result<(), KvmError> {
-        /// Behind the slot of the registers.
+    pub unsafe fn map_files(&self, memory: &GuestMemory) -> Result<(), KvmError> {
+        /// After the slot of the registers.
         const FIRST_SLOT: u32 = 17;
         let bits = cpuid::physical_address_bits(&self.supported_cpuid);
         for (slot, (start, file)) in (FIRST_SLOT..).zip(memory.mapped_files()) {
@@ -360,16 +361,17 @@ impl Vm {
                 memory_size: file.size(),
                 userspace_addr: file.as_ptr() as u64,
             };
-            // SAFETY: the file is mapped for `memory_size` bytes, and the caller vouches for its place and keeps
-            // the mapping alive.
+            // SAFETY: the file is mapped for `memory_size` bytes, and the caller guarantees its address and keeps the
+            // mapping alive.
             unsafe { self.fd.set_user_memory_region(slot) }
                 .map_err(KvmError::ioctl("take a file as memory"))?;
         }
         Ok(())
     }
 
-    /// The doorbell of a virtio device whose registers start at `registers`: it rings without an exit to this
-    /// process, unless that is to be an exit `to_vcpu`'s thread. The acknowledgement of an interrupt, of which a device learns nothing, ends in KVM as well.
+    /// The doorbell of a virtio device whose registers are at `registers`: an eventfd that KVM signals without an exit,
+    /// unless `to_vcpu` requests exits to the vCPU's thread. Acknowledgments of interrupts, which the devices do not
+    /// need, are also discarded by KVM without an exit.
     ///
     /// # Errors
     /// When the host has no descriptor left, or KVM refuses.
@@ -385,7 +387,7 @@ impl Vm {
                 .register_ioevent(&doorbell, &IoEventAddress::Mmio(registers.0 + DOORBELL), NoDatamatch)
                 .map_err(KvmError::ioctl(what))?;
         }
-        // KVM holds this one, and nobody reads it.
+        // KVM keeps this eventfd, which is never read.
         self.fd
             .register_ioevent(
                 &eventfd()?,
@@ -396,27 +398,27 @@ impl Vm {
         Ok(doorbell)
     }
 
-    /// Lets writes of these registers wait for the next access to a register that comes to this process. Where KVM
-    /// cannot do that, each is an exit of its own. It takes KVM about as long as three exits (exact lab), and has to
-    /// come before the vCPUs: it is for guests that boot.
-    pub fn collect_writes(&self, start: GuestAddress, length: u32) {
+    /// Coalesces writes of these registers until the next access that exits to this process. A KVM without coalescing
+    /// exits for each write. The setup takes KVM as long as about three exits (exact lab), and must precede the
+    /// creation of vCPUs: it is useful for guests that boot.
+    pub fn coalesce_writes(&self, start: GuestAddress, length: u32) {
         let result = self.fd.register_coalesced_mmio(IoEventAddress::Mmio(start.0), length);
-        self.collects.fetch_or(result.is_ok(), Ordering::Relaxed);
+        self.coalesces.fetch_or(result.is_ok(), Ordering::Relaxed);
     }
 
-    /// Makes the machine outlive this process by the milliseconds that destroying it takes, and another file whose
-    /// end takes as long.
+    /// Delays the destruction of the machine, which takes milliseconds, until after the end of this process; also that
+    /// of `other`, whose close takes as long.
     ///
-    /// A process ends when its files are closed, and closing the last file of a VM waits for RCU
-    /// (`kvm_mmu_uninit_tdp_mmu` in arch/x86/kvm/mmu/tdp_mmu.c). An io_uring that knows the file holds
-    /// it, and is taken down by a kernel thread after the process has ended (`io_ring_exit_work` in
+    /// The end of a process closes its files, and closing the last descriptor of a VM waits for RCU
+    /// (`kvm_mmu_uninit_tdp_mmu` in arch/x86/kvm/mmu/tdp_mmu.c). An io_uring with registered files holds references to
+    /// them, and is destroyed by a kernel thread after the end of the process (`io_ring_exit_work` in
     /// io_uring/io_uring.c). The result must stay open until then.
     ///
     /// # Errors
-    /// When the host has no io_uring or does not let this user have one.
+    /// When the host has no io_uring or does not allow this user to create one.
     pub fn outlive_process(&self, other: Option<BorrowedFd<'_>>) -> io::Result<OwnedFd> {
         const FILES: u32 = 2;
-        // An entry of -1 has no file.
+        // An entry of -1 is empty.
         let files = [Some(self.fd.as_raw_fd()), other.map(|fd| fd.as_raw_fd())].map(|fd| fd.unwrap_or(-1));
         // SAFETY: the parameters are all zero, which asks for an ordinary ring. Registering reads the two
         // descriptors, and no memory of this process is shared with the ring.
@@ -427,7 +429,7 @@ impl Vm {
         }
     }
 
-    /// An eventfd whose writes raise an edge on an interrupt line.
+    /// An eventfd (irqfd) whose writes raise an edge on an interrupt line.
     ///
     /// # Errors
     /// When the host has no descriptor left, or KVM refuses.
@@ -447,12 +449,12 @@ impl Vm {
         let fd = self.fd.create_vcpu(id.into()).map_err(KvmError::ioctl("create a vCPU"))?;
         let cpuid = cpuid::for_vcpu(&self.supported_cpuid, id, count);
         fd.set_cpuid2(&cpuid).map_err(KvmError::ioctl("set a vCPU's CPUID"))?;
-        if self.collects.load(Ordering::Relaxed)
-            && self.collected.get().is_none()
+        if self.coalesces.load(Ordering::Relaxed)
+            && self.coalesced.get().is_none()
             && let Ok(ring) = CoalescedWrites::of(&fd)
         {
-            let _ = self.collected.set(Arc::new(ring));
+            let _ = self.coalesced.set(Arc::new(ring));
         }
-        Ok(Vcpu::new(fd, self.collected.get().cloned()))
+        Ok(Vcpu::new(fd, self.coalesced.get().cloned()))
     }
 }

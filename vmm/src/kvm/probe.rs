@@ -1,9 +1,8 @@
-//! What this host's KVM can do, found by running guest code.
+//! A probe of the host's KVM, which runs guest code.
 //!
-//! A KVM device can exist, open and create machines and still be unable to run Linux: a software
-//! KVM emulates the guest's kernel mode, slowly and not completely. So the probe runs a few
-//! instructions of kernel-mode code, one of them an instruction that such emulators lack, and
-//! times a loop.
+//! A KVM device can exist, open and create machines and still be unable to run Linux: a software KVM emulates the
+//! guest's kernel mode slowly and incompletely. The probe therefore runs a few instructions in kernel mode, one of
+//! which such emulators lack, and measures the time of a loop.
 
 use super::{Hypervisor, KvmError, Vcpu, Vm, open_device};
 use crate::boot::{self, Entry};
@@ -15,36 +14,36 @@ use kvm_ioctls::VcpuExit;
 use std::time::Duration;
 use vm_memory::GuestAddress;
 
-/// What the probe found.
+/// The result of the probe.
 #[derive(Debug)]
 pub enum Probe {
-    /// A KVM that runs guests at full speed.
+    /// KVM runs guests at full speed.
     Hardware {
-        /// Time of the probe's loop of a million iterations.
+        /// Duration of the probe's loop of a million iterations.
         loop_time: Duration,
     },
-    /// A KVM that emulates what a kernel does.
+    /// KVM emulates kernel mode in software.
     Software {
-        /// What showed it.
+        /// What the detection is based on.
         failed_on: String,
     },
-    /// The device may not be opened.
+    /// The user has no permission to open the device.
     NoPermission,
-    /// There is no device.
+    /// The device does not exist.
     Absent,
-    /// The device is there and does not work.
+    /// The device exists, but does not work.
     Broken(KvmError),
 }
 
 impl Probe {
-    /// Whether guests can be run.
+    /// Whether KVM can run guests.
     #[must_use]
     pub const fn is_good(&self) -> bool {
         matches!(self, Self::Hardware { .. })
     }
 }
 
-/// 64-bit code that counts bits, then counts down from a million.
+/// 64-bit code that counts bits, and then counts down from a million.
 const CODE: [u8; 22] = [
     0xb9, 0x0f, 0x0f, 0x00, 0x00, // mov ecx, 0x0f0f
     0xf3, 0x0f, 0xb8, 0xc1, //       popcnt eax, ecx
@@ -56,11 +55,10 @@ const CODE: [u8; 22] = [
 ];
 const CODE_ADDRESS: GuestAddress = layout::HIGH_MEMORY;
 const BITS_OF_0F0F: u8 = 8;
-/// Good hardware takes well below a millisecond, an emulator most of a second.
+/// Hardware takes well below a millisecond, an emulator most of a second.
 const SLOWEST_HARDWARE: Duration = Duration::from_millis(100);
 
-/// Asks this host's KVM what it can do. Takes less than a millisecond on good hardware and about
-/// a second on a software KVM.
+/// Probes this host's KVM. Takes less than a millisecond on hardware, and about a second on a software KVM.
 #[must_use]
 pub fn probe() -> Probe {
     match run() {
@@ -85,10 +83,10 @@ fn run() -> Result<Probe, KvmError> {
     unsafe { vm.set_memory(&memory) }?;
     let mut vcpu = vm.create_vcpu(0, 1)?;
     vcpu.set_entry(Entry { instruction: CODE_ADDRESS })?;
-    Ok(judge(&mut vcpu))
+    Ok(run_code(&mut vcpu))
 }
 
-fn judge(vcpu: &mut Vcpu) -> Probe {
+fn run_code(vcpu: &mut Vcpu) -> Probe {
     let software = |failed_on: String| Probe::Software { failed_on };
     match next_output(vcpu) {
         Ok((0x10, BITS_OF_0F0F)) => {}
@@ -108,11 +106,11 @@ fn judge(vcpu: &mut Vcpu) -> Probe {
     Probe::Hardware { loop_time }
 }
 
-/// Runs until the guest writes a port: the port and the byte.
+/// Runs until the guest writes a port; returns the port and the byte.
 fn next_output(vcpu: &mut Vcpu) -> Result<(u16, u8), String> {
-    /// Interruptions by signals that are nobody's fault.
-    const TRIES: u32 = 1000;
-    for _ in 0..TRIES {
+    /// Limit of interruptions by signals.
+    const MAX_INTERRUPTIONS: u32 = 1000;
+    for _ in 0..MAX_INTERRUPTIONS {
         match vcpu.fd.run() {
             Ok(VcpuExit::IoOut(port, &[value])) => return Ok((port, value)),
             Ok(VcpuExit::Intr) => {}
@@ -122,5 +120,5 @@ fn next_output(vcpu: &mut Vcpu) -> Result<(u16, u8), String> {
             Err(error) => return Err(error.to_string()),
         }
     }
-    Err("one interruption after another".into())
+    Err("interrupted by signals repeatedly".into())
 }

@@ -1,8 +1,8 @@
-//! A vCPU's state as plain data: read from KVM, and given to another KVM of the same kind.
+//! The state of a vCPU as plain data, for saving and restoring it on a KVM of the same kind.
 //!
-//! Which state there is, and in which order it must be set, is in Documentation/virt/kvm/api.rst: special
-//! registers before the local APIC (they turn it on), the local APIC before the MSRs (the deadline of its
-//! timer is one), pending events last.
+//! The parts of the state and the order of restoring them follow Documentation/virt/kvm/api.rst: special registers
+//! before the local APIC (they enable it), the local APIC before the MSRs (which include the deadline of its timer),
+//! pending events last.
 
 use super::{KvmError, Vcpu, cpuid};
 use kvm_bindings::{
@@ -19,14 +19,14 @@ use zerocopy::{FromBytes, IntoBytes};
 /// Time stamp counter.
 const TSC: u32 = 0x10;
 
-/// Busy bit of a task state segment's type (AMD APM, volume 2, section 4.8.3).
+/// Busy bit in the type of a task state segment (AMD APM, volume 2, section 4.8.3).
 const TSS_BUSY: u8 = 0x2;
 
-/// The model-specific registers that are a guest's own, as far as the host's KVM has them: all that a
-/// Linux guest may have written and will miss. What describes the processor follows from CPUID. The address of
-/// KVM's wall clock is left out: KVM writes the time there when it is set, and a kernel sets it each time it
-/// wants to know (`kvm_get_wallclock` in arch/x86/kernel/kvmclock.c).
-const OWN_MSRS: [u32; 32] = [
+/// The model-specific registers that belong to a guest, if the host's KVM supports them: those that a Linux guest may
+/// have written and depends on. Registers that describe the processor follow from CPUID. The register of KVM's wall
+/// clock is excluded: KVM writes the time to guest memory when it is set, and the kernel sets it before each use
+/// (`kvm_get_wallclock` in arch/x86/kernel/kvmclock.c).
+const GUEST_MSRS: [u32; 32] = [
     TSC,
     0x3b,        // TSC adjust
     0x48,        // speculation control
@@ -61,7 +61,7 @@ const OWN_MSRS: [u32; 32] = [
     0xc001_011f, // speculation control of a virtual processor
 ];
 
-/// What there is to one vCPU.
+/// The complete state of a vCPU.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct VcpuState {
     general: kvm_regs,
@@ -79,8 +79,8 @@ pub struct VcpuState {
     tsc_khz: u32,
 }
 
-/// Reads a structure of KVM's to where it stays. These are too large to be handed from function to function: each
-/// that has one on its stack makes the host find memory for it.
+/// Deserializes a KVM structure directly into a box. The structures are too large to be moved: each function with one
+/// on its stack would cause page faults.
 fn boxed<'de, T: FromBytes + IntoBytes, D: Deserializer<'de>>(deserializer: D) -> Result<Box<T>, D::Error> {
     struct Bytes<T>(PhantomData<T>);
 
@@ -106,17 +106,17 @@ fn boxed<'de, T: FromBytes + IntoBytes, D: Deserializer<'de>>(deserializer: D) -
 }
 
 impl Vcpu {
-    /// Finishes the instruction that the vCPU left with: KVM does so when it is entered the next time,
-    /// and entering it with the wish to leave at once does that and no more.
-    /// `false` where the instruction is not finished with it: an access of many bytes leaves several times.
+    /// Completes the instruction of the last exit. KVM does so on the next entry, and an entry with `immediate_exit`
+    /// set does only that. Returns `false` if the instruction has not completed, because a large access causes several
+    /// exits.
     pub(crate) fn settle(&mut self) -> bool {
         self.fd.set_kvm_immediate_exit(1);
-        let is_settled = self.fd.run().is_err_and(|error| error.errno() == libc::EINTR);
+        let is_complete = self.fd.run().is_err_and(|error| error.errno() == libc::EINTR);
         self.fd.set_kvm_immediate_exit(0);
-        is_settled
+        is_complete
     }
 
-    /// The time stamp counter as the guest reads it now.
+    /// The current time stamp counter of the guest.
     ///
     /// # Errors
     /// When KVM refuses.
@@ -135,17 +135,17 @@ impl Vcpu {
         self.fd.get_tsc_khz().map_err(KvmError::ioctl("say how fast the time stamp counter is"))
     }
 
-    /// Reads the state of a vCPU that does not run and is [settled](Self::settle). `known` are the numbers
-    /// of the MSRs that the host's KVM can read.
+    /// Saves the state of a vCPU that is not running and has been [settled](Self::settle). `known` are the indices of
+    /// the MSRs that the host's KVM can read.
     ///
     /// # Errors
     /// When KVM refuses.
     pub fn state(&self, known: &[u32]) -> Result<VcpuState, KvmError> {
         let what = "read a vCPU's state";
         let fd = &self.fd;
-        // This first: it takes in what other vCPUs have sent.
+        // First, because it also processes pending INIT and SIPI from other vCPUs.
         let multiprocessing = fd.get_mp_state().map_err(KvmError::ioctl(what))?;
-        let entries: Vec<_> = OWN_MSRS
+        let entries: Vec<_> = GUEST_MSRS
             .into_iter()
             .filter(|index| known.contains(index))
             .map(|index| kvm_msr_entry { index, ..kvm_msr_entry::default() })
@@ -169,13 +169,12 @@ impl Vcpu {
         })
     }
 
-    /// Makes a new vCPU go on where another stopped. `tsc` is the time stamp counter, which all vCPUs of a
-    /// machine share; the first vCPU has to be restored first.
+    /// Restores a state to a new vCPU. `tsc` is the time stamp counter, which is common to all vCPUs of a machine; the
+    /// first vCPU must be restored first.
     ///
     /// # Errors
-    /// When KVM refuses, for instance because this host cannot give the guest the frequency of its time
-    /// stamp counter.
-    #[expect(unsafe_code, reason = "KVM_SET_XSAVE reads behind its structure where a process asked for AMX")]
+    /// When KVM refuses, for instance because this host does not support the guest's time stamp counter frequency.
+    #[expect(unsafe_code, reason = "KVM_SET_XSAVE reads beyond its structure if the process has enabled AMX")]
     pub fn restore(&self, state: &VcpuState, tsc: u64, is_first: bool) -> Result<(), KvmError> {
         let what = "set a vCPU's state";
         let fd = &self.fd;
@@ -186,30 +185,30 @@ impl Vcpu {
         fd.set_regs(&state.general).map_err(KvmError::ioctl(what))?;
         let mut special = state.special;
         if cpuid::host_has_svm() {
-            // Processors with SVM do not keep this bit, KVM adds it when it is asked (`svm_get_segment` in
-            // arch/x86/kvm/svm/svm.c), and QEMU's would refuse the guest all I/O ports for it.
+            // Processors with SVM do not store this bit. KVM adds it to the state that it reports (`svm_get_segment` in
+            // arch/x86/kvm/svm/svm.c), and QEMU's KVM would refuse the guest all I/O ports because of it.
             special.tr.type_ &= !TSS_BUSY;
         }
         fd.set_sregs(&special).map_err(KvmError::ioctl(what))?;
-        // SAFETY: this process has not asked for a state of more than 4 KiB (ARCH_REQ_XCOMP_GUEST_PERM),
-        // and KVM reads no more than that then.
+        // SAFETY: this process has not enabled a state of more than 4 KiB (ARCH_REQ_XCOMP_GUEST_PERM), so that KVM
+        // reads no more than that.
         unsafe { fd.set_xsave(&state.floating_point) }.map_err(KvmError::ioctl(what))?;
-        // Processors without XSAVE have none, and KVM refuses to set them.
+        // Processors without XSAVE have no such registers, and KVM refuses to set them.
         if state.extended_control.nr_xcrs > 0 {
             fd.set_xcrs(&state.extended_control).map_err(KvmError::ioctl(what))?;
         }
         fd.set_debug_regs(&state.debug).map_err(KvmError::ioctl(what))?;
         fd.set_lapic(&state.local_apic).map_err(KvmError::ioctl(what))?;
         let mut entries = state.msrs.clone();
-        // The file that they came from names none that a guest could not write itself.
-        entries.retain(|entry| OWN_MSRS.contains(&entry.index));
+        // The state may come from a file: registers that a guest cannot write itself are ignored.
+        entries.retain(|entry| GUEST_MSRS.contains(&entry.index));
         for entry in entries.iter_mut().filter(|entry| entry.index == TSC) {
             entry.data = tsc;
         }
-        // KVM before 6.7 takes a value that is within a second of its own for an attempt to bring a vCPU in
-        // step, and leaves the counter as it is (`kvm_synchronize_tsc` in arch/x86/kvm/x86.c). A guest that
-        // ran for some milliseconds is that close to a new machine. After a value that is far from both, the
-        // counter's own is set, and the other vCPUs get the same.
+        // KVM before 6.7 interprets a value within one second of its own as an attempt to synchronize vCPUs, and does
+        // not change the counter (`kvm_synchronize_tsc` in arch/x86/kvm/x86.c). A guest that ran for some milliseconds
+        // is that close to a new machine. Therefore a value that is far from both is set first, then the actual one,
+        // and the other vCPUs get the same.
         if is_first {
             const FAR_MS: u64 = 10_000;
             let far = tsc.wrapping_add(FAR_MS * u64::from(state.tsc_khz));
@@ -223,8 +222,8 @@ impl Vcpu {
         fd.set_vcpu_events(&state.events).map_err(KvmError::ioctl(what))
     }
 
-    /// Steps back over `out dx, al`, so that the vCPU executes it again; `false` where the last
-    /// instruction was another one.
+    /// Moves the instruction pointer back to a preceding `out dx, al`, so that the vCPU executes it again; `false` if
+    /// the last instruction was a different one.
     ///
     /// # Errors
     /// When KVM refuses.
@@ -233,8 +232,8 @@ impl Vcpu {
         let what = "step back over an instruction";
         let mut registers = self.fd.get_regs().map_err(KvmError::ioctl(what))?;
         let Some(before) = registers.rip.checked_sub(1) else { return Ok(false) };
-        // KVM looks addresses up as the guest's kernel would, which SMAP keeps from user pages unless this
-        // flag is set.
+        // KVM translates addresses as the guest's kernel would, which SMAP prevents for user pages unless this flag is
+        // set.
         let with_access = kvm_regs { rflags: registers.rflags | RFlags::ALIGNMENT_CHECK.bits(), ..registers };
         self.fd.set_regs(&with_access).map_err(KvmError::ioctl(what))?;
         let place = self.fd.translate_gva(before).map_err(KvmError::ioctl(what))?;
@@ -254,11 +253,11 @@ fn msr_list(entries: &[kvm_msr_entry]) -> Result<Msrs, KvmError> {
     })
 }
 
-/// KVM stops at the first MSR that it does not take and says how many came before.
+/// The error for the first MSR that KVM does not support; KVM reports the number of those before it.
 fn refused_msr(verb: &str, entries: &[kvm_msr_entry], position: usize) -> KvmError {
     let index = entries.get(position).map_or(0, |entry| entry.index);
     KvmError::Ioctl {
         what: "transfer a vCPU's MSRs",
-        source: std::io::Error::other(format!("it does not {verb} MSR {index:#x}")),
+        source: std::io::Error::other(format!("cannot {verb} MSR {index:#x}")),
     }
 }

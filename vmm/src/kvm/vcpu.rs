@@ -1,4 +1,4 @@
-//! A vCPU: its first registers, and the loop that runs it and answers its exits.
+//! A vCPU: its initial registers, and the loop that runs it and handles its exits.
 
 use super::coalesced::CoalescedWrites;
 use super::{KvmError, Pause};
@@ -20,27 +20,27 @@ use vm_memory::GuestAddress;
 use x86_64::registers::control::{Cr0Flags, Cr4Flags, EferFlags};
 use x86_64::registers::rflags::RFlags;
 
-/// How long a write waits before it is made again.
-const AGAIN_INTERVAL: Duration = Duration::from_millis(1);
+/// Interval between attempts of a write that cannot complete yet.
+const RETRY_INTERVAL: Duration = Duration::from_millis(1);
 
-/// Exits of a vCPU to this program, by what the guest did. Exits that KVM answers itself are not
-/// among them.
+/// Number of VM exits of a vCPU to user space, by the guest's operation. Exits that KVM handles itself are not
+/// included.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 pub struct ExitCounts {
     /// Reads of I/O ports.
     pub port_reads: u64,
     /// Writes of I/O ports.
     pub port_writes: u64,
-    /// Reads of device registers in memory.
+    /// Reads of memory-mapped device registers.
     pub mmio_reads: u64,
-    /// Writes of device registers in memory.
+    /// Writes of memory-mapped device registers.
     pub mmio_writes: u64,
-    /// Everything else.
+    /// All other exits.
     pub other: u64,
 }
 
 impl ExitCounts {
-    /// All exits.
+    /// Total number of exits.
     #[must_use]
     pub const fn total(&self) -> u64 {
         self.port_reads + self.port_writes + self.mmio_reads + self.mmio_writes + self.other
@@ -56,28 +56,28 @@ impl ExitCounts {
     }
 }
 
-/// Why a vCPU does not run any more.
+/// Why a vCPU has stopped running.
 #[derive(Debug)]
 pub enum VcpuEnd {
-    /// The guest asked for something that concerns the whole machine.
+    /// A request of the guest to the machine.
     Request(GuestRequest),
-    /// A fault while handling a fault while handling a fault: the processor shuts down.
+    /// A triple fault: the processor shuts down.
     TripleFault,
-    /// KVM could not go on (`KVM_EXIT_INTERNAL_ERROR`).
+    /// KVM reported `KVM_EXIT_INTERNAL_ERROR`.
     InternalError {
-        /// KVM's suberror; 1 is an instruction that it cannot emulate.
+        /// KVM's suberror; 1 (`KVM_INTERNAL_ERROR_EMULATION`) is an instruction that KVM cannot emulate.
         suberror: u32,
     },
     /// The processor refused to enter the guest (`KVM_EXIT_FAIL_ENTRY`).
     EntryFailed {
-        /// The hardware's reason.
+        /// The hardware's failure reason.
         reason: u64,
     },
-    /// An exit that this machine cannot have.
+    /// An exit that is not possible on this machine.
     Unexpected(String),
     /// The ioctl itself failed.
     RunFailed(io::Error),
-    /// The machine was told to stop.
+    /// The machine was stopped.
     Stopped,
 }
 
@@ -87,17 +87,17 @@ impl VcpuEnd {
         !matches!(self, Self::Request(_) | Self::Stopped)
     }
 
-    /// The end that an exit is which this machine has no use for.
+    /// Converts an exit that this machine does not handle.
     pub(crate) fn of_exit(exit: &VcpuExit<'_>) -> Self {
         match exit {
-            // KVM fails with this error where it finds no memory behind a guest's, and newer ones say where.
+            // KVM fails with EFAULT when the host memory of a page is missing; newer versions also report the address.
             VcpuExit::MemoryFault { .. } => Self::RunFailed(io::Error::from_raw_os_error(libc::EFAULT)),
             other => Self::Unexpected(format!("{other:?}")),
         }
     }
 }
 
-/// The registers that tell where a guest was.
+/// The registers that show the state of a guest after a failure.
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize, Serialize)]
 pub struct Registers {
     /// General registers, instruction pointer and flags.
@@ -108,26 +108,26 @@ pub struct Registers {
     pub efer: u64,
 }
 
-/// One vCPU.
+/// A vCPU.
 #[derive(Debug)]
 pub struct Vcpu {
     pub(super) fd: VcpuFd,
-    /// Writes of any vCPU that come before the next access.
-    collected: Option<Arc<CoalescedWrites>>,
+    /// The machine's coalesced writes, which precede the next access.
+    coalesced: Option<Arc<CoalescedWrites>>,
     counts: ExitCounts,
-    /// Takes each exit and sample, where the boot is profiled.
+    /// Records exits and samples, if the boot is profiled.
     pub(crate) recorder: Option<Recorder>,
-    /// The guest's memory, where samples look at its stacks.
+    /// The guest's memory, for the stacks of samples.
     pub(crate) memory: Option<GuestMemory>,
-    /// Functions of the kernel that say when they are first called.
+    /// Kernel functions whose first call is recorded.
     pub(crate) marks: Option<Arc<FunctionMarks>>,
 }
 
 impl Vcpu {
-    pub(super) const fn new(fd: VcpuFd, collected: Option<Arc<CoalescedWrites>>) -> Self {
+    pub(super) const fn new(fd: VcpuFd, coalesced: Option<Arc<CoalescedWrites>>) -> Self {
         Self {
             fd,
-            collected,
+            coalesced,
             recorder: None,
             memory: None,
             marks: None,
@@ -135,15 +135,15 @@ impl Vcpu {
         }
     }
 
-    /// Exits so far.
+    /// Number of exits so far.
     #[must_use]
     pub const fn counts(&self) -> &ExitCounts {
         &self.counts
     }
 
-    /// Makes this the vCPU that starts the kernel: 64-bit mode, paging on, the zero page's address
-    /// in RSI (Documentation/arch/x86/boot.rst, "64-bit boot protocol"). The others wait for it
-    /// to start them.
+    /// Makes this the boot vCPU, which starts the kernel: 64-bit mode with paging, and the address of the zero page in
+    /// RSI (Documentation/arch/x86/boot.rst, "64-bit boot protocol"). The other vCPUs wait until the kernel starts
+    /// them.
     ///
     /// # Errors
     /// When KVM refuses.
@@ -161,8 +161,8 @@ impl Vcpu {
         self.fd.set_regs(&general).map_err(KvmError::ioctl("set a vCPU's registers"))
     }
 
-    /// Runs the guest until something ends it or `stopping` is set and a signal interrupts it. Waits between two entries
-    /// while the machine is paused.
+    /// Runs the guest until it ends, or until `stopping` is set and a signal interrupts the vCPU. Waits between two
+    /// entries while the machine is paused.
     pub(crate) fn run(&mut self, buses: &Buses, stopping: &AtomicBool, pause: &Pause) -> VcpuEnd {
         while !stopping.load(Ordering::Acquire) {
             if pause.wait() {
@@ -171,8 +171,8 @@ impl Vcpu {
             }
             self.sample_if_due();
             let (counts, recorder) = (&mut self.counts, &mut self.recorder);
-            let collected = self.collected.as_deref();
-            let pass_on_collected = || collected.inspect(|writes| writes.pass_on(&buses.memory));
+            let coalesced = self.coalesced.as_deref();
+            let flush_coalesced = || coalesced.inspect(|writes| writes.flush(&buses.memory));
             let mut record = |kind, address| {
                 if let Some(recorder) = recorder {
                     recorder.exit(kind, address);
@@ -180,7 +180,7 @@ impl Vcpu {
             };
             match self.fd.run() {
                 Ok(VcpuExit::IoOut(port, &[byte])) if self.marks.is_some() => {
-                    if !self.pass_mark()
+                    if !self.handle_mark()
                         && let Some(request) = self.write_port(buses, port, &[byte])
                     {
                         return VcpuEnd::Request(request);
@@ -201,13 +201,13 @@ impl Vcpu {
                 Ok(VcpuExit::MmioRead(address, data)) => {
                     counts.mmio_reads += 1;
                     record(ExitKind::MmioRead, address);
-                    pass_on_collected();
+                    flush_coalesced();
                     buses.memory.read(address, data);
                 }
                 Ok(VcpuExit::MmioWrite(address, data)) => {
                     counts.mmio_writes += 1;
                     record(ExitKind::MmioWrite, address);
-                    pass_on_collected();
+                    flush_coalesced();
                     if let Some(request) = write_memory(buses, address, data, stopping) {
                         return VcpuEnd::Request(request);
                     }
@@ -230,8 +230,8 @@ impl Vcpu {
         let _ = self.fd.kvmclock_ctrl();
     }
 
-    /// Whether the guest left at the mark of a function, which it can run now.
-    fn pass_mark(&mut self) -> bool {
+    /// Whether the exit was caused by the mark of a function. If so, the function is recorded, and runs next.
+    fn handle_mark(&mut self) -> bool {
         let at = Instant::now();
         let Some(marks) = &self.marks else { return false };
         let Ok(mut registers) = self.fd.get_regs() else { return false };
@@ -241,7 +241,7 @@ impl Vcpu {
         }
         let _ = self.settle();
         registers.rip = function;
-        // Reading them has just worked.
+        // Reading the registers has just succeeded.
         let _ = self.fd.set_regs(&registers);
         if let Some(recorder) = &mut self.recorder {
             recorder.mark(at, function);
@@ -249,7 +249,7 @@ impl Vcpu {
         true
     }
 
-    /// A write of a port, for a vCPU whose exit is no longer at hand.
+    /// Handles a write of a port after the exit structure has been released.
     fn write_port(&mut self, buses: &Buses, port: u16, data: &[u8]) -> Option<GuestRequest> {
         self.counts.port_writes += 1;
         if let Some(recorder) = &mut self.recorder {
@@ -258,7 +258,7 @@ impl Vcpu {
         buses.ports.write(port, data)
     }
 
-    /// Records where the vCPU is, if it is time to.
+    /// Records a sample, if one is due.
     fn sample_if_due(&mut self) {
         if !self.recorder.as_ref().is_some_and(Recorder::sample_is_due) {
             return;
@@ -270,8 +270,8 @@ impl Vcpu {
         }
     }
 
-    /// What lies on a kernel stack and has the form of an address of the kernel's text. Stacks are
-    /// aligned to their size (THREAD_SIZE in arch/x86/include/asm/page_64_types.h, without KASAN).
+    /// The values on a kernel stack that look like addresses of the kernel's text. Stacks are aligned to their size
+    /// (THREAD_SIZE in arch/x86/include/asm/page_64_types.h, without KASAN).
     fn return_addresses(&self, stack_pointer: u64) -> Vec<u64> {
         const STACK: u64 = 16 * 1024;
         /// The last 2 GiB of the address space, where x86-64 kernels are linked.
@@ -297,7 +297,7 @@ impl Vcpu {
             let words =
                 bytes.chunks_exact(8).filter_map(|word| Some(u64::from_le_bytes(word.try_into().ok()?)));
             found.extend(words.filter(|&word| word >= TEXT));
-            // A guest may put its stack at the very end of the address space.
+            // The guest controls the address of its stack, which may be at the end of the address space.
             let Some(next) = page_end.checked_add(1) else { return found };
             at = next;
         }
@@ -310,12 +310,11 @@ impl Vcpu {
         unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal.suberror }
     }
 
-    /// The registers, as far as KVM gives them. On AMD processors KVM resets a vCPU that has shut
-    /// down before it says so (`shutdown_interception` in arch/x86/kvm/svm/svm.c), and then there
-    /// are none.
+    /// The registers, if KVM can provide them. On AMD processors KVM resets a vCPU that has shut down before it reports
+    /// the exit (`shutdown_interception` in arch/x86/kvm/svm/svm.c); the registers are lost in that case.
     #[must_use]
     pub fn registers(&self) -> Option<Registers> {
-        /// Where a processor starts after a reset, which no 64-bit guest reaches by running.
+        /// The instruction pointer after a reset, which a running 64-bit guest never has.
         const RESET_VECTOR: u64 = 0xfff0;
         let general = self.fd.get_regs().ok().filter(|general| general.rip != RESET_VECTOR)?;
         let special = self.fd.get_sregs().ok()?;
@@ -328,8 +327,8 @@ impl Vcpu {
 fn write_memory(buses: &Buses, address: u64, data: &[u8], stopping: &AtomicBool) -> Option<GuestRequest> {
     loop {
         match buses.memory.write(address, data) {
-            Some(GuestRequest::Again) if stopping.load(Ordering::Acquire) => return None,
-            Some(GuestRequest::Again) => std::thread::sleep(AGAIN_INTERVAL),
+            Some(GuestRequest::Retry) if stopping.load(Ordering::Acquire) => return None,
+            Some(GuestRequest::Retry) => std::thread::sleep(RETRY_INTERVAL),
             request => return request,
         }
     }
@@ -351,14 +350,14 @@ fn enter_long_mode(registers: &mut kvm_sregs) {
     registers.efer |= (EferFlags::LONG_MODE_ENABLE | EferFlags::LONG_MODE_ACTIVE).bits();
 }
 
-/// The segment register for an entry of the GDT: KVM wants descriptors unpacked.
+/// The segment register for an entry of the GDT: KVM expects unpacked descriptors.
 fn segment(index: u16) -> kvm_segment {
     let descriptor = GDT_ENTRIES[usize::from(index)];
     let bits = |from: u32, count: u32| (descriptor >> from) & ((1 << count) - 1);
     let byte = |from, count| bits(from, count).to_le_bytes()[0];
     kvm_segment {
         base: bits(16, 24) | bits(56, 8) << 24,
-        // Granularity is pages: the limit in the descriptor counts 4 KiB.
+        // The granularity is a page: the limit in the descriptor is in units of 4 KiB.
         limit: u32::MAX,
         selector: index << 3,
         type_: byte(40, 4),

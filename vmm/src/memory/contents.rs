@@ -1,4 +1,4 @@
-//! What there is in guest memory, and putting it back.
+//! Saving and restoring the content of guest memory.
 
 use super::{GuestMemory, MemoryError};
 use crate::layout::{PAGE, PAGE_SIZE};
@@ -9,32 +9,32 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
-/// Pages in a row that are worth keeping.
+/// A sequence of pages with content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Extent {
-    /// Guest-physical address of the first.
+    /// Guest-physical address of the first page.
     pub start: u64,
     /// Number of pages of 4 KiB.
     pub pages: u32,
 }
 
 impl Extent {
-    /// Bytes that the pages take.
+    /// Length of the pages in bytes.
     #[must_use]
     pub fn length(&self) -> u64 {
         u64::from(self.pages) * PAGE_SIZE
     }
 }
 
-/// So many pages without content between two extents become a part of one: an extent is a mapping, which
-/// costs every guest 10 us (exact lab), and pages without content are holes of the file.
+/// Up to this number of zero pages between two extents become a part of one extent: each extent is a mapping, which
+/// costs every guest 10 us (exact lab), and zero pages are holes in the file.
 const GAP_PAGES: u64 = 4096;
 
 impl GuestMemory {
-    /// The pages that hold something else than zeroes.
+    /// The pages whose content is not only zeroes.
     ///
     /// # Errors
-    /// When the host does not say which pages it has.
+    /// When the host does not report which pages are populated.
     pub fn contents(&self) -> Result<Vec<Extent>, MemoryError> {
         let files = super::lock(&self.files).clone();
         let mut extents = Extents::default();
@@ -42,11 +42,11 @@ impl GuestMemory {
             let (start, length) = (region.start_addr().0, region.len());
             let pages = Pages::of(region.as_ptr(), length)
                 .map_err(|source| MemoryError::Contents { address: start, source })?;
-            for (number, is_kept) in (0..).zip(pages.are_kept()) {
+            for (number, is_populated) in (0..).zip(pages.are_populated()) {
                 let address = start + number * PAGE_SIZE;
-                // A page of a file has content whether the host has read it yet or not.
-                let is_known = is_kept || files.iter().any(|range| range.contains(&address));
-                if is_known && !self.is_zero(address)? {
+                // A page of a mapped file has content even if it has not been read.
+                let may_have_content = is_populated || files.iter().any(|range| range.contains(&address));
+                if may_have_content && !self.is_zero(address)? {
                     extents.add(address, start, GAP_PAGES);
                 }
             }
@@ -54,11 +54,11 @@ impl GuestMemory {
         Ok(extents.0)
     }
 
-    /// The pages of files laid over it that are copies by now: the guest wrote to them, or a device did. Where the
-    /// host does not say which, all of them.
+    /// The pages of mapped files that have been copied because the guest or a device wrote to them. All pages if this
+    /// process may not read its page map.
     ///
     /// # Errors
-    /// When the host does not say which pages it has.
+    /// When the host does not report the state of the pages.
     pub fn copied(&self) -> Result<Vec<Extent>, MemoryError> {
         let mut files = super::lock(&self.files).clone();
         files.sort_unstable_by_key(|file| file.start);
@@ -80,29 +80,29 @@ impl GuestMemory {
         Ok(page == [0; PAGE])
     }
 
-    /// Lays the pages of a file over guest memory, copy-on-write, those of each extent in turn.
+    /// Maps the pages of a file over guest memory, copy-on-write: one extent after the other, from `offset` in bytes.
     ///
     /// # Errors
-    /// When an extent is not guest memory, or the host refuses.
+    /// When an extent is not RAM, or the host refuses the mapping.
     pub fn map_contents(&self, extents: &[Extent], file: &File, offset: u64) -> Result<(), MemoryError> {
         let mut position = offset;
         for extent in extents {
-            self.map_part(GuestAddress(extent.start), file, position, extent.length())?;
+            self.map_range(GuestAddress(extent.start), file, position, extent.length())?;
             position += extent.length();
         }
         match extents {
-            [first, ..] => self.remember(file, GuestAddress(first.start), position - offset),
+            [first, ..] => self.add_backing_file(file, GuestAddress(first.start), position - offset),
             [] => Ok(()),
         }
     }
 }
 
-/// Extents under construction, from low addresses to high ones.
+/// Extents under construction, in ascending order.
 #[derive(Debug, Default)]
 struct Extents(Vec<Extent>);
 
 impl Extents {
-    /// Adds a page of the region that starts at `region`, and up to `gap` pages between it and the last one.
+    /// Adds a page of the region that starts at `region`, and up to `gap` pages between the page and the last extent.
     fn add(&mut self, address: u64, region: u64, gap: u64) {
         if let Some(last) = self.0.last_mut()
             && last.start >= region
@@ -116,7 +116,7 @@ impl Extents {
     }
 }
 
-/// What the host says of the pages of a mapping (Documentation/admin-guide/mm/pagemap.rst).
+/// The page map entries of a mapping (Documentation/admin-guide/mm/pagemap.rst).
 struct Pages(Vec<[u8; 8]>);
 
 impl Pages {
@@ -129,7 +129,7 @@ impl Pages {
         let mut entries = vec![[0; 8]; pages];
         match File::open("/proc/self/pagemap") {
             Ok(file) => file.read_exact_at(entries.as_flattened_mut(), (address.addr() / PAGE * 8) as u64)?,
-            // A program with privileges of its own may not look. Then every page may be anything.
+            // A process with elevated privileges may not read its page map. Then every page counts as populated.
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
                 entries.fill(Self::PRESENT.to_le_bytes());
             }
@@ -138,20 +138,20 @@ impl Pages {
         Ok(Self(entries))
     }
 
-    /// For each, whether the host keeps it anywhere: in memory or in swap.
-    fn are_kept(&self) -> impl Iterator<Item = bool> {
+    /// For each page, whether it is in memory or swapped out.
+    fn are_populated(&self) -> impl Iterator<Item = bool> {
         self.0.iter().map(|entry| u64::from_le_bytes(*entry) & (Self::PRESENT | Self::SWAPPED) != 0)
     }
 
-    /// For each page of a file that is mapped copy-on-write, whether it has been copied.
+    /// For each page of a private file mapping, whether it has been copied.
     fn are_copied(&self) -> impl Iterator<Item = bool> {
-        self.are_kept()
+        self.are_populated()
             .zip(&self.0)
-            .map(|(is_kept, entry)| is_kept && u64::from_le_bytes(*entry) & Self::OF_A_FILE == 0)
+            .map(|(is_populated, entry)| is_populated && u64::from_le_bytes(*entry) & Self::OF_A_FILE == 0)
     }
 }
 
-/// Whether extents are whole pages in ascending order that do not overlap, inside these ranges.
+/// Whether extents are ascending, not empty, page-aligned, not overlapping, and within the ranges `ram`.
 #[must_use]
 pub fn are_valid(extents: &[Extent], ram: &[Range<u64>]) -> bool {
     let fits = |extent: &Extent| {
@@ -175,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_with_content_are_found_and_put_back() {
+    fn pages_with_content_are_saved_and_restored() {
         let memory = GuestMemory::anonymous(64 * MIB).unwrap();
         memory.write(GuestAddress(5 * PAGE_SIZE), &[1]).unwrap();
         memory.write(GuestAddress(7 * PAGE_SIZE + 4095), &[2]).unwrap();
@@ -200,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_of_a_mapped_file_are_content() {
+    fn pages_of_a_mapped_file_have_content() {
         let memory = GuestMemory::anonymous(8 * MIB).unwrap();
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&[7; 2 * PAGE]).unwrap();
@@ -209,12 +209,12 @@ mod tests {
     }
 
     #[test]
-    fn pages_that_are_written_are_copies() {
+    fn written_pages_are_copied() {
         let memory = GuestMemory::anonymous(8 * MIB).unwrap();
         let file = tempfile::tempfile().unwrap();
         file.write_all_at(&[7; 9 * PAGE], 0).unwrap();
         let at = |page: u64| GuestAddress(page * PAGE_SIZE);
-        // The higher one first: what counts is where they are.
+        // In descending order, because the result is sorted by address.
         memory.map_file(at(1000), &file, 0, 2 * PAGE_SIZE).unwrap();
         memory.map_file(at(256), &file, 0, 9 * PAGE_SIZE).unwrap();
         memory.read(at(258), &mut [0; PAGE]).unwrap();
@@ -227,35 +227,35 @@ mod tests {
     }
 
     #[test]
-    fn pages_are_copied_ahead_and_stay_the_same() {
+    fn pages_can_be_copied_in_advance() {
         let memory = GuestMemory::anonymous(8 * MIB).unwrap();
         let file = tempfile::tempfile().unwrap();
         file.write_all_at(&[7; 4 * PAGE], 0).unwrap();
         memory.map_file(GuestAddress(MIB), &file, 0, 4 * PAGE_SIZE).unwrap();
-        memory.copy_ahead(&[extent(257, 2)]).unwrap();
+        memory.copy_in_advance(&[extent(257, 2)]).unwrap();
         assert_eq!(memory.copied().unwrap(), [extent(257, 2)]);
         file.write_all_at(&[8; 4 * PAGE], 0).unwrap();
         let mut bytes = [0; 4 * PAGE];
         memory.read(GuestAddress(MIB), &mut bytes).unwrap();
         assert_eq!([0, 1, 2, 3].map(|page| bytes[page * PAGE]), [8, 7, 7, 8]);
-        let outside = memory.copy_ahead(&[extent(2048, 1)]);
+        let outside = memory.copy_in_advance(&[extent(2048, 1)]);
         assert!(matches!(outside, Err(MemoryError::Outside { .. })), "{outside:?}");
     }
 
-    /// A file that became shorter is an error, and no signal.
+    /// A truncated file causes an error instead of a signal.
     #[test]
-    fn pages_that_are_gone_are_not_copied() {
+    fn pages_of_a_truncated_file_are_not_copied() {
         let memory = GuestMemory::anonymous(8 * MIB).unwrap();
         let file = tempfile::tempfile().unwrap();
         file.set_len(2 * PAGE_SIZE).unwrap();
         memory.map_file(GuestAddress(MIB), &file, 0, 2 * PAGE_SIZE).unwrap();
         file.set_len(PAGE_SIZE).unwrap();
-        let copied = memory.copy_ahead(&[extent(256, 2)]);
+        let copied = memory.copy_in_advance(&[extent(256, 2)]);
         assert!(matches!(copied, Err(MemoryError::Copy { address: 0x10_0000, .. })), "{copied:?}");
     }
 
     #[test]
-    fn extents_that_no_guest_has_are_not_valid() {
+    fn invalid_extents_are_refused() {
         let ram = [0..16 * PAGE_SIZE, 64 * PAGE_SIZE..80 * PAGE_SIZE];
         assert!(are_valid(&[], &ram));
         assert!(are_valid(&[extent(0, 2), extent(2, 14), extent(64, 16)], &ram));

@@ -1,4 +1,4 @@
-//! A file in this process's memory, in the form in which a guest can have it as memory of its own.
+//! A file that is mapped such that a guest can use it as memory.
 
 use super::BackingFile;
 use crate::layout::HUGE_PAGE_SIZE;
@@ -7,11 +7,11 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
-/// A file that is mapped whole, shared with everyone else who maps or reads it: its pages are in the host's memory
-/// once. It starts at a multiple of 2 MiB and ends at one, with zeroes behind the file's end.
+/// A shared mapping of a complete file: all processes that map or read the file share its pages in the page cache.
+/// Start and end are multiples of 2 MiB; after the end of the file the mapping contains zeroes.
 #[derive(Debug)]
 pub struct MappedFile {
-    /// All that was reserved, with what was left over in front.
+    /// The reserved address range, including the padding before the mapping.
     reserved: *mut libc::c_void,
     reserved_size: usize,
     start: *mut libc::c_void,
@@ -20,7 +20,7 @@ pub struct MappedFile {
     backing: Arc<BackingFile>,
 }
 
-// SAFETY: the mapping belongs to no thread, and is not accessed through this structure.
+// SAFETY: the mapping is not bound to a thread, and is not accessed through this structure.
 unsafe impl Send for MappedFile {}
 // SAFETY: as above; all methods but `drop` only read its address and size.
 unsafe impl Sync for MappedFile {}
@@ -28,10 +28,10 @@ unsafe impl Sync for MappedFile {}
 impl MappedFile {
     /// Maps the first `length` bytes, at least one, of a file.
     ///
-    /// A file that somebody makes shorter takes its pages away: a guest that touches them then ends ([`BackingFile`]).
+    /// If another process truncates the file, a guest that accesses the lost pages ends ([`BackingFile`]).
     ///
     /// # Errors
-    /// When the host refuses: no space for so large a mapping, or a file that cannot be mapped.
+    /// When the host refuses the mapping: the address space is exhausted, or the file does not support mappings.
     pub fn new(file: &File, length: u64, is_writable: bool) -> io::Result<Self> {
         let too_large = |_| io::Error::from_raw_os_error(libc::EFBIG);
         let align = usize::try_from(HUGE_PAGE_SIZE).map_err(too_large)?;
@@ -51,8 +51,8 @@ impl MappedFile {
         }
         let start = reserved.wrapping_byte_add(reserved.addr().next_multiple_of(align) - reserved.addr());
         let this = Self { reserved, reserved_size, start, size, is_writable, backing };
-        // SAFETY: the file lies within what was just reserved, of which nobody else knows: the reservation is
-        // 2 MiB larger than needed, so that it fits behind the first multiple.
+        // SAFETY: the file lies within the range that was just reserved and is not in use yet: the reservation is 2 MiB
+        // larger than needed, so that the file fits after the first multiple of 2 MiB.
         let mapped = unsafe {
             let flags = libc::MAP_SHARED | libc::MAP_FIXED;
             libc::mmap(start, length, protection, flags, file.as_raw_fd(), 0)
@@ -60,31 +60,31 @@ impl MappedFile {
         if mapped == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: the range is this mapping's own, and MADV_DONTDUMP does not change its content. What a guest has in
-        // memory is in no core dump of this process.
+        // SAFETY: the range is this mapping's own, and MADV_DONTDUMP does not change its content. It excludes guest
+        // memory from core dumps of this process.
         unsafe { libc::madvise(start, size, libc::MADV_DONTDUMP) };
         Ok(this)
     }
 
-    /// Where it starts, a multiple of 2 MiB.
+    /// Host address of the mapping, a multiple of 2 MiB.
     #[must_use]
     pub const fn as_ptr(&self) -> *mut u8 {
         self.start.cast()
     }
 
-    /// Bytes with the zeroes behind the file's end, a multiple of 2 MiB.
+    /// Length of the mapping in bytes, including the zeroes after the end of the file; a multiple of 2 MiB.
     #[must_use]
     pub const fn size(&self) -> u64 {
         self.size as u64
     }
 
-    /// The file.
+    /// The mapped file.
     #[must_use]
     pub const fn backing(&self) -> &Arc<BackingFile> {
         &self.backing
     }
 
-    /// Whether what is written there is written to the file.
+    /// Whether the mapping is writable; writes change the file.
     #[must_use]
     pub const fn is_writable(&self) -> bool {
         self.is_writable
@@ -93,8 +93,8 @@ impl MappedFile {
 
 impl Drop for MappedFile {
     fn drop(&mut self) {
-        // SAFETY: the range is the whole of what `new` reserved, and whoever gave it to others promised that
-        // they are gone.
+        // SAFETY: the range is exactly the one that `new` reserved, and code that has passed its address on guarantees
+        // that it is not used any more.
         unsafe { libc::munmap(self.reserved, self.reserved_size) };
     }
 }
@@ -107,7 +107,7 @@ mod tests {
 
     fn byte(file: &MappedFile, offset: usize) -> u8 {
         assert!(offset < file.size);
-        // SAFETY: the offset is within the mapping, whose file nobody makes shorter.
+        // SAFETY: the offset is within the mapping, whose file is not truncated.
         unsafe { file.as_ptr().add(offset).read_volatile() }
     }
 
@@ -123,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn it_is_shared_with_the_file() {
+    fn the_mapping_is_shared_with_the_file() {
         let file = tempfile::tempfile().unwrap();
         file.set_len(4 * MIB).unwrap();
         let [reader, writer] =
@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_is_refused() {
+    fn too_large_files_are_refused() {
         let file = tempfile::tempfile().unwrap();
         for length in [u64::MAX, u64::MAX - (4 << 20), 1 << 60] {
             assert!(MappedFile::new(&file, length, false).is_err(), "{length:#x}");

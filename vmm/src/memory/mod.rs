@@ -1,8 +1,7 @@
-//! Guest memory: the host's view of what the guest takes for RAM.
+//! Guest memory: the host mapping of the guest's RAM.
 //!
-//! Memory is anonymous and not reserved: a page costs the host something when it is first
-//! touched. Files can be laid over it, copy-on-write, so that an initrd is neither read nor copied
-//! and all guests of a host share its unmodified pages.
+//! The memory is anonymous and not reserved: a page is allocated on the first access. Files can be mapped over it
+//! copy-on-write, so that an initrd is neither read nor copied, and all guests of a host share its unmodified pages.
 #![expect(unsafe_code, reason = "maps files over guest memory")]
 
 mod backing;
@@ -24,16 +23,16 @@ use vm_memory::{
     Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
 };
 
-/// Why guest memory could not be had or reached.
+/// An error of the allocation of guest memory or of an access to it.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum MemoryError {
-    /// The host refused the mapping.
+    /// The host refused to map guest memory.
     #[error("cannot map {mib} MiB of guest memory")]
     Map {
-        /// Size of the mapping.
+        /// Size of the mapping in MiB.
         mib: u64,
-        /// What the host said.
+        /// The host's error.
         source: io::Error,
     },
     /// The host refused to map a file over guest memory.
@@ -41,62 +40,62 @@ pub enum MemoryError {
     MapFile {
         /// Guest-physical address of the mapping.
         address: u64,
-        /// Its length in bytes.
+        /// Length of the mapping in bytes.
         length: u64,
-        /// What the host said.
+        /// The host's error.
         source: io::Error,
     },
-    /// Pages of a file could not be copied.
+    /// Pages of a mapped file could not be copied.
     #[error("cannot copy {length} bytes of a file at guest address {address:#x}")]
     Copy {
-        /// Guest-physical address of the pages.
+        /// Guest-physical address of the first page.
         address: u64,
-        /// Their length in bytes.
+        /// Length of the pages in bytes.
         length: u64,
-        /// What the host said.
+        /// The host's error.
         source: io::Error,
     },
-    /// A range that is not guest memory, or not whole pages where those are needed.
+    /// A range that is not guest memory, or is not page-aligned where that is required.
     #[error("{length} bytes at guest address {address:#x} are outside guest memory")]
     Outside {
         /// Guest-physical address of the range.
         address: u64,
-        /// Its length in bytes.
+        /// Length of the range in bytes.
         length: u64,
     },
-    /// The host does not say which pages it has.
+    /// The host does not report which pages are populated.
     #[error("cannot tell which pages of guest memory at {address:#x} are in use")]
     Contents {
         /// Guest-physical address of the region.
         address: u64,
-        /// What the host said.
+        /// The host's error.
         source: io::Error,
     },
-    /// Reading a file into guest memory failed.
+    /// A file could not be read into guest memory.
     #[error("cannot read {length} bytes of a file into guest address {address:#x}")]
     ReadFile {
-        /// Guest-physical address of the target.
+        /// Guest-physical address of the destination.
         address: u64,
-        /// Bytes to read.
+        /// Number of bytes to read.
         length: u64,
-        /// What the host or the file said.
+        /// The error of the host or the file.
         source: io::Error,
     },
 }
 
-/// The memory of one guest; a clone is the same memory.
+/// The memory of one guest. Clones refer to the same memory.
 #[derive(Clone, Debug)]
 pub struct GuestMemory {
     inner: GuestMemoryMmap,
-    /// Where files were laid over it.
+    /// Ranges over which files are mapped.
     files: Arc<Mutex<Vec<Range<u64>>>>,
-    /// Files beside it that the guest has as memory as well.
+    /// Files that are mapped beside the RAM (pmem devices).
     mapped: Arc<[PlacedFile]>,
-    /// All of these files.
+    /// All files that are mapped over or beside the RAM.
     backing: Arc<Mutex<Vec<Arc<BackingFile>>>>,
 }
 
-/// A file with its guest-physical address.
+/// A mapped file with its guest-physical address.
 pub type PlacedFile = (GuestAddress, Arc<MappedFile>);
 
 fn lock<T>(list: &Mutex<Vec<T>>) -> MutexGuard<'_, Vec<T>> {
@@ -104,7 +103,7 @@ fn lock<T>(list: &Mutex<Vec<T>>) -> MutexGuard<'_, Vec<T>> {
 }
 
 impl GuestMemory {
-    /// Anonymous memory of this size, laid out by [`layout::ram_ranges`].
+    /// Allocates anonymous memory of `bytes` bytes, at the addresses of [`layout::ram_ranges`].
     ///
     /// # Errors
     /// When the host refuses the mapping.
@@ -130,28 +129,33 @@ impl GuestMemory {
         Ok(Self { inner, files: Arc::default(), mapped: Arc::default(), backing: Arc::default() })
     }
 
-    /// The same memory with files beside it: a guest can let its devices read and write there as well.
+    /// The same memory, with files mapped beside the RAM. Devices can transfer data from and to these as well.
     #[must_use]
     pub fn with_files(&self, files: Vec<PlacedFile>) -> Self {
         lock(&self.backing).extend(files.iter().map(|(_, file)| Arc::clone(file.backing())));
         Self { mapped: files.into(), ..self.clone() }
     }
 
-    /// Files that lie beside it.
+    /// The files that are mapped beside the RAM.
     #[must_use]
     pub fn mapped_files(&self) -> &[PlacedFile] {
         &self.mapped
     }
 
-    /// All files that lie over it or beside it.
+    /// All files that are mapped over or beside the RAM.
     #[must_use]
     pub fn backing_files(&self) -> Vec<Arc<BackingFile>> {
         lock(&self.backing).clone()
     }
 
-    /// Where these bytes are, if all of them are in one file, and in one that can be written if they are to be.
-    /// They stay there as long as this memory.
-    pub(crate) fn in_file(&self, address: GuestAddress, length: usize, is_written: bool) -> Option<*mut u8> {
+    /// The host address of a range that lies within one mapped file, which is writable if `is_written`; otherwise
+    /// `None`. The mapping exists as long as this memory.
+    pub(crate) fn file_address(
+        &self,
+        address: GuestAddress,
+        length: usize,
+        is_written: bool,
+    ) -> Option<*mut u8> {
         let end = address.0.checked_add(length as u64)?;
         let holds = |(start, file): &&PlacedFile| {
             *start <= address && end <= start.0 + file.size() && (file.is_writable() || !is_written)
@@ -160,7 +164,7 @@ impl GuestMemory {
         Some(file.as_ptr().wrapping_add(usize::try_from(address.0 - start.0).ok()?))
     }
 
-    /// The memory as `vm-memory` knows it.
+    /// The RAM as a `vm-memory` object.
     #[must_use]
     pub const fn inner(&self) -> &GuestMemoryMmap {
         &self.inner
@@ -173,10 +177,10 @@ impl GuestMemory {
         GuestAddress(first.map_or(0, |region| region.start_addr().0 + region.len()))
     }
 
-    /// Writes bytes into guest memory.
+    /// Writes bytes to guest memory.
     ///
     /// # Errors
-    /// When not all of the range is guest memory.
+    /// When a part of the range is not RAM.
     pub fn write(&self, address: GuestAddress, bytes: &[u8]) -> Result<(), MemoryError> {
         self.inner
             .write_slice(bytes, address)
@@ -186,16 +190,16 @@ impl GuestMemory {
     /// Reads bytes of guest memory.
     ///
     /// # Errors
-    /// When not all of the range is guest memory.
+    /// When a part of the range is not RAM.
     pub fn read(&self, address: GuestAddress, bytes: &mut [u8]) -> Result<(), MemoryError> {
         let length = bytes.len() as u64;
         self.inner.read_slice(bytes, address).map_err(|_| MemoryError::Outside { address: address.0, length })
     }
 
-    /// Reads a part of a file into guest memory.
+    /// Reads `length` bytes at `offset` of a file into guest memory.
     ///
     /// # Errors
-    /// When the range is not guest memory or the file ends before it.
+    /// When a part of the range is not RAM, or the file is too short.
     pub fn read_file(
         &self,
         address: GuestAddress,
@@ -208,48 +212,48 @@ impl GuestMemory {
         let mut file = file;
         let size = usize::try_from(length).map_err(|_| failed(io::ErrorKind::InvalidInput.into()))?;
         file.seek(SeekFrom::Start(offset)).map_err(failed)?;
-        // The host copies straight into guest memory.
+        // The host copies directly into guest memory.
         self.inner
             .read_exact_volatile_from(address, &mut file, size)
             .map_err(|error| failed(io::Error::other(error)))?;
         Ok(())
     }
 
-    /// Leaves it out of core dumps of this process: what a guest has in memory is nobody's to read but the guest's, and
-    /// none of it says why this process failed. Files that are laid over it later are not meant.
-    pub(crate) fn keep_out_of_dumps(&self) {
+    /// Excludes guest memory from core dumps of this process: it is private to the guest, and does not help to find the
+    /// failure of this process. Files that are mapped later are not excluded.
+    pub(crate) fn exclude_from_core_dumps(&self) {
         for region in self.inner.iter() {
             let Ok(size) = usize::try_from(region.len()) else { continue };
-            // SAFETY: the range is this guest's own mapping, and MADV_DONTDUMP does not change its content. No host
-            // refuses it.
+            // SAFETY: the range is this guest's own mapping, and MADV_DONTDUMP does not change its content. It cannot
+            // fail for a valid mapping.
             unsafe { libc::madvise(region.as_ptr().cast(), size, libc::MADV_DONTDUMP) };
         }
     }
 
-    /// Asks the host for pages of 4 KiB in a range of which little will be touched: a huge page is
-    /// cleared whole at the first touch.
+    /// Requests pages of 4 KiB for a sparsely accessed range: a huge page would be cleared completely on the first
+    /// access. The range is truncated at the end of the RAM below the device gap.
     ///
     /// # Errors
-    /// When the range is not guest memory. A range that goes on behind its end is cut off there.
+    /// When the range is not RAM.
     pub fn use_small_pages(&self, range: Range<u64>) -> Result<(), MemoryError> {
         let end = range.end.min(self.low_end().0);
         let (target, size) = self.host_range(range.start, end.saturating_sub(range.start))?;
-        // SAFETY: `host_range` returned `size` bytes of this guest's own mapping, and MADV_NOHUGEPAGE
-        // does not change their content. Hosts without huge pages refuse it, which is as well.
+        // SAFETY: `host_range` returned `size` bytes of this guest's own mapping, and MADV_NOHUGEPAGE does not change
+        // their content. Hosts without huge pages refuse it, which has the same effect.
         unsafe { libc::madvise(target.cast(), size, libc::MADV_NOHUGEPAGE) };
         Ok(())
     }
 
-    /// Copies pages of files that were laid over it now, and not when they are first written to. A host that
-    /// cannot (Linux before 5.14) does it then.
+    /// Copies pages of files that are mapped over the RAM now instead of on the first write. On a host that does not
+    /// support it (Linux before 5.14) they are copied on the first write.
     ///
     /// # Errors
-    /// When an extent is not guest memory, the files cannot be read or the host has no memory.
-    pub fn copy_ahead(&self, extents: &[Extent]) -> Result<(), MemoryError> {
+    /// When an extent is not RAM, the files cannot be read, or the host is out of memory.
+    pub fn copy_in_advance(&self, extents: &[Extent]) -> Result<(), MemoryError> {
         for extent in extents {
             let (host, size) = self.host_range(extent.start, extent.length())?;
-            // SAFETY: `host_range` returned `size` bytes of this guest's own mapping, and MADV_POPULATE_WRITE
-            // does not change their content.
+            // SAFETY: `host_range` returned `size` bytes of this guest's own mapping, and MADV_POPULATE_WRITE does not
+            // change their content.
             let result = unsafe { libc::madvise(host.cast(), size, libc::MADV_POPULATE_WRITE) };
             let error = io::Error::last_os_error();
             if result != 0 && error.raw_os_error() != Some(libc::EINVAL) {
@@ -260,7 +264,7 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// Where a range of guest memory in one piece is in this process, and its length.
+    /// The host address and length of a contiguous range of RAM.
     fn host_range(&self, address: u64, length: u64) -> Result<(*mut u8, usize), MemoryError> {
         let outside = || MemoryError::Outside { address, length };
         let size = usize::try_from(length).map_err(|_| outside())?;
@@ -268,14 +272,14 @@ impl GuestMemory {
         Ok((slice.ptr_guard_mut().as_ptr(), size))
     }
 
-    /// Lays a part of a file over guest memory, copy-on-write: the guest sees the file's bytes,
-    /// and what it writes stays its own. Start, offset and length are multiples of a page.
+    /// Maps a part of a file over guest memory, copy-on-write: the guest sees the file's content, and its writes are
+    /// private. `address`, `offset` and `length` are in bytes and multiples of the page size.
     ///
-    /// A file that somebody truncates while a guest uses it takes those pages away from the
-    /// guest; kernel files are replaced by renaming, not rewritten.
+    /// If the file is truncated while the guest runs, the guest loses these pages ([`BackingFile`]); kernel files are
+    /// therefore replaced by renaming, not rewritten.
     ///
     /// # Errors
-    /// When the range is not whole pages of guest memory in one piece, or the host refuses.
+    /// When the range is not page-aligned, contiguous RAM, or the host refuses the mapping.
     pub fn map_file(
         &self,
         address: GuestAddress,
@@ -283,18 +287,18 @@ impl GuestMemory {
         offset: u64,
         length: u64,
     ) -> Result<(), MemoryError> {
-        self.map_part(address, file, offset, length)?;
-        self.remember(file, address, length)
+        self.map_range(address, file, offset, length)?;
+        self.add_backing_file(file, address, length)
     }
 
-    /// Keeps the file in mind, which lies over memory here and perhaps elsewhere.
-    fn remember(&self, file: &File, address: GuestAddress, length: u64) -> Result<(), MemoryError> {
+    /// Records a file that is mapped at this address, and possibly at others.
+    fn add_backing_file(&self, file: &File, address: GuestAddress, length: u64) -> Result<(), MemoryError> {
         let failed = |source| MemoryError::MapFile { address: address.0, length, source };
         lock(&self.backing).push(Arc::new(BackingFile::new(file, false).map_err(failed)?));
         Ok(())
     }
 
-    fn map_part(
+    fn map_range(
         &self,
         address: GuestAddress,
         file: &File,
@@ -308,10 +312,10 @@ impl GuestMemory {
         let (target, size) = self.host_range(address.0, length)?;
         let failed = |source| MemoryError::MapFile { address: address.0, length, source };
         let offset = libc::off_t::try_from(offset).map_err(|_| failed(io::ErrorKind::InvalidInput.into()))?;
-        // SAFETY: `host_range` returned `size` bytes of this guest's own mapping, which stay mapped
-        // as long as `self`; MAP_FIXED replaces exactly those pages, in the same address range and
-        // with the same access, so every pointer into the mapping stays valid. Guest memory is
-        // only accessed through volatile slices, never through references.
+        // SAFETY: `host_range` returned `size` bytes of this guest's own mapping, which stay mapped as long as `self`;
+        // MAP_FIXED replaces exactly those pages, in the same address range and with the same access, so every pointer
+        // into the mapping stays valid. Guest memory is only accessed through volatile slices, never through
+        // references.
         let result = unsafe {
             libc::mmap(
                 target.cast(),
@@ -330,7 +334,7 @@ impl GuestMemory {
     }
 }
 
-/// Asks for huge pages: one fault where there would be 512. Hosts without them ignore it.
+/// Requests huge pages, which take one page fault instead of 512. Hosts without them ignore it.
 fn prefer_huge_pages(mapping: &MmapRegion) {
     // SAFETY: the range is this mapping's own, and MADV_HUGEPAGE does not change its content.
     unsafe { libc::madvise(mapping.as_ptr().cast(), mapping.size(), libc::MADV_HUGEPAGE) };
@@ -399,13 +403,14 @@ mod tests {
     }
 
     #[test]
-    fn files_beside_memory_are_found_by_address() {
+    fn mapped_files_are_found_by_address() {
         let mapped = |writable| Arc::new(MappedFile::new(&file_of(&[7; 4096]), 4096, writable).unwrap());
         let (read_only, writable) = (mapped(false), mapped(true));
         let files =
             vec![(GuestAddress(1 << 32), read_only.clone()), (GuestAddress(2 << 32), writable.clone())];
         let memory = GuestMemory::anonymous(4 * MIB).unwrap().with_files(files);
-        let found = |address, length, is_written| memory.in_file(GuestAddress(address), length, is_written);
+        let found =
+            |address, length, is_written| memory.file_address(GuestAddress(address), length, is_written);
         assert_eq!(found(1 << 32, 2 << 20, false), Some(read_only.as_ptr()));
         assert_eq!(found((2 << 32) + 5, 1, true), Some(writable.as_ptr().wrapping_add(5)));
         for (address, length, is_written) in [
@@ -420,7 +425,7 @@ mod tests {
         }
     }
 
-    /// Flags of the mapping of this process that has this address, as in /proc/self/smaps.
+    /// The flags of the mapping of this process at this address, from /proc/self/smaps.
     fn flags(address: *const u8) -> String {
         let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
         let mut is_in = false;
@@ -440,18 +445,18 @@ mod tests {
     }
 
     #[test]
-    fn a_core_dump_has_nothing_of_a_guest() {
+    fn core_dumps_exclude_guest_memory() {
         let file = file_of(&[1; 8192]);
         let memory = GuestMemory::anonymous(4096 * MIB).unwrap();
         memory.map_file(GuestAddress(MIB), &file, 0, 8192).unwrap();
-        memory.keep_out_of_dumps();
+        memory.exclude_from_core_dumps();
         for address in [0, MIB, MIB + 4096, 2 * MIB, layout::RAM_ABOVE_GAP.0] {
             let (host, _) = memory.host_range(address, 1).unwrap();
             assert!(flags(host).contains(" dd "), "{address:#x}: {}", flags(host));
         }
         for is_writable in [false, true] {
             let mapped = MappedFile::new(&file, 8192, is_writable).unwrap();
-            // In the file, and behind its end.
+            // In the file, and beyond its end.
             for offset in [0, 8192] {
                 let flags = flags(mapped.as_ptr().wrapping_add(offset));
                 assert!(flags.contains(" dd "), "{offset}: {flags}");
@@ -460,7 +465,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_goes_on_above_the_device_gap() {
+    fn memory_continues_above_the_device_gap() {
         let memory = GuestMemory::anonymous(4096 * MIB).unwrap();
         assert_eq!(memory.low_end(), layout::MMIO_GAP);
         memory.write(GuestAddress(layout::RAM_ABOVE_GAP.0 + 1024 * MIB - 1), &[1]).unwrap();

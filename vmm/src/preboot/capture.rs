@@ -57,7 +57,7 @@ pub(crate) fn capture(
     let made_for = MadeFor::config(&config)?;
     let copy = || resources.try_clone().map_err(Error::host("duplicate a descriptor"));
     let kvm = copy()?.kvm.ok_or(PrebootError::NotKeepable("its KVM is not open"))?;
-    let msrs = Hypervisor::of_descriptor(kvm)?.msr_indices()?;
+    let msrs = Hypervisor::from_descriptor(kvm)?.msr_indices()?;
 
     let timeline = Timeline::starting_at(Instant::now());
     let mut machine =

@@ -7,10 +7,10 @@ use crate::config::Config;
 use crate::devices::boot_mark::BootMarks;
 use crate::devices::virtio;
 use crate::error::Error;
-use crate::gate::Gate;
 use crate::kvm::Hypervisor;
 use crate::layout;
 use crate::memory::{self, GuestMemory, MemoryError};
+use crate::start_latch::StartLatch;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -73,8 +73,11 @@ impl Preboot {
     }
 
     /// Whether the machine's devices can take the place of those that the kernel was booted with.
-    pub(crate) fn check_devices(&self, shapes: impl Iterator<Item = virtio::Shape>) -> Option<PrebootError> {
-        let is_same = shapes.eq(self.state.virtio.iter().map(|state| state.shape.clone()));
+    pub(crate) fn check_devices(
+        &self,
+        identities: impl Iterator<Item = virtio::DeviceIdentity>,
+    ) -> Option<PrebootError> {
+        let is_same = identities.eq(self.state.virtio.iter().map(|state| state.identity.clone()));
         (!is_same).then(|| self.made("for other devices"))
     }
 
@@ -96,14 +99,14 @@ impl Preboot {
 
     /// Has those pages copied that the guest is going to write to when its init has started, which so need not wait
     /// for them, and lets the other vCPUs start then.
-    pub(crate) fn go_on_at_init(&self, memory: &GuestMemory, marks: &mut BootMarks) -> Arc<Gate> {
-        let gate = Arc::new(Gate::closed_but_for(self.state.marked));
-        let (memory, written, opened) = (memory.clone(), self.state.written.clone(), Arc::clone(&gate));
+    pub(crate) fn go_on_at_init(&self, memory: &GuestMemory, marks: &mut BootMarks) -> Arc<StartLatch> {
+        let latch = Arc::new(StartLatch::closed_except(self.state.marked));
+        let (memory, written, opened) = (memory.clone(), self.state.written.clone(), Arc::clone(&latch));
         marks.call_at(FREEZE_AT as u8, move || {
             // What cannot be copied is mapped.
-            let _ = memory.copy_ahead(&written);
+            let _ = memory.copy_in_advance(&written);
             opened.open();
         });
-        gate
+        latch
     }
 }

@@ -1,15 +1,15 @@
-//! Memory balloon device (section 5.5): pages that the guest does without go back to the host.
+//! Memory balloon device (section 5.5): the guest returns unused pages to the host.
 //!
-//! The guest names pages in three ways: those that the balloon takes, those that it gives back, and, where that
-//! was asked for, those that just happen to be free. What is named goes back to the host at once; when the guest
-//! touches it again, the host gives it a page of zeroes, or of the file that lies there. Nothing is kept about
-//! single pages, so a guest that names one twice, or one that it uses, harms nobody but itself.
+//! The guest names pages in three queues: pages that inflate the balloon, pages that deflate it, and, if free page
+//! reporting is enabled, free pages. Inflated and free pages are discarded immediately; the next access by the guest
+//! gets a zero page, or the page of the file that is mapped there. The device keeps no state per page: a guest that
+//! names a page twice, or a page that it uses, harms only itself.
 
 mod statistics;
 
 pub use statistics::Statistics;
 
-use super::{Broken, Chain, Device, Event, Queues, Watcher};
+use super::{Chain, Device, DeviceError, Event, Queues, Watcher};
 use crate::config::devices::Balloon as Config;
 use crate::layout::{MIB, PAGE_SIZE};
 use crate::timeline::Instant;
@@ -24,12 +24,12 @@ const KIND: u32 = 5;
 const INFLATE: usize = 0;
 const DEFLATE: usize = 1;
 const QUEUE_SIZE: u16 = 128;
-/// The token of [`Control`] among this device's events.
+/// The token of [`Control`] among the device's events.
 const CONTROL: u32 = 0;
-/// Pages of the balloon in a MiB: they are of 4 KiB whatever the guest's are (section 5.5.6).
+/// Balloon pages per MiB: they have 4 KiB regardless of the guest's page size (section 5.5.6).
 const PAGES_PER_MIB: u64 = MIB / PAGE_SIZE;
 
-/// Place of the number of pages that the driver has in the configuration space.
+/// Offset of `actual` in the configuration space.
 const ACTUAL: usize = 4;
 
 /// Feature bits (section 5.5.3).
@@ -39,24 +39,24 @@ mod feature {
     pub(super) const PAGE_REPORTING: u64 = 1 << 5;
 }
 
-/// Pages that a chain may name; Linux names 256. What goes beyond stays where it is.
+/// Maximum number of pages per chain; Linux names 256. Further pages are ignored.
 const PAGES_MAX: usize = 1024;
-/// Pages after which others have their turn: as many calls of the host, if no two pages are neighbours, each of some
-/// microseconds.
-const PAGES_PER_TURN: usize = 1024;
-/// Bytes of free pages after which others have their turn, and that a chain may name; Linux names as many at most
+/// Number of pages after which a call ends: without adjacent pages this is the number of madvise(2) calls, each of
+/// which takes a few microseconds.
+const BUDGET_PAGES: usize = 1024;
+/// Bytes of free pages after which a call ends, and the maximum per chain. It is the maximum of Linux
 /// (PAGE_REPORTING_CAPACITY of include/linux/page_reporting.h blocks of 4 MiB).
 const REPORTED_MAX: usize = 128 << 20;
 
-/// What others may ask of the balloon while the guest runs.
+/// A handle that controls the balloon while the guest runs.
 #[derive(Clone, Debug)]
 pub struct Control(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
-    /// Pages that the balloon is to have.
+    /// Target size of the balloon in pages.
     target: AtomicU32,
-    /// Pages that the guest says it has.
+    /// Size of the balloon in pages as reported by the guest.
     actual: AtomicU32,
     statistics: Mutex<Statistics>,
     changed: EventFd,
@@ -69,39 +69,39 @@ impl Shared {
 }
 
 impl Control {
-    /// Lets the guest give up this many MiB altogether, or take back what goes beyond.
+    /// Sets the target size of the balloon in MiB. The guest inflates or deflates the balloon accordingly.
     pub fn set_amount(&self, mib: u64) {
         self.0.target.store(pages(mib), Ordering::Release);
-        // A counter that is full is readable, which is all that is wanted.
+        // A write fails only when the counter overflows, in which case the eventfd is readable already.
         let _ = self.0.changed.write(1);
     }
 
-    /// MiB that the balloon is to have.
+    /// The target size of the balloon in MiB.
     #[must_use]
     pub fn amount(&self) -> u64 {
         u64::from(self.0.target.load(Ordering::Acquire)) / PAGES_PER_MIB
     }
 
-    /// MiB that it has, if the guest tells the truth.
+    /// The size of the balloon in MiB as reported by the guest, rounded down.
     #[must_use]
     pub fn actual(&self) -> u64 {
         u64::from(self.0.actual.load(Ordering::Acquire)) / PAGES_PER_MIB
     }
 
-    /// What the guest said of its memory last; nothing where the polling interval is 0.
+    /// The latest statistics of the guest; all fields are `None` when the polling interval is 0.
     #[must_use]
     pub fn statistics(&self) -> Statistics {
         *self.0.statistics()
     }
 }
 
-/// Pages of so many MiB.
+/// Converts MiB to balloon pages.
 fn pages(mib: u64) -> u32 {
     u32::try_from(mib.saturating_mul(PAGES_PER_MIB)).unwrap_or(u32::MAX)
 }
 
-/// The queues behind the first two. Drivers leave no gap for one that they do not use (`vm_find_vqs` in
-/// drivers/virtio/virtio_mmio.c), so that their numbers follow from the features.
+/// The optional queues. Drivers number queues without gaps for unused ones (`vm_find_vqs` in
+/// drivers/virtio/virtio_mmio.c), so that their numbers depend on the features.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct OptionalQueues {
     statistics: Option<usize>,
@@ -123,26 +123,26 @@ impl OptionalQueues {
     }
 }
 
-/// A balloon.
+/// A virtio balloon device.
 #[derive(Debug)]
 pub struct Balloon {
     shared: Arc<Shared>,
     features: u64,
-    /// Nanoseconds between two statistics.
+    /// Nanoseconds between two statistics; 0 when statistics are disabled.
     interval: u64,
     queues: OptionalQueues,
-    /// When the guest is asked for statistics again; the chain for it waits in its queue.
+    /// Time of the next request for statistics, whose chain waits in the queue; `None` when no chain waits.
     ask_at: Option<Instant>,
     watcher: Option<Watcher>,
-    /// Pages of a chain.
+    /// Page numbers of the current chain.
     named: Vec<u32>,
 }
 
 impl Balloon {
-    /// A balloon of the size that was asked for, which a guest has yet to fill.
+    /// Creates a balloon with the configured target size. It is empty until the guest inflates it.
     ///
     /// # Errors
-    /// When the host has no descriptor left.
+    /// When the process has no file descriptor left.
     pub fn new(config: &Config) -> io::Result<Self> {
         let mut features = 0;
         for (wanted, bit) in [
@@ -169,20 +169,20 @@ impl Balloon {
         })
     }
 
-    /// The same with nothing in it, for a kernel that is booted once for many guests.
+    /// Sets the target size to 0, for a kernel that is booted once for many guests (a preboot).
     #[must_use]
-    pub fn blank(self) -> Self {
+    pub fn placeholder(self) -> Self {
         self.shared.target.store(0, Ordering::Release);
         self
     }
 
-    /// What others change it with.
+    /// Returns a handle for other threads.
     #[must_use]
     pub fn control(&self) -> Control {
         Control(Arc::clone(&self.shared))
     }
 
-    fn serve_queues(&mut self, queues: &mut Queues) -> Result<(), Broken> {
+    fn serve_queues(&mut self, queues: &mut Queues) -> Result<(), DeviceError> {
         self.inflate(queues)?;
         deflate(queues)?;
         if let Some(queue) = self.queues.reporting {
@@ -191,23 +191,23 @@ impl Balloon {
         self.read_statistics(queues)
     }
 
-    /// Gives the pages of the balloon to the host.
-    fn inflate(&mut self, queues: &mut Queues) -> Result<(), Broken> {
+    /// Discards the pages that inflate the balloon.
+    fn inflate(&mut self, queues: &mut Queues) -> Result<(), DeviceError> {
         let mut count = 0;
         let result = serve_chains(INFLATE, queues, |mut chain, queues| {
             self.read_pages(&mut chain)?;
-            // All that were named: one that is named twice is read and sorted twice.
+            // Includes pages that are named twice, because they are read and sorted twice.
             count += self.named.len();
-            self.give_back(queues);
+            self.discard(queues);
             queues.complete(INFLATE, chain, 0)?;
-            Ok(count < PAGES_PER_TURN)
+            Ok(count < BUDGET_PAGES)
         });
         queues.notify(INFLATE)?;
         result
     }
 
-    /// Reads the numbers of the pages that a chain names.
-    fn read_pages(&mut self, chain: &mut Chain) -> Result<(), Broken> {
+    /// Reads the page numbers of a chain.
+    fn read_pages(&mut self, chain: &mut Chain) -> Result<(), DeviceError> {
         self.named.clear();
         let count = usize::try_from(chain.readable_len() / 4).unwrap_or(PAGES_MAX).min(PAGES_MAX);
         let mut number = [0; 4];
@@ -218,9 +218,8 @@ impl Balloon {
         Ok(())
     }
 
-    /// Gives back the pages that were read, those that follow each other in one piece. Numbers of no memory are
-    /// passed over.
-    fn give_back(&mut self, queues: &Queues) {
+    /// Discards the pages that were read, with one call per contiguous range. Numbers beyond RAM are ignored.
+    fn discard(&mut self, queues: &Queues) {
         let memory = queues.memory();
         let page = |number: u64, count: u64| {
             let length = usize::try_from(count * PAGE_SIZE).ok()?;
@@ -231,22 +230,22 @@ impl Balloon {
         self.named.dedup();
         for run in self.named.chunk_by(|a, b| a.checked_add(1) == Some(*b)) {
             if let Some(segment) = page(u64::from(run[0]), run.len() as u64) {
-                segment.give_back();
+                segment.discard();
             }
         }
     }
 
-    /// Reads statistics and leaves the chain where it is: its return is what asks for the next.
-    fn read_statistics(&mut self, queues: &mut Queues) -> Result<(), Broken> {
+    /// Reads statistics, and leaves the chain in the queue: its completion requests the next statistics.
+    fn read_statistics(&mut self, queues: &mut Queues) -> Result<(), DeviceError> {
         let Some(queue) = self.queues.statistics.filter(|_| self.ask_at.is_none()) else { return Ok(()) };
         let Some(mut chain) = next(queue, queues)? else { return Ok(()) };
         self.shared.statistics().update(&mut chain)?;
-        queues.put_back(queue, chain);
+        queues.undo_pop(queue, chain);
         self.ask_at = Some(Instant(Instant::now().0.saturating_add(self.interval)));
         Ok(())
     }
 
-    fn ask_for_statistics(&mut self, queues: &mut Queues) -> Result<(), Broken> {
+    fn ask_for_statistics(&mut self, queues: &mut Queues) -> Result<(), DeviceError> {
         self.ask_at = None;
         let Some(queue) = self.queues.statistics else { return Ok(()) };
         if let Some(chain) = queues.pop(queue)? {
@@ -257,32 +256,33 @@ impl Balloon {
     }
 }
 
-/// The next chain of a queue. Where there is none, the driver is asked to ring for the next.
-fn next(queue: usize, queues: &mut Queues) -> Result<Option<Chain>, Broken> {
+/// Pops the next chain; without one, enables notifications.
+fn next(queue: usize, queues: &mut Queues) -> Result<Option<Chain>, DeviceError> {
     if let Some(chain) = queues.pop(queue)? {
         return Ok(Some(chain));
     }
-    if queues.rearm(queue)? { queues.pop(queue) } else { Ok(None) }
+    if queues.enable_notification(queue)? { queues.pop(queue) } else { Ok(None) }
 }
 
-/// Serves chains until there is none, or `serve` says that others are to have their turn.
+/// Serves chains until the queue is empty or `serve` returns `false`, which ends the call so that other devices are
+/// served.
 fn serve_chains(
     queue: usize,
     queues: &mut Queues,
-    mut serve: impl FnMut(Chain, &mut Queues) -> Result<bool, Broken>,
-) -> Result<(), Broken> {
+    mut serve: impl FnMut(Chain, &mut Queues) -> Result<bool, DeviceError>,
+) -> Result<(), DeviceError> {
     for _ in 0..QUEUE_SIZE {
         let Some(chain) = next(queue, queues)? else { return Ok(()) };
         if !serve(chain, queues)? {
             break;
         }
     }
-    queues.yield_turn();
+    queues.reschedule();
     Ok(())
 }
 
-/// The guest takes pages back: the host gives it new ones when they are touched.
-fn deflate(queues: &mut Queues) -> Result<(), Broken> {
+/// Completes the chains of deflated pages. The guest gets new pages when it accesses them.
+fn deflate(queues: &mut Queues) -> Result<(), DeviceError> {
     let result = serve_chains(DEFLATE, queues, |chain, queues| {
         queues.complete(DEFLATE, chain, 0)?;
         Ok(true)
@@ -291,8 +291,8 @@ fn deflate(queues: &mut Queues) -> Result<(), Broken> {
     result
 }
 
-/// Gives the host the ranges that the guest does not use, which are the places of a chain (section 5.5.6.7).
-fn take_reports(queue: usize, queues: &mut Queues) -> Result<(), Broken> {
+/// Discards free pages, which are the writable segments of a chain (section 5.5.6.7).
+fn take_reports(queue: usize, queues: &mut Queues) -> Result<(), DeviceError> {
     let mut reported = 0;
     let result = serve_chains(queue, queues, |chain, queues| {
         let mut left = REPORTED_MAX;
@@ -301,7 +301,7 @@ fn take_reports(queue: usize, queues: &mut Queues) -> Result<(), Broken> {
                 break;
             }
             left -= segment.len();
-            segment.give_back();
+            segment.discard();
         }
         reported += REPORTED_MAX - left;
         queues.complete(queue, chain, 0)?;
@@ -331,15 +331,15 @@ impl Device for Balloon {
     }
 
     fn configuration(&self) -> Vec<u8> {
-        // struct virtio_balloon_config (section 5.5.4): the target and what the driver has; a command and a
-        // pattern that belong to features which are not offered.
+        // struct virtio_balloon_config (section 5.5.4): num_pages, actual, free_page_hint_cmd_id and poison_val. The
+        // features of the last two are not offered.
         let [target, actual] =
             [&self.shared.target, &self.shared.actual].map(|pages| pages.load(Ordering::Acquire));
         [target, actual, 0, 0].map(u32::to_le_bytes).concat()
     }
 
-    fn identity(&self) -> Vec<u8> {
-        // Both numbers change while a driver works.
+    fn static_configuration(&self) -> Vec<u8> {
+        // Both numbers change while a driver is active.
         Vec::new()
     }
 
@@ -355,21 +355,21 @@ impl Device for Balloon {
         }
     }
 
-    fn activate(&mut self, features: u64, _: &mut Queues, watcher: &Watcher) -> Result<(), Broken> {
+    fn activate(&mut self, features: u64, _: &mut Queues, watcher: &Watcher) -> Result<(), DeviceError> {
         self.queues = OptionalQueues::of(features);
         let changed = crate::poll::borrow(&self.shared.changed);
         watcher
             .add(changed, CONTROL, EventFlags::IN)
-            .map_err(|error| Broken::because(format!("the balloon's size cannot be watched: {error}")))?;
+            .map_err(|error| DeviceError::new(format!("the balloon's size cannot be watched: {error}")))?;
         self.watcher = Some(watcher.clone());
         Ok(())
     }
 
-    fn serve(&mut self, event: Event, queues: &mut Queues) -> Result<(), Broken> {
+    fn serve(&mut self, event: Event, queues: &mut Queues) -> Result<(), DeviceError> {
         match event {
             Event::Doorbell => self.serve_queues(queues),
             Event::Ready(..) => {
-                // The counter only has to be reset.
+                // The read only resets the counter.
                 let _ = self.shared.changed.read();
                 queues.set_configuration(&self.configuration());
                 Ok(())
@@ -388,7 +388,7 @@ impl Device for Balloon {
         }
         self.queues = OptionalQueues::default();
         self.ask_at = None;
-        // All pages are the guest's again.
+        // The balloon is empty after a reset.
         self.shared.actual.store(0, Ordering::Release);
     }
 }

@@ -1,13 +1,13 @@
-//! Block device (section 5.2): a raw file or a block device of the host as a disk.
+//! Block device (section 5.2): a regular file or a block device of the host as a raw disk.
 
 pub(super) mod file;
 #[cfg(test)]
 mod tests;
 
-use super::file_io::{Done, FileIo, Job, Operation};
+use super::file_io::{Completion, FileIo, Job, Operation};
 use super::queue::fill;
 use super::rate_limiter::RateLimiter;
-use super::{Broken, Chain, Device, Event, Left, Queues, Segment, Watcher};
+use super::{Chain, Device, DeviceError, Event, Progress, Queues, Segment, Watcher};
 use crate::config::ConfigError;
 use crate::config::devices::{CacheType, Drive};
 use crate::timeline::Instant;
@@ -20,7 +20,7 @@ use std::path::PathBuf;
 const KIND: u32 = 2;
 const QUEUE: usize = 0;
 const QUEUE_SIZE: u16 = 256;
-/// The token of [`FileIo`] among this device's events.
+/// The token of [`FileIo`] among the device's events.
 const FILE: u32 = 0;
 
 /// Feature bits (section 5.2.3).
@@ -33,7 +33,7 @@ mod feature {
     pub(super) const WRITE_ZEROES: u64 = 1 << 14;
 }
 
-/// Kinds of requests, and how they end (section 5.2.6).
+/// Request types (section 5.2.6).
 mod request {
     pub(super) const IN: u32 = 0;
     pub(super) const OUT: u32 = 1;
@@ -41,11 +41,11 @@ mod request {
     pub(super) const GET_ID: u32 = 8;
     pub(super) const DISCARD: u32 = 11;
     pub(super) const WRITE_ZEROES: u32 = 13;
-    /// Flag of write zeroes: the range may lose its place on the disk.
+    /// Flag of a write-zeroes request: the device may deallocate the range.
     pub(super) const UNMAP: u32 = 1;
 }
 
-/// How a request ended (section 5.2.6).
+/// Request status (section 5.2.6).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 enum Status {
@@ -54,86 +54,88 @@ enum Status {
     Unsupported = 2,
 }
 
-/// Bytes of a sector, in which all requests count.
+/// Bytes per sector, the unit of all requests.
 const SECTOR: u64 = 512;
-/// Bytes of the answer to [`request::GET_ID`].
+/// Bytes of the reply to [`request::GET_ID`].
 const ID_LEN: usize = 20;
-/// Chains that are served before others have their turn.
+/// Maximum number of chains per call.
 const BUDGET: usize = 64;
-/// Bytes of requests after which they have it: copying these takes a tenth of a millisecond. The last request may go
-/// beyond by what [`FileIo`] does inline.
+/// Bytes of requests after which a call ends: copying them takes a tenth of a millisecond. The last request may exceed
+/// the limit by the maximum that [`FileIo`] transfers inline.
 const BUDGET_BYTES: u64 = 1 << 20;
 
-/// A disk.
+/// A virtio block device.
 #[derive(Debug)]
 pub struct Block {
     io: FileIo,
     sectors: u64,
-    /// Bytes of the smallest request that the host can do, a multiple of a sector.
+    /// The logical block size: the smallest request that the host supports, in bytes, a multiple of the sector size.
     block_size: u32,
     is_read_only: bool,
     cache_type: CacheType,
     id: [u8; ID_LEN],
     limiter: RateLimiter,
-    /// When requests that wait for the limiter can go on.
+    /// Time at which the rate limiter admits the next request; `None` when no request waits for it.
     resume_at: Option<Instant>,
-    /// A request that a vCPU's thread could not do at once.
+    /// A request that would have blocked the vCPU's thread; the event loop's thread submits it.
     deferred: Option<Request>,
-    /// Requests that are on their way, by their number.
+    /// Requests that have been submitted, indexed by their number.
     in_flight: Vec<Option<Request>>,
     watcher: Option<Watcher>,
-    finished: Vec<Done>,
-    /// Where the file is.
+    finished: Vec<Completion>,
+    /// Path of the file, for error messages.
     path: PathBuf,
-    /// The first thing that the host could not do.
+    /// The first I/O error of the host.
     failure: Option<String>,
 }
 
-/// A request that was understood.
+/// A valid request.
 #[derive(Debug)]
 struct Request {
     chain: Chain,
     status: Segment,
     operation: Operation,
-    /// Where in the file, in bytes.
+    /// Offset in the file in bytes.
     offset: u64,
     /// Bytes of data in guest memory.
     length: u64,
-    /// The driver has reset the device since.
-    is_forgotten: bool,
+    /// The driver has reset the device in the meantime.
+    is_dropped: bool,
 }
 
-/// What a chain amounts to.
+/// A parsed chain.
 enum Parsed {
-    /// Something to be done with the file.
+    /// A request that accesses the file.
     Request(Request),
-    /// Something that is answered at once; with the bytes of the answer.
-    Answer(Chain, Segment, Status, u32),
+    /// A request that is completed without access to the file: chain, status segment, status, and the length of the
+    /// reply in bytes.
+    Reply(Chain, Segment, Status, u32),
 }
 
 impl Block {
-    /// Opens the file of a drive. With [`ForeignLock::Ignored`] others may have it: an image's root filesystem is only
-    /// read, and whoever may read its file could lock it, and keep all guests of the image from starting.
+    /// Opens the file of a drive. [`ForeignLock::Ignored`] allows a file that another process has locked. It is used
+    /// for the root filesystem of an image: that is only read, and any process that may read the file could lock it and
+    /// so keep all guests of the image from starting.
     ///
     /// # Errors
-    /// When it is missing, in use or nothing that a disk can be.
+    /// When the file does not exist, is in use, or is neither a regular file nor a block device.
     pub(crate) fn open_file(drive: &Drive, lock: ForeignLock) -> Result<File, ConfigError> {
         let wrong = |what: String| ConfigError::DriveFile { path: drive.path_on_host.clone(), what };
         open_file(&drive.path_on_host, drive.is_read_only, drive.direct, lock).map_err(wrong)
     }
 
-    /// Opens the file of a drive, and makes the disk.
+    /// Opens the file of a drive and creates the device.
     ///
     /// # Errors
-    /// When it is missing, in use, empty or nothing that a disk can be.
+    /// When the file does not exist, is in use, is empty, or is neither a regular file nor a block device.
     pub fn open(drive: &Drive) -> Result<Self, ConfigError> {
         Self::new(drive, Self::open_file(drive, ForeignLock::InUse)?)
     }
 
-    /// The disk of an open file.
+    /// Creates the device for an open file.
     ///
     /// # Errors
-    /// When the file is empty, or its end lies in the middle of a block.
+    /// When the file is empty, or its length is not a multiple of the logical block size.
     pub(crate) fn new(drive: &Drive, file: File) -> Result<Self, ConfigError> {
         let wrong = |what: String| ConfigError::DriveFile { path: drive.path_on_host.clone(), what };
         let length = length(&file).map_err(|error| wrong(error.to_string()))?;
@@ -166,51 +168,52 @@ impl Block {
         })
     }
 
-    /// The same disk with nothing on it, for a kernel that is booted once for many disks.
+    /// Replaces the file by a sparse memory file of the same size, for a kernel that is booted once for many disks (a
+    /// preboot).
     ///
     /// # Errors
-    /// When the host has no memory left.
-    pub fn blank(mut self) -> io::Result<Self> {
+    /// When the host is out of memory.
+    pub fn placeholder(mut self) -> io::Result<Self> {
         let file = File::from(rustix::fs::memfd_create("blank disk", rustix::fs::MemfdFlags::CLOEXEC)?);
         file.set_len(self.sectors * SECTOR)?;
         self.io = FileIo::new(file, QUEUE_SIZE);
         Ok(self)
     }
 
-    fn serve_queue(&mut self, at_once: bool, queues: &mut Queues) -> Result<Left, Broken> {
+    fn serve_queue(&mut self, inline: bool, queues: &mut Queues) -> Result<Progress, DeviceError> {
         self.resume_at = None;
-        let result = self.serve_chains(at_once, queues);
+        let result = self.serve_chains(inline, queues);
         queues.notify(QUEUE)?;
         result
     }
 
-    /// With `at_once` it stops before a request for which the host would have to wait.
-    fn serve_chains(&mut self, at_once: bool, queues: &mut Queues) -> Result<Left, Broken> {
+    /// Serves available chains. With `inline` it stops at a request that would block.
+    fn serve_chains(&mut self, inline: bool, queues: &mut Queues) -> Result<Progress, DeviceError> {
         let mut total = 0;
         for _ in 0..BUDGET {
             let Some(chain) = queues.pop(QUEUE)? else {
-                if queues.rearm(QUEUE)? {
+                if queues.enable_notification(QUEUE)? {
                     continue;
                 }
-                return Ok(Left::Nothing);
+                return Ok(Progress::Done);
             };
             let bytes = chain.readable_len().max(chain.writable_len());
             if let Err(until) = self.limiter.take(bytes) {
-                queues.put_back(QUEUE, chain);
+                queues.undo_pop(QUEUE, chain);
                 self.resume_at = Some(until);
-                // The event loop has to learn of the time.
-                return Ok(Left::Something);
+                // The event loop has to update its timeout.
+                return Ok(Progress::Pending);
             }
             match self.parse(chain)? {
-                Parsed::Answer(chain, status, result, written) => {
+                Parsed::Reply(chain, status, result, written) => {
                     fill(status, &[result as u8]);
                     queues.complete(QUEUE, chain, written + 1)?;
                 }
                 Parsed::Request(request) => {
-                    if let Some(request) = self.attempt(request, queues)? {
-                        if at_once {
+                    if let Some(request) = self.try_inline(request, queues)? {
+                        if inline {
                             self.deferred = Some(request);
-                            return Ok(Left::Something);
+                            return Ok(Progress::Pending);
                         }
                         self.submit(request, queues)?;
                     }
@@ -221,16 +224,16 @@ impl Block {
                 break;
             }
         }
-        Ok(Left::Something)
+        Ok(Progress::Pending)
     }
 
-    fn parse(&self, mut chain: Chain) -> Result<Parsed, Broken> {
+    fn parse(&self, mut chain: Chain) -> Result<Parsed, DeviceError> {
         let mut header = [0; 16];
         chain.read(&mut header)?;
         let status = chain.split_writable(1)?;
         let [kind, _, sector_low, sector_high] = words(header);
         let offset = byte_offset(sector_low, sector_high);
-        let answer = |chain, result| Ok(Parsed::Answer(chain, status, result, 0));
+        let answer = |chain, result| Ok(Parsed::Reply(chain, status, result, 0));
         let (operation, offset, length) = match kind {
             request::IN => (Operation::Read, offset, chain.writable_len()),
             request::OUT => (Operation::Write, offset, chain.readable_len()),
@@ -240,11 +243,11 @@ impl Block {
                 let room = usize::try_from(chain.writable_len()).unwrap_or(usize::MAX).min(ID_LEN);
                 chain.write(&self.id[..room])?;
                 let written = u32::try_from(room).unwrap_or(0);
-                return Ok(Parsed::Answer(chain, status, Status::Ok, written));
+                return Ok(Parsed::Reply(chain, status, Status::Ok, written));
             }
             request::DISCARD | request::WRITE_ZEROES => {
                 let mut range = [0; 16];
-                // More than one range is more than was offered.
+                // The device offers one range per request.
                 if chain.readable_len() != 16 {
                     return answer(chain, Status::IoError);
                 }
@@ -272,30 +275,31 @@ impl Block {
             && (length > 0 || !matches!(operation, Operation::Read | Operation::Write))
             && !(changes && self.is_read_only);
         let Some(offset) = offset.filter(|_| is_possible) else { return answer(chain, Status::IoError) };
-        Ok(Parsed::Request(Request { chain, status, operation, offset, length, is_forgotten: false }))
+        Ok(Parsed::Request(Request { chain, status, operation, offset, length, is_dropped: false }))
     }
 
-    /// Whether the disk has these bytes.
+    /// Whether a range lies within the disk.
     fn has(&self, offset: Option<u64>, length: u64) -> bool {
         let end = offset.and_then(|offset| offset.checked_add(length));
         end.is_some_and(|end| end <= self.sectors * SECTOR)
     }
 
-    /// Does a request if the host can do it at once, and otherwise gives it back.
-    fn attempt(&mut self, request: Request, queues: &mut Queues) -> Result<Option<Request>, Broken> {
-        match self.io.attempt(&request.job()) {
+    /// Performs a request if it does not block; otherwise returns it.
+    fn try_inline(&mut self, request: Request, queues: &mut Queues) -> Result<Option<Request>, DeviceError> {
+        match self.io.try_inline(&request.job()) {
             Some(Ok(moved)) if moved == request.length => finish(request, Status::Ok, queues)?,
             Some(Err(error)) => {
-                let status = self.judge(request.operation, &error);
+                let status = self.record_error(request.operation, &error);
                 finish(request, status, queues)?;
             }
-            // A part is done anew with the rest: it may have ended where the host would have had to wait.
+            // After a short transfer the whole request is repeated: the transfer may have ended where it would have
+            // blocked.
             Some(Ok(_)) | None => return Ok(Some(request)),
         }
         Ok(None)
     }
 
-    fn submit(&mut self, request: Request, queues: &mut Queues) -> Result<(), Broken> {
+    fn submit(&mut self, request: Request, queues: &mut Queues) -> Result<(), DeviceError> {
         let slot = self.in_flight.iter().position(Option::is_none).unwrap_or(self.in_flight.len());
         let (Some(watcher), Ok(number)) = (&self.watcher, u32::try_from(slot)) else {
             return finish(request, Status::IoError, queues);
@@ -310,13 +314,13 @@ impl Block {
         Ok(())
     }
 
-    /// The request of this number, which has come back.
+    /// Takes the completed request with this number.
     fn take(&mut self, number: u32) -> Option<Request> {
         self.in_flight.get_mut(usize::try_from(number).ok()?)?.take()
     }
 
-    /// What a request is answered that the host could not do.
-    fn judge(&mut self, operation: Operation, error: &io::Error) -> Status {
+    /// The status for an error of the host. Records the first I/O error.
+    fn record_error(&mut self, operation: Operation, error: &io::Error) -> Status {
         if let Some(libc::EOPNOTSUPP | libc::ENOSYS) = error.raw_os_error() {
             return Status::Unsupported;
         }
@@ -325,16 +329,16 @@ impl Block {
         Status::IoError
     }
 
-    fn take_finished(&mut self, queues: &mut Queues) -> Result<(), Broken> {
+    fn take_finished(&mut self, queues: &mut Queues) -> Result<(), DeviceError> {
         let mut finished = std::mem::take(&mut self.finished);
         self.io.finished(&mut finished);
         for (number, result) in finished.drain(..) {
-            let Some(request) = self.take(number).filter(|request| !request.is_forgotten) else { continue };
+            let Some(request) = self.take(number).filter(|request| !request.is_dropped) else { continue };
             let status = match result {
                 Ok(moved) if moved == request.length => Status::Ok,
-                // The disk's file has become shorter, or a signal came in between.
+                // The file was truncated, or a signal interrupted the transfer.
                 Ok(_) => Status::IoError,
-                Err(error) => self.judge(request.operation, &error),
+                Err(error) => self.record_error(request.operation, &error),
             };
             finish(request, status, queues)?;
         }
@@ -351,25 +355,25 @@ impl Request {
             Operation::Write => self.chain.readable(),
             _ => &[],
         };
-        // SAFETY: a request that is submitted is kept in `in_flight`, which moves neither the vector of the
-        // chain's segments nor guest memory, until it comes back or the file has been drained.
+        // SAFETY: a submitted request is kept in `in_flight` until it completes or the file has been drained; it moves
+        // neither the vector of the chain's segments nor guest memory.
         unsafe { Job::new(self.operation, self.offset, segments) }
     }
 }
 
-/// Answers a request. What was read counts as written.
-fn finish(request: Request, status: Status, queues: &mut Queues) -> Result<(), Broken> {
+/// Completes a request. The data of a read counts as written by the device.
+fn finish(request: Request, status: Status, queues: &mut Queues) -> Result<(), DeviceError> {
     fill(request.status, &[status as u8]);
     let read = if request.operation == Operation::Read && status == Status::Ok { request.length } else { 0 };
     queues.complete(QUEUE, request.chain, u32::try_from(read + 1).unwrap_or(u32::MAX))
 }
 
-/// Where a sector is, in bytes, by the halves of its number; none where no file is so long.
+/// The byte offset of a sector from the two halves of its number; `None` when it overflows.
 fn byte_offset(sector_low: u32, sector_high: u32) -> Option<u64> {
     (u64::from(sector_high) << 32 | u64::from(sector_low)).checked_mul(SECTOR)
 }
 
-/// Four little-endian numbers.
+/// Splits bytes into four little-endian numbers.
 fn words(bytes: [u8; 16]) -> [u32; 4] {
     let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = bytes;
     [[a, b, c, d], [e, f, g, h], [i, j, k, l], [m, n, o, p]].map(u32::from_le_bytes)
@@ -397,24 +401,24 @@ impl Device for Block {
         let mut bytes = Vec::with_capacity(60);
         bytes.extend(self.sectors.to_le_bytes());
         bytes.extend([0; 4]);
-        // Two descriptors are header and status.
+        // seg_max: the queue size without the descriptors of header and status.
         bytes.extend((u32::from(QUEUE_SIZE) - 2).to_le_bytes());
         bytes.extend([0; 4]);
         bytes.extend(self.block_size.to_le_bytes());
         bytes.extend([0; 12]);
         let sectors_max = u32::MAX / 512;
         let alignment = self.block_size / 512;
-        // Discards: sectors, ranges, alignment. Then zeroes: sectors, ranges, whether they can unmap.
+        // Discard: sectors, segments, alignment. Write zeroes: sectors, segments, may_unmap.
         bytes.extend([sectors_max, 1, alignment, sectors_max, 1, 1].map(u32::to_le_bytes).concat());
         bytes
     }
 
-    fn identity(&self) -> Vec<u8> {
-        // A disk may grow and shrink.
+    fn static_configuration(&self) -> Vec<u8> {
+        // The capacity may change.
         self.configuration().split_off(size_of_val(&self.sectors))
     }
 
-    fn activate(&mut self, _: u64, _: &mut Queues, watcher: &Watcher) -> Result<(), Broken> {
+    fn activate(&mut self, _: u64, _: &mut Queues, watcher: &Watcher) -> Result<(), DeviceError> {
         self.watcher = Some(watcher.clone());
         Ok(())
     }
@@ -423,19 +427,19 @@ impl Device for Block {
         self.failure.clone()
     }
 
-    fn serves_at_once(&self) -> bool {
-        self.io.can_be_quick()
+    fn serves_inline(&self) -> bool {
+        self.io.supports_inline()
     }
 
-    fn serve_at_once(&mut self, queues: &mut Queues) -> Result<Left, Broken> {
-        // Where the host had to wait a moment ago, it will have to wait again.
+    fn serve_inline(&mut self, queues: &mut Queues) -> Result<Progress, DeviceError> {
+        // A request would block now, or the limiter has no tokens.
         if self.resume_at.is_some() || self.deferred.is_some() || self.io.is_busy() {
-            return Ok(Left::Something);
+            return Ok(Progress::Pending);
         }
         self.serve_queue(true, queues)
     }
 
-    fn serve(&mut self, event: Event, queues: &mut Queues) -> Result<(), Broken> {
+    fn serve(&mut self, event: Event, queues: &mut Queues) -> Result<(), DeviceError> {
         match event {
             Event::Doorbell if self.resume_at.is_some() => Ok(()),
             Event::Doorbell | Event::Deadline => {
@@ -443,9 +447,9 @@ impl Device for Block {
                     self.submit(request, queues)?;
                 }
                 let is_unfinished =
-                    self.serve_queue(false, queues)? == Left::Something && self.resume_at.is_none();
-                if self.io.is_held_up() || is_unfinished {
-                    queues.yield_turn();
+                    self.serve_queue(false, queues)? == Progress::Pending && self.resume_at.is_none();
+                if self.io.retry_submit() || is_unfinished {
+                    queues.reschedule();
                 }
                 Ok(())
             }
@@ -458,14 +462,14 @@ impl Device for Block {
     }
 
     fn reset(&mut self) {
-        // What is on its way keeps its memory until it comes back.
-        self.in_flight.iter_mut().flatten().for_each(|request| request.is_forgotten = true);
+        // The memory of a submitted request must stay until it completes.
+        self.in_flight.iter_mut().flatten().for_each(|request| request.is_dropped = true);
         self.deferred = None;
         self.resume_at = None;
     }
 
-    fn is_at_rest(&mut self) -> bool {
-        self.io.is_held_up();
+    fn is_quiescent(&mut self) -> bool {
+        self.io.retry_submit();
         let mut finished = std::mem::take(&mut self.finished);
         self.io.finished(&mut finished);
         for (number, _) in finished.drain(..) {
@@ -478,7 +482,7 @@ impl Device for Block {
 
 impl Drop for Block {
     fn drop(&mut self) {
-        // The requests must not go before what uses their memory.
+        // Requests own the memory that jobs use, so that they must outlive the jobs.
         self.io.drain();
     }
 }

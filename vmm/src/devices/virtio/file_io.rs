@@ -1,8 +1,8 @@
-//! Reading and writing a file on behalf of a guest, without ever waiting for it.
+//! Non-blocking file I/O to and from guest memory.
 //!
-//! What the host can do at once, because the file's pages are in memory and not many, is done at once: that costs one
-//! system call and no change of threads. Everything else goes to an io_uring, or where the host has none to a
-//! thread, and comes back as an event. Either is made when it is first needed.
+//! A transfer of limited size whose pages are in the page cache is performed inline, which takes one system call and no
+//! switch of threads. Everything else goes to an io_uring, or to a thread if the host does not allow io_uring, and
+//! completes with an event. The io_uring or thread is created when it is first needed.
 #![expect(unsafe_code, reason = "reads and writes with addresses of guest memory")]
 
 use super::{Segment, Watcher};
@@ -18,71 +18,72 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use vmm_sys_util::eventfd::EventFd;
 
-/// Bytes of the largest job that is done inline: copying these takes two tenths of a millisecond, in which the device is
-/// locked. Linux makes no larger requests than 1280 KiB unless it is told to (`BLK_DEF_MAX_SECTORS_CAP` in block/blk.h).
+/// Maximum number of bytes that are transferred inline: copying them takes two tenths of a millisecond, during which
+/// the device is locked. Linux makes no larger requests than 1280 KiB by default (`BLK_DEF_MAX_SECTORS_CAP` in
+/// block/blk.h).
 const INLINE_MAX: u64 = 2 << 20;
 
-/// What is to be done with a file.
+/// A file operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Operation {
-    /// Into guest memory.
+    /// Reads from the file into guest memory.
     Read,
-    /// From guest memory.
+    /// Writes guest memory to the file.
     Write,
-    /// What was written is to be on the disk.
+    /// Makes completed writes durable (fdatasync(2)).
     Flush,
-    /// A range reads as zeroes; it may lose its place on the disk.
+    /// Makes a range of this many bytes read as zeroes, and deallocates it.
     PunchHole(u64),
-    /// A range reads as zeroes and keeps its place, which it has to have ([`FileIo::zero`]).
+    /// Makes a range of this many bytes read as zeroes, and keeps its allocation ([`FileIo::zero`]).
     Zero(u64),
 }
 
-/// An operation with its place in the file and in guest memory.
+/// An operation with its offset in the file and its segments of guest memory.
 #[derive(Debug)]
 pub(super) struct Job {
     pub(super) operation: Operation,
     pub(super) offset: u64,
-    /// Guest memory, which whoever asks keeps until the operation is done.
+    /// Segments, which the caller keeps valid until the job is done.
     segments: *const Segment,
     count: usize,
-    /// Whether moving its bytes takes so long that the device's thread has no time for it.
+    /// Whether the transfer is too large for the device's thread.
     is_large: bool,
 }
 
-// SAFETY: the pointer is to segments that stay where they are until the job is done, see `Job::new`.
+// SAFETY: the pointer is to segments that stay valid until the job is done, see `Job::new`.
 unsafe impl Send for Job {}
 
 impl Job {
-    /// An operation on these segments.
+    /// Creates a job for these segments.
     ///
     /// # Safety
-    /// The segments and the guest memory that they name stay until the job has been done or, having been
-    /// submitted, has come back.
+    /// The segments, and the guest memory that they refer to, stay valid until the job has been executed or, after a
+    /// submission, has completed.
     pub(super) unsafe fn new(operation: Operation, offset: u64, segments: &[Segment]) -> Self {
         let bytes: u64 = segments.iter().map(|segment| segment.len() as u64).sum();
         let is_large = bytes > INLINE_MAX;
         Self { operation, offset, segments: segments.as_ptr(), count: segments.len(), is_large }
     }
 
-    /// Does it now. With `must_not_wait` it fails with EAGAIN where that would take time, or where the
-    /// file's filesystem cannot tell.
-    fn execute(&self, file: BorrowedFd<'_>, must_not_wait: bool) -> io::Result<u64> {
+    /// Executes the job. With `nowait` it fails with EAGAIN when it would block, and with EOPNOTSUPP when the
+    /// filesystem does not support non-blocking I/O.
+    fn execute(&self, file: BorrowedFd<'_>, nowait: bool) -> io::Result<u64> {
         let fd = file.as_raw_fd();
         let again = || Err(io::Error::from_raw_os_error(libc::EAGAIN));
         let Ok(offset) = i64::try_from(self.offset) else { return Err(io::ErrorKind::InvalidInput.into()) };
         let Ok(count) = i32::try_from(self.count) else { return Err(io::ErrorKind::InvalidInput.into()) };
-        let flags = if must_not_wait { libc::RWF_NOWAIT } else { 0 };
+        let flags = if nowait { libc::RWF_NOWAIT } else { 0 };
         let segments: *const libc::iovec = self.segments.cast();
-        // SAFETY: whoever made the job keeps its segments and their memory; a segment is an iovec. The
-        // guest's memory is shared with the guest, and the kernel copes with that.
+        // SAFETY: the creator of the job keeps its segments and their memory valid; a segment is an iovec. The guest
+        // may access the memory concurrently, which the kernel tolerates.
         let result = unsafe {
             match self.operation {
-                // Without flags the older call, which every filesystem has.
+                // Without flags the older system call, which every filesystem supports.
                 Operation::Read if flags == 0 => libc::preadv(fd, segments, count, offset),
                 Operation::Read => libc::preadv2(fd, segments, count, offset, flags),
                 Operation::Write if flags == 0 => libc::pwritev(fd, segments, count, offset),
                 Operation::Write => libc::pwritev2(fd, segments, count, offset, flags),
-                _ if must_not_wait => return again(),
+                _ if nowait => return again(),
                 Operation::Flush => libc::fdatasync(fd) as isize,
                 Operation::PunchHole(length) | Operation::Zero(length) => {
                     let Ok(length) = i64::try_from(length) else {
@@ -95,7 +96,7 @@ impl Job {
         u64::try_from(result).map_err(|_| io::Error::last_os_error())
     }
 
-    /// What fallocate(2) is to do.
+    /// The mode of fallocate(2).
     const fn mode(&self) -> i32 {
         let what = match self.operation {
             Operation::Zero(_) => libc::FALLOC_FL_ZERO_RANGE,
@@ -118,35 +119,35 @@ impl Job {
                 opcode::Fallocate::new(fd, length).offset(self.offset).mode(self.mode()).build()
             }
         };
-        // Without the flag io_uring tries first whether a job can be done in the call that submits it, which for
-        // pages in memory means copying all of them.
+        // Without this flag io_uring first tries to complete the job in the submitting call, which for cached pages
+        // means copying all of them there.
         if self.is_large { entry.flags(squeue::Flags::ASYNC) } else { entry }
     }
 }
 
-/// A job that has come back, by the number that it was given, with the bytes that it moved.
-pub(super) type Done = (u32, io::Result<u64>);
+/// A completed job: its number and the transferred bytes.
+pub(super) type Completion = (u32, io::Result<u64>);
 
-/// The file behind a device.
+/// The backing file of a device.
 #[derive(Debug)]
 pub(super) struct FileIo {
     file: Arc<File>,
     speed: Speed,
-    /// Jobs that were submitted and have not come back.
+    /// Number of jobs that have been submitted and have not completed.
     pending: u32,
     engine: Option<Engine>,
-    /// Entries that the engine has to have room for.
+    /// Maximum number of pending jobs.
     depth: u32,
 }
 
-/// What is known of how long a file takes.
+/// How fast a file can be accessed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Speed {
-    /// It is memory: nothing takes time.
+    /// On tmpfs: no access blocks.
     Memory,
-    /// What is in the page cache takes none, and the host says what is not.
+    /// Buffered I/O: an access to the page cache does not block, and the host reports if it would (RWF_NOWAIT).
     Cached,
-    /// It is opened for direct I/O, with which the host waits for the disk whatever it is asked.
+    /// Direct I/O, which waits for the disk even with RWF_NOWAIT.
     Direct,
 }
 
@@ -159,9 +160,9 @@ enum Engine {
 struct Ring(IoUring);
 
 impl Ring {
-    /// Takes the jobs that have come back. Those for which the completion queue has no room stay with the kernel,
-    /// which keeps the ring readable and puts them there when it is entered.
-    fn finished(&mut self, into: &mut Vec<Done>) {
+    /// Takes the completed jobs. Completions that do not fit into the completion queue stay in the kernel, which keeps
+    /// the ring readable and moves them to the queue on the next io_uring_enter(2).
+    fn finished(&mut self, into: &mut Vec<Completion>) {
         loop {
             let before = into.len();
             into.extend(self.0.completion().map(|entry| {
@@ -184,9 +185,9 @@ impl std::fmt::Debug for Ring {
 }
 
 impl FileIo {
-    /// For at most `depth` jobs at a time.
+    /// Creates the I/O of a file with at most `depth` pending jobs.
     pub(super) fn new(file: File, depth: u16) -> Self {
-        // The filesystem of a block device is the one that has its name.
+        // For a block device, fstatfs reports the filesystem of its device node, which is not the data's.
         let is_memory = file.metadata().is_ok_and(|metadata| metadata.is_file())
             && rustix::fs::fstatfs(&file)
                 .is_ok_and(|status| u64::try_from(status.f_type) == Ok(libc::TMPFS_MAGIC.unsigned_abs()));
@@ -199,7 +200,7 @@ impl FileIo {
         Self { file: Arc::new(file), speed, pending: 0, engine: None, depth: depth.into() }
     }
 
-    /// For a file that stands for a disk of which everything takes time.
+    /// Treats a file like a disk whose every access blocks.
     #[cfg(test)]
     pub(super) fn slow(file: File) -> Self {
         let mut this = Self::new(file, 4);
@@ -207,21 +208,20 @@ impl FileIo {
         this
     }
 
-    /// Whether there are jobs that it can do at once.
-    pub(super) const fn can_be_quick(&self) -> bool {
+    /// Whether jobs can be performed inline.
+    pub(super) const fn supports_inline(&self) -> bool {
         !matches!(self.speed, Speed::Direct)
     }
 
-    /// Whether jobs are on their way.
+    /// Whether jobs are pending.
     pub(super) const fn is_busy(&self) -> bool {
         self.pending > 0
     }
 
-    /// What makes a range read as zeroes that is to keep its place on the disk. In a file that has no place for all of
-    /// it, a sparse one, that is a hole: the range would otherwise get a place that it did not have, of any size and for
-    /// nothing.
+    /// The operation that makes a range read as zeroes and keeps its allocation. In a sparse file this is a punched
+    /// hole, because otherwise the range would be allocated although it was not before.
     pub(super) fn zero(&self, length: u64) -> Operation {
-        /// Bytes in which `st_blocks` counts, whatever the filesystem's blocks are.
+        /// The unit of `st_blocks` in bytes, regardless of the filesystem's block size.
         const BLOCK: u64 = 512;
         let is_sparse = |file: &Metadata| file.is_file() && file.blocks().saturating_mul(BLOCK) < file.len();
         match self.file.metadata() {
@@ -230,10 +230,10 @@ impl FileIo {
         }
     }
 
-    /// Does a job if the host can do it at once; otherwise `None`, or what is wrong with it.
-    pub(super) fn attempt(&self, job: &Job) -> Option<io::Result<u64>> {
+    /// Performs a job inline, and returns its result; `None` when it would block.
+    pub(super) fn try_inline(&self, job: &Job) -> Option<io::Result<u64>> {
         match self.speed {
-            // Many bytes, or giving back a large range, take time all the same.
+            // Large transfers and deallocations take long even when they do not block.
             _ if job.is_large || matches!(job.operation, Operation::PunchHole(_) | Operation::Zero(_)) => {
                 None
             }
@@ -250,10 +250,10 @@ impl FileIo {
         }
     }
 
-    /// Lets a job be done elsewhere. It comes back from [`Self::finished`], after an event with this token.
+    /// Submits a job. Its completion is returned by [`Self::finished`] after an event with this token.
     ///
     /// # Errors
-    /// When as many jobs are on their way as the engine has room for, or the host has no engine.
+    /// When `depth` jobs are pending, or neither io_uring nor a thread is available.
     pub(super) fn submit(&mut self, number: u32, job: Job, token: u32, watcher: &Watcher) -> io::Result<()> {
         if self.pending >= self.depth {
             return Err(io::ErrorKind::QuotaExceeded.into());
@@ -264,10 +264,10 @@ impl FileIo {
         match &mut self.engine {
             Some(Engine::Ring(ring)) => {
                 let entry = job.entry(types::Fd(self.file.as_raw_fd())).user_data(number.into());
-                // SAFETY: whoever made the job keeps its memory until it comes back, and the file is open as
-                // long as `self`, which waits for its jobs.
+                // SAFETY: the creator of the job keeps its memory valid until it completes, and the file stays open as
+                // long as `self`, which drains its jobs.
                 unsafe { ring.0.submission().push(&entry) }.map_err(|_| io::ErrorKind::WouldBlock)?;
-                // Where the host has no memory for it, the job stays in the ring, see `is_held_up`.
+                // If the host is out of memory, the job stays in the submission queue, see `retry_submit`.
                 submit(&ring.0);
             }
             Some(Engine::Thread(worker)) => worker.submit(number, job, &self.file),
@@ -277,8 +277,8 @@ impl FileIo {
         Ok(())
     }
 
-    /// Whether the host had no memory for a job yet. It is asked again with each call.
-    pub(super) fn is_held_up(&mut self) -> bool {
+    /// Submits jobs again that the host had no memory for; returns whether such jobs are left.
+    pub(super) fn retry_submit(&mut self) -> bool {
         let Some(Engine::Ring(ring)) = &mut self.engine else { return false };
         if !ring.0.submission().is_empty() {
             submit(&ring.0);
@@ -286,8 +286,8 @@ impl FileIo {
         !ring.0.submission().is_empty()
     }
 
-    /// Jobs that have come back.
-    pub(super) fn finished(&mut self, into: &mut Vec<Done>) {
+    /// Appends the completed jobs to `into`.
+    pub(super) fn finished(&mut self, into: &mut Vec<Completion>) {
         let before = into.len();
         match &mut self.engine {
             Some(Engine::Ring(ring)) => ring.finished(into),
@@ -297,12 +297,12 @@ impl FileIo {
         self.pending -= u32::try_from(into.len() - before).unwrap_or(0);
     }
 
-    /// Waits until no job is on its way: guest memory is the guest's alone again.
+    /// Waits until no job is pending, so that the host does not access guest memory any more.
     pub(super) fn drain(&mut self) {
         let mut done = Vec::new();
         while self.pending > 0 {
             match &mut self.engine {
-                // A signal may interrupt the wait, and nothing else can be wrong with it.
+                // A signal may interrupt the wait; no other error is possible.
                 Some(Engine::Ring(ring)) => drop(ring.0.submit_and_wait(1)),
                 Some(Engine::Thread(worker)) => worker.wait(),
                 None => return,
@@ -318,14 +318,14 @@ impl Drop for FileIo {
     }
 }
 
-/// Submits what is in the ring. What the host does not take now is still there afterwards.
+/// Submits the submission queue. Entries that the host does not accept now stay in the queue.
 fn submit(ring: &IoUring) {
     while ring.submit().is_err_and(|error| error.kind() == io::ErrorKind::Interrupted) {}
 }
 
 impl Engine {
     fn new(depth: u32, token: u32, watcher: &Watcher) -> io::Result<Self> {
-        // Containers and cautious hosts allow no io_uring.
+        // Many container runtimes and hardened hosts forbid io_uring.
         if let Ok(ring) = IoUring::new(depth) {
             // SAFETY: the ring is open as long as the engine.
             let fd = unsafe { BorrowedFd::borrow_raw(ring.as_raw_fd()) };
@@ -338,7 +338,7 @@ impl Engine {
     }
 }
 
-/// A thread that does one job after the other.
+/// A thread that executes one job after the other.
 #[derive(Debug)]
 struct Worker {
     shared: Arc<Shared>,
@@ -355,7 +355,7 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Work {
     waiting: VecDeque<(u32, Job, Arc<File>)>,
-    finished: Vec<Done>,
+    finished: Vec<Completion>,
     ends: bool,
 }
 
@@ -373,7 +373,7 @@ impl Worker {
         self.shared.changed.notify_all();
     }
 
-    fn finished(&self, into: &mut Vec<Done>) {
+    fn finished(&self, into: &mut Vec<Completion>) {
         let mut work = self.shared.lock();
         let _ = self.shared.finished_event.read();
         into.append(&mut work.finished);
@@ -399,8 +399,8 @@ impl Shared {
             let Some((number, job, file)) = work.waiting.pop_front() else { return };
             drop(work);
             let result = job.execute(file.as_fd(), false);
-            // The event belongs to the entry: whoever takes one has taken both. Of one that came later a device
-            // after a reset would know nothing, and the event loop would see it for ever.
+            // The event and the completion are published together, so that taking the completion also clears the event.
+            // A later event would be unknown to a device after a reset, and the event loop would report it forever.
             let mut work = self.lock();
             work.finished.push((number, result));
             let _ = self.finished_event.write(1);

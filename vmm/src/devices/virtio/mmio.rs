@@ -1,16 +1,16 @@
-//! The transport: virtio over memory-mapped registers (section 4.2), version 2.
+//! The virtio-mmio transport: virtio over memory-mapped registers (section 4.2), version 2.
 //!
-//! What a driver reads stands in the device's [`RegisterPage`]. Here is what its writes do.
+//! The driver reads the registers from the device's [`RegisterPage`]. This module implements the driver's writes.
 
 mod state;
 #[cfg(test)]
 mod tests;
 
-pub use state::{InFlight, Shape, State};
+pub use state::{DeviceIdentity, InFlight, State};
 
 use super::registers as register;
 use super::registers::{RegisterPage, SHARED_MEMORY};
-use super::{ACKNOWLEDGE_QUEUES, Broken, Device, Event, Left, Queues, Watcher, feature};
+use super::{ACKNOWLEDGE_QUEUES, Device, DeviceError, Event, Progress, Queues, Watcher, feature};
 use crate::bus::{BusDevice, GuestRequest};
 use crate::memory::GuestMemory;
 use crate::timeline::Instant;
@@ -20,13 +20,13 @@ use virtio_queue::QueueT;
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
-/// "virt".
+/// "virt" in ASCII, little endian.
 const MAGIC: u32 = 0x7472_6976;
 const VERSION: u32 = 2;
-/// "KDLG": the driver shows it and does nothing with it.
+/// "KDLG" in ASCII, little endian. Drivers only display it.
 const VENDOR: u32 = 0x474c_444b;
-/// A register that holds no value.
-const NOTHING: u32 = 0;
+/// The value of a register of a queue that does not exist.
+const NO_QUEUE: u32 = 0;
 
 /// Bits of the device status (section 2.1).
 mod status {
@@ -36,14 +36,14 @@ mod status {
     pub(super) const FEATURES_OK: u32 = 8;
     pub(super) const NEEDS_RESET: u32 = 64;
     pub(super) const FAILED: u32 = 128;
-    /// All that a driver may set.
+    /// The bits that a driver may set.
     pub(super) const ALL: u32 = ACKNOWLEDGE | DRIVER | DRIVER_OK | FEATURES_OK | FAILED;
 }
 
-/// The token of the doorbell among the events of a device.
+/// The token of the doorbell among the device's events.
 const DOORBELL: u32 = u32::MAX;
 
-/// The registers that a driver sets before the device works.
+/// The registers that a driver writes during the initialization of the device.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Registers {
     status: u32,
@@ -53,37 +53,37 @@ struct Registers {
     queue_select: u32,
 }
 
-/// A device behind its registers.
+/// A virtio device with its registers.
 #[derive(Debug)]
 pub struct Transport {
     device: Box<dyn Device>,
-    /// What it is called in messages.
+    /// The device's name in error messages.
     name: String,
     registers: RegisterPage,
     state: Registers,
     queues: Queues,
     watcher: Option<Watcher>,
-    /// The driver has begun a reset, and the device still touches guest memory.
+    /// Whether a reset is pending because the device still accesses guest memory.
     is_resetting: bool,
-    /// Why the device broke first.
-    failure: Option<Broken>,
+    /// The first violation of the specification.
+    failure: Option<DeviceError>,
 }
 
-/// What a transport is connected to.
+/// The connections of a transport to the machine.
 #[derive(Debug)]
 pub struct Wiring {
-    /// The device's registers.
+    /// The page that the guest reads the registers from.
     pub registers: RegisterPage,
     /// Written to raise the device's interrupt.
     pub interrupt: EventFd,
-    /// Written when the driver has new chains: by KVM, or by the transport what a vCPU's thread has left.
+    /// The doorbell: written by KVM when the driver has new chains, and by the transport to reschedule the device.
     pub doorbell: EventFd,
     /// The guest's memory.
     pub memory: GuestMemory,
 }
 
 impl Transport {
-    /// A device after a reset.
+    /// Creates a transport with a device in its reset state. `name` is used in error messages.
     #[must_use]
     pub fn new(device: Box<dyn Device>, name: String, wiring: Wiring) -> Self {
         let Wiring { registers, interrupt, doorbell, memory } = wiring;
@@ -98,20 +98,20 @@ impl Transport {
             is_resetting: false,
             failure: None,
         };
-        this.show_identity();
-        this.show_selected();
+        this.set_constant_registers();
+        this.update_selected_registers();
         this
     }
 
-    /// Connects the device to the event loop.
+    /// Connects the device to the event loop. A device with a restored state starts to process its queues.
     ///
     /// # Errors
-    /// When the host has no memory left.
+    /// When the host is out of memory.
     pub fn watch(&mut self, watcher: Watcher) -> io::Result<()> {
         let doorbell = crate::poll::borrow(self.queues.doorbell());
         watcher.add(doorbell, DOORBELL, rustix::event::epoll::EventFlags::IN)?;
         self.watcher = Some(watcher);
-        // A device that was restored goes on.
+        // A device with a restored state continues here.
         if self.is_working()
             && let Err(reason) = self.activate()
         {
@@ -120,10 +120,10 @@ impl Transport {
         Ok(())
     }
 
-    /// An event of the loop, by its token.
+    /// Handles an event of the event loop. `token` identifies the descriptor: the doorbell, or one of the device's own.
     pub fn serve(&mut self, token: u32, flags: rustix::event::epoll::EventFlags) {
         let event = if token == DOORBELL {
-            // The counter only has to be reset.
+            // The read only resets the counter.
             let _ = self.queues.doorbell().read();
             Event::Doorbell
         } else {
@@ -132,49 +132,53 @@ impl Transport {
         self.pass(event);
     }
 
-    /// The moment of [`Self::deadline`] has come.
+    /// Handles the expiry of [`Self::deadline`].
     pub fn serve_deadline(&mut self) {
         self.pass(Event::Deadline);
     }
 
-    /// The machine has ended.
+    /// The machine has ended: the device removes what it created on the host.
     pub fn end(&mut self) {
         self.device.end();
     }
 
-    /// When the device wants to be called at the latest.
+    /// The device's deadline; `None` when the device has none or is not active.
     #[must_use]
     pub fn deadline(&self) -> Option<Instant> {
         self.is_working().then(|| self.device.deadline()).flatten()
     }
 
-    /// What the driver did wrong, or else what failed on the host's side, if anything did.
+    /// The first violation of the specification by the driver, or else the first error on the host's side.
     #[must_use]
     pub fn failure(&self) -> Option<String> {
         let of_driver = self.failure.as_ref().map(|reason| {
-            format!("a device stopped because its driver broke a rule of virtio: {}: {reason}", self.name)
+            format!(
+                "device {} stopped because its driver violated the virtio specification: {reason}",
+                self.name
+            )
         });
         of_driver.or_else(|| Some(format!("{}: {}", self.name, self.device.failure()?)))
     }
 
     fn pass(&mut self, event: Event) {
         if !self.is_working() {
-            // Nobody waits for the answer, but the event would come again and again.
-            self.device.is_at_rest();
+            // The result is not needed, but the call consumes the event, which would otherwise repeat forever.
+            self.device.is_quiescent();
         } else if let Err(reason) = self.device.serve(event, &mut self.queues) {
             self.fail(reason);
         }
     }
 
-    /// The driver has new chains, and its vCPU waits until this returns.
+    /// The driver has written the doorbell register. Its vCPU waits until this returns.
     fn ring(&mut self) {
-        // KVM passes the doorbell of other devices on by itself, and without KVM somebody has to.
-        if !self.device.serves_at_once() {
-            self.queues.yield_turn();
+        // KVM handles the doorbell of the other devices (ioeventfd); their doorbell arrives here only without KVM, in
+        // tests.
+        if !self.device.serves_inline() {
+            self.queues.reschedule();
         } else if self.is_working() {
-            match self.device.serve_at_once(&mut self.queues) {
-                Ok(Left::Nothing) => {}
-                Ok(Left::Something) => self.queues.yield_turn(),
+            match self.device.serve_inline(&mut self.queues) {
+                Ok(Progress::Done) => {}
+                Ok(Progress::Pending) => self.queues.reschedule(),
                 Err(reason) => self.fail(reason),
             }
         }
@@ -184,7 +188,7 @@ impl Transport {
         self.state.status & (status::DRIVER_OK | status::NEEDS_RESET) == status::DRIVER_OK
     }
 
-    fn fail(&mut self, reason: Broken) {
+    fn fail(&mut self, reason: DeviceError) {
         self.device.reset();
         self.set_status(self.state.status | status::NEEDS_RESET);
         self.queues.interrupt_for_configuration();
@@ -196,8 +200,8 @@ impl Transport {
         self.registers.set(register::STATUS, status);
     }
 
-    /// Registers that do not change while the device is what it is.
-    fn show_identity(&self) {
+    /// Sets the registers that never change.
+    fn set_constant_registers(&self) {
         self.registers.set(register::MAGIC, MAGIC);
         self.registers.set(register::VERSION, VERSION);
         self.registers.set(register::DEVICE_ID, self.device.kind());
@@ -208,12 +212,12 @@ impl Transport {
         self.registers.set_configuration(&self.device.configuration());
     }
 
-    /// Registers whose value depends on a selection.
-    fn show_selected(&self) {
+    /// Sets the registers that depend on a selector register.
+    fn update_selected_registers(&self) {
         self.registers
             .set(register::DEVICE_FEATURES, half(self.offered(), self.state.device_features_select));
         let queue = self.selected_queue().and_then(|queue| self.queues.queues.get(queue));
-        let size = queue.map_or(NOTHING, |queue| queue.max_size().into());
+        let size = queue.map_or(NO_QUEUE, |queue| queue.max_size().into());
         self.registers.set(register::QUEUE_SIZE_MAX, size);
         self.registers.set(register::QUEUE_READY, queue.is_some_and(QueueT::ready).into());
     }
@@ -226,7 +230,7 @@ impl Transport {
         usize::try_from(self.state.queue_select).ok().filter(|&queue| queue < self.queues.queues.len())
     }
 
-    /// The register at an offset is written.
+    /// Handles a write to the register at this offset.
     fn write_register(&mut self, offset: usize, value: u32) {
         let state = &mut self.state;
         match offset {
@@ -242,15 +246,15 @@ impl Transport {
             }
             register::DOORBELL_OFFSET => {
                 self.ring();
-                // Nothing that a selection shows has changed.
+                // The doorbell does not change any register that depends on a selector.
                 return;
             }
             _ => self.write_queue(offset, value),
         }
-        self.show_selected();
+        self.update_selected_registers();
     }
 
-    /// Features can be chosen until the driver says that it has done so.
+    /// The driver accepts features until it sets FEATURES_OK.
     fn accept_features(&mut self, value: u32) {
         if self.state.status & status::FEATURES_OK != 0 {
             return;
@@ -263,7 +267,7 @@ impl Transport {
         }
     }
 
-    /// A queue can be set up while the driver has chosen its features and is not ready yet.
+    /// The driver sets up a queue after FEATURES_OK and before DRIVER_OK.
     fn write_queue(&mut self, offset: usize, value: u32) {
         let stage = status::FEATURES_OK | status::DRIVER_OK | status::NEEDS_RESET;
         if self.state.status & stage != status::FEATURES_OK {
@@ -277,19 +281,19 @@ impl Transport {
         if queue.ready() {
             return;
         }
-        // What is out of range or not aligned is refused by the queue, which keeps what it had.
+        // The queue refuses a value that is out of range or not aligned, and keeps the previous one.
         match offset {
             register::QUEUE_SIZE => {
                 let _ = u16::try_from(value).map(|size| queue.try_set_size(size));
             }
             _ if offset & !4 == register::QUEUE_DESCRIPTORS => {
-                let _ = queue.try_set_desc_table_address(joined(queue.desc_table(), offset, value));
+                let _ = queue.try_set_desc_table_address(with_half(queue.desc_table(), offset, value));
             }
             _ if offset & !4 == register::QUEUE_DRIVER => {
-                let _ = queue.try_set_avail_ring_address(joined(queue.avail_ring(), offset, value));
+                let _ = queue.try_set_avail_ring_address(with_half(queue.avail_ring(), offset, value));
             }
             _ if offset & !4 == register::QUEUE_DEVICE => {
-                let _ = queue.try_set_used_ring_address(joined(queue.used_ring(), offset, value));
+                let _ = queue.try_set_used_ring_address(with_half(queue.used_ring(), offset, value));
             }
             _ => {}
         }
@@ -301,7 +305,7 @@ impl Transport {
             return;
         }
         let old = self.state.status;
-        // A driver sets bits one after the other and takes none back but by a reset.
+        // The driver sets one bit after the other; bits are cleared only by a reset.
         let mut new = old | value & status::ALL;
         let risen = new & !old;
         if risen & status::FEATURES_OK != 0 && !self.features_fit() {
@@ -311,7 +315,7 @@ impl Transport {
             new &= !status::DRIVER_OK;
         }
         self.set_status(new);
-        // What was broken before it was ready stays broken.
+        // A device that failed before DRIVER_OK stays failed.
         if new & !old & status::DRIVER_OK != 0
             && self.is_working()
             && let Err(reason) = self.activate()
@@ -325,29 +329,29 @@ impl Transport {
         chosen & !self.offered() == 0 && chosen & feature::VERSION_1 != 0
     }
 
-    fn activate(&mut self) -> Result<(), Broken> {
+    fn activate(&mut self) -> Result<(), DeviceError> {
         let features = self.state.driver_features;
         self.queues.activate(features & feature::EVENT_IDX != 0)?;
-        // Used chains are the only reason for an interrupt but for changes of the configuration.
+        // Except for changes of the configuration, used chains are the only reason for an interrupt.
         let status = self.registers.get(register::INTERRUPT_STATUS);
         self.registers.set(register::INTERRUPT_STATUS, status | ACKNOWLEDGE_QUEUES);
         let Some(watcher) = &self.watcher else {
-            return Err(Broken::because("the machine does not run yet"));
+            return Err(DeviceError::new("the machine does not run yet"));
         };
         self.device.activate(features, &mut self.queues, watcher)?;
-        // Chains may have come before the driver said that it is ready.
-        self.queues.yield_turn();
+        // Chains may have become available before DRIVER_OK.
+        self.queues.reschedule();
         Ok(())
     }
 
-    /// Linux takes a device to be reset when its write is done (`vm_reset` in drivers/virtio/virtio_mmio.c), so that the
-    /// write waits for a device that still touches the driver's memory. Nobody waits with it: not for the device's
-    /// lock either.
+    /// Linux considers a device reset when its write returns (`vm_reset` in drivers/virtio/virtio_mmio.c), so that the
+    /// write does not return while the device accesses the driver's memory. Only the vCPU waits: the write is retried,
+    /// and the lock of the device is not held in between.
     fn reset(&mut self) {
         self.device.reset();
         self.queues.reset();
         self.state = Registers::default();
-        self.is_resetting = !self.device.is_at_rest();
+        self.is_resetting = !self.device.is_quiescent();
         if self.is_resetting {
             return;
         }
@@ -356,7 +360,7 @@ impl Transport {
         self.registers.set_configuration(&self.device.configuration());
     }
 
-    /// Chains that the device was given and has not given back.
+    /// Number of chains that were popped and not completed.
     #[cfg(any(test, fuzzing))]
     #[must_use]
     pub fn in_flight(&self) -> usize {
@@ -364,7 +368,7 @@ impl Transport {
     }
 }
 
-/// Half of a register of 64 bits, which a driver selects: 0 is the lower, 1 the upper, and there are no more.
+/// One half of a 64-bit register by its selector: 0 is the lower half, 1 the upper half; there are no others.
 const fn half(value: u64, select: u32) -> u32 {
     let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
     match select {
@@ -374,8 +378,8 @@ const fn half(value: u64, select: u32) -> u32 {
     }
 }
 
-/// An address of which one half is written: the upper one has the offset four bytes on.
-fn joined(address: u64, offset: usize, value: u32) -> GuestAddress {
+/// Replaces one half of an address. The register of the upper half is four bytes after that of the lower half.
+fn with_half(address: u64, offset: usize, value: u32) -> GuestAddress {
     let value = u64::from(value);
     GuestAddress(if offset & 4 == 0 {
         address & !0xffff_ffff | value
@@ -386,14 +390,14 @@ fn joined(address: u64, offset: usize, value: u32) -> GuestAddress {
 
 impl BusDevice for Transport {
     fn read(&mut self, offset: u16, data: &mut [u8]) {
-        // The guest reads the page itself, unless KVM cannot map what must not be written.
+        // The guest reads the page directly, unless KVM cannot map read-only memory.
         self.registers.read(offset.into(), data);
     }
 
     fn write(&mut self, offset: u16, data: &[u8]) -> Option<GuestRequest> {
         let offset = usize::from(offset);
-        // While a reset waits, the device still touches memory for the driver that was there before. Another vCPU
-        // must not start it for a new one meanwhile.
+        // While a reset is pending, the device still accesses memory for the previous driver. Another vCPU must not
+        // start the device for a new driver in the meantime.
         if self.is_resetting && (offset != register::STATUS || data != [0; 4]) {
             return None;
         }
@@ -404,13 +408,13 @@ impl BusDevice for Transport {
             }
             return None;
         }
-        // Registers are written whole (section 4.2.2.2); what is written otherwise is ignored.
+        // Registers are accessed as aligned 32-bit words (section 4.2.2.2); other writes are ignored.
         if let Ok(value) = <[u8; 4]>::try_from(data)
             && offset % 4 == 0
         {
             let value = u32::from_le_bytes(value);
             self.write_register(offset, value);
-            return self.is_resetting.then_some(GuestRequest::Again);
+            return self.is_resetting.then_some(GuestRequest::Retry);
         }
         None
     }

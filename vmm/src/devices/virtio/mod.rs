@@ -1,8 +1,8 @@
-//! Virtio devices (Virtual I/O Device specification, version 1.2), one file per kind.
+//! Virtio devices (Virtual I/O Device specification, version 1.2), one module per device type.
 //!
-//! A [`Device`] is what it does with its queues; it knows neither KVM nor registers nor how it is
-//! announced. The [`Transport`] around it has the registers, and decides when the device may work: from
-//! the moment at which a driver has said that it is ready until the driver resets it or it breaks.
+//! A [`Device`] processes its queues. It does not depend on KVM, on registers or on how the guest discovers it. The
+//! [`Transport`] around it implements the registers. It calls the device from the moment at which the driver sets
+//! DRIVER_OK until the driver resets the device or violates the specification.
 
 pub mod balloon;
 pub mod block;
@@ -24,7 +24,7 @@ mod tests;
 mod vectored;
 pub mod vsock;
 
-pub use mmio::{InFlight, Shape, State, Transport, Wiring};
+pub use mmio::{DeviceIdentity, InFlight, State, Transport, Wiring};
 pub use queue::{Chain, Queues, Segment};
 pub use registers::{
     ACKNOWLEDGE, ACKNOWLEDGE_QUEUES, DOORBELL, QUEUE_ADDRESSES, QUEUE_ADDRESSES_LEN, RegisterPage,
@@ -40,127 +40,131 @@ use std::sync::Arc;
 
 /// Feature bits of every device (section 6).
 pub mod feature {
-    /// Chains may name a table of descriptors.
+    /// `VIRTIO_F_INDIRECT_DESC`: a descriptor may point to a table of descriptors.
     pub const INDIRECT_DESC: u64 = 1 << 28;
-    /// Both sides say from which element on they want to hear of the other.
+    /// `VIRTIO_F_EVENT_IDX`: driver and device publish the ring index at which they need the next notification.
     pub const EVENT_IDX: u64 = 1 << 29;
-    /// The device is one of the standard and not of the drafts before it.
+    /// `VIRTIO_F_VERSION_1`: the device conforms to the standard, not to a draft of it.
     pub const VERSION_1: u64 = 1 << 32;
 }
 
-/// Why a device cannot go on: its driver did what no driver may. Until the driver resets it, it rests.
+/// An error that stops a device: its driver violated the specification, or the device cannot be activated. The
+/// transport sets DEVICE_NEEDS_RESET, and the device processes nothing until the driver resets it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
-pub struct Broken(pub String);
+pub struct DeviceError(pub String);
 
-impl Broken {
-    /// For this reason.
-    pub fn because(what: impl Into<String>) -> Self {
-        Self(what.into())
+impl DeviceError {
+    /// Creates an error with this reason.
+    pub fn new(reason: impl Into<String>) -> Self {
+        Self(reason.into())
     }
 }
 
-/// What a device is called for.
+/// An event that a device is called for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// The driver may have made chains available.
+    /// The driver may have made chains available, or the device has rescheduled itself.
     Doorbell,
-    /// A descriptor that the device watches is ready; the number is the device's own for it.
+    /// A watched descriptor is ready. The number is the token of [`Watcher::add`].
     Ready(u32, EventFlags),
-    /// The moment of [`Device::deadline`] has come.
+    /// The time of [`Device::deadline`] has come.
     Deadline,
 }
 
-/// Whether a device that worked on a vCPU's thread wants to go on elsewhere.
+/// Whether chains are left after [`Device::serve_inline`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Left {
-    /// All chains are done.
-    Nothing,
-    /// What is left comes back as [`Event::Doorbell`].
-    Something,
+pub enum Progress {
+    /// All available chains have been processed.
+    Done,
+    /// Chains are left. The device continues with an [`Event::Doorbell`] on the event loop's thread.
+    Pending,
 }
 
-/// What a device does with its queues.
+/// The device-specific part of a virtio device.
 ///
-/// All of it runs with the device locked: what can take time has to go on elsewhere and come back as an event.
+/// All methods run while the device is locked. Long operations must run asynchronously and report their completion as
+/// an event.
 pub trait Device: Send + fmt::Debug {
-    /// The number of its kind (section 5).
+    /// The device type (section 5).
     fn kind(&self) -> u32;
 
-    /// The largest size of each queue, a power of two.
+    /// The maximum size of each queue; each is a power of two.
     fn queue_sizes(&self) -> &'static [u16];
 
-    /// Features that it offers beside those of every device.
+    /// The offered device-specific feature bits, without those in [`feature`].
     fn features(&self) -> u64;
 
-    /// Its configuration space as it is now; at most 256 bytes, and always as many.
+    /// The current content of the configuration space: at most 256 bytes, and always of the same length.
     fn configuration(&self) -> Vec<u8>;
 
-    /// What of the configuration space a driver reads once, when it starts. A device can take the place of another
-    /// one under a driver that has started only where this is the same; all else it may change.
-    fn identity(&self) -> Vec<u8> {
+    /// The part of the configuration space that a driver reads only once, when it initializes the device. A device can
+    /// replace another one under an initialized driver only if this part is equal; the rest may change.
+    fn static_configuration(&self) -> Vec<u8> {
         self.configuration()
     }
 
-    /// The device takes the place of one whose driver has seen this configuration space: what a driver wrote there is
-    /// to be kept.
+    /// Takes over what a driver wrote to the configuration space of the device that this one replaces. `seen` is the
+    /// configuration space of that device.
     fn restore_configuration(&mut self, _seen: &[u8]) {}
 
-    /// The driver writes into the configuration space; most devices have nothing to write.
+    /// Handles a write of the driver to the configuration space. The default ignores writes, because most devices have
+    /// no writable field.
     fn write_configuration(&mut self, _offset: usize, _data: &[u8]) {}
 
-    /// The driver is ready, and has accepted these of the features.
+    /// The driver has set DRIVER_OK; `features` are the accepted features. Descriptors for [`Event::Ready`] are
+    /// registered with `watcher`.
     ///
     /// # Errors
-    /// When the device cannot work like that.
-    fn activate(&mut self, features: u64, queues: &mut Queues, watcher: &Watcher) -> Result<(), Broken>;
+    /// When the device does not work with these features or queues, or when the host refuses a resource.
+    fn activate(&mut self, features: u64, queues: &mut Queues, watcher: &Watcher) -> Result<(), DeviceError>;
 
-    /// Works on the thread of the vCPU that rang the doorbell, which waits: what takes time is left. Only devices
-    /// for which [`Self::serves_at_once`] holds are asked.
+    /// Processes available chains on the thread of the vCPU that wrote the doorbell register. The vCPU waits, so that
+    /// anything slow is left pending. Only called when [`Self::serves_inline`] returns `true`.
     ///
     /// # Errors
-    /// When the driver broke a rule.
-    fn serve_at_once(&mut self, _queues: &mut Queues) -> Result<Left, Broken> {
-        Ok(Left::Something)
+    /// When the driver violated the specification.
+    fn serve_inline(&mut self, _queues: &mut Queues) -> Result<Progress, DeviceError> {
+        Ok(Progress::Pending)
     }
 
-    /// Whether the doorbell is for [`Self::serve_at_once`], which saves the change to another thread, instead of
-    /// for [`Self::serve`] alone.
-    fn serves_at_once(&self) -> bool {
+    /// Whether doorbells are served by [`Self::serve_inline`] first, which avoids a switch to another thread, instead
+    /// of by [`Self::serve`] only.
+    fn serves_inline(&self) -> bool {
         false
     }
 
-    /// Works.
+    /// Processes an event on the event loop's thread.
     ///
     /// # Errors
-    /// When the driver broke a rule.
-    fn serve(&mut self, event: Event, queues: &mut Queues) -> Result<(), Broken>;
+    /// When the driver violated the specification.
+    fn serve(&mut self, event: Event, queues: &mut Queues) -> Result<(), DeviceError>;
 
-    /// When it wants to be called at the latest.
+    /// The latest time of the next call with [`Event::Deadline`]; `None` without a deadline.
     fn deadline(&self) -> Option<Instant> {
         None
     }
 
-    /// The driver starts over: what was asked for before is forgotten.
+    /// The driver resets the device, or the device has failed: all requests are dropped.
     fn reset(&mut self);
 
-    /// Whether nothing that was forgotten touches guest memory any more. A device that does not work is asked after each
-    /// of its events, and by who resets it until it is so.
-    fn is_at_rest(&mut self) -> bool {
+    /// Whether no dropped request accesses guest memory any more. The transport polls this after each event of an
+    /// inactive device, and a reset completes only when it is `true`.
+    fn is_quiescent(&mut self) -> bool {
         true
     }
 
-    /// What went wrong first on the host's side, if something did: the driver had an error for an answer.
+    /// The first error on the host's side. The driver got an error as the reply to its request.
     fn failure(&self) -> Option<String> {
         None
     }
 
-    /// The machine has ended: what others on this host can see of the device goes away. Whoever ends with the
-    /// machine drops no device.
+    /// The machine has ended: the device removes what it created on the host, such as a socket's path. Needed because
+    /// devices are not dropped when the process exits with the machine.
     fn end(&mut self) {}
 }
 
-/// Lets a device watch descriptors: what is ready comes back as [`Event::Ready`].
+/// Registers descriptors of one device with the event loop: readiness is reported as [`Event::Ready`].
 #[derive(Clone, Debug)]
 pub struct Watcher {
     epoll: Arc<OwnedFd>,
@@ -169,7 +173,7 @@ pub struct Watcher {
 }
 
 impl Watcher {
-    /// Of the device with this number, counted from one.
+    /// Creates a watcher for a device. `device` is the device's number, starting at 1.
     #[must_use]
     pub const fn new(epoll: Arc<OwnedFd>, device: u32) -> Self {
         Self { epoll, device }
@@ -182,22 +186,22 @@ impl Watcher {
     /// Watches a descriptor for these events.
     ///
     /// # Errors
-    /// When the host has no memory left, or the descriptor cannot be watched.
+    /// When the host is out of memory, or epoll does not support the descriptor.
     pub fn add(&self, fd: impl AsFd, token: u32, events: EventFlags) -> io::Result<()> {
         Ok(epoll::add(&self.epoll, fd, self.data(token), events)?)
     }
 
-    /// Watches it for other events.
+    /// Changes the events of a watched descriptor.
     ///
     /// # Errors
-    /// When it is not watched.
+    /// When the descriptor is not watched.
     pub fn modify(&self, fd: impl AsFd, token: u32, events: EventFlags) -> io::Result<()> {
         Ok(epoll::modify(&self.epoll, fd, self.data(token), events)?)
     }
 
-    /// Watches it no longer.
+    /// Stops watching a descriptor.
     pub fn remove(&self, fd: impl AsFd) {
-        // It fails only for what is not watched.
+        // This fails only for a descriptor that is not watched.
         let _ = epoll::delete(&self.epoll, fd);
     }
 }

@@ -1,12 +1,12 @@
-//! Persistent memory device (section 5.19): a file of the host as memory of the guest, behind its RAM.
+//! Persistent memory device (section 5.19): a file of the host, mapped into guest-physical memory above the RAM.
 //!
-//! The guest reads and writes the file without this device; guests that share a file share its pages in the
-//! host's memory. The device only says where the file is, and flushes it.
+//! The guest reads and writes the file without exits; guests that share a file share its pages in the host's page
+//! cache. The device only reports the location of the mapping, and flushes the file.
 
 use super::block::file::{ForeignLock, length, open_file};
-use super::file_io::{Done, FileIo, Job, Operation};
+use super::file_io::{Completion, FileIo, Job, Operation};
 use super::queue::fill;
-use super::{Broken, Chain, Device, Event, Queues, Segment, Watcher};
+use super::{Chain, Device, DeviceError, Event, Queues, Segment, Watcher};
 use crate::config::ConfigError;
 use crate::config::devices::Pmem as Config;
 use crate::layout::{HUGE_PAGE_SIZE, MIB};
@@ -19,12 +19,12 @@ use vm_memory::GuestAddress;
 const KIND: u32 = 27;
 const QUEUE: usize = 0;
 const QUEUE_SIZE: u16 = 64;
-/// The token of [`FileIo`] among this device's events.
+/// The token of [`FileIo`] among the device's events.
 const FILE: u32 = 0;
-/// The one kind of request (section 5.19.6).
+/// The only request type (section 5.19.6).
 const FLUSH: u32 = 0;
 
-/// How a request ended (section 5.19.6); Linux passes on what is not zero as an error.
+/// Request status (section 5.19.6). Linux reports any other value than 0 as an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 enum Status {
@@ -32,24 +32,24 @@ enum Status {
     IoError = 1,
 }
 
-/// A file as memory.
+/// A virtio pmem device.
 #[derive(Debug)]
 pub struct Pmem {
     io: FileIo,
     mapping: Arc<MappedFile>,
-    /// Where the guest has it.
+    /// Guest-physical address of the mapping.
     start: GuestAddress,
-    /// Chains that wait for the flush that is under way. Others stay in the queue meanwhile: one flush serves all
-    /// that have come before it.
+    /// Chains that wait for the current flush. New chains stay in the queue in the meantime: the next flush serves all
+    /// of them.
     flushing: Vec<(Chain, Segment)>,
     watcher: Option<Watcher>,
 }
 
 impl Pmem {
-    /// Opens the file of a device and maps it, for a guest that has it from `start` on.
+    /// Opens the file of a device and maps it at the guest-physical address `start`.
     ///
     /// # Errors
-    /// When it is missing, in use, empty, or nothing that can be memory.
+    /// When the file does not exist, is in use or empty, has an unsupported length, or cannot be mapped.
     pub fn open(config: &Config, start: GuestAddress) -> Result<Self, ConfigError> {
         Self::new(config, Self::open_file(config)?, start)
     }
@@ -57,16 +57,16 @@ impl Pmem {
     /// Opens the file of a device.
     ///
     /// # Errors
-    /// When it is missing, in use, or nothing that can be memory.
+    /// When the file does not exist, is in use, or is neither a regular file nor a block device.
     pub(crate) fn open_file(config: &Config) -> Result<File, ConfigError> {
         let wrong = |what: String| ConfigError::PmemFile { path: config.path_on_host.clone(), what };
         open_file(&config.path_on_host, config.read_only, false, ForeignLock::InUse).map_err(wrong)
     }
 
-    /// Maps an open file.
+    /// Creates the device for an open file, mapped at `start`.
     ///
     /// # Errors
-    /// When it is empty, or cannot be mapped.
+    /// When the file is empty, is writable and no multiple of 2 MiB long, or cannot be mapped.
     pub(crate) fn new(config: &Config, file: File, start: GuestAddress) -> Result<Self, ConfigError> {
         let wrong = |what: String| ConfigError::PmemFile { path: config.path_on_host.clone(), what };
         let length = length(&file).map_err(|error| wrong(error.to_string()))?;
@@ -74,11 +74,11 @@ impl Pmem {
             return Err(wrong("it is empty".into()));
         }
         if !config.read_only && !length.is_multiple_of(HUGE_PAGE_SIZE) {
-            // What a guest wrote behind the file's end would be lost.
+            // Writes of the guest beyond the end of the file would be lost.
             let mib = length.next_multiple_of(HUGE_PAGE_SIZE) / MIB;
             return Err(wrong(format!(
-                "its {length} bytes are not a multiple of 2 MiB; truncate -s {mib}M makes it so, and :ro, or \
-                 read_only, takes it as it is"
+                "its {length} bytes are not a multiple of 2 MiB; extend it with truncate -s {mib}M, or attach it \
+                 read-only with :ro or read_only"
             )));
         }
         let mapping = MappedFile::new(&file, length, !config.read_only);
@@ -92,11 +92,11 @@ impl Pmem {
         })
     }
 
-    /// The same with nothing but zeroes, for a kernel that is booted once for many files.
+    /// Replaces the file by a memory file of zeroes, for a kernel that is booted once for many files (a preboot).
     ///
     /// # Errors
-    /// When the host has no memory left.
-    pub fn blank(mut self) -> io::Result<Self> {
+    /// When the host is out of memory.
+    pub fn placeholder(mut self) -> io::Result<Self> {
         let file = File::from(rustix::fs::memfd_create("blank memory", rustix::fs::MemfdFlags::CLOEXEC)?);
         file.set_len(self.mapping.size())?;
         self.mapping = Arc::new(MappedFile::new(&file, self.mapping.size(), self.mapping.is_writable())?);
@@ -104,13 +104,13 @@ impl Pmem {
         Ok(self)
     }
 
-    /// Where the guest has the file, and the file.
+    /// The guest-physical address of the mapping, and the mapping.
     #[must_use]
     pub fn memory(&self) -> (GuestAddress, Arc<MappedFile>) {
         (self.start, Arc::clone(&self.mapping))
     }
 
-    fn serve_queue(&mut self, queues: &mut Queues) -> Result<(), Broken> {
+    fn serve_queue(&mut self, queues: &mut Queues) -> Result<(), DeviceError> {
         if !self.flushing.is_empty() {
             self.retry(queues);
             return Ok(());
@@ -120,11 +120,11 @@ impl Pmem {
         result
     }
 
-    /// Takes the chains that there are; those that want no flush are answered.
-    fn take_chains(&mut self, queues: &mut Queues) -> Result<(), Broken> {
+    /// Pops the available chains. Those that need no flush are completed immediately.
+    fn take_chains(&mut self, queues: &mut Queues) -> Result<(), DeviceError> {
         for _ in 0..QUEUE_SIZE {
             let Some(mut chain) = queues.pop(QUEUE)? else {
-                if queues.rearm(QUEUE)? {
+                if queues.enable_notification(QUEUE)? {
                     continue;
                 }
                 return Ok(());
@@ -138,16 +138,16 @@ impl Pmem {
                 _ => finish(chain, status, Status::IoError, queues)?,
             }
         }
-        queues.yield_turn();
+        queues.reschedule();
         Ok(())
     }
 
-    /// Starts the flush that the chains wait for.
-    fn flush(&mut self, queues: &mut Queues) -> Result<(), Broken> {
+    /// Starts a flush for the popped chains.
+    fn flush(&mut self, queues: &mut Queues) -> Result<(), DeviceError> {
         let Some(watcher) = self.watcher.as_ref().filter(|_| !self.flushing.is_empty()) else {
             return Ok(());
         };
-        let status = match self.io.attempt(&flush_job()) {
+        let status = match self.io.try_inline(&flush_job()) {
             Some(result) => result.map_or(Status::IoError, |_| Status::Ok),
             None if self.io.submit(0, flush_job(), FILE, watcher).is_ok() => {
                 self.retry(queues);
@@ -158,33 +158,38 @@ impl Pmem {
         self.finish_all(status, queues)
     }
 
-    /// Comes back as long as the host has no memory for the flush.
+    /// Reschedules the device until the host has memory for the flush.
     fn retry(&mut self, queues: &Queues) {
-        if self.io.is_held_up() {
-            queues.yield_turn();
+        if self.io.retry_submit() {
+            queues.reschedule();
         }
     }
 
-    fn finish_all(&mut self, status: Status, queues: &mut Queues) -> Result<(), Broken> {
-        for (chain, place) in self.flushing.drain(..) {
-            finish(chain, place, status, queues)?;
+    fn finish_all(&mut self, status: Status, queues: &mut Queues) -> Result<(), DeviceError> {
+        for (chain, status_segment) in self.flushing.drain(..) {
+            finish(chain, status_segment, status, queues)?;
         }
         Ok(())
     }
 
-    fn take_finished(&mut self, queues: &mut Queues) -> Result<(), Broken> {
-        let mut finished: Vec<Done> = Vec::new();
+    fn take_finished(&mut self, queues: &mut Queues) -> Result<(), DeviceError> {
+        let mut finished: Vec<Completion> = Vec::new();
         self.io.finished(&mut finished);
         for (_, result) in finished {
             self.finish_all(result.map_or(Status::IoError, |_| Status::Ok), queues)?;
         }
-        // Others have come meanwhile, of which the doorbell said nothing that was heeded.
+        // Chains that have become available during the flush; their doorbell was ignored.
         self.serve_queue(queues)
     }
 }
 
-fn finish(chain: Chain, place: Segment, status: Status, queues: &mut Queues) -> Result<(), Broken> {
-    fill(place, &(status as u32).to_le_bytes());
+fn finish(
+    chain: Chain,
+    status_segment: Segment,
+    status: Status,
+    queues: &mut Queues,
+) -> Result<(), DeviceError> {
+    fill(status_segment, &(status as u32).to_le_bytes());
     queues.complete(QUEUE, chain, 4)
 }
 
@@ -212,12 +217,12 @@ impl Device for Pmem {
         [self.start.0, self.mapping.size()].map(u64::to_le_bytes).concat()
     }
 
-    fn activate(&mut self, _: u64, _: &mut Queues, watcher: &Watcher) -> Result<(), Broken> {
+    fn activate(&mut self, _: u64, _: &mut Queues, watcher: &Watcher) -> Result<(), DeviceError> {
         self.watcher = Some(watcher.clone());
         Ok(())
     }
 
-    fn serve(&mut self, event: Event, queues: &mut Queues) -> Result<(), Broken> {
+    fn serve(&mut self, event: Event, queues: &mut Queues) -> Result<(), DeviceError> {
         match event {
             Event::Doorbell | Event::Deadline => self.serve_queue(queues),
             Event::Ready(..) => self.take_finished(queues),
@@ -228,8 +233,8 @@ impl Device for Pmem {
         self.flushing.clear();
     }
 
-    fn is_at_rest(&mut self) -> bool {
-        self.io.is_held_up();
+    fn is_quiescent(&mut self) -> bool {
+        self.io.retry_submit();
         self.io.finished(&mut Vec::new());
         !self.io.is_busy()
     }

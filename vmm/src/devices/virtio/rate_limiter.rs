@@ -1,33 +1,34 @@
-//! Rate limits: buckets of tokens that fill up evenly.
+//! Rate limits: token buckets that refill continuously.
 //!
-//! Whoever finds tokens in a bucket may take more than there are; the next one waits until the debt is paid.
-//! So a request larger than its bucket passes, and the rate over time is what was asked for.
+//! A request may take more tokens than a bucket holds, as long as the bucket is not empty; the next request waits until
+//! the debt is paid. Therefore a request larger than its bucket passes, and the average rate is the configured one.
 
 use crate::config::devices::{self, TokenBucket};
 use crate::timeline::Instant;
 
 const NANOSECONDS: i128 = 1_000_000;
 
-/// One bucket. Tokens are counted in parts, of which a token has as many as the refill time has nanoseconds,
-/// so that nothing is lost to rounding.
+/// One token bucket. Each token consists of as many parts as the refill time has nanoseconds, so that no fraction is
+/// lost to rounding.
 #[derive(Clone, Copy, Debug)]
 struct Bucket {
-    /// Parts that come in a nanosecond: the bucket's size.
+    /// Parts that are added per nanosecond: the size of the bucket in tokens.
     rate: i128,
-    /// Parts of a token.
+    /// Parts per token.
     parts: i128,
-    /// Parts that there are; less than none where more was taken.
+    /// Available parts; negative when the bucket is in debt.
     balance: i128,
-    /// Parts that are there once, and are taken first.
+    /// Parts of the one-time burst, which are taken first.
     burst: i128,
+    /// Time of the last refill.
     filled: Instant,
 }
 
 impl Bucket {
-    /// A full one, for a configuration that is a limit.
+    /// Creates a full bucket. Requires [`TokenBucket::is_limit`].
     fn new(config: TokenBucket, now: Instant) -> Self {
         let rate = i128::from(config.size);
-        // 50 days are as good as any longer time, and leave room to multiply.
+        // 50 days have the same effect as any longer time, and avoid an overflow of the multiplication.
         let parts = i128::from(config.refill_time.min(u32::MAX.into())) * NANOSECONDS;
         let burst = i128::from(config.one_time_burst.unwrap_or(0)) * parts;
         Self { rate, parts, balance: rate * parts, burst, filled: now }
@@ -39,7 +40,7 @@ impl Bucket {
         self.filled = self.filled.max(now);
     }
 
-    /// When there will be a token, if there is none.
+    /// The time at which the bucket has a token again; `None` when it has one.
     fn empty_until(&self) -> Option<Instant> {
         if self.burst > 0 || self.balance > 0 {
             return None;
@@ -56,7 +57,7 @@ impl Bucket {
     }
 }
 
-/// The limits of one direction of a device.
+/// The rate limits of one direction of a device.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct RateLimiter {
     bytes: Option<Bucket>,
@@ -64,7 +65,7 @@ pub struct RateLimiter {
 }
 
 impl RateLimiter {
-    /// Full buckets; no limits where none are configured.
+    /// Creates full buckets. There are no limits for a missing configuration or one without a rate.
     #[must_use]
     pub fn new(config: Option<&devices::RateLimiter>, now: Instant) -> Self {
         let bucket = |config: Option<TokenBucket>| {
@@ -76,20 +77,20 @@ impl RateLimiter {
         })
     }
 
-    /// Takes one request of so many bytes.
+    /// Takes the tokens of one request of `bytes` bytes.
     ///
     /// # Errors
-    /// When it has to wait, and until when. Nothing was taken then.
+    /// The time until which the request has to wait. No tokens are taken in this case.
     pub fn take(&mut self, bytes: u64) -> Result<(), Instant> {
         self.ready()?;
         self.charge(bytes);
         Ok(())
     }
 
-    /// Whether a request may go on of which nobody knows yet how long it is.
+    /// Checks whether a request whose length is not known yet may start.
     ///
     /// # Errors
-    /// When it has to wait, and until when.
+    /// The time until which the request has to wait.
     pub fn ready(&mut self) -> Result<(), Instant> {
         if self.bytes.is_none() && self.requests.is_none() {
             return Ok(());
@@ -97,7 +98,8 @@ impl RateLimiter {
         self.ready_at(Instant::now())
     }
 
-    /// Takes one request of so many bytes, however many there are: after [`Self::ready`].
+    /// Takes the tokens of one request of `bytes` bytes, even if the buckets go into debt: to be called after
+    /// [`Self::ready`].
     pub fn charge(&mut self, bytes: u64) {
         if let Some(bucket) = &mut self.bytes {
             bucket.take(bytes);
@@ -156,7 +158,7 @@ mod tests {
 
     #[test]
     fn requests_pass_at_their_rate() {
-        // Two at once and one on credit, then one every tenth of a second.
+        // Two pass immediately and one on credit, then one every tenth of a second.
         let mut limiter = limiter(None, Some((2, 0, 200)));
         let mut now = 0;
         let mut passed = 0;
@@ -164,7 +166,7 @@ mod tests {
             match limiter.take_at(1 << 40, Instant(now)) {
                 Ok(()) => passed += 1,
                 Err(until) => {
-                    assert!(until.0 > now, "time goes on");
+                    assert!(until.0 > now, "the wait time is in the future");
                     now = until.0;
                 }
             }
@@ -176,20 +178,23 @@ mod tests {
     fn bytes_pass_at_their_rate_in_requests_larger_than_the_bucket() {
         let mut limiter = limiter(Some((1000, 0, 100)), None);
         assert_eq!(limiter.take_at(10_000, Instant(0)), Ok(()));
-        // 9000 bytes of debt at 10,000 in a second, and one part more.
+        // 9000 bytes of debt at 10,000 per second, plus one part.
         assert_eq!(limiter.take_at(1, Instant(0)), Err(Instant(SECOND * 9 / 10 + 1)));
         assert_eq!(limiter.take_at(1, Instant(SECOND * 9 / 10 + 1)), Ok(()));
     }
 
     #[test]
-    fn a_burst_is_there_once() {
+    fn a_burst_is_spent_once() {
         let mut limiter = limiter(Some((10, 90, 1000)), None);
         for _ in 0..10 {
             assert_eq!(limiter.take_at(10, Instant(0)), Ok(()));
         }
         assert!(limiter.take_at(10, Instant(0)).is_err());
         assert_eq!(limiter.take_at(10, Instant(3600 * SECOND)), Ok(()), "full again");
-        assert!(limiter.take_at(10, Instant(3600 * SECOND)).is_err(), "and not fuller than full");
+        assert!(
+            limiter.take_at(10, Instant(3600 * SECOND)).is_err(),
+            "the bucket holds no more than its size"
+        );
     }
 
     #[test]

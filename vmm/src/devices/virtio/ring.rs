@@ -1,7 +1,8 @@
-//! The rings of a queue (section 2.7), looked up in guest memory once, when the driver is ready.
+//! The rings of a queue (section 2.7). Their host addresses are looked up once, when the driver sets DRIVER_OK.
 //!
-//! `virtio-queue` checks what a driver sets, and finds each access in guest memory anew; for a request of 4 KiB that
-//! took as long as reading it. Whatever is read here may change while it is read: it is read once.
+//! `virtio-queue` validates the driver's settings, and translates the guest address on each access. For a request of 4
+//! KiB that took as long as reading the data. The guest may change everything that is read here concurrently, so that
+//! each value is read once.
 #![expect(unsafe_code, reason = "reads and writes rings in guest memory")]
 
 use super::Segment;
@@ -16,12 +17,12 @@ const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
 /// Bytes of a descriptor.
 const DESCRIPTOR: usize = 16;
-/// The same as tables count them.
+/// The same, in the type of the length of an indirect table.
 const DESCRIPTOR_LEN: u32 = 16;
-/// Flag of the available ring: the driver does not want to be interrupted (section 2.7.6).
+/// Flag of the available ring: the driver does not need an interrupt (section 2.7.6).
 const NO_INTERRUPT: u16 = 1;
 
-/// Where guest memory is in this process.
+/// The host addresses of guest memory.
 #[derive(Clone, Debug)]
 pub(super) struct View {
     ram: Vec<Region>,
@@ -35,7 +36,7 @@ struct Region {
     host: *mut u8,
 }
 
-// SAFETY: a region is two numbers and an address; whoever dereferences it vouches for the memory.
+// SAFETY: a region is two numbers and an address; code that dereferences it guarantees that the memory is mapped.
 unsafe impl Send for Region {}
 
 impl View {
@@ -48,7 +49,7 @@ impl View {
         Self { ram: memory.inner().iter().map(region).collect(), memory: memory.clone() }
     }
 
-    /// The place of so many bytes, if all of them are guest memory.
+    /// The host address of a guest-physical range; `None` if a part of it is not guest RAM.
     fn find(&self, address: u64, length: u64) -> Option<*mut u8> {
         self.ram.iter().find_map(|region| {
             let offset = address.checked_sub(region.start)?;
@@ -58,7 +59,7 @@ impl View {
     }
 }
 
-/// The rings of one queue that is in use.
+/// The rings of one enabled queue.
 #[derive(Debug)]
 pub(super) struct Ring {
     size: u16,
@@ -66,22 +67,22 @@ pub(super) struct Ring {
     descriptors: *const u8,
     available: *const u8,
     used: *mut u8,
-    /// The place of the next chain to take.
+    /// Index of the next chain in the available ring.
     pub(super) next_available: u16,
-    /// The place of the next chain to give back.
+    /// Index of the next chain in the used ring.
     pub(super) next_used: u16,
-    /// Where that was when the driver was last thought of.
-    considered: u16,
+    /// The value of `next_used` at the last decision about an interrupt.
+    signalled_used: u16,
 }
 
-// SAFETY: rings are guest memory, which has no owner among threads.
+// SAFETY: rings are guest memory, which is not bound to a thread.
 unsafe impl Send for Ring {}
 
 impl Ring {
-    /// The rings of a queue that the driver has set up; `None` when they are not in guest memory.
+    /// Looks up the rings of a queue that the driver has set up; `None` when they are not in guest memory.
     pub(super) fn new(queue: &Queue, view: &View) -> Option<Self> {
         let size = u64::from(queue.size());
-        // With the index at the end of each ring by which the sides say when they want to hear of the other.
+        // The lengths include the event index at the end of each ring (`used_event` and `avail_event`).
         Some(Self {
             size: queue.size(),
             has_event_index: queue.event_idx_enabled(),
@@ -90,14 +91,15 @@ impl Ring {
             used: view.find(queue.used_ring(), 6 + size * 8)?,
             next_available: queue.next_avail(),
             next_used: queue.next_used(),
-            considered: queue.next_used(),
+            signalled_used: queue.next_used(),
         })
     }
 
-    /// Bytes from the start of the available ring.
+    /// The field of the available ring at this offset in bytes.
     const fn available(&self, offset: usize) -> &AtomicU16 {
-        // SAFETY: the ring was found in guest memory, which lives as long as the queues, with as many bytes as
-        // offsets here can be; the queue takes only addresses that are multiples of two, of a mapping of pages.
+        // SAFETY: the ring was found in guest memory, which stays mapped as long as the queues, in the length of all
+        // offsets used here. The queue accepts only addresses that are multiples of two, and the mapping is
+        // page-aligned.
         unsafe { AtomicU16::from_ptr(self.available.wrapping_add(offset).cast_mut().cast()) }
     }
 
@@ -106,44 +108,42 @@ impl Ring {
         unsafe { AtomicU16::from_ptr(self.used.wrapping_add(offset).cast()) }
     }
 
-    fn place(&self, index: u16) -> usize {
+    fn slot(&self, index: u16) -> usize {
         // Sizes are powers of two.
         usize::from(index & (self.size - 1))
     }
 
-    /// Chains that were taken and not given back.
+    /// Number of chains that were popped and not completed.
     pub(super) const fn in_flight(&self) -> u16 {
         self.next_available.wrapping_sub(self.next_used)
     }
 
-    /// The first descriptor of the next chain.
+    /// Takes the next chain from the available ring; returns the index of its first descriptor.
     ///
     /// # Errors
-    /// When the driver claims more chains than there can be, or a descriptor that there is not.
+    /// When the available index exceeds the chains that can be available.
     pub(super) fn next(&mut self) -> Result<Option<u16>, String> {
         let end = u16::from_le(self.available(2).load(Ordering::Acquire));
         if end == self.next_available {
             return Ok(None);
         }
-        // The index only ever goes up (section 2.7.13.3). Counted from the device's own place, an index that went back
-        // is far ahead: believed, it would make the device take the whole ring again and again. Chains that were not
-        // given back take a descriptor each, so that the device never has more of them than the queue has places.
+        // The index only increases (section 2.7.13.3). Relative to the device's own index, an index that went back is
+        // far ahead. If accepted, it would make the device process the whole ring again and again. Each chain in flight
+        // occupies a descriptor, so that the device never holds more chains than the size of the queue.
         let (new, in_flight) = (end.wrapping_sub(self.next_available), self.in_flight());
         if new > self.size.saturating_sub(in_flight) {
-            return Err(format!(
-                "{new} chains are available and {in_flight} not given back, more than its size"
-            ));
+            return Err(format!("{new} chains are available and {in_flight} in flight, more than its size"));
         }
-        let entry = self.available(4 + 2 * self.place(self.next_available));
+        let entry = self.available(4 + 2 * self.slot(self.next_available));
         let head = u16::from_le(entry.load(Ordering::Relaxed));
         self.next_available = self.next_available.wrapping_add(1);
         Ok(Some(head))
     }
 
-    /// Collects the pieces of a chain; how many of them the device reads.
+    /// Collects the segments of a chain; returns the number of readable segments.
     ///
     /// # Errors
-    /// What is wrong with it.
+    /// The reason why the chain is invalid.
     pub(super) fn walk(
         &self,
         head: u16,
@@ -164,24 +164,24 @@ impl Ring {
                 let is_table = !is_indirect
                     && descriptor.length.is_multiple_of(DESCRIPTOR_LEN)
                     && count <= u32::from(u16::MAX);
-                let place = view.find(descriptor.address, descriptor.length.into()).filter(|_| is_table);
-                table = place.ok_or("does not end")?;
+                let slot = view.find(descriptor.address, descriptor.length.into()).filter(|_| is_table);
+                table = slot.ok_or("does not end")?;
                 (length, index, left, is_indirect) = (count, 0, count, true);
                 continue;
             }
             match (descriptor.flags & WRITE != 0, readable) {
                 (true, None) => readable = Some(segments.len()),
-                (false, Some(_)) => return Err("has something to read behind something to write"),
+                (false, Some(_)) => return Err("has a readable descriptor after a writable one"),
                 _ => {}
             }
             if pieces == self.size {
                 return Err("is longer than its queue");
             }
             pieces += 1;
-            // One of no bytes says nothing, wherever it points.
+            // A descriptor of zero bytes is ignored, wherever it points.
             if descriptor.length > 0 {
                 bytes = bytes.checked_add(descriptor.length).ok_or("is longer than 4 GiB")?;
-                segments.push(descriptor.segment(view).ok_or("leaves memory")?);
+                segments.push(descriptor.segment(view).ok_or("is not in guest memory")?);
             }
             if descriptor.flags & NEXT == 0 {
                 return Ok(readable.unwrap_or(segments.len()));
@@ -190,37 +190,37 @@ impl Ring {
         }
     }
 
-    /// Gives a chain back, which the driver sees with the next [`Self::publish`].
+    /// Adds a chain to the used ring. The driver sees it after the next [`Self::publish`].
     pub(super) fn complete(&mut self, head: u16, written: u32) {
         let [a, b] = head.to_le_bytes();
         let [c, d, e, f] = written.to_le_bytes();
-        let element = self.used.wrapping_add(4 + 8 * self.place(self.next_used)).cast::<[u8; 8]>();
-        // SAFETY: the ring was found in guest memory, with room for as many elements as its size.
+        let element = self.used.wrapping_add(4 + 8 * self.slot(self.next_used)).cast::<[u8; 8]>();
+        // SAFETY: the ring was found in guest memory, with as many elements as its size.
         unsafe { element.write_volatile([a, b, 0, 0, c, d, e, f]) };
         self.next_used = self.next_used.wrapping_add(1);
     }
 
-    /// Shows the driver all chains that were given back.
+    /// Publishes all completed chains to the driver.
     pub(super) fn publish(&self) {
         self.used(2).store(self.next_used.to_le(), Ordering::Release);
     }
 
-    /// Whether the driver wants to hear of the chains that were given back since this was asked last.
-    pub(super) fn is_awaited(&mut self) -> bool {
-        let new = self.next_used.wrapping_sub(self.considered);
-        self.considered = self.next_used;
-        // The driver must see the chains, or this what the driver wants.
+    /// Whether the driver needs an interrupt for the chains that were completed since the last call.
+    pub(super) fn needs_notification(&mut self) -> bool {
+        let new = self.next_used.wrapping_sub(self.signalled_used);
+        self.signalled_used = self.next_used;
+        // The used index must be visible to the driver before its wish for an interrupt is read.
         fence(Ordering::SeqCst);
         if !self.has_event_index {
             return new > 0 && u16::from_le(self.available(0).load(Ordering::Relaxed)) & NO_INTERRUPT == 0;
         }
         let wanted = self.available(4 + 2 * usize::from(self.size)).load(Ordering::Relaxed);
-        // The wanted element is among the new ones (section 2.7.10).
+        // The requested index is among the new ones (section 2.7.10).
         self.next_used.wrapping_sub(u16::from_le(wanted)).wrapping_sub(1) < new
     }
 
-    /// Asks to hear of the next chain; whether it has come meanwhile.
-    pub(super) fn rearm(&self) -> bool {
+    /// Enables notifications of available chains; returns whether chains have become available in the meantime.
+    pub(super) fn enable_notification(&self) -> bool {
         if self.has_event_index {
             let event = self.used(4 + 8 * usize::from(self.size));
             event.store(self.next_available.to_le(), Ordering::Relaxed);
@@ -241,20 +241,22 @@ struct Descriptor {
 }
 
 impl Descriptor {
-    /// What it names, if all of that is RAM, or in one file that the guest has as memory.
+    /// The segment that the descriptor points to; `None` unless it is in RAM or in one file that the guest has as
+    /// memory.
     fn segment(&self, view: &View) -> Option<Segment> {
-        let in_file = || {
+        let file_address = || {
             let length = usize::try_from(self.length).ok()?;
-            view.memory.in_file(GuestAddress(self.address), length, self.flags & WRITE != 0)
+            view.memory.file_address(GuestAddress(self.address), length, self.flags & WRITE != 0)
         };
-        let place = view.find(self.address, self.length.into()).or_else(in_file)?;
-        Some(Segment::new(place, self.length))
+        let slot = view.find(self.address, self.length.into()).or_else(file_address)?;
+        Some(Segment::new(slot, self.length))
     }
 
-    /// Reads one whose place is in guest memory.
-    fn read(place: *const u8) -> Self {
-        // SAFETY: callers found the table in guest memory, and the descriptor is in it. Any alignment will do.
-        let bytes = unsafe { place.cast::<[u8; DESCRIPTOR]>().read_volatile() };
+    /// Reads a descriptor from guest memory.
+    fn read(slot: *const u8) -> Self {
+        // SAFETY: callers found the table in guest memory, and the descriptor is inside of it. A read of bytes has no
+        // alignment.
+        let bytes = unsafe { slot.cast::<[u8; DESCRIPTOR]>().read_volatile() };
         let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = bytes;
         Self {
             address: u64::from_le_bytes([a, b, c, d, e, f, g, h]),

@@ -1,4 +1,4 @@
-//! Unix sockets that read and write guest memory, and never wait.
+//! Non-blocking transfers between Unix sockets and guest memory.
 #![expect(unsafe_code, reason = "sends and receives with addresses of guest memory")]
 
 use super::Segment;
@@ -6,36 +6,36 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 
-/// Pieces that one call takes at most (`IOV_MAX`, which the kernel calls UIO_MAXIOV).
-const PIECES_MAX: usize = 1024;
+/// Maximum number of segments per system call (`IOV_MAX`, which the kernel calls `UIO_MAXIOV`).
+const SEGMENTS_MAX: usize = 1024;
 
-/// Sends what it can; the number of bytes.
+/// Sends as many bytes as the socket accepts; returns their number.
 pub(super) fn send(socket: &UnixStream, segments: &[Segment]) -> io::Result<usize> {
     transfer(segments, |message| {
-        // Without MSG_NOSIGNAL a socket that its other end has closed would end a process that does not
-        // ignore SIGPIPE.
+        // Without MSG_NOSIGNAL, a send to a socket whose peer is closed would kill a process that does not ignore
+        // SIGPIPE.
         let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
-        // SAFETY: the message names segments that outlive the call and lie in guest memory, which the caller's
-        // chain vouches for. The guest may change them meanwhile, with which the kernel copes.
+        // SAFETY: the message refers to segments that outlive the call and lie in guest memory, which the caller's
+        // chain guarantees. The guest may change them concurrently, which the kernel tolerates.
         unsafe { libc::sendmsg(socket.as_raw_fd(), message, flags) }
     })
 }
 
-/// What a receive found.
+/// The result of a receive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Received {
-    /// Bytes; none at the end of the stream.
+    /// Number of bytes; 0 at the end of the stream.
     pub(super) bytes: usize,
-    /// Whether descriptors were sent along. They are dropped, and where they were the kernel stops reading
-    /// although there may be more.
+    /// Whether file descriptors were attached. They are dropped, and the kernel ends the receive at their position
+    /// although more bytes may be available.
     pub(super) had_descriptors: bool,
 }
 
-/// Receives what there is.
+/// Receives the available bytes.
 pub(super) fn receive(socket: &UnixStream, segments: &[Segment]) -> io::Result<Received> {
     let mut had_descriptors = false;
     let bytes = transfer(segments, |message| {
-        // SAFETY: as above, and the kernel writes no more than the segments hold.
+        // SAFETY: as above, and the kernel writes no more than the length of the segments.
         let result = unsafe { libc::recvmsg(socket.as_raw_fd(), message, libc::MSG_DONTWAIT) };
         had_descriptors = message.msg_flags & libc::MSG_CTRUNC != 0;
         result
@@ -44,10 +44,10 @@ pub(super) fn receive(socket: &UnixStream, segments: &[Segment]) -> io::Result<R
 }
 
 fn transfer(segments: &[Segment], mut call: impl FnMut(&mut libc::msghdr) -> isize) -> io::Result<usize> {
-    let segments = &segments[..segments.len().min(PIECES_MAX)];
-    // SAFETY: all zeroes are a message without name, pieces and control data.
+    let segments = &segments[..segments.len().min(SEGMENTS_MAX)];
+    // SAFETY: all zeroes are a message without a name, segments and control data.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-    // A segment is an iovec. sendmsg takes the pieces by a pointer that could write and does not.
+    // A segment is an iovec. sendmsg takes a mutable pointer and does not write through it.
     message.msg_iov = segments.as_ptr().cast::<libc::iovec>().cast_mut();
     message.msg_iovlen = segments.len();
     loop {

@@ -1,11 +1,11 @@
-//! What holds for every device: its registers, and the checks of chains.
+//! Tests of the transport and of the chain checks, which are common to all devices.
 
 use super::driver::{Driver, INDIRECT, NEXT, Piece, WRITE};
-use super::{Broken, Chain, Device, Event, Queues, Watcher};
+use super::{Chain, Device, DeviceError, Event, Queues, Watcher};
 use crate::bus::BusDevice;
 use proptest::prelude::*;
 
-/// A device that answers each chain with what it read, and has a second queue that it does not use.
+/// A device that replies to each chain with the bytes it has read, and has a second queue that it does not use.
 #[derive(Debug, Default)]
 struct Echo {
     resets: u32,
@@ -35,14 +35,14 @@ impl Device for Echo {
         }
     }
 
-    fn activate(&mut self, _: u64, _: &mut Queues, _: &Watcher) -> Result<(), Broken> {
+    fn activate(&mut self, _: u64, _: &mut Queues, _: &Watcher) -> Result<(), DeviceError> {
         Ok(())
     }
 
-    fn serve(&mut self, _: Event, queues: &mut Queues) -> Result<(), Broken> {
+    fn serve(&mut self, _: Event, queues: &mut Queues) -> Result<(), DeviceError> {
         for _ in 0..32 {
             let Some(mut chain) = queues.pop(0)? else {
-                if queues.rearm(0)? {
+                if queues.enable_notification(0)? {
                     continue;
                 }
                 return queues.notify(0);
@@ -53,7 +53,7 @@ impl Device for Echo {
             chain.write(&bytes)?;
             queues.complete(0, chain, u32::try_from(length).unwrap())?;
         }
-        queues.yield_turn();
+        queues.reschedule();
         queues.notify(0)
     }
 
@@ -69,7 +69,7 @@ fn echo() -> Driver {
 // Offsets and bits restate section 4.2.2.
 
 #[test]
-fn the_registers_say_what_it_is() {
+fn the_registers_identify_the_device() {
     let driver = Driver::new(Echo::default());
     let read = |offset| driver.read(offset);
     assert_eq!([read(0), read(4), read(8)], [u32::from_le_bytes(*b"virt"), 2, 42]);
@@ -78,7 +78,7 @@ fn the_registers_say_what_it_is() {
 }
 
 #[test]
-fn features_are_chosen_among_those_that_are_offered() {
+fn only_offered_features_are_accepted() {
     let status = |features: u64| {
         let mut driver = Driver::new(Echo::default());
         for status in [1, 3] {
@@ -94,23 +94,23 @@ fn features_are_chosen_among_those_that_are_offered() {
     let version_1 = 1 << 32;
     assert_eq!(status(version_1), 11);
     assert_eq!(status(version_1 | 1 << 5 | 1 << 28 | 1 << 29), 11);
-    assert_eq!(status(0), 3, "a driver of the drafts");
+    assert_eq!(status(0), 3, "a legacy driver");
     assert_eq!(status(version_1 | 1 << 6), 3, "a feature that was not offered");
     let mut driver = Driver::new(Echo::default());
     assert_eq!(driver.offered(), 1 << 32 | 1 << 29 | 1 << 28 | 1 << 5);
 }
 
 #[test]
-fn a_driver_cannot_skip_its_steps() {
+fn a_driver_cannot_skip_initialization_steps() {
     let mut driver = Driver::new(Echo::default());
     driver.write(0x70, 4);
-    assert_eq!(driver.status() & 4, 0, "not ready without features");
+    assert_eq!(driver.status() & 4, 0, "no DRIVER_OK without FEATURES_OK");
     driver.write(0x44, 1);
-    assert_eq!(driver.read(0x44), 0, "no queue without features");
+    assert_eq!(driver.read(0x44), 0, "no queue without FEATURES_OK");
 }
 
 #[test]
-fn a_driver_that_is_ready_cannot_move_its_queues() {
+fn queues_cannot_be_moved_after_driver_ok() {
     let mut driver = echo();
     assert_eq!(driver.request(0, &[Piece::Out(vec![1; 3]), Piece::In(3)]).bytes, [1; 3]);
     driver.write(0x30, 0);
@@ -122,7 +122,7 @@ fn a_driver_that_is_ready_cannot_move_its_queues() {
 }
 
 #[test]
-fn queues_outside_memory_break_the_device() {
+fn queues_outside_of_guest_memory_fail_the_device() {
     let mut driver = Driver::new(Echo::default());
     for status in [1, 3] {
         driver.write(0x70, status);
@@ -133,7 +133,7 @@ fn queues_outside_memory_break_the_device() {
     driver.write(0x84, 0x7fff_ffff);
     driver.write(0x44, 1);
     driver.write(0x70, 15);
-    assert!(driver.is_broken());
+    assert!(driver.needs_reset());
     assert!(driver.transport.failure().unwrap().contains("queue 0 is not in guest memory"));
 }
 
@@ -147,7 +147,7 @@ fn the_configuration_is_written_within_its_bounds() {
 }
 
 #[test]
-fn pieces_of_any_size_make_a_chain() {
+fn segments_of_any_size_make_a_chain() {
     let mut driver = echo();
     let pieces = [
         Piece::Out(vec![1; 5]),
@@ -161,18 +161,18 @@ fn pieces_of_any_size_make_a_chain() {
     assert_eq!((used.written, used.bytes), (9, [vec![1; 5], vec![2; 4]].concat()));
 }
 
-/// Offers one hand-made chain and says what the device thinks of it; an empty text where nothing is wrong.
+/// Offers one hand-made chain and returns the device's failure; an empty string for a valid chain.
 fn verdict(describe: impl Fn(&mut Driver, u64)) -> String {
     let mut driver = echo();
     let data = driver.allocate(0x4000);
     describe(&mut driver, data);
     driver.offer(0, 0);
     driver.ring();
-    assert_eq!(driver.is_broken(), driver.transport.failure().is_some());
+    assert_eq!(driver.needs_reset(), driver.transport.failure().is_some());
     driver.transport.failure().unwrap_or_default()
 }
 
-/// A table of descriptors in memory: address, length, flags, next.
+/// Writes a table of descriptors to guest memory: address, length, flags, next.
 fn table(driver: &Driver, at: u64, entries: &[(u64, u32, u16, u16)]) {
     for (number, &(address, length, flags, next)) in (0_u64..).zip(entries) {
         let mut bytes = address.to_le_bytes().to_vec();
@@ -186,7 +186,11 @@ fn table(driver: &Driver, at: u64, entries: &[(u64, u32, u16, u16)]) {
 #[test]
 fn good_chains_pass() {
     assert_eq!(verdict(|driver, data| driver.describe(0, 0, data, 16, 0, 0)), "");
-    assert_eq!(verdict(|driver, _| driver.describe(0, 0, u64::MAX, 0, 0, 0)), "", "nothing lies nowhere");
+    assert_eq!(
+        verdict(|driver, _| driver.describe(0, 0, u64::MAX, 0, 0, 0)),
+        "",
+        "an empty descriptor may point anywhere"
+    );
     let indirect = |driver: &mut Driver, data: u64| {
         table(driver, data, &[(data + 64, 16, NEXT, 1), (data + 80, 16, WRITE, 0)]);
         driver.describe(0, 0, data, 32, INDIRECT, 0);
@@ -194,21 +198,24 @@ fn good_chains_pass() {
     assert_eq!(verdict(indirect), "");
 }
 
-/// Writes descriptors, with some memory for data at hand.
+/// Writes descriptors; the number is the address of memory for data.
 type Describe = Box<dyn Fn(&mut Driver, u64)>;
 
 #[test]
-fn bad_chains_break_the_device() {
+fn invalid_chains_fail_the_device() {
     let memory_end = 16 << 20;
     let cases: [(&str, Describe); 12] = [
         ("does not end", Box::new(|driver, data| driver.describe(0, 0, data, 16, NEXT, 0))),
         ("does not end", Box::new(|driver, data| driver.describe(0, 0, data, 16, NEXT, 8))),
-        ("leaves memory", Box::new(move |driver, _| driver.describe(0, 0, memory_end, 1, 0, 0))),
-        ("leaves memory", Box::new(move |driver, _| driver.describe(0, 0, memory_end - 8, 16, 0, 0))),
-        ("leaves memory", Box::new(|driver, _| driver.describe(0, 0, u64::MAX - 7, 16, 0, 0))),
-        ("leaves memory", Box::new(|driver, data| driver.describe(0, 0, data, u32::MAX, 0, 0))),
+        ("is not in guest memory", Box::new(move |driver, _| driver.describe(0, 0, memory_end, 1, 0, 0))),
         (
-            "something to read behind something to write",
+            "is not in guest memory",
+            Box::new(move |driver, _| driver.describe(0, 0, memory_end - 8, 16, 0, 0)),
+        ),
+        ("is not in guest memory", Box::new(|driver, _| driver.describe(0, 0, u64::MAX - 7, 16, 0, 0))),
+        ("is not in guest memory", Box::new(|driver, data| driver.describe(0, 0, data, u32::MAX, 0, 0))),
+        (
+            "a readable descriptor after a writable one",
             Box::new(|driver, data| {
                 driver.describe(0, 0, data, 16, WRITE | NEXT, 1);
                 driver.describe(0, 1, data, 16, 0, 0);
@@ -217,7 +224,7 @@ fn bad_chains_break_the_device() {
         (
             "does not end",
             Box::new(|driver, data| {
-                // A table that leads to a table.
+                // An indirect table that points to another one.
                 table(driver, data, &[(data, 16, INDIRECT, 0)]);
                 driver.describe(0, 0, data, 16, INDIRECT, 0);
             }),
@@ -234,7 +241,7 @@ fn bad_chains_break_the_device() {
         (
             "is longer than its queue",
             Box::new(|driver, data| {
-                // Of no bytes each: they could be 65,535 and would be looked at one after the other.
+                // Of zero bytes each: without the limit, 65,535 of them would be processed.
                 let entries: Vec<_> =
                     (0..9).map(|at| (data, 0, if at < 8 { NEXT } else { 0 }, at + 1)).collect();
                 table(driver, data, &entries);
@@ -257,20 +264,20 @@ fn bad_chains_break_the_device() {
 }
 
 #[test]
-fn an_index_that_jumps_breaks_the_device() {
+fn an_available_index_that_jumps_fails_the_device() {
     let mut driver = echo();
     for _ in 0..9 {
         driver.offer(0, 0);
     }
     driver.ring();
-    assert!(driver.is_broken());
+    assert!(driver.needs_reset());
     let mut driver = echo();
     driver.offer(0, 8);
     driver.ring();
-    assert!(driver.is_broken(), "a head outside the table");
+    assert!(driver.needs_reset(), "a head outside of the descriptor table");
 }
 
-/// A device that keeps what it gets, as one does whose host takes its time.
+/// A device that never completes a chain, like one whose host is slow.
 #[derive(Debug, Default)]
 struct Keeper(Vec<Chain>);
 
@@ -291,11 +298,11 @@ impl Device for Keeper {
         Vec::new()
     }
 
-    fn activate(&mut self, _: u64, _: &mut Queues, _: &Watcher) -> Result<(), Broken> {
+    fn activate(&mut self, _: u64, _: &mut Queues, _: &Watcher) -> Result<(), DeviceError> {
         Ok(())
     }
 
-    fn serve(&mut self, _: Event, queues: &mut Queues) -> Result<(), Broken> {
+    fn serve(&mut self, _: Event, queues: &mut Queues) -> Result<(), DeviceError> {
         while let Some(chain) = queues.pop(0)? {
             self.0.push(chain);
         }
@@ -308,41 +315,41 @@ impl Device for Keeper {
 }
 
 #[test]
-fn a_driver_cannot_offer_again_what_the_device_still_has() {
+fn a_descriptor_in_flight_cannot_be_made_available_again() {
     let mut driver = Driver::started(Keeper::default());
     for _ in 0..8 {
         driver.push(0, &[Piece::Out(vec![1])]);
     }
     driver.ring();
-    assert!(!driver.is_broken(), "a full queue is a driver's right");
+    assert!(!driver.needs_reset(), "a full queue is valid");
     driver.offer(0, 0);
     driver.ring();
-    assert!(driver.is_broken(), "nothing bounds what the device has to keep");
+    assert!(driver.needs_reset(), "the number of chains in flight is not limited");
     assert!(driver.transport.failure().unwrap().contains("more than its size"));
 }
 
 #[test]
-fn an_available_index_that_goes_back_breaks_the_device() {
+fn an_available_index_that_decreases_fails_the_device() {
     for (taken, index) in [(4, 3), (8, 7), (8, 0), (1, 0), (4, 4_u16.wrapping_sub(9))] {
         let mut driver = Driver::started(Keeper::default());
         for _ in 0..taken {
             driver.push(0, &[Piece::Out(vec![1])]);
         }
         driver.ring();
-        assert_eq!((driver.transport.in_flight(), driver.is_broken()), (taken, false));
+        assert_eq!((driver.transport.in_flight(), driver.needs_reset()), (taken, false));
         driver.set_available(0, index);
         driver.ring();
-        assert!(driver.is_broken(), "{taken} in flight, index {index}");
+        assert!(driver.needs_reset(), "{taken} in flight, index {index}");
         assert!(driver.transport.failure().unwrap().contains("more than its size"));
     }
 }
 
 #[test]
-fn a_broken_device_rests_until_it_is_reset() {
+fn a_failed_device_is_inactive_until_it_is_reset() {
     let mut driver = echo();
     driver.offer(0, 8);
     driver.ring();
-    assert!(driver.is_broken());
+    assert!(driver.needs_reset());
     assert!(driver.interrupts() > 0);
     driver.push(0, &[Piece::Out(vec![1]), Piece::In(1)]);
     driver.ring();
@@ -354,8 +361,9 @@ fn a_broken_device_rests_until_it_is_reset() {
 }
 
 #[test]
-fn a_driver_that_asks_for_no_interrupt_gets_none() {
-    // With the event index the driver names the chain of which it wants to hear: not the first, but the third.
+fn interrupts_are_suppressed_until_the_requested_index() {
+    // With the event index the driver requests an interrupt for a chain by its index: not for the first, but for the
+    // third.
     let mut driver = echo();
     driver.interrupts();
     driver.ask_for_interrupt_at(0, 2);
@@ -366,7 +374,7 @@ fn a_driver_that_asks_for_no_interrupt_gets_none() {
 }
 
 #[test]
-fn the_state_is_what_the_driver_set() {
+fn the_state_contains_the_driver_s_settings() {
     let mut driver = echo();
     driver.request(0, &[Piece::Out(vec![1]), Piece::In(1)]);
     let text = serde_json::to_string(&driver.transport.state().unwrap()).unwrap();
@@ -375,7 +383,7 @@ fn the_state_is_what_the_driver_set() {
 }
 
 #[test]
-fn a_device_with_requests_in_flight_has_no_state() {
+fn a_device_with_requests_in_flight_cannot_be_saved() {
     let mut driver = Driver::started(Keeper::default());
     driver.transport.state().unwrap();
     for _ in 0..2 {
@@ -390,14 +398,14 @@ fn a_device_with_requests_in_flight_has_no_state() {
 }
 
 #[test]
-fn a_state_that_no_driver_can_reach_breaks_the_device() {
+fn a_state_that_no_driver_can_reach_fails_the_device() {
     let text = serde_json::to_string(&echo().transport.state().unwrap()).unwrap();
     let restored = |from: &str, to: &str| {
         let changed = text.replacen(from, to, 1);
         assert_eq!(changed == text, from == to, "{from} in {text}");
         let mut driver = Driver::new(Echo::default());
         driver.transport.restore(&serde_json::from_str(&changed).unwrap());
-        driver.is_broken()
+        driver.needs_reset()
     };
     assert!(!restored("", ""));
     for (from, to) in [
@@ -416,13 +424,13 @@ fn a_state_that_no_driver_can_reach_breaks_the_device() {
 }
 
 proptest! {
-    /// Whatever a driver does, nothing panics and a reset mends it.
+    /// No sequence of accesses causes a panic, and a reset recovers the device.
     #[test]
     fn any_driver_is_survived(bytes in prop::collection::vec(any::<u8>(), 0..600)) {
         Driver::new(Echo::default()).misbehave(&bytes);
     }
 
-    /// A device that gives nothing back never has more chains than its queue has places.
+    /// A device that completes no chain never holds more chains than the size of its queue.
     #[test]
     fn no_driver_makes_a_device_keep_more_than_its_queue_holds(
         bytes in prop::collection::vec(any::<u8>(), 0..600)

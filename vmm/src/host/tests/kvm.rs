@@ -1,4 +1,4 @@
-//! What the probe found, put into words, and KVM's settings.
+//! The finding about the KVM probe, and KVM's parameters.
 
 use super::{HARDWARE, Host, expect, expect_finding, software};
 use crate::host::{Finding, Status, kvm};
@@ -21,7 +21,7 @@ fn expect_kvm(probe: &Probe, files: &[(&str, &str)], status: Status, words: &str
 }
 
 #[test]
-fn hardware_kvm_is_good_and_says_when_it_is_nested() {
+fn hardware_kvm_is_good_and_reports_nesting() {
     let finding = expect_kvm(&HARDWARE, &[("/proc/cpuinfo", &cpuinfo("vmx"))], Status::Good, "speed");
     assert!(finding.fact.contains("350.0µs"), "{}", finding.fact);
     assert!(!finding.meaning.contains("virtual machine"));
@@ -30,7 +30,7 @@ fn hardware_kvm_is_good_and_says_when_it_is_nested() {
 }
 
 #[test]
-fn software_kvm_is_bad_and_says_what_failed_and_who_hides_the_hardware() {
+fn software_kvm_is_bad_with_its_cause_and_remedy() {
     let hidden = cpuinfo("hypervisor");
     let finding =
         expect_kvm(&software(), &[("/proc/cpuinfo", &hidden)], Status::Bad, "nested virtualization");
@@ -44,7 +44,7 @@ fn software_kvm_is_bad_and_says_what_failed_and_who_hides_the_hardware() {
 }
 
 #[test]
-fn without_a_device_the_processor_says_what_to_do() {
+fn without_a_device_the_advice_depends_on_the_processor() {
     for (flags, advice) in [
         ("vmx", "`sudo modprobe kvm_intel`"),
         ("svm hypervisor", "`sudo modprobe kvm_amd`"),
@@ -68,8 +68,8 @@ fn a_broken_device_is_reported_with_its_cause() {
     assert!(finding.fact.contains("busy"), "{}", finding.fact);
 }
 
-/// A user who may not open the device, and the device with this mode and the group of the files
-/// that this process makes.
+/// Expects advice for a user without permission to open the device, which has this mode and the group of the files that
+/// this process creates.
 #[track_caller]
 fn expect_permission(mode: u32, group: &str, status: &str, words: &str) {
     let host = Host::with(&[("/dev/kvm", "")]);
@@ -84,7 +84,7 @@ fn expect_permission(mode: u32, group: &str, status: &str, words: &str) {
 }
 
 #[test]
-fn a_refusal_names_what_changes_it() {
+fn a_lack_of_permission_comes_with_a_remedy() {
     const STRANGER: &str =
         "Name:\tx\nUid:\t1000\t1000\t1000\t1000\nGid:\t1000\t1000\t1000\t1000\nGroups:\t24 25 \n";
     const MEMBER: &str = "Uid:\t1000\t1000\t1000\t1000\nGid:\t1000\t1000\t1000\t1000\nGroups:\t24 GID \n";
@@ -101,7 +101,7 @@ fn a_refusal_names_what_changes_it() {
     expect_permission(0o600, "wheel:x:GID:\n", ROOT, "permissions allow it");
     expect_permission(0o666, "", "", "permissions allow it");
     expect_permission(0o600, "noise", "Uid:\tx\n", NO_GROUP);
-    // Nobody is asked to join the group of root, which owns files in tests that run as root.
+    // Joining the group of root is never advised. That group owns the files of tests that run as root.
     let expected =
         if rustix::process::getegid().is_root() { NO_GROUP } else { "sudo usermod -aG wheel $USER" };
     expect_permission(0o660, "a:x:77777:\nwheel:x:GID:me\n", STRANGER, expected);
@@ -109,7 +109,7 @@ fn a_refusal_names_what_changes_it() {
     assert!(!finding.meaning.contains("software"), "{}", finding.meaning);
     let files = [("/proc/cpuinfo", &*cpuinfo("hypervisor"))];
     let finding = expect_kvm(&Probe::NoPermission, &files, Status::Bad, "usermod -aG kvm");
-    assert!(finding.meaning.contains("expect a software KVM"), "{}", finding.meaning);
+    assert!(finding.meaning.contains("probably a software KVM"), "{}", finding.meaning);
 }
 
 #[test]

@@ -1,41 +1,42 @@
-//! What a guest says of its memory (section 5.5.6.4).
+//! Memory statistics of a guest (section 5.5.6.4).
 
-use crate::devices::virtio::{Broken, Chain};
+use crate::devices::virtio::{Chain, DeviceError};
 use serde::{Deserialize, Serialize};
 
-/// Bytes of an entry: a tag and a value.
+/// Bytes per entry: a tag and a value.
 const ENTRY: usize = 10;
-/// Entries that are read of a chain: some more than there are tags.
+/// Maximum number of entries per chain: more than there are tags.
 const ENTRIES_MAX: usize = 32;
 
-/// Statistics of a guest's memory, as far as it keeps them. A guest can say what it likes.
+/// Memory statistics as reported by a guest, which are not verified. A field is `None` when the guest has not reported
+/// it. Linux counts events from its boot.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Statistics {
-    /// Bytes read from swap.
+    /// Bytes swapped in.
     pub swap_in: Option<u64>,
-    /// Bytes written to swap.
+    /// Bytes swapped out.
     pub swap_out: Option<u64>,
-    /// Page faults that read from a disk.
+    /// Major page faults: those that read from a disk.
     pub major_faults: Option<u64>,
-    /// Other page faults.
+    /// Minor page faults: all others.
     pub minor_faults: Option<u64>,
-    /// Bytes that nobody uses.
+    /// Unused memory in bytes (`MemFree`).
     pub free_memory: Option<u64>,
-    /// Bytes of all memory.
+    /// Total memory in bytes (`MemTotal`).
     pub total_memory: Option<u64>,
-    /// Bytes that programs can have without swapping.
+    /// Estimate of the memory in bytes that is available to new programs without swapping (`MemAvailable`).
     pub available_memory: Option<u64>,
-    /// Bytes of files that could be read again.
+    /// Memory in bytes that can be reclaimed without I/O, which is mostly the page cache.
     pub disk_caches: Option<u64>,
-    /// Huge pages that were allocated.
+    /// Successful huge page allocations.
     pub hugetlb_allocations: Option<u64>,
-    /// Huge pages that could not be allocated.
+    /// Failed huge page allocations.
     pub hugetlb_failures: Option<u64>,
 }
 
 impl Statistics {
-    /// Takes over what a chain says. Tags that are not known are passed over, and so is half an entry.
-    pub(super) fn update(&mut self, chain: &mut Chain) -> Result<(), Broken> {
+    /// Updates the statistics from a chain. Unknown tags and incomplete entries are ignored.
+    pub(super) fn update(&mut self, chain: &mut Chain) -> Result<(), DeviceError> {
         let mut entry = [0; ENTRY];
         for _ in 0..ENTRIES_MAX {
             if chain.readable_len() < ENTRY as u64 {
@@ -50,7 +51,7 @@ impl Statistics {
         Ok(())
     }
 
-    /// What a tag means.
+    /// The field for a tag.
     const fn field(&mut self, tag: u16) -> Option<&mut Option<u64>> {
         Some(match tag {
             0 => &mut self.swap_in,

@@ -1,4 +1,4 @@
-//! The file behind a disk.
+//! The backing file of a block or pmem device.
 
 use rustix::fs::{FlockOperation, Mode, OFlags, fcntl_getfl, fcntl_setfl, flock};
 use rustix::io::Errno;
@@ -7,16 +7,16 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
-/// What the lock of another process on a file means.
+/// The effect of another process's lock on a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ForeignLock {
-    /// The file cannot be had.
+    /// The file cannot be opened.
     InUse,
-    /// Nothing.
+    /// None: the lock is ignored.
     Ignored,
 }
 
-/// Opens a file that can be a disk, and says to others that it is in use.
+/// Opens a backing file and locks it (flock(2)), so that other processes of this VMM see that it is in use.
 pub(in crate::devices::virtio) fn open_file(
     path: &Path,
     is_read_only: bool,
@@ -25,13 +25,13 @@ pub(in crate::devices::virtio) fn open_file(
 ) -> Result<File, String> {
     let access = if is_read_only { OFlags::RDONLY } else { OFlags::RDWR };
     let direct = if is_direct { OFlags::DIRECT } else { OFlags::empty() };
-    // Without waiting: the path may lead to a FIFO.
+    // NONBLOCK, because the path may be that of a FIFO.
     let flags = access | direct | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
     let file = rustix::fs::open(path, flags, Mode::empty()).map_err(|error| match error {
         Errno::INVAL if is_direct => "its filesystem has no direct I/O".to_owned(),
         Errno::ISDIR => "it is a directory".to_owned(),
         Errno::ACCESS | Errno::ROFS | Errno::PERM if !is_read_only => {
-            "it may not be written; :ro, or is_read_only, needs no more than reading".to_owned()
+            "no permission to write it; add :ro, or set is_read_only, to attach it read-only".to_owned()
         }
         error => io::Error::from(error).to_string(),
     })?;
@@ -43,8 +43,8 @@ pub(in crate::devices::virtio) fn open_file(
     if !kind.is_file() && !kind.is_block_device() {
         return Err("it is neither a file nor a block device".into());
     }
-    // It has served its purpose. On a filesystem that does not know NOWAIT, io_uring would take it to mean that no
-    // request may wait (`io_rw_init_file` in io_uring/rw.c).
+    // NONBLOCK is not needed after the open. On a filesystem without NOWAIT, io_uring would fail every request that has
+    // to wait (`io_rw_init_file` in io_uring/rw.c).
     let flags = fcntl_getfl(&file).map_err(|error| error.to_string())?;
     fcntl_setfl(&file, flags - OFlags::NONBLOCK).map_err(|error| error.to_string())?;
     let lock = if is_read_only {
@@ -52,28 +52,29 @@ pub(in crate::devices::virtio) fn open_file(
     } else {
         FlockOperation::NonBlockingLockExclusive
     };
-    // Some filesystems have no locks.
+    // Some filesystems do not support locks; other errors are therefore ignored.
     if flock(&file, lock) == Err(Errno::WOULDBLOCK) && foreign_lock == ForeignLock::InUse {
-        return Err("it is in use: another device or another guest has it, and one of them writes".into());
+        return Err("it is in use by another device or another guest, and one of them writes to it".into());
     }
     if is_at(&file, path) { Ok(file) } else { Err("it was removed or replaced just now".into()) }
 }
 
-/// Whether a path leads to this file. Before it was locked, somebody could remove it, who then believed it unused.
+/// Whether a path leads to this file. Between open and lock another process could have removed it because it appeared
+/// to be unused.
 pub(super) fn is_at(file: &File, path: &Path) -> bool {
     let identity = |metadata: io::Result<Metadata>| metadata.map(|file| (file.dev(), file.ino())).ok();
     identity(file.metadata()) == identity(path.metadata())
 }
 
-/// Bytes of a file or block device.
+/// Size of a file or block device in bytes.
 pub(in crate::devices::virtio) fn length(mut file: &File) -> io::Result<u64> {
     file.seek(SeekFrom::End(0))
 }
 
-/// Bytes to which direct I/O on this file has to be aligned.
+/// Alignment that direct I/O on this file requires, in bytes.
 pub(super) fn direct_alignment(file: &File) -> u32 {
     use rustix::fs::{AtFlags, StatxFlags, statx};
-    // A host that does not say takes what every disk takes today.
+    // The default works for all common disks, and is used when the host does not report an alignment.
     const USUAL: u32 = 4096;
     let answer = statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::from_bits_retain(libc::STATX_DIOALIGN));
     let alignment = answer.ok().map(|answer| answer.stx_dio_offset_align);

@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 
 const MIB: u64 = 1 << 20;
 
-/// A drive on a file of this content, in a folder of its own.
+/// A file with this content in its own folder, and a drive for it.
 struct Disk {
     folder: tempfile::TempDir,
     file: File,
@@ -37,14 +37,14 @@ impl Disk {
 }
 
 #[test]
-fn a_file_that_was_removed_while_it_was_opened_is_no_disk() {
+fn a_file_that_is_removed_during_the_open_is_refused() {
     let disk = Disk::new(&[0; 512]);
     let path = disk.folder.path().join("disk");
     assert!(file::is_at(&disk.file, &path));
     std::fs::remove_file(&path).unwrap();
     assert!(!file::is_at(&disk.file, &path));
     std::fs::write(&path, [0; 512]).unwrap();
-    assert!(!file::is_at(&disk.file, &path), "another of its name");
+    assert!(!file::is_at(&disk.file, &path), "another file of the same name");
 }
 
 fn header(kind: u32, sector: u64) -> Piece {
@@ -54,7 +54,7 @@ fn header(kind: u32, sector: u64) -> Piece {
     Piece::Out(bytes)
 }
 
-/// Numbers of section 5.2.6, written out once more.
+/// Constants restated from section 5.2.6.
 const IN: u32 = 0;
 const OUT: u32 = 1;
 const FLUSH: u32 = 4;
@@ -111,7 +111,7 @@ fn ranges_are_discarded_and_zeroed() {
 }
 
 #[test]
-fn zeroes_take_no_place_that_a_sparse_file_did_not_have() {
+fn write_zeroes_allocates_nothing_in_a_sparse_file() {
     use std::os::unix::fs::MetadataExt;
     let disk = Disk::new(&[]);
     let path = disk.folder.path().join("disk");
@@ -134,10 +134,10 @@ fn zeroes_take_no_place_that_a_sparse_file_did_not_have() {
 }
 
 #[test]
-fn zeroes_keep_the_place_of_a_file_that_has_it() {
+fn write_zeroes_keeps_the_allocation() {
     use std::os::unix::fs::MetadataExt;
     let disk = Disk::new(&vec![1; 64 << 10]);
-    // A tmpfs cannot keep it, and says so: its driver writes zeroes then.
+    // tmpfs does not support it and returns an error: the guest's driver writes zeroes in that case.
     let is_memory = rustix::fs::fstatfs(&disk.file).unwrap().f_type == libc::TMPFS_MAGIC;
     let place = || disk.file.metadata().unwrap().blocks();
     disk.file.sync_all().unwrap();
@@ -151,7 +151,7 @@ fn zeroes_keep_the_place_of_a_file_that_has_it() {
 }
 
 #[test]
-fn what_is_not_on_the_disk_is_an_error_and_not_a_break() {
+fn invalid_requests_get_an_error_and_do_not_fail_the_device() {
     let disk = Disk::new(&[0; 4096]);
     let mut driver = disk.start();
     for (kind, sector, expected) in
@@ -162,11 +162,11 @@ fn what_is_not_on_the_disk_is_an_error_and_not_a_break() {
     }
     assert_eq!(status(&mut driver, &[header(IN, 0), Piece::In(100), Piece::In(1)]), 1, "half a sector");
     assert_eq!(status(&mut driver, &[header(IN, 0), Piece::In(1)]), 1, "no sector");
-    assert!(!driver.is_broken());
+    assert!(!driver.needs_reset());
 }
 
 #[test]
-fn a_read_only_drive_is_not_written() {
+fn a_read_only_drive_refuses_writes() {
     let disk = Disk::new(&[1; 4096]);
     let drive = Drive { is_read_only: true, ..disk.drive() };
     let mut driver = Driver::started(Block::open(&drive).unwrap());
@@ -177,13 +177,13 @@ fn a_read_only_drive_is_not_written() {
 }
 
 #[test]
-fn direct_access_waits_nowhere() {
-    // Direct reads have nothing in memory: each goes to the ring.
+fn direct_io_does_not_block() {
+    // With direct I/O nothing is in the page cache: each request goes through io_uring.
     let content: Vec<u8> = (0..MIB).map(|at| (at / 4096).to_le_bytes()[0]).collect();
     let disk = Disk::new(&content);
     let block = match Block::open(&Drive { direct: true, ..disk.drive() }) {
         Ok(block) => block,
-        // The folder for temporary files decides, and nothing else may be wrong.
+        // Whether direct I/O works depends on the filesystem of the temporary folder; no other error is accepted.
         Err(error) => {
             assert!(error.to_string().ends_with("its filesystem has no direct I/O"), "{error}");
             return;
@@ -204,10 +204,10 @@ fn direct_access_waits_nowhere() {
 }
 
 #[test]
-fn what_is_in_memory_is_done_by_whoever_rings_up_to_a_bound() {
+fn cached_requests_are_served_inline_up_to_the_budget() {
     let disk = Disk::new(&[0; 4096]);
-    let mut driver = Driver::started(Block::open(&disk.drive()).unwrap().blank().unwrap());
-    // The first doorbell is the transport's own.
+    let mut driver = Driver::started(Block::open(&disk.drive()).unwrap().placeholder().unwrap());
+    // The first doorbell is written by the transport.
     driver.ring();
     for _ in 0..70 {
         driver.push(0, &[header(IN, 0), Piece::In(512), Piece::In(1)]);
@@ -224,11 +224,11 @@ fn what_is_in_memory_is_done_by_whoever_rings_up_to_a_bound() {
 }
 
 #[test]
-fn a_large_request_is_not_done_by_whoever_rings() {
+fn a_large_request_is_not_served_inline() {
     let disk = Disk::new(&vec![7; 4 << 20]);
     for (bytes, is_inline) in [(2 << 20, true), ((2 << 20) + 512, false)] {
         for kind in [IN, OUT] {
-            let mut driver = Driver::started(Block::open(&disk.drive()).unwrap().blank().unwrap());
+            let mut driver = Driver::started(Block::open(&disk.drive()).unwrap().placeholder().unwrap());
             driver.ring();
             let data = if kind == IN {
                 Piece::In(bytes)
@@ -246,17 +246,17 @@ fn a_large_request_is_not_done_by_whoever_rings() {
 }
 
 #[test]
-fn direct_access_is_left_to_the_event_loop() {
+fn direct_io_is_not_served_inline() {
     let disk = Disk::new(&[0; 4096]);
     if let Ok(block) = Block::open(&Drive { direct: true, ..disk.drive() }) {
-        // A tmpfs is memory however it is opened.
+        // tmpfs is memory, with and without O_DIRECT.
         let is_memory = rustix::fs::fstatfs(&disk.file).unwrap().f_type == libc::TMPFS_MAGIC;
-        assert_eq!(block.serves_at_once(), is_memory);
+        assert_eq!(block.serves_inline(), is_memory);
     }
 }
 
 #[test]
-fn chains_without_header_or_status_break_the_device_until_it_is_reset() {
+fn chains_without_header_or_status_fail_the_device_until_it_is_reset() {
     let disk = Disk::new(&[0; 4096]);
     for pieces in [
         vec![Piece::In(1)],
@@ -267,28 +267,28 @@ fn chains_without_header_or_status_break_the_device_until_it_is_reset() {
         let mut driver = disk.start();
         driver.push(0, &pieces);
         driver.ring();
-        assert!(driver.is_broken(), "{pieces:?}");
+        assert!(driver.needs_reset(), "{pieces:?}");
         assert!(driver.transport.failure().is_some());
-        assert_eq!(driver.interrupts(), 1, "the driver is told");
+        assert_eq!(driver.interrupts(), 1, "the driver is interrupted");
         driver.start(u64::MAX);
-        assert_eq!(status(&mut driver, &[header(FLUSH, 0), Piece::In(1)]), 0, "a reset mends it");
+        assert_eq!(status(&mut driver, &[header(FLUSH, 0), Piece::In(1)]), 0, "a reset recovers the device");
         drop(driver);
     }
 }
 
 #[test]
-fn a_reset_waits_for_a_disk_that_hangs_and_nobody_waits_with_it() {
+fn a_reset_is_pending_while_the_disk_hangs_and_blocks_no_thread() {
     if io_uring::IoUring::new(1).is_err() {
-        // Threads do not read pipes at a place.
+        // The worker thread cannot read a pipe at an offset.
         return;
     }
     for breaks in [false, true] {
-        // The disk hangs until somebody writes into the pipe.
+        // The disk hangs until the test writes to the pipe.
         let (reader, writer) = std::io::pipe().unwrap();
         let mut block = Block::open(&Disk::new(&[0; 4096]).drive()).unwrap();
         block.io = FileIo::slow(std::os::fd::OwnedFd::from(reader).into());
         let mut driver = Driver::started(block);
-        // Dropped before the driver, which would wait for the disk where an assertion fails.
+        // Dropped before the driver, whose drop would otherwise wait for the disk after a failed assertion.
         let mut writer = writer;
         let request = [header(IN, 0), Piece::In(512), Piece::In(1)];
         driver.push(0, &request);
@@ -297,14 +297,14 @@ fn a_reset_waits_for_a_disk_that_hangs_and_nobody_waits_with_it() {
         if breaks {
             driver.offer(0, 999);
             driver.ring();
-            assert!(driver.is_broken());
+            assert!(driver.needs_reset());
         }
         let reset = |driver: &mut Driver| driver.transport.write(0x70, &[0; 4]);
-        assert_eq!(reset(&mut driver), Some(GuestRequest::Again));
-        assert_eq!(reset(&mut driver), Some(GuestRequest::Again));
+        assert_eq!(reset(&mut driver), Some(GuestRequest::Retry));
+        assert_eq!(reset(&mut driver), Some(GuestRequest::Retry));
         assert_ne!(driver.status(), 0);
         writer.write_all(&[7; 512]).unwrap();
-        assert!(driver.run(Some(60_000)), "what comes back is taken");
+        assert!(driver.run(Some(60_000)), "the completion is taken");
         assert!(!driver.run(Some(0)), "and only once");
         assert_eq!(reset(&mut driver), None);
         assert_eq!(driver.status(), 0);
@@ -316,7 +316,7 @@ fn a_reset_waits_for_a_disk_that_hangs_and_nobody_waits_with_it() {
 }
 
 #[test]
-fn a_limited_drive_makes_requests_wait() {
+fn a_rate_limit_delays_requests() {
     use crate::config::devices::{RateLimiter, TokenBucket};
     let disk = Disk::new(&[0; 4096]);
     let bucket = TokenBucket { size: 2, one_time_burst: None, refill_time: 20 };
@@ -338,12 +338,12 @@ fn a_limited_drive_makes_requests_wait() {
             },
         }
     }
-    // Three pass at once, and the others 10 ms apart: a lower bound holds on any machine.
+    // Three pass immediately, and the others 10 ms apart: a lower bound holds on any machine.
     assert!(start.0 + 60_000_000 < Instant::now().0);
 }
 
 #[test]
-fn files_that_are_no_disks_are_named() {
+fn errors_name_the_file() {
     let disk = Disk::new(&[0; 4096]);
     let error = |drive: &Drive| Block::open(drive).unwrap_err().to_string();
     let at = |path: &str| Drive { path_on_host: path.into(), ..disk.drive() };
@@ -357,7 +357,7 @@ fn files_that_are_no_disks_are_named() {
     assert!(error(&Drive { is_read_only: true, ..disk.drive() }).contains("it is in use"));
     drop(open);
     let read_only = Drive { is_read_only: true, ..disk.drive() };
-    // Anybody who may read a file can lock it.
+    // Any process that may read a file can lock it.
     let locked = File::open(disk.drive().path_on_host).unwrap();
     flock(&locked, FlockOperation::NonBlockingLockExclusive).unwrap();
     assert!(error(&read_only).contains("it is in use"));

@@ -1,13 +1,13 @@
-//! A driver that does what no kernel would: bytes decide what.
+//! A driver that violates the specification, controlled by input bytes.
 //!
-//! Fuzzers and property tests give it bytes at random. It mixes what a driver may do with what it may not, so that
-//! the device is reached behind its first check as well.
+//! Fuzzers and property tests provide the bytes. Valid and invalid operations are mixed, so that the input gets past
+//! the first check of the device.
 
 use super::{Driver, INDIRECT, NEXT, WRITE};
 use crate::bus::BusDevice;
 use crate::devices::virtio::registers as register;
 
-/// Bytes that are used up from the front; zeroes follow.
+/// Input bytes that are consumed from the front, followed by endless zeroes.
 struct Bytes<'a>(&'a [u8]);
 
 impl Bytes<'_> {
@@ -36,11 +36,11 @@ impl Bytes<'_> {
         u64::from_le_bytes(self.take())
     }
 
-    /// Mostly an address of data, now and then any.
+    /// Usually an address of data, sometimes an arbitrary one.
     fn address(&mut self) -> u64 {
         match self.byte() {
             0 => self.u64(),
-            // The very ends of memory and of the address space.
+            // The ends of memory and of the address space.
             1 => super::MEMORY - u64::from(self.byte()),
             2 => u64::MAX - u64::from(self.byte()),
             // The rings themselves.
@@ -49,7 +49,7 @@ impl Bytes<'_> {
         }
     }
 
-    /// Mostly the length of something small, now and then any.
+    /// Usually a small length, sometimes an arbitrary one.
     fn length(&mut self) -> u32 {
         match self.byte() {
             0 => self.u32(),
@@ -71,18 +71,18 @@ impl Bytes<'_> {
 }
 
 impl Driver {
-    /// Does what the bytes say, then makes the device work in peace: whatever was done to it, it starts again.
+    /// Performs the operations that the bytes encode. Then resets and starts the device, which must work again.
     pub fn misbehave(&mut self, bytes: &[u8]) {
         self.start(u64::MAX);
         let mut bytes = Bytes(bytes);
         while !bytes.0.is_empty() {
             self.step(&mut bytes);
             let places: usize = self.rings.iter().map(|ring| usize::from(ring.size)).sum();
-            assert!(self.transport.in_flight() <= places, "the device has more than its queues hold");
+            assert!(self.transport.in_flight() <= places, "more chains are in flight than the queues hold");
         }
         while self.run(Some(0)) {}
         self.start(u64::MAX);
-        assert!(!self.is_broken(), "a reset does not mend it: {:?}", self.transport.failure());
+        assert!(!self.needs_reset(), "a reset does not recover the device: {:?}", self.transport.failure());
     }
 
     fn step(&mut self, bytes: &mut Bytes<'_>) {
@@ -100,7 +100,7 @@ impl Driver {
             }
             8 | 9 => self.ring(),
             10 => {
-                // A table for indirect descriptors, or packets and requests.
+                // An indirect descriptor table, or packets and requests.
                 let address = super::DATA + u64::from(bytes.u16());
                 let data: [u8; 32] = bytes.take();
                 self.put(address, &data);
@@ -129,7 +129,7 @@ impl Driver {
             }
             13 => self.start(bytes.u64()),
             14 => {
-                // The available index jumps: by a little, in either direction, or to anywhere.
+                // The available index jumps: by a little in either direction, or to an arbitrary value.
                 let jump = match bytes.byte() % 4 {
                     0 => bytes.u16(),
                     1 => u16::from(bytes.byte() % 9),

@@ -1,5 +1,5 @@
-//! A driver for tests and fuzzing: it does to a device's registers and queues what a guest's kernel does, in this
-//! process and without KVM, and can do what no kernel would.
+//! A virtio driver for tests and fuzzing. It accesses the registers and queues of a device as a guest's kernel does, in
+//! this process and without KVM, and can also violate the specification.
 
 mod hostile;
 
@@ -16,27 +16,27 @@ use std::sync::Arc;
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
-/// A part of a chain.
+/// A buffer of a chain.
 #[derive(Clone, Debug)]
 pub enum Piece {
-    /// Bytes that the device reads.
+    /// Device-readable bytes.
     Out(Vec<u8>),
-    /// So many bytes that the device writes.
+    /// A device-writable buffer of this many bytes.
     In(u32),
 }
 
-/// A chain that the device has given back.
+/// A chain that the device has completed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Used {
-    /// The chain's first descriptor, as [`Driver::push`] returned it.
+    /// The chain's first descriptor, as returned by [`Driver::push`].
     pub head: u16,
-    /// Bytes that the device says it wrote.
+    /// Number of written bytes as reported by the device.
     pub written: u32,
-    /// All bytes of the chain that the device could write.
+    /// The content of all device-writable buffers of the chain.
     pub bytes: Vec<u8>,
 }
 
-/// One queue as the driver sees it.
+/// One queue of the driver.
 #[derive(Clone, Debug)]
 struct Ring {
     size: u16,
@@ -46,15 +46,15 @@ struct Ring {
     next_descriptor: u16,
     next_available: u16,
     next_used: u16,
-    /// What the device writes, by the head of its chain: addresses and lengths.
+    /// The device-writable buffers by the head of their chain: addresses and lengths.
     writable: BTreeMap<u16, Vec<(u64, u32)>>,
 }
 
 /// Descriptor flags (section 2.7.5).
 pub const NEXT: u16 = 1;
-/// The device writes.
+/// The device writes to the descriptor's buffer.
 pub const WRITE: u16 = 2;
-/// The descriptor leads to a table.
+/// The descriptor points to an indirect table.
 pub const INDIRECT: u16 = 4;
 
 /// The driver of one device.
@@ -62,7 +62,7 @@ pub const INDIRECT: u16 = 4;
 pub struct Driver {
     /// The device.
     pub transport: Transport,
-    /// The guest's memory: 16 MiB, of which the second half is for data.
+    /// The guest's memory: 16 MiB, the second half of which is for data.
     pub memory: GuestMemory,
     page: RegisterPage,
     interrupt: EventFd,
@@ -73,19 +73,19 @@ pub struct Driver {
 
 const MEMORY: u64 = 16 * MIB;
 const DATA: u64 = MEMORY / 2;
-/// Bytes between the rings of two queues.
+/// Distance between the rings of two queues in bytes.
 const RING_SPACE: u64 = 0x1_0000;
 
 impl Driver {
-    /// A device that is reset, in a machine of its own.
+    /// A device in its reset state, in its own machine.
     pub fn new(device: impl Device + 'static) -> Self {
         Self::with_memory(device, GuestMemory::anonymous(MEMORY).expect("no memory"))
     }
 
-    /// The same in a machine with this memory, of 16 MiB or more.
+    /// The same, in a machine with this memory of 16 MiB or more.
     pub fn with_memory(device: impl Device + 'static, memory: GuestMemory) -> Self {
         let eventfd = || EventFd::new(libc::EFD_NONBLOCK).expect("no eventfd");
-        // Little of it is touched, and fuzzers make many.
+        // Only a small part of it is accessed, and fuzzers create many.
         memory.use_small_pages(0..MEMORY).expect("it is memory");
         let page = RegisterPages::new(1).expect("no memory").page(0);
         let interrupt = eventfd();
@@ -101,7 +101,7 @@ impl Driver {
         Self { transport, memory, page, interrupt, epoll, rings: Vec::new(), next_data: DATA }
     }
 
-    /// The same, and ready to work with all features that the device offers.
+    /// The same, started with all features that the device offers.
     pub fn started(device: impl Device + 'static) -> Self {
         let mut this = Self::new(device);
         this.start(u64::MAX);
@@ -122,13 +122,13 @@ impl Driver {
         self.page.get(register)
     }
 
-    /// The device status.
+    /// The device status register.
     #[must_use]
     pub fn status(&self) -> u32 {
         self.read(register::STATUS)
     }
 
-    /// Bytes of the configuration space.
+    /// Reads the configuration space.
     #[must_use]
     pub fn configuration(&self, offset: usize, length: usize) -> Vec<u8> {
         let mut bytes = vec![0; length];
@@ -145,8 +145,7 @@ impl Driver {
         half(0) | half(1) << 32
     }
 
-    /// Resets the device and starts it as a kernel does (section 3.1.1), with those features of `wanted` that it
-    /// offers.
+    /// Resets and starts the device like a kernel does (section 3.1.1), with the offered features that are in `wanted`.
     pub fn start(&mut self, wanted: u64) {
         self.write(register::STATUS, 0);
         self.write(register::STATUS, 1);
@@ -191,7 +190,7 @@ impl Driver {
         self.write(register::STATUS, 15);
     }
 
-    /// Makes rings empty; the device reads nothing else of them before it is told to.
+    /// Clears the rings.
     fn clear(&self, ring: &Ring) {
         let size = usize::from(ring.size);
         for (address, length) in
@@ -211,8 +210,8 @@ impl Driver {
         bytes
     }
 
-    /// Guest memory for data; it is used again from its start when it is full. What has a sector or more starts at a
-    /// multiple of one, as direct I/O wants it; anything smaller starts anywhere.
+    /// Allocates guest memory for data. The memory is reused from its start when it is exhausted. Buffers of at least a
+    /// sector are aligned to a sector, as required for direct I/O; smaller ones are not aligned.
     pub fn allocate(&mut self, length: u32) -> u64 {
         const SECTOR: u32 = 512;
         if length >= SECTOR {
@@ -222,12 +221,12 @@ impl Driver {
             self.next_data = DATA;
         }
         let address = self.next_data;
-        // Odd addresses are as good as others.
+        // Odd addresses are valid.
         self.next_data += u64::from(length) + 1;
         address
     }
 
-    /// Writes a descriptor, whatever it says.
+    /// Writes an arbitrary descriptor.
     pub fn describe(&self, queue: usize, index: u16, address: u64, length: u32, flags: u16, next: u16) {
         let mut bytes = address.to_le_bytes().to_vec();
         bytes.extend(length.to_le_bytes());
@@ -236,7 +235,7 @@ impl Driver {
         self.put(self.rings[queue].descriptors + 16 * u64::from(index), &bytes);
     }
 
-    /// Makes a descriptor available as the head of a chain, whatever it is.
+    /// Makes an arbitrary descriptor available as the head of a chain.
     pub fn offer(&mut self, queue: usize, head: u16) {
         let ring = &mut self.rings[queue];
         let slot = ring.available + 4 + 2 * u64::from(ring.next_available % ring.size);
@@ -246,20 +245,20 @@ impl Driver {
         self.put(index, &next.to_le_bytes());
     }
 
-    /// Sets the index of the available ring, whatever it was.
+    /// Sets the index of the available ring to an arbitrary value.
     pub fn set_available(&mut self, queue: usize, index: u16) {
         self.rings[queue].next_available = index;
         self.put(self.rings[queue].available + 2, &index.to_le_bytes());
     }
 
-    /// Makes a chain available; its first descriptor.
+    /// Makes a chain available; returns the index of its first descriptor.
     pub fn push(&mut self, queue: usize, pieces: &[Piece]) -> u16 {
         let size = self.rings[queue].size;
         let head = self.rings[queue].next_descriptor;
         let mut writable = Vec::new();
         let mut index = head;
-        for (position, piece) in pieces.iter().enumerate() {
-            let (address, length, kind) = match piece {
+        for (position, chunk) in pieces.iter().enumerate() {
+            let (address, length, kind) = match chunk {
                 Piece::Out(bytes) => {
                     let length = u32::try_from(bytes.len()).expect("a piece is too large");
                     let address = self.allocate(length);
@@ -283,7 +282,7 @@ impl Driver {
         head
     }
 
-    /// The next chain that the device has given back.
+    /// Takes the next chain that the device has completed.
     pub fn pop(&mut self, queue: usize) -> Option<Used> {
         let ring = &self.rings[queue];
         let index = u16::from_le_bytes(self.get(ring.used + 2));
@@ -304,26 +303,26 @@ impl Driver {
         Some(Used { head, written, bytes })
     }
 
-    /// Asks to be interrupted when the device gives back the chain of this number, counted from zero.
+    /// Requests an interrupt for the completed chain with this index, counted from 0.
     pub fn ask_for_interrupt_at(&self, queue: usize, number: u16) {
         let ring = &self.rings[queue];
         self.put(ring.available + 4 + 2 * u64::from(ring.size), &number.to_le_bytes());
     }
 
-    /// Rings the doorbell, as KVM does for a guest, and lets the device work until it waits.
+    /// Rings the doorbell, and runs the device until no event is pending.
     pub fn ring(&mut self) {
         self.write(register::DOORBELL_OFFSET, 0);
         while self.run(Some(0)) {}
     }
 
-    /// Waits for an event of the device and lets it work; `false` when none came in so many milliseconds.
+    /// Waits for an event and runs the device; `false` when no event occurs within `milliseconds`.
     pub fn run(&mut self, milliseconds: Option<u32>) -> bool {
         let limit = milliseconds.map(|milliseconds| Timespec {
             tv_sec: i64::from(milliseconds / 1000),
             tv_nsec: i64::from(milliseconds % 1000) * 1_000_000,
         });
         let mut events = Vec::with_capacity(16);
-        // The end of an io_uring's request interrupts who submitted it.
+        // The completion of an io_uring request interrupts the thread that submitted it.
         let _ = rustix::io::retry_on_intr(|| {
             epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), limit.as_ref())
         });
@@ -335,32 +334,32 @@ impl Driver {
         !events.is_empty()
     }
 
-    /// Waits for a chain to come back.
+    /// Waits for the device to complete a chain.
     ///
     /// # Panics
-    /// When none does for a minute.
+    /// When no chain completes within one minute.
     pub fn wait(&mut self, queue: usize) -> Used {
         loop {
             if let Some(used) = self.pop(queue) {
                 return used;
             }
-            assert!(self.run(Some(60_000)), "the device gives nothing back: {:?}", self.transport.failure());
+            assert!(self.run(Some(60_000)), "the device completes no chain: {:?}", self.transport.failure());
         }
     }
 
-    /// Makes a chain available, rings, and waits for it to come back.
+    /// Makes a chain available, rings the doorbell, and waits for the completion.
     pub fn request(&mut self, queue: usize, pieces: &[Piece]) -> Used {
         self.push(queue, pieces);
         self.ring();
         self.wait(queue)
     }
 
-    /// Interrupts since the last time; each is acknowledged as a kernel does.
+    /// Number of interrupts since the last call. Acknowledges them like a kernel does.
     pub fn interrupts(&mut self) -> u64 {
         let count = self.interrupt.read().unwrap_or(0);
         if count > 0 {
             let status = self.read(register::INTERRUPT_STATUS);
-            // KVM keeps this one for itself.
+            // KVM handles this value without an exit to the VMM.
             if status != ACKNOWLEDGE_QUEUES {
                 self.write(register::ACKNOWLEDGE_OFFSET, status);
             }
@@ -368,9 +367,9 @@ impl Driver {
         count
     }
 
-    /// Whether the device waits for a reset because its driver broke a rule.
+    /// Whether the device has set DEVICE_NEEDS_RESET because of a violation of the specification.
     #[must_use]
-    pub fn is_broken(&self) -> bool {
+    pub fn needs_reset(&self) -> bool {
         self.status() & 64 != 0
     }
 }

@@ -1,15 +1,15 @@
 use super::*;
 
 #[test]
-fn a_device_is_not_memory_because_its_name_is_there() {
-    // /dev is a tmpfs almost everywhere, and what its names stand for is elsewhere.
+fn a_block_device_is_not_memory_because_of_its_node_on_tmpfs() {
+    // /dev is a tmpfs almost everywhere, and the data of its nodes is elsewhere.
     let device = File::open("/dev/null").unwrap();
     assert_eq!(FileIo::new(device, 1).speed, Speed::Cached);
 }
 
 #[test]
-fn a_thread_calls_for_nothing_that_was_taken_already() {
-    // The job's end is waited for as at a reset, and the thread may be anywhere then.
+fn the_thread_signals_no_completion_that_was_taken_already() {
+    // Waits for the job as a reset does, at any point of the thread's progress.
     for _ in 0..500 {
         let worker = Worker::start().unwrap();
         // SAFETY: there are no segments.
@@ -22,11 +22,11 @@ fn a_thread_calls_for_nothing_that_was_taken_already() {
         }
         let shared = Arc::clone(&worker.shared);
         drop(worker);
-        assert!(shared.finished_event.read().is_err(), "an event that nobody would ever take");
+        assert!(shared.finished_event.read().is_err(), "a stale event");
     }
 }
 
-/// Runs something on a thread whose system calls of one kind end with an error.
+/// Calls a function on a thread on which one system call fails with `error` (seccomp).
 pub(crate) fn refusing<T: Send>(
     call: libc::c_long,
     error: libc::c_int,
@@ -60,7 +60,7 @@ pub(crate) fn refusing<T: Send>(
     })
 }
 
-/// Runs something on a thread for which the host has no memory for requests.
+/// Calls a function on a thread on which io_uring_enter fails for lack of memory.
 fn without_memory<T: Send>(what: impl FnOnce() -> T + Send) -> T {
     refusing(libc::SYS_io_uring_enter, libc::EAGAIN, what)
 }
@@ -71,7 +71,7 @@ fn watcher() -> Watcher {
 }
 
 #[test]
-fn no_more_jobs_are_taken_than_there_is_room_for() {
+fn no_more_than_depth_jobs_are_accepted() {
     let mut io = FileIo::new(tempfile::tempfile().unwrap(), 4);
     // SAFETY: there are no segments.
     let job = || unsafe { Job::new(Operation::Flush, 0, &[]) };
@@ -85,7 +85,7 @@ fn no_more_jobs_are_taken_than_there_is_room_for() {
 }
 
 #[test]
-fn jobs_that_the_completion_queue_has_no_room_for_come_back_as_well() {
+fn jobs_that_overflow_the_completion_queue_complete() {
     // Hosts without io_uring have no such queue.
     let Ok(ring) = IoUring::new(4) else { return };
     let mut ring = Ring(ring);
@@ -100,16 +100,16 @@ fn jobs_that_the_completion_queue_has_no_room_for_come_back_as_well() {
 }
 
 #[test]
-fn a_job_that_the_host_has_no_memory_for_is_done_later_and_once() {
+fn a_job_without_host_memory_is_submitted_later_and_once() {
     let watcher = watcher();
     let mut io = FileIo::new(tempfile::tempfile().unwrap(), 4);
     // SAFETY: there are no segments.
     let job = || unsafe { Job::new(Operation::Flush, 0, &[]) };
     without_memory(|| io.submit(0, job(), 0, &watcher)).unwrap();
     if matches!(io.engine, Some(Engine::Ring(_))) {
-        assert!(without_memory(|| io.is_held_up()));
+        assert!(without_memory(|| io.retry_submit()));
     }
-    assert!(!io.is_held_up());
+    assert!(!io.retry_submit());
     io.submit(1, job(), 0, &watcher).unwrap();
     let mut done = Vec::new();
     while io.is_busy() {
@@ -117,7 +117,7 @@ fn a_job_that_the_host_has_no_memory_for_is_done_later_and_once() {
         match &mut io.engine {
             Some(Engine::Ring(ring)) => drop(ring.0.submit_and_wait(1)),
             Some(Engine::Thread(worker)) => worker.wait(),
-            None => panic!("nobody does it"),
+            None => panic!("the job does not complete"),
         }
         io.finished(&mut done);
     }
@@ -127,22 +127,22 @@ fn a_job_that_the_host_has_no_memory_for_is_done_later_and_once() {
 }
 
 #[test]
-fn a_large_job_is_done_by_another_thread() {
+fn a_large_job_is_not_performed_inline() {
     let file = tempfile::tempfile().unwrap();
     file.set_len(8 << 20).unwrap();
     let io = FileIo::new(file, 4);
     let mut bytes = vec![0; usize::try_from(INLINE_MAX).unwrap() + 1];
-    let all = Segment::own(&mut bytes);
+    let all = Segment::host(&mut bytes);
     let job = |segment: Segment| {
         let segments = [segment];
         // SAFETY: the bytes outlive both; a ring never sees the entry.
         let job = unsafe { Job::new(Operation::Read, 0, &segments) };
-        (io.attempt(&job).is_some(), format!("{:?}", job.entry(types::Fd(0))))
+        (io.try_inline(&job).is_some(), format!("{:?}", job.entry(types::Fd(0))))
     };
     let mut most = all;
     most.skip(1);
     let (is_inline, entry) = job(most);
-    // A file that is not in memory is not read inline, whatever its size.
+    // A file that is not in memory is not read inline, regardless of the size.
     assert!(is_inline || io.speed == Speed::Cached);
     assert!(entry.contains("flags: 0,"), "{entry}");
     let (is_inline, entry) = job(all);

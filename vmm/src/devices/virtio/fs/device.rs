@@ -1,7 +1,7 @@
-//! The device as its transport sees it.
+//! The implementation of [`Device`].
 
 use super::{HIPRIO, KIND, QUEUE_SIZES, REQUESTS, SERVER, SharedFolder, TAG_MAX};
-use crate::devices::virtio::{Broken, Device, Event, Left, Queues, Watcher};
+use crate::devices::virtio::{Device, DeviceError, Event, Progress, Queues, Watcher};
 
 impl Device for SharedFolder {
     fn kind(&self) -> u32 {
@@ -13,7 +13,7 @@ impl Device for SharedFolder {
     }
 
     fn features(&self) -> u64 {
-        // Without VIRTIO_FS_F_NOTIFICATION the server speaks only when it is asked.
+        // Without VIRTIO_FS_F_NOTIFICATION the server only sends replies.
         0
     }
 
@@ -25,35 +25,35 @@ impl Device for SharedFolder {
         bytes
     }
 
-    fn activate(&mut self, _: u64, _: &mut Queues, watcher: &Watcher) -> Result<(), Broken> {
+    fn activate(&mut self, _: u64, _: &mut Queues, watcher: &Watcher) -> Result<(), DeviceError> {
         if let Some(server) = &self.server {
             watcher
                 .add(server.socket(), SERVER, self.events())
-                .map_err(|error| Broken::because(format!("its server cannot be watched: {error}")))?;
+                .map_err(|error| DeviceError::new(format!("cannot watch the server's socket: {error}")))?;
         }
         self.watcher = Some(watcher.clone());
         Ok(())
     }
 
-    fn serve_at_once(&mut self, queues: &mut Queues) -> Result<Left, Broken> {
-        let left = self.take_requests(queues)?;
+    fn serve_inline(&mut self, queues: &mut Queues) -> Result<Progress, DeviceError> {
+        let rest = self.take_requests(queues)?;
         self.notify(queues)?;
-        Ok(left)
+        Ok(rest)
     }
 
-    fn serves_at_once(&self) -> bool {
+    fn serves_inline(&self) -> bool {
         true
     }
 
-    fn serve(&mut self, event: Event, queues: &mut Queues) -> Result<(), Broken> {
+    fn serve(&mut self, event: Event, queues: &mut Queues) -> Result<(), DeviceError> {
         if let Event::Ready(..) = event {
             self.take_replies(queues)?;
-            if let Err(lost) = self.flush() {
-                self.lose(lost, queues)?;
+            if let Err(error) = self.flush() {
+                self.disconnect(error, queues)?;
             }
         }
-        if self.take_requests(queues)? == Left::Something {
-            queues.yield_turn();
+        if self.take_requests(queues)? == Progress::Pending {
+            queues.reschedule();
         }
         self.notify(queues)
     }
@@ -62,8 +62,8 @@ impl Device for SharedFolder {
         if let (Some(watcher), Some(server)) = (self.watcher.take(), &self.server) {
             watcher.remove(server.socket());
         }
-        // What is on its way comes back and is for nobody.
-        self.waiting.clear();
+        // Replies to pending requests will arrive and are dropped.
+        self.pending.clear();
         self.incoming.target = None;
     }
 
@@ -73,7 +73,7 @@ impl Device for SharedFolder {
 }
 
 impl SharedFolder {
-    fn notify(&self, queues: &mut Queues) -> Result<(), Broken> {
+    fn notify(&self, queues: &mut Queues) -> Result<(), DeviceError> {
         for queue in [HIPRIO, REQUESTS] {
             if queues.is_ready(queue) {
                 queues.notify(queue)?;

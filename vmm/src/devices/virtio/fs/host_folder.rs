@@ -1,5 +1,5 @@
-//! A folder of the host that a guest shares: opened once, when its path is checked. Whatever the path names later, the
-//! descriptor is what the guest has.
+//! The host folder that a guest shares. It is opened once, when its path is checked. The guest has access to this
+//! descriptor, whatever the path refers to later.
 
 use crate::config::ConfigError;
 use rustix::fs::{Access, AtFlags, CWD, Mode, OFlags, Stat, accessat, fstat, major, minor, openat};
@@ -7,18 +7,18 @@ use rustix::io::Errno;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-/// Opens a folder that its user can read.
+/// Opens a folder and checks that the user can list and traverse it.
 ///
 /// # Errors
-/// When there is none at the path, it is not for this user, or its files are interfaces of the host's kernel.
+/// When there is no folder at the path, permission is denied, or its files are interfaces of the host's kernel.
 pub(super) fn open(path: &Path) -> Result<OwnedFd, ConfigError> {
     let wrong = |what: String| ConfigError::SharedFolder { path: path.to_owned(), what };
     let refused = |error: Errno| {
         wrong(match error {
-            Errno::NOENT => "there is no such folder".into(),
-            Errno::NOTDIR if path.is_file() => "it is no folder; share the one that it is in".into(),
-            Errno::NOTDIR => "it lies in what is no folder".into(),
-            Errno::ACCESS => "it is not for this user to read".into(),
+            Errno::NOENT => "no such folder".into(),
+            Errno::NOTDIR if path.is_file() => "not a folder; share the folder that contains it".into(),
+            Errno::NOTDIR => "a part of the path is not a folder".into(),
+            Errno::ACCESS => "permission denied".into(),
             error => error.to_string(),
         })
     };
@@ -27,14 +27,14 @@ pub(super) fn open(path: &Path) -> Result<OwnedFd, ConfigError> {
     accessat(&descriptor, ".", Access::EXEC_OK, AtFlags::empty()).map_err(refused)?;
     let stat = fstat(&descriptor).map_err(refused)?;
     if let Some(kind) = kernel_interface(&stat) {
-        let what = format!("it is the host's {kind}, whose files are interfaces of its kernel");
+        let what = format!("the files of the host's {kind} are interfaces of its kernel");
         return Err(wrong(what));
     }
     Ok(descriptor)
 }
 
-/// Filesystems that are interfaces of the kernel: who writes to a file there changes the host, with the rights of the
-/// process that serves the folder.
+/// Filesystems that are interfaces of the kernel: a write to one of their files changes the host, with the rights of
+/// the process that serves the folder.
 const KERNEL_INTERFACES: &[&str] = &[
     "binfmt_misc",
     "bpf",
@@ -58,11 +58,11 @@ const KERNEL_INTERFACES: &[&str] = &[
     "tracefs",
 ];
 
-/// The kind of filesystem that a file is on, where it is such an interface.
+/// The type of the filesystem of a file, if it is such an interface.
 fn kernel_interface(stat: &Stat) -> Option<&'static str> {
     let device = format!("{}:{}", major(stat.st_dev), minor(stat.st_dev));
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    // proc(5): the third field is the device, and behind " - " stands the kind.
+    // proc(5): the third field is the device, and the type follows " - ".
     let kinds = mounts.lines().filter_map(|line| {
         let (mount, filesystem) = line.split_once(" - ")?;
         (mount.split(' ').nth(2)? == device).then(|| filesystem.split(' ').next())?
@@ -79,18 +79,18 @@ mod tests {
     }
 
     #[test]
-    fn interfaces_of_the_kernel_are_no_folders_to_share() {
+    fn kernel_filesystems_are_refused() {
         for path in ["/proc", "/proc/self", "/proc/sys/kernel", "/sys", "/sys/kernel"] {
             if Path::new(path).exists() {
                 let message = message(path);
-                assert!(message.ends_with("whose files are interfaces of its kernel"), "{message}");
+                assert!(message.ends_with("are interfaces of its kernel"), "{message}");
             }
         }
         open(Path::new("/")).unwrap();
     }
 
     #[test]
-    fn a_folder_stays_what_was_opened() {
+    fn the_opened_folder_does_not_change_with_the_path() {
         let folder = tempfile::tempdir().unwrap();
         let (first, second) = (folder.path().join("first"), folder.path().join("second"));
         std::fs::create_dir(&first).unwrap();

@@ -1,11 +1,11 @@
-//! File system device (section 5.11): a folder of the host, served by a process of its own.
+//! File system device (section 5.11): a folder of the host, served by a separate process.
 //!
-//! The device only carries FUSE messages (linux/fuse.h): each request goes to that process through a socket, and each
-//! reply comes back through it, from and into the guest's own memory. It knows of a message no more than its header:
-//! how long it is, and which reply is for which request. The process sees nothing else of the guest.
+//! The device only transports FUSE messages (linux/fuse.h): each request is sent to the process over a socket, and each
+//! reply is received from it, directly from and to guest memory. The device interprets only the headers: the length of
+//! a message, and the request that a reply belongs to. The process has no other access to the guest.
 //!
-//! Requests have numbers of the device's own on their way, so that no reply can go astray: neither when a guest uses a
-//! number twice, nor when its driver has started over in the meantime.
+//! The device replaces the request numbers (`unique`) by its own, so that each reply is assigned correctly, even if a
+//! driver uses a number twice or was restarted in the meantime.
 
 mod device;
 mod host_folder;
@@ -17,90 +17,91 @@ pub use server::Server;
 
 use super::queue::fill;
 use super::stream::{receive, send};
-use super::{Broken, Chain, Left, Queues, Segment, Watcher};
+use super::{Chain, DeviceError, Progress, Queues, Segment, Watcher};
 use rustix::event::epoll::EventFlags;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
 const KIND: u32 = 26;
-/// Where the driver says what it has forgotten, past all other requests.
+/// The queue of FUSE_FORGET and FUSE_INTERRUPT requests, which have priority over other requests.
 const HIPRIO: usize = 0;
 const REQUESTS: usize = 1;
-/// Linux makes no request of more pages than the queue has descriptors, less four for headers
-/// (`virtio_fs_get_tree` in fs/fuse/virtio_fs.c), and the largest that FUSE knows has 256.
+/// Linux limits the pages of a request to the number of descriptors in the queue, minus four for headers
+/// (`virtio_fs_get_tree` in fs/fuse/virtio_fs.c), and FUSE limits them to 256.
 const QUEUE_SIZES: &[u16] = &[64, 256];
 
 /// Bytes of the tag in the configuration space (section 5.11.4).
 const TAG_MAX: usize = 36;
 
-/// Bytes of a request's header: `struct fuse_in_header`.
+/// Bytes of a request header: `struct fuse_in_header`.
 const REQUEST_HEADER: usize = 40;
-/// Bytes of a reply's header: `struct fuse_out_header`.
+/// Bytes of a reply header: `struct fuse_out_header`.
 const REPLY_HEADER: usize = 16;
-/// Bytes that a message can have: 1 MiB of data and what goes with it, as the server's library has it.
+/// Maximum length of a message in bytes: 1 MiB of data and its headers, which is the limit of the server's library.
 const MESSAGE_MAX: usize = (1 << 20) + 4096;
-/// `FUSE_INTERRUPT`: the driver wants the reply to a request now, whatever it is. It names the request by its number.
+/// `FUSE_INTERRUPT`: the driver requests an immediate reply to another request, whose number is in the body.
 const INTERRUPT: u32 = 36;
-/// Bytes of an interruption: a header and `struct fuse_interrupt_in`.
-const INTERRUPTION: usize = REQUEST_HEADER + 8;
+/// Bytes of a `FUSE_INTERRUPT` request: a header and `struct fuse_interrupt_in`.
+const INTERRUPT_LEN: usize = REQUEST_HEADER + 8;
 /// `FUSE_FORGET` and `FUSE_BATCH_FORGET`, which have no reply.
 const WITHOUT_REPLY: [u32; 2] = [2, 42];
-/// What a request is answered where there is no server: EIO.
+/// The error of all replies after the server has ended: EIO.
 const ERROR: i32 = -libc::EIO;
 
-/// Requests, or replies, before others have their turn, and their bytes.
+/// Maximum number of requests, or replies, per call, and of their bytes.
 const BUDGET: usize = 256;
-const BYTES_PER_TURN: usize = 1 << 20;
-/// Bytes that are received at once: most replies are shorter. What is longer goes from the socket to the guest.
+const BUDGET_BYTES: usize = 1 << 20;
+/// Bytes per receive: most replies are shorter. The rest of a longer reply is received directly into guest memory.
 const BUFFER: usize = 4096;
 
-/// The token of the server's socket.
+/// The token of the server's socket among the device's events.
 const SERVER: u32 = 0;
 
-/// A folder of the host.
+/// A virtio file system device.
 #[derive(Debug)]
 pub struct SharedFolder {
     tag: String,
-    /// The process behind it, as long as there is one.
+    /// The server process; `None` for a placeholder, or after the server has ended.
     server: Option<Server>,
-    /// Why there is none any more.
+    /// Why the server has ended.
     failure: Option<String>,
-    /// No more than the queues have descriptors: the ring sees to it.
-    waiting: BTreeMap<u64, Waiting>,
-    /// The number of the next request.
+    /// Requests that have been sent to the server, by the device's number. Each occupies a descriptor, so that there
+    /// are no more of them than the queues have descriptors.
+    pending: BTreeMap<u64, PendingRequest>,
+    /// The device's number of the next request.
     next: u64,
-    /// What the socket has not taken of the last request.
+    /// The part of the last request that the socket has not accepted yet.
     unsent: Vec<u8>,
-    incoming: Incoming,
+    incoming: ReplyStream,
     watcher: Option<Watcher>,
-    /// Pieces of a message.
-    pieces: Vec<Segment>,
+    /// Segments of the current message; kept to reuse the memory.
+    segments: Vec<Segment>,
 }
 
-/// A request without its reply.
+/// A request that waits for its reply.
 #[derive(Debug)]
-struct Waiting {
+struct PendingRequest {
     queue: usize,
     chain: Chain,
-    /// Where the header of the reply goes, when all else is there.
+    /// The destination of the reply header, which is written last.
     header: Segment,
-    /// The driver's number of it.
+    /// The driver's number of the request.
     unique: [u8; 8],
 }
 
-/// The stream of replies.
+/// The state of the stream of replies.
 #[derive(Debug)]
-struct Incoming {
+struct ReplyStream {
     buffer: Vec<u8>,
-    /// What has been received and not been taken.
+    /// The range of `buffer` that has not been processed.
     unread: Range<usize>,
-    /// Bytes of the present reply that are missing.
+    /// Number of bytes of the current reply that have not been received.
     missing: usize,
-    /// The request that it is for, with its header; none where its driver has started over.
-    target: Option<(Waiting, [u8; REPLY_HEADER])>,
+    /// The request of the current reply, with the reply header; `None` when the driver has been reset since.
+    target: Option<(PendingRequest, [u8; REPLY_HEADER])>,
 }
 
-impl Incoming {
+impl ReplyStream {
     fn take(&mut self, count: usize) -> &[u8] {
         let count = count.min(self.unread.len());
         let taken = self.unread.start..self.unread.start + count;
@@ -109,68 +110,75 @@ impl Incoming {
     }
 }
 
-/// What became of an attempt to go on with the stream of replies.
+/// The result of one step of receiving replies.
 #[derive(Debug, PartialEq, Eq)]
-enum Progress {
-    /// It can go on.
-    More,
+enum ReceiveStep {
+    /// The next step is possible.
+    Continue,
     /// A reply is complete.
     Reply,
-    /// There is nothing to receive at the moment.
+    /// Nothing is available at the moment.
     Drained,
 }
 
-/// What the server did that none may do, or that it is gone.
-type Lost = String;
+/// Why the server is not usable any more: it has ended, or violated the protocol.
+type ServerError = String;
 
 impl SharedFolder {
-    /// With this server, or without a folder, for a kernel that is booted once for many.
+    /// Creates a device with this server, or with none, for a kernel that is booted once for many guests (a preboot).
     #[must_use]
     pub fn with(tag: &str, server: Option<Server>) -> Self {
-        let incoming = Incoming { buffer: vec![0; BUFFER], unread: 0..0, missing: 0, target: None };
+        let incoming = ReplyStream { buffer: vec![0; BUFFER], unread: 0..0, missing: 0, target: None };
         Self {
             tag: tag.to_owned(),
             server,
             failure: None,
-            waiting: BTreeMap::new(),
+            pending: BTreeMap::new(),
             next: 1,
             unsent: Vec::new(),
             incoming,
             watcher: None,
-            pieces: Vec::new(),
+            segments: Vec::new(),
         }
     }
 
     // From the guest.
 
-    /// Takes requests of both queues, until there is none or the server takes no more.
-    fn take_requests(&mut self, queues: &mut Queues) -> Result<Left, Broken> {
+    /// Takes requests of both queues until they are empty or the server's socket is full.
+    fn take_requests(&mut self, queues: &mut Queues) -> Result<Progress, DeviceError> {
         let (mut requests, mut bytes) = (0, 0);
         for queue in [HIPRIO, REQUESTS] {
             while queues.is_ready(queue) {
                 if !self.unsent.is_empty() {
-                    // The socket says when it takes more.
-                    return Ok(Left::Nothing);
+                    // An event reports when the socket accepts more.
+                    return Ok(Progress::Done);
                 }
-                if requests >= BUDGET || bytes >= BYTES_PER_TURN {
-                    return Ok(Left::Something);
+                if requests >= BUDGET || bytes >= BUDGET_BYTES {
+                    return Ok(Progress::Pending);
                 }
                 match queues.pop(queue)? {
                     Some(chain) => bytes += self.take_request(queue, chain, queues)?,
-                    None if queues.rearm(queue)? => {}
+                    None if queues.enable_notification(queue)? => {}
                     None => break,
                 }
                 requests += 1;
             }
         }
-        Ok(Left::Nothing)
+        Ok(Progress::Done)
     }
 
-    /// Takes one request; its bytes.
-    fn take_request(&mut self, queue: usize, mut chain: Chain, queues: &mut Queues) -> Result<usize, Broken> {
+    /// Takes one request; returns its length in bytes.
+    fn take_request(
+        &mut self,
+        queue: usize,
+        mut chain: Chain,
+        queues: &mut Queues,
+    ) -> Result<usize, DeviceError> {
         let length = usize::try_from(chain.readable_len()).unwrap_or(usize::MAX);
         if length > MESSAGE_MAX {
-            return Err(Broken::because(format!("a request has {length} bytes; FUSE has none of that size")));
+            return Err(DeviceError::new(format!(
+                "a request has {length} bytes; FUSE has none of that size"
+            )));
         }
         let mut header = [0; REQUEST_HEADER];
         chain.read(&mut header)?;
@@ -182,91 +190,91 @@ impl SharedFolder {
         }
         let id = self.next;
         self.next += 1;
-        // However long the driver says that it is: the stream's next header is behind what is sent.
+        // The length of the chain, whatever the driver's header contains: the next message in the stream starts there.
         header[..4].copy_from_slice(&u32::try_from(length).unwrap_or(0).to_le_bytes());
         header[8..16].copy_from_slice(&id.to_le_bytes());
         let reply = if WITHOUT_REPLY.contains(&opcode) {
             None
         } else {
-            let room = || Broken::because("a request has no room for its reply's header in one piece");
-            Some(chain.split_front(REPLY_HEADER).ok_or_else(room)?)
+            let space = || DeviceError::new("a request has no room for its reply's header in one piece");
+            Some(chain.split_front(REPLY_HEADER).ok_or_else(space)?)
         };
-        if let Err(lost) = self.send(&mut header, &mut chain) {
-            self.lose(lost, queues)?;
+        if let Err(error) = self.send(&mut header, &mut chain) {
+            self.disconnect(error, queues)?;
         }
         match reply {
             None => queues.complete(queue, chain, 0)?,
             Some(header) if self.server.is_none() => {
-                refuse(Waiting { queue, chain, header, unique }, queues)?;
+                fail_request(PendingRequest { queue, chain, header, unique }, queues)?;
             }
-            Some(header) => drop(self.waiting.insert(id, Waiting { queue, chain, header, unique })),
+            Some(header) => drop(self.pending.insert(id, PendingRequest { queue, chain, header, unique })),
         }
         Ok(length)
     }
 
-    /// Passes an interruption on, with the server's number of the request. It has no reply.
+    /// Forwards a `FUSE_INTERRUPT` with the device's number of the request that is interrupted. It has no reply.
     fn interrupt(
         &mut self,
         header: [u8; REQUEST_HEADER],
         mut chain: Chain,
         queue: usize,
         queues: &mut Queues,
-    ) -> Result<(), Broken> {
-        let mut message = [0; INTERRUPTION];
+    ) -> Result<(), DeviceError> {
+        let mut message = [0; INTERRUPT_LEN];
         message[..REQUEST_HEADER].copy_from_slice(&header);
         if chain.readable_len() == 8 {
             chain.read(&mut message[REQUEST_HEADER..])?;
             let unique: [u8; 8] = field(&message, REQUEST_HEADER);
-            let request = self.waiting.iter().find(|(_, waiting)| waiting.unique == unique);
+            let request = self.pending.iter().find(|(_, pending)| pending.unique == unique);
             if let Some((id, _)) = request {
                 message[REQUEST_HEADER..].copy_from_slice(&id.to_le_bytes());
-                message[..4].copy_from_slice(&u32::try_from(INTERRUPTION).unwrap_or(0).to_le_bytes());
-                // No reply is to be one to this.
+                message[..4].copy_from_slice(&u32::try_from(INTERRUPT_LEN).unwrap_or(0).to_le_bytes());
+                // No reply refers to this request itself.
                 message[8..16].fill(0);
-                if let Err(lost) = self.send(&mut message, &mut chain) {
-                    self.lose(lost, queues)?;
+                if let Err(error) = self.send(&mut message, &mut chain) {
+                    self.disconnect(error, queues)?;
                 }
             }
         }
         queues.complete(queue, chain, 0)
     }
 
-    /// Sends a request: its head, and what of the chain has not been read. What the socket does not take is kept: the
-    /// guest may start over and use the memory for something else, while the server waits for the rest.
-    fn send(&mut self, head: &mut [u8], chain: &mut Chain) -> Result<(), Lost> {
+    /// Sends a request: its head, and the unread part of the chain. What the socket does not accept is copied, because
+    /// the driver may be reset and reuse the memory while the server waits for the rest.
+    fn send(&mut self, head: &mut [u8], chain: &mut Chain) -> Result<(), ServerError> {
         let Some(server) = &self.server else { return Ok(()) };
-        self.pieces.clear();
-        self.pieces.push(Segment::own(head));
-        self.pieces.extend(chain.readable());
-        let sent = match send(server.socket(), &self.pieces) {
+        self.segments.clear();
+        self.segments.push(Segment::host(head));
+        self.segments.extend(chain.readable());
+        let sent = match send(server.socket(), &self.segments) {
             Ok(count) => count,
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => 0,
             Err(error) => return Err(server_has_ended(&error)),
         };
         chain.skip(sent.saturating_sub(head.len()));
-        let left = usize::try_from(chain.readable_len()).unwrap_or(0);
+        let rest = usize::try_from(chain.readable_len()).unwrap_or(0);
         let head = head.get(sent..).unwrap_or_default();
-        if head.len() + left > 0 {
+        if head.len() + rest > 0 {
             self.unsent.extend_from_slice(head);
             let start = self.unsent.len();
-            self.unsent.resize(start + left, 0);
-            // It has as many.
+            self.unsent.resize(start + rest, 0);
+            // The chain has this many bytes.
             let _ = chain.read(&mut self.unsent[start..]);
             self.watch();
         }
         Ok(())
     }
 
-    /// Sends what was kept.
-    fn flush(&mut self) -> Result<(), Lost> {
+    /// Sends the rest of the last request.
+    fn flush(&mut self) -> Result<(), ServerError> {
         let Some(server) = self.server.as_ref().filter(|_| !self.unsent.is_empty()) else { return Ok(()) };
-        match send(server.socket(), &[Segment::own(&mut self.unsent)]) {
+        match send(server.socket(), &[Segment::host(&mut self.unsent)]) {
             Ok(count) => drop(self.unsent.drain(..count)),
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(server_has_ended(&error)),
         }
         if self.unsent.is_empty() {
-            // It was large.
+            // Frees the memory, which can be large.
             self.unsent = Vec::new();
             self.watch();
         }
@@ -275,52 +283,52 @@ impl SharedFolder {
 
     // From the server.
 
-    /// Passes replies on, until there is none or others are to have their turn: the socket stays ready.
-    fn take_replies(&mut self, queues: &mut Queues) -> Result<(), Broken> {
+    /// Processes replies until none is available or the budget is spent, in which case the socket stays ready.
+    fn take_replies(&mut self, queues: &mut Queues) -> Result<(), DeviceError> {
         let (mut replies, mut bytes) = (0, 0);
-        // No event tells of what is in the buffer.
-        while replies < BUDGET && bytes < BYTES_PER_TURN || !self.incoming.unread.is_empty() {
+        // Bytes in the buffer cause no event, so that they are always processed.
+        while replies < BUDGET && bytes < BUDGET_BYTES || !self.incoming.unread.is_empty() {
             match self.receive() {
-                Ok(Progress::More) => {}
-                Ok(Progress::Reply) => {
+                Ok(ReceiveStep::Continue) => {}
+                Ok(ReceiveStep::Reply) => {
                     replies += 1;
-                    if let Some((waiting, header)) = self.incoming.target.take() {
+                    if let Some((pending, header)) = self.incoming.target.take() {
                         let length = u32::from_le_bytes(field(&header, 0));
                         bytes += length as usize;
-                        fill(waiting.header, &header);
-                        queues.complete(waiting.queue, waiting.chain, length)?;
+                        fill(pending.header, &header);
+                        queues.complete(pending.queue, pending.chain, length)?;
                     }
                 }
-                Ok(Progress::Drained) => return Ok(()),
-                Err(lost) => return self.lose(lost, queues),
+                Ok(ReceiveStep::Drained) => return Ok(()),
+                Err(error) => return self.disconnect(error, queues),
             }
         }
         Ok(())
     }
 
-    fn receive(&mut self) -> Result<Progress, Lost> {
+    fn receive(&mut self) -> Result<ReceiveStep, ServerError> {
         if self.incoming.missing > 0 {
             return self.receive_body();
         }
         if self.incoming.unread.len() >= REPLY_HEADER {
             return self.begin_reply();
         }
-        let Incoming { buffer, unread, .. } = &mut self.incoming;
+        let ReplyStream { buffer, unread, .. } = &mut self.incoming;
         buffer.copy_within(unread.clone(), 0);
         *unread = 0..unread.len();
-        let room = buffer.len() - unread.len();
-        let Some(count) = receive_some(self.server.as_ref(), &[Segment::own(&mut buffer[unread.end..])])?
+        let space = buffer.len() - unread.len();
+        let Some(count) = receive_some(self.server.as_ref(), &[Segment::host(&mut buffer[unread.end..])])?
         else {
-            return Ok(Progress::Drained);
+            return Ok(ReceiveStep::Drained);
         };
         unread.end += count;
-        // The socket says when there is more than this.
-        let is_drained = count < room && unread.len() < REPLY_HEADER;
-        Ok(if is_drained { Progress::Drained } else { Progress::More })
+        // An event reports when more is available.
+        let is_drained = count < space && unread.len() < REPLY_HEADER;
+        Ok(if is_drained { ReceiveStep::Drained } else { ReceiveStep::Continue })
     }
 
-    /// Finds out for whom the next reply is.
-    fn begin_reply(&mut self) -> Result<Progress, Lost> {
+    /// Assigns the next reply to its request.
+    fn begin_reply(&mut self) -> Result<ReceiveStep, ServerError> {
         let mut header = [0; REPLY_HEADER];
         header.copy_from_slice(self.incoming.take(REPLY_HEADER));
         let length = usize::try_from(u32::from_le_bytes(field(&header, 0))).unwrap_or(usize::MAX);
@@ -328,72 +336,72 @@ impl SharedFolder {
         let body = length.checked_sub(REPLY_HEADER).filter(|_| length <= MESSAGE_MAX);
         let body = body.ok_or_else(|| format!("its server sent a reply of {length} bytes"))?;
         if id == 0 || id >= self.next {
-            return Err(format!("its server replied to request {id}, which nobody made"));
+            return Err(format!("its server replied to request {id}, which was not made"));
         }
-        if let Some(mut waiting) = self.waiting.remove(&id) {
-            let room = usize::try_from(waiting.chain.writable_len()).unwrap_or(usize::MAX);
-            if body > room {
-                // It waits again, for the error that all get.
-                self.waiting.insert(id, waiting);
-                return Err(format!("its server sent {body} bytes where {room} were asked for"));
+        if let Some(mut pending) = self.pending.remove(&id) {
+            let space = usize::try_from(pending.chain.writable_len()).unwrap_or(usize::MAX);
+            if body > space {
+                // The request is pending again, and gets the error that all pending requests get.
+                self.pending.insert(id, pending);
+                return Err(format!("its server sent {body} bytes where {space} were asked for"));
             }
-            waiting.chain.limit_writable(body);
-            header[8..].copy_from_slice(&waiting.unique);
-            self.incoming.target = Some((waiting, header));
+            pending.chain.limit_writable(body);
+            header[8..].copy_from_slice(&pending.unique);
+            self.incoming.target = Some((pending, header));
         }
         self.incoming.missing = body;
-        Ok(if body == 0 { Progress::Reply } else { Progress::More })
+        Ok(if body == 0 { ReceiveStep::Reply } else { ReceiveStep::Continue })
     }
 
-    /// Receives the rest of a reply, first what is in the buffer already.
-    fn receive_body(&mut self) -> Result<Progress, Lost> {
+    /// Receives the rest of a reply, first from the buffer.
+    fn receive_body(&mut self) -> Result<ReceiveStep, ServerError> {
         let missing = self.incoming.missing;
         let count = if !self.incoming.unread.is_empty() {
             let count = missing.min(self.incoming.unread.len());
             let start = self.incoming.unread.start;
             self.incoming.unread.start += count;
-            if let Some((waiting, _)) = &mut self.incoming.target {
-                // There is room for all of it.
-                let _ = waiting.chain.write(&self.incoming.buffer[start..start + count]);
+            if let Some((pending, _)) = &mut self.incoming.target {
+                // The length was checked in `begin_reply`.
+                let _ = pending.chain.write(&self.incoming.buffer[start..start + count]);
             }
             count
-        } else if let Some((waiting, _)) = &mut self.incoming.target {
-            let Some(count) = receive_some(self.server.as_ref(), waiting.chain.writable())? else {
-                return Ok(Progress::Drained);
+        } else if let Some((pending, _)) = &mut self.incoming.target {
+            let Some(count) = receive_some(self.server.as_ref(), pending.chain.writable())? else {
+                return Ok(ReceiveStep::Drained);
             };
-            waiting.chain.skip_writable(count);
+            pending.chain.skip_writable(count);
             count
         } else {
-            let room = missing.min(BUFFER);
-            let nowhere = Segment::own(&mut self.incoming.buffer[..room]);
-            let Some(count) = receive_some(self.server.as_ref(), &[nowhere])? else {
-                return Ok(Progress::Drained);
+            let space = missing.min(BUFFER);
+            let discarded = Segment::host(&mut self.incoming.buffer[..space]);
+            let Some(count) = receive_some(self.server.as_ref(), &[discarded])? else {
+                return Ok(ReceiveStep::Drained);
             };
             count
         };
         self.incoming.missing -= count;
-        Ok(if self.incoming.missing == 0 { Progress::Reply } else { Progress::More })
+        Ok(if self.incoming.missing == 0 { ReceiveStep::Reply } else { ReceiveStep::Continue })
     }
 
     // Both.
 
-    /// The server is gone, or is not to be trusted any more: whoever waits for it has an error instead.
-    fn lose(&mut self, mut lost: Lost, queues: &mut Queues) -> Result<(), Broken> {
+    /// Disconnects the server after an error: all pending requests get an error reply.
+    fn disconnect(&mut self, mut error: ServerError, queues: &mut Queues) -> Result<(), DeviceError> {
         if let Some(server) = self.server.take() {
             if let Some(watcher) = &self.watcher {
                 watcher.remove(server.socket());
             }
-            if let Some(words) = server.leave() {
-                lost = format!("{lost}; it said: {words}");
+            if let Some(message) = server.stop() {
+                error = format!("{error}; its last message: {message}");
             }
         }
-        self.failure.get_or_insert(lost);
+        self.failure.get_or_insert(error);
         self.unsent = Vec::new();
         self.incoming.unread = 0..0;
         self.incoming.missing = 0;
-        let begun = self.incoming.target.take().map(|(waiting, _)| waiting);
-        for waiting in begun.into_iter().chain(std::mem::take(&mut self.waiting).into_values()) {
-            refuse(waiting, queues)?;
+        let current = self.incoming.target.take().map(|(pending, _)| pending);
+        for pending in current.into_iter().chain(std::mem::take(&mut self.pending).into_values()) {
+            fail_request(pending, queues)?;
         }
         Ok(())
     }
@@ -402,31 +410,31 @@ impl SharedFolder {
         if self.unsent.is_empty() { EventFlags::IN } else { EventFlags::IN | EventFlags::OUT }
     }
 
-    /// Watches the socket for what is wanted of it now.
+    /// Updates the events that the socket is watched for.
     fn watch(&self) {
         if let (Some(watcher), Some(server)) = (&self.watcher, &self.server) {
-            // It fails only for what is not watched.
+            // This fails only for a descriptor that is not watched.
             let _ = watcher.modify(server.socket(), SERVER, self.events());
         }
     }
 }
 
-/// Answers a request with an error.
-fn refuse(waiting: Waiting, queues: &mut Queues) -> Result<(), Broken> {
+/// Completes a request with an error.
+fn fail_request(pending: PendingRequest, queues: &mut Queues) -> Result<(), DeviceError> {
     const LENGTH: u32 = 16;
     const _: () = assert!(LENGTH as usize == REPLY_HEADER);
     let mut header = [0; REPLY_HEADER];
     header[..4].copy_from_slice(&LENGTH.to_le_bytes());
     header[4..8].copy_from_slice(&ERROR.to_le_bytes());
-    header[8..].copy_from_slice(&waiting.unique);
-    fill(waiting.header, &header);
-    queues.complete(waiting.queue, waiting.chain, LENGTH)
+    header[8..].copy_from_slice(&pending.unique);
+    fill(pending.header, &header);
+    queues.complete(pending.queue, pending.chain, LENGTH)
 }
 
-/// Receives what there is, if there is something.
-fn receive_some(server: Option<&Server>, pieces: &[Segment]) -> Result<Option<usize>, Lost> {
+/// Receives the available bytes; `None` when there are none.
+fn receive_some(server: Option<&Server>, segments: &[Segment]) -> Result<Option<usize>, ServerError> {
     let Some(server) = server else { return Ok(None) };
-    match receive(server.socket(), pieces) {
+    match receive(server.socket(), segments) {
         Ok(received) if received.bytes == 0 => Err("its server has ended".to_owned()),
         Ok(received) => Ok(Some(received.bytes)),
         Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => Ok(None),
@@ -434,11 +442,11 @@ fn receive_some(server: Option<&Server>, pieces: &[Segment]) -> Result<Option<us
     }
 }
 
-fn server_has_ended(error: &std::io::Error) -> Lost {
+fn server_has_ended(error: &std::io::Error) -> ServerError {
     format!("its server has ended ({error})")
 }
 
-/// Bytes of a header from a place on, which every caller knows to be within it.
+/// N bytes of a header; the caller guarantees that they are inside of it.
 fn field<const N: usize>(header: &[u8], at: usize) -> [u8; N] {
     let mut bytes = [0; N];
     bytes.copy_from_slice(&header[at..at + N]);

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 
-/// Numbers of linux/fuse.h and section 5.11, written out once more.
+/// Constants restated from linux/fuse.h and section 5.11.
 const LOOKUP: u32 = 1;
 const FORGET: u32 = 2;
 const READ: u32 = 15;
@@ -26,7 +26,7 @@ fn reply(error: i32, unique: u64, body: &[u8]) -> Vec<u8> {
     [&length.to_le_bytes()[..], &error.to_le_bytes(), &unique.to_le_bytes(), body].concat()
 }
 
-/// A driver, and the other end of its device.
+/// A driver, and the server's end of the socket.
 struct Pair {
     driver: Driver,
     server: UnixStream,
@@ -39,7 +39,7 @@ impl Pair {
         Self { driver: Driver::started(device), server }
     }
 
-    /// The next request that the server gets: opcode, number, body.
+    /// The next request at the server: opcode, number, body.
     fn next(&mut self) -> (u32, u64, Vec<u8>) {
         let mut header = [0; 40];
         self.server.read_exact(&mut header).unwrap();
@@ -52,11 +52,11 @@ impl Pair {
 
     fn answer(&mut self, bytes: &[u8]) {
         self.server.write_all(bytes).unwrap();
-        assert!(self.driver.run(Some(60_000)), "nothing happens");
+        assert!(self.driver.run(Some(60_000)), "no event");
         while self.driver.run(Some(0)) {}
     }
 
-    /// Makes a request with room for this many bytes of a reply.
+    /// Makes a request whose chain accepts a reply of this many bytes.
     fn ask(&mut self, opcode: u32, unique: u64, room: u32) {
         self.driver
             .push(1, &[Piece::Out(request(opcode, unique, b"name\0")), Piece::In(16), Piece::In(room)]);
@@ -72,11 +72,11 @@ fn expect(used: Option<Used>, expected: &[u8]) {
     let used = used.expect("no reply");
     let length = usize::try_from(used.written).unwrap();
     assert_eq!(used.bytes[..length], *expected);
-    assert!(used.bytes[length..].iter().all(|byte| *byte == 0), "more was written than was said");
+    assert!(used.bytes[length..].iter().all(|byte| *byte == 0), "more was written than reported");
 }
 
 #[test]
-fn the_configuration_names_the_folder() {
+fn the_configuration_contains_the_tag() {
     let mut driver = Driver::new(SharedFolder::with("tag", None));
     let mut expected = [0; 40];
     expected[..3].copy_from_slice(b"tag");
@@ -86,14 +86,14 @@ fn the_configuration_names_the_folder() {
 }
 
 #[test]
-fn requests_go_and_replies_come_with_the_drivers_numbers() {
+fn replies_have_the_drivers_numbers() {
     let mut pair = Pair::new();
     pair.ask(LOOKUP, 1000, 128);
     pair.ask(READ, 1002, 4096);
     let (first, second) = (pair.next(), pair.next());
     assert_eq!((first.0, &*first.2, second.0), (LOOKUP, &b"name\0"[..], READ));
     assert_ne!(first.1, second.1);
-    // In the order in which the server likes it.
+    // In a different order.
     let data: Vec<u8> = (0..4000_u32).map(|number| number.to_le_bytes()[0]).collect();
     pair.answer(&[reply(0, second.1, &data), reply(-2, first.1, b"")].concat());
     expect(pair.driver.pop(1), &reply(0, 1002, &data));
@@ -103,12 +103,12 @@ fn requests_go_and_replies_come_with_the_drivers_numbers() {
 }
 
 #[test]
-fn replies_that_came_together_are_all_passed_on() {
+fn replies_in_one_read_are_all_delivered() {
     let mut pair = Pair::new();
     pair.ask(LOOKUP, 1, 8);
     pair.ask(LOOKUP, 2, 8);
     let (first, second) = (pair.next(), pair.next());
-    // More than one turn has, and none of it left in the socket.
+    // More than the budget of one call, all in the buffer.
     let mut all = reply(0, first.1, b"first");
     for _ in 0..400 {
         all.extend(reply(0, first.1, b""));
@@ -120,7 +120,7 @@ fn replies_that_came_together_are_all_passed_on() {
 }
 
 #[test]
-fn two_requests_with_one_number_are_two() {
+fn two_requests_may_have_the_same_number() {
     let mut pair = Pair::new();
     pair.ask(LOOKUP, 1, 8);
     pair.ask(LOOKUP, 1, 8);
@@ -132,7 +132,7 @@ fn two_requests_with_one_number_are_two() {
 }
 
 #[test]
-fn the_length_that_counts_is_the_chains() {
+fn the_length_of_the_chain_is_used() {
     let mut pair = Pair::new();
     for said in [0, 39, 1 << 30, u32::MAX] {
         let mut lie = request(LOOKUP, 5, b"x");
@@ -145,7 +145,7 @@ fn the_length_that_counts_is_the_chains() {
 }
 
 #[test]
-fn what_is_forgotten_or_interrupted_has_no_reply() {
+fn forget_and_interrupt_have_no_reply() {
     let mut pair = Pair::new();
     for queue in [0, 1] {
         pair.driver.push(queue, &[Piece::Out(request(FORGET, 2, &[1; 8]))]);
@@ -157,12 +157,12 @@ fn what_is_forgotten_or_interrupted_has_no_reply() {
     pair.driver.ring();
     assert_eq!(pair.driver.pop(0).map(|used| used.written), Some(0));
     pair.ask(LOOKUP, 3, 8);
-    assert_eq!(pair.next().0, LOOKUP, "an interruption of nothing goes nowhere");
+    assert_eq!(pair.next().0, LOOKUP, "an interrupt of an unknown request is dropped");
 }
 
-/// The server knows the request that is interrupted by the device's number.
+/// The server receives the device's number of the interrupted request.
 #[test]
-fn interruptions_are_passed_on() {
+fn interrupts_are_forwarded() {
     let mut pair = Pair::new();
     pair.ask(LOOKUP, 1000, 8);
     pair.ask(READ, 1002, 8);
@@ -174,7 +174,7 @@ fn interruptions_are_passed_on() {
     }
     assert_eq!(pair.next(), (INTERRUPT, 0, second.1.to_le_bytes().to_vec()));
     pair.ask(LOOKUP, 5, 8);
-    assert_eq!(pair.next().0, LOOKUP, "the others go nowhere");
+    assert_eq!(pair.next().0, LOOKUP, "the others are dropped");
     pair.answer(&reply(-4, second.1, b""));
     expect(pair.driver.pop(1), &reply(-4, 1002, b""));
     assert_eq!(pair.failure(), "");
@@ -202,7 +202,7 @@ fn large_messages_go_through_a_small_socket() {
     expect(Some(pair.driver.wait(1)), &reply(0, 8, &[1; 8]));
     expect(Some(pair.driver.wait(1)), &reply(0, 9, b""));
     let (large, small) = received.join().unwrap();
-    assert!(large == data[..length], "{} bytes came, or others", large.len());
+    assert!(large == data[..length], "{} bytes, or different content", large.len());
     assert_eq!(small, LOOKUP);
 
     // And back, into pages.
@@ -218,11 +218,11 @@ fn large_messages_go_through_a_small_socket() {
 }
 
 #[test]
-fn a_driver_that_starts_over_gets_no_reply_of_the_past() {
+fn a_reset_driver_gets_no_earlier_reply() {
     let mut pair = Pair::new();
     pair.ask(READ, 1, 9000);
     let old = pair.next();
-    // Half of the reply is there when it starts over.
+    // The driver is reset when half of the reply has arrived.
     let late = reply(0, old.1, &[9; 9000]);
     pair.answer(&late[..5000]);
     assert!(pair.driver.transport.state().is_err(), "requests are in flight");
@@ -233,14 +233,14 @@ fn a_driver_that_starts_over_gets_no_reply_of_the_past() {
     pair.answer(&[&late[5000..], &reply(0, new.1, b"new")].concat());
     expect(pair.driver.pop(1), &reply(0, 1, b"new"));
     assert!(pair.driver.pop(1).is_none());
-    // A second reply is none either.
+    // A second reply is dropped as well.
     pair.answer(&reply(0, new.1, b"again"));
     assert!(pair.driver.pop(1).is_none());
     assert_eq!(pair.failure(), "");
 }
 
 #[test]
-fn what_was_begun_is_sent_whole_although_the_driver_starts_over() {
+fn a_partly_sent_request_is_completed_after_a_reset() {
     let mut pair = Pair::new();
     let mut pieces = vec![Piece::Out(request(16, 8, &[]))];
     pieces.extend(std::iter::repeat_n(Piece::Out(vec![3; 4096]), 200));
@@ -248,7 +248,7 @@ fn what_was_begun_is_sent_whole_although_the_driver_starts_over() {
     pair.driver.push(1, &pieces);
     pair.driver.ring();
     pair.driver.start(u64::MAX);
-    // The memory is used for something else.
+    // The memory is reused.
     pair.driver.memory.write(vm_memory::GuestAddress(8 << 20), &vec![0; 1 << 20]).unwrap();
     pair.ask(LOOKUP, 1, 8);
     let reader = pair.server.try_clone().unwrap();
@@ -260,12 +260,12 @@ fn what_was_begun_is_sent_whole_although_the_driver_starts_over() {
         pair.driver.run(Some(10));
     }
     let (large, small) = received.join().unwrap();
-    assert!(large.len() == 200 * 4096 && large.iter().all(|byte| *byte == 3), "it is torn");
+    assert!(large.len() == 200 * 4096 && large.iter().all(|byte| *byte == 3), "the request is torn");
     assert_eq!(small, LOOKUP);
 }
 
 #[test]
-fn a_server_that_ends_leaves_errors_and_no_waiting() {
+fn pending_requests_fail_when_the_server_ends() {
     let mut pair = Pair::new();
     pair.ask(LOOKUP, 1, 8);
     pair.ask(READ, 2, 9000);
@@ -282,8 +282,8 @@ fn a_server_that_ends_leaves_errors_and_no_waiting() {
     }
     assert_eq!(answers.len(), 2);
     assert_eq!(pair.failure(), "device: its server has ended");
-    assert!(!pair.driver.is_broken());
-    // Whoever asks later has the same.
+    assert!(!pair.driver.needs_reset());
+    // Later requests get the same error.
     pair.ask(LOOKUP, 3, 8);
     expect(pair.driver.pop(1), &reply(-EIO, 3, b""));
     pair.driver.push(0, &[Piece::Out(request(FORGET, 2, &[1; 8]))]);
@@ -295,11 +295,11 @@ fn a_server_that_ends_leaves_errors_and_no_waiting() {
 }
 
 #[test]
-fn a_server_that_breaks_the_protocol_is_heard_no_more() {
-    type Answer = fn(u64) -> Vec<u8>;
-    let answers: [(&str, Answer); 6] = [
-        ("nobody made", |id| reply(0, id + 1, b"")),
-        ("nobody made", |_| reply(0, 0, b"a notification")),
+fn a_server_that_violates_the_protocol_is_disconnected() {
+    type Reply = fn(u64) -> Vec<u8>;
+    let answers: [(&str, Reply); 6] = [
+        ("was not made", |id| reply(0, id + 1, b"")),
+        ("was not made", |_| reply(0, 0, b"a notification")),
         ("17 bytes where 16 were asked for", |id| reply(0, id, &[0; 17])),
         ("a reply of 15 bytes", |id| [&15_u32.to_le_bytes()[..], &reply(0, id, b"")[4..]].concat()),
         ("a reply of 0 bytes", |id| [&[0; 4][..], &reply(0, id, b"")[4..]].concat()),
@@ -312,12 +312,12 @@ fn a_server_that_breaks_the_protocol_is_heard_no_more() {
         pair.answer(&answer(id));
         expect(pair.driver.pop(1), &reply(-EIO, 1, b""));
         assert!(pair.failure().contains(expected), "{:?} should say {expected:?}", pair.failure());
-        assert_eq!(pair.server.read(&mut [0]).unwrap(), 0, "it is told so");
+        assert_eq!(pair.server.read(&mut [0]).unwrap(), 0, "the server gets EOF");
     }
 }
 
 #[test]
-fn chains_that_no_driver_may_offer_break_the_device() {
+fn invalid_chains_fail_the_device() {
     for (pieces, expected) in [
         (vec![Piece::Out(vec![0; 39]), Piece::In(16)], "too short"),
         (vec![Piece::In(16)], "too short"),
@@ -328,7 +328,7 @@ fn chains_that_no_driver_may_offer_break_the_device() {
         let mut pair = Pair::new();
         pair.driver.push(1, &pieces);
         pair.driver.ring();
-        assert!(pair.driver.is_broken());
+        assert!(pair.driver.needs_reset());
         assert!(pair.failure().contains(expected), "{:?} should say {expected:?}", pair.failure());
         pair.driver.start(u64::MAX);
         pair.ask(LOOKUP, 2, 8);
@@ -339,9 +339,9 @@ fn chains_that_no_driver_may_offer_break_the_device() {
 }
 
 #[test]
-fn requests_under_way_are_bounded() {
+fn the_number_of_pending_requests_is_limited() {
     let mut pair = Pair::new();
-    // One descriptor again and again, as if each request had been answered.
+    // The same descriptor repeatedly, as if each request had been completed.
     pair.driver.describe(1, 0, 0x80_0000, 40, 1, 1);
     pair.driver.describe(1, 1, 0x80_1000, 16, 2, 0);
     pair.driver.memory.write(vm_memory::GuestAddress(0x80_0000), &request(LOOKUP, 1, b"")).unwrap();
@@ -349,11 +349,11 @@ fn requests_under_way_are_bounded() {
         pair.driver.offer(1, 0);
         pair.driver.ring();
     }
-    assert!(pair.failure().contains("not given back, more than its size"), "{}", pair.failure());
+    assert!(pair.failure().contains("in flight, more than its size"), "{}", pair.failure());
 }
 
 #[test]
-fn a_blank_folder_answers_errors() {
+fn a_placeholder_replies_with_errors() {
     let mut driver = Driver::started(SharedFolder::with("x", None));
     driver.push(1, &[Piece::Out(request(26, 1, &[0; 16])), Piece::In(16), Piece::In(64)]);
     driver.ring();
@@ -388,7 +388,7 @@ proptest! {
         while pair.driver.run(Some(0)) {}
         let _ = pair.server.shutdown(std::net::Shutdown::Both);
         while pair.driver.run(Some(0)) {}
-        // Each request has an answer, whatever it is.
+        // Each request is completed, whatever the reply.
         prop_assert_eq!(std::iter::from_fn(|| pair.driver.pop(1)).count(), 3);
     }
 }

@@ -1,41 +1,42 @@
-//! A device as its driver left it, for a machine that goes on from there.
+//! The saved state of a device, for a machine that continues from a snapshot (a preboot).
 
 use super::{Registers, Transport, status};
-use crate::devices::virtio::{Broken, Device};
+use crate::devices::virtio::{Device, DeviceError};
 use serde::{Deserialize, Serialize};
 use virtio_queue::QueueT;
 use vm_memory::GuestAddress;
 
-/// What a driver takes for granted of a device from its start on. A device of the same shape can take its place.
+/// The properties of a device that a driver relies on after its initialization. A device can replace another one under
+/// an initialized driver if these properties are equal.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Shape {
+pub struct DeviceIdentity {
     kind: u32,
     features: u64,
-    identity: Vec<u8>,
+    static_configuration: Vec<u8>,
 }
 
-/// A device as its driver left it: what it has set, and where the queues are.
+/// The state of a device, except for its type-specific content: the driver's settings and the queues.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
-    /// Which devices can go on from here.
-    pub shape: Shape,
-    /// The configuration space that the driver has seen.
+    /// The properties that a device must have to be restored from this state.
+    pub identity: DeviceIdentity,
+    /// The configuration space that the driver has read.
     configuration: Vec<u8>,
     registers: Registers,
     queues: Vec<QueueState>,
 }
 
-/// A device that cannot be written down, because its driver waits for requests.
+/// A device whose state cannot be saved, because its driver waits for requests.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the device {device} has {requests} requests in flight")]
 pub struct InFlight {
-    /// What it is called.
+    /// The device's name in error messages.
     pub device: String,
-    /// How many.
+    /// Number of requests in flight. A pending reset counts as one.
     pub requests: usize,
 }
 
-/// One queue, with where device and driver are in it.
+/// One queue, with the positions of device and driver in it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct QueueState {
     size: u16,
@@ -48,18 +49,22 @@ struct QueueState {
 }
 
 impl Transport {
-    /// What a driver takes for granted of this device.
+    /// The properties of `device` that a driver relies on after its initialization.
     #[must_use]
-    pub fn shape(device: &dyn Device) -> Shape {
-        Shape { kind: device.kind(), features: device.features(), identity: device.identity() }
+    pub fn identity(device: &dyn Device) -> DeviceIdentity {
+        DeviceIdentity {
+            kind: device.kind(),
+            features: device.features(),
+            static_configuration: device.static_configuration(),
+        }
     }
 
-    /// The device as its driver has left it.
+    /// Saves the state of the device.
     ///
     /// # Errors
-    /// When it is at work: whoever goes on from there would know nothing of what it has begun.
+    /// When requests are in flight: the saved state does not contain them.
     pub fn state(&self) -> Result<State, InFlight> {
-        // What a reset waits for is not in the queues any more.
+        // The requests that a pending reset waits for are not in the queues any more.
         let requests = self.queues.in_flight().max(self.is_resetting.into());
         if requests > 0 {
             return Err(InFlight { device: self.name.clone(), requests });
@@ -77,15 +82,16 @@ impl Transport {
             }
         };
         Ok(State {
-            shape: Self::shape(self.device.as_ref()),
+            identity: Self::identity(self.device.as_ref()),
             configuration: self.device.configuration(),
             registers: self.state.clone(),
             queues: self.queues.queues.iter().enumerate().map(queue).collect(),
         })
     }
 
-    /// Goes on from where a device of the same shape was left, as soon as it is connected to the event loop. What no
-    /// driver can set breaks the device; rings outside memory do so when it begins to work.
+    /// Restores the state of a device with equal properties. The device continues when it is connected to the event
+    /// loop. A state that no driver can produce fails the device; so do rings outside of guest memory, when the device
+    /// is activated.
     pub fn restore(&mut self, state: &State) {
         self.state = state.registers.clone();
         let chosen = self.state.status & (status::FEATURES_OK | status::DRIVER_OK);
@@ -95,21 +101,21 @@ impl Transport {
                 && queue.try_set_desc_table_address(GuestAddress(state.descriptors)).is_ok()
                 && queue.try_set_avail_ring_address(GuestAddress(state.driver)).is_ok()
                 && queue.try_set_used_ring_address(GuestAddress(state.device)).is_ok()
-                // What was in flight is unknown here ([`Self::state`]).
+                // Requests in flight are not part of the state ([`Self::state`]).
                 && state.next_available == state.next_used;
             queue.set_next_avail(state.next_available);
             queue.set_next_used(state.next_used);
             queue.set_ready(state.is_ready);
         }
         self.set_status(self.state.status);
-        self.show_selected();
+        self.update_selected_registers();
         self.device.restore_configuration(&state.configuration);
         self.registers.set_configuration(&self.device.configuration());
         if self.device.configuration() != state.configuration {
             self.queues.interrupt_for_configuration();
         }
         if !is_possible {
-            self.fail(Broken::because("it was left as no driver can leave it"));
+            self.fail(DeviceError::new("it was left as no driver can leave it"));
         }
     }
 }

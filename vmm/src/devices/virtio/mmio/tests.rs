@@ -1,16 +1,16 @@
-//! A reset that has to wait: nothing but its end makes the device usable again.
+//! A pending reset: the device is usable again only when the reset completes.
 
 use crate::bus::{BusDevice, GuestRequest};
 use crate::devices::virtio::driver::Driver;
-use crate::devices::virtio::{Broken, Device, Event, Queues, Watcher};
+use crate::devices::virtio::{Device, DeviceError, Event, Queues, Watcher};
 use proptest::prelude::*;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
 
-/// A device that touches guest memory until it is told that it does not.
+/// A device that accesses guest memory until the test clears a flag.
 #[derive(Clone, Debug, Default)]
 struct Busy {
-    is_at_rest: Arc<AtomicBool>,
+    is_quiescent: Arc<AtomicBool>,
     calls: Arc<AtomicU32>,
 }
 
@@ -41,36 +41,36 @@ impl Device for Busy {
         self.count();
     }
 
-    fn activate(&mut self, _: u64, _: &mut Queues, _: &Watcher) -> Result<(), Broken> {
+    fn activate(&mut self, _: u64, _: &mut Queues, _: &Watcher) -> Result<(), DeviceError> {
         self.count();
         Ok(())
     }
 
-    fn serve(&mut self, _: Event, _: &mut Queues) -> Result<(), Broken> {
+    fn serve(&mut self, _: Event, _: &mut Queues) -> Result<(), DeviceError> {
         self.count();
         Ok(())
     }
 
     fn reset(&mut self) {}
 
-    fn is_at_rest(&mut self) -> bool {
-        self.is_at_rest.load(SeqCst)
+    fn is_quiescent(&mut self) -> bool {
+        self.is_quiescent.load(SeqCst)
     }
 }
 
-/// A driver that has begun to reset its device, which is busy, and the device.
+/// A driver that has begun to reset its busy device, and the device.
 fn resetting() -> (Driver, Busy) {
     let device = Busy::default();
-    device.is_at_rest.store(true, SeqCst);
+    device.is_quiescent.store(true, SeqCst);
     let mut driver = Driver::started(device.clone());
     while driver.run(Some(0)) {}
-    device.is_at_rest.store(false, SeqCst);
-    assert_eq!(driver.transport.write(0x70, &[0; 4]), Some(GuestRequest::Again));
+    device.is_quiescent.store(false, SeqCst);
+    assert_eq!(driver.transport.write(0x70, &[0; 4]), Some(GuestRequest::Retry));
     device.calls.store(0, SeqCst);
     (driver, device)
 }
 
-/// What a driver writes to start a device: registers and values.
+/// The register writes that start a device: offsets and values.
 const START: [(u16, u32); 13] = [
     (0x70, 1),
     (0x70, 3),
@@ -88,17 +88,17 @@ const START: [(u16, u32); 13] = [
 ];
 
 #[test]
-fn another_vcpu_cannot_start_a_device_whose_reset_waits() {
+fn another_vcpu_cannot_start_a_device_during_a_pending_reset() {
     let (mut driver, device) = resetting();
     for (register, value) in START {
         assert_eq!(driver.transport.write(register, &value.to_le_bytes()), None, "{register:#x}");
     }
     driver.transport.write(0x100, &[1]);
     while driver.run(Some(0)) {}
-    assert_eq!(device.calls.load(SeqCst), 0, "the device worked");
-    assert!(driver.transport.state().is_err(), "it still touches memory");
-    assert_eq!(driver.transport.write(0x70, &[0; 4]), Some(GuestRequest::Again));
-    device.is_at_rest.store(true, SeqCst);
+    assert_eq!(device.calls.load(SeqCst), 0, "the device was called");
+    assert!(driver.transport.state().is_err(), "the device still accesses memory");
+    assert_eq!(driver.transport.write(0x70, &[0; 4]), Some(GuestRequest::Retry));
+    device.is_quiescent.store(true, SeqCst);
     assert_eq!(driver.transport.write(0x70, &[0; 4]), None);
     assert_eq!((driver.status(), driver.read(0x44)), (0, 0));
     for (register, value) in START {
@@ -108,21 +108,21 @@ fn another_vcpu_cannot_start_a_device_whose_reset_waits() {
 }
 
 #[test]
-fn what_was_broken_before_it_was_ready_is_not_started() {
+fn a_device_that_failed_before_driver_ok_is_not_activated() {
     let device = Busy::default();
     let text = serde_json::to_string(&Driver::new(device.clone()).transport.state().unwrap()).unwrap();
-    let broken = text.replacen("\"status\":0", "\"status\":75", 1);
-    assert_ne!(broken, text);
+    let error = text.replacen("\"status\":0", "\"status\":75", 1);
+    assert_ne!(error, text);
     let mut driver = Driver::new(device.clone());
-    driver.transport.restore(&serde_json::from_str(&broken).unwrap());
+    driver.transport.restore(&serde_json::from_str(&error).unwrap());
     driver.transport.write(0x70, &79_u32.to_le_bytes());
-    assert_eq!((driver.is_broken(), device.calls.load(SeqCst)), (true, 0));
+    assert_eq!((driver.needs_reset(), device.calls.load(SeqCst)), (true, 0));
 }
 
 proptest! {
-    /// Whatever several vCPUs write meanwhile, the device is as after any reset when it is over.
+    /// Whatever several vCPUs write during a pending reset, the device is in its reset state afterwards.
     #[test]
-    fn no_write_gets_past_a_reset_that_waits(
+    fn no_write_takes_effect_during_a_pending_reset(
         writes in prop::collection::vec(
             prop_oneof![
                 prop::sample::select(&START[..]).prop_map(|(at, value)| (at, value.to_le_bytes().to_vec())),
@@ -138,7 +138,7 @@ proptest! {
             while driver.run(Some(0)) {}
         }
         prop_assert_eq!(device.calls.load(SeqCst), 0);
-        device.is_at_rest.store(true, SeqCst);
+        device.is_quiescent.store(true, SeqCst);
         prop_assert_eq!(driver.transport.write(0x70, &[0; 4]), None);
         let fresh = Driver::new(Busy::default());
         prop_assert_eq!(driver.transport.state().unwrap(), fresh.transport.state().unwrap());

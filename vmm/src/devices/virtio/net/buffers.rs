@@ -1,36 +1,36 @@
-//! The driver's buffers for frames from the host, and the frame on its way into them.
+//! The driver's receive buffers, and the frame that is copied into them.
 
 use super::header::{self, Header};
-use super::{Broken, Chain, Queues, RX, Segment};
+use super::{Chain, DeviceError, Queues, RX, Segment};
 use crate::devices::virtio::vectored::SEGMENTS_MAX;
 use std::collections::VecDeque;
 
-/// Where a frame may go in guest memory, behind the place of its header.
+/// Where a frame may be placed in guest memory, after the space for its header.
 #[derive(Debug, Default)]
-pub(super) struct Room {
+pub(super) struct FrameSpace {
     pub(super) segments: Vec<Segment>,
-    /// Bytes of all of them.
+    /// Total length of the segments in bytes.
     pub(super) length: usize,
 }
 
-/// A frame from the host that the driver has not got yet.
+/// A frame from the host that has not been delivered to the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Frame {
     pub(super) header: Header,
-    /// Bytes of it that lie in the room that was offered; the link has the rest.
+    /// Number of bytes that have been placed in guest memory; the link holds the rest.
     pub(super) placed: usize,
 }
 
-/// Buffers of the driver that were taken, in order.
+/// The receive buffers that were popped, in order.
 #[derive(Debug, Default)]
 pub(super) struct Buffers {
-    /// Those that have no frame yet, or a part of the next one.
+    /// Buffers without a frame, or with a part of the next one.
     chains: VecDeque<Chain>,
-    /// Bytes that they have room for.
+    /// Total length of these buffers in bytes.
     length: u64,
-    /// Whether a frame may be in several of them.
+    /// Whether a frame may span several buffers (`VIRTIO_NET_F_MRG_RXBUF`).
     pub(super) are_merged: bool,
-    /// Those that have a whole one, with the bytes of it; empty but for a moment.
+    /// Buffers with a complete frame and their used lengths; empty except during [`Self::deliver`].
     full: Vec<(Chain, u32)>,
 }
 
@@ -39,36 +39,36 @@ impl Buffers {
         self.chains.len()
     }
 
-    /// Bytes of the longest frame that fits, with its header.
-    pub(super) fn longest(&self) -> u64 {
+    /// Length of the longest frame that fits, including its header.
+    pub(super) fn max_frame(&self) -> u64 {
         if self.are_merged { self.length } else { self.chains.front().map_or(0, Chain::writable_len) }
     }
 
-    /// Takes buffers until a frame of so many bytes fits; `false` when the driver has too few. Without merging it has
-    /// one, whatever its size.
-    pub(super) fn gather(&mut self, length: usize, queues: &mut Queues) -> Result<bool, Broken> {
+    /// Pops buffers until a frame of `length` bytes fits; `false` when the driver has not provided enough. Without
+    /// merged buffers one buffer is popped, whatever its size.
+    pub(super) fn gather(&mut self, length: usize, queues: &mut Queues) -> Result<bool, DeviceError> {
         let wanted = (header::LENGTH + length) as u64;
         while if self.are_merged { self.length < wanted } else { self.chains.is_empty() } {
             let Some(chain) = queues.pop(RX)? else { return Ok(false) };
-            let room = chain.writable_len();
-            if room < header::LENGTH as u64 {
-                return Err(Broken::because("a buffer has no room for a packet's header"));
+            let space = chain.writable_len();
+            if space < header::LENGTH as u64 {
+                return Err(DeviceError::new("a buffer has no room for a packet's header"));
             }
-            self.length += room;
+            self.length += space;
             self.chains.push_back(chain);
         }
         Ok(true)
     }
 
-    /// Lists where the next frame may go, up to so many bytes, or a few more that the last buffer has.
-    pub(super) fn list(&self, length: usize, room: &mut Room) {
-        room.segments.clear();
-        room.length = 0;
+    /// Lists where the next frame may be placed, up to `length` bytes, or somewhat more if the last buffer is longer.
+    pub(super) fn list(&self, length: usize, space: &mut FrameSpace) {
+        space.segments.clear();
+        space.length = 0;
         let count = if self.are_merged { self.chains.len() } else { 1 };
         let mut header = header::LENGTH;
         for segment in self.chains.iter().take(count).flat_map(Chain::writable) {
-            // What moves a frame adds a header and a place for the rest.
-            if room.length >= length || room.segments.len() + 2 >= SEGMENTS_MAX {
+            // A transfer adds segments for the header and for the rest.
+            if space.length >= length || space.segments.len() + 2 >= SEGMENTS_MAX {
                 return;
             }
             let mut segment = *segment;
@@ -76,29 +76,35 @@ impl Buffers {
             segment.skip(skipped);
             header -= skipped;
             if !segment.is_empty() {
-                room.length = room.length.saturating_add(segment.len());
-                room.segments.push(segment);
+                space.length = space.length.saturating_add(segment.len());
+                space.segments.push(segment);
             }
         }
     }
 
-    /// Gives the first buffers to the driver, which have room for it, with a frame of which they have a part.
-    pub(super) fn deliver(&mut self, frame: Frame, rest: &[u8], queues: &mut Queues) -> Result<(), Broken> {
+    /// Completes the first buffers with a frame, a part of which has already been placed there. The buffers are long
+    /// enough.
+    pub(super) fn deliver(
+        &mut self,
+        frame: Frame,
+        rest: &[u8],
+        queues: &mut Queues,
+    ) -> Result<(), DeviceError> {
         let Frame { mut header, mut placed } = frame;
         let mut rest = rest;
         let mut left = (header::LENGTH + placed + rest.len()) as u64;
-        let (mut count, mut room) = (0, 0);
-        while room < left && count < self.chains.len() {
-            room += self.chains[count].writable_len();
+        let (mut count, mut space) = (0, 0);
+        while space < left && count < self.chains.len() {
+            space += self.chains[count].writable_len();
             count += 1;
         }
         header.set_buffers(u16::try_from(count).unwrap_or(u16::MAX));
         let mut header = &header.0[..];
         for _ in 0..count {
             let Some(mut chain) = self.chains.pop_front() else { break };
-            let room = chain.writable_len();
-            self.length -= room;
-            let taken = room.min(left);
+            let space = chain.writable_len();
+            self.length -= space;
+            let taken = space.min(left);
             left -= taken;
             chain.write(header)?;
             let length = usize::try_from(taken).unwrap_or(usize::MAX) - header.len();
@@ -113,7 +119,7 @@ impl Buffers {
             }
             self.full.push((chain, u32::try_from(taken).unwrap_or(u32::MAX)));
         }
-        queues.complete_together(RX, self.full.drain(..))
+        queues.complete_all(RX, self.full.drain(..))
     }
 
     pub(super) fn clear(&mut self) {

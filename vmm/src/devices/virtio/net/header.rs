@@ -1,32 +1,33 @@
-//! The header in front of each packet (section 5.1.6), and checksums that a guest left to its card.
+//! The header of each packet (section 5.1.6), and the computation of checksums for a driver that leaves them to the
+//! device.
 
 use super::feature;
 
-/// Bytes of struct `virtio_net_hdr` with `num_buffers`, which devices of version 1 always have.
+/// Bytes of struct `virtio_net_hdr` with `num_buffers`, which devices of version 1 always use.
 pub(super) const LENGTH: usize = 12;
-/// Where `num_buffers` is in it.
+/// Offset of `num_buffers`.
 const NUM_BUFFERS: usize = 10;
-/// Flag: somebody has to fill the checksum in.
+/// Flag: the checksum has not been computed.
 const NEEDS_CSUM: u8 = 1;
-/// Flag: the checksums are right.
+/// Flag: the checksums have been validated.
 const DATA_VALID: u8 = 2;
-// Kinds of packets that are still to be cut into segments.
+// Types of packets that have to be segmented.
 const GSO_NONE: u8 = 0;
 const GSO_TCPV4: u8 = 1;
 const GSO_UDP: u8 = 3;
 const GSO_TCPV6: u8 = 4;
-/// Beside one of them: with explicit congestion notification.
+/// Flag of a type: with explicit congestion notification.
 const GSO_ECN: u8 = 0x80;
 
-/// Bytes of an Ethernet header, without which there is no frame.
+/// Bytes of an Ethernet header, the minimum length of a frame.
 pub(super) const ETHERNET: usize = 14;
 
-/// What stands in front of a packet.
+/// The header of a packet.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Header(pub(super) [u8; LENGTH]);
 
 impl Header {
-    /// Of a packet whose checksums are known to be right, for a driver that wants to know that.
+    /// The header of a packet with valid checksums. `wants_to_know` is whether the driver has accepted `GUEST_CSUM`.
     pub(super) const fn checked(wants_to_know: bool) -> Self {
         let mut bytes = [0; LENGTH];
         if wants_to_know {
@@ -35,14 +36,14 @@ impl Header {
         Self(bytes)
     }
 
-    /// Says how many buffers the packet is in.
+    /// Sets the number of buffers that the packet spans.
     pub(super) const fn set_buffers(&mut self, count: u16) {
         let [low, high] = count.to_le_bytes();
         self.0[NUM_BUFFERS] = low;
         self.0[NUM_BUFFERS + 1] = high;
     }
 
-    /// As a driver may see it that has accepted these features; `None` for a packet that it cannot take.
+    /// The header for a driver that has accepted these features; `None` for a packet that it does not support.
     pub(super) const fn for_driver(mut self, features: u64) -> Option<Self> {
         let [flags, kind, ..] = self.0;
         let mut needed = match kind & !GSO_ECN {
@@ -68,8 +69,7 @@ impl Header {
         u16::from_le_bytes([self.0[at], self.0[at + 1]]) as usize
     }
 
-    /// Does to a frame what its header asks of a card that computes checksums and nothing else; `false` for what
-    /// such a card cannot do.
+    /// Computes the checksum that the header requests; `false` when the header requests something else or is invalid.
     pub(super) fn apply(&self, frame: &mut [u8]) -> bool {
         if self.0[1] != GSO_NONE {
             return false;
@@ -82,8 +82,8 @@ impl Header {
         if offset + 2 > range.len() {
             return false;
         }
-        // The field holds the sum of the pseudo header already, so it takes part. A sum of zero would mean that
-        // there is none (RFC 768).
+        // The field contains the sum of the pseudo header, so that it is included. A sum of zero would mean "no
+        // checksum" (RFC 768).
         let sum = match !ones_complement_sum(range) {
             0 => u16::MAX,
             sum => sum,
@@ -93,10 +93,10 @@ impl Header {
     }
 }
 
-/// The sum of RFC 1071 of big-endian words, of which the last one may lack a byte.
+/// The RFC 1071 sum of big-endian 16-bit words; an odd last byte is padded with zero.
 fn ones_complement_sum(bytes: &[u8]) -> u16 {
-    // Eight bytes at a time: no sum of 64 KiB of 32-bit words overflows 64 bits, and words of 16 bits can be
-    // added up later as well as at once.
+    // 32-bit words are summed, eight bytes at a time: the sum of 64 KiB does not overflow 64 bits, and the 16-bit
+    // halves can be added at the end.
     let (chunks, rest) = bytes.as_chunks::<4>();
     let mut sum: u64 = chunks.iter().map(|chunk| u64::from(u32::from_be_bytes(*chunk))).sum();
     let mut last = [0; 4];
@@ -113,7 +113,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// The sum as RFC 1071 writes it down.
+    /// The sum exactly as defined by RFC 1071.
     fn slow_sum(bytes: &[u8]) -> u16 {
         let mut sum = 0_u32;
         for pair in bytes.chunks(2) {
@@ -132,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn a_checksum_is_filled_in_where_the_header_says() {
+    fn the_checksum_is_written_at_the_offset_in_the_header() {
         let mut frame: Vec<u8> = (0..61).collect();
         frame[40..42].copy_from_slice(&[0x12, 0x34]);
         let before = frame.clone();
@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn places_outside_the_frame_and_segmentation_are_refused() {
+    fn offsets_outside_of_the_frame_and_segmentation_are_refused() {
         let mut frame = [0; 20];
         for (start, offset) in [(21, 0), (20, 0), (19, 0), (0, 19), (18, 1), (u16::MAX, u16::MAX)] {
             assert!(!needing(start, offset).apply(&mut frame), "{start} {offset}");
@@ -163,7 +163,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_fast_sum_is_the_slow_one(bytes in prop::collection::vec(any::<u8>(), 0..2000)) {
+        fn the_fast_sum_equals_the_slow_one(bytes in prop::collection::vec(any::<u8>(), 0..2000)) {
             prop_assert_eq!(ones_complement_sum(&bytes), slow_sum(&bytes));
         }
     }

@@ -1,11 +1,11 @@
-//! Network card (section 5.1): frames between the guest and a tap device or passt of the host.
+//! Network device (section 5.1): Ethernet frames between the guest and a tap device or passt on the host.
 //!
-//! Each direction is in one of a few states: it waits for the driver, for the host, for its rate limiter or for
-//! its next turn, and only what it waits for wakes it up.
+//! Each direction is in one of a few states: it waits for the driver, for the host, for its rate limiter or for its
+//! next call, and only the matching event resumes it.
 
 mod buffers;
 mod header;
-mod nowhere;
+mod null_link;
 mod passt;
 mod ports;
 mod receive;
@@ -17,14 +17,14 @@ mod tests;
 mod transmit;
 
 use super::rate_limiter::RateLimiter;
-use super::{Broken, Chain, Device, Event, Queues, Segment, Watcher};
+use super::{Chain, Device, DeviceError, Event, Queues, Segment, Watcher};
 use crate::config::ConfigError;
 use crate::config::devices::{MacAddress, NetworkInterface};
 use crate::timeline::Instant;
-use buffers::{Buffers, Frame, Room};
-use nowhere::Nowhere;
+use buffers::{Buffers, Frame, FrameSpace};
+use null_link::NullLink;
 use passt::Passt;
-use receive::Expectation;
+use receive::SizeHint;
 use rustix::event::epoll::EventFlags;
 use std::fmt;
 use std::io;
@@ -37,13 +37,13 @@ const KIND: u32 = 1;
 const RX: usize = 0;
 const TX: usize = 1;
 const QUEUE_SIZE: u16 = 256;
-/// Frames that are moved in each direction before others have their turn.
+/// Maximum number of frames per direction and call.
 const BUDGET: usize = 64;
-/// The token of the link among this device's events.
+/// The token of the link among the device's events.
 const LINK: u32 = 0;
 
-/// Bytes of the largest frame without its header: the largest IP packet behind an Ethernet header with the number
-/// of a VLAN. Section 5.1.6.3.1 asks drivers for about as much room.
+/// Maximum length of a frame without the virtio header, in bytes: the largest IP packet with an Ethernet header and a
+/// VLAN tag. Section 5.1.6.3.1 requires receive buffers of about this size.
 const FRAME_MAX: usize = 65_535 + header::ETHERNET + 4;
 
 /// Feature bits (section 5.1.3).
@@ -62,63 +62,64 @@ mod feature {
     pub(super) const HOST_UFO: u64 = 1 << 14;
     pub(super) const MRG_RXBUF: u64 = 1 << 15;
     pub(super) const STATUS: u64 = 1 << 16;
-    /// What a driver may accept only together with `GUEST_CSUM` (section 5.1.3.1).
+    /// Features that require `GUEST_CSUM` (section 5.1.3.1).
     pub(super) const GUEST_SEGMENTATION: u64 = GUEST_TSO4 | GUEST_TSO6 | GUEST_ECN | GUEST_UFO;
-    /// And with `CSUM`.
+    /// Features that require `CSUM`.
     pub(super) const HOST_SEGMENTATION: u64 = HOST_TSO4 | HOST_TSO6 | HOST_ECN | HOST_UFO;
 }
 
-/// The other end of the card. Everything it does is done at once or fails with `WouldBlock`.
+/// The host's end of the device. All operations are non-blocking and fail with `WouldBlock` instead of waiting.
 trait Link: Send + fmt::Debug {
-    /// Offloads that it can do beside filling in checksums.
+    /// Supported offload features, in addition to the computation of checksums.
     fn features(&self) -> u64;
 
-    /// Works with a driver that has accepted these.
+    /// Applies the features that the driver has accepted.
     fn accept(&mut self, features: u64) -> io::Result<()>;
 
-    /// Readable when there is a frame, writable when there is room for one.
+    /// A descriptor that is readable when a frame is available, and writable when a frame can be sent.
     fn fd(&self) -> BorrowedFd<'_>;
 
-    /// Takes the next frame from the host, into guest memory as far as there is room; none where it was of no use.
-    fn receive(&mut self, room: &Room) -> io::Result<Option<Frame>>;
+    /// Receives the next frame from the host into guest memory, as far as `space` allows; `None` when the frame was
+    /// invalid and is dropped.
+    fn receive(&mut self, space: &FrameSpace) -> io::Result<Option<Frame>>;
 
-    /// The bytes of the frame that were not placed, until it is released.
+    /// The bytes of the received frame that did not fit, valid until the frame is released.
     fn rest(&self) -> &[u8];
 
-    /// The frame that was taken last is done with.
+    /// Releases the frame that was received last.
     fn release(&mut self);
 
-    /// Sends a frame. `WouldBlock` when it has to be sent again, as the whole chain.
+    /// Sends a frame. After `WouldBlock` the complete chain has to be sent again.
     fn send(&mut self, chain: &mut Chain) -> io::Result<()>;
 
-    /// Whether a part of a frame is left to send, when there is room for it.
+    /// Whether a part of the last frame has not been sent yet.
     fn has_unsent(&self) -> bool {
         false
     }
 
-    /// Sends as much of it as there is room for.
+    /// Sends as much of that part as the host accepts.
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
 }
 
-/// What a direction waits for.
+/// The event that a direction waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Wait {
-    /// Buffers or frames of the driver.
+    /// Buffers or frames from the driver.
     Driver,
     /// The host.
     Link,
-    /// Its rate limiter.
+    /// The rate limiter.
     Limiter(Instant),
-    /// Its next turn.
-    Turn,
+    /// The next call, after the events of other devices.
+    Rescheduled,
 }
 
 impl Wait {
-    /// Whether it ends with the doorbell.
+    /// Whether a doorbell event resumes the direction.
     const fn is_for_doorbell(self) -> bool {
-        matches!(self, Self::Driver | Self::Turn)
+        matches!(self, Self::Driver | Self::Rescheduled)
     }
 
     const fn until(self) -> Option<Instant> {
@@ -129,12 +130,12 @@ impl Wait {
     }
 }
 
-/// One direction.
+/// The state of one direction.
 #[derive(Debug)]
 struct Direction {
     limiter: RateLimiter,
     wait: Wait,
-    /// Frames that went nowhere.
+    /// Number of dropped frames.
     dropped: u64,
 }
 
@@ -144,34 +145,35 @@ impl Direction {
     }
 }
 
-/// A network card.
+/// A virtio network device.
 #[derive(Debug)]
 pub struct Net {
     link: Box<dyn Link>,
-    /// Whether the link is still there.
+    /// Whether the link is connected.
     is_up: bool,
     mac: MacAddress,
     mtu: Option<u16>,
     features: u64,
     rx: Direction,
     tx: Direction,
-    /// For frames from the host.
+    /// The driver's receive buffers.
     buffers: Buffers,
-    /// The frame that the driver gets next.
+    /// The received frame that has not been delivered to the driver yet.
     frame: Option<Frame>,
-    expectation: Expectation,
-    /// Scratch space: where the next frame may go.
-    room: Room,
+    size_hint: SizeHint,
+    /// Where the next frame may be placed; kept to reuse its memory.
+    space: FrameSpace,
     watcher: Option<Watcher>,
-    /// What the link is watched for.
+    /// The events that the link is watched for.
     watched: EventFlags,
 }
 
 impl Net {
-    /// Attaches to the tap device of an interface, or starts passt: the descriptor of the card's other end.
+    /// Attaches to the tap device of an interface, or starts passt. Returns the descriptor of the link, and the
+    /// starting passt.
     ///
     /// # Errors
-    /// What is wrong with it, and what to do.
+    /// When the tap device or passt is not available; the message contains the remedy.
     pub(crate) fn open_link(
         interface: &NetworkInterface,
     ) -> Result<(OwnedFd, Option<Starting>), ConfigError> {
@@ -183,7 +185,7 @@ impl Net {
         Ok((Tap::open(&interface.host_dev_name).map_err(wrong)?, None))
     }
 
-    /// The card with this other end.
+    /// Creates the device with this link.
     pub(crate) fn with_link(interface: &NetworkInterface, link: OwnedFd) -> Self {
         let link: Box<dyn Link> = if interface.is_user() {
             Box::new(Passt::connected(link))
@@ -193,13 +195,14 @@ impl Net {
         Self::new(link, interface)
     }
 
-    /// A card that leads nowhere, for a kernel that is booted once for many guests: to its driver it is the same.
+    /// Creates a device with a link that is not connected to anything, for a kernel that is booted once for many guests
+    /// (a preboot). The driver sees no difference.
     ///
     /// # Errors
-    /// When the host has no descriptor left.
-    pub(crate) fn blank(interface: &NetworkInterface) -> io::Result<Self> {
+    /// When the process has no file descriptor left.
+    pub(crate) fn placeholder(interface: &NetworkInterface) -> io::Result<Self> {
         let features = if interface.is_user() { passt::FEATURES } else { tap::features() };
-        Ok(Self::new(Box::new(Nowhere::new(features)?), interface))
+        Ok(Self::new(Box::new(NullLink::new(features)?), interface))
     }
 
     fn new(link: Box<dyn Link>, interface: &NetworkInterface) -> Self {
@@ -213,14 +216,15 @@ impl Net {
             tx: Direction::new(interface.tx_rate_limiter.as_ref()),
             buffers: Buffers::default(),
             frame: None,
-            expectation: Expectation::default(),
-            room: Room::default(),
+            size_hint: SizeHint::default(),
+            space: FrameSpace::default(),
             watcher: None,
             watched: EventFlags::empty(),
         }
     }
 
-    /// The link has gone: the tap device was removed, or passt ended. The driver sees a card without its cable.
+    /// Handles the end of the link: the tap device was removed, or passt has ended. The driver sees the link status
+    /// "down".
     fn disconnect(&mut self, queues: &mut Queues) {
         if !self.is_up {
             return;
@@ -228,15 +232,15 @@ impl Net {
         self.is_up = false;
         self.unwatch();
         queues.set_configuration(&self.configuration());
-        // What waits for the link would wait for ever.
+        // The link will cause no more events.
         if self.tx.wait == Wait::Link {
-            self.tx.wait = Wait::Turn;
-            queues.yield_turn();
+            self.tx.wait = Wait::Rescheduled;
+            queues.reschedule();
         }
     }
 
-    /// Watches the link for exactly what somebody waits for.
-    fn watch(&mut self) -> Result<(), Broken> {
+    /// Watches the link for exactly the events that a direction waits for.
+    fn watch(&mut self) -> Result<(), DeviceError> {
         let Some(watcher) = self.watcher.as_ref().filter(|_| self.is_up) else { return Ok(()) };
         let mut wanted = EventFlags::empty();
         wanted.set(EventFlags::IN, self.rx.wait == Wait::Link);
@@ -244,7 +248,7 @@ impl Net {
         if wanted == self.watched {
             return Ok(());
         }
-        // Not masked but removed: a link that has gone is reported even where nothing is asked for.
+        // Removed, not only masked: epoll reports a hangup even for an empty set of events.
         let result = match (self.watched.is_empty(), wanted.is_empty()) {
             (true, _) => watcher.add(self.link.fd(), LINK, wanted),
             (false, false) => watcher.modify(self.link.fd(), LINK, wanted),
@@ -254,7 +258,7 @@ impl Net {
             }
         };
         self.watched = wanted;
-        result.map_err(|error| Broken::because(format!("the host cannot watch the link: {error}")))
+        result.map_err(|error| DeviceError::new(format!("the host cannot watch the link: {error}")))
     }
 
     fn unwatch(&mut self) {
@@ -265,12 +269,12 @@ impl Net {
     }
 }
 
-fn is_to_be_repeated(error: &io::Error) -> bool {
+fn is_retryable(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
 }
 
-/// Whether a link that failed so when it was written is not there any more.
-fn is_end(error: &io::Error) -> bool {
+/// Whether this error of the link means that its other end does not exist any more.
+fn is_disconnected(error: &io::Error) -> bool {
     let is_removed_tap = error.raw_os_error() == Some(libc::EBADFD);
     is_removed_tap || matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset)
 }
@@ -290,7 +294,7 @@ impl Device for Net {
     }
 
     fn configuration(&self) -> Vec<u8> {
-        // struct virtio_net_config (section 5.1.4): address, status, pairs of queues, MTU.
+        // struct virtio_net_config (section 5.1.4): mac, status, max_virtqueue_pairs, mtu.
         let mut bytes = self.mac.0.to_vec();
         bytes.extend(u16::from(self.is_up).to_le_bytes());
         bytes.extend(1_u16.to_le_bytes());
@@ -298,19 +302,19 @@ impl Device for Net {
         bytes
     }
 
-    fn activate(&mut self, features: u64, queues: &mut Queues, watcher: &Watcher) -> Result<(), Broken> {
+    fn activate(&mut self, features: u64, queues: &mut Queues, watcher: &Watcher) -> Result<(), DeviceError> {
         let has = |feature| features & feature != 0;
         if has(feature::GUEST_SEGMENTATION) && !has(feature::GUEST_CSUM)
             || has(feature::HOST_SEGMENTATION) && !has(feature::CSUM)
         {
-            return Err(Broken::because("segmentation was accepted without checksums"));
+            return Err(DeviceError::new("segmentation was accepted without checksums"));
         }
         match self.link.accept(features) {
             Ok(()) => {}
-            // It went before the guest came.
-            Err(error) if is_end(&error) => self.disconnect(queues),
+            // The link ended before the driver started.
+            Err(error) if is_disconnected(&error) => self.disconnect(queues),
             Err(error) => {
-                return Err(Broken::because(format!("the link refused the driver's features: {error}")));
+                return Err(DeviceError::new(format!("the link refused the driver's features: {error}")));
             }
         }
         self.features = features;
@@ -319,7 +323,7 @@ impl Device for Net {
         Ok(())
     }
 
-    fn serve(&mut self, event: Event, queues: &mut Queues) -> Result<(), Broken> {
+    fn serve(&mut self, event: Event, queues: &mut Queues) -> Result<(), DeviceError> {
         let is_for = |wait: Wait| match event {
             Event::Doorbell => wait.is_for_doorbell(),
             Event::Ready(..) => wait == Wait::Link,
@@ -348,7 +352,7 @@ impl Device for Net {
         self.link.release();
         (self.rx.wait, self.tx.wait) = (Wait::Driver, Wait::Driver);
         if self.watcher.take().is_some() {
-            // From now on the host does for the guest what its driver does not say that it can.
+            // Until the next driver accepts offloads, the host performs them in software.
             let _ = self.link.accept(0);
         }
     }

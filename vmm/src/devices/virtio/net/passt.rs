@@ -1,11 +1,13 @@
-//! Networking without root: passt (<https://passt.top>) turns the guest's frames into sockets of the host.
+//! User-mode networking: passt (<https://passt.top>) translates between the guest's frames and sockets of the host,
+//! without root.
 //!
-//! Frames go through a stream socket, each behind its length in four big-endian bytes, as QEMU's stream netdev
-//! sends them. passt checks no more than that: it leaves no segmentation and no checksums to others.
+//! Frames are transferred over a stream socket, each after its length in four big-endian bytes, which is the protocol
+//! of QEMU's stream netdev. The frames have no virtio header, so that passt supports neither segmentation nor checksum
+//! offload.
 
 use super::header::{self, Header};
 use super::ports;
-use super::{Frame, Link, Room, feature};
+use super::{Frame, FrameSpace, Link, feature};
 use crate::config::devices::{MacAddress, NetworkInterface, PortForward, user_network};
 use crate::devices::virtio::Chain;
 use rustix::io::Errno;
@@ -17,38 +19,38 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 
-/// What it can do beside filling in checksums: say that those of its own frames are right.
+/// Offload features: the device reports that the checksums of passt's frames are valid.
 pub(super) const FEATURES: u64 = feature::GUEST_CSUM;
 
-/// Bytes of the length in front of each frame.
+/// Bytes of the length prefix of each frame.
 const LENGTH: usize = 4;
-/// passt takes no longer frames (`ETH_MAX_MTU` of linux/if_ether.h in `tap_handler_passt` of its tap.c).
+/// Maximum frame length of passt (`ETH_MAX_MTU` of linux/if_ether.h in `tap_handler_passt` of its tap.c).
 const FRAME_MAX: usize = 65_535;
-/// Bytes that are read at once: two of the longest frames.
+/// Bytes per read: two of the longest frames.
 const INPUT_SIZE: usize = 2 * (LENGTH + FRAME_MAX);
-/// Bytes of its messages that are read.
+/// Maximum number of bytes that are read of passt's messages.
 const MESSAGES_MAX: u64 = 8192;
 
-/// What is said where there is no passt.
-const MISSING: &str = "it needs the program passt, which Debian has in a package of this name";
+/// The error message when passt is not installed.
+const MISSING: &str = "the program passt is not installed; Debian has it in the package passt";
 
-/// The stream to a passt that runs, or starts.
+/// The stream to a running or starting passt.
 #[derive(Debug)]
 pub(super) struct Passt {
     socket: OwnedFd,
     input: Vec<u8>,
-    /// What has been read and not been taken.
+    /// The range of `input` that has not been processed.
     unread: Range<usize>,
-    /// Bytes of the frame at its start, if there is a whole one.
+    /// Length of the complete frame at the start of that range, if there is one.
     held: Option<usize>,
     output: Vec<u8>,
-    /// What has not been sent of the last frame.
+    /// The range of `output` that has not been sent.
     unsent: Range<usize>,
-    /// Whether the driver wants to hear that checksums are right.
-    tells_checked: bool,
+    /// Whether the driver has accepted `GUEST_CSUM`.
+    reports_checked: bool,
 }
 
-/// A passt that starts.
+/// A passt that is starting.
 #[derive(Debug)]
 pub(crate) struct Starting {
     child: Child,
@@ -56,10 +58,11 @@ pub(crate) struct Starting {
 }
 
 impl Starting {
-    /// Waits until it runs: its first process ends when the one that stays is ready.
+    /// Waits until passt runs: its first process exits when the remaining one is ready. Then checks that the ports were
+    /// bound.
     ///
     /// # Errors
-    /// What it says is wrong.
+    /// The last message of passt, or a port that passt did not bind.
     pub(crate) fn wait(mut self) -> Result<(), String> {
         let status = self.child.wait().map_err(|error| format!("passt: {error}"))?;
         if status.success() {
@@ -67,52 +70,49 @@ impl Starting {
         }
         let mut messages = Vec::new();
         if let Some(stream) = self.child.stderr.take() {
-            // What cannot be read is missing from the message.
+            // The message is incomplete after a read error.
             let _ = stream.take(MESSAGES_MAX).read_to_end(&mut messages);
         }
-        Err(reason(&String::from_utf8_lossy(&messages))
-            .unwrap_or_else(|| format!("passt ended with {status}")))
+        Err(reason(&String::from_utf8_lossy(&messages)).unwrap_or_else(|| format!("passt failed: {status}")))
     }
 }
 
 impl Drop for Starting {
     fn drop(&mut self) {
-        // Where it was waited for, it has ended.
+        // After `wait` the process has ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// The last thing that passt said about its work.
+/// The last message of passt about an error.
 fn reason(messages: &str) -> Option<String> {
-    // It also logs to where there is no log, and says who it becomes.
+    // passt also reports the lack of a system log, and the user that it changes to.
     let is_noise = |line: &str| line.starts_with("Failed to send ") || line.starts_with("Don't run as root");
     let line = messages.lines().map(str::trim).rfind(|line| !line.is_empty() && !is_noise(line))?;
-    Some(format!("passt says: {line}"))
+    Some(format!("passt: {line}"))
 }
 
 impl Passt {
-    /// Starts passt for a card.
+    /// Starts passt for a network device.
     ///
     /// # Errors
-    /// What is missing on the host, or in use.
+    /// When passt is not installed or does not start, or one of the ports is in use.
     pub(super) fn start(interface: &NetworkInterface) -> Result<(OwnedFd, Starting), String> {
         interface.forwards.iter().try_for_each(ports::check_free)?;
-        let (ours, its) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
-            .map_err(|error| format!("the host gave no socket: {error}"))?;
+        let (ours, peer) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
+            .map_err(|error| format!("cannot create a socket: {error}"))?;
         let mut command = Command::new(trusted_path::program("passt").ok_or(MISSING)?);
-        command.args(arguments(interface)).args(["--fd", &its.as_raw_fd().to_string()]);
+        command.args(arguments(interface)).args(["--fd", &peer.as_raw_fd().to_string()]);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
-        inherit(&mut command, its.as_raw_fd());
-        let child = command.spawn().map_err(|error| format!("passt cannot be started: {error}"))?;
+        inherit(&mut command, peer.as_raw_fd());
+        let child = command.spawn().map_err(|error| format!("cannot start passt: {error}"))?;
         let mut passt = Self::connected(ours);
-        passt
-            .announce(interface.mac())
-            .map_err(|error| format!("passt cannot be told of the guest: {error}"))?;
+        passt.announce(interface.mac()).map_err(|error| format!("cannot send to passt: {error}"))?;
         Ok((passt.socket, Starting { child, forwards: interface.forwards.clone() }))
     }
 
-    /// A stream to something that speaks like passt.
+    /// Uses a stream to a peer that implements passt's protocol.
     pub(super) const fn connected(socket: OwnedFd) -> Self {
         Self {
             socket,
@@ -121,12 +121,12 @@ impl Passt {
             held: None,
             output: Vec::new(),
             unsent: 0..0,
-            tells_checked: false,
+            reports_checked: false,
         }
     }
 
-    /// Says which card the guest has. passt reads it in the guest's first frame, and until then sends to everybody,
-    /// from whom no guest takes a TCP segment: a guest that only listens could never be reached.
+    /// Announces the guest's MAC address. passt learns it from the guest's first frame, and broadcasts until then. A
+    /// guest ignores broadcast TCP segments, so that a guest that only listens would be unreachable.
     pub(super) fn announce(&mut self, mac: MacAddress) -> io::Result<()> {
         let frame = announcement(mac, user_network::ADDRESS);
         self.output = [&u32::try_from(frame.len()).unwrap_or(0).to_be_bytes()[..], &frame].concat();
@@ -134,11 +134,11 @@ impl Passt {
         self.flush()
     }
 
-    /// Finds the next whole frame in what was read.
+    /// Updates `held` with the next complete frame in `input`.
     fn find_frame(&mut self) -> io::Result<()> {
         let Some((length, rest)) = self.input[self.unread.clone()].split_first_chunk() else { return Ok(()) };
         let length = usize::try_from(u32::from_be_bytes(*length)).unwrap_or(usize::MAX);
-        // Where one length is wrong, all that follow would be.
+        // After an invalid length the position of the next frame is unknown.
         if !(header::ETHERNET..=FRAME_MAX).contains(&length) {
             return Err(io::ErrorKind::InvalidData.into());
         }
@@ -149,15 +149,16 @@ impl Passt {
     }
 }
 
-/// An ARP announcement (RFC 826, and RFC 5227, section 2.3): it asks for the sender's own address, so nobody answers.
+/// An ARP announcement (RFC 826, and RFC 5227, section 2.3): a request for the sender's own address, which is not
+/// answered.
 fn announcement(mac: MacAddress, address: Ipv4Addr) -> Vec<u8> {
-    /// Of Ethernet and IPv4, with addresses of six and four bytes.
+    /// For Ethernet and IPv4, with addresses of six and four bytes.
     const REQUEST: [u8; 8] = [0, 1, 8, 0, 6, 4, 0, 1];
     let (mac, address) = (&mac.0[..], &address.octets()[..]);
     [&[0xff; 6], mac, &[8, 6], &REQUEST, mac, address, &[0; 6], address].concat()
 }
 
-/// The command line of passt, but for its socket.
+/// The command line of passt without its socket.
 fn arguments(interface: &NetworkInterface) -> Vec<String> {
     let mtu = interface.mtu.unwrap_or(user_network::MTU).to_string();
     let [address, gateway, nameserver] =
@@ -166,7 +167,7 @@ fn arguments(interface: &NetworkInterface) -> Vec<String> {
     let prefix = user_network::PREFIX.to_string();
     let mut arguments: Vec<String> = [
         &["--quiet", "--address", &address, "--netmask", &prefix, "--gateway", &gateway],
-        // The guest gets at no service that listens on the host's loopback alone.
+        // Services that listen only on the host's loopback are unreachable for the guest.
         &["--no-map-gw", "--dns-forward", &nameserver, "--mtu", &mtu][..],
     ]
     .concat()
@@ -177,12 +178,12 @@ fn arguments(interface: &NetworkInterface) -> Vec<String> {
     arguments
 }
 
-/// Leaves a descriptor open in a program that is started.
+/// Lets a child process inherit a descriptor.
 #[expect(unsafe_code, reason = "code between fork and exec")]
 fn inherit(command: &mut Command, fd: i32) {
     use rustix::io::{FdFlags, fcntl_setfd};
-    // SAFETY: the closure makes one system call and neither allocates nor locks; the descriptor is open, because
-    // the caller keeps it until the program has been started.
+    // SAFETY: the closure makes one system call and neither allocates nor locks; the descriptor is open, because the
+    // caller keeps it until the process has been started.
     unsafe {
         command.pre_exec(move || Ok(fcntl_setfd(BorrowedFd::borrow_raw(fd), FdFlags::empty())?));
     }
@@ -194,7 +195,7 @@ impl Link for Passt {
     }
 
     fn accept(&mut self, features: u64) -> io::Result<()> {
-        self.tells_checked = features & feature::GUEST_CSUM != 0;
+        self.reports_checked = features & feature::GUEST_CSUM != 0;
         self.input.resize(INPUT_SIZE, 0);
         self.output.resize(LENGTH + FRAME_MAX, 0);
         Ok(())
@@ -204,7 +205,7 @@ impl Link for Passt {
         self.socket.as_fd()
     }
 
-    fn receive(&mut self, _: &Room) -> io::Result<Option<Frame>> {
+    fn receive(&mut self, _: &FrameSpace) -> io::Result<Option<Frame>> {
         self.find_frame()?;
         if self.held.is_none() {
             self.input.copy_within(self.unread.clone(), 0);
@@ -218,8 +219,8 @@ impl Link for Passt {
             self.find_frame()?;
         }
         self.held.ok_or(io::ErrorKind::WouldBlock)?;
-        // passt computed the checksums a moment ago, and nothing changed the frame on its way here.
-        Ok(Some(Frame { header: Header::checked(self.tells_checked), placed: 0 }))
+        // passt has just computed the checksums, and the frame cannot be corrupted on a local socket.
+        Ok(Some(Frame { header: Header::checked(self.reports_checked), placed: 0 }))
     }
 
     fn rest(&self) -> &[u8] {
@@ -259,7 +260,7 @@ impl Link for Passt {
 
     fn flush(&mut self) -> io::Result<()> {
         while self.has_unsent() {
-            // A peer that has gone is an error here and not a signal.
+            // A closed peer causes an error instead of SIGPIPE.
             let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
             match rustix::net::send(&self.socket, &self.output[self.unsent.clone()], flags) {
                 Ok(count) => self.unsent.start += count,

@@ -1,11 +1,11 @@
-//! Ports of the host that passt takes for a guest.
+//! Host ports that passt forwards to a guest.
 
 use crate::config::devices::{PortForward, Protocol};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, listen, socket_with, sockopt};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-/// The arguments of passt for them (passt(1), `--tcp-ports`).
+/// The command-line arguments of passt for these ports (passt(1), `--tcp-ports`).
 pub(super) fn arguments(forwards: &[PortForward]) -> Vec<String> {
     let mut arguments = Vec::new();
     for forward in forwards {
@@ -26,12 +26,12 @@ pub(super) fn arguments(forwards: &[PortForward]) -> Vec<String> {
     arguments
 }
 
-/// Refuses ports that another process has on one of their addresses: passt goes on without them, and who connects to
-/// `localhost` reaches that process.
+/// Checks that no other process uses one of the ports on one of their addresses: passt ignores such ports, and
+/// connections to `localhost` would reach the other process.
 pub(super) fn check_free(forward: &PortForward) -> Result<(), String> {
     for (address, port) in sockets(forward) {
         match take(forward.protocol, address, port) {
-            // A host without IPv6 has nothing there that could be taken; an address that was named has to be there.
+            // On a host without IPv6, no IPv6 port can be in use; an address that the user has named must exist.
             Ok(()) => {}
             Err(Errno::AFNOSUPPORT | Errno::ADDRNOTAVAIL) if forward.address.is_none() => {}
             Err(error) => return Err(refused(forward, port, error)),
@@ -40,23 +40,23 @@ pub(super) fn check_free(forward: &PortForward) -> Result<(), String> {
     Ok(())
 }
 
-/// Finds ports that passt did not take, though it runs: it leaves out those of a family of addresses for which the host
-/// has no way out.
+/// Checks that passt has bound the ports: it ignores ports of an address family without a default route on the host,
+/// and runs nevertheless.
 pub(super) fn check_taken(forward: &PortForward) -> Result<(), String> {
-    // Where no address is named, one of the families has to have them.
+    // Without an address, a bound port in one of the families is sufficient.
     let is_taken = |(address, port)| take(forward.protocol, address, port) == Err(Errno::ADDRINUSE);
     let mut ports = (0..=forward.further).map(|number| forward.host.saturating_add(number));
     let free = ports.find(|port| !sockets(forward).filter(|socket| socket.1 == *port).any(is_taken));
     match (free, forward.address) {
         (None, _) => Ok(()),
         (Some(port), Some(IpAddr::V6(address))) => {
-            Err(format!("passt did not take port {port} of {address}: this host has no way out over IPv6"))
+            Err(format!("passt did not bind port {port} of {address}: this host has no IPv6 route"))
         }
-        (Some(port), _) => Err(format!("passt did not take port {port} of the host")),
+        (Some(port), _) => Err(format!("passt did not bind port {port} of the host")),
     }
 }
 
-/// Each address with each port.
+/// All combinations of addresses and ports.
 fn sockets(forward: &PortForward) -> impl Iterator<Item = (IpAddr, u16)> {
     const ALL: [IpAddr; 2] = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
     let PortForward { address, host, further, .. } = *forward;
@@ -65,7 +65,7 @@ fn sockets(forward: &PortForward) -> impl Iterator<Item = (IpAddr, u16)> {
     ports.flat_map(move |port| addresses.clone().into_iter().map(move |address| (address, port)))
 }
 
-/// Takes a port for a moment. Of IPv6 only its own: IPv4 is asked for by itself.
+/// Binds a port and releases it again. IPv6 sockets do not include IPv4, which is checked separately.
 fn take(protocol: Protocol, address: IpAddr, port: u16) -> Result<(), Errno> {
     let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let kind = if protocol == Protocol::Tcp { SocketType::STREAM } else { SocketType::DGRAM };
@@ -76,7 +76,7 @@ fn take(protocol: Protocol, address: IpAddr, port: u16) -> Result<(), Errno> {
     if protocol == Protocol::Udp {
         return bind(&socket, &SocketAddr::new(address, port));
     }
-    // Connections that have ended and are remembered for a while are in nobody's way.
+    // Connections in the state TIME_WAIT are not an obstacle.
     sockopt::set_socket_reuseaddr(&socket, true)?;
     bind(&socket, &SocketAddr::new(address, port))?;
     listen(&socket, 1)
@@ -85,9 +85,9 @@ fn take(protocol: Protocol, address: IpAddr, port: u16) -> Result<(), Errno> {
 fn refused(forward: &PortForward, port: u16, error: Errno) -> String {
     let of = forward.address.map_or_else(|| "the host".to_owned(), |address| address.to_string());
     match error {
-        Errno::ADDRINUSE => format!("port {port} of {of} is in use; choose another one"),
-        Errno::ACCESS => format!("port {port} of {of} is not for this user; those from 1024 on are"),
-        Errno::ADDRNOTAVAIL => format!("{of} is no address of this host"),
+        Errno::ADDRINUSE => format!("port {port} of {of} is in use; choose another port"),
+        Errno::ACCESS => format!("no permission to use port {port} of {of}; choose a port from 1024 on"),
+        Errno::ADDRNOTAVAIL => format!("{of} is not an address of this host"),
         error => format!("port {port} of {of}: {error}"),
     }
 }
@@ -103,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn passt_is_told_of_addresses_protocols_and_ranges() {
+    fn arguments_contain_addresses_protocols_and_ranges() {
         let (tcp, udp) = (Protocol::Tcp, Protocol::Udp);
         let all = [
             forward(tcp, None, 8080),
@@ -117,9 +117,9 @@ mod tests {
         assert_eq!(arguments(&[]).join(" "), "--tcp-ports none --udp-ports none");
     }
 
-    /// Another user's port on one address is found, wherever ours would be.
+    /// Another process's port on one address is detected, wherever passt would bind.
     #[test]
-    fn ports_of_others_are_found() {
+    fn ports_in_use_are_detected() {
         let (tcp, udp) = (Protocol::Tcp, Protocol::Udp);
         let hosts = ["127.0.0.1", "::1"].into_iter().filter(|host| UdpSocket::bind((*host, 0)).is_ok());
         for host in hosts {
@@ -135,13 +135,13 @@ mod tests {
             drop(listener);
             check_free(&forward(tcp, Some(host), port)).unwrap();
             assert!(
-                check_taken(&forward(tcp, Some(host), port)).unwrap_err().contains("passt did not take port")
+                check_taken(&forward(tcp, Some(host), port)).unwrap_err().contains("passt did not bind port")
             );
             let socket = UdpSocket::bind((host, 0)).unwrap();
             let port = socket.local_addr().unwrap().port();
             assert!(in_use(forward(udp, None, port)), "{host}");
         }
         let message = check_free(&forward(tcp, Some("192.0.2.200"), 8080)).unwrap_err();
-        assert_eq!(message, "192.0.2.200 is no address of this host");
+        assert_eq!(message, "192.0.2.200 is not an address of this host");
     }
 }

@@ -1,43 +1,44 @@
-//! Frames from the host.
+//! The receive direction: frames from the host to the guest.
 //!
-//! A tap does not say how long its next frame is, and a frame can be of 64 KiB, some forty buffers of Linux's. Most
-//! are short: the link gets room for a short frame, and has a place of its own for the rest of a long one. Where long
-//! frames come, it gets room for any, so that bulk streams are not copied twice.
+//! A tap device does not report the length of the next frame, and a frame can have 64 KiB, which are about forty
+//! receive buffers of Linux. Most frames are short: the link gets space for a short frame, and uses its own buffer for
+//! the rest of a long one. While long frames arrive, it gets space for the longest frame, so that bulk streams are not
+//! copied twice.
 
 use super::buffers::Frame;
-use super::{BUDGET, Broken, FRAME_MAX, Net, Queues, RX, Wait, header, is_to_be_repeated};
+use super::{BUDGET, DeviceError, FRAME_MAX, Net, Queues, RX, Wait, header, is_retryable};
 
-/// Bytes of a frame of Ethernet's usual packets, with the number of a VLAN. Linux's buffers have room for one.
+/// Length of a frame with Ethernet's usual MTU and a VLAN tag. One receive buffer of Linux holds such a frame.
 const SHORT: usize = 1500 + header::ETHERNET + 4;
-/// Short frames after which long ones are not expected any more: the acknowledgements of a stream the other way come
-/// between the frames of one.
+/// Number of consecutive short frames after which no long frame is expected: acknowledgments of a stream in the
+/// opposite direction arrive between the frames of a stream.
 const SHORT_IN_A_ROW: u8 = 8;
 
-/// What may come next.
+/// The expected length of the next frame.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Expectation {
-    /// Short frames until it is short ones only.
-    long: u8,
+pub(super) struct SizeHint {
+    /// Number of consecutive short frames until only short ones are expected.
+    expects_long: u8,
 }
 
-impl Expectation {
+impl SizeHint {
     const fn length(self) -> usize {
-        if self.long > 0 { FRAME_MAX } else { SHORT }
+        if self.expects_long > 0 { FRAME_MAX } else { SHORT }
     }
 
-    const fn learn(&mut self, length: usize) {
-        self.long = if length > SHORT { SHORT_IN_A_ROW } else { self.long.saturating_sub(1) };
+    const fn update(&mut self, length: usize) {
+        self.expects_long = if length > SHORT { SHORT_IN_A_ROW } else { self.expects_long.saturating_sub(1) };
     }
 }
 
 impl Net {
-    /// Moves frames to the driver until it has to wait.
-    pub(super) fn receive(&mut self, queues: &mut Queues) -> Result<(), Broken> {
+    /// Delivers frames to the driver until the direction has to wait.
+    pub(super) fn receive(&mut self, queues: &mut Queues) -> Result<(), DeviceError> {
         self.rx.wait = self.receive_frames(queues)?;
         queues.notify(RX)
     }
 
-    fn receive_frames(&mut self, queues: &mut Queues) -> Result<Wait, Broken> {
+    fn receive_frames(&mut self, queues: &mut Queues) -> Result<Wait, DeviceError> {
         for _ in 0..BUDGET {
             if self.frame.is_none()
                 && let Some(wait) = self.take_frame(queues)?
@@ -50,55 +51,55 @@ impl Net {
                 return Ok(Wait::Driver);
             }
         }
-        queues.yield_turn();
-        Ok(Wait::Turn)
+        queues.reschedule();
+        Ok(Wait::Rescheduled)
     }
 
-    /// Takes a frame from the link, if there is one that is of use, or says what to wait for.
-    fn take_frame(&mut self, queues: &mut Queues) -> Result<Option<Wait>, Broken> {
+    /// Receives a frame from the link; returns the event to wait for when there is none. An invalid frame is dropped.
+    fn take_frame(&mut self, queues: &mut Queues) -> Result<Option<Wait>, DeviceError> {
         if !self.is_up {
             return Ok(Some(Wait::Driver));
         }
         if let Err(until) = self.rx.limiter.ready() {
             return Ok(Some(Wait::Limiter(until)));
         }
-        let expected = self.expectation.length();
+        let expected = self.size_hint.length();
         while !self.buffers.gather(expected, queues)? && self.buffers.count() == 0 {
-            // A frame that nobody has room for waits where it is.
-            if !queues.rearm(RX)? {
+            // Without receive buffers the frame stays in the link.
+            if !queues.enable_notification(RX)? {
                 return Ok(Some(Wait::Driver));
             }
         }
-        self.buffers.list(expected, &mut self.room);
-        match self.link.receive(&self.room) {
+        self.buffers.list(expected, &mut self.space);
+        match self.link.receive(&self.space) {
             Ok(Some(frame)) => {
                 let length = frame.placed + self.link.rest().len();
-                self.expectation.learn(length);
+                self.size_hint.update(length);
                 self.rx.limiter.charge(length as u64);
                 self.frame = Some(frame);
             }
             Ok(None) => self.rx.dropped += 1,
-            Err(error) if is_to_be_repeated(&error) => return Ok(Some(Wait::Link)),
+            Err(error) if is_retryable(&error) => return Ok(Some(Wait::Link)),
             Err(_) => self.disconnect(queues),
         }
         Ok(None)
     }
 
-    /// Gives the frame to the driver, or drops it; `false` when that has to wait for buffers.
-    fn deliver(&mut self, frame: Frame, queues: &mut Queues) -> Result<bool, Broken> {
+    /// Delivers the frame to the driver, or drops it; `false` when there are too few receive buffers.
+    fn deliver(&mut self, frame: Frame, queues: &mut Queues) -> Result<bool, DeviceError> {
         let rest = self.link.rest();
         let length = frame.placed + rest.len();
         while !self.buffers.gather(length, queues)? {
-            // Where the driver has given all that it can, more will not come.
+            // The driver has made its whole queue available; more buffers will not come.
             if self.buffers.count() >= queues.size(RX) {
                 break;
             }
-            if !queues.rearm(RX)? {
+            if !queues.enable_notification(RX)? {
                 return Ok(false);
             }
         }
         match frame.header.for_driver(self.features) {
-            Some(header) if self.buffers.longest() >= (header::LENGTH + length) as u64 => {
+            Some(header) if self.buffers.max_frame() >= (header::LENGTH + length) as u64 => {
                 self.buffers.deliver(Frame { header, ..frame }, rest, queues)?;
             }
             _ => self.rx.dropped += 1,

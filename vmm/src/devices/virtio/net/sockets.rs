@@ -1,28 +1,28 @@
-//! Cards whose other end is a socket, for tests and fuzzing.
+//! Network devices whose link is a socket, for tests and fuzzing.
 
 use super::passt::Passt;
 use super::tap::Tap;
-use super::{Frame, Link, Net, Room};
+use super::{Frame, FrameSpace, Link, Net};
 use crate::config::devices::NetworkInterface;
 use crate::devices::virtio::Chain;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 
 impl Net {
-    /// A card on something that speaks like passt, through a stream that does not block.
+    /// A device with a non-blocking stream to a peer that implements passt's protocol.
     #[must_use]
     pub fn on_stream(socket: OwnedFd, interface: &NetworkInterface) -> Self {
         Self::new(Box::new(Passt::connected(socket)), interface)
     }
 
-    /// A card on a socket that keeps frames apart, as a tap device does.
+    /// A device with a socket that preserves frame boundaries, as a tap device does.
     #[must_use]
     pub fn on_datagrams(socket: OwnedFd, interface: &NetworkInterface) -> Self {
         Self::new(Box::new(Datagrams(Tap::attached(socket))), interface)
     }
 }
 
-/// A tap device but for its ioctl.
+/// A tap device without its ioctls.
 #[derive(Debug)]
 struct Datagrams(Tap);
 
@@ -39,8 +39,8 @@ impl Link for Datagrams {
         self.0.fd()
     }
 
-    fn receive(&mut self, room: &Room) -> io::Result<Option<Frame>> {
-        self.0.receive(room)
+    fn receive(&mut self, space: &FrameSpace) -> io::Result<Option<Frame>> {
+        self.0.receive(space)
     }
 
     fn rest(&self) -> &[u8] {

@@ -34,7 +34,7 @@ fn status(driver: &mut Driver, kind: u32) -> u32 {
 }
 
 #[test]
-fn the_configuration_says_where_the_file_is() {
+fn the_configuration_has_the_address_and_size() {
     let folder = file(5000);
     let pmem = open(&folder, true).unwrap();
     assert_eq!(pmem.memory().0, START);
@@ -44,13 +44,13 @@ fn the_configuration_says_where_the_file_is() {
 }
 
 #[test]
-fn flushes_come_back() {
+fn flushes_are_completed() {
     let folder = file(2 * MIB);
     let mut driver = Driver::started(open(&folder, false).unwrap());
     assert_eq!(status(&mut driver, 0), 0);
     assert_eq!(driver.interrupts(), 1);
     assert_eq!(status(&mut driver, 1), 1, "no such request");
-    // More than are taken at once, while one is under way.
+    // More than are popped per call, during a flush.
     for _ in 0..50 {
         driver.push(0, &[Piece::Out(vec![0; 4]), Piece::In(4)]);
     }
@@ -64,7 +64,7 @@ fn flushes_come_back() {
 }
 
 #[test]
-fn a_reset_waits_for_the_flush_that_is_under_way() {
+fn a_reset_waits_for_the_current_flush() {
     let folder = file(2 * MIB);
     let mut driver = Driver::started(open(&folder, false).unwrap());
     driver.push(0, &[Piece::Out(vec![0; 4]), Piece::In(4)]);
@@ -74,7 +74,7 @@ fn a_reset_waits_for_the_flush_that_is_under_way() {
 }
 
 #[test]
-fn chains_without_request_or_place_break_the_device_until_it_is_reset() {
+fn chains_without_request_or_status_fail_the_device_until_it_is_reset() {
     let folder = file(2 * MIB);
     let mut driver = Driver::started(open(&folder, false).unwrap());
     for pieces in [
@@ -85,14 +85,14 @@ fn chains_without_request_or_place_break_the_device_until_it_is_reset() {
     ] {
         driver.push(0, &pieces);
         driver.ring();
-        assert!(driver.is_broken(), "{pieces:?}");
+        assert!(driver.needs_reset(), "{pieces:?}");
         driver.start(u64::MAX);
         assert_eq!(status(&mut driver, 0), 0);
     }
 }
 
 #[test]
-fn other_devices_read_and_write_files_as_well() {
+fn other_devices_transfer_to_and_from_the_mapping() {
     use crate::config::devices::Entropy as EntropyConfig;
     use crate::devices::virtio::driver::WRITE;
     use crate::devices::virtio::entropy::Entropy;
@@ -113,18 +113,18 @@ fn other_devices_read_and_write_files_as_well() {
     let mut bytes = [0; 3 * 4096];
     content.read_exact_at(&mut bytes, 0).unwrap();
     assert!(bytes[..4096] == [0; 4096] && bytes[4096..8192] != [0; 4096] && bytes[8192..] == [0; 4096]);
-    // A file that is only read is not written through a device either.
+    // A read-only mapping is not written by another device either.
     driver.describe(0, 0, behind.0, 4096, WRITE, 0);
     driver.offer(0, 0);
     driver.ring();
-    assert!(driver.is_broken());
+    assert!(driver.needs_reset());
 }
 
 #[test]
-fn files_that_are_no_memory_are_named() {
+fn errors_name_the_file() {
     let error = |config: &Config| Pmem::open(config, START).unwrap_err().to_string();
     let missing = error(&config(Path::new("/nonexistent/file"), true));
-    assert!(missing.starts_with("/nonexistent/file cannot be memory of a guest: No such file"), "{missing}");
+    assert!(missing.starts_with("/nonexistent/file cannot be a pmem device: No such file"), "{missing}");
     assert!(error(&config(Path::new("/"), true)).ends_with("it is a directory"));
     assert!(
         error(&config(Path::new("/dev/null"), true)).ends_with("it is neither a file nor a block device")
@@ -132,7 +132,10 @@ fn files_that_are_no_memory_are_named() {
     let message = |folder: &tempfile::TempDir, read_only| open(folder, read_only).unwrap_err().to_string();
     assert!(message(&file(0), true).ends_with("it is empty"));
     let text = message(&file(2 * MIB + 1), false);
-    assert!(text.contains("its 2097153 bytes are not a multiple of 2 MiB; truncate -s 4M"), "{text}");
+    assert!(
+        text.contains("its 2097153 bytes are not a multiple of 2 MiB; extend it with truncate -s 4M"),
+        "{text}"
+    );
     let folder = file(2 * MIB);
     let written = open(&folder, false).unwrap();
     assert!(message(&folder, true).contains("it is in use"));

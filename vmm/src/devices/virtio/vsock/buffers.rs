@@ -1,92 +1,93 @@
-//! What data passes through: chains of the guest that one read fills, and what a Unix socket has not taken yet.
+//! Buffers for data: a batch of receive chains of the guest that one read fills, and the bytes that a Unix socket has
+//! not accepted yet.
 
 use super::packet::HEADER_SIZE;
 use super::{CONNECTIONS_MAX, RX};
-use crate::devices::virtio::{Broken, Chain, Queues, Segment};
+use crate::devices::virtio::{Chain, DeviceError, Queues, Segment};
 
-/// Bytes of the guest that are kept for a Unix socket that takes no more, and which the guest is told of.
+/// Size of the buffer for data that a Unix socket does not accept, in bytes, which is the credit of the guest
+/// (`buf_alloc`).
 pub(super) const BUF_ALLOC: u32 = 128 << 10;
 /// The same for connections beyond [`LARGE_MAX`].
 pub(super) const BUF_ALLOC_SMALL: u32 = 8 << 10;
-/// Connections at a time that are given [`BUF_ALLOC`]. What a guest is promised cannot be taken back, so that it is
-/// promised no more than may be kept.
+/// Maximum number of connections with [`BUF_ALLOC`]. Credit cannot be withdrawn, so that the total of all credit is
+/// limited.
 pub(super) const LARGE_MAX: usize = 64;
-/// Bytes that are kept for all connections together: those whose Unix sockets nobody reads, also after the guest
-/// has closed them.
+/// Maximum number of buffered bytes of all connections, including those that the guest has closed.
 pub(super) const KEPT_MAX: usize =
     LARGE_MAX * BUF_ALLOC as usize + (CONNECTIONS_MAX - LARGE_MAX) * BUF_ALLOC_SMALL as usize;
 const _: () = assert!(KEPT_MAX <= 16 << 20, "docs/vsock.md says so");
 
-/// Chains of the guest that one read fills.
+/// Receive chains of the guest that one read fills.
 #[derive(Debug, Default)]
 pub(super) struct Batch {
-    pub(super) chains: Vec<Receiver>,
-    /// All their room, one after the other.
-    pub(super) pieces: Vec<Segment>,
+    pub(super) chains: Vec<DataChain>,
+    /// The space of all chains in their order.
+    pub(super) segments: Vec<Segment>,
 }
 
-/// A chain of the guest that is to have data.
+/// A receive chain of the guest.
 #[derive(Debug)]
-pub(super) struct Receiver {
+pub(super) struct DataChain {
     pub(super) chain: Chain,
-    /// Where its header goes.
+    /// The destination of the packet header.
     pub(super) header: Segment,
-    /// Bytes of data that it may have.
-    pub(super) room: usize,
+    /// Space for data in bytes.
+    pub(super) space: usize,
 }
 
 impl Batch {
-    /// Takes up to so many chains with room for so many bytes; the room that they have.
+    /// Pops up to `chains` chains with up to `credit` bytes of space in total; returns their space.
     pub(super) fn gather(
         &mut self,
         queues: &mut Queues,
         first: Chain,
         chains: usize,
         credit: usize,
-    ) -> Result<usize, Broken> {
-        self.pieces.clear();
-        let mut room = 0;
+    ) -> Result<usize, DeviceError> {
+        self.segments.clear();
+        let mut space = 0;
         let mut next = Some(first);
         while let Some(mut chain) = next {
             let header = chain
                 .split_front(HEADER_SIZE)
                 .filter(|_| chain.writable_len() > 0)
-                .ok_or_else(|| Broken::because("a chain has no room for a header in one piece and data"))?;
-            chain.limit_writable(credit - room);
+                .ok_or_else(|| DeviceError::new("a chain has no room for a header in one piece and data"))?;
+            chain.limit_writable(credit - space);
             let own = chain.writable().iter().map(Segment::len).sum();
-            room += own;
-            self.pieces.extend(chain.writable());
-            self.chains.push(Receiver { chain, header, room: own });
-            let is_enough = self.chains.len() == chains || room == credit;
+            space += own;
+            self.segments.extend(chain.writable());
+            self.chains.push(DataChain { chain, header, space: own });
+            let is_enough = self.chains.len() == chains || space == credit;
             next = if is_enough { None } else { queues.pop(RX)? };
         }
-        Ok(room)
+        Ok(space)
     }
 
-    /// Puts back the chains that so many bytes do not reach.
-    pub(super) fn put_back_behind(&mut self, bytes: usize, queues: &mut Queues) {
+    /// Returns the chains to the queue that a read of `bytes` bytes has not reached.
+    pub(super) fn return_unused(&mut self, bytes: usize, queues: &mut Queues) {
         let mut rooms = 0;
         let reached = self.chains.iter().take_while(|receiver| {
             let is_reached = rooms < bytes;
-            rooms += receiver.room;
+            rooms += receiver.space;
             is_reached
         });
         let reached = reached.count();
         while self.chains.len() > reached {
             if let Some(receiver) = self.chains.pop() {
-                queues.put_back(RX, receiver.chain);
+                queues.undo_pop(RX, receiver.chain);
             }
         }
     }
 }
 
-/// Bytes of the guest that a Unix socket has not taken yet.
+/// Bytes of the guest that a Unix socket has not accepted yet.
 #[derive(Debug)]
 pub(super) struct Buffer {
-    /// How many there can be.
+    /// Maximum number of bytes.
     size: u32,
     bytes: Vec<u8>,
-    /// Where those start that are still to be written.
+    /// Offset of the first byte that has not been written.
     start: usize,
 }
 
@@ -111,13 +112,13 @@ impl Buffer {
         &self.bytes[self.start..]
     }
 
-    /// How many more it takes.
-    pub(super) const fn room(&self) -> usize {
+    /// Free space in bytes.
+    pub(super) const fn space(&self) -> usize {
         self.size as usize - self.len()
     }
 
-    /// Takes the next bytes of a chain, for which there is room.
-    pub(super) fn append(&mut self, chain: &mut Chain, count: usize) -> Result<(), Broken> {
+    /// Appends the next bytes of a chain. The caller has checked that there is space.
+    pub(super) fn append(&mut self, chain: &mut Chain, count: usize) -> Result<(), DeviceError> {
         if self.bytes.capacity() == 0 {
             self.bytes.reserve_exact(self.size as usize);
         }
@@ -130,7 +131,7 @@ impl Buffer {
         chain.read(&mut self.bytes[old..])
     }
 
-    /// Leaves out bytes that were written. One that is empty takes no memory.
+    /// Removes written bytes. An empty buffer occupies no memory.
     pub(super) fn consume(&mut self, count: usize) {
         self.start += count;
         if self.is_empty() {

@@ -1,26 +1,26 @@
-//! One connection: a Unix socket of the host, a socket of the guest, and what each still has to be told.
+//! A connection: a Unix socket of the host, a socket of the guest, and the pending packets for the guest.
 //!
-//! Nothing is queued for the guest. What it has to be told is a state, a flag each, and data waits in the Unix
-//! socket until the guest has a chain and room for it. What the guest sends goes to the Unix socket at once; only
-//! what that does not take is kept, which is bounded by the credit that the guest was given.
+//! No packets are queued for the guest. Pending control packets are represented by a flag each, and data stays in the
+//! Unix socket until the guest has a receive chain and credit for it. Data from the guest is written to the Unix socket
+//! immediately; only what the socket does not accept is buffered, which the guest's credit limits.
 
-use super::buffers::{Batch, Buffer, Receiver};
+use super::buffers::{Batch, Buffer, DataChain};
 use super::packet::{HEADER_LEN, HOST_CID, Header, STREAM, op, shutdown};
 use super::{BUDGET, BUDGET_BYTES, RX, next_chain};
 use crate::devices::virtio::queue::fill;
 use crate::devices::virtio::stream::{receive, send};
-use crate::devices::virtio::{Broken, Chain, Queues, Segment, Watcher};
+use crate::devices::virtio::{Chain, DeviceError, Queues, Segment, Watcher};
 use rustix::event::epoll::EventFlags;
 use rustix::net::SendFlags;
 use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 
-/// Chains that one read from the Unix socket fills at most. Linux gives chains of less than 4 KiB, so that this is
-/// about 64 KiB.
+/// Maximum number of chains that one read from the Unix socket fills. Linux provides chains of just under 4 KiB, so
+/// that this is about 64 KiB.
 const CHAINS_MAX: usize = 16;
 
-/// The two ports that name a connection, as there is only one guest and one host.
+/// The two ports that identify a connection, as there is only one guest and one host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Ports {
     pub(super) host: u32,
@@ -29,87 +29,87 @@ pub(super) struct Ports {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    /// The guest has not answered yet.
+    /// The guest has not answered the request yet.
     Requested,
     Established,
-    /// The guest is done with it, and what it sent before is still to be written.
+    /// The guest has closed the connection, and buffered data remains to be written.
     Draining,
 }
 
-/// What an event made of a connection.
+/// The state of a connection after an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum After {
-    /// It goes on.
+pub(super) enum Outcome {
+    /// The connection is open.
     Open,
-    /// It cannot go on, which the guest is to be told.
+    /// The connection has failed, and the guest is to be sent a reset.
     Reset,
-    /// The guest is done with it, and is to be told that the host is as well, where it asks.
-    GuestEnded { answer: bool },
-    /// Nothing is left of it.
-    Gone,
+    /// The guest has closed the connection; `answer` is whether it expects a reset in reply.
+    GuestClosed { answer: bool },
+    /// The connection is closed completely.
+    Closed,
 }
 
-/// What became of a turn to send the guest something.
+/// The result of an attempt to send packets to the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Turn {
-    /// The guest has no chain for it.
+pub(super) enum SendResult {
+    /// The guest has no receive chain available.
     NoChain,
-    /// So many packets were sent.
-    Sent(usize, After),
+    /// Number of packets sent, and the state of the connection.
+    Sent(usize, Outcome),
 }
 
 #[derive(Debug)]
 pub(super) struct Connection {
     pub(super) ports: Ports,
-    /// Whether it waits for its turn to send something.
+    /// Whether the connection is in the queue of those with packets for the guest.
     pub(super) is_queued: bool,
     stream: UnixStream,
     state: State,
 
     // From the guest to the host.
     buffer: Buffer,
-    /// Bytes of the guest that were written on (`fwd_cnt`).
+    /// Number of the guest's bytes that were written to the Unix socket (`fwd_cnt`).
     forwarded: u32,
-    /// What the guest knows of them.
-    told_forwarded: u32,
-    /// What the guest takes no more, or sends no more, in flags of [`shutdown`].
+    /// The value of `forwarded` that the guest was sent last.
+    reported_forwarded: u32,
+    /// The directions that the guest has shut down, in flags of [`shutdown`].
     guest_shutdown: u32,
-    /// Nobody reads what is written into the Unix socket.
-    is_deaf: bool,
+    /// Whether the Unix socket does not accept data any more; data of the guest is discarded.
+    discards_output: bool,
     watches_output: bool,
 
     // From the host to the guest.
-    /// Bytes that were sent to the guest.
+    /// Number of bytes sent to the guest.
     sent: u32,
     guest_buf_alloc: u32,
     guest_fwd_cnt: u32,
-    /// The Unix socket may have something to read.
+    /// Whether the Unix socket may have data.
     is_readable: bool,
-    /// The event of the Unix socket's end may have come already, so that a read that finds less than it has room for
-    /// is not the last one.
+    /// Whether the event of the end of the stream may have been consumed, so that a short read does not imply that the
+    /// next event reports more.
     may_end: bool,
-    /// The Unix socket has reached its end.
+    /// Whether the Unix socket has reached the end of the stream.
     is_at_end: bool,
-    /// The program has closed the Unix socket, or both directions of it have ended.
+    /// Whether the program has closed the Unix socket, or both directions of it have ended.
     is_closed: bool,
-    /// Chains that the next read is to fill.
-    appetite: usize,
+    /// Number of chains for the next read.
+    next_chains: usize,
 
-    // What the guest has to be told.
+    // Pending packets for the guest.
     /// The first packet: [`op::REQUEST`] or [`op::RESPONSE`].
     opening: Option<u16>,
-    owes_credit: bool,
-    /// The guest had room since it was asked for some.
-    may_ask: bool,
-    /// It was asked and has not answered.
+    has_credit_update: bool,
+    /// Whether the guest has had credit since the last credit request.
+    may_request_credit: bool,
+    /// Whether a credit request has not been answered.
     awaits_credit: bool,
-    /// It has told of room without being asked.
-    offers_credit: bool,
-    told_shutdown: u32,
+    /// Whether the guest sends credit updates without a request.
+    updates_credit_unasked: bool,
+    reported_shutdown: u32,
 }
 
 impl Connection {
-    /// A program of the host asks for a port of the guest. So many bytes are kept for the program at most.
+    /// A program of the host requests a port of the guest. `buf_alloc` is the size of the buffer for data of the guest.
     pub(super) const fn requested(stream: UnixStream, ports: Ports, buf_alloc: u32) -> Self {
         Self {
             ports,
@@ -118,29 +118,29 @@ impl Connection {
             state: State::Requested,
             buffer: Buffer::new(buf_alloc),
             forwarded: 0,
-            told_forwarded: 0,
+            reported_forwarded: 0,
             guest_shutdown: 0,
-            is_deaf: false,
+            discards_output: false,
             watches_output: false,
             sent: 0,
             guest_buf_alloc: 0,
             guest_fwd_cnt: 0,
-            // It may have sent something behind its request.
+            // The program may have sent data after its request.
             is_readable: true,
             may_end: true,
             is_at_end: false,
             is_closed: false,
-            appetite: 1,
+            next_chains: 1,
             opening: Some(op::REQUEST),
-            owes_credit: false,
-            may_ask: true,
+            has_credit_update: false,
+            may_request_credit: true,
             awaits_credit: false,
-            offers_credit: false,
-            told_shutdown: 0,
+            updates_credit_unasked: false,
+            reported_shutdown: 0,
         }
     }
 
-    /// The guest's request has reached a program of the host.
+    /// A program of the host has accepted the guest's request.
     pub(super) fn accepted(stream: UnixStream, request: &Header, buf_alloc: u32) -> Self {
         let ports = Ports { host: request.dst_port, guest: request.src_port };
         Self {
@@ -152,97 +152,104 @@ impl Connection {
         }
     }
 
-    /// Bytes that are kept for its Unix socket at most.
+    /// Size of the buffer for data of the guest in bytes.
     pub(super) const fn buf_alloc(&self) -> u32 {
         self.buffer.size()
     }
 
-    /// Events that its socket is watched for. Once each, so that data that has to wait for the guest does not
-    /// call again and again.
+    /// The events of the Unix socket. Edge-triggered, so that data that waits for the guest does not cause repeated
+    /// events.
     pub(super) const EVENTS: EventFlags = EventFlags::IN.union(EventFlags::RDHUP).union(EventFlags::ET);
 
     // From the guest.
 
-    /// A packet of the guest that is this connection's; `chain` is behind its header.
-    pub(super) fn handle(&mut self, id: u32, header: &Header, chain: &mut Chain, watcher: &Watcher) -> After {
+    /// Handles a packet of the guest for this connection; the header of `chain` has been read.
+    pub(super) fn handle(
+        &mut self,
+        id: u32,
+        header: &Header,
+        chain: &mut Chain,
+        watcher: &Watcher,
+    ) -> Outcome {
         self.guest_buf_alloc = header.buf_alloc;
         self.guest_fwd_cnt = header.fwd_cnt;
         if header.op == op::CREDIT_UPDATE {
-            self.offers_credit |= !std::mem::take(&mut self.awaits_credit);
+            self.updates_credit_unasked |= !std::mem::take(&mut self.awaits_credit);
         }
-        self.may_ask |= self.credit() > 0;
+        self.may_request_credit |= self.credit() > 0;
         match (header.op, self.state) {
-            (op::RST, _) => return After::GuestEnded { answer: false },
+            (op::RST, _) => return Outcome::GuestClosed { answer: false },
             (op::RESPONSE, State::Requested) if self.opening.is_none() => {
                 self.state = State::Established;
                 let line = format!("OK {}\n", self.ports.host);
                 self.write(line.as_bytes());
             }
-            (_, State::Requested) => return After::Reset,
+            (_, State::Requested) => return Outcome::Reset,
             (op::RW, _) if self.guest_shutdown & shutdown::SEND == 0 => {
                 return self.forward(id, header.len, chain, watcher);
             }
             (op::SHUTDOWN, _) => return self.shut_down(header.flags),
             (op::CREDIT_UPDATE, _) => {}
-            (op::CREDIT_REQUEST, _) => self.owes_credit = true,
-            _ => return After::Reset,
+            (op::CREDIT_REQUEST, _) => self.has_credit_update = true,
+            _ => return Outcome::Reset,
         }
-        After::Open
+        Outcome::Open
     }
 
-    fn forward(&mut self, id: u32, length: u32, chain: &mut Chain, watcher: &Watcher) -> After {
+    fn forward(&mut self, id: u32, length: u32, chain: &mut Chain, watcher: &Watcher) -> Outcome {
         let length = length as usize;
-        if length > self.buffer.room() {
-            return After::Reset;
+        if length > self.buffer.space() {
+            return Outcome::Reset;
         }
         chain.limit_readable(length);
         let mut written = 0;
-        if self.buffer.is_empty() && !self.is_deaf {
+        if self.buffer.is_empty() && !self.discards_output {
             match send(&self.stream, chain.readable()) {
                 Ok(count) => written = count,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(_) => self.is_deaf = true,
+                Err(_) => self.discards_output = true,
             }
         }
-        if self.is_deaf {
+        if self.discards_output {
             written = length;
         } else if written < length {
             chain.skip(written);
             if self.buffer.append(chain, length - written).is_err() {
-                return After::Reset;
+                return Outcome::Reset;
             }
             self.watch_output(id, true, watcher);
         }
         self.forwarded(written);
-        After::Open
+        Outcome::Open
     }
 
     fn forwarded(&mut self, count: usize) {
-        // A count modulo 2^32 by the specification.
+        // The count is modulo 2^32 by the specification.
         #[expect(clippy::cast_possible_truncation, reason = "counts of one call are below 2^32")]
         let count = count as u32;
         self.forwarded = self.forwarded.wrapping_add(count);
-        // The guest learns late that bytes were written on, and always has half its credit.
-        self.owes_credit |= self.forwarded.wrapping_sub(self.told_forwarded) >= self.buf_alloc() / 2;
+        // The update is delayed, and sent early enough that the guest always has at least half of its credit.
+        self.has_credit_update |=
+            self.forwarded.wrapping_sub(self.reported_forwarded) >= self.buf_alloc() / 2;
     }
 
-    fn shut_down(&mut self, flags: u32) -> After {
+    fn shut_down(&mut self, flags: u32) -> Outcome {
         let flags = flags & shutdown::BOTH & !self.guest_shutdown;
         self.guest_shutdown |= flags;
         if self.guest_shutdown == shutdown::BOTH {
-            return After::GuestEnded { answer: true };
+            return Outcome::GuestClosed { answer: true };
         }
-        // A socket that its other end has closed refuses, and has nothing to be told any more.
+        // shutdown(2) fails for a socket whose peer is closed, which needs no notification.
         if flags & shutdown::RECEIVE != 0 {
             let _ = self.stream.shutdown(Shutdown::Read);
         }
         if flags & shutdown::SEND != 0 && self.buffer.is_empty() {
             let _ = self.stream.shutdown(Shutdown::Write);
         }
-        After::Open
+        Outcome::Open
     }
 
-    /// The guest is done with it; whether it has to stay until what the guest sent is written.
+    /// The guest has closed the connection; returns whether buffered data remains to be written.
     pub(super) fn drain(&mut self) -> bool {
         self.state = State::Draining;
         !self.buffer.is_empty()
@@ -250,18 +257,18 @@ impl Connection {
 
     // From the host.
 
-    /// Its socket is ready.
-    pub(super) fn serve(&mut self, id: u32, flags: EventFlags, watcher: &Watcher) -> After {
+    /// Handles an event of the Unix socket.
+    pub(super) fn serve(&mut self, id: u32, flags: EventFlags, watcher: &Watcher) -> Outcome {
         if flags.intersects(EventFlags::HUP | EventFlags::ERR) {
             self.is_closed = true;
-            self.lose_reader();
+            self.discard_output();
         }
         self.is_readable |= flags.intersects(EventFlags::IN | EventFlags::RDHUP | EventFlags::HUP);
         self.may_end |= flags.intersects(EventFlags::RDHUP | EventFlags::HUP);
         if flags.intersects(EventFlags::OUT) {
             self.flush(id, watcher);
         }
-        if self.state == State::Draining && self.buffer.is_empty() { After::Gone } else { After::Open }
+        if self.state == State::Draining && self.buffer.is_empty() { Outcome::Closed } else { Outcome::Open }
     }
 
     fn flush(&mut self, id: u32, watcher: &Watcher) {
@@ -271,7 +278,7 @@ impl Connection {
                 match rustix::net::send(&self.stream, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
                     Ok(count) => count,
                     Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => return,
-                    Err(_) => return self.lose_reader(),
+                    Err(_) => return self.discard_output(),
                 };
             self.buffer.consume(count);
             self.forwarded(count);
@@ -282,24 +289,24 @@ impl Connection {
         }
     }
 
-    /// What the guest sends goes nowhere from now on.
-    fn lose_reader(&mut self) {
-        self.is_deaf = true;
+    /// Discards all data of the guest from now on.
+    fn discard_output(&mut self) {
+        self.discards_output = true;
         let lost = self.buffer.len();
         self.buffer.consume(lost);
         self.forwarded(lost);
     }
 
-    /// Writes a line into a socket that has room for it.
+    /// Writes a line to a socket whose buffer has space for it.
     fn write(&mut self, line: &[u8]) {
         let sent = rustix::net::send(&self.stream, line, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
-        self.is_deaf |= sent != Ok(line.len());
+        self.discards_output |= sent != Ok(line.len());
     }
 
     fn watch_output(&mut self, id: u32, wanted: bool, watcher: &Watcher) {
         if self.watches_output != wanted {
             let more = if wanted { EventFlags::OUT } else { EventFlags::empty() };
-            // It is being watched.
+            // This fails only for a descriptor that is not watched.
             let _ = watcher.modify(&self.stream, id, Self::EVENTS | more);
             self.watches_output = wanted;
         }
@@ -307,12 +314,12 @@ impl Connection {
 
     // To the guest.
 
-    /// Whether there is something to send to the guest.
-    pub(super) fn wants_turn(&self) -> bool {
+    /// Whether a packet for the guest is pending.
+    pub(super) fn has_packets(&self) -> bool {
         self.opening.is_some()
-            || self.owes_credit && self.state == State::Established
-            || self.shutdown_to_tell() != 0
-            || self.can_read() && (self.credit() > 0 || self.has_to_ask())
+            || self.has_credit_update && self.state == State::Established
+            || self.unreported_shutdown() != 0
+            || self.can_read() && (self.credit() > 0 || self.should_request_credit())
     }
 
     fn can_read(&self) -> bool {
@@ -322,36 +329,36 @@ impl Connection {
             && self.guest_shutdown & shutdown::RECEIVE == 0
     }
 
-    /// Bytes that the guest has room for. What it says about that can hurt nobody but itself.
+    /// The number of bytes that the guest has space for. A guest that reports a wrong value harms only itself.
     const fn credit(&self) -> u32 {
         self.guest_buf_alloc.saturating_sub(self.sent.wrapping_sub(self.guest_fwd_cnt))
     }
 
-    /// Whether the guest, which has no room left, is to be asked for some. A guest that tells of room by itself is
-    /// not: it would answer at once, as often as it is asked, with what little its program has read meanwhile.
-    const fn has_to_ask(&self) -> bool {
-        self.may_ask && !self.offers_credit
+    /// Whether to request credit from a guest without space. Not from a guest that sends updates without a request: it
+    /// would answer every request immediately with the little space that its program has freed since.
+    const fn should_request_credit(&self) -> bool {
+        self.may_request_credit && !self.updates_credit_unasked
     }
 
-    /// What has ended on the host's side and the guest does not know.
-    fn shutdown_to_tell(&self) -> u32 {
+    /// The directions that have ended on the host and have not been reported to the guest.
+    fn unreported_shutdown(&self) -> u32 {
         if self.state != State::Established {
             return 0;
         }
         let is_at_end = self.is_at_end || self.is_closed && self.guest_shutdown & shutdown::RECEIVE != 0;
         let send = if is_at_end { shutdown::SEND } else { 0 };
-        let receive = if self.is_deaf { shutdown::RECEIVE } else { 0 };
-        (send | receive) & !self.told_shutdown
+        let receive = if self.discards_output { shutdown::RECEIVE } else { 0 };
+        (send | receive) & !self.reported_shutdown
     }
 
-    /// Sends the guest what is due next.
+    /// Sends the next pending packets to the guest.
     pub(super) fn send_next(
         &mut self,
         queues: &mut Queues,
         guest_cid: u64,
         batch: &mut Batch,
-    ) -> Result<Turn, Broken> {
-        let Some(chain) = next_chain(queues)? else { return Ok(Turn::NoChain) };
+    ) -> Result<SendResult, DeviceError> {
+        let Some(chain) = next_chain(queues)? else { return Ok(SendResult::NoChain) };
         if let Some(opening) = self.opening.take() {
             return self.send_control(queues, chain, guest_cid, opening, 0);
         }
@@ -359,26 +366,26 @@ impl Connection {
             if self.credit() > 0 {
                 match self.send_data(queues, chain, guest_cid, batch) {
                     Err(Unsent::Nothing) => return self.send_next(queues, guest_cid, batch),
-                    Err(Unsent::Failed) => return Ok(Turn::Sent(0, After::Reset)),
-                    Err(Unsent::Broken(broken)) => return Err(broken),
-                    Ok(count) => return Ok(Turn::Sent(count, After::Open)),
+                    Err(Unsent::Failed) => return Ok(SendResult::Sent(0, Outcome::Reset)),
+                    Err(Unsent::DeviceError(error)) => return Err(error),
+                    Ok(count) => return Ok(SendResult::Sent(count, Outcome::Open)),
                 }
             }
-            if self.has_to_ask() {
-                (self.may_ask, self.awaits_credit) = (false, true);
+            if self.should_request_credit() {
+                (self.may_request_credit, self.awaits_credit) = (false, true);
                 return self.send_control(queues, chain, guest_cid, op::CREDIT_REQUEST, 0);
             }
         }
-        let news = self.shutdown_to_tell();
-        if news != 0 {
-            self.told_shutdown |= news;
-            return self.send_control(queues, chain, guest_cid, op::SHUTDOWN, self.told_shutdown);
+        let ended = self.unreported_shutdown();
+        if ended != 0 {
+            self.reported_shutdown |= ended;
+            return self.send_control(queues, chain, guest_cid, op::SHUTDOWN, self.reported_shutdown);
         }
-        if self.owes_credit {
+        if self.has_credit_update {
             return self.send_control(queues, chain, guest_cid, op::CREDIT_UPDATE, 0);
         }
-        queues.put_back(RX, chain);
-        Ok(Turn::Sent(0, After::Open))
+        queues.undo_pop(RX, chain);
+        Ok(SendResult::Sent(0, Outcome::Open))
     }
 
     fn send_control(
@@ -388,18 +395,18 @@ impl Connection {
         guest_cid: u64,
         op: u16,
         flags: u32,
-    ) -> Result<Turn, Broken> {
+    ) -> Result<SendResult, DeviceError> {
         chain.write(&self.header(guest_cid, op, flags, 0).to_bytes())?;
         queues.complete(RX, chain, HEADER_LEN)?;
-        // Who neither sends nor takes anything has nothing to say either.
-        let is_over = self.told_shutdown == shutdown::BOTH;
-        Ok(Turn::Sent(1, if is_over { After::Gone } else { After::Open }))
+        // After a shutdown of both directions no packets follow.
+        let is_over = self.reported_shutdown == shutdown::BOTH;
+        Ok(SendResult::Sent(1, if is_over { Outcome::Closed } else { Outcome::Open }))
     }
 
-    /// A header that tells the guest of its credit.
+    /// A header with the current credit of the guest.
     const fn header(&mut self, guest_cid: u64, op: u16, flags: u32, len: u32) -> Header {
-        self.told_forwarded = self.forwarded;
-        self.owes_credit = false;
+        self.reported_forwarded = self.forwarded;
+        self.has_credit_update = false;
         Header {
             src_cid: HOST_CID,
             dst_cid: guest_cid,
@@ -414,8 +421,8 @@ impl Connection {
         }
     }
 
-    /// Reads from the Unix socket into as many chains as it is likely to fill; the number of packets, as the budget
-    /// counts them.
+    /// Reads from the Unix socket into as many chains as it is likely to fill; returns the number of packets as the
+    /// budget counts them.
     fn send_data(
         &mut self,
         queues: &mut Queues,
@@ -423,21 +430,21 @@ impl Connection {
         guest_cid: u64,
         batch: &mut Batch,
     ) -> Result<usize, Unsent> {
-        // A program that writes as fast as this reads would keep one read going for as long as there is room.
+        // A program that writes as fast as this reads could otherwise keep one read busy for the complete credit.
         let credit = (self.credit() as usize).min(BUDGET_BYTES);
-        let room = batch.gather(queues, first, self.appetite, credit)?;
-        let mut left = match self.receive(room, &batch.pieces) {
+        let space = batch.gather(queues, first, self.next_chains, credit)?;
+        let mut left = match self.receive(space, &batch.segments) {
             Ok(bytes) => bytes,
             Err(unsent) => {
-                batch.put_back_behind(0, queues);
+                batch.return_unused(0, queues);
                 return Err(unsent);
             }
         };
-        batch.put_back_behind(left, queues);
+        batch.return_unused(left, queues);
         let packets = batch.chains.len().max(left / (BUDGET_BYTES / BUDGET));
-        for Receiver { chain, header, room } in batch.chains.drain(..) {
+        for DataChain { chain, header, space } in batch.chains.drain(..) {
             #[expect(clippy::cast_possible_truncation, reason = "one read gives less than 2^31 bytes")]
-            let bytes = left.min(room) as u32;
+            let bytes = left.min(space) as u32;
             left -= bytes as usize;
             self.sent = self.sent.wrapping_add(bytes);
             fill(header, &self.header(guest_cid, op::RW, 0, bytes).to_bytes());
@@ -446,13 +453,13 @@ impl Connection {
         Ok(packets)
     }
 
-    /// Reads into pieces with this room; never no bytes.
-    fn receive(&mut self, room: usize, pieces: &[Segment]) -> Result<usize, Unsent> {
-        match receive(&self.stream, pieces) {
+    /// Reads into segments with `space` bytes in total; returns the number of bytes, at least 1.
+    fn receive(&mut self, space: usize, segments: &[Segment]) -> Result<usize, Unsent> {
+        match receive(&self.stream, segments) {
             Ok(received) => {
-                let is_full = received.bytes == room;
+                let is_full = received.bytes == space;
                 self.is_readable = is_full || self.may_end || received.had_descriptors;
-                self.appetite = if is_full { CHAINS_MAX.min(self.appetite * 2) } else { 1 };
+                self.next_chains = if is_full { CHAINS_MAX.min(self.next_chains * 2) } else { 1 };
                 self.is_at_end = received.bytes == 0;
                 if self.is_at_end { Err(Unsent::Nothing) } else { Ok(received.bytes) }
             }
@@ -465,18 +472,18 @@ impl Connection {
     }
 }
 
-/// Why no data was sent to the guest.
+/// The reason why no data was sent to the guest.
 enum Unsent {
-    /// There is none.
+    /// No data is available.
     Nothing,
-    /// The Unix socket failed: its program left without reading all that it was sent.
+    /// The Unix socket failed: its program has closed it without reading all data.
     Failed,
-    /// The driver broke a rule.
-    Broken(Broken),
+    /// The driver violated the specification.
+    DeviceError(DeviceError),
 }
 
-impl From<Broken> for Unsent {
-    fn from(broken: Broken) -> Self {
-        Self::Broken(broken)
+impl From<DeviceError> for Unsent {
+    fn from(error: DeviceError) -> Self {
+        Self::DeviceError(error)
     }
 }

@@ -1,9 +1,9 @@
-//! The host's side: the socket at which programs of the host ask for ports of the guest, and those to which
-//! the guest's connections lead.
+//! The Unix sockets on the host: one at which programs of the host connect to ports of the guest, and those of the
+//! programs that the guest connects to.
 //!
-//! A program of the host connects, sends `CONNECT <port>\n`, and receives `OK <host port>\n` when the guest
-//! has accepted; otherwise it finds the connection closed. For port N of the host the guest is led to the socket
-//! of the same path with `_N` behind it. This is the protocol of Firecracker's docs/vsock.md.
+//! A program of the host connects, sends `CONNECT <port>\n`, and receives `OK <host port>\n` when the guest has
+//! accepted; otherwise the connection is closed. A connection of the guest to host port N leads to the socket at the
+//! same path with the suffix `_N`. This is the protocol of Firecracker's docs/vsock.md.
 
 use crate::config::ConfigError;
 use rustix::io::Errno;
@@ -19,23 +19,23 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-/// The socket at which programs of the host ask for ports, with its file.
+/// The socket at which programs of the host connect, and its path.
 #[derive(Debug)]
 pub(crate) struct Listener {
     socket: UnixListener,
-    /// None where nobody finds it.
+    /// `None` for a socket without a path, or whose path another process manages.
     path: Option<PathBuf>,
-    /// Filesystem and number of the file, which somebody may have replaced meanwhile.
+    /// Device and inode number of the path when it was created; another process may have replaced it since.
     file: Option<(u64, u64)>,
 }
 
 impl Listener {
-    /// Makes the socket, also in place of one that nobody listens on any more.
+    /// Binds the socket, and replaces a stale one without a listener.
     pub(crate) fn bind(path: &Path) -> Result<Self, ConfigError> {
         let wrong = |what: String| ConfigError::VsockSocket { path: path.into(), what };
-        // Such a socket would get an abstract name, which every user of the host may connect to.
+        // bind(2) would assign an abstract name, to which every user of the host could connect.
         if path.as_os_str().is_empty() {
-            return Err(wrong("its path is empty; choose one such as ./vsock".into()));
+            return Err(wrong("the path is empty; choose one such as ./vsock".into()));
         }
         let socket = match UnixListener::bind(path) {
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
@@ -51,28 +51,29 @@ impl Listener {
         Ok(this)
     }
 
-    /// A socket that no program finds, because it has no name, and from which none is found.
-    pub(crate) fn nowhere() -> io::Result<Self> {
+    /// A socket without a name, to which no program can connect, and without host ports.
+    pub(crate) fn unnamed() -> io::Result<Self> {
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
         let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
         Ok(Self { socket: socket.into(), path: None, file: None })
     }
 
-    /// One that another process has made, which also removes its file. The guest reaches no program of the host.
-    pub(crate) const fn of_descriptor(socket: UnixListener) -> Self {
+    /// A socket that another process has created, which also removes its path. The guest cannot connect to programs of
+    /// the host.
+    pub(crate) const fn from_descriptor(socket: UnixListener) -> Self {
         Self { socket, path: None, file: None }
     }
 
-    /// The same socket, without its file.
+    /// A duplicate of the socket, without its path.
     pub(crate) fn try_clone(&self) -> io::Result<Self> {
-        self.socket.try_clone().map(Self::of_descriptor)
+        self.socket.try_clone().map(Self::from_descriptor)
     }
 
-    /// The next program that has connected, if there is one.
+    /// Accepts the next connection; `None` when there is none.
     pub(super) fn accept(&self) -> io::Result<Option<UnixStream>> {
         match accept_with(&self.socket, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC) {
             Ok(socket) => Ok(Some(socket.into())),
-            // It has gone again.
+            // The program has closed the connection already.
             Err(Errno::WOULDBLOCK | Errno::CONNABORTED | Errno::INTR) => Ok(None),
             Err(error) => Err(error.into()),
         }
@@ -88,18 +89,19 @@ impl Listener {
         Ok(socket.into())
     }
 
-    /// Lets no program connect any more. Those that nobody has accepted yet would wait as long as this process lives.
+    /// Closes the socket for new connections, and drops those in the backlog, which would otherwise stay open as long
+    /// as this process.
     pub(super) fn close(&mut self) {
         self.remove_file();
         let _ = shutdown(&self.socket, Shutdown::Both);
         while let Ok(Some(_)) = self.accept() {}
     }
 
-    /// Removes the file, if it is still this socket's.
+    /// Removes the path, if it still belongs to this socket.
     fn remove_file(&mut self) {
         let Some(path) = &self.path else { return };
         if self.file.take().is_some_and(|file| file_at(path) == Some(file)) {
-            // Whoever may make a file may remove it, but for rights that somebody took away meanwhile.
+            // The process has created the file, so that this fails only if the permissions have changed since.
             let _ = fs::remove_file(path);
         }
     }
@@ -121,17 +123,17 @@ fn file_at(path: &Path) -> Option<(u64, u64)> {
     fs::symlink_metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
-/// Whether the host lacks what it may have again in a moment: descriptors, of this process or at all, or memory.
-pub(super) fn is_short(error: &io::Error) -> bool {
+/// Whether the error is a temporary lack of file descriptors or memory.
+pub(super) fn is_temporary(error: &io::Error) -> bool {
     let short = [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM];
     Errno::from_io_error(error).is_some_and(|errno| short.contains(&errno))
 }
 
-/// Removes a socket's file on which nobody listens: that of a VMM that was killed.
+/// Removes the path of a socket without a listener, which a killed VMM leaves behind.
 fn remove_stale(path: &Path) -> Result<(), String> {
     let metadata = fs::symlink_metadata(path).map_err(|error| error.to_string())?;
     if !metadata.file_type().is_socket() {
-        return Err("there is a file of that name, which is no socket; choose another path".into());
+        return Err("it exists and is not a socket; choose another path".into());
     }
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let probe = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None);
@@ -139,41 +141,41 @@ fn remove_stale(path: &Path) -> Result<(), String> {
     match answer {
         Err(Errno::CONNREFUSED) => fs::remove_file(path).map_err(|error| error.to_string()),
         Err(error) if error != Errno::WOULDBLOCK => Err(io::Error::from(error).to_string()),
-        _ => Err("somebody listens on it, perhaps another guest; choose another path".into()),
+        _ => Err("it is in use, perhaps by another guest; choose another path".into()),
     }
 }
 
-/// What a program of the host has asked for so far.
+/// The state of a program's request for a port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Asked {
-    /// This port of the guest.
+pub(super) enum PortRequest {
+    /// A request for this port of the guest.
     Port(u32),
-    /// The line is not complete.
-    NotYet,
-    /// Something that is no request, or it has left.
-    Nonsense,
+    /// The line is incomplete.
+    Incomplete,
+    /// The line is not a request, or the program has closed the connection.
+    Invalid,
 }
 
-/// Bytes of the longest request, with room for another spelling of it.
+/// Maximum length of a request in bytes, which allows for a differently formatted one.
 const REQUEST_MAX: usize = 32;
 
-/// Reads the request of a program, and not a byte of what it sent behind it.
-pub(super) fn read_request(socket: &UnixStream) -> Asked {
+/// Reads the request of a program, and no byte beyond it.
+pub(super) fn read_request(socket: &UnixStream) -> PortRequest {
     let mut bytes = [0; REQUEST_MAX];
     let seen = match recv(socket, &mut bytes[..], RecvFlags::PEEK | RecvFlags::DONTWAIT) {
         Ok((count, _)) => count,
-        Err(Errno::WOULDBLOCK | Errno::INTR) => return Asked::NotYet,
-        Err(_) => return Asked::Nonsense,
+        Err(Errno::WOULDBLOCK | Errno::INTR) => return PortRequest::Incomplete,
+        Err(_) => return PortRequest::Invalid,
     };
     let Some(end) = bytes[..seen].iter().position(|&byte| byte == b'\n') else {
-        return if seen == 0 || seen == REQUEST_MAX { Asked::Nonsense } else { Asked::NotYet };
+        return if seen == 0 || seen == REQUEST_MAX { PortRequest::Invalid } else { PortRequest::Incomplete };
     };
-    // They are there, so that they come at once.
+    // The bytes were peeked at before, so that they are available.
     let line = &mut bytes[..=end];
     if !matches!(recv(socket, &mut *line, RecvFlags::DONTWAIT), Ok((count, _)) if count == end + 1) {
-        return Asked::Nonsense;
+        return PortRequest::Invalid;
     }
-    std::str::from_utf8(line).ok().and_then(parse).map_or(Asked::Nonsense, Asked::Port)
+    std::str::from_utf8(line).ok().and_then(parse).map_or(PortRequest::Invalid, PortRequest::Port)
 }
 
 fn parse(line: &str) -> Option<u32> {
@@ -189,13 +191,13 @@ mod tests {
     use std::io::{Read, Write};
 
     #[test]
-    fn requests_are_read_to_their_end_and_no_further() {
+    fn a_request_is_read_to_its_end_and_no_further() {
         let (mut program, socket) = UnixStream::pair().unwrap();
-        assert_eq!(read_request(&socket), Asked::NotYet);
+        assert_eq!(read_request(&socket), PortRequest::Incomplete);
         program.write_all(b"CONNECT 52").unwrap();
-        assert_eq!(read_request(&socket), Asked::NotYet);
+        assert_eq!(read_request(&socket), PortRequest::Incomplete);
         program.write_all(b"\nhello").unwrap();
-        assert_eq!(read_request(&socket), Asked::Port(52));
+        assert_eq!(read_request(&socket), PortRequest::Port(52));
         drop(program);
         let mut rest = String::new();
         (&socket).read_to_string(&mut rest).unwrap();
@@ -203,17 +205,17 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_request_is_refused() {
+    fn invalid_requests_are_refused() {
         for (line, expected) in [
-            ("connect 4294967295\r\n", Asked::Port(u32::MAX)),
-            ("CONNECT 4294967296\n", Asked::Nonsense),
-            ("CONNECT -1\n", Asked::Nonsense),
-            ("CONNECT\n", Asked::Nonsense),
-            ("CONNECT 1 2\n", Asked::Nonsense),
-            ("GET / HTTP/1.1\n", Asked::Nonsense),
-            ("\n", Asked::Nonsense),
-            ("CONNECT 52                         ", Asked::Nonsense),
-            ("CONNECT \u{e4}\n", Asked::Nonsense),
+            ("connect 4294967295\r\n", PortRequest::Port(u32::MAX)),
+            ("CONNECT 4294967296\n", PortRequest::Invalid),
+            ("CONNECT -1\n", PortRequest::Invalid),
+            ("CONNECT\n", PortRequest::Invalid),
+            ("CONNECT 1 2\n", PortRequest::Invalid),
+            ("GET / HTTP/1.1\n", PortRequest::Invalid),
+            ("\n", PortRequest::Invalid),
+            ("CONNECT 52                         ", PortRequest::Invalid),
+            ("CONNECT \u{e4}\n", PortRequest::Invalid),
         ] {
             let (mut program, socket) = UnixStream::pair().unwrap();
             program.write_all(line.as_bytes()).unwrap();
@@ -221,38 +223,39 @@ mod tests {
         }
         let (program, socket) = UnixStream::pair().unwrap();
         drop(program);
-        assert_eq!(read_request(&socket), Asked::Nonsense, "it has left");
+        assert_eq!(read_request(&socket), PortRequest::Invalid, "the program has closed the connection");
     }
 
     #[test]
-    fn nowhere_is_found_by_nobody() {
-        // Linux gives abstract names to sockets without one, and lists those in /proc/net/unix for everybody.
-        let listener = Listener::nowhere().unwrap();
+    fn an_unnamed_socket_is_not_listed() {
+        // Linux assigns an abstract name when a socket is bound without one, and lists it in /proc/net/unix for every
+        // user.
+        let listener = Listener::unnamed().unwrap();
         assert!(listener.socket.local_addr().unwrap().is_unnamed());
-        assert!(listener.accept().is_err(), "it is watched no longer after its first event");
+        assert!(listener.accept().is_err(), "an error ends the watch after the first event");
         assert!(listener.connect(1).is_err());
         let error = Listener::bind(Path::new("")).unwrap_err().to_string();
-        assert!(error.ends_with("its path is empty; choose one such as ./vsock"), "{error}");
+        assert!(error.ends_with("the path is empty; choose one such as ./vsock"), "{error}");
     }
 
     #[test]
-    fn the_file_comes_and_goes_with_the_socket() {
+    fn the_path_exists_as_long_as_the_socket() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("vsock");
         let error = || Listener::bind(&path).unwrap_err().to_string();
         let first = Listener::bind(&path).unwrap();
-        assert!(error().ends_with("somebody listens on it, perhaps another guest; choose another path"));
+        assert!(error().ends_with("it is in use, perhaps by another guest; choose another path"));
         drop(first);
         assert!(!path.exists());
-        // A socket without a program is what a VMM that was killed leaves.
+        // A killed VMM leaves a socket without a listener.
         drop(UnixListener::bind(&path).unwrap());
         let second = Listener::bind(&path).unwrap();
-        // Somebody else's file stays.
+        // A file of another process is not removed.
         fs::remove_file(&path).unwrap();
         fs::write(&path, "mine").unwrap();
         drop(second);
         assert_eq!(fs::read(&path).unwrap(), b"mine");
-        assert!(error().contains("which is no socket"), "{}", error());
+        assert!(error().contains("is not a socket"), "{}", error());
         let elsewhere = Listener::bind(Path::new("/nonexistent/vsock")).unwrap_err().to_string();
         assert!(elsewhere.starts_with("/nonexistent/vsock cannot be the vsock's socket: No such file"));
     }

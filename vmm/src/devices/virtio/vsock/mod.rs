@@ -1,7 +1,7 @@
-//! Socket device (section 5.10): streams between sockets of the guest and Unix sockets of the host.
+//! Socket device (section 5.10): stream connections between sockets of the guest and Unix sockets of the host.
 //!
-//! Here is who is connected with whom; [`connection`] is what happens on a connection and [`host`] how programs of
-//! the host come to one.
+//! This module manages the set of connections. [`connection`] implements a connection, and [`host`] the Unix sockets
+//! through which connections are made.
 
 mod buffers;
 mod connection;
@@ -10,14 +10,14 @@ mod packet;
 #[cfg(test)]
 mod tests;
 
-use super::{Broken, Chain, Device, Event, Queues, Watcher};
+use super::{Chain, Device, DeviceError, Event, Queues, Watcher};
 use crate::config::ConfigError;
 use crate::config::devices::Vsock as Config;
 use crate::timeline::Instant;
 use buffers::{BUF_ALLOC, BUF_ALLOC_SMALL, Batch, LARGE_MAX};
-use connection::{After, Connection, Ports, Turn};
-use host::Asked;
+use connection::{Connection, Outcome, Ports, SendResult};
 pub(crate) use host::Listener;
+use host::PortRequest;
 use packet::{HEADER_LEN, HEADER_SIZE, HOST_CID, Header, STREAM, op};
 use rustix::event::epoll::EventFlags;
 use std::collections::{BTreeMap, VecDeque};
@@ -27,73 +27,73 @@ use std::os::unix::net::UnixStream;
 const KIND: u32 = 19;
 const RX: usize = 0;
 const TX: usize = 1;
-/// Linux fills the whole receive queue with chains of 4 KiB of its memory when it boots, and the queue of events,
-/// which nothing is sent on yet, with as many of 8 bytes. With 256 receive chains that took 0.2 ms longer (exact lab).
+/// Linux fills the whole receive queue with buffers of 4 KiB when it boots, and the event queue, which this device does
+/// not use, with buffers of 8 bytes. With 256 receive buffers that took 0.2 ms longer (exact lab).
 const QUEUE_SIZES: &[u16] = &[64, 256, 8];
 
-/// Connections at a time, with programs of the host that have not asked for a port yet.
+/// Maximum number of connections, including programs of the host that have not requested a port yet.
 const CONNECTIONS_MAX: usize = 1024;
-/// Answers that wait for the guest to have a chain for them. With as many no packet of the guest is looked at
-/// (section 5.10.6.1: this stops a side that neglects its queue). Each connection may add one.
+/// Number of queued resets at which the device stops processing packets of the guest until the guest provides receive
+/// buffers (section 5.10.6.1 allows this when the other side neglects its queue). Each connection may add one more.
 const RESETS_MAX: usize = 256;
-/// Packets in either direction before others have their turn, and their bytes. Sending counts packets that are longer
-/// than Linux's as several.
+/// Maximum number of packets in each direction per call, and of their bytes. When sending, packets longer than those of
+/// Linux count as several.
 const BUDGET: usize = 256;
 const BUDGET_BYTES: usize = 1 << 20;
-/// Programs that are accepted before others have their turn.
+/// Maximum number of accepted programs per call.
 const ACCEPT_BUDGET: usize = 16;
 
-/// Nanoseconds after which a host is asked again that had no descriptor or memory left.
+/// Nanoseconds after which accept(2) is retried when the host has no file descriptor or memory.
 const RETRY: u64 = 100_000_000;
 
-/// The token of the listening socket; those of connections and programs follow.
+/// The token of the listening socket among the device's events; those of connections and programs follow.
 const LISTENER: u32 = 0;
 const LAST_ID: u32 = u32::MAX >> 1;
-/// The first port of the host that is given to a program; those below are ones that guests ask for.
+/// The first host port that is assigned to a program; guests connect to ports below.
 const FIRST_PORT: u32 = 1 << 30;
 const LAST_PORT: u32 = u32::MAX >> 1;
 
-/// The socket device.
+/// A virtio socket device.
 #[derive(Debug)]
 pub struct Vsock {
     guest_cid: u64,
     listener: Listener,
-    /// Programs of the host that have not asked for a port yet.
+    /// Programs of the host that have not requested a port yet, by their token.
     programs: BTreeMap<u32, UnixStream>,
     connections: BTreeMap<u32, Connection>,
     by_ports: BTreeMap<Ports, u32>,
-    /// Connections that have something to send to the guest, each once.
+    /// Connections with packets for the guest; each occurs once.
     queue: VecDeque<u32>,
-    /// Answers to packets of connections that there are not.
+    /// Resets in reply to packets of unknown connections.
     resets: VecDeque<Header>,
     next_id: u32,
     next_port: u32,
     batch: Batch,
     watcher: Option<Watcher>,
-    /// The listening socket is not watched.
+    /// Whether the listening socket is not being watched.
     is_deferred: bool,
-    /// When it is watched again, where the host had no descriptor or memory left.
+    /// Time at which it is watched again, after the host had no file descriptor or memory.
     resume_at: Option<Instant>,
 }
 
 impl Vsock {
-    /// Makes the socket of a configuration.
+    /// Creates the device and its Unix socket at the configured path.
     ///
     /// # Errors
-    /// When its path is taken or cannot be had.
+    /// When the path is in use, or the socket cannot be created there.
     pub fn open(config: &Config) -> Result<Self, ConfigError> {
         Ok(Self::with(config, Listener::bind(&config.uds_path)?))
     }
 
-    /// The same device with nobody at the other end, for a kernel that is booted once for many.
+    /// Creates a device without a reachable Unix socket, for a kernel that is booted once for many guests (a preboot).
     ///
     /// # Errors
-    /// When the host has no sockets left.
-    pub fn blank(config: &Config) -> io::Result<Self> {
-        Ok(Self::with(config, Listener::nowhere()?))
+    /// When the process has no file descriptor left.
+    pub fn placeholder(config: &Config) -> io::Result<Self> {
+        Ok(Self::with(config, Listener::unnamed()?))
     }
 
-    /// The device with the socket at which programs of the host ask for ports.
+    /// Creates the device with the socket through which programs of the host connect.
     pub(crate) fn with(config: &Config, listener: Listener) -> Self {
         Self {
             guest_cid: config.guest_cid.into(),
@@ -116,13 +116,13 @@ impl Vsock {
         self.connections.len() + self.programs.len() >= CONNECTIONS_MAX
     }
 
-    /// Bytes that are kept for the next connection at most.
+    /// The buffer size of the next connection.
     fn buf_alloc(&self) -> u32 {
         let large = self.connections.values().filter(|connection| connection.buf_alloc() == BUF_ALLOC);
         if large.count() < LARGE_MAX { BUF_ALLOC } else { BUF_ALLOC_SMALL }
     }
 
-    /// A number that no connection and no program has.
+    /// A token that no connection and no program uses.
     fn take_id(&mut self) -> u32 {
         loop {
             let id = self.next_id;
@@ -133,7 +133,7 @@ impl Vsock {
         }
     }
 
-    /// A port of the host that has no connection to this port of the guest.
+    /// A free host port for a connection to this port of the guest.
     fn take_ports(&mut self, guest: u32) -> Ports {
         loop {
             let host = self.next_port;
@@ -157,15 +157,15 @@ impl Vsock {
                         self.programs.insert(id, socket);
                     }
                 }
-                // Closing it tells its program that there is no connection.
+                // Dropping the socket closes it, which the program sees as a refused connection.
                 Ok(Some(_)) => {}
                 Ok(None) => return,
                 Err(error) => {
-                    // The program waits, and the event would come again at once and for ever.
+                    // The program stays in the backlog, and the level-triggered event would repeat forever.
                     watcher.remove(&self.listener);
                     self.is_deferred = true;
-                    if host::is_short(&error) {
-                        self.resume_at = Some(later());
+                    if host::is_temporary(&error) {
+                        self.resume_at = Some(retry_time());
                     }
                     return;
                 }
@@ -173,41 +173,41 @@ impl Vsock {
         }
     }
 
-    /// A program of the host has something to say, or a connection of its can go on.
+    /// Handles an event of the socket of a program or connection.
     fn serve_socket(&mut self, id: u32, flags: EventFlags) {
         let Some(watcher) = &self.watcher else { return };
         if let Some(connection) = self.connections.get_mut(&id) {
-            let after = connection.serve(id, flags, watcher);
-            return self.settle(id, after);
+            let outcome = connection.serve(id, flags, watcher);
+            return self.apply_outcome(id, outcome);
         }
         let Some(socket) = self.programs.get(&id) else { return };
         let asked = host::read_request(socket);
-        // One that has stopped sending will not complete its line.
-        if asked == Asked::NotYet && !flags.intersects(EventFlags::RDHUP | EventFlags::HUP) {
+        // After the end of the stream the line will not be completed.
+        if asked == PortRequest::Incomplete && !flags.intersects(EventFlags::RDHUP | EventFlags::HUP) {
             return;
         }
         let Some(socket) = self.programs.remove(&id) else { return };
         match asked {
-            Asked::Port(port) => {
+            PortRequest::Port(port) => {
                 let ports = self.take_ports(port);
                 self.insert(id, Connection::requested(socket, ports, self.buf_alloc()));
             }
-            _ => self.accept_again(),
+            _ => self.resume_accept(),
         }
     }
 
-    /// A descriptor has become free, or may have.
-    fn accept_again(&mut self) {
+    /// Watches the listening socket again, because a file descriptor may have become free.
+    fn resume_accept(&mut self) {
         if let Some(watcher) = self.watcher.as_ref().filter(|_| self.is_deferred) {
             self.is_deferred = watcher.add(&self.listener, LISTENER, EventFlags::IN).is_err();
-            self.resume_at = self.is_deferred.then(later);
+            self.resume_at = self.is_deferred.then(retry_time);
         }
     }
 
     // From the guest.
 
-    /// Takes packets of the guest.
-    fn take_packets(&mut self, queues: &mut Queues) -> Result<(), Broken> {
+    /// Processes packets of the guest.
+    fn take_packets(&mut self, queues: &mut Queues) -> Result<(), DeviceError> {
         let mut bytes = 0;
         for _ in 0..BUDGET {
             if bytes >= BUDGET_BYTES {
@@ -217,7 +217,7 @@ impl Vsock {
                 return Ok(());
             }
             let Some(mut chain) = queues.pop(TX)? else {
-                if queues.rearm(TX)? {
+                if queues.enable_notification(TX)? {
                     continue;
                 }
                 return Ok(());
@@ -226,35 +226,35 @@ impl Vsock {
             chain.read(&mut header)?;
             let header = Header::from_bytes(&header);
             if u64::from(header.len) > chain.readable_len() {
-                return Err(Broken::because("a packet is longer than its chain"));
+                return Err(DeviceError::new("a packet is longer than its chain"));
             }
             bytes += header.len as usize;
             self.take_packet(&header, &mut chain);
             queues.complete(TX, chain, 0)?;
         }
-        queues.yield_turn();
+        queues.reschedule();
         Ok(())
     }
 
     fn take_packet(&mut self, header: &Header, chain: &mut Chain) {
         let Some(watcher) = &self.watcher else { return };
         if header.src_cid != self.guest_cid {
-            // An answer would have to go to somebody else.
+            // A reply would be addressed to another guest.
             return;
         }
         let ports = Ports { host: header.dst_port, guest: header.src_port };
         let is_ours = header.dst_cid == HOST_CID && header.kind == STREAM;
         let id = self.by_ports.get(&ports).copied().filter(|_| is_ours);
         if let Some((id, connection)) = id.and_then(|id| Some((id, self.connections.get_mut(&id)?))) {
-            let after = connection.handle(id, header, chain, watcher);
-            return self.settle(id, after);
+            let outcome = connection.handle(id, header, chain, watcher);
+            return self.apply_outcome(id, outcome);
         }
         if header.op != op::REQUEST || !is_ours || !self.connect(header) {
             self.refuse(header);
         }
     }
 
-    /// Connects the guest with a program of the host, if one listens.
+    /// Connects the guest to a program of the host; `false` when none listens.
     fn connect(&mut self, request: &Header) -> bool {
         if self.is_full() {
             return false;
@@ -271,7 +271,7 @@ impl Vsock {
         true
     }
 
-    /// Answers that there is no such connection; an answer itself has none.
+    /// Replies with a reset; a reset itself gets no reply.
     fn refuse(&mut self, header: &Header) {
         if header.op != op::RST {
             self.resets.push_back(header.reset());
@@ -280,8 +280,8 @@ impl Vsock {
 
     // To the guest.
 
-    /// Sends the guest what there is for it.
-    fn send_packets(&mut self, queues: &mut Queues) -> Result<(), Broken> {
+    /// Sends pending packets to the guest.
+    fn send_packets(&mut self, queues: &mut Queues) -> Result<(), DeviceError> {
         let mut sent = 0;
         while sent < BUDGET {
             if let Some(reset) = self.resets.front() {
@@ -298,16 +298,16 @@ impl Vsock {
                 continue;
             };
             match connection.send_next(queues, self.guest_cid, &mut self.batch)? {
-                Turn::NoChain => return Ok(()),
-                Turn::Sent(packets, after) => {
+                SendResult::NoChain => return Ok(()),
+                SendResult::Sent(packets, outcome) => {
                     sent += packets.max(1);
                     connection.is_queued = false;
                     self.queue.pop_front();
-                    self.settle(id, after);
+                    self.apply_outcome(id, outcome);
                 }
             }
         }
-        queues.yield_turn();
+        queues.reschedule();
         Ok(())
     }
 
@@ -316,23 +316,23 @@ impl Vsock {
     fn insert(&mut self, id: u32, connection: Connection) {
         self.by_ports.insert(connection.ports, id);
         self.connections.insert(id, connection);
-        self.settle(id, After::Open);
+        self.apply_outcome(id, Outcome::Open);
     }
 
-    /// Draws the consequences of what happened on a connection.
-    fn settle(&mut self, id: u32, after: After) {
+    /// Applies the result of an event on a connection.
+    fn apply_outcome(&mut self, id: u32, outcome: Outcome) {
         let Some(connection) = self.connections.get_mut(&id) else { return };
         let ports = connection.ports;
-        let has_ended = match after {
-            After::Open => false,
-            After::Gone | After::Reset => true,
-            After::GuestEnded { .. } => {
-                // Its ports are free for another one from now on.
+        let has_ended = match outcome {
+            Outcome::Open => false,
+            Outcome::Closed | Outcome::Reset => true,
+            Outcome::GuestClosed { .. } => {
+                // The ports can be reused from now on.
                 self.by_ports.remove(&ports);
                 !connection.drain()
             }
         };
-        if matches!(after, After::Reset | After::GuestEnded { answer: true }) {
+        if matches!(outcome, Outcome::Reset | Outcome::GuestClosed { answer: true }) {
             let from_guest = Header {
                 src_cid: self.guest_cid,
                 dst_cid: HOST_CID,
@@ -351,23 +351,23 @@ impl Vsock {
             if self.by_ports.get(&ports) == Some(&id) {
                 self.by_ports.remove(&ports);
             }
-            self.accept_again();
-        } else if !connection.is_queued && connection.wants_turn() {
+            self.resume_accept();
+        } else if !connection.is_queued && connection.has_packets() {
             connection.is_queued = true;
             self.queue.push_back(id);
         }
     }
 }
 
-/// When the host is asked again.
-fn later() -> Instant {
+/// The time of the next retry.
+fn retry_time() -> Instant {
     Instant(Instant::now().0.saturating_add(RETRY))
 }
 
-/// The next chain for a packet to the guest. Where there is none, the guest rings when it has made some.
-fn next_chain(queues: &mut Queues) -> Result<Option<Chain>, Broken> {
+/// The next receive buffer of the guest; without one, enables notifications.
+fn next_chain(queues: &mut Queues) -> Result<Option<Chain>, DeviceError> {
     match queues.pop(RX)? {
-        None if queues.rearm(RX)? => queues.pop(RX),
+        None if queues.enable_notification(RX)? => queues.pop(RX),
         other => Ok(other),
     }
 }
@@ -391,25 +391,25 @@ impl Device for Vsock {
         self.guest_cid.to_le_bytes().to_vec()
     }
 
-    fn activate(&mut self, _: u64, _: &mut Queues, watcher: &Watcher) -> Result<(), Broken> {
+    fn activate(&mut self, _: u64, _: &mut Queues, watcher: &Watcher) -> Result<(), DeviceError> {
         self.watcher = Some(watcher.clone());
         self.is_deferred = true;
-        // Programs that came before the guest was ready are waiting.
-        self.accept_again();
+        // Accepts programs that connected before the guest was ready.
+        self.resume_accept();
         Ok(())
     }
 
-    fn serve(&mut self, event: Event, queues: &mut Queues) -> Result<(), Broken> {
+    fn serve(&mut self, event: Event, queues: &mut Queues) -> Result<(), DeviceError> {
         match event {
             Event::Ready(LISTENER, _) => self.accept(),
             Event::Ready(id, flags) => self.serve_socket(id, flags),
             Event::Doorbell => self.take_packets(queues)?,
-            Event::Deadline => self.accept_again(),
+            Event::Deadline => self.resume_accept(),
         }
-        let was_held_up = self.resets.len() >= RESETS_MAX;
+        let was_blocked = self.resets.len() >= RESETS_MAX;
         self.send_packets(queues)?;
-        if was_held_up && self.resets.len() < RESETS_MAX {
-            queues.yield_turn();
+        if was_blocked && self.resets.len() < RESETS_MAX {
+            queues.reschedule();
         }
         queues.notify(TX)?;
         queues.notify(RX)
@@ -429,7 +429,7 @@ impl Device for Vsock {
         self.by_ports.clear();
         self.queue.clear();
         self.resets.clear();
-        // It holds chains where one of them broke the device.
+        // It contains chains if one of them has failed the device.
         self.batch = Batch::default();
     }
 

@@ -1,15 +1,15 @@
-//! The header of every packet (section 5.10.6 of virtio 1.2).
+//! The packet header (section 5.10.6 of virtio 1.2).
 
 /// Bytes of a header.
 pub(super) const HEADER_SIZE: usize = HEADER_LEN as usize;
-/// The same as a length of the queues.
+/// The same, in the type of used lengths.
 pub(super) const HEADER_LEN: u32 = 44;
-/// The number of the host (section 5.10.4).
+/// The CID of the host (section 5.10.4).
 pub(super) const HOST_CID: u64 = 2;
-/// The only kind of socket that this device has.
+/// The only socket type that the device supports.
 pub(super) const STREAM: u16 = 1;
 
-/// What a packet is for.
+/// Packet operations.
 pub(super) mod op {
     pub(crate) const REQUEST: u16 = 1;
     pub(crate) const RESPONSE: u16 = 2;
@@ -20,7 +20,7 @@ pub(super) mod op {
     pub(crate) const CREDIT_REQUEST: u16 = 7;
 }
 
-/// Flags of [`op::SHUTDOWN`]: whoever sends it takes no more, or sends no more.
+/// Flags of [`op::SHUTDOWN`]: the sender will not receive, or will not send, any more data.
 pub(super) mod shutdown {
     pub(crate) const RECEIVE: u32 = 1;
     pub(crate) const SEND: u32 = 2;
@@ -34,15 +34,15 @@ pub(super) struct Header {
     pub(super) dst_cid: u64,
     pub(super) src_port: u32,
     pub(super) dst_port: u32,
-    /// Bytes behind the header.
+    /// Length of the data in bytes.
     pub(super) len: u32,
-    /// The kind of socket.
+    /// The socket type.
     pub(super) kind: u16,
     pub(super) op: u16,
     pub(super) flags: u32,
-    /// Bytes that the sender keeps for this connection in all.
+    /// Total size of the sender's buffer for this connection in bytes.
     pub(super) buf_alloc: u32,
-    /// Bytes that the sender has taken out of them since the connection began, modulo 2^32.
+    /// Number of bytes that the sender has consumed since the connection was established, modulo 2^32.
     pub(super) fwd_cnt: u32,
 }
 
@@ -88,7 +88,7 @@ impl Header {
         bytes
     }
 
-    /// The answer that there is no such connection: the same the other way round, without credit.
+    /// The reset in reply to this packet: with exchanged addresses, and without credit.
     pub(super) fn reset(self) -> Self {
         Self {
             src_cid: self.dst_cid,
@@ -107,7 +107,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn fields_are_where_the_specification_has_them() {
+    fn fields_have_the_offsets_of_the_specification() {
         let mut bytes = [0; HEADER_SIZE];
         for (at, byte) in (1..).zip(&mut bytes) {
             *byte = at;

@@ -1,27 +1,27 @@
-//! The link of a card that leads nowhere: nothing comes from it, and what is sent is gone.
+//! A link that is not connected: it receives nothing, and discards what is sent.
 
-use super::{Frame, Link, Room};
+use super::{Frame, FrameSpace, Link};
 use crate::devices::virtio::Chain;
 use rustix::event::{EventfdFlags, eventfd};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-/// Nothing, which looks like a link that can do something.
+/// A link that is not connected.
 #[derive(Debug)]
-pub(super) struct Nowhere {
+pub(super) struct NullLink {
     features: u64,
-    /// Never readable.
+    /// A descriptor that is never readable.
     fd: OwnedFd,
 }
 
-impl Nowhere {
-    /// In the place of a link with these offloads.
+impl NullLink {
+    /// Creates a link that reports these offload features.
     pub(super) fn new(features: u64) -> io::Result<Self> {
         Ok(Self { features, fd: eventfd(0, EventfdFlags::CLOEXEC)? })
     }
 }
 
-impl Link for Nowhere {
+impl Link for NullLink {
     fn features(&self) -> u64 {
         self.features
     }
@@ -34,7 +34,7 @@ impl Link for Nowhere {
         self.fd.as_fd()
     }
 
-    fn receive(&mut self, _: &Room) -> io::Result<Option<Frame>> {
+    fn receive(&mut self, _: &FrameSpace) -> io::Result<Option<Frame>> {
         Err(io::ErrorKind::WouldBlock.into())
     }
 

@@ -1,9 +1,9 @@
-//! What the device does before others have their turn.
+//! The budget of one call of the device.
 
 use super::{Guest, HOST_CID, Header, Piece, RW, TX, packet};
 
 #[test]
-fn packets_of_many_bytes_are_taken_in_turns() {
+fn a_call_ends_after_1_mib() {
     const LENGTH: u32 = 64 << 10;
     let mut guest = Guest::new(8);
     let header = Header { len: LENGTH, ..packet(RW, 1000, 80) };
@@ -14,7 +14,7 @@ fn packets_of_many_bytes_are_taken_in_turns() {
     }
     guest.driver.write(0x50, 0);
     assert!(guest.driver.run(Some(0)));
-    assert_eq!(std::iter::from_fn(|| guest.driver.pop(TX)).count(), 16, "1 MiB in a turn");
+    assert_eq!(std::iter::from_fn(|| guest.driver.pop(TX)).count(), 16, "1 MiB per call");
     guest.driver.ring();
     assert_eq!(std::iter::from_fn(|| guest.driver.pop(TX)).count(), 24);
 }
