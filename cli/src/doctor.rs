@@ -2,7 +2,7 @@
 
 use clap::Args;
 use kindling::vmm::host::{Finding, Report, Sources, Status};
-use kindling::vmm::kvm::probe::probe;
+use kindling::vmm::probe::probe;
 use std::io::IsTerminal;
 
 #[derive(Args, Debug, PartialEq, Eq)]

@@ -3,8 +3,8 @@
 #![expect(unsafe_code, reason = "signal handlers")]
 
 use crate::{STATUS_FAILURE, terminal};
+use kindling::vmm::BackingFile;
 use kindling::vmm::StopHandle;
-use kindling::vmm::memory::BackingFile;
 use std::io;
 use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicI32, Ordering};

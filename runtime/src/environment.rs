@@ -11,6 +11,7 @@ const LONGEST: u64 = 2 << 20;
 
 /// A file of entries cannot be used.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum EnvironmentError {
     /// It cannot be read.
     #[error("cannot read the file of entries {}", path.display())]

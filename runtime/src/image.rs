@@ -9,6 +9,7 @@ use std::process::{Command, Stdio};
 
 /// Why an image cannot be used.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ImageError {
     /// Another image or another name mends it. The program that converts images has said what.
     #[error("{0} cannot be run")]
@@ -72,6 +73,7 @@ impl Image {
 /// What an image says of its command.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
+#[non_exhaustive]
 pub struct ImageConfig {
     /// Its program, and the first arguments.
     pub entrypoint: Vec<String>,

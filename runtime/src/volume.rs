@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 /// Why a volume cannot be had.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum VolumeError {
     /// A name that none can have.
     #[error(

@@ -2,9 +2,9 @@
 //! those ports return, and does not write to them once it has detected the monitor.
 
 use guest_protocol::{BootMark, port};
-use kindling_vmm::bus::{BusDevice, GuestRequest};
 use kindling_vmm::config::Console;
 use kindling_vmm::config::image::Image;
+use kindling_vmm::{BusDevice, GuestRequest};
 use kindling_vmm::{ExitReason, Instant, Machine, Timeline};
 use std::sync::{Arc, Mutex};
 use tests::testbed;

@@ -373,7 +373,7 @@ fn net_user_without_passt_is_refused() {
 #[test]
 #[expect(clippy::print_stdout, reason = "skipped tests are reported")]
 fn a_host_without_usable_kvm_is_reported_on_one_line() {
-    if kindling_vmm::kvm::probe::probe().is_good() {
+    if kindling_vmm::probe::probe().is_good() {
         println!("skipped: this host has a usable KVM");
         return;
     }

@@ -105,6 +105,7 @@ impl Exit {
 
 /// The result of a machine, with everything that a report needs.
 #[derive(Clone, Debug, Deserialize, Serialize)]
+#[non_exhaustive]
 pub struct Exit {
     /// Why the machine ended.
     pub reason: ExitReason,

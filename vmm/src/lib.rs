@@ -22,21 +22,18 @@
 
 pub mod agent;
 mod attach;
-pub mod boot;
-pub mod bus;
+mod bus;
 pub mod config;
 pub mod control;
-pub mod devices;
 pub mod entry;
 mod error;
 mod event_loop;
 mod exit;
 pub mod function_marks;
 pub mod host;
-pub mod kvm;
+mod kvm;
 pub mod layout;
 mod machine;
-pub mod memory;
 pub mod poll;
 pub mod preboot;
 mod profile;
@@ -46,11 +43,30 @@ mod start_latch;
 mod timeline;
 mod vcpu_threads;
 
+// Fuzz targets call what reads a guest's or a file's bytes.
+#[cfg(fuzzing)]
+pub mod boot;
+#[cfg(not(fuzzing))]
+mod boot;
+#[cfg(fuzzing)]
+pub mod devices;
+#[cfg(not(fuzzing))]
+mod devices;
+#[cfg(fuzzing)]
+pub mod memory;
+#[cfg(not(fuzzing))]
+mod memory;
+
+pub use boot::elf::Elf;
+pub use bus::{BusDevice, GuestRequest};
 pub use config::{Config, ProfileConfig};
+pub use devices::virtio::balloon;
 pub use error::{Error, with_causes};
 pub use exit::{Exit, ExitReason};
 pub use guest_protocol::BootMark;
+pub use kvm::{ExitCounts, KvmError, Registers, probe};
 pub use machine::Machine;
+pub use memory::BackingFile;
 pub use profile::{ExitKind, ExitRecord, FunctionMark, Profile, Sample};
 pub use resources::Resources;
 pub use running::{Remains, Running, StopHandle};

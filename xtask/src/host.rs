@@ -1,6 +1,6 @@
 //! Selects where guests run: on this machine or in the lab.
 
-use kindling_vmm::kvm::probe::{Probe, probe};
+use kindling_vmm::probe::{Probe, probe};
 use std::path::PathBuf;
 
 /// The workspace's root.

@@ -1,6 +1,7 @@
 //! `cargo xtask`: one module per command, and the modules that several commands share.
 #![expect(clippy::print_stderr, clippy::print_stdout, reason = "commands speak to their user")]
 
+mod api;
 mod archive;
 mod bench;
 mod bench_convert;
@@ -76,6 +77,8 @@ enum Command {
     BootCode(boot_code::Arguments),
     /// Update the command output shown in README.md and docs
     Transcripts(transcripts::Arguments),
+    /// Write the public items of the libraries to docs/api.md
+    Api(api::Arguments),
     /// Remove the cache
     Clean(clean::Arguments),
     /// The part of `bench` that runs beside the monitors
@@ -94,6 +97,7 @@ fn main() -> ExitCode {
         lab::guest::main();
     }
     let result = match Arguments::parse().command {
+        Command::Api(arguments) => api::run(&arguments),
         Command::Run(arguments) => run::run(&arguments),
         Command::Test(arguments) => test::run(&arguments),
         Command::Budget(arguments) => budget::run(&arguments),

@@ -49,6 +49,7 @@ impl<'a> View<'a> {
             is_kept,
             volumes,
             status,
+            ..
         } = &guest.record;
         Self {
             name: &guest.name,

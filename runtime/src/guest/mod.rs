@@ -28,6 +28,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// What is known of a guest besides its name.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
+#[non_exhaustive]
 pub struct GuestRecord {
     /// What it was made from, as the user wrote it.
     pub image: String,
@@ -58,6 +59,7 @@ pub struct GuestRecord {
 /// What a guest's command has, and one more command gets.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
+#[non_exhaustive]
 pub struct Payload {
     /// Entries of the environment; in one that is not UTF-8 a mark stands for what is not.
     pub environment: Vec<String>,

@@ -5,6 +5,7 @@ use serde::Serialize;
 
 /// What a guest uses, by its processes: the front and the monitor.
 #[derive(Clone, Copy, Debug, Serialize)]
+#[non_exhaustive]
 pub struct Usage {
     /// Memory that is in use, in KiB; of what is shared with other processes its part (PSS).
     pub memory_kib: u64,

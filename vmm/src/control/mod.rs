@@ -75,6 +75,7 @@ pub(crate) enum Role {
 
 /// What a monitor tells its front.
 #[derive(Debug, Deserialize, Serialize)]
+#[non_exhaustive]
 pub enum Event {
     /// The machine does not continue from its pre-booted kernel, for this reason, and boots.
     PrebootRefused(String),
@@ -123,6 +124,7 @@ pub struct BalloonStatistics {
 
 /// Why a monitor could not start a machine.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct Failure {
     /// Whether asking for something else can help, rather than the host.
     pub is_users: bool,

@@ -1,7 +1,7 @@
 //! The guest kernel for a profile: symbols, initcalls and call instructions.
 
 use anyhow::{Context, Result, bail, ensure};
-use kindling_vmm::boot::elf::Elf;
+use kindling_vmm::Elf;
 use std::collections::HashMap;
 
 /// The base of the kernel image mapping of x86-64 (`__START_KERNEL_map`): link address base plus `n` is physical

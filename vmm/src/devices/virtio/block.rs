@@ -128,6 +128,7 @@ impl Block {
     ///
     /// # Errors
     /// When the file does not exist, is in use, is empty, or is neither a regular file nor a block device.
+    #[cfg(any(test, fuzzing))]
     pub fn open(drive: &Drive) -> Result<Self, ConfigError> {
         Self::new(drive, Self::open_file(drive, ForeignLock::InUse)?)
     }

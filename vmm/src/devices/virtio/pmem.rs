@@ -50,6 +50,7 @@ impl Pmem {
     ///
     /// # Errors
     /// When the file does not exist, is in use or empty, has an unsupported length, or cannot be mapped.
+    #[cfg(any(test, fuzzing))]
     pub fn open(config: &Config, start: GuestAddress) -> Result<Self, ConfigError> {
         Self::new(config, Self::open_file(config)?, start)
     }

@@ -11,6 +11,7 @@ mod packet;
 mod tests;
 
 use super::{Chain, Device, DeviceError, Event, Queues, Watcher};
+#[cfg(any(test, fuzzing))]
 use crate::config::ConfigError;
 use crate::config::devices::Vsock as Config;
 use crate::timeline::Instant;
@@ -81,6 +82,7 @@ impl Vsock {
     ///
     /// # Errors
     /// When the path is in use, or the socket cannot be created there.
+    #[cfg(any(test, fuzzing))]
     pub fn open(config: &Config) -> Result<Self, ConfigError> {
         Ok(Self::with(config, Listener::bind(&config.uds_path)?))
     }
