@@ -6,7 +6,7 @@ use crate::guest::{Guest, GuestDir};
 use crate::image::Image;
 use crate::launch::{self, LaunchError, LaunchOptions, Plan};
 use kindling_vmm::agent::Process;
-use kindling_vmm::config::GuestConfig;
+use kindling_vmm::config::{BootInfo, GuestConfig};
 use kindling_vmm::control::{ControlError, Event, Monitor};
 use kindling_vmm::{Instant, Resources, Timeline};
 use std::ffi::{OsStr, OsString};
@@ -159,7 +159,7 @@ impl Guest {
             agent: true,
             ..GuestConfig::default()
         };
-        let frame = payload.to_frame(0, false, None).unwrap_or_default();
+        let frame = payload.to_frame(&BootInfo::default()).unwrap_or_default();
         let _last = Process::start_payload(&self.folder.join(crate::guest::SOCKET), &frame);
         loop {
             match monitor.event_before(until)? {

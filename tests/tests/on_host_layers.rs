@@ -13,7 +13,6 @@ const LEFT: &[(&str, &[&str])] = &[
     ("oci", &["extensions", "sparse", "tarball"]),
     ("oci", &["convert", "error", "layer", "prepared", "source"]),
     ("oci", &["source::layout", "source::registry"]),
-    ("guest-init", &["machine", "voice"]),
 ];
 
 /// Modules of a package and those that each uses, all by their paths from the package's root.
