@@ -1,4 +1,4 @@
-//! Links the init without the C runtime: it has its own entry point and needs nothing else.
+//! Links init without the C runtime, because it has its own entry point.
 #![allow(missing_docs, clippy::print_stdout, reason = "a build script speaks to cargo on stdout")]
 
 fn main() {

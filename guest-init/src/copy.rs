@@ -1,8 +1,8 @@
-//! Copies of directories with all below them, for volumes that begin with what an image has: owners, permissions,
-//! times and extended attributes are kept, names of one file become copies.
+//! Recursive copies of directories, for new volumes, which start with the image's content. Owners, permissions, times
+//! and extended attributes are kept; hard links become separate files.
 //!
-//! Nothing is kept of a tree but two descriptors for each directory on the way down: how deep one may be is what
-//! this process may open.
+//! The copy holds two descriptors for each directory on the path to the current entry, and no other state of the tree.
+//! The depth of a tree is limited by the number of descriptors that this process may open.
 
 use alloc::vec;
 use alloc::vec::Vec;
@@ -17,12 +17,12 @@ use rustix::fs::{
 use rustix::io::Errno;
 use rustix::path::DecInt;
 
-/// Bytes of directory entries that are read at once.
+/// Buffer size for directory entries in bytes.
 const ENTRIES: usize = 2048;
-/// Bytes of a file that are copied at once, by the kernel.
+/// Bytes per call of sendfile.
 const CHUNK: usize = 1 << 20;
 
-/// Copies what a directory has, and what it is, to one that is new and empty.
+/// Copies the content and attributes of a directory to a new and empty directory.
 pub(crate) fn directory(from: &OwnedFd, to: &OwnedFd) -> Result<(), Errno> {
     content(from, to)?;
     let name = c".";
@@ -53,7 +53,7 @@ fn file(from: &OwnedFd, to: &OwnedFd, name: &CStr) -> Result<(), Errno> {
     Ok(())
 }
 
-/// Owner first, because a change of it takes setuid bits away, and times last.
+/// Sets the owner first, because chown clears setuid bits, and times last.
 fn attributes(from: &OwnedFd, to: &OwnedFd, name: &CStr, stat: &Stat) -> Result<(), Errno> {
     let (uid, gid) = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
     chownat(to, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?;
@@ -73,7 +73,8 @@ fn attributes(from: &OwnedFd, to: &OwnedFd, name: &CStr, stat: &Stat) -> Result<
 }
 
 fn extended_attributes(from: &OwnedFd, to: &OwnedFd, name: &CStr) -> Result<(), Errno> {
-    // There are no such calls for a name in a directory, and nothing else that would not open what it is about.
+    // Linux has no fgetxattr relative to a directory, and the calls that take a descriptor would have to open the file.
+    // The path through /proc names it without opening it.
     let path = |directory: &OwnedFd| -> Vec<u8> {
         let number = DecInt::from_fd(directory);
         [b"/proc/self/fd/", number.as_bytes(), b"/", name.to_bytes()].concat()
@@ -88,7 +89,7 @@ fn extended_attributes(from: &OwnedFd, to: &OwnedFd, name: &CStr) -> Result<(), 
         let mut value = vec![0; lgetxattr_query(from.as_slice(), name)?];
         let length = lgetxattr(from.as_slice(), name, &mut value[..])?;
         match lsetxattr(to.as_slice(), name, &value[..length], XattrFlags::empty()) {
-            // A kind of attributes that the kernel's other filesystem does not have.
+            // The target filesystem does not support this namespace of attributes.
             Ok(()) | Err(Errno::NOTSUP) => {}
             Err(error) => return Err(error),
         }
@@ -96,7 +97,7 @@ fn extended_attributes(from: &OwnedFd, to: &OwnedFd, name: &CStr) -> Result<(), 
     Ok(())
 }
 
-/// Removes whatever has this name, if anything has.
+/// Removes a file or a directory with its content, if it exists.
 pub(crate) fn remove(directory: &OwnedFd, name: &CStr) -> Result<(), Errno> {
     match unlinkat(directory, name, AtFlags::empty()) {
         Err(Errno::ISDIR) => {

@@ -1,10 +1,11 @@
-//! What a program names as its interpreter: the kernel says only that something was not found.
+//! The interpreter of a script or the dynamic loader of an ELF program, for error messages: execve fails with ENOENT
+//! without telling whether the program or its interpreter is missing.
 
-/// Bytes of a program that are looked at. The kernel reads 256 of a script; where a linker puts the name of the
-/// dynamic loader is behind the headers.
+/// Bytes of a program that are examined. The kernel reads 256 bytes of a script; linkers place the name of the
+/// dynamic loader after the ELF headers.
 pub const HEAD: usize = 4096;
 
-/// What stands behind `#!`, or the dynamic loader of a 64-bit ELF program, if either is in its first bytes.
+/// The path after `#!`, or the dynamic loader of a 64-bit ELF program, if the first bytes contain it.
 #[must_use]
 pub fn of(head: &[u8]) -> Option<&[u8]> {
     match head {
@@ -17,7 +18,7 @@ pub fn of(head: &[u8]) -> Option<&[u8]> {
     }
 }
 
-/// `struct elf64_hdr` and `struct elf64_phdr` of linux/elf.h.
+/// Reads PT_INTERP, by `struct elf64_hdr` and `struct elf64_phdr` of linux/elf.h.
 fn loader(elf: &[u8]) -> Option<&[u8]> {
     const INTERPRETER: [u8; 4] = 3_u32.to_le_bytes();
     let short = |at: usize| elf.get(at..)?.first_chunk().copied().map(u16::from_le_bytes).map(usize::from);
@@ -54,7 +55,7 @@ mod tests {
         }
     }
 
-    /// A header, a program header of another kind, one of the loader's, and its name.
+    /// An ELF header, a program header of another type, a PT_INTERP header, and the loader's path.
     fn elf() -> Vec<u8> {
         let mut bytes = vec![0; 64 + 2 * 56];
         bytes[..6].copy_from_slice(b"\x7fELF\x02\x01");
@@ -76,7 +77,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_program_is_taken(changes in prop::collection::vec((0..elf().len(), any::<u8>()), 0..16)) {
+        fn any_program_is_parsed_without_panic(changes in prop::collection::vec((0..elf().len(), any::<u8>()), 0..16)) {
             let mut bytes = elf();
             for (at, byte) in changes {
                 bytes[at] = byte;

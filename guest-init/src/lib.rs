@@ -1,8 +1,11 @@
-//! The parts of init that need no guest: they are tested like any library.
+//! The parts of init that do not depend on running in a guest, so that unit tests can use them.
 #![no_std]
 
 extern crate alloc;
 
+pub mod command_line;
 pub mod interpreter;
-pub mod payload_spec;
 pub mod strings;
+
+/// The guest's configuration, with strings in the form that execve takes.
+pub type GuestConfig = guest_protocol::config::GuestConfig<strings::Strings>;

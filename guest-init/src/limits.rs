@@ -1,58 +1,57 @@
-//! What the kernel lets a program do where it is the one for which the machine runs: what container engines and their
-//! hosts allow.
+//! Resource limits and sysctls of a guest that runs a container image: those of container engines and their hosts.
 
-use crate::voice::say;
+use crate::console::print;
 use rustix::fs::{Mode, OFlags, open};
 use rustix::process::{Resource, Rlimit, setrlimit};
 
-/// Descriptors that a process may ask for, and those that it has without asking: as many as select(2) bears.
-const DESCRIPTORS: u64 = 524_288;
-const DESCRIPTORS_AT_FIRST: u64 = 1024;
+/// Hard limit of descriptors per process. The soft limit is the maximum that select(2) supports.
+const MAX_DESCRIPTORS: u64 = 524_288;
+const DEFAULT_DESCRIPTORS: u64 = 1024;
 
-/// Settings below /proc/sys. On the kernel command line (`sysctl.`) the same cost a boot 21 ms (exact lab): the kernel
-/// waits for RCU when it gives back the /proc that it has mounted for them.
-const SETTINGS: [(&str, &[u8]); 8] = [
-    // As Fedora and Ubuntu have it; Elasticsearch and OpenSearch refuse less than 262,144.
+/// Sysctls. On the kernel command line (`sysctl.`) they would cost a boot 21 ms (exact lab): the kernel mounts a /proc
+/// for them, and waits for RCU when it unmounts it.
+const SYSCTLS: [(&str, &[u8]); 8] = [
+    // The default of Fedora and Ubuntu; Elasticsearch and OpenSearch refuse less than 262,144.
     ("/proc/sys/vm/max_map_count", b"1048576"),
-    // As on every node of Kubernetes: a sparse mapping takes no memory until it is written. The kernel's own estimate
-    // refuses one that is larger than the guest's memory, which a container's host has more of.
+    // As on every Kubernetes node: a sparse mapping takes no memory until it is written. The kernel's default heuristic
+    // refuses a mapping larger than the memory of the guest, which is smaller than a container host.
     ("/proc/sys/vm/overcommit_memory", b"1"),
-    // The kernel's own limits for these grow with memory, and suit machines that are larger than a guest.
+    // The kernel's defaults for these grow with memory, and suit machines larger than a guest.
     ("/proc/sys/fs/file-max", b"1048576"),
     ("/proc/sys/fs/inotify/max_user_watches", b"524288"),
     ("/proc/sys/fs/inotify/max_user_instances", b"1024"),
-    // Databases with asynchronous direct I/O; 65,536 are for one.
+    // For several databases with asynchronous direct I/O; the default of 65,536 is enough for one.
     ("/proc/sys/fs/aio-max-nr", b"1048576"),
-    // A program that is alone on a machine may use its low ports, and ping.
+    // The payload has the machine to itself, so that it may bind low ports and ping without privileges.
     ("/proc/sys/net/ipv4/ip_unprivileged_port_start", b"0"),
     ("/proc/sys/net/ipv4/ping_group_range", b"0 2147483647"),
 ];
 
-/// Raises the limits of this process, which has the streams of all programs, and of its children, and loosens the
-/// kernel's.
+/// Raises the limits of this process, which holds the streams of all programs, and of its children, and sets the
+/// [`SYSCTLS`].
 pub(crate) fn raise() {
-    for (path, value) in SETTINGS {
-        // Not every kernel has each of them.
+    for (path, value) in SYSCTLS {
+        // Not every kernel configuration has each of them.
         if let Ok(file) = open(path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty()) {
             let _ = rustix::io::write(&file, value);
         }
     }
-    set_descriptors(DESCRIPTORS);
-    // The kernel's own limit for users other than root is half of the threads that the guest's memory is good for.
+    set_descriptors(MAX_DESCRIPTORS);
+    // The kernel's default for users other than root is half of the threads that it derives from the guest's memory.
     set(Resource::Nproc, Rlimit { current: None, maximum: None });
 }
 
-/// Limits the descriptors of this process, which becomes a program.
+/// Limits the descriptors of this process, which executes a program next.
 pub(crate) fn limit_program() {
-    set_descriptors(DESCRIPTORS_AT_FIRST);
+    set_descriptors(DEFAULT_DESCRIPTORS);
 }
 
 fn set_descriptors(count: u64) {
-    set(Resource::Nofile, Rlimit { current: Some(count), maximum: Some(DESCRIPTORS) });
+    set(Resource::Nofile, Rlimit { current: Some(count), maximum: Some(MAX_DESCRIPTORS) });
 }
 
 fn set(resource: Resource, limit: Rlimit) {
     if let Err(error) = setrlimit(resource, limit) {
-        say(format_args!("init: cannot set the limit {resource:?}: {error}\n"));
+        print(format_args!("init: cannot set the limit {resource:?}: {error}\n"));
     }
 }

@@ -1,15 +1,18 @@
-//! PID 1 of a Kindling guest, in the order it happens: mark the first instruction, mount, set the
-//! system up, ask for the configuration, enter the image's root where it is a disk, mount what the host adds, run
-//! the payload, report its exit.
+//! PID 1 of a Kindling guest. In this order, init marks its first instruction, mounts filesystems, sets up the system,
+//! reads its configuration, enters the image's root filesystem if that is a disk, mounts volumes and shared folders,
+//! runs the payload and reports its exit status.
 //!
-//! There is no C library below it and nothing above it but the payload.
+//! Init uses no C library.
 #![no_std]
 #![no_main]
 
 extern crate alloc;
 
 mod agent;
+mod configuration;
+mod console;
 mod copy;
+mod etc_files;
 mod greeting;
 mod heap;
 mod kernel_log;
@@ -17,24 +20,22 @@ mod limits;
 mod machine;
 mod mem;
 mod mounts;
-mod names;
 mod network;
+mod panic;
 mod payload;
 mod program;
-mod question;
-mod renewal;
+mod reseed;
 mod root;
 mod setup;
 mod start;
 mod syscall;
-mod voice;
 
 use guest_protocol::{BootMark, ExitStatus};
 
-/// The life of the guest's user space. `start` calls this once, on the kernel's initial stack.
+/// Runs the guest's user space. `start` calls this once, on the kernel's initial stack.
 fn main() -> ! {
     if !rustix::process::getpid().is_init() {
-        // A payload like any other: one that ends at once, which is all that a kernel's trial asks for.
+        // Init's program run as a payload exits immediately. The trial boots of a snapshot run it.
         syscall::exit(0);
     }
     heap::init();
@@ -45,34 +46,37 @@ fn main() -> ! {
     network::bring_up_loopback();
     machine::mark(BootMark::SystemReady);
 
-    // Nothing before this line depends on the image or on the payload.
-    let answer = question::ask();
-    renewal::renew(&answer.spec.renewal);
-    setup::set_hostname(answer.spec.hostname.as_deref());
-    network::configure(&answer.spec.networks);
+    // Nothing above this line depends on the image or the payload.
+    let configuration = configuration::read();
+    let guest = &configuration.guest;
+    if let Some(reseed) = &configuration.boot.reseed {
+        reseed::apply(reseed);
+    }
+    setup::set_hostname(guest.hostname.as_deref());
+    network::configure(&guest.networks);
     machine::mark(BootMark::Configured);
-    if let Some(device) = &answer.spec.root_device {
-        root::enter(device, &answer.spec);
+    if let Some(device) = &guest.root_device {
+        root::enter(device, guest);
         machine::mark(BootMark::RootEntered);
     } else {
-        names::write(&answer.spec);
+        etc_files::write(guest);
     }
-    let written = mounts::mount_all(&answer.spec.mounts);
-    if answer.spec.is_root_read_only {
+    let volumes = mounts::mount_all(&guest.mounts);
+    if guest.is_root_read_only {
         root::make_read_only();
     }
 
-    let code = if answer.spec.agent {
+    let code = if guest.agent {
         limits::raise();
-        agent::serve(&answer.spec)
-    } else if answer.spec.arguments.is_empty() {
-        greeting::print(&answer);
+        agent::serve(guest)
+    } else if guest.arguments.is_empty() {
+        greeting::print(&configuration);
         0
     } else {
-        payload::run(&answer.spec)
+        payload::run(guest)
     };
-    written.leave();
-    if answer.spec.kernel_log {
+    volumes.unmount();
+    if configuration.boot.kernel_log {
         kernel_log::send();
     }
     machine::end(ExitStatus::Payload(code))

@@ -1,7 +1,7 @@
-//! The memory functions that compiled Rust calls and that a C library would otherwise bring.
+//! The memory functions of a C library, which compiled Rust code calls.
 //!
-//! Each is one string instruction: x86 processors run those at full speed (ERMS), and nothing
-//! here is on a path where the start-up cost of one would show.
+//! Copies and fills are one string instruction each. x86 processors execute them at full speed (ERMS), and none of the
+//! callers is so hot that their start-up cost matters.
 #![expect(unsafe_code, reason = "these are the C functions of the same names")]
 
 use core::arch::asm;

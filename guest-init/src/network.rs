@@ -1,11 +1,11 @@
-//! Network interfaces: loopback in every guest, and addresses of the cards for which the VMM has some.
+//! Network interfaces: loopback in every guest, and the addresses from the configuration.
 //!
-//! The kernel's own `ip=` waits 20 ms for a carrier that is there already.
+//! The kernel's own `ip=` would wait 20 ms for a carrier that is already present.
 #![expect(unsafe_code, reason = "ioctls without a safe wrapper")]
 
-use crate::voice::say;
+use crate::console::print;
 use core::fmt::{self, Write};
-use guest_protocol::frame::Network;
+use guest_protocol::config::Network;
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use rustix::ioctl::{Opcode, Setter, ioctl};
@@ -17,7 +17,7 @@ const SIOCSIFFLAGS: Opcode = 0x8914;
 const SIOCSIFADDR: Opcode = 0x8916;
 const SIOCSIFNETMASK: Opcode = 0x891c;
 
-/// `struct ifreq` of linux/if.h: an interface's name, and what it is to have.
+/// `struct ifreq` of linux/if.h: the name of an interface, and the value to set.
 #[repr(C)]
 struct Request<T> {
     name: [u8; 16],
@@ -66,19 +66,19 @@ impl Address {
     }
 }
 
-/// Brings the loopback interface up; a kernel without a network has none.
+/// Brings the loopback interface up. A kernel without networking has none.
 pub(crate) fn bring_up_loopback() {
     let Ok(socket) = any_socket() else { return };
     if let Err(error) = bring_up(&socket, name(format_args!("lo"))) {
-        say(format_args!("init: cannot bring lo up: {error}\n"));
+        print(format_args!("init: cannot bring lo up: {error}\n"));
     }
 }
 
-/// Gives network cards their addresses. A guest whose card cannot have one goes on without.
+/// Assigns addresses to the network interfaces. An interface that fails stays without an address.
 pub(crate) fn configure(networks: &[Network]) {
     for network in networks {
         if let Err(error) = any_socket().and_then(|socket| set_up(&socket, network)) {
-            say(format_args!("init: cannot set up eth{}: {error}\n", network.card));
+            print(format_args!("init: cannot set up eth{}: {error}\n", network.card));
         }
     }
 }
@@ -93,7 +93,7 @@ fn name(text: fmt::Arguments<'_>) -> [u8; 16] {
     line.bytes
 }
 
-/// A short text without a heap: `alloc`'s own formatting would bring the unwinder with it.
+/// A short text without a heap: formatting with `alloc` would link the unwinder.
 struct Line<const N: usize> {
     bytes: [u8; N],
     length: usize,
@@ -127,7 +127,7 @@ fn set_up(socket: &OwnedFd, network: &Network) -> Result<(), Errno> {
         let value = PaddedAddress { address: Address::new(address), padding: [0; 8] };
         Request { name, value }
     };
-    // The frame has no prefix of more than 32 bits, and one of none leaves no bit.
+    // The frame's prefix is at most 32. A prefix of 0 is a mask of 0, where the shift overflows.
     let mask = u32::MAX.checked_shl(32 - u32::from(network.prefix)).unwrap_or(0).to_be_bytes();
     // SAFETY: both read a struct ifreq, which Request lays out in full size.
     unsafe {
@@ -154,6 +154,6 @@ fn add_default_route(socket: &OwnedFd, gateway: [u8; 4]) -> Result<(), Errno> {
     unsafe { ioctl(socket, Setter::<SIOCADDRT, _>::new(route)) }
 }
 
-// What the ioctls read: sizes of arch/x86 with 64 bits.
+// The sizes that the ioctls read on x86-64.
 const _: () = assert!(size_of::<Request<Flags>>() == 40 && size_of::<Request<PaddedAddress>>() == 40);
 const _: () = assert!(size_of::<Route>() == 120);

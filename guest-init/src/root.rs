@@ -1,55 +1,56 @@
-//! The root filesystem of images that have it on a disk: read-only EROFS below, a tmpfs above, and an overlay of
-//! both, which becomes `/`. What the guest writes is in its memory and gone with it.
+//! The root filesystem of images that have it on a disk: an overlay of a read-only EROFS and a tmpfs, which becomes
+//! `/`. Writes of the guest go to its memory and are lost when it ends.
 //!
-//! The initramfs stays where it is, out of sight: it has no more in it than this program.
+//! The overlay is mounted over the initramfs, which contains nothing except this program.
 
+use crate::console::print;
+use crate::etc_files;
 use crate::mounts::make_directories;
-use crate::names;
-use crate::voice::{give_up, say};
+use crate::panic::fatal;
 use alloc::string::String;
 use core::mem::MaybeUninit;
-use guest_init::payload_spec::PayloadSpec;
+use guest_init::GuestConfig;
 use rustix::fd::OwnedFd;
 use rustix::fs::{CWD, Mode, OFlags, RawDir, mkdirat, open};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, MoveMountFlags, mount, mount_move, mount_remount, move_mount};
 use rustix::process::{chdir, chroot};
 
-/// Where the overlay is put together.
-const PLACE: &str = "/overlay";
+/// Directory in which the overlay is assembled.
+const STAGING: &str = "/overlay";
 const LOWER: &str = "/overlay/lower";
 const UPPER: &str = "/overlay/upper";
 const WORK: &str = "/overlay/work";
 const ROOT: &str = "/overlay/root";
 const LAYERS: &core::ffi::CStr = c"lowerdir=/overlay/lower,upperdir=/overlay/upper,workdir=/overlay/work";
 
-/// What is mounted in the initramfs and moves into the new root; what lies below moves with it.
+/// Mounts in the initramfs that move into the new root, with the mounts below them.
 const MOVED: [&str; 5] = ["/dev", "/proc", "/sys", RUN, TMP];
 const RUN: &str = "/run";
 const TMP: &str = "/tmp";
 
-/// Makes the filesystem on a device the root, below a writable overlay. Init ends the machine where that
-/// fails: nothing that the payload could be is anywhere else.
-pub(crate) fn enter(device: &[u8], spec: &PayloadSpec) {
-    if let Err((what, error)) = mount_overlay(device, spec).and_then(|()| switch(spec)) {
+/// Makes the filesystem on a device the root, below a writable overlay. A failure is fatal, because the payload is on
+/// this filesystem.
+pub(crate) fn enter(device: &[u8], config: &GuestConfig) {
+    if let Err((what, error)) = mount_overlay(device, config).and_then(|()| switch(config)) {
         let device = String::from_utf8_lossy(device);
-        give_up(format_args!(
+        fatal(format_args!(
             "cannot {what} of the image's root filesystem on {device}: {error}{}",
             advice(error)
         ));
     }
 }
 
-/// What an error of [`mount_overlay`] most likely comes from.
+/// The most likely cause of an error of [`mount_overlay`].
 const fn advice(error: Errno) -> &'static str {
     match error {
-        // EUCLEAN, EFSCORRUPTED in the kernel's words, or a superblock that is none.
+        // EUCLEAN (EFSCORRUPTED in the kernel), or an invalid superblock.
         Errno::UCLEAN | Errno::INVAL | Errno::BADMSG | Errno::IO => {
-            "; it is no EROFS filesystem or is damaged: kindling boot --verify compares it with its description"
+            "; it is not an EROFS filesystem, or is damaged: check the image with kindling boot --verify"
         }
         Errno::NODEV => "; the guest's kernel needs the fragment filesystems",
         Errno::NOENT | Errno::NXIO => {
-            "; there is no such disk, or the guest's kernel needs the fragment block"
+            "; the disk does not exist, or the guest's kernel needs the fragment block"
         }
         _ => "",
     }
@@ -57,22 +58,22 @@ const fn advice(error: Errno) -> &'static str {
 
 type Failure = (&'static str, Errno);
 
-fn mount_overlay(device: &[u8], spec: &PayloadSpec) -> Result<(), Failure> {
+fn mount_overlay(device: &[u8], config: &GuestConfig) -> Result<(), Failure> {
     let directory = |path: &str| {
         mkdirat(CWD, path, Mode::from_raw_mode(0o755)).map_err(|error| ("make the mount points", error))
     };
-    directory(PLACE)?;
-    mount("tmpfs", PLACE, "tmpfs", MountFlags::empty(), c"mode=0755")
+    directory(STAGING)?;
+    mount("tmpfs", STAGING, "tmpfs", MountFlags::empty(), c"mode=0755")
         .map_err(|error| ("mount the writable layer", error))?;
     [LOWER, UPPER, WORK, ROOT].into_iter().try_for_each(directory)?;
     mount(device, LOWER, "erofs", MountFlags::RDONLY, c"")
         .map_err(|error| ("mount the read-only layer", error))?;
-    names::write_above(LOWER, UPPER, spec);
+    etc_files::write_above(LOWER, UPPER, config);
     mount("overlay", ROOT, "overlay", MountFlags::empty(), LAYERS)
         .map_err(|error| ("mount the overlay", error))
 }
 
-fn switch(spec: &PayloadSpec) -> Result<(), Failure> {
+fn switch(config: &GuestConfig) -> Result<(), Failure> {
     let mounted = MOVED.map(|path| {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         Some((path, open(path, flags, Mode::empty()).ok()?))
@@ -82,17 +83,17 @@ fn switch(spec: &PayloadSpec) -> Result<(), Failure> {
     mount_move(".", "/").map_err(failed)?;
     chroot(".").map_err(failed)?;
     chdir("/").map_err(failed)?;
-    // Only here do links of the image lead to where they lead for its programs.
+    // Symbolic links of the image resolve correctly only now that the root is the image's.
     for (path, tree) in mounted.into_iter().flatten() {
-        // What an image has there, a folder for sockets for instance, its programs need. Where the root can only be
-        // read, they need more that they can write there.
-        if [RUN, TMP].contains(&path) && !spec.is_root_read_only && has_content(path) {
+        // Programs need the image's content in these directories, for example a directory for sockets. In a guest with
+        // a read-only root, writable directories matter more.
+        if [RUN, TMP].contains(&path) && !config.is_root_read_only && has_content(path) {
             continue;
         }
         match attach(&tree, path) {
-            // Not everything is mounted: the default kernel has no sysfs.
+            // EINVAL: not mounted. The default kernel has no sysfs.
             Ok(()) | Err(Errno::INVAL) => {}
-            Err(error) => say(format_args!("init: cannot move {path} into the root filesystem: {error}\n")),
+            Err(error) => print(format_args!("init: cannot move {path} into the root filesystem: {error}\n")),
         }
     }
     Ok(())
@@ -112,7 +113,7 @@ fn has_content(directory: &str) -> bool {
     }
 }
 
-/// Moves a mount to a path, where a directory is made if there is none.
+/// Moves a mount to a path, and creates the directory if it is missing.
 fn attach(tree: &OwnedFd, path: &str) -> Result<(), Errno> {
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_SYMLINKS;
     let attach = || move_mount(tree, "", CWD, path, flags);
@@ -125,8 +126,8 @@ fn attach(tree: &OwnedFd, path: &str) -> Result<(), Errno> {
     }
 }
 
-/// Takes the root from its programs' writing when all is in its place; what else is mounted stays as it is. What
-/// programs write for a while they write to /dev/shm, /run, /tmp and /var/tmp.
+/// Remounts the root filesystem read-only after all mounts; other filesystems stay writable. For temporary files,
+/// programs have /dev/shm, /run, /tmp and /var/tmp.
 pub(crate) fn make_read_only() {
     const TEMPORARY: &str = "/var/tmp";
     make_directories(TEMPORARY.as_bytes());
@@ -134,6 +135,6 @@ pub(crate) fn make_read_only() {
     let result = mount("tmpfs", TEMPORARY, "tmpfs", flags, c"mode=1777")
         .and_then(|()| mount_remount("/", MountFlags::RDONLY, c""));
     if let Err(error) = result {
-        give_up(format_args!("cannot make the root filesystem read-only: {error}"));
+        fatal(format_args!("cannot make the root filesystem read-only: {error}"));
     }
 }

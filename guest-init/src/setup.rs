@@ -1,7 +1,7 @@
-//! What every program expects of its system: filesystems, standard streams, a name.
+//! The environment that every program expects: the kernel's filesystems, device nodes, standard streams, the hostname.
 #![expect(unsafe_code, reason = "borrows a standard stream")]
 
-use crate::voice::say;
+use crate::console::print;
 use rustix::fs::{CWD, Mode, OFlags, chmod, mkdirat, open, symlinkat};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount};
@@ -13,14 +13,14 @@ struct Mount {
     options: &'static core::ffi::CStr,
 }
 
-/// Filesystems that only some kernels have (the fragments sysfs, container and net), with the directories for them.
+/// Filesystems that only some kernels support (fragments sysfs, container and net), together with their mount points.
 const OPTIONAL: [&str; 3] = ["sysfs", "cgroup2", "mqueue"];
 
 const fn no_programs() -> MountFlags {
     MountFlags::NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC)
 }
 
-/// In this order: some of the directories are inside others.
+/// Mounted in this order, as some mount points are inside others.
 const MOUNTS: [Mount; 9] = [
     Mount { kind: "proc", target: "/proc", flags: no_programs(), options: c"" },
     Mount { kind: "sysfs", target: "/sys", flags: no_programs(), options: c"" },
@@ -35,7 +35,7 @@ const MOUNTS: [Mount; 9] = [
     Mount {
         kind: "devpts",
         target: "/dev/pts",
-        // Its files are devices, which programs open by their names.
+        // No NODEV: its files are devices, which programs open by name.
         flags: MountFlags::NOSUID.union(MountFlags::NOEXEC),
         options: c"gid=5,mode=0620,ptmxmode=0666",
     },
@@ -45,31 +45,31 @@ const MOUNTS: [Mount; 9] = [
     Mount { kind: "tmpfs", target: "/tmp", flags: MountFlags::NOSUID, options: c"mode=1777" },
 ];
 
-/// Mounts the kernel's filesystems and the temporary ones. A kernel without one of them is still
-/// a kernel that can run programs, so a failure is said and not fatal.
+/// Mounts the kernel's filesystems and tmpfs. A failure is printed and not fatal, because programs may run without the
+/// filesystem.
 pub(crate) fn mount_filesystems() {
     for entry in &MOUNTS {
         if let Err(error) = mkdirat(CWD, entry.target, Mode::from_raw_mode(0o755))
             && error != Errno::EXIST
             && !OPTIONAL.contains(&entry.kind)
         {
-            say(format_args!("init: cannot make {}: {error}\n", entry.target));
+            print(format_args!("init: cannot make {}: {error}\n", entry.target));
         }
         match mount(entry.kind, entry.target, entry.kind, entry.flags, entry.options) {
-            // Busy: the kernel or the image has mounted it already (DEVTMPFS_MOUNT).
+            // EBUSY: the kernel or the image has mounted it already (DEVTMPFS_MOUNT).
             Ok(()) | Err(Errno::BUSY) => {}
             Err(Errno::NODEV | Errno::NOENT) if OPTIONAL.contains(&entry.kind) => {}
-            Err(error) => say(format_args!(
-                "init: cannot mount {} on {}: {error}; the guest's kernel needs the fragment that \
-                 has it\n",
+            Err(error) => print(format_args!(
+                "init: cannot mount {} on {}: {error}; the guest's kernel needs the fragment \
+                 for it\n",
                 entry.kind, entry.target
             )),
         }
     }
 }
 
-/// Names of a program's own descriptors, which shells and many a log's configuration rely on and the kernel leaves to
-/// user space.
+/// Links to a program's own descriptors, which user space has to create. Shells and the log configuration of many
+/// programs rely on them.
 const LINKS: [(&str, &str); 4] = [
     ("/proc/self/fd", "/dev/fd"),
     ("/proc/self/fd/0", "/dev/stdin"),
@@ -77,11 +77,11 @@ const LINKS: [(&str, &str); 4] = [
     ("/proc/self/fd/2", "/dev/stderr"),
 ];
 
-/// Devices that everybody may open, as udev sets their permissions: they give a process nothing that it has no rights
-/// to. Not every kernel has them.
+/// Devices that all users may open, with the permissions that udev sets: opening them gives a process no additional
+/// rights. Not every kernel has them.
 const PUBLIC_DEVICES: [&str; 2] = ["/dev/fuse", "/dev/net/tun"];
 
-/// Completes /dev. Where a link cannot be made, it is there already.
+/// Completes /dev. Errors are ignored: the links may exist already, and the devices may be missing.
 pub(crate) fn complete_devices() {
     for (target, link) in LINKS {
         let _ = symlinkat(target, CWD, link);
@@ -91,10 +91,10 @@ pub(crate) fn complete_devices() {
     }
 }
 
-/// Makes sure that descriptors 0 to 2 are open. The kernel opens /dev/console for them where the
-/// root filesystem has it; without a console they lead to /dev/null.
+/// Makes sure that descriptors 0 to 2 are open. The kernel opens /dev/console for them if the initramfs contains it.
+/// Without a console they are /dev/null.
 pub(crate) fn open_console() {
-    // SAFETY: descriptor 2 is only asked about, and is not closed by anyone.
+    // SAFETY: the call only queries descriptor 2, which init never closes.
     if rustix::io::fcntl_getfd(unsafe { rustix::stdio::stderr() }).is_ok() {
         return;
     }
@@ -110,11 +110,11 @@ pub(crate) fn open_console() {
     }
 }
 
-/// Names the guest, where somebody chose a name.
+/// Sets the hostname, if the configuration has one.
 pub(crate) fn set_hostname(name: Option<&[u8]>) {
     if let Some(name) = name
         && let Err(error) = rustix::system::sethostname(name)
     {
-        say(format_args!("init: cannot set the hostname: {error}\n"));
+        print(format_args!("init: cannot set the hostname: {error}\n"));
     }
 }

@@ -1,14 +1,14 @@
-//! The entry point: permission for port I/O, the first boot mark, then Rust.
-#![expect(unsafe_code, reason = "the first instructions have no caller that could uphold anything")]
+//! The entry point: requests the permission for port I/O, writes the first boot mark and calls Rust.
+#![expect(unsafe_code, reason = "assembly of the entry point, which the kernel jumps to")]
 
 use guest_protocol::{BootMark, port};
 
-// The kernel starts a program with its arguments on the stack and everything else undefined
-// (System V ABI, AMD64 supplement, section 3.4.1). Init needs none of the arguments: it reads
-// /proc/cmdline, which the kernel has not mixed with words meant for itself.
+// The kernel starts a program with its arguments on the stack and all other registers undefined
+// (System V ABI, AMD64 supplement, section 3.4.1). Init ignores the arguments and reads /proc/cmdline,
+// because the kernel mixes unknown kernel parameters into the arguments.
 //
-// iopl (system call 172) must come first, because writing the mark without it would fault; where
-// it is refused, init goes on without ports.
+// iopl (system call 172) must come first, because writing the mark without it would fault. If it fails, init continues
+// without ports.
 core::arch::global_asm!(
     ".globl _start",
     "_start:",

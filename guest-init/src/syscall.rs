@@ -1,5 +1,5 @@
-//! The system calls of a process's own making, which a C library usually keeps to itself: port
-//! permissions, signal masks, fork and exec. Numbers are those of arch/x86/entry/syscalls.
+//! System calls for which rustix has no suitable safe wrapper: port permissions, signals, fork and exec. The numbers
+//! are those of arch/x86/entry/syscalls.
 #![expect(unsafe_code, reason = "system calls without a safe wrapper")]
 
 use core::arch::asm;
@@ -25,7 +25,7 @@ const EXIT_GROUP: usize = 231;
 /// The call may do to this process whatever the kernel documents for these arguments.
 unsafe fn call(number: usize, arguments: [usize; 4]) -> Result<usize, Errno> {
     let result: isize;
-    // SAFETY: the instruction clobbers rcx and r11 alone; the rest is the caller's promise.
+    // SAFETY: the instruction clobbers only rcx and r11; the caller promises the rest.
     unsafe {
         asm!("syscall", inlateout("rax") number => result, in("rdi") arguments[0],
              in("rsi") arguments[1], in("rdx") arguments[2], in("r10") arguments[3],
@@ -49,7 +49,7 @@ impl SignalSet {
         Self(signals.into_iter().fold(0, |set, signal| set | 1 << (signal.as_raw() - 1)))
     }
 
-    /// Makes this set the one of blocked signals.
+    /// Replaces the signal mask of this process by this set.
     pub(crate) fn block(self) -> Result<(), Errno> {
         const SIG_SETMASK: usize = 2;
         // SAFETY: the kernel reads the set, and blocking signals affects no memory.
@@ -57,32 +57,32 @@ impl SignalSet {
         Ok(())
     }
 
-    /// Waits for one of the signals, which must be blocked, and takes it.
+    /// Waits for one of the signals, which must be blocked, and consumes it.
     pub(crate) fn wait(self) -> Result<Signal, Errno> {
-        // SAFETY: the kernel reads the set; no details and no time limit are asked for.
+        // SAFETY: the kernel reads the set; the pointers to details and a timeout are null.
         let number = unsafe { call(RT_SIGTIMEDWAIT, [(&raw const self.0).addr(), 0, 0, Self::SIZE]) }?;
         i32::try_from(number).ok().and_then(Signal::from_named_raw).ok_or(Errno::INVAL)
     }
 }
 
-/// A descriptor that is readable while one of these signals waits, which must be blocked.
+/// Creates a descriptor that is readable while one of these signals is pending. The signals must be blocked.
 pub(crate) fn signalfd(signals: SignalSet) -> Result<OwnedFd, Errno> {
     const NEW: usize = usize::MAX;
     const FLAGS: usize = 0o4000 | 0o2_000_000; // SFD_NONBLOCK | SFD_CLOEXEC
     // SAFETY: the kernel reads the set.
     let fd = unsafe { call(SIGNALFD4, [NEW, (&raw const signals.0).addr(), SignalSet::SIZE, FLAGS]) }?;
-    // SAFETY: the descriptor is new and nobody else's.
+    // SAFETY: the descriptor is new, and this is its only owner.
     Ok(unsafe { OwnedFd::from_raw_fd(i32::try_from(fd).map_err(|_| Errno::BADF)?) })
 }
 
-/// Starts a child process that goes on from here: `None` in the child, its id in the parent.
+/// Forks this process. Returns `None` in the child, and the child's process id in the parent.
 pub(crate) fn fork() -> Result<Option<Pid>, Errno> {
     // SAFETY: init has one thread, so that the child's copy of its memory is consistent.
     let child = unsafe { call(FORK, [0; 4]) }?;
     Ok(i32::try_from(child).ok().and_then(Pid::from_raw))
 }
 
-/// Sends a signal of any number to a process, or to all of its group.
+/// Sends a signal to a process or to its process group.
 pub(crate) fn kill(process: Pid, signal: u8, to_group: bool) -> Result<(), Errno> {
     let id = isize::try_from(process.as_raw_pid()).unwrap_or(0);
     let target = if to_group { -id } else { id };
@@ -90,65 +90,65 @@ pub(crate) fn kill(process: Pid, signal: u8, to_group: bool) -> Result<(), Errno
     unsafe { call(KILL, [target.cast_unsigned(), signal.into(), 0, 0]) }.map(drop)
 }
 
-/// Closes all descriptors but the standard streams, which are returned. For a child that goes on as this program and
-/// has no use for what its parent held.
+/// Closes all descriptors except the standard streams, which are returned. For a child that continues to run init's
+/// program and must not hold its parent's descriptors.
 pub(crate) fn keep_standard_streams() -> [BorrowedFd<'static>; 3] {
-    // SAFETY: whoever owned the others is another process, of which this one is a copy that never returns there.
+    // SAFETY: the owners of the other descriptors belong to the parent process; this copy never returns to their code.
     let _ = unsafe { call(CLOSE_RANGE, [3, u32::MAX as usize, 0, 0]) };
     standard_streams()
 }
 
 /// Standard input, output and error of this process.
 pub(crate) fn standard_streams() -> [BorrowedFd<'static>; 3] {
-    // SAFETY: init opens its standard streams at its start and never closes them.
+    // SAFETY: init opens its standard streams when it starts and never closes them.
     [0, 1, 2].map(|number| unsafe { BorrowedFd::borrow_raw(number) })
 }
 
-/// Becomes another program; returns only when that fails.
+/// Executes another program in this process; returns only on failure.
 ///
 /// # Safety
-/// Both lists end with a null pointer and hold pointers to strings that end with NUL.
+/// Both lists are null-terminated and contain pointers to NUL-terminated strings.
 pub(crate) unsafe fn execve(
     path: &CStr,
     arguments: *const *const u8,
     environment: *const *const u8,
 ) -> Errno {
-    // SAFETY: the path ends with NUL, and the caller promises the rest.
+    // SAFETY: the path is NUL-terminated, and the caller promises the rest.
     let result = unsafe { call(EXECVE, [path.as_ptr().addr(), arguments.addr(), environment.addr(), 0]) };
     result.err().unwrap_or(Errno::INVAL)
 }
 
-/// Takes the permission for port I/O from this process.
+/// Drops the permission for port I/O of this process.
 pub(crate) fn drop_port_permission() {
-    // SAFETY: level 0 only takes permissions away.
+    // SAFETY: level 0 only removes permissions.
     let _ = unsafe { call(IOPL, [0; 4]) };
 }
 
-/// Bytes of the kernel's log buffer.
+/// Size of the kernel's log buffer in bytes.
 pub(crate) fn kernel_log_size() -> Result<usize, Errno> {
     const SIZE_BUFFER: usize = 10;
-    // SAFETY: this action reads a number and nothing else.
+    // SAFETY: this action only returns a number.
     unsafe { call(SYSLOG, [SIZE_BUFFER, 0, 0, 0]) }
 }
 
-/// Copies the last of the kernel's log into `text`; the number of bytes.
+/// Copies the end of the kernel's log into `text`. Returns the number of bytes.
 pub(crate) fn read_kernel_log(text: &mut [u8]) -> Result<usize, Errno> {
     const READ_ALL: usize = 3;
-    // SAFETY: the kernel writes at most as many bytes as it is told that there are.
+    // SAFETY: the kernel writes at most `text.len()` bytes.
     unsafe { call(SYSLOG, [READ_ALL, text.as_mut_ptr().addr(), text.len(), 0]) }
 }
 
-/// Kills every process but this one, of which that is process 1's alone.
+/// Kills all processes except this one, which must be process 1.
 pub(crate) fn kill_all() {
     const ALL: usize = usize::MAX;
-    // SAFETY: the call has no effect on this process. Where there is no other, there is nothing to do.
+    // SAFETY: the call has no effect on this process. It fails if there are no others.
     let _ = unsafe { call(KILL, [ALL, Signal::KILL.as_raw().unsigned_abs() as usize, 0, 0]) };
 }
 
 /// Ends this process.
 pub(crate) fn exit(code: u8) -> ! {
     loop {
-        // SAFETY: nothing of this process is needed afterwards.
+        // SAFETY: the process ends.
         let _ = unsafe { call(EXIT_GROUP, [code.into(), 0, 0, 0]) };
     }
 }

@@ -1,129 +1,130 @@
-//! Whether a kernel got the configuration that was asked for, and if not, why not.
+//! Checks whether a kernel has the requested configuration, and finds the reasons of differences.
 //!
-//! `make olddefconfig` drops a setting whose dependencies do not hold without a word. This turns
-//! that silence into a sentence for each lost setting.
+//! `make olddefconfig` silently drops a setting with unmet dependencies. This module reports each dropped setting with
+//! its reason.
 
 use std::fmt;
 
-use crate::compose::{Asked, Composed};
+use crate::compose::{Composed, Request};
 use crate::config::KernelConfig;
 use crate::kconfig::{Definition, Kconfig, Kind, Prompt, Selection, Symbol, Truth, truth_of};
 use crate::nearest::nearest;
-use crate::needs::{Blame, Need, NeedList, listed, prefixed, selectors, state};
+use crate::needs::{Diagnosis, Need, NeedList, listed, prefixed, selectors, state};
 use crate::value::Value;
 
-/// A setting that the kernel did not take.
+/// A setting that the kernel configuration does not have.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unmet {
     /// The symbol, without `CONFIG_`.
     pub symbol: String,
-    /// The value asked for.
-    pub asked: Value,
-    /// The value it has.
-    pub got: Value,
+    /// The requested value.
+    pub requested: Value,
+    /// The actual value.
+    pub actual: Value,
     /// The fragment's file.
     pub file: String,
-    /// The line in it.
+    /// The line in the file.
     pub line: usize,
-    /// Why the kernel did not take it.
+    /// The reason.
     pub reason: Reason,
 }
 
-/// Why a setting was not taken.
+/// Why a setting had no effect.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Reason {
     /// This kernel has no such symbol.
     NoSuchSymbol {
-        /// The symbol that was probably meant.
+        /// A symbol with a similar name.
         nearest: Option<String>,
     },
-    /// The value is of another type than the symbol.
+    /// The type of the value is not that of the symbol.
     WrongType {
         /// The symbol's type.
         kind: Kind,
     },
-    /// Nobody can set the symbol; other symbols do.
+    /// The symbol has no prompt; only other symbols can set it.
     NoPrompt {
         /// The symbols that select it.
         selected_by: Vec<String>,
     },
-    /// What it depends on does not hold.
+    /// Its dependencies are not met.
     Needs(Vec<Need>),
-    /// It is forced on.
+    /// Another symbol selects it.
     ForcedOn {
-        /// By these symbols, which are set and select it.
-        by: Vec<Culprit>,
+        /// The symbols that are set and select it.
+        by: Vec<Cause>,
     },
-    /// It can only be set when something else holds; until then its default counts.
+    /// The condition of its prompt is not met, so that it keeps its default.
     PromptHidden(Vec<Need>),
-    /// It is a member of a choice, and another member was taken.
+    /// It is a member of a choice, and another member is selected.
     OtherChoice {
-        /// The choice's question.
+        /// The prompt of the choice.
         choice: String,
-        /// The member that was taken.
-        taken: Culprit,
+        /// The selected member.
+        selected: Cause,
     },
-    /// It is the member that its choice took, and one member must be on.
+    /// It is the selected member of a choice, and one member must be selected.
     OnlyChoice {
-        /// The choice's question.
+        /// The prompt of the choice.
         choice: String,
     },
-    /// The number is outside its bounds.
+    /// The number is out of range.
     OutOfRange {
         /// The lower bound.
         low: Value,
         /// The upper bound.
         high: Value,
     },
-    /// Nothing certain speaks against it, but it hangs on tests that are not run here.
+    /// It depends on compiler tests, which are not run here; everything else is met.
     Undetermined(Vec<Need>),
-    /// Nothing speaks against it.
+    /// No reason was found.
     NotFound,
 }
 
-/// A symbol that stands in the way, and who asked for that one.
+/// A symbol that causes the difference, and the request for it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Culprit {
+pub struct Cause {
     /// The symbol, without `CONFIG_`.
     pub symbol: String,
-    /// Where a fragment asks for it, as `file:line`.
-    pub asked_at: Option<String>,
+    /// Location of the request for it, as `file:line`.
+    pub requested_at: Option<String>,
 }
 
-/// Compares what was asked for with the `.config` that `make olddefconfig` wrote.
+/// Compares the requests with the `.config` that `make olddefconfig` wrote.
 ///
-/// A symbol that does not exist is an error even where `n` was asked for: it may be a misspelt
-/// name, and then the wrong thing stayed on.
+/// A request for an unknown symbol is an error even if it requests `n`: the name may be misspelt, and the intended
+/// symbol is still set.
 ///
 /// # Errors
 ///
-/// Every setting that the result does not have, sorted by symbol.
-pub fn check(asked: &Composed, result: &KernelConfig, kconfig: &Kconfig) -> Result<(), Vec<Unmet>> {
-    let check = Check { asked, result, kconfig };
-    let unmet: Vec<Unmet> = asked.iter().filter_map(|(symbol, asked)| check.setting(symbol, asked)).collect();
+/// Every request that the result does not meet, sorted by symbol.
+pub fn check(requests: &Composed, result: &KernelConfig, kconfig: &Kconfig) -> Result<(), Vec<Unmet>> {
+    let check = Check { requests, result, kconfig };
+    let unmet: Vec<Unmet> =
+        requests.iter().filter_map(|(symbol, request)| check.setting(symbol, request)).collect();
     if unmet.is_empty() { Ok(()) } else { Err(unmet) }
 }
 
 struct Check<'a> {
-    asked: &'a Composed,
+    requests: &'a Composed,
     result: &'a KernelConfig,
     kconfig: &'a Kconfig,
 }
 
 impl Check<'_> {
-    fn setting(&self, name: &str, asked: &Asked) -> Option<Unmet> {
-        let got = self.result.value(name);
+    fn setting(&self, name: &str, request: &Request) -> Option<Unmet> {
+        let actual = self.result.value(name);
         let reason = match self.kconfig.symbol(name) {
             None => self.no_such_symbol(name),
-            Some(_) if *got == asked.value => return None,
-            Some(symbol) => self.reason(symbol, &asked.value, got),
+            Some(_) if *actual == request.value => return None,
+            Some(symbol) => self.reason(symbol, &request.value, actual),
         };
         Some(Unmet {
             symbol: name.to_owned(),
-            asked: asked.value.clone(),
-            got: got.clone(),
-            file: asked.file.clone(),
-            line: asked.line,
+            requested: request.value.clone(),
+            actual: actual.clone(),
+            file: request.file.clone(),
+            line: request.line,
             reason,
         })
     }
@@ -133,51 +134,50 @@ impl Check<'_> {
         Reason::NoSuchSymbol { nearest: nearest(name, names).map(str::to_owned) }
     }
 
-    /// Why a symbol has another value than the one asked for. The first reason that applies is
-    /// the one to act on.
-    fn reason(&self, symbol: &Symbol, asked: &Value, got: &Value) -> Reason {
+    /// Finds the reason why a symbol does not have the requested value. The order of the checks is that of relevance.
+    fn reason(&self, symbol: &Symbol, requested: &Value, actual: &Value) -> Reason {
         let kind = symbol.kind().unwrap_or(Kind::Bool);
-        if !fits(asked, kind) {
+        if !fits(requested, kind) {
             return Reason::WrongType { kind };
         }
-        if !asked.is_set() {
+        if !requested.is_set() {
             let by = self.active(&symbol.selected_by);
             if !by.is_empty() {
                 return Reason::ForcedOn { by };
             }
         }
-        let Some((definition, needs)) = self.nearest_prompt(symbol, asked, kind) else {
+        let Some((definition, needs)) = self.nearest_prompt(symbol, requested, kind) else {
             return Reason::NoPrompt { selected_by: selectors(symbol) };
         };
         let (certain, open): (Vec<Need>, Vec<Need>) = needs.into_iter().partition(Need::is_certain);
         if !certain.is_empty() {
-            // A symbol that is on in spite of that has its value from a default or a select. One
-            // that is m has not enough for the y that was asked for.
-            let has_default = got.is_set() && *got != Value::Module;
+            // A symbol that is set nevertheless has its value from a default or a select. If it is m, its
+            // dependencies do not suffice for the requested y.
+            let has_default = actual.is_set() && *actual != Value::Module;
             let reason = if has_default { Reason::PromptHidden } else { Reason::Needs };
             return reason(certain);
         }
-        self.choice(definition, asked)
-            .or_else(|| self.range(definition, asked))
+        self.choice(definition, requested)
+            .or_else(|| self.range(definition, requested))
             .unwrap_or(if open.is_empty() { Reason::NotFound } else { Reason::Undetermined(open) })
     }
 
-    /// The definition whose prompt needs the least to appear, and what it needs; `None` if no
+    /// The definition with a prompt that has the fewest unmet conditions, and these conditions. Returns `None` if no
     /// definition has a prompt.
     fn nearest_prompt<'s>(
         &self,
         symbol: &'s Symbol,
-        asked: &Value,
+        requested: &Value,
         kind: Kind,
     ) -> Option<(&'s Definition, Vec<Need>)> {
-        let level = match (kind, asked) {
+        let level = match (kind, requested) {
             (Kind::Tristate, Value::Yes) => Truth::Yes,
             _ => Truth::Module,
         };
-        let (config, kconfig, asked) = (self.result, self.kconfig, Some(self.asked));
-        let blame = Blame { config, kconfig, asked, level };
+        let (config, kconfig, requests) = (self.result, self.kconfig, Some(self.requests));
+        let diagnosis = Diagnosis { config, kconfig, requests, level };
         let needs = |definition: &Definition, prompt: &Prompt| {
-            blame.conditions(definition.depends.iter().chain(&prompt.when).map(AsRef::as_ref))
+            diagnosis.conditions(definition.depends.iter().chain(&prompt.when).map(AsRef::as_ref))
         };
         symbol
             .prompts()
@@ -185,38 +185,38 @@ impl Check<'_> {
             .min_by_key(|(_, needs)| needs.iter().filter(|need| need.is_certain()).count())
     }
 
-    /// The selections that are in force.
-    fn active(&self, selections: &[Selection]) -> Vec<Culprit> {
-        let mut active: Vec<Culprit> = Vec::new();
+    /// The causes of active selections.
+    fn active(&self, selections: &[Selection]) -> Vec<Cause> {
+        let mut active: Vec<Cause> = Vec::new();
         for selection in selections.iter().filter(|s| is_active(s, self.result)) {
-            let culprit = self.culprit(&selection.by);
+            let cause = self.cause(&selection.by);
             // One symbol may select another on several conditions.
-            if !active.contains(&culprit) {
-                active.push(culprit);
+            if !active.contains(&cause) {
+                active.push(cause);
             }
         }
         active
     }
 
-    fn choice(&self, definition: &Definition, asked: &Value) -> Option<Reason> {
+    fn choice(&self, definition: &Definition, requested: &Value) -> Option<Reason> {
         let choice = self.kconfig.choice(definition.choice?)?;
         let prompt = choice.prompt.clone();
-        if !asked.is_set() {
+        if !requested.is_set() {
             return Some(Reason::OnlyChoice { choice: prompt });
         }
-        let taken = choice.members.iter().find(|member| self.result.value(member).is_set())?;
-        Some(Reason::OtherChoice { choice: prompt, taken: self.culprit(taken) })
+        let selected = choice.members.iter().find(|member| self.result.value(member).is_set())?;
+        Some(Reason::OtherChoice { choice: prompt, selected: self.cause(selected) })
     }
 
-    /// Whether a number is outside the first bounds that apply.
-    fn range(&self, definition: &Definition, asked: &Value) -> Option<Reason> {
+    /// Checks a number against the first range that applies.
+    fn range(&self, definition: &Definition, requested: &Value) -> Option<Reason> {
         let range = definition
             .ranges
             .iter()
             .find(|range| range.when.as_ref().is_none_or(|when| when.truth(self.result) != Truth::No))?;
-        let (low, high) = &range.what;
+        let (low, high) = &range.value;
         let (low, high) = (low.number(self.result)?, high.number(self.result)?);
-        let (number, low_value, high_value) = match asked {
+        let (number, low_value, high_value) = match requested {
             Value::Number(n) => {
                 let bound = |bound| i64::try_from(bound).ok().map(Value::Number);
                 (i128::from(*n), bound(low)?, bound(high)?)
@@ -231,9 +231,10 @@ impl Check<'_> {
         outside.then_some(Reason::OutOfRange { low: low_value, high: high_value })
     }
 
-    fn culprit(&self, symbol: &str) -> Culprit {
-        let asked_at = self.asked.asked(symbol).filter(|asked| asked.value.is_set()).map(Asked::place);
-        Culprit { symbol: symbol.to_owned(), asked_at }
+    fn cause(&self, symbol: &str) -> Cause {
+        let requested_at =
+            self.requests.request(symbol).filter(|request| request.value.is_set()).map(Request::location);
+        Cause { symbol: symbol.to_owned(), requested_at }
     }
 }
 
@@ -254,11 +255,15 @@ fn fits(value: &Value, kind: Kind) -> bool {
     }
 }
 
-/// Two lines: where and what, then why.
+/// Formats two lines: location and setting, then the reason.
 impl fmt::Display for Unmet {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { symbol, asked, got, file, line, .. } = self;
-        write!(f, "{file}:{line}: CONFIG_{symbol}={asked} was not taken; it {}\n    ", state(got))?;
+        let Self { symbol, requested, actual, file, line, .. } = self;
+        write!(
+            f,
+            "{file}:{line}: CONFIG_{symbol}={requested} has no effect: the symbol {}\n    ",
+            state(actual)
+        )?;
         self.fmt_reason(f)
     }
 }
@@ -268,9 +273,9 @@ impl Unmet {
         match &self.reason {
             Reason::NoSuchSymbol { nearest: None } => f.write_str("this kernel has no such symbol"),
             Reason::NoSuchSymbol { nearest: Some(nearest) } => {
-                write!(f, "this kernel has no such symbol; is CONFIG_{nearest} meant?")
+                write!(f, "this kernel has no such symbol; did you mean CONFIG_{nearest}?")
             }
-            Reason::WrongType { kind } => write!(f, "it is {}", described(*kind)),
+            Reason::WrongType { kind } => write!(f, "the symbol is {}", described(*kind)),
             Reason::NoPrompt { selected_by } => fmt_no_prompt(f, selected_by),
             Reason::Needs(needs) => write!(f, "it needs {}", NeedList(needs)),
             Reason::ForcedOn { by } => {
@@ -281,22 +286,22 @@ impl Unmet {
             Reason::PromptHidden(needs) => {
                 write!(f, "it keeps its default; setting it needs {}", NeedList(needs))
             }
-            Reason::OtherChoice { choice, taken } => {
-                write!(f, "the choice {choice:?} took {taken}")?;
-                match taken.asked_at {
-                    Some(_) => write!(f, "; if that is meant, ask for CONFIG_{}=n there", self.symbol),
+            Reason::OtherChoice { choice, selected } => {
+                write!(f, "the choice {choice:?} is set to {selected}")?;
+                match selected.requested_at {
+                    Some(_) => write!(f, "; if that is intended, request CONFIG_{}=n", self.symbol),
                     None => Ok(()),
                 }
             }
             Reason::OnlyChoice { choice } => {
-                write!(f, "one of the choice {choice:?} must be y; ask for another one")
+                write!(f, "one member of the choice {choice:?} must be y; request another member")
             }
             Reason::OutOfRange { low, high } => write!(f, "it must be from {low} to {high}"),
             Reason::Undetermined(needs) => {
-                write!(f, "it hangs on {}", NeedList(needs))
+                write!(f, "it depends on {}", NeedList(needs))
             }
             Reason::NotFound => {
-                f.write_str("nothing speaks against it; was the text appended before make olddefconfig?")
+                f.write_str("no reason found; was the text appended before make olddefconfig?")
             }
         }
     }
@@ -307,23 +312,23 @@ fn fmt_no_prompt(f: &mut fmt::Formatter<'_>, selected_by: &[String]) -> fmt::Res
     if selected_by.is_empty() {
         return f.write_str("its default decides");
     }
-    write!(f, "what sets it is {}", listed(&prefixed(selected_by), "or"))
+    write!(f, "it is set by {}", listed(&prefixed(selected_by), "or"))
 }
 
 fn described(kind: Kind) -> &'static str {
     match kind {
-        Kind::Bool | Kind::Tristate => "a switch: y or n",
+        Kind::Bool | Kind::Tristate => "a bool: y or n",
         Kind::Int => "a decimal number",
         Kind::Hex => "a hexadecimal number: 0x...",
         Kind::Text => "a string: \"...\"",
     }
 }
 
-impl fmt::Display for Culprit {
+impl fmt::Display for Cause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "CONFIG_{}", self.symbol)?;
-        match &self.asked_at {
-            Some(at) => write!(f, " (asked for at {at})"),
+        match &self.requested_at {
+            Some(at) => write!(f, " (requested at {at})"),
             None => Ok(()),
         }
     }

@@ -1,4 +1,4 @@
-//! Putting fragments together into one request.
+//! Merges fragments into one set of requests.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -11,69 +11,69 @@ use crate::value::{Value, bare, config_line};
 /// Why fragments cannot be composed.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum ComposeError {
-    /// Two shipped fragments want different values.
+    /// Two shipped fragments request different values.
     #[error(
-        "CONFIG_{symbol}: {} asks for {}, {} for {}",
-        first.place(), first.value, second.place(), second.value
+        "CONFIG_{symbol}: {} requests {}, {} requests {}",
+        first.location(), first.value, second.location(), second.value
     )]
     Conflict {
-        /// The symbol they disagree about.
+        /// The symbol.
         symbol: String,
-        /// What the earlier fragment asks for.
-        first: Box<Asked>,
-        /// What the later fragment asks for.
-        second: Box<Asked>,
+        /// The request of the earlier fragment.
+        first: Box<Request>,
+        /// The request of the later fragment.
+        second: Box<Request>,
     },
 }
 
-/// What is asked of one symbol, and by whom.
+/// The requested value of a symbol, and its origin.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Asked {
-    /// The value asked for.
+pub struct Request {
+    /// The requested value.
     pub value: Value,
-    /// Why, if the fragment says.
+    /// The reason, if the fragment has one.
     pub reason: Option<String>,
     /// The fragment's file.
     pub file: String,
-    /// The line in it.
+    /// The line in the file.
     pub line: usize,
-    /// Who wrote the fragment.
+    /// Origin of the fragment.
     pub origin: Origin,
 }
 
-impl Asked {
-    /// Where it is asked for, as `file:line`.
+impl Request {
+    /// Location of the request, as `file:line`.
     #[must_use]
-    pub fn place(&self) -> String {
+    pub fn location(&self) -> String {
         format!("{}:{}", self.file, self.line)
     }
 }
 
-/// All that a list of fragments asks for: one value per symbol.
+/// The requests of a list of fragments: one value per symbol.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Composed {
-    settings: BTreeMap<String, Asked>,
+    settings: BTreeMap<String, Request>,
 }
 
 impl Composed {
-    /// What is asked of a symbol (with or without `CONFIG_`).
+    /// The request for a symbol (with or without `CONFIG_`).
     #[must_use]
-    pub fn asked(&self, symbol: &str) -> Option<&Asked> {
+    pub fn request(&self, symbol: &str) -> Option<&Request> {
         self.settings.get(bare(symbol))
     }
 
-    /// All settings, sorted by symbol.
-    pub fn iter(&self) -> impl Iterator<Item = (&str, &Asked)> {
-        self.settings.iter().map(|(symbol, asked)| (symbol.as_str(), asked))
+    /// All requests, sorted by symbol.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Request)> {
+        self.settings.iter().map(|(symbol, request)| (symbol.as_str(), request))
     }
 
-    /// How many symbols have a setting.
+    /// Number of symbols with a request.
     #[must_use]
     pub fn len(&self) -> usize {
         self.settings.len()
     }
 
-    /// Whether nothing is asked for.
+    /// Whether there are no requests.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.settings.is_empty()
@@ -82,15 +82,15 @@ impl Composed {
     /// The lines to append to the `.config` that `make tinyconfig` wrote, before
     /// `make olddefconfig`.
     ///
-    /// The text depends on the settings alone, not on comments or the order of lines, so that its
-    /// digest can key a kernel build. A user's settings come last, because the last member of a
-    /// choice that is set to `y` is the one that the kernel takes.
+    /// The text depends only on the settings and not on comments or the order of lines, so that its digest can identify
+    /// a kernel build. A user's settings come last, because the kernel takes the last of several members of a
+    /// choice that are set to `y`.
     #[must_use]
     pub fn text(&self) -> String {
         let mut text = String::new();
         for origin in Origin::ALL {
-            for (symbol, asked) in self.iter().filter(|(_, asked)| asked.origin == origin) {
-                text.push_str(&config_line(symbol, &asked.value));
+            for (symbol, request) in self.iter().filter(|(_, request)| request.origin == origin) {
+                text.push_str(&config_line(symbol, &request.value));
                 text.push('\n');
             }
         }
@@ -98,7 +98,7 @@ impl Composed {
     }
 
     fn add(&mut self, fragment: &Fragment, setting: &Setting) -> Result<(), ComposeError> {
-        let asked = Asked {
+        let request = Request {
             value: setting.value.clone(),
             reason: setting.reason.clone(),
             file: fragment.file(),
@@ -107,37 +107,37 @@ impl Composed {
         };
         let mut entry = match self.settings.entry(setting.symbol.clone()) {
             Entry::Vacant(entry) => {
-                entry.insert(asked);
+                entry.insert(request);
                 return Ok(());
             }
             Entry::Occupied(entry) => entry,
         };
         let earlier = entry.get();
-        if earlier.value == asked.value {
-            // The first fragment to ask keeps the credit: its reason is the more basic one.
+        if earlier.value == request.value {
+            // The first request is kept, because its reason is the more basic one.
             return Ok(());
         }
-        if asked.origin > earlier.origin || asked.origin == Origin::User {
-            entry.insert(asked);
+        if request.origin > earlier.origin || request.origin == Origin::User {
+            entry.insert(request);
             return Ok(());
         }
         Err(ComposeError::Conflict {
             symbol: setting.symbol.clone(),
             first: Box::new(earlier.clone()),
-            second: Box::new(asked),
+            second: Box::new(request),
         })
     }
 }
 
 /// Merges fragments.
 ///
-/// Default fragments may ask for the same value, but not for different ones, and so may optional
-/// ones, which override the default. A user's fragment overrides every shipped one wherever it
-/// stands in the list, and the last of several users' fragments wins.
+/// Default fragments may request the same value of a symbol, but not different ones. The same holds for optional
+/// fragments, which override the default ones. A user's fragment overrides every shipped one, at any position in the
+/// list. Of several fragments of a user, the last one wins.
 ///
 /// # Errors
 ///
-/// Two default fragments that disagree, or two optional ones.
+/// When two default fragments, or two optional ones, request different values.
 pub fn compose(fragments: &[Fragment]) -> Result<Composed, ComposeError> {
     let mut composed = Composed::default();
     for origin in Origin::ALL {
@@ -159,21 +159,21 @@ mod tests {
     }
 
     #[test]
-    fn equal_requests_are_merged_and_the_first_keeps_the_credit() {
+    fn equal_requests_are_merged_and_the_first_one_is_kept() {
         let net = fragment("net", Origin::Default, "CONFIG_NET=y # Sockets.\n");
         let vsock = fragment("vsock", Origin::Default, "CONFIG_NET=y # A socket family.\n");
         let composed = compose(&[net, vsock]).unwrap();
         assert_eq!(composed.len(), 1);
-        assert_eq!(composed.asked("CONFIG_NET").unwrap().file, "net.config");
+        assert_eq!(composed.request("CONFIG_NET").unwrap().file, "net.config");
     }
 
     #[test]
-    fn shipped_fragments_may_not_disagree() {
+    fn shipped_fragments_must_not_conflict() {
         let one = fragment("one", Origin::Default, "CONFIG_A=y # a\nCONFIG_N=16 # n\n");
         let two = fragment("two", Origin::Default, "# Two.\nCONFIG_N=8 # fewer\n");
         assert_eq!(
             compose(&[one, two]).unwrap_err().to_string(),
-            "CONFIG_N: one.config:2 asks for 16, two.config:2 for 8"
+            "CONFIG_N: one.config:2 requests 16, two.config:2 requests 8"
         );
     }
 
@@ -183,23 +183,23 @@ mod tests {
         let base = fragment("base", Origin::Default, "CONFIG_A=y # a\n");
         let rich = fragment("rich", Origin::Optional, "CONFIG_A=y # a\n");
         let composed = compose(&[slim.clone(), base]).unwrap();
-        assert_eq!(composed.asked("A").unwrap().file, "slim.config");
+        assert_eq!(composed.request("A").unwrap().file, "slim.config");
         assert_eq!(
             compose(&[slim, rich]).unwrap_err().to_string(),
-            "CONFIG_A: slim.config:1 asks for n, rich.config:1 for y"
+            "CONFIG_A: slim.config:1 requests n, rich.config:1 requests y"
         );
     }
 
     #[test]
-    fn users_win_and_the_last_user_wins() {
+    fn user_fragments_override_and_the_last_one_wins() {
         let first = fragment("first.config", Origin::User, "CONFIG_A=n\nCONFIG_B=1\n");
         let base = fragment("base", Origin::Default, "CONFIG_A=y # a\nCONFIG_C=y # c\n");
         let last = fragment("last.config", Origin::User, "CONFIG_B=2\n");
         let composed = compose(&[first, base, last]).unwrap();
-        let asked = composed.asked("A").unwrap();
-        assert_eq!((&asked.value, asked.file.as_str()), (&Value::No, "first.config"));
-        assert_eq!(composed.asked("B").unwrap().file, "last.config");
-        // Shipped settings first, a user's last.
+        let request = composed.request("A").unwrap();
+        assert_eq!((&request.value, request.file.as_str()), (&Value::No, "first.config"));
+        assert_eq!(composed.request("B").unwrap().file, "last.config");
+        // Shipped settings come first, a user's last.
         assert_eq!(composed.text(), "CONFIG_C=y\n# CONFIG_A is not set\nCONFIG_B=2\n");
     }
 
@@ -213,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_composes_to_nothing() {
+    fn no_fragments_compose_to_an_empty_text() {
         let composed = compose(&[]).unwrap();
         assert!(composed.is_empty());
         assert_eq!(composed.text(), "");

@@ -1,4 +1,4 @@
-//! A complete `.config`, as `make olddefconfig` leaves it.
+//! A complete `.config`, as `make olddefconfig` writes it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -11,7 +11,7 @@ use thiserror::Error;
 use crate::fragment::excerpt;
 use crate::value::{Value, bare, is_symbol_name, not_set_symbol};
 
-/// The largest `.config` that is read; a distribution's has 300 KiB.
+/// Maximum size of a `.config`; a distribution's has 300 KiB.
 pub const MAX_CONFIG_BYTES: usize = 4 << 20;
 
 /// Why a `.config` was refused.
@@ -22,37 +22,36 @@ pub enum ConfigError {
     Read {
         /// The file.
         file: String,
-        /// What the system said.
+        /// The error of the system.
         source: io::Error,
     },
     /// The file is larger than [`MAX_CONFIG_BYTES`].
-    #[error("{file}: more than {MAX_CONFIG_BYTES} bytes, which is no .config")]
+    #[error("{file}: larger than {MAX_CONFIG_BYTES} bytes, not a .config")]
     TooBig {
         /// The file.
         file: String,
     },
-    /// A line that no `.config` has.
+    /// A line that is not valid in a `.config`.
     #[error("{file}:{line}: expected CONFIG_NAME=value, not {text:?}")]
     BadLine {
         /// The file.
         file: String,
-        /// Its number.
+        /// Number of the line.
         line: usize,
-        /// Its beginning.
+        /// The beginning of the line.
         text: String,
     },
 }
 
-/// The value of every symbol that a `.config` sets.
+/// The values of all symbols that a `.config` sets.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct KernelConfig {
-    /// Only symbols that are on: "not set" and "not mentioned" mean the same to a kernel build.
+    /// Only symbols that are not `n`: a kernel build treats absent symbols as `n`.
     values: BTreeMap<String, Value>,
 }
 
 impl KernelConfig {
-    /// Parses a `.config`. Where a symbol stands twice, the last line counts, as it does for the
-    /// kernel.
+    /// Parses a `.config`. If a symbol occurs twice, the last line counts, as in the kernel's parser.
     ///
     /// # Errors
     ///
@@ -90,7 +89,7 @@ impl KernelConfig {
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
         let name = path.display().to_string();
         let mut text = String::new();
-        // One byte more than the limit, so that parse sees that the file is too big.
+        // One byte more than the limit, so that `parse` detects files over the limit.
         File::open(path)
             .and_then(|file| file.take(MAX_CONFIG_BYTES as u64 + 1).read_to_string(&mut text))
             .map_err(|source| ConfigError::Read { file: name.clone(), source })?;
@@ -103,7 +102,7 @@ impl KernelConfig {
         self.values.get(bare(symbol)).unwrap_or(&Value::No)
     }
 
-    /// The symbols that are on, sorted, with their values.
+    /// The symbols that are set, sorted, with their values.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Value)> {
         self.values.iter().map(|(symbol, value)| (symbol.as_str(), value))
     }
@@ -119,7 +118,7 @@ impl KernelConfig {
 
 fn parse_setting(line: &str) -> Option<(&str, Value)> {
     let (symbol, value) = line.strip_prefix("CONFIG_")?.split_once('=')?;
-    // The kernel writes a hexadecimal default as its Kconfig file does, which may leave out the 0x.
+    // The kernel writes a hexadecimal default as in its Kconfig file, which may omit the 0x.
     let value = Value::parse(value).or_else(|| Value::parse(&format!("0x{value}")))?;
     is_symbol_name(symbol).then_some((symbol, value))
 }
@@ -180,7 +179,7 @@ CONFIG_RADIO_GEMTEK_PORT=34c
         assert_eq!(config.value("PHYSICAL_START"), &Value::Hex(0x100_0000));
         assert_eq!(config.value("RADIO_GEMTEK_PORT"), &Value::Hex(0x34c));
         assert_eq!(config.value("NET"), &Value::No);
-        assert_eq!(config.value("NEVER_HEARD_OF"), &Value::No);
+        assert_eq!(config.value("UNKNOWN"), &Value::No);
         assert_eq!(config.iter().count(), 5);
     }
 
@@ -191,7 +190,7 @@ CONFIG_RADIO_GEMTEK_PORT=34c
     }
 
     #[test]
-    fn bad_lines_are_named() {
+    fn errors_name_invalid_lines() {
         for line in ["CONFIG_A", "CONFIG_A=", "CONFIG_A=yes", "A=y", "CONFIG_A B=y", "CONFIG_A=\"x"] {
             let error = KernelConfig::parse(&format!("CONFIG_OK=y\n{line}\n")).unwrap_err();
             assert_eq!(error.to_string(), format!(".config:2: expected CONFIG_NAME=value, not {line:?}"));
@@ -201,17 +200,17 @@ CONFIG_RADIO_GEMTEK_PORT=34c
     }
 
     #[test]
-    fn files_are_named() {
+    fn errors_name_files() {
         let error = KernelConfig::read(Path::new("/nonexistent/.config")).unwrap_err();
         assert_eq!(error.to_string(), "/nonexistent/.config: cannot be read");
-        // A fragment is no .config: its lines have reasons.
+        // A fragment is not a .config, because its lines have comments after the values.
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fragments/block.config");
         let message = KernelConfig::read(&path).unwrap_err().to_string();
         assert!(message.starts_with(&format!("{}:2: expected", path.display())), "{message}");
     }
 
     #[test]
-    fn differences_are_sorted_and_absent_is_off() {
+    fn differences_are_sorted_and_absent_symbols_are_n() {
         let before = KernelConfig::parse("CONFIG_C=y\nCONFIG_A=1\nCONFIG_SAME=y\n").unwrap();
         let after = KernelConfig::parse("CONFIG_B=m\nCONFIG_A=2\n# CONFIG_D is not set\nCONFIG_SAME=y\n");
         let lines: Vec<_> = diff(&before, &after.unwrap()).iter().map(ToString::to_string).collect();

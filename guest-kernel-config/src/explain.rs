@@ -1,25 +1,25 @@
-//! All there is to say about one symbol, for a person.
+//! A description of one symbol.
 
 use std::fmt;
 
 use crate::check::is_active;
 use crate::config::KernelConfig;
 use crate::fragment::{Fragment, Origin};
-use crate::kconfig::{Choice, Condition, Definition, Guarded, Kconfig, Kind, Selection, Symbol, Truth};
+use crate::kconfig::{Choice, Condition, Conditional, Definition, Kconfig, Kind, Selection, Symbol, Truth};
 use crate::nearest::nearest;
-use crate::needs::{Blame, Need, NeedList, listed, state};
+use crate::needs::{Diagnosis, Need, NeedList, listed, state};
 use crate::value::bare;
 
-/// How many lines of a help text are shown.
-const HELP_LINES: usize = 12;
+/// Maximum number of lines of a help text.
+const MAX_HELP_LINES: usize = 12;
 
-/// How many of the symbols that select one are shown with their conditions.
-const SELECTIONS: usize = 8;
+/// Maximum number of active selections that are listed one by one.
+const MAX_SELECTIONS: usize = 8;
 
-/// Describes a symbol (with or without `CONFIG_`): its value in a configuration, which fragment
-/// asks for it and why, where it is defined, what it depends on, who selects it, and its help.
+/// Describes a symbol (with or without `CONFIG_`): its value in a configuration, the fragments that request it with
+/// their reasons, its definitions, dependencies and selections, and its help text.
 ///
-/// Without a configuration the text leaves out all values.
+/// Without a configuration, the text contains no values.
 #[must_use]
 pub fn explain(
     symbol: &str,
@@ -43,16 +43,16 @@ impl fmt::Display for Explanation<'_> {
             writeln!(f, "CONFIG_{}: this kernel has no such symbol", self.name)?;
             let names = self.kconfig.symbols().map(|(name, _)| name);
             if let Some(near) = nearest(self.name, names) {
-                writeln!(f, "  is CONFIG_{near} meant?")?;
+                writeln!(f, "  did you mean CONFIG_{near}?")?;
             }
-            return self.fmt_asked(f);
+            return self.fmt_requests(f);
         };
         write!(f, "CONFIG_{}", self.name)?;
         match self.config {
             Some(config) => writeln!(f, " {}", state(config.value(self.name)))?,
             None => writeln!(f)?,
         }
-        self.fmt_asked(f)?;
+        self.fmt_requests(f)?;
         for definition in &symbol.definitions {
             self.fmt_definition(f, definition, symbol.kind())?;
         }
@@ -63,18 +63,18 @@ impl fmt::Display for Explanation<'_> {
 }
 
 impl Explanation<'_> {
-    fn fmt_asked(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut asked = false;
+    fn fmt_requests(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut is_requested = false;
         for fragment in self.fragments {
             for setting in fragment.symbols.iter().filter(|s| s.symbol == self.name) {
-                asked = true;
+                is_requested = true;
                 let (value, file, line) = (&setting.value, fragment.file(), setting.line);
                 let reason = setting.reason.as_deref().unwrap_or("(no reason given)");
                 let optional = if is_optional(fragment) { " (an optional fragment)" } else { "" };
-                writeln!(f, "  asked for: {value} at {file}:{line}{optional}: {reason}")?;
+                writeln!(f, "  requested: {value} at {file}:{line}{optional}: {reason}")?;
             }
         }
-        if asked { Ok(()) } else { writeln!(f, "  asked for: by no fragment") }
+        if is_requested { Ok(()) } else { writeln!(f, "  requested: by no fragment") }
     }
 
     fn fmt_definition(
@@ -94,8 +94,8 @@ impl Explanation<'_> {
         }
         self.fmt_conditions(f, "depends on", definition.depends.iter().map(AsRef::as_ref))?;
         self.fmt_needs(f, definition)?;
-        for Guarded { what, when } in &definition.defaults {
-            write!(f, "    default: {}", what.annotated(self.config))?;
+        for Conditional { value, when } in &definition.defaults {
+            write!(f, "    default: {}", value.annotated(self.config))?;
             match when {
                 Some(when) => writeln!(f, " if {}", when.annotated(self.config))?,
                 None => writeln!(f)?,
@@ -108,10 +108,10 @@ impl Explanation<'_> {
     }
 
     fn fmt_choice(&self, f: &mut fmt::Formatter<'_>, choice: &Choice) -> fmt::Result {
-        write!(f, "    one of the choice {:?}: {}", choice.prompt, choice.members.join(", "))?;
-        let is_taken = |member: &&String| self.config.is_some_and(|c| c.value(member).is_set());
-        match choice.members.iter().find(is_taken) {
-            Some(taken) => writeln!(f, "; it took {taken}"),
+        write!(f, "    member of the choice {:?}: {}", choice.prompt, choice.members.join(", "))?;
+        let is_selected = |member: &&String| self.config.is_some_and(|c| c.value(member).is_set());
+        match choice.members.iter().find(is_selected) {
+            Some(selected) => writeln!(f, "; selected: {selected}"),
             None => writeln!(f),
         }
     }
@@ -128,19 +128,19 @@ impl Explanation<'_> {
         Ok(())
     }
 
-    /// What a definition lacks, in the words of [`crate::check`].
+    /// Lists the unmet conditions of a definition, as [`crate::check`] does.
     fn fmt_needs(&self, f: &mut fmt::Formatter<'_>, definition: &Definition) -> fmt::Result {
         let Some(config) = self.config else { return Ok(()) };
         let (kconfig, level) = (self.kconfig, Truth::Module);
-        let blame = Blame { config, kconfig, asked: None, level };
+        let diagnosis = Diagnosis { config, kconfig, requests: None, level };
         let when = definition.prompt.iter().flat_map(|prompt| &prompt.when);
         let conditions = definition.depends.iter().chain(when).map(AsRef::as_ref);
-        let mut needs = blame.conditions(conditions);
+        let mut needs = diagnosis.conditions(conditions);
         needs.retain(Need::is_certain);
         if needs.is_empty() { Ok(()) } else { writeln!(f, "    needs: {}", NeedList(&needs)) }
     }
 
-    /// Those in force with their conditions; of all others the names.
+    /// Lists active selections with their locations, and the names of all others.
     fn fmt_selections(
         &self,
         f: &mut fmt::Formatter<'_>,
@@ -150,7 +150,7 @@ impl Explanation<'_> {
         let in_force =
             |selection: &&Selection| self.config.is_some_and(|config| is_active(selection, config));
         let (active, idle): (Vec<&Selection>, Vec<&Selection>) = selections.iter().partition(in_force);
-        let (shown, rest) = active.split_at(active.len().min(SELECTIONS));
+        let (shown, rest) = active.split_at(active.len().min(MAX_SELECTIONS));
         for Selection { by, at, .. } in shown {
             writeln!(f, "  {title}: CONFIG_{by}, which is set ({at})")?;
         }
@@ -168,7 +168,7 @@ impl Explanation<'_> {
     }
 }
 
-/// Whether a kernel may well be built without this fragment.
+/// Whether a kernel can be built without this fragment.
 fn is_optional(fragment: &Fragment) -> bool {
     fragment.origin == Origin::Optional
 }
@@ -176,10 +176,10 @@ fn is_optional(fragment: &Fragment) -> bool {
 fn fmt_help(f: &mut fmt::Formatter<'_>, symbol: &Symbol) -> fmt::Result {
     let Some(help) = symbol.help() else { return Ok(()) };
     writeln!(f, "  help:")?;
-    for line in help.lines().take(HELP_LINES) {
+    for line in help.lines().take(MAX_HELP_LINES) {
         writeln!(f, "{}", format!("    {line}").trim_end())?;
     }
-    if help.lines().count() > HELP_LINES { writeln!(f, "    ...") } else { Ok(()) }
+    if help.lines().count() > MAX_HELP_LINES { writeln!(f, "    ...") } else { Ok(()) }
 }
 
 #[cfg(test)]
@@ -230,8 +230,8 @@ endchoice
     #[test]
     fn with_a_configuration() {
         let expected = r#"CONFIG_PAT is not set
-  asked for: y at base.config:1: Huge pages.
-  asked for: n at my.config:2: (no reason given)
+  requested: y at base.config:1: Huge pages.
+  requested: n at my.config:2: (no reason given)
   defined at Kconfig:2 (bool)
     prompt: "PAT support"
     only if: EXPERT [=n] (Kconfig:3)
@@ -250,7 +250,7 @@ endchoice
     #[test]
     fn without_a_configuration() {
         let expected = "CONFIG_CLOCK
-  asked for: by no fragment
+  requested: by no fragment
   defined at Kconfig:22 (bool)
     no prompt: it cannot be set directly
   selected by: CONFIG_OTHER and CONFIG_X86
@@ -259,7 +259,7 @@ endchoice
     }
 
     #[test]
-    fn selections_in_force_come_first() {
+    fn active_selections_come_first() {
         let text = explained("CLOCK", Some("CONFIG_X86=y\nCONFIG_CLOCK=y\n"));
         let selections = "  selected by: CONFIG_X86, which is set (Kconfig:16)\n  \
                           also selected by: CONFIG_OTHER\n";
@@ -267,15 +267,15 @@ endchoice
     }
 
     #[test]
-    fn a_member_of_a_choice_that_an_optional_fragment_asks_for() {
+    fn a_member_of_a_choice_that_an_optional_fragment_requests() {
         let kconfig = Kconfig::read(&|_: &str| Ok(KCONFIG.into())).unwrap();
         let debug = Fragment::parse("debug", b"CONFIG_SLOW=y # Why.", Origin::Optional).unwrap();
         let config = KernelConfig::parse("CONFIG_FAST=y\n").unwrap();
         let expected = r#"CONFIG_SLOW is not set
-  asked for: y at debug.config:1 (an optional fragment): Why.
+  requested: y at debug.config:1 (an optional fragment): Why.
   defined at Kconfig:26 (bool)
     prompt: "slow"
-    one of the choice "Timer": SLOW, FAST; it took FAST
+    member of the choice "Timer": SLOW, FAST; selected: FAST
 "#;
         assert_eq!(explain("SLOW", &kconfig, Some(&config), &[debug]), expected);
     }
@@ -283,8 +283,8 @@ endchoice
     #[test]
     fn an_unknown_symbol() {
         let expected = "CONFIG_CLOK: this kernel has no such symbol
-  is CONFIG_CLOCK meant?
-  asked for: by no fragment
+  did you mean CONFIG_CLOCK?
+  requested: by no fragment
 ";
         assert_eq!(explained("CLOK", None), expected);
     }

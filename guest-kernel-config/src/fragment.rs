@@ -1,4 +1,4 @@
-//! A fragment: the part of a kernel configuration that one purpose needs, each line with its reason.
+//! Fragments: parts of a kernel configuration for one purpose each, with a reason on each line.
 //!
 //! ```text
 //! # Disks.
@@ -6,9 +6,8 @@
 //! CONFIG_VIRTIO_BLK=y         # The guest's disks.
 //! ```
 //!
-//! The fragments in this crate must give a reason on every line: a symbol that nobody can defend is
-//! boot time that nobody can win back. A user's fragment may leave reasons out and may be a piece
-//! of an ordinary `.config`.
+//! The fragments in this crate must have a reason on every line, so that each symbol's cost in boot time stays
+//! justified. A user's fragment may omit reasons, and may be an excerpt of a `.config`.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -19,7 +18,7 @@ use thiserror::Error;
 
 use crate::value::{Value, is_symbol_name, not_set_symbol};
 
-/// The largest fragment that is read. The largest full `.config` in the wild is a third of this.
+/// Maximum size of a fragment: three times the largest `.config` of a distribution.
 pub const MAX_FRAGMENT_BYTES: usize = 1 << 20;
 
 /// Why a fragment was refused.
@@ -30,88 +29,88 @@ pub enum FragmentError {
     Read {
         /// The fragment's file.
         file: String,
-        /// What the system said.
+        /// The error of the system.
         source: io::Error,
     },
     /// The file is larger than [`MAX_FRAGMENT_BYTES`].
-    #[error("{file}: more than {MAX_FRAGMENT_BYTES} bytes, which is no configuration fragment")]
+    #[error("{file}: larger than {MAX_FRAGMENT_BYTES} bytes, not a configuration fragment")]
     TooBig {
         /// The fragment's file.
         file: String,
     },
     /// A NUL byte or bytes that are not UTF-8.
-    #[error("{file}:{line}: not text: a NUL or a byte that is not UTF-8")]
+    #[error("{file}:{line}: not text: contains a NUL or invalid UTF-8")]
     NotText {
         /// The fragment's file.
         file: String,
-        /// Its line.
+        /// The line.
         line: usize,
     },
-    /// A line that is no setting, comment or blank line.
+    /// A line that is not a setting, comment or blank line.
     #[error("{file}:{line}: expected CONFIG_NAME=value, not {text:?}")]
     NotASetting {
         /// The fragment's file.
         file: String,
-        /// Its line.
+        /// The line.
         line: usize,
         /// The beginning of the line.
         text: String,
     },
-    /// A symbol's name holds something other than letters, digits and underscores.
-    #[error("{file}:{line}: {symbol:?} is no symbol name (letters, digits and underscores)")]
+    /// A symbol name contains characters other than letters, digits and underscores.
+    #[error("{file}:{line}: {symbol:?} is not a symbol name (letters, digits and underscores)")]
     BadSymbol {
         /// The fragment's file.
         file: String,
-        /// Its line.
+        /// The line.
         line: usize,
-        /// The name as written.
+        /// The name.
         symbol: String,
     },
-    /// A value of none of the known forms.
+    /// An invalid value.
     #[error("{file}:{line}: CONFIG_{symbol} cannot be {value:?} (y, n, a number, 0x..., or a \"string\")")]
     BadValue {
         /// The fragment's file.
         file: String,
-        /// Its line.
+        /// The line.
         line: usize,
         /// The symbol.
         symbol: String,
-        /// The beginning of the value as written.
+        /// The beginning of the value.
         value: String,
     },
-    /// A string that does not end.
+    /// A string without its closing quote.
     #[error("{file}:{line}: the string of CONFIG_{symbol} has no closing quote")]
     OpenQuote {
         /// The fragment's file.
         file: String,
-        /// Its line.
+        /// The line.
         line: usize,
         /// The symbol.
         symbol: String,
     },
-    /// A driver asked for as a module.
+    /// The value `m`.
     #[error("{file}:{line}: CONFIG_{symbol}=m: this kernel has no modules; write y")]
     Module {
         /// The fragment's file.
         file: String,
-        /// Its line.
+        /// The line.
         line: usize,
         /// The symbol.
         symbol: String,
     },
-    /// A line of a shipped fragment without its reason.
+    /// A line of a shipped fragment without a reason.
     #[error("{file}:{line}: CONFIG_{symbol} has no reason; write CONFIG_{symbol}={value}  # why")]
     MissingReason {
         /// The fragment's file.
         file: String,
-        /// Its line.
+        /// The line.
         line: usize,
         /// The symbol.
         symbol: String,
-        /// The value asked for.
+        /// The requested value.
         value: Value,
     },
-    /// A symbol that the same fragment has set before.
+    /// A symbol that the fragment sets twice.
     #[error("{file}:{line}: CONFIG_{symbol} is already set on line {first}")]
     Duplicate {
         /// The fragment's file.
@@ -123,31 +122,30 @@ pub enum FragmentError {
         /// The first line.
         first: usize,
     },
-    /// A shipped fragment was asked for by a name that none has.
-    #[error("there is no fragment {name:?}; there are {known}")]
+    /// No shipped fragment has this name.
+    #[error("no such fragment: {name:?} (available: {known})")]
     Unknown {
-        /// The name asked for.
+        /// The name.
         name: String,
-        /// The names there are.
+        /// The names of the shipped fragments.
         known: String,
     },
 }
 
-/// Who wrote a fragment, which decides how strictly it is read and who wins a disagreement.
-/// Later ones override earlier ones.
+/// Origin of a fragment, which determines whether it must have reasons, and which fragments it overrides: later
+/// variants override earlier ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Origin {
-    /// Part of this crate and of every kernel: each line has a reason, and fragments may not
-    /// disagree.
+    /// Part of this crate and of every kernel: each line has a reason, and fragments must not conflict.
     Default,
-    /// Part of this crate, for kernels that ask for it. As above, but it overrides the default.
+    /// Part of this crate, for kernels that request it. As above, but overrides default fragments.
     Optional,
-    /// Handed in by a user: reasons are optional, and it overrides what is shipped.
+    /// From a user: reasons are optional, and it overrides shipped fragments.
     User,
 }
 
 impl Origin {
-    /// All of them, in the order in which they override each other.
+    /// All origins, in the order in which they override each other.
     pub const ALL: [Self; 3] = [Self::Default, Self::Optional, Self::User];
 }
 
@@ -156,11 +154,11 @@ impl Origin {
 pub struct Setting {
     /// The symbol, without `CONFIG_`.
     pub symbol: String,
-    /// The value asked for; never [`Value::Module`].
+    /// The requested value; never [`Value::Module`].
     pub value: Value,
-    /// Why; a user's fragment may leave it out.
+    /// The reason, which a user's fragment may omit.
     pub reason: Option<String>,
-    /// The line it stands on, counted from 1.
+    /// The line, counted from 1.
     pub line: usize,
 }
 
@@ -169,11 +167,11 @@ pub struct Setting {
 pub struct Fragment {
     /// The name of a shipped fragment, or the path of a user's.
     pub name: String,
-    /// Who wrote it.
+    /// Origin of the fragment.
     pub origin: Origin,
-    /// The comment that it opens with, without the `#`s: what the fragment is for.
+    /// The comment at the beginning, without `#`: the purpose of the fragment.
     pub header: String,
-    /// What it asks for, in its own order.
+    /// The settings, in the order of the file.
     pub symbols: Vec<Setting>,
 }
 
@@ -182,7 +180,7 @@ impl Fragment {
     ///
     /// # Errors
     ///
-    /// The first line that cannot be accepted, with its number and what is wrong with it.
+    /// The first invalid line.
     pub fn parse(name: &str, bytes: &[u8], origin: Origin) -> Result<Self, FragmentError> {
         let mut fragment = Self { name: name.to_owned(), origin, header: String::new(), symbols: Vec::new() };
         let file = fragment.file();
@@ -218,7 +216,7 @@ impl Fragment {
     pub fn read(path: &Path) -> Result<Self, FragmentError> {
         let name = path.display().to_string();
         let mut bytes = Vec::new();
-        // One byte more than the limit, so that parse sees that the file is too big.
+        // One byte more than the limit, so that `parse` detects files over the limit.
         let limit = MAX_FRAGMENT_BYTES as u64 + 1;
         File::open(path)
             .and_then(|file| file.take(limit).read_to_end(&mut bytes))
@@ -226,7 +224,7 @@ impl Fragment {
         Self::parse(&name, &bytes, Origin::User)
     }
 
-    /// How messages name the fragment's file: `base.config`, or the path that a user gave.
+    /// File name for messages: `base.config`, or the path of a user's fragment.
     #[must_use]
     pub fn file(&self) -> String {
         match self.origin {
@@ -244,7 +242,7 @@ impl Fragment {
     }
 }
 
-/// The bytes as text, or the number of the line that is not text.
+/// Decodes the bytes as text. The error is the number of the first line that is not text.
 fn text_of(bytes: &[u8]) -> Result<&str, usize> {
     let line_at = |offset: usize| 1 + bytes[..offset].iter().filter(|&&b| b == b'\n').count();
     if let Some(offset) = bytes.iter().position(|&b| b == 0) {
@@ -253,14 +251,14 @@ fn text_of(bytes: &[u8]) -> Result<&str, usize> {
     std::str::from_utf8(bytes).map_err(|error| line_at(error.valid_up_to()))
 }
 
-/// Parses one line and knows where it stands.
+/// Parser of one line, with its location for errors.
 struct LineParser<'a> {
     file: &'a str,
     line: usize,
 }
 
 impl LineParser<'_> {
-    /// The setting on this line; `None` for a comment or a blank line.
+    /// Parses the setting on this line. Returns `None` for a comment or a blank line.
     fn parse(&self, text: &str) -> Result<Option<Setting>, FragmentError> {
         if let Some(symbol) = not_set_symbol(text) {
             return self.setting(symbol, Value::No, "").map(Some);
@@ -284,7 +282,7 @@ impl LineParser<'_> {
         };
         let (value, rest) = rest.split_at(end);
         let comment = rest.trim_start();
-        // What follows a value is a comment, and a comment starts after a blank.
+        // Only a comment may follow a value, separated by white space.
         let separated = rest.is_empty() || (rest != comment && comment.starts_with('#'));
         match Value::parse(value).filter(|_| separated) {
             Some(value) => self.setting(symbol, value, comment).map(Some),
@@ -314,7 +312,7 @@ impl LineParser<'_> {
         })
     }
 
-    /// The rules that hold for a setting beyond its form.
+    /// Checks rules beyond the syntax.
     fn check(&self, setting: &Setting, origin: Origin) -> Result<(), FragmentError> {
         let (file, line) = (self.file.to_owned(), self.line);
         let symbol = setting.symbol.clone();
@@ -329,7 +327,7 @@ impl LineParser<'_> {
     }
 }
 
-/// How many bytes the value at the start of `text` takes; `None` if its quote never closes.
+/// Length of the value at the start of `text`. Returns `None` if the closing quote is missing.
 fn value_length(text: &str) -> Option<usize> {
     if !text.starts_with('"') {
         return Some(text.find(char::is_whitespace).unwrap_or(text.len()));
@@ -346,10 +344,10 @@ fn value_length(text: &str) -> Option<usize> {
     None
 }
 
-/// The beginning of a text that may be of any length, for a message.
+/// Truncates a text of any length for a message.
 pub(crate) fn excerpt(text: &str) -> String {
-    const SHOWN: usize = 60;
-    match text.char_indices().nth(SHOWN) {
+    const MAX_CHARS: usize = 60;
+    match text.char_indices().nth(MAX_CHARS) {
         Some((end, _)) => format!("{}...", &text[..end]),
         None => text.to_owned(),
     }
@@ -392,7 +390,7 @@ mod tests {
     }
 
     #[test]
-    fn a_user_may_paste_a_piece_of_a_config() {
+    fn a_users_fragment_may_be_an_excerpt_of_a_config() {
         let fragment = user("CONFIG_A=y\n# CONFIG_B is not set\nCONFIG_C=0x10\n").unwrap();
         let read: Vec<_> =
             fragment.symbols.iter().map(|s| (s.symbol.as_str(), &s.value, &s.reason)).collect();
@@ -404,7 +402,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_name_the_file_the_line_and_the_fault() {
+    fn errors_name_file_line_and_reason() {
         let cases = [
             ("\nCONFIG_A=y\n", "test.config:2: CONFIG_A has no reason; write CONFIG_A=y  # why"),
             ("CONFIG_A=y #  \n", "test.config:1: CONFIG_A has no reason; write CONFIG_A=y  # why"),
@@ -412,12 +410,12 @@ mod tests {
             ("CONFIG_A=y # a\nCONFIG_A=y # b\n", "test.config:2: CONFIG_A is already set on line 1"),
             (
                 "CONFIG_A-B=y # a\n",
-                "test.config:1: \"A-B\" is no symbol name (letters, digits and underscores)",
+                "test.config:1: \"A-B\" is not a symbol name (letters, digits and underscores)",
             ),
-            ("CONFIG_=y # a\n", "test.config:1: \"\" is no symbol name (letters, digits and underscores)"),
+            ("CONFIG_=y # a\n", "test.config:1: \"\" is not a symbol name (letters, digits and underscores)"),
             (
                 "# CONFIG_A B is not set\n",
-                "test.config:1: \"A B\" is no symbol name (letters, digits and underscores)",
+                "test.config:1: \"A B\" is not a symbol name (letters, digits and underscores)",
             ),
             (
                 "CONFIG_A=yes # a\n",
@@ -443,7 +441,7 @@ mod tests {
             ("CONFIG_A=m # a\n", "test.config:1: CONFIG_A=m: this kernel has no modules; write y"),
             ("BLOCK=y # a\n", "test.config:1: expected CONFIG_NAME=value, not \"BLOCK=y # a\""),
             ("CONFIG_A # a\n", "test.config:1: expected CONFIG_NAME=value, not \"CONFIG_A # a\""),
-            ("\n# \0\n", "test.config:2: not text: a NUL or a byte that is not UTF-8"),
+            ("\n# \0\n", "test.config:2: not text: contains a NUL or invalid UTF-8"),
         ];
         for (text, message) in cases {
             assert_eq!(shipped(text).unwrap_err().to_string(), message, "{text:?}");

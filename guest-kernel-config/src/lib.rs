@@ -1,31 +1,30 @@
-//! The configuration of the guest's kernel, as fragments in which every line says why it is there.
+//! The configuration of the guest kernel, as Kconfig fragments with a reason on each line.
 //!
-//! The kernel of a microVM starts from nothing (`make tinyconfig`) and gains only what a line of a
-//! [`Fragment`] asks for. [`shipped_named`] gives the fragments of this crate, [`compose`] merges
-//! them with those of a user into the text to append to the `.config`, and [`check`] compares what
-//! `make olddefconfig` made of it with what was asked for. Where the two differ, [`Unmet`] says
-//! which fragment and line lost and why, which it finds by reading the kernel's own Kconfig files
-//! ([`Kconfig`]). [`explain()`] says all of that about one symbol.
+//! The kernel of a microVM starts from `make tinyconfig` and enables only what a [`Fragment`] requests.
+//! [`shipped_named`] returns fragments of this crate, [`compose`] merges them with fragments of a user into the text to
+//! append to the `.config`, and [`check`] compares the result of `make olddefconfig` with the requests. For each
+//! difference, [`Unmet`] names the fragment and line that had no effect and the reason, which is derived from the
+//! kernel's own Kconfig files ([`Kconfig`]). [`explain()`] describes one symbol.
 //!
-//! Nothing here runs `make` or writes a file.
+//! This crate neither runs `make` nor writes files.
 //!
 //! ```
 //! use guest_kernel_config::{
 //!     Fragment, Kconfig, KernelConfig, Origin, check, compose, shipped_named,
 //! };
 //!
-//! // Ask for the shipped console and for one thing more.
+//! // Request the shipped console and one further option.
 //! let mut fragments = shipped_named(&["console"])?;
 //! fragments.push(Fragment::parse("my.config", b"CONFIG_X86_PAT=y\n", Origin::User)?);
-//! let asked = compose(&fragments)?;
-//! assert!(asked.text().ends_with("CONFIG_X86_PAT=y\n"));
+//! let requests = compose(&fragments)?;
+//! assert!(requests.text().ends_with("CONFIG_X86_PAT=y\n"));
 //!
-//! // A kernel tree would come from `KernelTree`; this one has a single symbol.
+//! // A real kernel tree is a `KernelTree`; this one has a single symbol.
 //! let tree = |_: &str| Ok(b"config X86_PAT\n\tbool \"PAT\"\n\tdepends on MTRR\n".to_vec());
 //! let kconfig = Kconfig::read(&tree)?;
 //!
-//! // After `make olddefconfig` the symbol is gone, and the check says why.
-//! let unmet = check(&asked, &KernelConfig::default(), &kconfig).unwrap_err();
+//! // `make olddefconfig` dropped the symbol, and the check reports the reason.
+//! let unmet = check(&requests, &KernelConfig::default(), &kconfig).unwrap_err();
 //! let pat = unmet.iter().find(|unmet| unmet.symbol == "X86_PAT").unwrap();
 //! assert_eq!((pat.file.as_str(), pat.line), ("my.config", 1));
 //! assert!(pat.to_string().contains("it needs CONFIG_MTRR (is not set"));
@@ -44,12 +43,12 @@ mod needs;
 mod shipped;
 mod value;
 
-pub use check::{Culprit, Reason, Unmet, check};
-pub use compose::{Asked, ComposeError, Composed, compose};
+pub use check::{Cause, Reason, Unmet, check};
+pub use compose::{ComposeError, Composed, Request, compose};
 pub use config::{ConfigError, Difference, KernelConfig, MAX_CONFIG_BYTES, diff};
 pub use explain::explain;
 pub use fragment::{Fragment, FragmentError, MAX_FRAGMENT_BYTES, Origin, Setting};
 pub use kconfig::{Kconfig, KconfigError, KernelTree};
-pub use needs::{Means, Need};
+pub use needs::{Need, Remedy};
 pub use shipped::{DEFAULT, OPTIONAL, RUN, shipped, shipped_named};
 pub use value::Value;

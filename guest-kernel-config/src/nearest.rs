@@ -1,9 +1,8 @@
-//! The name that somebody probably meant.
+//! Suggestions for misspelt symbol names.
 
-/// The candidate that differs least from a name, if it differs by little; of equally near ones
-/// the first.
+/// The candidate with the smallest edit distance to a name, within a limit. Of equally near candidates, the first.
 pub(crate) fn nearest<'a>(name: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
-    // Beyond a mistake in four letters a suggestion would be a guess.
+    // One mistake per four letters; with more, a suggestion would be a guess.
     let limit = (name.len() / 4).clamp(1, 4);
     candidates
         .filter(|candidate| candidate.len().abs_diff(name.len()) <= limit)
@@ -13,8 +12,8 @@ pub(crate) fn nearest<'a>(name: &str, candidates: impl Iterator<Item = &'a str>)
         .map(|(_, candidate)| candidate)
 }
 
-/// How many letters have to be inserted, removed, replaced or swapped with their neighbour to get
-/// from one name to another.
+/// The Damerau-Levenshtein distance (optimal string alignment): the number of letters to insert, remove, replace or
+/// swap with their neighbour.
 fn distance(from: &[u8], to: &[u8]) -> usize {
     // rows[i][j] is the distance of the first i letters of one name to the first j of the other.
     let mut rows: Vec<Vec<usize>> = vec![(0..=to.len()).collect()];
@@ -55,7 +54,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_near_name_is_suggested() {
+    fn only_near_names_are_suggested() {
         let names = ["NET", "VIRTIO_BLK", "VIRTIO_MEM", "VIRTIO_MMIO", "VIRTIO_NET"];
         let cases = [
             ("VIRTIO_MIMO", Some("VIRTIO_MMIO")),

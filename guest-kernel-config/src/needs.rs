@@ -1,70 +1,70 @@
-//! Which terms of a condition fail, and no more than those.
+//! Finds the unmet terms of a condition.
 
 use std::fmt;
 
-use crate::compose::{Asked, Composed};
+use crate::compose::{Composed, Request};
 use crate::config::KernelConfig;
 use crate::kconfig::{Comparison, Condition, Expr, Kconfig, Symbol, Term, Truth};
 use crate::value::Value;
 
-/// How many alternatives or names a message lists before it only counts the rest.
-const SHOWN: usize = 4;
+/// Maximum number of alternatives or names in a message; the rest is only counted.
+const MAX_LISTED: usize = 4;
 
-/// One thing that must change before a condition holds.
+/// One change that a condition needs to hold.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Need {
-    /// A symbol must be on.
+    /// A symbol must be set.
     On {
         /// The symbol, without `CONFIG_`.
         symbol: String,
-        /// What it is.
-        got: Value,
-        /// How it could be set.
-        means: Means,
+        /// The actual value.
+        actual: Value,
+        /// How it can be set.
+        remedy: Remedy,
     },
-    /// A symbol must be off.
+    /// A symbol must not be set.
     Off {
         /// The symbol, without `CONFIG_`.
         symbol: String,
-        /// What it is.
-        got: Value,
-        /// Where a fragment asks for it, as `file:line`.
-        asked_at: Option<String>,
+        /// The actual value.
+        actual: Value,
+        /// Location of the request for it, as `file:line`.
+        requested_at: Option<String>,
     },
     /// A comparison must hold.
     Compare {
-        /// What is compared.
+        /// The left side.
         left: Term,
-        /// How.
+        /// The operator.
         comparison: Comparison,
-        /// With what.
+        /// The right side.
         right: Term,
         /// The value of the left side, if that is a symbol.
-        got: Option<Value>,
+        actual: Option<Value>,
     },
-    /// A macro must give yes, which cannot be known here: a compiler test, for example.
+    /// A macro must be `y`, which is unknown here: a compiler test, for example.
     Unknown(String),
-    /// The condition is a plain `n`.
+    /// The condition is the constant `n`.
     Never,
-    /// One of these lists must hold as a whole.
+    /// All needs of one of these lists must be met.
     Any(Vec<Vec<Need>>),
 }
 
-/// How a symbol that is needed could be set.
+/// How a needed symbol can be set.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Means {
-    /// By asking for it.
-    Asking,
-    /// By no longer asking for `n`, which a fragment does at this `file:line`.
-    NotRefusing(String),
-    /// Only by these other symbols, which select it; if there are none, by its default.
-    Others(Vec<String>),
-    /// Not at all: this kernel does not define it.
-    Nothing,
+pub enum Remedy {
+    /// By a request for it.
+    Request,
+    /// By removing the request for `n` at this `file:line`.
+    RemoveRequest(String),
+    /// Only by these other symbols, which select it, or by its default if the list is empty.
+    Select(Vec<String>),
+    /// It cannot be set, because this kernel does not define it.
+    None,
 }
 
 impl Need {
-    /// Whether this certainly fails; what hangs on a macro alone may be fine.
+    /// Whether this is certainly unmet. A need that depends only on a macro may be met.
     #[must_use]
     pub fn is_certain(&self) -> bool {
         match self {
@@ -74,31 +74,30 @@ impl Need {
         }
     }
 
-    /// Whether nothing that this kernel has could bring it about.
-    fn is_hopeless(&self) -> bool {
-        matches!(self, Self::Never | Self::On { means: Means::Nothing, .. })
+    /// Whether no configuration of this kernel can meet it.
+    fn is_impossible(&self) -> bool {
+        matches!(self, Self::Never | Self::On { remedy: Remedy::None, .. })
     }
 }
 
-/// Looks for what keeps conditions from holding in a configuration.
+/// Finds the unmet terms of conditions in a configuration.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Blame<'a> {
+pub(crate) struct Diagnosis<'a> {
     pub(crate) config: &'a KernelConfig,
     pub(crate) kconfig: &'a Kconfig,
-    /// What was asked for, to name who stands in the way.
-    pub(crate) asked: Option<&'a Composed>,
-    /// How true a condition must be: `m` is enough for a bool, a tristate needs `y` to be `y`.
+    /// The requests, for the locations of conflicting ones.
+    pub(crate) requests: Option<&'a Composed>,
+    /// Minimum value of a condition: `m` suffices for a bool; a tristate can be `y` only if its condition is.
     pub(crate) level: Truth,
 }
 
-impl Blame<'_> {
-    /// All failing terms of a list of conditions, each once.
+impl Diagnosis<'_> {
+    /// All unmet terms of a list of conditions, without duplicates.
     pub(crate) fn conditions<'c>(&self, list: impl Iterator<Item = &'c Condition>) -> Vec<Need> {
         unique(list.flat_map(|condition| self.expr(&condition.expr, true)).collect())
     }
 
-    /// What must change for an expression to hold (or, if not `wanted`, to fail); nothing if it
-    /// already does.
+    /// The changes that make an expression true, or false if not `wanted`. Empty if it already is.
     pub(crate) fn expr(&self, expr: &Expr, wanted: bool) -> Vec<Need> {
         let truth = expr.truth(self.config);
         if (if wanted { truth } else { !truth }) >= self.level {
@@ -106,7 +105,7 @@ impl Blame<'_> {
         }
         match expr {
             Expr::Not(inner) => self.expr(inner, !wanted),
-            // De Morgan: to make an && fail, one part has to fail, and so on.
+            // De Morgan: an && is false if one part is false, an || if all parts are.
             Expr::And(parts) if wanted => self.all(parts, wanted),
             Expr::Or(parts) if !wanted => self.all(parts, wanted),
             Expr::And(parts) | Expr::Or(parts) => self.any(parts, wanted),
@@ -125,12 +124,12 @@ impl Blame<'_> {
     fn any(&self, parts: &[Expr], wanted: bool) -> Vec<Need> {
         let mut alternatives: Vec<Vec<Need>> = parts.iter().map(|part| self.expr(part, wanted)).collect();
         if let Some(first) = alternatives.first().cloned() {
-            alternatives.retain(|needs| !needs.iter().any(Need::is_hopeless));
+            alternatives.retain(|needs| !needs.iter().any(Need::is_impossible));
             if alternatives.is_empty() {
                 return first;
             }
         }
-        // "A, or A and B" is no more than "A": with the short ones first, drop what contains one.
+        // "A, or A and B" is "A": after sorting by length, drop alternatives that contain a shorter one.
         alternatives.sort_by_key(Vec::len);
         let mut minimal: Vec<Vec<Need>> = Vec::new();
         for needs in alternatives {
@@ -150,26 +149,26 @@ impl Blame<'_> {
     }
 
     fn symbol(&self, name: &str, wanted: bool) -> Need {
-        let (symbol, got) = (name.to_owned(), self.config.value(name).clone());
-        let asked = self.asked.and_then(|composed| composed.asked(name));
+        let (symbol, actual) = (name.to_owned(), self.config.value(name).clone());
+        let request = self.requests.and_then(|requests| requests.request(name));
         if !wanted {
-            let asked_at = asked.filter(|asked| asked.value.is_set()).map(Asked::place);
-            return Need::Off { symbol, got, asked_at };
+            let requested_at = request.filter(|request| request.value.is_set()).map(Request::location);
+            return Need::Off { symbol, actual, requested_at };
         }
-        let means = match (self.kconfig.symbol(name), asked) {
-            (None, _) => Means::Nothing,
-            (Some(_), Some(asked)) if !asked.value.is_set() => Means::NotRefusing(asked.place()),
-            (Some(symbol), _) if symbol.prompts().next().is_some() => Means::Asking,
-            (Some(symbol), _) => Means::Others(selectors(symbol)),
+        let remedy = match (self.kconfig.symbol(name), request) {
+            (None, _) => Remedy::None,
+            (Some(_), Some(request)) if !request.value.is_set() => Remedy::RemoveRequest(request.location()),
+            (Some(symbol), _) if symbol.prompts().next().is_some() => Remedy::Request,
+            (Some(symbol), _) => Remedy::Select(selectors(symbol)),
         };
-        Need::On { symbol, got, means }
+        Need::On { symbol, actual, remedy }
     }
 
     fn comparison(&self, left: &Term, comparison: Comparison, right: &Term) -> Need {
         if matches!(left, Term::Unknown(_)) || matches!(right, Term::Unknown(_)) {
             return Need::Unknown(format!("{left} {comparison} {right}"));
         }
-        // Most comparisons only ask whether a symbol is on or off.
+        // Most comparisons only test whether a symbol is set.
         match (left, comparison, right) {
             (Term::Symbol(symbol), Comparison::Equal, Term::Constant(c)) if c == "y" => {
                 return self.symbol(symbol, true);
@@ -182,11 +181,11 @@ impl Blame<'_> {
             }
             _ => {}
         }
-        let got = match left {
+        let actual = match left {
             Term::Symbol(symbol) => Some(self.config.value(symbol).clone()),
             _ => None,
         };
-        Need::Compare { left: left.clone(), comparison, right: right.clone(), got }
+        Need::Compare { left: left.clone(), comparison, right: right.clone(), actual }
     }
 }
 
@@ -203,33 +202,33 @@ fn unique(needs: Vec<Need>) -> Vec<Need> {
 impl fmt::Display for Need {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::On { symbol, got, means } => {
-                write!(f, "CONFIG_{symbol} ({}", state(got))?;
-                match means {
-                    Means::Asking => {}
-                    Means::NotRefusing(at) => write!(f, "; {at} asks for n")?,
-                    Means::Others(names) if names.is_empty() => f.write_str("; it has no prompt")?,
-                    Means::Others(names) => {
+            Self::On { symbol, actual, remedy } => {
+                write!(f, "CONFIG_{symbol} ({}", state(actual))?;
+                match remedy {
+                    Remedy::Request => {}
+                    Remedy::RemoveRequest(at) => write!(f, "; {at} requests n")?,
+                    Remedy::Select(names) if names.is_empty() => f.write_str("; it has no prompt")?,
+                    Remedy::Select(names) => {
                         let verb = if names.len() == 1 { "selects" } else { "select" };
                         write!(f, "; {} {verb} it", listed(&prefixed(names), "or"))?;
                     }
-                    Means::Nothing => f.write_str("; this kernel does not have it")?,
+                    Remedy::None => f.write_str("; this kernel does not have it")?,
                 }
                 f.write_str(")")
             }
-            Self::Off { symbol, got, asked_at } => {
-                write!(f, "CONFIG_{symbol} off ({}", state(got))?;
-                match asked_at {
-                    Some(at) => write!(f, "; asked for at {at})"),
+            Self::Off { symbol, actual, requested_at } => {
+                write!(f, "CONFIG_{symbol} off ({}", state(actual))?;
+                match requested_at {
+                    Some(at) => write!(f, "; requested at {at})"),
                     None => f.write_str(")"),
                 }
             }
-            Self::Compare { left, comparison, right, got } => {
+            Self::Compare { left, comparison, right, actual } => {
                 write!(f, "{} {comparison} {}", full_name(left), full_name(right))?;
-                got.as_ref().map_or(Ok(()), |got| write!(f, " ({})", state(got)))
+                actual.as_ref().map_or(Ok(()), |actual| write!(f, " ({})", state(actual)))
             }
             Self::Unknown(text) => write!(f, "{text} (a test that is not run here)"),
-            Self::Never => f.write_str("what no configuration can give"),
+            Self::Never => f.write_str("a condition that is always false"),
             Self::Any(alternatives) => fmt_alternatives(f, alternatives),
         }
     }
@@ -246,7 +245,7 @@ fn fmt_alternatives(f: &mut fmt::Formatter<'_>, alternatives: &[Vec<Need>]) -> f
     f.write_str(&listed(&texts, "or"))
 }
 
-/// Several needs as one phrase: `A, B and C`.
+/// Formats several needs: `A, B and C`.
 pub(crate) struct NeedList<'a>(pub(crate) &'a [Need]);
 
 impl fmt::Display for NeedList<'_> {
@@ -255,7 +254,7 @@ impl fmt::Display for NeedList<'_> {
             .0
             .iter()
             .map(|need| match need {
-                // "A and B or C" could be read either way.
+                // "A and B or C" is ambiguous without parentheses.
                 Need::Any(_) if self.0.len() > 1 => format!("({need})"),
                 need => need.to_string(),
             })
@@ -264,20 +263,20 @@ impl fmt::Display for NeedList<'_> {
     }
 }
 
-/// `A, B and C`; of a long list only the beginning.
+/// Formats `A, B and C`. A long list is truncated.
 pub(crate) fn listed(texts: &[String], conjunction: &str) -> String {
     match texts {
         [] => String::new(),
         [only] => only.clone(),
-        texts if texts.len() > SHOWN + 1 => {
-            let shown = texts[..SHOWN].join(", ");
-            format!("{shown} {conjunction} {} others", texts.len() - SHOWN)
+        texts if texts.len() > MAX_LISTED + 1 => {
+            let shown = texts[..MAX_LISTED].join(", ");
+            format!("{shown} {conjunction} {} others", texts.len() - MAX_LISTED)
         }
         [first @ .., last] => format!("{} {conjunction} {last}", first.join(", ")),
     }
 }
 
-/// The symbols that select another, each once.
+/// The symbols that select another, without duplicates.
 pub(crate) fn selectors(symbol: &Symbol) -> Vec<String> {
     let mut names: Vec<String> = symbol.selected_by.iter().map(|s| s.by.clone()).collect();
     names.sort();
@@ -285,12 +284,12 @@ pub(crate) fn selectors(symbol: &Symbol) -> Vec<String> {
     names
 }
 
-/// Symbols' names with their `CONFIG_`.
+/// Names of symbols with `CONFIG_`.
 pub(crate) fn prefixed(names: &[String]) -> Vec<String> {
     names.iter().map(|name| format!("CONFIG_{name}")).collect()
 }
 
-/// What a symbol is, in words.
+/// Describes the value of a symbol.
 pub(crate) fn state(value: &Value) -> String {
     match value {
         Value::No => "is not set".to_owned(),
@@ -327,8 +326,8 @@ config HAVE_NONE
 	bool
 config REFUSED
 	bool \"refused\"
-config GIVER
-	bool \"giver\"
+config SELECTOR
+	bool \"selector\"
 	select HAVE_IT
 ";
 
@@ -338,14 +337,14 @@ config GIVER
         let config = KernelConfig::parse(config).unwrap();
         let fragment = b"CONFIG_REFUSED=n\nCONFIG_Y=y\n";
         let fragment = Fragment::parse("my.config", fragment, Origin::User).unwrap();
-        let asked = compose(&[fragment]).unwrap();
-        let asked = Some(&asked);
-        let blame = Blame { config: &config, kconfig: &kconfig, asked, level };
-        NeedList(&blame.expr(&parse_expr(expr).unwrap(), true)).to_string()
+        let requests = compose(&[fragment]).unwrap();
+        let requests = Some(&requests);
+        let diagnosis = Diagnosis { config: &config, kconfig: &kconfig, requests, level };
+        NeedList(&diagnosis.expr(&parse_expr(expr).unwrap(), true)).to_string()
     }
 
     #[test]
-    fn only_failing_terms_are_named() {
+    fn only_unmet_terms_are_listed() {
         let cases = [
             ("Y && M", ""),
             ("Y && A", "CONFIG_A (is not set)"),
@@ -358,20 +357,20 @@ config GIVER
             ("A || B && Y", "CONFIG_A (is not set) or CONFIG_B (is not set)"),
             ("A || A && B", "CONFIG_A (is not set)"),
             ("A || n", "CONFIG_A (is not set)"),
-            ("n", "what no configuration can give"),
-            ("!Y", "CONFIG_Y off (is y; asked for at my.config:2)"),
-            ("!(Y || A)", "CONFIG_Y off (is y; asked for at my.config:2)"),
-            ("!(Y && !A)", "CONFIG_Y off (is y; asked for at my.config:2) or CONFIG_A (is not set)"),
-            ("HAVE_IT", "CONFIG_HAVE_IT (is not set; CONFIG_GIVER selects it)"),
+            ("n", "a condition that is always false"),
+            ("!Y", "CONFIG_Y off (is y; requested at my.config:2)"),
+            ("!(Y || A)", "CONFIG_Y off (is y; requested at my.config:2)"),
+            ("!(Y && !A)", "CONFIG_Y off (is y; requested at my.config:2) or CONFIG_A (is not set)"),
+            ("HAVE_IT", "CONFIG_HAVE_IT (is not set; CONFIG_SELECTOR selects it)"),
             ("OTHER", "CONFIG_OTHER (is not set; this kernel does not have it)"),
             ("N > 8", "CONFIG_N > 8 (is 4)"),
             ("!(N < 8)", "CONFIG_N >= 8 (is 4)"),
             ("HAVE_NONE", "CONFIG_HAVE_NONE (is not set; it has no prompt)"),
-            ("REFUSED", "CONFIG_REFUSED (is not set; my.config:1 asks for n)"),
+            ("REFUSED", "CONFIG_REFUSED (is not set; my.config:1 requests n)"),
             ("OTHER || OTHER && A", "CONFIG_OTHER (is not set; this kernel does not have it)"),
             ("OTHER || B", "CONFIG_B (is not set)"),
             ("A && A = y && A != n", "CONFIG_A (is not set)"),
-            ("Y = n", "CONFIG_Y off (is y; asked for at my.config:2)"),
+            ("Y = n", "CONFIG_Y off (is y; requested at my.config:2)"),
             ("M = A", "CONFIG_M = CONFIG_A (is m)"),
             (
                 "$(success,x) && A",
@@ -385,7 +384,7 @@ config GIVER
     }
 
     #[test]
-    fn a_module_is_enough_for_a_bool_but_not_for_y() {
+    fn a_module_suffices_for_a_bool_but_not_for_y() {
         assert_eq!(needs("M", Truth::Module), "");
         assert_eq!(needs("M", Truth::Yes), "CONFIG_M (is m)");
     }
@@ -393,13 +392,13 @@ config GIVER
     #[test]
     fn macros_are_not_certain() {
         let unknown = || vec![Need::Unknown("$(x)".into())];
-        let off = || vec![Need::Off { symbol: "A".into(), got: Value::Yes, asked_at: None }];
+        let off = || vec![Need::Off { symbol: "A".into(), actual: Value::Yes, requested_at: None }];
         assert!(!Need::Any(vec![off(), unknown()]).is_certain());
         assert!(Need::Any(vec![off(), [off(), unknown()].concat()]).is_certain());
     }
 
     #[test]
-    fn long_lists_are_cut() {
+    fn long_lists_are_truncated() {
         let texts: Vec<String> = ["A", "B", "C", "D", "E", "F"].map(str::to_owned).into();
         assert_eq!(listed(&texts[..5], "and"), "A, B, C, D and E");
         assert_eq!(listed(&texts, "and"), "A, B, C, D and 2 others");

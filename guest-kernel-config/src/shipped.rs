@@ -2,7 +2,7 @@
 
 use crate::fragment::{Fragment, FragmentError, Origin};
 
-/// Each fragment's name and text, in the order in which they build on each other.
+/// Name and text of each fragment. A fragment may depend on earlier ones.
 const SHIPPED: [(&str, &str); 20] = [
     ("base", include_str!("../fragments/base.config")),
     ("kvm-guest", include_str!("../fragments/kvm-guest.config")),
@@ -26,7 +26,7 @@ const SHIPPED: [(&str, &str); 20] = [
     ("debug", include_str!("../fragments/debug.config")),
 ];
 
-/// The fragments of a kernel for `kindling boot`, and a part of every other.
+/// The fragments of the kernel for `kindling boot`, which every kernel contains.
 pub const DEFAULT: [&str; 11] = [
     "base",
     "kvm-guest",
@@ -41,7 +41,7 @@ pub const DEFAULT: [&str; 11] = [
     "balloon",
 ];
 
-/// The fragments that an image may ask for on top.
+/// Fragments that an image may request in addition.
 pub const OPTIONAL: [&str; 9] = [
     "pmem",
     "uniprocessor",
@@ -54,29 +54,29 @@ pub const OPTIONAL: [&str; 9] = [
     "debug",
 ];
 
-/// The fragments that a kernel for `kindling run` has on top of the default ones. Its guests start from a pre-booted
-/// kernel: there most of what costs a boot time is free (docs/kernel-prices.md).
+/// Fragments of the kernel for `kindling run`, in addition to the default ones. Its guests resume from a snapshot of a
+/// booted kernel, so that most options that slow down a boot cost nothing (docs/kernel-prices.md).
 pub const RUN: [&str; 4] = ["pmem", "container", "netfilter", "hardening"];
 
 /// All fragments of this crate, default and optional.
 ///
 /// # Errors
 ///
-/// A fragment that does not parse, which a test of this crate rules out.
+/// When a fragment does not parse, which a test of this crate rules out.
 pub fn shipped() -> Result<Vec<Fragment>, FragmentError> {
     SHIPPED.iter().map(|(name, text)| parse(name, text)).collect()
 }
 
-/// The fragments of these names, in the order of the names.
+/// The fragments with these names, in this order.
 ///
 /// # Errors
 ///
-/// A name that no fragment has.
+/// When no fragment has such a name.
 pub fn shipped_named<S: AsRef<str>>(names: &[S]) -> Result<Vec<Fragment>, FragmentError> {
-    names.iter().map(|name| one(name.as_ref())).collect()
+    names.iter().map(|name| by_name(name.as_ref())).collect()
 }
 
-fn one(wanted: &str) -> Result<Fragment, FragmentError> {
+fn by_name(wanted: &str) -> Result<Fragment, FragmentError> {
     match SHIPPED.iter().find(|(name, _)| *name == wanted) {
         Some((name, text)) => parse(name, text),
         None => Err(FragmentError::Unknown {
@@ -102,8 +102,8 @@ mod tests {
         let names: Vec<_> = fragments.iter().map(|f| f.name.as_str()).collect();
         assert_eq!(names, [&DEFAULT[..], &OPTIONAL[..]].concat());
         for fragment in &fragments {
-            assert!(!fragment.header.is_empty(), "{} does not say what it is for", fragment.name);
-            assert!(!fragment.symbols.is_empty(), "{} asks for nothing", fragment.name);
+            assert!(!fragment.header.is_empty(), "{} has no header", fragment.name);
+            assert!(!fragment.symbols.is_empty(), "{} is empty", fragment.name);
         }
         let composed = compose(&fragments).unwrap();
         assert!(composed.len() > 100, "only {} settings", composed.len());
@@ -134,6 +134,6 @@ mod tests {
         assert_eq!(fragments[0].name, "debug");
         assert_eq!(fragments[1].name, "base");
         let error = shipped_named(&["bsae"]).unwrap_err().to_string();
-        assert!(error.starts_with("there is no fragment \"bsae\"; there are base, kvm-guest,"));
+        assert!(error.starts_with("no such fragment: \"bsae\" (available: base, kvm-guest,"));
     }
 }

@@ -1,13 +1,13 @@
-//! The value of one configuration symbol, as `.config` files write it.
+//! Values of configuration symbols, in the syntax of `.config` files.
 
 use std::fmt;
 
-/// What a symbol is set to.
+/// The value of a symbol.
 ///
-/// A symbol that a `.config` does not mention is off, so [`Value::No`] also stands for "absent".
+/// A symbol that is absent from a `.config` is `n`, so that [`Value::No`] also stands for an absent symbol.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Value {
-    /// Off: `n`, or `# CONFIG_X is not set`.
+    /// Disabled: `n`, or `# CONFIG_X is not set`.
     No,
     /// Built as a module: `m`.
     Module,
@@ -17,12 +17,12 @@ pub enum Value {
     Number(i64),
     /// A hexadecimal number, written with `0x`.
     Hex(u64),
-    /// A string, without its quotes and escapes.
+    /// A string, without quotes and escapes.
     Text(String),
 }
 
 impl Value {
-    /// Reads what stands to the right of the `=`; `None` if it is not a value.
+    /// Parses the text after the `=`. Returns `None` if it is not a value.
     ///
     /// The rules are the kernel's own: no leading zeros in decimal numbers, and no control
     /// characters or unescaped quotes in strings.
@@ -48,14 +48,14 @@ impl Value {
         text.parse().ok().filter(|_| plain && !leading_zero).map(Self::Number)
     }
 
-    /// Whether the symbol is on at all: anything but `n`.
+    /// Whether the value is not `n`.
     #[must_use]
     pub fn is_set(&self) -> bool {
         *self != Self::No
     }
 }
 
-/// As `.config` writes it.
+/// Formats the value as in a `.config`.
 impl fmt::Display for Value {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -72,7 +72,7 @@ impl fmt::Display for Value {
     }
 }
 
-/// Undoes the escapes of a string; `None` if a quote or a backslash stands alone.
+/// Removes the escapes of a string. Returns `None` if it contains an unescaped quote or a trailing backslash.
 fn unquote(text: &str) -> Option<String> {
     let mut plain = String::with_capacity(text.len());
     let mut chars = text.chars();
@@ -87,17 +87,17 @@ fn unquote(text: &str) -> Option<String> {
     Some(plain)
 }
 
-/// The name without a leading `CONFIG_`, so that callers may pass either form.
+/// Removes a leading `CONFIG_`, so that callers may pass either form.
 pub(crate) fn bare(symbol: &str) -> &str {
     symbol.strip_prefix("CONFIG_").unwrap_or(symbol)
 }
 
-/// Whether this can be a symbol's name (without `CONFIG_`).
+/// Whether this is a valid symbol name (without `CONFIG_`).
 pub(crate) fn is_symbol_name(name: &str) -> bool {
     !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_')
 }
 
-/// The line of a `.config` that gives a symbol this value.
+/// The line of a `.config` that sets a symbol to this value.
 pub(crate) fn config_line(symbol: &str, value: &Value) -> String {
     match value {
         Value::No => format!("# CONFIG_{symbol} is not set"),
@@ -105,7 +105,7 @@ pub(crate) fn config_line(symbol: &str, value: &Value) -> String {
     }
 }
 
-/// The symbol of a `# CONFIG_X is not set` line.
+/// The symbol of a line `# CONFIG_X is not set`.
 pub(crate) fn not_set_symbol(line: &str) -> Option<&str> {
     line.strip_prefix("# CONFIG_")?.strip_suffix(" is not set")
 }
@@ -115,7 +115,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn values_are_read_as_the_kernel_reads_them() {
+    fn values_are_parsed_as_in_the_kernel() {
         let cases = [
             ("y", Some(Value::Yes)),
             ("n", Some(Value::No)),

@@ -1,7 +1,7 @@
 //! Copies of files and directories into a guest that runs, or from there, by the rules of `docker cp`.
 
 use crate::guest::{Guest, GuestError};
-use guest_copy::{Destination, Failure, Sender, Source, What};
+use guest_copy::{Destination, Failure, FailureKind, Sender, Source};
 use kindling_vmm::agent::{ANSWER_TIMEOUT, AgentError, News, Process, Role};
 use rustix::fs::Mode;
 use rustix::process::umask;
@@ -150,7 +150,7 @@ fn fetch(
     match guest_copy::receive(destination, output) {
         Ok(()) => verdict(name, process),
         // The guest may know why.
-        Err(failure) if matches!(failure.what, What::Ended | What::Receive) => {
+        Err(failure) if matches!(failure.kind, FailureKind::Truncated | FailureKind::Receive) => {
             verdict(name, process).and(Err(CopyError::Here(failure)))
         }
         Err(failure) => Err(CopyError::Here(failure)),
@@ -169,7 +169,7 @@ fn bring(
     let _ = input.shutdown(Shutdown::Write);
     match result {
         Ok(left_out) => Ok(verdict(name, process)?.or(left_out.map(CopyError::Here))),
-        Err(failure) if failure.what == What::Send => {
+        Err(failure) if failure.kind == FailureKind::Send => {
             verdict(name, process).and(Err(CopyError::Here(failure)))
         }
         Err(failure) => {
@@ -200,7 +200,7 @@ fn verdict(name: &str, mut process: Process) -> Result<Option<CopyError>, CopyEr
                 let error = process.place().connect(Role::Error)?;
                 error.set_read_timeout(Some(ANSWER_TIMEOUT))?;
                 // What breaks off is no failure that could be read.
-                let _ = error.take(Failure::MOST_BYTES as u64 + 1).read_to_end(&mut words);
+                let _ = error.take(Failure::MAX_LEN as u64 + 1).read_to_end(&mut words);
             }
             News::HasOutput(_) | News::Started => {}
         }

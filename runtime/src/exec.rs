@@ -6,7 +6,7 @@ use crate::image::{self, ImageError};
 use guest_protocol::agent::TerminalSize;
 use guest_protocol::frame::FrameError;
 use kindling_vmm::agent::{AgentError, Process};
-use kindling_vmm::config::GuestConfig;
+use kindling_vmm::config::{BootInfo, GuestConfig};
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
@@ -63,7 +63,7 @@ impl Guest {
     /// # Errors
     /// When the guest has no such user or refuses the process.
     pub fn exec(&self, options: &ExecOptions) -> Result<Process, ExecError> {
-        let frame = options.guest(&self.record)?.to_frame(0, false, None)?;
+        let frame = options.guest(&self.record)?.to_frame(&BootInfo::default())?;
         Ok(Process::start(&self.socket(), crate::token(), &frame)?)
     }
 }

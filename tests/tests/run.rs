@@ -382,8 +382,8 @@ fn exec_reports_programs_that_cannot_run_with_the_statuses_of_shells() {
     let make = "cd /bin; printf '#!/bin/no-shell -x\\n' > script; printf x | dd of=busybox2 2> /dev/null; \
                 chmod +x script busybox2";
     run(user.command("exec").args(["one", "sh", "-c", make])).expect_status(0);
-    exec(&["script"], 127, "script: needs /bin/no-shell, which is not there");
-    exec(&["/bin/script"], 127, "/bin/script: needs /bin/no-shell, which is not there");
+    exec(&["script"], 127, "script: interpreter /bin/no-shell not found");
+    exec(&["/bin/script"], 127, "/bin/script: interpreter /bin/no-shell not found");
     exec(&["busybox2"], 126, "busybox2: cannot execute");
     guest.send_line();
 }

@@ -165,7 +165,7 @@ fn a_full_volume_affects_only_its_own_guest() {
     volume(&user, &["create", "--size", "16M", "large"]).expect_status(0);
     // The files of the image do not fit.
     let outcome = shell(&user, &["-v", "large:/srv/large"], "true");
-    let expected = "cannot copy what the image has to the volume of /srv/large: ";
+    let expected = "cannot copy the image's content to the volume at /srv/large: ";
     outcome.expect_status(125).expect_stderr(expected);
     // The volume is still uninitialized, and can be used at another path.
     let outcome = shell(&user, &["-v", "large:/srv/data"], "ls -A /srv/data");
@@ -219,7 +219,7 @@ fn a_damaged_volume_is_reported() {
     std::os::unix::fs::FileExt::write_all_at(&file, &[0xff; 512], 1024).unwrap();
     drop(file);
     let outcome = shell(&user, &["-v", DATA], "true");
-    outcome.expect_status(125).expect_stderr("cannot mount the volume of /srv/data: ");
+    outcome.expect_status(125).expect_stderr("cannot mount the volume at /srv/data: ");
 }
 
 #[test]

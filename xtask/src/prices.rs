@@ -63,7 +63,7 @@ impl Variant {
         let gone = shipped_named(&missing)?;
         let symbols = gone.iter().flat_map(|fragment| &fragment.symbols).map(|setting| &*setting.symbol);
         // Two fragments may set the same symbol, and one fragment may not set it twice.
-        let symbols: BTreeSet<&str> = symbols.filter(|symbol| kept.asked(symbol).is_none()).collect();
+        let symbols: BTreeSet<&str> = symbols.filter(|symbol| kept.request(symbol).is_none()).collect();
         let text: String = symbols.iter().map(|symbol| format!("CONFIG_{symbol}=n\n")).collect();
         fragments.push(Fragment::parse("without", text.as_bytes(), Origin::User)?);
         Ok(fragments)

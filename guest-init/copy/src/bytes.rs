@@ -1,4 +1,4 @@
-//! The stream itself: descriptors with a buffer.
+//! Buffered reading and writing of the stream.
 
 use crate::CHUNK;
 use alloc::vec;
@@ -6,7 +6,7 @@ use alloc::vec::Vec;
 use rustix::fd::AsFd;
 use rustix::io::{Errno, read, retry_on_intr, write};
 
-/// Bytes on their way out.
+/// Buffered writer.
 pub(crate) struct Writer<F> {
     to: F,
     buffer: Vec<u8>,
@@ -20,16 +20,17 @@ impl<F: AsFd> Writer<F> {
 
     pub(crate) fn put(&mut self, bytes: &[u8]) -> Result<(), Errno> {
         for part in bytes.chunks(CHUNK) {
-            let place = self.room(part.len())?;
-            place[..part.len()].copy_from_slice(part);
+            let free = self.free_space(part.len())?;
+            free[..part.len()].copy_from_slice(part);
             self.advance(part.len());
         }
         Ok(())
     }
 
-    /// Free bytes of the buffer, at least so many, to be filled and then counted by [`advance`](Self::advance).
-    pub(crate) fn room(&mut self, least: usize) -> Result<&mut [u8], Errno> {
-        if CHUNK - self.length < least {
+    /// Returns the free space of the buffer, of at least `min` bytes. The caller fills it and calls
+    /// [`advance`](Self::advance).
+    pub(crate) fn free_space(&mut self, min: usize) -> Result<&mut [u8], Errno> {
+        if CHUNK - self.length < min {
             self.flush()?;
         }
         Ok(&mut self.buffer[self.length..])
@@ -50,13 +51,13 @@ impl<F: AsFd> Writer<F> {
     }
 }
 
-/// Why there are no more bytes.
-pub(crate) enum NoBytes {
-    End,
-    Error(Errno),
+/// Why a read failed.
+pub(crate) enum ReadError {
+    EndOfStream,
+    Os(Errno),
 }
 
-/// Bytes that come in.
+/// Buffered reader.
 pub(crate) struct Reader<F> {
     from: F,
     buffer: Vec<u8>,
@@ -69,27 +70,27 @@ impl<F: AsFd> Reader<F> {
         Self { from, buffer: vec![0; CHUNK], start: 0, end: 0 }
     }
 
-    /// The next bytes, at least one and at most so many.
-    pub(crate) fn some(&mut self, most: usize) -> Result<&[u8], NoBytes> {
+    /// Returns the next bytes: at least one and at most `max`.
+    pub(crate) fn some(&mut self, max: usize) -> Result<&[u8], ReadError> {
         if self.start == self.end {
-            let count = retry_on_intr(|| read(&self.from, &mut self.buffer[..])).map_err(NoBytes::Error)?;
+            let count = retry_on_intr(|| read(&self.from, &mut self.buffer[..])).map_err(ReadError::Os)?;
             if count == 0 {
-                return Err(NoBytes::End);
+                return Err(ReadError::EndOfStream);
             }
             (self.start, self.end) = (0, count);
         }
         let start = self.start;
-        self.start = self.end.min(start.saturating_add(most));
+        self.start = self.end.min(start.saturating_add(max));
         Ok(&self.buffer[start..self.start])
     }
 
-    /// Fills all of it.
-    pub(crate) fn fill(&mut self, mut place: &mut [u8]) -> Result<(), NoBytes> {
-        while !place.is_empty() {
-            let bytes = self.some(place.len())?;
-            let (filled, rest) = place.split_at_mut(bytes.len());
+    /// Fills the buffer completely.
+    pub(crate) fn fill(&mut self, mut buffer: &mut [u8]) -> Result<(), ReadError> {
+        while !buffer.is_empty() {
+            let bytes = self.some(buffer.len())?;
+            let (filled, rest) = buffer.split_at_mut(bytes.len());
             filled.copy_from_slice(bytes);
-            place = rest;
+            buffer = rest;
         }
         Ok(())
     }

@@ -1,13 +1,12 @@
-//! What stands in front of each thing in a stream.
+//! Entries: the headers of files, links and directories in a stream.
 
-/// What an entry is of.
+/// Type of an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     File,
     Directory,
     Link,
-    /// The end of a directory.
-    Leave,
+    EndOfDirectory,
 }
 
 /// An entry without its name.
@@ -26,8 +25,15 @@ impl Entry {
     pub(crate) const LEN: usize = 24;
 
     /// The end of a directory.
-    pub(crate) const LEAVE: Self =
-        Self { kind: Kind::Leave, name_length: 0, mode: 0, user: 0, group: 0, seconds: 0, nanoseconds: 0 };
+    pub(crate) const END_OF_DIRECTORY: Self = Self {
+        kind: Kind::EndOfDirectory,
+        name_length: 0,
+        mode: 0,
+        user: 0,
+        group: 0,
+        seconds: 0,
+        nanoseconds: 0,
+    };
 
     pub(crate) fn to_bytes(self) -> [u8; Self::LEN] {
         let mut bytes = [0; Self::LEN];
@@ -35,7 +41,7 @@ impl Entry {
             Kind::File => 1,
             Kind::Directory => 2,
             Kind::Link => 3,
-            Kind::Leave => 4,
+            Kind::EndOfDirectory => 4,
         };
         bytes[1] = self.name_length;
         bytes[2..4].copy_from_slice(&self.mode.to_le_bytes());
@@ -52,7 +58,7 @@ impl Entry {
             1 => Kind::File,
             2 => Kind::Directory,
             3 => Kind::Link,
-            4 => Kind::Leave,
+            4 => Kind::EndOfDirectory,
             _ => return None,
         };
         let number = |at: usize| bytes[at..].first_chunk().copied().map(u32::from_le_bytes);
@@ -65,16 +71,16 @@ impl Entry {
             nanoseconds: number(12)?,
             seconds: i64::from_le_bytes(*bytes.last_chunk()?),
         };
-        // The largest number means "leave it as it is" to the kernel.
-        let is_fine = entry.mode <= 0o7777
+        // The kernel takes the largest number for "unchanged".
+        let is_valid = entry.mode <= 0o7777
             && entry.nanoseconds < SECOND
             && ![entry.user, entry.group].contains(&u32::MAX)
-            && (entry.name_length == 0) == (kind == Kind::Leave);
-        is_fine.then_some(entry)
+            && (entry.name_length == 0) == (kind == Kind::EndOfDirectory);
+        is_valid.then_some(entry)
     }
 }
 
-/// Whether a file can have this name: one component of a path, and none that leads elsewhere.
+/// Whether a name is one component of a path, except `.` and `..`.
 pub(crate) fn is_name(name: &[u8]) -> bool {
     !name.is_empty()
         && name.len() <= usize::from(u8::MAX)
@@ -88,7 +94,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn names_lead_nowhere_else() {
+    fn names_are_single_components() {
         for name in [&b"a"[..], b"...", b"..a", b" ", b"\xff\n", &[b'x'; 255]] {
             assert!(is_name(name), "{name:?}");
         }

@@ -1,9 +1,9 @@
-//! The end that makes files, and takes nothing of what the other end says for granted.
+//! The receiver, which creates files and validates everything in the stream.
 
-use crate::bytes::{NoBytes, Reader};
+use crate::bytes::{ReadError, Reader};
 use crate::entry::{Entry, Kind, is_name};
 use crate::send::CHUNK_HEAD;
-use crate::{CHUNK, Failure, MAX_DEPTH, What};
+use crate::{CHUNK, Failure, FailureKind, MAX_DEPTH};
 use alloc::vec::Vec;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{
@@ -15,54 +15,55 @@ use rustix::io::{Errno, pwrite, retry_on_intr};
 use rustix::path::DecInt;
 use rustix::process::getpid;
 
-/// Whether the end that sends is believed to want no harm.
+/// Whether the sender is trusted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sender {
     /// A symbolic link at the destination's path is followed.
     Trusted,
-    /// It is not: an earlier stream, or another way into the destination's folder, may have planted it.
+    /// A symbolic link at the destination's path is not followed: the sender may have created it, with an earlier
+    /// stream or by other access to the destination's directory.
     Untrusted,
 }
 
-/// Where things go, and what of them is kept.
+/// The destination of a stream, and the attributes to keep.
 #[derive(Clone, Copy, Debug)]
 pub struct Destination<'a> {
-    /// A directory that is there, in which case things go into it, or what the thing is called from now on.
+    /// An existing directory, into which the received file, link or directory goes, or its new path.
     pub path: &'a [u8],
-    /// The origin of the stream.
+    /// Sender of the stream.
     pub sender: Sender,
-    /// What the thing is called instead of what the stream says; `.` where the entries of a directory are meant.
+    /// Replaces the name in the stream. `.` for a directory whose content goes into the directory at `path`.
     pub name: Option<&'a [u8]>,
-    /// Whether things keep their owners.
+    /// Whether files keep their owners.
     pub keeps_owners: bool,
-    /// The bits that a mode may have.
+    /// Mask for the mode bits that files keep.
     pub mode_bits: u16,
 }
 
-/// Receives a file, a link, or a directory with all that is in it. A file or a link appears at its name when it is
-/// whole, in place of what was there.
+/// Receives a file, a link, or a directory with its content. A complete file or link replaces an existing one
+/// atomically.
 ///
 /// # Errors
-/// When something cannot be made, or the stream breaks the rules or off.
+/// When a file cannot be created, or the stream is invalid or incomplete.
 pub fn receive(destination: Destination<'_>, from: impl AsFd) -> Result<(), Failure> {
     let mut receiver = Receiver {
         destination,
         from: Reader::new(from),
         path: destination.path.into(),
         levels: Vec::new(),
-        made: 0,
+        temporary_names: 0,
     };
-    let begun = receiver.root()?;
-    receiver.levels.extend(begun);
+    let directory = receiver.root()?;
+    receiver.levels.extend(directory);
     receiver.walk()
 }
 
-/// A directory that things go into.
+/// An open directory, whose content is received.
 struct Level {
     directory: OwnedFd,
-    /// The attributes that it gets when it is left; none where only its entries were meant.
+    /// Attributes to set after the content; `None` for an existing directory that only receives content.
     attributes: Option<Entry>,
-    /// A directory that was there keeps its mode and owner.
+    /// Whether the directory was created. An existing directory keeps its mode and owner.
     is_new: bool,
     path_length: usize,
 }
@@ -70,126 +71,128 @@ struct Level {
 struct Receiver<'a, F> {
     destination: Destination<'a>,
     from: Reader<F>,
-    /// Where it is, for messages.
+    /// Path of the current entry, for messages.
     path: Vec<u8>,
     levels: Vec<Level>,
-    /// Names that were made up.
-    made: u64,
+    /// Number of temporary names so far.
+    temporary_names: u64,
 }
 
 const DIRECTORY: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 
 impl<F: AsFd> Receiver<'_, F> {
-    fn failed(&self, what: What) -> impl FnOnce(Errno) -> Failure + use<F> {
+    fn failed(&self, kind: FailureKind) -> impl FnOnce(Errno) -> Failure + use<F> {
         let path = self.path.clone();
-        move |error| Failure { what, error: Some(error), path }
+        move |error| Failure { kind, error: Some(error), path }
     }
 
-    fn failure(&self, what: What) -> Failure {
-        Failure::new(what, &self.path)
+    fn failure(&self, kind: FailureKind) -> Failure {
+        Failure::new(kind, &self.path)
     }
 
-    fn fill(&mut self, place: &mut [u8]) -> Result<(), Failure> {
-        self.from.fill(place).map_err(|reason| match reason {
-            NoBytes::End => Failure::new(What::Ended, &self.path),
-            NoBytes::Error(error) => Failure::of(What::Receive, &self.path)(error),
+    fn fill(&mut self, buffer: &mut [u8]) -> Result<(), Failure> {
+        self.from.fill(buffer).map_err(|reason| match reason {
+            ReadError::EndOfStream => Failure::new(FailureKind::Truncated, &self.path),
+            ReadError::Os(error) => Failure::of(FailureKind::Receive, &self.path)(error),
         })
     }
 
     fn entry(&mut self) -> Result<(Entry, Vec<u8>), Failure> {
         let mut bytes = [0; Entry::LEN];
         self.fill(&mut bytes)?;
-        let entry = Entry::from_bytes(&bytes).ok_or_else(|| self.failure(What::Malformed))?;
+        let entry = Entry::from_bytes(&bytes).ok_or_else(|| self.failure(FailureKind::Malformed))?;
         let mut name = alloc::vec![0; entry.name_length.into()];
         self.fill(&mut name)?;
         Ok((entry, name))
     }
 
-    /// Receives what the stream is of. Links among the directories of the destination's path are followed, as in every
-    /// path; at its last component only those that a trusted sender may use.
+    /// Receives the first entry of the stream at the destination. Symbolic links in the directories of the
+    /// destination's path are followed, as in every path. A link at its last component is followed only for a trusted
+    /// sender.
     fn root(&mut self) -> Result<Option<Level>, Failure> {
         let (entry, name) = self.entry()?;
         let name = self.destination.name.map_or(name, Into::into);
         if name == b"." && entry.kind != Kind::Directory {
-            return Err(self.failure(What::Malformed));
+            return Err(self.failure(FailureKind::Malformed));
         }
         let is_trusted = self.destination.sender == Sender::Trusted;
         let (path, follow) = match self.destination.path {
             path if is_trusted => (path, OFlags::empty()),
-            path => (without_end(path), OFlags::NOFOLLOW),
+            path => (without_trailing_dots(path), OFlags::NOFOLLOW),
         };
-        let needs_directory =
+        let requires_directory =
             self.destination.path.ends_with(b"/") || path.len() < self.destination.path.len();
-        let there = match openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC | follow, Mode::empty()) {
-            Err(Errno::NOENT) if needs_directory && entry.kind != Kind::Directory => {
-                return Err(self.failure(What::NoDirectory));
+        let existing = match openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC | follow, Mode::empty()) {
+            Err(Errno::NOENT) if requires_directory && entry.kind != Kind::Directory => {
+                return Err(self.failure(FailureKind::MissingDirectory));
             }
             Err(Errno::NOENT) => return self.place_at(entry, path),
-            result => result.map_err(self.failed(What::Open))?,
+            result => result.map_err(self.failed(FailureKind::Open))?,
         };
-        let stat = fstat(&there).map_err(self.failed(What::Open))?;
+        let stat = fstat(&existing).map_err(self.failed(FailureKind::Open))?;
         match (FileType::from_raw_mode(stat.st_mode), entry.kind) {
             (FileType::Directory, Kind::Directory) if name == b"." => {
-                let directory =
-                    openat(&there, ".", DIRECTORY, Mode::empty()).map_err(self.failed(What::Open))?;
+                let directory = openat(&existing, ".", DIRECTORY, Mode::empty())
+                    .map_err(self.failed(FailureKind::Open))?;
                 let path_length = self.path.len();
                 Ok(Some(Level { directory, attributes: None, is_new: false, path_length }))
             }
             (FileType::Directory, _) => {
-                self.name(&name);
-                self.place(entry, there.as_fd(), &name)
+                self.push_name(&name);
+                self.place(entry, existing.as_fd(), &name)
             }
-            (FileType::Symlink, Kind::Directory) => Err(self.failure(What::Link)),
-            (FileType::Symlink, Kind::File) if needs_directory || leads_to_directory(path) => {
-                Err(self.failure(What::Link))
+            (FileType::Symlink, Kind::Directory) => Err(self.failure(FailureKind::Symlink)),
+            (FileType::Symlink, Kind::File) if requires_directory || resolves_to_directory(path) => {
+                Err(self.failure(FailureKind::Symlink))
             }
-            (FileType::RegularFile, Kind::Directory) => Err(self.failure(What::NotDirectory)),
-            (FileType::RegularFile, _) if needs_directory => Err(self.failure(What::NotDirectory)),
+            (FileType::RegularFile, Kind::Directory) => Err(self.failure(FailureKind::NotDirectory)),
+            (FileType::RegularFile, _) if requires_directory => Err(self.failure(FailureKind::NotDirectory)),
             (FileType::RegularFile, _) if is_trusted => {
-                // Where links lead to a file, it is that file that is replaced.
-                let link = [b"/proc/self/fd/", DecInt::from_fd(&there).as_bytes()].concat();
-                let real = readlinkat(CWD, link, Vec::new()).map_err(self.failed(What::Open))?;
+                // If the path is a link to a file, that file is replaced.
+                let link = [b"/proc/self/fd/", DecInt::from_fd(&existing).as_bytes()].concat();
+                let real = readlinkat(CWD, link, Vec::new()).map_err(self.failed(FailureKind::Open))?;
                 self.place_at(entry, real.to_bytes())
             }
             (FileType::RegularFile | FileType::Symlink, _) => self.place_at(entry, path),
-            _ => Err(self.failure(What::Special)),
+            _ => Err(self.failure(FailureKind::UnsupportedType)),
         }
     }
 
-    /// Receives one thing to a path whose last component is not followed.
+    /// Receives an entry at a path, whose last component is not followed.
     fn place_at(&mut self, entry: Entry, path: &[u8]) -> Result<Option<Level>, Failure> {
         let (parent, name) = split(path);
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let directory = openat(CWD, parent, flags, Mode::empty()).map_err(Failure::of(What::Open, parent))?;
+        let directory =
+            openat(CWD, parent, flags, Mode::empty()).map_err(Failure::of(FailureKind::Open, parent))?;
         self.place(entry, directory.as_fd(), name)
     }
 
-    /// Receives what goes into the directories it is in.
+    /// Receives the content of all open directories.
     fn walk(&mut self) -> Result<(), Failure> {
         while let Some(level) = self.levels.pop() {
             self.path.truncate(level.path_length);
             let (entry, name) = self.entry()?;
-            if entry.kind == Kind::Leave {
-                self.leave(&level).map_err(self.failed(What::Attributes))?;
+            if entry.kind == Kind::EndOfDirectory {
+                self.close_directory(&level).map_err(self.failed(FailureKind::Attributes))?;
                 continue;
             }
-            self.name(&name);
-            let begun = self.place(entry, level.directory.as_fd(), &name)?;
+            self.push_name(&name);
+            let directory = self.place(entry, level.directory.as_fd(), &name)?;
             self.levels.push(level);
-            if begun.is_some() && self.levels.len() == MAX_DEPTH {
-                return Err(self.failure(What::Depth));
+            if directory.is_some() && self.levels.len() == MAX_DEPTH {
+                return Err(self.failure(FailureKind::TooDeep));
             }
-            self.levels.extend(begun);
+            self.levels.extend(directory);
         }
         Ok(())
     }
 
-    /// Gives a directory its attributes, when nothing goes into it any more.
-    fn leave(&self, level: &Level) -> Result<(), Errno> {
+    /// Sets the attributes of a directory after its content is complete.
+    fn close_directory(&self, level: &Level) -> Result<(), Errno> {
         match &level.attributes {
             Some(entry) if level.is_new => self.set_attributes(&level.directory, entry),
             Some(entry) => match futimens(&level.directory, &times(entry)) {
-                // The directory of another user, in which the caller may make files.
+                // The directory of another user, in which the caller may create files.
                 Err(Errno::PERM) => Ok(()),
                 result => result,
             },
@@ -197,36 +200,36 @@ impl<F: AsFd> Receiver<'_, F> {
         }
     }
 
-    fn name(&mut self, name: &[u8]) {
+    fn push_name(&mut self, name: &[u8]) {
         if !self.path.ends_with(b"/") {
             self.path.push(b'/');
         }
         self.path.extend_from_slice(name);
     }
 
-    /// Receives one thing and gives it a name in a directory. Of a directory no more than that it begins; it is returned.
+    /// Receives a file or link into a directory. For a directory, only creates it and returns it.
     fn place(&mut self, entry: Entry, parent: BorrowedFd<'_>, name: &[u8]) -> Result<Option<Level>, Failure> {
         if !is_name(name) {
-            return Err(self.failure(What::Malformed));
+            return Err(self.failure(FailureKind::Malformed));
         }
         match entry.kind {
             Kind::Directory => return self.directory(entry, parent, name).map(Some),
             Kind::File => {
-                let (draft, file) = self.draft(parent, |draft| {
+                let (temporary, file) = self.temporary(parent, |name| {
                     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-                    openat(parent, draft, flags, Mode::from_raw_mode(0o600))
+                    openat(parent, name, flags, Mode::from_raw_mode(0o600))
                 })?;
                 self.content(&file)?;
-                self.set_attributes(&file, &entry).map_err(self.failed(What::Attributes))?;
-                draft.publish(name).map_err(self.failed(What::Replace))?;
+                self.set_attributes(&file, &entry).map_err(self.failed(FailureKind::Attributes))?;
+                temporary.publish(name).map_err(self.failed(FailureKind::Replace))?;
             }
             Kind::Link => {
                 let target = self.target()?;
-                let (draft, ()) = self.draft(parent, |draft| symlinkat(&target[..], parent, draft))?;
-                self.set_link_attributes(&draft, &entry).map_err(self.failed(What::Attributes))?;
-                draft.publish(name).map_err(self.failed(What::Replace))?;
+                let (temporary, ()) = self.temporary(parent, |name| symlinkat(&target[..], parent, name))?;
+                self.set_link_attributes(&temporary, &entry).map_err(self.failed(FailureKind::Attributes))?;
+                temporary.publish(name).map_err(self.failed(FailureKind::Replace))?;
             }
-            Kind::Leave => return Err(self.failure(What::Malformed)),
+            Kind::EndOfDirectory => return Err(self.failure(FailureKind::Malformed)),
         }
         Ok(None)
     }
@@ -235,34 +238,34 @@ impl<F: AsFd> Receiver<'_, F> {
         let is_new = match mkdirat(parent, name, Mode::RWXU) {
             Ok(()) => true,
             Err(Errno::EXIST) => false,
-            Err(error) => return Err(self.failed(What::Make)(error)),
+            Err(error) => return Err(self.failed(FailureKind::Create)(error)),
         };
         let directory = match openat(parent, name, DIRECTORY | OFlags::NOFOLLOW, Mode::empty()) {
-            Err(Errno::NOTDIR | Errno::LOOP) => return Err(self.failure(What::NotDirectory)),
-            result => result.map_err(self.failed(What::Open))?,
+            Err(Errno::NOTDIR | Errno::LOOP) => return Err(self.failure(FailureKind::NotDirectory)),
+            result => result.map_err(self.failed(FailureKind::Open))?,
         };
         Ok(Level { directory, attributes: Some(entry), is_new, path_length: self.path.len() })
     }
 
-    /// Makes something under a name that nothing has.
-    fn draft<'p, T>(
+    /// Creates a file or link under an unused temporary name.
+    fn temporary<'p, T>(
         &mut self,
         parent: BorrowedFd<'p>,
-        make: impl Fn(&[u8]) -> Result<T, Errno>,
-    ) -> Result<(Draft<'p>, T), Failure> {
+        create: impl Fn(&[u8]) -> Result<T, Errno>,
+    ) -> Result<(Temporary<'p>, T), Failure> {
         const ATTEMPTS: u32 = 1000;
         for _ in 0..ATTEMPTS {
-            self.made += 1;
-            let (process, number) = (DecInt::new(getpid().as_raw_pid()), DecInt::new(self.made));
+            self.temporary_names += 1;
+            let (process, number) = (DecInt::new(getpid().as_raw_pid()), DecInt::new(self.temporary_names));
             let name = [b".kindling-cp-", process.as_bytes(), b"-", number.as_bytes()].concat();
-            match make(&name) {
-                Ok(thing) => return Ok((Draft { parent, name: Some(name) }, thing)),
-                // Left by a process that was killed and had this one's number.
+            match create(&name) {
+                Ok(created) => return Ok((Temporary { parent, name: Some(name) }, created)),
+                // Left over from a killed process with the same process id.
                 Err(Errno::EXIST) => {}
-                Err(error) => return Err(self.failed(What::Make)(error)),
+                Err(error) => return Err(self.failed(FailureKind::Create)(error)),
             }
         }
-        Err(self.failed(What::Make)(Errno::EXIST))
+        Err(self.failed(FailureKind::Create)(Errno::EXIST))
     }
 
     fn chunk(&mut self) -> Result<(u64, usize), Failure> {
@@ -271,50 +274,50 @@ impl<F: AsFd> Receiver<'_, F> {
         let [a, b, c, d, e, f, g, h, i, j, k, l] = head;
         let offset = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
         let length = usize::try_from(u32::from_le_bytes([i, j, k, l])).unwrap_or(usize::MAX);
-        if length > CHUNK { Err(self.failure(What::Malformed)) } else { Ok((offset, length)) }
+        if length > CHUNK { Err(self.failure(FailureKind::Malformed)) } else { Ok((offset, length)) }
     }
 
     fn content(&mut self, file: &OwnedFd) -> Result<(), Failure> {
         let mut end = 0;
         loop {
-            let (mut offset, mut left) = self.chunk()?;
+            let (mut offset, mut remaining) = self.chunk()?;
             if offset < end || offset > i64::MAX.unsigned_abs() - CHUNK as u64 {
-                return Err(self.failure(What::Malformed));
+                return Err(self.failure(FailureKind::Malformed));
             }
-            if left == 0 {
-                // A hole at the end, if there is one.
+            if remaining == 0 {
+                // The file may end with a hole.
                 return match offset {
                     _ if offset == end => Ok(()),
-                    size => ftruncate(file, size).map_err(self.failed(What::Write)),
+                    size => ftruncate(file, size).map_err(self.failed(FailureKind::Write)),
                 };
             }
-            while left > 0 {
-                let bytes = self.from.some(left).map_err(|reason| match reason {
-                    NoBytes::End => Failure::new(What::Ended, &self.path),
-                    NoBytes::Error(error) => Failure::of(What::Receive, &self.path)(error),
+            while remaining > 0 {
+                let bytes = self.from.some(remaining).map_err(|reason| match reason {
+                    ReadError::EndOfStream => Failure::new(FailureKind::Truncated, &self.path),
+                    ReadError::Os(error) => Failure::of(FailureKind::Receive, &self.path)(error),
                 })?;
-                write_at(file, bytes, offset).map_err(Failure::of(What::Write, &self.path))?;
+                write_at(file, bytes, offset).map_err(Failure::of(FailureKind::Write, &self.path))?;
                 offset += bytes.len() as u64;
-                left -= bytes.len();
+                remaining -= bytes.len();
             }
             end = offset;
         }
     }
 
-    /// Where a link leads.
+    /// Receives the target of a symbolic link.
     fn target(&mut self) -> Result<Vec<u8>, Failure> {
-        /// PATH_MAX, with a NUL.
-        const MOST: usize = 4096;
+        /// PATH_MAX, including the NUL.
+        const MAX: usize = 4096;
         let (_, length) = self.chunk()?;
-        if length == 0 || length >= MOST {
-            return Err(self.failure(What::Malformed));
+        if length == 0 || length >= MAX {
+            return Err(self.failure(FailureKind::Malformed));
         }
         let mut target = alloc::vec![0; length];
         self.fill(&mut target)?;
-        if target.contains(&0) { Err(self.failure(What::Malformed)) } else { Ok(target) }
+        if target.contains(&0) { Err(self.failure(FailureKind::Malformed)) } else { Ok(target) }
     }
 
-    /// The owner first: a change of it takes bits of the mode away. Access time stays the present.
+    /// Sets the owner first, because chown clears mode bits. The access time is not set.
     fn set_attributes(&self, file: &OwnedFd, entry: &Entry) -> Result<(), Errno> {
         if self.destination.keeps_owners {
             fchown(file, Some(Uid::from_raw(entry.user)), Some(Gid::from_raw(entry.group)))?;
@@ -323,7 +326,7 @@ impl<F: AsFd> Receiver<'_, F> {
         futimens(file, &times(entry))
     }
 
-    fn set_link_attributes(&self, link: &Draft<'_>, entry: &Entry) -> Result<(), Errno> {
+    fn set_link_attributes(&self, link: &Temporary<'_>, entry: &Entry) -> Result<(), Errno> {
         let Some(name) = link.name.as_deref() else { return Ok(()) };
         let flags = AtFlags::SYMLINK_NOFOLLOW;
         if self.destination.keeps_owners {
@@ -353,22 +356,22 @@ fn times(entry: &Entry) -> Timestamps {
     }
 }
 
-/// A file or link that has not got its name yet, and goes where it does not get one.
-struct Draft<'p> {
+/// A file or link with a temporary name, which is removed unless it is published.
+struct Temporary<'p> {
     parent: BorrowedFd<'p>,
     name: Option<Vec<u8>>,
 }
 
-impl Draft<'_> {
+impl Temporary<'_> {
     fn publish(mut self, name: &[u8]) -> Result<(), Errno> {
-        let Some(draft) = self.name.as_deref() else { return Ok(()) };
-        renameat(self.parent, draft, self.parent, name)?;
+        let Some(temporary) = self.name.as_deref() else { return Ok(()) };
+        renameat(self.parent, temporary, self.parent, name)?;
         self.name = None;
         Ok(())
     }
 }
 
-impl Drop for Draft<'_> {
+impl Drop for Temporary<'_> {
     fn drop(&mut self) {
         if let Some(name) = &self.name {
             let _ = unlinkat(self.parent, &name[..], AtFlags::empty());
@@ -376,8 +379,8 @@ impl Drop for Draft<'_> {
     }
 }
 
-/// A path without the slashes and dots behind its last component, which would make the kernel follow a link there.
-pub(crate) fn without_end(mut path: &[u8]) -> &[u8] {
+/// Removes trailing `/` and `/.`, which would make the kernel follow a symbolic link at the last component.
+pub(crate) fn without_trailing_dots(mut path: &[u8]) -> &[u8] {
     while let Some(shorter) = path.strip_suffix(b"/").or_else(|| path.strip_suffix(b"/.")) {
         if shorter.is_empty() {
             return b"/";
@@ -387,12 +390,12 @@ pub(crate) fn without_end(mut path: &[u8]) -> &[u8] {
     path
 }
 
-fn leads_to_directory(path: &[u8]) -> bool {
+fn resolves_to_directory(path: &[u8]) -> bool {
     statat(CWD, path, AtFlags::empty())
         .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Directory)
 }
 
-/// The directory of a path, and its last component.
+/// Splits a path into its directory and its last component.
 fn split(path: &[u8]) -> (&[u8], &[u8]) {
     let end = path.iter().rposition(|&byte| byte != b'/').map_or(0, |at| at + 1);
     let path = &path[..end];

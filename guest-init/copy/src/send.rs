@@ -1,8 +1,8 @@
-//! The end that reads files.
+//! The sender, which reads files.
 
 use crate::bytes::Writer;
 use crate::entry::{Entry, Kind};
-use crate::{Failure, MAX_DEPTH, What};
+use crate::{Failure, FailureKind, MAX_DEPTH};
 use alloc::vec::Vec;
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{
@@ -10,106 +10,106 @@ use rustix::fs::{
 };
 use rustix::io::{Errno, pread, retry_on_intr};
 
-/// What is sent.
+/// The file, link or directory to send.
 #[derive(Clone, Copy, Debug)]
 pub struct Source<'a> {
-    /// Where it is.
+    /// Path of the source.
     pub path: &'a [u8],
-    /// What it is called at the other end; `.` for a directory whose entries go into one that is there.
+    /// Name in the stream. `.` for a directory whose content goes into an existing directory.
     pub name: &'a [u8],
-    /// Whether it is what a link leads to rather than the link.
+    /// Whether a symbolic link at the path is followed.
     pub follows: bool,
 }
 
-/// Sends a file, a link, or a directory with all that is in it. Returns what was left out because it is neither.
+/// Sends a file, a link, or a directory with its content. Returns a warning if special files were skipped.
 ///
 /// # Errors
-/// When something cannot be read, or nobody takes it.
+/// When the source cannot be read, or the stream cannot be written.
 pub fn send(source: Source<'_>, to: impl AsFd) -> Result<Option<Failure>, Failure> {
     let mut sender = Sender { to: Writer::new(to), path: source.path.into(), levels: Vec::new() };
     let flags = if source.follows { AtFlags::empty() } else { AtFlags::SYMLINK_NOFOLLOW };
-    let stat = statat(CWD, source.path, flags).map_err(sender.failed(What::Open))?;
+    let stat = statat(CWD, source.path, flags).map_err(sender.failed(FailureKind::Open))?;
     match sender.entry(CWD, source.path, source.name, &stat, source.follows)? {
-        Sent::Whole => {}
-        Sent::Begun(directory) => sender.levels.push((directory, source.path.len())),
-        Sent::Nothing => return Err(Failure::new(What::Special, source.path)),
+        Sent::Complete => {}
+        Sent::Directory(directory) => sender.levels.push((directory, source.path.len())),
+        Sent::Unsupported => return Err(Failure::new(FailureKind::UnsupportedType, source.path)),
     }
-    let left_out = sender.walk()?;
-    sender.to.flush().map_err(sender.failed(What::Send))?;
-    Ok(left_out)
+    let skipped = sender.walk()?;
+    sender.to.flush().map_err(sender.failed(FailureKind::Send))?;
+    Ok(skipped)
 }
 
-/// What became of something that was to be sent.
+/// Result of sending one entry.
 enum Sent {
-    Whole,
-    /// What is in this directory is still to be sent.
-    Begun(Dir),
-    /// It is neither file nor directory nor link.
-    Nothing,
+    Complete,
+    /// The entry of a directory was sent; its content is next.
+    Directory(Dir),
+    /// A special file, which cannot be sent.
+    Unsupported,
 }
 
 struct Sender<F> {
     to: Writer<F>,
-    /// Where it is, for messages.
+    /// Path of the current entry, for messages.
     path: Vec<u8>,
-    /// The directories it is in, and how long their paths are.
+    /// The directories on the path to the current entry, with the lengths of their paths.
     levels: Vec<(Dir, usize)>,
 }
 
 impl<F: AsFd> Sender<F> {
-    fn failed(&self, what: What) -> impl FnOnce(Errno) -> Failure + use<F> {
+    fn failed(&self, kind: FailureKind) -> impl FnOnce(Errno) -> Failure + use<F> {
         let path = self.path.clone();
-        move |error| Failure { what, error: Some(error), path }
+        move |error| Failure { kind, error: Some(error), path }
     }
 
     fn put(&mut self, bytes: &[u8]) -> Result<(), Failure> {
-        self.to.put(bytes).map_err(Failure::of(What::Send, &self.path))
+        self.to.put(bytes).map_err(Failure::of(FailureKind::Send, &self.path))
     }
 
-    /// Sends what is in the directories it is in; the first thing that was left out.
+    /// Sends the content of all open directories. Returns a warning with the first skipped file.
     fn walk(&mut self) -> Result<Option<Failure>, Failure> {
-        let mut left_out = None;
+        let mut skipped = None;
         while let Some((mut directory, length)) = self.levels.pop() {
             self.path.truncate(length);
-            let Some(found) = directory.read() else {
-                self.put(&Entry::LEAVE.to_bytes())?;
+            let Some(entry) = directory.read() else {
+                self.put(&Entry::END_OF_DIRECTORY.to_bytes())?;
                 continue;
             };
-            let found = found.map_err(self.failed(What::Read))?;
-            let sent = match found.file_name().to_bytes() {
+            let entry = entry.map_err(self.failed(FailureKind::Read))?;
+            let sent = match entry.file_name().to_bytes() {
                 b"." | b".." => None,
                 name => self.member(&directory, name)?,
             };
             self.levels.push((directory, length));
             match sent {
-                Some(Sent::Begun(_)) if self.levels.len() == MAX_DEPTH => {
-                    return Err(Failure::new(What::Depth, &self.path));
+                Some(Sent::Directory(_)) if self.levels.len() == MAX_DEPTH => {
+                    return Err(Failure::new(FailureKind::TooDeep, &self.path));
                 }
-                Some(Sent::Begun(directory)) => self.levels.push((directory, self.path.len())),
-                Some(Sent::Nothing) if left_out.is_none() => {
-                    left_out = Some(Failure::new(What::LeftOut, &self.path));
+                Some(Sent::Directory(directory)) => self.levels.push((directory, self.path.len())),
+                Some(Sent::Unsupported) if skipped.is_none() => {
+                    skipped = Some(Failure::new(FailureKind::Skipped, &self.path));
                 }
                 _ => {}
             }
         }
-        Ok(left_out)
+        Ok(skipped)
     }
 
-    /// Sends what has a name in a directory, unless it was removed after it was listed.
+    /// Sends an entry of a directory, unless it was removed after it was listed.
     fn member(&mut self, directory: &Dir, name: &[u8]) -> Result<Option<Sent>, Failure> {
         if !self.path.ends_with(b"/") {
             self.path.push(b'/');
         }
         self.path.extend_from_slice(name);
-        let parent = directory.fd().map_err(self.failed(What::Open))?;
+        let parent = directory.fd().map_err(self.failed(FailureKind::Open))?;
         match statat(parent, name, AtFlags::SYMLINK_NOFOLLOW) {
             Err(Errno::NOENT) => Ok(None),
-            Err(error) => Err(self.failed(What::Open)(error)),
+            Err(error) => Err(self.failed(FailureKind::Open)(error)),
             Ok(stat) => self.entry(parent, name, name, &stat, false).map(Some),
         }
     }
 
-    /// Sends one thing, of a directory no more than that it begins.
+    /// Sends a file or link, or only the entry of a directory.
     fn entry(
         &mut self,
         parent: impl AsFd,
@@ -118,44 +118,45 @@ impl<F: AsFd> Sender<F> {
         stat: &Stat,
         follows: bool,
     ) -> Result<Sent, Failure> {
-        // NONBLOCK: somebody may have put a pipe there meanwhile.
+        // NONBLOCK: a pipe, whose open would block, may have replaced the file in the meantime.
         let mut flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
         if !follows && !path.ends_with(b"/") {
             flags |= OFlags::NOFOLLOW;
         }
         match FileType::from_raw_mode(stat.st_mode) {
             FileType::RegularFile => {
-                let file = openat(parent, path, flags, Mode::empty()).map_err(self.failed(What::Open))?;
-                let stat = fstat(&file).map_err(self.failed(What::Open))?;
+                let file =
+                    openat(parent, path, flags, Mode::empty()).map_err(self.failed(FailureKind::Open))?;
+                let stat = fstat(&file).map_err(self.failed(FailureKind::Open))?;
                 if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-                    return Ok(Sent::Nothing);
+                    return Ok(Sent::Unsupported);
                 }
-                self.announce(Kind::File, name, &stat)?;
+                self.put_entry(Kind::File, name, &stat)?;
                 self.content(&file, &stat)?;
             }
             FileType::Directory => {
                 let directory = openat(parent, path, flags | OFlags::DIRECTORY, Mode::empty())
-                    .map_err(self.failed(What::Open))?;
-                let stat = fstat(&directory).map_err(self.failed(What::Open))?;
-                let directory = Dir::new(directory).map_err(self.failed(What::Read))?;
-                self.announce(Kind::Directory, name, &stat)?;
-                return Ok(Sent::Begun(directory));
+                    .map_err(self.failed(FailureKind::Open))?;
+                let stat = fstat(&directory).map_err(self.failed(FailureKind::Open))?;
+                let directory = Dir::new(directory).map_err(self.failed(FailureKind::Read))?;
+                self.put_entry(Kind::Directory, name, &stat)?;
+                return Ok(Sent::Directory(directory));
             }
             FileType::Symlink => {
-                let target = readlinkat(parent, path, Vec::new()).map_err(self.failed(What::Read))?;
-                self.announce(Kind::Link, name, stat)?;
+                let target = readlinkat(parent, path, Vec::new()).map_err(self.failed(FailureKind::Read))?;
+                self.put_entry(Kind::Link, name, stat)?;
                 self.chunk_head(0, target.to_bytes().len())?;
                 self.put(target.to_bytes())?;
             }
-            _ => return Ok(Sent::Nothing),
+            _ => return Ok(Sent::Unsupported),
         }
-        Ok(Sent::Whole)
+        Ok(Sent::Complete)
     }
 
-    fn announce(&mut self, kind: Kind, name: &[u8], stat: &Stat) -> Result<(), Failure> {
+    fn put_entry(&mut self, kind: Kind, name: &[u8], stat: &Stat) -> Result<(), Failure> {
         let Ok(name_length) = u8::try_from(name.len()) else {
             return Err(Failure {
-                what: What::Send,
+                kind: FailureKind::Send,
                 error: Some(Errno::NAMETOOLONG),
                 path: self.path.clone(),
             });
@@ -177,11 +178,11 @@ impl<F: AsFd> Sender<F> {
         self.put(&chunk_head(offset, length))
     }
 
-    /// Sends a file's bytes, and of its holes only where they are.
+    /// Sends the data of a file, and skips its holes.
     fn content(&mut self, file: &OwnedFd, stat: &Stat) -> Result<(), Failure> {
         const BLOCK: u64 = 512;
-        /// Less is not read at once.
-        const LEAST: usize = 4 << 10;
+        /// Minimum buffer size of a read in bytes.
+        const MIN_READ: usize = 4 << 10;
         let size = u64::try_from(stat.st_size).unwrap_or(0);
         let has_holes = u64::try_from(stat.st_blocks).unwrap_or(0).saturating_mul(BLOCK) < size;
         let (mut offset, mut data_end) = (0, if has_holes { 0 } else { u64::MAX });
@@ -192,17 +193,20 @@ impl<F: AsFd> Sender<F> {
                         offset = data;
                         data_end = seek(file, SeekFrom::Hole(offset)).unwrap_or(u64::MAX);
                     }
-                    // Up to the end there is a hole.
+                    // A hole up to the end of the file.
                     Err(Errno::NXIO) => return self.chunk_head(offset.max(size), 0),
                     Err(_) => data_end = u64::MAX,
                 }
             }
-            let most = usize::try_from(data_end - offset).unwrap_or(usize::MAX);
-            let place = self.to.room(CHUNK_HEAD + LEAST).map_err(Failure::of(What::Send, &self.path))?;
-            let (head, place) = place.split_at_mut(CHUNK_HEAD);
-            let length = place.len().min(most);
-            let count = retry_on_intr(|| pread(file, &mut place[..length], offset))
-                .map_err(Failure::of(What::Read, &self.path))?;
+            let max = usize::try_from(data_end - offset).unwrap_or(usize::MAX);
+            let buffer = self
+                .to
+                .free_space(CHUNK_HEAD + MIN_READ)
+                .map_err(Failure::of(FailureKind::Send, &self.path))?;
+            let (head, data) = buffer.split_at_mut(CHUNK_HEAD);
+            let length = data.len().min(max);
+            let count = retry_on_intr(|| pread(file, &mut data[..length], offset))
+                .map_err(Failure::of(FailureKind::Read, &self.path))?;
             head.copy_from_slice(&chunk_head(offset, count));
             self.to.advance(CHUNK_HEAD + count);
             if count == 0 {
@@ -213,7 +217,7 @@ impl<F: AsFd> Sender<F> {
     }
 }
 
-/// Bytes in front of a chunk's.
+/// Length of a chunk's header in bytes.
 pub(crate) const CHUNK_HEAD: usize = 12;
 
 fn chunk_head(offset: u64, length: usize) -> [u8; CHUNK_HEAD] {

@@ -1,8 +1,8 @@
-//! Both ends together, and the receiver against streams that nobody would send in good faith.
+//! Sender and receiver together, and the receiver with malicious streams.
 
 extern crate std;
 use crate::entry::{Entry, Kind};
-use crate::{CHUNK, Destination, Failure, MAX_DEPTH, Sender, Source, What, receive, send};
+use crate::{CHUNK, Destination, Failure, FailureKind, MAX_DEPTH, Sender, Source, receive, send};
 use alloc::vec;
 use alloc::vec::Vec;
 use proptest::prelude::*;
@@ -20,7 +20,7 @@ fn destination(path: &Path) -> Destination<'_> {
     Destination { path, sender: Sender::Trusted, name: None, keeps_owners: false, mode_bits: 0o7777 }
 }
 
-/// The host's end of a copy out of a guest.
+/// The destination of a copy from a guest to the host.
 fn from_guest(path: &[u8]) -> Destination<'_> {
     Destination { path, sender: Sender::Untrusted, name: None, keeps_owners: false, mode_bits: 0o755 }
 }
@@ -38,7 +38,7 @@ fn copy(from: &Path, name: &str, to: Destination<'_>) -> Result<Option<Failure>,
     })
 }
 
-/// What a stream of these bytes does.
+/// Receives a stream of these bytes.
 fn receive_bytes(bytes: &[u8], to: Destination<'_>) -> Result<(), Failure> {
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(bytes).unwrap();
@@ -48,7 +48,7 @@ fn receive_bytes(bytes: &[u8], to: Destination<'_>) -> Result<(), Failure> {
 
 fn entry(kind: Kind, name: &[u8]) -> Vec<u8> {
     let name_length = u8::try_from(name.len()).unwrap();
-    [&Entry { kind, name_length, mode: 0o644, ..Entry::LEAVE }.to_bytes()[..], name].concat()
+    [&Entry { kind, name_length, mode: 0o644, ..Entry::END_OF_DIRECTORY }.to_bytes()[..], name].concat()
 }
 
 fn chunk(offset: u64, bytes: &[u8]) -> Vec<u8> {
@@ -91,8 +91,8 @@ fn list(folder: &Path) -> Vec<std::string::String> {
     lines
 }
 
-/// A tree with everything that is copied.
-fn plant(root: &Path) {
+/// Creates a tree with every kind of file and attribute that is copied.
+fn create_tree(root: &Path) {
     fs::create_dir_all(root.join("deep/er")).unwrap();
     fs::write(root.join("deep/er/file"), b"content").unwrap();
     fs::write(root.join("empty"), b"").unwrap();
@@ -110,31 +110,31 @@ fn plant(root: &Path) {
 use std::fs::Permissions;
 
 #[test]
-fn a_tree_arrives_as_it_was() {
+fn a_tree_is_copied_completely() {
     let folder = tempfile::tempdir().unwrap();
     let (from, to) = (folder.path().join("from"), folder.path().join("to"));
-    plant(&from);
+    create_tree(&from);
     assert_eq!(copy(&from, "from", destination(&to)), Ok(None));
     assert_eq!(list(&from), list(&to));
-    // Once more, over what is there.
+    // Again, over the existing tree.
     assert_eq!(copy(&from, ".", destination(&to)), Ok(None));
     assert_eq!(list(&from), list(&to));
-    // And into it.
+    // Into the existing directory.
     assert_eq!(copy(&from, "from", destination(&to)), Ok(None));
     assert_eq!(list(&from), list(&to.join("from")));
 }
 
 #[test]
-fn bits_that_are_not_wanted_are_dropped() {
+fn mode_bits_outside_the_mask_are_cleared() {
     let folder = tempfile::tempdir().unwrap();
     let (from, to) = (folder.path().join("from"), folder.path().join("to"));
-    plant(&from);
+    create_tree(&from);
     copy(&from, "from", Destination { mode_bits: 0o777, ..destination(&to) }).unwrap();
     assert_eq!(to.join("run").metadata().unwrap().mode() & 0o7777, 0o751);
 }
 
 #[test]
-fn holes_stay_holes() {
+fn holes_are_preserved() {
     let folder = tempfile::tempdir().unwrap();
     let (from, to) = (folder.path().join("from"), folder.path().join("to"));
     let mut file = fs::File::create(&from).unwrap();
@@ -152,44 +152,44 @@ fn holes_stay_holes() {
 }
 
 #[test]
-fn where_things_go() {
+fn destinations_resolve_as_in_cp() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
     fs::write(path("file"), b"new").unwrap();
-    plant(&path("tree"));
-    fs::create_dir(path("there")).unwrap();
+    create_tree(&path("tree"));
+    fs::create_dir(path("existing")).unwrap();
     let to = |name: &str| copy(&path("file"), "file", destination(&path(name)));
     let tree_to = |name: &str| copy(&path("tree"), "tree", destination(&path(name)));
-    // A name that nothing has, and one that a file has.
+    // An unused name, and the name of an existing file.
     to("fresh").unwrap();
     fs::write(path("old"), b"old").unwrap();
     to("old").unwrap();
     assert_eq!(fs::read(path("old")).unwrap(), b"new");
-    // A directory, also behind a link.
-    symlink("there", path("link")).unwrap();
+    // A directory through a link.
+    symlink("existing", path("link")).unwrap();
     to("link").unwrap();
-    assert_eq!(fs::read(path("there/file")).unwrap(), b"new");
-    // What a link leads to is replaced, the link is not.
+    assert_eq!(fs::read(path("existing/file")).unwrap(), b"new");
+    // The target of a link is replaced, the link is kept.
     symlink("fresh", path("indirect")).unwrap();
     fs::write(path("fresh"), b"old").unwrap();
     to("indirect").unwrap();
     assert!(path("indirect").is_symlink());
     assert_eq!(fs::read(path("fresh")).unwrap(), b"new");
-    // What cannot be.
-    let what = |result: Result<Option<Failure>, Failure>| result.unwrap_err().what;
-    assert_eq!(what(to("missing/")), What::NoDirectory);
-    assert_eq!(what(to("missing/file")), What::Open);
-    assert_eq!(what(tree_to("old")), What::NotDirectory);
-    fs::create_dir(path("there/file2")).unwrap();
-    assert_eq!(what(copy(&path("file"), "file2", destination(&path("there")))), What::Replace);
-    fs::write(path("there/tree"), b"").unwrap();
-    assert_eq!(what(tree_to("there")), What::NotDirectory);
+    // Invalid destinations.
+    let kind = |result: Result<Option<Failure>, Failure>| result.unwrap_err().kind;
+    assert_eq!(kind(to("missing/")), FailureKind::MissingDirectory);
+    assert_eq!(kind(to("missing/file")), FailureKind::Open);
+    assert_eq!(kind(tree_to("old")), FailureKind::NotDirectory);
+    fs::create_dir(path("existing/file2")).unwrap();
+    assert_eq!(kind(copy(&path("file"), "file2", destination(&path("existing")))), FailureKind::Replace);
+    fs::write(path("existing/tree"), b"").unwrap();
+    assert_eq!(kind(tree_to("existing")), FailureKind::NotDirectory);
     assert_eq!(
-        what(copy(&path("nothing"), "x", destination(&path("y")))),
-        What::Ended,
-        "the receiver's word"
+        kind(copy(&path("nothing"), "x", destination(&path("y")))),
+        FailureKind::Truncated,
+        "the error of the receiver"
     );
-    assert_eq!(what(to("/dev/null")), What::Special);
+    assert_eq!(kind(to("/dev/null")), FailureKind::UnsupportedType);
     assert!(
         !fs::read_dir(folder.path())
             .unwrap()
@@ -198,7 +198,7 @@ fn where_things_go() {
 }
 
 #[test]
-fn a_directory_that_is_there_keeps_its_mode() {
+fn an_existing_directory_keeps_its_mode() {
     let folder = tempfile::tempdir().unwrap();
     let to = folder.path().join("to");
     for (sender, mode) in [(Sender::Trusted, 0o777), (Sender::Untrusted, 0o755)] {
@@ -207,32 +207,41 @@ fn a_directory_that_is_there_keeps_its_mode() {
         fs::set_permissions(to.join("there"), Permissions::from_mode(0o700)).unwrap();
         let directory = |name: &[u8]| {
             let name_length = u8::try_from(name.len()).unwrap();
-            let open = Entry { kind: Kind::Directory, name_length, mode: 0o777, seconds: 5, ..Entry::LEAVE };
+            let open = Entry {
+                kind: Kind::Directory,
+                name_length,
+                mode: 0o777,
+                seconds: 5,
+                ..Entry::END_OF_DIRECTORY
+            };
             [&open.to_bytes()[..], name].concat()
         };
-        let leave = || entry(Kind::Leave, b"");
-        let bytes = [directory(b"to"), directory(b"there"), leave(), directory(b"new"), leave(), leave()];
+        let end = || entry(Kind::EndOfDirectory, b"");
+        let bytes = [directory(b"to"), directory(b"there"), end(), directory(b"new"), end(), end()];
         receive_bytes(
             &bytes.concat(),
             Destination { sender, mode_bits: 0o755 | mode, ..destination(folder.path()) },
         )
         .unwrap();
-        let seen = |name: &str| {
+        let attributes = |name: &str| {
             let data = to.join(name).metadata().unwrap();
             (data.mode() & 0o7777, data.mtime())
         };
-        assert_eq!([seen("."), seen("there"), seen("new")], [(0o700, 5), (0o700, 5), (u32::from(mode), 5)]);
+        assert_eq!(
+            [attributes("."), attributes("there"), attributes("new")],
+            [(0o700, 5), (0o700, 5), (u32::from(mode), 5)]
+        );
         fs::remove_dir_all(&to).unwrap();
     }
 }
 
-/// Whatever a guest has planted where its copy goes, in an earlier answer or through a folder that it shares.
+/// A guest may have created a link at the destination, with an earlier copy or through a shared folder.
 #[test]
-fn a_link_where_a_guests_copy_goes_is_not_followed() {
+fn a_link_at_the_destination_of_a_guests_copy_is_not_followed() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
     let file = || [entry(Kind::File, b"file"), chunk(0, b"new"), chunk(3, b"")].concat();
-    let tree = || [entry(Kind::Directory, b"tree"), file(), entry(Kind::Leave, b"")].concat();
+    let tree = || [entry(Kind::Directory, b"tree"), file(), entry(Kind::EndOfDirectory, b"")].concat();
     let link = || [entry(Kind::Link, b"link"), chunk(0, b"elsewhere")].concat();
     let plant = |target: &str| {
         let _ = fs::remove_file(path("planted"));
@@ -248,10 +257,14 @@ fn a_link_where_a_guests_copy_goes_is_not_followed() {
             for (stream, to) in [(tree(), to), (tree(), contents), (file(), to), (link(), to)] {
                 plant(target);
                 let is_directory = stream.starts_with(&[2]);
-                let result = receive_bytes(&stream, to).map_err(|failure| failure.what);
+                let result = receive_bytes(&stream, to).map_err(|failure| failure.kind);
                 let is_refused =
                     is_directory || stream.starts_with(&[1]) && (target == "outside" || !end.is_empty());
-                assert_eq!(result, if is_refused { Err(What::Link) } else { Ok(()) }, "{target}{end}");
+                assert_eq!(
+                    result,
+                    if is_refused { Err(FailureKind::Symlink) } else { Ok(()) },
+                    "{target}{end}"
+                );
                 let is_link = path("planted").is_symlink();
                 assert_eq!(is_link, is_refused || stream.starts_with(&[3]), "{target}{end}");
             }
@@ -264,7 +277,7 @@ fn a_link_where_a_guests_copy_goes_is_not_followed() {
 }
 
 #[test]
-fn a_guests_answer_is_what_was_asked_for() {
+fn a_guest_cannot_send_a_link_or_file_for_a_directorys_content() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("out");
     let out = Destination { name: Some(b"."), ..from_guest(out.as_os_str().as_bytes()) };
@@ -272,13 +285,13 @@ fn a_guests_answer_is_what_was_asked_for() {
         [entry(Kind::Link, b"."), chunk(0, b"..")].concat(),
         [entry(Kind::File, b"."), chunk(0, b"")].concat(),
     ] {
-        assert_eq!(receive_bytes(&stream, out).unwrap_err().what, What::Malformed);
+        assert_eq!(receive_bytes(&stream, out).unwrap_err().kind, FailureKind::Malformed);
     }
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
 }
 
 #[test]
-fn ends_of_paths_lead_nowhere() {
+fn trailing_slashes_and_dots_are_removed() {
     for (path, expected) in [
         ("a", "a"),
         ("a/", "a"),
@@ -292,35 +305,35 @@ fn ends_of_paths_lead_nowhere() {
     .into_iter()
     .chain([("..", ".."), ("../.", ".."), ("a/..", "a/.."), (".a/", ".a"), ("a.", "a.")])
     {
-        assert_eq!(crate::receive::without_end(path.as_bytes()), expected.as_bytes(), "{path}");
+        assert_eq!(crate::receive::without_trailing_dots(path.as_bytes()), expected.as_bytes(), "{path}");
     }
 }
 
 #[test]
-fn what_is_neither_file_nor_directory_nor_link_is_left_out() {
+fn special_files_are_skipped() {
     let folder = tempfile::tempdir().unwrap();
     let (from, to) = (folder.path().join("from"), folder.path().join("to"));
     fs::create_dir(&from).unwrap();
     fs::write(from.join("file"), b"").unwrap();
     rustix::fs::mknodat(CWD, from.join("pipe"), rustix::fs::FileType::Fifo, Mode::RWXU, 0).unwrap();
-    let left_out = copy(&from, "from", destination(&to)).unwrap().unwrap();
+    let skipped = copy(&from, "from", destination(&to)).unwrap().unwrap();
     assert_eq!(
-        (left_out.what, &left_out.path[..]),
-        (What::LeftOut, from.join("pipe").as_os_str().as_bytes())
+        (skipped.kind, &skipped.path[..]),
+        (FailureKind::Skipped, from.join("pipe").as_os_str().as_bytes())
     );
     assert_eq!(fs::read_dir(&to).unwrap().count(), 1);
-    assert_eq!(copy(&from.join("pipe"), "pipe", destination(&to)).unwrap_err().what, What::Ended);
+    assert_eq!(copy(&from.join("pipe"), "pipe", destination(&to)).unwrap_err().kind, FailureKind::Truncated);
 }
 
 #[test]
-fn nothing_gets_out() {
+fn streams_cannot_write_outside_the_destination() {
     let folder = tempfile::tempdir().unwrap();
     let outside = folder.path().join("outside");
     fs::create_dir(&outside).unwrap();
     let root = || entry(Kind::Directory, b"tree");
     let file = |name: &[u8]| [entry(Kind::File, name), chunk(0, b"bad"), chunk(3, b"")].concat();
     let link = |name: &[u8], target: &[u8]| [entry(Kind::Link, name), chunk(0, target)].concat();
-    let leave = || entry(Kind::Leave, b"");
+    let end = || entry(Kind::EndOfDirectory, b"");
     let absolute = outside.as_os_str().as_bytes();
     let streams: [(&str, Vec<u8>); 9] = [
         ("the parent", [root(), file(b"..")].concat()),
@@ -332,42 +345,45 @@ fn nothing_gets_out() {
             "through a link upwards",
             [root(), link(b"a", b".."), entry(Kind::Directory, b"a"), file(b"x")].concat(),
         ),
-        ("more leaves than directories", [leave()].concat()),
+        ("more ends than directories", [end()].concat()),
         ("the root is the parent", file(b"..")),
         ("a name with NUL", [root(), file(b"a\0b")].concat()),
     ];
-    for (what, bytes) in streams {
+    for (case, bytes) in streams {
         let to = folder.path().join("to");
         fs::create_dir(&to).unwrap();
         let failure = receive_bytes(&bytes, destination(&to)).unwrap_err();
-        assert!(matches!(failure.what, What::Malformed | What::NotDirectory), "{what}: {failure}");
-        assert_eq!(fs::read_dir(&outside).unwrap().count(), 0, "{what}");
-        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2, "{what}");
+        assert!(
+            matches!(failure.kind, FailureKind::Malformed | FailureKind::NotDirectory),
+            "{case}: {failure}"
+        );
+        assert_eq!(fs::read_dir(&outside).unwrap().count(), 0, "{case}");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2, "{case}");
         fs::remove_dir_all(&to).unwrap();
     }
-    // A link that is there already is as good as one that was sent.
+    // An existing link is treated like a link from the stream.
     let to = folder.path().join("to");
     fs::create_dir(&to).unwrap();
     symlink(&outside, to.join("a")).unwrap();
     let bytes = [entry(Kind::Directory, b"."), entry(Kind::Directory, b"a"), file(b"x")].concat();
     let inside = Destination { name: Some(b"."), ..destination(&to) };
-    assert_eq!(receive_bytes(&bytes, inside).unwrap_err().what, What::NotDirectory);
-    // And a file takes the link's place.
-    receive_bytes(&[entry(Kind::Directory, b"."), file(b"a"), leave()].concat(), inside).unwrap();
+    assert_eq!(receive_bytes(&bytes, inside).unwrap_err().kind, FailureKind::NotDirectory);
+    // A file replaces the link.
+    receive_bytes(&[entry(Kind::Directory, b"."), file(b"a"), end()].concat(), inside).unwrap();
     assert!(to.join("a").symlink_metadata().unwrap().is_file());
     assert_eq!(fs::read_dir(&outside).unwrap().count(), 0);
 }
 
 #[test]
-fn a_stream_that_breaks_off_leaves_what_was_there() {
+fn a_truncated_stream_leaves_the_existing_file() {
     let folder = tempfile::tempdir().unwrap();
     let to = folder.path().join("to");
     fs::write(&to, b"old").unwrap();
     let whole = [entry(Kind::File, b"x"), chunk(0, b"new"), chunk(3, b"")].concat();
     for length in 0..whole.len() {
         assert_eq!(
-            receive_bytes(&whole[..length], destination(&to)).unwrap_err().what,
-            What::Ended,
+            receive_bytes(&whole[..length], destination(&to)).unwrap_err().kind,
+            FailureKind::Truncated,
             "{length}"
         );
         assert_eq!(fs::read(&to).unwrap(), b"old");
@@ -378,18 +394,18 @@ fn a_stream_that_breaks_off_leaves_what_was_there() {
 }
 
 #[test]
-fn chunks_go_forwards_and_are_bounded() {
+fn chunks_are_ascending_and_bounded() {
     let folder = tempfile::tempdir().unwrap();
     let to = folder.path().join("to");
     let result = |chunks: &[Vec<u8>]| {
         receive_bytes(&[entry(Kind::File, b"x"), chunks.concat()].concat(), destination(&to))
-            .map_err(|failure| failure.what)
+            .map_err(|failure| failure.kind)
     };
-    assert_eq!(result(&[chunk(5, b"a"), chunk(5, b"b")]), Err(What::Malformed));
-    assert_eq!(result(&[chunk(5, b"a"), chunk(3, b"")]), Err(What::Malformed));
-    assert_eq!(result(&[chunk(u64::MAX, b"a")]), Err(What::Malformed));
+    assert_eq!(result(&[chunk(5, b"a"), chunk(5, b"b")]), Err(FailureKind::Malformed));
+    assert_eq!(result(&[chunk(5, b"a"), chunk(3, b"")]), Err(FailureKind::Malformed));
+    assert_eq!(result(&[chunk(u64::MAX, b"a")]), Err(FailureKind::Malformed));
     let long = [&0_u64.to_le_bytes()[..], &u32::MAX.to_le_bytes()].concat();
-    assert_eq!(result(&[long]), Err(What::Malformed));
+    assert_eq!(result(&[long]), Err(FailureKind::Malformed));
     assert!(!to.exists());
     assert_eq!(result(&[chunk(1, b"a"), chunk(9, b"")]), Ok(()));
     assert_eq!(fs::read(&to).unwrap(), b"\0a\0\0\0\0\0\0\0");
@@ -400,20 +416,24 @@ fn depth_is_bounded() {
     let folder = tempfile::tempdir().unwrap();
     let to = folder.path().join("to");
     let bytes = entry(Kind::Directory, b"d").repeat(MAX_DEPTH + 1);
-    assert_eq!(receive_bytes(&bytes, destination(&to)).unwrap_err().what, What::Depth);
-    assert_eq!(copy(&to, "to", destination(&folder.path().join("again"))).unwrap_err().what, What::Ended);
-    let bytes = [entry(Kind::Directory, b"d").repeat(MAX_DEPTH), entry(Kind::Leave, b"").repeat(MAX_DEPTH)];
+    assert_eq!(receive_bytes(&bytes, destination(&to)).unwrap_err().kind, FailureKind::TooDeep);
+    assert_eq!(
+        copy(&to, "to", destination(&folder.path().join("copy"))).unwrap_err().kind,
+        FailureKind::Truncated
+    );
+    let bytes =
+        [entry(Kind::Directory, b"d").repeat(MAX_DEPTH), entry(Kind::EndOfDirectory, b"").repeat(MAX_DEPTH)];
     receive_bytes(&bytes.concat(), destination(&folder.path().join("fits"))).unwrap();
 }
 
-/// Pieces of which streams are made, right and wrong.
+/// Valid and invalid pieces of streams.
 fn piece() -> impl Strategy<Value = Vec<u8>> {
     let name = prop::sample::select(vec![&b"a"[..], b"b", b"c", b".", b"..", b"a/b", b"/etc", b"a\0"]);
     let kind = prop::sample::select(vec![Kind::File, Kind::Directory, Kind::Directory, Kind::Link]);
     let target = prop::sample::select(vec![&b".."[..], b"/", b"b", b"../outside", b""]);
     prop_oneof![
         (kind, name).prop_map(|(kind, name)| entry(kind, name)),
-        Just(entry(Kind::Leave, b"")),
+        Just(entry(Kind::EndOfDirectory, b"")),
         (0_u64..9, prop::collection::vec(any::<u8>(), 0..9))
             .prop_map(|(offset, bytes)| chunk(offset, &bytes)),
         target.prop_map(|target| [entry(Kind::Link, b"a"), chunk(0, target)].concat()),
@@ -424,7 +444,7 @@ fn piece() -> impl Strategy<Value = Vec<u8>> {
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
-    /// Whatever comes, nothing appears beside the destination.
+    /// No stream creates anything outside the destination.
     #[test]
     fn any_stream_stays_inside(pieces in prop::collection::vec(piece(), 0..24)) {
         let folder = tempfile::tempdir().unwrap();
@@ -436,7 +456,7 @@ proptest! {
         let _ = receive_bytes(&bytes, destination(&to));
         prop_assert_eq!(fs::read_dir(&outside).unwrap().count(), 0);
         prop_assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2);
-        // Nor is anything half made.
+        // Temporary files are removed.
         for line in list(&to) {
             prop_assert!(!line.contains("kindling-cp"), "{}", line);
         }

@@ -1,53 +1,55 @@
-//! The agent: the part of init through which the host starts processes in a guest, talks to them and learns how they
-//! end.
+//! The agent: the part of init with which the host starts processes in a guest, exchanges their standard streams and
+//! receives their exit statuses.
 //!
-//! All of it is vsock connections that the host opens to [`PORT`] of the guest. A process has one for its control
-//! and one for each stream that carries something, and each begins with a [`Hello`] that says whose it is. A stream's
-//! bytes are the stream: vsock's own flow control is its back-pressure, and the end of a direction is the end of the
-//! file. So a reader that stops reading stops one writer and nothing else. Most commands say little, and a connection
-//! takes as long as some ten thousand instructions of theirs: the host comes for output when it is told that there is
-//! some, and for input when it has some.
+//! The host opens vsock connections to [`PORT`] of the guest: for each process a control connection, and a connection
+//! for each stream that carries data. A connection begins with a [`Hello`], which names the process and the stream. A
+//! stream connection carries raw bytes: vsock's flow control provides back-pressure, and shutdown of a direction is
+//! EOF. A reader that stops reading therefore blocks one writer and nothing else. Most commands have little output,
+//! and a connection costs as much as some ten thousand instructions of theirs. The host therefore connects to an output
+//! stream only after [`Message::HasOutput`], and to the input stream only when it has input.
 //!
-//! Control carries messages, each a kind (one byte), three zeroes and the length of its content (four bytes, little
-//! endian), then the content:
+//! The control connection carries messages. A message consists of its kind (one byte), three zeroes, the length of its
+//! content (four bytes, little endian) and the content:
 //!
 //! ```text
 //! host to guest:  1 Start (a configuration frame)   2 Signal (its number: u8)   3 Resize (rows: u16, columns: u16)
-//!                 4 TellStart   5 Send (follows: u8, path)   6 Receive (keeps owners: u8, path)   7 EndInput
+//!                 4 ReportStart   5 Send (follows: u8, path)   6 Receive (keeps owners: u8, path)   7 EndInput
 //! guest to host:  16 Exited (exit status: u8, was executed: u8)   17 Started   18 HasOutput (its role: u8)
 //! ```
-//! Send and Receive start a process that is a part of init: one writes files to its output, the other makes files of
-//! its input, in the form of the crate `guest-copy`. Their standard error is a `guest_copy::Failure` or nothing.
+//! Send and Receive start a process that runs a part of init: Send writes files to its output, Receive creates files
+//! from its input, in the format of the crate `guest-copy`. Their standard error is a `guest_copy::Failure` or empty.
 //!
-//! Whoever was not told of output until Exited has missed none. EndInput is for an input that nobody connected to.
+//! If no HasOutput precedes Exited, the process had no output. EndInput closes an input to which no stream is
+//! connected.
 //!
-//! The process of token [`PAYLOAD`] is the one that the configuration frame names: it runs already, and its streams
-//! wait to be fetched. When it has ended and its control connection is closed, the guest ends.
+//! The process with the token [`PAYLOAD`] is the payload of the configuration frame. It runs already, and its output
+//! stays in its pipes until the host connects. The guest ends when the payload has ended and its control connection is
+//! closed.
 
 use crate::frame::MAX_FRAME;
 pub use crate::terminal::TerminalSize;
 
-/// The guest's vsock port. Below 1024, so that only root in the guest could take it (`vsock_bind_connectible` in
-/// net/vmw_vsock/af_vsock.c), which comes too late.
+/// The guest's vsock port. It is below 1024, so that only root in the guest could bind it (`vsock_bind_connectible` in
+/// net/vmw_vsock/af_vsock.c), and init binds it before any other program runs.
 pub const PORT: u32 = 1000;
 
 /// The token of the configuration's payload.
 pub const PAYLOAD: u64 = 0;
 
-/// Bytes of a message in front of its content.
+/// Length of a message without its content in bytes.
 pub const MESSAGE_HEADER_LEN: usize = 8;
 
-/// What a connection is for.
+/// Purpose of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Role {
     /// Messages.
     Control = 0,
-    /// What the process reads.
+    /// Standard input.
     Input = 1,
-    /// What it writes, or all that its terminal says.
+    /// Standard output, or all output of the terminal.
     Output = 2,
-    /// What it writes to standard error.
+    /// Standard error.
     Error = 3,
 }
 
@@ -66,24 +68,24 @@ impl Role {
 /// The first bytes of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Hello {
-    /// Which process; the host chooses it.
+    /// Identifies the process. The host chooses it.
     pub token: u64,
-    /// What the connection is for.
+    /// Purpose of the connection.
     pub role: Role,
 }
 
 impl Hello {
-    /// Bytes of a hello.
+    /// Length of an encoded hello in bytes.
     pub const LEN: usize = 12;
 
-    /// The bytes.
+    /// Encodes the hello.
     #[must_use]
     pub fn to_bytes(self) -> [u8; Self::LEN] {
         let [a, b, c, d, e, f, g, h] = self.token.to_le_bytes();
         [a, b, c, d, e, f, g, h, self.role as u8, 0, 0, 0]
     }
 
-    /// What the bytes say, if they are a hello.
+    /// Decodes a hello. Returns `None` if the bytes are invalid.
     #[must_use]
     pub fn from_bytes(bytes: [u8; Self::LEN]) -> Option<Self> {
         let [a, b, c, d, e, f, g, h, role, 0, 0, 0] = bytes else { return None };
@@ -94,52 +96,52 @@ impl Hello {
 /// A message of the control connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Message<'a> {
-    /// Start the process that this configuration frame describes.
+    /// Starts the process that this configuration frame describes.
     Start(&'a [u8]),
-    /// Send the process this signal.
+    /// Sends this signal to the process.
     Signal(u8),
-    /// Its terminal has another size.
+    /// Resizes the terminal of the process.
     Resize(TerminalSize),
-    /// Say when its program is executed.
-    TellStart,
-    /// Start to send this file, link or directory.
+    /// Requests [`Started`](Self::Started).
+    ReportStart,
+    /// Starts a process that sends a file, link or directory.
     Send {
-        /// Whether it is what a link leads to rather than the link.
+        /// Whether a symbolic link at the path is followed.
         follows: bool,
-        /// Its path.
+        /// Path of the file, link or directory.
         path: &'a [u8],
     },
-    /// Start to receive a file, link or directory.
+    /// Starts a process that receives a file, link or directory.
     Receive {
-        /// Whether things keep their owners, instead of becoming root's.
+        /// Whether files keep their owners. Otherwise root owns them.
         keeps_owners: bool,
-        /// Where it goes.
+        /// Path of the destination.
         path: &'a [u8],
     },
-    /// There is no input, or no more.
+    /// Closes the input.
     EndInput,
-    /// It ended.
+    /// The process ended.
     Exited {
-        /// Its exit status, which is 128 + signal when a signal killed it.
+        /// Exit status; 128 + signal if a signal killed the process.
         status: u8,
-        /// Whether its program was executed; else the status says why not.
+        /// Whether execve succeeded. Otherwise the status is that of a shell: 126 or 127.
         was_executed: bool,
     },
-    /// Its program is executed.
+    /// The program of the process was executed (execve succeeded).
     Started,
-    /// There is something to read in this stream of output, to which nobody has connected.
+    /// This output stream has data, and the host has not connected to it.
     HasOutput(Role),
 }
 
-/// Bytes that are no message.
+/// Bytes that are not a valid message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BadMessage;
 
 impl<'a> Message<'a> {
-    /// The message at the start of `bytes` and how many bytes it has, or `None` while it is not whole.
+    /// Decodes the message at the start of `bytes`. Returns the message and its length, or `None` if it is incomplete.
     ///
     /// # Errors
-    /// When no message starts so.
+    /// When the bytes are not the start of a valid message.
     pub fn split(bytes: &'a [u8]) -> Result<Option<(Self, usize)>, BadMessage> {
         let Some((header, rest)) = bytes.split_at_checked(MESSAGE_HEADER_LEN) else { return Ok(None) };
         let &[kind, 0, 0, 0, a, b, c, d] = header else { return Err(BadMessage) };
@@ -151,8 +153,8 @@ impl<'a> Message<'a> {
         let message = match (kind, content) {
             (1, frame) => Self::Start(frame),
             (2, &[number]) => Self::Signal(number),
-            (3, size) => Self::Resize(TerminalSize::from_bytes(size).ok_or(BadMessage)?),
-            (4, []) => Self::TellStart,
+            (3, &[a, b, c, d]) => Self::Resize(TerminalSize::from_bytes([a, b, c, d])),
+            (4, []) => Self::ReportStart,
             (5, &[follows @ 0..=1, ref path @ ..]) => Self::Send { follows: follows == 1, path },
             (6, &[keeps_owners @ 0..=1, ref path @ ..]) => {
                 Self::Receive { keeps_owners: keeps_owners == 1, path }
@@ -166,7 +168,8 @@ impl<'a> Message<'a> {
         Ok(Some((message, MESSAGE_HEADER_LEN + length)))
     }
 
-    /// Writes the message into a byte sink that grows. A frame to start from is at most [`MAX_FRAME`] bytes long.
+    /// Appends the encoded message to a sink. The frame of [`Start`](Self::Start) must not be longer than
+    /// [`MAX_FRAME`].
     pub fn encode<S: Extend<u8>>(&self, sink: &mut S) {
         let mut write = |kind: u8, first: &[u8], rest: &[u8]| {
             sink.extend([kind, 0, 0, 0]);
@@ -177,7 +180,7 @@ impl<'a> Message<'a> {
             Self::Start(frame) => write(1, frame, &[]),
             Self::Signal(number) => write(2, &[number], &[]),
             Self::Resize(size) => write(3, &size.to_bytes(), &[]),
-            Self::TellStart => write(4, &[], &[]),
+            Self::ReportStart => write(4, &[], &[]),
             Self::Send { follows, path } => write(5, &[follows.into()], path),
             Self::Receive { keeps_owners, path } => write(6, &[keeps_owners.into()], path),
             Self::EndInput => write(7, &[], &[]),
@@ -202,17 +205,17 @@ mod tests {
             assert_eq!(Hello::from_bytes(hello.to_bytes()), Some(hello));
         }
         assert_eq!(Hello::from_bytes([0, 0, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0]), None, "no such role");
-        assert_eq!(Hello::from_bytes([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]), None, "zeroes are zeroes");
+        assert_eq!(Hello::from_bytes([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]), None, "padding must be zero");
     }
 
     #[test]
-    fn messages_survive_and_come_whole_or_not_at_all() {
+    fn messages_survive_and_are_decoded_only_when_complete() {
         let size = TerminalSize { rows: 24, columns: 80 };
         for message in [
             Message::Start(b"frame"),
             Message::Signal(15),
             Message::Resize(size),
-            Message::TellStart,
+            Message::ReportStart,
             Message::Send { follows: true, path: b"/a" },
             Message::Receive { keeps_owners: false, path: b"" },
             Message::EndInput,
@@ -240,16 +243,16 @@ mod tests {
     }
 
     proptest! {
-        /// Bytes that are a message are the bytes of that message.
+        /// A decoded message encodes to the same bytes.
         #[test]
         fn any_bytes_split_without_harm(
             kind in 0_u8..20, length in 0_u8..9, content in prop::collection::vec(0_u8..3, 0..16),
         ) {
             let bytes = [&[kind, 0, 0, 0, length, 0, 0, 0], &content[..]].concat();
             if let Ok(Some((message, length))) = Message::split(&bytes) {
-                let mut again = Vec::new();
-                message.encode(&mut again);
-                prop_assert_eq!(&again[..], &bytes[..length]);
+                let mut encoded = Vec::new();
+                message.encode(&mut encoded);
+                prop_assert_eq!(&encoded[..], &bytes[..length]);
             }
         }
 

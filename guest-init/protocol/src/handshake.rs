@@ -1,34 +1,34 @@
-//! How init tells this VMM from a monitor that has no device at its ports.
+//! The handshake with which init distinguishes this VMM from a monitor without a device at its ports.
 //!
-//! What an unassigned port returns is the monitor's choice: all ones, zeroes, whatever the last access left in
-//! its buffer, or anything else. So init writes a nonce, and the response holds a seal of 64 bits over that nonce and
-//! the frame's length. No constant and no repetition of the nonce is such a seal, and random bytes are with a
-//! probability of 2^-64. It proves no identity: a monitor that wants to be taken for this VMM can be.
+//! The value of an unassigned port depends on the monitor: all ones, zeroes, the content of the monitor's buffer after
+//! the last access, or anything else. Init therefore writes a nonce, and the response contains a 64-bit checksum of the
+//! nonce and the frame's length. Constants and repetitions of the nonce have the wrong checksum, and random bytes have
+//! the right one with a probability of 2^-64. The handshake is no authentication: any monitor can implement it.
 //!
 //! ```text
-//! response = length of the frame: u32  seal: u64
+//! response = length of the frame: u32  checksum: u64
 //! ```
 //! Both integers are little-endian.
 
-/// Bytes of a response.
+/// Length of a response in bytes.
 pub const RESPONSE_LEN: usize = 12;
 
-/// Two odd numbers of random bits: multiplication by them is invertible and spreads each bit of the input.
+/// Two random odd numbers: multiplication by an odd number is invertible and spreads each bit of the input.
 const FACTORS: [u64; 2] = [0x93c4_67e3_7db0_c7a5, 0xd1b5_4a32_d192_ed03];
-/// Keeps a nonce and a length of zero from having a seal of zero.
+/// Makes the checksum of a zero nonce and a zero length nonzero.
 const OFFSET: u64 = u64::from_le_bytes(*b"KINDLING");
 
-/// The VMM's response to a nonce, before a frame of `length` bytes.
+/// Encodes the VMM's response to a nonce, which precedes a frame of `length` bytes.
 #[must_use]
 pub fn response(nonce: u32, length: u32) -> [u8; RESPONSE_LEN] {
     let mut bytes = [0; RESPONSE_LEN];
     bytes[..4].copy_from_slice(&length.to_le_bytes());
-    bytes[4..].copy_from_slice(&seal(nonce, length).to_le_bytes());
+    bytes[4..].copy_from_slice(&checksum(nonce, length).to_le_bytes());
     bytes
 }
 
-/// The length of the frame and the bytes behind the response, or `None` where `bytes` do not begin with the
-/// response to this nonce.
+/// Checks the response at the start of `bytes`. Returns the length of the frame and the bytes after the response, or
+/// `None` if it is not the response to this nonce.
 #[must_use]
 pub fn accept(nonce: u32, bytes: &[u8]) -> Option<(u32, &[u8])> {
     let (found, rest) = bytes.split_first_chunk::<RESPONSE_LEN>()?;
@@ -37,11 +37,11 @@ pub fn accept(nonce: u32, bytes: &[u8]) -> Option<(u32, &[u8])> {
     (*found == response(nonce, length)).then_some((length, rest))
 }
 
-const fn seal(nonce: u32, length: u32) -> u64 {
-    let mut seal = ((nonce as u64) << 32 | length as u64) ^ OFFSET;
-    seal = seal.wrapping_mul(FACTORS[0]);
-    seal ^= seal >> 32;
-    seal.wrapping_mul(FACTORS[1])
+const fn checksum(nonce: u32, length: u32) -> u64 {
+    let mut checksum = ((nonce as u64) << 32 | length as u64) ^ OFFSET;
+    checksum = checksum.wrapping_mul(FACTORS[0]);
+    checksum ^= checksum >> 32;
+    checksum.wrapping_mul(FACTORS[1])
 }
 
 #[cfg(test)]
@@ -71,12 +71,12 @@ mod tests {
     }
 
     #[test]
-    fn what_unassigned_ports_return_is_not_accepted() {
+    fn values_of_unassigned_ports_are_not_accepted() {
         for nonce in NONCES {
             for byte in 0..=u8::MAX {
                 assert_eq!(accept(nonce, &[byte; 512]), None, "{byte:#x} for {nonce:#x}");
             }
-            // The value of the last access, as it is, inverted, and in the other order.
+            // The value of the last access: unchanged, inverted, byte-swapped and incremented.
             for word in [nonce, !nonce, nonce.swap_bytes(), nonce.wrapping_add(1)] {
                 let repeated = [word.to_le_bytes(); 8].concat();
                 let then_zeroes = [&word.to_le_bytes()[..], &[0; 28]].concat();

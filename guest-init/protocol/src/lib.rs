@@ -1,47 +1,50 @@
-//! All that a guest and its VMM agree on, in one crate without dependencies that both link.
+//! The interface between a guest and its VMM: one crate, which both link, without dependencies by default.
 //!
-//! A guest talks to the VMM over a few I/O ports ([`port`]): it marks the stages of its boot
-//! ([`BootMark`]), asks for its configuration ([`frame`]) and ends with its exit status
-//! ([`ExitStatus`]). The same init also boots under other monitors, whose unassigned ports may return
-//! anything: it recognizes this VMM by the response to a challenge ([`handshake`]).
+//! A guest communicates with the VMM over a few I/O ports ([`port`]): it marks the stages of its boot ([`BootMark`]),
+//! requests its configuration ([`config`], encoded as a [`frame`]) and ends with its exit status ([`ExitStatus`]). The
+//! same init also boots under other monitors, whose unassigned ports may return anything: it detects this VMM by a
+//! challenge and response ([`handshake`]).
 #![no_std]
 
+extern crate alloc;
+
 pub mod agent;
+pub mod config;
 pub mod frame;
 pub mod handshake;
 pub mod terminal;
 
 /// The I/O ports of the VMM. QEMU's and Firecracker's machines leave this range unassigned.
 pub mod port {
-    /// One byte written: the guest reached the stage with that [`BootMark`](super::BootMark).
+    /// Write, one byte: the guest reached the stage with this [`BootMark`](super::BootMark).
     pub const BOOT_MARK: u16 = 0x550;
-    /// Bytes written, one or several at once: the kernel's log, where the configuration asks for it ([`Item::KernelLog`](super::frame::Item::KernelLog)).
+    /// Write, one or several bytes: the kernel's log, if [`BootInfo::kernel_log`](super::config::BootInfo::kernel_log)
+    /// is set.
     pub const KERNEL_LOG: u16 = 0x551;
-    /// Four bytes written: the guest ends with that [`ExitStatus`](super::ExitStatus).
+    /// Write, four bytes: the guest ends with this [`ExitStatus`](super::ExitStatus).
     pub const EXIT: u16 = 0x554;
-    /// Four bytes written: a nonce. The VMM makes the configuration frame anew.
+    /// Write, four bytes: a nonce. The VMM encodes a new configuration frame.
     pub const CONFIG_REQUEST: u16 = 0x558;
-    /// Each byte read is the next one of the [`response`](super::handshake::response) to the nonce and of the
-    /// configuration frame behind it, and zero after its end.
+    /// Read: the next bytes of the [`response`](super::handshake::response) to the nonce, which is followed by the
+    /// configuration frame, then by zeroes.
     pub const CONFIG_DATA: u16 = 0x55c;
 }
 
-/// The kernel command line of an image for which nobody chose another.
+/// The default kernel command line.
 ///
 /// - `console=ttyS0`: messages and the payload's streams on the serial port.
-/// - `quiet`: each character on the serial port is a VM exit, so only warnings are printed.
-/// - `reboot=k panic=-1`: a panic resets the machine at once over the port that the VMM watches.
-/// - `tsc=reliable no_timer_check`: the clocks are the host's; nothing needs to be verified.
-/// - `noreplace-smp`: with one vCPU the kernel would take the lock prefixes out of its own code,
-///   which costs 3 ms of boot (exact lab).
-/// - `swiotlb=noforce`: no device needs bounce buffers, for which a guest with memory above 4 GiB
-///   would set 64 MiB aside.
-/// - `8250.nr_uarts=1`: one serial port exists, four would be probed.
-/// - `percpu_alloc=page`: per-CPU areas are pages of 4 KiB. The kernel's own choice is to take 2 MiB,
-///   clear them, use 170 KiB and give the rest back: 0.8 ms of boot (exact lab).
-/// - `cpuhp.parallel=0`: processors are started one after the other. Started together they spin until
-///   it is their turn, which takes time from whoever they share a host processor with, the one that
-///   starts them for instance: a guest with four vCPUs is at init 18 to 31 ms sooner (exact lab).
+/// - `quiet`: prints only warnings, because each character on the serial port is a VM exit.
+/// - `reboot=k panic=-1`: a panic resets the machine immediately, over the port that the VMM watches.
+/// - `tsc=reliable no_timer_check`: skips checks of the clocks, which are the host's.
+/// - `noreplace-smp`: with one vCPU, the kernel would patch the lock prefixes out of its own code, which costs 3 ms of
+///   boot (exact lab).
+/// - `swiotlb=noforce`: no device needs bounce buffers, for which a guest with memory above 4 GiB would reserve 64 MiB.
+/// - `8250.nr_uarts=1`: one serial port exists; the kernel would probe four.
+/// - `percpu_alloc=page`: per-CPU areas are allocated in pages of 4 KiB. By default, the kernel allocates 2 MiB, clears
+///   them, uses 170 KiB and frees the rest: 0.8 ms of boot (exact lab).
+/// - `cpuhp.parallel=0`: starts processors one after the other. Processors that start in parallel spin while they wait
+///   for each other, which takes time from the threads that share a host processor with them, for example the vCPU that
+///   starts them: a guest with four vCPUs reaches init 18 to 31 ms earlier (exact lab).
 pub const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 quiet reboot=k panic=-1 tsc=reliable \
     no_timer_check noreplace-smp swiotlb=noforce 8250.nr_uarts=1 percpu_alloc=page cpuhp.parallel=0";
 
@@ -55,15 +58,15 @@ pub enum BootMark {
     FilesystemsMounted = 0x11,
     /// The hostname is set and the loopback interface is up.
     SystemReady = 0x12,
-    /// Init has its configuration.
+    /// Init has received and applied its configuration.
     Configured = 0x13,
-    /// The image's root filesystem is entered, where it is a disk.
+    /// Init has entered the image's root filesystem, if that is a disk.
     RootEntered = 0x16,
-    /// The payload's process exists and is about to be executed.
+    /// Init starts the payload.
     PayloadStarted = 0x14,
     /// The payload's process has ended.
     PayloadEnded = 0x15,
-    /// The agent takes connections.
+    /// The agent accepts connections.
     AgentReady = 0x17,
 }
 
@@ -80,13 +83,13 @@ impl BootMark {
         Self::PayloadEnded,
     ];
 
-    /// The mark with this number, if there is one.
+    /// The mark with this number, if it is valid.
     #[must_use]
     pub fn from_byte(byte: u8) -> Option<Self> {
         Self::ALL.into_iter().find(|&mark| mark as u8 == byte)
     }
 
-    /// What a report calls the stage.
+    /// The name of the stage in reports.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -104,20 +107,20 @@ impl BootMark {
 
 /// How a guest ended, as init writes it to [`port::EXIT`].
 ///
-/// Bits 0 to 7 are the exit code and bits 8 to 15 say what ended; the rest is zero.
+/// Bits 0 to 7 are the exit code, bits 8 to 15 are 0 for the payload and 1 for init, and the other bits are zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExitStatus {
-    /// The payload ended with this code, which is 128 + signal when a signal killed it, 127 when
-    /// it was not found and 126 when it may not be executed.
+    /// The payload ended with this code: 128 + signal if a signal killed it, 127 if it was not found and 126 if it
+    /// could not be executed.
     Payload(u8),
-    /// Init itself failed and said why on the console.
+    /// Init itself failed, and printed the reason on the console.
     InitPanic,
 }
 
 impl ExitStatus {
     const INIT_PANIC: u32 = 0x0100;
 
-    /// The number that stands for this status on the port.
+    /// Encodes the status for the port.
     #[must_use]
     pub const fn to_raw(self) -> u32 {
         match self {
@@ -126,7 +129,7 @@ impl ExitStatus {
         }
     }
 
-    /// The status that this number stands for, if it is one.
+    /// Decodes the status. Returns `None` if the number is invalid.
     #[must_use]
     pub const fn from_raw(raw: u32) -> Option<Self> {
         match raw {
@@ -154,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn boot_marks_have_their_own_numbers() {
+    fn boot_marks_have_distinct_numbers() {
         for mark in BootMark::ALL {
             assert_eq!(BootMark::from_byte(mark as u8), Some(mark));
         }

@@ -1,20 +1,21 @@
 //! The agent: starts processes for the host and connects their streams to it (`guest_protocol::agent`).
 //!
-//! One thread and one epoll. Nothing here waits for anything else, and nothing is kept of a stream but what a pipe
-//! of the kernel's holds: a host that stops reading stops the process that writes.
+//! One thread and one epoll instance serve all connections without blocking. Init buffers no stream data except the
+//! content of kernel pipes, so that a host that stops reading blocks the writing process.
 
 mod copying;
+mod epoll;
 mod pump;
 mod session;
 mod socket;
-mod watch;
 
 use crate::machine;
+use crate::panic::fatal;
 use crate::program;
 use crate::syscall::{self, SignalSet};
-use crate::voice::give_up;
 use alloc::vec::Vec;
-use guest_init::payload_spec::PayloadSpec;
+use epoll::{Epoll, Token};
+use guest_init::GuestConfig;
 use guest_protocol::BootMark;
 use guest_protocol::agent::{self, Hello, Role};
 use rustix::event::epoll::EventFlags;
@@ -22,20 +23,19 @@ use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, Signal, WaitOptions, getrlimit, setrlimit, wait};
 use session::{Session, State};
-use watch::{Token, Watch};
 
-/// Processes that the host may have at a time, with those that ended while a child of theirs holds their output. Where
-/// there are as many, the one that was announced first and never started makes room.
-const SESSIONS: usize = 256;
-/// Connections that may be on their way to say what they are for. Where there are as many, the first makes room.
-const NEWCOMERS: usize = 256;
+/// Maximum number of sessions, including those whose process ended while a child of it still holds its output. At the
+/// limit, a new session replaces the oldest one that never started a process.
+const MAX_SESSIONS: usize = 256;
+/// Maximum number of connections without a complete [`Hello`]. At the limit, a new connection replaces the oldest one.
+const MAX_PENDING: usize = 256;
 
-/// Of which a session has eight, and a newcomer one.
-const DESCRIPTORS: u64 = 4096;
+/// Limit of descriptors for init itself. A session uses eight, and a pending connection one.
+const MAX_DESCRIPTORS: u64 = 4096;
 
-/// A connection that has not said whole yet what it is for.
-struct Newcomer {
-    /// Connections that came before.
+/// A connection without a complete [`Hello`].
+struct PendingConnection {
+    /// Sequence number, by which the oldest one is found.
     number: u64,
     socket: OwnedFd,
     bytes: [u8; Hello::LEN],
@@ -43,29 +43,30 @@ struct Newcomer {
 }
 
 struct Agent {
-    watch: Watch,
+    epoll: Epoll,
     listener: OwnedFd,
     signals: OwnedFd,
-    newcomers: Vec<Option<Newcomer>>,
+    pending: Vec<Option<PendingConnection>>,
     sessions: Vec<Option<Session>>,
-    /// Newcomers and sessions so far.
+    /// Number of connections and sessions so far.
     count: u64,
 }
 
-/// Runs the payload and whatever else the host asks for. Returns the payload's exit status when the host has it.
-pub(crate) fn serve(spec: &PayloadSpec) -> u8 {
+/// Runs the payload and the processes that the host starts. Returns the payload's exit status after the host has
+/// received it.
+pub(crate) fn serve(config: &GuestConfig) -> u8 {
     let mut agent = Agent::new().unwrap_or_else(|(what, error)| {
-        give_up(format_args!("the agent cannot {what}: {error}{}", advice(error)))
+        fatal(format_args!("the agent cannot {what}: {error}{}", advice(error)))
     });
     machine::mark(BootMark::AgentReady);
-    if !spec.arguments.is_empty() {
+    if !config.arguments.is_empty() {
         machine::mark(BootMark::PayloadStarted);
         if let Some(session) = agent.session(agent::PAYLOAD) {
-            session.start(spec);
+            session.start(config);
         }
     }
     loop {
-        agent.turn();
+        agent.serve_events();
         if let Some(code) = agent.payload_code() {
             return code;
         }
@@ -82,61 +83,61 @@ const fn advice(error: Errno) -> &'static str {
 
 impl Agent {
     fn new() -> Result<Self, (&'static str, Errno)> {
-        limit_descriptors(DESCRIPTORS);
-        let watch = Watch::new().map_err(|error| ("make an epoll instance", error))?;
+        limit_descriptors(MAX_DESCRIPTORS);
+        let epoll = Epoll::new().map_err(|error| ("create an epoll instance", error))?;
         let children = SignalSet::of([Signal::CHILD]);
         children.block().map_err(|error| ("block signals", error))?;
         let signals = syscall::signalfd(children).map_err(|error| ("watch its children", error))?;
         let listener = socket::listen(agent::PORT).map_err(|error| ("listen on its vsock port", error))?;
-        watch.once(&listener, Token::Listener, EventFlags::IN);
-        watch.once(&signals, Token::Signals, EventFlags::IN);
-        Ok(Self { watch, listener, signals, newcomers: Vec::new(), sessions: Vec::new(), count: 0 })
+        epoll.arm(&listener, Token::Listener, EventFlags::IN);
+        epoll.arm(&signals, Token::Signals, EventFlags::IN);
+        Ok(Self { epoll, listener, signals, pending: Vec::new(), sessions: Vec::new(), count: 0 })
     }
 
-    /// Waits for events and serves them.
-    fn turn(&mut self) {
-        for token in self.watch.wait() {
+    /// Waits for events and handles them.
+    fn serve_events(&mut self) {
+        for token in self.epoll.wait() {
             match token {
                 Token::Listener => self.accept(),
                 Token::Signals => self.reap(),
-                Token::Newcomer(slot) => self.greet(slot),
+                Token::Pending(slot) => self.read_hello(slot),
                 Token::Control(slot) => self.with_session(slot, Session::read_control),
-                Token::Execution(slot) => self.with_session(slot, Session::tell_start),
+                Token::Execution(slot) => self.with_session(slot, Session::report_start),
                 Token::Stream(slot, number) => {
-                    self.with_session(slot, |session, watch| session.advance(number, watch));
+                    self.with_session(slot, |session, epoll| session.advance(number, epoll));
                 }
             }
         }
     }
 
-    /// Does something to the session in a slot, if one is there, and forgets sessions that are over.
-    fn with_session(&mut self, slot: usize, action: impl FnOnce(&mut Session, &Watch)) {
-        let Some(place) = self.sessions.get_mut(slot) else { return };
-        let Some(session) = place else { return };
-        action(session, &self.watch);
-        // The payload's is looked at by who waits for its end.
-        if session.state() == State::Over && session.token != agent::PAYLOAD {
-            *place = None;
+    /// Applies an action to the session in a slot, if there is one, and removes a finished session.
+    fn with_session(&mut self, slot: usize, action: impl FnOnce(&mut Session, &Epoll)) {
+        let Some(entry) = self.sessions.get_mut(slot) else { return };
+        let Some(session) = entry else { return };
+        action(session, &self.epoll);
+        // `payload_code` still reads the session of the payload.
+        if session.state() == State::Finished && session.token != agent::PAYLOAD {
+            *entry = None;
         }
     }
 
-    /// The payload's exit status, once the host has taken it.
+    /// The payload's exit status, after the host has received it.
     fn payload_code(&self) -> Option<u8> {
         let payload = self.sessions.iter().flatten().find(|session| session.token == agent::PAYLOAD)?;
-        payload.code.filter(|_| payload.state() != State::Lives)
+        payload.code.filter(|_| payload.state() != State::Active)
     }
 
-    /// The session of a token, which is made where there is none.
+    /// Finds or creates the session of a token. Returns `None` if there are too many sessions.
     fn session(&mut self, token: u64) -> Option<&mut Session> {
         let found = self
             .sessions
             .iter()
-            .position(|place| place.as_ref().is_some_and(|session| session.token == token));
+            .position(|entry| entry.as_ref().is_some_and(|session| session.token == token));
         let slot = match found {
             Some(slot) => slot,
             None => {
                 let age = |session: &Session| session.is_idle().then_some(session.number);
-                free_slot(&mut self.sessions, SESSIONS, age)?
+                free_slot(&mut self.sessions, MAX_SESSIONS, age)?
             }
         };
         self.count += 1;
@@ -146,82 +147,82 @@ impl Agent {
 
     fn accept(&mut self) {
         while let Ok(socket) = socket::accept(&self.listener) {
-            let age = |newcomer: &Newcomer| Some(newcomer.number);
-            let Some(slot) = free_slot(&mut self.newcomers, NEWCOMERS, age) else { continue };
+            let age = |connection: &PendingConnection| Some(connection.number);
+            let Some(slot) = free_slot(&mut self.pending, MAX_PENDING, age) else { continue };
             self.count += 1;
-            self.newcomers[slot] =
-                Some(Newcomer { number: self.count, socket, bytes: [0; Hello::LEN], length: 0 });
-            self.greet(slot);
+            self.pending[slot] =
+                Some(PendingConnection { number: self.count, socket, bytes: [0; Hello::LEN], length: 0 });
+            self.read_hello(slot);
         }
-        self.watch.once(&self.listener, Token::Listener, EventFlags::IN);
+        self.epoll.arm(&self.listener, Token::Listener, EventFlags::IN);
     }
 
-    /// Reads what a connection is for, and brings it there.
-    fn greet(&mut self, slot: usize) {
-        let Some(place) = self.newcomers.get_mut(slot) else { return };
-        let Some(newcomer) = place else { return };
-        match rustix::io::read(&newcomer.socket, &mut newcomer.bytes[newcomer.length..]) {
-            Ok(0) => *place = None,
-            Ok(count) => newcomer.length += count,
+    /// Reads the [`Hello`] of a connection, and attaches the connection to its session.
+    fn read_hello(&mut self, slot: usize) {
+        let Some(entry) = self.pending.get_mut(slot) else { return };
+        let Some(connection) = entry else { return };
+        match rustix::io::read(&connection.socket, &mut connection.bytes[connection.length..]) {
+            Ok(0) => *entry = None,
+            Ok(count) => connection.length += count,
             Err(Errno::AGAIN | Errno::INTR) => {}
-            Err(_) => *place = None,
+            Err(_) => *entry = None,
         }
-        let Some(newcomer) = place else { return };
-        if newcomer.length < Hello::LEN {
-            return self.watch.once(&newcomer.socket, Token::Newcomer(slot), EventFlags::IN);
+        let Some(connection) = entry else { return };
+        if connection.length < Hello::LEN {
+            return self.epoll.arm(&connection.socket, Token::Pending(slot), EventFlags::IN);
         }
         let (hello, socket) =
-            (Hello::from_bytes(newcomer.bytes), place.take().map(|newcomer| newcomer.socket));
+            (Hello::from_bytes(connection.bytes), entry.take().map(|connection| connection.socket));
         let (Some(hello), Some(socket)) = (hello, socket) else { return };
         let Some(session) = self.session(hello.token) else { return };
         let slot = session.slot;
-        self.with_session(slot, |session, watch| match hello.role {
-            Role::Control => session.attach_control(socket, watch),
-            Role::Input => session.attach(0, socket, watch),
-            Role::Output => session.attach(1, socket, watch),
-            Role::Error => session.attach(2, socket, watch),
+        self.with_session(slot, |session, epoll| match hello.role {
+            Role::Control => session.attach_control(socket, epoll),
+            Role::Input => session.attach(0, socket, epoll),
+            Role::Output => session.attach(1, socket, epoll),
+            Role::Error => session.attach(2, socket, epoll),
         });
     }
 
-    /// Takes note of all processes that ended, orphans too, which are PID 1's.
+    /// Reaps all processes that ended, including orphans, whose parent is PID 1.
     fn reap(&mut self) {
-        // It says no more than that there were some.
+        // One pending SIGCHLD may stand for several processes, so that the content is ignored.
         let _ = rustix::io::read(&self.signals, &mut [0; 128][..]);
-        self.watch.once(&self.signals, Token::Signals, EventFlags::IN);
+        self.epoll.arm(&self.signals, Token::Signals, EventFlags::IN);
         while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
             let of_session =
-                |place: &Option<Session>| place.as_ref().is_some_and(|session| session.process == Some(pid));
+                |entry: &Option<Session>| entry.as_ref().is_some_and(|session| session.process == Some(pid));
             if let Some(slot) = self.sessions.iter().position(of_session) {
                 if self.sessions[slot].as_ref().is_some_and(|session| session.token == agent::PAYLOAD) {
                     machine::mark(BootMark::PayloadEnded);
                 }
                 let code = program::exit_code(status);
-                self.with_session(slot, |session, watch| session.end(code, watch));
+                self.with_session(slot, |session, epoll| session.end(code, epoll));
             }
         }
     }
 }
 
-/// Lets this process have so many descriptors.
+/// Sets the soft limit of descriptors of this process.
 fn limit_descriptors(current: u64) {
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
     let current = Some(maximum.map_or(current, |maximum| maximum.min(current)));
     let _ = setrlimit(Resource::Nofile, Rlimit { current, maximum });
 }
 
-/// A place in a list: one that is free, a new one if there are not too many, or that of the oldest who has to go. Who
-/// has no age stays.
-fn free_slot<T>(list: &mut Vec<Option<T>>, most: usize, age: impl Fn(&T) -> Option<u64>) -> Option<usize> {
+/// Returns a free slot of a list: an empty one, a new one below the limit, or that of the oldest entry, which is
+/// removed. Entries without an age are kept.
+fn free_slot<T>(list: &mut Vec<Option<T>>, max: usize, age: impl Fn(&T) -> Option<u64>) -> Option<usize> {
     let free = list.iter().position(Option::is_none);
     let slot = match free {
         Some(slot) => slot,
-        None if list.len() < most => {
+        None if list.len() < max => {
             list.push(None);
             list.len() - 1
         }
         None => {
             let ages =
-                list.iter().enumerate().filter_map(|(slot, place)| Some((age(place.as_ref()?)?, slot)));
+                list.iter().enumerate().filter_map(|(slot, entry)| Some((age(entry.as_ref()?)?, slot)));
             ages.min()?.1
         }
     };

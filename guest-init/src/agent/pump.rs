@@ -1,6 +1,7 @@
-//! One stream of a process on its way: from one descriptor to another, without a copy of its own where one is a pipe.
+//! Data transfer of one stream of a process, from one descriptor to another. If one of them is a pipe, splice moves the
+//! data without a copy in user space.
 
-use super::watch::{Token, Watch};
+use super::epoll::{Epoll, Token};
 use alloc::vec::Vec;
 use rustix::event::epoll::EventFlags;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -9,91 +10,94 @@ use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
 use rustix::pipe::{SpliceFlags, splice};
 
-/// Bytes that are moved at once: what a pipe holds.
+/// Bytes per call of splice: the capacity of a pipe.
 const CHUNK: usize = 64 << 10;
-/// Of a terminal.
+/// Bytes per read from a terminal.
 const TERMINAL_CHUNK: usize = 4 << 10;
-/// Times that a stream goes on before others have their turn.
-const TURNS: u32 = 16;
+/// Maximum number of transfers before other streams are served.
+const MAX_TRANSFERS: u32 = 16;
 
 #[derive(Default)]
 pub(super) struct Pump {
     pub(super) source: Option<OwnedFd>,
     pub(super) target: Option<OwnedFd>,
-    /// Neither of them is a pipe.
+    /// Whether one end is a terminal and the other a socket, so that splice does not work.
     pub(super) is_terminal: bool,
-    /// What a terminal said or is to be told and the other side has not taken.
-    rest: Vec<u8>,
-    /// Bytes that still belong to the process, which has ended.
-    left: Option<u64>,
+    /// Bytes read from or for a terminal that are not written yet.
+    pending: Vec<u8>,
+    /// Bytes left to transfer after the process has ended.
+    remaining: Option<u64>,
 }
 
-enum Step {
-    Moved(usize),
-    /// The source has nothing now.
-    Empty,
-    /// The target takes nothing now.
-    Full,
-    /// The source has ended, or the target is gone.
+enum Transfer {
+    Transferred(usize),
+    /// The source has no data at the moment.
+    SourceEmpty,
+    /// The target accepts no data at the moment.
+    TargetFull,
+    /// The source is at EOF, or the target is closed.
     Ended,
 }
 
 impl Pump {
-    /// The process has ended: what it wrote is still delivered, and what its children write from now on is not.
-    pub(super) fn cut(&mut self) {
+    /// Limits the stream to its buffered data, after the process has ended: what its children write from now on is
+    /// discarded.
+    pub(super) fn limit_to_buffered(&mut self) {
         match &self.source {
             None => self.close(),
             Some(_) if self.is_terminal => {}
-            Some(source) => self.left = rustix::io::ioctl_fionread(source).ok(),
+            Some(source) => self.remaining = rustix::io::ioctl_fionread(source).ok(),
         }
     }
 
-    /// Ends the stream: its reader finds its end, and its writer nobody who reads.
+    /// Closes both ends: the reader gets EOF, and the writer EPIPE.
     pub(super) fn close(&mut self) {
         (self.source, self.target) = (None, None);
-        self.rest = Vec::new();
+        self.pending = Vec::new();
     }
 
-    /// Moves what can be moved now, and asks to be called when there is more.
-    pub(super) fn advance(&mut self, watch: &Watch, token: Token) {
-        for _ in 0..TURNS {
-            if self.source.is_some() && self.left == Some(0) {
+    /// Transfers data until one end would block, and arms the epoll instance for the next event.
+    pub(super) fn advance(&mut self, epoll: &Epoll, token: Token) {
+        for _ in 0..MAX_TRANSFERS {
+            if self.source.is_some() && self.remaining == Some(0) {
                 self.discard();
             }
             let (Some(source), Some(target)) = (&self.source, &self.target) else { return };
-            let step = if self.is_terminal {
-                copy(source, target, &mut self.rest)
+            let transfer = if self.is_terminal {
+                copy(source, target, &mut self.pending)
             } else {
                 move_pages(source, target)
             };
-            match step {
-                Step::Moved(count) => self.left = self.left.map(|left| left.saturating_sub(count as u64)),
-                Step::Empty => return watch.once(source, token, EventFlags::IN),
-                Step::Full => return watch.once(target, token, EventFlags::OUT),
-                Step::Ended => return self.close(),
+            match transfer {
+                Transfer::Transferred(count) => {
+                    self.remaining = self.remaining.map(|remaining| remaining.saturating_sub(count as u64))
+                }
+                Transfer::SourceEmpty => return epoll.arm(source, token, EventFlags::IN),
+                Transfer::TargetFull => return epoll.arm(target, token, EventFlags::OUT),
+                Transfer::Ended => return self.close(),
             }
         }
         if let Some(source) = &self.source {
-            watch.once(source, token, EventFlags::IN);
+            epoll.arm(source, token, EventFlags::IN);
         }
     }
 
-    /// Whether there is something to read that nobody has come for. Asks to be called when there may be; a stream that
-    /// has ended without it is closed.
-    pub(super) fn has_unclaimed(&mut self, watch: &Watch, token: Token) -> bool {
+    /// Whether there is data but no connection to send it to. Arms the epoll instance if there is no data yet. Closes a
+    /// stream that has ended without data.
+    pub(super) fn has_unclaimed(&mut self, epoll: &Epoll, token: Token) -> bool {
         let (Some(source), None) = (&self.source, &self.target) else { return false };
         let state = state(source);
         if !state.intersects(PollFlags::IN | PollFlags::HUP) {
-            watch.once(source, token, EventFlags::IN);
+            epoll.arm(source, token, EventFlags::IN);
         } else if !state.contains(PollFlags::IN) {
             self.close();
         }
         state.contains(PollFlags::IN)
     }
 
-    /// From here on nobody wants what comes; a program that a closed pipe would end goes on.
+    /// Discards all further data. The stream stays open, because SIGPIPE would kill a program that still writes to it.
     fn discard(&mut self) {
-        self.left = None;
+        self.remaining = None;
         self.target = open("/dev/null", OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty()).ok();
         if self.target.is_none() {
             self.source = None;
@@ -101,20 +105,20 @@ impl Pump {
     }
 }
 
-/// Moves pages between a pipe and something else. Without waiting: the pipe because of the flag, the other because it
-/// was opened so.
-fn move_pages(source: &OwnedFd, target: &OwnedFd) -> Step {
+/// Moves pages between a pipe and another descriptor without blocking: SPLICE_F_NONBLOCK applies to the pipe, and the
+/// other descriptor is nonblocking.
+fn move_pages(source: &OwnedFd, target: &OwnedFd) -> Transfer {
     match splice(source, None, target, None, CHUNK, SpliceFlags::NONBLOCK | SpliceFlags::MOVE) {
-        Ok(0) => Step::Ended,
-        Ok(count) => Step::Moved(count),
-        // One of the two has to wait; the kernel does not say which.
-        Err(Errno::AGAIN) if !state(source).is_empty() => Step::Full,
-        Err(Errno::AGAIN | Errno::INTR) => Step::Empty,
-        Err(_) => Step::Ended,
+        Ok(0) => Transfer::Ended,
+        Ok(count) => Transfer::Transferred(count),
+        // One end would block; the error does not tell which.
+        Err(Errno::AGAIN) if !state(source).is_empty() => Transfer::TargetFull,
+        Err(Errno::AGAIN | Errno::INTR) => Transfer::SourceEmpty,
+        Err(_) => Transfer::Ended,
     }
 }
 
-/// Whether there is something to read, and whether nobody can write any more.
+/// Whether the source has data (POLLIN), and whether all writers are gone (POLLHUP).
 fn state(source: &OwnedFd) -> PollFlags {
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
     let mut polled = [PollFd::new(source, PollFlags::IN)];
@@ -122,23 +126,23 @@ fn state(source: &OwnedFd) -> PollFlags {
     polled[0].revents()
 }
 
-fn copy(source: &OwnedFd, target: &OwnedFd, rest: &mut Vec<u8>) -> Step {
-    if rest.is_empty() {
+fn copy(source: &OwnedFd, target: &OwnedFd, pending: &mut Vec<u8>) -> Transfer {
+    if pending.is_empty() {
         let mut buffer = [0; TERMINAL_CHUNK];
         match rustix::io::read(source.as_fd(), &mut buffer) {
-            Ok(0) => return Step::Ended,
-            Ok(count) => rest.extend_from_slice(&buffer[..count]),
-            Err(Errno::AGAIN | Errno::INTR) => return Step::Empty,
-            // EIO: no process has the terminal any more.
-            Err(_) => return Step::Ended,
+            Ok(0) => return Transfer::Ended,
+            Ok(count) => pending.extend_from_slice(&buffer[..count]),
+            Err(Errno::AGAIN | Errno::INTR) => return Transfer::SourceEmpty,
+            // EIO: no process has the terminal open any more.
+            Err(_) => return Transfer::Ended,
         }
     }
-    match rustix::io::write(target, rest) {
+    match rustix::io::write(target, pending) {
         Ok(count) => {
-            rest.drain(..count);
-            Step::Moved(count)
+            pending.drain(..count);
+            Transfer::Transferred(count)
         }
-        Err(Errno::AGAIN | Errno::INTR) => Step::Full,
-        Err(_) => Step::Ended,
+        Err(Errno::AGAIN | Errno::INTR) => Transfer::TargetFull,
+        Err(_) => Transfer::Ended,
     }
 }

@@ -1,14 +1,14 @@
-//! A process of the host's: its control connection, its streams, its end.
+//! A session: a process that the host started, with its control connection and streams.
 
 use super::copying;
+use super::epoll::{Epoll, Token};
 use super::pump::Pump;
-use super::watch::{Token, Watch};
+use crate::console::print;
 use crate::machine;
 use crate::program::{self, Program};
 use crate::syscall;
-use crate::voice::say;
 use alloc::vec::Vec;
-use guest_init::payload_spec::PayloadSpec;
+use guest_init::GuestConfig;
 use guest_protocol::agent::{Message, Role, TerminalSize};
 use rustix::event::epoll::EventFlags;
 use rustix::fd::OwnedFd;
@@ -19,47 +19,48 @@ use rustix::process::{Pid, Signal};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 
-/// Descriptors that a process may have before it asks for more, as everywhere.
+/// Soft limit of descriptors of a process: the usual one of Linux.
 const PROCESS_DESCRIPTORS: u64 = 1024;
 
-/// How far a session is.
+/// State of a session.
 #[derive(PartialEq, Eq)]
 pub(super) enum State {
-    Lives,
-    /// The host knows how the process ended, and a child of it still holds its output.
-    Known,
+    Active,
+    /// The process has ended and the host has closed the control connection, but a child of the process still holds its
+    /// output.
+    Lingering,
     /// Nothing is left to do.
-    Over,
+    Finished,
 }
 
 pub(super) struct Session {
     pub(super) token: u64,
-    /// Sessions that were made before.
+    /// Sequence number, by which the oldest one is found.
     pub(super) number: u64,
     pub(super) slot: usize,
-    /// The process, while it lives.
+    /// The process, while it runs.
     pub(super) process: Option<Pid>,
-    /// Its exit status, when it has ended.
+    /// The exit status of the process after its end.
     pub(super) code: Option<u8>,
-    /// No process could be started, or its program is known not to be executed.
-    is_refused: bool,
-    /// Ends when the program is executed, with a byte before where it cannot be.
+    /// Whether no process could be started, or execve failed.
+    has_failed: bool,
+    /// Pipe that reports execve: EOF on success (FD_CLOEXEC), a byte on failure.
     execution: Option<OwnedFd>,
-    /// The host wants to know.
-    tells_start: bool,
+    /// Whether the host requested [`Message::Started`].
+    reports_start: bool,
     control: Option<OwnedFd>,
-    /// The control connection was there and is closed.
-    is_left: bool,
-    /// The beginning of a message.
+    /// Whether the host has closed the control connection.
+    is_detached: bool,
+    /// The beginning of an incomplete message.
     received: Vec<u8>,
     terminal: Option<OwnedFd>,
     /// Standard input, output, error.
     streams: [Pump; 3],
-    /// Of which of these the host knows that they have something to read.
-    is_offered: [bool; 3],
+    /// For which streams [`Message::HasOutput`] was sent.
+    is_announced: [bool; 3],
 }
 
-/// A process's ends of its streams.
+/// The ends of the streams that the process gets as its standard streams.
 struct Ends([OwnedFd; 3]);
 
 impl Session {
@@ -70,36 +71,36 @@ impl Session {
             slot,
             process: None,
             code: None,
-            is_refused: false,
+            has_failed: false,
             execution: None,
-            tells_start: false,
+            reports_start: false,
             control: None,
-            is_left: false,
+            is_detached: false,
             received: Vec::new(),
             terminal: None,
             streams: Default::default(),
-            is_offered: [false; 3],
+            is_announced: [false; 3],
         }
     }
 
     pub(super) fn state(&self) -> State {
         let has_ended = self.process.is_none();
         match self.streams.iter().all(|stream| stream.source.is_none()) {
-            true if has_ended && self.is_left => State::Over,
-            false if has_ended && self.is_left => State::Known,
-            _ => State::Lives,
+            true if has_ended && self.is_detached => State::Finished,
+            false if has_ended && self.is_detached => State::Lingering,
+            _ => State::Active,
         }
     }
 
-    /// Whether it was never more than a token: nobody has asked for a process.
+    /// Whether the session never started a process.
     pub(super) fn is_idle(&self) -> bool {
         self.process.is_none() && self.code.is_none()
     }
 
     /// Starts a program.
-    pub(super) fn start(&mut self, spec: &PayloadSpec) {
-        let Some(program) = Program::new(spec) else {
-            return self.began(Err(("start a program with a NUL in its strings", Errno::INVAL)));
+    pub(super) fn start(&mut self, config: &GuestConfig) {
+        let Some(program) = Program::new(config) else {
+            return self.finish_start(Err(("start a program with a NUL in its strings", Errno::INVAL)));
         };
         let (execution, failed) = match pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK) {
             Ok((execution, failed)) => (Some(execution), Some(failed)),
@@ -107,35 +108,35 @@ impl Session {
         };
         if self.is_idle() {
             self.execution = execution;
-            let process = self.fork(spec.terminal, || program.execute(failed));
-            self.began(process);
+            let process = self.fork(config.terminal, || program.execute(failed));
+            self.finish_start(process);
         }
     }
 
-    /// Starts a process that is a part of this program.
-    fn start_own(&mut self, work: impl FnOnce() -> u8) {
+    /// Starts a process that runs a function of init.
+    fn start_internal(&mut self, work: impl FnOnce() -> u8) {
         if self.is_idle() {
             let process = self.fork(None, || {
                 machine::drop_ports();
                 syscall::exit(work())
             });
-            self.began(process);
+            self.finish_start(process);
         }
     }
 
-    /// A process has begun, or what stands in the way is said on the console and becomes its exit status.
-    fn began(&mut self, process: Result<Pid, (&'static str, Errno)>) {
+    /// Records the process. If it could not be started, prints the error and sets the exit status.
+    fn finish_start(&mut self, process: Result<Pid, (&'static str, Errno)>) {
         match process {
             Ok(process) => self.process = Some(process),
             Err((what, error)) => {
-                say(format_args!("init: cannot {what}: {error}\n"));
+                print(format_args!("init: cannot {what}: {error}\n"));
                 self.streams.iter_mut().for_each(Pump::close);
-                (self.code, self.is_refused) = (Some(program::NOT_EXECUTABLE), true);
+                (self.code, self.has_failed) = (Some(program::NOT_EXECUTABLE), true);
             }
         }
     }
 
-    /// A child with streams of its own.
+    /// Forks a child with new standard streams.
     fn fork(
         &mut self,
         terminal: Option<TerminalSize>,
@@ -145,7 +146,7 @@ impl Session {
             Some(size) => self.open_terminal(size),
             None => self.open_pipes(),
         };
-        let ends = ends.map_err(|error| ("make a process's streams", error))?;
+        let ends = ends.map_err(|error| ("create the streams of a process", error))?;
         match syscall::fork() {
             Ok(None) => {
                 super::limit_descriptors(PROCESS_DESCRIPTORS);
@@ -175,7 +176,7 @@ impl Session {
         resize(&master, size);
         let process = ioctl_tiocgptpeer(&master, flags)?;
         fcntl_setfl(&master, fcntl_getfl(&master)? | OFlags::NONBLOCK)?;
-        // A stream each: epoll takes a descriptor once.
+        // One descriptor per stream, because epoll registers a descriptor only once.
         let copy = |fd: &OwnedFd| rustix::io::fcntl_dupfd_cloexec(fd, 0);
         self.streams[0].target = Some(copy(&master)?);
         self.streams[1].source = Some(copy(&master)?);
@@ -186,61 +187,62 @@ impl Session {
         Ok(Ends([process, output, error]))
     }
 
-    /// The process's end.
-    pub(super) fn end(&mut self, code: u8, watch: &Watch) {
+    /// Records the end of the process.
+    pub(super) fn end(&mut self, code: u8, epoll: &Epoll) {
         (self.process, self.code) = (None, Some(code));
         self.streams[0].close();
         for number in [1, 2] {
-            self.streams[number].cut();
-            self.advance(number, watch);
+            self.streams[number].limit_to_buffered();
+            self.advance(number, epoll);
         }
-        self.tell_end();
-        self.forget_unclaimed();
+        self.report_end();
+        self.close_unclaimed();
     }
 
-    fn tell_end(&mut self) {
+    fn report_end(&mut self) {
         let (Some(status), true) = (self.code, self.control.is_some()) else { return };
         let ran = |execution| rustix::io::read(execution, &mut [0; 1][..]) == Ok(0);
-        let was_executed = !self.is_refused && self.execution.take().is_none_or(ran);
-        self.tell(Message::Exited { status, was_executed });
+        let was_executed = !self.has_failed && self.execution.take().is_none_or(ran);
+        self.send(Message::Exited { status, was_executed });
     }
 
-    /// Tells the host that the program is executed, if it wants to know and as soon as that is so.
-    pub(super) fn tell_start(&mut self, watch: &Watch) {
-        let (true, Some(execution)) = (self.tells_start, &self.execution) else { return };
+    /// Reports to the host that execve succeeded, if the host requested it.
+    pub(super) fn report_start(&mut self, epoll: &Epoll) {
+        let (true, Some(execution)) = (self.reports_start, &self.execution) else { return };
         match rustix::io::read(execution, &mut [0; 1][..]) {
             Ok(0) => {
                 self.execution = None;
-                self.tell(Message::Started);
+                self.send(Message::Started);
             }
             Err(Errno::AGAIN | Errno::INTR) => {
-                watch.once(execution, Token::Execution(self.slot), EventFlags::IN)
+                epoll.arm(execution, Token::Execution(self.slot), EventFlags::IN)
             }
-            // Why it is not will be its exit status.
-            Ok(_) | Err(_) => self.is_refused = true,
+            // The exit status will tell the reason.
+            Ok(_) | Err(_) => self.has_failed = true,
         }
     }
 
-    fn tell(&self, message: Message<'_>) {
+    fn send(&self, message: Message<'_>) {
         let Some(control) = &self.control else { return };
         let mut bytes = Vec::new();
         message.encode(&mut bytes);
-        // There is room for it: next to nothing is ever sent there. A host that is gone does not want it.
+        // The socket buffer has space, because few and short messages are sent. A closed connection is handled by
+        // `read_control`.
         let _ = rustix::io::write(control, &bytes);
     }
 
-    pub(super) fn attach_control(&mut self, socket: OwnedFd, watch: &Watch) {
+    pub(super) fn attach_control(&mut self, socket: OwnedFd, epoll: &Epoll) {
         self.control = Some(socket);
-        (1..3).for_each(|number| self.advance(number, watch));
-        self.tell_end();
-        self.read_control(watch);
+        (1..3).for_each(|number| self.advance(number, epoll));
+        self.report_end();
+        self.read_control(epoll);
     }
 
-    /// The host's end of a stream has come.
-    pub(super) fn attach(&mut self, number: usize, socket: OwnedFd, watch: &Watch) {
+    /// Attaches a connection of the host to a stream.
+    pub(super) fn attach(&mut self, number: usize, socket: OwnedFd, epoll: &Epoll) {
         let stream = &mut self.streams[number];
         if self.code.is_some() && stream.source.is_none() {
-            // There is nothing to read, and nobody to write to.
+            // The process has ended, and there is no output left.
             return;
         }
         if number == 0 {
@@ -248,53 +250,53 @@ impl Session {
         } else {
             stream.target = Some(socket);
         }
-        self.advance(number, watch);
+        self.advance(number, epoll);
     }
 
-    pub(super) fn advance(&mut self, number: usize, watch: &Watch) {
+    pub(super) fn advance(&mut self, number: usize, epoll: &Epoll) {
         let Some(stream) = self.streams.get_mut(number) else { return };
         let token = Token::Stream(self.slot, number);
-        stream.advance(watch, token);
-        let has_host = self.control.is_some() && !self.is_offered[number];
-        if has_host && stream.has_unclaimed(watch, token) {
-            self.is_offered[number] = true;
-            self.tell(Message::HasOutput(if number == 1 { Role::Output } else { Role::Error }));
+        stream.advance(epoll, token);
+        let has_host = self.control.is_some() && !self.is_announced[number];
+        if has_host && stream.has_unclaimed(epoll, token) {
+            self.is_announced[number] = true;
+            self.send(Message::HasOutput(if number == 1 { Role::Output } else { Role::Error }));
         }
     }
 
-    /// Reads and obeys what the host says.
-    pub(super) fn read_control(&mut self, watch: &Watch) {
+    /// Reads and handles messages of the host.
+    pub(super) fn read_control(&mut self, epoll: &Epoll) {
         let mut buffer = [0; 4096];
         loop {
             let Some(control) = &self.control else { return };
             match rustix::io::read(control, &mut buffer) {
                 Ok(count @ 1..) => self.received.extend_from_slice(&buffer[..count]),
                 Err(Errno::AGAIN | Errno::INTR) => {
-                    return watch.once(control, Token::Control(self.slot), EventFlags::IN);
+                    return epoll.arm(control, Token::Control(self.slot), EventFlags::IN);
                 }
-                Ok(0) | Err(_) => return self.leave(),
+                Ok(0) | Err(_) => return self.detach(),
             }
-            if self.obey(watch).is_none() {
-                return self.leave();
+            if self.handle_messages(epoll).is_none() {
+                return self.detach();
             }
         }
     }
 
-    /// Obeys the messages that are whole; `None` after one that is none.
-    fn obey(&mut self, watch: &Watch) -> Option<()> {
+    /// Handles all complete messages. Returns `None` if one is invalid.
+    fn handle_messages(&mut self, epoll: &Epoll) -> Option<()> {
         let mut received = core::mem::take(&mut self.received);
-        let mut obeyed = 0;
-        while let Some((message, length)) = Message::split(&received[obeyed..]).ok()? {
+        let mut handled = 0;
+        while let Some((message, length)) = Message::split(&received[handled..]).ok()? {
             let was_idle = self.is_idle();
             match message {
-                Message::Start(frame) => self.start(&PayloadSpec::from_frame(frame).ok()?),
-                Message::Send { follows, path } => self.start_own(|| copying::send(path, follows)),
+                Message::Start(frame) => self.start(&GuestConfig::from_frame(frame).ok()?.0),
+                Message::Send { follows, path } => self.start_internal(|| copying::send(path, follows)),
                 Message::Receive { keeps_owners, path } => {
-                    self.start_own(|| copying::receive(path, keeps_owners));
+                    self.start_internal(|| copying::receive(path, keeps_owners));
                 }
-                Message::TellStart => {
-                    self.tells_start = true;
-                    self.tell_start(watch);
+                Message::ReportStart => {
+                    self.reports_start = true;
+                    self.report_start(epoll);
                 }
                 Message::EndInput => self.streams[0].close(),
                 Message::Signal(number) => self.signal(number),
@@ -304,20 +306,21 @@ impl Session {
                 Message::Exited { .. } | Message::Started | Message::HasOutput(_) => return None,
             }
             if was_idle && !self.is_idle() {
-                (0..3).for_each(|number| self.advance(number, watch));
-                self.tell_end();
+                (0..3).for_each(|number| self.advance(number, epoll));
+                self.report_end();
             }
-            obeyed += length;
+            handled += length;
         }
-        // What a long message took is given back.
-        if obeyed < received.len() {
-            received.drain(..obeyed);
+        // An empty buffer is freed, because its capacity may be as large as a frame.
+        if handled < received.len() {
+            received.drain(..handled);
             self.received = received;
         }
         Some(())
     }
 
-    /// Signals that a terminal sends go to all who would be in its foreground, others to the process alone.
+    /// Sends a signal. The signals of a terminal go to the process group, as they would from a terminal, others to the
+    /// process only.
     fn signal(&self, number: u8) {
         let is_terminals =
             [Signal::INT, Signal::QUIT, Signal::HUP].iter().any(|signal| signal.as_raw() == number.into());
@@ -326,19 +329,19 @@ impl Session {
         }
     }
 
-    /// The host is done with this process. One at a terminal is hung up on; another one goes on unheard.
-    fn leave(&mut self) {
-        (self.control, self.terminal, self.is_left) = (None, None, true);
+    /// Handles the end of the control connection. A process on a terminal gets SIGHUP; others continue without a host.
+    fn detach(&mut self) {
+        (self.control, self.terminal, self.is_detached) = (None, None, true);
         self.received = Vec::new();
         if self.streams[0].is_terminal || self.is_idle() {
             self.streams.iter_mut().for_each(Pump::close);
         }
-        self.forget_unclaimed();
+        self.close_unclaimed();
     }
 
-    /// Output that the host has not come for will not be fetched by a host that is gone.
-    fn forget_unclaimed(&mut self) {
-        if self.is_left {
+    /// Closes output streams to which the host has not connected, after it has closed the control connection.
+    fn close_unclaimed(&mut self) {
+        if self.is_detached {
             let unclaimed = self.streams[1..].iter_mut().filter(|stream| stream.target.is_none());
             unclaimed.for_each(Pump::close);
         }
@@ -351,7 +354,7 @@ fn resize(terminal: &OwnedFd, size: TerminalSize) {
 }
 
 impl Ends {
-    /// Makes them the standard streams of this process, which has a session of its own.
+    /// Makes them the standard streams of this process, in a new session.
     fn enter(self, is_terminal: bool) {
         let Self([input, output, error]) = self;
         let _ = rustix::process::setsid();

@@ -1,12 +1,12 @@
-//! vsock's listener. rustix has no addresses of this family.
-#![expect(unsafe_code, reason = "an address of a family that rustix does not know")]
+//! The vsock listener. rustix has no vsock addresses.
+#![expect(unsafe_code, reason = "a socket address that rustix does not support")]
 
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use rustix::net::addr::{SocketAddrArg, SocketAddrLen, SocketAddrOpaque};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, accept_with, bind, socket_with};
 
-/// Connections that the kernel accepts on its own.
+/// Maximum number of connections that the kernel queues before they are accepted.
 const BACKLOG: i32 = 128;
 
 /// `struct sockaddr_vm` of linux/vm_sockets.h.
@@ -20,7 +20,7 @@ struct Address {
     zero: [u8; 3],
 }
 
-// SAFETY: the pointer is to a whole sockaddr_vm, whose size is said, for as long as the call lasts.
+// SAFETY: the pointer is to a complete sockaddr_vm of the given size, which lives for the duration of the call.
 unsafe impl SocketAddrArg for Address {
     unsafe fn with_sockaddr<R>(&self, call: impl FnOnce(*const SocketAddrOpaque, SocketAddrLen) -> R) -> R {
         call((&raw const *self).cast(), 16)
@@ -29,7 +29,7 @@ unsafe impl SocketAddrArg for Address {
 
 const FLAGS: SocketFlags = SocketFlags::CLOEXEC.union(SocketFlags::NONBLOCK);
 
-/// Listens on a port, whoever connects: only the host can.
+/// Listens on a port for any CID: only the host can connect.
 pub(super) fn listen(port: u32) -> Result<OwnedFd, Errno> {
     const AF_VSOCK: u16 = 40;
     const ANY: u32 = u32::MAX;
@@ -39,7 +39,7 @@ pub(super) fn listen(port: u32) -> Result<OwnedFd, Errno> {
     Ok(socket)
 }
 
-/// The next connection.
+/// Accepts the next connection.
 pub(super) fn accept(listener: &OwnedFd) -> Result<OwnedFd, Errno> {
     accept_with(listener, FLAGS)
 }

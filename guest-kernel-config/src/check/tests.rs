@@ -1,4 +1,4 @@
-//! One made-up kernel, and every way in which it can fail to take a setting.
+//! A small made-up kernel, and every reason for a setting without effect.
 
 use super::*;
 use crate::compose;
@@ -70,7 +70,7 @@ config TWO_WAYS
 	depends on LEAN
 "#;
 
-/// Checks what a user asks for on top of a shipped fragment that asks for GUEST and HZ_250.
+/// Checks a user's fragment together with a shipped fragment that requests GUEST and HZ_250.
 fn messages(user: &str, result: &str) -> Vec<String> {
     let kconfig = Kconfig::read(&|_: &str| Ok(KCONFIG.into())).unwrap();
     let shipped = "CONFIG_GUEST=y # g\nCONFIG_HZ_250=y # h\n";
@@ -87,15 +87,15 @@ fn messages(user: &str, result: &str) -> Vec<String> {
 }
 
 #[test]
-fn what_was_taken_is_not_reported() {
-    let asked = "CONFIG_MTRR=y\nCONFIG_PAT=n\nCONFIG_CPUS=16\nCONFIG_NAME=\"x\"\n";
+fn met_requests_are_not_reported() {
+    let setting = "CONFIG_MTRR=y\nCONFIG_PAT=n\nCONFIG_CPUS=16\nCONFIG_NAME=\"x\"\n";
     let empty: [&str; 0] = [];
-    assert_eq!(messages(asked, "CONFIG_MTRR=y\nCONFIG_CPUS=16\nCONFIG_NAME=\"x\"\n"), empty);
+    assert_eq!(messages(setting, "CONFIG_MTRR=y\nCONFIG_CPUS=16\nCONFIG_NAME=\"x\"\n"), empty);
 }
 
 #[test]
 #[expect(clippy::too_many_lines, reason = "a table")]
-fn every_reason_reads_well() {
+fn every_reason_has_its_message() {
     let cases = [
         ("CONFIG_NOSUCH=y", "", "is not set", "this kernel has no such symbol"),
         ("CONFIG_FUTEXES=n", "CONFIG_FUTEX=y", "is not set", "this kernel has no such symbol"),
@@ -103,7 +103,7 @@ fn every_reason_reads_well() {
             "CONFIG_OTHERGUEST=y",
             "",
             "is not set",
-            "this kernel has no such symbol; is CONFIG_OTHER_GUEST meant?",
+            "this kernel has no such symbol; did you mean CONFIG_OTHER_GUEST?",
         ),
         ("CONFIG_PAT=y", "", "is not set", "it needs CONFIG_MTRR (is not set)"),
         (
@@ -112,18 +112,18 @@ fn every_reason_reads_well() {
             "is not set",
             "it needs CONFIG_MTRR (is not set) and CONFIG_LEAN off (is y)",
         ),
-        ("CONFIG_CLOCK=n", "", "is y", "CONFIG_GUEST (asked for at kvm.config:1) selects it"),
+        ("CONFIG_CLOCK=n", "", "is y", "CONFIG_GUEST (requested at kvm.config:1) selects it"),
         (
             "CONFIG_CLOCK=n",
             "CONFIG_OTHER_GUEST=y",
             "is y",
-            "CONFIG_GUEST (asked for at kvm.config:1) and CONFIG_OTHER_GUEST select it",
+            "CONFIG_GUEST (requested at kvm.config:1) and CONFIG_OTHER_GUEST select it",
         ),
         (
             "CONFIG_TWICE=n",
             "CONFIG_EXPERT=y\nCONFIG_TWICE=y",
             "is y",
-            "CONFIG_GUEST (asked for at kvm.config:1) selects it",
+            "CONFIG_GUEST (requested at kvm.config:1) selects it",
         ),
         (
             "CONFIG_FUTEX=n",
@@ -137,8 +137,8 @@ fn every_reason_reads_well() {
             "is not set",
             "it cannot be set directly (it has no prompt); its default decides",
         ),
-        ("CONFIG_NAME=y", "", "is not set", "it is a string: \"...\""),
-        ("CONFIG_START=16", "CONFIG_START=0x0", "is 0x0", "it is a hexadecimal number: 0x..."),
+        ("CONFIG_NAME=y", "", "is not set", "the symbol is a string: \"...\""),
+        ("CONFIG_START=16", "CONFIG_START=0x0", "is 0x0", "the symbol is a hexadecimal number: 0x..."),
         ("CONFIG_START=0x10", "CONFIG_START=0x1000", "is 0x1000", "it must be from 0x1000 to 0x8000"),
         ("CONFIG_CPUS=65", "CONFIG_CPUS=64\nCONFIG_LIMIT=64", "is 64", "it must be from 1 to 64"),
         (
@@ -151,29 +151,34 @@ fn every_reason_reads_well() {
             "CONFIG_HZ_100=y",
             "",
             "is not set",
-            "the choice \"Timer frequency\" took CONFIG_HZ_250 (asked for at kvm.config:2); \
-             if that is meant, ask for CONFIG_HZ_100=n there",
+            "the choice \"Timer frequency\" is set to CONFIG_HZ_250 (requested at kvm.config:2); \
+             if that is intended, request CONFIG_HZ_100=n",
         ),
         (
             "CONFIG_HZ_250=n",
             "",
             "is y",
-            "one of the choice \"Timer frequency\" must be y; ask for another one",
+            "one member of the choice \"Timer frequency\" must be y; request another member",
         ),
         ("CONFIG_DRIVER=y", "CONFIG_DRIVER=m\nCONFIG_BUS=m", "is m", "it needs CONFIG_BUS (is m)"),
         ("CONFIG_DEEP=y", "", "is not set", "it needs CONFIG_EXPERT (is not set)"),
         ("CONFIG_TWO_WAYS=y", "", "is not set", "it needs CONFIG_LEAN (is not set)"),
-        ("CONFIG_FLAG=y", "", "is not set", "it hangs on $(cc-option,-fflag) (a test that is not run here)"),
+        (
+            "CONFIG_FLAG=y",
+            "",
+            "is not set",
+            "it depends on $(cc-option,-fflag) (a test that is not run here)",
+        ),
         (
             "CONFIG_MTRR=y",
             "",
             "is not set",
-            "nothing speaks against it; was the text appended before make olddefconfig?",
+            "no reason found; was the text appended before make olddefconfig?",
         ),
     ];
-    for (asked, result, state, reason) in cases {
-        let first = format!("my.config:1: {asked} was not taken; it {state}\n    {reason}");
-        assert_eq!(messages(asked, result), [first], "{asked} in {result:?}");
+    for (setting, result, state, reason) in cases {
+        let first = format!("my.config:1: {setting} has no effect: the symbol {state}\n    {reason}");
+        assert_eq!(messages(setting, result), [first], "{setting} in {result:?}");
     }
 }
 
@@ -181,14 +186,14 @@ fn every_reason_reads_well() {
 fn symbols_without_a_prompt_name_what_sets_them() {
     let kconfig = Kconfig::read(&|_: &str| Ok(KCONFIG.into())).unwrap();
     let fragment = Fragment::parse("my.config", b"CONFIG_CLOCK=y\n", Origin::User).unwrap();
-    let asked = compose(&[fragment]).unwrap();
-    let unmet = check(&asked, &KernelConfig::default(), &kconfig).unwrap_err();
+    let requests = compose(&[fragment]).unwrap();
+    let unmet = check(&requests, &KernelConfig::default(), &kconfig).unwrap_err();
     let selected_by = vec!["GUEST".to_owned(), "OTHER_GUEST".to_owned()];
     assert_eq!(unmet[0].reason, Reason::NoPrompt { selected_by });
     assert_eq!(
         unmet[0].to_string(),
-        "my.config:1: CONFIG_CLOCK=y was not taken; it is not set\n    \
+        "my.config:1: CONFIG_CLOCK=y has no effect: the symbol is not set\n    \
          it cannot be set directly (it has no prompt); \
-         what sets it is CONFIG_GUEST or CONFIG_OTHER_GUEST"
+         it is set by CONFIG_GUEST or CONFIG_OTHER_GUEST"
     );
 }

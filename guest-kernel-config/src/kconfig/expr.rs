@@ -1,4 +1,4 @@
-//! Expressions of the Kconfig language, and what they are worth in a given configuration.
+//! Expressions of the Kconfig language, and their evaluation in a configuration.
 
 use std::cmp::Ordering;
 use std::fmt;
@@ -6,13 +6,12 @@ use std::fmt;
 use crate::config::KernelConfig;
 use crate::value::Value;
 
-/// What an expression is worth. The order is that of the kernel: `&&` is the minimum, `||` the
-/// maximum.
+/// The value of an expression. The order is that of the kernel: `&&` is the minimum, `||` the maximum.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Truth {
     /// `n`.
     No,
-    /// It depends on a macro that is not run here, such as a compiler test.
+    /// Depends on a macro that is not evaluated here, such as a compiler test.
     Unknown,
     /// `m`.
     Module,
@@ -27,7 +26,7 @@ impl std::ops::Not for Truth {
         match self {
             Self::No => Self::Yes,
             Self::Yes => Self::No,
-            // Not-m is m in this logic.
+            // !m is m.
             same => same,
         }
     }
@@ -40,11 +39,11 @@ pub enum Term {
     Symbol(String),
     /// `y`, `m`, `n`, a number or a string.
     Constant(String),
-    /// Text with a macro in it, as written: `$(cc-option,-foo)`.
+    /// Unexpanded text with a macro: `$(cc-option,-foo)`.
     Unknown(String),
 }
 
-/// How two terms are compared.
+/// A comparison operator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Comparison {
     /// `=`
@@ -114,7 +113,7 @@ impl Comparison {
 }
 
 impl Term {
-    /// The truth of a term that stands alone.
+    /// The value of a term as an expression.
     #[must_use]
     pub fn truth(&self, config: &KernelConfig) -> Truth {
         match self {
@@ -162,12 +161,12 @@ fn number(text: &str) -> Option<i128> {
     }
 }
 
-/// `n < m < y`, which is not the order of the alphabet.
+/// Position in the order `n < m < y`, which is not the alphabetical one.
 fn rank(text: &str) -> Option<usize> {
     ["n", "m", "y"].iter().position(|value| *value == text)
 }
 
-/// Compares two terms; [`Truth::Unknown`] if one of them is not known.
+/// Compares two terms. Returns [`Truth::Unknown`] if one of them is unknown.
 fn compare(left: &Term, comparison: Comparison, right: &Term, config: &KernelConfig) -> Truth {
     let (Some(left), Some(right)) = (left.text(config), right.text(config)) else {
         return Truth::Unknown;
@@ -175,7 +174,7 @@ fn compare(left: &Term, comparison: Comparison, right: &Term, config: &KernelCon
     let ordering = match (number(&left).zip(number(&right)), rank(&left).zip(rank(&right))) {
         (Some((left, right)), _) => left.cmp(&right),
         (_, Some((left, right))) => left.cmp(&right),
-        // A symbol that is off reads as "n" here, but it is the empty string if it is a string.
+        // An unset symbol is "n" here, but is the empty string if its type is string.
         _ if (left == "n" && right.is_empty()) || (left.is_empty() && right == "n") => Ordering::Equal,
         _ => left.cmp(&right),
     };
@@ -183,7 +182,7 @@ fn compare(left: &Term, comparison: Comparison, right: &Term, config: &KernelCon
 }
 
 impl Expr {
-    /// What the expression is worth in a configuration.
+    /// Evaluates the expression in a configuration.
     #[must_use]
     pub fn truth(&self, config: &KernelConfig) -> Truth {
         match self {
@@ -195,15 +194,15 @@ impl Expr {
         }
     }
 
-    /// The expression with the value of each symbol behind it, as menuconfig shows it:
-    /// `A [=y] && B [=n]`. Without a configuration, just the expression.
+    /// The expression with the value of each symbol, as in menuconfig: `A [=y] && B [=n]`. Without a configuration,
+    /// only the expression.
     #[must_use]
     pub fn annotated<'a>(&'a self, config: Option<&'a KernelConfig>) -> Annotated<'a> {
         Annotated { expr: self, config }
     }
 }
 
-/// An expression to be shown with the values of its symbols; see [`Expr::annotated`].
+/// Formats an expression with the values of its symbols; see [`Expr::annotated`].
 #[derive(Debug, Clone, Copy)]
 pub struct Annotated<'a> {
     expr: &'a Expr,
@@ -244,7 +243,7 @@ impl fmt::Display for Annotated<'_> {
             Expr::Term(term) => self.term(term, f),
             Expr::Not(inner) => {
                 f.write_str("!")?;
-                // !A=B means !(A=B), but reads as (!A)=B.
+                // !A=B is parsed as !(A=B), but looks like (!A)=B.
                 if let Expr::Compare(..) = **inner {
                     return write!(f, "({})", Self { expr: inner, ..*self });
                 }
@@ -261,14 +260,14 @@ impl fmt::Display for Annotated<'_> {
     }
 }
 
-/// As Kconfig files write it.
+/// Formats the expression as in Kconfig files.
 impl fmt::Display for Expr {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.annotated(None))
     }
 }
 
-/// As Kconfig files write it; strings are quoted where they need to be.
+/// Formats the term as in Kconfig files; strings are quoted if necessary.
 impl fmt::Display for Term {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -292,9 +291,9 @@ impl fmt::Display for Comparison {
     }
 }
 
-/// Whether an unquoted word is a constant rather than a symbol.
+/// Whether an unquoted word is a constant and not a symbol.
 ///
-/// Symbols may begin with a digit (`64BIT`), so only whole numbers count.
+/// Symbols may begin with a digit (`64BIT`), so that only a complete number is a constant.
 pub(super) fn is_plain_constant(word: &str) -> bool {
     matches!(word, "y" | "m" | "n") || number(word).is_some()
 }
@@ -308,7 +307,7 @@ mod tests {
         "CONFIG_Y=y\nCONFIG_M=m\nCONFIG_MODULES=y\nCONFIG_N16=16\nCONFIG_HEX=0x10\nCONFIG_S=\"x\"\n";
 
     #[test]
-    fn expressions_are_worth_what_the_kernel_says() {
+    fn expressions_evaluate_as_in_the_kernel() {
         use Truth::{Module, No, Unknown, Yes};
         let cases = [
             ("Y", Yes),
@@ -349,7 +348,7 @@ mod tests {
     }
 
     #[test]
-    fn expressions_are_written_as_they_mean() {
+    fn expressions_are_formatted_unambiguously() {
         let cases = [
             ("A&&B||C", "(A && B) || C"),
             ("A&&(B||C)&&D", "A && (B || C) && D"),

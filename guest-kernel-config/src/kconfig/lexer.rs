@@ -1,7 +1,7 @@
-//! From the text of a Kconfig file to statements: lines, tokens, variables and help texts.
+//! Splits the text of a Kconfig file into lines, tokens and help texts, and expands variables.
 //!
-//! The rules are those of the kernel's own scripts/kconfig/lexer.l and preprocess.c, except that
-//! functions such as `$(cc-option,...)` are not run: they stay unknown.
+//! The rules are those of the kernel's scripts/kconfig/lexer.l and preprocess.c, except that functions such as
+//! `$(cc-option,...)` are not evaluated: their value is unknown.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -13,30 +13,30 @@ use super::{KconfigError, Location};
 pub(super) enum Token {
     /// A keyword, a symbol or a number.
     Word(String),
-    /// A string, without its quotes and escapes.
+    /// A string, without quotes and escapes.
     Quoted(String),
-    /// A word or a string with a macro in it whose value is not known, as written.
+    /// A word or a string with a macro whose value is unknown, unexpanded.
     Unknown(String),
     /// An operator or a parenthesis.
     Operator(&'static str),
 }
 
-/// Longer operators stand before their own prefixes.
+/// An operator precedes its own prefixes.
 const OPERATORS: [&str; 11] = ["&&", "||", "!=", "<=", ">=", "=", "<", ">", "!", "(", ")"];
 
-/// What one logical line holds.
+/// A logical line.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Line {
-    /// A keyword and what follows it.
+    /// A keyword with its arguments.
     Statement(Vec<Token>),
     /// `name = value`, `name := value` or `name += value`, or a bare macro call.
     Preprocessor,
 }
 
-/// The variables that `$(name)` can refer to.
+/// Variables for references `$(name)`.
 #[derive(Debug, Default)]
 pub(super) struct Variables {
-    /// `None` is a variable that exists and whose value is not known.
+    /// `None` for a variable with an unknown value.
     values: HashMap<String, Option<String>>,
 }
 
@@ -46,7 +46,7 @@ impl Variables {
         Self { values }
     }
 
-    /// A variable is known if its value refers to nothing else, which is all that paths need.
+    /// Assigns a variable. Its value is known only if it contains no reference, which suffices for paths.
     fn assign(&mut self, name: &str, operator: &str, value: &str) {
         let known = operator != "+=" && !value.contains('$');
         self.values.insert(name.to_owned(), known.then(|| value.to_owned()));
@@ -57,7 +57,7 @@ impl Variables {
     }
 }
 
-/// Hands out a file line by line.
+/// Iterates over the logical lines of a file.
 #[derive(Debug)]
 pub(super) struct Lexer<'a> {
     file: Arc<str>,
@@ -69,7 +69,7 @@ impl<'a> Lexer<'a> {
         Self { file, lines: text.lines().enumerate().peekable() }
     }
 
-    /// The next logical line that is neither blank nor a comment, and where it begins.
+    /// The next logical line that is neither blank nor a comment, with its location.
     pub(super) fn next_line(
         &mut self,
         variables: &mut Variables,
@@ -83,8 +83,8 @@ impl<'a> Lexer<'a> {
             }
             let continued = LineLexer { rest: text, at: &at }.tokens(variables, &mut tokens)?;
             let at = start.unwrap_or(at);
-            let nothing_follows = self.lines.peek().is_none();
-            if (!continued || nothing_follows) && !tokens.is_empty() {
+            let is_last = self.lines.peek().is_none();
+            if (!continued || is_last) && !tokens.is_empty() {
                 return Ok(Some((at, Line::Statement(tokens))));
             }
             start = continued.then_some(at);
@@ -92,8 +92,7 @@ impl<'a> Lexer<'a> {
         Ok(None)
     }
 
-    /// The help text that begins on the next line: it ends where a line is indented less than its
-    /// first one.
+    /// The help text that begins on the next line. It ends before a line that is indented less than its first line.
     pub(super) fn help(&mut self) -> String {
         let mut help = String::new();
         let mut first_indent = None;
@@ -115,7 +114,7 @@ impl<'a> Lexer<'a> {
     }
 }
 
-/// The width of a line's leading blanks, with tab stops every 8 columns.
+/// The indentation of a line, with tab stops every 8 columns.
 fn indent_of(line: &str) -> usize {
     let mut width = 0;
     for byte in line.bytes() {
@@ -128,7 +127,7 @@ fn indent_of(line: &str) -> usize {
     width
 }
 
-/// Whether a line belongs to the preprocessor alone; remembers what it assigns.
+/// Whether a line is a preprocessor line. Records an assignment.
 fn is_preprocessor(line: &str, variables: &mut Variables) -> bool {
     let line = line.trim_start();
     if line.starts_with("$(") {
@@ -146,19 +145,19 @@ fn is_preprocessor(line: &str, variables: &mut Variables) -> bool {
     }
 }
 
-/// How many bytes at the start of `text` can be part of a word.
+/// Length of the word at the start of `text`.
 fn word_length(text: &str) -> usize {
     text.bytes().take_while(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-')).count()
 }
 
-/// Cuts one physical line into tokens.
+/// Splits one physical line into tokens.
 struct LineLexer<'a> {
     rest: &'a str,
     at: &'a Location,
 }
 
 impl LineLexer<'_> {
-    /// Appends the line's tokens; whether a backslash continues it on the next line.
+    /// Appends the line's tokens. Returns whether a backslash continues it on the next line.
     fn tokens(mut self, variables: &Variables, tokens: &mut Vec<Token>) -> Result<bool, KconfigError> {
         loop {
             self.rest = self.rest.trim_start();
@@ -182,7 +181,7 @@ impl LineLexer<'_> {
         }
     }
 
-    /// A word: letters, digits, `_`, `-` and macro references.
+    /// Reads a word: letters, digits, `_`, `-` and macro references.
     fn word(&mut self, variables: &Variables) -> Result<Token, KconfigError> {
         let whole = self.rest;
         let mut known = Some(String::new());
@@ -203,7 +202,7 @@ impl LineLexer<'_> {
         Ok(known.map_or_else(|| Token::Unknown(written.to_owned()), Token::Word))
     }
 
-    /// A string, from its opening quote on.
+    /// Reads a string with its quotes.
     fn string(&mut self, quote: char, variables: &Variables) -> Result<Token, KconfigError> {
         let whole = &self.rest[1..];
         self.rest = whole;
@@ -231,7 +230,7 @@ impl LineLexer<'_> {
         Ok(known.map_or_else(|| Token::Unknown(written.to_owned()), Token::Quoted))
     }
 
-    /// Takes the `$` or the `$(...)` at the start of the rest; its value, if that is known.
+    /// Consumes the `$` or the `$(...)` at the start of the rest. Returns its value, if it is known.
     fn reference<'v>(&mut self, variables: &'v Variables) -> Result<Option<&'v str>, KconfigError> {
         let Some(inner) = self.rest.strip_prefix("$(") else {
             self.rest = &self.rest[1..];
@@ -253,7 +252,7 @@ impl LineLexer<'_> {
     }
 }
 
-/// Appends a part to a text that becomes unknown as soon as one of its parts is.
+/// Appends a part to a text. The text becomes unknown if the part is.
 fn push(text: &mut Option<String>, part: Option<&str>) {
     match (text.as_mut(), part) {
         (Some(text), Some(part)) => text.push_str(part),
@@ -333,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn assignments_are_remembered() {
+    fn assignments_are_recorded() {
         let text = "comma := ,\nname = x\nother := $(shell,id)\n$(error-if,n,{)\na \"$(name)-$(comma)\"\nb $(other)\n";
         let read = lines(text).unwrap();
         assert_eq!(read.len(), 6);
@@ -344,14 +343,14 @@ mod tests {
     }
 
     #[test]
-    fn help_ends_where_the_indentation_does() {
+    fn help_ends_with_its_indentation() {
         let text = "\t  First.\n\n\t    Indented.\n\t  Last.\n\n\n\tdepends on A\n";
         let mut lexer = Lexer::new("Kconfig".into(), text);
         assert_eq!(lexer.help(), "First.\n\n  Indented.\nLast.");
         let (at, _) = lexer.next_line(&mut Variables::default()).unwrap().unwrap();
         assert_eq!(at.line, 7);
 
-        // Tabs and blanks that reach the same column are the same indentation.
+        // Tabs and spaces up to the same column are the same indentation.
         assert_eq!(Lexer::new("K".into(), "        a\n\tb\n    \tc\n").help(), "a\nb\nc");
         for empty in ["", "config A\n", "\n\nconfig A\n"] {
             assert_eq!(Lexer::new("K".into(), empty).help(), "");
@@ -359,14 +358,14 @@ mod tests {
     }
 
     #[test]
-    fn errors_name_the_place() {
+    fn errors_name_the_location() {
         let cases = [
-            ("a\nb ;\n", "Kconfig:2: ';' means nothing here"),
-            ("a \"b\n", "Kconfig:1: a string does not end on its line"),
-            ("a \"b\\", "Kconfig:1: a string does not end on its line"),
-            ("a $(b", "Kconfig:1: a $( has no closing parenthesis on its line"),
-            ("a \"$(b", "Kconfig:1: a $( has no closing parenthesis on its line"),
-            ("a \\ \n", "Kconfig:1: '\\\\' means nothing here"),
+            ("a\nb ;\n", "Kconfig:2: unexpected character ';'"),
+            ("a \"b\n", "Kconfig:1: missing closing quote"),
+            ("a \"b\\", "Kconfig:1: missing closing quote"),
+            ("a $(b", "Kconfig:1: missing closing parenthesis of $("),
+            ("a \"$(b", "Kconfig:1: missing closing parenthesis of $("),
+            ("a \\ \n", "Kconfig:1: unexpected character '\\\\'"),
         ];
         for (text, message) in cases {
             assert_eq!(lines(text).unwrap_err().to_string(), message, "{text:?}");

@@ -1,8 +1,7 @@
-//! A reader of the kernel's Kconfig files, good enough to answer "why is this symbol not set?".
+//! A parser of the kernel's Kconfig files, for the question why a symbol is not set.
 //!
-//! It keeps what decides a symbol's value: where it is defined, what it depends on, who selects it,
-//! whether a person can set it. It runs no compiler tests: what hangs on one stays
-//! [`Truth::Unknown`] and is never blamed.
+//! It records what determines a symbol's value: definitions, dependencies, selections and prompts. It does not run
+//! compiler tests: an expression that depends on one is [`Truth::Unknown`] and is never reported as the reason.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -33,13 +32,13 @@ pub enum KconfigError {
     Read {
         /// The file.
         file: String,
-        /// Where it is sourced; `None` for the top file.
+        /// The `source` statement; `None` for the top file.
         from: Option<Location>,
-        /// What the system said.
+        /// The error of the system.
         source: io::Error,
     },
     /// A file is larger than [`MAX_KCONFIG_BYTES`].
-    #[error("{file}: more than {MAX_KCONFIG_BYTES} bytes, which is no Kconfig file")]
+    #[error("{file}: larger than {MAX_KCONFIG_BYTES} bytes, not a Kconfig file")]
     TooBig {
         /// The file.
         file: String,
@@ -50,12 +49,12 @@ pub enum KconfigError {
         /// The file.
         file: String,
     },
-    /// Files source each other too deeply, or in a circle.
+    /// Files source each other too deeply, or in a cycle.
     #[error("{at}: {file} is sourced more than {limit} files deep")]
     TooDeep {
         /// The `source` statement.
         at: Location,
-        /// The file it names.
+        /// The file.
         file: String,
         /// The limit.
         limit: usize,
@@ -73,91 +72,91 @@ pub enum KconfigError {
     OutsideTree {
         /// The `source` statement.
         at: Location,
-        /// The file it names.
+        /// The file.
         file: String,
     },
-    /// A file name with a macro whose value is not known.
-    #[error("{at}: the value of {text:?} is not known here")]
+    /// A file name with a macro whose value is unknown.
+    #[error("{at}: the value of {text:?} is unknown")]
     Unexpandable {
         /// The statement.
         at: Location,
         /// The file name.
         text: String,
     },
-    /// A character that the language does not have.
-    #[error("{at}: {character:?} means nothing here")]
+    /// A character that is not part of the language.
+    #[error("{at}: unexpected character {character:?}")]
     BadCharacter {
-        /// Where.
+        /// The location.
         at: Location,
         /// The character.
         character: char,
     },
     /// A string without its closing quote.
-    #[error("{at}: a string does not end on its line")]
+    #[error("{at}: missing closing quote")]
     OpenString {
-        /// Where.
+        /// The location.
         at: Location,
     },
     /// A macro reference without its closing parenthesis.
-    #[error("{at}: a $( has no closing parenthesis on its line")]
+    #[error("{at}: missing closing parenthesis of $(")]
     OpenMacro {
-        /// Where.
+        /// The location.
         at: Location,
     },
-    /// Something else should have stood here.
+    /// An unexpected token.
     #[error("{at}: expected {expected}, found {found}")]
     Expected {
-        /// Where.
+        /// The location.
         at: Location,
-        /// What should have stood there.
+        /// The expected token.
         expected: &'static str,
-        /// What did.
+        /// The actual token.
         found: String,
     },
     /// Parentheses nest too deeply.
-    #[error("{at}: more than {limit} parentheses inside each other")]
+    #[error("{at}: more than {limit} nested parentheses")]
     TooNested {
-        /// Where.
+        /// The location.
         at: Location,
         /// The limit.
         limit: usize,
     },
     /// Blocks nest too deeply.
-    #[error("{at}: more than {limit} menus, choices and ifs inside each other")]
+    #[error("{at}: more than {limit} nested menus, choices and ifs")]
     TooManyBlocks {
-        /// Where.
+        /// The location.
         at: Location,
         /// The limit.
         limit: usize,
     },
-    /// A keyword that the language does not have.
-    #[error("{at}: {word:?} is no Kconfig statement")]
+    /// An unknown keyword.
+    #[error("{at}: {word:?} is not a Kconfig statement")]
     UnknownStatement {
-        /// Where.
+        /// The location.
         at: Location,
         /// The keyword.
         word: String,
     },
-    /// A keyword that does not belong to the entry before it.
-    #[error("{at}: {word:?} belongs to no entry")]
+    /// A property that the preceding entry cannot have.
+    #[error("{at}: {word:?} outside of an entry that can have it")]
     Misplaced {
-        /// Where.
+        /// The location.
         at: Location,
         /// The keyword.
         word: String,
     },
-    /// An `end...` that closes nothing, or something else.
-    #[error("{at}: {word} closes nothing that was opened in this file")]
+    /// An `end...` without the matching block.
+    #[error("{at}: {word} without a matching block in this file")]
     NothingToClose {
-        /// Where.
+        /// The location.
         at: Location,
         /// The keyword.
         word: String,
     },
-    /// A block that its file does not close.
-    #[error("{at}: this {block} is never closed")]
+    /// A block that is not closed in its file.
+    #[error("{at}: this {block} is not closed")]
     NotClosed {
-        /// Where it was opened.
+        /// The start of the block.
         at: Location,
         /// `if`, `menu` or `choice`.
         block: &'static str,
@@ -171,7 +170,7 @@ fn sourced(from: &Option<Location>) -> String {
 /// A line of a Kconfig file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Location {
-    /// The file, from the top of the kernel tree.
+    /// The file, relative to the top of the kernel tree.
     pub file: Arc<str>,
     /// The line, counted from 1.
     pub line: usize,
@@ -210,51 +209,51 @@ impl fmt::Display for Kind {
     }
 }
 
-/// Something that must hold, and where it is written. Many definitions share one.
+/// A condition and its location. Definitions share conditions of enclosing blocks.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Condition {
-    /// What must hold.
+    /// The expression that must hold.
     pub expr: Expr,
-    /// The `depends on`, `if` or `visible if` that says so.
+    /// Location of the `depends on`, `if` or `visible if`.
     pub at: Location,
 }
 
 /// A list of conditions that must all hold.
 pub type Conditions = Vec<Arc<Condition>>;
 
-/// The question that lets a person set a symbol.
+/// The prompt of a symbol, which makes it settable by a user.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Prompt {
-    /// The question.
+    /// The text.
     pub text: String,
-    /// When it is asked, beyond what the definition depends on.
+    /// Its conditions, in addition to the dependencies of the definition.
     pub when: Conditions,
 }
 
-/// A default, or the bounds of a number.
+/// A default or a range with an optional condition.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Guarded<T> {
-    /// What applies.
-    pub what: T,
-    /// When; `None` is always.
+pub struct Conditional<T> {
+    /// The default or range.
+    pub value: T,
+    /// The condition; `None` if it always applies.
     pub when: Option<Expr>,
 }
 
 /// One `config` entry of a symbol.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Definition {
-    /// Where it stands.
+    /// Its location.
     pub at: Location,
-    /// The type, if this entry gives it.
+    /// The type, if this entry has one.
     pub kind: Option<Kind>,
-    /// The question, if this entry asks one.
+    /// The prompt, if this entry has one.
     pub prompt: Option<Prompt>,
-    /// What the entry depends on, its enclosing menus, ifs and choice included.
+    /// The dependencies, including those of the enclosing menus, ifs and choice.
     pub depends: Conditions,
-    /// The defaults, of which the first that applies counts.
-    pub defaults: Vec<Guarded<Expr>>,
-    /// The bounds of a number, of which the first that apply count.
-    pub ranges: Vec<Guarded<(Term, Term)>>,
+    /// The defaults. The first one that applies counts.
+    pub defaults: Vec<Conditional<Expr>>,
+    /// The ranges of a number. The first one that applies counts.
+    pub ranges: Vec<Conditional<(Term, Term)>>,
     /// The help text, if there is one.
     pub help: Option<String>,
     /// The choice that the entry is a member of: an index for [`Kconfig::choice`].
@@ -266,31 +265,31 @@ pub struct Definition {
 pub struct Selection {
     /// The symbol that selects, without `CONFIG_`.
     pub by: String,
-    /// When it does, beyond being set itself.
+    /// Conditions, in addition to the symbol being set.
     pub when: Conditions,
-    /// Where it says so.
+    /// Location of the `select` or `imply`.
     pub at: Location,
 }
 
-/// All that the Kconfig files say about one symbol.
+/// A symbol of the Kconfig files.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Symbol {
-    /// Its entries, in the order in which they are read; empty if it is only referred to.
+    /// Its entries, in reading order. Empty if it is only referred to.
     pub definitions: Vec<Definition>,
-    /// Who selects it.
+    /// The selections of this symbol.
     pub selected_by: Vec<Selection>,
-    /// Who implies it: sets it unless somebody says n.
+    /// The symbols that imply this one: they set it unless a user sets it to `n`.
     pub implied_by: Vec<Selection>,
 }
 
 impl Symbol {
-    /// The type, which usually the first entry gives.
+    /// The type of the first entry that has one.
     #[must_use]
     pub fn kind(&self) -> Option<Kind> {
         self.definitions.iter().find_map(|definition| definition.kind)
     }
 
-    /// The entries that let a person set the symbol.
+    /// The entries with a prompt.
     pub fn prompts(&self) -> impl Iterator<Item = (&Definition, &Prompt)> {
         self.definitions.iter().filter_map(|d| d.prompt.as_ref().map(|prompt| (d, prompt)))
     }
@@ -302,12 +301,12 @@ impl Symbol {
     }
 }
 
-/// A `choice`: of its members exactly one is y.
+/// A `choice`: exactly one of its members is `y`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Choice {
-    /// Where it stands.
+    /// Its location.
     pub at: Location,
-    /// Its question.
+    /// Its prompt.
     pub prompt: String,
     /// Its members, in order, without `CONFIG_`.
     pub members: Vec<String>,
@@ -321,11 +320,11 @@ pub struct Kconfig {
 }
 
 impl Kconfig {
-    /// Reads all Kconfig files of a kernel, as an x86 build sees them, from the top one on.
+    /// Reads all Kconfig files of a kernel, as for an x86 build, starting with the top file.
     ///
     /// # Errors
     ///
-    /// A file that cannot be read, or the first line that is not understood.
+    /// When a file cannot be read, or at the first invalid line.
     pub fn read(source: &dyn Source) -> Result<Self, KconfigError> {
         reader::read(source)
     }
@@ -351,14 +350,14 @@ impl Kconfig {
     }
 }
 
-/// Parses one expression, which tests write as text.
+/// Parses an expression, for tests.
 #[cfg(test)]
 pub(crate) fn parse_expr(text: &str) -> Result<Expr, KconfigError> {
     let mut variables = lexer::Variables::default();
-    // A word before the expression keeps a leading $( from being a preprocessor line.
+    // Without a word before the expression, a leading $( would be a preprocessor line.
     let line = format!("if {text}");
     let (at, line) = lexer::Lexer::new("expr".into(), &line).next_line(&mut variables)?.unwrap();
-    let lexer::Line::Statement(tokens) = line else { panic!("{text} is no expression") };
+    let lexer::Line::Statement(tokens) = line else { panic!("{text} is not an expression") };
     let mut cursor = parser::Cursor::new(&at, &tokens[1..]);
     let expr = cursor.expr()?;
     cursor.end()?;

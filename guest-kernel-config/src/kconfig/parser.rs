@@ -1,13 +1,13 @@
-//! From the tokens of a statement to expressions.
+//! Parses the tokens of a statement.
 
 use super::expr::{Comparison, Expr, Term, is_plain_constant};
 use super::lexer::Token;
 use super::{KconfigError, Location};
 
-/// How deep parentheses and negations may nest. The kernel's own files need four.
+/// Maximum nesting of parentheses. The kernel's own files need four.
 const MAX_EXPR_DEPTH: usize = 64;
 
-/// Walks through the tokens of one statement.
+/// Cursor over the tokens of one statement.
 #[derive(Debug)]
 pub(super) struct Cursor<'a> {
     at: &'a Location,
@@ -23,7 +23,7 @@ impl<'a> Cursor<'a> {
         self.rest.as_slice().first()
     }
 
-    /// Takes the next token if it is this operator.
+    /// Consumes the next token if it is this operator.
     fn accept(&mut self, operator: &str) -> bool {
         let found = matches!(self.peek(), Some(Token::Operator(found)) if *found == operator);
         if found {
@@ -32,7 +32,7 @@ impl<'a> Cursor<'a> {
         found
     }
 
-    /// Takes the next token if it is this word.
+    /// Consumes the next token if it is this word.
     fn accept_word(&mut self, word: &str) -> bool {
         let found = matches!(self.peek(), Some(Token::Word(found)) if found == word);
         if found {
@@ -41,12 +41,12 @@ impl<'a> Cursor<'a> {
         found
     }
 
-    /// A word that must stand here.
+    /// Expects this word.
     pub(super) fn keyword(&mut self, word: &str, quoted: &'static str) -> Result<(), KconfigError> {
         if self.accept_word(word) { Ok(()) } else { Err(self.expected(quoted)) }
     }
 
-    /// The error that says what should have stood here.
+    /// The error for an unexpected token.
     fn expected(&self, expected: &'static str) -> KconfigError {
         let found = match self.peek() {
             None => "the end of the line".to_owned(),
@@ -57,7 +57,7 @@ impl<'a> Cursor<'a> {
         KconfigError::Expected { at: self.at.clone(), expected, found }
     }
 
-    /// A word such as a symbol's name.
+    /// Expects a word, such as a symbol's name.
     pub(super) fn word(&mut self, expected: &'static str) -> Result<&'a str, KconfigError> {
         match self.peek() {
             Some(Token::Word(word)) => {
@@ -68,7 +68,7 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// A string; one with an unknown macro in it counts as written.
+    /// Expects a string. A string with an unknown macro is returned unexpanded.
     pub(super) fn string(&mut self, expected: &'static str) -> Result<&'a str, KconfigError> {
         match self.peek() {
             Some(Token::Quoted(text) | Token::Unknown(text)) => {
@@ -79,7 +79,7 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// A string that must be known.
+    /// Expects a string without unknown macros.
     pub(super) fn path(&mut self) -> Result<&'a str, KconfigError> {
         match self.peek() {
             Some(Token::Unknown(text)) => {
@@ -89,7 +89,7 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// The end of the statement.
+    /// Expects the end of the statement.
     pub(super) fn end(&self) -> Result<(), KconfigError> {
         if self.rest.as_slice().is_empty() { Ok(()) } else { Err(self.expected("nothing more")) }
     }
@@ -98,7 +98,7 @@ impl<'a> Cursor<'a> {
         self.rest.as_slice().is_empty()
     }
 
-    /// An optional `if` with its condition, and then the end of the statement.
+    /// Parses an optional `if` with its condition, and expects the end of the statement.
     pub(super) fn condition(&mut self) -> Result<Option<Expr>, KconfigError> {
         let condition = if self.accept_word("if") { Some(self.expr()?) } else { None };
         self.end()?;
@@ -116,7 +116,7 @@ impl<'a> Cursor<'a> {
         let mut parts = Vec::new();
         loop {
             match self.and(depth)? {
-                // A chain in parentheses is part of the chain around it.
+                // Flattens nested chains of the same operator.
                 Expr::Or(inner) => parts.extend(inner),
                 part => parts.push(part),
             }
@@ -145,7 +145,7 @@ impl<'a> Cursor<'a> {
             negations += 1;
         }
         let expr = self.primary(depth)?;
-        // Two negations cancel out, even for m.
+        // Two negations cancel out, also for m.
         Ok(if negations % 2 == 1 { Expr::Not(Box::new(expr)) } else { expr })
     }
 
@@ -167,14 +167,14 @@ impl<'a> Cursor<'a> {
             return Ok(Expr::Compare(left, comparison, self.term()?));
         }
         if left == Term::Constant("m".to_owned()) {
-            // The kernel reads a lone m as "m, if there are modules at all".
+            // The kernel evaluates a constant m as `m && MODULES`.
             let modules = Term::Symbol("MODULES".to_owned());
             return Ok(Expr::And(vec![Expr::Term(left), Expr::Term(modules)]));
         }
         Ok(Expr::Term(left))
     }
 
-    /// A symbol, a constant or a macro.
+    /// Parses a symbol, a constant or a macro.
     pub(super) fn term(&mut self) -> Result<Term, KconfigError> {
         let term = match self.peek() {
             Some(Token::Word(word)) if is_plain_constant(word) => Term::Constant(word.clone()),
@@ -188,7 +188,7 @@ impl<'a> Cursor<'a> {
     }
 }
 
-/// The parts as one expression; a single part stays as it is.
+/// Joins the parts to one expression. A single part is returned unchanged.
 fn joined(mut parts: Vec<Expr>, join: fn(Vec<Expr>) -> Expr) -> Expr {
     if parts.len() == 1 { parts.remove(0) } else { join(parts) }
 }

@@ -1,4 +1,4 @@
-//! Walks through the Kconfig files of a kernel and gathers their symbols.
+//! Reads the Kconfig files of a kernel and collects their symbols.
 
 use std::sync::Arc;
 
@@ -7,21 +7,21 @@ use super::lexer::{Lexer, Line, Variables};
 use super::parser::Cursor;
 use super::source::path_in_tree;
 use super::{
-    Choice, Condition, Conditions, Definition, Guarded, Kconfig, KconfigError, Kind, Location,
+    Choice, Condition, Conditional, Conditions, Definition, Kconfig, KconfigError, Kind, Location,
     MAX_KCONFIG_BYTES, Prompt, Selection, Source,
 };
 
-/// How deep files may source each other, which also ends circles. The kernel's go six deep.
+/// Maximum depth of sourced files, which also ends cycles. The kernel's files are nested six deep.
 const MAX_SOURCE_DEPTH: usize = 32;
 
-/// How many files may be sourced in all; an x86 kernel has 1,600. It ends what a few lines that
-/// source each other twice would otherwise multiply without end.
+/// Maximum number of sourced files; an x86 kernel has 1,600. Without it, a few files that each source the next one
+/// twice would be read exponentially often.
 const MAX_FILES: usize = 10_000;
 
-/// How deep menus, choices and ifs may nest, in all files together.
+/// Maximum nesting of menus, choices and ifs across files.
 const MAX_BLOCKS: usize = 128;
 
-/// What the kernel's makefiles tell its Kconfig files about an x86 build.
+/// Variables that the kernel's makefiles set for an x86 build.
 const VARIABLES: [(&str, &str); 3] = [("ARCH", "x86"), ("SRCARCH", "x86"), ("srctree", ".")];
 
 pub(super) fn read(source: &dyn Source) -> Result<Kconfig, KconfigError> {
@@ -37,14 +37,14 @@ pub(super) fn read(source: &dyn Source) -> Result<Kconfig, KconfigError> {
     Ok(reader.kconfig)
 }
 
-/// A menu, choice or if that is open.
+/// An open menu, choice or if.
 #[derive(Debug)]
 struct Block {
     kind: BlockKind,
     at: Location,
-    /// What everything inside depends on because of this block.
+    /// Dependencies that this block adds to its content.
     depends: Conditions,
-    /// What the prompts inside need because of this block.
+    /// Conditions that this block adds to the prompts of its content.
     visible: Conditions,
 }
 
@@ -65,26 +65,26 @@ impl BlockKind {
     }
 }
 
-/// What the properties that follow belong to.
+/// The entry to which the following properties belong.
 #[derive(Debug)]
 enum Entry {
-    /// Nothing: they are misplaced.
+    /// None: a property is misplaced.
     None,
     /// The innermost open block.
     Block,
-    /// A comment, of which nothing is kept.
+    /// A comment, which is discarded.
     Comment,
     /// A symbol, whose definition is added when the entry ends.
-    Symbol(Box<Open>),
+    Symbol(Box<OpenSymbol>),
 }
 
 #[derive(Debug)]
-struct Open {
+struct OpenSymbol {
     name: String,
     definition: Definition,
     /// The prompt conditions of the enclosing blocks.
     visible: Conditions,
-    /// Selected and implied symbols, which learn of it when all dependencies are known.
+    /// Selected and implied symbols. They are updated when all dependencies of the entry are known.
     selects: Vec<Select>,
 }
 
@@ -106,7 +106,7 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    /// Reads one file and what it sources.
+    /// Reads one file and the files that it sources.
     fn file(&mut self, file: &str, from: Option<&Location>, depth: usize) -> Result<(), KconfigError> {
         let bytes = self.source.read(file).map_err(|source| KconfigError::Read {
             file: file.to_owned(),
@@ -151,7 +151,7 @@ impl Reader<'_> {
         let name = cursor.path()?;
         cursor.end()?;
         self.finish_entry();
-        // rsource is relative to the file it stands in, source to the top of the tree.
+        // rsource is relative to the current file, source to the top of the tree.
         let folder = match keyword {
             "rsource" => at.file.rsplit_once('/').map_or("", |(folder, _)| folder),
             _ => "",
@@ -170,7 +170,7 @@ impl Reader<'_> {
         self.file(&file, Some(at), depth + 1)
     }
 
-    /// A statement that stands by itself or opens something; everything else is a property.
+    /// Handles a statement that opens an entry or a block. All others are properties.
     fn statement(
         &mut self,
         keyword: &str,
@@ -202,7 +202,7 @@ impl Reader<'_> {
                 self.open_block(BlockKind::Choice(index), at, Vec::new())?;
                 self.kconfig.choices.push(choice);
                 if !cursor.is_at_end() {
-                    // Old kernels could name a choice, and nothing ever referred to it.
+                    // Old kernels allowed a name for a choice, which was not used.
                     cursor.word("nothing more")?;
                 }
             }
@@ -226,7 +226,7 @@ impl Reader<'_> {
         Ok(())
     }
 
-    /// Closes the innermost block, which must be of this kind and of the same file.
+    /// Closes the innermost block, which must have this kind and be in the same file.
     fn close(&mut self, keyword: &str, outer: usize, at: &Location) -> Result<(), KconfigError> {
         self.finish_entry();
         let inside = self.blocks.get(outer..).and_then(<[Block]>::last);
@@ -261,14 +261,14 @@ impl Reader<'_> {
         };
         let visible = all(|block| &block.visible);
         let name = name.to_owned();
-        let open = Open { name, definition, visible, selects: Vec::new() };
+        let open = OpenSymbol { name, definition, visible, selects: Vec::new() };
         self.entry = Entry::Symbol(Box::new(open));
     }
 
-    /// Adds the symbol whose entry ends here, and tells those that it selects.
+    /// Adds the definition of the entry that ends here, and its selections to the selected symbols.
     fn finish_entry(&mut self) {
         let Entry::Symbol(open) = std::mem::replace(&mut self.entry, Entry::None) else { return };
-        let Open { name, mut definition, visible, selects } = *open;
+        let OpenSymbol { name, mut definition, visible, selects } = *open;
         if let Some(prompt) = &mut definition.prompt {
             prompt.when.extend(visible);
         }
@@ -301,7 +301,7 @@ impl Reader<'_> {
                 Some(block) => block.property(keyword, cursor, at, &mut self.kconfig.choices),
                 None => Err(misplaced(keyword, at)),
             },
-            // What a comment depends on decides about nothing but itself.
+            // The dependencies of a comment affect only the comment.
             Entry::Comment if keyword == "depends" => Ok(()),
             Entry::None | Entry::Comment if is_property(keyword) => Err(misplaced(keyword, at)),
             Entry::None | Entry::Comment => Err(unknown(keyword, at)),
@@ -310,7 +310,7 @@ impl Reader<'_> {
 }
 
 impl Block {
-    /// A property of a menu or of a choice.
+    /// Handles a property of a menu or choice.
     fn property(
         &mut self,
         keyword: &str,
@@ -329,14 +329,14 @@ impl Block {
                 if cursor.is_at_end() {
                     return Ok(());
                 }
-                let text = cursor.string("a question in quotes")?;
+                let text = cursor.string("a prompt in quotes")?;
                 // An `if` here hides the choice from menus, but a .config may still name a member.
                 cursor.condition()?;
                 if let Some(choice) = choices.get_mut(index) {
                     text.clone_into(&mut choice.prompt);
                 }
             }
-            // Which member is the default does not matter: the result says which one was taken.
+            // The default is irrelevant: the resulting .config shows the selected member.
             ("default" | "optional", BlockKind::Choice(_)) => {}
             _ if is_property(keyword) => return Err(misplaced(keyword, at)),
             _ => return Err(unknown(keyword, at)),
@@ -345,8 +345,8 @@ impl Block {
     }
 }
 
-impl Open {
-    /// A property of a symbol.
+impl OpenSymbol {
+    /// Handles a property of a symbol.
     fn property(&mut self, keyword: &str, mut cursor: Cursor<'_>, at: &Location) -> Result<(), KconfigError> {
         match keyword {
             "bool" | "tristate" | "int" | "hex" | "string" => {
@@ -358,9 +358,9 @@ impl Open {
             "prompt" => self.prompt(cursor, at)?,
             "default" | "def_bool" | "def_tristate" => {
                 self.definition.kind = kind(keyword).or(self.definition.kind);
-                let what = cursor.expr()?;
+                let value = cursor.expr()?;
                 let when = cursor.condition()?;
-                self.definition.defaults.push(Guarded { what, when });
+                self.definition.defaults.push(Conditional { value, when });
             }
             "depends" => self.definition.depends.push(depends_on(cursor, at)?),
             "select" | "imply" => {
@@ -370,12 +370,12 @@ impl Open {
                 self.selects.push(Select { target, weak, condition, at: at.clone() });
             }
             "range" => {
-                let what = (cursor.term()?, cursor.term()?);
+                let value = (cursor.term()?, cursor.term()?);
                 let when = cursor.condition()?;
-                self.definition.ranges.push(Guarded { what, when });
+                self.definition.ranges.push(Conditional { value, when });
             }
-            // Neither changes what a symbol may be set to: one marks MODULES itself, the other
-            // a symbol that only carries an old name's value over.
+            // None of these changes the possible values of a symbol: `modules` marks MODULES, `transitional` a symbol
+            // that only keeps the value of an old name.
             "modules" | "transitional" | "option" => {}
             _ => return Err(unknown(keyword, at)),
         }
@@ -383,7 +383,7 @@ impl Open {
     }
 
     fn prompt(&mut self, mut cursor: Cursor<'_>, at: &Location) -> Result<(), KconfigError> {
-        let text = cursor.string("a question in quotes")?.to_owned();
+        let text = cursor.string("a prompt in quotes")?.to_owned();
         let when = cursor.condition()?.map(|expr| condition(expr, at)).into_iter().collect();
         self.definition.prompt = Some(Prompt { text, when });
         Ok(())
@@ -401,7 +401,7 @@ fn condition(expr: Expr, at: &Location) -> Arc<Condition> {
     Arc::new(Condition { expr, at: at.clone() })
 }
 
-/// The type that a keyword gives.
+/// The type that a keyword declares.
 fn kind(keyword: &str) -> Option<Kind> {
     Some(match keyword {
         "bool" | "def_bool" => Kind::Bool,
@@ -413,7 +413,7 @@ fn kind(keyword: &str) -> Option<Kind> {
     })
 }
 
-/// Whether the language has this property at all, for a better message.
+/// Whether the keyword is a property, for a better message.
 fn is_property(keyword: &str) -> bool {
     let other = [
         "prompt",

@@ -1,21 +1,21 @@
-//! Where the text of Kconfig files comes from.
+//! Sources of Kconfig files.
 
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-/// The largest Kconfig file that is read; the kernel's largest has 106 KiB.
+/// Maximum size of a Kconfig file; the kernel's largest has 106 KiB.
 pub const MAX_KCONFIG_BYTES: usize = 1 << 20;
 
-/// Gives the bytes of a file of a kernel tree.
+/// Reads files of a kernel tree.
 ///
-/// Closures are sources too, so that a test needs no files.
+/// Closures implement it, so that tests need no files.
 pub trait Source {
-    /// Reads the file of this path, which is relative to the top of the tree and has no `..`.
+    /// Reads the file at this path, which is relative to the top of the tree and contains no `..`.
     ///
     /// # Errors
     ///
-    /// Whatever keeps the file from being read.
+    /// When the file cannot be read.
     fn read(&self, path: &str) -> io::Result<Vec<u8>>;
 }
 
@@ -32,12 +32,12 @@ pub struct KernelTree {
 }
 
 impl KernelTree {
-    /// The tree below this folder.
+    /// The tree in this directory.
     pub fn new(root: impl Into<PathBuf>) -> Self {
         Self { root: root.into() }
     }
 
-    /// The folder.
+    /// The directory.
     #[must_use]
     pub fn root(&self) -> &Path {
         &self.root
@@ -47,15 +47,15 @@ impl KernelTree {
 impl Source for KernelTree {
     fn read(&self, path: &str) -> io::Result<Vec<u8>> {
         let mut bytes = Vec::new();
-        // One byte more than the limit, so that the reader sees that the file is too big.
+        // One byte more than the limit, so that the reader detects files over the limit.
         let limit = MAX_KCONFIG_BYTES as u64 + 1;
         File::open(self.root.join(path))?.take(limit).read_to_end(&mut bytes)?;
         Ok(bytes)
     }
 }
 
-/// The path of a sourced file from the top of the tree, free of `.` and `..`; `None` if it would
-/// leave the tree. `folder` is what the name is relative to.
+/// The path of a sourced file relative to the top of the tree, without `.` and `..`. Returns `None` if it is outside
+/// the tree. The name is relative to `folder`.
 pub(super) fn path_in_tree(folder: &str, name: &str) -> Option<String> {
     if name.starts_with('/') {
         return None;

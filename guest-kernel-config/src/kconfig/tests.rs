@@ -20,7 +20,7 @@ fn one(text: &str) -> Kconfig {
     tree(&[("Kconfig", text)]).unwrap()
 }
 
-/// The conditions as text, with their places.
+/// The conditions as text, with their locations.
 fn texts(conditions: &Conditions) -> Vec<String> {
     conditions.iter().map(|c| format!("{} @{}", c.expr, c.at.line)).collect()
 }
@@ -51,9 +51,9 @@ config CPUS
     let prompt = definition.prompt.as_ref().unwrap();
     assert_eq!(prompt.text, "How many");
     assert_eq!(texts(&prompt.when), ["SMP @4"]);
-    let ranges: Vec<_> = definition.ranges.iter().map(|r| r.what.1.to_string()).collect();
+    let ranges: Vec<_> = definition.ranges.iter().map(|r| r.value.1.to_string()).collect();
     assert_eq!(ranges, ["16", "64"]);
-    let defaults: Vec<_> = definition.defaults.iter().map(|d| d.what.to_string()).collect();
+    let defaults: Vec<_> = definition.defaults.iter().map(|d| d.value.to_string()).collect();
     assert_eq!(defaults, ["64", "8"]);
     assert!(kconfig.symbol("SMP").is_none(), "a mention is no definition");
 }
@@ -86,7 +86,7 @@ config OUTSIDE
 }
 
 #[test]
-fn a_choice_knows_its_members() {
+fn a_choice_lists_its_members() {
     let kconfig = one(r#"
 choice
 	prompt "Preemption" if EXPERT
@@ -121,7 +121,7 @@ config AFTER
 }
 
 #[test]
-fn selections_are_known_from_the_other_side() {
+fn selections_are_recorded_at_the_selected_symbol() {
     let kconfig = one(r#"
 if X86
 config GUEST
@@ -136,7 +136,7 @@ config CLOCK
     let clock = kconfig.symbol("CLOCK").unwrap();
     let [selection] = clock.selected_by.as_slice() else { panic!("{clock:?}") };
     assert_eq!((selection.by.as_str(), selection.at.line), ("GUEST", 5));
-    // The depends on below the select counts as well.
+    // A `depends on` after the select counts too.
     assert_eq!(texts(&selection.when), ["X86 @2", "PARAVIRT @7"]);
     let extra = &kconfig.symbols["EXTRA"];
     assert_eq!(texts(&extra.implied_by[0].when), ["X86 @2", "PARAVIRT @7", "SMP @6"]);
@@ -160,7 +160,7 @@ fn several_definitions_and_sourced_files() {
 
     let b = kconfig.symbol("B").unwrap();
     assert_eq!(b.kind(), Some(Kind::Tristate));
-    let default = &b.definitions[0].defaults[0].what;
+    let default = &b.definitions[0].defaults[0].value;
     assert_eq!(default.truth(&KernelConfig::default()), Truth::No, "m without modules is n");
 }
 
@@ -176,7 +176,7 @@ config Y
 	depends on $(success,test "$(a)" = (b)) && "$(ARCH)" = "x86"
 "#);
     let empty = KernelConfig::default();
-    let default = &kconfig.symbol("CC_HAS_X").unwrap().definitions[0].defaults[0].what;
+    let default = &kconfig.symbol("CC_HAS_X").unwrap().definitions[0].defaults[0].value;
     assert_eq!(*default, Expr::Term(Term::Unknown("$(cc-option,-fx)".into())));
     let Expr::And(parts) = &kconfig.symbol("Y").unwrap().definitions[0].depends[0].expr else {
         panic!("no &&")
@@ -186,13 +186,13 @@ config Y
 }
 
 #[test]
-fn malformed_files_are_refused_with_their_place() {
+fn errors_of_malformed_files_name_the_location() {
     let cases = [
         ("config\n", "Kconfig:1: expected a symbol, found the end of the line"),
         ("config \"A\"\n", "Kconfig:1: expected a symbol, found \"A\""),
         ("config A B\n", "Kconfig:1: expected nothing more, found B"),
         ("\"A\"\n", "Kconfig:1: expected a statement, found \"A\""),
-        ("config A\n\tbool b\n", "Kconfig:2: expected a question in quotes, found b"),
+        ("config A\n\tbool b\n", "Kconfig:2: expected a prompt in quotes, found b"),
         ("config A\n\tdepends A\n", "Kconfig:2: expected \"on\", found A"),
         ("config A\n\tdepends on\n", "Kconfig:2: expected a symbol or a value, found the end of the line"),
         (
@@ -207,22 +207,19 @@ fn malformed_files_are_refused_with_their_place() {
         ("config A\n\tdepends on B = = C\n", "Kconfig:2: expected a symbol or a value, found ="),
         ("config A\n\tselect\n", "Kconfig:2: expected a symbol, found the end of the line"),
         ("config A\n\trange 1\n", "Kconfig:2: expected a symbol or a value, found the end of the line"),
-        ("config A\n\tbogus\n", "Kconfig:2: \"bogus\" is no Kconfig statement"),
-        ("bogus A\n", "Kconfig:1: \"bogus\" is no Kconfig statement"),
-        ("depends on A\n", "Kconfig:1: \"depends\" belongs to no entry"),
-        ("if A\nbool\nendif\n", "Kconfig:2: \"bool\" belongs to no entry"),
-        ("menu \"m\"\n\tselect A\nendmenu\n", "Kconfig:2: \"select\" belongs to no entry"),
-        ("help\n  x\n", "Kconfig:1: \"help\" belongs to no entry"),
+        ("config A\n\tbogus\n", "Kconfig:2: \"bogus\" is not a Kconfig statement"),
+        ("bogus A\n", "Kconfig:1: \"bogus\" is not a Kconfig statement"),
+        ("depends on A\n", "Kconfig:1: \"depends\" outside of an entry that can have it"),
+        ("if A\nbool\nendif\n", "Kconfig:2: \"bool\" outside of an entry that can have it"),
+        ("menu \"m\"\n\tselect A\nendmenu\n", "Kconfig:2: \"select\" outside of an entry that can have it"),
+        ("help\n  x\n", "Kconfig:1: \"help\" outside of an entry that can have it"),
         ("menu m\n", "Kconfig:1: expected a title in quotes, found m"),
-        ("endif\n", "Kconfig:1: endif closes nothing that was opened in this file"),
-        ("if A\nendmenu\n", "Kconfig:2: endmenu closes nothing that was opened in this file"),
-        ("\nif A\nconfig B\n", "Kconfig:2: this if is never closed"),
-        ("choice\n\tprompt \"c\"\n", "Kconfig:1: this choice is never closed"),
-        ("source Kconfig.sub\n", "Kconfig:1: '.' means nothing here"),
-        (
-            "source \"$(shell,id)/Kconfig\"\n",
-            "Kconfig:1: the value of \"$(shell,id)/Kconfig\" is not known here",
-        ),
+        ("endif\n", "Kconfig:1: endif without a matching block in this file"),
+        ("if A\nendmenu\n", "Kconfig:2: endmenu without a matching block in this file"),
+        ("\nif A\nconfig B\n", "Kconfig:2: this if is not closed"),
+        ("choice\n\tprompt \"c\"\n", "Kconfig:1: this choice is not closed"),
+        ("source Kconfig.sub\n", "Kconfig:1: unexpected character '.'"),
+        ("source \"$(shell,id)/Kconfig\"\n", "Kconfig:1: the value of \"$(shell,id)/Kconfig\" is unknown"),
         ("source \"../Kconfig\"\n", "Kconfig:1: \"../Kconfig\" is outside the kernel tree"),
         ("source \"/etc/passwd\"\n", "Kconfig:1: \"/etc/passwd\" is outside the kernel tree"),
         ("source \"missing\"\n", "missing: cannot be read (sourced at Kconfig:1)"),
@@ -238,9 +235,9 @@ fn malformed_files_are_refused_with_their_place() {
 #[test]
 fn a_block_must_close_in_its_own_file() {
     let error = tree(&[("Kconfig", "if A\nsource \"b\"\n"), ("b", "endif\n")]).unwrap_err();
-    assert_eq!(error.to_string(), "b:1: endif closes nothing that was opened in this file");
+    assert_eq!(error.to_string(), "b:1: endif without a matching block in this file");
     let error = tree(&[("Kconfig", "source \"b\"\nendif\n"), ("b", "if A\n")]).unwrap_err();
-    assert_eq!(error.to_string(), "b:1: this if is never closed");
+    assert_eq!(error.to_string(), "b:1: this if is not closed");
 }
 
 #[test]
@@ -249,7 +246,7 @@ fn sizes_and_depths_are_bounded() {
     let error = tree(&[("Kconfig", &nested)]).unwrap_err();
     assert!(matches!(error, KconfigError::TooNested { limit: 64, .. }), "{error}");
 
-    // Many negations are no nesting.
+    // Negations do not count as nesting.
     let negated = format!("if {}A\nendif\n", "!".repeat(100_000));
     assert!(tree(&[("Kconfig", &negated)]).is_ok());
 
@@ -258,15 +255,15 @@ fn sizes_and_depths_are_bounded() {
 
     let big = "#".repeat(MAX_KCONFIG_BYTES + 1);
     let error = tree(&[("Kconfig", &big)]).unwrap_err();
-    assert_eq!(error.to_string(), "Kconfig: more than 1048576 bytes, which is no Kconfig file");
+    assert_eq!(error.to_string(), "Kconfig: larger than 1048576 bytes, not a Kconfig file");
 
     let error = Kconfig::read(&|_: &str| Ok(vec![0xff])).unwrap_err();
     assert_eq!(error.to_string(), "Kconfig: not text");
 }
 
 #[test]
-fn files_that_multiply_are_stopped() {
-    // Twenty files, each sourcing the next one twice: a million reads from forty lines.
+fn the_number_of_sourced_files_is_bounded() {
+    // Twenty files, each of which sources the next one twice: a million reads.
     let error = Kconfig::read(&|path: &str| {
         let number: usize = path.strip_prefix("k").and_then(|n| n.parse().ok()).unwrap_or(0);
         let line = format!("source \"k{}\"\n", number + 1);
@@ -277,7 +274,7 @@ fn files_that_multiply_are_stopped() {
 }
 
 #[test]
-fn cut_and_damaged_text_never_panics() {
+fn truncated_and_damaged_text_never_panics() {
     let text = r#"
 menu "m" # c
 	visible if A

@@ -2,7 +2,7 @@
 
 use super::{Guest, GuestError, Process};
 use kindling_vmm::agent::{self, News};
-use kindling_vmm::config::GuestConfig;
+use kindling_vmm::config::{BootInfo, GuestConfig};
 use kindling_vmm::poll::wait_readable;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
@@ -54,7 +54,7 @@ impl Guest {
             agent: true,
             ..GuestConfig::default()
         };
-        let frame = payload.to_frame(0, false, None).unwrap_or_default();
+        let frame = payload.to_frame(&BootInfo::default()).unwrap_or_default();
         // A guest that does not answer is killed in the end.
         agent::Process::start_payload(&self.socket(), &frame).ok()
     }

@@ -26,7 +26,7 @@ impl Order {
             Self::Signal(number) => Message::Signal(number),
             Self::Resize(size) => Message::Resize(size),
             Self::EndInput => Message::EndInput,
-            Self::TellStart => Message::TellStart,
+            Self::TellStart => Message::ReportStart,
         }
     }
 }
@@ -131,7 +131,7 @@ mod tests {
                 Message::Signal(number) => Order::Signal(number),
                 Message::Resize(size) => Order::Resize(size),
                 Message::EndInput => Order::EndInput,
-                Message::TellStart => Order::TellStart,
+                Message::ReportStart => Order::TellStart,
                 _ => panic!("{message:?}"),
             });
             rest = &rest[length..];

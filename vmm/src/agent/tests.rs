@@ -38,7 +38,7 @@ fn news_come_whole_in_whatever_pieces() {
 
 #[test]
 fn words_that_only_the_host_has_are_none_of_a_guests() {
-    for message in [Message::Start(b""), Message::Signal(9), Message::TellStart, Message::EndInput] {
+    for message in [Message::Start(b""), Message::Signal(9), Message::ReportStart, Message::EndInput] {
         assert_eq!(news([&b"OK 1\n"[..], &encoded(message)]), (Vec::new(), true), "{message:?}");
     }
     // A message that would never end.

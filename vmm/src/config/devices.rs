@@ -8,7 +8,7 @@ pub use super::network::{
 };
 use super::null::null_is_default;
 use crate::layout::DEVICES_MAX;
-use guest_protocol::frame::Network;
+use guest_protocol::config::Network;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::path::PathBuf;

@@ -3,7 +3,6 @@
 //! Names are those of Firecracker's configuration where it has an equivalent field.
 
 pub mod devices;
-mod guest;
 pub mod image;
 mod json;
 mod limits;
@@ -11,8 +10,7 @@ mod network;
 mod null;
 
 pub use devices::Devices;
-pub use guest::{GuestConfig, Mount, Reseed};
-pub use guest_protocol::frame::{MountKind, Network};
+pub use guest_protocol::config::{BootInfo, Mount, MountKind, Network};
 pub(crate) use json::read_bounded;
 pub use json::{FileConfig, from_json_file};
 
@@ -22,6 +20,9 @@ use serde::{Deserialize, Serialize};
 use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
+
+/// What the guest runs and how. Strings are lists of bytes.
+pub type GuestConfig = guest_protocol::config::GuestConfig<Vec<Vec<u8>>>;
 
 /// The configuration of one machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,7 +39,7 @@ pub struct Config {
     pub guest: GuestConfig,
     /// What to record during the boot; `None` by default, because recording slows the boot down.
     pub profile: Option<ProfileConfig>,
-    /// Path of a preboot ([`crate::preboot::make`]). The machine continues from it if the file exists and matches the
+    /// Path of a pre-booted kernel ([`crate::control::Monitor::start_preboot`]). The machine continues from it if the file exists and matches the
     /// configuration and the host; otherwise it boots.
     pub preboot: Option<PathBuf>,
 }
@@ -389,7 +390,7 @@ fn validate_guest(guest: &GuestConfig) -> Result<(), ConfigError> {
     if [guest.user_id, guest.group_id].contains(&u32::MAX) || guest.groups.contains(&u32::MAX) {
         return Err(ConfigError::Id);
     }
-    guest.to_frame(0, false, Some(&Reseed::PLACEHOLDER))?;
+    guest.to_frame(&BootInfo::LONGEST)?;
     Ok(())
 }
 

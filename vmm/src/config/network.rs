@@ -2,7 +2,7 @@
 
 use super::ConfigError;
 use super::limits::RateLimiter;
-use guest_protocol::frame::Network;
+use guest_protocol::config::Network;
 use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, Ipv4Addr};
 use std::str::FromStr;

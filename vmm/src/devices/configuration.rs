@@ -1,10 +1,12 @@
 //! The configuration device: init writes a nonce, and reads the handshake response and the configuration frame.
 
 use crate::bus::{BusDevice, GuestRequest};
-use crate::config::{GuestConfig, Reseed};
+use crate::config::{BootInfo, GuestConfig};
 use crate::timeline::Instant;
+use guest_protocol::config::Reseed;
 use guest_protocol::frame::FrameError;
 use guest_protocol::handshake;
+use std::io;
 
 /// The device at the I/O ports `port::CONFIG_REQUEST` and `port::CONFIG_DATA`.
 #[derive(Debug)]
@@ -13,17 +15,16 @@ pub struct Configuration {
     vm_created: Instant,
     /// Whether init sends the kernel log.
     kernel_log: bool,
-    /// Whether the kernel was booted for another guest (a preboot), so that the frame contains a new seed and the time.
-    reseed: bool,
-    /// The handshake response to the last nonce, followed by the frame.
+    /// Whether the kernel booted for another guest, and this guest resumed from its snapshot.
+    is_resumed: bool,
+    /// The response to the last nonce, and the frame.
     answer: Vec<u8>,
     position: usize,
 }
 
 impl Configuration {
-    /// Creates a device that sends `config` and the age of the VM, which was created at `vm_created`. `kernel_log`
-    /// makes init send the kernel log. `reseed` states that the kernel was booted for another guest, so that the guest
-    /// needs the current time and new random numbers.
+    /// A device that responds with `config`, and with the time since `vm_created`. If `is_resumed`, the guest's kernel
+    /// booted for another guest, and every response has a [`Reseed`].
     ///
     /// # Errors
     /// When the configuration does not fit into a frame.
@@ -31,21 +32,22 @@ impl Configuration {
         config: GuestConfig,
         vm_created: Instant,
         kernel_log: bool,
-        reseed: bool,
+        is_resumed: bool,
     ) -> Result<Self, FrameError> {
-        // The frame is built for each request, because it contains the age of the VM; building it here shows that it
-        // fits.
-        config.to_frame(0, kernel_log, Some(&Reseed::PLACEHOLDER))?;
-        Ok(Self { config, vm_created, kernel_log, reseed, answer: Vec::new(), position: 0 })
+        // The frame is made anew for each question, because it says how old the VM is; making it
+        // once here shows that it can be made.
+        config.to_frame(&BootInfo::LONGEST)?;
+        Ok(Self { config, vm_created, kernel_log, is_resumed, answer: Vec::new(), position: 0 })
     }
 
     fn restart(&mut self, nonce: u32) {
-        let age = Instant::now().since(self.vm_created);
-        let reseed = self.reseed.then(Reseed::now).transpose();
-        // Init rejects an empty frame, so that no guest runs with the random numbers of another.
+        let vm_age = Some(Instant::now().since(self.vm_created));
+        let reseed = self.is_resumed.then(reseed).transpose();
+        // Init stops at an empty frame: no guest may run with the random numbers of another.
         let frame = reseed
             .ok()
-            .and_then(|reseed| self.config.to_frame(age, self.kernel_log, reseed.as_ref()).ok())
+            .map(|reseed| BootInfo { vm_age, kernel_log: self.kernel_log, reseed })
+            .and_then(|boot| self.config.to_frame(&boot).ok())
             .unwrap_or_default();
         let length = u32::try_from(frame.len()).unwrap_or(0);
         self.answer = [&handshake::response(nonce, length), &*frame].concat();
@@ -53,7 +55,22 @@ impl Configuration {
     }
 }
 
-/// Offset of `port::CONFIG_DATA` from `port::CONFIG_REQUEST`.
+/// The host's time and random numbers.
+///
+/// # Errors
+/// When the host returns no random numbers.
+fn reseed() -> io::Result<Reseed> {
+    let mut entropy = [0; Reseed::ENTROPY_LEN];
+    let length = rustix::rand::getrandom(&mut entropy, rustix::rand::GetRandomFlags::empty())?;
+    if length < entropy.len() {
+        return Err(io::Error::other("the host returned too few random bytes"));
+    }
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
+    let [seconds, nanoseconds] = [time.tv_sec, time.tv_nsec].map(|part| u64::try_from(part).unwrap_or(0));
+    Ok(Reseed { real_time: seconds * 1_000_000_000 + nanoseconds, entropy })
+}
+
+/// Offset of `port::CONFIG_DATA` from the device's first port.
 const DATA: u16 = guest_protocol::port::CONFIG_DATA - guest_protocol::port::CONFIG_REQUEST;
 
 impl BusDevice for Configuration {
@@ -84,7 +101,7 @@ impl BusDevice for Configuration {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use guest_protocol::frame::{self, Item};
+    use guest_protocol::frame;
 
     fn read(device: &mut Configuration, offset: u16, length: usize) -> Vec<u8> {
         let mut data = vec![0xff; length];
@@ -111,27 +128,25 @@ mod tests {
     fn the_frame_can_be_read_in_parts_and_requested_again() {
         let mut device = device();
         for nonce in [0, 0x1234_5678] {
-            let bytes = request(&mut device, nonce);
-            let items: Vec<_> = frame::decode(&bytes).unwrap().map(Result::unwrap).collect();
-            assert_eq!(items[..3], [Item::Argument(b"/bin/true"), Item::UserId(1000), Item::GroupId(0)]);
-            assert!(matches!(items[3], Item::VmAge(_)));
-            assert_eq!(read(&mut device, DATA, 3), [0; 3], "zeroes after the end");
+            let (config, boot) = GuestConfig::from_frame(&request(&mut device, nonce)).unwrap();
+            assert_eq!((config.arguments, config.user_id), (vec![b"/bin/true".to_vec()], 1000));
+            assert!(boot.vm_age.is_some());
+            assert_eq!((boot.kernel_log, boot.reseed), (false, None));
+            assert_eq!(read(&mut device, DATA, 3), [0; 3], "behind the end are zeroes");
         }
     }
 
     #[test]
-    fn a_preboot_gets_the_time_and_new_random_numbers() {
+    fn a_resumed_guest_gets_the_time_and_new_random_numbers() {
         let mut device = Configuration::new(GuestConfig::default(), Instant::now(), false, true).unwrap();
         let mut seeds = Vec::new();
         for nonce in 0..2 {
-            let bytes = request(&mut device, nonce);
-            let items: Vec<_> = frame::decode(&bytes).unwrap().map(Result::unwrap).collect();
-            let [.., Item::RealTime(time), Item::Entropy(seed)] = items[..] else { panic!("{items:?}") };
+            let (_, boot) = GuestConfig::from_frame(&request(&mut device, nonce)).unwrap();
+            let reseed = boot.reseed.unwrap();
             let now = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap();
-            assert!(now.as_secs() - time / 1_000_000_000 <= 1);
-            seeds.push(seed.to_vec());
+            assert!(now.as_secs() - reseed.real_time / 1_000_000_000 <= 1);
+            seeds.push(reseed.entropy);
         }
-        assert_eq!(seeds[0].len(), 32);
         assert_ne!(seeds[0], seeds[1]);
     }
 

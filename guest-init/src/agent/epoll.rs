@@ -1,20 +1,20 @@
-//! The one epoll. A descriptor is reported once and has to be asked for again: a closed pipe would be reported
-//! without end, even to those who do not want to know.
+//! The epoll instance. Descriptors are registered with EPOLLONESHOT and armed again for each event, because epoll
+//! reports a closed pipe continuously, even if no event is requested.
 
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
 
-/// What a descriptor is.
+/// The owner and the purpose of a descriptor.
 #[derive(Clone, Copy)]
 pub(super) enum Token {
     Listener,
     Signals,
-    Newcomer(usize),
+    Pending(usize),
     Control(usize),
-    /// Says that a session's program is executed.
+    /// The pipe that reports the exec of a session's program.
     Execution(usize),
-    /// A session's stream of a number.
+    /// A stream of a session, by slot and number.
     Stream(usize, usize),
 }
 
@@ -23,7 +23,7 @@ impl Token {
         match self {
             Self::Listener => 0,
             Self::Signals => 1,
-            Self::Newcomer(slot) => ((slot as u64) << 8) | 2,
+            Self::Pending(slot) => ((slot as u64) << 8) | 2,
             Self::Control(slot) => ((slot as u64) << 8) | 3,
             Self::Execution(slot) => ((slot as u64) << 8) | 4,
             Self::Stream(slot, number) => ((slot as u64) << 8) | (5 + number as u64),
@@ -35,7 +35,7 @@ impl Token {
         match bits & 0xff {
             0 => Self::Listener,
             1 => Self::Signals,
-            2 => Self::Newcomer(slot),
+            2 => Self::Pending(slot),
             3 => Self::Control(slot),
             4 => Self::Execution(slot),
             number => Self::Stream(slot, usize::try_from(number).unwrap_or(usize::MAX).saturating_sub(5)),
@@ -43,29 +43,29 @@ impl Token {
     }
 }
 
-pub(super) struct Watch(OwnedFd);
+pub(super) struct Epoll(OwnedFd);
 
-impl Watch {
-    /// Events that are taken at once.
-    const EVENTS: usize = 32;
+impl Epoll {
+    /// Maximum number of events per call of epoll_wait.
+    const MAX_EVENTS: usize = 32;
 
     pub(super) fn new() -> Result<Self, Errno> {
         epoll::create(CreateFlags::CLOEXEC).map(Self)
     }
 
-    /// Asks for a descriptor's next event.
-    pub(super) fn once(&self, descriptor: impl AsFd, token: Token, flags: EventFlags) {
+    /// Arms a descriptor for one event.
+    pub(super) fn arm(&self, descriptor: impl AsFd, token: Token, flags: EventFlags) {
         let (data, flags) = (EventData::new_u64(token.to_bits()), flags | EventFlags::ONESHOT);
         if let Err(Errno::NOENT) = epoll::modify(&self.0, descriptor.as_fd(), data, flags) {
-            // It fails where the kernel has no memory left for another one; that stream then stands still.
+            // Fails if the kernel is out of memory; the stream then stalls.
             let _ = epoll::add(&self.0, descriptor.as_fd(), data, flags);
         }
     }
 
     /// Waits for events.
     pub(super) fn wait(&self) -> impl Iterator<Item = Token> + use<> {
-        let mut events = alloc::vec::Vec::with_capacity(Self::EVENTS);
-        // An error is a signal's; there is nothing to serve then.
+        let mut events = alloc::vec::Vec::with_capacity(Self::MAX_EVENTS);
+        // The only possible error is EINTR, which leaves the list empty.
         let _ = epoll::wait(&self.0, rustix::buffer::spare_capacity(&mut events), None);
         events.into_iter().map(|event: epoll::Event| Token::from_bits(event.data.u64()))
     }
