@@ -111,7 +111,7 @@ pub(crate) fn run(arguments: &Arguments, entered: Instant) -> u8 {
         Ok(exit) => finish(arguments, &exit),
         Err(error) => {
             complain_of_machine(&error);
-            if error.is_users() { STATUS_BAD_REQUEST } else { STATUS_FAILURE }
+            if error.is_user_error() { STATUS_BAD_REQUEST } else { STATUS_FAILURE }
         }
     }
 }
@@ -139,9 +139,9 @@ fn boot(arguments: &Arguments, timeline: Timeline) -> Result<Exit, Error> {
         .map_err(|source| Error::Host { what: "install signal handlers", source })?;
     let terminal = (config.console == Console::Stdio).then(RawTerminal::enter).flatten();
     signals::explain_bus_errors(running.backing_files());
-    let (exit, remains) = running.wait_for_end();
+    let (exit, stopped) = running.wait_for_end();
     drop(terminal);
-    remains.leave_to_kernel();
+    stopped.leave_to_kernel();
     Ok(exit)
 }
 

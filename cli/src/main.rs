@@ -141,7 +141,7 @@ fn complain_of_launch(error: &kindling::launch::LaunchError) {
     use kindling::launch::LaunchError;
     match error {
         LaunchError::Machine(error) => complain_of_machine(error),
-        LaunchError::Monitor(failure) => complain_of_kvm(&failure.message, failure.is_kvm),
+        LaunchError::Monitor(failure) => complain_of_kvm(&failure.message, failure.is_kvm_error),
         error => complain(error),
     }
 }

@@ -200,7 +200,7 @@ fn is_command(c: char) -> bool {
 }
 
 fn last_stage(exit: &Exit) -> &str {
-    let ends = ["guest ended", "vCPUs stopped", "machine given back"];
+    let ends = ["guest ended", "vCPUs stopped", "machine released"];
     let mut steps = exit.timeline.steps().iter().rev();
     steps.find(|step| !ends.contains(&&*step.name)).map_or("none", |step| &step.name)
 }

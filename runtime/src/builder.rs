@@ -104,7 +104,7 @@ impl GuestBuilder {
         let directory = GuestDir::create(self.name.as_deref())?;
         let mut result = start_in(&directory, &mut monitor, &self.image, &self.options);
         if let Err(LaunchError::Monitor(failure)) = &result
-            && failure.is_preboot
+            && failure.is_restore_error
         {
             // What the host refuses of a pre-booted kernel must not prevent a boot.
             drop(monitor);
@@ -135,13 +135,13 @@ fn start_in(
 ) -> Result<Timeline, LaunchError> {
     let timeline = Timeline::starting_at(Instant::now());
     let Plan { mut config, record } = options.plan(directory, image.prepared())?;
-    let mut resources = Resources::of_devices(&config)?;
+    let mut resources = Resources::open_devices(&config)?;
     directory.write(&record)?;
     let until = std::time::Instant::now() + START_TIMEOUT;
     // A kernel that cannot be pre-booted boots.
-    let next = |monitor: &Monitor| monitor.event_before(until)?.ok_or(ControlError::Silent);
+    let next = |monitor: &Monitor| monitor.event_before(until)?.ok_or(ControlError::Timeout);
     let _ = launch::make_preboot(&config, next)?;
-    let _ = resources.open_rest(&mut config)?;
+    let _ = resources.open_boot_files(&mut config)?;
     monitor.start(&config, resources, Some(directory.monitor_lock()?), timeline)?;
     loop {
         match monitor.event_before(until).map_err(kindling_vmm::Error::from)? {

@@ -82,8 +82,8 @@ impl LaunchError {
     #[must_use]
     pub const fn is_users(&self) -> bool {
         match self {
-            Self::Machine(error) => error.is_users(),
-            Self::Monitor(failure) => failure.is_users,
+            Self::Machine(error) => error.is_user_error(),
+            Self::Monitor(failure) => failure.is_user_error,
             Self::Host(..) | Self::Ended(_) | Self::Image(ImageError::Failed(_)) => false,
             Self::Guest(error) => error.is_users(),
             Self::Volume(error) => error.is_users(),
@@ -309,7 +309,7 @@ pub fn make_preboot(
         Err(error @ LaunchError::Machine(kindling_vmm::Error::Config(_) | kindling_vmm::Error::Kvm(_))) => {
             Err(error)
         }
-        Err(LaunchError::Monitor(failure)) if failure.is_kvm => Err(LaunchError::Monitor(failure)),
+        Err(LaunchError::Monitor(failure)) if failure.is_kvm_error => Err(LaunchError::Monitor(failure)),
         Err(error) => Ok(Some(error)),
     }
 }

@@ -316,10 +316,7 @@ fn a_guest_whose_monitor_is_killed_has_exited_with_125() {
     assert!(row(&user, &["-a"], "gone").expect("no row").ends_with("|exited 125"));
     let details = inspect(&user, "gone");
     let report = details["report"].as_str().expect("no report");
-    assert_eq!(
-        report,
-        "kindling: signal 9 ended kindling-vmm; the host may have killed it for want of memory\n"
-    );
+    assert_eq!(report, "kindling: kindling-vmm was killed by signal 9; the host may be out of memory\n");
     kindling(&user, &["rm", "gone"]).expect_status(0);
     assert!(user.has_no_guests());
 }

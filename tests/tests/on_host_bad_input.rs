@@ -392,7 +392,7 @@ fn a_host_without_usable_kvm_is_reported_on_one_line() {
 fn kindling_vmm_started_by_hand_or_by_another_version_is_refused() {
     let outcome =
         run(std::process::Command::new(tests::testbed("kindling-vmm")).stdin(std::process::Stdio::null()));
-    outcome.expect_status(125).expect_stderr("`kindling` starts this program, not its users");
+    outcome.expect_status(125).expect_stderr("this program is started by `kindling`, not by users");
     let (ours, its) = std::os::unix::net::UnixStream::pair().unwrap();
     std::io::Write::write_all(&mut &ours, b"\x05\0\0\0hello").unwrap();
     drop(ours);

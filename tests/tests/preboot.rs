@@ -148,9 +148,9 @@ fn a_damaged_file_is_reported_and_not_used() {
         expect_cold_boot(&image, &[], &format!("1-128 is not a pre-booted kernel: {why}"));
     };
     damaged(&|bytes| bytes.clear(), "it is shorter than its header");
-    damaged(&|bytes| bytes[0] = b'k', "it does not start as such a file does");
+    damaged(&|bytes| bytes[0] = b'k', "it has no valid magic number");
     damaged(&|bytes| bytes[8] = 200, "its format is ");
-    damaged(&|bytes| bytes[15] = 1, "its state is longer than any");
+    damaged(&|bytes| bytes[15] = 1, "its state is too long");
     damaged(&|bytes| bytes.truncate(1000), "it ends inside its state");
     damaged(&|bytes| bytes[16] = 0xff, "");
     // The state ends with the number of pages that a guest writes.
@@ -174,7 +174,7 @@ fn a_guest_boots_if_kvm_rejects_the_saved_state() {
     let at = bytes.windows(8).position(|window| window == cr0.to_le_bytes()).unwrap();
     bytes[at..at + 8].copy_from_slice(&0x8000_0000_u64.to_le_bytes());
     fs::write(&file, bytes).unwrap();
-    expect_cold_boot(&image, &[], "1-128 cannot be continued from: KVM refused to set a vCPU's state");
+    expect_cold_boot(&image, &[], "1-128: KVM refused to set a vCPU's state");
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! The virtio devices of a machine: from what the host has behind them to registers, doorbells and interrupts.
+//! The virtio devices of a machine: built from their backends, and connected to registers, doorbells and interrupts.
 
 use crate::boot::BootFiles;
 use crate::bus::MemoryBus;
@@ -24,95 +24,106 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 use vm_memory::GuestAddress;
 
-/// Devices with what is behind them, in the order of their registers, and what else of the host the machine needs.
+/// Devices with their backends, not connected to a machine yet, and the other host resources of the machine.
 #[derive(Debug, Default)]
-pub(crate) struct Opened {
+pub(crate) struct DeviceSet {
+    /// Names and devices, in the order of the devices' registers.
     devices: Vec<(String, Box<dyn Device>)>,
-    /// Files that the guest has as memory, and where.
+    /// Files that are guest memory, and their guest-physical addresses.
     files: Vec<PlacedFile>,
-    /// Programs that were started for them, and have to run before the guest does.
+    /// Processes that were started for network cards, and have to be ready before the guest starts.
     starting: Vec<net::Starting>,
-    /// What the balloon is changed with while the guest runs.
+    /// Changes the balloon's size while the guest runs.
     pub(crate) balloon: Option<balloon::Control>,
-    /// Kernel and initrd, where they are open already.
+    /// Kernel and initrd, if they are open already.
     pub(crate) boot: Option<BootFiles>,
-    /// /dev/kvm, where it is open already.
+    /// /dev/kvm, if it is open already.
     pub(crate) kvm: Option<OwnedFd>,
 }
 
-impl Opened {
-    /// Makes the devices of a configuration from what is behind each.
+impl DeviceSet {
+    /// Builds the devices of a configuration with their backends.
     pub(crate) fn new(config: &Config, resources: Resources) -> Result<Self, Error> {
         let Resources { kvm, boot, backends, starting, .. } = resources;
-        let mut opened = Self { kvm, boot, starting, ..Self::default() };
+        let mut device_set = Self { kvm, boot, starting, ..Self::default() };
         let mut next = layout::above_ram(config.machine.mem_size_mib * layout::MIB);
         for (config, backend) in config.devices.iter().zip(backends) {
             let name = config.name().to_owned();
             let host = |what| Error::host(what);
             match (config, backend) {
-                (DeviceConfig::Drive(drive), backend) => opened.add(name, disk(drive, backend)?),
-                (DeviceConfig::Root(drive), backend) => opened.add(name, disk(&drive, backend)?),
+                (DeviceConfig::Drive(drive), backend) => device_set.add(name, disk(drive, backend)?),
+                (DeviceConfig::Root(drive), backend) => device_set.add(name, disk(&drive, backend)?),
                 (DeviceConfig::Network(card), Backend::Link(link)) => {
-                    opened.add(name, Net::with_link(card, link));
+                    device_set.add(name, Net::with_link(card, link));
                 }
                 (DeviceConfig::Network(card), _) => {
-                    opened.add(name, Net::placeholder(card).map_err(host("make a blank network card"))?);
+                    device_set.add(
+                        name,
+                        Net::placeholder(card).map_err(host("create a placeholder network card"))?,
+                    );
                 }
                 (DeviceConfig::Vsock(vsock), Backend::Listener(listener)) => {
-                    opened.add(name, Vsock::with(vsock, listener));
+                    device_set.add(name, Vsock::with(vsock, listener));
                 }
                 (DeviceConfig::Vsock(vsock), _) => {
-                    opened.add(name, Vsock::placeholder(vsock).map_err(host("make a socket"))?);
+                    device_set.add(name, Vsock::placeholder(vsock).map_err(host("create a socket"))?);
                 }
-                (DeviceConfig::Entropy(entropy), Backend::Host) => opened.add(name, Entropy::new(entropy)),
-                (DeviceConfig::Entropy(entropy), _) => opened.add(name, Entropy::new(entropy).placeholder()),
+                (DeviceConfig::Entropy(entropy), Backend::Host) => {
+                    device_set.add(name, Entropy::new(entropy))
+                }
+                (DeviceConfig::Entropy(entropy), _) => {
+                    device_set.add(name, Entropy::new(entropy).placeholder())
+                }
                 (DeviceConfig::Balloon(balloon), backend) => {
-                    let device = Balloon::new(balloon).map_err(host("make an eventfd"))?;
-                    opened.balloon = Some(device.control());
-                    let is_blank = !matches!(backend, Backend::Host);
-                    opened.add(name, if is_blank { device.placeholder() } else { device });
+                    let device = Balloon::new(balloon).map_err(host("create an eventfd"))?;
+                    device_set.balloon = Some(device.control());
+                    let is_placeholder = !matches!(backend, Backend::Host);
+                    device_set.add(name, if is_placeholder { device.placeholder() } else { device });
                 }
                 (DeviceConfig::Pmem(pmem), backend) => {
-                    let (file, is_blank) = backend.into_file().ok_or_else(nothing_behind)?;
+                    let (file, is_placeholder) = backend.into_file().ok_or_else(missing_file)?;
                     let mut device = Pmem::new(pmem, file, next)?;
-                    if is_blank {
-                        device = device.placeholder().map_err(host("make blank memory"))?;
+                    if is_placeholder {
+                        device = device.placeholder().map_err(host("create a placeholder pmem device"))?;
                     }
                     let (start, file) = device.memory();
                     next = layout::next_section(start, file.size());
-                    opened.files.push((start, file));
-                    opened.add(name, device);
+                    device_set.files.push((start, file));
+                    device_set.add(name, device);
                 }
                 (DeviceConfig::Folder(folder), Backend::Folder(server)) => {
-                    opened.add(name, SharedFolder::with(&folder.tag, Some(server)));
+                    device_set.add(name, SharedFolder::with(&folder.tag, Some(server)));
                 }
-                (DeviceConfig::Folder(folder), _) => opened.add(name, SharedFolder::with(&folder.tag, None)),
+                (DeviceConfig::Folder(folder), _) => {
+                    device_set.add(name, SharedFolder::with(&folder.tag, None))
+                }
             }
         }
-        Ok(opened)
+        Ok(device_set)
     }
 
     fn add(&mut self, name: String, device: impl Device + 'static) {
         self.devices.push((name, Box::new(device)));
     }
 
-    /// Interrupt lines that lead to a device: the serial port's, and theirs.
+    /// The interrupt lines in use: the serial port's and the virtio devices'.
     pub(crate) fn lines(&self) -> Vec<Gsi> {
         let virtio = (0..self.devices.len()).map(|number| layout::virtio_device(number).1);
         [layout::SERIAL_GSI].into_iter().chain(virtio).collect()
     }
 
-    /// How many there are.
+    /// The number of virtio devices.
     pub(crate) const fn count(&self) -> usize {
         self.devices.len()
     }
 
-    /// What drivers take for granted of them.
+    /// The properties of the devices that a driver reads once and relies on afterwards.
     pub(crate) fn identities(&self) -> impl Iterator<Item = DeviceIdentity> {
         self.devices.iter().map(|(_, device)| Transport::identity(device.as_ref()))
     }
 
-    /// Connects them to the machine. They go on from where others were left, if there are states.
+    /// Connects the devices to a machine, and restores their states, if there are any: those of the devices of a
+    /// pre-booted kernel.
     pub(crate) fn connect(
         self,
         vm: &Vm,
@@ -130,7 +141,7 @@ impl Opened {
         let pages =
             RegisterPages::new(self.devices.len()).map_err(Error::host("map the registers of devices"))?;
         let memory = memory.with_files(self.files);
-        show(vm, &pages, &memory)?;
+        map_into_guest(vm, &pages, &memory)?;
         let mut connected = Vec::new();
         for (number, (name, device)) in self.devices.into_iter().enumerate() {
             let (start, line) = layout::virtio_device(number);
@@ -144,7 +155,7 @@ impl Opened {
             if let Some(state) = states.get(number) {
                 transport.restore(state);
             } else {
-                // The addresses of a queue matter when it becomes ready.
+                // The device uses the addresses of a queue only once the driver marks the queue as ready.
                 vm.coalesce_writes(GuestAddress(start.0 + QUEUE_ADDRESSES), QUEUE_ADDRESSES_LEN);
             }
             let transport = Arc::new(Mutex::new(transport));
@@ -156,19 +167,23 @@ impl Opened {
 }
 
 fn disk(drive: &Drive, backend: Backend) -> Result<Block, Error> {
-    let (file, is_blank) = backend.into_file().ok_or_else(nothing_behind)?;
+    let (file, is_placeholder) = backend.into_file().ok_or_else(missing_file)?;
     let device = Block::new(drive, file)?;
-    if is_blank { device.placeholder().map_err(Error::host("make a blank disk")) } else { Ok(device) }
+    if is_placeholder {
+        device.placeholder().map_err(Error::host("create a placeholder disk"))
+    } else {
+        Ok(device)
+    }
 }
 
-fn nothing_behind() -> Error {
-    Error::host("give a device its file")(io::ErrorKind::NotFound.into())
+fn missing_file() -> Error {
+    Error::host("find the file of a device")(io::ErrorKind::NotFound.into())
 }
 
 #[expect(unsafe_code, reason = "gives registers and files to KVM")]
-fn show(vm: &Vm, pages: &RegisterPages, memory: &GuestMemory) -> Result<(), KvmError> {
+fn map_into_guest(vm: &Vm, pages: &RegisterPages, memory: &GuestMemory) -> Result<(), KvmError> {
     // SAFETY: each transport holds the pages and the memory with its files, and the machine drops its transports
-    // after its vCPUs. The layout puts files behind RAM and each other.
+    // after its vCPUs. The layout places the files above RAM, without overlap.
     unsafe {
         vm.map_registers(pages)?;
         vm.map_files(memory)

@@ -14,7 +14,7 @@ pub enum GuestRequest {
     /// The guest requests a reset.
     Reset,
     /// The guest has reached the stage at which the machine freezes, to be saved as a snapshot (a preboot).
-    Freeze,
+    Capture,
     /// The write cannot complete yet; the vCPU repeats it after a short time.
     Retry,
 }

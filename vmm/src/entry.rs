@@ -1,43 +1,43 @@
-//! What a program does first whose entry is its own, instead of the one that Rust's standard library has.
+//! Startup of a program that defines `main` itself, without the runtime startup of Rust's standard library.
 //!
-//! Before `main` the library prepares to tell a stack overflow from other faults: the C library reads and
-//! parses /proc/self/maps for it, and every thread gets a stack for signals. All this is 0.1 ms of a boot,
-//! and all that it gives is one more line before the process ends by the same signal: behind every stack
-//! is a page that nobody may touch, with or without. What else the library does is done here.
-#![expect(unsafe_code, reason = "what there is no safe interface to")]
+//! That startup prepares to distinguish stack overflows from other faults: the C library reads and parses
+//! /proc/self/maps for it, and every thread gets a signal stack. All this takes 0.1 ms of a boot, and its only effect is
+//! one more line of output before the process ends by the same signal: every stack has a guard page in either case. The
+//! other steps of that startup are done here.
+#![expect(unsafe_code, reason = "signal and mallopt have no safe interface")]
 
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::{Errno, fcntl_getfd};
 use std::os::fd::IntoRawFd;
 
-/// Prepares a process that has one thread and has done nothing yet.
+/// Prepares the process. Must be called first, while the process has one thread.
 pub fn prepare() {
     open_standard_streams();
     // SAFETY: no other thread exists that could allocate or expect a signal.
     unsafe {
-        // Who writes to a pipe that nobody reads gets an error, and the guest goes on.
+        // Writing to a pipe without a reader returns an error instead of a signal, and the guest continues.
         libc::signal(libc::SIGPIPE, libc::SIG_IGN);
-        // A vCPU's thread allocates next to nothing; an arena of its own is 128 MiB of addresses and five
+        // A vCPU thread allocates almost nothing; a malloc arena of its own would take 128 MiB of address space and five
         // system calls.
         libc::mallopt(libc::M_ARENA_MAX, 1);
     }
 }
 
-/// Takes as many descriptors as the host allows: each connection of a vsock is one, and the usual limit of 1024 is for
-/// programs that use select(2).
+/// Raises the limit of open descriptors to the hard limit: each vsock connection takes one, and the usual soft limit of
+/// 1024 exists for programs that use select(2).
 pub fn raise_descriptor_limit() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
-    // With fewer, connections beyond them are refused.
+    // If this fails, connections beyond the limit are refused.
     let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
 }
 
-/// Opens those of the three standard streams that are closed, so that no file of this program gets their
-/// numbers: the guest's console would go there.
+/// Opens /dev/null for each closed standard stream, so that no file of this program gets its number: the guest's console
+/// would be written to that file.
 fn open_standard_streams() {
     for stream in [rustix::stdio::stdin(), rustix::stdio::stdout(), rustix::stdio::stderr()] {
         if fcntl_getfd(stream) == Err(Errno::BADF)
-            // The lowest number that is free is this stream's, because those before it are open.
+            // open(2) returns the lowest free number, which is this stream's, because the ones before it are open.
             && let Ok(file) = open("/dev/null", OFlags::RDWR, Mode::empty())
         {
             let _ = file.into_raw_fd();

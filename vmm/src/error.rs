@@ -1,4 +1,4 @@
-//! The errors of the recipe.
+//! Errors of building, starting and running a machine.
 
 use crate::boot::BootError;
 use crate::config::ConfigError;
@@ -10,7 +10,7 @@ use crate::preboot::error::PrebootError;
 use std::io;
 use std::path::PathBuf;
 
-/// An error and what led to it, on one line.
+/// An error and its sources, on one line.
 #[must_use]
 pub fn with_causes(error: &dyn std::error::Error) -> String {
     let mut line = error.to_string();
@@ -27,7 +27,7 @@ pub fn with_causes(error: &dyn std::error::Error) -> String {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The configuration is wrong.
+    /// The configuration is invalid.
     #[error(transparent)]
     Config(#[from] ConfigError),
     /// The kernel or initrd cannot be booted.
@@ -36,40 +36,40 @@ pub enum Error {
     /// The functions to record cannot be marked.
     #[error(transparent)]
     Mark(#[from] MarkError),
-    /// KVM is missing or refused something.
+    /// KVM is not available, or one of its calls failed.
     #[error(transparent)]
     Kvm(#[from] KvmError),
-    /// Guest memory could not be had.
+    /// Guest memory could not be allocated or mapped.
     #[error(transparent)]
     Memory(#[from] MemoryError),
     /// A kernel cannot be pre-booted.
     #[error(transparent)]
     Preboot(#[from] PrebootError),
-    /// The front and its monitor do not understand each other.
+    /// The communication between the front and its monitor failed.
     #[error(transparent)]
     Control(#[from] ControlError),
-    /// The console's file cannot be written.
+    /// The console's file cannot be created.
     #[error("cannot write the console to {}", path.display())]
     Console {
         /// The file.
         path: PathBuf,
-        /// What the host said.
+        /// The host's error.
         source: io::Error,
     },
-    /// The host has no descriptors, threads or the like left.
-    #[error("the host refused to {what}")]
+    /// A system call failed: the host is out of descriptors or threads, for example.
+    #[error("cannot {what}")]
     Host {
-        /// What was asked of it.
+        /// The failed operation, as a verb phrase.
         what: &'static str,
-        /// Its answer.
+        /// The host's error.
         source: io::Error,
     },
 }
 
 impl Error {
-    /// Whether the user can mend this by asking for something else, or by making KVM available.
+    /// Whether the user can fix the error: with another configuration, or by making KVM available.
     #[must_use]
-    pub const fn is_users(&self) -> bool {
+    pub const fn is_user_error(&self) -> bool {
         !matches!(
             self,
             Self::Host { .. } | Self::Control(_) | Self::Kvm(KvmError::Ioctl { .. } | KvmError::Open(_))

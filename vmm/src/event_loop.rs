@@ -254,7 +254,7 @@ impl EventLoop {
             && !self.reported[device]
             && let Some(failure) = lock(&self.devices[device]).failure()
         {
-            control.tell(&Event::DeviceFailed(failure));
+            control.send(&Event::DeviceFailed(failure));
             self.reported[device] = true;
         }
     }
@@ -272,14 +272,14 @@ impl EventLoop {
             Some(Request::Resume) => {
                 vcpus.resume();
                 self.is_pausing = false;
-                control.tell(&Event::Resumed);
+                control.send(&Event::Resumed);
             }
             Some(Request::Statistics) => {
                 let device_failures = self.devices.iter().filter_map(|device| lock(device).failure());
-                let (is_paused, balloon) = (vcpus.is_paused(), control.balloon());
+                let (is_paused, balloon) = (vcpus.is_paused(), control.balloon_statistics());
                 let statistics =
                     Statistics { is_paused, balloon, device_failures: device_failures.collect() };
-                control.tell(&Event::Statistics(Box::new(statistics)));
+                control.send(&Event::Statistics(Box::new(statistics)));
             }
             Some(Request::SetBalloon(mib)) => control.set_balloon(mib),
             Some(Request::Detach) => {}
@@ -298,7 +298,7 @@ impl EventLoop {
         }
         if vcpus.is_paused() {
             self.is_pausing = false;
-            self.control.iter().for_each(|control| control.tell(&Event::Paused));
+            self.control.iter().for_each(|control| control.send(&Event::Paused));
         } else {
             vcpus.kick();
         }

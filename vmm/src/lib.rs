@@ -1,8 +1,7 @@
 //! A KVM virtual machine monitor that boots Linux microVMs within milliseconds.
 //!
-//! A boot is one line of types: a [`Config`] says what is wanted, a [`Machine`] is that with
-//! everything built and nothing running, [`Running`] is the machine with its threads, and an
-//! [`Exit`] says how it ended.
+//! A boot is a chain of types: a [`Config`] describes a machine, a [`Machine`] is built and does not run yet,
+//! [`Running`] is the machine with its threads, and an [`Exit`] is the result.
 //!
 //! ```no_run
 //! use kindling_vmm::{Config, Machine, Timeline};
@@ -43,7 +42,7 @@ mod start_latch;
 mod timeline;
 mod vcpu_threads;
 
-// Fuzz targets call what reads a guest's or a file's bytes.
+// Public for the fuzz targets, which call the code that parses the input of guests and files.
 #[cfg(fuzzing)]
 pub mod boot;
 #[cfg(not(fuzzing))]
@@ -69,5 +68,5 @@ pub use machine::Machine;
 pub use memory::BackingFile;
 pub use profile::{ExitKind, ExitRecord, FunctionMark, Profile, Sample};
 pub use resources::Resources;
-pub use running::{Remains, Running, StopHandle};
+pub use running::{Running, StopHandle, StoppedMachine};
 pub use timeline::{Instant, Step, Timeline};

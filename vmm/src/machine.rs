@@ -1,6 +1,6 @@
-//! From a configuration to a machine that runs: the recipe, in the order it happens.
+//! Builds a machine from a configuration: memory, kernel, VM, devices and vCPUs, in this order.
 
-use crate::attach::Opened;
+use crate::attach::DeviceSet;
 use crate::boot::{self, BootFiles, Entry, Hardware};
 use crate::bus::{BusDevice, Buses, lock};
 use crate::config::{Config, ConfigError, Console, GuestConfig, InterruptControllers};
@@ -24,7 +24,7 @@ use crate::preboot::error::PrebootError;
 use crate::preboot::kernel::Preboot;
 use crate::preboot::state::State;
 use crate::profile::Recorder;
-use crate::resources::{Behind, Resources};
+use crate::resources::{Backing, Resources};
 use crate::start_latch::StartLatch;
 use crate::timeline::{Instant, Timeline};
 use guest_protocol::{BootMark, port};
@@ -37,12 +37,12 @@ use std::sync::{Arc, Mutex};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
-/// A machine that is built and not running: memory holds the kernel, devices wait, vCPUs are at
+/// A machine that is built and not running: memory contains the kernel, the devices are connected, and the vCPUs are at
 /// their first instruction.
 #[derive(Debug)]
 pub struct Machine {
     pub(crate) vcpus: Vec<Vcpu>,
-    /// What all vCPUs but one wait for, where they do.
+    /// All vCPUs except one wait at this latch, if the machine continues from a pre-booted kernel.
     pub(crate) latch: Option<Arc<StartLatch>>,
     pub(crate) devices: Devices,
     pub(crate) timeline: Timeline,
@@ -50,22 +50,22 @@ pub struct Machine {
     /// Descriptors and memory that the vCPUs need; dropped after them, in this order.
     pub(crate) vm: Vm,
     pub(crate) memory: GuestMemory,
-    /// Whether it is to be kept where it stops.
-    pub(crate) is_kept: bool,
-    /// The front, where it is another process.
+    /// Whether the machine is captured when it stops, as a pre-booted kernel.
+    pub(crate) is_captured: bool,
+    /// The connection to the front, if it is another process.
     pub(crate) control: Option<Control>,
-    /// Why it does not continue from the pre-booted kernel that its configuration names.
+    /// Why the machine does not continue from the pre-booted kernel that its configuration names.
     preboot_refusal: Option<PrebootError>,
 }
 
-/// The devices of a machine, on their bus and by name where somebody outside the bus needs them.
+/// The devices of a machine: on their buses, and by name those that are accessed elsewhere too.
 #[derive(Debug)]
 pub(crate) struct Devices {
     pub(crate) buses: Arc<Buses>,
     pub(crate) marks: Arc<Mutex<BootMarks>>,
     pub(crate) serial: Arc<Mutex<SerialPort>>,
     pub(crate) io_apic: Option<Arc<Mutex<IoApic>>>,
-    /// Where init sends the kernel's log, if the boot is profiled.
+    /// Receives the kernel's log from init, if the boot is profiled.
     pub(crate) kernel_log: Option<Arc<Mutex<KernelLog>>>,
     /// The virtio devices, in the order of their registers.
     pub(crate) virtio: Vec<Arc<Mutex<Transport>>>,
@@ -74,20 +74,19 @@ pub(crate) struct Devices {
 }
 
 impl Machine {
-    /// Builds the machine. `timeline` counts from the moment the caller chose and receives each
-    /// step.
+    /// Builds the machine. `timeline` starts at a time of the caller's choice, and each step is added to it.
     ///
     /// # Errors
-    /// When the configuration, one of its files, KVM or the host stands in the way.
+    /// When the configuration or one of its files is invalid, or KVM or the host fails.
     pub fn new(config: &Config, mut timeline: Timeline) -> Result<Self, Error> {
         config.validate()?;
         timeline.reached("configuration checked");
-        let resources = Resources::open(config, Behind::Everything)?;
+        let resources = Resources::open(config, Backing::Configured)?;
         match Self::with_resources(config, resources, timeline.clone(), Purpose::Run) {
-            // Whatever the host refused, it must not prevent a boot.
+            // A failure to restore the pre-booted kernel must not prevent a boot.
             Err(Error::Preboot(refusal @ PrebootError::Restore { .. })) => {
                 let cold = Config { preboot: None, ..config.clone() };
-                let resources = Resources::open(&cold, Behind::Everything)?;
+                let resources = Resources::open(&cold, Backing::Configured)?;
                 let machine = Self::with_resources(&cold, resources, timeline, Purpose::Run)?;
                 Ok(Self { preboot_refusal: Some(refusal), ..machine })
             }
@@ -95,24 +94,24 @@ impl Machine {
         }
     }
 
-    /// Builds the machine from what is open. What prevents it from continuing from its pre-booted kernel, after that was
-    /// found to fit, is [`PrebootError::Restore`].
+    /// Builds the machine from opened resources. If its pre-booted kernel matches and cannot be restored all the same, the
+    /// error is [`PrebootError::Restore`].
     pub(crate) fn with_resources(
         config: &Config,
         resources: Resources,
         timeline: Timeline,
         purpose: Purpose,
     ) -> Result<Self, Error> {
-        let (origin, opened) = Origin::find(config, resources)?;
+        let (origin, device_set) = Origin::select(config, resources)?;
         let path = origin.preboot.as_ref().map(|preboot| preboot.path().to_owned());
-        let result = Self::assemble(config, origin, opened, timeline, purpose);
+        let result = Self::assemble(config, origin, device_set, timeline, purpose);
         result.map_err(|error| match path {
-            Some(path) => Preboot::not_restored(path, error).into(),
+            Some(path) => Preboot::restore_error(path, error).into(),
             None => error,
         })
     }
 
-    /// Builds a machine that continues from a new pre-booted kernel, to try that.
+    /// Builds a machine that continues from a new pre-booted kernel, as a trial.
     pub(crate) fn continue_from(
         config: &Config,
         resources: Resources,
@@ -120,17 +119,17 @@ impl Machine {
         timeline: Timeline,
     ) -> Result<Self, Error> {
         let origin = Origin { preboot: Some(preboot), ..Origin::default() };
-        Self::assemble(config, origin, Opened::new(config, resources)?, timeline, Purpose::Run)
+        Self::assemble(config, origin, DeviceSet::new(config, resources)?, timeline, Purpose::Run)
     }
 
     fn assemble(
         config: &Config,
         origin: Origin,
-        mut opened: Opened,
+        mut device_set: DeviceSet,
         mut timeline: Timeline,
         purpose: Purpose,
     ) -> Result<Self, Error> {
-        // What the user can get wrong comes first, so that it is named even where there is no KVM.
+        // Steps that fail on a user's error come first, so that the error is reported on hosts without KVM too.
         let Origin { preboot, hypervisor, refusal } = origin;
         let memory = GuestMemory::anonymous(config.machine.mem_size_mib * layout::MIB)?;
         let controllers = config.boot_source.interrupt_controllers;
@@ -139,18 +138,18 @@ impl Machine {
             timeline.reached("pre-booted kernel loaded");
             None
         } else {
-            let entry = load_kernel(config, &mut opened, &memory)?;
+            let entry = load_kernel(config, &mut device_set, &memory)?;
             timeline.reached("kernel loaded");
             Some(entry)
         };
         let marks = mark_functions(config, &memory)?;
 
-        let hypervisor = match (hypervisor, opened.kvm.take()) {
+        let hypervisor = match (hypervisor, device_set.kvm.take()) {
             (Some(hypervisor), _) => hypervisor,
             (None, Some(descriptor)) => Hypervisor::from_descriptor(descriptor)?,
             (None, None) => Hypervisor::open()?,
         };
-        timeline.reached("KVM opened");
+        timeline.reached("KVM device_set");
 
         let vm = Vm::new(hypervisor, controllers)?;
         let created = Instant::now();
@@ -163,14 +162,15 @@ impl Machine {
             config,
             vm: &vm,
             memory: &memory,
-            opened,
+            device_set,
             created,
             stopping: &stopping,
-            freeze_at: purpose.freeze_at(),
+            capture_at: purpose.capture_at(),
             state,
         };
         let devices = devices.build()?;
-        let latch = preboot.as_ref().map(|preboot| preboot.go_on_at_init(&memory, &mut lock(&devices.marks)));
+        let latch =
+            preboot.as_ref().map(|preboot| preboot.open_latch_at_init(&memory, &mut lock(&devices.marks)));
         timeline.reached("devices built");
 
         let vcpus = create_vcpus(config, &vm, &memory, marks.as_ref())?;
@@ -182,7 +182,7 @@ impl Machine {
         }
         timeline.reached("vCPUs created");
 
-        let is_kept = purpose.freeze_at().is_some();
+        let is_captured = purpose.capture_at().is_some();
         Ok(Self {
             vcpus,
             latch,
@@ -191,97 +191,98 @@ impl Machine {
             stopping,
             vm,
             memory,
-            is_kept,
+            is_captured,
             control: None,
             preboot_refusal: refusal,
         })
     }
 
-    /// Why this machine boots although its configuration names a pre-booted kernel: the file is damaged, or
-    /// was made for something else.
+    /// Why this machine boots although its configuration names a pre-booted kernel: the file is damaged, or was made for
+    /// another configuration or host.
     #[must_use]
     pub const fn preboot_refusal(&self) -> Option<&PrebootError> {
         self.preboot_refusal.as_ref()
     }
 
-    /// Has something done when the guest first marks `stage`, on the thread of the vCPU that marks it, which goes on
-    /// afterwards.
+    /// Registers a callback for the first boot mark of `stage`. It runs on the thread of the vCPU that writes the mark,
+    /// before the guest continues.
     pub fn at_mark(&self, stage: BootMark, action: impl FnOnce() + Send + 'static) {
         lock(&self.devices.marks).call_at(stage as u8, action);
     }
 
-    /// Gives I/O ports to a device of the program that embeds the machine. It takes the place of the machine's own
-    /// devices at these ports.
+    /// Adds a device of the embedding program at these I/O ports, in place of the machine's own devices.
     pub fn add_port_device(&mut self, ports: RangeInclusive<u16>, device: Arc<Mutex<dyn BusDevice>>) {
-        // No vCPU runs yet, so that the buses have this one owner.
+        // No vCPU thread exists yet, so that this is the only reference to the buses.
         if let Some(buses) = Arc::get_mut(&mut self.devices.buses) {
             buses.ports.override_claims(ports, device);
         }
     }
 }
 
-/// What a machine starts from: a pre-booted kernel, or else its boot source.
+/// What a machine starts from: a pre-booted kernel, or otherwise its boot source.
 #[derive(Debug, Default)]
 struct Origin {
     preboot: Option<Preboot>,
-    /// KVM, where it had to be asked whether the pre-booted kernel fits.
+    /// KVM, if it was opened to compare its CPUID with the pre-booted kernel's.
     hypervisor: Option<Hypervisor>,
+    /// Why the pre-booted kernel that the configuration names is not used.
     refusal: Option<PrebootError>,
 }
 
 impl Origin {
-    /// Looks at the pre-booted kernel, if there is one, and builds the devices.
-    fn find(config: &Config, mut resources: Resources) -> Result<(Self, Opened), Error> {
+    /// Opens and checks the pre-booted kernel, if there is one, and builds the devices.
+    fn select(config: &Config, mut resources: Resources) -> Result<(Self, DeviceSet), Error> {
         let file = resources.preboot.take();
-        let mut opened = Opened::new(config, resources)?;
-        // Functions of a kernel that has booted are not called for the first time any more.
+        let mut device_set = DeviceSet::new(config, resources)?;
+        // A profile of functions records the boot, which a pre-booted kernel has completed.
         if config.profile.as_ref().is_some_and(|profile| !profile.functions.is_empty()) {
-            return Ok((Self::default(), opened));
+            return Ok((Self::default(), device_set));
         }
         let preboot = match Preboot::open(config, file) {
             Ok(Some(preboot)) => preboot,
-            Ok(None) => return Ok((Self::default(), opened)),
-            Err(error) => return Ok((Self { refusal: Some(error), ..Self::default() }, opened)),
+            Ok(None) => return Ok((Self::default(), device_set)),
+            Err(error) => return Ok((Self { refusal: Some(error), ..Self::default() }, device_set)),
         };
-        let hypervisor = opened.kvm.take().map_or_else(Hypervisor::open, Hypervisor::from_descriptor)?;
-        let refusal = preboot.check_devices(opened.identities()).or_else(|| preboot.check_host(&hypervisor));
+        let hypervisor = device_set.kvm.take().map_or_else(Hypervisor::open, Hypervisor::from_descriptor)?;
+        let refusal =
+            preboot.check_devices(device_set.identities()).or_else(|| preboot.check_host(&hypervisor));
         let preboot = refusal.is_none().then_some(preboot);
-        Ok((Self { preboot, hypervisor: Some(hypervisor), refusal }, opened))
+        Ok((Self { preboot, hypervisor: Some(hypervisor), refusal }, device_set))
     }
 }
 
-/// What a machine is for.
+/// The purpose of a machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Purpose {
-    /// To run its guest.
+    /// Run its guest.
     Run,
-    /// To be kept where its guest reaches this stage, for others that go on from there.
-    Freeze(BootMark),
+    /// Stop when the guest reaches this stage, and be captured as a pre-booted kernel.
+    Capture(BootMark),
 }
 
 impl Purpose {
-    const fn freeze_at(self) -> Option<BootMark> {
+    const fn capture_at(self) -> Option<BootMark> {
         match self {
             Self::Run => None,
-            Self::Freeze(stage) => Some(stage),
+            Self::Capture(stage) => Some(stage),
         }
     }
 }
 
-/// Puts the kernel into memory; where its first instruction is.
-fn load_kernel(config: &Config, opened: &mut Opened, memory: &GuestMemory) -> Result<Entry, Error> {
+/// Loads the kernel into memory, and returns its entry point.
+fn load_kernel(config: &Config, device_set: &mut DeviceSet, memory: &GuestMemory) -> Result<Entry, Error> {
     let source = &config.boot_source;
-    let files = opened.boot.take().map_or_else(|| BootFiles::open(source), Ok)?;
+    let files = device_set.boot.take().map_or_else(|| BootFiles::open(source), Ok)?;
     let hardware = Hardware {
         vcpus: config.machine.vcpu_count,
-        lines: &opened.lines(),
-        devices: opened.count(),
+        lines: &device_set.lines(),
+        devices: device_set.count(),
         controllers: source.interrupt_controllers,
     };
     Ok(boot::load(memory, source, files, hardware)?)
 }
 
-/// Creates the vCPUs, with what they record of a profile.
+/// Creates the vCPUs, with their recorders if the boot is profiled.
 fn create_vcpus(
     config: &Config,
     vm: &Vm,
@@ -299,7 +300,7 @@ fn create_vcpus(
     (0..count).map(create).collect()
 }
 
-/// Marks the functions that a profile records, if there are any.
+/// Marks the functions that a profile records, if it records any.
 fn mark_functions(config: &Config, memory: &GuestMemory) -> Result<Option<Arc<FunctionMarks>>, MarkError> {
     let functions = config.profile.as_ref().map_or(&[][..], |profile| &profile.functions);
     if functions.is_empty() {
@@ -314,24 +315,24 @@ fn attach_memory(vm: &Vm, memory: &GuestMemory) -> Result<(), KvmError> {
     unsafe { vm.set_memory(memory) }
 }
 
-/// All that devices are made from.
+/// The inputs of the devices.
 struct DevicesBuilder<'a> {
     config: &'a Config,
     vm: &'a Vm,
     memory: &'a GuestMemory,
-    opened: Opened,
+    device_set: DeviceSet,
     created: Instant,
     stopping: &'a Arc<AtomicBool>,
-    freeze_at: Option<BootMark>,
-    /// Devices to go on from.
+    capture_at: Option<BootMark>,
+    /// The state to restore, if the machine continues from a pre-booted kernel.
     state: Option<&'a State>,
 }
 
 impl DevicesBuilder<'_> {
     fn build(self) -> Result<Devices, Error> {
-        let Self { config, vm, memory, opened, created, stopping, freeze_at, state } = self;
+        let Self { config, vm, memory, device_set, created, stopping, capture_at, state } = self;
         let drained =
-            EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(Error::host("make an eventfd"))?;
+            EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(Error::host("create an eventfd"))?;
         let (output, input) = open_console(&config.console, &drained, stopping)?;
         let interrupt = vm.interrupt(layout::SERIAL_GSI)?;
         let serial = match state {
@@ -340,21 +341,21 @@ impl DevicesBuilder<'_> {
             None => SerialPort::new(interrupt, drained, output),
         };
         let serial = Arc::new(Mutex::new(serial));
-        let marks = freeze_at.map_or_else(BootMarks::default, |stage| BootMarks::freezing_at(stage as u8));
+        let marks = capture_at.map_or_else(BootMarks::default, |stage| BootMarks::capturing_at(stage as u8));
         let marks = Arc::new(Mutex::new(marks));
         let wants_log = config.profile.is_some();
-        let configuration = Configuration::new(guest(config), created, wants_log, state.is_some())
+        let configuration = Configuration::new(guest_config(config), created, wants_log, state.is_some())
             .map_err(ConfigError::from)?;
 
         let mut buses = Buses::default();
         let mut io_apic = None;
         if config.boot_source.interrupt_controllers == InterruptControllers::IoApic {
-            let mut device = IoApic::new(&opened.lines(), vm.message_routes());
+            let mut device = IoApic::new(&device_set.lines(), vm.message_routes());
             let start = layout::IO_APIC.0;
             if let Some(state) = state {
                 device.restore(&state.io_apic);
             } else {
-                // What it selects matters when that register is accessed.
+                // The selected index is not used before the data register is accessed.
                 vm.coalesce_writes(GuestAddress(start + u64::from(io_apic::SELECT)), 4);
             }
             let device = Arc::new(Mutex::new(device));
@@ -362,8 +363,8 @@ impl DevicesBuilder<'_> {
             io_apic = Some(device);
         }
         let states = state.map_or(&[][..], |state| &state.virtio);
-        let balloon = opened.balloon.clone();
-        let virtio = opened.connect(vm, memory, &mut buses.memory, states)?;
+        let balloon = device_set.balloon.clone();
+        let virtio = device_set.connect(vm, memory, &mut buses.memory, states)?;
         let bus = &mut buses.ports;
         let one = |port: u16| port..=port;
         bus.claim(layout::SERIAL_PORT..=layout::SERIAL_PORT + 7, serial.clone());
@@ -381,9 +382,9 @@ impl DevicesBuilder<'_> {
     }
 }
 
-/// What init is told: what the configuration says of the guest, where its root filesystem is, and what its network
-/// cards have.
-fn guest(config: &Config) -> GuestConfig {
+/// The configuration that init requests: the guest's part of the machine's configuration, with the device of the root
+/// filesystem and the addresses of the network cards.
+fn guest_config(config: &Config) -> GuestConfig {
     let mut guest = config.guest.clone();
     let of_image = || Some(config.devices.root_drive()?.1.into_bytes());
     guest.root_device = guest.root_device.or_else(of_image);
@@ -391,7 +392,7 @@ fn guest(config: &Config) -> GuestConfig {
     guest
 }
 
-/// Where console output goes and where its input comes from.
+/// Opens the output and the input of the console.
 fn open_console(
     console: &Console,
     drained: &EventFd,
@@ -418,7 +419,7 @@ fn open_console(
 }
 
 impl Devices {
-    /// Marks of the guest, with their names, at the end of a timeline.
+    /// Adds the guest's boot marks, with their names, to a timeline.
     pub(crate) fn add_marks(&self, timeline: &mut Timeline) {
         for mark in lock(&self.marks).marks() {
             let name = guest_protocol::BootMark::from_byte(mark.stage)

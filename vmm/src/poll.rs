@@ -1,4 +1,4 @@
-//! Waiting for a descriptor.
+//! Waits for a descriptor to become readable.
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -6,14 +6,14 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::Instant;
 use vmm_sys_util::eventfd::EventFd;
 
-/// Waits until a descriptor is readable or its other end is closed, or until a time; whether it is.
+/// Waits until a descriptor is readable or its other end is closed, at most until `until`. Returns `false` at that time.
 ///
 /// # Errors
 /// When the host has no memory for the wait.
 pub fn wait_readable(fd: BorrowedFd<'_>, until: Option<Instant>) -> Result<bool, Errno> {
     loop {
         let left = until.map(|until| until.saturating_duration_since(Instant::now()));
-        // A time that does not fit is further away than any process lives.
+        // A time that does not fit is never reached.
         let left = left.and_then(|left| Timespec::try_from(left).ok());
         match poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], left.as_ref()) {
             Err(Errno::INTR) => {}
@@ -37,7 +37,7 @@ mod tests {
     use std::os::unix::net::UnixStream;
 
     #[test]
-    fn data_and_the_end_are_readable_and_silence_is_not() {
+    fn data_and_end_of_file_are_readable() {
         let (mut ours, its) = UnixStream::pair().unwrap();
         assert_eq!(wait_readable(its.as_fd(), Some(Instant::now())), Ok(false));
         ours.write_all(b"x").unwrap();

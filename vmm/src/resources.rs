@@ -1,5 +1,5 @@
-//! What a machine needs of the host, open: files, sockets, other programs, /dev/kvm. After this nothing is opened by its
-//! path, so that another process can go on from here.
+//! The host resources of a machine, opened: files, sockets, helper processes, /dev/kvm. Nothing is opened by its path
+//! afterwards, so that another process can run the machine with the descriptors alone.
 
 use crate::boot::BootFiles;
 use crate::config::Config;
@@ -17,32 +17,32 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 
-/// What is behind devices that are opened.
+/// Which backends the devices of a configuration get.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Behind {
-    /// What the configuration names.
-    Everything,
-    /// The image's root filesystem, zeroes for other files and nothing else: a pre-booted kernel is made without a trace
-    /// in a user's disks and networks.
-    Root,
+pub(crate) enum Backing {
+    /// Those that the configuration names.
+    Configured,
+    /// The image's root filesystem, zeroes instead of other files, and no other backend: pre-booting a kernel neither
+    /// reads nor changes a user's disks and networks.
+    Placeholder,
 }
 
-/// What is behind a device.
+/// The host's side of a device.
 #[derive(Debug)]
 pub(crate) enum Backend {
-    /// The host itself: its random numbers, its memory.
+    /// The host itself: its random number generator or its memory.
     Host,
-    /// The file of a disk or of memory.
+    /// The file of a disk or of a pmem device.
     File(File),
-    /// Zeroes, as many as this file has bytes.
-    BlankOf(File),
-    /// A network card's other end.
+    /// Zeroes instead of this file, of the same size.
+    Placeholder(File),
+    /// The host's end of a network card's link.
     Link(OwnedFd),
-    /// A vsock's socket.
+    /// The listening Unix socket of a vsock device.
     Listener(Listener),
-    /// The server of a folder.
+    /// The server of a shared folder.
     Folder(Server),
-    /// Nothing.
+    /// No backend: the device is a placeholder.
     Nothing,
 }
 
@@ -51,7 +51,7 @@ impl Backend {
         Ok(match self {
             Self::Host => Self::Host,
             Self::File(file) => Self::File(file.try_clone()?),
-            Self::BlankOf(file) => Self::BlankOf(file.try_clone()?),
+            Self::Placeholder(file) => Self::Placeholder(file.try_clone()?),
             Self::Link(link) => Self::Link(link.try_clone()?),
             Self::Listener(listener) => Self::Listener(listener.try_clone()?),
             Self::Folder(server) => {
@@ -62,54 +62,54 @@ impl Backend {
         })
     }
 
-    fn into_blank(self) -> Self {
+    fn into_placeholder(self) -> Self {
         match self {
-            Self::File(file) => Self::BlankOf(file),
+            Self::File(file) => Self::Placeholder(file),
             other => other,
         }
     }
 
-    /// Its file, and whether the device has only zeroes.
+    /// The file of the backend, if it has one, and whether the device shows zeroes instead of its contents.
     pub(crate) fn into_file(self) -> Option<(File, bool)> {
         match self {
             Self::File(file) => Some((file, false)),
-            Self::BlankOf(file) => Some((file, true)),
+            Self::Placeholder(file) => Some((file, true)),
             _ => None,
         }
     }
 }
 
-/// What a machine needs of the host, open.
+/// The host resources of a machine, opened.
 #[derive(Debug, Default)]
 pub struct Resources {
-    /// /dev/kvm; opened late where it is not here.
+    /// /dev/kvm; if absent, the machine opens it.
     pub(crate) kvm: Option<OwnedFd>,
-    /// Kernel and initrd; opened late where they are not here.
+    /// Kernel and initrd; if absent, the machine opens them.
     pub(crate) boot: Option<BootFiles>,
-    /// The pre-booted kernel; opened late where it is not here.
+    /// The file of the pre-booted kernel; if absent, the machine opens the one that its configuration names.
     pub(crate) preboot: Option<File>,
-    /// Behind the devices, in the order of their registers.
+    /// Backends of the devices, in the order of the devices' registers.
     pub(crate) backends: Vec<Backend>,
-    /// Programs that were started for devices, and have to run before the guest does.
+    /// Processes that were started for devices, and have to be ready before the guest starts.
     pub(crate) starting: Vec<Starting>,
 }
 
 impl Resources {
-    /// Opens what is behind the devices of a configuration, for a machine of another process.
+    /// Opens the backends of a configuration's devices, for a machine in another process.
     ///
     /// # Errors
-    /// When the configuration is wrong, or something cannot be opened or started.
-    pub fn of_devices(config: &Config) -> Result<Self, Error> {
+    /// When the configuration is invalid, or a backend cannot be opened or started.
+    pub fn open_devices(config: &Config) -> Result<Self, Error> {
         config.validate()?;
-        Self::open(config, Behind::Everything)
+        Self::open(config, Backing::Configured)
     }
 
-    /// Opens the rest: the kernel, the pre-booted kernel and KVM. A pre-booted kernel that cannot be opened is removed
-    /// from the configuration, so that the guest boots; the result is why, unless it does not exist.
+    /// Opens the kernel, the initrd, the pre-booted kernel and /dev/kvm. A pre-booted kernel that cannot be opened is
+    /// removed from the configuration, so that the guest boots; the reason is returned, unless the file does not exist.
     ///
     /// # Errors
-    /// When something else cannot be opened.
-    pub fn open_rest(&mut self, config: &mut Config) -> Result<Option<PrebootError>, Error> {
+    /// When the kernel, the initrd or /dev/kvm cannot be opened.
+    pub fn open_boot_files(&mut self, config: &mut Config) -> Result<Option<PrebootError>, Error> {
         self.boot = Some(BootFiles::open(&config.boot_source)?);
         let opened = config.preboot.as_ref().map(|path| file::open(path)).transpose();
         let refusal = opened.map(|file| self.preboot = file).err();
@@ -117,10 +117,10 @@ impl Resources {
             config.preboot = None;
         }
         self.kvm = Some(Hypervisor::open_descriptor()?);
-        Ok(refusal.filter(|refusal| !refusal.is_absent()))
+        Ok(refusal.filter(|refusal| !refusal.is_not_found()))
     }
 
-    /// Another set of the same descriptors, without the pre-booted kernel and the started programs.
+    /// Duplicates the descriptors, except for the pre-booted kernel's; the started processes are not included either.
     pub(crate) fn try_clone(&self) -> io::Result<Self> {
         let boot = self.boot.as_ref().map(BootFiles::try_clone).transpose()?;
         let kvm = self.kvm.as_ref().map(OwnedFd::try_clone).transpose()?;
@@ -128,35 +128,35 @@ impl Resources {
         Ok(Self { kvm, boot, preboot: None, backends, starting: Vec::new() })
     }
 
-    /// The same with zeroes for all files: a kernel that boots must read nothing of its disks that would be different for
-    /// later guests.
-    pub(crate) fn blank(mut self) -> Self {
-        self.backends = self.backends.into_iter().map(Backend::into_blank).collect();
+    /// Replaces the files of all devices by zeroes: a kernel that is pre-booted must not read disk contents that are
+    /// different in later guests.
+    pub(crate) fn into_placeholders(mut self) -> Self {
+        self.backends = self.backends.into_iter().map(Backend::into_placeholder).collect();
         self
     }
 
-    /// Opens what is behind the devices of a configuration.
-    pub(crate) fn open(config: &Config, behind: Behind) -> Result<Self, Error> {
+    /// Opens the backends of a configuration's devices.
+    pub(crate) fn open(config: &Config, backing: Backing) -> Result<Self, Error> {
         let mut this = Self::default();
         for device in config.devices.iter() {
-            let backend = this.backend(&device, behind)?;
+            let backend = this.backend(&device, backing)?;
             this.backends.push(backend);
         }
         Ok(this)
     }
 
-    fn backend(&mut self, device: &DeviceConfig<'_>, behind: Behind) -> Result<Backend, Error> {
-        let is_blank = behind == Behind::Root;
+    fn backend(&mut self, device: &DeviceConfig<'_>, backing: Backing) -> Result<Backend, Error> {
+        let is_placeholder = backing == Backing::Placeholder;
         Ok(match device {
-            // Whoever has the file meanwhile is not disturbed by zeroes.
-            DeviceConfig::Drive(drive) if is_blank => {
-                Backend::BlankOf(Block::open_file(drive, ForeignLock::Ignored)?)
+            // The file's contents are not used, so that another process's lock on it does not matter.
+            DeviceConfig::Drive(drive) if is_placeholder => {
+                Backend::Placeholder(Block::open_file(drive, ForeignLock::Ignored)?)
             }
             DeviceConfig::Drive(drive) => Backend::File(Block::open_file(drive, ForeignLock::InUse)?),
             DeviceConfig::Root(drive) => Backend::File(Block::open_file(drive, ForeignLock::Ignored)?),
-            DeviceConfig::Pmem(pmem) if is_blank => Backend::BlankOf(Pmem::open_file(pmem)?),
+            DeviceConfig::Pmem(pmem) if is_placeholder => Backend::Placeholder(Pmem::open_file(pmem)?),
             DeviceConfig::Pmem(pmem) => Backend::File(Pmem::open_file(pmem)?),
-            _ if is_blank => Backend::Nothing,
+            _ if is_placeholder => Backend::Nothing,
             DeviceConfig::Network(interface) => {
                 let (link, starting) = Net::open_link(interface)?;
                 self.starting.extend(starting);

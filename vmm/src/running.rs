@@ -1,4 +1,4 @@
-//! A running machine: the threads of its vCPUs, and the event loop on the thread that waits for its end.
+//! A running machine: a thread per vCPU, and the event loop on the thread that waits for the machine's end.
 
 use crate::bus::{GuestRequest, lock};
 use crate::control::Control;
@@ -23,7 +23,7 @@ impl Machine {
     /// Starts the vCPUs.
     ///
     /// # Errors
-    /// When the host refuses a thread or a descriptor.
+    /// When the host has no thread or descriptor left.
     pub fn start(self) -> Result<Running, Error> {
         Running::start(self)
     }
@@ -35,63 +35,63 @@ pub struct Running {
     vcpus: VcpuThreads,
     stop: EventFd,
     event_loop: EventLoop,
-    /// Dropped last, when no vCPU exists any more.
+    /// Dropped last, after all vCPUs.
     machine: Machine,
 }
 
-/// Stops a running machine from elsewhere: another thread, or a signal handler.
+/// Stops a running machine from another thread or a signal handler.
 #[derive(Debug)]
 pub struct StopHandle(EventFd);
 
 impl StopHandle {
-    /// Tells the machine to stop. Its [`Running::wait`] then returns [`ExitReason::Stopped`].
+    /// Requests that the machine stops. [`Running::wait`] then returns [`ExitReason::Stopped`].
     pub fn stop(&self) {
-        // The counter of an eventfd that is read once cannot overflow.
+        // A write fails only if the counter overflows, and then the request is pending anyway.
         let _ = self.0.write(1);
     }
 
-    /// The descriptor behind it: eight bytes written to it, a number other than zero, do what
-    /// [`Self::stop`] does, also in a signal handler.
+    /// The eventfd of the handle. Writing a nonzero 8-byte integer to it has the effect of [`Self::stop`]; a signal handler
+    /// may do so.
     #[must_use]
     pub fn as_raw_fd(&self) -> i32 {
         self.0.as_raw_fd()
     }
 }
 
-/// A machine that stopped where it was told to, with all that can be said of it.
+/// A machine that stopped at the boot mark at which it is captured.
 #[derive(Debug)]
-pub(crate) struct Frozen {
-    /// In the order of their ids.
+pub(crate) struct CapturedMachine {
+    /// The vCPUs, in the order of their ids.
     pub(crate) vcpus: Vec<Vcpu>,
-    /// The one that reached the mark.
-    pub(crate) marked: usize,
-    /// Time stamp counter when the last of them stopped. The machine goes on from there: later, its timers
-    /// would have expired.
+    /// The id of the vCPU that wrote the mark.
+    pub(crate) init_vcpu: usize,
+    /// The time stamp counter when the last vCPU stopped, from which later machines continue: at a later value, the
+    /// guest's timers would have expired.
     pub(crate) tsc: Option<u64>,
-    rest: Running,
+    stopped: Running,
 }
 
-impl Frozen {
+impl CapturedMachine {
     /// The machine, without its vCPUs.
     pub(crate) const fn machine(&self) -> &Machine {
-        &self.rest.machine
+        &self.stopped.machine
     }
 }
 
-/// Memory and KVM's objects of a machine whose guest has ended. Dropping it gives them back.
+/// A machine whose guest has ended. Dropping it frees its memory and destroys its KVM objects.
 #[derive(Debug)]
-pub struct Remains(Running);
+pub struct StoppedMachine(Running);
 
-impl Remains {
-    /// The front, where it is another process.
+impl StoppedMachine {
+    /// The connection to the front, if it is another process.
     pub(crate) const fn control(&self) -> Option<&Control> {
         self.0.event_loop.control()
     }
 
-    /// Leaves them to the kernel, for a program that ends now: its end frees the memory, and KVM's
-    /// objects and the watch on files go when nobody waits for it any more.
+    /// Leaves memory and KVM objects to the kernel, for a program that exits now: the exit frees the memory, and the
+    /// kernel destroys the KVM objects and the watch on mapped files after it, so that no process waits for that.
     pub fn leave_to_kernel(self) {
-        // Where the host has no io_uring, the end of the process takes the time instead.
+        // On hosts without io_uring, the exit of the process takes this time instead.
         std::mem::forget(self.0.machine.vm.outlive_process(self.0.event_loop.changes()));
         std::mem::forget(self);
     }
@@ -100,7 +100,7 @@ impl Remains {
 impl Running {
     pub(crate) fn start(mut machine: Machine) -> Result<Self, Error> {
         let eventfd =
-            || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(Error::host("make an eventfd"));
+            || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(Error::host("create an eventfd"));
         let (ended, stop) = (eventfd()?, eventfd()?);
         let devices = machine.devices.virtio.clone();
         let files = machine.memory.backing_files();
@@ -112,22 +112,22 @@ impl Running {
             devices,
             files,
         )
-        .map_err(Error::host("make an epoll instance"))?;
+        .map_err(Error::host("create an epoll instance"))?;
         let mut vcpus: Vec<_> = std::mem::take(&mut machine.vcpus).into_iter().enumerate().collect();
-        // The first vCPU starts last: the others wait inside KVM until it wakes them. Where they wait at a latch
-        // for one of them, that one comes first.
+        // The first vCPU starts last: the others wait in KVM until it starts them. With a latch, the vCPU that does not
+        // wait there starts first.
         match &machine.latch {
             Some(latch) => vcpus.swap(0, latch.first()),
             None => vcpus.reverse(),
         }
         let mut threads = VcpuThreads::new(ended, Arc::clone(&machine.stopping))?;
         for (id, vcpu) in vcpus {
-            threads.start(id, vcpu, &machine.devices.buses, machine.latch.as_ref(), machine.is_kept)?;
+            threads.start(id, vcpu, &machine.devices.buses, machine.latch.as_ref(), machine.is_captured)?;
         }
         Ok(Self { vcpus: threads, stop, event_loop, machine })
     }
 
-    /// A handle with which others can stop this machine.
+    /// Creates a handle that stops this machine.
     ///
     /// # Errors
     /// When the host has no descriptor left.
@@ -135,31 +135,31 @@ impl Running {
         self.stop.try_clone().map(StopHandle).map_err(Error::host("duplicate an eventfd"))
     }
 
-    /// With which others change the size of the guest's balloon and read its statistics, if it has one.
+    /// A handle that changes the size of the guest's balloon and reads its statistics, if there is a balloon.
     #[must_use]
     pub fn balloon(&self) -> Option<balloon::Control> {
         self.machine.devices.balloon.clone()
     }
 
-    /// Files that the guest's memory is mapped from.
+    /// The files that are mapped into guest memory.
     #[must_use]
     pub fn backing_files(&self) -> Vec<Arc<BackingFile>> {
         self.machine.memory.backing_files()
     }
 
-    /// Waits for the machine's end and gives back what it used.
+    /// Waits for the machine's end, and releases its resources.
     #[must_use]
     pub fn wait(self) -> Exit {
-        let (mut exit, remains) = self.wait_for_end();
-        drop(remains);
-        exit.timeline.reached("machine given back");
+        let (mut exit, stopped) = self.wait_for_end();
+        drop(stopped);
+        exit.timeline.reached("machine released");
         exit
     }
 
-    /// Waits for the machine's end. Dropping what remains of it takes as long as a boot: KVM waits
-    /// for every processor of the host to pass through a quiescent state.
+    /// Waits for the machine's end. Dropping the stopped machine takes as long as a boot, because KVM waits until every
+    /// processor of the host has passed through a quiescent state (RCU).
     #[must_use]
-    pub fn wait_for_end(mut self) -> (Exit, Remains) {
+    pub fn wait_for_end(mut self) -> (Exit, StoppedMachine) {
         let end = self.event_loop.run(&self.machine.devices.serial, &self.vcpus);
         let ended_at = Instant::now();
         self.stop_vcpus();
@@ -167,28 +167,28 @@ impl Running {
             lock(device).end();
         }
         let outcomes = self.vcpus.take_outcomes();
-        (self.describe(outcomes, end, ended_at), Remains(self))
+        (self.describe(outcomes, end, ended_at), StoppedMachine(self))
     }
 
-    /// Waits for the guest to reach the mark at which its machine is to stop.
+    /// Waits until the guest writes the boot mark at which the machine is captured.
     ///
     /// # Errors
-    /// Why the guest ended before.
-    pub(crate) fn freeze(mut self) -> Result<Frozen, ExitReason> {
+    /// When the guest ends before the mark; the error is the reason of its end.
+    pub(crate) fn wait_for_capture(mut self) -> Result<CapturedMachine, ExitReason> {
         let end = self.event_loop.run(&self.machine.devices.serial, &self.vcpus);
         self.stop_vcpus();
-        let at_mark = |outcome: &VcpuOutcome| matches!(outcome.end, VcpuEnd::Request(GuestRequest::Freeze));
+        let at_mark = |outcome: &VcpuOutcome| matches!(outcome.end, VcpuEnd::Request(GuestRequest::Capture));
         let mut outcomes = self.vcpus.take_outcomes();
-        let Some(marked) = outcomes.first().filter(|first| at_mark(first)).map(|first| first.id) else {
+        let Some(init_vcpu) = outcomes.first().filter(|first| at_mark(first)).map(|first| first.id) else {
             return Err(self.describe(outcomes, end, Instant::now()).reason);
         };
         outcomes.sort_by_key(|outcome| outcome.id);
         let tsc = outcomes.iter().map(|outcome| outcome.tsc).max().flatten();
         let vcpus = outcomes.into_iter().map(|outcome| outcome.vcpu).collect();
-        Ok(Frozen { vcpus, marked, tsc, rest: self })
+        Ok(CapturedMachine { vcpus, init_vcpu, tsc, stopped: self })
     }
 
-    /// Makes every vCPU thread end, and waits for it.
+    /// Stops all vCPU threads, and waits for them.
     fn stop_vcpus(&mut self) {
         if let Some(latch) = &self.machine.latch {
             latch.open();
@@ -224,7 +224,7 @@ impl Running {
             LoopEnd::TerminalEscape => ExitReason::TerminalEscape,
             LoopEnd::Stopped => ExitReason::Stopped,
             LoopEnd::MemoryLost => lost_memory(&files).unwrap_or(ExitReason::Stopped),
-            // What ended first is why the machine ended; the rest stopped because of it.
+            // The vCPU that ended first is the cause; the others stopped because of it.
             LoopEnd::VcpuEnded => match outcomes.into_iter().next() {
                 Some(outcome) => {
                     registers = outcome.registers;
@@ -254,18 +254,18 @@ impl Drop for Running {
 }
 
 impl VcpuEnd {
-    /// Whether KVM found no memory where the guest has some.
+    /// Whether KVM could not access the guest's memory at an address where the machine has some.
     fn is_bad_address(&self) -> bool {
         matches!(self, Self::RunFailed(error) if error.raw_os_error() == Some(libc::EFAULT))
     }
 }
 
-/// Whether the kernel's last words were those of a panic (`panic` in kernel/panic.c).
+/// Whether the last lines of the console contain a kernel panic (`panic` in kernel/panic.c).
 fn has_panicked(console: &[String]) -> bool {
     console.iter().any(|line| line.contains("Kernel panic - not syncing"))
 }
 
-/// That a file which is guest memory has become shorter, if one has.
+/// The exit reason if a file that is mapped into guest memory was truncated.
 fn lost_memory(files: &[Arc<BackingFile>]) -> Option<ExitReason> {
     let mut path = [0; 4096];
     let path = String::from_utf8_lossy(files.iter().find(|file| file.is_truncated())?.path(&mut path));
@@ -280,8 +280,9 @@ fn reason_of(end: VcpuEnd, console: &[String]) -> ExitReason {
         VcpuEnd::Request(GuestRequest::End(guest_protocol::ExitStatus::InitPanic)) => ExitReason::InitPanic,
         VcpuEnd::Request(GuestRequest::Reset) if has_panicked(console) => ExitReason::GuestPanic,
         VcpuEnd::Request(GuestRequest::Reset) => ExitReason::Reset,
-        // Nobody asked this machine to stop there.
-        VcpuEnd::Request(GuestRequest::Freeze | GuestRequest::Retry) => ExitReason::Stopped,
+        // Only a machine that is captured has a device that requests `Capture`, and only memory-mapped devices request
+        // `Retry`, which the vCPU handles.
+        VcpuEnd::Request(GuestRequest::Capture | GuestRequest::Retry) => ExitReason::Stopped,
         VcpuEnd::TripleFault if has_panicked(console) => ExitReason::GuestPanic,
         VcpuEnd::TripleFault => ExitReason::TripleFault,
         VcpuEnd::InternalError { suberror } => ExitReason::KvmInternalError { suberror },
@@ -303,7 +304,7 @@ mod tests {
     use std::io;
 
     #[test]
-    fn memory_that_is_missing_is_recognised_however_kvm_says_so() {
+    fn missing_memory_is_recognized_in_both_forms_of_kvm() {
         let missing = VcpuExit::MemoryFault { flags: 0, gpa: 1 << 32, size: 4096 };
         assert!(VcpuEnd::of_exit(&missing).is_bad_address());
         assert!(VcpuEnd::RunFailed(io::Error::from_raw_os_error(libc::EFAULT)).is_bad_address());

@@ -18,7 +18,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_
 /// enters the guest is lost, and the next one is not.
 pub(crate) const KICK_INTERVAL: Duration = Duration::from_millis(1);
 
-/// What a vCPU's thread leaves when it ends.
+/// The result of a vCPU's thread.
 #[derive(Debug)]
 pub(crate) struct VcpuOutcome {
     pub(crate) id: usize,
@@ -26,7 +26,7 @@ pub(crate) struct VcpuOutcome {
     pub(crate) end: VcpuEnd,
     pub(crate) counts: ExitCounts,
     pub(crate) registers: Option<Registers>,
-    /// Time stamp counter at the end, of a machine that is to be captured.
+    /// The time stamp counter at the end, if the machine is captured.
     pub(crate) tsc: Option<u64>,
     pub(crate) first_run: Instant,
     pub(crate) recorder: Option<Recorder>,
@@ -52,7 +52,7 @@ impl VcpuThreads {
     /// No threads yet.
     ///
     /// # Errors
-    /// When the host refuses a signal handler.
+    /// When the signal handler cannot be installed.
     pub(crate) fn new(ended: EventFd, stopping: Arc<AtomicBool>) -> Result<Self, Error> {
         // Without a handler the signal would end the process. By convention no other part of a program uses this
         // signal number.
@@ -61,10 +61,11 @@ impl VcpuThreads {
         Ok(Self { threads: Vec::new(), outcomes: Arc::default(), ended, stopping, pause: Arc::default() })
     }
 
-    /// Starts the thread of a vCPU, which waits at `latch` first. `is_captured` says whether its state is read at the end.
+    /// Starts the thread of a vCPU, which waits at `latch` first. If `is_captured` is set, the thread reads the time stamp
+    /// counter at its end.
     ///
     /// # Errors
-    /// When the host refuses a thread or a descriptor.
+    /// When the host has no thread or descriptor left.
     pub(crate) fn start(
         &mut self,
         id: usize,
@@ -83,13 +84,13 @@ impl VcpuThreads {
             if let Some(latch) = latch {
                 latch.wait(id);
             }
-            // Without a timer there are no samples, which the profile shows.
+            // Without a timer the profile has no samples.
             if let Some(recorder) = &mut vcpu.recorder {
                 let _ = recorder.start_sampling();
             }
             let first_run = Instant::now();
             let end = vcpu.run(&buses, &stopping, &pause);
-            // A capture without the counter fails later, with its own error.
+            // If the counter cannot be read, the capture fails later, with its own error.
             let tsc = is_captured.then(|| vcpu.tsc().ok()).flatten();
             let registers = end.is_failure().then(|| vcpu.registers()).flatten();
             let counts = *vcpu.counts();
@@ -137,8 +138,8 @@ impl VcpuThreads {
     pub(crate) fn stop(&mut self) {
         self.stopping.store(true, Ordering::Release);
         self.pause.clear();
-        // All at once: one vCPU may wait for a lock that another holds while it writes, and only that write can be
-        // interrupted. A thread whose outcome is there has left the guest for good.
+        // All vCPUs are kicked together: one may wait for a lock that another holds while it writes to the console, and
+        // only that write can be interrupted. A thread with an outcome does not enter the guest again.
         while lock(&self.outcomes).len() < self.threads.len() {
             self.kick();
             // Resets the counter, so that only an end after this moment cuts the wait short.

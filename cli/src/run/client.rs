@@ -221,7 +221,7 @@ impl<'a> Service<'a> {
         self.grace = given_up.map(|grace| grace + STOP_TIMEOUT);
         let result = self.wait_for(&watched, None, None);
         self.grace = self.grace.map(|grace| given_up.unwrap_or(grace));
-        result.map_err(|_| ControlError::Stuck)?;
+        result.map_err(|_| ControlError::StopTimeout)?;
         monitor.next_event()
     }
 }

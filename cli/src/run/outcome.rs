@@ -115,7 +115,7 @@ mod tests {
         let term = Some(StopCause::Signal(15));
         assert_eq!(status(stopped(ExitReason::Payload(7)), Ok(3), None), 3);
         assert_eq!(status(stopped(ExitReason::GuestPanic), Ok(0), term), 0);
-        assert_eq!(status(MachineEnd::Lost(ControlError::Gone), Ok(9), Some(StopCause::Timeout)), 9);
+        assert_eq!(status(MachineEnd::Lost(ControlError::Disconnected), Ok(9), Some(StopCause::Timeout)), 9);
     }
 
     #[test]
@@ -124,7 +124,10 @@ mod tests {
         assert_eq!(status(stopped(ExitReason::Stopped), LOST(), term), 143);
         assert_eq!(status(stopped(ExitReason::Stopped), LOST(), Some(StopCause::Timeout)), 124);
         assert_eq!(status(MachineEnd::Lost(ControlError::Killed(9)), LOST(), term), 143);
-        assert_eq!(status(MachineEnd::Lost(ControlError::Stuck), LOST(), Some(StopCause::Timeout)), 124);
+        assert_eq!(
+            status(MachineEnd::Lost(ControlError::StopTimeout), LOST(), Some(StopCause::Timeout)),
+            124
+        );
     }
 
     #[test]
@@ -136,7 +139,7 @@ mod tests {
         {
             assert_eq!(status(stopped(reason), LOST(), None), 125);
         }
-        assert_eq!(status(MachineEnd::Lost(ControlError::Gone), LOST(), None), 125);
+        assert_eq!(status(MachineEnd::Lost(ControlError::Disconnected), LOST(), None), 125);
     }
 
     #[test]

@@ -44,7 +44,7 @@ impl<'a> Session<'a> {
         let signals = Signals::keep(arguments.detach)
             .map_err(|error| LaunchError::Host("make a descriptor for signals", error))?;
         let Plan { config, record } = arguments.options().plan(guest, prepared)?;
-        let resources = Resources::of_devices(&config)?;
+        let resources = Resources::open_devices(&config)?;
         let streams = match starter {
             Some(_) => Log::create(guest.folder()).map(Streams::of_log),
             None => Streams::own(),
@@ -86,13 +86,13 @@ impl<'a> Session<'a> {
                 Served::Outcome(outcome) => {
                     let has_stopped = matches!(outcome.machine, MachineEnd::Stopped(_));
                     if has_stopped && self.config.devices.are_private() {
-                        monitor.leave();
+                        monitor.forget();
                     }
                     return Ok(Some(outcome));
                 }
                 Served::Succeeded => {
                     tell_failures_so_far(&monitor);
-                    monitor.leave();
+                    monitor.forget();
                     return Ok(None);
                 }
                 Served::NoPreboot(reason) => {
@@ -100,7 +100,7 @@ impl<'a> Session<'a> {
                     self.config.preboot = None;
                     drop(monitor);
                     monitor = launch::spawn_monitor()?;
-                    self.resources = Resources::of_devices(&self.config)?;
+                    self.resources = Resources::open_devices(&self.config)?;
                 }
             }
         }
@@ -109,7 +109,7 @@ impl<'a> Session<'a> {
     /// Opens the rest and hands the machine over to its monitor.
     fn start(&mut self, monitor: &mut Monitor, timeline: Timeline) -> Result<(), LaunchError> {
         let mut resources = std::mem::take(&mut self.resources);
-        if let Some(refusal) = resources.open_rest(&mut self.config)? {
+        if let Some(refusal) = resources.open_boot_files(&mut self.config)? {
             tell_refusal(&vmm::with_causes(&refusal));
         }
         monitor.start(&self.config, resources, Some(self.guest.monitor_lock()?), timeline)?;
@@ -128,7 +128,7 @@ impl<'a> Session<'a> {
         let seconds = self.arguments.timeout;
         service.until = seconds.map(|seconds| Instant::now() + Duration::from_secs(seconds));
         let mut machine = match await_agent(&mut service, monitor) {
-            Err(failure) if failure.is_preboot && self.config.preboot.is_some() => {
+            Err(failure) if failure.is_restore_error && self.config.preboot.is_some() => {
                 return Ok(Served::NoPreboot(failure.message));
             }
             result => result.map_err(LaunchError::Monitor)?,

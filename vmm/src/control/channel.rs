@@ -1,5 +1,5 @@
 //! Frames with descriptors over a Unix stream socket: the length in four bytes, little endian, then the value. The
-//! descriptors come with the first byte (SCM_RIGHTS, unix(7)).
+//! descriptors are attached to the first byte (SCM_RIGHTS, unix(7)).
 
 use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{
@@ -14,37 +14,37 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-/// Descriptors of a frame: two for each of the most devices, and those of the machine.
-const DESCRIPTORS_MAX: usize = 64;
-/// Bytes of a length.
-const LENGTH: usize = 4;
+/// Maximum number of descriptors of a frame: two for each of the maximum number of devices, and those of the machine.
+const MAX_DESCRIPTORS: usize = 64;
+/// Size in bytes of a frame's length field.
+const HEADER_LEN: usize = 4;
 
-/// Why a front and its monitor do not understand each other.
+/// Errors of the communication between a front and its monitor.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ControlError {
     /// The socket failed.
     #[error("the socket between kindling and kindling-vmm failed")]
     Socket(#[from] io::Error),
-    /// The other end is gone.
-    #[error("kindling-vmm ended without a word")]
-    Gone,
-    /// A signal ended the monitor.
-    #[error("signal {0} ended kindling-vmm{hint}", hint = if *.0 == 9 { "; the host may have killed it for want of memory" } else { "" })]
+    /// The other end has closed the socket.
+    #[error("kindling-vmm exited unexpectedly")]
+    Disconnected,
+    /// A signal killed the monitor.
+    #[error("kindling-vmm was killed by signal {0}{hint}", hint = if *.0 == 9 { "; the host may be out of memory" } else { "" })]
     Killed(i32),
-    /// The monitor did not stop when it was told to.
-    #[error("kindling-vmm did not stop when it was told to, and was killed")]
-    Stuck,
-    /// The monitor does not answer a request.
-    #[error("kindling-vmm does not answer")]
-    Silent,
-    /// The machine ended before the request.
+    /// The monitor did not exit in time, and was killed.
+    #[error("kindling-vmm did not stop in time and was killed")]
+    StopTimeout,
+    /// The monitor did not answer a request in time.
+    #[error("kindling-vmm does not respond")]
+    Timeout,
+    /// The machine ended before it could answer the request.
     #[error("the guest has ended")]
     Ended,
-    /// What came is longer than anything that could come.
-    #[error("a message between kindling and kindling-vmm has {0} bytes, more than any")]
-    Long(usize),
-    /// What came is no message, or one of another version.
+    /// A frame is longer than the maximum, or has more descriptors.
+    #[error("a message between kindling and kindling-vmm is too long ({0} bytes)")]
+    TooLong(usize),
+    /// A frame cannot be decoded, or comes from another version.
     #[error("kindling and kindling-vmm are of different versions; install both from one build")]
     Version,
 }
@@ -70,83 +70,88 @@ impl Channel {
         Self(socket)
     }
 
-    /// Another handle of the same end.
+    /// Duplicates the handle of this end.
     pub(super) fn try_clone(&self) -> io::Result<Self> {
         self.0.try_clone().map(Self)
     }
 
-    /// Limits how long [`Self::receive`] waits for the rest of a frame that has begun.
-    pub(super) fn limit(&self, limit: Duration) -> io::Result<()> {
-        self.0.set_read_timeout(Some(limit))
+    /// Limits how long [`Self::receive`] waits for the rest of a frame whose first byte has arrived.
+    pub(super) fn set_frame_timeout(&self, timeout: Duration) -> io::Result<()> {
+        self.0.set_read_timeout(Some(timeout))
     }
 
-    /// Ends both directions, for all handles.
+    /// Shuts down both directions, for all handles.
     pub(super) fn shut_down(&self) -> io::Result<()> {
         self.0.shutdown(std::net::Shutdown::Both)
     }
 
-    /// Sends a value, and copies of descriptors with it.
+    /// Sends a value, with duplicates of descriptors.
     pub(super) fn send(
         &self,
         value: &impl Serialize,
         max: usize,
         descriptors: &[BorrowedFd<'_>],
     ) -> Result<(), ControlError> {
-        let mut frame = postcard::to_extend(value, vec![0; LENGTH])?;
-        let length = frame.len() - LENGTH;
+        let mut frame = postcard::to_extend(value, vec![0; HEADER_LEN])?;
+        let length = frame.len() - HEADER_LEN;
         if length > max {
-            return Err(ControlError::Long(length));
+            return Err(ControlError::TooLong(length));
         }
-        frame[..LENGTH].copy_from_slice(&u32::try_from(length).unwrap_or(u32::MAX).to_le_bytes());
-        let mut sent = if descriptors.is_empty() { 0 } else { self.send_first(&frame, descriptors)? };
+        frame[..HEADER_LEN].copy_from_slice(&u32::try_from(length).unwrap_or(u32::MAX).to_le_bytes());
+        let mut sent =
+            if descriptors.is_empty() { 0 } else { self.send_with_descriptors(&frame, descriptors)? };
         while sent < frame.len() {
-            // An end that is gone is an error here and not a signal.
+            // A closed socket is an error here, not a SIGPIPE.
             match retry_on_intr(|| send(&self.0, &frame[sent..], SendFlags::NOSIGNAL)) {
-                Err(Errno::PIPE | Errno::CONNRESET) => return Err(ControlError::Gone),
+                Err(Errno::PIPE | Errno::CONNRESET) => return Err(ControlError::Disconnected),
                 result => sent += result?,
             }
         }
         Ok(())
     }
 
-    /// Sends as much of a frame as goes at once, with descriptors.
-    fn send_first(&self, frame: &[u8], descriptors: &[BorrowedFd<'_>]) -> Result<usize, ControlError> {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
+    /// Sends descriptors with as much of a frame as the socket accepts, and returns the number of bytes sent.
+    fn send_with_descriptors(
+        &self,
+        frame: &[u8],
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<usize, ControlError> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         if !control.push(SendAncillaryMessage::ScmRights(descriptors)) {
-            return Err(ControlError::Long(descriptors.len()));
+            return Err(ControlError::TooLong(descriptors.len()));
         }
         let mut first = || sendmsg(&self.0, &[IoSlice::new(frame)], &mut control, SendFlags::NOSIGNAL);
         match retry_on_intr(&mut first) {
-            Err(Errno::PIPE | Errno::CONNRESET) => Err(ControlError::Gone),
+            Err(Errno::PIPE | Errno::CONNRESET) => Err(ControlError::Disconnected),
             result => Ok(result?),
         }
     }
 
-    /// Waits for a value and its descriptors; none where the other end is closed.
+    /// Waits for a value and its descriptors. Returns `None` if the other end is closed.
     pub(super) fn receive<T: DeserializeOwned>(
         &self,
         max: usize,
     ) -> Result<Option<(T, Vec<OwnedFd>)>, ControlError> {
-        let mut head = [0; LENGTH];
-        let (count, descriptors) = self.receive_first(&mut head)?;
+        let mut head = [0; HEADER_LEN];
+        let (count, descriptors) = self.receive_with_descriptors(&mut head)?;
         if count == 0 {
             return Ok(None);
         }
-        self.fill(&mut head[count..])?;
+        self.read_exact(&mut head[count..])?;
         let length = usize::try_from(u32::from_le_bytes(head)).unwrap_or(usize::MAX);
         if length > max {
-            return Err(ControlError::Long(length));
+            return Err(ControlError::TooLong(length));
         }
         let mut bytes = vec![0; length];
-        self.fill(&mut bytes)?;
-        // Nothing may follow the value.
+        self.read_exact(&mut bytes)?;
+        // Trailing bytes mean another version.
         let (value, rest) = postcard::take_from_bytes(&bytes)?;
         if rest.is_empty() { Ok(Some((value, descriptors))) } else { Err(ControlError::Version) }
     }
 
-    fn receive_first(&self, head: &mut [u8]) -> Result<(usize, Vec<OwnedFd>), ControlError> {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
+    fn receive_with_descriptors(&self, head: &mut [u8]) -> Result<(usize, Vec<OwnedFd>), ControlError> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let mut receive =
             || recvmsg(&self.0, &mut [IoSliceMut::new(head)], &mut control, RecvFlags::CMSG_CLOEXEC);
@@ -161,9 +166,9 @@ impl Channel {
         Ok((message.bytes, messages.flatten().collect()))
     }
 
-    fn fill(&self, bytes: &mut [u8]) -> Result<(), ControlError> {
+    fn read_exact(&self, bytes: &mut [u8]) -> Result<(), ControlError> {
         match (&self.0).read_exact(bytes) {
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Err(ControlError::Gone),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Err(ControlError::Disconnected),
             result => Ok(result?),
         }
     }
@@ -208,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn a_value_may_be_longer_than_the_socket_holds() {
+    fn a_value_may_be_longer_than_the_socket_buffer() {
         let (front, monitor) = pair();
         let long = "x".repeat(3 << 20);
         let receiver = std::thread::spawn(move || monitor.receive::<String>(4 << 20).unwrap().unwrap());
@@ -218,13 +223,13 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_message_is_refused_and_has_a_bound() {
+    fn invalid_and_oversized_frames_are_rejected() {
         for (bytes, expected) in [
-            (&[5, 0, 0, 0][..], "without a word"),
-            (&[1, 0], "without a word"),
-            (&[0, 0, 16, 0], "has 1048576 bytes, more than any"),
+            (&[5, 0, 0, 0][..], "exited unexpectedly"),
+            (&[1, 0], "exited unexpectedly"),
+            (&[0, 0, 16, 0], "is too long (1048576 bytes)"),
             (&[1, 0, 0, 0, 200], "different versions"),
-            // A word of two letters where there is room for three.
+            // A string of two letters in a frame that is one byte longer.
             (&[4, 0, 0, 0, 2, b'a', b'b', 0], "different versions"),
         ] {
             let (front, monitor) = pair();
@@ -234,8 +239,8 @@ mod tests {
             assert!(message.contains(expected), "{message:?} should say {expected:?}");
         }
         let (front, monitor) = pair();
-        assert!(matches!(front.send(&"xy", 2, &[]), Err(ControlError::Long(3))));
+        assert!(matches!(front.send(&"xy", 2, &[]), Err(ControlError::TooLong(3))));
         drop(monitor);
-        assert!(matches!(front.send(&"xy", 3, &[]), Err(ControlError::Gone)));
+        assert!(matches!(front.send(&"xy", 3, &[]), Err(ControlError::Disconnected)));
     }
 }

@@ -1,4 +1,4 @@
-//! The front of a running machine, as the machine's event loop sees it.
+//! The monitor's connection to its front while the machine runs.
 
 use super::channel::Channel;
 use super::{BalloonStatistics, EVENT_MAX, Event, REQUEST_MAX, Request};
@@ -8,21 +8,21 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
-/// The front, as the event loop of a running machine sees it.
+/// The connection to the front, for the event loop of a running machine.
 #[derive(Debug)]
 pub(crate) struct Control {
     channel: Channel,
     balloon: Option<balloon::Control>,
-    /// Set when the machine is to run on without its front.
+    /// Set when the front has detached: the machine continues when the socket is closed.
     detached: Option<Detached>,
 }
 
-/// What a front leaves to its monitor.
+/// The files that a front passes to its monitor when it detaches.
 #[derive(Debug)]
 struct Detached {
-    /// Its lock says that the guest runs.
+    /// Its lock shows that the guest runs.
     _lock: OwnedFd,
-    /// For the exit status.
+    /// Receives the exit status.
     status: File,
 }
 
@@ -33,7 +33,7 @@ impl AsFd for Control {
 }
 
 impl Control {
-    /// A handle of the monitor's socket.
+    /// Duplicates the monitor's end of the socket.
     ///
     /// # Errors
     /// When the host has no descriptor left.
@@ -42,7 +42,7 @@ impl Control {
         Ok(Self { channel, balloon, detached: None })
     }
 
-    /// Receives a request that has arrived; none where the front is gone or sends something else.
+    /// Receives a request that has arrived. Returns `None` if the front has closed the socket, or sends an invalid frame.
     pub(crate) fn receive(&mut self) -> Option<Request> {
         let (request, descriptors) = self.channel.receive(REQUEST_MAX).ok().flatten()?;
         if matches!(request, Request::Detach) {
@@ -52,20 +52,20 @@ impl Control {
         Some(request)
     }
 
-    /// Whether the machine runs on without its front.
+    /// Whether the front has detached.
     pub(crate) const fn is_detached(&self) -> bool {
         self.detached.is_some()
     }
 
-    /// Sends an event. A front that is gone is seen by [`Self::receive`].
-    pub(crate) fn tell(&self, event: &Event) {
+    /// Sends an event. Errors are ignored, because [`Self::receive`] reports a closed socket.
+    pub(crate) fn send(&self, event: &Event) {
         let _ = self.channel.send(event, EVENT_MAX, &[]);
     }
 
-    /// Writes the exit status where the front is gone that would.
-    pub(super) fn finish(&self, status: u8) {
+    /// Writes the exit status to the guest's directory, if the front has detached.
+    pub(super) fn write_exit_status(&self, status: u8) {
         if let Some(Detached { status: file, .. }) = &self.detached {
-            // A guest without a status in its folder is reported as dead.
+            // A guest without a status in its directory is listed as dead.
             let _ = file.write_all_at(status.to_string().as_bytes(), 0);
         }
     }
@@ -76,7 +76,7 @@ impl Control {
     }
 
     /// Statistics of the balloon, if there is one.
-    pub(crate) fn balloon(&self) -> Option<BalloonStatistics> {
+    pub(crate) fn balloon_statistics(&self) -> Option<BalloonStatistics> {
         self.balloon.as_ref().map(|balloon| BalloonStatistics {
             target_mib: balloon.amount(),
             actual_mib: balloon.actual(),

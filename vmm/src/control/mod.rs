@@ -1,9 +1,9 @@
-//! The one socket between a front and its monitor, `kindling-vmm`: the front sends a configuration with everything open
-//! that it names, and requests; the monitor sends events.
+//! The socket between a front and its monitor, `kindling-vmm`. The front sends a configuration with descriptors of all
+//! files that it names, and then requests; the monitor sends events.
 //!
-//! Both ends are of one version and one machine, and a frame is one value in postcard's encoding ([`channel`]). The
-//! front believes the monitor nothing: its guest may have taken it over. All that the monitor sends has a bound, and is
-//! text, numbers and the kind of what happened.
+//! Both ends have the same version and run on the same host. A frame is one value in postcard's encoding ([`channel`]).
+//! The front does not trust the monitor, because the guest may have taken it over: every event has a maximum length, and
+//! contains only text, numbers and the kind of event.
 
 pub(crate) mod channel;
 mod front;
@@ -21,76 +21,76 @@ use crate::exit::Exit;
 use crate::timeline::Timeline;
 use serde::{Deserialize, Serialize};
 
-/// What a front asks its monitor for.
+/// A request of a front to its monitor.
 #[derive(Debug, Deserialize, Serialize)]
 pub(crate) enum Request {
     /// Start a machine. This or [`Self::Preboot`] is the first request, and is sent once.
     Start(Box<Start>),
     /// Boot a kernel as far as init, and write it to a file from which later machines continue.
     Preboot(Box<Start>),
-    /// Stop the machine. So does the end of the socket, unless the machine is detached.
+    /// Stop the machine. Closing the socket has the same effect, unless the front has detached.
     Stop,
-    /// Make all vCPUs leave the guest and wait. Devices still serve the host's side.
+    /// Make all vCPUs leave the guest and wait. The host's side of the devices is still served.
     Pause,
     /// Let the vCPUs enter the guest again.
     Resume,
     /// Report statistics.
     Statistics,
-    /// Run on when the socket ends. Two descriptors come with it: a file whose lock the front holds, and the file for the
-    /// exit status.
+    /// Continue when the socket is closed. Two descriptors are attached: a file whose lock the front holds, and the file
+    /// for the exit status.
     Detach,
-    /// Make the balloon this many MiB large.
+    /// Set the target size of the balloon, in MiB.
     SetBalloon(u64),
 }
 
-/// A machine to start. Its descriptors come with the frame.
+/// A machine to start. Its descriptors are attached to the frame.
 #[derive(Debug, Deserialize, Serialize)]
 pub(crate) struct Start {
     /// The front's version.
     version: String,
     config: Config,
-    /// The front's part of the timeline.
+    /// The timeline so far, with the front's steps.
     timeline: Timeline,
-    /// What the descriptors are, in their order.
+    /// The roles of the descriptors, in the order of the descriptors.
     descriptors: Vec<Role>,
 }
 
-/// What a descriptor is for.
+/// The role of a descriptor.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
 pub(crate) enum Role {
     /// /dev/kvm.
     Kvm,
-    /// The file of the kernel.
+    /// The kernel's file.
     Kernel,
-    /// The file of the initrd.
+    /// The initrd's file.
     Initrd,
-    /// The file of the pre-booted kernel: to continue from, or to write to.
+    /// The file of the pre-booted kernel: read by [`Request::Start`], written by [`Request::Preboot`].
     Preboot,
-    /// A file that the monitor holds a lock on as long as it lives, by which others know its process.
+    /// A file that the monitor locks until it exits. Other processes read the monitor's process ID from the lock.
     Lock,
-    /// Behind the next device that has a descriptor. A shared folder has two: its server's socket, and where its server
-    /// says why it ends.
+    /// The backend of the next device that has one. A shared folder has two descriptors: its server's socket, and the pipe
+    /// with the server's error messages.
     Device,
 }
 
-/// What a monitor tells its front.
+/// An event that a monitor sends to its front.
 #[derive(Debug, Deserialize, Serialize)]
 #[non_exhaustive]
 pub enum Event {
-    /// The machine does not continue from its pre-booted kernel, for this reason, and boots.
+    /// The machine boots instead of continuing from its pre-booted kernel, for this reason.
     PrebootRefused(String),
-    /// The pre-booted kernel is written, and guests have continued from it. The last event.
+    /// The pre-booted kernel is written, and its trial guests have ended successfully. The last event.
     Prebooted,
-    /// The guest's agent accepts connections. The timeline has the steps up to the first entry into the guest; the
-    /// guest's own steps come with [`Self::Stopped`].
+    /// The guest's agent accepts connections. The timeline contains the steps up to the first entry into the guest;
+    /// [`Self::Stopped`] has the guest's own steps.
     Started(Timeline),
     /// All vCPUs have left the guest.
     Paused,
-    /// The vCPUs may enter the guest again.
+    /// The vCPUs continue.
     Resumed,
     /// The answer to a request for statistics.
     Statistics(Box<Statistics>),
-    /// A device has failed, and why; each device fails once at most.
+    /// A device has failed, for this reason. Each device is reported at most once.
     DeviceFailed(String),
     /// The machine has stopped. The last event.
     Stopped(Box<Exit>),
@@ -102,7 +102,7 @@ pub enum Event {
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct Statistics {
-    /// Whether all vCPUs wait outside the guest.
+    /// Whether all vCPUs are paused.
     pub is_paused: bool,
     /// The balloon, if the machine has one.
     pub balloon: Option<BalloonStatistics>,
@@ -118,31 +118,32 @@ pub struct BalloonStatistics {
     pub target_mib: u64,
     /// Size in MiB that the guest reports.
     pub actual_mib: u64,
-    /// Memory statistics that the guest reports, where the balloon polls them.
+    /// Memory statistics that the guest reports, if the balloon polls them.
     pub guest: balloon::Statistics,
 }
 
-/// Why a monitor could not start a machine.
+/// The error of a monitor that could not build or start a machine.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct Failure {
-    /// Whether asking for something else can help, rather than the host.
-    pub is_users: bool,
-    /// Whether it is for KVM.
-    pub is_kvm: bool,
-    /// Whether the machine could not continue from its pre-booted kernel: booting may work.
-    pub is_preboot: bool,
-    /// The error and what led to it.
+    /// Whether the user can fix the error, see [`crate::Error::is_user_error`].
+    pub is_user_error: bool,
+    /// Whether KVM is the cause.
+    pub is_kvm_error: bool,
+    /// Whether restoring the pre-booted kernel failed; a boot may succeed.
+    pub is_restore_error: bool,
+    /// The error and its sources, on one line.
     pub message: String,
 }
 
-/// Bytes of a request: arguments and environment have 2 MiB, and the rest of a configuration is small.
+/// Maximum size of a request in bytes: arguments and environment have at most 2 MiB, and the rest of a configuration is
+/// small.
 const REQUEST_MAX: usize = 4 << 20;
-/// Bytes of an event: what a guest's end is described with, 20 lines of its console among it. In this process's memory it
-/// becomes 20 times as large at most.
+/// Maximum size of an event in bytes. The largest is [`Event::Stopped`], which includes 20 lines of the console. Decoded,
+/// an event takes at most 20 times as much memory.
 const EVENT_MAX: usize = 256 << 10;
 
-/// Takes bytes for a request and for an event, as they would come over the socket.
+/// Decodes bytes as a request and as an event, as received over the socket.
 #[cfg(fuzzing)]
 pub fn decode(bytes: &[u8]) {
     let _ = postcard::from_bytes::<Request>(bytes);

@@ -1,4 +1,4 @@
-//! The monitor's end: the program `kindling-vmm`.
+//! The monitor's end of the socket: the program `kindling-vmm`.
 
 use super::channel::Channel;
 use super::{Control, ControlError, EVENT_MAX, Event, Failure, REQUEST_MAX, Request, Role, Start};
@@ -12,23 +12,23 @@ use crate::error::{Error, with_causes};
 use crate::machine::{Machine, Purpose};
 use crate::preboot::capture;
 use crate::preboot::error::PrebootError;
-use crate::resources::{Backend, Behind, Resources};
+use crate::resources::{Backend, Backing, Resources};
 use guest_protocol::BootMark;
 use rustix::fs::{FlockOperation, fcntl_lock};
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 
-/// Serves a first request, whose descriptors came with it, to its end.
+/// Serves a first request with its descriptors until the machine has ended.
 type Serve = fn(Start, Vec<OwnedFd>, &Channel) -> Result<(), Error>;
 
-/// Serves the front at the other end of a socket: waits for its first request, runs that to its end, and reports how it
-/// ended. A front that closes the socket before its first request is no error.
+/// Serves the front at the other end of a socket: waits for its first request, runs the machine until it ends, and
+/// reports the result. It is not an error if the front closes the socket before its first request.
 ///
-/// The machine's memory and KVM's objects are left to the end of the process.
+/// The machine's memory and KVM objects are not released; the exit of the process does that.
 ///
 /// # Errors
-/// When the front sends something that is no request, or is gone before the end.
+/// When the front sends an invalid request, or closes the socket before the end.
 pub fn serve(socket: UnixStream) -> Result<(), ControlError> {
     let channel = Channel::new(socket);
     let Some((request, descriptors)) = channel.receive::<Request>(REQUEST_MAX)? else { return Ok(()) };
@@ -49,8 +49,9 @@ pub fn serve(socket: UnixStream) -> Result<(), ControlError> {
 /// Runs a machine.
 fn run(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result<(), Error> {
     let Start { config, mut timeline, descriptors: roles, .. } = start;
-    let Given { resources, _lock } = Given::sort(&config, &roles, descriptors, Behind::Everything)?;
-    timeline.reached("monitor has its configuration");
+    let Received { resources, _lock } =
+        Received::from_frame(&config, &roles, descriptors, Backing::Configured)?;
+    timeline.reached("configuration received");
     entry::raise_descriptor_limit();
     let mut machine = Machine::with_resources(&config, resources, timeline, Purpose::Run)?;
     if let Some(refusal) = machine.preboot_refusal() {
@@ -62,39 +63,41 @@ fn run(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result<(),
     machine.at_mark(BootMark::AgentReady, move || drop(agent.send(&started, EVENT_MAX, &[])));
     machine.control = Some(control);
     let (exit, stopped) = machine.start()?.wait_for_end();
-    // A front that is gone has stopped the machine.
+    // If the front has closed the socket, the machine has stopped for that reason, and there is no receiver.
     let status = exit.reason.status();
     let _ = channel.send(&Event::Stopped(Box::new(exit)), EVENT_MAX, &[]);
-    stopped.control().iter().for_each(|control| control.finish(status));
+    stopped.control().iter().for_each(|control| control.write_exit_status(status));
     stopped.leave_to_kernel();
     Ok(())
 }
 
-/// Makes a pre-booted kernel.
+/// Pre-boots a kernel.
 fn preboot(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result<(), Error> {
     let Start { config, descriptors: roles, .. } = start;
-    let Given { mut resources, .. } = Given::sort(&config, &roles, descriptors, Behind::Root)?;
-    let file = resources.preboot.take().ok_or_else(|| absent("a file for the pre-booted kernel"))?;
+    let Received { mut resources, .. } =
+        Received::from_frame(&config, &roles, descriptors, Backing::Placeholder)?;
+    let file =
+        resources.preboot.take().ok_or_else(|| missing("receive the file for the pre-booted kernel"))?;
     capture::capture(&config, &resources, &file, &|| Control::new(channel, None))?;
     Ok(channel.send(&Event::Prebooted, EVENT_MAX, &[])?)
 }
 
-/// What came with a configuration.
-struct Given {
+/// The descriptors of a [`Start`], assigned to their uses.
+struct Received {
     resources: Resources,
-    /// By which others know this process.
+    /// Locked while this process lives.
     _lock: Option<OwnedFd>,
 }
 
-impl Given {
-    fn sort(
+impl Received {
+    fn from_frame(
         config: &Config,
         roles: &[Role],
         descriptors: Vec<OwnedFd>,
-        behind: Behind,
+        backing: Backing,
     ) -> Result<Self, Error> {
         if roles.len() != descriptors.len() {
-            return Err(absent("as many descriptors as it names"));
+            return Err(missing("receive as many descriptors as the request lists"));
         }
         let (mut resources, mut lock, mut devices) = (Resources::default(), None, Vec::new());
         let (mut kernel, mut initrd) = (None, None);
@@ -105,22 +108,22 @@ impl Given {
                 Role::Initrd => initrd = Some(File::from(descriptor)),
                 Role::Preboot => resources.preboot = Some(File::from(descriptor)),
                 Role::Lock => {
-                    // Without the lock `kindling stats` and `kill` do not find this process; the guest runs all the same.
+                    // Without the lock, `kindling stats` and `kindling kill` do not find this process, but the guest runs.
                     let _ = fcntl_lock(&descriptor, FlockOperation::NonBlockingLockExclusive);
                     lock = Some(descriptor);
                 }
                 Role::Device => devices.push(descriptor),
             }
         }
-        let kernel = kernel.ok_or_else(|| absent("a descriptor of the kernel"))?;
+        let kernel = kernel.ok_or_else(|| missing("receive a descriptor of the kernel"))?;
         resources.boot = Some(BootFiles { kernel, initrd });
-        // A path of the front means nothing here: what it has not opened is not opened.
+        // Paths in the configuration are not opened here: only the front's descriptors are used.
         if resources.kvm.is_none() || config.preboot.is_some() != resources.preboot.is_some() {
-            return Err(absent("descriptors of KVM and the pre-booted kernel"));
+            return Err(missing("receive descriptors of KVM and the pre-booted kernel"));
         }
         let mut devices = devices.into_iter();
         for device in config.devices.iter() {
-            resources.backends.push(backend(&device, behind, &mut devices)?);
+            resources.backends.push(backend(&device, backing, &mut devices)?);
         }
         Ok(Self { resources, _lock: lock })
     }
@@ -128,17 +131,17 @@ impl Given {
 
 fn backend(
     device: &DeviceConfig<'_>,
-    behind: Behind,
+    backing: Backing,
     descriptors: &mut impl Iterator<Item = OwnedFd>,
 ) -> Result<Backend, Error> {
-    let mut next = || descriptors.next().ok_or_else(|| absent("a descriptor for each device"));
+    let mut next = || descriptors.next().ok_or_else(|| missing("receive a descriptor for each device"));
     Ok(match device {
         DeviceConfig::Root(_) => Backend::File(next()?.into()),
-        DeviceConfig::Drive(_) | DeviceConfig::Pmem(_) if behind == Behind::Root => {
-            Backend::BlankOf(next()?.into())
+        DeviceConfig::Drive(_) | DeviceConfig::Pmem(_) if backing == Backing::Placeholder => {
+            Backend::Placeholder(next()?.into())
         }
         DeviceConfig::Drive(_) | DeviceConfig::Pmem(_) => Backend::File(next()?.into()),
-        _ if behind == Behind::Root => Backend::Nothing,
+        _ if backing == Backing::Placeholder => Backend::Nothing,
         DeviceConfig::Network(_) => Backend::Link(next()?),
         DeviceConfig::Vsock(_) => Backend::Listener(Listener::from_descriptor(UnixListener::from(next()?))),
         DeviceConfig::Folder(_) => Backend::Folder(Server::from_descriptors(next()?.into(), next()?)),
@@ -146,16 +149,16 @@ fn backend(
     })
 }
 
-fn absent(what: &'static str) -> Error {
+fn missing(what: &'static str) -> Error {
     Error::host(what)(std::io::ErrorKind::NotFound.into())
 }
 
 impl Failure {
     fn of(error: &Error) -> Self {
         Self {
-            is_users: error.is_users(),
-            is_kvm: matches!(error, Error::Kvm(_)),
-            is_preboot: matches!(error, Error::Preboot(PrebootError::Restore { .. })),
+            is_user_error: error.is_user_error(),
+            is_kvm_error: matches!(error, Error::Kvm(_)),
+            is_restore_error: matches!(error, Error::Preboot(PrebootError::Restore { .. })),
             message: with_causes(error),
         }
     }

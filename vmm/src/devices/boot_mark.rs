@@ -18,7 +18,7 @@ pub struct Mark {
 pub struct BootMarks {
     marks: Vec<Mark>,
     /// The stage at which the machine freezes.
-    freeze_at: Option<u8>,
+    capture_at: Option<u8>,
     /// Callbacks for the first mark of a stage.
     actions: Vec<(u8, Action)>,
 }
@@ -37,8 +37,8 @@ impl BootMarks {
 
     /// Creates a device that freezes the machine when the guest reaches `stage`.
     #[must_use]
-    pub const fn freezing_at(stage: u8) -> Self {
-        Self { marks: Vec::new(), freeze_at: Some(stage), actions: Vec::new() }
+    pub const fn capturing_at(stage: u8) -> Self {
+        Self { marks: Vec::new(), capture_at: Some(stage), actions: Vec::new() }
     }
 
     /// Registers a callback for the first mark of `stage`. It runs on the vCPU's thread, before the guest continues.
@@ -64,7 +64,7 @@ impl BusDevice for BootMarks {
             for (_, Action(action)) in self.actions.extract_if(.., |(at, _)| *at == stage) {
                 action();
             }
-            return (self.freeze_at == Some(stage)).then_some(GuestRequest::Freeze);
+            return (self.capture_at == Some(stage)).then_some(GuestRequest::Capture);
         }
         None
     }
@@ -85,10 +85,10 @@ mod tests {
     }
 
     #[test]
-    fn one_mark_freezes_the_machine() {
-        let mut device = BootMarks::freezing_at(0x11);
+    fn one_mark_captures_the_machine() {
+        let mut device = BootMarks::capturing_at(0x11);
         assert_eq!(device.write(0, &[0x10]), None);
-        assert_eq!(device.write(0, &[0x11]), Some(GuestRequest::Freeze));
+        assert_eq!(device.write(0, &[0x11]), Some(GuestRequest::Capture));
     }
 
     #[test]

@@ -1,38 +1,38 @@
-//! The errors of pre-booted kernels.
+//! Errors of pre-booted kernels.
 
 use crate::devices::virtio;
 use std::io;
 use std::path::PathBuf;
 
-/// Why there is no pre-booted kernel to continue from, or none could be made.
+/// Why a pre-booted kernel cannot be used or created.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PrebootError {
-    /// A file that cannot be opened or read.
+    /// The file cannot be opened or read.
     #[error("cannot read {}", path.display())]
     Read {
         /// The file.
         path: PathBuf,
-        /// What the host said.
+        /// The host's error.
         source: io::Error,
     },
-    /// A file that is not what it should be.
+    /// The file is not a pre-booted kernel, or it is damaged.
     #[error("{} is not a pre-booted kernel: {what}", path.display())]
     Invalid {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// What is wrong with the file.
         what: String,
     },
-    /// A file that was made for another configuration.
+    /// The file was made for another configuration or host.
     #[error("{} was made {made}", path.display())]
-    Other {
+    Mismatch {
         /// The file.
         path: PathBuf,
-        /// For what it was made.
+        /// What the file was made for, as the end of the message.
         made: &'static str,
     },
-    /// A kernel or initrd that does not come from an image.
+    /// The kernel or initrd does not belong to an image.
     #[error("only the kernel and root filesystem of an image can be pre-booted")]
     NotAnImage,
     /// The file cannot be written.
@@ -40,34 +40,34 @@ pub enum PrebootError {
     Write {
         /// The file.
         path: PathBuf,
-        /// What the host said.
+        /// The host's error.
         source: io::Error,
     },
-    /// The guest did not get as far as init.
-    #[error("the guest did not reach init: {0}; `kindling boot --cold` shows more")]
+    /// The guest ended before it reached init.
+    #[error("the guest did not reach init: {0}; `kindling boot --cold` shows its console")]
     Ended(String),
-    /// The machine cannot be written down where it stopped.
-    #[error("the guest stopped where it cannot be kept: {0}")]
-    NotKeepable(&'static str),
-    /// A device has begun what those of later guests would know nothing of.
-    #[error("the guest stopped where it cannot be kept")]
+    /// The machine cannot be captured in the state in which it stopped.
+    #[error("cannot save the state of the guest: {0}")]
+    NotCapturable(&'static str),
+    /// A device has requests in flight, which the devices of later guests could not complete.
+    #[error("cannot save the state of the guest")]
     Device(#[from] virtio::InFlight),
-    /// A guest that continued from the new file did not end well.
-    #[error("a guest that continued from it did not end as it should: {0}; build the image anew")]
+    /// A trial guest that continued from the new file failed.
+    #[error("a guest that was started from the new pre-booted kernel failed: {0}; rebuild the image")]
     Trial(String),
-    /// This host does not take what the file says of a machine.
-    #[error("{} cannot be continued from", path.display())]
+    /// KVM or the host rejects the saved state.
+    #[error("cannot restore {}", path.display())]
     Restore {
         /// The file.
         path: PathBuf,
-        /// What stands in the way.
+        /// The cause.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
 }
 
 impl PrebootError {
-    /// Whether there is no such file.
-    pub(crate) fn is_absent(&self) -> bool {
+    /// Whether the file does not exist.
+    pub(crate) fn is_not_found(&self) -> bool {
         matches!(self, Self::Read { source, .. } if source.kind() == io::ErrorKind::NotFound)
     }
 }

@@ -1,11 +1,11 @@
-//! The file of a pre-booted kernel: state, then pages.
+//! The file format of a pre-booted kernel: state, then pages.
 //!
 //! ```text
 //!      0  "KINDLING"  format: u32  length of the state: u32
 //!     16  state, in postcard's encoding
-//! 256 Ki  pages of guest memory, those of each extent in turn
+//! 256 Ki  pages of guest memory, extent by extent
 //! ```
-//! Integers are little-endian. The file appears by renaming, so that it is whole or absent.
+//! Integers are little-endian. The file appears by renaming, so that it is complete or absent.
 
 use super::error::PrebootError;
 use super::state::State;
@@ -21,16 +21,17 @@ use vm_memory::GuestAddress;
 
 const MAGIC: [u8; 8] = *b"KINDLING";
 const HEADER_LEN: usize = 16;
-/// Version of everything behind the magic; another one is not read.
+/// Version of everything after the magic. Files of other versions are rejected.
 const FORMAT: u32 = 4;
-/// A state takes 6 KiB and 7 KiB for each of 16 vCPUs. A hostile one takes memory, before it is refused, of
-/// 600 times its length.
+/// Maximum size in bytes of an encoded state: it takes 6 KiB, and 7 KiB for each of 16 vCPUs. Decoding a hostile state takes
+/// up to 600 times its size in memory before it is rejected.
 const STATE_MAX: u32 = 192 << 10;
-/// Where the pages start, whatever the length of the state, which is written again when they are there.
-pub(super) const PAGES: u64 = 256 << 10;
-const _: () = assert!(HEADER_LEN as u64 + STATE_MAX as u64 <= PAGES && PAGES.is_multiple_of(PAGE_SIZE));
+/// Offset of the pages. It does not depend on the length of the state, which is written again after the pages.
+pub(super) const PAGES_OFFSET: u64 = 256 << 10;
+const _: () =
+    assert!(HEADER_LEN as u64 + STATE_MAX as u64 <= PAGES_OFFSET && PAGES_OFFSET.is_multiple_of(PAGE_SIZE));
 
-/// Opens a file, and nothing that could block or lead elsewhere.
+/// Opens a regular file. A symbolic link, or a file whose open or read could block, is an error.
 pub(crate) fn open(path: &Path) -> Result<File, PrebootError> {
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
     let failed = |source| PrebootError::Read { path: path.into(), source };
@@ -45,7 +46,7 @@ pub(crate) fn open(path: &Path) -> Result<File, PrebootError> {
     Ok(file)
 }
 
-/// Reads the state of a file, and checks that its pages are there.
+/// Reads the state of a file, and checks that the file has all pages.
 pub(super) fn read(file: &File, path: &Path) -> Result<State, PrebootError> {
     let failed = |source| PrebootError::Read { path: path.into(), source };
     let invalid = |what: &str| PrebootError::Invalid { path: path.into(), what: what.to_owned() };
@@ -55,25 +56,28 @@ pub(super) fn read(file: &File, path: &Path) -> Result<State, PrebootError> {
     let [magic @ .., _, _, _, _, _, _, _, _] = header;
     let word = |at: usize| u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
     if magic != MAGIC {
-        return Err(invalid("it does not start as such a file does"));
+        return Err(invalid("it has no valid magic number"));
     }
     if word(8) != FORMAT {
-        return Err(invalid(&format!("its format is {}, this program reads {FORMAT}", word(8))));
+        return Err(invalid(&format!(
+            "its format is version {}, but this program reads version {FORMAT}",
+            word(8)
+        )));
     }
     if word(12) > STATE_MAX {
-        return Err(invalid("its state is longer than any"));
+        return Err(invalid("its state is too long"));
     }
     let mut bytes = vec![0; usize::try_from(word(12)).unwrap_or(0)];
     file.read_exact_at(&mut bytes, HEADER_LEN as u64).map_err(|_| invalid("it ends inside its state"))?;
     let state: State = postcard::from_bytes(&bytes).map_err(|error| invalid(&error.to_string()))?;
     let pages: u64 = state.extents.iter().map(|extent| u64::from(extent.pages)).sum();
-    if PAGES + pages * PAGE_SIZE > length {
+    if PAGES_OFFSET + pages * PAGE_SIZE > length {
         return Err(invalid("it ends before its last page"));
     }
     Ok(state)
 }
 
-/// Writes a state, in place of the one that is there.
+/// Writes the state, over the previous one.
 pub(super) fn write_state(file: &File, state: &State) -> io::Result<()> {
     let bytes = postcard::to_allocvec(state).map_err(io::Error::other)?;
     let length = u32::try_from(bytes.len()).ok().filter(|&length| length <= STATE_MAX);
@@ -84,9 +88,9 @@ pub(super) fn write_state(file: &File, state: &State) -> io::Result<()> {
     file.write_all_at(&bytes, HEADER_LEN as u64)
 }
 
-/// Writes the pages that extents name.
+/// Writes the pages of the extents.
 pub(super) fn write_pages(file: &File, extents: &[Extent], memory: &GuestMemory) -> Result<(), WriteError> {
-    let mut position = PAGES;
+    let mut position = PAGES_OFFSET;
     let mut page = [0; PAGE];
     for extent in extents {
         for number in 0..u64::from(extent.pages) {
@@ -97,7 +101,7 @@ pub(super) fn write_pages(file: &File, extents: &[Extent], memory: &GuestMemory)
             position += PAGE_SIZE;
         }
     }
-    // What is not written is a hole, the last pages too.
+    // Zero pages are holes, also at the end of the file.
     file.set_len(position)?;
     Ok(())
 }

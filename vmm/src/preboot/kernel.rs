@@ -1,8 +1,8 @@
-//! A pre-booted kernel that a machine can continue from: its file, open and checked.
+//! Opens and checks a pre-booted kernel, and restores guest memory from it.
 
 use super::error::PrebootError;
 use super::file;
-use super::state::{FREEZE_AT, MadeFor, State, features};
+use super::state::{CAPTURE_AT, Inputs, State, features};
 use crate::config::Config;
 use crate::devices::boot_mark::BootMarks;
 use crate::devices::virtio;
@@ -15,7 +15,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// A pre-booted kernel that a machine can continue from.
+/// A pre-booted kernel that a machine can continue from: an open file and its state.
 #[derive(Debug)]
 pub(crate) struct Preboot {
     path: PathBuf,
@@ -24,34 +24,34 @@ pub(crate) struct Preboot {
 }
 
 impl Preboot {
-    /// Opens the one that the configuration names, unless it is open; none where it names none or the file does not
-    /// exist.
+    /// Opens the pre-booted kernel that the configuration names, or uses `file` if it is open already. Returns `None` if the
+    /// configuration names none or the file does not exist.
     pub(crate) fn open(config: &Config, file: Option<File>) -> Result<Option<Self>, PrebootError> {
         let Some(path) = &config.preboot else { return Ok(None) };
         match file.map_or_else(|| file::open(path), Ok) {
-            Err(error) if error.is_absent() => Ok(None),
+            Err(error) if error.is_not_found() => Ok(None),
             file => Self::read(file?, path, config).map(Some),
         }
     }
 
-    /// Reads one that is open; `path` is for messages.
+    /// Reads an open file, and checks that it was made for this configuration. `path` is for error messages.
     pub(super) fn read(file: File, path: &Path, config: &Config) -> Result<Self, PrebootError> {
         let state = file::read(&file, path)?;
         let this = Self { path: path.into(), state, file };
-        let asked = MadeFor::config(config)?;
-        let made = &this.state.made_for;
-        if made.vmm != asked.vmm {
-            return Err(this.made("by another version of kindling"));
+        let required = Inputs::of_config(config)?;
+        let made = &this.state.inputs;
+        if made.vmm != required.vmm {
+            return Err(this.mismatch("by another version of kindling"));
         }
-        if made.image != asked.image || made.boot_args != asked.boot_args {
-            return Err(this.made("from another image or with another command line"));
+        if made.image != required.image || made.boot_args != required.boot_args {
+            return Err(this.mismatch("from another image or with another command line"));
         }
-        if *made != asked || this.state.vcpus.len() != usize::from(asked.vcpu_count) {
-            return Err(this.made("for another number of vCPUs or another memory size"));
+        if *made != required || this.state.vcpus.len() != usize::from(required.vcpu_count) {
+            return Err(this.mismatch("for another number of vCPUs or another memory size"));
         }
-        let ram = layout::ram_ranges(asked.mem_size_mib * layout::MIB);
+        let ram = layout::ram_ranges(required.mem_size_mib * layout::MIB);
         let ram: Vec<_> = ram.into_iter().map(|(start, size)| start.0..start.0 + size).collect();
-        if this.state.marked >= this.state.vcpus.len() {
+        if this.state.init_vcpu >= this.state.vcpus.len() {
             let what = "none of its vCPUs runs init".to_owned();
             return Err(PrebootError::Invalid { path: this.path, what });
         }
@@ -63,8 +63,8 @@ impl Preboot {
         Ok(this)
     }
 
-    /// Why a machine cannot continue from it after all.
-    pub(crate) fn not_restored(path: PathBuf, error: Error) -> PrebootError {
+    /// The error of a machine that could not be restored from the file at `path`.
+    pub(crate) fn restore_error(path: PathBuf, error: Error) -> PrebootError {
         PrebootError::Restore { path, source: Box::new(error) }
     }
 
@@ -72,38 +72,38 @@ impl Preboot {
         &self.path
     }
 
-    /// Whether the machine's devices can take the place of those that the kernel was booted with.
+    /// Checks that the machine's devices can replace those with which the kernel was booted.
     pub(crate) fn check_devices(
         &self,
         identities: impl Iterator<Item = virtio::DeviceIdentity>,
     ) -> Option<PrebootError> {
         let is_same = identities.eq(self.state.virtio.iter().map(|state| state.identity.clone()));
-        (!is_same).then(|| self.made("for other devices"))
+        (!is_same).then(|| self.mismatch("for other devices"))
     }
 
-    /// Whether this host's guests see the processor that the kernel was booted on.
+    /// Checks that guests of this host see the same processor as the kernel when it was booted.
     pub(crate) fn check_host(&self, hypervisor: &Hypervisor) -> Option<PrebootError> {
-        let here = hypervisor.cpuid(self.state.made_for.vcpu_count);
+        let here = hypervisor.cpuid(self.state.inputs.vcpu_count);
         let is_same = features(&here).eq(&self.state.cpuid);
-        (!is_same).then(|| self.made("on another kind of processor, or with another KVM"))
+        (!is_same).then(|| self.mismatch("on another kind of processor, or with another KVM"))
     }
 
-    fn made(&self, made: &'static str) -> PrebootError {
-        PrebootError::Other { path: self.path.clone(), made }
+    fn mismatch(&self, made: &'static str) -> PrebootError {
+        PrebootError::Mismatch { path: self.path.clone(), made }
     }
 
-    /// Puts the guest's pages into its memory.
+    /// Maps the saved pages into guest memory.
     pub(crate) fn fill(&self, memory: &GuestMemory) -> Result<(), MemoryError> {
-        memory.map_contents(&self.state.extents, &self.file, file::PAGES)
+        memory.map_contents(&self.state.extents, &self.file, file::PAGES_OFFSET)
     }
 
-    /// Has those pages copied that the guest is going to write to when its init has started, which so need not wait
-    /// for them, and lets the other vCPUs start then.
-    pub(crate) fn go_on_at_init(&self, memory: &GuestMemory, marks: &mut BootMarks) -> Arc<StartLatch> {
-        let latch = Arc::new(StartLatch::closed_except(self.state.marked));
+    /// Registers a callback for init's first boot mark that copies the pages that the guest is going to write, and then
+    /// opens the returned latch, at which the other vCPUs wait. Init starts sooner than if the pages were copied before.
+    pub(crate) fn open_latch_at_init(&self, memory: &GuestMemory, marks: &mut BootMarks) -> Arc<StartLatch> {
+        let latch = Arc::new(StartLatch::closed_except(self.state.init_vcpu));
         let (memory, written, opened) = (memory.clone(), self.state.written.clone(), Arc::clone(&latch));
-        marks.call_at(FREEZE_AT as u8, move || {
-            // What cannot be copied is mapped.
+        marks.call_at(CAPTURE_AT as u8, move || {
+            // A page that cannot be copied now is copied on the first write.
             let _ = memory.copy_in_advance(&written);
             opened.open();
         });

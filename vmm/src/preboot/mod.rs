@@ -1,18 +1,18 @@
-//! Pre-booted kernels: the state of a machine whose guest has reached init, kept in a file that later
-//! machines continue from.
+//! Pre-booted kernels: the state of a machine whose guest has reached init, saved in a file from which later machines
+//! continue.
 //!
-//! A kernel's boot is the same every time as long as image, vCPUs, memory and processor are the same, so
-//! it need not happen every time. A monitor ([`crate::control::Monitor::start_preboot`]) boots a machine and stops it in front of the first mark of init
-//! ([`BootMark::InitEntered`]): nothing before that mark depends on the payload, and init executes it anew
-//! in each machine. Later machines map or read the pages of guest memory and set the registers. What
-//! must not be the same in two guests, random numbers and the time, init asks for afterwards and sets
-//! before the payload runs.
+//! A kernel boots the same way each time if image, vCPUs, memory and processor are the same. A monitor therefore boots a
+//! machine once ([`crate::control::Monitor::start_preboot`]) and stops it just before init's first boot mark
+//! ([`guest_protocol::BootMark::InitEntered`]). Nothing before that mark depends on the payload, and init executes the
+//! instruction of the mark again in each later machine. Later machines map the saved pages of guest memory and set the
+//! registers. State that two guests must not share, random numbers and the time, is requested by init afterwards and
+//! replaced before the payload runs.
 
 pub(crate) mod capture;
+pub(crate) mod destination;
 pub(crate) mod error;
 pub(crate) mod file;
 pub(crate) mod kernel;
-pub(crate) mod place;
 pub(crate) mod state;
 pub(crate) mod verified;
 

@@ -1,4 +1,4 @@
-//! What a pre-booted kernel is: a machine that stopped, as plain data.
+//! The state of a pre-booted kernel: a captured machine as plain data.
 
 use super::error::PrebootError;
 use crate::config::Config;
@@ -10,23 +10,26 @@ use guest_protocol::BootMark;
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 use serde::{Deserialize, Serialize};
 
-/// Where init executes again what the frozen machine executed last.
-pub(super) const FREEZE_AT: BootMark = BootMark::InitEntered;
+/// The boot mark at which a machine is captured. The vCPU is moved back before the instruction of the mark, which init
+/// executes again in each later machine.
+pub(super) const CAPTURE_AT: BootMark = BootMark::InitEntered;
 
-/// What a pre-booted kernel was made from. It serves the same and nothing else.
+/// The inputs of a pre-booted kernel. Only a machine with equal inputs can continue from it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct MadeFor {
-    /// Version of this program: devices and memory layout follow from it.
+pub(super) struct Inputs {
+    /// Version of this program, which determines devices and memory layout.
     pub(super) vmm: String,
     /// Digests of kernel and root filesystem.
     pub(super) image: String,
+    /// The kernel command line.
     pub(super) boot_args: String,
     pub(super) vcpu_count: u8,
     pub(super) mem_size_mib: u64,
 }
 
-impl MadeFor {
-    pub(super) fn config(config: &Config) -> Result<Self, PrebootError> {
+impl Inputs {
+    /// The inputs of the pre-booted kernel of a configuration.
+    pub(super) fn of_config(config: &Config) -> Result<Self, PrebootError> {
         let Digests { kernel, initrd } = digests(config)?;
         Ok(Self {
             vmm: env!("CARGO_PKG_VERSION").to_owned(),
@@ -42,41 +45,41 @@ pub(super) fn digests(config: &Config) -> Result<&Digests, PrebootError> {
     config.boot_source.image_digests.as_ref().ok_or(PrebootError::NotAnImage)
 }
 
-/// A name for the folder of the kernels that guests with this boot source can continue from: a digest of this program's
-/// version and of all that [`make`] reads. Nothing where they do not come from an image.
+/// The name of the directory of pre-booted kernels for this boot source: a digest of this program's version, the image and
+/// the kernel command line. `None` if the boot source does not belong to an image.
 #[must_use]
 pub fn key(config: &Config) -> Option<String> {
-    let MadeFor { vmm, image, boot_args, .. } = MadeFor::config(config).ok()?;
+    let Inputs { vmm, image, boot_args, .. } = Inputs::of_config(config).ok()?;
     Some(sha256(format!("{vmm}\n{image}\n{boot_args}").as_bytes()))
 }
 
-/// What a kernel is patched for. Descriptions of caches are left out: where cores of a host are of different
-/// kinds, they depend on the core that was asked.
+/// The CPUID entries that a kernel may be patched for. Descriptions of caches are left out: on hosts with different kinds of
+/// cores, they depend on the core that executes CPUID.
 pub(super) fn features(cpuid: &CpuId) -> impl Iterator<Item = &kvm_cpuid_entry2> {
     const CACHES: [u32; 5] = [0x2, 0x4, 0x8000_0005, 0x8000_0006, 0x8000_001d];
     cpuid.as_slice().iter().filter(|entry| !CACHES.contains(&entry.function))
 }
 
-/// A machine that stopped, as plain data.
+/// A captured machine as plain data.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct State {
-    pub(super) made_for: MadeFor,
-    /// What CPUID says to the first vCPU: the kernel was patched for this processor.
+    pub(super) inputs: Inputs,
+    /// The first vCPU's CPUID entries ([`features`]): the kernel was patched for this processor.
     pub(super) cpuid: Vec<kvm_cpuid_entry2>,
-    /// Time stamp counter of all vCPUs.
+    /// The time stamp counter of all vCPUs.
     pub(super) tsc: u64,
-    /// Nanoseconds of the machine's clock at that time.
+    /// The machine's clock at the time of `tsc`, in nanoseconds.
     pub(super) clock: u64,
     pub(crate) vcpus: Vec<VcpuState>,
-    /// Which of them is in front of init's mark.
-    pub(super) marked: usize,
+    /// The index of the vCPU that is before init's boot mark.
+    pub(super) init_vcpu: usize,
     pub(crate) io_apic: io_apic::State,
     pub(crate) serial: serial::State,
     /// The virtio devices, in the order of their registers.
     pub(crate) virtio: Vec<virtio::State>,
-    /// The pages in the file.
+    /// The guest-physical pages in the file.
     pub(super) extents: Vec<Extent>,
-    /// Those among them that a guest writes to until the end of a payload that does nothing.
+    /// The pages of `extents` that a guest with a payload that does nothing writes to.
     pub(super) written: Vec<Extent>,
 }
 
@@ -84,7 +87,7 @@ impl State {
     /// Sets the clocks and registers of a new machine.
     pub(crate) fn restore(&self, vm: &Vm, vcpus: &[Vcpu]) -> Result<(), KvmError> {
         vm.set_clock(self.clock)?;
-        // All vCPUs get one value: KVM sees that they belong together and keeps them in step.
+        // All vCPUs get the same value, so that KVM keeps them synchronized.
         let mut pairs = vcpus.iter().zip(&self.vcpus).enumerate();
         pairs.try_for_each(|(number, (vcpu, state))| vcpu.restore(state, self.tsc, number == 0))
     }

@@ -1,5 +1,5 @@
-//! Kernel and initramfs, compared with their image's digests: copies in memory, so that what is booted is what was
-//! compared, whoever may write to the image's files.
+//! Verifies kernel and initramfs against the digests of their image. They are copied into memory files first, so that later
+//! writes to the image's files do not change what is booted.
 
 use crate::boot::BootFiles;
 use crate::config::image::{Digests, sha256_copying};
@@ -9,7 +9,7 @@ use std::fs::File;
 use std::io::{self, Read, Seek};
 use std::path::Path;
 
-/// Copies the files of a boot source, of at most `max` bytes each, and compares them.
+/// Copies at most `max` bytes of each file of a boot source into memory, and compares the digests.
 ///
 /// # Errors
 /// When a file cannot be read, or has another digest.
@@ -28,9 +28,9 @@ pub(crate) fn read(source: &BootSource, digests: &Digests, max: u64) -> Result<B
     Ok(BootFiles { kernel, initrd })
 }
 
-/// A copy of a file in memory, and its digest.
+/// Copies a file into memory, and returns the copy and its digest.
 fn copy(path: &Path, max: u64) -> io::Result<(File, String)> {
-    // What is no regular file could block or never end.
+    // Reading a file that is not regular could block or never end.
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let file = File::from(open(path, flags, Mode::empty())?);
     if !file.metadata()?.is_file() {
@@ -49,7 +49,7 @@ mod tests {
     use std::fs;
 
     #[test]
-    fn what_is_booted_is_what_was_compared() {
+    fn later_writes_do_not_change_the_verified_copies() {
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name);
         fs::write(path("kernel"), "kernel").unwrap();
@@ -57,7 +57,7 @@ mod tests {
         let source = BootSource { initrd_path: Some(path("initrd")), ..BootSource::kernel(path("kernel")) };
         let digests = Digests { kernel: sha256(b"kernel"), initrd: sha256(b"initrd") };
         let mut files = read(&source, &digests, 1 << 20).unwrap();
-        // Whatever is written to the files from now on.
+        // The copies are independent of the files.
         fs::write(path("kernel"), "KERNEL").unwrap();
         fs::write(path("initrd"), "INITRD").unwrap();
         assert_eq!(io::read_to_string(&mut files.kernel).unwrap(), "kernel");
@@ -71,7 +71,7 @@ mod tests {
         let message = read(&source, &digests, 1 << 20).unwrap_err().to_string();
         assert!(message.contains("initrd is not the file that image.json describes"), "{message}");
         fs::write(path("initrd"), "initrd").unwrap();
-        assert!(read(&source, &digests, 3).is_err(), "a file without an end is not read for ever");
+        assert!(read(&source, &digests, 3).is_err(), "at most 3 bytes are read");
         fs::remove_file(path("kernel")).unwrap();
         std::os::unix::fs::symlink("initrd", path("kernel")).unwrap();
         assert!(matches!(read(&source, &digests, 1 << 20), Err(ConfigError::Read { .. })));

@@ -1,57 +1,57 @@
-//! Events of a monitor, as its front receives them: bounded, and in order also where an answer was waited for.
+//! Receives the events of a monitor: their number is bounded, and their order is kept while the front waits for an answer.
 
 use super::super::channel::Channel;
 use super::super::{ControlError, EVENT_MAX, Event};
 use std::collections::VecDeque;
 
-/// Events that answer no request: one of each kind, and one for each device.
-const UNASKED_MAX: u32 = 64;
+/// Maximum number of events that are not answers: one of each kind, and one for each device.
+const MAX_UNSOLICITED: u32 = 64;
 
-/// Events between their arrival and [`super::Monitor::next_event`], and how many there may be. A guest that has taken
-/// over its monitor could send them without end.
+/// The queue of events that [`super::Monitor::next_event`] has not returned yet, and the limit of their number. A guest
+/// that has taken over its monitor could send any number.
 #[derive(Debug, Default)]
 pub(super) struct Events {
-    /// Those that arrived while an answer was waited for.
-    waiting: VecDeque<Event>,
-    /// Events so far that answer no request.
-    unasked: u32,
-    /// Requests whose answers have not arrived.
-    asked: u32,
+    /// Events that arrived while the front waited for an answer.
+    queue: VecDeque<Event>,
+    /// Number of events so far that are not answers.
+    unsolicited: u32,
+    /// Number of requests whose answers have not arrived.
+    pending_answers: u32,
 }
 
 impl Events {
-    /// A request is sent that is answered.
-    pub(super) const fn ask(&mut self) {
-        self.asked = self.asked.saturating_add(1);
+    /// Registers a request that the monitor answers.
+    pub(super) const fn expect_answer(&mut self) {
+        self.pending_answers = self.pending_answers.saturating_add(1);
     }
 
-    /// Keeps an event for later.
-    pub(super) fn keep(&mut self, event: Event) {
-        self.waiting.push_back(event);
+    /// Queues an event.
+    pub(super) fn push(&mut self, event: Event) {
+        self.queue.push_back(event);
     }
 
-    /// An event that was kept, in order.
-    pub(super) fn kept(&mut self) -> Option<Event> {
-        self.waiting.pop_front()
+    /// Removes the oldest queued event.
+    pub(super) fn pop(&mut self) -> Option<Event> {
+        self.queue.pop_front()
     }
 
-    /// Whether an event was kept.
-    pub(super) fn has_kept(&self) -> bool {
-        !self.waiting.is_empty()
+    /// Whether an event is queued.
+    pub(super) fn has_queued(&self) -> bool {
+        !self.queue.is_empty()
     }
 
     /// Receives an event that has arrived.
     pub(super) fn receive(&mut self, channel: &Channel) -> Result<Event, ControlError> {
-        let (event, _) = channel.receive::<Event>(EVENT_MAX)?.ok_or(ControlError::Gone)?;
+        let (event, _) = channel.receive::<Event>(EVENT_MAX)?.ok_or(ControlError::Disconnected)?;
         let count = match event {
             Event::Stopped(_) | Event::Failed(_) | Event::Prebooted => return Ok(event),
-            Event::Paused | Event::Resumed | Event::Statistics(_) => self.asked.checked_sub(1),
+            Event::Paused | Event::Resumed | Event::Statistics(_) => self.pending_answers.checked_sub(1),
             Event::PrebootRefused(_) | Event::Started(_) | Event::DeviceFailed(_) => {
-                self.unasked += 1;
-                (self.unasked <= UNASKED_MAX).then_some(self.asked)
+                self.unsolicited += 1;
+                (self.unsolicited <= MAX_UNSOLICITED).then_some(self.pending_answers)
             }
         };
-        self.asked = count.ok_or(ControlError::Version)?;
+        self.pending_answers = count.ok_or(ControlError::Version)?;
         Ok(event)
     }
 }
@@ -62,11 +62,11 @@ mod tests {
     use std::os::unix::net::UnixStream;
 
     #[test]
-    fn a_monitor_cannot_send_events_without_end() {
+    fn the_number_of_events_is_bounded() {
         let (front, monitor) = UnixStream::pair().unwrap();
         let (front, monitor) = (Channel::new(front), Channel::new(monitor));
         let mut events = Events::default();
-        for _ in 0..UNASKED_MAX {
+        for _ in 0..MAX_UNSOLICITED {
             monitor.send(&Event::DeviceFailed("disk".to_owned()), EVENT_MAX, &[]).unwrap();
             events.receive(&front).unwrap();
         }
@@ -76,12 +76,12 @@ mod tests {
         let mut events = Events::default();
         monitor.send(&Event::Paused, EVENT_MAX, &[]).unwrap();
         assert!(matches!(events.receive(&front), Err(ControlError::Version)));
-        events.ask();
+        events.expect_answer();
         monitor.send(&Event::Paused, EVENT_MAX, &[]).unwrap();
         assert!(matches!(events.receive(&front), Ok(Event::Paused)));
         monitor.send(&Event::Resumed, EVENT_MAX, &[]).unwrap();
         assert!(matches!(events.receive(&front), Err(ControlError::Version)));
         drop(monitor);
-        assert!(matches!(events.receive(&front), Err(ControlError::Gone)));
+        assert!(matches!(events.receive(&front), Err(ControlError::Disconnected)));
     }
 }

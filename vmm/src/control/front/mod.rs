@@ -1,4 +1,4 @@
-//! The front's end: it starts the monitor, sends requests and receives events.
+//! The front's end of the socket: starts the monitor, sends requests and receives events.
 
 mod events;
 
@@ -12,10 +12,10 @@ use crate::error::Error;
 use crate::kvm::Hypervisor;
 use crate::layout;
 use crate::poll::wait_readable;
+use crate::preboot::destination::Destination;
 use crate::preboot::error::PrebootError;
-use crate::preboot::place::Place;
 use crate::preboot::{capture, verified};
-use crate::resources::{Backend, Behind, Resources};
+use crate::resources::{Backend, Backing, Resources};
 use crate::timeline::Timeline;
 use events::Events;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -29,21 +29,21 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-/// Time for the rest of a frame whose first byte has arrived.
+/// Timeout for the rest of a frame whose first byte has arrived.
 const FRAME_TIMEOUT: Duration = Duration::from_secs(1);
-/// Time for a monitor to end after its socket was closed.
+/// Timeout for a monitor to exit after its socket was closed.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
-/// Exit status of a monitor that received something that is no request.
+/// Exit status of a monitor that received an invalid request.
 const STATUS_FAILURE: i32 = 125;
 
-/// A monitor: the process `kindling-vmm`. Dropping it stops its machine and waits for the process.
+/// A monitor: a process `kindling-vmm`. Dropping it stops its machine and waits for the process.
 #[derive(Debug)]
 pub struct Monitor {
     channel: Channel,
     process: Mutex<Child>,
-    /// The servers of shared folders, which end with the guest.
+    /// The servers of shared folders. They exit with the guest.
     servers: Vec<Server>,
-    /// The vsock's socket, whose file is removed with it.
+    /// The Unix sockets of vsock devices. Dropping one removes its file.
     listeners: Vec<Listener>,
     events: Mutex<Events>,
 }
@@ -52,7 +52,7 @@ impl Monitor {
     /// Starts the process, which waits for its first request.
     ///
     /// # Errors
-    /// When the host refuses it.
+    /// When the process cannot be started.
     pub fn spawn(program: &Path) -> io::Result<Self> {
         let (ours, its) = UnixStream::pair()?;
         let process = Command::new(program)
@@ -63,7 +63,7 @@ impl Monitor {
             .current_dir("/")
             .spawn()?;
         let channel = Channel::new(ours);
-        channel.limit(FRAME_TIMEOUT)?;
+        channel.set_frame_timeout(FRAME_TIMEOUT)?;
         Ok(Self {
             channel,
             process: Mutex::new(process),
@@ -73,11 +73,11 @@ impl Monitor {
         })
     }
 
-    /// Starts a machine with all that is open for it. `lock` is a file that the monitor locks, so that others can find
-    /// its process. [`Event::Started`], [`Event::Stopped`] or [`Event::Failed`] follows.
+    /// Starts a machine with opened resources. The monitor locks the file `lock`, so that other processes can find the
+    /// monitor. [`Event::Started`], [`Event::Stopped`] or [`Event::Failed`] follows.
     ///
     /// # Errors
-    /// When a program that was started for the machine fails, the host refuses something, or the monitor is gone.
+    /// When a process that was started for a device fails, the host has no descriptor left, or the monitor has exited.
     pub fn start(
         &mut self,
         config: &Config,
@@ -85,36 +85,36 @@ impl Monitor {
         lock: Option<OwnedFd>,
         timeline: Timeline,
     ) -> Result<(), Error> {
-        self.hand_over(config, resources, lock, timeline, Request::Start)
+        self.send_start(config, resources, lock, timeline, Request::Start)
     }
 
-    /// Pre-boots a kernel for the machines of a configuration, and lets guests try it. The console, the payload and the
-    /// contents of the disks are not used. The kernel and the initrd are compared with their image's digests first, and
-    /// what was compared is booted. [`Event::Prebooted`] or [`Event::Failed`] follows.
+    /// Pre-boots a kernel for the machines of a configuration, and runs trial guests from it. The console, the payload and
+    /// the contents of the disks are not used. The digests of kernel and initrd are compared with the image's first, and
+    /// the compared copies are booted. [`Event::Prebooted`] or [`Event::Failed`] follows.
     ///
     /// # Errors
-    /// When the kernel or the initrd is not the one that its image names, a file cannot be opened or made, or the
-    /// monitor is gone.
+    /// When kernel or initrd do not match the image's digests, a file cannot be opened or created, or the monitor has
+    /// exited.
     pub fn start_preboot(&mut self, config: &Config, path: &Path) -> Result<PrebootDraft, Error> {
         config.validate()?;
         let config = capture::configuration(config, path);
         let digests = config.boot_source.image_digests.as_ref().ok_or(PrebootError::NotAnImage)?;
-        // A kernel or initrd is never larger than the memory that it is loaded into.
+        // A kernel or initrd that is larger than guest memory cannot be booted, and is not read to its end.
         let max = config.machine.mem_size_mib.saturating_mul(layout::MIB);
         let boot = verified::read(&config.boot_source, digests, max)?;
         let failed = |source| PrebootError::Write { path: path.into(), source };
-        let place = Place::of(path).map_err(failed)?;
-        let file = place.file_without_a_name().map_err(failed)?;
+        let destination = Destination::open(path).map_err(failed)?;
+        let file = destination.create_unnamed_file().map_err(failed)?;
         let copy = file.try_clone().map_err(failed)?;
         let kvm = Some(Hypervisor::open_descriptor()?);
-        let resources = Resources::open(&config, Behind::Root)?;
+        let resources = Resources::open(&config, Backing::Placeholder)?;
         let resources = Resources { kvm, boot: Some(boot), preboot: Some(copy), ..resources };
         let timeline = Timeline::starting_at(crate::timeline::Instant::now());
-        self.hand_over(&config, resources, None, timeline, Request::Preboot)?;
-        Ok(PrebootDraft { place, file, path: path.into() })
+        self.send_start(&config, resources, None, timeline, Request::Preboot)?;
+        Ok(PrebootDraft { destination, file, path: path.into() })
     }
 
-    fn hand_over(
+    fn send_start(
         &mut self,
         config: &Config,
         resources: Resources,
@@ -139,7 +139,7 @@ impl Monitor {
         add(Role::Lock, lock);
         for backend in backends {
             match backend {
-                Backend::File(file) | Backend::BlankOf(file) => add(Role::Device, Some(file.into())),
+                Backend::File(file) | Backend::Placeholder(file) => add(Role::Device, Some(file.into())),
                 Backend::Link(link) => add(Role::Device, Some(link)),
                 Backend::Listener(listener) => {
                     let socket = listener.as_fd().try_clone_to_owned();
@@ -168,71 +168,72 @@ impl Monitor {
         Ok(self.channel.send(&request(Box::new(start)), REQUEST_MAX, &descriptors)?)
     }
 
-    /// Stops the machine; [`Event::Stopped`] follows. A monitor that has ended ignores it.
+    /// Stops the machine; [`Event::Stopped`] follows. Has no effect if the monitor has exited.
     pub fn stop(&self) {
         let _ = self.channel.send(&Request::Stop, REQUEST_MAX, &[]);
     }
 
-    /// Changes the size of the guest's balloon, if it has one.
+    /// Sets the target size of the guest's balloon, if there is one.
     pub fn set_balloon(&self, mib: u64) {
         let _ = self.channel.send(&Request::SetBalloon(mib), REQUEST_MAX, &[]);
     }
 
-    /// Makes all vCPUs leave the guest and wait, and returns when they do. Devices still serve the host's side:
-    /// connections to the guest are accepted, and wait.
+    /// Pauses all vCPUs, and waits until they have left the guest. The host's side of the devices is still served:
+    /// connections to the guest are accepted, and wait for the guest.
     ///
     /// # Errors
-    /// When the monitor does not answer until then, or is gone.
+    /// When the monitor does not answer before `until`, or has exited.
     pub fn pause(&self, until: Instant) -> Result<(), ControlError> {
-        self.ask(&Request::Pause, until, |event| match event {
+        self.request(&Request::Pause, until, |event| match event {
             Event::Paused => Ok(()),
             event => Err(event),
         })
     }
 
-    /// Lets paused vCPUs enter the guest again.
+    /// Resumes paused vCPUs.
     ///
     /// # Errors
     /// As [`Self::pause`].
     pub fn resume(&self, until: Instant) -> Result<(), ControlError> {
-        self.ask(&Request::Resume, until, |event| match event {
+        self.request(&Request::Resume, until, |event| match event {
             Event::Resumed => Ok(()),
             event => Err(event),
         })
     }
 
-    /// Statistics of the machine.
+    /// Requests the statistics of the machine.
     ///
     /// # Errors
     /// As [`Self::pause`].
     pub fn statistics(&self, until: Instant) -> Result<Statistics, ControlError> {
-        self.ask(&Request::Statistics, until, |event| match event {
+        self.request(&Request::Statistics, until, |event| match event {
             Event::Statistics(statistics) => Ok(*statistics),
             event => Err(event),
         })
     }
 
-    /// Leaves the machine running after the end of this process. The monitor keeps `lock` open, a file whose flock(2)
-    /// says that the guest runs, and writes the exit status to the beginning of `status`, in decimal digits.
+    /// Detaches from the machine, which continues after this process has exited. The monitor keeps `lock` open, a file
+    /// whose flock(2) shows that the guest runs, and writes the exit status to the beginning of `status`, in decimal
+    /// digits.
     ///
     /// # Errors
-    /// When the monitor is gone.
+    /// When the monitor has exited.
     pub fn detach(self, lock: BorrowedFd<'_>, status: &File) -> Result<(), ControlError> {
         self.channel.send(&Request::Detach, REQUEST_MAX, &[lock, status.as_fd()])?;
-        // The servers of shared folders end with the monitor, and the vsock's socket stays in the guest's folder.
+        // The servers of shared folders exit with the monitor, and the vsock socket stays in the guest's directory.
         std::mem::forget(self);
         Ok(())
     }
 
-    /// Leaves the end of the process to itself, for a front that ends now: the machine stops, if it has not, when the
-    /// socket is closed.
-    pub fn leave(mut self) {
-        // The servers of shared folders end with the monitor; their end is not waited for.
+    /// Drops the handle without waiting for the monitor, for a front that exits now. The machine stops, if it still runs,
+    /// when the exit closes the socket.
+    pub fn forget(mut self) {
+        // The servers of shared folders exit with the monitor; waiting for them is not necessary.
         self.listeners.clear();
         std::mem::forget(self);
     }
 
-    /// A handle that stops the machine from another thread.
+    /// Creates a handle that stops the machine from another thread.
     ///
     /// # Errors
     /// When the host has no descriptor left.
@@ -240,69 +241,69 @@ impl Monitor {
         self.channel.try_clone().map(Stopper)
     }
 
-    /// Waits for the next event; readable is [`AsFd`].
+    /// Waits for the next event. The descriptor of [`AsFd`] is readable when an event arrives.
     ///
     /// # Errors
-    /// When the monitor is gone, or sends something that is no event.
+    /// When the monitor has exited, or sends an invalid event.
     pub fn next_event(&self) -> Result<Event, ControlError> {
         let mut events = lock(&self.events);
-        match events.kept() {
+        match events.pop() {
             Some(event) => Ok(event),
             None => self.receive(&mut events),
         }
     }
 
-    /// Waits for an event until a time; none where none arrived.
+    /// Waits for an event until a time. Returns `None` if none has arrived.
     ///
     /// # Errors
     /// As [`Self::next_event`].
     pub fn event_before(&self, until: Instant) -> Result<Option<Event>, ControlError> {
-        let is_there = lock(&self.events).has_kept() || wait_readable(self.channel.as_fd(), Some(until))?;
-        if is_there { self.next_event().map(Some) } else { Ok(None) }
+        let has_event = lock(&self.events).has_queued() || wait_readable(self.channel.as_fd(), Some(until))?;
+        if has_event { self.next_event().map(Some) } else { Ok(None) }
     }
 
-    /// Sends a request and waits for its answer. Other events are kept for [`Self::next_event`].
-    fn ask<T>(
+    /// Sends a request and waits for its answer. Other events are queued for [`Self::next_event`].
+    fn request<T>(
         &self,
         request: &Request,
         until: Instant,
         answer: impl Fn(Event) -> Result<T, Event>,
     ) -> Result<T, ControlError> {
         let mut events = lock(&self.events);
-        events.ask();
+        events.expect_answer();
         self.channel.send(request, REQUEST_MAX, &[])?;
         while wait_readable(self.channel.as_fd(), Some(until))? {
             match answer(self.receive(&mut events)?) {
                 Ok(answer) => return Ok(answer),
-                // The answer to an earlier request, which was not waited for that long.
+                // The answer to an earlier request whose wait has timed out.
                 Err(Event::Paused | Event::Resumed | Event::Statistics(_)) => {}
                 Err(event) => {
                     let is_last = matches!(event, Event::Stopped(_) | Event::Failed(_));
-                    events.keep(event);
+                    events.push(event);
                     if is_last {
                         return Err(ControlError::Ended);
                     }
                 }
             }
         }
-        Err(ControlError::Silent)
+        Err(ControlError::Timeout)
     }
 
     fn receive(&self, events: &mut Events) -> Result<Event, ControlError> {
         wait_readable(self.channel.as_fd(), None)?;
         match events.receive(&self.channel) {
-            Err(ControlError::Gone) => Err(self.why_gone()),
+            Err(ControlError::Disconnected) => Err(self.exit_cause()),
             result => result,
         }
     }
 
-    /// How the process ended that has closed its socket.
-    fn why_gone(&self) -> ControlError {
+    /// Why a monitor has closed its socket, from its exit status.
+    fn exit_cause(&self) -> ControlError {
         let mut process = lock(&self.process);
         match wait_or_kill(&mut process) {
             Some(status) if status.code() == Some(STATUS_FAILURE) => ControlError::Version,
-            Some(status) => status.signal().map_or(ControlError::Gone, ControlError::Killed),
-            None => ControlError::Stuck,
+            Some(status) => status.signal().map_or(ControlError::Disconnected, ControlError::Killed),
+            None => ControlError::StopTimeout,
         }
     }
 }
@@ -322,8 +323,8 @@ impl Drop for Monitor {
     }
 }
 
-/// Waits for a process's end, and kills a process that does not end: its guest may have taken it over. The status of one
-/// that ended by itself.
+/// Waits for a process to exit, and kills it after a timeout: the guest may have taken it over. Returns the status of a
+/// process that was not killed here.
 fn wait_or_kill(process: &mut Child) -> Option<ExitStatus> {
     let has_ended = pidfd_open(Pid::from_child(process), PidfdFlags::empty())
         .and_then(|fd| wait_readable(fd.as_fd(), Some(Instant::now() + STOP_TIMEOUT)))
@@ -335,7 +336,7 @@ fn wait_or_kill(process: &mut Child) -> Option<ExitStatus> {
     status.filter(|_| has_ended)
 }
 
-/// Stops a monitor's machine.
+/// Stops the machine of a monitor.
 #[derive(Debug)]
 pub struct Stopper(Channel);
 
@@ -346,22 +347,23 @@ impl Stopper {
     }
 }
 
-/// A pre-booted kernel that a monitor writes. Its file has no name, and is gone with this, until it is published.
+/// A pre-booted kernel that a monitor writes. Its file has no name before it is published: if the draft is dropped, the
+/// kernel deletes the file.
 #[must_use = "the file appears with `publish`"]
 #[derive(Debug)]
 pub struct PrebootDraft {
-    place: Place,
+    destination: Destination,
     file: File,
     path: PathBuf,
 }
 
 impl PrebootDraft {
-    /// Gives the file its name, whole and synced, after [`Event::Prebooted`].
+    /// Syncs the file and gives it its name, after [`Event::Prebooted`].
     ///
     /// # Errors
     /// When the file cannot be written.
     pub fn publish(self) -> Result<(), Error> {
         let failed = |source| PrebootError::Write { path: self.path.clone(), source };
-        Ok(self.place.publish(&self.file).map_err(failed)?)
+        Ok(self.destination.publish(&self.file).map_err(failed)?)
     }
 }

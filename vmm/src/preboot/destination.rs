@@ -1,4 +1,4 @@
-//! Where the file of a pre-booted kernel appears, whole or not at all.
+//! Creates the file of a pre-booted kernel atomically: it appears complete, or not at all.
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, mkdir, open, openat, renameat, unlinkat};
 use rustix::io::Errno;
@@ -9,15 +9,17 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-/// Where a file is to appear: a name in a folder that is no link, whoever the folder above belongs to.
+/// The directory and name of a file to create. The directory is never a symbolic link, which another user who can write to
+/// its parent could have placed there.
 #[derive(Debug)]
-pub(crate) struct Place {
+pub(crate) struct Destination {
     folder: OwnedFd,
     name: OsString,
 }
 
-impl Place {
-    pub(crate) fn of(path: &Path) -> io::Result<Self> {
+impl Destination {
+    /// Opens the directory of `path`, which is created if necessary.
+    pub(crate) fn open(path: &Path) -> io::Result<Self> {
         let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
         match mkdir(folder, Mode::from_raw_mode(0o755)) {
@@ -28,23 +30,24 @@ impl Place {
         Ok(Self { folder: open(folder, flags, Mode::empty())?, name })
     }
 
-    /// A file of which nothing is left where this program is stopped.
-    pub(crate) fn file_without_a_name(&self) -> io::Result<File> {
+    /// Creates an unnamed file (`O_TMPFILE`), which the kernel deletes if this program is killed.
+    pub(crate) fn create_unnamed_file(&self) -> io::Result<File> {
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
         let file = File::from(openat(&self.folder, ".", flags, Mode::from_raw_mode(0o644))?);
-        // Whatever the caller's mask: there is nothing in it that another user's guest could not tell him.
+        // The mode does not depend on the umask: the file contains nothing that the guest of another user could not read
+        // as well.
         file.set_permissions(Permissions::from_mode(0o644))?;
         Ok(file)
     }
 
-    /// Gives the file its name, in place of what has it, when all of it is on the disk.
+    /// Syncs the file, and gives it its name, in place of an existing file.
     pub(crate) fn publish(&self, file: &File) -> io::Result<()> {
-        /// Drafts that programs which were killed in this moment may have left.
+        /// Names of drafts to try: a process that was killed between link and rename leaves its draft.
         const ATTEMPTS: u32 = 100;
         file.sync_all()?;
         let open_file = format!("/proc/self/fd/{}", file.as_raw_fd());
         let mut draft = self.name.clone();
-        // A link cannot replace what is there, and a rename can.
+        // linkat(2) cannot replace an existing file, but renameat(2) can.
         for attempt in 0..ATTEMPTS {
             draft.clone_from(&self.name);
             draft.push(format!(".draft-{}-{attempt}", std::process::id()));
