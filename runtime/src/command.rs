@@ -4,7 +4,7 @@ use crate::environment;
 use crate::exec::{ExecError, ExecOptions};
 use crate::guest::Guest;
 use guest_protocol::agent::TerminalSize;
-use kindling_vmm::agent::{self, AgentError, News, Role};
+use kindling_vmm::agent::{self, AgentError, ProcessEvent, Role};
 use rustix::event::{PollFd, Timespec, poll};
 use rustix::io::Errno;
 use std::ffi::OsStr;
@@ -166,9 +166,9 @@ impl Command<'_> {
             Child { process, stdin: None, stdout: None, stderr: None, carriers: Vec::new(), status: None };
         match self.stdin.unwrap_or(input) {
             Stdio::Null => child.process.end_input(),
-            Stdio::Piped => child.stdin = Some(ChildStdin(child.process.place().connect(Role::Input)?)),
+            Stdio::Piped => child.stdin = Some(ChildStdin(child.process.address().connect(Role::Input)?)),
             Stdio::Inherit => {
-                let to = child.process.place().connect(Role::Input)?;
+                let to = child.process.address().connect(Role::Input)?;
                 // Nobody waits for it: nothing may ever come.
                 thread::spawn(move || carry(io::stdin(), &to));
             }
@@ -212,7 +212,7 @@ impl Child {
         to: Stdio,
         own: fn() -> W,
     ) -> Result<Option<UnixStream>, ProcessError> {
-        let stream = self.process.place().connect(role)?;
+        let stream = self.process.address().connect(role)?;
         let mut from = match to {
             Stdio::Piped => return Ok(Some(stream)),
             Stdio::Inherit | Stdio::Null => stream,
@@ -252,9 +252,9 @@ impl Child {
     /// When the guest has ended before the process.
     pub fn try_wait(&mut self) -> Result<Option<ExitStatus>, ProcessError> {
         while self.status.is_none() {
-            match self.process.news()? {
-                Some(News::Exited { status, .. }) => self.status = Some(ExitStatus(status)),
-                Some(News::HasOutput(_) | News::Started) => {}
+            match self.process.poll_event()? {
+                Some(ProcessEvent::Exited { status, .. }) => self.status = Some(ExitStatus(status)),
+                Some(ProcessEvent::HasOutput(_) | ProcessEvent::Started) => {}
                 None => break,
             }
         }
@@ -271,7 +271,7 @@ impl Child {
             if let Some(status) = self.try_wait()? {
                 break status;
             }
-            let (flags, limit) = self.process.wants();
+            let (flags, limit) = self.process.poll_interest();
             let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
             match poll(&mut [PollFd::new(&self.process, flags)], limit.as_ref()) {
                 Ok(_) | Err(Errno::INTR) => {}

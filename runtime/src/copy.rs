@@ -2,7 +2,7 @@
 
 use crate::guest::{Guest, GuestError};
 use guest_copy::{Destination, Failure, FailureKind, Sender, Source};
-use kindling_vmm::agent::{ANSWER_TIMEOUT, AgentError, News, Process, Role};
+use kindling_vmm::agent::{ANSWER_TIMEOUT, AgentError, Process, ProcessEvent, Role};
 use rustix::fs::Mode;
 use rustix::process::umask;
 use std::ffi::OsStr;
@@ -108,8 +108,8 @@ impl Guest {
         options: CopyOptions,
         started: impl FnOnce(&UnixStream) -> io::Result<()>,
     ) -> Result<Option<CopyError>, CopyError> {
-        let process = Process::fetch(&self.socket(), crate::token(), path, options.follows_link)?;
-        let stream = process.place().connect(Role::Output)?;
+        let process = Process::copy_out(&self.socket(), crate::token(), path, options.follows_link)?;
+        let stream = process.address().connect(Role::Output)?;
         started(&stream)?;
         fetch(options, &self.name, path, to, process, &stream)
     }
@@ -125,8 +125,8 @@ impl Guest {
         options: CopyOptions,
         started: impl FnOnce(&UnixStream) -> io::Result<()>,
     ) -> Result<Option<CopyError>, CopyError> {
-        let process = Process::bring(&self.socket(), crate::token(), to, options.keeps_owners)?;
-        let stream = process.place().connect(Role::Input)?;
+        let process = Process::copy_in(&self.socket(), crate::token(), to, options.keeps_owners)?;
+        let stream = process.address().connect(Role::Input)?;
         started(&stream)?;
         bring(options, &self.name, path, process, &stream)
     }
@@ -174,7 +174,7 @@ fn bring(
         }
         Err(failure) => {
             // When it has ended, it has removed what was half made.
-            while !matches!(process.wait_for_news(), Err(_) | Ok(News::Exited { .. })) {}
+            while !matches!(process.wait_for_event(), Err(_) | Ok(ProcessEvent::Exited { .. })) {}
             Err(CopyError::Here(failure))
         }
     }
@@ -194,15 +194,15 @@ fn mode_bits() -> u16 {
 fn verdict(name: &str, mut process: Process) -> Result<Option<CopyError>, CopyError> {
     let mut words = Vec::new();
     let status = loop {
-        match process.wait_for_news()? {
-            News::Exited { status, .. } => break status,
-            News::HasOutput(Role::Error) => {
-                let error = process.place().connect(Role::Error)?;
+        match process.wait_for_event()? {
+            ProcessEvent::Exited { status, .. } => break status,
+            ProcessEvent::HasOutput(Role::Error) => {
+                let error = process.address().connect(Role::Error)?;
                 error.set_read_timeout(Some(ANSWER_TIMEOUT))?;
                 // What breaks off is no failure that could be read.
                 let _ = error.take(Failure::MAX_LEN as u64 + 1).read_to_end(&mut words);
             }
-            News::HasOutput(_) | News::Started => {}
+            ProcessEvent::HasOutput(_) | ProcessEvent::Started => {}
         }
     };
     let name = name.to_owned();

@@ -400,7 +400,7 @@ fn the_end_of_the_guest_during_exec_is_reported_with_status_125() {
     guest.signal(libc::SIGKILL);
     assert_eq!(
         child.expect_end("exit status: 125").lines().collect::<Vec<_>>(),
-        ["kindling: the guest ended, or its agent hung up, before the process had ended"]
+        ["kindling: the guest ended, or its agent closed the connection, before the process had ended"]
     );
     // The guest ends with its payload, whatever else runs in it.
     let user = User::new();

@@ -3,7 +3,7 @@
 use super::outcome::StopCause;
 use super::signals::Signals;
 use kindling::log::{Log, Stream};
-use kindling::vmm::agent::{AgentError, Control, News, Place, Process, Role};
+use kindling::vmm::agent::{AgentError, Control, Process, ProcessAddress, ProcessEvent, Role};
 use kindling::vmm::control::{self, ControlError, Monitor};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use std::fs::File;
@@ -98,18 +98,18 @@ impl<'a> Service<'a> {
         loop {
             // Before anything is waited for: some of it may have been put back, and nothing follows it.
             while code.is_none() {
-                match process.news() {
+                match process.poll_event() {
                     Ok(None) => break,
-                    Ok(Some(News::Exited { status, .. })) => code = Some(Ok(status)),
-                    Ok(Some(News::HasOutput(role))) => {
+                    Ok(Some(ProcessEvent::Exited { status, .. })) => code = Some(Ok(status)),
+                    Ok(Some(ProcessEvent::HasOutput(role))) => {
                         let sink = if role == Role::Error { error.take() } else { output.take() };
-                        let place = process.place().clone();
+                        let address = process.address().clone();
                         if let Some(sink) = sink {
-                            writers.start(move || carry_output(&place, role, &sink)).map_err(lost)?;
+                            writers.start(move || carry_output(&address, role, &sink)).map_err(lost)?;
                         }
                     }
                     // Nobody asked, or has been told.
-                    Ok(Some(News::Started)) => {}
+                    Ok(Some(ProcessEvent::Started)) => {}
                     Err(error) => code = Some(Err(error)),
                 }
             }
@@ -122,11 +122,11 @@ impl<'a> Service<'a> {
                 // Nobody waits for input: it may come from a terminal at which nobody types any more.
                 Ready::Input => {
                     let (from, control) = (input.take(), process.control());
-                    let place = process.place().clone();
-                    drop(thread::spawn(move || from.map(|from| carry_input(from, &place, &control))));
+                    let address = process.address().clone();
+                    drop(thread::spawn(move || from.map(|from| carry_input(from, &address, &control))));
                 }
                 Ready::Writer => writers.take_note(),
-                Ready::News => {}
+                Ready::Process => {}
             }
         }
         code.unwrap_or(Err(AgentError::Lost))
@@ -134,24 +134,24 @@ impl<'a> Service<'a> {
 
     /// Waits until a process's program is executed, or cannot be: whether it was.
     pub(crate) fn wait_for_start(&mut self, process: &mut Process) -> Result<bool, AgentError> {
-        process.ask_for_start();
+        process.request_start_event();
         let mut earlier = Vec::new();
         let was_executed = loop {
-            match process.news()? {
+            match process.poll_event()? {
                 None => {
                     let _ =
                         self.wait(process, true, None, &Writers::default()).map_err(|_| AgentError::Lost)?;
                 }
-                Some(News::Started) => break true,
+                Some(ProcessEvent::Started) => break true,
                 Some(news) => {
                     earlier.push(news);
-                    if let News::Exited { was_executed, .. } = news {
+                    if let ProcessEvent::Exited { was_executed, .. } = news {
                         break was_executed;
                     }
                 }
             }
         };
-        process.put_back(earlier);
+        process.requeue(earlier);
         Ok(was_executed)
     }
 
@@ -163,16 +163,16 @@ impl<'a> Service<'a> {
         input: Option<&File>,
         writers: &Writers,
     ) -> io::Result<Ready> {
-        let (flags, limit) = process.wants();
+        let (flags, limit) = process.poll_interest();
         let watched = [
-            has_news.then(|| (process.as_fd(), flags, Ready::News)),
+            has_news.then(|| (process.as_fd(), flags, Ready::Process)),
             input.map(|input| (input.as_fd(), PollFlags::IN, Ready::Input)),
             writers.done.as_ref().map(|done| (done.as_fd(), PollFlags::IN, Ready::Writer)),
         ];
         let late = limit.filter(|_| has_news).map(|limit| Instant::now() + limit);
         let ready = self.wait_for(&watched.into_iter().flatten().collect::<Vec<_>>(), late, Some(process))?;
         // The process knows what it was too late for.
-        Ok(ready.unwrap_or(Ready::News))
+        Ok(ready.unwrap_or(Ready::Process))
     }
 
     /// Waits until one of these is ready, or for a time; signals and the time limit are heeded meanwhile.
@@ -229,7 +229,7 @@ impl<'a> Service<'a> {
 /// What there is to do.
 #[derive(Clone, Copy)]
 enum Ready {
-    News,
+    Process,
     Input,
     Writer,
 }
@@ -300,10 +300,10 @@ impl Writers {
 }
 
 /// Carries input to a process, which is connected to when there is some.
-fn carry_input(mut from: File, place: &Place, control: &Control) {
+fn carry_input(mut from: File, address: &ProcessAddress, control: &Control) {
     let mut buffer = vec![0; CHUNK];
     let Ok(mut count @ 1..) = read(&mut from, &mut buffer) else { return control.end_input() };
-    let Ok(mut to) = place.connect(Role::Input) else { return };
+    let Ok(mut to) = address.connect(Role::Input) else { return };
     while to.write_all(&buffer[..count]).is_ok() {
         match read(&mut from, &mut buffer) {
             Ok(next @ 1..) => count = next,
@@ -319,8 +319,8 @@ fn carry_input(mut from: File, place: &Place, control: &Control) {
 struct Undelivered(#[source] io::Error);
 
 /// Carries output until it ends. Where nobody takes it, whoever writes it learns so, as at a pipe.
-fn carry_output(place: &Place, role: Role, to: &Sink) {
-    let mut from = match place.connect(role) {
+fn carry_output(address: &ProcessAddress, role: Role, to: &Sink) {
+    let mut from = match address.connect(role) {
         Ok(from) => from,
         Err(error) => {
             // A guest that has ended says so elsewhere.

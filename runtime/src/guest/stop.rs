@@ -1,7 +1,7 @@
 //! The end of a guest: asked for, and then enforced.
 
 use super::{Guest, GuestError, Process};
-use kindling_vmm::agent::{self, News};
+use kindling_vmm::agent::{self, ProcessEvent};
 use kindling_vmm::config::{BootInfo, GuestConfig};
 use kindling_vmm::poll::wait_readable;
 use std::os::fd::AsFd;
@@ -88,8 +88,8 @@ impl StopRequest<'_> {
 /// Waits until a payload has exited, until its guest is gone, or until a time.
 fn wait_for_exit(mut payload: agent::Process, until: Instant) {
     loop {
-        match payload.news() {
-            Ok(Some(News::Exited { .. })) | Err(_) => return,
+        match payload.poll_event() {
+            Ok(Some(ProcessEvent::Exited { .. })) | Err(_) => return,
             Ok(Some(_)) => {}
             Ok(None) => match wait_readable(payload.as_fd(), Some(until)) {
                 Ok(true) => {}
