@@ -194,8 +194,8 @@ mod tests {
             (&["data:x"], "the last part must be an absolute path in the guest, ro or rw"),
             (&["data:/x:z"], "the last part must be an absolute path in the guest, ro or rw"),
             (&["data:/x:ro:ro"], "the last part must be an absolute path in the guest, ro or rw"),
-            (&["data:/"], "the guest's / is the image's"),
-            (&["data://./"], "the guest's / is the image's"),
+            (&["data:/"], "the guest's / is the image"),
+            (&["data://./"], "the guest's / is the image"),
             (&["data:/x/../y"], "the path in the guest contains .."),
             (&["a:/x/", "b:/x"], "--volume b:/x: the path in the guest is a mount point already"),
         ] {
