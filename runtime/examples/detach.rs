@@ -9,7 +9,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut words = std::env::args().skip(1);
     let image = Image::open(words.next().ok_or("name an image")?)?;
     let name = words.next().ok_or("name the guest")?;
-    let guest = Guest::builder(image).name(&name).memory_mib(128).start()?;
+    let mut guest = Guest::builder(image).name(&name).memory_mib(128).start()?;
     guest.pause()?;
     println!("paused: {}", guest.statistics()?.is_paused);
     // A command that is started while the guest is paused runs when the guest is resumed.
@@ -21,6 +21,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("paused: {}, then {status}", guest.statistics()?.is_paused);
     guest.detach()?;
     // The guest is found by its name, here and in other programs.
+    drop(guest);
     Guest::open_running(&name)?.command("touch").arg("/tmp/left").status()?;
     Ok(())
 }

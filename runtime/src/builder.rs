@@ -104,16 +104,18 @@ impl GuestBuilder {
     /// minutes.
     pub fn start(self) -> Result<Guest, LaunchError> {
         let mut monitor = launch::spawn_monitor()?;
-        let directory = GuestDir::create(self.name.as_deref())?;
+        let directory = GuestDir::create_embedded(self.name.as_deref())?;
         let mut result = start_in(&directory, &mut monitor, &self.image, &self.options);
         if let Err(LaunchError::Monitor(failure)) = &result
             && failure.is_restore_error
         {
             // A pre-booted kernel that cannot be used must not prevent the start: the guest boots its kernel instead.
-            drop(monitor);
-            monitor = launch::spawn_monitor()?;
             let options = LaunchOptions { is_cold: true, ..self.options };
-            result = start_in(&directory, &mut monitor, &self.image, &options);
+            result = launch::spawn_monitor().and_then(|new| {
+                // The first monitor ends here.
+                monitor = new;
+                start_in(&directory, &mut monitor, &self.image, &options)
+            });
         }
         match result.and_then(|timeline| Ok((timeline, Guest::open(directory.name())?))) {
             Ok((timeline, guest)) => {
@@ -138,14 +140,18 @@ fn start_in(
 ) -> Result<Timeline, LaunchError> {
     let timeline = Timeline::starting_at(Instant::now());
     let Plan { mut config, record } = options.plan(directory, image.prepared())?;
-    let mut resources = Resources::open_devices(&config)?;
+    let mut resources = match options.is_cold {
+        true => Resources::reopen_devices(&config)?,
+        false => Resources::open_devices(&config)?,
+    };
     directory.write(&record)?;
-    let until = std::time::Instant::now() + START_TIMEOUT;
     // A kernel that cannot be pre-booted is booted by the guest.
+    let until = std::time::Instant::now() + START_TIMEOUT;
     let next = |monitor: &Monitor| monitor.event_before(until)?.ok_or(ControlError::Timeout);
     let _ = launch::make_preboot(&config, next)?;
     let _ = resources.open_boot_files(&mut config)?;
     monitor.start(&config, resources, Some(directory.monitor_lock()?), timeline)?;
+    let until = std::time::Instant::now() + START_TIMEOUT;
     loop {
         match monitor.event_before(until).map_err(kindling_vmm::Error::from)? {
             Some(Event::Started(timeline)) => return Ok(timeline),

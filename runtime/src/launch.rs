@@ -329,9 +329,16 @@ pub fn preboot(
 ) -> Result<(), LaunchError> {
     let mut monitor = spawn_monitor()?;
     let draft = monitor.start_preboot(config, path)?;
-    match next_event(&monitor).map_err(kindling_vmm::Error::from)? {
-        Event::Prebooted => Ok(draft.publish()?),
-        Event::Failed(failure) => Err(LaunchError::Monitor(failure)),
-        _ => Err(kindling_vmm::Error::from(ControlError::Version).into()),
+    loop {
+        match next_event(&monitor).map_err(kindling_vmm::Error::from)? {
+            Event::Prebooted => break,
+            Event::Failed(failure) => return Err(LaunchError::Monitor(failure)),
+            // The reason of a failure that follows.
+            Event::DeviceFailed(_) => {}
+            _ => return Err(kindling_vmm::Error::from(ControlError::Version).into()),
+        }
     }
+    // The monitor does not write to the file any more when it appears.
+    drop(monitor);
+    Ok(draft.publish()?)
 }

@@ -2,7 +2,7 @@
 //! stop.
 
 use crate::bus::lock;
-use crate::control::{Control, Event, Request, Statistics};
+use crate::control::{Answer, Control, Event, Query, Request, Statistics};
 use crate::devices::console::EscapeFilter;
 use crate::devices::serial::SerialPort;
 use crate::devices::virtio::{Transport, Watcher};
@@ -91,8 +91,8 @@ pub(crate) struct EventLoop {
     input: Option<Input>,
     /// The connection to the front-end process, if there is one.
     control: Option<Control>,
-    /// Whether the front waits for all vCPUs to leave the guest.
-    is_pausing: bool,
+    /// The number of a query that waits for all vCPUs to leave the guest.
+    pausing: Option<u32>,
     /// Whether input waits for a port that was busy.
     retry: bool,
     devices: Vec<Arc<Mutex<Transport>>>,
@@ -130,7 +130,7 @@ impl EventLoop {
             epoll,
             input,
             control,
-            is_pausing: false,
+            pausing: None,
             retry: false,
             devices,
             files,
@@ -215,7 +215,7 @@ impl EventLoop {
         let earliest = self.deadlines.iter().flatten().min();
         let until = earliest.map(|deadline| deadline.0.saturating_sub(Instant::now().0));
         let retry = self.retry.then_some(RETRY_INTERVAL);
-        let kick = self.is_pausing.then_some(u64::from(KICK_INTERVAL.subsec_nanos()));
+        let kick = self.pausing.map(|_| u64::from(KICK_INTERVAL.subsec_nanos()));
         let nanoseconds = until.into_iter().chain(retry).chain(kick).min()?;
         let (seconds, rest) = (nanoseconds / 1_000_000_000, nanoseconds % 1_000_000_000);
         Some(Timespec { tv_sec: seconds.try_into().ok()?, tv_nsec: rest.try_into().ok()? })
@@ -250,39 +250,21 @@ impl EventLoop {
     /// Tells the front of a device that has failed, once. A failure on a vCPU's thread is reported with the device's next
     /// event, or with the machine's end.
     fn report_failure(&mut self, device: usize) {
-        if let Some(control) = &self.control
-            && !self.reported[device]
-            && let Some(failure) = lock(&self.devices[device]).failure()
-        {
+        let Some(control) = self.control.as_ref().filter(|_| !self.reported[device]) else { return };
+        let failure = lock(&self.devices[device]).failure();
+        if let Some(failure) = failure {
             control.send(&Event::DeviceFailed(failure));
             self.reported[device] = true;
         }
     }
 
-    /// Serves a request of the front; whether the machine continues. It stops when the front is gone, unless the front
-    /// detached it before, or sends something that is no request.
+    /// Serves a request of the front, and returns whether the machine continues. It stops if the front has closed the socket
+    /// without detaching before, or sends an invalid request.
     fn serve_control(&mut self, vcpus: &VcpuThreads) -> bool {
         let Some(control) = &mut self.control else { return true };
         match control.receive() {
-            Some(Request::Pause) => {
-                vcpus.pause();
-                vcpus.kick();
-                self.is_pausing = true;
-            }
-            Some(Request::Resume) => {
-                vcpus.resume();
-                self.is_pausing = false;
-                control.send(&Event::Resumed);
-            }
-            Some(Request::Statistics) => {
-                let device_failures = self.devices.iter().filter_map(|device| lock(device).failure());
-                let (is_paused, balloon) = (vcpus.is_paused(), control.balloon_statistics());
-                let statistics =
-                    Statistics { is_paused, balloon, device_failures: device_failures.collect() };
-                control.send(&Event::Statistics(Box::new(statistics)));
-            }
             Some(Request::SetBalloon(mib)) => control.set_balloon(mib),
-            Some(Request::Detach) => {}
+            Some(Request::Query(number, query)) => self.serve_query(number, query, vcpus),
             None if control.is_detached() => {
                 let _ = epoll::delete(&self.epoll, control.as_fd());
             }
@@ -291,14 +273,36 @@ impl EventLoop {
         true
     }
 
-    /// Tells the front when all vCPUs have left the guest after a request to pause, and interrupts those that have not.
-    fn finish_pause(&mut self, vcpus: &VcpuThreads) {
-        if !self.is_pausing {
-            return;
+    fn serve_query(&mut self, number: u32, query: Query, vcpus: &VcpuThreads) {
+        let Some(control) = &self.control else { return };
+        match query {
+            Query::Pause => {
+                vcpus.pause();
+                vcpus.kick();
+                self.pausing = Some(number);
+            }
+            Query::Resume => {
+                vcpus.resume();
+                self.pausing = None;
+                control.answer(number, Answer::Done);
+            }
+            Query::Statistics => {
+                let device_failures =
+                    self.devices.iter().filter_map(|device| lock(device).failure()).collect();
+                let (is_paused, balloon) = (vcpus.is_paused(), control.balloon_statistics());
+                let statistics = Statistics { is_paused, balloon, device_failures };
+                control.answer(number, Answer::Statistics(Box::new(statistics)));
+            }
+            Query::Detach => control.answer(number, Answer::Done),
         }
+    }
+
+    /// Answers a query to pause when all vCPUs have left the guest, and interrupts those that have not.
+    fn finish_pause(&mut self, vcpus: &VcpuThreads) {
+        let Some(number) = self.pausing else { return };
         if vcpus.is_paused() {
-            self.is_pausing = false;
-            self.control.iter().for_each(|control| control.send(&Event::Paused));
+            self.pausing = None;
+            self.control.iter().for_each(|control| control.answer(number, Answer::Done));
         } else {
             vcpus.kick();
         }

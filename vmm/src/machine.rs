@@ -86,7 +86,7 @@ impl Machine {
             // A failure to restore the pre-booted kernel must not prevent a boot.
             Err(Error::Preboot(refusal @ PrebootError::Restore { .. })) => {
                 let cold = Config { preboot: None, ..config.clone() };
-                let resources = Resources::open(&cold, Backing::Configured)?;
+                let resources = Resources::reopen_devices(&cold)?;
                 let machine = Self::with_resources(&cold, resources, timeline, Purpose::Run)?;
                 Ok(Self { preboot_refusal: Some(refusal), ..machine })
             }
@@ -149,7 +149,7 @@ impl Machine {
             (None, Some(descriptor)) => Hypervisor::from_descriptor(descriptor)?,
             (None, None) => Hypervisor::open()?,
         };
-        timeline.reached("KVM device_set");
+        timeline.reached("KVM opened");
 
         let vm = Vm::new(hypervisor, controllers)?;
         let created = Instant::now();

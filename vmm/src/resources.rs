@@ -16,6 +16,7 @@ use crate::preboot::file;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
 
 /// Which backends the devices of a configuration get.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,6 +103,22 @@ impl Resources {
     pub fn open_devices(config: &Config) -> Result<Self, Error> {
         config.validate()?;
         Self::open(config, Backing::Configured)
+    }
+
+    /// Opens the devices again for a second machine, after the first did not start. What was started for that one, such as
+    /// a passt with published ports, may take a moment to end.
+    ///
+    /// # Errors
+    /// Those of [`Self::open_devices`], if they last.
+    pub fn reopen_devices(config: &Config) -> Result<Self, Error> {
+        const INTERVAL: Duration = Duration::from_millis(10);
+        let until = Instant::now() + Duration::from_secs(1);
+        loop {
+            match Self::open_devices(config) {
+                Err(_) if Instant::now() < until => std::thread::sleep(INTERVAL),
+                result => return result,
+            }
+        }
     }
 
     /// Opens the kernel, the initrd, the pre-booted kernel and /dev/kvm. A pre-booted kernel that cannot be opened is

@@ -56,7 +56,7 @@ impl<'a> Session<'a> {
     }
 
     /// Pre-boots the kernel, unless a pre-booted one exists. If that fails, the guest boots its kernel. A signal meanwhile
-    /// ends this command and leaves no partial file.
+    /// ends this command, at the latest when a file is synced, and leaves no partial file.
     pub(super) fn preboot(&mut self) -> Result<(), LaunchError> {
         if self.arguments.cold {
             return Ok(());
@@ -81,9 +81,11 @@ impl<'a> Session<'a> {
         timeline: &Timeline,
     ) -> Result<Option<Outcome>, LaunchError> {
         let _terminal = (self.arguments.tty && !self.arguments.detach).then(RawTerminal::enter).flatten();
+        let seconds = self.arguments.timeout;
+        let deadline = seconds.map(|seconds| Instant::now() + Duration::from_secs(seconds));
         loop {
             self.start(&mut monitor, timeline.clone())?;
-            match self.serve(&monitor)? {
+            match self.serve(&monitor, deadline)? {
                 Served::Outcome(outcome) => {
                     let has_stopped = matches!(outcome.machine, MachineEnd::Stopped(_));
                     if has_stopped && self.config.devices.are_private() {
@@ -101,7 +103,7 @@ impl<'a> Session<'a> {
                     self.config.preboot = None;
                     drop(monitor);
                     monitor = launch::spawn_monitor()?;
-                    self.resources = Resources::open_devices(&self.config)?;
+                    self.resources = Resources::reopen_devices(&self.config)?;
                 }
             }
         }
@@ -118,7 +120,7 @@ impl<'a> Session<'a> {
     }
 
     /// Serves the guest's command, and waits for the machine's end unless it has no effect on the outcome.
-    fn serve(&mut self, monitor: &Monitor) -> Result<Served, LaunchError> {
+    fn serve(&mut self, monitor: &Monitor, deadline: Option<Instant>) -> Result<Served, LaunchError> {
         let stopper = monitor.stopper().map_err(|error| LaunchError::Host("duplicate a socket", error))?;
         let stopped_by = Cell::new(None);
         let mut stop = |cause| {
@@ -126,11 +128,13 @@ impl<'a> Session<'a> {
             stopper.stop();
         };
         let mut service = Service::new(&mut self.signals, &mut stop);
-        let seconds = self.arguments.timeout;
-        service.deadline = seconds.map(|seconds| Instant::now() + Duration::from_secs(seconds));
+        service.deadline = deadline;
         let mut machine = match await_agent(&mut service, monitor) {
             Err(failure) if failure.is_restore_error && self.config.preboot.is_some() => {
-                return Ok(Served::NoPreboot(failure.message));
+                match stopped_by.get() {
+                    None => return Ok(Served::NoPreboot(failure.message)),
+                    Some(_) => Some(MachineEnd::Lost(ControlError::Ended)),
+                }
             }
             result => result.map_err(LaunchError::Monitor)?,
         };

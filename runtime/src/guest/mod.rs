@@ -19,7 +19,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -78,7 +78,7 @@ pub struct GuestDir {
     /// The file whose lock identifies the front.
     _front: Option<OwnedFd>,
     /// A lock that keeps systemd-tmpfiles from removing an old directory in /tmp (tmpfiles.d(5)).
-    _keep: Option<OwnedFd>,
+    keep: Option<OwnedFd>,
 }
 
 const LOCK: &str = "lock";
@@ -101,23 +101,32 @@ impl GuestDir {
     /// # Errors
     /// When the name is invalid or taken, or the host cannot create the directory.
     pub fn create(name: Option<&str>) -> Result<Self, GuestError> {
+        Self::create_with(name, true)
+    }
+
+    /// The same for a guest of the calling program, which gets no signals for it.
+    pub(crate) fn create_embedded(name: Option<&str>) -> Result<Self, GuestError> {
+        Self::create_with(name, false)
+    }
+
+    fn create_with(name: Option<&str>, has_front: bool) -> Result<Self, GuestError> {
         let parent = runtime_directory()?;
         if let Some(name) = name {
             check_name(name)?;
-            return Self::make(&parent, name);
+            return Self::make(&parent, name, has_front);
         }
         loop {
             let mut bytes = [0; 4];
             // The name must be unused, but may be easy to guess.
             let _ = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
-            match Self::make(&parent, &format!("k{:08x}", u32::from_le_bytes(bytes))) {
+            match Self::make(&parent, &format!("k{:08x}", u32::from_le_bytes(bytes)), has_front) {
                 Err(GuestError::Taken { .. }) => {}
                 result => return result,
             }
         }
     }
 
-    fn make(parent: &Path, name: &str) -> Result<Self, GuestError> {
+    fn make(parent: &Path, name: &str, has_front: bool) -> Result<Self, GuestError> {
         let (folder, draft) = (parent.join(name), parent.join(temporary_name()));
         // Left by a killed process with the same process ID.
         let _ = std::fs::remove_dir_all(&draft);
@@ -127,7 +136,7 @@ impl GuestDir {
         let lock = trusted_path::lock_file(&path).map_err(host("create", &path))?;
         flock(&lock, FlockOperation::NonBlockingLockExclusive)
             .map_err(|error| host("lock", &path)(error.into()))?;
-        let front = lock_front(&draft.join(FRONT))?;
+        let front = has_front.then(|| lock_front(&draft.join(FRONT))).transpose()?;
         // The directory appears with its lock held, so that it is never mistaken for that of a dead guest. rename(2) does
         // not replace a directory that has entries.
         let result = rustix::fs::rename(&draft, &folder);
@@ -135,9 +144,7 @@ impl GuestDir {
             let _ = std::fs::remove_dir_all(&draft);
         }
         match result {
-            Ok(()) => {
-                Ok(Self { name: name.to_owned(), folder, lock, _front: Some(front), _keep: keep(parent) })
-            }
+            Ok(()) => Ok(Self { name: name.to_owned(), folder, lock, _front: front, keep: keep(parent) }),
             Err(Errno::EXIST | Errno::NOTEMPTY) => {
                 let is_alive = is_locked(&folder);
                 Err(GuestError::Taken { name: name.to_owned(), is_alive })
@@ -215,9 +222,9 @@ impl GuestDir {
         File::options().write(true).open(&path).map_err(host("open", &path))
     }
 
-    /// The file whose lock is held while the guest runs.
-    pub(crate) fn lock(&self) -> BorrowedFd<'_> {
-        self.lock.as_fd()
+    /// The files whose locks are held while the guest runs.
+    pub(crate) fn locks(&self) -> Vec<BorrowedFd<'_>> {
+        std::iter::once(self.lock.as_fd()).chain(self.keep.as_ref().map(AsFd::as_fd)).collect()
     }
 
     /// Removes the directory and releases the lock.
@@ -314,7 +321,7 @@ impl Guest {
             // Another process has removed the directory, and a new guest may have its name.
             return Err(GuestError::Unknown(self.name.clone()));
         }
-        Ok(GuestDir { name: self.name.clone(), folder: self.folder.clone(), lock, _front: None, _keep: None })
+        Ok(GuestDir { name: self.name.clone(), folder: self.folder.clone(), lock, _front: None, keep: None })
     }
 
     /// Returns the messages of a detached guest since its start: failed devices, and the report of a failure.
@@ -403,8 +410,14 @@ impl Guest {
 fn read_record(folder: &Path) -> GuestRecord {
     let text = std::fs::read(folder.join(RECORD)).unwrap_or_default();
     let record: GuestRecord = serde_json::from_slice(&text).unwrap_or_default();
-    let status = std::fs::read_to_string(folder.join(STATUS)).ok();
-    GuestRecord { status: status.and_then(|text| text.trim().parse().ok()), ..record }
+    GuestRecord { status: read_status(&folder.join(STATUS)), ..record }
+}
+
+/// Reads an exit status. The monitor of a detached guest, which the guest may have taken over, can write to the file.
+fn read_status(path: &Path) -> Option<u8> {
+    let mut text = String::new();
+    File::open(path).ok()?.take(NO_STATUS.len() as u64).read_to_string(&mut text).ok()?;
+    text.trim().parse().ok()
 }
 
 /// Creates and locks the file that identifies the front.
@@ -487,7 +500,7 @@ mod tests {
     #[test]
     fn a_directory_that_another_process_locks_has_no_front() {
         let parent = tempfile::tempdir().unwrap();
-        drop(GuestDir::make(parent.path(), "one").unwrap());
+        drop(GuestDir::make(parent.path(), "one", true).unwrap());
         let found = Guest::in_folder("one".to_owned(), parent.path().join("one"));
         let _taken = found.take().unwrap();
         assert!(found.front().unwrap().is_none());
@@ -501,11 +514,11 @@ mod tests {
         let parent = tempfile::tempdir().unwrap();
         let parent = parent.path();
         let found = || Guest::in_folder("one".to_owned(), parent.join("one"));
-        let taken = || match GuestDir::make(parent, "one") {
+        let taken = || match GuestDir::make(parent, "one", true) {
             Err(GuestError::Taken { is_alive, .. }) => is_alive,
             result => panic!("{result:?}"),
         };
-        let instance = GuestDir::make(parent, "one").unwrap();
+        let instance = GuestDir::make(parent, "one", true).unwrap();
         assert!(found().is_alive && taken());
         assert!(matches!(found().take(), Err(GuestError::Runs(_))));
         instance.write(&GuestRecord { status: None, vcpus: 7, ..GuestRecord::default() }).unwrap();
@@ -522,6 +535,6 @@ mod tests {
         before.take().unwrap().remove();
         assert_eq!(parent.read_dir().unwrap().count(), 0);
         assert!(matches!(before.take(), Err(GuestError::Unknown(_))));
-        drop(GuestDir::make(parent, "one").unwrap());
+        drop(GuestDir::make(parent, "one", true).unwrap());
     }
 }

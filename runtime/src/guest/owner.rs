@@ -1,8 +1,9 @@
 //! Guests that belong to the calling program, and end with it unless they are detached.
 
-use super::{Guest, GuestDir, GuestError};
+use super::{Guest, GuestDir, GuestError, GuestRecord};
 use kindling_vmm::Timeline;
 use kindling_vmm::control::{Monitor, Statistics};
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 /// Time limit for the monitor's response to a request.
@@ -60,25 +61,35 @@ impl Guest {
     }
 
     /// Detaches the guest from the calling program, so that it continues to run after the program's end. [`Guest::open`]
-    /// finds it by its name, and so do `kindling ps`, `exec`, `stop` and `rm`.
+    /// finds it by its name, and so do `kindling ps`, `exec`, `stop` and `rm`. This `Guest` stays usable, as one that was
+    /// opened by its name. A thread of the program reaps the monitor.
     ///
     /// # Errors
-    /// When another process started the guest, its monitor has ended, or a file of its directory cannot be written.
-    pub fn detach(mut self) -> Result<(), GuestError> {
+    /// When another process started the guest, the guest has ended, or a file of its directory cannot be written. The guest
+    /// then still belongs to the program.
+    pub fn detach(&mut self) -> Result<(), GuestError> {
         let not_owned = || GuestError::NotOwned(self.name.clone());
-        let mut owner = self.owner.take().ok_or_else(not_owned)?;
-        let (Some(monitor), Some(directory)) = (owner.monitor.take(), owner.directory.take()) else {
+        let owner = self.owner.as_mut().ok_or_else(not_owned)?;
+        let (Some(monitor), Some(directory)) = (&mut owner.monitor, &owner.directory) else {
             return Err(not_owned());
         };
-        self.record.is_kept = true;
-        let status = directory.write(&self.record).and_then(|()| directory.status_file());
-        match status {
-            Ok(status) => Ok(monitor.detach(directory.lock(), &status)?),
-            Err(error) => {
-                (owner.monitor, owner.directory) = (Some(monitor), Some(directory));
-                Err(error)
-            }
+        let mut record = GuestRecord { is_kept: true, ..self.record.clone() };
+        directory.write(&record)?;
+        let detached = directory.status_file().and_then(|status| {
+            let until = Instant::now() + ANSWER_TIMEOUT;
+            Ok(monitor.detach(status.as_fd(), &directory.locks(), until)?)
+        });
+        if let Err(error) = detached {
+            record.is_kept = false;
+            // If the old record cannot be restored, the directory stays when the guest is killed.
+            let _ = directory.write(&record);
+            return Err(error);
         }
+        self.record = record;
+        // The directory stays.
+        owner.directory = None;
+        self.owner = None;
+        Ok(())
     }
 
     fn owned_monitor(&self) -> Result<&Monitor, GuestError> {

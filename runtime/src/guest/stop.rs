@@ -7,6 +7,8 @@ use kindling_vmm::poll::wait_readable;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
+/// Minimum time for a guest to end after its last payload has exited.
+const UNMOUNT_TIMEOUT: Duration = Duration::from_secs(2);
 const SIGTERM: u8 = 15;
 const SIGKILL: u8 = 9;
 
@@ -78,8 +80,11 @@ impl StopRequest<'_> {
     /// # Errors
     /// Those of [`Guest::kill`].
     pub fn wait(self, until: Instant) -> Result<bool, GuestError> {
+        let mut until = until;
         if let Some(payload) = self.payload {
             wait_for_exit(payload, until);
+            // The guest unmounts its volumes when the payload's connection is closed, which may have waited for others.
+            until = until.max(Instant::now() + UNMOUNT_TIMEOUT);
         }
         let has_ended = self.process.as_ref().is_none_or(|process| process.wait(Some(until)));
         if !has_ended {

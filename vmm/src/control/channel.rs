@@ -1,6 +1,7 @@
 //! Frames with descriptors over a Unix stream socket: the length in four bytes, little endian, then the value. The
 //! descriptors are attached to the first byte (SCM_RIGHTS, unix(7)).
 
+use crate::poll::wait_readable;
 use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
@@ -12,7 +13,7 @@ use std::io::{self, IoSlice, IoSliceMut, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Maximum number of descriptors of a frame: two for each of the maximum number of devices, and those of the machine.
 const MAX_DESCRIPTORS: usize = 64;
@@ -63,26 +64,30 @@ impl From<postcard::Error> for ControlError {
 
 /// One end of the socket.
 #[derive(Debug)]
-pub(super) struct Channel(UnixStream);
+pub(super) struct Channel {
+    socket: UnixStream,
+    /// Limit of the time between the first byte of a received frame and the last.
+    frame_timeout: Option<Duration>,
+}
 
 impl Channel {
     pub(super) const fn new(socket: UnixStream) -> Self {
-        Self(socket)
+        Self { socket, frame_timeout: None }
+    }
+
+    /// An end that does not trust the other: a received frame must be complete after this time.
+    pub(super) const fn with_frame_timeout(socket: UnixStream, timeout: Duration) -> Self {
+        Self { socket, frame_timeout: Some(timeout) }
     }
 
     /// Duplicates the handle of this end.
     pub(super) fn try_clone(&self) -> io::Result<Self> {
-        self.0.try_clone().map(Self)
-    }
-
-    /// Limits how long [`Self::receive`] waits for the rest of a frame whose first byte has arrived.
-    pub(super) fn set_frame_timeout(&self, timeout: Duration) -> io::Result<()> {
-        self.0.set_read_timeout(Some(timeout))
+        Ok(Self { socket: self.socket.try_clone()?, ..*self })
     }
 
     /// Shuts down both directions, for all handles.
     pub(super) fn shut_down(&self) -> io::Result<()> {
-        self.0.shutdown(std::net::Shutdown::Both)
+        self.socket.shutdown(std::net::Shutdown::Both)
     }
 
     /// Sends a value, with duplicates of descriptors.
@@ -92,6 +97,26 @@ impl Channel {
         max: usize,
         descriptors: &[BorrowedFd<'_>],
     ) -> Result<(), ControlError> {
+        self.send_with(value, max, descriptors, SendFlags::NOSIGNAL)
+    }
+
+    /// The same without waiting: an end that does not read is [`ControlError::Timeout`].
+    pub(super) fn try_send(
+        &self,
+        value: &impl Serialize,
+        max: usize,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<(), ControlError> {
+        self.send_with(value, max, descriptors, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)
+    }
+
+    fn send_with(
+        &self,
+        value: &impl Serialize,
+        max: usize,
+        descriptors: &[BorrowedFd<'_>],
+        flags: SendFlags,
+    ) -> Result<(), ControlError> {
         let mut frame = postcard::to_extend(value, vec![0; HEADER_LEN])?;
         let length = frame.len() - HEADER_LEN;
         if length > max {
@@ -99,11 +124,12 @@ impl Channel {
         }
         frame[..HEADER_LEN].copy_from_slice(&u32::try_from(length).unwrap_or(u32::MAX).to_le_bytes());
         let mut sent =
-            if descriptors.is_empty() { 0 } else { self.send_with_descriptors(&frame, descriptors)? };
+            if descriptors.is_empty() { 0 } else { self.send_with_descriptors(&frame, descriptors, flags)? };
         while sent < frame.len() {
             // A closed socket is an error here, not a SIGPIPE.
-            match retry_on_intr(|| send(&self.0, &frame[sent..], SendFlags::NOSIGNAL)) {
+            match retry_on_intr(|| send(&self.socket, &frame[sent..], flags)) {
                 Err(Errno::PIPE | Errno::CONNRESET) => return Err(ControlError::Disconnected),
+                Err(Errno::AGAIN) => return Err(ControlError::Timeout),
                 result => sent += result?,
             }
         }
@@ -115,15 +141,17 @@ impl Channel {
         &self,
         frame: &[u8],
         descriptors: &[BorrowedFd<'_>],
+        flags: SendFlags,
     ) -> Result<usize, ControlError> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         if !control.push(SendAncillaryMessage::ScmRights(descriptors)) {
             return Err(ControlError::TooLong(descriptors.len()));
         }
-        let mut first = || sendmsg(&self.0, &[IoSlice::new(frame)], &mut control, SendFlags::NOSIGNAL);
+        let mut first = || sendmsg(&self.socket, &[IoSlice::new(frame)], &mut control, flags);
         match retry_on_intr(&mut first) {
             Err(Errno::PIPE | Errno::CONNRESET) => Err(ControlError::Disconnected),
+            Err(Errno::AGAIN) => Err(ControlError::Timeout),
             result => Ok(result?),
         }
     }
@@ -138,13 +166,14 @@ impl Channel {
         if count == 0 {
             return Ok(None);
         }
-        self.read_exact(&mut head[count..])?;
+        let deadline = self.frame_timeout.map(|timeout| Instant::now() + timeout);
+        self.read_exact(&mut head[count..], deadline)?;
         let length = usize::try_from(u32::from_le_bytes(head)).unwrap_or(usize::MAX);
         if length > max {
             return Err(ControlError::TooLong(length));
         }
         let mut bytes = vec![0; length];
-        self.read_exact(&mut bytes)?;
+        self.read_exact(&mut bytes, deadline)?;
         // Trailing bytes mean another version.
         let (value, rest) = postcard::take_from_bytes(&bytes)?;
         if rest.is_empty() { Ok(Some((value, descriptors))) } else { Err(ControlError::Version) }
@@ -154,7 +183,7 @@ impl Channel {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let mut receive =
-            || recvmsg(&self.0, &mut [IoSliceMut::new(head)], &mut control, RecvFlags::CMSG_CLOEXEC);
+            || recvmsg(&self.socket, &mut [IoSliceMut::new(head)], &mut control, RecvFlags::CMSG_CLOEXEC);
         let message = match retry_on_intr(&mut receive) {
             Err(Errno::CONNRESET) => return Ok((0, Vec::new())),
             result => result?,
@@ -166,17 +195,25 @@ impl Channel {
         Ok((message.bytes, messages.flatten().collect()))
     }
 
-    fn read_exact(&self, bytes: &mut [u8]) -> Result<(), ControlError> {
-        match (&self.0).read_exact(bytes) {
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Err(ControlError::Disconnected),
-            result => Ok(result?),
+    fn read_exact(&self, mut bytes: &mut [u8], deadline: Option<Instant>) -> Result<(), ControlError> {
+        while !bytes.is_empty() {
+            if deadline.is_some() && !wait_readable(self.socket.as_fd(), deadline)? {
+                return Err(ControlError::Timeout);
+            }
+            match (&self.socket).read(bytes) {
+                Ok(0) => return Err(ControlError::Disconnected),
+                Ok(count) => bytes = &mut bytes[count..],
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error.into()),
+            }
         }
+        Ok(())
     }
 }
 
 impl AsFd for Channel {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.socket.as_fd()
     }
 }
 
@@ -233,7 +270,7 @@ mod tests {
             (&[4, 0, 0, 0, 2, b'a', b'b', 0], "different versions"),
         ] {
             let (front, monitor) = pair();
-            (&front.0).write_all(bytes).unwrap();
+            (&front.socket).write_all(bytes).unwrap();
             drop(front);
             let message = monitor.receive::<String>(MAX - 1).unwrap_err().to_string();
             assert!(message.contains(expected), "{message:?} should say {expected:?}");
@@ -242,5 +279,21 @@ mod tests {
         assert!(matches!(front.send(&"xy", 2, &[]), Err(ControlError::TooLong(3))));
         drop(monitor);
         assert!(matches!(front.send(&"xy", 3, &[]), Err(ControlError::Disconnected)));
+    }
+
+    #[test]
+    fn a_frame_that_arrives_byte_by_byte_has_a_time_limit() {
+        let (front, monitor) = UnixStream::pair().unwrap();
+        let front = Channel::with_frame_timeout(front, Duration::from_millis(50));
+        // The length of a frame without its bytes, from an end that stays open.
+        (&monitor).write_all(&[200, 0, 0, 0, 1]).unwrap();
+        assert!(matches!(front.receive::<String>(MAX), Err(ControlError::Timeout)));
+    }
+
+    #[test]
+    fn an_end_that_does_not_read_keeps_nobody_waiting() {
+        let (front, _monitor) = pair();
+        let mut results = std::iter::repeat_with(|| front.try_send(&"request", MAX, &[])).take(1 << 20);
+        assert!(matches!(results.find(Result::is_err), Some(Err(ControlError::Timeout))));
     }
 }

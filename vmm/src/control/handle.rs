@@ -1,7 +1,7 @@
 //! The monitor's connection to its front while the machine runs.
 
 use super::channel::Channel;
-use super::{BalloonStatistics, EVENT_MAX, Event, REQUEST_MAX, Request};
+use super::{Answer, BalloonStatistics, EVENT_MAX, Event, Query, REQUEST_MAX, Request};
 use crate::devices::virtio::balloon;
 use crate::error::Error;
 use std::fs::File;
@@ -20,10 +20,10 @@ pub(crate) struct Control {
 /// The files that a front passes to its monitor when it detaches.
 #[derive(Debug)]
 struct Detached {
-    /// Its lock shows that the guest runs.
-    _lock: OwnedFd,
     /// Receives the exit status.
     status: File,
+    /// Their locks show that the guest runs.
+    _kept: Vec<OwnedFd>,
 }
 
 impl AsFd for Control {
@@ -44,10 +44,10 @@ impl Control {
 
     /// Receives a request that has arrived. Returns `None` if the front has closed the socket, or sends an invalid frame.
     pub(crate) fn receive(&mut self) -> Option<Request> {
-        let (request, descriptors) = self.channel.receive(REQUEST_MAX).ok().flatten()?;
-        if matches!(request, Request::Detach) {
-            let [lock, status] = <[OwnedFd; 2]>::try_from(descriptors).ok()?;
-            self.detached = Some(Detached { _lock: lock, status: status.into() });
+        let (request, mut descriptors) = self.channel.receive(REQUEST_MAX).ok().flatten()?;
+        if matches!(request, Request::Query(_, Query::Detach)) {
+            let kept = descriptors.split_off(1.min(descriptors.len()));
+            self.detached = Some(Detached { status: descriptors.pop()?.into(), _kept: kept });
         }
         Some(request)
     }
@@ -60,6 +60,11 @@ impl Control {
     /// Sends an event. Errors are ignored, because [`Self::receive`] reports a closed socket.
     pub(crate) fn send(&self, event: &Event) {
         let _ = self.channel.send(event, EVENT_MAX, &[]);
+    }
+
+    /// Answers a query.
+    pub(crate) fn answer(&self, number: u32, answer: Answer) {
+        self.send(&Event::Answer(number, answer));
     }
 
     /// Writes the exit status to the guest's directory, if the front has detached.

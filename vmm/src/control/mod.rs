@@ -30,17 +30,34 @@ pub(crate) enum Request {
     Preboot(Box<Start>),
     /// Stop the machine. Closing the socket has the same effect, unless the front has detached.
     Stop,
+    /// Set the target size of the balloon, in MiB.
+    SetBalloon(u64),
+    /// Do something and answer, with the same number.
+    Query(u32, Query),
+}
+
+/// A request that is answered.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+pub(crate) enum Query {
     /// Make all vCPUs leave the guest and wait. The host's side of the devices is still served.
     Pause,
     /// Let the vCPUs enter the guest again.
     Resume,
     /// Report statistics.
     Statistics,
-    /// Continue when the socket is closed. Two descriptors are attached: a file whose lock the front holds, and the file
-    /// for the exit status.
+    /// Continue when the socket is closed. Descriptors are attached: the file for the exit status, and files whose locks
+    /// the monitor keeps.
     Detach,
-    /// Set the target size of the balloon, in MiB.
-    SetBalloon(u64),
+}
+
+/// The answer to a [`Query`].
+#[derive(Debug, Deserialize, Serialize)]
+#[non_exhaustive]
+pub enum Answer {
+    /// It is done.
+    Done,
+    /// The statistics.
+    Statistics(Box<Statistics>),
 }
 
 /// A machine to start. Its descriptors are attached to the frame.
@@ -84,12 +101,8 @@ pub enum Event {
     /// The guest's agent accepts connections. The timeline contains the steps up to the first entry into the guest;
     /// [`Self::Stopped`] has the guest's own steps.
     Started(Timeline),
-    /// All vCPUs have left the guest.
-    Paused,
-    /// The vCPUs continue.
-    Resumed,
-    /// The answer to a request for statistics.
-    Statistics(Box<Statistics>),
+    /// The answer to the query of this number.
+    Answer(u32, Answer),
     /// A device has failed, for this reason. Each device is reported at most once.
     DeviceFailed(String),
     /// The machine has stopped. The last event.

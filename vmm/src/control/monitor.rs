@@ -3,8 +3,8 @@
 use super::channel::Channel;
 use super::{Control, ControlError, EVENT_MAX, Event, Failure, REQUEST_MAX, Request, Role, Start};
 use crate::boot::BootFiles;
-use crate::config::Config;
 use crate::config::devices::DeviceConfig;
+use crate::config::{Config, Console};
 use crate::devices::virtio::fs::Server;
 use crate::devices::virtio::vsock::Listener;
 use crate::entry;
@@ -18,6 +18,9 @@ use rustix::fs::{FlockOperation, fcntl_lock};
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
+
+/// Exit status of a guest that failed.
+const STATUS_FAILURE: u8 = 125;
 
 /// Serves a first request with its descriptors until the machine has ended.
 type Serve = fn(Start, Vec<OwnedFd>, &Channel) -> Result<(), Error>;
@@ -64,7 +67,8 @@ fn run(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result<(),
     machine.control = Some(control);
     let (exit, stopped) = machine.start()?.wait_for_end();
     // If the front has closed the socket, the machine has stopped for that reason, and there is no receiver.
-    let status = exit.reason.status();
+    // What `kindling run` ends with in the same case.
+    let status = if exit.reason.is_failure() { STATUS_FAILURE } else { exit.reason.status() };
     let _ = channel.send(&Event::Stopped(Box::new(exit)), EVENT_MAX, &[]);
     stopped.control().iter().for_each(|control| control.write_exit_status(status));
     stopped.leave_to_kernel();
@@ -116,14 +120,21 @@ impl Received {
             }
         }
         let kernel = kernel.ok_or_else(|| missing("receive a descriptor of the kernel"))?;
+        // Paths in the configuration are not opened here, nor are this process's standard streams the console's.
+        let has_initrd = config.boot_source.initrd_path.is_some();
+        if has_initrd != initrd.is_some() || config.console != Console::Null {
+            return Err(missing("receive descriptors of the initrd and the console"));
+        }
         resources.boot = Some(BootFiles { kernel, initrd });
-        // Paths in the configuration are not opened here: only the front's descriptors are used.
         if resources.kvm.is_none() || config.preboot.is_some() != resources.preboot.is_some() {
             return Err(missing("receive descriptors of KVM and the pre-booted kernel"));
         }
         let mut devices = devices.into_iter();
         for device in config.devices.iter() {
             resources.backends.push(backend(&device, backing, &mut devices)?);
+        }
+        if devices.next().is_some() {
+            return Err(missing("find a device for each descriptor"));
         }
         Ok(Self { resources, _lock: lock })
     }

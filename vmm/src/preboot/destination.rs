@@ -1,13 +1,13 @@
 //! Creates the file of a pre-booted kernel atomically: it appears complete, or not at all.
 
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, mkdir, open, openat, renameat, unlinkat};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, mkdir, open, openat, renameat, rmdir, unlinkat};
 use rustix::io::Errno;
 use std::ffi::OsString;
 use std::fs::{File, Permissions};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// The directory and name of a file to create. The directory is never a symbolic link, which another user who can write to
 /// its parent could have placed there.
@@ -15,6 +15,16 @@ use std::path::Path;
 pub(crate) struct Destination {
     folder: OwnedFd,
     name: OsString,
+    /// The path of the directory, if it was created for this file.
+    created: Option<PathBuf>,
+}
+
+/// Removes a directory that was created for a file, unless the file is there.
+impl Drop for Destination {
+    fn drop(&mut self) {
+        // A directory that is not empty is not removed.
+        let _ = self.created.take().map(rmdir);
+    }
 }
 
 impl Destination {
@@ -22,12 +32,13 @@ impl Destination {
     pub(crate) fn open(path: &Path) -> io::Result<Self> {
         let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
-        match mkdir(folder, Mode::from_raw_mode(0o755)) {
-            Ok(()) | Err(Errno::EXIST) => {}
+        let created = match mkdir(folder, Mode::from_raw_mode(0o755)) {
+            Ok(()) => Some(folder.to_owned()),
+            Err(Errno::EXIST) => None,
             Err(error) => return Err(error.into()),
-        }
+        };
         let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        Ok(Self { folder: open(folder, flags, Mode::empty())?, name })
+        Ok(Self { folder: open(folder, flags, Mode::empty())?, name, created })
     }
 
     /// Creates an unnamed file (`O_TMPFILE`), which the kernel deletes if this program is killed.

@@ -3,7 +3,7 @@
 mod events;
 
 use super::channel::Channel;
-use super::{ControlError, Event, REQUEST_MAX, Request, Role, Start, Statistics};
+use super::{Answer, ControlError, Event, Query, REQUEST_MAX, Request, Role, Start, Statistics};
 use crate::bus::lock;
 use crate::config::{Config, ConfigError};
 use crate::devices::virtio::fs::Server;
@@ -40,12 +40,14 @@ const STATUS_FAILURE: i32 = 125;
 #[derive(Debug)]
 pub struct Monitor {
     channel: Channel,
-    process: Mutex<Child>,
+    /// `None` when the process is left to a thread that reaps it.
+    process: Mutex<Option<Child>>,
     /// The servers of shared folders. They exit with the guest.
     servers: Vec<Server>,
     /// The Unix sockets of vsock devices. Dropping one removes its file.
     listeners: Vec<Listener>,
     events: Mutex<Events>,
+    is_detached: bool,
 }
 
 impl Monitor {
@@ -62,14 +64,13 @@ impl Monitor {
             .env_clear()
             .current_dir("/")
             .spawn()?;
-        let channel = Channel::new(ours);
-        channel.set_frame_timeout(FRAME_TIMEOUT)?;
         Ok(Self {
-            channel,
-            process: Mutex::new(process),
+            channel: Channel::with_frame_timeout(ours, FRAME_TIMEOUT),
+            process: Mutex::new(Some(process)),
             servers: Vec::new(),
             listeners: Vec::new(),
             events: Mutex::default(),
+            is_detached: false,
         })
     }
 
@@ -170,12 +171,12 @@ impl Monitor {
 
     /// Stops the machine; [`Event::Stopped`] follows. Has no effect if the monitor has exited.
     pub fn stop(&self) {
-        let _ = self.channel.send(&Request::Stop, REQUEST_MAX, &[]);
+        let _ = self.channel.try_send(&Request::Stop, REQUEST_MAX, &[]);
     }
 
     /// Sets the target size of the guest's balloon, if there is one.
     pub fn set_balloon(&self, mib: u64) {
-        let _ = self.channel.send(&Request::SetBalloon(mib), REQUEST_MAX, &[]);
+        let _ = self.channel.try_send(&Request::SetBalloon(mib), REQUEST_MAX, &[]);
     }
 
     /// Pauses all vCPUs, and waits until they have left the guest. The host's side of the devices is still served:
@@ -184,10 +185,7 @@ impl Monitor {
     /// # Errors
     /// When the monitor does not answer before `until`, or has exited.
     pub fn pause(&self, until: Instant) -> Result<(), ControlError> {
-        self.request(&Request::Pause, until, |event| match event {
-            Event::Paused => Ok(()),
-            event => Err(event),
-        })
+        self.query(Query::Pause, &[], until).map(drop)
     }
 
     /// Resumes paused vCPUs.
@@ -195,10 +193,7 @@ impl Monitor {
     /// # Errors
     /// As [`Self::pause`].
     pub fn resume(&self, until: Instant) -> Result<(), ControlError> {
-        self.request(&Request::Resume, until, |event| match event {
-            Event::Resumed => Ok(()),
-            event => Err(event),
-        })
+        self.query(Query::Resume, &[], until).map(drop)
     }
 
     /// Requests the statistics of the machine.
@@ -206,22 +201,26 @@ impl Monitor {
     /// # Errors
     /// As [`Self::pause`].
     pub fn statistics(&self, until: Instant) -> Result<Statistics, ControlError> {
-        self.request(&Request::Statistics, until, |event| match event {
-            Event::Statistics(statistics) => Ok(*statistics),
-            event => Err(event),
-        })
+        match self.query(Query::Statistics, &[], until)? {
+            Answer::Statistics(statistics) => Ok(*statistics),
+            Answer::Done => Err(ControlError::Version),
+        }
     }
 
-    /// Detaches from the machine, which continues after this process has exited. The monitor keeps `lock` open, a file
-    /// whose flock(2) shows that the guest runs, and writes the exit status to the beginning of `status`, in decimal
-    /// digits.
+    /// Detaches from the machine, which continues when this is dropped, and after this process has exited. The monitor
+    /// writes the exit status to the beginning of `status`, in decimal digits, and keeps the files in `kept` open, whose
+    /// flock(2) locks show that the guest runs. A thread of this process reaps the monitor.
     ///
     /// # Errors
-    /// When the monitor has exited.
-    pub fn detach(self, lock: BorrowedFd<'_>, status: &File) -> Result<(), ControlError> {
-        self.channel.send(&Request::Detach, REQUEST_MAX, &[lock, status.as_fd()])?;
-        // The servers of shared folders exit with the monitor, and the vsock socket stays in the guest's directory.
-        std::mem::forget(self);
+    /// When the machine has ended, or the monitor does not answer before `until`.
+    pub fn detach(
+        &mut self,
+        status: BorrowedFd<'_>,
+        kept: &[BorrowedFd<'_>],
+        until: Instant,
+    ) -> Result<(), ControlError> {
+        self.query(Query::Detach, &[&[status], kept].concat(), until)?;
+        self.is_detached = true;
         Ok(())
     }
 
@@ -246,11 +245,7 @@ impl Monitor {
     /// # Errors
     /// When the monitor has exited, or sends an invalid event.
     pub fn next_event(&self) -> Result<Event, ControlError> {
-        let mut events = lock(&self.events);
-        match events.pop() {
-            Some(event) => Ok(event),
-            None => self.receive(&mut events),
-        }
+        self.event(None).and_then(|event| event.ok_or(ControlError::Timeout))
     }
 
     /// Waits for an event until a time. Returns `None` if none has arrived.
@@ -258,39 +253,58 @@ impl Monitor {
     /// # Errors
     /// As [`Self::next_event`].
     pub fn event_before(&self, until: Instant) -> Result<Option<Event>, ControlError> {
-        let has_event = lock(&self.events).has_queued() || wait_readable(self.channel.as_fd(), Some(until))?;
-        if has_event { self.next_event().map(Some) } else { Ok(None) }
+        self.event(Some(until))
     }
 
-    /// Sends a request and waits for its answer. Other events are queued for [`Self::next_event`].
-    fn request<T>(
-        &self,
-        request: &Request,
-        until: Instant,
-        answer: impl Fn(Event) -> Result<T, Event>,
-    ) -> Result<T, ControlError> {
-        let mut events = lock(&self.events);
-        events.expect_answer();
-        self.channel.send(request, REQUEST_MAX, &[])?;
-        while wait_readable(self.channel.as_fd(), Some(until))? {
-            match answer(self.receive(&mut events)?) {
-                Ok(answer) => return Ok(answer),
-                // The answer to an earlier request whose wait has timed out.
-                Err(Event::Paused | Event::Resumed | Event::Statistics(_)) => {}
-                Err(event) => {
-                    let is_last = matches!(event, Event::Stopped(_) | Event::Failed(_));
-                    events.push(event);
-                    if is_last {
-                        return Err(ControlError::Ended);
-                    }
+    /// Waits for an event. The lock of the events is not held meanwhile, so that queries of other threads are answered.
+    fn event(&self, until: Option<Instant>) -> Result<Option<Event>, ControlError> {
+        loop {
+            let mut events = lock(&self.events);
+            if let Some(event) = events.pop() {
+                return Ok(Some(event));
+            }
+            if wait_readable(self.channel.as_fd(), Some(Instant::now()))? {
+                match self.receive(&mut events)? {
+                    // The answer to a query whose wait has timed out.
+                    Event::Answer(..) => continue,
+                    event => return Ok(Some(event)),
                 }
+            }
+            drop(events);
+            if !wait_readable(self.channel.as_fd(), until)? {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Sends a query and waits for its answer. Other events are queued for [`Self::next_event`].
+    fn query(
+        &self,
+        query: Query,
+        descriptors: &[BorrowedFd<'_>],
+        until: Instant,
+    ) -> Result<Answer, ControlError> {
+        let mut events = lock(&self.events);
+        if events.is_over() {
+            return Err(ControlError::Ended);
+        }
+        let number = events.new_query();
+        self.channel.try_send(&Request::Query(number, query), REQUEST_MAX, descriptors)?;
+        while wait_readable(self.channel.as_fd(), Some(until))? {
+            match self.receive(&mut events)? {
+                Event::Answer(answered, answer) if answered == number => return Ok(answer),
+                // The answer to an earlier query whose wait has timed out.
+                Event::Answer(..) => {}
+                event => events.push(event),
+            }
+            if events.is_over() {
+                return Err(ControlError::Ended);
             }
         }
         Err(ControlError::Timeout)
     }
 
     fn receive(&self, events: &mut Events) -> Result<Event, ControlError> {
-        wait_readable(self.channel.as_fd(), None)?;
         match events.receive(&self.channel) {
             Err(ControlError::Disconnected) => Err(self.exit_cause()),
             result => result,
@@ -299,8 +313,7 @@ impl Monitor {
 
     /// Why a monitor has closed its socket, from its exit status.
     fn exit_cause(&self) -> ControlError {
-        let mut process = lock(&self.process);
-        match wait_or_kill(&mut process) {
+        match lock(&self.process).as_mut().and_then(wait_or_kill) {
             Some(status) if status.code() == Some(STATUS_FAILURE) => ControlError::Version,
             Some(status) => status.signal().map_or(ControlError::Disconnected, ControlError::Killed),
             None => ControlError::StopTimeout,
@@ -316,11 +329,24 @@ impl AsFd for Monitor {
 
 impl Drop for Monitor {
     fn drop(&mut self) {
-        self.stop();
+        let process = lock(&self.process).take();
+        if self.is_detached {
+            let servers = self.servers.drain(..).filter_map(Server::release);
+            reap(process.into_iter().chain(servers).collect());
+            self.listeners.drain(..).for_each(Listener::release);
+            return;
+        }
         self.listeners.clear();
         let _ = self.channel.shut_down();
-        wait_or_kill(&mut lock(&self.process));
+        process.map(|mut process| wait_or_kill(&mut process));
     }
+}
+
+/// Waits for the exit of child processes that end by themselves, in a thread.
+fn reap(processes: Vec<Child>) {
+    let wait = move || processes.into_iter().for_each(|mut process| drop(process.wait()));
+    // Without a thread they stay zombies until this process exits.
+    let _ = std::thread::Builder::new().name("reaper".to_owned()).spawn(wait);
 }
 
 /// Waits for a process to exit, and kills it after a timeout: the guest may have taken it over. Returns the status of a
@@ -343,7 +369,7 @@ pub struct Stopper(Channel);
 impl Stopper {
     /// As [`Monitor::stop`].
     pub fn stop(&self) {
-        let _ = self.0.send(&Request::Stop, REQUEST_MAX, &[]);
+        let _ = self.0.try_send(&Request::Stop, REQUEST_MAX, &[]);
     }
 }
 

@@ -67,6 +67,11 @@ impl Server {
         Ok([self.socket.try_clone()?.into(), messages.try_clone()?])
     }
 
+    /// Closes this handle of a server that another process uses, and returns the child process, which exits with that one.
+    pub(crate) fn release(mut self) -> Option<Child> {
+        self.process.take()
+    }
+
     /// A server in this process, for tests and fuzzing.
     #[cfg(any(test, fuzzing))]
     #[must_use]

@@ -69,6 +69,11 @@ impl Listener {
         self.socket.try_clone().map(Self::from_descriptor)
     }
 
+    /// Closes this handle of a socket that another process serves, and keeps its path.
+    pub(crate) fn release(mut self) {
+        self.path = None;
+    }
+
     /// Accepts the next connection; `None` when there is none.
     pub(super) fn accept(&self) -> io::Result<Option<UnixStream>> {
         match accept_with(&self.socket, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC) {
