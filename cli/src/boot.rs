@@ -1,9 +1,10 @@
-//! `kindling boot`: one machine from start to end.
+//! `kindling boot`: runs a virtual machine in this process.
 
 use crate::devices::DeviceArguments;
 use crate::terminal::RawTerminal;
 use crate::{
-    STATUS_BAD_REQUEST, STATUS_FAILURE, bytes, complain, complain_of_machine, report, signals, tell,
+    STATUS_BAD_REQUEST, STATUS_FAILURE, bytes, print_error, print_machine_error, print_stderr, report,
+    signals,
 };
 use clap::{ArgGroup, Args};
 use kindling::vmm::config::image::Image;
@@ -16,78 +17,77 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// The console that is this process's standard input and output, and the default.
+/// The default of `--console`: standard input and output.
 pub(crate) const STDIO: &str = "stdio";
 
 #[derive(Args, Debug, Default, PartialEq, Eq)]
 #[command(group(ArgGroup::new("what").required(true).args(["image", "kernel", "config_file"])))]
 pub(crate) struct Arguments {
-    /// Folder made by `cargo xtask build-image`
+    /// Image: a directory made by `cargo xtask build-image`
     #[arg(long, value_name = "DIR")]
     pub(crate) image: Option<PathBuf>,
-    /// Kernel: an uncompressed vmlinux, or a bzImage
+    /// Kernel: an uncompressed vmlinux or a bzImage
     #[arg(long, value_name = "FILE")]
     pub(crate) kernel: Option<PathBuf>,
-    /// Firecracker's JSON: boot source, machine and devices
+    /// Configuration file of Firecracker (JSON), with boot source, machine and devices
     #[arg(long, value_name = "FILE")]
     pub(crate) config_file: Option<PathBuf>,
-    /// Initramfs; replaces the image's root filesystem or the file's initramfs
+    /// Initramfs [default: the root filesystem of the image, or the initramfs of the configuration file]
     #[arg(long, value_name = "FILE")]
     pub(crate) initrd: Option<PathBuf>,
-    /// Kernel command line; replaces the image's or the file's
+    /// Kernel command line [default: that of the image or of the configuration file]
     #[arg(long, value_name = "TEXT")]
     pub(crate) cmdline: Option<String>,
-    /// Memory of the guest in MiB [default: 128]
+    /// Memory in MiB [default: 128]
     #[arg(long, value_name = "MIB")]
     pub(crate) memory: Option<u64>,
-    /// Virtual processors, 1 to 16 [default: 1]
+    /// Number of vCPUs, 1 to 16 [default: 1]
     #[arg(long, value_name = "N")]
     pub(crate) vcpus: Option<u64>,
-    /// Where the serial console leads: stdio, null or a file, which keeps the last 8 to 16 MiB
+    /// Serial console: stdio, null, or a file, which keeps the last 8 to 16 MiB of output
     #[arg(long, value_name = "stdio|null|FILE", default_value = STDIO)]
     pub(crate) console: PathBuf,
     #[command(flatten)]
     pub(crate) devices: DeviceArguments,
-    /// Environment entry of the command, NAME=VALUE; may be repeated
+    /// Set an environment variable of the command (repeatable)
     #[arg(long, short = 'e', value_name = "NAME=VALUE")]
     pub(crate) env: Vec<OsString>,
     /// Working directory of the command
     #[arg(long, short = 'w', value_name = "DIR")]
     pub(crate) workdir: Option<OsString>,
-    /// User and group of the command, as numbers
+    /// User and group of the command, as numbers [default group: the number of the user]
     #[arg(long, short = 'u', value_name = "UID[:GID]", value_parser = parse_user)]
     pub(crate) user: Option<(u32, u32)>,
     /// Hostname of the guest
     #[arg(long, value_name = "NAME")]
     pub(crate) hostname: Option<OsString>,
-    /// Compare the digests of the image's files with its image.json before booting
+    /// Verify the digests of the image's files before the boot
     #[arg(long, conflicts_with_all = ["kernel", "config_file"])]
     pub(crate) verify: bool,
-    /// Boot the kernel even where `kindling preboot` has done so
+    /// Boot the kernel even if there is a pre-booted one
     #[arg(long)]
     pub(crate) cold: bool,
-    /// Print when each step of the boot was reached
+    /// Print the times of the boot's steps on standard error at the end
     #[arg(long)]
     pub(crate) report: bool,
-    /// Write the same as JSON to a file
+    /// Write the report to a file, as JSON
     #[arg(long, value_name = "FILE")]
     pub(crate) report_json: Option<PathBuf>,
-    /// Write a JSON of where the boot's time went: the report, every exit, the kernel's log
+    /// Profile the boot, and write a file with the report, every exit and the kernel's log, as JSON
     #[arg(long, value_name = "FILE")]
     pub(crate) profile: Option<PathBuf>,
-    /// With --profile: look at this interval where the guest is, in microseconds
+    /// With --profile: sample the guest's instruction pointer at this interval, in microseconds
     #[arg(long, value_name = "US", requires = "profile",
           value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
     pub(crate) sample: Option<u64>,
-    /// With --profile: record the first calls of these functions of an image's kernel, a hexadecimal
-    /// address of its System.map on each line
+    /// With --profile: record the first calls of kernel functions; the file has a hexadecimal address of the image's
+    /// System.map on each line
     #[arg(long, value_name = "FILE", requires = "profile")]
     pub(crate) profile_functions: Option<PathBuf>,
-    /// CLOCK_MONOTONIC in nanoseconds when the caller started this command; the report counts
-    /// from there
+    /// Start of the report's times: CLOCK_MONOTONIC in nanoseconds [default: the start of kindling]
     #[arg(long, value_name = "NS")]
     pub(crate) started_at: Option<u64>,
-    /// Command that init runs instead of its greeting
+    /// Command and arguments [default: the command of the image, or a greeting]
     #[arg(last = true, value_name = "COMMAND")]
     pub(crate) command: Vec<OsString>,
 }
@@ -102,7 +102,7 @@ pub(crate) fn parse_user(text: &str) -> Result<(u32, u32), String> {
     }
 }
 
-/// Boots, waits, reports.
+/// Boots, waits for the end, and reports. Returns the exit status.
 pub(crate) fn run(arguments: &Arguments, entered: Instant) -> u8 {
     let start = arguments.started_at.map_or(entered, Instant);
     let mut timeline = Timeline::starting_at(start);
@@ -110,7 +110,7 @@ pub(crate) fn run(arguments: &Arguments, entered: Instant) -> u8 {
     match boot(arguments, timeline) {
         Ok(exit) => finish(arguments, &exit),
         Err(error) => {
-            complain_of_machine(&error);
+            print_machine_error(&error);
             if error.is_user_error() { STATUS_BAD_REQUEST } else { STATUS_FAILURE }
         }
     }
@@ -123,15 +123,15 @@ fn boot(arguments: &Arguments, timeline: Timeline) -> Result<Exit, Error> {
     }
     let machine = Machine::new(&config, timeline)?;
     if let Some(refusal) = machine.preboot_refusal() {
-        complain(refusal);
+        print_error(refusal);
         let MachineConfig { vcpu_count, mem_size_mib } = config.machine;
-        tell(&format!(
+        print_stderr(&format!(
             "kindling: booting without it; `kindling preboot --image ... --vcpus {vcpu_count} --memory \
              {mem_size_mib}`, with the same devices, makes a new one\n"
         ));
     }
     for warning in &warnings {
-        tell(&format!("kindling: {}\n", report::printable(warning)));
+        print_stderr(&format!("kindling: {}\n", report::printable(warning)));
     }
     let running = machine.start()?;
     let stop = running.stop_handle()?;
@@ -139,19 +139,19 @@ fn boot(arguments: &Arguments, timeline: Timeline) -> Result<Exit, Error> {
         .map_err(|source| Error::Host { what: "install signal handlers", source })?;
     let terminal = (config.console == Console::Stdio).then(RawTerminal::enter).flatten();
     signals::explain_bus_errors(running.backing_files());
-    let (exit, stopped) = running.wait_for_end();
+    let (exit, remains) = running.wait_for_end();
     drop(terminal);
-    stopped.leave_to_kernel();
+    remains.leave_to_kernel();
     Ok(exit)
 }
 
 fn finish(arguments: &Arguments, exit: &Exit) -> u8 {
-    tell(&report::device_failures(exit));
+    print_stderr(&report::device_failures(exit));
     if exit.reason.is_failure() {
-        tell(&report::failure(exit));
+        print_stderr(&report::failure(exit));
     }
     if arguments.report {
-        tell(&report::timeline(exit));
+        print_stderr(&report::timeline(exit));
     }
     let files = [
         (&arguments.report_json, report::json as fn(&Exit) -> String),
@@ -160,7 +160,7 @@ fn finish(arguments: &Arguments, exit: &Exit) -> u8 {
     for (path, text) in files.into_iter().filter_map(|(path, text)| Some((path.as_ref()?, text))) {
         if let Err(error) = std::fs::write(path, text(exit)) {
             let line = format!("kindling: cannot write {}: {error}", path.display());
-            tell(&(report::printable(&line) + "\n"));
+            print_stderr(&(report::printable(&line) + "\n"));
             return STATUS_FAILURE;
         }
     }
@@ -171,7 +171,7 @@ fn finish(arguments: &Arguments, exit: &Exit) -> u8 {
 }
 
 impl Arguments {
-    /// The configuration that these arguments ask for.
+    /// The configuration of the machine.
     fn config(&self) -> Result<FileConfig, ConfigError> {
         let FileConfig { mut config, warnings } = self.base()?;
         if let Some(path) = &self.initrd {
@@ -189,8 +189,8 @@ impl Arguments {
             config.machine.vcpu_count = u8::try_from(count).map_err(|_| ConfigError::VcpuCount(count))?;
         }
         self.devices.add_to(&mut config.devices)?;
-        // With another root filesystem or command line the kernel is not the one that was booted, and whoever
-        // wants to know that the image's files are whole does not want to run a copy of their content.
+        // A pre-booted kernel has another root filesystem and command line in its memory, and is a copy of the image's
+        // files that --verify does not check.
         let is_cold = self.cold || self.verify || self.initrd.is_some() || self.cmdline.is_some();
         if let Some(image) = self.image.as_ref().filter(|_| !is_cold) {
             config.preboot = Some(Image::preboot_path(image, &config.machine, &config.devices));
@@ -211,7 +211,7 @@ impl Arguments {
         Ok(FileConfig { config, warnings })
     }
 
-    /// What the image, the configuration file or the kernel alone ask for.
+    /// The configuration of the image, the configuration file or the kernel, without the other arguments.
     fn base(&self) -> Result<FileConfig, ConfigError> {
         if let Some(path) = &self.config_file {
             return config::from_json_file(path);
@@ -229,7 +229,7 @@ impl Arguments {
         Ok(FileConfig { config, warnings: Vec::new() })
     }
 
-    /// What the guest runs: what its image does, and what these arguments put in its place.
+    /// The configuration for init: that of the image, overridden by the arguments.
     fn guest(&self, mut guest: GuestConfig) -> GuestConfig {
         if !self.command.is_empty() {
             guest.arguments = self.command.iter().map(bytes).collect();

@@ -1,8 +1,8 @@
-//! `kindling cp`: files into a guest that runs, or from there, by the rules of `docker cp`.
+//! `kindling cp`: copies files between a running guest and the host, by the rules of `docker cp`.
 
 use crate::run::StopCause;
 use crate::run::signals::{self, Signals};
-use crate::{STATUS_BAD_REQUEST, bytes, complain};
+use crate::{STATUS_BAD_REQUEST, bytes, print_error};
 use clap::Args;
 use kindling::copy::{CopyError, CopyOptions};
 use kindling::guest::Guest;
@@ -17,28 +17,28 @@ use std::thread;
 
 #[derive(Args, Debug, PartialEq, Eq)]
 pub(crate) struct Arguments {
-    /// Keep users and groups, by their numbers; else things are root's in a guest, and the caller's here
+    /// Preserve user and group IDs; otherwise root owns copies in a guest, and the caller owns copies on the host
     #[arg(long, short = 'a')]
     archive: bool,
-    /// Copy what SOURCE leads to where it is a link
+    /// Follow SOURCE if it is a symbolic link
     #[arg(long, short = 'L')]
     follow_link: bool,
-    /// File or directory, of a guest as NAME:PATH; DIR/. is what is in a directory
+    /// File or directory, or NAME:PATH of a guest; DIR/. is the content of a directory
     source: OsString,
-    /// Where it goes, in a guest as NAME:PATH: into a directory that is there, or to a new name
+    /// Existing directory or new path, or NAME:PATH of a guest
     destination: OsString,
 }
 
-/// The exit status of a copy that failed.
+/// Exit status of a copy that failed.
 const STATUS_FAILED: u8 = 1;
 
 #[derive(Debug, thiserror::Error)]
 enum CpError {
-    #[error("either SOURCE or DESTINATION is NAME:PATH, of a guest and a path in it")]
-    NotOne,
-    #[error("a tar stream cannot be copied: - is no file")]
-    Stream,
-    #[error("{0:?} names no path")]
+    #[error("either SOURCE or DESTINATION must be NAME:PATH, a path in a guest")]
+    NotOneGuest,
+    #[error("- is not a path; a tar stream cannot be copied")]
+    TarStream,
+    #[error("{0:?} has no path")]
     Empty(OsString),
     #[error(transparent)]
     Copy(#[from] CopyError),
@@ -47,31 +47,31 @@ enum CpError {
 impl CpError {
     fn status(&self) -> u8 {
         match self {
-            Self::NotOne | Self::Stream | Self::Empty(_) => STATUS_BAD_REQUEST,
-            Self::Copy(CopyError::Guest(error)) => crate::status(error.is_users()),
-            Self::Copy(error) if error.is_users() => STATUS_BAD_REQUEST,
+            Self::NotOneGuest | Self::TarStream | Self::Empty(_) => STATUS_BAD_REQUEST,
+            Self::Copy(CopyError::Guest(error)) => crate::status(error.is_user_error()),
+            Self::Copy(error) if error.is_user_error() => STATUS_BAD_REQUEST,
             Self::Copy(_) => STATUS_FAILED,
         }
     }
 }
 
-/// Copies; the exit status.
+/// Copies files. Returns the exit status.
 pub(crate) fn run(arguments: &Arguments) -> u8 {
     let interruption = match Interruption::watch() {
         Ok(interruption) => interruption,
         Err(error) => {
-            complain(&CopyError::Host(error));
+            print_error(&CopyError::Host(error));
             return STATUS_FAILED;
         }
     };
     let result = execute(arguments, &interruption);
     match (interruption.signal(), result) {
-        (0, Ok(left_out)) => {
-            left_out.iter().for_each(|note| complain(note));
+        (0, Ok(skipped)) => {
+            skipped.iter().for_each(|note| print_error(note));
             0
         }
         (0, Err(error)) => {
-            complain(&error);
+            print_error(&error);
             error.status()
         }
         (signal, _) => 128_u8.saturating_add(signal),
@@ -80,32 +80,33 @@ pub(crate) fn run(arguments: &Arguments) -> u8 {
 
 fn execute(arguments: &Arguments, interruption: &Interruption) -> Result<Option<CopyError>, CpError> {
     let options = CopyOptions { keeps_owners: arguments.archive, follows_link: arguments.follow_link };
-    let (source, destination) = (Place::of(&arguments.source)?, Place::of(&arguments.destination)?);
+    let (source, destination) = (Location::of(&arguments.source)?, Location::of(&arguments.destination)?);
     let guest = |name: &str| Guest::open_running(name).map_err(CopyError::from);
-    let ends = |stream: &UnixStream| interruption.ends(stream);
+    let started = |stream: &UnixStream| interruption.shuts_down(stream);
     match (&source, &destination) {
-        (Place::Guest(name, path), Place::Here(to)) => {
-            Ok(guest(name)?.copy_out_with(path, to, options, ends)?)
+        (Location::Guest(name, path), Location::Host(to)) => {
+            Ok(guest(name)?.copy_out_with(path, to, options, started)?)
         }
-        (Place::Here(path), Place::Guest(name, to)) => {
-            Ok(guest(name)?.copy_in_with(path, to, options, ends)?)
+        (Location::Host(path), Location::Guest(name, to)) => {
+            Ok(guest(name)?.copy_in_with(path, to, options, started)?)
         }
-        _ => Err(CpError::NotOne),
+        _ => Err(CpError::NotOneGuest),
     }
 }
 
-/// Where something is.
+/// A path of the host, or of a guest.
 #[derive(Debug, PartialEq, Eq)]
-enum Place {
-    Here(Vec<u8>),
+enum Location {
+    Host(Vec<u8>),
     Guest(String, Vec<u8>),
 }
 
-impl Place {
-    /// A path with a colon is of a guest, unless it begins like a path or has a slash before the colon.
+impl Location {
+    /// Parses an argument. One with a colon is a path of a guest, unless it starts with `.` or `/`, or has a slash before
+    /// the colon.
     fn of(word: &OsString) -> Result<Self, CpError> {
         if word == "-" {
-            return Err(CpError::Stream);
+            return Err(CpError::TarStream);
         }
         let word = bytes(word);
         let empty = || CpError::Empty(OsStr::from_bytes(&word).to_owned());
@@ -122,12 +123,13 @@ impl Place {
                 let name = String::from_utf8_lossy(&word[..at]).into_owned();
                 Ok(Self::Guest(name, path_in_guest(path)))
             }
-            _ => Ok(Self::Here(word)),
+            _ => Ok(Self::Host(word)),
         }
     }
 }
 
-/// An absolute path without `.` and `..`; whether it ends in `/` or `/.` stays, because it says what is meant.
+/// Normalizes a path of a guest: absolute, without `.` and `..`. An end of `/` or `/.` is kept, because it is significant
+/// to the rules of `docker cp`.
 fn path_in_guest(path: &[u8]) -> Vec<u8> {
     let mut names: Vec<&[u8]> = Vec::new();
     for name in path.split(|&byte| byte == b'/') {
@@ -145,26 +147,27 @@ fn path_in_guest(path: &[u8]) -> Vec<u8> {
     [b"/", &names.join(&b'/')[..], end].concat()
 }
 
-/// Signals that end this command: it then hangs up, and both ends take away what is half made.
+/// Termination signals of a copy: the first shuts the connection down, and both ends then remove partial files.
 #[derive(Debug)]
 struct Interruption {
-    by: Arc<AtomicU8>,
+    /// Number of the last signal; 0 without one.
+    received: Arc<AtomicU8>,
     stream: Arc<OnceLock<UnixStream>>,
 }
 
 impl Interruption {
-    /// Before any other thread is started.
+    /// Blocks and watches the signals. Must be called before other threads are started.
     fn watch() -> io::Result<Self> {
-        let (by, stream) = (Arc::<AtomicU8>::default(), Arc::<OnceLock<UnixStream>>::default());
-        let mut signals = Signals::keep(false)?;
-        let this = Self { by: Arc::clone(&by), stream: Arc::clone(&stream) };
+        let (received, stream) = (Arc::<AtomicU8>::default(), Arc::<OnceLock<UnixStream>>::default());
+        let mut signals = Signals::block(false)?;
+        let this = Self { received: Arc::clone(&received), stream: Arc::clone(&stream) };
         thread::spawn(move || {
             loop {
                 let signal = signals.wait_for_end();
-                match (by.swap(signal, Ordering::AcqRel), stream.get()) {
+                match (received.swap(signal, Ordering::AcqRel), stream.get()) {
                     (0, Some(stream)) => drop(stream.shutdown(Shutdown::Both)),
-                    // Nothing has begun, or whoever sends it does not want to wait any more.
-                    _ => signals::leave(StopCause::Signal(signal)),
+                    // There is no connection yet, or this is the second signal.
+                    _ => signals::exit(StopCause::Signal(signal)),
                 }
             }
         });
@@ -172,11 +175,11 @@ impl Interruption {
     }
 
     fn signal(&self) -> u8 {
-        self.by.load(Ordering::Acquire)
+        self.received.load(Ordering::Acquire)
     }
 
-    /// Ends a process's stream, as soon as there is a signal.
-    fn ends(&self, stream: &UnixStream) -> Result<(), io::Error> {
+    /// Sets the connection that a signal shuts down.
+    fn shuts_down(&self, stream: &UnixStream) -> Result<(), io::Error> {
         let _ = self.stream.set(stream.try_clone()?);
         Ok(())
     }
@@ -187,27 +190,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_colon_makes_a_guest() {
-        let guest = |name: &str, path: &[u8]| Place::Guest(name.to_owned(), path.to_vec());
-        let here = |path: &str| Place::Here(path.as_bytes().to_vec());
-        for (word, place) in [
+    fn a_colon_separates_guest_and_path() {
+        let guest = |name: &str, path: &[u8]| Location::Guest(name.to_owned(), path.to_vec());
+        let host = |path: &str| Location::Host(path.as_bytes().to_vec());
+        for (word, location) in [
             ("a:b", guest("a", b"/b")),
             ("a:/b:c", guest("a", b"/b:c")),
-            ("./a:b", here("./a:b")),
-            ("/a:b", here("/a:b")),
-            ("a/b:c", here("a/b:c")),
-            (":b", here(":b")),
-            ("a", here("a")),
+            ("./a:b", host("./a:b")),
+            ("/a:b", host("/a:b")),
+            ("a/b:c", host("a/b:c")),
+            (":b", host(":b")),
+            ("a", host("a")),
         ] {
-            assert_eq!(Place::of(&word.into()).unwrap(), place, "{word}");
+            assert_eq!(Location::of(&word.into()).unwrap(), location, "{word}");
         }
         for word in ["", "a:", "-"] {
-            assert_eq!(Place::of(&word.into()).unwrap_err().status(), STATUS_BAD_REQUEST, "{word}");
+            assert_eq!(Location::of(&word.into()).unwrap_err().status(), STATUS_BAD_REQUEST, "{word}");
         }
     }
 
     #[test]
-    fn paths_of_guests_begin_at_the_root() {
+    fn paths_of_guests_are_absolute() {
         for (path, expected) in [
             ("a/b", "/a/b"),
             ("/a//b/", "/a/b/"),

@@ -1,4 +1,4 @@
-//! The short forms of devices on the command line.
+//! Device options of the command line.
 
 use clap::Args;
 use kindling::network;
@@ -7,36 +7,35 @@ use kindling::vmm::config::devices::{Balloon, Devices, Drive, Entropy, Pmem, Vso
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
-/// Devices that are asked for, as they were written. What they mean is found out in one place, whoever read them.
+/// Device options as text. [`DeviceArguments::add_to`] parses them, for both parsers of the command line.
 #[derive(Args, Debug, Default, PartialEq, Eq)]
 pub(crate) struct DeviceArguments {
-    /// A disk: a raw file or a block device; the guest finds /dev/vda and so on. :ro only reads, :direct
-    /// leaves out the host's page cache; may be repeated
+    /// Attach a disk: a raw file or a block device, in the guest /dev/vda and so on; :ro is read-only, :direct bypasses
+    /// the page cache of the host (repeatable)
     #[arg(long, value_name = "PATH[:ro][:direct]")]
     pub(crate) drive: Vec<OsString>,
-    /// A network card: the name of a tap device, or user for networking without root, through passt; may be
-    /// repeated
+    /// Attach a network card: to a tap device, or user for passt, without root (repeatable)
     #[arg(long, value_name = "TAP|user[,mac=MAC][,mtu=BYTES][,ip=ADDR/PREFIX][,gw=ADDR][,dns=ADDR]")]
     pub(crate) net: Vec<OsString>,
-    /// With --net user: a port of the host that leads to one of the guest; may be repeated
+    /// Publish a port of the guest on the host, by --net user (repeatable)
     #[arg(long, short = 'p', value_name = "[ADDRESS:]HOST:GUEST[/tcp|/udp]")]
     pub(crate) publish: Vec<OsString>,
-    /// A Unix socket that leads to the guest's vsock ports
+    /// Attach a vsock, with this Unix socket on the host
     #[arg(long, value_name = "PATH")]
     pub(crate) vsock: Option<OsString>,
-    /// A source of random numbers
+    /// Attach a source of random numbers
     #[arg(long)]
     pub(crate) entropy: bool,
-    /// A balloon that takes this much memory at first, and gives back what the guest does not use
+    /// Attach a balloon of this initial size, which also reports free pages to the host
     #[arg(long, value_name = "MIB")]
     pub(crate) balloon: Option<u64>,
-    /// A file that the guest sees as memory; it finds /dev/pmem0 and so on. :ro only reads; may be repeated
+    /// Attach a file as persistent memory, in the guest /dev/pmem0 and so on; :ro is read-only (repeatable)
     #[arg(long, value_name = "PATH[:ro]")]
     pub(crate) pmem: Vec<OsString>,
 }
 
 impl DeviceArguments {
-    /// Adds these devices to those of a configuration.
+    /// Parses the options, and adds the devices to a configuration.
     pub(crate) fn add_to(&self, devices: &mut Devices) -> Result<(), ConfigError> {
         for text in &self.drive {
             let number = devices.drives.len();
@@ -48,7 +47,7 @@ impl DeviceArguments {
         }
         network::publish_all(&self.publish, devices)?;
         if let Some(path) = &self.vsock {
-            /// The first number that a guest can have; each guest is alone behind its socket.
+            /// The lowest CID of a guest. All guests may have it, because each vsock has a Unix socket of its own.
             const GUEST_CID: u32 = 3;
             devices.vsock = Some(Vsock { guest_cid: GUEST_CID, uds_path: path.into(), vsock_id: None });
         }
@@ -83,7 +82,7 @@ fn drive(text: &OsStr, number: usize) -> Drive {
     Drive { is_read_only, direct, ..Drive::new(format!("drive{number}"), path) }
 }
 
-/// A path without the flags behind it, and which of them there were, in any order.
+/// Splits a path from the flags that follow it in any order. Returns the path, and which flags were present.
 fn flags<const N: usize>(text: &OsStr, names: [&str; N]) -> (OsString, [bool; N]) {
     let mut path = text.as_bytes();
     let mut found = [false; N];
@@ -114,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn mistakes_are_named() {
+    fn errors_name_the_invalid_part() {
         let add = |arguments: DeviceArguments| {
             arguments.add_to(&mut Devices::default()).map_err(|error| error.to_string())
         };

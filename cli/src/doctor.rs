@@ -1,4 +1,4 @@
-//! `kindling doctor`: what this host can do for microVMs.
+//! `kindling doctor`: checks whether the host can run microVMs.
 
 use clap::Args;
 use kindling::vmm::host::{Finding, Report, Sources, Status};
@@ -7,10 +7,10 @@ use std::io::IsTerminal;
 
 #[derive(Args, Debug, PartialEq, Eq)]
 #[command(
-    after_help = "Exit status: 0 where KVM is hardware that runs guests at full speed, 1 where it is not, \
-                        2 for a wrong argument.\n\n\
-                        Tries KVM by running guest code, which takes up to a second where it is not good. \
-                        Changes nothing. \"Reported\" times are those of other people on other hosts."
+    after_help = "Exit status: 0 if KVM runs guests at full speed by hardware virtualization, 1 if not, \
+                        2 for an invalid argument.\n\n\
+                        Tests KVM by running guest code, which takes up to a second if KVM is slow. \
+                        Changes nothing on the host. \"Reported\" times were measured by others on other hosts."
 )]
 pub(crate) struct Arguments {
     /// Print JSON instead of text
@@ -18,39 +18,39 @@ pub(crate) struct Arguments {
     json: bool,
 }
 
-/// The exit status where guests run at full speed.
+/// Exit status if guests run at full speed.
 const STATUS_GOOD: u8 = 0;
-/// The exit status where guests do not run at full speed.
+/// Exit status if guests do not run at full speed, or not at all.
 const STATUS_NOT_GOOD: u8 = 1;
 
-/// Prints the findings.
+/// Prints the findings. Returns the exit status.
 pub(crate) fn run(arguments: &Arguments) -> u8 {
     let probe = probe();
     let report = Report::new(&Sources::host(), &probe);
-    end_quietly_when_nobody_reads();
+    restore_sigpipe();
     let text = if arguments.json {
         // Structures of strings always serialize.
         serde_json::to_string_pretty(&report).unwrap_or_default() + "\n"
     } else {
         screen(&report, Style::of_stdout())
     };
-    match crate::say(text.as_bytes()) {
+    match crate::print(text.as_bytes()) {
         0 if probe.is_good() => STATUS_GOOD,
         0 => STATUS_NOT_GOOD,
         failure => failure,
     }
 }
 
-/// Lets a closed pipe end this process as it ends other commands (`kindling doctor | head`). Rust
-/// ignores the signal, and printing then panics.
+/// Restores the default action of SIGPIPE, so that a closed pipe ends this process as it does other commands
+/// (`kindling doctor | head`). Rust's runtime ignores the signal.
 #[expect(unsafe_code, reason = "there is no safe interface to a signal's default action")]
-fn end_quietly_when_nobody_reads() {
+fn restore_sigpipe() {
     // SAFETY: the default action runs no code of this process, and nothing here relies on the
     // signal being ignored: only printing is left to do.
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
 }
 
-/// How the screen looks.
+/// Layout of the text.
 #[derive(Clone, Copy)]
 struct Style {
     width: usize,
@@ -59,7 +59,7 @@ struct Style {
 
 impl Style {
     const WIDTH: usize = 100;
-    const NARROWEST: usize = 60;
+    const MIN_WIDTH: usize = 60;
 
     fn of_stdout() -> Self {
         let stdout = std::io::stdout();
@@ -67,17 +67,17 @@ impl Style {
             return Self { width: Self::WIDTH, colour: false };
         }
         let columns = rustix::termios::tcgetwinsize(&stdout).map_or(0, |size| usize::from(size.ws_col));
-        // A terminal that does not know its size says 0.
-        let width = if columns == 0 { Self::WIDTH } else { columns.clamp(Self::NARROWEST, Self::WIDTH) };
+        // A terminal of unknown size reports 0.
+        let width = if columns == 0 { Self::WIDTH } else { columns.clamp(Self::MIN_WIDTH, Self::WIDTH) };
         Self { width, colour: std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty()) }
     }
 }
 
-/// Where the columns of a finding start.
+/// The columns at which name and fact of a finding start.
 const NAME_COLUMN: usize = 12;
 const FACT_COLUMN: usize = NAME_COLUMN + 17;
 
-/// The report as a person reads it.
+/// The report as text.
 fn screen(report: &Report, style: Style) -> String {
     let mut text = String::new();
     for finding in &report.findings {
@@ -113,8 +113,8 @@ fn coloured(status: Status) -> String {
     format!("\x1b[{code}m{}\x1b[0m", status.word())
 }
 
-/// Lines of at most `width`, each indented. A command between backticks stays on one line, however
-/// long, because it is there to be copied.
+/// Wraps text to lines of at most `width` characters, each indented. A command between backticks stays on one line, so
+/// that it can be copied.
 fn wrapped(text: &str, indent: usize, width: usize) -> String {
     let mut lines = format!("{:indent$}", "");
     let mut column = indent;

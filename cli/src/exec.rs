@@ -1,9 +1,9 @@
-//! `kindling exec`: one more process in a guest that runs.
+//! `kindling exec`: runs a command in a running guest.
 
 use crate::run::client::{Service, Streams};
 use crate::run::signals::{self, Signals};
 use crate::terminal::{self, RawTerminal};
-use crate::{STATUS_FAILURE, complain};
+use crate::{STATUS_FAILURE, print_error};
 use clap::Args;
 use kindling::exec::{ExecError, ExecOptions};
 use kindling::guest::{Guest, GuestError};
@@ -15,26 +15,25 @@ use std::path::PathBuf;
 pub(crate) struct Arguments {
     /// Name of the guest
     pub(crate) name: String,
-    /// Environment entry of the command beside the guest's, NAME=VALUE, or NAME to take its value from here; may be
-    /// repeated
+    /// Set an environment variable; NAME alone takes the value from the environment of kindling (repeatable)
     #[arg(long, short = 'e', value_name = "NAME[=VALUE]")]
     pub(crate) env: Vec<OsString>,
-    /// File with such entries, one a line; those of -e come after them; may be repeated
+    /// Read environment variables from a file, one a line; --env overrides them (repeatable)
     #[arg(long, value_name = "FILE")]
     pub(crate) env_file: Vec<PathBuf>,
-    /// Working directory of the command [default: the guest's]
+    /// Working directory in the guest [default: the guest's]
     #[arg(long, short = 'w', value_name = "DIR")]
     pub(crate) workdir: Option<OsString>,
-    /// User of the command, and its group [default: the guest's]
+    /// User and group, as names of the image or numbers [default: the guest's]
     #[arg(long, short = 'u', value_name = "USER[:GROUP]")]
     pub(crate) user: Option<String>,
-    /// Give the command a terminal
+    /// Allocate a terminal for the command
     #[arg(long, short = 't')]
     pub(crate) tty: bool,
-    /// Accepted and without effect: the command always has this command's input
+    /// Ignored: the standard input is always attached
     #[arg(long, short = 'i')]
     pub(crate) interactive: bool,
-    /// Command
+    /// Command and arguments
     #[arg(value_name = "COMMAND", required = true, trailing_var_arg = true, allow_hyphen_values = true)]
     pub(crate) command: Vec<OsString>,
 }
@@ -51,13 +50,13 @@ enum CommandError {
     Host(#[from] std::io::Error),
 }
 
-/// Runs the command; the exit status.
+/// Runs the command. Returns the exit status.
 pub(crate) fn run(arguments: &Arguments) -> u8 {
     execute(arguments).unwrap_or_else(|error| {
-        complain(&error);
+        print_error(&error);
         match error {
-            CommandError::Guest(error) => crate::status(error.is_users()),
-            CommandError::Exec(error) => crate::status(error.is_users()),
+            CommandError::Guest(error) => crate::status(error.is_user_error()),
+            CommandError::Exec(error) => crate::status(error.is_user_error()),
             CommandError::Agent(_) | CommandError::Host(_) => STATUS_FAILURE,
         }
     })
@@ -66,14 +65,14 @@ pub(crate) fn run(arguments: &Arguments) -> u8 {
 fn execute(arguments: &Arguments) -> Result<u8, CommandError> {
     let guest = Guest::open_running(&arguments.name)?;
     let process = guest.exec(&arguments.options())?;
-    // Until here a signal ends this command, and the agent hangs up on the process.
-    let mut signals = Signals::keep(false)?;
+    // Before this, a signal ends this command and closes the connection to the process.
+    let mut signals = Signals::block(false)?;
     if arguments.tty {
-        // It may have changed since it was asked for.
+        // The size may have changed since the process was started.
         terminal::send_size(&process);
     }
     let terminal = arguments.tty.then(RawTerminal::enter).flatten();
-    let code = Service::new(&mut signals, &mut signals::leave).serve(process, Streams::own()?);
+    let code = Service::new(&mut signals, &mut signals::exit).serve(process, Streams::inherited()?);
     drop(terminal);
     Ok(code?)
 }

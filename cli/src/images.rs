@@ -1,6 +1,6 @@
-//! `kindling image`: what container images have become, after which `kindling-oci` looks.
+//! `kindling image`: manages converted container images, by executing `kindling-oci`.
 
-use crate::{STATUS_FAILURE, complain};
+use crate::{STATUS_FAILURE, print_error};
 use clap::Args;
 use kindling::image::{self, ImageError};
 use std::ffi::OsString;
@@ -9,19 +9,19 @@ use std::process::Command;
 
 #[derive(Args, Debug, PartialEq, Eq)]
 pub(crate) struct Arguments {
-    /// `ls`, `rm IMAGE...`, `prune [--unused DAYS]`, or `prepare IMAGE`, which `kindling run` does by itself
+    /// `ls`, `rm IMAGE...`, `prune [--unused DAYS]`, or `prepare IMAGE`, which pulls and converts an image in advance
     #[arg(value_name = "COMMAND", required = true, trailing_var_arg = true, allow_hyphen_values = true)]
     command: Vec<OsString>,
 }
 
-/// Becomes that program; returns where there is none.
+/// Executes the program in place of this one. Returns the exit status if that fails.
 pub(crate) fn run(arguments: &Arguments) -> u8 {
     match image::converter() {
         Ok(program) => {
             let error = Command::new(program).args(&arguments.command).exec();
-            complain(&ImageError::NoConverter(error));
+            print_error(&ImageError::NoConverter(error));
         }
-        Err(error) => complain(&error),
+        Err(error) => print_error(&error),
     }
     STATUS_FAILURE
 }

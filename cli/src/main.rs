@@ -1,7 +1,7 @@
-//! `kindling`: boots microVMs, and says what a host can do.
+//! The command `kindling`: runs container images and boots kernels in microVMs, and manages guests and volumes.
 //!
-//! Exit status: the guest's own, 2 for a request that cannot be met, and the codes of
-//! [`kindling::vmm::ExitReason::status`] and 125 for everything that went wrong on the way.
+//! Exit status: that of the guest, 2 for an invalid request, 125 if kindling or the host failed, and those of
+//! [`kindling::vmm::ExitReason::status`] for a guest that failed.
 #![cfg_attr(not(test), no_main)]
 
 mod boot;
@@ -9,9 +9,9 @@ mod cp;
 mod devices;
 mod doctor;
 mod exec;
+mod fast_args;
 mod guests;
 mod images;
-mod plain;
 mod preboot;
 mod report;
 mod run;
@@ -28,7 +28,7 @@ use std::ffi::{OsStr, OsString};
 use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
 
-/// Boots Linux microVMs within milliseconds.
+/// Run container images and Linux kernels in microVMs
 #[derive(Debug, Parser)]
 #[command(name = "kindling", version, arg_required_else_help = true, args_override_self = true)]
 struct Arguments {
@@ -38,59 +38,59 @@ struct Arguments {
 
 #[derive(Debug, PartialEq, Eq, Subcommand)]
 enum Command {
-    /// Boots a kernel and stays until its guest ends; the exit status is the guest's
+    /// Boot a kernel in a microVM, in the foreground
     Boot(Box<boot::Arguments>),
-    /// Boots an image's kernel once, so that `kindling boot` continues from there on this host
+    /// Pre-boot the kernel of an image, from which `kindling boot` continues
     Preboot(preboot::Arguments),
-    /// Runs a program of a container image in a guest of its own; the exit status is the program's
+    /// Run a command in a new microVM
     Run(Box<run::Arguments>),
-    /// Stays with a detached guest, which `kindling run -d` starts this for; its standard input has the command line
+    /// Serve a detached guest of `kindling run --detach`, whose command line is read from standard input
     #[command(hide = true)]
     Stay,
-    /// Runs one more program in a guest that runs
+    /// Run a command in a running guest
     Exec(exec::Arguments),
-    /// Copies files into a guest that runs, or from there
+    /// Copy files between a running guest and the host
     Cp(cp::Arguments),
-    /// Lists the guests that `kindling run` started
+    /// List guests
     Ps(guests::ps::Arguments),
-    /// Prints what a detached guest wrote
+    /// Print the output of a detached guest
     Logs(guests::logs::Arguments),
-    /// Waits for a guest's end; the exit status is the guest's
+    /// Wait until a guest ends, and exit with its status
     Wait(guests::wait::Arguments),
-    /// Asks guests to end, and ends those that do not
+    /// Stop guests
     Stop(guests::stop::Arguments),
-    /// Sends guests a signal, or ends them
+    /// Kill guests, or send them a signal
     Kill(guests::kill::Arguments),
-    /// Forgets guests that have ended
+    /// Remove guests that have ended
     Rm(guests::rm::Arguments),
-    /// Prints all that is known of guests, as JSON
+    /// Print details of guests as JSON
     Inspect(guests::inspect::Arguments),
-    /// Prints what guests use of the host
+    /// Print the memory and processor time that guests use
     Stats(guests::stats::Arguments),
-    /// Lists what container images have become, and removes it
+    /// Manage converted container images
     Image(images::Arguments),
-    /// Makes volumes for `kindling run -v`, lists them, and removes them
+    /// Manage volumes
     Volume(volume::Arguments),
-    /// Says what this host can do for microVMs, and what would make it better
+    /// Check whether this host can run microVMs, and what would improve it
     Doctor(doctor::Arguments),
 }
 
-/// The exit status of a request that cannot be met as it is.
+/// Exit status of an invalid request.
 const STATUS_BAD_REQUEST: u8 = 2;
-/// The exit status where this program or the host failed.
+/// Exit status if kindling or the host failed.
 const STATUS_FAILURE: u8 = 125;
 
-/// The exit status of a command that an error ended: whether asking for something else can help.
-const fn status(is_users: bool) -> u8 {
-    if is_users { STATUS_BAD_REQUEST } else { STATUS_FAILURE }
+/// The exit status of a command that ended with an error; `is_user_error` is true if the request is at fault.
+const fn status(is_user_error: bool) -> u8 {
+    if is_user_error { STATUS_BAD_REQUEST } else { STATUS_FAILURE }
 }
 
-/// Does what the arguments ask for; the exit status.
+/// Executes the command. Returns the exit status.
 #[cfg_attr(test, expect(dead_code, reason = "tests have an entry of their own"))]
 fn run() -> u8 {
     let started = Instant::now();
     if trusted_path::is_set_user_id() {
-        tell(&format!("kindling: {}\n", trusted_path::SET_USER_ID));
+        print_stderr(&format!("kindling: {}\n", trusted_path::SET_USER_ID));
         return STATUS_BAD_REQUEST;
     }
     match command(std::env::args_os().collect()) {
@@ -114,61 +114,61 @@ fn run() -> u8 {
     }
 }
 
-/// What a command line asks for. Where that cannot be said, this does not return.
+/// Parses a command line. Exits for invalid arguments, `--help` and `--version`.
 fn command(line: Vec<OsString>) -> Command {
-    plain::parse(line.iter().cloned()).unwrap_or_else(|| Arguments::parse_from(line).command)
+    fast_args::parse(line.iter().cloned()).unwrap_or_else(|| Arguments::parse_from(line).command)
 }
 
-/// A word of the command line in the form that guests have it in.
+/// The bytes of an argument.
 fn bytes(text: impl AsRef<OsStr>) -> Vec<u8> {
     text.as_ref().as_bytes().to_vec()
 }
 
 /// Prints an error with its causes on one line.
-fn complain(error: &dyn Error) {
+fn print_error(error: &dyn Error) {
     let line = with_causes(error);
-    // A file's author chooses some of the words; they must not reach the terminal as commands.
-    tell(&format!("kindling: {}\n", report::printable(&line)));
+    // Parts of the message may come from files of other authors, and must not control the terminal.
+    print_stderr(&format!("kindling: {}\n", report::printable(&line)));
 }
 
-/// The same of a machine that could not be built. Where that is for KVM, it is said what can be done.
-fn complain_of_machine(error: &kindling::vmm::Error) {
-    complain_of_kvm(&with_causes(error), matches!(error, kindling::vmm::Error::Kvm(_)));
+/// Prints an error of a machine, with a remedy if KVM is at fault.
+fn print_machine_error(error: &kindling::vmm::Error) {
+    print_message(&with_causes(error), matches!(error, kindling::vmm::Error::Kvm(_)));
 }
 
-/// The same of a guest that could not be started.
-fn complain_of_launch(error: &kindling::launch::LaunchError) {
+/// Prints an error of the start of a guest, with a remedy if KVM is at fault.
+fn print_launch_error(error: &kindling::launch::LaunchError) {
     use kindling::launch::LaunchError;
     match error {
-        LaunchError::Machine(error) => complain_of_machine(error),
-        LaunchError::Monitor(failure) => complain_of_kvm(&failure.message, failure.is_kvm_error),
-        error => complain(error),
+        LaunchError::Machine(error) => print_machine_error(error),
+        LaunchError::Monitor(failure) => print_message(&failure.message, failure.is_kvm_error),
+        error => print_error(error),
     }
 }
 
-/// Prints an error; where that is for KVM, with what can be done.
-fn complain_of_kvm(line: &str, is_kvm: bool) {
+/// Prints a message, with a remedy if KVM is at fault.
+fn print_message(line: &str, is_kvm: bool) {
     let hint = if is_kvm {
-        "; `kindling doctor` says what this host lacks, and `cargo xtask run`, in the source of Kindling, boots a guest \
+        "; `kindling doctor` shows what this host lacks, and `cargo xtask run`, in the source of Kindling, boots a guest \
          on an emulated machine"
     } else {
         ""
     };
-    tell(&format!("kindling: {}{hint}\n", report::printable(line)));
+    print_stderr(&format!("kindling: {}{hint}\n", report::printable(line)));
 }
 
-/// Writes to standard output; the exit status. Who reads no more has read enough.
-fn say(bytes: &[u8]) -> u8 {
+/// Writes to standard output. Returns the exit status. A closed pipe is not an error.
+fn print(bytes: &[u8]) -> u8 {
     match std::io::stdout().write_all(bytes) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
-            complain(&error);
+            print_error(&error);
             STATUS_FAILURE
         }
         _ => 0,
     }
 }
 
-/// Writes to standard error, and does without where nobody reads it.
-fn tell(text: &str) {
+/// Writes to standard error. Errors are ignored.
+fn print_stderr(text: &str) {
     let _ = std::io::stderr().write_all(text.as_bytes());
 }

@@ -1,7 +1,7 @@
-//! `kindling preboot`: boots an image's kernel once, for all later starts on this host.
+//! `kindling preboot`: boots the kernel of an image once, for all later starts on this host.
 
 use crate::devices::DeviceArguments;
-use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, tell};
+use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, print_stderr};
 use clap::Args;
 use kindling::launch::{self, LaunchError};
 use kindling::vmm::config::image::Image;
@@ -11,32 +11,32 @@ use std::path::PathBuf;
 
 #[derive(Args, Debug, PartialEq, Eq)]
 pub(crate) struct Arguments {
-    /// Folder made by `cargo xtask build-image`; the result goes into its subfolder `preboot`
+    /// Image: a directory made by `cargo xtask build-image`; the pre-booted kernel is written to its directory `preboot`
     #[arg(long, value_name = "DIR")]
     image: PathBuf,
     /// Memory of the guests in MiB
     #[arg(long, value_name = "MIB", default_value_t = MachineConfig::default().mem_size_mib)]
     memory: u64,
-    /// Virtual processors of the guests, 1 to 16
+    /// Number of vCPUs of the guests, 1 to 16
     #[arg(long, value_name = "N", default_value_t = MachineConfig::default().vcpu_count.into())]
     vcpus: u64,
     #[command(flatten)]
     devices: DeviceArguments,
 }
 
-/// The exit status where the file is there.
-const STATUS_MADE: u8 = 0;
+/// Exit status if the file was written.
+const STATUS_SUCCESS: u8 = 0;
 
-/// Makes the file and names it.
+/// Writes the pre-booted kernel, and prints its path. Returns the exit status.
 pub(crate) fn run(arguments: &Arguments) -> u8 {
     match make(arguments) {
         Ok(path) => {
-            tell(&format!("kindling: {} is there for `kindling boot`\n", path.display()));
-            STATUS_MADE
+            print_stderr(&format!("kindling: wrote {}; `kindling boot` continues from it\n", path.display()));
+            STATUS_SUCCESS
         }
         Err(error) => {
-            crate::complain_of_launch(&error);
-            if error.is_users() { STATUS_BAD_REQUEST } else { STATUS_FAILURE }
+            crate::print_launch_error(&error);
+            if error.is_user_error() { STATUS_BAD_REQUEST } else { STATUS_FAILURE }
         }
     }
 }

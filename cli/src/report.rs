@@ -1,4 +1,4 @@
-//! What a user reads about a boot: its times, or why it failed.
+//! Reports of a boot: its times, its profile, and the cause of a failure.
 
 use kindling::vmm::{Exit, ExitReason, Instant};
 use serde::Serialize;
@@ -9,7 +9,7 @@ fn milliseconds(nanoseconds: u64) -> f64 {
     nanoseconds as f64 / 1e6
 }
 
-/// When each step was reached, and what the guest asked of the VMM on the way.
+/// The times of the steps, and the numbers of exits to the VMM, as text.
 pub(crate) fn timeline(exit: &Exit) -> String {
     let mut text = String::from("\nboot report (milliseconds since the command was started)\n\n");
     let mut previous = exit.timeline.start();
@@ -34,7 +34,7 @@ pub(crate) fn timeline(exit: &Exit) -> String {
     text
 }
 
-/// A line for each device that stopped, or has nobody behind it any more.
+/// A line for each device that failed: it stopped, or its backend ended.
 pub(crate) fn device_failures(exit: &Exit) -> String {
     let line = |failure: &String| format!("kindling: {}\n", printable(failure));
     exit.device_failures.iter().map(line).collect()
@@ -94,13 +94,13 @@ impl<'a> Json<'a> {
     }
 }
 
-/// The same for programs.
+/// The report as JSON.
 pub(crate) fn json(exit: &Exit) -> String {
     // Structures of strings and numbers always serialize.
     serde_json::to_string_pretty(&Json::of(exit)).unwrap_or_default() + "\n"
 }
 
-/// The same with every record of a profiled boot.
+/// The report and the records of a profiled boot, as JSON.
 pub(crate) fn profile(exit: &Exit) -> String {
     #[derive(Serialize)]
     struct ProfileJson<'a> {
@@ -139,7 +139,7 @@ pub(crate) fn profile(exit: &Exit) -> String {
     serde_json::to_string(&profile).unwrap_or_default() + "\n"
 }
 
-/// Why a guest failed, on one screen: what happened, where it was, its last words, what to try.
+/// The report of a failed guest: reason, last stage, registers, end of the console, and advice.
 pub(crate) fn failure(exit: &Exit) -> String {
     let mut text = format!("\nkindling: {}\n", printable(&exit.reason.to_string()));
     let _ = writeln!(text, "  last stage reached: {}", printable(last_stage(exit)));
@@ -170,15 +170,15 @@ pub(crate) fn failure(exit: &Exit) -> String {
     text
 }
 
-/// JSON of what others chose some words of: as in [`printable`], none of them is a command to the terminal. What JSON
-/// lets stand of these are DEL and those beyond ASCII.
+/// Encodes as JSON, without characters that could control the user's terminal (see [`printable`]). JSON itself leaves DEL
+/// and control characters beyond ASCII unescaped.
 pub(crate) fn printable_json(value: &impl Serialize) -> String {
     // Structures of strings and numbers always serialize.
     let text = serde_json::to_string_pretty(value).unwrap_or_default() + "\n";
     let mut escaped = String::with_capacity(text.len());
     for c in text.chars() {
-        // What JSON has escaped is ASCII by now, and its own line ends stay.
-        if !c.is_ascii() && is_command(c) || c == '\u{7f}' {
+        // JSON has escaped the other ones. The line ends of its layout stay.
+        if !c.is_ascii() && is_control(c) || c == '\u{7f}' {
             let _ = write!(escaped, "\\u{:04x}", u32::from(c));
         } else {
             escaped.push(c);
@@ -187,14 +187,14 @@ pub(crate) fn printable_json(value: &impl Serialize) -> String {
     escaped
 }
 
-/// A guest's text must not move the reader's cursor, change the terminal's state or the order of what stands beside it.
+/// Replaces characters of a guest's text that could control the user's terminal or reorder other text.
 pub(crate) fn printable(line: &str) -> String {
-    line.chars().map(|c| if is_command(c) && c != '\t' { '.' } else { c }).collect()
+    line.chars().map(|c| if is_control(c) && c != '\t' { '.' } else { c }).collect()
 }
 
-/// Whether a character is none to be seen but one that terminals obey: a control character, or one of those that set the
-/// direction of writing (Unicode Standard Annex 9, table "Explicit directional formatting characters").
-fn is_command(c: char) -> bool {
+/// Whether a terminal interprets a character instead of showing it: a control character, or one that sets the direction of
+/// writing (Unicode Standard Annex 9, table "Explicit directional formatting characters").
+fn is_control(c: char) -> bool {
     c.is_control()
         || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
@@ -235,17 +235,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn json_has_no_commands_for_terminals() {
+    fn json_escapes_control_characters() {
         let words = ["a\u{1b}[2J", "\u{9b}2J\u{7f}", "ü", "a\u{202e}b"];
         let text = printable_json(&words);
-        assert_eq!(text.chars().find(|&c| is_command(c) && c != '\n'), None);
+        assert_eq!(text.chars().find(|&c| is_control(c) && c != '\n'), None);
         assert_eq!(serde_json::from_str::<[String; 4]>(&text).unwrap(), words);
     }
 
     #[test]
-    fn lines_have_none_either() {
+    fn control_characters_of_lines_are_replaced() {
         assert_eq!(printable("a\u{1b}[2J\tü\u{9b}"), "a.[2J\tü.");
-        // What would show "exe.txt" as "txt.exe".
+        // Shown by a terminal, "exe.txt" would look like "txt.exe".
         assert_eq!(printable("\u{202e}exe\u{2066}\u{200f}"), ".exe..");
     }
 }

@@ -1,5 +1,5 @@
-//! SIGTERM, SIGINT, SIGHUP and SIGQUIT stop the machine, so that it is taken down in order. SIGBUS ends it at once,
-//! where a file that is guest memory has become shorter.
+//! Signal handlers of `kindling boot`: SIGTERM, SIGINT, SIGHUP and SIGQUIT stop the machine in order. SIGBUS, when a file
+//! that is mapped as guest memory was truncated, ends the process with a message.
 #![expect(unsafe_code, reason = "signal handlers")]
 
 use crate::{STATUS_FAILURE, terminal};
@@ -15,20 +15,20 @@ static RECEIVED: AtomicI32 = AtomicI32::new(0);
 
 extern "C" fn stop(signal: libc::c_int) {
     if RECEIVED.swap(signal, Ordering::AcqRel) != 0 {
-        // The second signal: whoever sends it does not want to wait any more.
+        // The second signal ends the process immediately.
         terminal::restore_from_handler();
         // SAFETY: _exit may be called in a signal handler.
         unsafe { libc::_exit(128 + signal) }
     }
     if let Some(handle) = STOP.get() {
-        // Writing to an eventfd is allowed in a signal handler.
+        // The handle writes to an eventfd, which is async-signal-safe.
         handle.stop();
     }
 }
 
-/// Makes the signals that end programs stop the machine behind `handle`.
+/// Installs handlers with which termination signals stop the machine of `handle`.
 pub(crate) fn stop_on_termination(handle: StopHandle) -> io::Result<()> {
-    // There is one machine in this process, so the slot is empty.
+    // This process has one machine, so that the cell is empty.
     let _ = STOP.set(handle);
     for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT] {
         if is_ignored(signal) {
@@ -47,7 +47,7 @@ pub(crate) fn stop_on_termination(handle: StopHandle) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether a signal is ignored: nohup, or a shell that put this command into the background, wants it so.
+/// Whether a signal is ignored, as nohup, or a shell for a background command, sets it.
 pub(crate) fn is_ignored(signal: libc::c_int) -> bool {
     let mut action = MaybeUninit::<libc::sigaction>::zeroed();
     // SAFETY: an all-zero sigaction is valid, and sigaction writes nothing but a valid one.
@@ -61,7 +61,7 @@ static FILES: OnceLock<Vec<Arc<BackingFile>>> = OnceLock::new();
 
 extern "C" fn explain(signal: libc::c_int) {
     terminal::restore_from_handler();
-    // All of this makes system calls on what was prepared, and nothing else.
+    // Only async-signal-safe calls, on data that was prepared before.
     if let Some(file) = FILES.get().into_iter().flatten().find(|file| file.is_truncated()) {
         let mut path = [0; 1024];
         let path = file.path(&mut path);
@@ -75,7 +75,7 @@ extern "C" fn explain(signal: libc::c_int) {
     unsafe { libc::raise(signal) };
 }
 
-/// Says why, when this process touches guest memory that is gone because one of these files is shorter than it was.
+/// Installs a handler of SIGBUS that names the file among these that was truncated while it was mapped as guest memory.
 pub(crate) fn explain_bus_errors(files: Vec<Arc<BackingFile>>) {
     if files.is_empty() || FILES.set(files).is_err() {
         return;
@@ -89,7 +89,7 @@ pub(crate) fn explain_bus_errors(files: Vec<Arc<BackingFile>>) {
     }
 }
 
-/// The signal that stopped the machine, if one did.
+/// Returns the signal that stopped the machine, if one did.
 pub(crate) fn received() -> Option<u8> {
     u8::try_from(RECEIVED.load(Ordering::Acquire)).ok().filter(|&signal| signal != 0)
 }

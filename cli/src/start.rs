@@ -1,14 +1,14 @@
-//! The program's entry ([`kindling::vmm::entry`] says why it has one).
-#![expect(unsafe_code, reason = "the C library's entry")]
+//! The program's entry point, in place of Rust's ([`kindling::vmm::entry`] has the reason).
+#![expect(unsafe_code, reason = "the C library's entry point")]
 
 use std::io::Write;
 
-// SAFETY: this is the name and the type of what the C library calls, and no other symbol has the name.
+// SAFETY: name and type are those that the C library calls, and no other symbol has the name.
 #[unsafe(no_mangle)]
 extern "C" fn main(_argc: libc::c_int, _argv: *const *const libc::c_char) -> libc::c_int {
     kindling::vmm::entry::prepare();
     let status = crate::run();
-    // A reader that has closed its end needs no error.
+    // A closed pipe is not an error.
     let _ = std::io::stdout().flush();
     status.into()
 }

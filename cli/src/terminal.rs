@@ -1,4 +1,5 @@
-//! The user's terminal in raw mode while a guest has it, and restored however the process ends.
+//! Raw mode of the user's terminal while it is attached to a guest. The settings are restored at every end of the process
+//! that it can handle.
 #![expect(unsafe_code, reason = "terminal settings have to be restored in signal handlers")]
 
 use kindling::TerminalSize;
@@ -9,16 +10,15 @@ use std::sync::OnceLock;
 
 static SAVED: OnceLock<libc::termios> = OnceLock::new();
 
-/// Signals that end a process which is wrong about itself; a panic ends as SIGABRT. SIGBUS is
-/// what the truncation of a mapped file causes.
+/// Signals of a fatal error. A panic raises SIGABRT, and access to a truncated mapped file raises SIGBUS.
 const FATAL: [libc::c_int; 5] = [libc::SIGABRT, libc::SIGBUS, libc::SIGSEGV, libc::SIGILL, libc::SIGFPE];
 
-/// Standard input in raw mode; dropping it restores the settings.
+/// Standard input in raw mode. Dropping it restores the settings.
 #[derive(Debug)]
 pub(crate) struct RawTerminal(());
 
 impl RawTerminal {
-    /// Switches to raw mode, if standard input is a terminal and this process may use it now.
+    /// Enters raw mode. Returns `None` if standard input is not a terminal, or this process is in the background.
     pub(crate) fn enter() -> Option<Self> {
         let stdin = std::io::stdin();
         if !stdin.is_terminal() || !in_foreground() {
@@ -47,16 +47,17 @@ impl Drop for RawTerminal {
     }
 }
 
-/// A background process that changed the terminal's settings would be stopped for it.
+/// Whether this process is in the foreground process group. The kernel stops a background process that changes the
+/// terminal's settings (SIGTTOU).
 fn in_foreground() -> bool {
     // SAFETY: neither call has preconditions.
     unsafe { libc::tcgetpgrp(libc::STDIN_FILENO) == libc::getpgrp() }
 }
 
-/// Restores the settings, if they were changed. May be called in a signal handler.
+/// Restores the settings, if they were changed. Async-signal-safe.
 pub(crate) fn restore_from_handler() {
     if let Some(saved) = SAVED.get() {
-        // SAFETY: tcsetattr takes valid settings by pointer and is allowed in signal handlers.
+        // SAFETY: tcsetattr takes valid settings by pointer and is async-signal-safe.
         unsafe { libc::tcsetattr(libc::STDIN_FILENO, libc::TCSANOW, saved) };
     }
 }
@@ -79,19 +80,19 @@ fn restore_on_fatal_signals() {
     }
 }
 
-/// Sends a size of this process's terminal.
+/// Sends the size of the user's terminal, if there is one.
 pub(crate) fn send_size(process: &Process) {
     if let Some(size) = terminal_size() {
         process.resize(size);
     }
 }
 
-/// What a terminal of a guest's is to start with: the size of this process's, or the usual one where it has none.
+/// The initial size of a guest's terminal: that of the user's, or 24 rows and 80 columns without one.
 pub(crate) fn new_terminal_size() -> TerminalSize {
     terminal_size().unwrap_or(TerminalSize { rows: 24, columns: 80 })
 }
 
-/// Rows and columns of the terminal at one of the standard streams.
+/// The size of the first terminal among the standard streams.
 fn terminal_size() -> Option<TerminalSize> {
     [rustix::stdio::stdout(), rustix::stdio::stdin(), rustix::stdio::stderr()].into_iter().find_map(|fd| {
         let size = rustix::termios::tcgetwinsize(fd).ok()?;

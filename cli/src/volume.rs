@@ -1,7 +1,7 @@
-//! `kindling volume`: makes volumes, lists them, and removes them.
+//! `kindling volume`: creates, lists, inspects and removes volumes.
 
 use crate::guests::view;
-use crate::{complain, say};
+use crate::{print, print_error};
 use clap::{Args, Subcommand};
 use kindling::volume::{DEFAULT_SIZE, Volume, VolumeError, parse_size};
 use serde::Serialize;
@@ -15,28 +15,28 @@ pub(crate) struct Arguments {
 
 #[derive(Debug, Subcommand, PartialEq, Eq)]
 enum Action {
-    /// Makes an empty volume; `kindling run -v` makes those it needs by itself
+    /// Create an empty volume; `kindling run -v` creates missing volumes itself
     Create {
-        /// What it can hold at most: bytes, or with K, M, G or T [default: 10G]
+        /// Size in bytes, or with the suffix K, M, G or T, from 16M to 16T [default: 10G]
         #[arg(long, value_name = "SIZE")]
         size: Option<String>,
         /// Name of the volume
         #[arg(value_name = "NAME")]
         name: String,
     },
-    /// Lists the volumes
+    /// List volumes
     Ls {
-        /// All that is known of each, as JSON
+        /// Print all details as JSON
         #[arg(long)]
         json: bool,
     },
-    /// Removes volumes with all that is in them
+    /// Remove volumes and their content
     Rm {
         /// Names of the volumes
         #[arg(value_name = "NAME", required = true)]
         names: Vec<String>,
     },
-    /// Prints all that is known of volumes, as JSON
+    /// Print details of volumes as JSON
     Inspect {
         /// Names of the volumes
         #[arg(value_name = "NAME", required = true)]
@@ -44,16 +44,16 @@ enum Action {
     },
 }
 
-/// A volume for programs.
+/// JSON form of a volume.
 #[derive(Serialize)]
 struct View {
     name: String,
     path: PathBuf,
-    /// Bytes that it can hold, with what the filesystem needs itself.
+    /// Size of the disk in bytes.
     size: u64,
-    /// Bytes that it takes on the host.
+    /// Space on the host in bytes.
     used: u64,
-    /// Guests that have it.
+    /// Names of running guests that mount the volume.
     guests: Vec<String>,
 }
 
@@ -70,7 +70,7 @@ impl View {
     }
 }
 
-/// Does it; the exit status.
+/// Executes the command. Returns the exit status.
 pub(crate) fn run(arguments: &Arguments) -> u8 {
     match &arguments.action {
         Action::Create { size, name } => finish(create(name, size.as_deref())),
@@ -84,16 +84,16 @@ pub(crate) fn run(arguments: &Arguments) -> u8 {
 }
 
 fn each(names: &[String], action: impl Fn(&str) -> Result<String, VolumeError>) -> u8 {
-    // What goes wrong with one does not keep the others.
+    // An error with one volume does not prevent the others.
     names.iter().map(|name| finish(action(name))).max().unwrap_or(0)
 }
 
 fn finish(result: Result<String, VolumeError>) -> u8 {
     match result {
-        Ok(text) => say(text.as_bytes()),
+        Ok(text) => print(text.as_bytes()),
         Err(error) => {
-            complain(&error);
-            crate::status(error.is_users())
+            print_error(&error);
+            crate::status(error.is_user_error())
         }
     }
 }

@@ -4,11 +4,12 @@
 use clap::{Parser, Subcommand};
 use kindling_oci::{Error, Options, Pull, StoredImage, local_file_named, prepare};
 use rustix::process::{Signal, getppid, set_parent_process_death_signal};
+use serde_json::json;
 use std::error::Error as _;
 use std::io::{ErrorKind, IsTerminal, Write, stderr, stdout};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
 /// Convert container images to root filesystems of guests
 #[derive(Debug, Parser)]
@@ -48,6 +49,9 @@ struct CacheArguments {
     /// Cache directory [default: $KINDLING_CACHE, or $XDG_CACHE_HOME/kindling]
     #[arg(long = "cache", value_name = "DIR")]
     directory: Option<PathBuf>,
+    /// Print JSON, an array of images
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
@@ -87,11 +91,13 @@ fn main() -> ExitCode {
     match Arguments::parse().command {
         Command::Prepare(arguments) => prepare_image(&arguments),
         Command::Ls(cache) => match kindling_oci::list(cache.directory.as_deref()) {
+            Ok(images) if cache.json => print_json(&images),
             Ok(images) => write_stdout(&table(&images)),
             Err(error) => report_error("", &error),
         },
         Command::Rm { cache, images } => {
             let remove = |image: &String| match kindling_oci::remove(cache.directory.as_deref(), image) {
+                Ok(removed) if cache.json => print_json(&removed),
                 Ok(removed) => print_removed(&removed),
                 Err(error) => report_error(&format!("{image}: "), &error),
             };
@@ -102,6 +108,7 @@ fn main() -> ExitCode {
         Command::Prune { cache, unused } => {
             let unused = Duration::from_secs(u64::from(unused) * 86_400);
             match kindling_oci::prune(cache.directory.as_deref(), unused) {
+                Ok(removed) if cache.json => print_json(&removed),
                 Ok(removed) => print_removed(&removed),
                 Err(error) => report_error("", &error),
             }
@@ -210,6 +217,17 @@ fn report_error(prefix: &str, error: &Error) -> ExitCode {
 fn print_removed(images: &[StoredImage]) -> ExitCode {
     let lines = images.iter().map(|image| format!("{}  {:.1} MiB\n", image.id, mib(image.bytes)));
     write_stdout(&lines.collect::<String>())
+}
+
+/// Prints images as one line of JSON.
+fn print_json(images: &[StoredImage]) -> ExitCode {
+    let image = |image: &StoredImage| {
+        let used = image.used.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let (id, names, bytes) = (image.id.to_string(), &image.names, image.bytes);
+        json!({ "id": id, "names": names, "bytes": bytes, "used": used })
+    };
+    let images: Vec<_> = images.iter().map(image).collect();
+    write_stdout(&format!("{}\n", json!(images)))
 }
 
 /// A table of images, with a line for each name.

@@ -347,6 +347,13 @@ fn images_are_listed_and_removed() {
     assert!(row_of("one.tar").unwrap().starts_with(&first.digest.hex()[..12]));
     assert!(row_of("image").unwrap().contains(" MiB       0 d  "), "{:?}", row_of("image"));
 
+    let images: serde_json::Value = serde_json::from_str(&succeed(&["ls", "--json"])).unwrap();
+    let ids: Vec<_> = images.as_array().unwrap().iter().map(|image| image["id"].as_str().unwrap()).collect();
+    // The most recently used image comes first.
+    assert_eq!(ids, [second.digest.to_string(), first.digest.to_string()]);
+    assert!(images[0]["names"][0].as_str().unwrap().ends_with("image"));
+    assert!(images[0]["bytes"].as_u64().unwrap() > 0 && images[0]["used"].as_u64().unwrap() > 1_700_000_000);
+
     let open = fs::File::open(&first.rootfs).unwrap();
     assert!(succeed(&["rm", "one.tar"]).starts_with(&first.digest.to_string()));
     assert_eq!((row_of("one.tar"), first.rootfs.exists()), (None, false));

@@ -1,4 +1,4 @@
-//! A guest that is paused, resumed, and left running for other programs:
+//! Pauses, resumes and detaches a guest, which then runs on without this program:
 //! `cargo run --package kindling --example detach -- busybox.tar NAME`
 #![expect(clippy::print_stdout, reason = "it prints what happens")]
 
@@ -12,7 +12,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let guest = Guest::builder(image).name(&name).memory_mib(128).start()?;
     guest.pause()?;
     println!("paused: {}", guest.statistics()?.is_paused);
-    // A command that is started now runs when the guest continues.
+    // A command that is started while the guest is paused runs when the guest is resumed.
     let status = std::thread::scope(|scope| {
         let waiting = scope.spawn(|| guest.command("true").status().map_err(|error| error.to_string()));
         guest.resume().map_err(|error| error.to_string())?;

@@ -1,4 +1,4 @@
-//! Copies a file into a guest, works on it there, and copies the result out:
+//! Copies a file into a guest, sorts its lines there, and copies the result out:
 //! `cargo run --package kindling --example files -- busybox.tar words sorted`
 #![expect(clippy::print_stdout, reason = "it prints what happens")]
 

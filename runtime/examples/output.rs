@@ -1,4 +1,4 @@
-//! Runs a command in a guest of its own and prints what it wrote:
+//! Runs a command in a new guest and prints its output:
 //! `cargo run --package kindling --example output -- python.tar python3 -c 'print(1)'`
 #![expect(clippy::print_stdout, reason = "it prints what the command wrote")]
 

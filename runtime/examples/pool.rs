@@ -1,4 +1,4 @@
-//! A pool of guests, each of which runs what it is given and forgets nothing of it:
+//! A pool of guests, each of which keeps its state between commands:
 //! `cargo run --package kindling --example pool -- busybox.tar 3`
 #![expect(clippy::print_stdout, reason = "it prints what the guests wrote")]
 
@@ -26,7 +26,7 @@ fn main() -> Result<()> {
     })
 }
 
-/// Gives a guest something to read, and returns what it makes of it.
+/// Runs commands in a guest, the first with piped input.
 fn work(guest: &Guest, number: u32) -> Result<String> {
     let mut child = guest
         .command("sh")
@@ -38,7 +38,7 @@ fn work(guest: &Guest, number: u32) -> Result<String> {
     writeln!(input, "{number}")?;
     drop(input);
     let square = String::from_utf8(child.wait_with_output()?.stdout)?;
-    // What one process leaves is there for the next one in the same guest, and nowhere else.
+    // Files of one process are visible to the next one in the same guest, and in no other.
     let word = guest.command("cat").arg("/tmp/word").output()?;
     Ok(format!("{} squared is {square}", String::from_utf8(word.stdout)?.trim()))
 }

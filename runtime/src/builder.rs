@@ -1,4 +1,4 @@
-//! Guests of a program: started by it, asked to run processes, and gone when it is.
+//! Starting guests that belong to the calling program, and end with it.
 
 use crate::environment;
 use crate::guest::owner::Owner;
@@ -10,10 +10,10 @@ use kindling_vmm::{Instant, Resources, Timeline};
 use std::ffi::{OsStr, OsString};
 use std::time::Duration;
 
-/// How long a guest may take to be ready.
+/// Time limit for the start of a guest.
 const START_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// A guest to be started. It runs nothing by itself: [`Guest::command`] asks it to.
+/// A builder for a guest. The guest has no command of its own: [`Guest::command`] runs processes in it.
 #[derive(Clone, Debug)]
 #[must_use = "a guest is started by `start`"]
 pub struct GuestBuilder {
@@ -23,8 +23,8 @@ pub struct GuestBuilder {
 }
 
 impl Guest {
-    /// A guest with the root filesystem, the environment, the working directory and the user of an image, 512 MiB of
-    /// memory, one vCPU and no network.
+    /// Constructs a builder for a guest from an image. By default, the guest has 512 MiB of memory, one vCPU and no network;
+    /// environment, working directory and user are the image's.
     pub fn builder(image: Image) -> GuestBuilder {
         let options = LaunchOptions {
             image: image.source().to_owned(),
@@ -38,67 +38,70 @@ impl Guest {
 }
 
 impl GuestBuilder {
-    /// Memory in MiB: at least 16, at most what the host has.
+    /// Sets the memory in MiB: at least 16, at most what the host has.
     pub const fn memory_mib(mut self, mib: u64) -> Self {
         self.options.memory_mib = mib;
         self
     }
 
-    /// Virtual processors, 1 to 16.
+    /// Sets the number of vCPUs, 1 to 16.
     pub const fn vcpus(mut self, count: u64) -> Self {
         self.options.vcpus = count;
         self
     }
 
-    /// Name by which `kindling ps`, `kindling exec` and [`Guest::open`] find it, up to 48 characters, unique for the
-    /// user; one that no other guest has where none is given.
+    /// Sets the name, by which `kindling ps`, `kindling exec` and [`Guest::open`] find the guest: up to 48 letters, digits,
+    /// `.`, `_` and `-`, unique among the user's guests. Defaults to a random name.
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
         self
     }
 
-    /// Hostname, instead of the guest's name.
+    /// Sets the hostname. Defaults to the guest's name.
     pub fn hostname(mut self, name: impl AsRef<OsStr>) -> Self {
         self.options.hostname = Some(name.as_ref().to_owned());
         self
     }
 
-    /// Sets an entry of the environment of all processes.
+    /// Sets an environment variable of all processes in the guest.
     pub fn env(mut self, name: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Self {
         self.options.env.push(environment::entry(name.as_ref(), value.as_ref()));
         self
     }
 
-    /// A network card: `user` for networking without root, through passt, or the name of a tap device.
+    /// Adds a network card: `user` for networking without root, through passt, or the name of a tap device, with the options
+    /// of [`network::interface`](crate::network::interface).
     pub fn network(mut self, network: impl AsRef<OsStr>) -> Self {
         self.options.network = Some(network.as_ref().to_owned());
         self
     }
 
-    /// A port of the host that leads to one of the guest, as `docker run -p` takes it: `[ADDRESS:]HOST:GUEST[/tcp|/udp]`.
+    /// Publishes a port of the guest at a port of the host, with the syntax of `docker run -p`:
+    /// `[ADDRESS:]HOST:GUEST[/tcp|/udp]`. Without [`network`](Self::network), the network is `user`.
     pub fn publish(mut self, ports: impl Into<OsString>) -> Self {
         self.options.publish.push(ports.into());
         self
     }
 
-    /// A volume or a folder of the host at a path of the guest, as `docker run -v` takes it: `NAME:/GUEST` or
-    /// `/HOST:/GUEST`, with `:ro` behind it where the guest only reads. A volume that is missing is made.
+    /// Mounts a volume or a folder of the host at a path of the guest, with the syntax of `docker run -v`: `NAME:/GUEST` or
+    /// `/HOST:/GUEST`, followed by `:ro` for a read-only mount. A missing volume is created.
     pub fn volume(mut self, volume: impl Into<OsString>) -> Self {
         self.options.volumes.push(volume.into());
         self
     }
 
-    /// Programs only read the root filesystem; they write to volumes, shared folders, /dev/shm, /run, /tmp and /var/tmp.
+    /// Mounts the root filesystem read-only. Volumes, shared folders, /dev/shm, /run, /tmp and /var/tmp stay writable.
     pub const fn read_only(mut self) -> Self {
         self.options.is_root_read_only = true;
         self
     }
 
-    /// Starts the guest, and returns when it can be asked to run processes. The first guest of its size on a host boots
-    /// its kernel, which takes a second or two; later ones go on from there.
+    /// Starts the guest, and returns when it accepts processes. The first guest of its size on a host boots its kernel, which
+    /// takes a second or two; later ones continue from the pre-booted kernel.
     ///
     /// # Errors
-    /// When the image, the kernel, an option or the host stands in the way.
+    /// When an option is invalid, the kernel is missing, the host cannot run guests, or the guest is not ready within two
+    /// minutes.
     pub fn start(self) -> Result<Guest, LaunchError> {
         let mut monitor = launch::spawn_monitor()?;
         let directory = GuestDir::create(self.name.as_deref())?;
@@ -106,7 +109,7 @@ impl GuestBuilder {
         if let Err(LaunchError::Monitor(failure)) = &result
             && failure.is_restore_error
         {
-            // What the host refuses of a pre-booted kernel must not prevent a boot.
+            // A pre-booted kernel that cannot be used must not prevent the start: the guest boots its kernel instead.
             drop(monitor);
             monitor = launch::spawn_monitor()?;
             let options = LaunchOptions { is_cold: true, ..self.options };
@@ -126,7 +129,7 @@ impl GuestBuilder {
     }
 }
 
-/// Starts a guest in its folder and its monitor; when each step was reached.
+/// Starts a guest in its monitor. Returns the times of the steps.
 fn start_in(
     directory: &GuestDir,
     monitor: &mut Monitor,
@@ -138,7 +141,7 @@ fn start_in(
     let mut resources = Resources::open_devices(&config)?;
     directory.write(&record)?;
     let until = std::time::Instant::now() + START_TIMEOUT;
-    // A kernel that cannot be pre-booted boots.
+    // A kernel that cannot be pre-booted is booted by the guest.
     let next = |monitor: &Monitor| monitor.event_before(until)?.ok_or(ControlError::Timeout);
     let _ = launch::make_preboot(&config, next)?;
     let _ = resources.open_boot_files(&mut config)?;
@@ -151,7 +154,7 @@ fn start_in(
             Some(_) => {}
             None => {
                 let seconds = START_TIMEOUT.as_secs();
-                return Err(LaunchError::Ended(format!("its agent was not ready within {seconds} s")));
+                return Err(LaunchError::Ended(format!("its agent did not respond within {seconds} s")));
             }
         }
     }

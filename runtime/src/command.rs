@@ -1,10 +1,10 @@
-//! Processes in a guest, in the words of [`std::process`].
+//! Processes in a guest, with the API of [`std::process`].
 
 use crate::environment;
 use crate::exec::{ExecError, ExecOptions};
 use crate::guest::Guest;
 use guest_protocol::agent::TerminalSize;
-use kindling_vmm::agent::{self, AgentError, News, Role};
+use kindling_vmm::agent::{self, AgentError, ProcessEvent, Role};
 use rustix::event::{PollFd, Timespec, poll};
 use rustix::io::Errno;
 use std::ffi::OsStr;
@@ -16,28 +16,28 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread::{self, JoinHandle};
 
-/// Bytes that are carried at once: what a pipe holds.
+/// Buffer size in bytes: the capacity of a pipe.
 const CHUNK: usize = 64 << 10;
 
-/// Why a process in a guest cannot be started, or its end is not known.
+/// An error of a process in a guest.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ProcessError {
-    /// It cannot be started.
+    /// The process cannot be started.
     #[error(transparent)]
     Exec(#[from] ExecError),
-    /// The guest's agent is gone or does not answer.
+    /// The guest ended, or its agent does not respond.
     #[error(transparent)]
     Agent(#[from] AgentError),
-    /// A stream of this process cannot be read or written, or the host refused something.
-    #[error("a stream of the process cannot be carried")]
+    /// A stream cannot be read or written, or the host cannot start a thread for it.
+    #[error("cannot forward a standard stream of the process")]
     Stream(#[from] io::Error),
 }
 
-/// A process to be started in a guest, as [`std::process::Command`] is one on the host.
+/// A builder for a process in a guest, as [`std::process::Command`] is for one on the host.
 ///
-/// It has the environment, the working directory and the user of the guest's image where nothing else is said. Without
-/// a terminal its streams are pipes.
+/// Environment, working directory and user default to those of the guest's image. Without a terminal, the standard
+/// streams of the process are pipes in the guest.
 #[derive(Debug)]
 pub struct Command<'a> {
     guest: &'a Guest,
@@ -47,20 +47,20 @@ pub struct Command<'a> {
     stderr: Option<Stdio>,
 }
 
-/// What a stream of a process leads to.
+/// The destination of output, or the source of input, of a process in a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stdio {
-    /// The same stream of this process. A thread carries it; that of an input reads ahead, and goes on until there is
-    /// something to read after the process has ended.
+    /// The same stream of the calling process, forwarded by a thread. The thread of an input reads ahead, and blocks in a
+    /// read when the process has ended, until there is input once more.
     Inherit,
-    /// Nothing: there is nothing to read, and what is written is thrown away.
+    /// The null device: input is empty, and output is discarded.
     Null,
-    /// This process, by [`Child`].
+    /// A pipe to the calling process, as a field of [`Child`].
     Piped,
 }
 
 impl Guest {
-    /// A program to run in the guest: a path, or a name that is looked for in the PATH of the guest.
+    /// Constructs a [`Command`] that runs `program` in the guest: a path, or a name to be found by the PATH of the guest.
     #[must_use]
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command<'_> {
         let options = ExecOptions { command: vec![program.as_ref().to_owned()], ..ExecOptions::default() };
@@ -76,101 +76,107 @@ impl Command<'_> {
         self
     }
 
-    /// Adds arguments. With the environment they may have 2 MiB, and one 128 KiB.
+    /// Adds arguments. Arguments and environment are limited to 2 MiB in total, a single argument to 128 KiB.
     #[must_use]
     pub fn args(mut self, arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Self {
         self.options.command.extend(arguments.into_iter().map(|argument| argument.as_ref().to_owned()));
         self
     }
 
-    /// Sets an entry of the environment.
+    /// Sets an environment variable.
     #[must_use]
     pub fn env(mut self, name: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Self {
         self.options.env.push(environment::entry(name.as_ref(), value.as_ref()));
         self
     }
 
-    /// Sets the working directory, a path in the guest. It is made where it is missing.
+    /// Sets the working directory, a path in the guest. It is created if it does not exist.
     #[must_use]
     pub fn current_dir(mut self, directory: impl AsRef<Path>) -> Self {
         self.options.working_directory = Some(directory.as_ref().as_os_str().to_owned());
         self
     }
 
-    /// Sets user and group: `USER[:GROUP]`, names of the image or numbers.
+    /// Sets user and group: `USER[:GROUP]`, as names of the image or numbers.
     #[must_use]
     pub fn user(mut self, user: impl Into<String>) -> Self {
         self.options.user = Some(user.into());
         self
     }
 
-    /// Gives the process a terminal of this size. Its output and error are one stream then, the output.
+    /// Allocates a terminal of this size for the process. Its output and error are one stream then, the output.
     #[must_use]
     pub fn terminal(mut self, size: TerminalSize) -> Self {
         self.options.terminal = Some(size);
         self
     }
 
-    /// Sets what the standard input leads to.
+    /// Sets the source of the standard input.
     #[must_use]
     pub fn stdin(mut self, stream: Stdio) -> Self {
         self.stdin = Some(stream);
         self
     }
 
-    /// Sets what the standard output leads to.
+    /// Sets the destination of the standard output.
     #[must_use]
     pub fn stdout(mut self, stream: Stdio) -> Self {
         self.stdout = Some(stream);
         self
     }
 
-    /// Sets what the standard error leads to.
+    /// Sets the destination of the standard error.
     #[must_use]
     pub fn stderr(mut self, stream: Stdio) -> Self {
         self.stderr = Some(stream);
         self
     }
 
-    /// Starts the process. Output and error are inherited where nothing else was said, and the input is empty: unlike a
-    /// child of this process, one in a guest would take what is typed ahead for others.
+    /// Starts the process. By default, output and error are inherited, and the input is empty: a thread that forwards
+    /// inherited input reads ahead, and would consume input that is meant for others.
     ///
     /// # Errors
-    /// When the guest does not run, has no such user, or refuses the process. A program that is not there is no error
-    /// here: the process then ends with status 127, or 126, and says why on its standard error, as in a shell.
+    /// When the guest has ended, its image has no such user, or its agent cannot be reached. A missing program is not an
+    /// error here: as in a shell, the process ends with status 127 (not found) or 126 (not executable) and a message on
+    /// its standard error.
     pub fn spawn(&self) -> Result<Child, ProcessError> {
         self.spawn_with(Stdio::Null, Stdio::Inherit)
     }
 
-    /// Runs the process and waits for its end. Output and error are inherited where nothing else was said, and the input
-    /// is empty.
+    /// Runs the process and waits for its end. By default, output and error are inherited, and the input is empty.
     ///
     /// # Errors
-    /// As [`Self::spawn`], and when the guest ends before the process.
+    /// Those of [`Self::spawn`], and when the guest ends before the process.
     pub fn status(&self) -> Result<ExitStatus, ProcessError> {
         self.spawn()?.wait()
     }
 
-    /// Runs the process, waits for its end, and collects what it wrote: all of it is kept in memory. Its input is empty
-    /// unless something else was said.
+    /// Runs the process, waits for its end, and collects its output in memory. By default, output and error are piped, and
+    /// the input is empty.
     ///
     /// # Errors
-    /// As [`Self::status`].
+    /// Those of [`Self::status`], and when a stream cannot be read.
     pub fn output(&self) -> Result<Output, ProcessError> {
         self.spawn_with(Stdio::Null, Stdio::Piped)?.wait_with_output()
     }
 
     fn spawn_with(&self, input: Stdio, outputs: Stdio) -> Result<Child, ProcessError> {
         let process = self.guest.exec(&self.options)?;
-        let mut child =
-            Child { process, stdin: None, stdout: None, stderr: None, carriers: Vec::new(), status: None };
+        let mut child = Child {
+            process,
+            stdin: None,
+            stdout: None,
+            stderr: None,
+            output_threads: Vec::new(),
+            status: None,
+        };
         match self.stdin.unwrap_or(input) {
             Stdio::Null => child.process.end_input(),
-            Stdio::Piped => child.stdin = Some(ChildStdin(child.process.place().connect(Role::Input)?)),
+            Stdio::Piped => child.stdin = Some(ChildStdin(child.process.address().connect(Role::Input)?)),
             Stdio::Inherit => {
-                let to = child.process.place().connect(Role::Input)?;
-                // Nobody waits for it: nothing may ever come.
-                thread::spawn(move || carry(io::stdin(), &to));
+                let to = child.process.address().connect(Role::Input)?;
+                // The thread is not joined, because its read may never return.
+                thread::spawn(move || forward_input(io::stdin(), &to));
             }
         }
         if let Some(stream) = child.output_stream(Role::Output, self.stdout.unwrap_or(outputs), io::stdout)? {
@@ -183,85 +189,88 @@ impl Command<'_> {
     }
 }
 
-/// Carries what is read to a process, and then ends its input.
-fn carry(mut from: impl Read, to: &UnixStream) {
+/// Copies input to a process until EOF, and then closes the process's input.
+fn forward_input(mut from: impl Read, to: &UnixStream) {
     let _ = io::copy(&mut from, &mut &*to);
     let _ = to.shutdown(Shutdown::Write);
 }
 
-/// A process in a guest. Dropping it hangs up on it: the guest sends it SIGHUP, as when a terminal is closed.
+/// A process in a guest.
+///
+/// Dropping it closes the connection to the process. A process on a terminal then gets SIGHUP, as when a terminal is
+/// closed; another one continues to run in the guest.
 #[derive(Debug)]
 pub struct Child {
     process: agent::Process,
-    /// Its input, where that is piped. Dropping this ends the input.
+    /// The write end of a piped standard input. Dropping it closes the input.
     pub stdin: Option<ChildStdin>,
-    /// Its output, where that is piped.
+    /// The read end of a piped standard output.
     pub stdout: Option<ChildStdout>,
-    /// Its error, where that is piped.
+    /// The read end of a piped standard error.
     pub stderr: Option<ChildStderr>,
-    /// Threads that carry inherited output.
-    carriers: Vec<JoinHandle<()>>,
+    /// Threads that forward inherited output, and discard output to the null device.
+    output_threads: Vec<JoinHandle<()>>,
     status: Option<ExitStatus>,
 }
 
 impl Child {
-    /// A stream of output, where it is piped.
+    /// Connects to an output stream. Returns the connection of a piped stream, and starts a thread for another.
     fn output_stream<W: Write + Send + 'static>(
         &mut self,
         role: Role,
         to: Stdio,
         own: fn() -> W,
     ) -> Result<Option<UnixStream>, ProcessError> {
-        let stream = self.process.place().connect(role)?;
+        let stream = self.process.address().connect(role)?;
         let mut from = match to {
             Stdio::Piped => return Ok(Some(stream)),
             Stdio::Inherit | Stdio::Null => stream,
         };
-        let carrier = thread::Builder::new().name("kindling-output".to_owned()).spawn(move || {
-            // Where this process's stream takes no more, the process in the guest learns it as at a pipe.
+        let thread = thread::Builder::new().name("kindling-output".to_owned()).spawn(move || {
+            // If the stream of the calling process is closed, the process in the guest gets EPIPE, as with a pipe.
             let _ = if to == Stdio::Null {
                 io::copy(&mut from, &mut io::sink())
             } else {
-                deliver(&mut from, own())
+                forward_output(&mut from, own())
             };
         })?;
-        self.carriers.push(carrier);
+        self.output_threads.push(thread);
         Ok(None)
     }
 
-    /// Sends a signal: those of a terminal's keys, and SIGTERM, to the process and its foreground children, others to
-    /// the process alone.
+    /// Sends a signal by its number. SIGINT, SIGQUIT and SIGHUP go to the process group, as from a terminal; other signals
+    /// go to the process only.
     pub fn signal(&self, number: u8) {
         self.process.signal(number);
     }
 
-    /// Ends the process by SIGKILL.
+    /// Kills the process with SIGKILL.
     pub fn kill(&self) {
         const SIGKILL: u8 = 9;
         self.process.signal(SIGKILL);
     }
 
-    /// Says how large its terminal is now.
+    /// Resizes the terminal of the process.
     pub fn resize(&self, size: TerminalSize) {
         self.process.resize(size);
     }
 
-    /// Its exit status, if it has ended.
+    /// Returns the exit status if the process has ended. Does not block.
     ///
     /// # Errors
     /// When the guest has ended before the process.
     pub fn try_wait(&mut self) -> Result<Option<ExitStatus>, ProcessError> {
         while self.status.is_none() {
-            match self.process.news()? {
-                Some(News::Exited { status, .. }) => self.status = Some(ExitStatus(status)),
-                Some(News::HasOutput(_) | News::Started) => {}
+            match self.process.poll_event()? {
+                Some(ProcessEvent::Exited { status, .. }) => self.status = Some(ExitStatus(status)),
+                Some(ProcessEvent::HasOutput(_) | ProcessEvent::Started) => {}
                 None => break,
             }
         }
         Ok(self.status)
     }
 
-    /// Waits for its end, and until inherited output is delivered. Its input is ended first.
+    /// Waits for the end of the process, and until inherited output is written. A piped input is closed first.
     ///
     /// # Errors
     /// When the guest ends before the process.
@@ -271,23 +280,23 @@ impl Child {
             if let Some(status) = self.try_wait()? {
                 break status;
             }
-            let (flags, limit) = self.process.wants();
+            let (flags, limit) = self.process.poll_interest();
             let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
             match poll(&mut [PollFd::new(&self.process, flags)], limit.as_ref()) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(error) => return Err(io::Error::from(error).into()),
             }
         };
-        for carrier in self.carriers.drain(..) {
-            let _ = carrier.join();
+        for thread in self.output_threads.drain(..) {
+            let _ = thread.join();
         }
         Ok(status)
     }
 
-    /// Waits for its end and collects what it writes to piped streams.
+    /// Waits for the end of the process, and collects its piped output and error in memory. A piped input is closed first.
     ///
     /// # Errors
-    /// As [`Self::wait`], and when a stream cannot be read.
+    /// Those of [`Self::wait`], and when a stream cannot be read.
     pub fn wait_with_output(mut self) -> Result<Output, ProcessError> {
         self.stdin = None;
         let read = |stream: Option<UnixStream>| -> io::Result<Vec<u8>> {
@@ -299,7 +308,7 @@ impl Child {
         };
         let (stdout, stderr) =
             (self.stdout.take().map(|stream| stream.0), self.stderr.take().map(|stream| stream.0));
-        // Both at once: a process may block on one stream while the other is read.
+        // The streams are read in parallel: a process may block on one while only the other is read.
         let other = thread::Builder::new().name("kindling-output".to_owned()).spawn(move || read(stderr))?;
         let stdout = read(stdout)?;
         let stderr = other.join().unwrap_or_else(|_| Err(io::Error::other("a thread panicked")))?;
@@ -307,7 +316,7 @@ impl Child {
     }
 }
 
-fn deliver(from: &mut UnixStream, mut to: impl Write) -> io::Result<u64> {
+fn forward_output(from: &mut UnixStream, mut to: impl Write) -> io::Result<u64> {
     let mut buffer = vec![0; CHUNK];
     let mut sum = 0;
     loop {
@@ -325,21 +334,21 @@ fn deliver(from: &mut UnixStream, mut to: impl Write) -> io::Result<u64> {
 }
 
 impl AsFd for Child {
-    /// Readable when [`Self::try_wait`] may have something to say.
+    /// Readable when [`Self::try_wait`] may return a status.
     fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
         self.process.as_fd()
     }
 }
 
-/// The input of a process in a guest. Dropping it ends the input.
+/// The standard input of a process in a guest. Dropping it closes the input.
 #[derive(Debug)]
 pub struct ChildStdin(UnixStream);
 
-/// The output of a process in a guest.
+/// The standard output of a process in a guest.
 #[derive(Debug)]
 pub struct ChildStdout(UnixStream);
 
-/// The error of a process in a guest.
+/// The standard error of a process in a guest.
 #[derive(Debug)]
 pub struct ChildStderr(UnixStream);
 
@@ -371,19 +380,19 @@ impl Read for ChildStderr {
     }
 }
 
-/// How a process in a guest ended.
+/// The exit status of a process in a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExitStatus(u8);
 
 impl ExitStatus {
-    /// Whether it ended with status 0.
+    /// Returns whether the status is 0.
     #[must_use]
     pub const fn success(self) -> bool {
         self.0 == 0
     }
 
-    /// Its exit status: 128 and the signal's number where a signal ended it, 127 where there was no such program, 126
-    /// where it could not be executed.
+    /// Returns the status as a number: 128 + signal if a signal killed the process, 127 if the program was not found, 126
+    /// if it is not executable.
     #[must_use]
     pub const fn code(self) -> u8 {
         self.0
@@ -396,13 +405,13 @@ impl fmt::Display for ExitStatus {
     }
 }
 
-/// How a process ended, and what it wrote.
+/// The exit status and the collected output of a process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Output {
-    /// How it ended.
+    /// Exit status.
     pub status: ExitStatus,
-    /// What it wrote to its piped output.
+    /// Data of the standard output, if it was piped.
     pub stdout: Vec<u8>,
-    /// What it wrote to its piped error.
+    /// Data of the standard error, if it was piped.
     pub stderr: Vec<u8>,
 }

@@ -1,8 +1,8 @@
-//! Copies of files and directories into a guest that runs, or from there, by the rules of `docker cp`.
+//! Copies of files and directories into and out of a running guest, by the rules of `docker cp`.
 
 use crate::guest::{Guest, GuestError};
 use guest_copy::{Destination, Failure, FailureKind, Sender, Source};
-use kindling_vmm::agent::{ANSWER_TIMEOUT, AgentError, News, Process, Role};
+use kindling_vmm::agent::{ANSWER_TIMEOUT, AgentError, Process, ProcessEvent, Role};
 use rustix::fs::Mode;
 use rustix::process::umask;
 use std::ffi::OsStr;
@@ -12,14 +12,14 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-/// Why nothing, or not all, was copied.
+/// An error of a copy.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum CopyError {
-    /// There is no such guest.
+    /// The guest does not exist or does not run.
     #[error(transparent)]
     Guest(#[from] GuestError),
-    /// The guest's agent refused or is gone.
+    /// The guest's agent cannot be reached.
     #[error(transparent)]
     Agent(#[from] AgentError),
     /// Reading or writing on the host failed.
@@ -28,51 +28,51 @@ pub enum CopyError {
     /// Reading or writing in the guest failed.
     #[error("in the guest {name}: {failure}")]
     There {
-        /// The guest.
+        /// Name of the guest.
         name: String,
-        /// What failed.
+        /// The failed operation and its path.
         failure: Failure,
     },
-    /// The process that copies in the guest ended.
-    #[error("the copying process in the guest {name} ended with status {status} and without a word")]
+    /// The process that copies in the guest failed without a message.
+    #[error("copying in the guest {name} failed with status {status} and without a message")]
     Wordless {
-        /// The guest.
+        /// Name of the guest.
         name: String,
         /// Exit status of the process.
         status: u8,
     },
-    /// The host refused something.
+    /// The host could not duplicate a descriptor, or install a signal handler.
     #[error("the host refused a descriptor")]
     Host(#[from] io::Error),
 }
 
 impl CopyError {
-    /// Whether asking for something else can help, rather than the host.
+    /// Returns whether the request is at fault, rather than the host or the guest.
     #[must_use]
-    pub const fn is_users(&self) -> bool {
+    pub const fn is_user_error(&self) -> bool {
         match self {
             Self::Agent(AgentError::Connect { .. } | AgentError::Refused { .. }) => true,
-            Self::Guest(error) => error.is_users(),
+            Self::Guest(error) => error.is_user_error(),
             _ => false,
         }
     }
 }
 
-/// How things are copied.
+/// Options of a copy.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CopyOptions {
-    /// Keep users and groups, by their numbers; otherwise things are root's in a guest, and the caller's here.
+    /// Preserve user and group IDs. Otherwise root owns the copies in a guest, and the caller owns copies on the host.
     pub keeps_owners: bool,
-    /// Copy what the source leads to where it is a symbolic link.
+    /// Follow the source if it is a symbolic link.
     pub follows_link: bool,
 }
 
 impl Guest {
-    /// Copies a file or directory out of the guest, by the rules of `docker cp`; the first thing that was left out, if
-    /// anything was.
+    /// Copies a file or directory out of the guest, by the rules of `docker cp`. Returns the error of the first file that
+    /// was skipped, if any was.
     ///
     /// # Errors
-    /// When something cannot be read or written.
+    /// When the source cannot be read, the destination cannot be written, or the guest ends.
     pub fn copy_out(
         &self,
         from: impl AsRef<OsStr>,
@@ -82,10 +82,11 @@ impl Guest {
         self.copy_out_with(from, to, CopyOptions::default(), |_| Ok(()))
     }
 
-    /// Copies a file or directory into the guest; otherwise as [`Self::copy_out`].
+    /// Copies a file or directory into the guest, by the rules of `docker cp`. Returns the error of the first file that was
+    /// skipped, if any was.
     ///
     /// # Errors
-    /// When something cannot be read or written.
+    /// Those of [`Self::copy_out`].
     pub fn copy_in(
         &self,
         from: impl AsRef<OsStr>,
@@ -95,12 +96,12 @@ impl Guest {
         self.copy_in_with(from, to, CopyOptions::default(), |_| Ok(()))
     }
 
-    /// Copies a file or directory out of the guest. Paths are the bytes of the guest's. `started` gets the connection over
-    /// which everything comes: shutting it down ends the copy, and nothing half made stays. Returns the first thing that
-    /// was left out, if anything was.
+    /// Copies a file or directory out of the guest, with options. Paths are bytes, because those of a guest need not be
+    /// UTF-8. `started` receives the connection that carries the data: shutting it down ends the copy, and partial files
+    /// are removed. Returns the error of the first file that was skipped, if any was.
     ///
     /// # Errors
-    /// When something cannot be read or written.
+    /// Those of [`Self::copy_out`], and that of `started`.
     pub fn copy_out_with(
         &self,
         path: &[u8],
@@ -108,16 +109,16 @@ impl Guest {
         options: CopyOptions,
         started: impl FnOnce(&UnixStream) -> io::Result<()>,
     ) -> Result<Option<CopyError>, CopyError> {
-        let process = Process::fetch(&self.socket(), crate::token(), path, options.follows_link)?;
-        let stream = process.place().connect(Role::Output)?;
+        let process = Process::copy_out(&self.socket(), crate::token(), path, options.follows_link)?;
+        let stream = process.address().connect(Role::Output)?;
         started(&stream)?;
-        fetch(options, &self.name, path, to, process, &stream)
+        receive(options, &self.name, path, to, process, &stream)
     }
 
-    /// Copies a file or directory into the guest; otherwise as [`Self::copy_out_with`].
+    /// Copies a file or directory into the guest, with options, as [`Self::copy_out_with`] does in the other direction.
     ///
     /// # Errors
-    /// When something cannot be read or written.
+    /// Those of [`Self::copy_out_with`].
     pub fn copy_in_with(
         &self,
         path: &[u8],
@@ -125,14 +126,14 @@ impl Guest {
         options: CopyOptions,
         started: impl FnOnce(&UnixStream) -> io::Result<()>,
     ) -> Result<Option<CopyError>, CopyError> {
-        let process = Process::bring(&self.socket(), crate::token(), to, options.keeps_owners)?;
-        let stream = process.place().connect(Role::Input)?;
+        let process = Process::copy_in(&self.socket(), crate::token(), to, options.keeps_owners)?;
+        let stream = process.address().connect(Role::Input)?;
         started(&stream)?;
-        bring(options, &self.name, path, process, &stream)
+        send(options, &self.name, path, process, &stream)
     }
 }
 
-fn fetch(
+fn receive(
     options: CopyOptions,
     name: &str,
     path: &[u8],
@@ -148,16 +149,16 @@ fn fetch(
         mode_bits: mode_bits(),
     };
     match guest_copy::receive(destination, output) {
-        Ok(()) => verdict(name, process),
-        // The guest may know why.
+        Ok(()) => result_of(name, process),
+        // The guest may have reported the cause.
         Err(failure) if matches!(failure.kind, FailureKind::Truncated | FailureKind::Receive) => {
-            verdict(name, process).and(Err(CopyError::Here(failure)))
+            result_of(name, process).and(Err(CopyError::Here(failure)))
         }
         Err(failure) => Err(CopyError::Here(failure)),
     }
 }
 
-fn bring(
+fn send(
     options: CopyOptions,
     name: &str,
     path: &[u8],
@@ -168,45 +169,45 @@ fn bring(
     let result = guest_copy::send(source, input);
     let _ = input.shutdown(Shutdown::Write);
     match result {
-        Ok(left_out) => Ok(verdict(name, process)?.or(left_out.map(CopyError::Here))),
+        Ok(skipped) => Ok(result_of(name, process)?.or(skipped.map(CopyError::Here))),
         Err(failure) if failure.kind == FailureKind::Send => {
-            verdict(name, process).and(Err(CopyError::Here(failure)))
+            result_of(name, process).and(Err(CopyError::Here(failure)))
         }
         Err(failure) => {
-            // When it has ended, it has removed what was half made.
-            while !matches!(process.wait_for_news(), Err(_) | Ok(News::Exited { .. })) {}
+            // The process removes partial files before it ends.
+            while !matches!(process.wait_for_event(), Err(_) | Ok(ProcessEvent::Exited { .. })) {}
             Err(CopyError::Here(failure))
         }
     }
 }
 
-/// The bits that the mode of a guest's file may have here: those that the umask leaves to a new file. Set-user-ID and
-/// set-group-ID would let others run a guest's program with the caller's rights.
+/// The mode bits that a copy of a guest's file may have on the host: those that the umask leaves to a new file, without
+/// set-user-ID and set-group-ID, with which other users could run a program of the guest with the caller's rights.
 fn mode_bits() -> u16 {
     const PERMISSIONS: u16 = 0o777;
-    // The kernel tells the mask only to a caller that sets one. Nothing is created meanwhile.
+    // umask(2) returns the mask only when it sets one. No file is created in between.
     let mask = umask(Mode::RWXG | Mode::RWXO);
     umask(mask);
     PERMISSIONS & !u16::try_from(mask.as_raw_mode()).unwrap_or(PERMISSIONS)
 }
 
-/// What the guest says of a copy: what was left out, or what went wrong.
-fn verdict(name: &str, mut process: Process) -> Result<Option<CopyError>, CopyError> {
-    let mut words = Vec::new();
+/// Waits for the copying process in the guest. Returns the first file that it skipped.
+fn result_of(name: &str, mut process: Process) -> Result<Option<CopyError>, CopyError> {
+    let mut report = Vec::new();
     let status = loop {
-        match process.wait_for_news()? {
-            News::Exited { status, .. } => break status,
-            News::HasOutput(Role::Error) => {
-                let error = process.place().connect(Role::Error)?;
+        match process.wait_for_event()? {
+            ProcessEvent::Exited { status, .. } => break status,
+            ProcessEvent::HasOutput(Role::Error) => {
+                let error = process.address().connect(Role::Error)?;
                 error.set_read_timeout(Some(ANSWER_TIMEOUT))?;
-                // What breaks off is no failure that could be read.
-                let _ = error.take(Failure::MAX_LEN as u64 + 1).read_to_end(&mut words);
+                // An incomplete report is not a valid `Failure`, so that an error of the read needs no handling.
+                let _ = error.take(Failure::MAX_LEN as u64 + 1).read_to_end(&mut report);
             }
-            News::HasOutput(_) | News::Started => {}
+            ProcessEvent::HasOutput(_) | ProcessEvent::Started => {}
         }
     };
     let name = name.to_owned();
-    match (status, Failure::from_bytes(&words)) {
+    match (status, Failure::from_bytes(&report)) {
         (0, None) => Ok(None),
         (0, Some(failure)) => Ok(Some(CopyError::There { name, failure })),
         (_, Some(failure)) => Err(CopyError::There { name, failure }),
@@ -214,7 +215,7 @@ fn verdict(name: &str, mut process: Process) -> Result<Option<CopyError>, CopyEr
     }
 }
 
-/// What a copy of a path is called: `.` where what is in a directory is meant.
+/// The name of the copy of a path; `.` for the content of a directory.
 fn base_name(path: &[u8]) -> Vec<u8> {
     let end = path.iter().rposition(|&byte| byte != b'/').map_or(0, |at| at + 1);
     match path[..end].rsplit(|&byte| byte == b'/').next() {
@@ -232,7 +233,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn copies_have_the_last_name() {
+    fn the_name_of_a_copy_is_the_last_component() {
         for (path, name) in [
             ("a/b", "b"),
             ("/a/b//", "b"),

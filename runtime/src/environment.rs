@@ -1,4 +1,5 @@
-//! The environment of a program: what its image or its guest has, then files of entries, then entries.
+//! The environment of a process: the variables of its image or guest, overridden by those of files, overridden by those of
+//! options.
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
@@ -6,45 +7,45 @@ use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
-/// Bytes of a file of entries: more than an environment may have.
-const LONGEST: u64 = 2 << 20;
+/// Maximum size of an environment file in bytes: that of an environment.
+const MAX_FILE_LEN: u64 = 2 << 20;
 
-/// A file of entries cannot be used.
+/// An error of an environment file (`--env-file`).
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum EnvironmentError {
-    /// It cannot be read.
-    #[error("cannot read the file of entries {}", path.display())]
+    /// The file cannot be read.
+    #[error("cannot read the environment file {}", path.display())]
     Read {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// The host's answer.
+        /// The host's error.
         source: io::Error,
     },
-    /// It is longer than an environment may be.
-    #[error("the file of entries {} has more than 2 MiB", .0.display())]
+    /// The file is larger than 2 MiB, the limit of an environment.
+    #[error("the environment file {} is larger than 2 MiB", .0.display())]
     Long(PathBuf),
-    /// A line begins with `=`.
-    #[error("{}:{line}: an entry begins with its name", path.display())]
+    /// A line has no name before the `=`.
+    #[error("{}:{line}: no variable name before the =", path.display())]
     NoName {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Its line, from 1.
+        /// Line number, from 1.
         line: usize,
     },
-    /// A name has blanks in it.
-    #[error("{}:{line}: a name has no blanks in it", path.display())]
+    /// The name of a variable contains whitespace.
+    #[error("{}:{line}: a variable name cannot contain whitespace", path.display())]
     BlankInName {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Its line, from 1.
+        /// Line number, from 1.
         line: usize,
     },
 }
 
-/// Sets the entries of files, a line each, and then others, as `docker run --env-file` and `-e` do.
+/// Sets the variables of files, one a line, and then further ones, as `docker run --env-file` and `-e` do.
 ///
-/// Of a line nothing is undone, neither quotes nor backslashes; empty ones and those that begin with `#` are none.
+/// Quotes and backslashes in a file are literal. Empty lines and lines that start with `#` are ignored.
 pub(crate) fn set_all(
     environment: &mut Vec<Vec<u8>>,
     files: &[PathBuf],
@@ -56,12 +57,12 @@ pub(crate) fn set_all(
     let mut environment = Indexed::of(environment);
     for path in files {
         for (line, text) in (1..).zip(read(path)?.split(|&byte| byte == b'\n')) {
-            // Files that were written on Windows end their lines otherwise.
+            // Files that were written on Windows end lines with CR and LF.
             let text = text.strip_suffix(b"\r").unwrap_or(text).trim_ascii_start();
             match text {
                 [] | [b'#', ..] => {}
                 [b'=', ..] => return Err(EnvironmentError::NoName { path: path.clone(), line }),
-                _ if text.split(|&byte| byte == b'=').next().is_some_and(has_blank) => {
+                _ if text.split(|&byte| byte == b'=').next().is_some_and(has_whitespace) => {
                     return Err(EnvironmentError::BlankInName { path: path.clone(), line });
                 }
                 _ => environment.set(OsStr::from_bytes(text)),
@@ -72,38 +73,39 @@ pub(crate) fn set_all(
     Ok(())
 }
 
-fn has_blank(name: &[u8]) -> bool {
+fn has_whitespace(name: &[u8]) -> bool {
     name.iter().any(u8::is_ascii_whitespace)
 }
 
 fn read(path: &PathBuf) -> Result<Vec<u8>, EnvironmentError> {
     let mut text = Vec::new();
-    let file = std::fs::File::open(path).and_then(|file| file.take(LONGEST + 1).read_to_end(&mut text));
+    let file = std::fs::File::open(path).and_then(|file| file.take(MAX_FILE_LEN + 1).read_to_end(&mut text));
     match file {
         Err(source) => Err(EnvironmentError::Read { path: path.clone(), source }),
-        Ok(_) if text.len() as u64 > LONGEST => Err(EnvironmentError::Long(path.clone())),
+        Ok(_) if text.len() as u64 > MAX_FILE_LEN => Err(EnvironmentError::Long(path.clone())),
         Ok(_) => Ok(text),
     }
 }
 
-/// Sets an entry: `NAME=VALUE`, or `NAME` for what it is here, if it is set here.
+/// Sets a variable: `NAME=VALUE`, or `NAME` for the value that the calling process has. Without such a value, nothing
+/// changes.
 pub(crate) fn set(environment: &mut Vec<Vec<u8>>, entry: &OsStr) {
     Indexed::of(environment).set(entry);
 }
 
-/// An environment, and where each of its names is: there may be 100,000.
+/// An environment with an index by name: it may have 100,000 variables.
 struct Indexed<'a> {
     entries: &'a mut Vec<Vec<u8>>,
-    places: HashMap<Vec<u8>, usize>,
+    index: HashMap<Vec<u8>, usize>,
 }
 
 impl<'a> Indexed<'a> {
     fn of(entries: &'a mut Vec<Vec<u8>>) -> Self {
-        let mut places = HashMap::new();
-        for (place, entry) in entries.iter().enumerate() {
-            places.entry(name(entry).to_vec()).or_insert(place);
+        let mut index = HashMap::new();
+        for (number, entry) in entries.iter().enumerate() {
+            index.entry(name(entry).to_vec()).or_insert(number);
         }
-        Self { entries, places }
+        Self { entries, index }
     }
 
     fn set(&mut self, entry: &OsStr) {
@@ -113,17 +115,17 @@ impl<'a> Indexed<'a> {
             text.push(b'=');
             text.extend_from_slice(value.as_bytes());
         }
-        match self.places.get(name(&text)) {
-            Some(&place) => self.entries[place] = text,
+        match self.index.get(name(&text)) {
+            Some(&number) => self.entries[number] = text,
             None => {
-                self.places.insert(name(&text).to_vec(), self.entries.len());
+                self.index.insert(name(&text).to_vec(), self.entries.len());
                 self.entries.push(text);
             }
         }
     }
 }
 
-/// The entry that sets a name to a value.
+/// Returns `NAME=VALUE`.
 pub(crate) fn entry(name: &OsStr, value: &OsStr) -> OsString {
     let mut entry = name.to_owned();
     entry.push("=");
@@ -131,7 +133,7 @@ pub(crate) fn entry(name: &OsStr, value: &OsStr) -> OsString {
     entry
 }
 
-/// What stands before the first `=` of an entry.
+/// The name of an entry: the part before the first `=`.
 fn name(entry: &[u8]) -> &[u8] {
     entry.split(|&byte| byte == b'=').next().unwrap_or_default()
 }
@@ -141,7 +143,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn files_come_before_entries_and_later_ones_win() {
+    fn options_override_files_and_later_variables_override_earlier_ones() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("env");
         std::fs::write(&path, "# a comment\n\nA=1\r\n  B=\"two words\" \nB2\nC=3\nPATH\n").unwrap();
@@ -153,18 +155,18 @@ mod tests {
     }
 
     #[test]
-    fn files_that_are_none() {
+    fn invalid_files_are_errors() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("env");
         let refused = || set_all(&mut Vec::new(), std::slice::from_ref(&path), &[]).unwrap_err().to_string();
-        assert!(refused().starts_with("cannot read the file of entries "), "{}", refused());
+        assert!(refused().starts_with("cannot read the environment file "), "{}", refused());
         std::fs::write(&path, "A=1\n=2\n").unwrap();
-        assert!(refused().ends_with("env:2: an entry begins with its name"), "{}", refused());
+        assert!(refused().ends_with("env:2: no variable name before the ="), "{}", refused());
         for line in ["export A=1", "a line of prose", "A =1"] {
             std::fs::write(&path, line).unwrap();
-            assert!(refused().ends_with("env:1: a name has no blanks in it"), "{}", refused());
+            assert!(refused().ends_with("env:1: a variable name cannot contain whitespace"), "{}", refused());
         }
         std::fs::write(&path, vec![b'\n'; (2 << 20) + 1]).unwrap();
-        assert!(refused().ends_with("has more than 2 MiB"), "{}", refused());
+        assert!(refused().ends_with("is larger than 2 MiB"), "{}", refused());
     }
 }

@@ -1,4 +1,4 @@
-//! One more process in a guest that runs.
+//! Processes in a running guest, as `kindling exec` starts them.
 
 use crate::environment::{self, EnvironmentError};
 use crate::guest::{Guest, GuestRecord};
@@ -11,28 +11,28 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
-/// Why a process cannot be started in a guest.
+/// An error when a process is started in a guest.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ExecError {
-    /// The guest has no such user.
+    /// The guest's image has no such user, or cannot be read.
     #[error(transparent)]
     User(#[from] ImageError),
-    /// A file of entries cannot be used.
+    /// An environment file is invalid.
     #[error(transparent)]
     Environment(#[from] EnvironmentError),
-    /// The guest's agent refused or is gone.
+    /// The guest's agent cannot be reached.
     #[error(transparent)]
     Agent(#[from] AgentError),
-    /// The command is longer than a guest takes.
+    /// The command, with its environment, exceeds the limits of a guest.
     #[error(transparent)]
     Command(#[from] FrameError),
 }
 
 impl ExecError {
-    /// Whether asking for something else can help, rather than the host.
+    /// Returns whether the request is at fault, rather than the host or the guest.
     #[must_use]
-    pub const fn is_users(&self) -> bool {
+    pub const fn is_user_error(&self) -> bool {
         !matches!(
             self,
             Self::User(ImageError::Failed(_)) | Self::Agent(AgentError::Lost | AgentError::Silent { .. })
@@ -40,28 +40,30 @@ impl ExecError {
     }
 }
 
-/// What a user wants of a process. Text is as users of docker write it.
+/// Options of a process in a guest. Text has the syntax of `docker exec`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ExecOptions {
     /// The program and its arguments.
     pub command: Vec<OsString>,
-    /// Entries of the environment beside the guest's: `NAME=VALUE`, or `NAME` for this process's value.
+    /// Environment variables in addition to the guest's: `NAME=VALUE`, or `NAME` for the value that the calling process
+    /// has.
     pub env: Vec<OsString>,
-    /// Files with such entries, which come first.
+    /// Files with such variables, one a line. Those of [`env`](Self::env) override them.
     pub env_files: Vec<PathBuf>,
-    /// Working directory, instead of the guest's.
+    /// Working directory. Defaults to the guest's.
     pub working_directory: Option<OsString>,
-    /// `USER[:GROUP]`, names or numbers, instead of the guest's.
+    /// User and group, `USER[:GROUP]`, as names of the image or numbers. Defaults to the guest's.
     pub user: Option<String>,
-    /// It has a terminal, which starts with this size.
+    /// Initial size of the terminal. Without one, the streams are pipes.
     pub terminal: Option<TerminalSize>,
 }
 
 impl Guest {
-    /// Starts a process.
+    /// Starts a process, with control over its streams by the messages of the agent. [`Guest::command`] is the simpler
+    /// interface.
     ///
     /// # Errors
-    /// When the guest has no such user or refuses the process.
+    /// When the image has no such user, an environment file is invalid, or the guest's agent cannot be reached.
     pub fn exec(&self, options: &ExecOptions) -> Result<Process, ExecError> {
         let frame = options.guest(&self.record)?.to_frame(&BootInfo::default())?;
         Ok(Process::start(&self.socket(), crate::token(), &frame)?)
@@ -69,10 +71,10 @@ impl Guest {
 }
 
 impl ExecOptions {
-    /// The command as the guest's own would be, but for what is asked for.
+    /// The configuration of the process: that of the guest's payload, changed by these options.
     fn guest(&self, guest: &GuestRecord) -> Result<GuestConfig, ExecError> {
-        let of_guest = &guest.payload;
-        let mut environment: Vec<_> = of_guest.environment.iter().map(|entry| entry.clone().into()).collect();
+        let payload = &guest.payload;
+        let mut environment: Vec<_> = payload.environment.iter().map(|entry| entry.clone().into()).collect();
         let other_user = self
             .user
             .as_deref()
@@ -84,11 +86,11 @@ impl ExecOptions {
         environment::set_all(&mut environment, &self.env_files, &self.env)?;
         let bytes = |word: &OsString| word.as_bytes().to_vec();
         let workdir = self.working_directory.as_ref().map(bytes);
-        let user = other_user.as_ref().unwrap_or(&of_guest.user);
+        let user = other_user.as_ref().unwrap_or(&payload.user);
         Ok(GuestConfig {
             arguments: self.command.iter().map(bytes).collect(),
             environment,
-            working_directory: workdir.or_else(|| of_guest.working_directory.clone().map(String::into_bytes)),
+            working_directory: workdir.or_else(|| payload.working_directory.clone().map(String::into_bytes)),
             user_id: user.uid,
             group_id: user.gid,
             groups: user.groups.clone(),

@@ -1,4 +1,4 @@
-//! Container images: what they are converted to, and what they say of the command.
+//! Container images: their conversion to root filesystems, and their configuration.
 
 use serde::{Deserialize, Serialize};
 use std::ffi::{OsStr, OsString};
@@ -7,41 +7,41 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// Why an image cannot be used.
+/// An error of a container image.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ImageError {
-    /// Another image or another name mends it. The program that converts images has said what.
-    #[error("{0} cannot be run")]
+    /// The image does not exist or is invalid. `kindling-oci` has printed the reason on standard error.
+    #[error("cannot use the image {0}")]
     Refused(String),
-    /// The program that converts images said why not.
-    #[error("{}", if .0.is_empty() { "kindling-oci ended without a word" } else { .0.as_str() })]
+    /// The user of the command is invalid; the message says why.
+    #[error("{}", if .0.is_empty() { "kindling-oci failed without a message" } else { .0.as_str() })]
     Prepare(String),
-    /// It failed, and another image would not help.
-    #[error("{0} cannot be prepared")]
+    /// The conversion failed for a reason that is not the image's. `kindling-oci` has printed it on standard error.
+    #[error("cannot convert the image {0}")]
     Failed(String),
-    /// That program is not there.
-    #[error("cannot run kindling-oci, which has to lie beside kindling")]
+    /// `kindling-oci`, the program that converts images, cannot be executed.
+    #[error("cannot run kindling-oci; install it in the same directory as kindling")]
     NoConverter(#[source] io::Error),
-    /// Others could change what is run.
+    /// Other users could change `kindling-oci`.
     #[error(transparent)]
     Untrusted(#[from] trusted_path::Error),
-    /// It printed something else.
+    /// `kindling-oci` printed a result that this version cannot parse.
     #[error("kindling-oci and kindling are of different versions")]
     Version(#[source] serde_json::Error),
 }
 
-/// A root filesystem, and what its image says of how to use it.
+/// A prepared image: a root filesystem and the image's configuration.
 #[derive(Clone, Debug, Default, Deserialize)]
 pub struct Prepared {
-    /// The file with an EROFS filesystem.
+    /// Path of the file with an EROFS filesystem.
     pub rootfs: PathBuf,
     #[serde(default)]
-    /// What the image says of its command.
+    /// Configuration of the image.
     pub config: ImageConfig,
 }
 
-/// A container image, ready for guests.
+/// A container image that is ready for guests.
 #[derive(Clone, Debug)]
 pub struct Image {
     source: OsString,
@@ -49,12 +49,14 @@ pub struct Image {
 }
 
 impl Image {
-    /// An image by a registry's name, the path of an archive of `docker save` or of a folder with an OCI layout, which
-    /// begins with `/` or `.` or ends like one, or the path of an EROFS filesystem. It is converted where that was not
-    /// done, and pulled where it is missing.
+    /// Opens an image: a name of a registry, the path of an archive of `docker save` or of a directory with an OCI layout,
+    /// or the path of an EROFS filesystem. Paths start with `/` or `.`, or end like one (`docs/oci.md`). A missing image
+    /// is pulled, and an image is converted to a root filesystem once.
+    ///
+    /// Progress, and the reason of a failure, are printed on standard error by `kindling-oci`.
     ///
     /// # Errors
-    /// When it cannot be read, pulled or converted.
+    /// When the image cannot be read, pulled or converted.
     pub fn open(image: impl AsRef<OsStr>) -> Result<Self, ImageError> {
         let source = image.as_ref().to_owned();
         let prepared = prepare(&source, None, "missing")?;
@@ -70,56 +72,57 @@ impl Image {
     }
 }
 
-/// What an image says of its command.
+/// Configuration of an image: the defaults of its command.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 #[non_exhaustive]
 pub struct ImageConfig {
-    /// Its program, and the first arguments.
+    /// Program and first arguments of the command.
     pub entrypoint: Vec<String>,
-    /// Further arguments, unless the user has some.
+    /// Arguments after the entrypoint, unless the user gives some.
     pub cmd: Vec<String>,
-    /// Entries of the environment, NAME=VALUE.
+    /// Environment variables, `NAME=VALUE`.
     pub env: Vec<String>,
-    /// The user of the command.
+    /// User of the command.
     pub user: User,
-    /// Where the command starts; empty for /.
+    /// Working directory of the command; empty for `/`.
     pub working_dir: String,
-    /// The name of the signal that asks the command to end.
+    /// Name of the signal that stops the command.
     pub stop_signal: Option<String>,
 }
 
-/// A user of an image.
+/// A user of an image, with its groups.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default)]
 pub struct User {
-    /// Number of the user.
+    /// User ID.
     pub uid: u32,
-    /// Number of the group.
+    /// Group ID.
     pub gid: u32,
-    /// Further groups.
+    /// Supplementary group IDs.
     pub groups: Vec<u32>,
-    /// The home directory, as /etc/passwd has it.
+    /// Home directory, from the image's `/etc/passwd`.
     pub home: Option<String>,
 }
 
-/// A root filesystem from what a user named: a file that is one, or an image that is converted first. `user` is UID,
-/// UID:GID, or names of the image; `pull` is `missing`, `always` or `never`.
+/// Prepares an image: returns an EROFS file as it is, and converts any other image to a root filesystem. `user` is
+/// `USER[:GROUP]`, as names of the image or numbers, and overrides the image's user; `pull` is `missing`, `always` or
+/// `never`.
 ///
 /// # Errors
-/// When the image cannot be read, converted or pulled.
+/// When the image cannot be read, pulled or converted, or has no such user.
 pub fn prepare(image: &OsStr, user: Option<&str>, pull: &str) -> Result<Prepared, ImageError> {
     prepare_in(Path::new("."), image, user, pull)
 }
 
-/// The same where paths begin in another directory.
+/// [`prepare`] with relative paths resolved from `directory`.
 fn prepare_in(
     directory: &Path,
     image: &OsStr,
     user: Option<&str>,
     pull: &str,
 ) -> Result<Prepared, ImageError> {
-    if names_a_filesystem(image, pull) && is_erofs(&directory.join(image)) {
+    if has_path_form(image, pull) && is_erofs(&directory.join(image)) {
         let user = user.map(numeric_user).transpose()?.unwrap_or_default();
         return Ok(Prepared { rootfs: image.into(), config: ImageConfig { user, ..ImageConfig::default() } });
     }
@@ -132,22 +135,22 @@ fn prepare_in(
     let output = command.arg("--").arg(image).stdin(Stdio::null()).stderr(Stdio::inherit()).output();
     let output = output.map_err(ImageError::NoConverter)?;
     if !output.status.success() {
-        /// Of kindling-oci, where another image or another name mends it.
-        const USERS: i32 = 2;
-        // It has said why.
+        /// Exit status of kindling-oci for an invalid request, such as an image that does not exist.
+        const STATUS_BAD_REQUEST: i32 = 2;
+        // kindling-oci has printed the reason.
         let image = Path::new(image).display();
         return Err(match output.status.code() {
-            Some(USERS) => ImageError::Refused(image.to_string()),
+            Some(STATUS_BAD_REQUEST) => ImageError::Refused(image.to_string()),
             _ => ImageError::Failed(image.to_string()),
         });
     }
     serde_json::from_slice(&output.stdout).map_err(ImageError::Version)
 }
 
-/// The program that converts images.
+/// Returns the path of `kindling-oci`, the program that converts images.
 ///
 /// # Errors
-/// When it is missing, or others can change it.
+/// When the program is missing, or other users can change it.
 pub fn converter() -> Result<PathBuf, ImageError> {
     match trusted_path::companion("kindling-oci") {
         Ok(program) => Ok(program),
@@ -156,9 +159,10 @@ pub fn converter() -> Result<PathBuf, ImageError> {
     }
 }
 
-/// Whether a name can be that of a filesystem's file, by its form: the current directory may be a stranger's, so that
-/// no file in it answers for a name of a registry. `kindling-oci` does the same for its images.
-fn names_a_filesystem(image: &OsStr, pull: &str) -> bool {
+/// Whether an image's name has the form of a path to an EROFS file. Only the form counts: the current directory may
+/// belong to another user, and a file in it must not take the place of an image of a registry. `kindling-oci` decides in
+/// the same way.
+fn has_path_form(image: &OsStr, pull: &str) -> bool {
     let name = image.as_bytes();
     let is_pinned = name.windows(8).any(|part| part == b"@sha256:");
     name.starts_with(b"/")
@@ -166,20 +170,20 @@ fn names_a_filesystem(image: &OsStr, pull: &str) -> bool {
         || (name.ends_with(b".erofs") && pull != "always" && !is_pinned)
 }
 
-/// Whether a file is a filesystem of the kind that guests mount (`struct erofs_super_block` in fs/erofs/erofs_fs.h).
+/// Whether a file is an EROFS filesystem (`struct erofs_super_block` in fs/erofs/erofs_fs.h).
 fn is_erofs(path: &Path) -> bool {
-    const AT: usize = 1024;
+    const SUPER_OFFSET: usize = 1024;
     const MAGIC: [u8; 4] = 0xe0f5_e1e2_u32.to_le_bytes();
-    let mut head = [0; AT + 4];
+    let mut head = [0; SUPER_OFFSET + 4];
     path.is_file()
         && std::fs::File::open(path).and_then(|mut file| file.read_exact(&mut head)).is_ok()
-        && head[AT..] == MAGIC
+        && head[SUPER_OFFSET..] == MAGIC
 }
 
-/// A user of the image that a guest was made from, which was named in `directory`.
+/// Looks up a user, `USER[:GROUP]`, in the image of a guest. A relative path of the image is resolved from `directory`.
 ///
 /// # Errors
-/// When the image has no such user.
+/// When the image has no such user, or cannot be read.
 pub fn user(directory: &Path, image: &OsStr, text: &str) -> Result<User, ImageError> {
     if text.contains(':')
         && let Ok(user) = numeric_user(text)
@@ -188,7 +192,7 @@ pub fn user(directory: &Path, image: &OsStr, text: &str) -> Result<User, ImageEr
     }
     match prepare_in(directory, image, Some(text), "never") {
         Ok(prepared) => Ok(prepared.config.user),
-        Err(ImageError::Refused(_)) => Err(ImageError::Prepare(format!("{text:?} is no user of the guest"))),
+        Err(ImageError::Refused(_)) => Err(ImageError::Prepare(format!("the guest has no user {text:?}"))),
         Err(error) => Err(error),
     }
 }
@@ -199,7 +203,7 @@ fn numeric_user(text: &str) -> Result<User, ImageError> {
     match (number(uid), number(gid)) {
         (Some(uid), Some(gid)) => Ok(User { uid, gid, ..User::default() }),
         _ => Err(ImageError::Prepare(format!(
-            "{text:?} is not UID or UID:GID, and a bare filesystem has no names"
+            "{text:?} is not UID or UID:GID; with an EROFS file as image, users are numbers"
         ))),
     }
 }
@@ -209,8 +213,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_file_answers_for_a_name_of_a_registry() {
-        let names = |image: &str, pull| names_a_filesystem(image.as_ref(), pull);
+    fn a_file_does_not_take_the_place_of_an_image_of_a_registry() {
+        let names = |image: &str, pull| has_path_form(image.as_ref(), pull);
         for image in ["/a", "./busybox", "../x", "root.erofs", "folder/root.erofs"] {
             assert!(names(image, "missing") && names(image, "never"), "{image}");
         }

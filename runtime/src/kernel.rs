@@ -1,4 +1,4 @@
-//! The kernel of guests: its image, and where it is kept when it was booted before.
+//! The guest kernel: its image, and the cache of pre-booted kernels.
 
 use kindling_vmm::config::Config;
 use kindling_vmm::config::image::Image;
@@ -6,30 +6,31 @@ use kindling_vmm::preboot;
 use std::path::{Path, PathBuf};
 use trusted_path::Owners;
 
-/// Why there is no kernel.
+/// An error of the guest kernel.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum KernelError {
-    /// None is found.
+    /// No kernel was found.
     #[error(
-        "there is no kernel to run it on: set KINDLING_IMAGE to a folder that `cargo xtask build-image --profile run` made"
+        "no guest kernel found: set KINDLING_IMAGE to a directory made by `cargo xtask build-image --profile run`"
     )]
     NoKernel,
-    /// None is where the user says.
+    /// The directory that KINDLING_IMAGE names has no kernel.
     #[error(
-        "KINDLING_IMAGE is {}, where there is no image.json: name a folder that `cargo xtask build-image --profile run` made",
+        "KINDLING_IMAGE is {}, which has no image.json: set it to a directory made by `cargo xtask build-image --profile run`",
         .0.display()
     )]
     NoKernelAt(PathBuf),
-    /// Others could change it.
+    /// Other users could change the kernel.
     #[error(transparent)]
     Untrusted(#[from] trusted_path::Error),
 }
 
-/// The folder with the kernel: named by KINDLING_IMAGE, or where an installation or a build has it.
+/// Returns the directory of the guest kernel: the value of KINDLING_IMAGE, or `share/kindling/run`, `images/run`,
+/// `share/kindling/default` or `images/default` in a directory above the program.
 ///
 /// # Errors
-/// When there is none, or others can change it.
+/// When there is no kernel, or other users can change it.
 pub fn kernel_image() -> Result<PathBuf, KernelError> {
     if let Some(path) = std::env::var_os("KINDLING_IMAGE").filter(|path| !path.is_empty()) {
         let path = PathBuf::from(path);
@@ -40,19 +41,21 @@ pub fn kernel_image() -> Result<PathBuf, KernelError> {
         return Ok(path);
     }
     let program = std::env::current_exe().unwrap_or_default();
-    // The kernel for `kindling run` comes first, wherever it is; one for `kindling boot` has less in it.
-    let mut places = ["run", "default"].into_iter().flat_map(|name| {
+    // The kernel for `kindling run` is preferred in all directories; one for `kindling boot` has fewer features.
+    let mut candidates = ["run", "default"].into_iter().flat_map(|name| {
         let in_folder =
             move |folder: &Path| ["share/kindling", "images"].map(|kind| folder.join(kind).join(name));
         program.ancestors().skip(1).flat_map(in_folder)
     });
-    // A folder above the program may be one in which everybody makes folders, /tmp for instance.
-    let is_trusted =
-        |place: &PathBuf| trusted_path::file(&place.join("image.json"), Owners::and_of_program()).is_ok();
-    places.find(is_trusted).ok_or(KernelError::NoKernel)
+    // A directory above the program may be writable by all users, /tmp for instance.
+    let is_trusted = |candidate: &PathBuf| {
+        trusted_path::file(&candidate.join("image.json"), Owners::and_of_program()).is_ok()
+    };
+    candidates.find(is_trusted).ok_or(KernelError::NoKernel)
 }
 
-/// Where pre-booted kernels are kept: the user's cache.
+/// Returns the cache of the user: `$XDG_CACHE_HOME/kindling` or `~/.cache/kindling`. `None` if neither variable is an
+/// absolute path.
 #[must_use]
 pub fn cache() -> Option<PathBuf> {
     let given = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
@@ -60,7 +63,7 @@ pub fn cache() -> Option<PathBuf> {
     Some(cache.join("kindling"))
 }
 
-/// Where the kernel is that was booted before for guests like this one; the same for all root filesystems.
+/// The path of the pre-booted kernel for a configuration. It does not depend on the root filesystem.
 pub(crate) fn preboot_path(config: &Config) -> Result<Option<PathBuf>, trusted_path::Error> {
     let Some((cache, key)) = cache().zip(preboot::key(config)) else { return Ok(None) };
     let path = Image::preboot_path(&cache.join("kernels").join(key), &config.machine, &config.devices);

@@ -1,4 +1,4 @@
-//! What a user wants of a new guest, and the machine and the program that it becomes.
+//! The launch of a guest: its options, the configuration that they result in, its monitor, and its pre-booted kernel.
 
 use crate::environment::{self, EnvironmentError};
 use crate::guest::{GuestDir, GuestError, GuestRecord, Payload};
@@ -17,56 +17,58 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 const SIGTERM: u8 = 15;
-/// The first number that a guest can have; each guest is alone behind its socket.
+/// The lowest CID of a guest. All guests may have it, because each vsock has a Unix socket of its own.
 const GUEST_CID: u32 = 3;
 
-/// Why no guest can be started.
+/// An error of the start of a guest.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LaunchError {
     /// The image cannot be used.
     #[error(transparent)]
     Image(#[from] ImageError),
-    /// There is no kernel.
+    /// There is no usable guest kernel.
     #[error(transparent)]
     Kernel(#[from] KernelError),
-    /// The guest's directory cannot be made or used.
+    /// The guest's directory cannot be created or used.
     #[error(transparent)]
     Guest(#[from] GuestError),
-    /// The machine cannot be built or started.
+    /// The configuration of the machine is invalid, or its resources cannot be opened.
     #[error(transparent)]
     Machine(#[from] kindling_vmm::Error),
     /// The monitor could not build or start the machine.
     #[error("{}", .0.message)]
     Monitor(Failure),
-    /// The guest ended before it could be asked for anything.
+    /// The guest ended, or did not respond, before its agent accepted processes.
     #[error("the guest did not start: {0}")]
     Ended(String),
-    /// `kindling-vmm` cannot be started.
-    #[error("cannot run kindling-vmm, which has to lie beside kindling")]
+    /// `kindling-vmm`, the monitor, cannot be executed.
+    #[error("cannot run kindling-vmm; install it in the same directory as kindling")]
     NoMonitor(#[source] std::io::Error),
-    /// What is to be mounted is not said rightly.
+    /// A mount is invalid.
     #[error(transparent)]
     Mount(#[from] MountError),
-    /// A volume cannot be had.
+    /// A volume cannot be used.
     #[error(transparent)]
     Volume(#[from] VolumeError),
-    /// Others could change pre-booted kernels.
-    #[error("the cache of kernels cannot be used")]
+    /// Other users could change the pre-booted kernels.
+    #[error("cannot use the kernel cache")]
     Cache(#[from] trusted_path::Error),
-    /// A file of entries cannot be used.
+    /// An environment file is invalid.
     #[error(transparent)]
     Environment(#[from] EnvironmentError),
-    /// Ports are published, and there is no network.
-    #[error("--publish needs a network, and --net none says that there is none")]
+    /// Ports are published, and the network is `none`.
+    #[error("--publish needs a network; use --net user instead of --net none")]
     NoNetwork,
-    /// A network as other tools have it.
-    #[error("there is no network {0:?}: --net user reaches what the host does, and --publish lets in")]
+    /// A network of docker that does not exist here: `host`, `bridge` or `default`.
+    #[error(
+        "unsupported network {0:?}: --net user reaches what the host reaches, and --publish accepts connections"
+    )]
     Network(OsString),
     /// Neither the image nor the user names a command.
-    #[error("the image names no command; write one behind its name")]
+    #[error("the image has no command; give one after the image")]
     NoCommand,
-    /// The host refused something.
+    /// An operation of the host failed.
     #[error("the host refused to {0}")]
     Host(&'static str, #[source] std::io::Error),
 }
@@ -78,73 +80,74 @@ impl From<ConfigError> for LaunchError {
 }
 
 impl LaunchError {
-    /// Whether asking for something else can help, rather than the host.
+    /// Returns whether the request is at fault, rather than the host.
     #[must_use]
-    pub const fn is_users(&self) -> bool {
+    pub const fn is_user_error(&self) -> bool {
         match self {
             Self::Machine(error) => error.is_user_error(),
             Self::Monitor(failure) => failure.is_user_error,
             Self::Host(..) | Self::Ended(_) | Self::Image(ImageError::Failed(_)) => false,
-            Self::Guest(error) => error.is_users(),
-            Self::Volume(error) => error.is_users(),
+            Self::Guest(error) => error.is_user_error(),
+            Self::Volume(error) => error.is_user_error(),
             _ => true,
         }
     }
 }
 
-/// What a user wants of a new guest. Text is as users of docker write it.
+/// Options of a new guest. Text has the syntax of `docker run`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LaunchOptions {
-    /// The image, as it was written; for the guest's record.
+    /// Image, as the user wrote it, for the guest's record.
     pub image: OsString,
-    /// The guest runs a command, with which it ends; otherwise it runs what it is asked to until it is stopped.
+    /// Whether the guest runs a command and ends with it. Otherwise it runs until it is stopped.
     pub has_payload: bool,
-    /// The command, instead of the image's.
+    /// Command and arguments. Defaults to the image's.
     pub command: Vec<OsString>,
-    /// Replaces the image's entrypoint; empty for none.
+    /// Entrypoint. Defaults to the image's; empty for none.
     pub entrypoint: Option<OsString>,
-    /// Entries of the environment: `NAME=VALUE`, or `NAME` for this process's value.
+    /// Environment variables: `NAME=VALUE`, or `NAME` for the value that the calling process has.
     pub env: Vec<OsString>,
-    /// Files with such entries, which come first.
+    /// Files with such variables, one a line. Those of [`env`](Self::env) override them.
     pub env_files: Vec<PathBuf>,
-    /// Working directory of the command, instead of the image's.
+    /// Working directory of the command. Defaults to the image's.
     pub working_directory: Option<OsString>,
-    /// Hostname, instead of the guest's name.
+    /// Hostname. Defaults to the guest's name.
     pub hostname: Option<OsString>,
-    /// The command has a terminal, which starts with this size.
+    /// Initial size of the command's terminal. Without one, the streams are pipes.
     pub terminal: Option<TerminalSize>,
     /// Memory in MiB.
     pub memory_mib: u64,
-    /// Virtual processors, 1 to 16.
+    /// Number of vCPUs, 1 to 16.
     pub vcpus: u64,
-    /// `none`, `user` or a tap device, with further words as [`network::interface`] takes them.
+    /// Network: `none`, `user` or a tap device, with the options of [`network::interface`]. Defaults to `user` if ports are
+    /// published, and to `none` otherwise.
     pub network: Option<OsString>,
-    /// Published ports, as [`network::parse_publish`] takes them.
+    /// Published ports, with the syntax of [`network::parse_publish`].
     pub publish: Vec<OsString>,
-    /// Volumes and folders: `NAME:/GUEST` or `/HOST:/GUEST`, with `:ro` behind it where they are only read.
+    /// Volumes and folders of the host: `NAME:/GUEST` or `/HOST:/GUEST`, followed by `:ro` for a read-only mount.
     pub volumes: Vec<OsString>,
-    /// Programs only read the root filesystem.
+    /// Whether the root filesystem is mounted read-only.
     pub is_root_read_only: bool,
-    /// Boot the kernel, also where it was booted before.
+    /// Whether the guest boots its kernel even if there is a pre-booted one.
     pub is_cold: bool,
-    /// The guest's directory stays when the guest has ended, until it is removed.
+    /// Whether the guest's directory remains after the end of the guest, until it is removed.
     pub is_kept: bool,
 }
 
-/// A guest that can be started.
+/// Configuration and record of a guest that is ready to start.
 #[derive(Clone, Debug)]
 pub struct Plan {
-    /// The machine.
+    /// Configuration of the machine.
     pub config: Config,
-    /// What others learn of the guest.
+    /// Record of the guest.
     pub record: GuestRecord,
 }
 
 impl LaunchOptions {
-    /// The machine for a prepared image, and what is written down of its guest. Makes the volumes that are missing.
+    /// Returns the configuration and the record of a guest with a prepared image. Creates missing volumes.
     ///
     /// # Errors
-    /// When something is wrong with what is asked for, the kernel or the host.
+    /// When an option is invalid, the kernel is missing, or a volume cannot be used or created.
     pub fn plan(&self, directory: &GuestDir, prepared: &Prepared) -> Result<Plan, LaunchError> {
         let mounts = mount::parse_all(&self.volumes)?;
         let config = self.config(directory, prepared, &mounts)?;
@@ -200,27 +203,27 @@ impl LaunchOptions {
         Ok(Some(network::interface(network, 0)?))
     }
 
-    /// What init is told of the command.
+    /// The configuration for init: command, environment, user, hostname.
     fn guest(&self, directory: &GuestDir, prepared: &Prepared) -> Result<GuestConfig, LaunchError> {
-        let of_image = &prepared.config;
+        let defaults = &prepared.config;
         let strings = |list: &[String]| list.iter().map(|text| text.clone().into_bytes()).collect::<Vec<_>>();
         let entrypoint = match &self.entrypoint {
             Some(program) if program.is_empty() => Vec::new(),
             Some(program) => vec![program.as_bytes().to_vec()],
-            None => strings(&of_image.entrypoint),
+            None => strings(&defaults.entrypoint),
         };
         let command = if !self.command.is_empty() {
             self.command.iter().map(|word| word.as_bytes().to_vec()).collect()
         } else if self.entrypoint.is_some() {
             Vec::new()
         } else {
-            strings(&of_image.cmd)
+            strings(&defaults.cmd)
         };
         let arguments = if self.has_payload { [entrypoint, command].concat() } else { Vec::new() };
         if arguments.is_empty() && self.has_payload {
             return Err(LaunchError::NoCommand);
         }
-        let mut environment = strings(&of_image.env);
+        let mut environment = strings(&defaults.env);
         environment::set_all(&mut environment, &self.env_files, &self.env)?;
         let name = self.hostname.clone().unwrap_or_else(|| directory.name().into());
         let mut default = |entry: String| {
@@ -229,7 +232,7 @@ impl LaunchOptions {
                 environment.push(entry.into_bytes());
             }
         };
-        if let Some(home) = &of_image.user.home {
+        if let Some(home) = &defaults.user.home {
             default(format!("HOME={home}"));
         }
         default(format!("HOSTNAME={}", name.to_string_lossy()));
@@ -237,16 +240,16 @@ impl LaunchOptions {
             default(format!("TERM={}", std::env::var("TERM").unwrap_or_else(|_| "xterm".to_owned())));
         }
         let workdir = self.working_directory.as_ref().map(|directory| directory.as_bytes().to_vec());
-        let of_image_workdir =
-            Some(of_image.working_dir.clone().into_bytes()).filter(|directory| !directory.is_empty());
+        let image_workdir =
+            Some(defaults.working_dir.clone().into_bytes()).filter(|directory| !directory.is_empty());
         Ok(GuestConfig {
             arguments,
             environment,
-            working_directory: workdir.or(of_image_workdir),
+            working_directory: workdir.or(image_workdir),
             hostname: Some(name.as_bytes().to_vec()),
-            user_id: of_image.user.uid,
-            group_id: of_image.user.gid,
-            groups: of_image.user.groups.clone(),
+            user_id: defaults.user.uid,
+            group_id: defaults.user.gid,
+            groups: defaults.user.groups.clone(),
             terminal: self.terminal,
             agent: true,
             is_root_read_only: self.is_root_read_only,
@@ -254,7 +257,7 @@ impl LaunchOptions {
         })
     }
 
-    /// What is written down of the guest, for those who find it by its name.
+    /// The record of the guest, for commands that find it by its name.
     fn record(&self, config: &Config, prepared: &Prepared, mounts: &[MountRequest]) -> GuestRecord {
         let stop_signal = prepared.config.stop_signal.as_deref().and_then(|name| signal::parse(name).ok());
         let text = |bytes: &Vec<u8>| String::from_utf8_lossy(bytes).into_owned();
@@ -280,10 +283,11 @@ impl LaunchOptions {
     }
 }
 
-/// Starts the monitor of a new guest: `kindling-vmm`, in the folder that KINDLING_PROGRAMS names or beside this program.
+/// Starts the monitor of a new guest: `kindling-vmm`, from the directory that KINDLING_PROGRAMS names, or else from the
+/// directory of the calling program.
 ///
 /// # Errors
-/// When it is missing, others can change it, or the host refuses it.
+/// When the program is missing, other users can change it, or the host cannot execute it.
 pub fn spawn_monitor() -> Result<Monitor, LaunchError> {
     match trusted_path::companion("kindling-vmm") {
         Ok(program) => Monitor::spawn(&program).map_err(LaunchError::NoMonitor),
@@ -292,17 +296,17 @@ pub fn spawn_monitor() -> Result<Monitor, LaunchError> {
     }
 }
 
-/// Pre-boots the kernel of a configuration, unless that was done before. A kernel that cannot be pre-booted is no error:
-/// the guest boots it; the reason is returned. `next_event` waits for an event of the monitor that does it.
+/// Pre-boots the kernel of a configuration, unless the pre-booted kernel exists. If the kernel cannot be pre-booted, the
+/// guest boots it; the reason is returned as `Ok(Some(_))`. `next_event` waits for an event of the monitor that pre-boots.
 ///
 /// # Errors
-/// When the kernel is not the one that its image names, others can change the cache, or KVM cannot be used.
+/// When the configuration is invalid, other users can change the cache, or KVM cannot be used.
 pub fn make_preboot(
     config: &Config,
     next_event: impl FnMut(&Monitor) -> Result<Event, ControlError>,
 ) -> Result<Option<LaunchError>, LaunchError> {
     let Some(path) = config.preboot.as_ref().filter(|path| !path.exists()) else { return Ok(None) };
-    // Others could change a kernel that they may write to.
+    // Creates the directory, and fails if other users can change it.
     trusted_path::make_folder(path.parent().unwrap_or(path))?;
     match preboot(config, path, next_event) {
         Ok(()) => Ok(None),
@@ -314,11 +318,10 @@ pub fn make_preboot(
     }
 }
 
-/// Pre-boots the kernel of a configuration in a monitor, into a file that appears at `path` when guests have continued
-/// from it.
+/// Pre-boots the kernel of a configuration in a monitor. The file appears at `path` after guests have continued from it.
 ///
 /// # Errors
-/// When a file, the kernel, KVM or the host prevents it.
+/// When the kernel does not reach init, KVM cannot be used, or a file cannot be read or written.
 pub fn preboot(
     config: &Config,
     path: &Path,

@@ -1,6 +1,19 @@
-//! Container images in microVMs: images, guests by their names, processes in them, volumes.
+//! Container images in microVMs: images, named guests, processes in guests, and volumes.
 //!
-//! The command `kindling` is written with this library alone. The machine below is [`vmm`].
+//! A guest is a running virtual machine with its own Linux kernel. [`Image::open`] prepares a container image,
+//! [`Guest::builder`] starts a guest from it, and [`Guest::command`] runs processes in the guest, with the API of
+//! [`std::process`]:
+//!
+//! ```no_run
+//! use kindling::{Guest, Image};
+//!
+//! let guest = Guest::builder(Image::open("python.tar")?).memory_mib(256).start()?;
+//! let output = guest.command("python3").args(["-c", "print(1)"]).output()?;
+//! assert_eq!(output.stdout, b"1\n");
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! The command `kindling` uses only this library. The virtual machine monitor below it is [`vmm`].
 
 mod builder;
 pub mod command;
@@ -26,7 +39,7 @@ pub use image::Image;
 pub use kindling_vmm as vmm;
 pub use mount::MountError;
 
-/// A number that no other process of a guest has, but for one chance in 2^64.
+/// A random number other than zero, which identifies a process in a guest.
 fn token() -> u64 {
     let mut bytes = [0; 8];
     let _ = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());

@@ -1,8 +1,8 @@
-//! What a detached guest wrote: one file of records, in the order in which they came.
+//! The log of a detached guest: a file with the output of its command, as records in the order of arrival.
 //!
-//! A record is the stream (one byte, 1 or 2), three zeroes, the length (four bytes, little endian) and the bytes. When
-//! the file is full it becomes `log.old`, in place of the one before, and another is begun: the runtime directory
-//! is memory, and of a guest that writes without end the last words count.
+//! A record is the stream (one byte, 1 or 2), three zeroes, the length (four bytes, little endian) and the bytes. A full
+//! file is renamed to `log.old`, which replaces the previous one, and a new file is started. This bounds the log, because
+//! the runtime directory is usually in memory, and keeps the newest output.
 
 use crate::guest::{Guest, GuestError, Process, host};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -15,15 +15,15 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-/// Bytes of a file. A guest's log has at most twice as many.
-const FULL: u64 = 8 << 20;
+/// Maximum size of a file in bytes. The log of a guest has at most two files.
+const MAX_FILE_LEN: u64 = 8 << 20;
 const HEADER_LEN: usize = 8;
-/// Bytes of a record's content.
-const LONGEST: usize = 64 << 10;
+/// Maximum length of a record's content in bytes.
+const MAX_RECORD_LEN: usize = 64 << 10;
 const NEW: &str = "log";
 const OLD: &str = "log.old";
 
-/// Where a record came from.
+/// An output stream of the guest's command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Stream {
@@ -33,7 +33,7 @@ pub enum Stream {
     Error = 2,
 }
 
-/// A log that is written.
+/// The write end of a log.
 #[derive(Debug)]
 pub struct Log(Mutex<Writer>);
 
@@ -42,29 +42,29 @@ struct Writer {
     folder: PathBuf,
     file: File,
     length: u64,
-    full: u64,
+    max_len: u64,
 }
 
 impl Log {
-    /// Begins the log of a guest in its directory.
+    /// Creates the log of a guest in its directory.
     ///
     /// # Errors
-    /// When the host refuses the file.
+    /// When the file cannot be created.
     pub fn create(folder: &Path) -> io::Result<Self> {
-        Self::with_size(folder, FULL)
+        Self::with_size(folder, MAX_FILE_LEN)
     }
 
-    fn with_size(folder: &Path, full: u64) -> io::Result<Self> {
+    fn with_size(folder: &Path, max_len: u64) -> io::Result<Self> {
         let file = File::create(folder.join(NEW))?;
-        Ok(Self(Mutex::new(Writer { folder: folder.into(), file, length: 0, full })))
+        Ok(Self(Mutex::new(Writer { folder: folder.into(), file, length: 0, max_len })))
     }
 
-    /// Adds what a stream said. Where there is no room it is lost, and the guest goes on.
+    /// Appends output of a stream. Output that cannot be written, for instance for lack of space, is dropped.
     pub fn add(&self, stream: Stream, bytes: &[u8]) {
         let mut writer = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        for part in bytes.chunks(LONGEST) {
+        for part in bytes.chunks(MAX_RECORD_LEN) {
             if writer.add(stream, part).is_err() {
-                // A part of a record would hide all that follow.
+                // An incomplete record would make all later ones unreadable.
                 let _ = writer.file.set_len(writer.length);
             }
         }
@@ -75,7 +75,7 @@ impl Writer {
     fn add(&mut self, stream: Stream, bytes: &[u8]) -> io::Result<()> {
         let length = u32::try_from(bytes.len()).unwrap_or(u32::MAX).to_le_bytes();
         let record = [&[stream as u8, 0, 0, 0], &length[..], bytes].concat();
-        if self.length + record.len() as u64 > self.full {
+        if self.length + record.len() as u64 > self.max_len {
             std::fs::rename(self.folder.join(NEW), self.folder.join(OLD))?;
             (self.file, self.length) = (File::create(self.folder.join(NEW))?, 0);
         }
@@ -85,7 +85,7 @@ impl Writer {
     }
 }
 
-/// A log that is read, while it may be written.
+/// The read end of a log, which may be written at the same time.
 #[derive(Debug)]
 struct Reader {
     folder: PathBuf,
@@ -94,7 +94,7 @@ struct Reader {
 }
 
 impl Reader {
-    /// Begins with the oldest record. `None` where there is no log.
+    /// Opens a log at its oldest record. Returns `None` if there is no log.
     fn open(folder: &Path) -> io::Result<Option<Self>> {
         for name in [OLD, NEW] {
             match File::open(folder.join(name)) {
@@ -106,7 +106,7 @@ impl Reader {
         Ok(None)
     }
 
-    /// The next record, if it is there.
+    /// Returns the next record, if it is complete.
     fn next(&mut self) -> io::Result<Option<(Stream, Vec<u8>)>> {
         if let Some(record) = self.next_of_file()? {
             return Ok(Some(record));
@@ -115,7 +115,7 @@ impl Reader {
         if newest.metadata()?.ino() == self.file.metadata()?.ino() {
             return Ok(None);
         }
-        // It may have got another record before it was full.
+        // The old file may have received another record before it was replaced.
         if let Some(record) = self.next_of_file()? {
             return Ok(Some(record));
         }
@@ -125,7 +125,7 @@ impl Reader {
 
     fn next_of_file(&mut self) -> io::Result<Option<(Stream, Vec<u8>)>> {
         let Some(header) = self.read(self.at, HEADER_LEN)? else { return Ok(None) };
-        let broken = || io::Error::new(io::ErrorKind::InvalidData, "this is no log of a guest");
+        let broken = || io::Error::new(io::ErrorKind::InvalidData, "the file is not a guest's log");
         let &[stream, 0, 0, 0, a, b, c, d] = &header[..] else { return Err(broken()) };
         let stream = match stream {
             1 => Stream::Output,
@@ -133,7 +133,7 @@ impl Reader {
             _ => return Err(broken()),
         };
         let length = usize::try_from(u32::from_le_bytes([a, b, c, d])).unwrap_or(usize::MAX);
-        if length > LONGEST {
+        if length > MAX_RECORD_LEN {
             return Err(broken());
         }
         let Some(bytes) = self.read(self.at + HEADER_LEN as u64, length)? else { return Ok(None) };
@@ -141,7 +141,7 @@ impl Reader {
         Ok(Some((stream, bytes)))
     }
 
-    /// Bytes of the file, if all of them are there.
+    /// Reads bytes of the file, if all of them exist.
     fn read(&self, at: u64, length: usize) -> io::Result<Option<Vec<u8>>> {
         let mut bytes = vec![0; length];
         match self.file.read_exact_at(&mut bytes, at) {
@@ -152,24 +152,25 @@ impl Reader {
     }
 }
 
-/// Follows a guest's log.
+/// A reader of a guest's log, which can wait for new records.
 #[derive(Debug)]
 pub struct Follower {
     folder: PathBuf,
     reader: Reader,
-    /// The front of a guest that runs, and what says that its log has changed.
+    /// The front of the guest, and an inotify descriptor for changes of the log, if records are waited for.
     front: Option<(Process, OwnedFd)>,
 }
 
 impl Guest {
-    /// The log of a detached guest, from its oldest record; with `follow` until the guest ends.
+    /// Opens the log of a detached guest at its oldest record. With `follow`, the reader waits for new records until the
+    /// guest ends.
     ///
     /// # Errors
-    /// When the guest has no log, or the host refuses something.
+    /// When the guest has no log, or the log cannot be read.
     pub fn log(&self, follow: bool) -> Result<Follower, GuestError> {
         let failed = |what| host(what, &self.folder);
         let front = if follow { self.front()? } else { None };
-        // Before the first look, so that nothing comes between the last look and the watch.
+        // The watch is installed before the first read, so that no change after a read is missed.
         let changes = front.is_some().then(|| watch(&self.folder)).transpose();
         let changes = changes.map_err(|error| failed("watch")(error.into()))?;
         let reader = Reader::open(&self.folder).map_err(failed("read the log in"))?;
@@ -179,10 +180,10 @@ impl Guest {
 }
 
 impl Follower {
-    /// The next record; waits for it while the guest runs. `None` at the log's end.
+    /// Returns the next record, or `None` at the end of the log. Blocks while a followed guest runs and has no new record.
     ///
     /// # Errors
-    /// When the log is damaged, or the host refuses something.
+    /// When the log is corrupt or cannot be read.
     pub fn next_record(&mut self) -> Result<Option<(Stream, Vec<u8>)>, GuestError> {
         loop {
             let record = self.reader.next().map_err(host("read the log in", &self.folder))?;
@@ -190,7 +191,7 @@ impl Follower {
             let has_ended =
                 wait(front, changes).map_err(|error| host("watch", &self.folder)(error.into()))?;
             if has_ended {
-                // What it wrote last is read before the end is said.
+                // Records that were written before the end are read first.
                 self.front = None;
             }
         }
@@ -203,7 +204,7 @@ fn watch(folder: &Path) -> Result<OwnedFd, Errno> {
     Ok(changes)
 }
 
-/// Waits for a change or the front's end; whether it has ended.
+/// Waits for a change of the log or the end of the front. Returns whether the front has ended.
 fn wait(front: &Process, changes: &OwnedFd) -> Result<bool, Errno> {
     let mut fds = [PollFd::new(front, PollFlags::IN), PollFd::new(changes, PollFlags::IN)];
     match poll(&mut fds, None) {
@@ -211,7 +212,7 @@ fn wait(front: &Process, changes: &OwnedFd) -> Result<bool, Errno> {
         result => result?,
     };
     let has_ended = !fds[0].revents().is_empty();
-    // That something changed is all they say.
+    // The content of the inotify events is not needed.
     while rustix::io::read(changes, &mut [0; 4096][..]).is_ok() {}
     Ok(has_ended)
 }
@@ -226,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn records_come_in_order_and_whole() {
+    fn records_are_read_in_order_and_complete() {
         let folder = tempfile::tempdir().unwrap();
         assert!(Reader::open(folder.path()).unwrap().is_none());
         let log = Log::create(folder.path()).unwrap();
@@ -234,7 +235,7 @@ mod tests {
         assert!(reader.next().unwrap().is_none());
         log.add(Stream::Output, b"out");
         log.add(Stream::Error, b"err");
-        let long = vec![7; LONGEST + 1];
+        let long = vec![7; MAX_RECORD_LEN + 1];
         log.add(Stream::Output, &long);
         let records = rest(&mut reader);
         let (o, e) = (Stream::Output, Stream::Error);
@@ -242,14 +243,14 @@ mod tests {
             records,
             [(o, b"out".to_vec()), (e, b"err".to_vec()), (o, long[1..].to_vec()), (o, vec![7])]
         );
-        // A VMM that was killed leaves part of a record.
+        // A front that was killed leaves an incomplete record.
         let file = File::options().append(true).open(folder.path().join(NEW)).unwrap();
         (&file).write_all(&[1, 0, 0, 0, 9, 0, 0, 0, 1]).unwrap();
         assert!(rest(&mut reader).is_empty());
     }
 
     #[test]
-    fn a_full_log_keeps_the_last_words_and_its_readers() {
+    fn a_full_log_keeps_the_newest_records_and_its_readers() {
         let folder = tempfile::tempdir().unwrap();
         let log = Log::with_size(folder.path(), 3 * 9).unwrap();
         let mut reader = Reader::open(folder.path()).unwrap().unwrap();
@@ -259,14 +260,14 @@ mod tests {
         add(0..2);
         assert_eq!(bytes(&mut reader), [0, 1]);
         add(2..5);
-        assert_eq!(bytes(&mut reader), [2, 3, 4], "what was left of the full one comes first");
+        assert_eq!(bytes(&mut reader), [2, 3, 4], "the rest of the full file is read first");
         add(5..8);
         assert_eq!(bytes(&mut Reader::open(folder.path()).unwrap().unwrap()), [3, 4, 5, 6, 7]);
         assert_eq!(folder.path().read_dir().unwrap().count(), 2);
     }
 
     #[test]
-    fn other_files_are_no_logs() {
+    fn files_with_invalid_headers_are_errors() {
         let folder = tempfile::tempdir().unwrap();
         for bytes in [[3, 0, 0, 0, 0, 0, 0, 0], [1, 0, 0, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 1]] {
             std::fs::write(folder.path().join(NEW), bytes).unwrap();

@@ -1,15 +1,15 @@
-//! Network cards and published ports, as users write them.
+//! The text form of network cards and published ports: the values of `--net` and `--publish`.
 
 use kindling_vmm::config::ConfigError;
 use kindling_vmm::config::devices::{Devices, NetworkInterface, PortForward, Protocol};
 use std::ffi::{OsStr, OsString};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-/// A network card from `TAP|user[,mac=MAC][,mtu=BYTES][,ip=ADDR/PREFIX][,gw=ADDR][,dns=ADDR]`; `number` counts a guest's
-/// cards from 0.
+/// Parses a network card: `TAP|user[,mac=MAC][,mtu=BYTES][,ip=ADDR/PREFIX][,gw=ADDR][,dns=ADDR]`. `number` is the index of
+/// the card in the guest, from 0.
 ///
 /// # Errors
-/// When a part of the text is wrong.
+/// When a part of the text is invalid; the error names the part.
 pub fn interface(text: &OsStr, number: usize) -> Result<NetworkInterface, ConfigError> {
     let value = text.to_string_lossy().into_owned();
     let wrong = |what: String| ConfigError::DeviceOption { option: "net", value: value.clone(), what };
@@ -35,10 +35,10 @@ pub fn interface(text: &OsStr, number: usize) -> Result<NetworkInterface, Config
     Ok(interface)
 }
 
-/// Adds published ports to the card of the kind `user`.
+/// Parses published ports, and adds them to the first network card of kind `user`.
 ///
 /// # Errors
-/// When a text is wrong, or there is no such card.
+/// When a text is invalid, or there is no such card.
 pub fn publish_all(texts: &[OsString], devices: &mut Devices) -> Result<(), ConfigError> {
     for text in texts {
         let wrong = |what: &str| ConfigError::DeviceOption {
@@ -53,10 +53,11 @@ pub fn publish_all(texts: &[OsString], devices: &mut Devices) -> Result<(), Conf
     Ok(())
 }
 
-/// A published port from `[ADDRESS:]HOST:GUEST[/tcp|/udp]`, as docker has them.
+/// Parses a published port with the syntax of `docker run --publish`: `[ADDRESS:]HOST:GUEST[/tcp|/udp]`. HOST and GUEST
+/// are ports from 1 to 65535, or ranges of the same length.
 ///
 /// # Errors
-/// What is wrong with the text.
+/// When the text is invalid; the error is a message that names the part and the expected form.
 pub fn parse_publish(text: &str) -> Result<PortForward, String> {
     let (rest, protocol) = match text.split_once('/') {
         None | Some((_, "tcp")) => (text.trim_end_matches("/tcp"), Protocol::Tcp),
@@ -74,16 +75,17 @@ pub fn parse_publish(text: &str) -> Result<PortForward, String> {
     }
     let [host, guest] = [parse_ports(ports[0])?, parse_ports(ports[1])?];
     if host.1 != guest.1 {
-        return Err("the host and the guest have to have as many ports".to_owned());
+        return Err("the ranges of the host and of the guest differ in length".to_owned());
     }
     Ok(PortForward { protocol, address, host: host.0, guest: guest.0, further: host.1 })
 }
 
 const FORM: &str =
-    "it is not of the form [ADDRESS:]HOST:GUEST[/tcp|/udp], as 8080:80 and 127.0.0.1:5353:53/udp are";
-const NO_HOST_PORT: &str = "it names no port of the host, and none is chosen here: write HOST:GUEST";
+    "it is not of the form [ADDRESS:]HOST:GUEST[/tcp|/udp], such as 8080:80 or 127.0.0.1:5353:53/udp";
+const NO_HOST_PORT: &str =
+    "it names no port of the host, and none is assigned automatically: write HOST:GUEST";
 
-/// An address of the host; one of IPv6 is in brackets.
+/// Parses an address of the host. An IPv6 address is in brackets.
 fn parse_address(text: &str) -> Result<IpAddr, String> {
     let inner = text.strip_prefix('[').and_then(|text| text.strip_suffix(']'));
     let address = match inner {
@@ -91,11 +93,11 @@ fn parse_address(text: &str) -> Result<IpAddr, String> {
         None => text.parse::<Ipv4Addr>().ok().map(IpAddr::from),
     };
     address.ok_or_else(|| {
-        format!("{text:?} is not an address of the host, as 127.0.0.1 and [::1] are; an address stands in front of HOST:GUEST")
+        format!("{text:?} is not an address of the host such as 127.0.0.1 or [::1]; the form is ADDRESS:HOST:GUEST")
     })
 }
 
-/// A port or a range of them: the first, and how many follow.
+/// Parses a port or a range of ports. Returns the first port, and the number of ports that follow it.
 fn parse_ports(text: &str) -> Result<(u16, u16), String> {
     let is_number = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
     let port = |text: &str| text.parse::<u16>().ok().filter(|&port| port != 0 && is_number(text));
@@ -113,7 +115,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ports_are_written_as_for_docker() {
+    fn published_ports_have_the_syntax_of_docker() {
         let forward = |protocol, address: Option<&str>, host, guest, further| PortForward {
             protocol,
             address: address.map(|address| address.parse().unwrap()),
@@ -138,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_named() {
+    fn errors_name_the_invalid_part() {
         for (text, expected) in [
             ("", "not of the form"),
             ("80", "names no port of the host"),
@@ -158,7 +160,7 @@ mod tests {
             ("[127.0.0.1]:80:80", "\"[127.0.0.1]\" is not an address of the host"),
             ("127.0.0.256:80:80", "\"127.0.0.256\" is not an address"),
             ("[::1]:80", "\"[:\" is not an address"),
-            ("8000-8010:80", "have to have as many ports"),
+            ("8000-8010:80", "differ in length"),
             ("8010-8000:80-90", "\"8010-8000\" is not a port"),
             ("1-2-3:1-3", "\"1-2-3\" is not a port"),
             ("a:b", "\"a\" is not a port"),

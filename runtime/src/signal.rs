@@ -1,8 +1,8 @@
-//! Signals by their names, as `kill` has them.
+//! Signals that can be sent to guests, by name and number.
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-/// What a guest's payload can be told from outside: a VMM passes on these, and dies of the last.
+/// Names of the signals for a guest's payload. The front forwards all except SIGKILL, which ends the guest.
 const NAMES: [(&str, libc::c_int); 10] = [
     ("HUP", libc::SIGHUP),
     ("INT", libc::SIGINT),
@@ -16,19 +16,19 @@ const NAMES: [(&str, libc::c_int); 10] = [
     ("KILL", libc::SIGKILL),
 ];
 
-/// The C library's first and last real-time signal. The first is the VMM's own, which interrupts vCPUs with it.
+/// The C library's SIGRTMIN and SIGRTMAX. The VMM uses SIGRTMIN itself, to interrupt vCPUs.
 const REAL_TIME: (u8, u8) = (34, 64);
 
-/// No signal that a guest can be sent.
+/// An invalid signal, or one that cannot be sent to a guest.
 #[derive(Debug, thiserror::Error)]
-#[error("{0:?} is no signal that a guest can be sent: {names}, RTMIN+1 to RTMAX",
+#[error("invalid signal {0:?}: use {names}, or RTMIN+1 to RTMAX",
         names = NAMES.map(|(name, _)| name).join(", "))]
 pub struct UnknownSignal(String);
 
-/// The number of a signal by its name, with or without SIG, or by its number.
+/// Parses a signal: its name, with or without SIG and in any case, or its number. Returns the number.
 ///
 /// # Errors
-/// When a guest cannot be sent it.
+/// When there is no such signal, or it cannot be sent to a guest.
 pub fn parse(text: &str) -> Result<u8, UnknownSignal> {
     let upper = text.to_ascii_uppercase();
     let name = upper.strip_prefix("SIG").unwrap_or(&upper);
@@ -41,13 +41,13 @@ pub fn parse(text: &str) -> Result<u8, UnknownSignal> {
     number.filter(is_one).ok_or_else(|| UnknownSignal(text.to_owned()))
 }
 
-/// Whether it is a real-time signal that a guest can be sent: RTMIN+1 to RTMAX.
+/// Returns whether `number` is a real-time signal that can be sent to a guest: RTMIN+1 to RTMAX.
 #[must_use]
 pub const fn is_real_time(number: u8) -> bool {
     number > REAL_TIME.0 && number <= REAL_TIME.1
 }
 
-/// RTMIN+N or RTMAX-N.
+/// Parses `RTMIN+N` or `RTMAX-N`.
 fn real_time(name: &str) -> Option<u8> {
     let distance = |text: &str, sign| match text {
         "" => Some(0),
@@ -59,7 +59,7 @@ fn real_time(name: &str) -> Option<u8> {
     }
 }
 
-/// Sends a signal, also one of those that have no name, to the process behind a pidfd. One that has ended needs none.
+/// Sends a signal to the process of a pidfd. No effect if the process has ended.
 #[expect(unsafe_code, reason = "real-time signals have no safe interface")]
 pub(crate) fn send(process: BorrowedFd<'_>, signal: u8) {
     let (signal, nothing) = (libc::c_int::from(signal), std::ptr::null::<libc::siginfo_t>());

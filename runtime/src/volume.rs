@@ -1,7 +1,7 @@
-//! Volumes: disks that outlive the guests that have them. Each is a file with an ext4 filesystem in the user's data
-//! directory, named as the volume.
+//! Volumes: disks that outlive the guests that mount them. A volume is a file with an ext4 filesystem in the user's data
+//! directory; the name of the file is the volume's.
 //!
-//! Its lock is that of every drive: one guest writes, or any number read.
+//! The file is locked as every drive is: one guest may mount it writable, or any number read-only.
 
 use crate::guest::guests;
 use rustix::fs::{FlockOperation, RenameFlags, flock, renameat_with};
@@ -14,67 +14,67 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// Why a volume cannot be had.
+/// An error of a volume.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum VolumeError {
-    /// A name that none can have.
+    /// The name is invalid.
     #[error(
-        "{0:?} is no name for a volume: letters, digits, '.', '_' and '-', at most 64, and the first a letter or digit"
+        "invalid volume name {0:?}: use up to 64 letters, digits, '.', '_' and '-', and start with a letter or digit"
     )]
     Name(String),
     /// No volume has this name.
-    #[error("there is no volume named {0}; `kindling volume ls` lists them")]
+    #[error("no volume named {0}; `kindling volume ls` lists all volumes")]
     Unknown(String),
-    /// A volume has it already.
-    #[error("there is a volume named {0} already")]
+    /// A volume of this name exists.
+    #[error("a volume named {0} exists already")]
     Taken(String),
-    /// Guests have it, or one that writes.
+    /// A guest has mounted the volume, and one of the two mounts is writable.
     #[error("the volume {name} is in use{}", guest.as_ref().map(|guest| format!(" by the guest {guest}")).unwrap_or_default())]
     InUse {
-        /// The volume.
+        /// Name of the volume.
         name: String,
-        /// A guest that has it.
+        /// Name of a guest that has mounted the volume, if known.
         guest: Option<String>,
     },
-    /// A guest that wrote to it did not end in order.
+    /// The volume was not unmounted cleanly, and its journal must be recovered before a read-only mount.
     #[error(
-        "the guest that had the volume {0} last did not end in order; one that may write to it, once, mends that"
+        "the volume {0} was not unmounted cleanly; mount it writable in a guest once, which recovers its journal"
     )]
     NotClean(String),
-    /// Something that is no size, or none of a volume.
-    #[error("{0:?} is no size of a volume: 16M to 16T, in bytes or with K, M, G or T behind it")]
+    /// The size is invalid.
+    #[error("invalid volume size {0:?}: use 16M to 16T, in bytes or with the suffix K, M, G or T")]
     Size(String),
-    /// The program that makes filesystems is missing.
-    #[error("making a volume takes mke2fs, of the package e2fsprogs")]
+    /// The program `mke2fs` is not installed.
+    #[error("cannot create a volume without mke2fs; install the package e2fsprogs")]
     NoMke2fs,
-    /// That program said why not.
-    #[error("mke2fs cannot make the volume {name}: {message}")]
+    /// `mke2fs` failed.
+    #[error("mke2fs cannot create the volume {name}: {message}")]
     Mke2fs {
-        /// The volume.
+        /// Name of the volume.
         name: String,
-        /// Its last line.
+        /// Last line of mke2fs's standard error.
         message: String,
     },
-    /// Nothing says where volumes are.
-    #[error("neither XDG_DATA_HOME nor HOME says where volumes are kept")]
+    /// The user has no data directory.
+    #[error("cannot find the directory of volumes; set XDG_DATA_HOME or HOME to an absolute path")]
     NoHome,
-    /// The host refused something.
+    /// An operation on a file of the host failed.
     #[error("cannot {what} {}", path.display())]
     Host {
-        /// What was tried.
+        /// The operation.
         what: &'static str,
-        /// With what.
+        /// Path of the file.
         path: PathBuf,
-        /// The host's answer.
+        /// The host's error.
         source: io::Error,
     },
 }
 
 impl VolumeError {
-    /// Whether asking for something else can help, rather than the host.
+    /// Returns whether the request is at fault, rather than the host.
     #[must_use]
-    pub const fn is_users(&self) -> bool {
+    pub const fn is_user_error(&self) -> bool {
         !matches!(self, Self::Host { .. } | Self::Mke2fs { .. })
     }
 }
@@ -83,23 +83,26 @@ fn host(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> VolumeErro
     move |source| VolumeError::Host { what, path: path.to_owned(), source }
 }
 
-/// Bytes of a volume for which nobody chose. What its guest does not use takes no room on the host.
+/// Default size of a volume in bytes. The file is sparse: unused blocks take no space on the host.
 pub const DEFAULT_SIZE: u64 = 10 << 30;
 const SIZES: std::ops::RangeInclusive<u64> = 16 << 20..=16 << 40;
 
-/// A volume that exists.
+/// An existing volume.
 #[derive(Debug)]
 pub struct Volume {
-    /// Its name.
+    /// Name.
     pub name: String,
-    /// The file with its filesystem.
+    /// Path of the file with the filesystem.
     pub path: PathBuf,
 }
 
 impl Volume {
-    /// The volume of a name.
+    /// Opens the volume of this name.
+    ///
+    /// # Errors
+    /// When the name is invalid, or the user has no volume of this name.
     pub fn named(name: &str) -> Result<Self, VolumeError> {
-        let path = place_of(name)?;
+        let path = path_of(name)?;
         match path.symlink_metadata() {
             Ok(metadata) if metadata.is_file() => Ok(Self { name: name.to_owned(), path }),
             Ok(_) => Err(VolumeError::Unknown(name.to_owned())),
@@ -108,7 +111,10 @@ impl Volume {
         }
     }
 
-    /// All volumes of this user, by name.
+    /// Returns all volumes of the user, sorted by name.
+    ///
+    /// # Errors
+    /// When the directory of volumes cannot be read.
     pub fn all() -> Result<Vec<Self>, VolumeError> {
         let folder = folder()?;
         let entries = match folder.read_dir() {
@@ -121,58 +127,64 @@ impl Volume {
         Ok(all)
     }
 
-    /// Makes an empty one.
+    /// Creates a volume with an empty ext4 filesystem; `size` is in bytes, as [`parse_size`] returns it.
+    ///
+    /// # Errors
+    /// When the name is invalid or taken, mke2fs is missing or fails, or the host cannot create the file.
     pub fn create(name: &str, size: u64) -> Result<Self, VolumeError> {
-        let path = place_of(name)?;
+        let path = path_of(name)?;
         let folder = folder()?;
         DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(&folder)
-            .map_err(host("make the folder", &folder))?;
+            .map_err(host("create the directory", &folder))?;
         if path.exists() {
             return Err(VolumeError::Taken(name.to_owned()));
         }
-        // No volume can have a name with a dot in front.
+        // No volume has a name that starts with a dot.
         let draft = Draft(folder.join(format!(".{}.{}.{name}", std::process::id(), next_number())));
         make_filesystem(name, &draft.0, size)?;
         match renameat_with(rustix::fs::CWD, &draft.0, rustix::fs::CWD, &path, RenameFlags::NOREPLACE) {
             Ok(()) => {}
             Err(Errno::EXIST) => return Err(VolumeError::Taken(name.to_owned())),
-            // A filesystem that knows no such renaming.
+            // The filesystem does not support RENAME_NOREPLACE.
             Err(Errno::INVAL | Errno::NOSYS) => {
                 std::fs::hard_link(&draft.0, &path).map_err(|error| match error.kind() {
                     ErrorKind::AlreadyExists => VolumeError::Taken(name.to_owned()),
-                    _ => host("make", &path)(error),
+                    _ => host("create", &path)(error),
                 })?;
             }
-            Err(error) => return Err(host("make", &path)(error.into())),
+            Err(error) => return Err(host("create", &path)(error.into())),
         }
         Ok(Self { name: name.to_owned(), path })
     }
 
-    /// Bytes that it can hold, with what the filesystem needs itself, and bytes that it takes on the host.
+    /// Returns the size of the disk and the space that its file takes on the host, both in bytes.
     ///
     /// # Errors
-    /// When the host refuses it.
+    /// When the attributes of the file cannot be read.
     pub fn size(&self) -> Result<(u64, u64), VolumeError> {
         let metadata = self.path.metadata().map_err(host("look at", &self.path))?;
         Ok((metadata.len(), metadata.blocks() * 512))
     }
 
-    /// Removes it, unless a guest has it.
+    /// Removes the volume and its content.
+    ///
+    /// # Errors
+    /// When a guest has mounted the volume, or the host cannot remove the file.
     pub fn remove(self) -> Result<(), VolumeError> {
         let _file = self.lock(FlockOperation::NonBlockingLockExclusive)?;
         std::fs::remove_file(&self.path).map_err(host("remove", &self.path))
     }
 
-    /// Opens it with a lock, which others have until their end. Where none of them runs, it may be the monitor of a guest
-    /// whose front was killed, which ends in a moment.
+    /// Opens and locks the file. If it is locked but no guest that mounts it runs, this waits for a limited time: the lock
+    /// may be that of a monitor whose front was killed, and which is about to end.
     fn lock(&self, lock: FlockOperation) -> Result<File, VolumeError> {
-        const PATIENCE: Duration = Duration::from_secs(2);
+        const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
         const INTERVAL: Duration = Duration::from_millis(5);
         let file = File::open(&self.path).map_err(host("open", &self.path))?;
-        let until = Instant::now() + PATIENCE;
+        let until = Instant::now() + LOCK_TIMEOUT;
         while flock(&file, lock) == Err(Errno::WOULDBLOCK) {
             let guest = self.guests().into_iter().next();
             if guest.is_some() || Instant::now() >= until {
@@ -180,11 +192,11 @@ impl Volume {
             }
             std::thread::sleep(INTERVAL);
         }
-        // Some filesystems have no locks.
+        // Other errors are ignored: some filesystems do not support locks.
         Ok(file)
     }
 
-    /// Guests that run and have it.
+    /// Returns the names of the running guests that mount the volume.
     pub fn guests(&self) -> Vec<String> {
         let all = guests().unwrap_or_default().into_iter();
         all.filter(|guest| guest.is_alive && guest.record.volumes.contains(&self.name))
@@ -193,12 +205,16 @@ impl Volume {
     }
 }
 
-/// The disk of a volume for a guest, which is made where it is missing and can be filled. That it is free is seen
-/// again, and for good, when the disk is opened.
+/// Returns the path of a volume's disk for a guest. A missing volume is created, unless it would be mounted read-only. The
+/// lock that is taken here is released at once, so that an error names the volume; the monitor locks the disk when it
+/// opens it.
+///
+/// # Errors
+/// When the volume is in use, cannot be created, or needs recovery before a read-only mount.
 pub fn for_guest(name: &str, is_read_only: bool) -> Result<PathBuf, VolumeError> {
     let volume = match Volume::named(name) {
         Err(VolumeError::Unknown(_)) if !is_read_only => match Volume::create(name, DEFAULT_SIZE) {
-            // Somebody else was faster.
+            // Another process has created the volume in between.
             Err(VolumeError::Taken(_)) => Volume::named(name),
             result => result,
         },
@@ -215,23 +231,23 @@ pub fn for_guest(name: &str, is_read_only: bool) -> Result<PathBuf, VolumeError>
     Ok(volume.path)
 }
 
-/// Whether a filesystem's journal has something that is to be written elsewhere, for which its disk must be writable
-/// (`s_feature_incompat` of `struct ext4_super_block`, EXT4_FEATURE_INCOMPAT_RECOVER).
+/// Whether the filesystem's journal must be replayed, for which the disk must be writable (`s_feature_incompat` of
+/// `struct ext4_super_block`, EXT4_FEATURE_INCOMPAT_RECOVER).
 fn needs_recovery(file: &File) -> io::Result<bool> {
-    const AT: u64 = 1024 + 0x60;
+    const OFFSET: u64 = 1024 + 0x60;
     const RECOVER: u8 = 4;
     let mut byte = [0];
-    file.read_exact_at(&mut byte, AT)?;
+    file.read_exact_at(&mut byte, OFFSET)?;
     Ok(byte[0] & RECOVER != 0)
 }
 
-/// A number that this process has given to nothing else.
+/// A number that is unique in this process.
 fn next_number() -> u64 {
     static COUNT: AtomicU64 = AtomicU64::new(0);
     COUNT.fetch_add(1, Ordering::Relaxed)
 }
 
-/// A file that goes unless it was renamed.
+/// A file that is removed on drop, unless it was renamed.
 struct Draft(PathBuf);
 
 impl Drop for Draft {
@@ -240,45 +256,50 @@ impl Drop for Draft {
     }
 }
 
-/// Features of the filesystem, whatever this host's mke2fs.conf says: those that every kernel of guests knows.
+/// Features of the filesystem, independent of the host's mke2fs.conf. All guest kernels support them.
 const FEATURES: &str = "none,has_journal,ext_attr,resize_inode,dir_index,filetype,extent,64bit,flex_bg,sparse_super,\
                         large_file,huge_file,dir_nlink,extra_isize,metadata_csum";
 
-/// Writes an empty filesystem into a new file. Tables of inodes and the journal need no zeroes: they are holes, and
-/// read as such.
+/// Creates a file with an empty filesystem. Inode tables and journal need not be initialized: they are holes of the file,
+/// which read as zeroes.
 fn make_filesystem(name: &str, path: &Path, size: u64) -> Result<(), VolumeError> {
-    // One of a process that had this one's number.
+    // Left by a killed process with the same process ID.
     let _ = std::fs::remove_file(path);
     let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
-    let file = file.and_then(|file| file.set_len(size).map(|()| file)).map_err(host("make", path))?;
+    let file = file.and_then(|file| file.set_len(size).map(|()| file)).map_err(host("create", path))?;
     let mut command = Command::new(trusted_path::program("mke2fs").ok_or(VolumeError::NoMke2fs)?);
     command.env("MKE2FS_CONFIG", "/dev/null").args(["-q", "-F", "-b", "4096", "-I", "256", "-i", "16384"]);
     command.args(["-m", "0", "-e", "remount-ro", "-O", FEATURES, "-E"]);
     command.arg("nodiscard,root_owner=0:0,lazy_itable_init=1,lazy_journal_init=1").arg(path);
-    let output = command.stdin(Stdio::null()).output().map_err(host("make a filesystem in", path))?;
+    let output = command.stdin(Stdio::null()).output().map_err(host("create a filesystem in", path))?;
     if !output.status.success() {
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
-        let message = text.lines().rfind(|line| !line.trim().is_empty()).unwrap_or("it ended without a word");
+        let message =
+            text.lines().rfind(|line| !line.trim().is_empty()).unwrap_or("it failed without a message");
         return Err(VolumeError::Mke2fs { name: name.to_owned(), message: message.to_owned() });
     }
     file.sync_all().map_err(host("write", path))
 }
 
-/// The file of a volume with this name.
-fn place_of(name: &str) -> Result<PathBuf, VolumeError> {
+/// The path of the file of a volume.
+fn path_of(name: &str) -> Result<PathBuf, VolumeError> {
     let name =
         crate::mount::volume_name(name.as_bytes()).ok_or_else(|| VolumeError::Name(name.to_owned()))?;
     Ok(folder()?.join(name))
 }
 
-/// Where this user's volumes are.
+/// The user's directory of volumes.
 fn folder() -> Result<PathBuf, VolumeError> {
     let given = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let data = given("XDG_DATA_HOME").or_else(|| Some(given("HOME")?.join(".local/share")));
     Ok(data.ok_or(VolumeError::NoHome)?.join("kindling/volumes"))
 }
 
-/// A size as users write it, in bytes.
+/// Parses the size of a volume: bytes, or a number with the suffix K, M, G or T (powers of 1024), from 16M to 16T. Returns
+/// bytes, rounded down to a multiple of 4096.
+///
+/// # Errors
+/// When the text is not a size, or out of range.
 pub fn parse_size(text: &str) -> Result<u64, VolumeError> {
     let wrong = || VolumeError::Size(text.to_owned());
     let digits = text.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
@@ -293,7 +314,7 @@ pub fn parse_size(text: &str) -> Result<u64, VolumeError> {
     let is_number = !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit());
     let number: u64 = digits.parse().ok().filter(|_| is_number).ok_or_else(wrong)?;
     let size = number.checked_mul(1 << shift).filter(|size| SIZES.contains(size)).ok_or_else(wrong)?;
-    // Disks have whole blocks.
+    // Disks consist of whole blocks.
     Ok(size & !4095)
 }
 
@@ -327,12 +348,12 @@ mod tests {
             "20000000000000T",
         ] {
             let message = parse_size(text).unwrap_err().to_string();
-            assert!(message.contains("is no size of a volume"), "{message}");
+            assert!(message.contains("invalid volume size"), "{message}");
         }
     }
 
     #[test]
-    fn a_volume_whose_guest_was_killed_is_known_by_its_superblock() {
+    fn the_superblock_says_whether_the_journal_needs_recovery() {
         let file = tempfile::tempfile().unwrap();
         file.set_len(4096).unwrap();
         assert!(!needs_recovery(&file).unwrap());

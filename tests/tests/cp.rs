@@ -249,8 +249,8 @@ fn each_failed_copy_names_the_file_and_the_reason() {
     fs::create_dir(guest.here("tree")).unwrap();
     guest.shell("mkdir /there; echo x > /file");
     for (arguments, status, text) in [
-        (&["file", "tree"][..], 2, "is NAME:PATH"),
-        (&["one:/a", "one:/b"], 2, "is NAME:PATH"),
+        (&["file", "tree"][..], 2, "must be NAME:PATH"),
+        (&["one:/a", "one:/b"], 2, "must be NAME:PATH"),
         (&["-", "one:/a"], 2, "tar stream"),
         (&["two:/a", "b"], 2, "no guest named two"),
         (&["nothing", "one:/a"], 1, "kindling: cannot open nothing: No such file"),

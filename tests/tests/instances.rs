@@ -215,7 +215,7 @@ fn a_failed_start_reports_the_reason_and_leaves_no_guest() {
         .expect_stderr("last lines of the console");
     assert_eq!(outcome.stdout, "");
     let outcome = run(&mut user.run(&["-d"]));
-    outcome.expect_status(2).expect_stderr("the image names no command");
+    outcome.expect_status(2).expect_stderr("the image has no command");
     assert!(user.has_no_guests());
 }
 
@@ -251,9 +251,7 @@ fn real_time_signals_reach_the_program() {
         expect_line(&mut lines, line);
     }
     // The first real-time signal interrupts vCPUs and is reserved.
-    kindling(&user, &["kill", "-s", "RTMIN", "told"])
-        .expect_status(2)
-        .expect_stderr("no signal that a guest");
+    kindling(&user, &["kill", "-s", "RTMIN", "told"]).expect_status(2).expect_stderr("invalid signal");
     kindling(&user, &["rm", "-f", "told"]).expect_status(0);
     // For a guest in the foreground as well.
     let mut guest = GuestConsole::start(user.run(&["--name", "front"]).args(["sh", "-c", script]));
@@ -298,7 +296,7 @@ fn every_signal_sent_reaches_the_program() {
         kindling(&user, &["kill", "-s", name, "told"]).expect_status(0);
         expect_line(&mut lines, name);
     }
-    kindling(&user, &["kill", "-s", "SEGV", "told"]).expect_status(2).expect_stderr("no signal that a guest");
+    kindling(&user, &["kill", "-s", "SEGV", "told"]).expect_status(2).expect_stderr("invalid signal");
     assert_eq!(kindling(&user, &["kill", "told"]).expect_status(0).stdout, "told\n");
     assert!(log.wait().unwrap().success(), "following the log ends with the guest");
     assert!(row(&user, &["-a"], "told").expect("no row").ends_with("|exited 137"));

@@ -384,7 +384,7 @@ fn a_host_without_usable_kvm_is_reported_on_one_line() {
     let outcome = run(command.env("KINDLING_IMAGE", tests::testbed("images/busybox")));
     assert!([Some(2), Some(125)].contains(&outcome.status), "{outcome}");
     assert_eq!(outcome.stderr.lines().count(), 1, "{outcome}");
-    outcome.expect_stderr("; `kindling doctor` says what this host lacks, and `cargo xtask run`");
+    outcome.expect_stderr("; `kindling doctor` shows what this host lacks, and `cargo xtask run`");
 }
 
 /// `kindling` passes the monitor a socket as its standard input.

@@ -309,8 +309,8 @@ fn invalid_arguments_of_run_are_reported() {
     };
     let image = testbed("busybox.erofs");
     let image = image.to_str().unwrap();
-    named(&[image], "the image names no command");
-    named(&["--name", "a/b", image, "true"], "is no name for a guest");
+    named(&[image], "the image has no command");
+    named(&["--name", "a/b", image, "true"], "invalid guest name");
     named(&["--cpus", "99", image, "true"], "vcpu_count is 99");
     named(&["-u", "somebody", image, "true"], "somebody");
     named(&["-e", "=x", image, "true"], "environment entry");
@@ -345,7 +345,7 @@ fn exec_runs_programs_with_the_settings_of_the_guest_or_its_own() {
         .expect_status(0);
     run(user.run(&["--name", "one"]).arg("true"))
         .expect_status(2)
-        .expect_stderr("there is a guest named one already");
+        .expect_stderr("a guest named one exists already");
     run(user.command("exec").args(["two", "true"])).expect_status(2).expect_stderr("no guest named two");
     // Many concurrently, each with its own exit status.
     let many: Vec<_> = (0..20)
@@ -400,7 +400,7 @@ fn the_end_of_the_guest_during_exec_is_reported_with_status_125() {
     guest.signal(libc::SIGKILL);
     assert_eq!(
         child.expect_end("exit status: 125").lines().collect::<Vec<_>>(),
-        ["kindling: the guest ended, or its agent hung up, before the process had ended"]
+        ["kindling: the guest ended, or its agent closed the connection, before the process had ended"]
     );
     // The guest ends with its payload, whatever else runs in it.
     let user = User::new();
@@ -489,14 +489,14 @@ fn missing_networks_volumes_and_kernels_are_reported() {
         assert_eq!(outcome.stderr.lines().count(), 1, "{outcome}");
         assert!(user.has_no_guests());
     };
-    refused(&["--net", "none", "-p", "8080:80"], "--net none says that there is none");
-    refused(&["--network", "host"], "there is no network \"host\": --net user reaches");
+    refused(&["--net", "none", "-p", "8080:80"], "--publish needs a network");
+    refused(&["--network", "host"], "unsupported network \"host\": --net user reaches");
     refused(
         &["-v", "data:/a", "-v", "data:/b"],
-        "--volume data:/b: this volume is mounted elsewhere already",
+        "--volume data:/b: this volume is mounted at another path already",
     );
     let nowhere = run(user.run(&[]).arg("true").env("KINDLING_IMAGE", "/nowhere"));
-    nowhere.expect_status(2).expect_stderr("KINDLING_IMAGE is /nowhere, where there is no image.json");
+    nowhere.expect_status(2).expect_stderr("KINDLING_IMAGE is /nowhere, which has no image.json");
     let outcome = run(user.run(&["-w", "/etc/data/x"]).arg("true"));
     outcome
         .expect_status(126)
@@ -552,7 +552,7 @@ fn a_kernel_of_another_user_is_not_run() {
     run_copy(0);
     std::os::unix::fs::chown(&folder, Some(12345), None).unwrap();
     let words = run_copy(2);
-    assert!(words.contains("there is no kernel to run it on"), "{words}");
+    assert!(words.contains("no guest kernel found"), "{words}");
 }
 
 #[test]

@@ -92,7 +92,9 @@ fn fsynced_data_in_a_volume_survives_a_killed_monitor() {
     guest.signal(libc::SIGKILL);
     guest.expect_end("signal: 9");
     // The journal must be replayed, which requires a writable disk.
-    shell(&user, &["-v", "data:/srv/data:ro"], "true").expect_status(2).expect_stderr("did not end in order");
+    shell(&user, &["-v", "data:/srv/data:ro"], "true")
+        .expect_status(2)
+        .expect_stderr("was not unmounted cleanly");
     let outcome = shell(&user, &["-v", DATA], "cat /srv/data/promise; wc -l < /srv/data/deep/er/file");
     assert_eq!(outcome.expect_status(0).stdout, "words\n100000\n");
     expect_clean(&disk(&user, "data"));
@@ -188,20 +190,18 @@ fn volumes_can_be_created_listed_inspected_and_removed() {
     assert_eq!(volume(&user, &["ls"]).expect_status(0).stdout, "NAME  SIZE  USED  GUESTS\n");
     assert_eq!(volume(&user, &["create", "--size", "1G", "one"]).expect_status(0).stdout, "one\n");
     expect_clean(&disk(&user, "one"));
-    volume(&user, &["create", "one"]).expect_status(2).expect_stderr("there is a volume named one already");
-    volume(&user, &["create", "a/b"]).expect_status(2).expect_stderr("is no name for a volume");
-    volume(&user, &["create", "--size", "1X", "two"])
-        .expect_status(2)
-        .expect_stderr("is no size of a volume");
+    volume(&user, &["create", "one"]).expect_status(2).expect_stderr("a volume named one exists already");
+    volume(&user, &["create", "a/b"]).expect_status(2).expect_stderr("invalid volume name");
+    volume(&user, &["create", "--size", "1X", "two"]).expect_status(2).expect_stderr("invalid volume size");
     let details: serde_json::Value =
         serde_json::from_str(&volume(&user, &["inspect", "one"]).expect_status(0).stdout).unwrap();
     assert_eq!((&details["name"], &details["size"]), (&"one".into(), &(1 << 30).into()), "{details}");
     let mode =
         std::os::unix::fs::PermissionsExt::mode(&fs::metadata(disk(&user, "one")).unwrap().permissions());
     assert_eq!(mode & 0o777, 0o600);
-    shell(&user, &["-v", "two:/x:ro"], "true").expect_status(2).expect_stderr("there is no volume named two");
+    shell(&user, &["-v", "two:/x:ro"], "true").expect_status(2).expect_stderr("no volume named two");
     shell(&user, &["-v", "one:/x:ro"], "true").expect_status(125).expect_stderr("volume of /x: ");
-    volume(&user, &["rm", "one", "two"]).expect_status(2).expect_stderr("there is no volume named two");
+    volume(&user, &["rm", "one", "two"]).expect_status(2).expect_stderr("no volume named two");
     // Nothing is left in the folder.
     let folder = disk(&user, "");
     assert_eq!(fs::read_dir(folder).unwrap().count(), 0);

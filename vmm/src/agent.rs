@@ -1,19 +1,19 @@
-//! The host's side of a guest's agent (`guest_protocol::agent`): a process in the guest as a control connection and
-//! up to three streams, over the Unix socket that leads to the guest's vsock ports.
+//! The host's side of the agent protocol (`guest_protocol::agent`): each process in a guest has a control connection
+//! and up to three stream connections, over the Unix socket of the guest's vsock device.
 
-mod outgoing;
+mod sender;
 #[cfg(test)]
 mod tests;
 
 pub use guest_protocol::agent::Role;
 use guest_protocol::agent::{BadMessage, Hello, MESSAGE_HEADER_LEN, Message, PAYLOAD, PORT, TerminalSize};
-use outgoing::{Order, Outgoing};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
     AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType, connect, recv, socket_with,
 };
+use sender::{HostMessage, Sender};
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
@@ -23,29 +23,29 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How long a guest may take over what its agent does at once: taking a connection or a process's description, and
-/// saying how a process has ended whose streams have.
+/// Time limit for actions of the agent that do not depend on a program: accepting a connection, receiving the
+/// description of a process, and reporting the exit of a process whose streams have ended.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Why a guest's agent cannot be talked to.
+/// An error of the connection to a guest's agent.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum AgentError {
-    /// The socket to the guest.
+    /// The host returned an error for the Unix socket of the guest.
     #[error("cannot connect to the guest over {}", path.display())]
     Connect {
         /// The Unix socket of the guest's vsock.
         path: PathBuf,
-        /// What the host said.
+        /// The host's error.
         source: io::Error,
     },
-    /// No agent takes connections.
+    /// No agent accepts connections in the guest.
     #[error("the guest behind {} has no agent, or is not ready", path.display())]
     Refused {
         /// The Unix socket of the guest's vsock.
         path: PathBuf,
     },
-    /// The agent does not do what it always does at once.
+    /// The agent did not respond within [`ANSWER_TIMEOUT`].
     #[error(
         "the guest behind {} does not answer; it hangs, or has no processor time. `kindling rm --force` ends it",
         path.display()
@@ -54,52 +54,54 @@ pub enum AgentError {
         /// The Unix socket of the guest's vsock.
         path: PathBuf,
     },
-    /// The connection ended before the process did.
-    #[error("the guest ended, or its agent hung up, before the process had ended")]
+    /// The connection closed before the process ended.
+    #[error("the guest ended, or its agent closed the connection, before the process had ended")]
     Lost,
 }
 
-/// A process in a guest. To be dropped is to hang up on it.
+/// A process in a guest. Dropping it closes the control connection.
 #[derive(Debug)]
 pub struct Process {
-    place: Place,
-    control: Arc<Outgoing>,
-    /// Whether the guest has taken the control connection.
+    address: ProcessAddress,
+    control: Arc<Sender>,
+    /// Whether the guest has accepted the control connection.
     is_connected: bool,
-    /// When it is to have done so, and to know which process it is to start. A payload runs without that.
+    /// Time limit for accepting the connection and receiving the message that starts the process. `None` for a payload
+    /// that runs already.
     deadline: Option<Instant>,
-    /// What came over it and is not a whole message yet.
+    /// Received bytes that are not a complete message yet.
     received: Vec<u8>,
-    /// What it said and nobody has taken.
-    news: VecDeque<News>,
-    /// Which news it has said, by [`News::number`].
-    heard: [bool; 4],
+    /// Decoded events that the caller has not taken yet.
+    events: VecDeque<ProcessEvent>,
+    /// Which events were received, by [`ProcessEvent::number`].
+    was_received: [bool; 4],
 }
 
-/// Where a process's streams can be had.
+/// The address of a process, for connections to its streams.
 #[derive(Clone, Debug)]
-pub struct Place {
+pub struct ProcessAddress {
     socket: PathBuf,
     token: u64,
 }
 
-/// What a guest says of a process.
+/// An event of a process, reported by the guest's agent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum News {
-    /// Its program is executed; for who asked ([`Process::ask_for_start`]).
+pub enum ProcessEvent {
+    /// The program was executed (execve succeeded). Sent after [`Process::request_start_event`] only.
     Started,
-    /// It has written something to its output or error, to which nobody has connected.
+    /// Standard output or standard error has data, and the host has not connected to the stream.
     HasOutput(Role),
-    /// It has ended. What it wrote may still be on its way; output that nobody was told of until now is empty.
+    /// The process ended. Data of connected streams may still arrive. A stream without an earlier
+    /// [`HasOutput`](Self::HasOutput) is empty.
     Exited {
-        /// Its exit status, which is 128 + signal when a signal killed it.
+        /// Exit status; 128 + signal if a signal killed the process.
         status: u8,
-        /// Whether its program was executed; else the status says why not.
+        /// Whether the program was executed. Otherwise the status is that of a shell: 126 or 127.
         was_executed: bool,
     },
 }
 
-impl News {
+impl ProcessEvent {
     const fn number(self) -> usize {
         match self {
             Self::Started => 0,
@@ -110,12 +112,12 @@ impl News {
     }
 }
 
-/// Says things of a process from elsewhere.
+/// A handle to the control connection of a process, for other threads.
 #[derive(Debug)]
-pub struct Control(Arc<Outgoing>);
+pub struct Control(Arc<Sender>);
 
 impl Process {
-    /// The payload of a guest, which runs already.
+    /// Connects to the payload of a guest, which runs already.
     ///
     /// # Errors
     /// When the agent cannot be reached.
@@ -123,7 +125,7 @@ impl Process {
         Self::open(socket, PAYLOAD, &[])
     }
 
-    /// Starts the payload of a guest that has none, with which the guest ends.
+    /// Starts the payload of a guest that was started without one. The guest ends with it.
     ///
     /// # Errors
     /// When the agent cannot be reached.
@@ -131,9 +133,9 @@ impl Process {
         Self::open(socket, PAYLOAD, &encoded(Message::Start(frame)))
     }
 
-    /// Starts a process that a configuration frame describes
-    /// ([`GuestConfig::to_frame`](crate::config::GuestConfig::to_frame)). `token` is any number but zero that no
-    /// other process of this guest was given.
+    /// Starts the process that a configuration frame describes
+    /// ([`GuestConfig::to_frame`](crate::config::GuestConfig::to_frame)). `token` identifies the process: any number
+    /// except zero that no other process of this guest has.
     ///
     /// # Errors
     /// When the agent cannot be reached.
@@ -141,127 +143,127 @@ impl Process {
         Self::open(socket, token, &encoded(Message::Start(frame)))
     }
 
-    /// Starts to fetch files from a guest, which come from the process's output in the form of the crate `guest-copy`.
-    /// `follows` says whether what a link leads to is meant. The token is as for [`Self::start`].
+    /// Starts a process that sends the file or directory at `path` to its output, in the format of the crate
+    /// `guest-copy`. With `follows`, a symbolic link at the path is followed. The token is that of [`Self::start`].
     ///
     /// # Errors
     /// When the agent cannot be reached.
-    pub fn fetch(socket: &Path, token: u64, path: &[u8], follows: bool) -> Result<Self, AgentError> {
+    pub fn copy_out(socket: &Path, token: u64, path: &[u8], follows: bool) -> Result<Self, AgentError> {
         Self::open(socket, token, &encoded(Message::Send { follows, path }))
     }
 
-    /// Starts to bring files into a guest: they go to the process's input. `keeps_owners` says whether they become
-    /// root's otherwise.
+    /// Starts a process that creates files at `path` from its input, in the format of the crate `guest-copy`. Files keep
+    /// their owners with `keeps_owners`, and belong to root without. The token is that of [`Self::start`].
     ///
     /// # Errors
     /// When the agent cannot be reached.
-    pub fn bring(socket: &Path, token: u64, path: &[u8], keeps_owners: bool) -> Result<Self, AgentError> {
+    pub fn copy_in(socket: &Path, token: u64, path: &[u8], keeps_owners: bool) -> Result<Self, AgentError> {
         Self::open(socket, token, &encoded(Message::Receive { keeps_owners, path }))
     }
 
     fn open(socket: &Path, token: u64, start: &[u8]) -> Result<Self, AgentError> {
-        let place = Place { socket: socket.into(), token };
-        // Whether the guest takes it is seen when it says something.
-        let control = place.dial()?;
+        let address = ProcessAddress { socket: socket.into(), token };
+        // The line with which the guest accepts the connection is read together with the first events.
+        let control = address.dial()?;
         let limit = (!start.is_empty()).then_some(ANSWER_TIMEOUT);
-        let first = [&place.request(Role::Control)[..], start].concat();
-        Ok(Self::with(place, Outgoing::new(control, first), limit))
+        let first = [&address.request(Role::Control)[..], start].concat();
+        Ok(Self::with(address, Sender::new(control, first), limit))
     }
 
-    /// What a connection has to be told first is on its way, and to be taken within a limit.
-    fn with(place: Place, control: Outgoing, limit: Option<Duration>) -> Self {
+    /// A process with this control connection. The first bytes that the sender holds must be sent within `limit`.
+    fn with(address: ProcessAddress, control: Sender, limit: Option<Duration>) -> Self {
         control.flush();
         Self {
-            place,
+            address,
             control: Arc::new(control),
             is_connected: false,
             deadline: limit.map(|limit| Instant::now() + limit),
             received: Vec::new(),
-            news: VecDeque::new(),
-            heard: [false; 4],
+            events: VecDeque::new(),
+            was_received: [false; 4],
         }
     }
 
-    /// Where its streams can be had.
+    /// Returns the address of the process, for connections to its streams.
     #[must_use]
-    pub const fn place(&self) -> &Place {
-        &self.place
+    pub const fn address(&self) -> &ProcessAddress {
+        &self.address
     }
 
-    /// What speaks for it elsewhere.
+    /// Returns a handle to the control connection, for another thread.
     #[must_use]
     pub fn control(&self) -> Control {
         Control(Arc::clone(&self.control))
     }
 
-    /// What its descriptor is to be polled for, and for how long, before [`Self::news`] is asked again. A guest that
-    /// takes nothing lets nobody wait: what it was told waits here.
+    /// Returns the events for which to poll the descriptor, and the time until which to wait, before the next call of
+    /// [`Self::poll_event`]. Messages for a guest that does not read them are queued; no call blocks.
     #[must_use]
-    pub fn wants(&self) -> (PollFlags, Option<Duration>) {
-        let more = if self.control.is_empty() { PollFlags::empty() } else { PollFlags::OUT };
-        let left = self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-        (PollFlags::IN | more, left)
+    pub fn poll_interest(&self) -> (PollFlags, Option<Duration>) {
+        let output = if self.control.is_empty() { PollFlags::empty() } else { PollFlags::OUT };
+        let remaining = self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        (PollFlags::IN | output, remaining)
     }
 
-    /// Sends a signal: those of a terminal's keys, and the one for its end, to the process and its foreground
-    /// children, others to the process alone.
+    /// Sends a signal. SIGINT, SIGQUIT and SIGHUP go to the process group, as from a terminal; other signals go to the
+    /// process only.
     pub fn signal(&self, number: u8) {
-        self.control.say(Order::Signal(number));
+        self.control.send(HostMessage::Signal(number));
     }
 
-    /// Says how large the terminal is now.
+    /// Resizes the terminal of the process.
     pub fn resize(&self, size: TerminalSize) {
-        self.control.say(Order::Resize(size));
+        self.control.send(HostMessage::Resize(size));
     }
 
-    /// Says that it has no input, or no more where none has been connected.
+    /// Closes the input of the process, if no stream is connected to it.
     pub fn end_input(&self) {
-        self.control.say(Order::EndInput);
+        self.control.send(HostMessage::EndInput);
     }
 
-    /// Asks for [`News::Started`]; where the program cannot be executed, [`News::Exited`] comes instead.
-    pub fn ask_for_start(&self) {
-        self.control.say(Order::TellStart);
+    /// Requests [`ProcessEvent::Started`]. If the program cannot be executed, [`ProcessEvent::Exited`] follows instead.
+    pub fn request_start_event(&self) {
+        self.control.send(HostMessage::ReportStart);
     }
 
-    /// What came next, if something did: does not wait. Goes on telling the guest what it has not taken yet.
+    /// Returns the next event, if one has arrived, and continues to send queued messages. Does not block.
     ///
     /// # Errors
-    /// When the guest has ended, says what it may not, or does not take the process.
-    pub fn news(&mut self) -> Result<Option<News>, AgentError> {
-        /// More than a guest has to say of a process.
-        const ENOUGH: usize = 256;
+    /// When the guest has ended, sends an invalid message, or did not accept the process in time.
+    pub fn poll_event(&mut self) -> Result<Option<ProcessEvent>, AgentError> {
+        /// Bytes per read: more than all events of a process.
+        const BUFFER_LEN: usize = 256;
         self.control.flush();
         loop {
             if self.is_connected && self.control.is_empty() {
                 self.deadline = None;
             }
-            if let Some(news) = self.news.pop_front() {
-                return Ok(Some(news));
+            if let Some(event) = self.events.pop_front() {
+                return Ok(Some(event));
             }
-            let mut bytes = [0; ENOUGH];
+            let mut bytes = [0; BUFFER_LEN];
             match recv(self.control.stream(), &mut bytes, RecvFlags::DONTWAIT) {
                 Ok((_, count @ 1..)) => self.received.extend_from_slice(&bytes[..count]),
-                Err(Errno::AGAIN | Errno::INTR) => return self.in_time().map(|()| None),
+                Err(Errno::AGAIN | Errno::INTR) => return self.check_deadline().map(|()| None),
                 Ok(_) | Err(_) => return Err(self.lost()),
             }
-            self.understand()?;
+            self.decode()?;
         }
     }
 
-    fn in_time(&self) -> Result<(), AgentError> {
+    fn check_deadline(&self) -> Result<(), AgentError> {
         match self.deadline {
-            Some(deadline) if deadline <= Instant::now() => Err(self.place.silent()),
+            Some(deadline) if deadline <= Instant::now() => Err(self.address.silent()),
             _ => Ok(()),
         }
     }
 
-    /// Takes what is whole of what was received.
-    fn understand(&mut self) -> Result<(), AgentError> {
+    /// Decodes the complete messages among the received bytes into events.
+    fn decode(&mut self) -> Result<(), AgentError> {
         let mut rest = &self.received[..];
         if !self.is_connected {
-            let Some(end) = rest.iter().take(LONGEST_ANSWER).position(|&byte| byte == b'\n') else {
-                return if rest.len() < LONGEST_ANSWER { Ok(()) } else { Err(self.lost()) };
+            let Some(end) = rest.iter().take(MAX_ACCEPT_LINE_LEN).position(|&byte| byte == b'\n') else {
+                return if rest.len() < MAX_ACCEPT_LINE_LEN { Ok(()) } else { Err(self.lost()) };
             };
             if !rest.starts_with(ACCEPTED) {
                 return Err(self.lost());
@@ -270,21 +272,21 @@ impl Process {
             rest = &rest[end + 1..];
         }
         while let Some((message, length)) = Message::split(rest).map_err(|BadMessage| AgentError::Lost)? {
-            let news = match message {
-                Message::Started => News::Started,
-                Message::HasOutput(role) => News::HasOutput(role),
-                Message::Exited { status, was_executed } => News::Exited { status, was_executed },
+            let event = match message {
+                Message::Started => ProcessEvent::Started,
+                Message::HasOutput(role) => ProcessEvent::HasOutput(role),
+                Message::Exited { status, was_executed } => ProcessEvent::Exited { status, was_executed },
                 _ => return Err(AgentError::Lost),
             };
-            // A guest that repeats itself would have things done here again and again.
-            if std::mem::replace(&mut self.heard[news.number()], true) {
+            // A guest that repeats an event could make the host repeat work without end.
+            if std::mem::replace(&mut self.was_received[event.number()], true) {
                 return Err(AgentError::Lost);
             }
-            self.news.push_back(news);
+            self.events.push_back(event);
             rest = &rest[length..];
         }
-        // What a guest has to say is short.
-        if rest.len() > LONGEST_MESSAGE {
+        // A longer message is not one of a guest's.
+        if rest.len() > MAX_MESSAGE_LEN {
             return Err(AgentError::Lost);
         }
         self.received = rest.to_vec();
@@ -294,40 +296,40 @@ impl Process {
     fn lost(&self) -> AgentError {
         match self.is_connected {
             true => AgentError::Lost,
-            false => AgentError::Refused { path: self.place.socket.clone() },
+            false => AgentError::Refused { path: self.address.socket.clone() },
         }
     }
 
-    /// Takes back news, for who asks next.
-    pub fn put_back(&mut self, news: impl IntoIterator<Item = News>) {
-        let later = std::mem::replace(&mut self.news, news.into_iter().collect());
-        self.news.extend(later);
+    /// Inserts events before all that have not been taken yet.
+    pub fn requeue(&mut self, events: impl IntoIterator<Item = ProcessEvent>) {
+        let later = std::mem::replace(&mut self.events, events.into_iter().collect());
+        self.events.extend(later);
     }
 
-    /// Waits for what comes next of a process that has only to end.
+    /// Waits for the next event, for up to [`ANSWER_TIMEOUT`]. For processes that have no reason to run for longer.
     ///
     /// # Errors
-    /// When the guest has ended, says what it may not, or does not answer.
-    pub fn wait_for_news(&mut self) -> Result<News, AgentError> {
+    /// When the guest has ended, sends an invalid message, or does not respond.
+    pub fn wait_for_event(&mut self) -> Result<ProcessEvent, AgentError> {
         let until = Instant::now() + ANSWER_TIMEOUT;
         loop {
-            if let Some(news) = self.news()? {
-                return Ok(news);
+            if let Some(event) = self.poll_event()? {
+                return Ok(event);
             }
-            let left = until.saturating_duration_since(Instant::now());
-            if !wait(self.as_fd(), self.wants().0, left).map_err(|_| AgentError::Lost)? {
-                return Err(self.place.silent());
+            let remaining = until.saturating_duration_since(Instant::now());
+            if !wait(self.as_fd(), self.poll_interest().0, remaining).map_err(|_| AgentError::Lost)? {
+                return Err(self.address.silent());
             }
         }
     }
 }
 
-impl Place {
-    /// Connects to a stream of the process, and waits until the guest has taken the connection. Shutting down the
-    /// writing half of the input is its end.
+impl ProcessAddress {
+    /// Connects to a stream of the process, and waits until the guest has accepted the connection. Shutting down the
+    /// write half of the input's connection is EOF for the process.
     ///
     /// # Errors
-    /// When the agent cannot be reached, or does not answer.
+    /// When the agent cannot be reached, or does not respond.
     pub fn connect(&self, role: Role) -> Result<UnixStream, AgentError> {
         self.connect_within(role, ANSWER_TIMEOUT)
     }
@@ -335,7 +337,7 @@ impl Place {
     fn connect_within(&self, role: Role, limit: Duration) -> Result<UnixStream, AgentError> {
         let failed = |source| AgentError::Connect { path: self.socket.clone(), source };
         let mut stream = self.dial()?;
-        // It is little, so that the socket has room for it.
+        // The request is short and fits in the socket buffer.
         stream.write_all(&self.request(role)).map_err(failed)?;
         if !wait(stream.as_fd(), PollFlags::IN, limit).map_err(failed)? {
             return Err(self.silent());
@@ -348,7 +350,7 @@ impl Place {
         let failed = |source| AgentError::Connect { path: self.socket.clone(), source };
         let connected = || -> Result<UnixStream, Errno> {
             let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
-            // Without a limit, connect(2) waits for as long as the listener's backlog is full.
+            // Without a timeout, connect(2) blocks while the listener's backlog is full.
             set_socket_timeout(&socket, Timeout::Send, Some(ANSWER_TIMEOUT))?;
             connect(&socket, &SocketAddrUnix::new(&self.socket)?)?;
             set_socket_timeout(&socket, Timeout::Send, None)?;
@@ -360,7 +362,8 @@ impl Place {
         }
     }
 
-    /// Asks for a connection to the agent's port, in Firecracker's words, and says at once what it is for.
+    /// The request for a connection to the agent's port (Firecracker's vsock protocol), and the hello of the agent's
+    /// protocol.
     fn request(&self, role: Role) -> Vec<u8> {
         let hello = Hello { token: self.token, role };
         [format!("CONNECT {PORT}\n").as_bytes(), &hello.to_bytes()].concat()
@@ -371,7 +374,7 @@ impl Place {
     }
 }
 
-/// Waits until a descriptor is ready; `false` where it is not in time.
+/// Waits until a descriptor is ready. Returns `false` after the time limit.
 fn wait(fd: BorrowedFd<'_>, flags: PollFlags, limit: Duration) -> io::Result<bool> {
     let limit = Timespec::try_from(limit).map_err(|_| io::ErrorKind::InvalidInput)?;
     let mut polled = [PollFd::from_borrowed_fd(fd, flags)];
@@ -385,13 +388,13 @@ fn encoded(message: Message<'_>) -> Vec<u8> {
 }
 
 impl Drop for Process {
-    /// Ends the connection, which others may speak over. A guest whose payload has ended then ends.
+    /// Shuts the connection down, for its other handles too. A guest whose payload has ended then ends.
     fn drop(&mut self) {
         let _ = self.control.stream().shutdown(Shutdown::Both);
     }
 }
 
-/// Has something to read when there may be news that [`Process::news`] has not had yet.
+/// Readable when [`Process::poll_event`] may return an event.
 impl AsFd for Process {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.control.stream().as_fd()
@@ -401,23 +404,24 @@ impl AsFd for Process {
 impl Control {
     /// [`Process::end_input`].
     pub fn end_input(&self) {
-        self.0.say(Order::EndInput);
+        self.0.send(HostMessage::EndInput);
     }
 }
 
-/// How the VMM begins to say that the guest has taken a connection; a number and the end of the line follow.
+/// Start of the line with which the VMM reports that the guest has accepted a connection. A port number follows.
 const ACCEPTED: &[u8] = b"OK ";
-/// More than its line has.
-const LONGEST_ANSWER: usize = 32;
-/// Of a guest's.
-const LONGEST_MESSAGE: usize = MESSAGE_HEADER_LEN + 2;
+/// Upper bound of that line's length in bytes.
+const MAX_ACCEPT_LINE_LEN: usize = 32;
+/// Length of a guest's longest message in bytes.
+const MAX_MESSAGE_LEN: usize = MESSAGE_HEADER_LEN + 2;
 
-/// Reads the line that says that the guest has taken the connection, and not a byte more.
+/// Reads the line with which the guest's acceptance is reported, and nothing after it.
 fn expect_accepted(mut stream: &UnixStream) -> io::Result<()> {
-    let mut seen = [0; LONGEST_ANSWER];
-    // What follows the line is the process's, so it is looked at before it is taken. The VMM writes it at once.
-    let (_, count) = recv(stream, &mut seen, RecvFlags::PEEK)?;
-    let end = seen[..count].iter().position(|&byte| byte == b'\n').ok_or(io::ErrorKind::InvalidData)?;
-    stream.read_exact(&mut seen[..=end])?;
-    if seen.starts_with(ACCEPTED) { Ok(()) } else { Err(io::ErrorKind::InvalidData.into()) }
+    let mut line = [0; MAX_ACCEPT_LINE_LEN];
+    // The bytes after the line are the process's data, so the length of the line is determined with MSG_PEEK. The VMM
+    // writes the line with one call.
+    let (_, count) = recv(stream, &mut line, RecvFlags::PEEK)?;
+    let end = line[..count].iter().position(|&byte| byte == b'\n').ok_or(io::ErrorKind::InvalidData)?;
+    stream.read_exact(&mut line[..=end])?;
+    if line.starts_with(ACCEPTED) { Ok(()) } else { Err(io::ErrorKind::InvalidData.into()) }
 }

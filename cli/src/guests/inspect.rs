@@ -1,7 +1,7 @@
-//! `kindling inspect`: all that is known of a guest, for programs.
+//! `kindling inspect`: prints details of guests as JSON.
 
 use super::view::View;
-use crate::{report, say};
+use crate::{print, report};
 use clap::Args;
 use kindling::guest::{Guest, GuestError, Usage};
 use serde::Serialize;
@@ -17,17 +17,17 @@ pub(crate) struct Arguments {
 struct Details<'a> {
     #[serde(flatten)]
     view: View<'a>,
-    /// What it uses of the host while it runs.
+    /// Memory and processor time on the host, of a running guest.
     host: Option<Usage>,
-    /// What its VMM had to say since it was started.
+    /// Messages of a detached guest since its start.
     report: String,
 }
 
-/// Prints it as JSON; the exit status.
+/// Prints the details. Returns the exit status.
 pub(crate) fn run(arguments: &Arguments) -> u8 {
     super::each(&arguments.names, |name| {
         let guest = Guest::open(name)?;
-        say(describe(&guest)?.as_bytes());
+        print(describe(&guest)?.as_bytes());
         Ok(())
     })
 }

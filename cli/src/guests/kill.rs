@@ -1,13 +1,13 @@
-//! `kindling kill`: a signal for guests, or their end.
+//! `kindling kill`: sends a signal to guests, or kills them.
 
-use crate::say;
+use crate::print;
 use clap::Args;
 use kindling::guest::{Guest, GuestError};
 use kindling::signal;
 
 #[derive(Args, Debug, PartialEq, Eq)]
 pub(crate) struct Arguments {
-    /// Signal for the program of each guest, by name or number; KILL ends the guest
+    /// Signal for the command of the guest, as a name or number; KILL kills the guest
     #[arg(long, short = 's', value_name = "SIGNAL", default_value = "KILL", value_parser = signal::parse)]
     signal: u8,
     /// Names of the guests
@@ -15,7 +15,7 @@ pub(crate) struct Arguments {
     names: Vec<String>,
 }
 
-/// Sends it; the exit status.
+/// Sends the signal. Returns the exit status.
 pub(crate) fn run(arguments: &Arguments) -> u8 {
     super::each(&arguments.names, |name| {
         let guest = Guest::open_running(name)?;
@@ -27,7 +27,7 @@ pub(crate) fn run(arguments: &Arguments) -> u8 {
             }
             guest.front()?.ok_or_else(|| GuestError::Ended(name.to_owned()))?.send(arguments.signal);
         }
-        say(format!("{name}\n").as_bytes());
+        print(format!("{name}\n").as_bytes());
         Ok(())
     })
 }

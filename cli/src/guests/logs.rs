@@ -1,6 +1,6 @@
-//! `kindling logs`: what a detached guest wrote.
+//! `kindling logs`: prints the output of a detached guest.
 
-use crate::{STATUS_FAILURE, complain};
+use crate::{STATUS_FAILURE, print_error};
 use clap::Args;
 use kindling::guest::{Guest, GuestError};
 use kindling::log::Stream;
@@ -8,7 +8,7 @@ use std::io::{self, Write};
 
 #[derive(Args, Debug, PartialEq, Eq)]
 pub(crate) struct Arguments {
-    /// Go on until the guest ends
+    /// Follow the output until the guest ends
     #[arg(long, short = 'f')]
     follow: bool,
     /// Name of the guest
@@ -19,34 +19,34 @@ pub(crate) struct Arguments {
 enum LogsError {
     #[error(transparent)]
     Guest(#[from] GuestError),
-    #[error("cannot deliver the log of {0}")]
-    Deliver(String, #[source] io::Error),
+    #[error("cannot print the log of {0}")]
+    Print(String, #[source] io::Error),
 }
 
-/// Prints it, each stream on its own; the exit status.
+/// Prints the log: output on standard output, and errors on standard error. Returns the exit status.
 pub(crate) fn run(arguments: &Arguments) -> u8 {
-    let Err(error) = print(arguments) else { return 0 };
-    complain(&error);
+    let Err(error) = execute(arguments) else { return 0 };
+    print_error(&error);
     match error {
-        LogsError::Guest(error) => crate::status(error.is_users()),
-        LogsError::Deliver(..) => STATUS_FAILURE,
+        LogsError::Guest(error) => crate::status(error.is_user_error()),
+        LogsError::Print(..) => STATUS_FAILURE,
     }
 }
 
-fn print(arguments: &Arguments) -> Result<(), LogsError> {
+fn execute(arguments: &Arguments) -> Result<(), LogsError> {
     let guest = Guest::open(&arguments.name)?;
     let mut log = guest.log(arguments.follow)?;
     while let Some((stream, bytes)) = log.next_record()? {
-        match deliver(stream, &bytes) {
-            // Nobody reads it any more.
+        match write(stream, &bytes) {
+            // The reader has closed the pipe.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
-            result => result.map_err(|error| LogsError::Deliver(guest.name.clone(), error))?,
+            result => result.map_err(|error| LogsError::Print(guest.name.clone(), error))?,
         }
     }
     Ok(())
 }
 
-fn deliver(stream: Stream, bytes: &[u8]) -> io::Result<()> {
+fn write(stream: Stream, bytes: &[u8]) -> io::Result<()> {
     match stream {
         Stream::Output => {
             let mut stdout = io::stdout().lock();

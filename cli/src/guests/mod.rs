@@ -1,4 +1,4 @@
-//! The commands that look after guests, a file for each.
+//! The commands that manage guests, a file for each.
 
 pub(crate) mod inspect;
 pub(crate) mod kill;
@@ -10,16 +10,17 @@ pub(crate) mod stop;
 pub(crate) mod view;
 pub(crate) mod wait;
 
-use crate::complain;
+use crate::print_error;
 use kindling::guest::GuestError;
 
-/// Does something to each guest of a command. What goes wrong with one is said and does not keep the others.
+/// Executes an action for each guest of a command. Errors are printed, and do not prevent the action for the others.
+/// Returns the exit status.
 pub(crate) fn each(names: &[String], mut action: impl FnMut(&str) -> Result<(), GuestError>) -> u8 {
     names.iter().fold(0, |status, name| match action(name) {
         Ok(()) => status,
         Err(error) => {
-            complain(&error);
-            status.max(crate::status(error.is_users()))
+            print_error(&error);
+            status.max(crate::status(error.is_user_error()))
         }
     })
 }

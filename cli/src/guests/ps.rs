@@ -1,27 +1,27 @@
-//! `kindling ps`: which guests there are.
+//! `kindling ps`: lists guests.
 
 use super::view;
-use crate::{complain, report, say};
+use crate::{print, print_error, report};
 use clap::Args;
 use kindling::guest::{Guest, GuestError};
 
 #[derive(Args, Debug, PartialEq, Eq)]
 pub(crate) struct Arguments {
-    /// Those that have ended, too
+    /// List all guests, including those that have ended
     #[arg(long, short = 'a')]
     all: bool,
-    /// All that is known of each, as JSON
+    /// Print all details as JSON
     #[arg(long)]
     json: bool,
 }
 
-/// Prints them; the exit status.
+/// Prints the list. Returns the exit status.
 pub(crate) fn run(arguments: &Arguments) -> u8 {
     match list(arguments) {
-        Ok(text) => say(text.as_bytes()),
+        Ok(text) => print(text.as_bytes()),
         Err(error) => {
-            complain(&error);
-            crate::status(error.is_users())
+            print_error(&error);
+            crate::status(error.is_user_error())
         }
     }
 }
@@ -38,17 +38,17 @@ fn list(arguments: &Arguments) -> Result<String, GuestError> {
 }
 
 fn row(guest: &Guest) -> [String; 5] {
-    /// Characters of a cell that others chose.
-    const ENOUGH: usize = 40;
+    /// Maximum number of characters of image and command.
+    const CELL_MAX: usize = 40;
     let short = |text: &str| {
         let mut text = report::printable(text).replace('\t', " ");
-        if let Some((end, _)) = text.char_indices().nth(ENOUGH) {
+        if let Some((end, _)) = text.char_indices().nth(CELL_MAX) {
             text.truncate(end);
             text.push_str("...");
         }
         text
     };
-    // The end of a path says more than its beginning.
+    // The last component of a path is the most specific one.
     let image = guest.record.image.rsplit('/').next().unwrap_or_default();
     [
         guest.name.clone(),

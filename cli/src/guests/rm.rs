@@ -1,12 +1,12 @@
-//! `kindling rm`: forgets guests that have ended.
+//! `kindling rm`: removes guests that have ended.
 
-use crate::say;
+use crate::print;
 use clap::Args;
 use kindling::guest::Guest;
 
 #[derive(Args, Debug, PartialEq, Eq)]
 pub(crate) struct Arguments {
-    /// End those that run, without asking them
+    /// Kill guests that are running
     #[arg(long, short = 'f')]
     force: bool,
     /// Names of the guests
@@ -14,18 +14,18 @@ pub(crate) struct Arguments {
     names: Vec<String>,
 }
 
-/// Removes their folders; the exit status.
+/// Removes the directories of the guests. Returns the exit status.
 pub(crate) fn run(arguments: &Arguments) -> u8 {
     super::each(&arguments.names, |name| {
         let guest = Guest::open(name)?;
         if arguments.force {
             guest.kill()?;
         }
-        // One that leaves nothing behind is gone already when it was ended here.
+        // The directory of a killed guest that is not kept is removed already.
         if !arguments.force || guest.folder.exists() {
             guest.take()?.remove();
         }
-        say(format!("{name}\n").as_bytes());
+        print(format!("{name}\n").as_bytes());
         Ok(())
     })
 }

@@ -1,18 +1,18 @@
-//! `kindling stats`: what guests use of the host.
+//! `kindling stats`: prints the memory and processor time that guests use on the host.
 
 use super::view;
-use crate::{complain, say};
+use crate::{print, print_error};
 use clap::Args;
 use kindling::guest::{Guest, GuestError};
 
 #[derive(Args, Debug, PartialEq, Eq)]
 pub(crate) struct Arguments {
-    /// Names of the guests [default: all that run]
+    /// Names of the guests [default: all running guests]
     #[arg(value_name = "NAME")]
     names: Vec<String>,
 }
 
-/// Prints a table; the exit status.
+/// Prints a table. Returns the exit status.
 pub(crate) fn run(arguments: &Arguments) -> u8 {
     let mut names = arguments.names.clone();
     if names.is_empty() {
@@ -21,8 +21,8 @@ pub(crate) fn run(arguments: &Arguments) -> u8 {
                 names = all.into_iter().filter(|guest| guest.is_alive).map(|guest| guest.name).collect()
             }
             Err(error) => {
-                complain(&error);
-                return crate::status(error.is_users());
+                print_error(&error);
+                return crate::status(error.is_user_error());
             }
         }
     }
@@ -34,6 +34,6 @@ pub(crate) fn run(arguments: &Arguments) -> u8 {
         rows.push([name.to_owned(), memory, time]);
         Ok(())
     });
-    say(view::table(["NAME", "MEMORY", "CPU TIME"], &rows).as_bytes());
+    print(view::table(["NAME", "MEMORY", "CPU TIME"], &rows).as_bytes());
     status
 }

@@ -1,13 +1,13 @@
-//! `kindling stop`: asks guests to end, and ends those that do not.
+//! `kindling stop`: stops guests, and kills those that do not end in time.
 
-use crate::say;
+use crate::print;
 use clap::Args;
 use kindling::Guest;
 use std::time::{Duration, Instant};
 
 #[derive(Args, Debug, PartialEq, Eq)]
 pub(crate) struct Arguments {
-    /// Seconds in which a guest may end by itself
+    /// Seconds to wait before a guest is killed
     #[arg(long, short = 't', value_name = "SECONDS", default_value_t = 10,
           value_parser = clap::value_parser!(u64).range(..=31_536_000))]
     time: u64,
@@ -16,21 +16,21 @@ pub(crate) struct Arguments {
     names: Vec<String>,
 }
 
-/// Asks all, then waits for each; the exit status.
+/// Requests the end of all guests, and then waits for each. Returns the exit status.
 pub(crate) fn run(arguments: &Arguments) -> u8 {
     let mut guests = Vec::new();
     let found = super::each(&arguments.names, |name| {
         guests.push(Guest::open(name)?);
         Ok(())
     });
-    let asked: Vec<_> = guests.iter().map(|guest| (&guest.name, guest.request_stop())).collect();
+    let requests: Vec<_> = guests.iter().map(|guest| (&guest.name, guest.request_stop())).collect();
     let until = Instant::now() + Duration::from_secs(arguments.time);
-    asked.into_iter().fold(found, |status, (name, request)| {
+    requests.into_iter().fold(found, |status, (name, request)| {
         match request.and_then(|request| request.wait(until)) {
-            Ok(_) => say(format!("{name}\n").as_bytes()).max(status),
+            Ok(_) => print(format!("{name}\n").as_bytes()).max(status),
             Err(error) => {
-                crate::complain(&error);
-                status.max(crate::status(error.is_users()))
+                crate::print_error(&error);
+                status.max(crate::status(error.is_user_error()))
             }
         }
     })

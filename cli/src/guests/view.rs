@@ -1,20 +1,20 @@
-//! A guest as its user sees it.
+//! Views of guests: JSON, and cells of tables.
 
 use kindling::guest::{Guest, GuestRecord, Payload};
 use serde::Serialize;
 use std::path::PathBuf;
 use std::time::SystemTime;
 
-/// A guest for programs.
+/// JSON form of a guest.
 #[derive(Debug, Serialize)]
 pub(crate) struct View<'a> {
     name: &'a str,
     state: &'static str,
-    /// Exit status of one that has ended.
+    /// Exit status of a guest that has ended.
     status: Option<u8>,
-    /// Process id of the monitor of one that runs.
+    /// Process ID of the monitor of a running guest.
     pid: Option<u32>,
-    /// Process id of its front, which gets the signals that are for the guest.
+    /// Process ID of the front of a running guest, which receives the signals for the guest.
     front_pid: Option<u32>,
     image: &'a str,
     directory: &'a PathBuf,
@@ -30,7 +30,7 @@ pub(crate) struct View<'a> {
     is_kept: bool,
     volumes: &'a [String],
     folder: &'a PathBuf,
-    /// The Unix socket of its vsock.
+    /// Path of the Unix socket of the guest's vsock.
     socket: PathBuf,
 }
 
@@ -74,16 +74,16 @@ impl<'a> View<'a> {
     }
 }
 
-/// How long ago it was started, in words; nothing where it did not come so far.
+/// The time since the guest was started, with a unit; empty if the record has no time of the start.
 pub(crate) fn age(guest: &Guest) -> String {
     if guest.record.started == 0 {
         return String::new();
     }
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs());
-    in_words(now.saturating_sub(guest.record.started))
+    with_unit(now.saturating_sub(guest.record.started))
 }
 
-fn in_words(seconds: u64) -> String {
+fn with_unit(seconds: u64) -> String {
     match seconds {
         0..120 => format!("{seconds} s"),
         120..7_200 => format!("{} min", seconds / 60),
@@ -92,7 +92,7 @@ fn in_words(seconds: u64) -> String {
     }
 }
 
-/// A table whose columns are as wide as their widest cell.
+/// Formats a table whose columns are as wide as their widest cell.
 pub(crate) fn table<const N: usize>(head: [&str; N], rows: &[[String; N]]) -> String {
     let mut lines = vec![head.map(str::to_owned)];
     lines.extend_from_slice(rows);
@@ -111,13 +111,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ages_are_short() {
-        let words = [0, 119, 120, 7_199, 7_200, 172_800].map(in_words);
-        assert_eq!(words, ["0 s", "119 s", "2 min", "119 min", "2 h", "2 d"]);
+    fn ages_have_a_unit() {
+        let ages = [0, 119, 120, 7_199, 7_200, 172_800].map(with_unit);
+        assert_eq!(ages, ["0 s", "119 s", "2 min", "119 min", "2 h", "2 d"]);
     }
 
     #[test]
-    fn columns_are_as_wide_as_they_must() {
+    fn columns_are_as_wide_as_their_widest_cell() {
         let text = table(["A", "LONG"], &[["wüde".into(), "x".into()], [String::new(), "y".into()]]);
         assert_eq!(text, "A     LONG\nwüde  x\n      y\n");
     }

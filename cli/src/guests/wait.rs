@@ -1,6 +1,6 @@
-//! `kindling wait`: waits for a guest's end.
+//! `kindling wait`: waits until a guest ends.
 
-use crate::complain;
+use crate::print_error;
 use clap::Args;
 use kindling::guest::Guest;
 
@@ -10,11 +10,11 @@ pub(crate) struct Arguments {
     name: String,
 }
 
-/// Waits; the exit status is the guest's.
+/// Waits for the end of the guest. Returns the guest's exit status.
 pub(crate) fn run(arguments: &Arguments) -> u8 {
     let status = Guest::open(&arguments.name).and_then(|guest| guest.wait());
     status.unwrap_or_else(|error| {
-        complain(&error);
-        crate::status(error.is_users())
+        print_error(&error);
+        crate::status(error.is_user_error())
     })
 }

@@ -1,9 +1,9 @@
-//! The streams of a process in a guest, connected to those of this process.
+//! The command's service for a process in a guest: forwards streams and signals, and enforces time limits.
 
 use super::outcome::StopCause;
 use super::signals::Signals;
 use kindling::log::{Log, Stream};
-use kindling::vmm::agent::{AgentError, Control, News, Place, Process, Role};
+use kindling::vmm::agent::{AgentError, Control, Process, ProcessAddress, ProcessEvent, Role};
 use kindling::vmm::control::{self, ControlError, Monitor};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use std::fs::File;
@@ -14,79 +14,80 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Bytes that are read at once: what a pipe holds.
+/// Buffer size in bytes: the capacity of a pipe.
 const CHUNK: usize = 64 << 10;
 
-/// Where a process's streams lead.
+/// Source and destinations of a process's standard streams.
 #[derive(Debug)]
 pub(crate) struct Streams {
-    /// None for an input that has ended.
+    /// `None` for an empty input.
     pub(crate) input: Option<File>,
-    pub(crate) output: Sink,
-    pub(crate) error: Sink,
+    pub(crate) output: OutputTarget,
+    pub(crate) error: OutputTarget,
 }
 
-/// Where one stream of output leads.
+/// Destination of an output stream.
 #[derive(Debug)]
-pub(crate) enum Sink {
+pub(crate) enum OutputTarget {
     File(File),
     Log(Arc<Log>, Stream),
 }
 
 impl Streams {
-    /// This process's own.
-    pub(crate) fn own() -> io::Result<Self> {
+    /// The standard streams of this command.
+    pub(crate) fn inherited() -> io::Result<Self> {
         let copy = |fd: BorrowedFd<'_>| fd.try_clone_to_owned().map(File::from);
         let input = copy(rustix::stdio::stdin())?;
         Ok(Self {
             input: (!is_null_device(&input)).then_some(input),
-            output: Sink::File(copy(rustix::stdio::stdout())?),
-            error: Sink::File(copy(rustix::stdio::stderr())?),
+            output: OutputTarget::File(copy(rustix::stdio::stdout())?),
+            error: OutputTarget::File(copy(rustix::stdio::stderr())?),
         })
     }
 
-    /// This process's standard error, and nothing to read.
-    pub(crate) fn complaints() -> io::Result<Self> {
-        let copy = || rustix::stdio::stderr().try_clone_to_owned().map(|copy| Sink::File(copy.into()));
+    /// Empty input; all output goes to the standard error of this command.
+    pub(crate) fn stderr_only() -> io::Result<Self> {
+        let copy =
+            || rustix::stdio::stderr().try_clone_to_owned().map(|copy| OutputTarget::File(copy.into()));
         Ok(Self { input: None, output: copy()?, error: copy()? })
     }
 
-    /// A log's, and nothing to read.
-    pub(crate) fn of_log(log: Log) -> Self {
+    /// Empty input; output goes to a log.
+    pub(crate) fn to_log(log: Log) -> Self {
         let log = Arc::new(log);
         Self {
             input: None,
-            output: Sink::Log(Arc::clone(&log), Stream::Output),
-            error: Sink::Log(log, Stream::Error),
+            output: OutputTarget::Log(Arc::clone(&log), Stream::Output),
+            error: OutputTarget::Log(log, Stream::Error),
         }
     }
 }
 
-/// What a process in a guest is served with.
+/// A service for processes in a guest.
 pub(crate) struct Service<'a> {
     pub(crate) signals: &'a mut Signals,
     /// Ends the guest, or this command.
-    pub(crate) give_up: &'a mut dyn FnMut(StopCause),
-    /// When the time is over.
-    pub(crate) until: Option<Instant>,
-    /// Until when output is delivered to those who do not read, after the guest was ended.
-    grace: Option<Instant>,
+    pub(crate) stop: &'a mut dyn FnMut(StopCause),
+    /// Time at which `stop` is called (`--timeout`).
+    pub(crate) deadline: Option<Instant>,
+    /// Time after which undelivered output is discarded, once `stop` was called.
+    drain_deadline: Option<Instant>,
 }
 
-/// How long that is.
-const GRACE: Duration = Duration::from_secs(1);
+/// Time to deliver output after the guest was stopped, for readers that do not read.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How much longer a monitor may take to stop.
+/// Further time for a monitor to stop its machine.
 const STOP_TIMEOUT: Duration = Duration::from_secs(9);
 
 impl<'a> Service<'a> {
-    pub(crate) const fn new(signals: &'a mut Signals, give_up: &'a mut dyn FnMut(StopCause)) -> Self {
-        Self { signals, give_up, until: None, grace: None }
+    pub(crate) const fn new(signals: &'a mut Signals, stop: &'a mut dyn FnMut(StopCause)) -> Self {
+        Self { signals, stop, deadline: None, drain_deadline: None }
     }
 
-    /// Carries everything to and fro until the process has ended and all that it wrote is delivered; its exit status.
+    /// Serves a process until it has ended and all its output is delivered. Returns its exit status.
     ///
-    /// A stream gets a connection and a thread when it has something to carry: both take longer than a short command.
+    /// A stream gets a connection and a thread only when it has data, because both take longer than a short command.
     pub(crate) fn serve(&mut self, mut process: Process, streams: Streams) -> Result<u8, AgentError> {
         let lost = |_| AgentError::Lost;
         let mut input = streams.input;
@@ -96,153 +97,154 @@ impl<'a> Service<'a> {
         let (mut output, mut error) = (Some(streams.output), Some(streams.error));
         let (mut code, mut writers) = (None, Writers::default());
         loop {
-            // Before anything is waited for: some of it may have been put back, and nothing follows it.
+            // Events are taken before the wait: requeued ones do not make the descriptor readable.
             while code.is_none() {
-                match process.news() {
+                match process.poll_event() {
                     Ok(None) => break,
-                    Ok(Some(News::Exited { status, .. })) => code = Some(Ok(status)),
-                    Ok(Some(News::HasOutput(role))) => {
-                        let sink = if role == Role::Error { error.take() } else { output.take() };
-                        let place = process.place().clone();
-                        if let Some(sink) = sink {
-                            writers.start(move || carry_output(&place, role, &sink)).map_err(lost)?;
+                    Ok(Some(ProcessEvent::Exited { status, .. })) => code = Some(Ok(status)),
+                    Ok(Some(ProcessEvent::HasOutput(role))) => {
+                        let target = if role == Role::Error { error.take() } else { output.take() };
+                        let address = process.address().clone();
+                        if let Some(target) = target {
+                            writers.start(move || forward_output(&address, role, &target)).map_err(lost)?;
                         }
                     }
-                    // Nobody asked, or has been told.
-                    Ok(Some(News::Started)) => {}
+                    // Handled by `wait_for_start`.
+                    Ok(Some(ProcessEvent::Started)) => {}
                     Err(error) => code = Some(Err(error)),
                 }
             }
-            if code.is_some() && !writers.is_any_left() {
+            if code.is_some() && !writers.is_any_running() {
                 break;
             }
-            // What is not read yet is for whoever reads after this command.
-            let wanted = input.as_ref().filter(|_| code.is_none());
-            match self.wait(&process, code.is_none(), wanted, &writers).map_err(lost)? {
-                // Nobody waits for input: it may come from a terminal at which nobody types any more.
+            // After the end of the process, input stays unread, for the next command of a shell for instance.
+            let pending_input = input.as_ref().filter(|_| code.is_none());
+            match self.wait(&process, code.is_none(), pending_input, &writers).map_err(lost)? {
+                // The input thread is not joined: its read from a terminal may never return.
                 Ready::Input => {
                     let (from, control) = (input.take(), process.control());
-                    let place = process.place().clone();
-                    drop(thread::spawn(move || from.map(|from| carry_input(from, &place, &control))));
+                    let address = process.address().clone();
+                    drop(thread::spawn(move || from.map(|from| forward_input(from, &address, &control))));
                 }
-                Ready::Writer => writers.take_note(),
-                Ready::News => {}
+                Ready::Writer => writers.count_finished(),
+                Ready::Process => {}
             }
         }
         code.unwrap_or(Err(AgentError::Lost))
     }
 
-    /// Waits until a process's program is executed, or cannot be: whether it was.
+    /// Waits until the program of a process was executed, or could not be. Returns whether it was executed.
     pub(crate) fn wait_for_start(&mut self, process: &mut Process) -> Result<bool, AgentError> {
-        process.ask_for_start();
+        process.request_start_event();
         let mut earlier = Vec::new();
         let was_executed = loop {
-            match process.news()? {
+            match process.poll_event()? {
                 None => {
                     let _ =
                         self.wait(process, true, None, &Writers::default()).map_err(|_| AgentError::Lost)?;
                 }
-                Some(News::Started) => break true,
-                Some(news) => {
-                    earlier.push(news);
-                    if let News::Exited { was_executed, .. } = news {
+                Some(ProcessEvent::Started) => break true,
+                Some(event) => {
+                    earlier.push(event);
+                    if let ProcessEvent::Exited { was_executed, .. } = event {
                         break was_executed;
                     }
                 }
             }
         };
-        process.put_back(earlier);
+        process.requeue(earlier);
         Ok(was_executed)
     }
 
-    /// Waits for something to do, and passes on signals meanwhile.
+    /// Waits until a descriptor is ready. Signals are forwarded meanwhile.
     fn wait(
         &mut self,
         process: &Process,
-        has_news: bool,
+        is_running: bool,
         input: Option<&File>,
         writers: &Writers,
     ) -> io::Result<Ready> {
-        let (flags, limit) = process.wants();
+        let (flags, limit) = process.poll_interest();
         let watched = [
-            has_news.then(|| (process.as_fd(), flags, Ready::News)),
+            is_running.then(|| (process.as_fd(), flags, Ready::Process)),
             input.map(|input| (input.as_fd(), PollFlags::IN, Ready::Input)),
             writers.done.as_ref().map(|done| (done.as_fd(), PollFlags::IN, Ready::Writer)),
         ];
-        let late = limit.filter(|_| has_news).map(|limit| Instant::now() + limit);
-        let ready = self.wait_for(&watched.into_iter().flatten().collect::<Vec<_>>(), late, Some(process))?;
-        // The process knows what it was too late for.
-        Ok(ready.unwrap_or(Ready::News))
+        let until = limit.filter(|_| is_running).map(|limit| Instant::now() + limit);
+        let ready =
+            self.wait_for(&watched.into_iter().flatten().collect::<Vec<_>>(), until, Some(process))?;
+        // After the timeout, `Process::poll_event` returns the error.
+        Ok(ready.unwrap_or(Ready::Process))
     }
 
-    /// Waits until one of these is ready, or for a time; signals and the time limit are heeded meanwhile.
+    /// Waits until one of the descriptors is ready, or until a time. Signals are forwarded and the deadlines enforced
+    /// meanwhile.
     fn wait_for<T: Copy>(
         &mut self,
         watched: &[(BorrowedFd<'_>, PollFlags, T)],
-        late: Option<Instant>,
+        until: Option<Instant>,
         process: Option<&Process>,
     ) -> io::Result<Option<T>> {
         loop {
-            let limit = [late, self.until, self.grace].into_iter().flatten().min();
+            let limit = [until, self.deadline, self.drain_deadline].into_iter().flatten().min();
             let limit = limit.map(|limit| limit.saturating_duration_since(Instant::now()));
             let event = wait_for_any(watched.iter().copied(), limit, self.signals)?;
-            // Before the event itself: a descriptor that is always ready must not keep the limits from expiring.
+            // Checked before the event, so that a descriptor that is always ready cannot suspend the deadlines.
             let now = Instant::now();
             let is_over = |time: Option<Instant>| time.is_some_and(|time| time <= now);
-            if is_over(self.grace) {
+            if is_over(self.drain_deadline) {
                 return Err(io::ErrorKind::TimedOut.into());
             }
-            if is_over(self.until) {
-                self.until = None;
+            if is_over(self.deadline) {
+                self.deadline = None;
                 self.end(StopCause::Timeout);
             }
             match event {
                 Event::Ready(ready) => return Ok(Some(ready)),
                 Event::Signal => {
-                    if let Some(signal) = self.signals.pass_on(process) {
+                    if let Some(signal) = self.signals.forward(process) {
                         self.end(StopCause::Signal(signal));
                     }
                 }
-                Event::Late if is_over(late) => return Ok(None),
-                Event::Late => {}
+                Event::TimedOut if is_over(until) => return Ok(None),
+                Event::TimedOut => {}
             }
         }
     }
 
     fn end(&mut self, cause: StopCause) {
-        self.grace.get_or_insert_with(|| Instant::now() + GRACE);
-        (self.give_up)(cause);
+        self.drain_deadline.get_or_insert_with(|| Instant::now() + DRAIN_TIMEOUT);
+        (self.stop)(cause);
     }
 
-    /// Waits for the next event of a monitor, for which there is more time than for output.
+    /// Waits for the next event of a monitor, for which the time after `stop` is longer than for output.
     pub(crate) fn event(&mut self, monitor: &Monitor) -> Result<control::Event, ControlError> {
         let watched = [(monitor.as_fd(), PollFlags::IN, ())];
-        let given_up = self.grace.take();
-        self.grace = given_up.map(|grace| grace + STOP_TIMEOUT);
+        let earlier = self.drain_deadline.take();
+        self.drain_deadline = earlier.map(|deadline| deadline + STOP_TIMEOUT);
         let result = self.wait_for(&watched, None, None);
-        self.grace = self.grace.map(|grace| given_up.unwrap_or(grace));
+        self.drain_deadline = self.drain_deadline.map(|deadline| earlier.unwrap_or(deadline));
         result.map_err(|_| ControlError::StopTimeout)?;
         monitor.next_event()
     }
 }
 
-/// What there is to do.
+/// What is ready.
 #[derive(Clone, Copy)]
 enum Ready {
-    News,
+    Process,
     Input,
     Writer,
 }
 
-/// What ended a wait.
+/// The result of a wait.
 enum Event<T> {
     Ready(T),
     Signal,
-    /// Nothing came in time.
-    Late,
+    TimedOut,
 }
 
-/// Waits until one of these is ready for what it is watched for, or a signal has come.
+/// Waits until one of the descriptors is ready for its events, or a signal has arrived.
 fn wait_for_any<'a, T: Copy>(
     watched: impl Iterator<Item = (BorrowedFd<'a>, PollFlags, T)>,
     limit: Option<Duration>,
@@ -254,19 +256,19 @@ fn wait_for_any<'a, T: Copy>(
         .unzip();
     let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
     rustix::io::retry_on_intr(|| poll(&mut fds, limit.as_ref()))?;
-    // Signals first: who asks for the end does not want to wait for all the rest.
+    // Signals have priority, so that an interrupt is not delayed by streams that are always ready.
     if fds.last().is_some_and(|fd| !fd.revents().is_empty()) {
         return Ok(Event::Signal);
     }
     let first = fds.iter().position(|fd| !fd.revents().is_empty());
-    Ok(first.and_then(|at| names[at]).map_or(Event::Late, Event::Ready))
+    Ok(first.and_then(|at| names[at]).map_or(Event::TimedOut, Event::Ready))
 }
 
-/// Threads that deliver output.
+/// Threads that forward output.
 #[derive(Default)]
 struct Writers {
     running: u64,
-    /// Counts those that have ended.
+    /// An eventfd that counts the threads that have ended.
     done: Option<Arc<OwnedFd>>,
 }
 
@@ -284,12 +286,12 @@ impl Writers {
         Ok(())
     }
 
-    const fn is_any_left(&self) -> bool {
+    const fn is_any_running(&self) -> bool {
         self.running > 0
     }
 
-    /// Some have ended.
-    fn take_note(&mut self) {
+    /// Subtracts the threads that have ended.
+    fn count_finished(&mut self) {
         let mut count = [0; 8];
         if let Some(done) = &self.done
             && rustix::io::read(&**done, &mut count).is_ok()
@@ -299,11 +301,11 @@ impl Writers {
     }
 }
 
-/// Carries input to a process, which is connected to when there is some.
-fn carry_input(mut from: File, place: &Place, control: &Control) {
+/// Forwards input to a process. The connection is made when there is input.
+fn forward_input(mut from: File, address: &ProcessAddress, control: &Control) {
     let mut buffer = vec![0; CHUNK];
     let Ok(mut count @ 1..) = read(&mut from, &mut buffer) else { return control.end_input() };
-    let Ok(mut to) = place.connect(Role::Input) else { return };
+    let Ok(mut to) = address.connect(Role::Input) else { return };
     while to.write_all(&buffer[..count]).is_ok() {
         match read(&mut from, &mut buffer) {
             Ok(next @ 1..) => count = next,
@@ -313,19 +315,19 @@ fn carry_input(mut from: File, place: &Place, control: &Control) {
     let _ = to.shutdown(Shutdown::Write);
 }
 
-/// What is lost for another reason than that nobody wants it.
+/// An error when output is written, other than a closed pipe.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot write what the program says")]
-struct Undelivered(#[source] io::Error);
+#[error("cannot write the output of the command")]
+struct OutputError(#[source] io::Error);
 
-/// Carries output until it ends. Where nobody takes it, whoever writes it learns so, as at a pipe.
-fn carry_output(place: &Place, role: Role, to: &Sink) {
-    let mut from = match place.connect(role) {
+/// Forwards output until EOF. If the target is closed, the process in the guest gets EPIPE, as with a pipe.
+fn forward_output(address: &ProcessAddress, role: Role, to: &OutputTarget) {
+    let mut from = match address.connect(role) {
         Ok(from) => from,
         Err(error) => {
-            // A guest that has ended says so elsewhere.
+            // The end of a guest is reported by its machine.
             if let AgentError::Silent { .. } = error {
-                crate::complain(&error);
+                crate::print_error(&error);
             }
             return;
         }
@@ -333,15 +335,15 @@ fn carry_output(place: &Place, role: Role, to: &Sink) {
     let mut buffer = vec![0; CHUNK];
     while let Ok(count @ 1..) = from.read(&mut buffer) {
         let result = match to {
-            Sink::File(file) => write_all(file, &buffer[..count]),
-            Sink::Log(log, stream) => {
+            OutputTarget::File(file) => write_all(file, &buffer[..count]),
+            OutputTarget::Log(log, stream) => {
                 log.add(*stream, &buffer[..count]);
                 Ok(())
             }
         };
         if let Err(error) = result {
             if error.kind() != io::ErrorKind::BrokenPipe {
-                crate::complain(&Undelivered(error));
+                crate::print_error(&OutputError(error));
             }
             let _ = from.shutdown(Shutdown::Both);
             return;
@@ -349,7 +351,7 @@ fn carry_output(place: &Place, role: Role, to: &Sink) {
     }
 }
 
-/// Whether it is /dev/null, which has ended before somebody reads it.
+/// Whether a file is /dev/null, which is always empty.
 fn is_null_device(file: &File) -> bool {
     use rustix::fs::{FileType, fstat, makedev};
     let is_null = |stat: rustix::fs::Stat| {
@@ -358,7 +360,7 @@ fn is_null_device(file: &File) -> bool {
     fstat(file).is_ok_and(is_null)
 }
 
-/// Reads once. A descriptor that others made non-blocking is waited for.
+/// Reads once. Waits if the descriptor is non-blocking, which other processes may have made it.
 fn read(from: &mut File, buffer: &mut [u8]) -> io::Result<usize> {
     loop {
         match from.read(buffer) {

@@ -1,6 +1,6 @@
-//! A guest that goes on when the command that started it has ended: a process of its own stays with it.
+//! `kindling run --detach`: a background process (`kindling stay`) is the front of the guest.
 
-use crate::{STATUS_FAILURE, say};
+use crate::{STATUS_FAILURE, print};
 use kindling::guest::GuestDir;
 use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags, fcntl_add_seals, memfd_create, open};
 use std::ffi::{OsStr, OsString};
@@ -10,10 +10,10 @@ use std::os::unix::ffi::OsStrExt;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Bytes of a command line: more than the host's kernel takes (`_STK_LIM` in fs/exec.c).
+/// Maximum length of a command line in bytes: more than the host's kernel accepts (`_STK_LIM` in fs/exec.c).
 const LINE_MAX: u64 = 8 << 20;
 
-/// Starts that process, and waits until its guest is ready or it has said why there is none; the exit status.
+/// Starts the background process, and waits until it has started its guest or printed an error. Returns the exit status.
 pub(super) fn start() -> io::Result<u8> {
     let mut child = Command::new(std::env::current_exe()?)
         .arg("stay")
@@ -25,14 +25,14 @@ pub(super) fn start() -> io::Result<u8> {
         BufReader::new(output).read_line(&mut name)?;
     }
     if name.ends_with('\n') {
-        return Ok(say(name.as_bytes()));
+        return Ok(print(name.as_bytes()));
     }
     let code = child.wait()?.code().and_then(|code| u8::try_from(code).ok());
     Ok(code.filter(|&code| code != 0).unwrap_or(STATUS_FAILURE))
 }
 
-/// A command line in a file without a name. Everybody can read the command line of a process, and this one may have
-/// secrets of the guest's environment and lives as long as the guest.
+/// A sealed memfd with a command line. All users can read the arguments of a process; those of a guest may contain secrets
+/// in environment variables, and the background process lives as long as the guest.
 fn in_memory(line: impl Iterator<Item = OsString>) -> io::Result<File> {
     let mut file = File::from(memfd_create("arguments", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?);
     for word in line {
@@ -44,43 +44,44 @@ fn in_memory(line: impl Iterator<Item = OsString>) -> io::Result<File> {
     Ok(file)
 }
 
-/// The command line that the command wrote for this process, which has an empty input from then on.
+/// Reads the command line from standard input, which is replaced by /dev/null.
 pub(super) fn line() -> io::Result<Vec<OsString>> {
     let mut text = Vec::new();
     io::stdin().take(LINE_MAX).read_to_end(&mut text)?;
     rustix::stdio::dup2_stdin(open("/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?)?;
-    // Behind each word is a zero.
+    // A zero terminates each word.
     let words = text.strip_suffix(&[0]).ok_or(io::ErrorKind::InvalidData)?;
     Ok(words.split(|&byte| byte == 0).map(|word| OsStr::from_bytes(word).to_owned()).collect())
 }
 
-/// The command that waits for the guest to be ready, as the process that stays sees it: the other end of its output.
+/// The command `kindling run --detach` that waits for the start of the guest, as seen from the background process. The
+/// command reads the name of the guest from a pipe, the standard output of the background process.
 #[derive(Debug)]
-pub(super) struct Starter {
+pub(super) struct Launcher {
     report: File,
     null: File,
-    has_gone: AtomicBool,
+    is_released: AtomicBool,
 }
 
-impl Starter {
+impl Launcher {
     pub(super) fn new(guest: &GuestDir) -> io::Result<Self> {
         let null = open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?.into();
         let report = guest.create_report()?;
-        Ok(Self { report, null, has_gone: AtomicBool::new(false) })
+        Ok(Self { report, null, is_released: AtomicBool::new(false) })
     }
 
-    /// Tells it that the guest is ready. From here on nothing connects this process to a terminal. Until then it
-    /// belonged to the command's job, so that Ctrl-C ended both.
-    pub(super) fn let_go(&self, instance: &str) {
+    /// Reports the started guest to the command, which then ends, and detaches this process from the terminal. Until then
+    /// both are in one process group, so that Ctrl-C ends both.
+    pub(super) fn release(&self, guest: &str) {
         let _ = rustix::process::setsid();
         let _ = rustix::stdio::dup2_stderr(&self.report);
-        self.has_gone.store(true, Ordering::Release);
-        let _ = writeln!(io::stdout(), "{instance}");
+        self.is_released.store(true, Ordering::Release);
+        let _ = writeln!(io::stdout(), "{guest}");
         let _ = rustix::stdio::dup2_stdout(&self.null);
     }
 
-    /// Whether it was told.
-    pub(super) fn has_gone(&self) -> bool {
-        self.has_gone.load(Ordering::Acquire)
+    /// Whether the command was released.
+    pub(super) fn is_released(&self) -> bool {
+        self.is_released.load(Ordering::Acquire)
     }
 }

@@ -1,4 +1,4 @@
-//! `kindling run`: a program in a guest of its own, as if it ran here.
+//! `kindling run`: runs a command in a new guest, with the streams, signals and exit status of a local command.
 
 mod arguments;
 pub(crate) mod client;
@@ -7,9 +7,9 @@ mod outcome;
 mod session;
 pub(crate) mod signals;
 
-use crate::{STATUS_FAILURE, complain, complain_of_launch, terminal};
+use crate::{STATUS_FAILURE, print_error, print_launch_error, terminal};
 pub(crate) use arguments::{Arguments, PULL, TIMEOUT_SECONDS};
-use detached::Starter;
+use detached::Launcher;
 use kindling::guest::GuestDir;
 use kindling::image;
 use kindling::launch::{self, LaunchError, LaunchOptions};
@@ -18,27 +18,27 @@ use kindling::vmm::Timeline;
 pub(crate) use outcome::StopCause;
 use session::Session;
 
-/// Runs the program; the exit status.
+/// Runs the command. Returns the exit status.
 pub(crate) fn run(arguments: &Arguments, entered: vmm::Instant) -> u8 {
     let start = arguments.started_at.map_or(entered, vmm::Instant);
     let mut timeline = Timeline::starting_at(start);
     timeline.reached_at("command entered", entered);
     if arguments.detach && !arguments.stay {
         return detached::start().unwrap_or_else(|error| {
-            complain(&error);
+            print_error(&error);
             STATUS_FAILURE
         });
     }
     execute(arguments, timeline).unwrap_or_else(|error| {
-        complain_of_launch(&error);
-        crate::status(error.is_users())
+        print_launch_error(&error);
+        crate::status(error.is_user_error())
     })
 }
 
-/// Runs what was written to this process, which stays with a detached guest; the exit status.
+/// Runs the command line on standard input, as the front of a detached guest. Returns the exit status.
 pub(crate) fn stay(entered: vmm::Instant) -> u8 {
     let failed = |error: std::io::Error| {
-        complain(&LaunchError::Host("read what is to be run", error));
+        print_error(&LaunchError::Host("read the command line", error));
         STATUS_FAILURE
     };
     match detached::line().map(crate::command) {
@@ -51,20 +51,20 @@ pub(crate) fn stay(entered: vmm::Instant) -> u8 {
 }
 
 fn execute(arguments: &Arguments, mut timeline: Timeline) -> Result<u8, LaunchError> {
-    // It starts while the rest is found out.
+    // The monitor starts while this process prepares the guest.
     let monitor = launch::spawn_monitor();
     let prepared = image::prepare(&arguments.image, arguments.user.as_deref(), &arguments.pull)?;
     timeline.reached("root filesystem found");
     let guest = GuestDir::create(arguments.name.as_deref())?;
-    let starter = arguments.stay.then(|| Starter::new(&guest)).transpose();
-    let starter = starter.map_err(|error| LaunchError::Host("make a file", error));
-    let result = starter.and_then(|starter| {
-        let mut session = Session::prepare(arguments, &guest, &prepared, starter.as_ref())?;
+    let launcher = arguments.stay.then(|| Launcher::new(&guest)).transpose();
+    let launcher = launcher.map_err(|error| LaunchError::Host("create a file", error));
+    let result = launcher.and_then(|launcher| {
+        let mut session = Session::prepare(arguments, &guest, &prepared, launcher.as_ref())?;
         session.preboot()?;
         let outcome = session.run(monitor?, &timeline)?;
         outcome.iter().for_each(|outcome| outcome.report(arguments));
         let code = outcome.map_or(0, |outcome| outcome.status());
-        Ok((code, starter.is_some_and(|starter| starter.has_gone())))
+        Ok((code, launcher.is_some_and(|launcher| launcher.is_released())))
     });
     match result {
         Ok((code, true)) if !arguments.rm => {

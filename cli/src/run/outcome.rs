@@ -1,8 +1,8 @@
-//! How a `kindling run` ended: the exit status, and what the user is told.
+//! The outcome of a `kindling run`: the exit status, and the report.
 
 use super::arguments::Arguments;
 use crate::report::{self, printable};
-use crate::{STATUS_FAILURE, complain, tell};
+use crate::{STATUS_FAILURE, print_error, print_stderr};
 use kindling::vmm::agent::AgentError;
 use kindling::vmm::control::ControlError;
 use kindling::vmm::{Exit, ExitReason};
@@ -10,7 +10,7 @@ use kindling::vmm::{Exit, ExitReason};
 /// Exit status of a guest that reached its time limit.
 const STATUS_TIMEOUT: u8 = 124;
 
-/// Why this command asked its guest, or itself, to end.
+/// Why this command stopped its guest, or itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum StopCause {
     /// This signal was received.
@@ -20,7 +20,7 @@ pub(crate) enum StopCause {
 }
 
 impl StopCause {
-    /// The exit status of a command that ends for this reason.
+    /// Returns the exit status of a command that ends for this reason.
     pub(crate) const fn status(self) -> u8 {
         match self {
             Self::Signal(signal) => 128_u8.saturating_add(signal),
@@ -29,28 +29,28 @@ impl StopCause {
     }
 }
 
-/// How the machine ended, as far as its monitor reports it.
+/// The end of the machine, as its monitor reported it.
 #[derive(Debug)]
 pub(super) enum MachineEnd {
-    /// It stopped.
+    /// The machine stopped.
     Stopped(Box<Exit>),
-    /// The monitor is gone, or sends something that is no event.
+    /// The monitor ended, or sent an invalid event.
     Lost(ControlError),
 }
 
-/// How a run ended.
+/// The outcome of a run.
 #[derive(Debug)]
 pub(super) struct Outcome {
     pub(super) machine: MachineEnd,
-    /// The exit status of the guest's command, if it had one.
+    /// Exit status of the guest's command, unless it is unknown.
     pub(super) command: Result<u8, AgentError>,
     /// Why this command stopped the machine, if it did.
     pub(super) stopped_by: Option<StopCause>,
 }
 
 impl Outcome {
-    /// The exit status. That of the command counts, whatever the machine did afterwards; then what the user asked for;
-    /// then how the machine ended.
+    /// Returns the exit status: that of the command if it is known, whatever the machine did afterwards; otherwise that of
+    /// the reason for which this command stopped the machine; otherwise that of the machine's end.
     pub(super) fn status(&self) -> u8 {
         if let Ok(status) = self.command {
             return status;
@@ -66,31 +66,31 @@ impl Outcome {
         }
     }
 
-    /// Tells the user what failed, and with `--report` when each step was reached.
+    /// Prints what failed, and with `--report` the times of the steps.
     pub(super) fn report(&self, arguments: &Arguments) {
         let exit = match &self.machine {
             MachineEnd::Stopped(exit) => exit,
-            MachineEnd::Lost(error) => return complain(error),
+            MachineEnd::Lost(error) => return print_error(error),
         };
         for failure in &exit.device_failures {
-            tell(&device_failure(failure));
+            print_stderr(&device_failure(failure));
         }
         if arguments.report {
-            tell(&report::timeline(exit));
+            print_stderr(&report::timeline(exit));
         }
         match (&self.command, &exit.reason, self.stopped_by) {
             (Ok(_), ..) | (Err(_), ExitReason::Payload(_), _) => {}
             (Err(_), ExitReason::Stopped, Some(StopCause::Timeout)) => {
                 let seconds = arguments.timeout.unwrap_or_default();
-                tell(&format!("kindling: killed after {seconds} s, as --timeout says\n"));
+                print_stderr(&format!("kindling: killed after {seconds} s (--timeout)\n"));
             }
             (Err(_), ExitReason::Stopped, Some(StopCause::Signal(_))) => {}
-            (Err(_), ..) => tell(&report::failure(exit)),
+            (Err(_), ..) => print_stderr(&report::failure(exit)),
         }
     }
 }
 
-/// A line about a device that failed.
+/// The message of a device that failed.
 pub(super) fn device_failure(failure: &str) -> String {
     format!("kindling: {}\n", printable(failure))
 }
@@ -111,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn the_commands_status_counts_whatever_the_machine_does() {
+    fn the_status_of_the_command_has_priority() {
         let term = Some(StopCause::Signal(15));
         assert_eq!(status(stopped(ExitReason::Payload(7)), Ok(3), None), 3);
         assert_eq!(status(stopped(ExitReason::GuestPanic), Ok(0), term), 0);
@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn without_one_the_cause_of_the_stop_counts() {
+    fn without_a_command_status_the_cause_of_the_stop_is_reported() {
         let term = Some(StopCause::Signal(15));
         assert_eq!(status(stopped(ExitReason::Stopped), LOST(), term), 143);
         assert_eq!(status(stopped(ExitReason::Stopped), LOST(), Some(StopCause::Timeout)), 124);
@@ -131,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn then_the_machines_end() {
+    fn without_a_cause_the_end_of_the_machine_is_reported() {
         assert_eq!(status(stopped(ExitReason::Payload(127)), LOST(), None), 127);
         // The guest ended by itself before it was stopped.
         assert_eq!(status(stopped(ExitReason::Payload(1)), LOST(), Some(StopCause::Timeout)), 1);
@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn a_signals_status_is_a_number_of_a_byte() {
+    fn the_status_of_a_signal_fits_in_a_byte() {
         assert_eq!(StopCause::Signal(255).status(), 255);
     }
 }

@@ -1,12 +1,12 @@
-//! One guest of `kindling run`, from its plan to its end. The steps are called in the order in which they stand here.
+//! One guest of `kindling run`, from its configuration to its end. The steps are called in the order of this file.
 
 use super::arguments::Arguments;
 use super::client::{Service, Streams};
-use super::detached::Starter;
+use super::detached::Launcher;
 use super::outcome::{MachineEnd, Outcome, StopCause, device_failure};
 use super::signals::{self, Signals};
 use crate::terminal::{self, RawTerminal};
-use crate::{report, tell};
+use crate::{print_stderr, report};
 use kindling::guest::GuestDir;
 use kindling::image::Prepared;
 use kindling::launch::{self, LaunchError, Plan};
@@ -19,61 +19,62 @@ use kindling::vmm::{Resources, Timeline};
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 
-/// A guest with all that this command has for it.
+/// A guest, with the resources that this command has opened for it.
 pub(super) struct Session<'a> {
     arguments: &'a Arguments,
     guest: &'a GuestDir,
-    /// The command that waits for a guest in the background to start.
-    starter: Option<&'a Starter>,
+    /// The command that waits for the start of a detached guest.
+    launcher: Option<&'a Launcher>,
     signals: Signals,
     config: Config,
     resources: Resources,
-    /// Until the command has them.
+    /// `None` once the guest's command has them.
     streams: Option<Streams>,
 }
 
 impl<'a> Session<'a> {
-    /// Plans the machine, opens what is behind its devices and the streams of its command, and writes the guest's record.
+    /// Creates the configuration, opens the files of the devices and the streams of the command, and writes the guest's
+    /// record.
     pub(super) fn prepare(
         arguments: &'a Arguments,
         guest: &'a GuestDir,
         prepared: &Prepared,
-        starter: Option<&'a Starter>,
+        launcher: Option<&'a Launcher>,
     ) -> Result<Self, LaunchError> {
-        // Before any thread is started, and before there is something to clean up.
-        let signals = Signals::keep(arguments.detach)
-            .map_err(|error| LaunchError::Host("make a descriptor for signals", error))?;
+        // Before any thread is started, and before there are files to clean up.
+        let signals = Signals::block(arguments.detach)
+            .map_err(|error| LaunchError::Host("create a descriptor for signals", error))?;
         let Plan { config, record } = arguments.options().plan(guest, prepared)?;
         let resources = Resources::open_devices(&config)?;
-        let streams = match starter {
-            Some(_) => Log::create(guest.folder()).map(Streams::of_log),
-            None => Streams::own(),
+        let streams = match launcher {
+            Some(_) => Log::create(guest.folder()).map(Streams::to_log),
+            None => Streams::inherited(),
         };
-        let streams = streams.map_err(|error| LaunchError::Host("open the program's streams", error))?;
+        let streams = streams.map_err(|error| LaunchError::Host("open the command's streams", error))?;
         guest.write(&record)?;
-        Ok(Self { arguments, guest, starter, signals, config, resources, streams: Some(streams) })
+        Ok(Self { arguments, guest, launcher, signals, config, resources, streams: Some(streams) })
     }
 
-    /// Pre-boots the kernel, if that was not done before. The guest boots itself where that fails. A signal meanwhile
-    /// ends this command, and no partial file stays.
+    /// Pre-boots the kernel, unless a pre-booted one exists. If that fails, the guest boots its kernel. A signal meanwhile
+    /// ends this command and leaves no partial file.
     pub(super) fn preboot(&mut self) -> Result<(), LaunchError> {
         if self.arguments.cold {
             return Ok(());
         }
-        let mut leave = |cause: StopCause| {
+        let mut stop = |cause: StopCause| {
             self.guest.forget();
-            signals::leave(cause);
+            signals::exit(cause);
         };
-        let mut service = Service::new(&mut self.signals, &mut leave);
+        let mut service = Service::new(&mut self.signals, &mut stop);
         if let Some(reason) = launch::make_preboot(&self.config, |monitor| service.event(monitor))? {
             let reason = report::printable(&vmm::with_causes(&reason));
-            tell(&format!("kindling: {reason}; this guest boots its kernel itself\n"));
+            print_stderr(&format!("kindling: {reason}; booting the kernel in this guest instead\n"));
         }
         Ok(())
     }
 
-    /// Runs the machine in its monitor, and serves the guest's command; how both ended, or nothing where the machine's end
-    /// need not be waited for.
+    /// Runs the machine in its monitor, and serves the guest's command. Returns the outcome of both, or `None` if the
+    /// command succeeded and the machine's end need not be waited for.
     pub(super) fn run(
         mut self,
         mut monitor: Monitor,
@@ -91,12 +92,12 @@ impl<'a> Session<'a> {
                     return Ok(Some(outcome));
                 }
                 Served::Succeeded => {
-                    tell_failures_so_far(&monitor);
+                    print_failures_so_far(&monitor);
                     monitor.forget();
                     return Ok(None);
                 }
                 Served::NoPreboot(reason) => {
-                    tell_refusal(&reason);
+                    print_refusal(&reason);
                     self.config.preboot = None;
                     drop(monitor);
                     monitor = launch::spawn_monitor()?;
@@ -106,17 +107,17 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Opens the rest and hands the machine over to its monitor.
+    /// Opens the remaining resources, and starts the machine in its monitor.
     fn start(&mut self, monitor: &mut Monitor, timeline: Timeline) -> Result<(), LaunchError> {
         let mut resources = std::mem::take(&mut self.resources);
         if let Some(refusal) = resources.open_boot_files(&mut self.config)? {
-            tell_refusal(&vmm::with_causes(&refusal));
+            print_refusal(&vmm::with_causes(&refusal));
         }
         monitor.start(&self.config, resources, Some(self.guest.monitor_lock()?), timeline)?;
         Ok(())
     }
 
-    /// Serves the guest's command, and waits for the machine's end where that matters.
+    /// Serves the guest's command, and waits for the machine's end unless it has no effect on the outcome.
     fn serve(&mut self, monitor: &Monitor) -> Result<Served, LaunchError> {
         let stopper = monitor.stopper().map_err(|error| LaunchError::Host("duplicate a socket", error))?;
         let stopped_by = Cell::new(None);
@@ -126,7 +127,7 @@ impl<'a> Session<'a> {
         };
         let mut service = Service::new(&mut self.signals, &mut stop);
         let seconds = self.arguments.timeout;
-        service.until = seconds.map(|seconds| Instant::now() + Duration::from_secs(seconds));
+        service.deadline = seconds.map(|seconds| Instant::now() + Duration::from_secs(seconds));
         let mut machine = match await_agent(&mut service, monitor) {
             Err(failure) if failure.is_restore_error && self.config.preboot.is_some() => {
                 return Ok(Served::NoPreboot(failure.message));
@@ -135,12 +136,12 @@ impl<'a> Session<'a> {
         };
         let command = match (&machine, self.streams.take()) {
             (None, Some(streams)) => {
-                serve_command(self.arguments, self.guest, self.starter, &mut service, streams)
+                serve_command(self.arguments, self.guest, self.launcher, &mut service, streams)
             }
             _ => Err(AgentError::Lost),
         };
         if matches!(command, Ok(0)) && !self.arguments.report && self.config.devices.are_private() {
-            // The output is delivered, and no disk, folder or network outlives the machine.
+            // The output is delivered, and the machine has no disk, folder or network that must be left consistent.
             return Ok(Served::Succeeded);
         }
         let machine = loop {
@@ -153,7 +154,7 @@ impl<'a> Session<'a> {
     }
 }
 
-/// What came of a machine.
+/// The result of serving a machine.
 enum Served {
     /// Machine and command have ended.
     Outcome(Outcome),
@@ -163,7 +164,7 @@ enum Served {
     NoPreboot(String),
 }
 
-/// Waits until the guest's agent accepts connections; otherwise how the machine ended.
+/// Waits until the guest's agent accepts connections. Returns the machine's end if it comes first.
 fn await_agent(service: &mut Service<'_>, monitor: &Monitor) -> Result<Option<MachineEnd>, Failure> {
     loop {
         match service.event(monitor) {
@@ -177,27 +178,27 @@ fn await_agent(service: &mut Service<'_>, monitor: &Monitor) -> Result<Option<Ma
     }
 }
 
-/// Serves the guest's command to its end; its exit status.
+/// Serves the guest's command to its end. Returns its exit status.
 fn serve_command(
     arguments: &Arguments,
     guest: &GuestDir,
-    starter: Option<&Starter>,
+    launcher: Option<&Launcher>,
     service: &mut Service<'_>,
     streams: Streams,
 ) -> Result<u8, AgentError> {
     let mut process = Process::payload(&guest.socket())?;
-    if arguments.tty && starter.is_none() {
-        // It may have changed since the plan was made.
+    if arguments.tty && launcher.is_none() {
+        // The size may have changed since the configuration was created.
         terminal::send_size(&process);
     }
-    let streams = match starter {
+    let streams = match launcher {
         None => streams,
-        Some(starter) if service.wait_for_start(&mut process)? => {
-            starter.let_go(guest.name());
+        Some(launcher) if service.wait_for_start(&mut process)? => {
+            launcher.release(guest.name());
             streams
         }
-        // The guest will have no log: what init prints goes to the command that started it.
-        Some(_) => Streams::complaints().map_err(|_| AgentError::Lost)?,
+        // The program was not executed, so that the guest is removed: init's message goes to the command that started it.
+        Some(_) => Streams::stderr_only().map_err(|_| AgentError::Lost)?,
     };
     service.serve(process, streams)
 }
@@ -208,7 +209,7 @@ fn end_of(event: Result<Event, ControlError>) -> Result<Option<MachineEnd>, Fail
         Ok(Event::Stopped(exit)) => Ok(Some(MachineEnd::Stopped(exit))),
         Ok(Event::Failed(failure)) => Err(failure),
         Ok(Event::PrebootRefused(reason)) => {
-            tell_refusal(&reason);
+            print_refusal(&reason);
             Ok(None)
         }
         // A device that failed is reported at the end.
@@ -217,16 +218,16 @@ fn end_of(event: Result<Event, ControlError>) -> Result<Option<MachineEnd>, Fail
     }
 }
 
-/// Tells why the guest boots although its kernel was pre-booted.
-fn tell_refusal(reason: &str) {
-    tell(&format!("kindling: {}\n", report::printable(reason)));
+/// Prints why the guest boots its kernel although there is a pre-booted one.
+fn print_refusal(reason: &str) {
+    print_stderr(&format!("kindling: {}\n", report::printable(reason)));
 }
 
-/// Tells of devices that have failed until now, without waiting for more.
-fn tell_failures_so_far(monitor: &Monitor) {
+/// Prints the failures of devices that have been reported so far.
+fn print_failures_so_far(monitor: &Monitor) {
     while let Ok(Some(event)) = monitor.event_before(Instant::now()) {
         match event {
-            Event::DeviceFailed(failure) => tell(&device_failure(&failure)),
+            Event::DeviceFailed(failure) => print_stderr(&device_failure(&failure)),
             Event::Stopped(_) | Event::Failed(_) => return,
             _ => {}
         }

@@ -1,5 +1,5 @@
-//! Guests with a name: each has a directory in the user's runtime directory, with the socket to its agent and a file
-//! whose lock its monitor holds as long as it lives.
+//! Named guests: each has a directory in the user's runtime directory, with its record, the Unix socket of its vsock, and
+//! a lock that is held while the guest runs.
 
 mod error;
 pub(crate) mod owner;
@@ -25,78 +25,81 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// What is known of a guest besides its name.
+/// The record of a guest, as its directory has it.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 #[non_exhaustive]
 pub struct GuestRecord {
-    /// What it was made from, as the user wrote it.
+    /// Image, as the user wrote it.
     pub image: String,
-    /// Where that was, for an image that is a path.
+    /// Directory from which a relative path of the image is resolved.
     pub directory: PathBuf,
-    /// What it runs.
+    /// Command line of the payload; empty for a guest of [`Guest::builder`].
     pub command: Vec<String>,
-    /// With what it runs that, and what one more command gets.
+    /// Environment, working directory and user of the payload, which are the defaults of further processes.
     pub payload: Payload,
-    /// Seconds since 1970.
+    /// Time of the start, in seconds since 1970.
     pub started: u64,
     /// Memory in MiB.
     pub memory_mib: u64,
-    /// Virtual processors.
+    /// Number of vCPUs.
     pub vcpus: u8,
-    /// The signal that asks its payload to end.
+    /// Number of the signal that stops the payload.
     pub stop_signal: u8,
-    /// Whether it belongs to a program that embeds it, with which it ends, and which gets no signals for it.
+    /// Whether a program started the guest with [`Guest::builder`]. Such a program does not receive signals for its guest.
     pub is_embedded: bool,
-    /// Whether its folder stays when it has ended, until somebody removes it.
+    /// Whether the directory remains after the end of the guest, until `kindling rm` removes it.
     pub is_kept: bool,
-    /// Names of its volumes.
+    /// Names of the volumes that the guest mounts.
     pub volumes: Vec<String>,
-    /// Exit status, once it has one.
+    /// Exit status of a guest that has ended.
     pub status: Option<u8>,
 }
 
-/// What a guest's command has, and one more command gets.
+/// Environment, working directory and user of a guest's payload, which are the defaults of further processes.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 #[non_exhaustive]
 pub struct Payload {
-    /// Entries of the environment; in one that is not UTF-8 a mark stands for what is not.
+    /// Environment variables, `NAME=VALUE`. U+FFFD replaces bytes that are not UTF-8.
     pub environment: Vec<String>,
-    /// Where it starts; / where there is none.
+    /// Working directory; `None` for `/`.
     pub working_directory: Option<String>,
-    /// The user it runs as.
+    /// User.
     pub user: User,
 }
 
-/// A guest's folder, which this process holds the lock of.
+/// The directory of a guest, locked by this process.
 #[derive(Debug)]
 pub struct GuestDir {
     name: String,
     folder: PathBuf,
     lock: File,
-    /// What tells others which process the front is.
+    /// The file whose lock identifies the front.
     _front: Option<OwnedFd>,
-    /// Keeps systemd-tmpfiles from clearing the folder away, where that is in /tmp and old (tmpfiles.d(5)).
+    /// A lock that keeps systemd-tmpfiles from removing an old directory in /tmp (tmpfiles.d(5)).
     _keep: Option<OwnedFd>,
 }
 
 const LOCK: &str = "lock";
-/// The front and the monitor of a guest hold a POSIX lock on a file each. Of such a lock the kernel says which process has
-/// it, as each process with numbers of its own has to call it. It is gone when the process closes any descriptor of the
-/// file, so that each has one.
+/// The files on which front and monitor hold a POSIX lock each. For such a lock, F_GETLK returns the ID of the owner, in
+/// the PID namespace of the caller. A process loses the lock when it closes any descriptor of the file, so that the two
+/// processes have separate files.
 const FRONT: &str = "front";
 const MONITOR: &str = "monitor";
 const RECORD: &str = "guest.json";
-/// How it ended, once it has: the number, and blanks behind it.
+/// The exit status of a guest that has ended: a number, padded with spaces.
 const STATUS: &str = "status";
 const NO_STATUS: &str = "    ";
 pub(crate) const SOCKET: &str = "vsock";
-/// What the front of a detached guest has to say.
+/// Messages of the front of a detached guest.
 const REPORT: &str = "report";
 
 impl GuestDir {
-    /// Makes the folder of a new guest. Without a name it gets one that no other has.
+    /// Creates and locks the directory of a new guest. Without a name, the guest gets a random one.
+    ///
+    /// # Errors
+    /// When the name is invalid or taken, or the host cannot create the directory.
     pub fn create(name: Option<&str>) -> Result<Self, GuestError> {
         let parent = runtime_directory()?;
         if let Some(name) = name {
@@ -105,7 +108,7 @@ impl GuestDir {
         }
         loop {
             let mut bytes = [0; 4];
-            // A name need not be hard to guess, only new.
+            // The name must be unused, but may be easy to guess.
             let _ = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
             match Self::make(&parent, &format!("k{:08x}", u32::from_le_bytes(bytes))) {
                 Err(GuestError::Taken { .. }) => {}
@@ -115,18 +118,18 @@ impl GuestDir {
     }
 
     fn make(parent: &Path, name: &str) -> Result<Self, GuestError> {
-        let (folder, draft) = (parent.join(name), parent.join(aside()));
-        // One of a process that had this one's number and did not get far.
+        let (folder, draft) = (parent.join(name), parent.join(temporary_name()));
+        // Left by a killed process with the same process ID.
         let _ = std::fs::remove_dir_all(&draft);
         mkdir(&draft, Mode::from_raw_mode(0o700))
-            .map_err(|error| host("make the folder", &draft)(error.into()))?;
+            .map_err(|error| host("create the directory", &draft)(error.into()))?;
         let path = draft.join(LOCK);
-        let lock = trusted_path::lock_file(&path).map_err(host("make", &path))?;
+        let lock = trusted_path::lock_file(&path).map_err(host("create", &path))?;
         flock(&lock, FlockOperation::NonBlockingLockExclusive)
             .map_err(|error| host("lock", &path)(error.into()))?;
-        let front = hold_front(&draft.join(FRONT))?;
-        // It appears with its lock held, so that nobody takes it for one whose front is dead. No folder that has a
-        // file is replaced.
+        let front = lock_front(&draft.join(FRONT))?;
+        // The directory appears with its lock held, so that it is never mistaken for that of a dead guest. rename(2) does
+        // not replace a directory that has entries.
         let result = rustix::fs::rename(&draft, &folder);
         if result.is_err() {
             let _ = std::fs::remove_dir_all(&draft);
@@ -139,33 +142,36 @@ impl GuestDir {
                 let is_alive = is_locked(&folder);
                 Err(GuestError::Taken { name: name.to_owned(), is_alive })
             }
-            Err(error) => Err(host("make the folder", &folder)(error.into())),
+            Err(error) => Err(host("create the directory", &folder)(error.into())),
         }
     }
 
-    /// The guest's name.
+    /// Returns the name of the guest.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Where everything is that belongs to it.
+    /// Returns the path of the directory.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
 
-    /// The Unix socket of its vsock.
+    /// Returns the path of the Unix socket of the guest's vsock.
     pub fn socket(&self) -> PathBuf {
         self.folder.join(SOCKET)
     }
 
-    /// Writes down what it is, for others to read: whole or as it was before.
+    /// Writes the record of the guest, atomically.
+    ///
+    /// # Errors
+    /// When a file cannot be written.
     pub fn write(&self, record: &GuestRecord) -> Result<(), GuestError> {
         let (draft, path) = (self.folder.join(".draft"), self.folder.join(RECORD));
         let text = serde_json::to_vec_pretty(record).unwrap_or_default();
         let write = || -> io::Result<()> {
             if record.is_kept {
-                // Where the disk is full in the end, there is still room for how the guest ended.
+                // Reserves the space of the exit status, which can then be written to a full filesystem.
                 std::fs::write(self.folder.join(STATUS), NO_STATUS)?;
             }
             File::create(&draft)?.write_all(&text)?;
@@ -174,25 +180,28 @@ impl GuestDir {
         write().map_err(host("write", &path))
     }
 
-    /// Makes the file that the monitor locks.
+    /// Creates the file that the monitor locks.
     ///
     /// # Errors
-    /// When the host refuses the file.
+    /// When the file cannot be created.
     pub fn monitor_lock(&self) -> Result<OwnedFd, GuestError> {
         let path = self.folder.join(MONITOR);
         let flags = OFlags::CREATE | OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        open(&path, flags, Mode::from_raw_mode(0o600)).map_err(|error| host("make", &path)(error.into()))
+        open(&path, flags, Mode::from_raw_mode(0o600)).map_err(|error| host("create", &path)(error.into()))
     }
 
-    /// Begins the file for what the monitor of a detached guest has to say.
+    /// Creates the file for messages of a detached guest, which [`Guest::report`] returns.
     ///
     /// # Errors
-    /// When the host refuses the file.
+    /// When the file cannot be created.
     pub fn create_report(&self) -> io::Result<File> {
         File::create(self.folder.join(REPORT))
     }
 
-    /// Writes down how it ended.
+    /// Writes the exit status of the guest.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
     pub fn finish(&self, status: u8) -> Result<(), GuestError> {
         let path = self.folder.join(STATUS);
         let file = File::options().write(true).create(true).truncate(false).open(&path);
@@ -200,60 +209,64 @@ impl GuestDir {
         file.and_then(|file| file.write_all_at(text.as_bytes(), 0)).map_err(host("write", &path))
     }
 
-    /// The file for the exit status, which fits in the room that it has already.
+    /// Opens the file for the exit status, whose space is reserved.
     pub(crate) fn status_file(&self) -> Result<File, GuestError> {
         let path = self.folder.join(STATUS);
         File::options().write(true).open(&path).map_err(host("open", &path))
     }
 
-    /// The file whose lock says that the guest runs.
+    /// The file whose lock is held while the guest runs.
     pub(crate) fn lock(&self) -> BorrowedFd<'_> {
         self.lock.as_fd()
     }
 
-    /// Forgets the guest.
+    /// Removes the directory and releases the lock.
     pub fn remove(self) {
         self.forget();
     }
 
-    /// The same, where this process ends at once.
+    /// Removes the directory, for a process that exits immediately afterwards and with it releases the lock.
     pub fn forget(&self) {
-        // Who looks at it meanwhile finds it whole or not at all.
-        let aside = self.folder.with_file_name(aside());
+        // The directory is renamed first, so that other processes find it complete or not at all.
+        let aside = self.folder.with_file_name(temporary_name());
         let _ = std::fs::remove_dir_all(&aside);
         let _ = std::fs::rename(&self.folder, &aside);
         let _ = std::fs::remove_dir_all(&aside);
     }
 }
 
-/// All guests of this user, the oldest first.
+/// Returns all guests of the user, including kept ones that have ended, sorted by the time of their start.
 ///
 /// # Errors
-/// When the folder of guests cannot be read.
+/// When the runtime directory cannot be read.
 pub fn guests() -> Result<Vec<Guest>, GuestError> {
     Guest::all()
 }
 
-/// A guest of this user's: found by its name, or started by this program ([`Guest::builder`]), with which it ends.
+/// A guest of the user.
+///
+/// [`Guest::builder`] starts a guest that belongs to the calling program: dropping the value ends the guest, unless
+/// [`detach`](Self::detach) was called. [`Guest::open`] finds a guest by its name; dropping the value then has no effect on
+/// the guest.
 #[derive(Debug)]
 pub struct Guest {
-    /// Its name.
+    /// Name.
     pub name: String,
-    /// Its directory.
+    /// Path of the guest's directory.
     pub folder: PathBuf,
-    /// What is known of it.
+    /// Record of the guest, as of the time when the guest was opened.
     pub record: GuestRecord,
-    /// Whether it ran when it was found.
+    /// Whether the guest was running when it was opened.
     pub is_alive: bool,
-    /// What ends with this, of a guest that this program started.
+    /// Monitor and directory of a guest that this program started.
     pub(crate) owner: Option<Owner>,
 }
 
 impl Guest {
-    /// The guest of this name.
+    /// Opens the guest of this name, which may have ended.
     ///
     /// # Errors
-    /// When this user has no guest of this name.
+    /// When the user has no guest of this name.
     pub fn open(name: &str) -> Result<Self, GuestError> {
         check_name(name).map_err(|_| GuestError::Unknown(name.to_owned()))?;
         let folder = runtime_directory()?.join(name);
@@ -279,14 +292,17 @@ impl Guest {
         Ok(all)
     }
 
-    /// Takes the folder of a guest that has ended, so that it can be changed or removed.
+    /// Locks the directory of a guest that has ended, so that it can be changed or removed.
+    ///
+    /// # Errors
+    /// When the guest runs, or was removed in between.
     pub fn take(&self) -> Result<GuestDir, GuestError> {
         let path = self.folder.join(LOCK);
         let lock = match open(&path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()) {
             Err(Errno::NOENT) => return Err(GuestError::Unknown(self.name.clone())),
             result => File::from(result.map_err(|error| host("open", &path)(error.into()))?),
         };
-        // Others who look whether it is locked hold it for a moment, but not alone.
+        // Processes that test the lock hold it shared for a moment.
         while flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
             if flock(&lock, FlockOperation::NonBlockingLockShared).is_err() {
                 return Err(GuestError::Runs(self.name.clone()));
@@ -295,46 +311,46 @@ impl Guest {
         }
         let number = |metadata: io::Result<std::fs::Metadata>| metadata.map(|metadata| metadata.ino()).ok();
         if number(lock.metadata()) != number(path.metadata()) {
-            // Somebody was faster and removed it, and maybe another has the name now.
+            // Another process has removed the directory, and a new guest may have its name.
             return Err(GuestError::Unknown(self.name.clone()));
         }
         Ok(GuestDir { name: self.name.clone(), folder: self.folder.clone(), lock, _front: None, _keep: None })
     }
 
-    /// What the monitor of a detached guest had to say since it was started.
+    /// Returns the messages of a detached guest since its start: failed devices, and the report of a failure.
     #[must_use]
     pub fn report(&self) -> String {
         String::from_utf8_lossy(&std::fs::read(self.folder.join(REPORT)).unwrap_or_default()).into_owned()
     }
 
-    /// The guest of this name, if it runs.
+    /// Opens the guest of this name, which must be running.
     ///
     /// # Errors
-    /// When this user has no guest of this name, or it has ended.
+    /// When the user has no guest of this name, or the guest has ended.
     pub fn open_running(name: &str) -> Result<Self, GuestError> {
         let found = Self::open(name)?;
         if found.is_alive { Ok(found) } else { Err(GuestError::Ended(name.to_owned())) }
     }
 
-    /// The Unix socket of its vsock.
+    /// Returns the path of the Unix socket of the guest's vsock.
     pub fn socket(&self) -> PathBuf {
         self.folder.join(SOCKET)
     }
 }
 
-/// How a guest is.
+/// The state of a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
-    /// It runs.
+    /// The guest runs.
     Running,
-    /// It ended with this exit status.
+    /// The guest has ended with this exit status.
     Exited(u8),
-    /// Its monitor ended without saying how the guest did.
+    /// The guest has ended, and its exit status is unknown.
     Dead,
 }
 
 impl State {
-    /// Its name.
+    /// Returns the name of the state, without an exit status.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -353,7 +369,7 @@ impl fmt::Display for State {
 }
 
 impl Guest {
-    /// How it was when it was found.
+    /// Returns the state of the guest, as of the time when it was opened.
     #[must_use]
     pub const fn state(&self) -> State {
         match (self.is_alive, self.record.status) {
@@ -363,10 +379,10 @@ impl Guest {
         }
     }
 
-    /// Waits for its end; its exit status.
+    /// Waits for the end of the guest. Returns its exit status.
     ///
     /// # Errors
-    /// When nothing says how it ended, or the host refuses something.
+    /// When the exit status is unknown, for instance because the guest's directory was removed at its end.
     pub fn wait(&self) -> Result<u8, GuestError> {
         if let Some(process) = self.front()?.map_or_else(|| self.monitor(), |front| Ok(Some(front)))? {
             process.wait(None);
@@ -375,14 +391,15 @@ impl Guest {
         match Self::open(&self.name).map(|guest| guest.state()) {
             Ok(State::Exited(status)) => Ok(status),
             Ok(State::Dead) => Err(unknown("the kindling process that ran it crashed or was killed")),
-            Ok(State::Running) => Err(unknown("it is gone, and another has its name")),
-            Err(GuestError::Unknown(_)) => Err(unknown("it was to leave nothing behind")),
+            Ok(State::Running) => Err(unknown("it was removed, and a new guest has its name")),
+            Err(GuestError::Unknown(_)) => Err(unknown("its directory was removed at its end")),
             Err(error) => Err(error),
         }
     }
 }
 
-/// One that ended before it could say what it is can still be forgotten.
+/// Reads the record of a guest. A missing or damaged record is replaced by the default one, so that the guest can still
+/// be listed and removed.
 fn read_record(folder: &Path) -> GuestRecord {
     let text = std::fs::read(folder.join(RECORD)).unwrap_or_default();
     let record: GuestRecord = serde_json::from_slice(&text).unwrap_or_default();
@@ -390,24 +407,24 @@ fn read_record(folder: &Path) -> GuestRecord {
     GuestRecord { status: status.and_then(|text| text.trim().parse().ok()), ..record }
 }
 
-/// Makes the file of a front's lock, and locks it.
-fn hold_front(path: &Path) -> Result<OwnedFd, GuestError> {
+/// Creates and locks the file that identifies the front.
+fn lock_front(path: &Path) -> Result<OwnedFd, GuestError> {
     let flags = OFlags::CREATE | OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let front =
-        open(path, flags, Mode::from_raw_mode(0o600)).map_err(|error| host("make", path)(error.into()))?;
+        open(path, flags, Mode::from_raw_mode(0o600)).map_err(|error| host("create", path)(error.into()))?;
     fcntl_lock(&front, FlockOperation::NonBlockingLockExclusive)
         .map_err(|error| host("lock", path)(error.into()))?;
     Ok(front)
 }
 
-/// A lock on a directory, which any number may have.
+/// Takes a shared lock on a directory.
 fn keep(directory: &Path) -> Option<OwnedFd> {
     let directory = open(directory, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).ok()?;
     flock(&directory, FlockOperation::NonBlockingLockShared).ok().map(|()| directory)
 }
 
-/// Name of a folder that is made or removed: of this process, and once. No guest can have it.
-fn aside() -> String {
+/// A unique name for a directory that is being created or removed. No guest can have it, because it starts with a dot.
+fn temporary_name() -> String {
     static COUNT: AtomicU64 = AtomicU64::new(0);
     format!(".{}.{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
 }
@@ -417,22 +434,27 @@ pub(crate) fn host(what: &'static str, path: &Path) -> impl FnOnce(io::Error) ->
 }
 
 fn check_name(name: &str) -> Result<(), GuestError> {
-    /// A Unix socket's path has 107 bytes at most.
-    const LONGEST: usize = 48;
-    let is_fine = name.len() <= LONGEST
+    /// Limited because the path of a Unix socket has 107 bytes at most.
+    const MAX_NAME_LEN: usize = 48;
+    let is_valid = name.len() <= MAX_NAME_LEN
         && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
         && name.bytes().next().is_some_and(|first| first.is_ascii_alphanumeric());
-    if is_fine { Ok(()) } else { Err(GuestError::Name(name.to_owned())) }
+    if is_valid { Ok(()) } else { Err(GuestError::Name(name.to_owned())) }
 }
 
-/// Whether the front of the guest in a folder lives.
+/// Whether the guest of a directory runs.
 fn is_locked(folder: &Path) -> bool {
     let lock = open(folder.join(LOCK), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
-    // Shared, so that two who look do not take each other for its front. It is let go of again at once.
+    // A shared lock, so that two processes that test at the same time do not mistake each other for the owner. It is
+    // released immediately.
     lock.is_ok_and(|lock| flock(&lock, FlockOperation::NonBlockingLockShared) == Err(Errno::WOULDBLOCK))
 }
 
-/// Where the guests of this user are: nobody else may look into it.
+/// Returns the directory of the user's guests: `kindling` in XDG_RUNTIME_DIR, or `kindling-UID` in the directory of temporary
+/// files. It is created if it does not exist, without access for other users.
+///
+/// # Errors
+/// When the directory cannot be created, or other users can change it.
 pub fn runtime_directory() -> Result<PathBuf, GuestError> {
     let user = rustix::process::geteuid().as_raw();
     let given = std::env::var_os("XDG_RUNTIME_DIR").filter(|path| Path::new(path).is_absolute());
@@ -442,7 +464,7 @@ pub fn runtime_directory() -> Result<PathBuf, GuestError> {
     };
     match trusted_path::make_folder(&folder) {
         Ok(_) => Ok(folder),
-        Err(trusted_path::Error::Host { path, source }) => Err(host("make the folder", &path)(source)),
+        Err(trusted_path::Error::Host { path, source }) => Err(host("create the directory", &path)(source)),
         Err(error) => Err(GuestError::NotOurs(error)),
     }
 }
@@ -452,7 +474,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_those_of_folders_and_hosts() {
+    fn names_are_valid_as_directories_and_hostnames() {
         for name in ["a", "web-1", "A.b_c", "0", &"x".repeat(48)] {
             check_name(name).unwrap();
         }
@@ -461,21 +483,21 @@ mod tests {
         }
     }
 
-    /// `rm` holds the lock of a guest that has ended, whose number another process may have by then.
+    /// `kindling rm` holds the lock of a guest that has ended, and must not be mistaken for its front.
     #[test]
-    fn a_folder_that_is_locked_by_another_has_no_vmm() {
+    fn a_directory_that_another_process_locks_has_no_front() {
         let parent = tempfile::tempdir().unwrap();
         drop(GuestDir::make(parent.path(), "one").unwrap());
         let found = Guest::in_folder("one".to_owned(), parent.path().join("one"));
         let _taken = found.take().unwrap();
         assert!(found.front().unwrap().is_none());
-        // An older version has no such file.
+        // Older versions do not create the file.
         std::fs::remove_file(parent.path().join("one").join(FRONT)).unwrap();
         assert!(matches!(found.front(), Err(GuestError::Elsewhere(_))));
     }
 
     #[test]
-    fn a_folder_has_one_owner_at_a_time() {
+    fn a_directory_has_one_owner_at_a_time() {
         let parent = tempfile::tempdir().unwrap();
         let parent = parent.path();
         let found = || Guest::in_folder("one".to_owned(), parent.join("one"));
@@ -491,11 +513,11 @@ mod tests {
         drop(instance);
         assert!(!found().is_alive && !taken());
         assert_eq!((found().record.vcpus, found().record.status), (7, Some(3)));
-        // Somebody else who looks is not its front.
-        let looker = File::open(parent.join("one").join(LOCK)).unwrap();
-        flock(&looker, FlockOperation::LockShared).unwrap();
+        // A process that tests the lock is not mistaken for the owner.
+        let other = File::open(parent.join("one").join(LOCK)).unwrap();
+        flock(&other, FlockOperation::LockShared).unwrap();
         assert!(!found().is_alive);
-        drop(looker);
+        drop(other);
         let before = found();
         before.take().unwrap().remove();
         assert_eq!(parent.read_dir().unwrap().count(), 0);

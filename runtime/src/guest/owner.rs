@@ -1,19 +1,19 @@
-//! Guests of this program, which end with it unless they are detached.
+//! Guests that belong to the calling program, and end with it unless they are detached.
 
 use super::{Guest, GuestDir, GuestError};
 use kindling_vmm::Timeline;
 use kindling_vmm::control::{Monitor, Statistics};
 use std::time::{Duration, Instant};
 
-/// Time for a monitor to answer a request.
+/// Time limit for the monitor's response to a request.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What belongs to a guest of this program. Dropping it ends the guest.
+/// Monitor and directory of a guest of the calling program. Dropping it ends the guest and removes the directory.
 #[derive(Debug)]
 pub(crate) struct Owner {
     pub(crate) monitor: Option<Monitor>,
     pub(crate) directory: Option<GuestDir>,
-    /// When each step of the start was reached.
+    /// Times of the steps of the start.
     pub(crate) timeline: Timeline,
 }
 
@@ -27,43 +27,43 @@ impl Drop for Owner {
 }
 
 impl Guest {
-    /// When each step of the start was reached, of a guest that this program started.
+    /// Returns the times of the steps of the start. `None` if another process started the guest.
     #[must_use]
     pub fn timeline(&self) -> Option<&Timeline> {
         self.owner.as_ref().map(|owner| &owner.timeline)
     }
 
-    /// Makes all vCPUs stop executing the guest, and returns when they have. Its memory stays, connections to it wait, and
-    /// its clocks go on. A guest that is paused already stays so.
+    /// Pauses the guest: returns when no vCPU executes it. Memory stays allocated, connections wait, and the guest's clocks
+    /// continue. No effect if the guest is paused already.
     ///
     /// # Errors
-    /// When another process started the guest, or its monitor is gone or does not answer.
+    /// When another process started the guest, or its monitor has ended or does not respond within 30 seconds.
     pub fn pause(&self) -> Result<(), GuestError> {
         Ok(self.owned_monitor()?.pause(Instant::now() + ANSWER_TIMEOUT)?)
     }
 
-    /// Lets a paused guest continue.
+    /// Resumes a paused guest.
     ///
     /// # Errors
-    /// As [`Self::pause`].
+    /// Those of [`Self::pause`].
     pub fn resume(&self) -> Result<(), GuestError> {
         Ok(self.owned_monitor()?.resume(Instant::now() + ANSWER_TIMEOUT)?)
     }
 
-    /// Whether the guest is paused, which of its devices have failed, and what its balloon reports. What it uses of the host
-    /// is [`Self::usage`].
+    /// Returns whether the guest is paused, which of its devices have failed, and the statistics of its balloon.
+    /// [`Self::usage`] returns what the guest uses of the host.
     ///
     /// # Errors
-    /// As [`Self::pause`].
+    /// Those of [`Self::pause`].
     pub fn statistics(&self) -> Result<Statistics, GuestError> {
         Ok(self.owned_monitor()?.statistics(Instant::now() + ANSWER_TIMEOUT)?)
     }
 
-    /// Leaves the guest running after the end of this program, which started it. [`Guest::open`] finds it by its name, and
-    /// so do `kindling ps`, `exec`, `stop` and `rm`.
+    /// Detaches the guest from the calling program, so that it continues to run after the program's end. [`Guest::open`]
+    /// finds it by its name, and so do `kindling ps`, `exec`, `stop` and `rm`.
     ///
     /// # Errors
-    /// When another process started the guest, its monitor is gone, or the host refuses something.
+    /// When another process started the guest, its monitor has ended, or a file of its directory cannot be written.
     pub fn detach(mut self) -> Result<(), GuestError> {
         let not_owned = || GuestError::NotOwned(self.name.clone());
         let mut owner = self.owner.take().ok_or_else(not_owned)?;

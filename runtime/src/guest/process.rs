@@ -1,4 +1,4 @@
-//! The processes of a guest: signals for it, and its end.
+//! The processes of a guest on the host: finding, signalling and killing them.
 
 use super::{FRONT, Guest, GuestError, MONITOR, host, is_locked, read_record};
 use kindling_vmm::poll::wait_readable;
@@ -8,36 +8,37 @@ use rustix::io::Errno;
 use rustix::process::{Flock, FlockType, PidfdFlags, fcntl_getlk, pidfd_open};
 use std::time::{Duration, Instant};
 
-/// A process of a guest.
+/// A process of a guest on the host: its front or its monitor. The value is a pidfd, so that it refers to the same process
+/// when the process ID is reused.
 #[derive(Debug)]
 pub struct Process {
     process: OwnedFd,
-    /// Its number, as this process has to call it.
+    /// Process ID, in the PID namespace of the calling process.
     pub pid: u32,
 }
 
-/// The exit status of a guest that nobody asked.
+/// Exit status of a guest that was killed.
 const STATUS_KILLED: u8 = 128 + 9;
 
-/// SIGPWR, and what it is followed by where that does not help.
-const POWER: u8 = 30;
-const KILL: u8 = 9;
+const SIGPWR: u8 = 30;
+const SIGKILL: u8 = 9;
 
-/// How long a front may take to end in order.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// Time limit for the orderly end of a front or monitor, before it is killed.
+const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 
 impl Guest {
-    /// Its front, if it lives: the process that has the guest's streams, and gets the signals that are for the guest.
+    /// Returns the front of the guest, if it runs: the process that serves the guest's streams and receives its signals.
+    /// `None` for a guest of a program that embeds the library.
     ///
     /// # Errors
-    /// When it lives where this process has no number for it, or the host refuses something.
+    /// When the process has no ID in the PID namespace of the calling process, or the host cannot open it.
     pub fn front(&self) -> Result<Option<Process>, GuestError> {
         // Opening and closing the file would drop the POSIX lock of the program that owns the guest.
         if self.record.is_embedded {
             return Ok(None);
         }
         match self.holder(FRONT)? {
-            // An older version has no such file.
+            // Older versions do not create the file.
             None if is_locked(&self.folder) && !self.folder.join(FRONT).exists() => {
                 Err(GuestError::Elsewhere(self.name.clone()))
             }
@@ -45,66 +46,70 @@ impl Guest {
         }
     }
 
-    /// Its monitor, if it lives: the process that has the guest's memory.
+    /// Returns the monitor of the guest, if it runs: the process with the virtual machine.
     ///
     /// # Errors
-    /// As of [`Self::front`].
+    /// Those of [`Self::front`].
     pub fn monitor(&self) -> Result<Option<Process>, GuestError> {
         self.holder(MONITOR)
     }
 
-    /// The process that has the lock on a file. A number may be another process's a moment later. So the process is held
-    /// by it first, and counts if it still has the lock then.
+    /// The process that holds the lock on a file. Its ID may be reused at any time. The process is therefore opened, and
+    /// returned only if it still holds the lock then.
     fn holder(&self, file: &str) -> Result<Option<Process>, GuestError> {
         let failed = |what| move |error: Errno| host(what, &self.folder)(error.into());
         let file = match open(self.folder.join(file), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()) {
             Err(Errno::NOENT) => return Ok(None),
-            result => result.map_err(failed("look for the processes of"))?,
+            result => result.map_err(failed("find the processes of"))?,
         };
         let holder = || {
             fcntl_getlk(&file, &Flock::from(FlockType::WriteLock)).map_err(failed("find the processes of"))
         };
         let Some(lock) = holder()? else { return Ok(None) };
-        // It has no number where this process is.
+        // The owner is in another PID namespace.
         let Some(pid) = lock.pid else { return Err(GuestError::Elsewhere(self.name.clone())) };
         let process = match pidfd_open(pid, PidfdFlags::empty()) {
             Err(Errno::SRCH) => return Ok(None),
-            result => result.map_err(failed("hold a process of"))?,
+            result => result.map_err(failed("open a process of"))?,
         };
-        let is_it = holder()?.is_some_and(|lock| lock.pid == Some(pid));
-        Ok(is_it.then(|| Process { process, pid: pid.as_raw_nonzero().get().unsigned_abs() }))
+        let is_holder = holder()?.is_some_and(|lock| lock.pid == Some(pid));
+        Ok(is_holder.then(|| Process { process, pid: pid.as_raw_nonzero().get().unsigned_abs() }))
     }
 
-    /// Ends the guest without asking it, and writes down that it was ended.
+    /// Kills the guest: its command gets no signal and no time to end. A kept guest gets the exit status 137. No effect if
+    /// the guest has ended.
+    ///
+    /// # Errors
+    /// When the guest runs in another PID namespace, or the host cannot open a process or write a file.
     pub fn kill(&self) -> Result<(), GuestError> {
         let (front, monitor) = (self.front()?, self.monitor()?);
         if front.is_none() && monitor.is_none() {
             return Ok(());
         }
         if let Some(front) = &front {
-            // Its front stops the machine, gives the terminal back and writes down the end.
-            front.send(POWER);
-            if !front.wait(Some(Instant::now() + PATIENCE)) {
-                front.send(KILL);
+            // On SIGPWR, the front stops the machine, restores the terminal and writes the exit status.
+            front.send(SIGPWR);
+            if !front.wait(Some(Instant::now() + STOP_TIMEOUT)) {
+                front.send(SIGKILL);
                 front.wait(None);
             }
         }
-        // A monitor ends with its front. Its guest's disks are free when it has.
+        // A monitor ends with its front, and unlocks the disks of the guest with its end.
         if let Some(monitor) = monitor
-            && (front.is_none() || !monitor.wait(Some(Instant::now() + PATIENCE)))
+            && (front.is_none() || !monitor.wait(Some(Instant::now() + STOP_TIMEOUT)))
         {
-            monitor.send(KILL);
+            monitor.send(SIGKILL);
             monitor.wait(None);
         }
         match self.take() {
-            // It has removed its folder itself, or another did.
+            // The front or another process has removed the directory.
             Err(GuestError::Unknown(_) | GuestError::Runs(_)) => Ok(()),
             Err(error) => Err(error),
             Ok(instance) => {
                 let record = read_record(&self.folder);
                 match record.status {
                     _ if !record.is_kept => instance.remove(),
-                    // It ended by itself meanwhile.
+                    // The guest ended by itself in between.
                     Some(_) => {}
                     None => instance.finish(STATUS_KILLED)?,
                 }
@@ -115,12 +120,12 @@ impl Guest {
 }
 
 impl Process {
-    /// Sends it a signal, which it passes on to its guest's payload if it can.
+    /// Sends a signal by its number. A front forwards it to the guest's command, except SIGKILL.
     pub fn send(&self, signal: u8) {
         crate::signal::send(self.process.as_fd(), signal);
     }
 
-    /// Waits for its end, until a time; whether it has ended.
+    /// Waits for the end of the process, until a deadline if there is one. Returns whether the process has ended.
     pub fn wait(&self, until: Option<Instant>) -> bool {
         wait_readable(self.process.as_fd(), until).unwrap_or(false)
     }

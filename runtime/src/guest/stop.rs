@@ -1,7 +1,7 @@
-//! The end of a guest: asked for, and then enforced.
+//! Stopping a guest: a request to end, and SIGKILL after a time limit.
 
 use super::{Guest, GuestError, Process};
-use kindling_vmm::agent::{self, News};
+use kindling_vmm::agent::{self, ProcessEvent};
 use kindling_vmm::config::{BootInfo, GuestConfig};
 use kindling_vmm::poll::wait_readable;
 use std::os::fd::AsFd;
@@ -10,23 +10,25 @@ use std::time::{Duration, Instant};
 const SIGTERM: u8 = 15;
 const SIGKILL: u8 = 9;
 
-/// A guest that was asked to end.
+/// A guest that was requested to end. [`wait`](Self::wait) waits for the end, and kills the guest after a deadline.
 #[derive(Debug)]
 #[must_use = "the guest may not end by itself"]
 pub struct StopRequest<'a> {
     guest: &'a Guest,
-    /// The process whose end is the guest's; none where the guest has ended.
+    /// The process with which the guest ends; `None` if the guest has ended.
     process: Option<Process>,
-    /// The payload that ends a guest without a command. The guest ends when it has exited and this is dropped.
+    /// The payload that was started to end a guest without a command. The guest ends when the payload has exited and this
+    /// connection is dropped.
     payload: Option<agent::Process>,
 }
 
 impl Guest {
-    /// Asks the guest to end. Its command gets the image's stop signal, SIGTERM if the image names none; a guest without a
-    /// command unmounts its volumes and ends. A guest whose image names SIGKILL is killed.
+    /// Requests the end of the guest, and does not wait. The guest's command gets the image's stop signal, by default
+    /// SIGTERM; a guest without a command unmounts its volumes and ends. A guest whose image's stop signal is SIGKILL is
+    /// killed.
     ///
     /// # Errors
-    /// When the guest runs in another PID namespace, or the host refuses something.
+    /// When the guest runs in another PID namespace, or the host cannot open a process of the guest.
     pub fn request_stop(&self) -> Result<StopRequest<'_>, GuestError> {
         let request = |process, payload| StopRequest { guest: self, process, payload };
         if self.record.is_embedded {
@@ -37,17 +39,17 @@ impl Guest {
         let front = self.front()?;
         match (&front, self.record.stop_signal) {
             (None, _) => {}
-            // The front cannot receive it in the place of its guest's command.
+            // A front cannot catch and forward SIGKILL.
             (Some(_), SIGKILL) => self.kill()?,
-            // A record that is damaged has no signal.
+            // A damaged record has no signal.
             (Some(front), 0) => front.send(SIGTERM),
             (Some(front), signal) => front.send(signal),
         }
         Ok(request(front, None))
     }
 
-    /// Starts a payload that ends at once, and with it a guest that has none: init's own program, which is in every guest
-    /// and does nothing where it is not process 1.
+    /// Starts the payload of a guest that has none: a program that exits immediately, with which the guest ends. It is
+    /// init's program, which exists in every guest and does nothing unless it is process 1.
     fn start_last_payload(&self) -> Option<agent::Process> {
         let payload = GuestConfig {
             arguments: vec![b"/proc/self/exe".to_vec()],
@@ -55,24 +57,26 @@ impl Guest {
             ..GuestConfig::default()
         };
         let frame = payload.to_frame(&BootInfo::default()).unwrap_or_default();
-        // A guest that does not answer is killed in the end.
+        // A guest that does not respond is killed after the deadline.
         agent::Process::start_payload(&self.socket(), &frame).ok()
     }
 
-    /// Ends the guest: asks it to, and kills it where it has not ended within this time. Whether it ended by itself.
+    /// Stops the guest: requests its end, and kills it if it has not ended within `within`. Returns whether the guest ended
+    /// without being killed.
     ///
     /// # Errors
-    /// As [`Self::request_stop`] and [`Self::kill`].
+    /// Those of [`Self::request_stop`] and [`Self::kill`].
     pub fn stop(&self, within: Duration) -> Result<bool, GuestError> {
         self.request_stop()?.wait(Instant::now() + within)
     }
 }
 
 impl StopRequest<'_> {
-    /// Waits for the guest's end until a time, and kills it then. Whether it ended by itself.
+    /// Waits for the end of the guest until a deadline, and then kills it. Returns whether the guest ended without being
+    /// killed.
     ///
     /// # Errors
-    /// As [`Guest::kill`].
+    /// Those of [`Guest::kill`].
     pub fn wait(self, until: Instant) -> Result<bool, GuestError> {
         if let Some(payload) = self.payload {
             wait_for_exit(payload, until);
@@ -85,11 +89,11 @@ impl StopRequest<'_> {
     }
 }
 
-/// Waits until a payload has exited, until its guest is gone, or until a time.
+/// Waits until the payload has exited, the guest has ended, or the deadline has passed.
 fn wait_for_exit(mut payload: agent::Process, until: Instant) {
     loop {
-        match payload.news() {
-            Ok(Some(News::Exited { .. })) | Err(_) => return,
+        match payload.poll_event() {
+            Ok(Some(ProcessEvent::Exited { .. })) | Err(_) => return,
             Ok(Some(_)) => {}
             Ok(None) => match wait_readable(payload.as_fd(), Some(until)) {
                 Ok(true) => {}

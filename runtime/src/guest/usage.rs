@@ -1,23 +1,23 @@
-//! What a guest uses of the host.
+//! Memory and processor time that a guest uses on the host.
 
 use super::{Guest, GuestError, Process};
 use serde::Serialize;
 
-/// What a guest uses, by its processes: the front and the monitor.
+/// Memory and processor time of a guest's processes: front and monitor.
 #[derive(Clone, Copy, Debug, Serialize)]
 #[non_exhaustive]
 pub struct Usage {
-    /// Memory that is in use, in KiB; of what is shared with other processes its part (PSS).
+    /// Proportional set size (PSS) in KiB: private memory, and a share of memory that other processes use too.
     pub memory_kib: u64,
-    /// Milliseconds that processors of the host worked for it.
+    /// Processor time in milliseconds, of user and kernel mode.
     pub cpu_ms: u64,
 }
 
 impl Guest {
-    /// What it uses, if it runs.
+    /// Returns what the guest uses of the host. `None` if the guest has ended.
     ///
     /// # Errors
-    /// As of [`Self::monitor`].
+    /// Those of [`Self::monitor`].
     pub fn usage(&self) -> Result<Option<Usage>, GuestError> {
         let processes = [self.front()?, self.monitor()?];
         let all = processes.into_iter().flatten().map(|process| Usage::of(&process));
@@ -33,7 +33,7 @@ impl Usage {
     fn of(process: &Process) -> Option<Self> {
         let file = |name: &str| std::fs::read_to_string(format!("/proc/{}/{name}", process.pid)).ok();
         let (memory, stat) = (file("smaps_rollup")?, file("stat")?);
-        // The number was its own while the files were read if it still lives now.
+        // If the process still runs, its ID was not reused while the files were read.
         if process.wait(Some(std::time::Instant::now())) {
             return None;
         }
@@ -48,7 +48,8 @@ fn pss(text: &str) -> Option<u64> {
     text.lines().find_map(|line| line.strip_prefix("Pss:"))?.split_whitespace().next()?.parse().ok()
 }
 
-/// `utime` and `stime` of stat, its 14th and 15th field. The second is a name in brackets, which may have blanks.
+/// Sum of `utime` and `stime`, the 14th and 15th field of stat. The second field is a name in brackets, which may contain
+/// spaces.
 fn ticks(text: &str) -> Option<u64> {
     let (_, rest) = text.rsplit_once(") ")?;
     let mut fields = rest.split(' ').skip(14 - 3);
@@ -61,7 +62,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_kernels_files_are_understood() {
+    fn files_of_proc_are_parsed() {
         let rollup = "55d0-7fff ---p 00000000 00:00 0    [rollup]\nRss:     1234 kB\nPss:      812 kB\nPss_Dirty: 1 kB\n";
         assert_eq!(pss(rollup), Some(812));
         let stat = "12 (a) b) S 1 12 12 0 -1 4194560 1 0 0 0 250 50 0 0 20 0 3 0 100 1 1";

@@ -132,15 +132,8 @@ impl Devices {
 
     /// Number of devices.
     #[must_use]
-    pub const fn count(&self) -> usize {
-        self.drives.len()
-            + self.network_interfaces.len()
-            + self.vsock.is_some() as usize
-            + self.entropy.is_some() as usize
-            + self.balloon.is_some() as usize
-            + self.pmem.len()
-            + self.shared_folders.len()
-            + self.root.is_some() as usize
+    pub fn count(&self) -> usize {
+        self.iter().count()
     }
 
     /// One letter per device, for its type: **d**isk, **r**ead-only disk, **n**etwork, **v**sock, **e**ntropy,

@@ -5,8 +5,8 @@ use super::{
     json::read_bounded,
 };
 use crate::layout::VCPUS_MAX;
+use hmac_sha256::Hash;
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::fs::File;
@@ -238,7 +238,7 @@ pub fn sha256_of(path: &Path) -> io::Result<String> {
 /// # Errors
 /// When the reader or the writer fails.
 pub(crate) fn sha256_copying(mut reader: impl Read, mut copy: impl io::Write) -> io::Result<String> {
-    let mut digest = Sha256::new();
+    let mut digest = Hash::new();
     let mut buffer = vec![0; 1 << 20];
     loop {
         match reader.read(&mut buffer)? {
@@ -260,7 +260,7 @@ fn is_sha256(text: &str) -> bool {
 /// SHA-256 of bytes in hexadecimal digits.
 #[must_use]
 pub fn sha256(bytes: &[u8]) -> String {
-    hexadecimal(&Sha256::digest(bytes))
+    hexadecimal(&Hash::hash(bytes))
 }
 
 fn hexadecimal(bytes: &[u8]) -> String {

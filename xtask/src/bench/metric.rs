@@ -45,6 +45,10 @@ pub(super) enum Metric {
     RunFaults,
     /// Private memory of the process of `kindling run`, including guest memory, while the program waits for input.
     IdleMemory,
+    /// Private memory of front and monitor without guest memory, while the program waits for input.
+    IdleOwnMemory,
+    /// The same for a guest beside another one, with which it shares the pages of the programs.
+    SecondOwnMemory,
     /// From the spawn of `kindling exec` to its exit, for a program that does nothing.
     ExecTrue,
     /// The time per MiB of a stream through `cat` in the guest.
@@ -123,6 +127,7 @@ impl Metric {
             Scenario::Run => vec![
                 ("", vec![Self::RunHello, Self::RunBusybox, Self::RunVolume, Self::RunFolder]),
                 ("", vec![Self::ExecTrue, Self::Stream, Self::StreamMemory]),
+                ("", vec![Self::IdleOwnMemory, Self::SecondOwnMemory]),
             ],
             Scenario::Start => vec![("", vec![Self::RunBusybox, Self::RunFaults, Self::IdleMemory])],
             Scenario::Io => vec![("what the devices add", vec![Self::DevicesBoot, Self::DevicesMemory])],
@@ -164,6 +169,8 @@ impl Metric {
             Self::RunFolder => "run_folder",
             Self::RunFaults => "run_faults",
             Self::IdleMemory => "idle_memory",
+            Self::IdleOwnMemory => "idle_own_memory",
+            Self::SecondOwnMemory => "second_own_memory",
             Self::ExecTrue => "exec_true",
             Self::Stream => "stream",
             Self::StreamMemory => "stream_memory",
@@ -179,6 +186,8 @@ impl Metric {
             | Self::VmmProportionalMemory
             | Self::DevicesMemory
             | Self::IdleMemory
+            | Self::IdleOwnMemory
+            | Self::SecondOwnMemory
             | Self::StreamMemory => Unit::Bytes,
             Self::UserExits
             | Self::GuestPageFaults
@@ -209,6 +218,8 @@ impl Metric {
             Self::RunFolder => "the same with a folder of the host, ms",
             Self::RunFaults => "page faults on guest memory",
             Self::IdleMemory => "private memory of a guest that waits, its monitor included, MiB",
+            Self::IdleOwnMemory => "private memory of front and monitor without guest memory, MiB",
+            Self::SecondOwnMemory => "the same for a second guest, MiB",
             Self::ExecTrue => "kindling exec of true, ms",
             Self::Stream => "a MiB into cat and back, ms",
             Self::StreamMemory => "growth of memory without guest memory during the stream, MiB",
@@ -238,6 +249,8 @@ impl Metric {
             Self::RunFolder => "folder, ms",
             Self::RunFaults => "guest faults",
             Self::IdleMemory => "idle, MiB",
+            Self::IdleOwnMemory => "own, MiB",
+            Self::SecondOwnMemory => "second, MiB",
             Self::ExecTrue => "exec true, ms",
             Self::Stream => "stream, ms/MiB",
             Self::StreamMemory => "growth, MiB",

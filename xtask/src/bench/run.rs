@@ -23,19 +23,19 @@ use std::time::Duration;
 
 /// Container images and the programs that run them.
 #[derive(Clone, Debug, Deserialize, Serialize)]
-pub(super) struct Images {
+pub(crate) struct Images {
     /// `kindling-oci`, which lies beside `kindling`.
-    pub(super) converter: PathBuf,
+    pub(crate) converter: PathBuf,
     /// `kindling-vmm`, which lies there too.
-    monitor: PathBuf,
+    pub(crate) monitor: PathBuf,
     /// `kindling-fs`, which lies there too.
-    server: PathBuf,
+    pub(crate) server: PathBuf,
     /// A folder with mke2fs, which formats volumes.
     filesystems: PathBuf,
     /// A container image of one small static program.
     hello: PathBuf,
     /// A container image of busybox.
-    busybox: PathBuf,
+    pub(crate) busybox: PathBuf,
     /// Kernel and initramfs (with busybox) of a guest with a virtio console, for other monitors.
     console: Option<Console>,
 }
@@ -69,7 +69,7 @@ const NAME: &str = "bench";
 
 impl Images {
     /// Creates the images in a folder, without the guest with a virtio console.
-    pub(super) fn make(folder: &Path) -> Result<Self> {
+    pub(crate) fn make(folder: &Path) -> Result<Self> {
         let (hello, busybox) = (folder.join("hello"), folder.join("busybox"));
         super::put(&hello.join("tree"), payload::PATH, &payload::program())?;
         put_busybox(&busybox.join("tree"))?;
@@ -155,6 +155,9 @@ impl Bench<'_> {
                 }
                 let exec = self.exec_program(images)?;
                 self.add(Metric::ExecTrue, exec);
+                let [first, second] = self.own_memory(images)?;
+                self.add(Metric::IdleOwnMemory, first);
+                self.add(Metric::SecondOwnMemory, second);
             }
             eprintln!("a stream through cat ...");
             let stream = if is_kindling { self.stream(images)? } else { self.console_stream(images)? };
@@ -186,19 +189,41 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// The private memory of a monitor, including its guest, while the program waits for input.
+    /// The private memory of front and monitor, including the guest, while the program waits for input.
     fn idle_memory(&self, images: &Images) -> Result<u64> {
         thread::sleep(SETTLE);
-        let mut run = self.run_command(&images.busybox, &[]);
-        run.args(["sh", "-c", &format!("echo {READY}; read -r line")]);
         let mut memory = 0;
-        process::run(run, READY, LIMIT, |pid| {
+        process::run(self.waiting_program(images), READY, LIMIT, |front| {
             thread::sleep(SETTLE);
-            let maps = fs::read_to_string(format!("/proc/{pid}/smaps")).context("cannot read its smaps")?;
-            memory = smaps::private(&maps);
+            memory = smaps::private(&maps(front)?) + smaps::private(&maps(monitor_of(front)?)?);
             Ok(())
         })?;
         Ok(memory)
+    }
+
+    /// The private memory of front and monitor, without the guest's, while the program waits for input: of a guest alone,
+    /// and of one beside it.
+    fn own_memory(&self, images: &Images) -> Result<[u64; 2]> {
+        thread::sleep(SETTLE);
+        let mut memory = [0; 2];
+        process::run(self.waiting_program(images), READY, LIMIT, |first| {
+            thread::sleep(SETTLE);
+            memory[0] = self.private_memory(first)?;
+            process::run(self.waiting_program(images), READY, LIMIT, |second| {
+                thread::sleep(SETTLE);
+                memory[1] = self.private_memory(second)?;
+                Ok(())
+            })?;
+            Ok(())
+        })?;
+        Ok(memory)
+    }
+
+    /// A guest whose program prints [`READY`] and waits for input.
+    fn waiting_program(&self, images: &Images) -> Command {
+        let mut run = self.run_command(&images.busybox, &[]);
+        run.args(["sh", "-c", &format!("echo {READY}; read -r line")]);
+        run
     }
 
     /// The nanoseconds of `kindling run` of a program that prints `text`, until its exit.
@@ -292,11 +317,30 @@ impl Bench<'_> {
         command
     }
 
+    /// The private memory of a monitor, and of its front where it has one, without guest memory.
     fn private_memory(&self, pid: u32) -> Result<u64> {
-        let maps = fs::read_to_string(format!("/proc/{pid}/smaps")).context("cannot read its smaps")?;
-        let usage = smaps::without_guest(&maps, self.case.memory_mib << 20);
-        Ok(usage.context("its smaps show no memory of the guest's size")?.private)
+        let (monitor, front) = match self.vmm.kind.is_kindling() {
+            true => (monitor_of(pid)?, smaps::private(&maps(pid)?)),
+            false => (pid, 0),
+        };
+        let usage = smaps::without_guest(&maps(monitor)?, self.case.memory_mib << 20);
+        Ok(usage.context("its smaps show no memory of the guest's size")?.private + front)
     }
+}
+
+/// The mappings of a process.
+fn maps(pid: u32) -> Result<String> {
+    fs::read_to_string(format!("/proc/{pid}/smaps")).context("cannot read its smaps")
+}
+
+/// The monitor that a front has started.
+fn monitor_of(front: u32) -> Result<u32> {
+    let children = fs::read_to_string(format!("/proc/{front}/task/{front}/children"))?;
+    let is_monitor = |pid: &u32| {
+        fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim_end() == "kindling-vmm")
+    };
+    let mut children = children.split_whitespace().filter_map(|pid| pid.parse().ok());
+    children.find(is_monitor).context("the front has no monitor")
 }
 
 /// The measurement of a stream.

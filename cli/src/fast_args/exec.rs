@@ -28,22 +28,22 @@ pub(super) fn parse(mut words: impl Iterator<Item = OsString>) -> Option<Argumen
 
 #[cfg(test)]
 mod tests {
-    use crate::plain::parse;
-    use crate::plain::tests::{by_clap, is_plain, knows_every_option, line};
+    use crate::fast_args::parse;
+    use crate::fast_args::tests::{by_clap, is_fast, knows_every_option, line};
     use proptest::prelude::*;
     use std::ffi::OsString;
 
     #[test]
-    fn lines_that_need_no_clap() {
-        is_plain("kindling exec -e A=1 --env B --workdir / -u a:b -t -i name sh -c -e");
-        is_plain("kindling exec -t -t -w /a -w /b -u a -u b name true");
-        is_plain("kindling exec name true");
-        is_plain("kindling exec name -- true -- -e");
+    fn ordinary_lines_are_parsed_without_clap() {
+        is_fast("kindling exec -e A=1 --env B --workdir / -u a:b -t -i name sh -c -e");
+        is_fast("kindling exec -t -t -w /a -w /b -u a -u b name true");
+        is_fast("kindling exec name true");
+        is_fast("kindling exec name -- true -- -e");
         knows_every_option("exec", "", " name true", &[]);
     }
 
     #[test]
-    fn what_is_unusual_is_left_to_clap() {
+    fn unusual_command_lines_are_parsed_by_clap() {
         for text in [
             "kindling exec",
             "kindling exec --help",
@@ -56,7 +56,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever is accepted here, clap accepts and understands in the same way.
+        /// Clap accepts every command line that this parser accepts, with the same result.
         #[test]
         fn clap_agrees(words in prop::collection::vec(prop::sample::select(vec![
             "--env", "-e", "--env-file", "--workdir", "-w", "--user", "-u", "--tty", "-t", "-i", "--", "1", "a", "a", "b=c", "-", "-1",

@@ -1,9 +1,9 @@
-//! Command lines as programs write them.
+//! A fast parser for the common forms of command lines.
 //!
-//! Clap builds a description of every option of every command in memory before it looks at the first argument. That
-//! takes longer than KVM takes to create a VM. So what is beyond doubt is read here: each option
-//! by its full name or its letter, with its value in the next argument. For all else this says nothing, and clap
-//! answers: it has the help and every message.
+//! Clap builds a description of every option of every command before it parses the first argument, which takes longer
+//! than KVM takes to create a VM. This parser recognizes unambiguous command lines only: each option by its full name or
+//! its letter, with its value in the next argument. For all others it returns `None`, and clap parses the command line and
+//! prints help and errors.
 
 mod boot;
 mod exec;
@@ -13,7 +13,7 @@ use crate::Command;
 use std::ffi::{OsStr, OsString};
 use std::str::FromStr;
 
-/// The command that a line asks for, or `None` where clap has to look at it.
+/// Parses a command line. Returns `None` for one that clap must parse.
 pub(crate) fn parse(line: impl IntoIterator<Item = OsString>) -> Option<Command> {
     let mut words = line.into_iter().collect::<Vec<_>>().into_iter();
     words.next();
@@ -26,7 +26,7 @@ pub(crate) fn parse(line: impl IntoIterator<Item = OsString>) -> Option<Command>
     })
 }
 
-/// What follows an option, unless it is empty or may be meant as an option itself.
+/// The value of an option, unless it is empty or may be an option itself.
 fn value(word: Option<OsString>) -> Option<OsString> {
     word.filter(|word| !word.is_empty() && !is_option(word))
 }
@@ -41,11 +41,11 @@ fn text(word: Option<OsString>) -> Option<String> {
 
 fn number(word: Option<OsString>) -> Option<u64> {
     let word = text(word)?;
-    // A sign in front is for clap to judge.
+    // Clap decides whether a sign is accepted.
     word.bytes().all(|byte| byte.is_ascii_digit()).then(|| u64::from_str(&word).ok())?
 }
 
-/// All words of a command, which may follow a `--`; nothing where some of them may mean something to clap.
+/// The words of a command, which may follow a `--`. Returns `None` if clap may interpret one of them.
 fn command(mut words: impl Iterator<Item = OsString>) -> Option<Vec<OsString>> {
     let Some(first) = words.next() else { return Some(Vec::new()) };
     if first == "--" {
@@ -60,7 +60,7 @@ mod tests {
     use super::*;
     use clap::Parser;
 
-    /// What clap makes of a command line, if it accepts it.
+    /// Parses a command line by clap. Returns `None` if clap rejects it.
     pub(super) fn by_clap(line: &[OsString]) -> Option<Command> {
         Some(crate::Arguments::try_parse_from(line).ok()?.command)
     }
@@ -69,30 +69,30 @@ mod tests {
         text.split(' ').map(OsString::from).collect()
     }
 
-    /// Clap accepts what is accepted here, and understands the same.
-    pub(super) fn is_plain(text: &str) {
+    /// Asserts that both parsers accept a command line, with the same result.
+    pub(super) fn is_fast(text: &str) {
         let line = line(text);
         assert!(parse(line.clone()).is_some(), "{text}");
         assert_eq!(parse(line.clone()), by_clap(&line), "{text}");
     }
 
-    /// Every option of a command but those named is read here. An option that is added is read by clap alone until
-    /// somebody adds it here.
+    /// Asserts that this parser recognizes every option of a command except `unusual`. A new option fails this test until
+    /// it is added here.
     pub(super) fn knows_every_option(command: &str, before: &str, after: &str, unusual: &[&str]) {
         use clap::CommandFactory;
         let all = crate::Arguments::command();
         for option in all.find_subcommand(command).unwrap().get_arguments() {
             let Some(name) = option.get_long().filter(|name| !unusual.contains(name)) else { continue };
             let value = if option.get_action().takes_values() { " 1" } else { "" };
-            is_plain(&format!("kindling {command}{before} --{name}{value}{after}"));
+            is_fast(&format!("kindling {command}{before} --{name}{value}{after}"));
             if let Some(letter) = option.get_short() {
-                is_plain(&format!("kindling {command}{before} -{letter}{value}{after}"));
+                is_fast(&format!("kindling {command}{before} -{letter}{value}{after}"));
             }
         }
     }
 
     #[test]
-    fn other_commands_are_left_to_clap() {
+    fn other_commands_are_parsed_by_clap() {
         for text in ["kindling", "kindling doctor", "kindling --help", "kindling Run image"] {
             assert_eq!(parse(line(text)), None, "{text}");
         }

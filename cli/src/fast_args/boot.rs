@@ -48,40 +48,40 @@ pub(super) fn parse(mut words: impl Iterator<Item = OsString>) -> Option<Argumen
 
 #[cfg(test)]
 mod tests {
-    use crate::plain::parse;
-    use crate::plain::tests::{by_clap, is_plain, knows_every_option, line};
+    use crate::fast_args::parse;
+    use crate::fast_args::tests::{by_clap, is_fast, knows_every_option, line};
     use proptest::prelude::*;
     use std::ffi::OsString;
 
     #[test]
-    fn a_line_with_everything_needs_no_clap() {
-        is_plain(
+    fn a_line_with_all_options_is_parsed_without_clap() {
+        is_fast(
             "kindling boot --image i --initrd r --cmdline quiet --memory 64 --vcpus 2 --console null --env A=1 \
              -e B=2 --drive d --drive e:ro --net t --net user -p 1:2 --publish 3:4 --vsock v --entropy --balloon 5 \
              --pmem m --workdir / --hostname h --cold --report --report-json j --started-at 5 -- sh -c --image",
         );
     }
 
-    /// Those that are not cost nobody anything, because whoever gives them does not count microseconds.
+    /// The others are rare, and used where the time of the parser does not matter.
     #[test]
     fn every_option_of_an_ordinary_boot_is_known() {
         let unusual = ["user", "verify", "profile", "profile-functions", "sample"];
         let sources = ["image", "kernel", "config-file"];
         knows_every_option("boot", " --image i", "", &[&unusual[..], &sources].concat());
         for source in sources {
-            is_plain(&format!("kindling boot --{source} 1"));
+            is_fast(&format!("kindling boot --{source} 1"));
         }
     }
 
     #[test]
-    fn the_last_of_an_option_counts() {
-        is_plain(
+    fn the_last_value_of_an_option_wins() {
+        is_fast(
             "kindling boot --image a --image b --memory 1 --memory 2 --report --report --console a --console b",
         );
     }
 
     #[test]
-    fn what_is_unusual_is_left_to_clap() {
+    fn unusual_command_lines_are_parsed_by_clap() {
         for text in [
             "kindling boot",
             "kindling boot --help",
@@ -99,7 +99,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever is accepted here, clap accepts and understands in the same way.
+        /// Clap accepts every command line that this parser accepts, with the same result.
         #[test]
         fn clap_agrees(words in prop::collection::vec(prop::sample::select(vec![
             "--image", "--kernel", "--config-file", "--initrd", "--cmdline", "--memory", "--vcpus", "--console",

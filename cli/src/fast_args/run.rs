@@ -54,19 +54,19 @@ pub(super) fn parse(mut words: impl Iterator<Item = OsString>) -> Option<Argumen
 
 #[cfg(test)]
 mod tests {
-    use crate::plain::parse;
-    use crate::plain::tests::{by_clap, is_plain, knows_every_option, line};
+    use crate::fast_args::parse;
+    use crate::fast_args::tests::{by_clap, is_fast, knows_every_option, line};
     use proptest::prelude::*;
     use std::ffi::OsString;
 
     #[test]
-    fn a_line_with_everything_needs_no_clap() {
-        is_plain(
+    fn a_line_with_all_options_is_parsed_without_clap() {
+        is_fast(
             "kindling run -e A=1 --env B --workdir / -u a:b --entrypoint e -t -i -m 64 --cpus 2 --timeout 5 --name n \
              --hostname h --rm --net user -p 1:2 --publish 3:4 -v a:/b --read-only --pull never --cold --report --started-at 5 image sh -c -e",
         );
-        is_plain("kindling run image");
-        is_plain("kindling run image -- sh -c -- -e");
+        is_fast("kindling run image");
+        is_fast("kindling run image -- sh -c -- -e");
     }
 
     #[test]
@@ -77,12 +77,12 @@ mod tests {
             "-t -t -d -d",
             "-m 64 -m 65 --name a --name b -w / -w /b --pull never --pull always",
         ] {
-            is_plain(&format!("kindling run {option} image"));
+            is_fast(&format!("kindling run {option} image"));
         }
     }
 
     #[test]
-    fn what_is_unusual_is_left_to_clap() {
+    fn unusual_command_lines_are_parsed_by_clap() {
         for text in [
             "kindling run",
             "kindling run --help",
@@ -102,7 +102,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever is accepted here, clap accepts and understands in the same way.
+        /// Clap accepts every command line that this parser accepts, with the same result.
         #[test]
         fn clap_agrees(words in prop::collection::vec(prop::sample::select(vec![
             "--env", "-e", "--env-file", "--workdir", "-w", "--user", "-u", "--entrypoint", "--tty", "-t", "-i", "-d", "-m",
