@@ -11,8 +11,8 @@ fn main() {
         println!("cargo:rustc-link-arg-bins=-T{path}");
     };
     script("boot-code.ld");
-    // A page fault maps the 16 pages around it, from one multiple of 64 KiB to the next. The code of a boot starts at such
-    // a multiple, so that it spans as few of these blocks as possible (the kernel preserves a program's alignment:
+    // A page fault maps the 16 pages around it, from one multiple of 64 KiB to the next. The code of a boot starts at
+    // such a multiple, so that it spans as few of these blocks as possible (the kernel preserves a program's alignment:
     // `maximum_alignment` in fs/binfmt_elf.c).
     //
     // A position-independent program relocates itself first. Its packed relocations take 1 KiB instead of 77 KiB.

@@ -35,7 +35,7 @@ use guest_protocol::{BootMark, ExitStatus};
 /// Runs the guest's user space. `start` calls this once, on the kernel's initial stack.
 fn main() -> ! {
     if !rustix::process::getpid().is_init() {
-        // Init's program run as a payload exits immediately. The trial boots of a snapshot run it.
+        // Init's program run as a payload exits immediately. The trial guests of a pre-booted kernel run it.
         syscall::exit(0);
     }
     heap::init();

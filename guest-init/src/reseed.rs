@@ -1,5 +1,5 @@
-//! Reseeding of a guest that resumed from a snapshot: random numbers, the time and the partitions of disks are set
-//! before the payload runs. A guest where this fails must not continue.
+//! Reseeding of a guest that continues from a pre-booted kernel: random numbers, the time and the partitions of disks
+//! are set before the payload runs. A guest where this fails must not continue.
 #![expect(unsafe_code, reason = "ioctls without a safe wrapper")]
 
 use crate::panic::fatal;
@@ -19,20 +19,18 @@ struct PoolInfo {
     bytes: Seed,
 }
 
-/// Replaces the state that came with the snapshot.
+/// Replaces state of the pre-booted kernel that guests must not share.
 pub(crate) fn apply(reseed: &Reseed) {
     if let Err(error) = set_time(reseed.real_time) {
-        fatal(format_args!("cannot set the time after resuming from a snapshot: {error}"));
+        fatal(format_args!("cannot set the time of the pre-booted kernel: {error}"));
     }
     if let Err(error) = seed(reseed.entropy) {
-        fatal(format_args!(
-            "cannot reseed the random number generator after resuming from a snapshot: {error}"
-        ));
+        fatal(format_args!("cannot reseed the random number generator of the pre-booted kernel: {error}"));
     }
     read_partitions();
 }
 
-/// Makes the kernel read the partition tables of all disks: it booted with blank disks, and knows only their
+/// Makes the kernel read the partition tables of all disks: it booted with placeholder disks, and knows only their
 /// partitions. A disk without the signature of a master boot record, which precedes a GUID partition table too, has no
 /// partitions and is skipped; the kernel would read such a disk ten times.
 fn read_partitions() {

@@ -54,8 +54,8 @@ pub const OPTIONAL: [&str; 9] = [
     "debug",
 ];
 
-/// Fragments of the kernel for `kindling run`, in addition to the default ones. Its guests resume from a snapshot of a
-/// booted kernel, so that most options that slow down a boot cost nothing (docs/kernel-prices.md).
+/// Fragments of the kernel for `kindling run`, in addition to the default ones. Its guests continue from a pre-booted
+/// kernel, so that most options that slow down a boot cost nothing (docs/kernel-prices.md).
 pub const RUN: [&str; 4] = ["pmem", "container", "netfilter", "hardening"];
 
 /// All fragments of this crate, default and optional.

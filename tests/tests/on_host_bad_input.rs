@@ -80,7 +80,10 @@ fn invalid_elf_segments_are_refused() {
     refused(&["--kernel", &with(64 + 24, u64::MAX - 4)], "impossible sizes");
     refused(&["--kernel", &with(64 + 32, 1 << 40)], "impossible sizes");
     refused(&["--kernel", &with(64 + 24, 0x8000)], "lies below 1 MiB");
-    refused(&["--kernel", &with(24, 0x8000)], "entry point 0x8000 is in none of its segments");
+    refused(
+        &["--kernel", &with(24, 0x8000)],
+        "cannot be booted: its entry point 0x8000 is outside of its segments\n",
+    );
 }
 
 #[test]
@@ -338,8 +341,8 @@ fn invalid_network_options_are_refused() {
     let scratch = KernelFolder::new();
     let kernel = scratch.kernel();
     for (net, expected) in [
-        ("a-name-of-17-byte", "the name of an interface has 1 to 15 bytes"),
-        ("", "the name of an interface has 1 to 15 bytes"),
+        ("a-name-of-17-byte", "an interface name has 1 to 15 bytes"),
+        ("", "an interface name has 1 to 15 bytes"),
         ("a/b", "no interface can have this name"),
         ("tap0,mtu=67", "network interface net0: its MTU is 67; one is 68 to 65535 bytes"),
         ("tap0,mtu=65536", "\"65536\" is not a number of bytes"),

@@ -13,7 +13,7 @@ pub enum GuestRequest {
     End(ExitStatus),
     /// The guest requests a reset.
     Reset,
-    /// The guest has reached the stage at which the machine freezes, to be saved as a snapshot (a preboot).
+    /// The guest has reached the stage at which the machine stops, to be captured as a pre-booted kernel.
     Capture,
     /// The write cannot complete yet; the vCPU repeats it after a short time.
     Retry,

@@ -1,9 +1,9 @@
 //! Startup of a program that defines `main` itself, without the runtime startup of Rust's standard library.
 //!
 //! That startup prepares to distinguish stack overflows from other faults: the C library reads and parses
-//! /proc/self/maps for it, and every thread gets a signal stack. All this takes 0.1 ms of a boot, and its only effect is
-//! one more line of output before the process ends by the same signal: every stack has a guard page in either case. The
-//! other steps of that startup are done here.
+//! /proc/self/maps for it, and every thread gets a signal stack. All this takes 0.1 ms of a boot, and its only effect
+//! is one more line of output before the process ends by the same signal: every stack has a guard page in either case.
+//! The other steps of that startup are done here.
 #![expect(unsafe_code, reason = "signal and mallopt have no safe interface")]
 
 use rustix::fs::{Mode, OFlags, open};
@@ -17,8 +17,8 @@ pub fn prepare() {
     unsafe {
         // Writing to a pipe without a reader returns an error instead of a signal, and the guest continues.
         libc::signal(libc::SIGPIPE, libc::SIG_IGN);
-        // A vCPU thread allocates almost nothing; a malloc arena of its own would take 128 MiB of address space and five
-        // system calls.
+        // A vCPU thread allocates almost nothing; a malloc arena of its own would take 128 MiB of address space and
+        // five system calls.
         libc::mallopt(libc::M_ARENA_MAX, 1);
     }
 }
@@ -32,8 +32,8 @@ pub fn raise_descriptor_limit() {
     let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
 }
 
-/// Opens /dev/null for each closed standard stream, so that no file of this program gets its number: the guest's console
-/// would be written to that file.
+/// Opens /dev/null for each closed standard stream, so that no file of this program gets its number: the guest's
+/// console would be written to that file.
 fn open_standard_streams() {
     for stream in [rustix::stdio::stdin(), rustix::stdio::stdout(), rustix::stdio::stderr()] {
         if fcntl_getfd(stream) == Err(Errno::BADF)

@@ -247,8 +247,8 @@ impl EventLoop {
         }
     }
 
-    /// Tells the front of a device that has failed, once. A failure on a vCPU's thread is reported with the device's next
-    /// event, or with the machine's end.
+    /// Tells the front of a device that has failed, once. A failure on a vCPU's thread is reported with the device's
+    /// next event, or with the machine's end.
     fn report_failure(&mut self, device: usize) {
         let Some(control) = self.control.as_ref().filter(|_| !self.reported[device]) else { return };
         let failure = lock(&self.devices[device]).failure();

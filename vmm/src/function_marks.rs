@@ -43,7 +43,7 @@ pub enum MarkError {
         source: io::Error,
     },
     /// The kernel's file does not contain the addresses of its segments.
-    #[error("functions can be marked in an uncompressed kernel (vmlinux) only; {} is not one: {source}", path.display())]
+    #[error("functions can be marked in an uncompressed kernel (vmlinux) only; {} is not one", path.display())]
     Kernel {
         /// The file.
         path: PathBuf,

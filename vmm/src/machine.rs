@@ -94,8 +94,8 @@ impl Machine {
         }
     }
 
-    /// Builds the machine from opened resources. If its pre-booted kernel matches and cannot be restored all the same, the
-    /// error is [`PrebootError::Restore`].
+    /// Builds the machine from opened resources. If its pre-booted kernel matches and cannot be restored all the same,
+    /// the error is [`PrebootError::Restore`].
     pub(crate) fn with_resources(
         config: &Config,
         resources: Resources,
@@ -197,8 +197,8 @@ impl Machine {
         })
     }
 
-    /// Why this machine boots although its configuration names a pre-booted kernel: the file is damaged, or was made for
-    /// another configuration or host.
+    /// Why this machine boots although its configuration names a pre-booted kernel: the file is damaged, or was made
+    /// for another configuration or host.
     #[must_use]
     pub const fn preboot_refusal(&self) -> Option<&PrebootError> {
         self.preboot_refusal.as_ref()

@@ -6,7 +6,8 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::Instant;
 use vmm_sys_util::eventfd::EventFd;
 
-/// Waits until a descriptor is readable or its other end is closed, at most until `until`. Returns `false` at that time.
+/// Waits until a descriptor is readable or its other end is closed, at most until `until`. Returns `false` at that
+/// time.
 ///
 /// # Errors
 /// When the host has no memory for the wait.

@@ -50,8 +50,8 @@ impl StopHandle {
         let _ = self.0.write(1);
     }
 
-    /// The eventfd of the handle. Writing a nonzero 8-byte integer to it has the effect of [`Self::stop`]; a signal handler
-    /// may do so.
+    /// The eventfd of the handle. Writing a nonzero 8-byte integer to it has the effect of [`Self::stop`]; a signal
+    /// handler may do so.
     #[must_use]
     pub fn as_raw_fd(&self) -> i32 {
         self.0.as_raw_fd()

@@ -1,4 +1,4 @@
-//! A latch for vCPUs that continue from a preboot: all but one wait until that one has reached init.
+//! A latch for vCPUs that continue from a pre-booted kernel: all but one wait until that one has reached init.
 //!
 //! The path to init is one instruction of one vCPU. Then all pages that the guest is going to write are copied. Copying
 //! a page while several vCPUs run invalidates it for the others first, and vCPUs that access it spin in KVM until it is
@@ -8,8 +8,8 @@ use crate::bus::lock;
 use std::sync::{Condvar, Mutex};
 use std::time::Duration;
 
-/// Maximum wait of the others. The kernel was frozen in the middle of the work of its vCPUs, so that the first one may
-/// depend on the others before it reaches init.
+/// Maximum wait of the others. The kernel was captured in the middle of the work of its vCPUs, so that the first one
+/// may depend on the others before it reaches init.
 const TIMEOUT: Duration = Duration::from_millis(20);
 
 /// Starts one vCPU immediately, and the others when the latch is opened.

@@ -61,8 +61,8 @@ impl VcpuThreads {
         Ok(Self { threads: Vec::new(), outcomes: Arc::default(), ended, stopping, pause: Arc::default() })
     }
 
-    /// Starts the thread of a vCPU, which waits at `latch` first. If `is_captured` is set, the thread reads the time stamp
-    /// counter at its end.
+    /// Starts the thread of a vCPU, which waits at `latch` first. If `is_captured` is set, the thread reads the time
+    /// stamp counter at its end.
     ///
     /// # Errors
     /// When the host has no thread or descriptor left.

@@ -19,7 +19,7 @@ pub(crate) const TESTBED: &str = "/testbed";
 /// Memory of a lab in MiB; the largest guest has 4096.
 pub(crate) const MEMORY_MIB: u64 = 6144;
 /// Limit of the time without output of a test; the slowest take half a minute.
-const OUTPUT_TIMEOUT: Duration = Duration::from_secs(180);
+const OUTPUT_TIMEOUT: Duration = Duration::from_secs(300);
 /// The limit for slow tests.
 const SLOW_OUTPUT_TIMEOUT: Duration = Duration::from_secs(3600);
 /// The environment variable with the number of rounds of tests that repeat their work.

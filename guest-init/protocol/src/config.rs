@@ -119,7 +119,7 @@ pub struct BootInfo {
     pub vm_age: Option<u64>,
     /// Whether init sends the kernel's log to [`port::KERNEL_LOG`](crate::port::KERNEL_LOG) before the guest ends.
     pub kernel_log: bool,
-    /// Set if the kernel was booted earlier, for another guest, and this guest resumed from its snapshot.
+    /// Set if the guest continues from a pre-booted kernel, which other guests share.
     pub reseed: Option<Reseed>,
 }
 
@@ -132,7 +132,7 @@ impl BootInfo {
     };
 }
 
-/// State that two guests must not share, although they resumed from the same snapshot.
+/// State that two guests must not share, although they continue from the same pre-booted kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Reseed {
     /// Wall-clock time: nanoseconds since 1970 when the frame was encoded.

@@ -37,7 +37,7 @@ pub enum BootError {
     #[error("{} is not a Linux kernel: it is neither an ELF file (vmlinux) nor a bzImage", .0.display())]
     UnknownFormat(PathBuf),
     /// An ELF file that is not a kernel for this machine.
-    #[error("{} cannot be booted: {source}", path.display())]
+    #[error("{} cannot be booted", path.display())]
     Elf {
         /// The file.
         path: PathBuf,

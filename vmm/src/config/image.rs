@@ -214,7 +214,8 @@ impl Image {
         }
     }
 
-    /// The path of the preboot of the image in `directory`, for a machine of this size with devices of these types.
+    /// The path of the pre-booted kernel of the image in `directory`, for a machine of this size with devices of these
+    /// types.
     #[must_use]
     pub fn preboot_path(directory: &Path, machine: &MachineConfig, devices: &Devices) -> PathBuf {
         let kinds = devices.kinds();

@@ -39,8 +39,8 @@ pub struct Config {
     pub guest: GuestConfig,
     /// What to record during the boot; `None` by default, because recording slows the boot down.
     pub profile: Option<ProfileConfig>,
-    /// Path of a pre-booted kernel ([`crate::control::Monitor::start_preboot`]). The machine continues from it if the file exists and matches the
-    /// configuration and the host; otherwise it boots.
+    /// Path of a pre-booted kernel ([`crate::control::Monitor::start_preboot`]). The machine continues from it if the
+    /// file exists and matches the configuration and the host; otherwise it boots.
     pub preboot: Option<PathBuf>,
 }
 

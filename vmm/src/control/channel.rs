@@ -31,7 +31,7 @@ pub enum ControlError {
     #[error("kindling-vmm exited unexpectedly")]
     Disconnected,
     /// A signal killed the monitor.
-    #[error("kindling-vmm was killed by signal {0}{hint}", hint = if *.0 == 9 { "; the host may be out of memory" } else { "" })]
+    #[error("kindling-vmm was killed by signal {0}{hint}", hint = signal_hint(*.0))]
     Killed(i32),
     /// The monitor did not exit in time, and was killed.
     #[error("kindling-vmm did not stop in time and was killed")]
@@ -48,6 +48,11 @@ pub enum ControlError {
     /// A frame cannot be decoded, or comes from another version.
     #[error("kindling and kindling-vmm are of different versions; install both from one build")]
     Version,
+}
+
+/// A possible cause of a signal, to append to a message: SIGKILL is also the signal of the kernel's OOM killer.
+const fn signal_hint(signal: i32) -> &'static str {
+    if signal == 9 { "; the host may be out of memory" } else { "" }
 }
 
 impl From<Errno> for ControlError {

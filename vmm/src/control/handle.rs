@@ -42,7 +42,8 @@ impl Control {
         Ok(Self { channel, balloon, detached: None })
     }
 
-    /// Receives a request that has arrived. Returns `None` if the front has closed the socket, or sends an invalid frame.
+    /// Receives a request that has arrived. Returns `None` if the front has closed the socket, or sends an invalid
+    /// frame.
     pub(crate) fn receive(&mut self) -> Option<Request> {
         let (request, mut descriptors) = self.channel.receive(REQUEST_MAX).ok().flatten()?;
         if matches!(request, Request::Query(_, Query::Detach)) {

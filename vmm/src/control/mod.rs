@@ -1,9 +1,9 @@
 //! The socket between a front and its monitor, `kindling-vmm`. The front sends a configuration with descriptors of all
 //! files that it names, and then requests; the monitor sends events.
 //!
-//! Both ends have the same version and run on the same host. A frame is one value in postcard's encoding ([`channel`]).
-//! The front does not trust the monitor, because the guest may have taken it over: every event has a maximum length, and
-//! contains only text, numbers and the kind of event.
+//! Both ends have the same version and run on the same host. A frame is one value in postcard's encoding (`channel.rs`).
+//! The front does not trust the monitor, because the guest may have taken it over: every event has a maximum length,
+//! and contains only text, numbers and the kind of event.
 
 pub(crate) mod channel;
 mod front;
@@ -85,8 +85,8 @@ pub(crate) enum Role {
     Preboot,
     /// A file that the monitor locks until it exits. Other processes read the monitor's process ID from the lock.
     Lock,
-    /// The backend of the next device that has one. A shared folder has two descriptors: its server's socket, and the pipe
-    /// with the server's error messages.
+    /// The backend of the next device that has one. A shared folder has two descriptors: its server's socket, and the
+    /// pipe with the server's error messages.
     Device,
 }
 
@@ -152,8 +152,8 @@ pub struct Failure {
 /// Maximum size of a request in bytes: arguments and environment have at most 2 MiB, and the rest of a configuration is
 /// small.
 const REQUEST_MAX: usize = 4 << 20;
-/// Maximum size of an event in bytes. The largest is [`Event::Stopped`], which includes 20 lines of the console. Decoded,
-/// an event takes at most 20 times as much memory.
+/// Maximum size of an event in bytes. The largest is [`Event::Stopped`], which includes 20 lines of the console.
+/// Decoded, an event takes at most 20 times as much memory.
 const EVENT_MAX: usize = 256 << 10;
 
 /// Decodes bytes as a request and as an event, as received over the socket.

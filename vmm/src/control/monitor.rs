@@ -112,7 +112,8 @@ impl Received {
                 Role::Initrd => initrd = Some(File::from(descriptor)),
                 Role::Preboot => resources.preboot = Some(File::from(descriptor)),
                 Role::Lock => {
-                    // Without the lock, `kindling stats` and `kindling kill` do not find this process, but the guest runs.
+                    // Without the lock, `kindling stats` and `kindling kill` do not find this process, but the guest
+                    // runs.
                     let _ = fcntl_lock(&descriptor, FlockOperation::NonBlockingLockExclusive);
                     lock = Some(descriptor);
                 }

@@ -17,7 +17,7 @@ pub struct Mark {
 #[derive(Debug, Default)]
 pub struct BootMarks {
     marks: Vec<Mark>,
-    /// The stage at which the machine freezes.
+    /// The stage at which the machine stops, to be captured.
     capture_at: Option<u8>,
     /// Callbacks for the first mark of a stage.
     actions: Vec<(u8, Action)>,
@@ -35,7 +35,7 @@ impl BootMarks {
     /// Number of marks that are recorded: a boot writes a handful. Further marks are dropped.
     pub const CAPACITY: usize = 64;
 
-    /// Creates a device that freezes the machine when the guest reaches `stage`.
+    /// Creates a device that requests the capture of the machine when the guest reaches `stage`.
     #[must_use]
     pub const fn capturing_at(stage: u8) -> Self {
         Self { marks: Vec::new(), capture_at: Some(stage), actions: Vec::new() }
@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn one_mark_captures_the_machine() {
+    fn one_mark_requests_the_capture_of_the_machine() {
         let mut device = BootMarks::capturing_at(0x11);
         assert_eq!(device.write(0, &[0x10]), None);
         assert_eq!(device.write(0, &[0x11]), Some(GuestRequest::Capture));

@@ -15,16 +15,16 @@ pub struct Configuration {
     vm_created: Instant,
     /// Whether init sends the kernel log.
     kernel_log: bool,
-    /// Whether the kernel booted for another guest, and this guest resumed from its snapshot.
-    is_resumed: bool,
+    /// Whether the guest continues from a pre-booted kernel.
+    is_prebooted: bool,
     /// The response to the last nonce, and the frame.
     answer: Vec<u8>,
     position: usize,
 }
 
 impl Configuration {
-    /// A device that responds with `config`, and with the time since `vm_created`. If `is_resumed`, the guest's kernel
-    /// booted for another guest, and every response has a [`Reseed`].
+    /// Creates a device that responds with `config`, and with the time since `vm_created`. If `is_prebooted` is set,
+    /// the guest continues from a pre-booted kernel, and every response has a [`Reseed`].
     ///
     /// # Errors
     /// When the configuration does not fit into a frame.
@@ -32,17 +32,17 @@ impl Configuration {
         config: GuestConfig,
         vm_created: Instant,
         kernel_log: bool,
-        is_resumed: bool,
+        is_prebooted: bool,
     ) -> Result<Self, FrameError> {
-        // The frame is made anew for each question, because it says how old the VM is; making it
-        // once here shows that it can be made.
+        // The frame is encoded for each request, because it contains the age of the VM; encoding it here once checks
+        // that the configuration fits.
         config.to_frame(&BootInfo::LONGEST)?;
-        Ok(Self { config, vm_created, kernel_log, is_resumed, answer: Vec::new(), position: 0 })
+        Ok(Self { config, vm_created, kernel_log, is_prebooted, answer: Vec::new(), position: 0 })
     }
 
     fn restart(&mut self, nonce: u32) {
         let vm_age = Some(Instant::now().since(self.vm_created));
-        let reseed = self.is_resumed.then(reseed).transpose();
+        let reseed = self.is_prebooted.then(reseed).transpose();
         // Init stops at an empty frame: no guest may run with the random numbers of another.
         let frame = reseed
             .ok()
@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn a_resumed_guest_gets_the_time_and_new_random_numbers() {
+    fn a_guest_from_a_prebooted_kernel_gets_the_time_and_new_random_numbers() {
         let mut device = Configuration::new(GuestConfig::default(), Instant::now(), false, true).unwrap();
         let mut seeds = Vec::new();
         for nonce in 0..2 {

@@ -19,17 +19,17 @@ use std::fs::File;
 use std::io;
 use std::path::Path;
 
-/// Number of trial guests, which run one after the other. The first shows which pages guests write to, and the next starts
-/// as all later ones do. With several vCPUs the written pages differ slightly between runs; the pages that were copied in
-/// advance count as written, so that the list has those of all trials.
+/// Number of trial guests, which run one after the other. The first shows which pages guests write to, and the next
+/// starts as all later ones do. With several vCPUs the written pages differ slightly between runs; the pages that were
+/// copied in advance count as written, so that the list has those of all trials.
 const TRIALS: u32 = 2;
 
 /// The payload of trial guests: init's own program, which every image has, and which exits immediately if it is not
 /// process 1.
 const TRIAL_PAYLOAD: &str = "/proc/self/exe";
 
-/// The configuration of the machine that is captured in `path`: that of later guests, without the parts that differ between
-/// guests.
+/// The configuration of the machine that is captured in `path`: that of later guests, without the parts that differ
+/// between guests.
 pub(crate) fn configuration(config: &Config, path: &Path) -> Config {
     Config {
         console: Console::Null,
@@ -40,13 +40,13 @@ pub(crate) fn configuration(config: &Config, path: &Path) -> Config {
     }
 }
 
-/// Boots a machine up to init, writes its state to `file`, and runs trial guests from it. The disks of the booted machine
-/// are zeroes, of the disks' size; the trial guests have the backends of `resources`. `control` creates each machine's
-/// connection to the front.
+/// Boots a machine up to init, writes its state to `file`, and runs trial guests from it. The disks of the booted
+/// machine are zeroes, of the disks' size; the trial guests have the backends of `resources`. `control` creates each
+/// machine's connection to the front.
 ///
 /// # Errors
-/// When a machine cannot be built, its guest does not reach init, the file cannot be written, or a trial guest does not end
-/// with status 0.
+/// When a machine cannot be built, its guest does not reach init, the file cannot be written, or a trial guest does not
+/// end with status 0.
 pub(crate) fn capture(
     config: &Config,
     resources: &Resources,

@@ -9,8 +9,8 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-/// The directory and name of a file to create. The directory is never a symbolic link, which another user who can write to
-/// its parent could have placed there.
+/// The directory and name of a file to create. The directory is never a symbolic link, which another user who can write
+/// to its parent could have placed there.
 #[derive(Debug)]
 pub(crate) struct Destination {
     folder: OwnedFd,
@@ -45,8 +45,8 @@ impl Destination {
     pub(crate) fn create_unnamed_file(&self) -> io::Result<File> {
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
         let file = File::from(openat(&self.folder, ".", flags, Mode::from_raw_mode(0o644))?);
-        // The mode does not depend on the umask: the file contains nothing that the guest of another user could not read
-        // as well.
+        // The mode does not depend on the umask: the file contains nothing that the guest of another user could not
+        // read as well.
         file.set_permissions(Permissions::from_mode(0o644))?;
         Ok(file)
     }

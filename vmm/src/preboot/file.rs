@@ -23,8 +23,8 @@ const MAGIC: [u8; 8] = *b"KINDLING";
 const HEADER_LEN: usize = 16;
 /// Version of everything after the magic. Files of other versions are rejected.
 const FORMAT: u32 = 4;
-/// Maximum size in bytes of an encoded state: it takes 6 KiB, and 7 KiB for each of 16 vCPUs. Decoding a hostile state takes
-/// up to 600 times its size in memory before it is rejected.
+/// Maximum size in bytes of an encoded state: it takes 6 KiB, and 7 KiB for each of 16 vCPUs. Decoding a hostile state
+/// takes up to 600 times its size in memory before it is rejected.
 const STATE_MAX: u32 = 192 << 10;
 /// Offset of the pages. It does not depend on the length of the state, which is written again after the pages.
 pub(super) const PAGES_OFFSET: u64 = 256 << 10;

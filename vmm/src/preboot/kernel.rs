@@ -24,8 +24,8 @@ pub(crate) struct Preboot {
 }
 
 impl Preboot {
-    /// Opens the pre-booted kernel that the configuration names, or uses `file` if it is open already. Returns `None` if the
-    /// configuration names none or the file does not exist.
+    /// Opens the pre-booted kernel that the configuration names, or uses `file` if it is open already. Returns `None`
+    /// if the configuration names none or the file does not exist.
     pub(crate) fn open(config: &Config, file: Option<File>) -> Result<Option<Self>, PrebootError> {
         let Some(path) = &config.preboot else { return Ok(None) };
         match file.map_or_else(|| file::open(path), Ok) {
@@ -98,7 +98,8 @@ impl Preboot {
     }
 
     /// Registers a callback for init's first boot mark that copies the pages that the guest is going to write, and then
-    /// opens the returned latch, at which the other vCPUs wait. Init starts sooner than if the pages were copied before.
+    /// opens the returned latch, at which the other vCPUs wait. Init starts sooner than if the pages were copied
+    /// before.
     pub(crate) fn open_latch_at_init(&self, memory: &GuestMemory, marks: &mut BootMarks) -> Arc<StartLatch> {
         let latch = Arc::new(StartLatch::closed_except(self.state.init_vcpu));
         let (memory, written, opened) = (memory.clone(), self.state.written.clone(), Arc::clone(&latch));

@@ -1,8 +1,8 @@
 //! Pre-booted kernels: the state of a machine whose guest has reached init, saved in a file from which later machines
 //! continue.
 //!
-//! A kernel boots the same way each time if image, vCPUs, memory and processor are the same. A monitor therefore boots a
-//! machine once ([`crate::control::Monitor::start_preboot`]) and stops it just before init's first boot mark
+//! A kernel boots the same way each time if image, vCPUs, memory and processor are the same. A monitor therefore boots
+//! a machine once ([`crate::control::Monitor::start_preboot`]) and stops it just before init's first boot mark
 //! ([`guest_protocol::BootMark::InitEntered`]). Nothing before that mark depends on the payload, and init executes the
 //! instruction of the mark again in each later machine. Later machines map the saved pages of guest memory and set the
 //! registers. State that two guests must not share, random numbers and the time, is requested by init afterwards and

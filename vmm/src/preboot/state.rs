@@ -45,16 +45,16 @@ pub(super) fn digests(config: &Config) -> Result<&Digests, PrebootError> {
     config.boot_source.image_digests.as_ref().ok_or(PrebootError::NotAnImage)
 }
 
-/// The name of the directory of pre-booted kernels for this boot source: a digest of this program's version, the image and
-/// the kernel command line. `None` if the boot source does not belong to an image.
+/// The name of the directory of pre-booted kernels for this boot source: a digest of this program's version, the image
+/// and the kernel command line. `None` if the boot source does not belong to an image.
 #[must_use]
 pub fn key(config: &Config) -> Option<String> {
     let Inputs { vmm, image, boot_args, .. } = Inputs::of_config(config).ok()?;
     Some(sha256(format!("{vmm}\n{image}\n{boot_args}").as_bytes()))
 }
 
-/// The CPUID entries that a kernel may be patched for. Descriptions of caches are left out: on hosts with different kinds of
-/// cores, they depend on the core that executes CPUID.
+/// The CPUID entries that a kernel may be patched for. Descriptions of caches are left out: on hosts with different
+/// kinds of cores, they depend on the core that executes CPUID.
 pub(super) fn features(cpuid: &CpuId) -> impl Iterator<Item = &kvm_cpuid_entry2> {
     const CACHES: [u32; 5] = [0x2, 0x4, 0x8000_0005, 0x8000_0006, 0x8000_001d];
     cpuid.as_slice().iter().filter(|entry| !CACHES.contains(&entry.function))

@@ -1,5 +1,5 @@
-//! Verifies kernel and initramfs against the digests of their image. They are copied into memory files first, so that later
-//! writes to the image's files do not change what is booted.
+//! Verifies kernel and initramfs against the digests of their image. They are copied into memory files first, so that
+//! later writes to the image's files do not change what is booted.
 
 use crate::boot::BootFiles;
 use crate::config::image::{Digests, sha256_copying};

@@ -1,4 +1,5 @@
-//! Receives the events of a monitor: their number is bounded, and their order is kept while the front waits for an answer.
+//! Receives the events of a monitor: their number is bounded, and their order is kept while the front waits for an
+//! answer.
 
 use super::super::channel::Channel;
 use super::super::{ControlError, EVENT_MAX, Event};

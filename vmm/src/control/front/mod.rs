@@ -89,9 +89,9 @@ impl Monitor {
         self.send_start(config, resources, lock, timeline, Request::Start)
     }
 
-    /// Pre-boots a kernel for the machines of a configuration, and runs trial guests from it. The console, the payload and
-    /// the contents of the disks are not used. The digests of kernel and initrd are compared with the image's first, and
-    /// the compared copies are booted. [`Event::Prebooted`] or [`Event::Failed`] follows.
+    /// Pre-boots a kernel for the machines of a configuration, and runs trial guests from it. The console, the payload
+    /// and the contents of the disks are not used. The digests of kernel and initrd are compared with the image's
+    /// first, and the compared copies are booted. [`Event::Prebooted`] or [`Event::Failed`] follows.
     ///
     /// # Errors
     /// When kernel or initrd do not match the image's digests, a file cannot be opened or created, or the monitor has
@@ -224,8 +224,8 @@ impl Monitor {
         Ok(())
     }
 
-    /// Drops the handle without waiting for the monitor, for a front that exits now. The machine stops, if it still runs,
-    /// when the exit closes the socket.
+    /// Drops the handle without waiting for the monitor, for a front that exits now. The machine stops, if it still
+    /// runs, when the exit closes the socket.
     pub fn forget(mut self) {
         // The servers of shared folders exit with the monitor; waiting for them is not necessary.
         self.listeners.clear();

@@ -169,7 +169,7 @@ impl Balloon {
         })
     }
 
-    /// Sets the target size to 0, for a kernel that is booted once for many guests (a preboot).
+    /// Makes the device a placeholder, with which a kernel is pre-booted: sets the target size to 0.
     #[must_use]
     pub fn placeholder(self) -> Self {
         self.shared.target.store(0, Ordering::Release);

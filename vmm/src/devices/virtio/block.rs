@@ -169,13 +169,13 @@ impl Block {
         })
     }
 
-    /// Replaces the file by a sparse memory file of the same size, for a kernel that is booted once for many disks (a
-    /// preboot).
+    /// Makes the device a placeholder, with which a kernel is pre-booted: replaces the file by a sparse memory file of
+    /// the same size.
     ///
     /// # Errors
     /// When the host is out of memory.
     pub fn placeholder(mut self) -> io::Result<Self> {
-        let file = File::from(rustix::fs::memfd_create("blank disk", rustix::fs::MemfdFlags::CLOEXEC)?);
+        let file = File::from(rustix::fs::memfd_create("placeholder disk", rustix::fs::MemfdFlags::CLOEXEC)?);
         file.set_len(self.sectors * SECTOR)?;
         self.io = FileIo::new(file, QUEUE_SIZE);
         Ok(self)

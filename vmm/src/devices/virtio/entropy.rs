@@ -26,7 +26,7 @@ pub struct Entropy {
     limiter: RateLimiter,
     /// Time at which waiting chains are served; `None` when no chain waits.
     resume_at: Option<Instant>,
-    /// Whether requests wait until this device is replaced, see [`Self::blank`].
+    /// Whether requests wait until this device is replaced, see [`Self::placeholder`].
     is_placeholder: bool,
 }
 
@@ -38,9 +38,9 @@ impl Entropy {
         Self { limiter, resume_at: None, is_placeholder: false }
     }
 
-    /// Makes the device complete no request, for a kernel that is booted once for many guests (a preboot): random
-    /// numbers that the kernel has received and not used would be the same in all of them. Its request waits for the
-    /// device that replaces this one.
+    /// Makes the device a placeholder, with which a kernel is pre-booted: it completes no request, because random
+    /// numbers that the kernel has received and not used would be the same in all later guests. The kernel's request
+    /// waits for the device that replaces this one.
     #[must_use]
     pub fn placeholder(self) -> Self {
         Self { is_placeholder: true, ..self }

@@ -93,12 +93,12 @@ impl Pmem {
         })
     }
 
-    /// Replaces the file by a memory file of zeroes, for a kernel that is booted once for many files (a preboot).
+    /// Makes the device a placeholder, with which a kernel is pre-booted: replaces the file by a memory file of zeroes.
     ///
     /// # Errors
     /// When the host is out of memory.
     pub fn placeholder(mut self) -> io::Result<Self> {
-        let file = File::from(rustix::fs::memfd_create("blank memory", rustix::fs::MemfdFlags::CLOEXEC)?);
+        let file = File::from(rustix::fs::memfd_create("placeholder pmem", rustix::fs::MemfdFlags::CLOEXEC)?);
         file.set_len(self.mapping.size())?;
         self.mapping = Arc::new(MappedFile::new(&file, self.mapping.size(), self.mapping.is_writable())?);
         self.io = FileIo::new(file, 1);

@@ -218,8 +218,8 @@ fn a_restored_balloon_keeps_the_actual_size() {
     other.transport.restore(&state);
     assert_eq!(other.configuration(0, 8), [256_u32.to_le_bytes(), 77_u32.to_le_bytes()].concat());
     assert_eq!(other.interrupts(), 1, "the target is different");
-    let blank = Balloon::new(&EVERYTHING).unwrap().placeholder();
-    assert_eq!(blank.configuration(), [0; 16]);
+    let placeholder = Balloon::new(&EVERYTHING).unwrap().placeholder();
+    assert_eq!(placeholder.configuration(), [0; 16]);
 }
 
 #[test]

@@ -125,7 +125,7 @@ enum ReceiveStep {
 type ServerError = String;
 
 impl SharedFolder {
-    /// Creates a device with this server, or with none, for a kernel that is booted once for many guests (a preboot).
+    /// Creates a device with this server, or without one as a placeholder, with which a kernel is pre-booted.
     #[must_use]
     pub fn with(tag: &str, server: Option<Server>) -> Self {
         let incoming = ReplyStream { buffer: vec![0; BUFFER], unread: 0..0, missing: 0, target: None };

@@ -1,4 +1,4 @@
-//! The saved state of a device, for a machine that continues from a snapshot (a preboot).
+//! The saved state of a device, for a machine that continues from a pre-booted kernel.
 
 use super::{Registers, Transport, status};
 use crate::devices::virtio::{Device, DeviceError};

@@ -195,8 +195,8 @@ impl Net {
         Self::new(link, interface)
     }
 
-    /// Creates a device with a link that is not connected to anything, for a kernel that is booted once for many guests
-    /// (a preboot). The driver sees no difference.
+    /// Creates a placeholder, with which a kernel is pre-booted: a device with a link that is not connected to
+    /// anything. The driver sees no difference.
     ///
     /// # Errors
     /// When the process has no file descriptor left.

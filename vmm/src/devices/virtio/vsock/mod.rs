@@ -87,7 +87,7 @@ impl Vsock {
         Ok(Self::with(config, Listener::bind(&config.uds_path)?))
     }
 
-    /// Creates a device without a reachable Unix socket, for a kernel that is booted once for many guests (a preboot).
+    /// Creates a placeholder, with which a kernel is pre-booted: a device without a reachable Unix socket.
     ///
     /// # Errors
     /// When the process has no file descriptor left.
