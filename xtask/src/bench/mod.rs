@@ -14,7 +14,7 @@ pub(crate) mod peer;
 mod plan;
 mod process;
 mod report;
-pub(crate) mod run;
+mod run;
 mod smaps;
 pub(crate) mod statistics;
 mod svg;

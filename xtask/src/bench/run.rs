@@ -25,17 +25,17 @@ use std::time::Duration;
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub(crate) struct Images {
     /// `kindling-oci`, which lies beside `kindling`.
-    pub(crate) converter: PathBuf,
+    pub(super) converter: PathBuf,
     /// `kindling-vmm`, which lies there too.
-    pub(crate) monitor: PathBuf,
+    monitor: PathBuf,
     /// `kindling-fs`, which lies there too.
-    pub(crate) server: PathBuf,
+    server: PathBuf,
     /// A folder with mke2fs, which formats volumes.
     filesystems: PathBuf,
     /// A container image of one small static program.
     hello: PathBuf,
     /// A container image of busybox.
-    pub(crate) busybox: PathBuf,
+    busybox: PathBuf,
     /// Kernel and initramfs (with busybox) of a guest with a virtio console, for other monitors.
     console: Option<Console>,
 }
@@ -69,7 +69,7 @@ const NAME: &str = "bench";
 
 impl Images {
     /// Creates the images in a folder, without the guest with a virtio console.
-    pub(crate) fn make(folder: &Path) -> Result<Self> {
+    pub(super) fn make(folder: &Path) -> Result<Self> {
         let (hello, busybox) = (folder.join("hello"), folder.join("busybox"));
         super::put(&hello.join("tree"), payload::PATH, &payload::program())?;
         put_busybox(&busybox.join("tree"))?;

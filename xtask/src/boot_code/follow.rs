@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
 #[derive(Args, Debug)]
@@ -28,7 +28,7 @@ pub(crate) struct Arguments {
 pub(crate) struct Plan {
     /// Link-time addresses of the functions.
     pub(crate) addresses: Vec<u64>,
-    /// The command line of each run of `kindling`. A run from a pre-booted kernel and an image is prepared by another.
+    /// Options and payload of each run of `kindling boot`.
     pub(crate) runs: Vec<String>,
 }
 
@@ -53,19 +53,12 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let mut reached = Vec::new();
     for run in &plan.runs {
         let run = run.replace(DEVICES, &devices);
-        // Of a boot its kernel, and of a run everything that is cached.
-        let preparation = match run.strip_prefix("boot ") {
-            Some(rest) if rest.contains("--cold") => None,
-            Some(rest) => rest.split_once(" -- ").map(|(options, _)| format!("preboot {options}")),
-            None => Some(run.clone()),
-        };
-        if let Some(preparation) = preparation
-            && !kindling(&preparation, folder.path()).status()?.success()
-        {
-            bail!("kindling {preparation}: the command failed");
+        let (options, _) = run.split_once(" -- ").context("a run without a payload")?;
+        if !options.contains("--cold") && !kindling("preboot", options).status()?.success() {
+            bail!("kindling preboot {options}: the command failed");
         }
-        let addresses = follow(kindling(&run, folder.path()), &plan.addresses);
-        reached.push(addresses.with_context(|| format!("kindling {run}"))?);
+        let addresses = follow(kindling("boot", &run), &plan.addresses);
+        reached.push(addresses.with_context(|| format!("kindling boot {run}"))?);
         // The monitor leaves the socket behind, and the next one could not bind it.
         let _ = fs::remove_file(vsock);
     }
@@ -73,19 +66,12 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     Ok(0)
 }
 
-/// A `kindling` command with its files in `folder`; arguments are split at spaces.
-fn kindling(line: &str, folder: &Path) -> Command {
+/// A `kindling` command; arguments are split at spaces.
+fn kindling(command: &str, arguments: &str) -> Command {
     let mut kindling = Command::new("kindling");
-    kindling.args(line.split_whitespace()).env("KINDLING_IMAGE", IMAGE).stdin(Stdio::null());
-    for variable in ["XDG_RUNTIME_DIR", "XDG_CACHE_HOME", "XDG_DATA_HOME"] {
-        kindling.env(variable, folder);
-    }
+    kindling.args([command, "--image", IMAGE]).args(arguments.split_whitespace()).stdin(Stdio::null());
     kindling
 }
-
-/// Threads are traced, and children until they execute another program: they share the memory with the breakpoints.
-const OPTIONS: Options =
-    Options::PTRACE_O_TRACECLONE.union(Options::PTRACE_O_TRACEVFORK).union(Options::PTRACE_O_EXITKILL);
 
 /// Runs the command and returns the breakpoint addresses that it hit.
 #[expect(unsafe_code, reason = "PTRACE_TRACEME between fork and exec")]
@@ -96,7 +82,7 @@ fn follow(mut command: Command, addresses: &[u64]) -> Result<BTreeSet<u64>> {
     let first = pid(&child)?;
     // A traced program stops after exec.
     let WaitStatus::Stopped(..) = waitpid(first, None)? else { bail!("it did not stop after exec") };
-    ptrace::setoptions(first, OPTIONS)?;
+    ptrace::setoptions(first, Options::PTRACE_O_TRACECLONE | Options::PTRACE_O_EXITKILL)?;
     let mut breakpoints = Breakpoints::set(first, addresses)?;
     ptrace::cont(first, None)?;
     loop {

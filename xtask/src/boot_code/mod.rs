@@ -1,13 +1,12 @@
 //! `cargo xtask boot-code`: determines which functions of the VMM a boot executes, and writes the linker script that
 //! groups them (`vmm/boot-code.ld`).
 //!
-//! `kindling` is linked with symbols and a link map. Boots of it, and the front of a `kindling run`, are traced in the lab
-//! with a breakpoint on each function ([`follow`]). The functions that were hit become linker-script patterns ([`link_map`]).
+//! The VMM is linked with symbols and a link map. Boots of it are traced in the lab with a breakpoint on each function
+//! ([`follow`]). The functions that were hit become linker-script patterns ([`link_map`]).
 
 pub(crate) mod follow;
 mod link_map;
 
-use crate::bench::run::Images;
 use crate::bench::{self, payload};
 use crate::host::workspace;
 use crate::{cargo, debian, lab};
@@ -34,8 +33,6 @@ const LIST: &str = "vmm/boot-code.ld";
 const LAB_MIB: u64 = 1024;
 /// The file name of the guest's disk in the lab.
 const DISK: &str = "disk";
-/// The file name of a container image in the lab.
-const BUSYBOX: &str = "busybox.tar";
 
 /// The start of the list.
 const HEAD: &str = "/*
@@ -66,17 +63,14 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let scratch = tempfile::tempdir()?;
     let (program, map) = linked_with_symbols(scratch.path().join("map"))?;
     let map = LinkMap::parse(&map).context("cannot parse the linker's map")?;
-    let boot =
-        |options: &str, payload: &str| format!("boot --image {} {options} -- {payload}", follow::IMAGE);
     let runs = [
-        ("A start from a pre-booted kernel.", boot("", payload::PATH)),
-        ("The front of a run.", format!("run {BUSYBOX} echo")),
-        ("A boot.", boot("--cold", payload::PATH)),
-        ("A start with devices, and their use.", boot(follow::DEVICES, &format!("{} 1", payload::IO_PATH))),
+        ("A start from a pre-booted kernel.", "", payload::PATH.to_owned()),
+        ("A boot.", "--cold", payload::PATH.to_owned()),
+        ("A start with devices, and their use.", follow::DEVICES, format!("{} 1", payload::IO_PATH)),
     ];
     let plan = follow::Plan {
         addresses: map.addresses().collect(),
-        runs: runs.iter().map(|(_, command)| command.clone()).collect(),
+        runs: runs.iter().map(|(_, options, payload)| format!("{options} -- {payload}")).collect(),
     };
     let reached = in_lab(&plan, program, image)?;
     let mut list = HEAD.to_owned();
@@ -132,20 +126,16 @@ fn in_lab(plan: &follow::Plan, program: PathBuf, image: PathBuf) -> Result<Vec<B
     let file = |name: &str| scratch.path().join(name);
     fs::write(file("plan.json"), serde_json::to_vec(plan)?)?;
     File::create(file(DISK))?.set_len(DISK_BYTES)?;
-    let images = Images::make(scratch.path())?;
     let status = lab::Job {
         cpus: 1,
         memory_mib: LAB_MIB,
         command: ["/init", "follow-boots", "plan.json", "reached.json"].map(str::to_owned).to_vec(),
         with: vec![
             (program, "/bin/kindling".to_owned()),
+            (cargo::release_binary("kindling-vmm", "kindling-vmm")?, "/bin/kindling-vmm".to_owned()),
             (image, follow::IMAGE.to_owned()),
             (file("plan.json"), lab::inside("plan.json")),
             (file(DISK), lab::inside(DISK)),
-            (images.busybox, lab::inside(BUSYBOX)),
-            (images.converter, "/bin/kindling-oci".to_owned()),
-            (images.monitor, "/bin/kindling-vmm".to_owned()),
-            (images.server, "/bin/kindling-fs".to_owned()),
         ],
         get: vec![(lab::inside("reached.json"), file("reached.json"))],
         disk: None,
