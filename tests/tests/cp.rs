@@ -377,7 +377,7 @@ fn a_copy_from_a_guest_that_dies_leaves_no_partial_file() {
     let child = guest.fetching();
     guest.conversation.signal(libc::SIGKILL);
     let outcome = guest.unfinished(child);
-    expect_line(&outcome, 1, "the guest ended, or its agent hung up");
+    expect_line(&outcome, 1, "the guest ended, or its agent closed the connection");
 }
 
 #[test]

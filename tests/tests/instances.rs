@@ -131,7 +131,7 @@ fn a_detached_guest_runs_on_and_is_kept_after_its_exit() {
     assert_eq!((&details["pid"], &details["host"]), (&().into(), &().into()), "{details}");
     run(user.run(&["--name", "web"]).arg("true"))
         .expect_status(2)
-        .expect_stderr("`kindling rm web` forgets it");
+        .expect_stderr("`kindling rm web` removes it");
     assert_eq!(kindling(&user, &["rm", "web"]).expect_status(0).stdout, "web\n");
     assert!(user.has_no_guests());
     kindling(&user, &["rm", "web"]).expect_status(2).expect_stderr("no guest named web");
@@ -182,7 +182,7 @@ fn a_detached_guest_has_its_own_session_and_none_of_the_commands_streams() {
     let all: serde_json::Value =
         serde_json::from_str(&kindling(&user, &["ps", "--json"]).stdout).expect("no JSON");
     assert_eq!((&all[0]["name"], &all[0]["memory_mib"]), (&"free".into(), &512.into()), "{all}");
-    kindling(&user, &["rm", "free"]).expect_status(2).expect_stderr("the guest free runs");
+    kindling(&user, &["rm", "free"]).expect_status(2).expect_stderr("the guest free is running");
     kindling(&user, &["rm", "-f", "free"]).expect_status(0);
     assert!(user.has_no_guests());
 }

@@ -103,7 +103,7 @@ fn a_guest_from_a_prebooted_kernel_has_a_network_card_on_a_tap() {
     let image = Image::copy_of("busybox");
     // Pre-booting does not require the tap device to exist.
     let outcome = run(image.command("preboot").args(["--net", "tap9,mac=06:00:0a:09:00:02"]));
-    outcome.expect_status(0).expect_stderr("preboot/1-128-n is there");
+    outcome.expect_status(0).expect_stderr("preboot/1-128-n; `kindling boot` continues from it");
     let bytes = pattern(MIB);
     // Each guest has its own IP address.
     for address in ["10.9.0.2", "10.9.0.3"] {
@@ -132,7 +132,7 @@ fn a_guest_from_a_prebooted_kernel_has_a_network_card_on_passt() {
     enter_host_network();
     let image = Image::copy_of("busybox");
     let outcome = run(image.command("preboot").args(["--net", "user"]));
-    outcome.expect_status(0).expect_stderr("preboot/1-128-n is there");
+    outcome.expect_status(0).expect_stderr("preboot/1-128-n; `kindling boot` continues from it");
     assert!(!passt_runs(), "passt must not run without a guest");
     let report = image.path().join("report.json");
     let mut command = with_network_programs(image.command("boot"));

@@ -235,7 +235,7 @@ fn each_guest_from_a_prebooted_kernel_has_its_own_disks() {
     let folder = tempfile::tempdir().unwrap();
     let first = disk(&folder, "first", 1, b"first disk");
     let outcome = run(image.command("preboot").arg("--drive").arg(&first));
-    outcome.expect_status(0).expect_stderr("preboot/1-128-d is there");
+    outcome.expect_status(0).expect_stderr("preboot/1-128-d; `kindling boot` continues from it");
     assert_eq!(fs::read(&first).unwrap()[..10], *b"first disk");
     // A larger and a smaller disk, and the same disk with other content.
     for (name, mib, text) in
@@ -278,7 +278,7 @@ fn devices_of_every_kind_work_after_a_start_from_a_prebooted_kernel() {
     };
     let mut command = image.command("preboot");
     options(&mut command);
-    run(&mut command).expect_status(0).expect_stderr("preboot/1-128-dveb is there");
+    run(&mut command).expect_status(0).expect_stderr("preboot/1-128-dveb; `kindling boot` continues from it");
     assert!(!socket.exists(), "pre-booting must not create the socket");
     let mut command = image.command("boot");
     options(&mut command);

@@ -188,7 +188,7 @@ fn guests_with_an_erofs_root_start_from_a_prebooted_kernel() {
     let image = Image::copy_of("root");
     run(image.command("preboot").args(["--memory", "256"]))
         .expect_status(0)
-        .expect_stderr("1-256-r is there");
+        .expect_stderr("1-256-r; `kindling boot` continues from it");
     let report = image.path().join("report.json");
     for _ in 0..2 {
         let mut command = image.command("boot");
