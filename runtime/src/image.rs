@@ -17,6 +17,9 @@ pub enum ImageError {
     /// The user of the command is invalid; the message says why.
     #[error("{}", if .0.is_empty() { "kindling-oci failed without a message" } else { .0.as_str() })]
     Prepare(String),
+    /// The cache of images; the message is that of `kindling-oci`.
+    #[error("{0}")]
+    Cache(String),
     /// The conversion failed for a reason that is not the image's. `kindling-oci` has printed it on standard error.
     #[error("cannot convert the image {0}")]
     Failed(String),
@@ -58,8 +61,16 @@ impl Image {
     /// # Errors
     /// When the image cannot be read, pulled or converted.
     pub fn open(image: impl AsRef<OsStr>) -> Result<Self, ImageError> {
+        Self::open_with(image, PullPolicy::Missing)
+    }
+
+    /// Opens an image as [`Self::open`], and contacts the registry as `pull` says.
+    ///
+    /// # Errors
+    /// When the image cannot be read, pulled or converted.
+    pub fn open_with(image: impl AsRef<OsStr>, pull: PullPolicy) -> Result<Self, ImageError> {
         let source = image.as_ref().to_owned();
-        let prepared = prepare(&source, None, "missing")?;
+        let prepared = prepare(&source, None, pull.as_str())?;
         Ok(Self { source, prepared })
     }
 
@@ -70,6 +81,82 @@ impl Image {
     pub(crate) const fn prepared(&self) -> &Prepared {
         &self.prepared
     }
+}
+
+/// When an image is pulled from its registry.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PullPolicy {
+    /// When the cache does not have it.
+    #[default]
+    Missing,
+    /// Each time, unless the registry's image is the one in the cache.
+    Always,
+    /// Never: an image that is not in the cache is an error.
+    Never,
+}
+
+impl PullPolicy {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Missing => "missing",
+            Self::Always => "always",
+            Self::Never => "never",
+        }
+    }
+}
+
+/// A converted image in the cache.
+#[derive(Clone, Debug, Deserialize)]
+#[non_exhaustive]
+pub struct CachedImage {
+    /// The image's id: `sha256:` and the digest of its configuration, in hexadecimal digits.
+    pub id: String,
+    /// The names and paths by which it was opened.
+    pub names: Vec<String>,
+    /// Bytes on the disk.
+    pub bytes: u64,
+    /// Time of the last use, in seconds since 1970.
+    pub used: u64,
+}
+
+/// The images in the cache, the most recently used first.
+///
+/// # Errors
+/// When the cache cannot be read.
+pub fn images() -> Result<Vec<CachedImage>, ImageError> {
+    in_cache("ls", &[])
+}
+
+/// Removes an image from the cache by a name, or by the first digits of its id. Running guests are not affected. Returns
+/// what was removed.
+///
+/// # Errors
+/// When the cache has no such image, or it cannot be removed.
+pub fn remove_image(image: impl AsRef<OsStr>) -> Result<Vec<CachedImage>, ImageError> {
+    in_cache("rm", &[OsStr::new("--"), image.as_ref()])
+}
+
+/// Removes the images that have not been used for this many days, and unfinished conversions. Returns what was removed.
+///
+/// # Errors
+/// When an image cannot be removed.
+pub fn prune_images(unused_days: u32) -> Result<Vec<CachedImage>, ImageError> {
+    in_cache("prune", &[OsStr::new("--unused"), OsStr::new(&unused_days.to_string())])
+}
+
+/// Runs a command of `kindling-oci` that lists images.
+fn in_cache(command: &str, arguments: &[&OsStr]) -> Result<Vec<CachedImage>, ImageError> {
+    let output = Command::new(converter()?)
+        .args([command, "--json"])
+        .args(arguments)
+        .stdin(Stdio::null())
+        .output()
+        .map_err(ImageError::NoConverter)?;
+    if !output.status.success() {
+        let message = String::from_utf8_lossy(&output.stderr);
+        return Err(ImageError::Cache(message.trim_end().trim_start_matches("error: ").to_owned()));
+    }
+    serde_json::from_slice(&output.stdout).map_err(ImageError::Version)
 }
 
 /// Configuration of an image: the defaults of its command.

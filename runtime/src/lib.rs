@@ -35,7 +35,7 @@ pub use command::{Child, Command, ExitStatus, Output, Stdio};
 pub use environment::EnvironmentError;
 pub use guest::{Guest, guests};
 pub use guest_protocol::agent::TerminalSize;
-pub use image::Image;
+pub use image::{Image, PullPolicy};
 pub use kindling_vmm as vmm;
 pub use mount::MountError;
 

@@ -107,7 +107,9 @@ impl Image {
     pub fn preboot(&self, vcpus: &str, memory: &str) -> PathBuf {
         let outcome = run(self.command("preboot").args(["--vcpus", vcpus, "--memory", memory]));
         let file = self.path().join(format!("preboot/{vcpus}-{memory}"));
-        outcome.expect_status(0).expect_stderr(&format!("wrote {}; `kindling boot` continues from it", file.display()));
+        outcome
+            .expect_status(0)
+            .expect_stderr(&format!("wrote {}; `kindling boot` continues from it", file.display()));
         assert_eq!(outcome.stdout, "", "{outcome}");
         file
     }

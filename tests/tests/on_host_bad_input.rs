@@ -343,7 +343,7 @@ fn invalid_network_options_are_refused() {
     for (net, expected) in [
         ("a-name-of-17-byte", "an interface name has 1 to 15 bytes"),
         ("", "an interface name has 1 to 15 bytes"),
-        ("a/b", "no interface can have this name"),
+        ("a/b", "this is not a valid interface name"),
         ("tap0,mtu=67", "network interface net0: its MTU is 67; one is 68 to 65535 bytes"),
         ("tap0,mtu=65536", "\"65536\" is not a number of bytes"),
         ("tap0,gw=10.0.0.1", "needs the guest's address (ip=ADDRESS/PREFIX) too"),

@@ -7,7 +7,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use tests::testbed;
+use tests::{run, testbed};
 
 /// A registry on a local port chosen by the kernel.
 struct Registry {
@@ -93,12 +93,12 @@ fn an_image_from_a_registry_converts_like_the_same_image_from_a_file() {
     fs::create_dir_all(tree.join("etc")).unwrap();
     fs::write(tree.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\nweb:x:33:33::/srv:/bin/sh\n").unwrap();
     fs::write(tree.join("large"), "a line\n".repeat(1 << 20)).unwrap();
-    let run = |program: &str, arguments: &[&str]| {
+    let execute = |program: &str, arguments: &[&str]| {
         let status = Command::new(program).args(arguments).current_dir(scratch).status().unwrap();
         assert!(status.success(), "{program}: {status}");
     };
-    run("tar", &["--create", "--file", "layer.tar", "--directory", "tree", "."]);
-    run("gzip", &["--keep", "layer.tar"]);
+    execute("tar", &["--create", "--file", "layer.tar", "--directory", "tree", "."]);
+    execute("gzip", &["--keep", "layer.tar"]);
     let layer = fs::read(scratch.join("layer.tar")).unwrap();
     let config = json!({
         "architecture": "amd64", "os": "linux", "config": { "User": "web", "Cmd": ["/bin/sh"] },
@@ -107,7 +107,7 @@ fn an_image_from_a_registry_converts_like_the_same_image_from_a_file() {
     fs::write(scratch.join("config.json"), config.to_string()).unwrap();
     let saved = json!([{ "Config": "config.json", "Layers": ["layer.tar"] }]).to_string();
     fs::write(scratch.join("manifest.json"), saved).unwrap();
-    run("tar", &["--create", "--file", "saved.tar", "manifest.json", "config.json", "layer.tar"]);
+    execute("tar", &["--create", "--file", "saved.tar", "manifest.json", "config.json", "layer.tar"]);
 
     let registry = Registry::start(scratch);
     let packed = fs::read(scratch.join("layer.tar.gz")).unwrap();
@@ -127,4 +127,16 @@ fn an_image_from_a_registry_converts_like_the_same_image_from_a_file() {
     }
     let content = |prepared: &Value| fs::read(prepared["rootfs"].as_str().unwrap()).unwrap();
     assert!(content(&pulled) == content(&opened));
+
+    // The library lists and removes what it has converted.
+    let mut example = Command::new(testbed("examples/images"));
+    example.arg(scratch.join("saved.tar")).env("KINDLING_CACHE", scratch.join("listed"));
+    let programs = testbed("kindling-oci");
+    let output = run(example.env("KINDLING_PROGRAMS", programs.parent().unwrap()));
+    let digest = opened["digest"].as_str().unwrap();
+    output
+        .expect_status(0)
+        .expect_stdout(digest)
+        .expect_stdout("saved.tar")
+        .expect_stdout("1 removed, 0 left");
 }
