@@ -200,7 +200,7 @@ fn volumes_can_be_created_listed_inspected_and_removed() {
         std::os::unix::fs::PermissionsExt::mode(&fs::metadata(disk(&user, "one")).unwrap().permissions());
     assert_eq!(mode & 0o777, 0o600);
     shell(&user, &["-v", "two:/x:ro"], "true").expect_status(2).expect_stderr("no volume named two");
-    shell(&user, &["-v", "one:/x:ro"], "true").expect_status(125).expect_stderr("volume of /x: ");
+    shell(&user, &["-v", "one:/x:ro"], "true").expect_status(125).expect_stderr("volume at /x: ");
     volume(&user, &["rm", "one", "two"]).expect_status(2).expect_stderr("no volume named two");
     // Nothing is left in the folder.
     let folder = disk(&user, "");
