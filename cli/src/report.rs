@@ -36,8 +36,12 @@ pub(crate) fn timeline(exit: &Exit) -> String {
 
 /// A line for each device that failed: it stopped, or its backend ended.
 pub(crate) fn device_failures(exit: &Exit) -> String {
-    let line = |failure: &String| format!("kindling: {}\n", printable(failure));
-    exit.device_failures.iter().map(line).collect()
+    exit.device_failures.iter().map(|failure| device_failure(failure)).collect()
+}
+
+/// A line about a device that failed.
+pub(crate) fn device_failure(failure: &str) -> String {
+    format!("kindling: {}\n", printable(failure))
 }
 
 #[derive(Serialize)]

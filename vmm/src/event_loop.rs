@@ -228,8 +228,13 @@ impl EventLoop {
         let mut transport = lock(&self.devices[device]);
         transport.serve(token, flags);
         self.deadlines[device] = transport.deadline();
-        drop(transport);
-        self.report_failure(device);
+        // A failure on a vCPU's thread is reported with the device's next event, or with the machine's end.
+        if let Some(control) = self.control.as_ref().filter(|_| !self.reported[device]) {
+            let failure = transport.failure();
+            drop(transport);
+            self.reported[device] = failure.is_some();
+            failure.into_iter().for_each(|failure| control.send(&Event::DeviceFailed(failure)));
+        }
     }
 
     /// Calls the devices whose deadline has expired.
@@ -244,17 +249,6 @@ impl EventLoop {
                 transport.serve_deadline();
                 *deadline = transport.deadline();
             }
-        }
-    }
-
-    /// Tells the front of a device that has failed, once. A failure on a vCPU's thread is reported with the device's
-    /// next event, or with the machine's end.
-    fn report_failure(&mut self, device: usize) {
-        let Some(control) = self.control.as_ref().filter(|_| !self.reported[device]) else { return };
-        let failure = lock(&self.devices[device]).failure();
-        if let Some(failure) = failure {
-            control.send(&Event::DeviceFailed(failure));
-            self.reported[device] = true;
         }
     }
 

@@ -1,7 +1,7 @@
 //! The outcome of a `kindling run`: the exit status, and the report.
 
 use super::arguments::Arguments;
-use crate::report::{self, printable};
+use crate::report;
 use crate::{STATUS_FAILURE, print_error, print_stderr};
 use kindling::vmm::agent::AgentError;
 use kindling::vmm::control::ControlError;
@@ -72,9 +72,7 @@ impl Outcome {
             MachineEnd::Stopped(exit) => exit,
             MachineEnd::Lost(error) => return print_error(error),
         };
-        for failure in &exit.device_failures {
-            print_stderr(&device_failure(failure));
-        }
+        print_stderr(&report::device_failures(exit));
         if arguments.report {
             print_stderr(&report::timeline(exit));
         }
@@ -88,11 +86,6 @@ impl Outcome {
             (Err(_), ..) => print_stderr(&report::failure(exit)),
         }
     }
-}
-
-/// The message of a device that failed.
-pub(super) fn device_failure(failure: &str) -> String {
-    format!("kindling: {}\n", printable(failure))
 }
 
 #[cfg(test)]

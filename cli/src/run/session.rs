@@ -3,7 +3,7 @@
 use super::arguments::Arguments;
 use super::client::{Service, Streams};
 use super::detached::Launcher;
-use super::outcome::{MachineEnd, Outcome, StopCause, device_failure};
+use super::outcome::{MachineEnd, Outcome, StopCause};
 use super::signals::{self, Signals};
 use crate::terminal::{self, RawTerminal};
 use crate::{print_stderr, report};
@@ -231,7 +231,7 @@ fn print_refusal(reason: &str) {
 fn print_failures_so_far(monitor: &Monitor) {
     while let Ok(Some(event)) = monitor.event_before(Instant::now()) {
         match event {
-            Event::DeviceFailed(failure) => print_stderr(&device_failure(&failure)),
+            Event::DeviceFailed(failure) => print_stderr(&report::device_failure(&failure)),
             Event::Stopped(_) | Event::Failed(_) => return,
             _ => {}
         }

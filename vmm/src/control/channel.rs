@@ -296,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn an_end_that_does_not_read_keeps_nobody_waiting() {
+    fn a_request_to_an_end_that_does_not_read_times_out() {
         let (front, _monitor) = pair();
         let mut results = std::iter::repeat_with(|| front.try_send(&"request", MAX, &[])).take(1 << 20);
         assert!(matches!(results.find(Result::is_err), Some(Err(ControlError::Timeout))));

@@ -21,6 +21,9 @@ use crate::exit::Exit;
 use crate::timeline::Timeline;
 use serde::{Deserialize, Serialize};
 
+/// Exit status of a monitor whose front sent something that is no request.
+pub const STATUS_INVALID_REQUEST: u8 = 125;
+
 /// A request of a front to its monitor.
 #[derive(Debug, Deserialize, Serialize)]
 pub(crate) enum Request {

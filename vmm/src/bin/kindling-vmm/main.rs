@@ -3,12 +3,10 @@
 #![no_main]
 #![expect(unsafe_code, reason = "defines the C library's main")]
 
+use kindling_vmm::control::{self, STATUS_INVALID_REQUEST};
 use rustix::io::fcntl_dupfd_cloexec;
 use std::io::Write;
 use std::os::unix::net::UnixStream;
-
-/// Exit status after an error of the communication with the front.
-const STATUS_FAILURE: u8 = 125;
 
 // SAFETY: the C library calls a function of this name and type, and no other symbol has the name.
 #[unsafe(no_mangle)]
@@ -22,14 +20,14 @@ fn run() -> u8 {
     if trusted_path::is_set_user_id() {
         let _ =
             std::io::stderr().write_all(format!("kindling-vmm: {}\n", trusted_path::SET_USER_ID).as_bytes());
-        return STATUS_FAILURE;
+        return STATUS_INVALID_REQUEST;
     }
     // In a session of its own, the monitor does not receive the signals of the front's terminal, which are for the
     // guest's program.
     let _ = rustix::process::setsid();
     // A descriptor above the standard streams and close-on-exec, so that no child process inherits the socket.
-    let Ok(socket) = fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3) else { return STATUS_FAILURE };
-    match kindling_vmm::control::serve(UnixStream::from(socket)) {
+    let Ok(socket) = fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3) else { return STATUS_INVALID_REQUEST };
+    match control::serve(UnixStream::from(socket)) {
         Ok(()) => 0,
         Err(error) => {
             // A front starts this program with /dev/null as standard error, so that only users see this line.
@@ -37,7 +35,7 @@ fn run() -> u8 {
                 std::io::stderr(),
                 "kindling-vmm: {error}; this program is started by `kindling`, not by users"
             );
-            STATUS_FAILURE
+            STATUS_INVALID_REQUEST
         }
     }
 }

@@ -3,7 +3,9 @@
 mod events;
 
 use super::channel::Channel;
-use super::{Answer, ControlError, Event, Query, REQUEST_MAX, Request, Role, Start, Statistics};
+use super::{
+    Answer, ControlError, Event, Query, REQUEST_MAX, Request, Role, STATUS_INVALID_REQUEST, Start, Statistics,
+};
 use crate::bus::lock;
 use crate::config::{Config, ConfigError};
 use crate::devices::virtio::fs::Server;
@@ -33,8 +35,6 @@ use std::time::{Duration, Instant};
 const FRAME_TIMEOUT: Duration = Duration::from_secs(1);
 /// Timeout for a monitor to exit after its socket was closed.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
-/// Exit status of a monitor that received an invalid request.
-const STATUS_FAILURE: i32 = 125;
 
 /// A monitor: a process `kindling-vmm`. Dropping it stops its machine and waits for the process.
 #[derive(Debug)]
@@ -314,7 +314,7 @@ impl Monitor {
     /// Why a monitor has closed its socket, from its exit status.
     fn exit_cause(&self) -> ControlError {
         match lock(&self.process).as_mut().and_then(wait_or_kill) {
-            Some(status) if status.code() == Some(STATUS_FAILURE) => ControlError::Version,
+            Some(status) if status.code() == Some(STATUS_INVALID_REQUEST.into()) => ControlError::Version,
             Some(status) => status.signal().map_or(ControlError::Disconnected, ControlError::Killed),
             None => ControlError::StopTimeout,
         }

@@ -3,7 +3,7 @@
 use super::host_folder;
 use crate::config::ConfigError;
 use crate::config::devices::SharedFolder as Config;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use crate::poll::wait_readable;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::io;
 use std::net::Shutdown;
@@ -11,6 +11,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 /// The server process of a folder, and the socket to it. The process exits when the socket is closed.
 #[derive(Debug)]
@@ -110,9 +111,9 @@ impl Drop for Server {
 
 /// Waits for the exit of a process, up to a timeout, because the process may wait for a hanging disk.
 fn wait_for_exit(process: &Child) {
-    const STOP_TIMEOUT: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+    const STOP_TIMEOUT: Duration = Duration::from_secs(1);
     if let Ok(process) = pidfd_open(Pid::from_child(process), PidfdFlags::empty()) {
-        let _ = poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&STOP_TIMEOUT));
+        let _ = wait_readable(process.as_fd(), Some(Instant::now() + STOP_TIMEOUT));
     }
 }
 
