@@ -53,7 +53,7 @@ pub(crate) enum Query {
     Detach,
 }
 
-/// The answer to a [`Query`].
+/// The answer to a numbered request: pause, resume, statistics or detach.
 #[derive(Debug, Deserialize, Serialize)]
 #[non_exhaustive]
 pub enum Answer {

@@ -24,7 +24,7 @@ impl BackingFile {
     /// The message about a truncated file, to be appended to its path.
     pub const TRUNCATED_MESSAGE: &str = " is mapped as guest memory and was truncated while the guest ran";
 
-    /// Records the current length of the file. A shared file is watched while the guest runs ([`watch`]).
+    /// Records the current length of the file. A shared file is watched while the guest runs.
     ///
     /// # Errors
     /// When the process has no file descriptor left.
