@@ -1,12 +1,12 @@
 //! `kindling boot`: runs a virtual machine in this process.
 
-use crate::devices::DeviceArguments;
+use crate::command_line::{Argument, Command, Opt, Store, after_dashes, flag, in_range, option, store_as};
+use crate::devices::{DeviceArguments, DeviceOptions};
 use crate::terminal::RawTerminal;
 use crate::{
     STATUS_BAD_REQUEST, STATUS_FAILURE, bytes, print_error, print_machine_error, print_stderr, report,
     signals,
 };
-use clap::{ArgGroup, Args};
 use kindling::vmm::config::image::Image;
 use kindling::vmm::config::{
     self, BootSource, Config, ConfigError, Console, FileConfig, GuestConfig, MachineConfig, ProfileConfig,
@@ -18,81 +18,147 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 /// The default of `--console`: standard input and output.
-pub(crate) const STDIO: &str = "stdio";
+const STDIO: &str = "stdio";
 
-#[derive(Args, Debug, Default, PartialEq, Eq)]
-#[command(group(ArgGroup::new("what").required(true).args(["image", "kernel", "config_file"])))]
+#[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Arguments {
-    /// Image: a directory made by `cargo xtask build-image`
-    #[arg(long, value_name = "DIR")]
-    pub(crate) image: Option<PathBuf>,
-    /// Kernel: an uncompressed vmlinux or a bzImage
-    #[arg(long, value_name = "FILE")]
-    pub(crate) kernel: Option<PathBuf>,
-    /// Configuration file of Firecracker (JSON), with boot source, machine and devices
-    #[arg(long, value_name = "FILE")]
-    pub(crate) config_file: Option<PathBuf>,
-    /// Initramfs [default: the root filesystem of the image, or the initramfs of the configuration file]
-    #[arg(long, value_name = "FILE")]
-    pub(crate) initrd: Option<PathBuf>,
-    /// Kernel command line [default: that of the image or of the configuration file]
-    #[arg(long, value_name = "TEXT")]
-    pub(crate) cmdline: Option<String>,
-    /// Memory in MiB [default: 128]
-    #[arg(long, value_name = "MIB")]
-    pub(crate) memory: Option<u64>,
-    /// Number of vCPUs, 1 to 16 [default: 1]
-    #[arg(long, value_name = "N")]
-    pub(crate) vcpus: Option<u64>,
-    /// Serial console: stdio, null, or a file, which keeps the last 8 to 16 MiB of output
-    #[arg(long, value_name = "stdio|null|FILE", default_value = STDIO)]
-    pub(crate) console: PathBuf,
-    #[command(flatten)]
-    pub(crate) devices: DeviceArguments,
-    /// Set an environment variable of the command (repeatable)
-    #[arg(long, short = 'e', value_name = "NAME=VALUE")]
-    pub(crate) env: Vec<OsString>,
-    /// Working directory of the command
-    #[arg(long, short = 'w', value_name = "DIR")]
-    pub(crate) workdir: Option<OsString>,
-    /// User and group of the command, as numbers [default group: the number of the user]
-    #[arg(long, short = 'u', value_name = "UID[:GID]", value_parser = parse_user)]
-    pub(crate) user: Option<(u32, u32)>,
-    /// Hostname of the guest
-    #[arg(long, value_name = "NAME")]
-    pub(crate) hostname: Option<OsString>,
-    /// Verify the digests of the image's files before the boot
-    #[arg(long, conflicts_with_all = ["kernel", "config_file"])]
-    pub(crate) verify: bool,
-    /// Boot the kernel even if there is a pre-booted one
-    #[arg(long)]
-    pub(crate) cold: bool,
-    /// Print the times of the boot's steps on standard error at the end
-    #[arg(long)]
-    pub(crate) report: bool,
-    /// Write the report to a file, as JSON
-    #[arg(long, value_name = "FILE")]
-    pub(crate) report_json: Option<PathBuf>,
-    /// Profile the boot, and write a file with the report, every exit and the kernel's log, as JSON
-    #[arg(long, value_name = "FILE")]
-    pub(crate) profile: Option<PathBuf>,
-    /// With --profile: sample the guest's instruction pointer at this interval, in microseconds
-    #[arg(long, value_name = "US", requires = "profile",
-          value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
-    pub(crate) sample: Option<u64>,
-    /// With --profile: record the first calls of kernel functions; the file has a hexadecimal address of the image's
-    /// System.map on each line
-    #[arg(long, value_name = "FILE", requires = "profile")]
-    pub(crate) profile_functions: Option<PathBuf>,
-    /// Start of the report's times: CLOCK_MONOTONIC in nanoseconds [default: the start of kindling]
-    #[arg(long, value_name = "NS")]
-    pub(crate) started_at: Option<u64>,
-    /// Command and arguments [default: the command of the image, or a greeting]
-    #[arg(last = true, value_name = "COMMAND")]
-    pub(crate) command: Vec<OsString>,
+    image: Option<PathBuf>,
+    kernel: Option<PathBuf>,
+    config_file: Option<PathBuf>,
+    initrd: Option<PathBuf>,
+    cmdline: Option<String>,
+    memory: Option<u64>,
+    vcpus: Option<u64>,
+    console: PathBuf,
+    devices: DeviceArguments,
+    env: Vec<OsString>,
+    workdir: Option<OsString>,
+    user: Option<(u32, u32)>,
+    hostname: Option<OsString>,
+    verify: bool,
+    cold: bool,
+    report: bool,
+    report_json: Option<PathBuf>,
+    profile: Option<PathBuf>,
+    sample: Option<u64>,
+    profile_functions: Option<PathBuf>,
+    started_at: Option<u64>,
+    command: Vec<OsString>,
 }
 
-pub(crate) fn parse_user(text: &str) -> Result<(u32, u32), String> {
+/// The arguments of a command line without options.
+impl Default for Arguments {
+    fn default() -> Self {
+        Self {
+            image: None,
+            kernel: None,
+            config_file: None,
+            initrd: None,
+            cmdline: None,
+            memory: None,
+            vcpus: None,
+            console: STDIO.into(),
+            devices: DeviceArguments::default(),
+            env: Vec::new(),
+            workdir: None,
+            user: None,
+            hostname: None,
+            verify: false,
+            cold: false,
+            report: false,
+            report_json: None,
+            profile: None,
+            sample: None,
+            profile_functions: None,
+            started_at: None,
+            command: Vec::new(),
+        }
+    }
+}
+
+impl AsMut<DeviceArguments> for Arguments {
+    fn as_mut(&mut self) -> &mut DeviceArguments {
+        &mut self.devices
+    }
+}
+
+pub(crate) const COMMAND: Command<Arguments> =
+    Command::new("boot", "Boot a kernel in a microVM, in the foreground", run)
+        .options(OPTIONS)
+        .more_options(DeviceOptions::TABLE)
+        .arguments(ARGUMENTS)
+        .check(check);
+
+#[rustfmt::skip]
+const OPTIONS: &[Opt<Arguments>] = &[
+    option("", "image", "DIR", |all, word| all.image.store(word),
+        "Image: a directory made by `cargo xtask build-image`"),
+    option("", "kernel", "FILE", |all, word| all.kernel.store(word),
+        "Kernel: an uncompressed vmlinux or a bzImage"),
+    option("", "config-file", "FILE", |all, word| all.config_file.store(word),
+        "Configuration file of Firecracker (JSON), with boot source, machine and devices"),
+    option("", "initrd", "FILE", |all, word| all.initrd.store(word),
+        "Initramfs [default: the root filesystem of the image, or the initramfs of the configuration file]"),
+    option("", "cmdline", "TEXT", |all, word| all.cmdline.store(word),
+        "Kernel command line [default: that of the image or of the configuration file]"),
+    option("", "memory", "MIB", |all, word| all.memory.store(word),
+        "Memory in MiB [default: 128]"),
+    option("", "vcpus", "N", |all, word| all.vcpus.store(word),
+        "Number of vCPUs, 1 to 16 [default: 1]"),
+    option("", "console", "stdio|null|FILE", |all, word| all.console.store(word),
+        "Serial console: stdio, null, or a file, which keeps the last 8 to 16 MiB of output [default: stdio]"),
+    option("e", "env", "NAME=VALUE", |all, word| all.env.store(word),
+        "Set an environment variable of the command (repeatable)"),
+    option("w", "workdir", "DIR", |all, word| all.workdir.store(word),
+        "Working directory of the command"),
+    option("u", "user", "UID[:GID]", |all, word| store_as(&mut all.user, word, |text| parse_user(text).map(Some)),
+        "User and group of the command, as numbers [default group: the number of the user]"),
+    option("", "hostname", "NAME", |all, word| all.hostname.store(word),
+        "Hostname of the guest"),
+    flag("", "verify", |all| all.verify = true,
+        "Verify the digests of the image's files before the boot"),
+    flag("", "cold", |all| all.cold = true,
+        "Boot the kernel even if there is a pre-booted one"),
+    flag("", "report", |all| all.report = true,
+        "Print the times of the boot's steps on standard error at the end"),
+    option("", "report-json", "FILE", |all, word| all.report_json.store(word),
+        "Write the report to a file, as JSON"),
+    option("", "profile", "FILE", |all, word| all.profile.store(word),
+        "Profile the boot, and write a file with the report, every exit and the kernel's log, as JSON"),
+    option("", "sample", "US", |all, word| store_as(&mut all.sample, word, |text| in_range(SAMPLE_US)(text).map(Some)),
+        "With --profile: sample the guest's instruction pointer at this interval, in microseconds"),
+    option("", "profile-functions", "FILE", |all, word| all.profile_functions.store(word),
+        "With --profile: record the first calls of kernel functions; the file has a hexadecimal address of \
+         the image's System.map on each line"),
+    option("", "started-at", "NS", |all, word| all.started_at.store(word),
+        "Start of the report's times: CLOCK_MONOTONIC in nanoseconds [default: the start of kindling]"),
+];
+
+#[rustfmt::skip]
+const ARGUMENTS: &[Argument<Arguments>] = &[
+    after_dashes("COMMAND", |all, word| all.command.store(word),
+        "Command and arguments [default: the command of the image, or a greeting]"),
+];
+
+/// Values of `--sample` in microseconds.
+const SAMPLE_US: std::ops::RangeInclusive<u64> = 1..=1_000_000;
+
+/// Checks which options are given together.
+fn check(arguments: &Arguments) -> Result<(), String> {
+    let Arguments { image, kernel, config_file, verify, profile, sample, profile_functions, .. } = arguments;
+    let sources = [image, kernel, config_file].into_iter().flatten().count();
+    let error = match () {
+        () if sources == 0 => "what to boot is missing: --image, --kernel or --config-file",
+        () if sources > 1 => "--image, --kernel and --config-file exclude each other",
+        () if *verify && image.is_none() => "--verify needs --image, whose digests it checks",
+        () if profile.is_none() && sample.is_some() => "--sample needs --profile",
+        () if profile.is_none() && profile_functions.is_some() => "--profile-functions needs --profile",
+        () => return Ok(()),
+    };
+    Err(error.to_owned())
+}
+
+fn parse_user(text: &str) -> Result<(u32, u32), String> {
     let number = |text: &str| {
         text.parse::<u32>().map_err(|_| format!("{text:?} is not a number from 0 to 4294967295"))
     };
@@ -103,7 +169,7 @@ pub(crate) fn parse_user(text: &str) -> Result<(u32, u32), String> {
 }
 
 /// Boots, waits for the end, and reports. Returns the exit status.
-pub(crate) fn run(arguments: &Arguments, entered: Instant) -> u8 {
+fn run(arguments: &Arguments, entered: Instant) -> u8 {
     let start = arguments.started_at.map_or(entered, Instant);
     let mut timeline = Timeline::starting_at(start);
     timeline.reached_at("command entered", entered);
@@ -245,5 +311,76 @@ impl Arguments {
             (guest.user_id, guest.group_id, guest.groups) = (user_id, group_id, Vec::new());
         }
         guest
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &str) -> Result<Arguments, String> {
+        COMMAND.parse(line.split_terminator(' ').map(OsString::from)).map_err(|stop| stop.to_string())
+    }
+
+    #[test]
+    fn every_option_is_stored() {
+        let strings = |line: &str| line.split(' ').map(OsString::from).collect();
+        let devices = DeviceArguments {
+            drive: strings("d e:ro"),
+            net: strings("t user"),
+            publish: strings("1:2 3:4"),
+            vsock: Some("v".into()),
+            entropy: true,
+            balloon: Some(5),
+            pmem: strings("m"),
+        };
+        let expected = Arguments {
+            image: Some("i".into()),
+            initrd: Some("r".into()),
+            cmdline: Some("quiet".into()),
+            memory: Some(64),
+            vcpus: Some(2),
+            console: "null".into(),
+            devices,
+            env: strings("A=1 B=2"),
+            workdir: Some("/".into()),
+            user: Some((5, 6)),
+            hostname: Some("h".into()),
+            verify: true,
+            cold: true,
+            report: true,
+            report_json: Some("j".into()),
+            profile: Some("p".into()),
+            sample: Some(100),
+            profile_functions: Some("f".into()),
+            started_at: Some(7),
+            command: strings("sh -c --image"),
+            ..Arguments::default()
+        };
+        let line = "--image i --initrd r --cmdline quiet --memory 64 --vcpus 2 --console null --env A=1 -e B=2 --drive d \
+                    --drive e:ro --net t --net user -p 1:2 --publish 3:4 --vsock v --entropy --balloon 5 --pmem m \
+                    --workdir / -u 5:6 --hostname h --verify --cold --report --report-json j --profile p --sample 100 \
+                    --profile-functions f --started-at 7 -- sh -c --image";
+        assert_eq!(parse(line), Ok(expected));
+    }
+
+    #[test]
+    fn options_that_belong_together_are_checked() {
+        for (line, message) in [
+            ("", "what to boot is missing: --image, --kernel or --config-file"),
+            ("--image i --kernel k", "--image, --kernel and --config-file exclude each other"),
+            ("--kernel k --verify", "--verify needs --image, whose digests it checks"),
+            ("--kernel k --sample 5", "--sample needs --profile"),
+            ("--kernel k --profile-functions f", "--profile-functions needs --profile"),
+            ("--kernel k --user x", "--user \"x\": \"x\" is not a number from 0 to 4294967295"),
+            ("--kernel k --profile p --sample 0", "--sample \"0\": expected a number from 1 to 1000000"),
+            ("--kernel k word", "unexpected argument \"word\""),
+        ] {
+            assert_eq!(parse(line), Err(message.to_owned()), "{line}");
+        }
+        assert_eq!(
+            parse("--kernel k"),
+            Ok(Arguments { kernel: Some("k".into()), console: STDIO.into(), ..Arguments::default() })
+        );
     }
 }

@@ -1,9 +1,9 @@
 //! `kindling cp`: copies files between a running guest and the host, by the rules of `docker cp`.
 
+use crate::command_line::{Argument, Command, Opt, Store, flag, one};
 use crate::run::StopCause;
 use crate::run::signals::{self, Signals};
 use crate::{STATUS_BAD_REQUEST, bytes, print_error};
-use clap::Args;
 use kindling::copy::{CopyError, CopyOptions};
 use kindling::guest::Guest;
 use std::ffi::{OsStr, OsString};
@@ -15,19 +15,35 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread;
 
-#[derive(Args, Debug, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Arguments {
-    /// Preserve user and group IDs; otherwise root owns copies in a guest, and the caller owns copies on the host
-    #[arg(long, short = 'a')]
     archive: bool,
-    /// Follow SOURCE if it is a symbolic link
-    #[arg(long, short = 'L')]
     follow_link: bool,
-    /// File or directory, or NAME:PATH of a guest; DIR/. is the content of a directory
     source: OsString,
-    /// Existing directory or new path, or NAME:PATH of a guest
     destination: OsString,
 }
+
+pub(crate) const COMMAND: Command<Arguments> =
+    Command::new("cp", "Copy files between a running guest and the host", run)
+        .options(OPTIONS)
+        .arguments(ARGUMENTS);
+
+#[rustfmt::skip]
+const OPTIONS: &[Opt<Arguments>] = &[
+    flag("a", "archive", |all| all.archive = true,
+        "Preserve user and group IDs; otherwise root owns copies in a guest, and the caller owns copies on \
+         the host"),
+    flag("L", "follow-link", |all| all.follow_link = true,
+        "Follow SOURCE if it is a symbolic link"),
+];
+
+#[rustfmt::skip]
+const ARGUMENTS: &[Argument<Arguments>] = &[
+    one("SOURCE", |all, word| all.source.store(word),
+        "File or directory, or NAME:PATH of a guest; DIR/. is the content of a directory"),
+    one("DESTINATION", |all, word| all.destination.store(word),
+        "Existing directory or new path, or NAME:PATH of a guest"),
+];
 
 /// Exit status of a copy that failed.
 const STATUS_FAILED: u8 = 1;
@@ -56,7 +72,7 @@ impl CpError {
 }
 
 /// Copies files. Returns the exit status.
-pub(crate) fn run(arguments: &Arguments) -> u8 {
+fn run(arguments: &Arguments, _: kindling::vmm::Instant) -> u8 {
     let interruption = match Interruption::watch() {
         Ok(interruption) => interruption,
         Err(error) => {

@@ -1,37 +1,48 @@
 //! Device options of the command line.
 
-use clap::Args;
+use crate::command_line::{Opt, Store, flag, option};
 use kindling::network;
 use kindling::vmm::config::ConfigError;
 use kindling::vmm::config::devices::{Balloon, Devices, Drive, Entropy, Pmem, Vsock};
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
-/// Device options as text. [`DeviceArguments::add_to`] parses them, for both parsers of the command line.
-#[derive(Args, Debug, Default, PartialEq, Eq)]
+/// Device options as text, which [`DeviceArguments::add_to`] parses.
+#[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct DeviceArguments {
-    /// Attach a disk: a raw file or a block device, in the guest /dev/vda and so on; :ro is read-only, :direct bypasses
-    /// the page cache of the host (repeatable)
-    #[arg(long, value_name = "PATH[:ro][:direct]")]
     pub(crate) drive: Vec<OsString>,
-    /// Attach a network card: to a tap device, or user for passt, without root (repeatable)
-    #[arg(long, value_name = "TAP|user[,mac=MAC][,mtu=BYTES][,ip=ADDR/PREFIX][,gw=ADDR][,dns=ADDR]")]
     pub(crate) net: Vec<OsString>,
-    /// Publish a port of the guest on the host, by --net user (repeatable)
-    #[arg(long, short = 'p', value_name = "[ADDRESS:]HOST:GUEST[/tcp|/udp]")]
     pub(crate) publish: Vec<OsString>,
-    /// Attach a vsock, with this Unix socket on the host
-    #[arg(long, value_name = "PATH")]
     pub(crate) vsock: Option<OsString>,
-    /// Attach a source of random numbers
-    #[arg(long)]
     pub(crate) entropy: bool,
-    /// Attach a balloon of this initial size, which also reports free pages to the host
-    #[arg(long, value_name = "MIB")]
+    /// In MiB.
     pub(crate) balloon: Option<u64>,
-    /// Attach a file as persistent memory, in the guest /dev/pmem0 and so on; :ro is read-only (repeatable)
-    #[arg(long, value_name = "PATH[:ro]")]
     pub(crate) pmem: Vec<OsString>,
+}
+
+/// The device options of a command whose arguments are `A`.
+pub(crate) struct DeviceOptions<A>(std::marker::PhantomData<A>);
+
+impl<A: AsMut<DeviceArguments> + 'static> DeviceOptions<A> {
+    #[rustfmt::skip]
+    pub(crate) const TABLE: &'static [Opt<A>] = &[
+        option("", "drive", "PATH[:ro][:direct]", |all, word| all.as_mut().drive.store(word),
+            "Attach a disk: a raw file or a block device, in the guest /dev/vda and so on; :ro is read-only, :direct \
+             bypasses the page cache of the host (repeatable)"),
+        option("", "net", "TAP|user[,OPTION]...", |all, word| all.as_mut().net.store(word),
+            "Attach a network card: to a tap device, or user for passt, without root; options are mac=MAC, mtu=BYTES, \
+             ip=ADDRESS/PREFIX, gw=ADDRESS and dns=ADDRESS (repeatable)"),
+        option("p", "publish", "[ADDRESS:]HOST:GUEST[/tcp|/udp]", |all, word| all.as_mut().publish.store(word),
+            "Publish a port of the guest on the host, by --net user (repeatable)"),
+        option("", "vsock", "PATH", |all, word| all.as_mut().vsock.store(word),
+            "Attach a vsock, with this Unix socket on the host"),
+        flag("", "entropy", |all| all.as_mut().entropy = true,
+            "Attach a source of random numbers"),
+        option("", "balloon", "MIB", |all, word| all.as_mut().balloon.store(word),
+            "Attach a balloon of this initial size, which also reports free pages to the host"),
+        option("", "pmem", "PATH[:ro]", |all, word| all.as_mut().pmem.store(word),
+            "Attach a file as persistent memory, in the guest /dev/pmem0 and so on; :ro is read-only (repeatable)"),
+    ];
 }
 
 impl DeviceArguments {

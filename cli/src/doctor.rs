@@ -1,22 +1,25 @@
 //! `kindling doctor`: checks whether the host can run microVMs.
 
-use clap::Args;
+use crate::command_line::{Command, flag};
+use crate::text::{WIDTH, wrapped};
+use kindling::vmm::Instant;
 use kindling::vmm::host::{Finding, Report, Sources, Status};
 use kindling::vmm::probe::probe;
 use std::io::IsTerminal;
 
-#[derive(Args, Debug, PartialEq, Eq)]
-#[command(
-    after_help = "Exit status: 0 if KVM runs guests at full speed by hardware virtualization, 1 if not, \
-                        2 for an invalid argument.\n\n\
-                        Tests KVM by running guest code, which takes up to a second if KVM is slow. \
-                        Changes nothing on the host. \"Reported\" times were measured by others on other hosts."
-)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Arguments {
-    /// Print JSON instead of text
-    #[arg(long)]
     json: bool,
 }
+
+pub(crate) const COMMAND: Command<Arguments> =
+    Command::new("doctor", "Check whether this host can run microVMs, and what would improve it", run)
+        .options(&[flag("", "json", |all| all.json = true, "Print JSON instead of text")])
+        .notes(
+            "Exit status: 0 if KVM runs guests at full speed by hardware virtualization, 1 if not, 2 for an invalid \
+             argument. Tests KVM by running guest code, which takes up to a second if KVM is slow. Changes nothing on \
+             the host. \"Reported\" times were measured by others on other hosts.",
+        );
 
 /// Exit status if guests run at full speed.
 const STATUS_GOOD: u8 = 0;
@@ -24,7 +27,7 @@ const STATUS_GOOD: u8 = 0;
 const STATUS_NOT_GOOD: u8 = 1;
 
 /// Prints the findings. Returns the exit status.
-pub(crate) fn run(arguments: &Arguments) -> u8 {
+fn run(arguments: &Arguments, _: Instant) -> u8 {
     let probe = probe();
     let report = Report::new(&Sources::host(), &probe);
     restore_sigpipe();
@@ -58,17 +61,16 @@ struct Style {
 }
 
 impl Style {
-    const WIDTH: usize = 100;
     const MIN_WIDTH: usize = 60;
 
     fn of_stdout() -> Self {
         let stdout = std::io::stdout();
         if !stdout.is_terminal() {
-            return Self { width: Self::WIDTH, colour: false };
+            return Self { width: WIDTH, colour: false };
         }
         let columns = rustix::termios::tcgetwinsize(&stdout).map_or(0, |size| usize::from(size.ws_col));
         // A terminal of unknown size reports 0.
-        let width = if columns == 0 { Self::WIDTH } else { columns.clamp(Self::MIN_WIDTH, Self::WIDTH) };
+        let width = if columns == 0 { WIDTH } else { columns.clamp(Self::MIN_WIDTH, WIDTH) };
         Self { width, colour: std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty()) }
     }
 }
@@ -113,40 +115,10 @@ fn coloured(status: Status) -> String {
     format!("\x1b[{code}m{}\x1b[0m", status.word())
 }
 
-/// Wraps text to lines of at most `width` characters, each indented. A command between backticks stays on one line, so
-/// that it can be copied.
-fn wrapped(text: &str, indent: usize, width: usize) -> String {
-    let mut lines = format!("{:indent$}", "");
-    let mut column = indent;
-    for word in words(text) {
-        let length = word.chars().count();
-        if column > indent && column + 1 + length > width {
-            lines += &format!("\n{:indent$}", "");
-            column = indent;
-        } else if column > indent {
-            lines.push(' ');
-            column += 1;
-        }
-        lines += word;
-        column += length;
-    }
-    lines
-}
-
-/// Splits at spaces that are not between backticks.
-fn words(text: &str) -> impl Iterator<Item = &str> {
-    let mut quoted = false;
-    text.split(move |c| {
-        quoted ^= c == '`';
-        c == ' ' && !quoted
-    })
-    .filter(|word| !word.is_empty())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::Parser;
+    use crate::text::words;
 
     const PLAIN: Style = Style { width: 60, colour: false };
 
@@ -229,13 +201,5 @@ guests do not run on this host
         assert_eq!(json["findings"][0]["status"], "bad");
         assert_eq!(json["findings"][1]["advice"], serde_json::Value::Null);
         assert_eq!(json.as_object().unwrap().len(), 2);
-    }
-
-    #[test]
-    fn the_help_tells_the_exit_status() {
-        let error = crate::Arguments::try_parse_from(["kindling", "doctor", "--help"]).unwrap_err();
-        assert!(error.to_string().contains("Exit status: 0"), "{error}");
-        let error = crate::Arguments::try_parse_from(["kindling", "doctor", "--jason"]).unwrap_err();
-        assert_eq!(error.exit_code(), 2);
     }
 }

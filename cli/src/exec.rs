@@ -1,42 +1,55 @@
 //! `kindling exec`: runs a command in a running guest.
 
+use crate::command_line::{Argument, Command, Opt, Store, flag, one, option, rest_required};
 use crate::run::client::{Service, Streams};
 use crate::run::signals::{self, Signals};
 use crate::terminal::{self, RawTerminal};
 use crate::{STATUS_FAILURE, print_error};
-use clap::Args;
 use kindling::exec::{ExecError, ExecOptions};
 use kindling::guest::{Guest, GuestError};
 use kindling::vmm::agent::AgentError;
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-#[derive(Args, Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Arguments {
-    /// Name of the guest
     pub(crate) name: String,
-    /// Set an environment variable; NAME alone takes the value from the environment of kindling (repeatable)
-    #[arg(long, short = 'e', value_name = "NAME[=VALUE]")]
     pub(crate) env: Vec<OsString>,
-    /// Read environment variables from a file, one a line; --env overrides them (repeatable)
-    #[arg(long, value_name = "FILE")]
     pub(crate) env_file: Vec<PathBuf>,
-    /// Working directory in the guest [default: the guest's]
-    #[arg(long, short = 'w', value_name = "DIR")]
     pub(crate) workdir: Option<OsString>,
-    /// User and group, as names of the image or numbers [default: the guest's]
-    #[arg(long, short = 'u', value_name = "USER[:GROUP]")]
     pub(crate) user: Option<String>,
-    /// Allocate a terminal for the command
-    #[arg(long, short = 't')]
     pub(crate) tty: bool,
-    /// Ignored: the standard input is always attached
-    #[arg(long, short = 'i')]
     pub(crate) interactive: bool,
-    /// Command and arguments
-    #[arg(value_name = "COMMAND", required = true, trailing_var_arg = true, allow_hyphen_values = true)]
     pub(crate) command: Vec<OsString>,
 }
+
+pub(crate) const COMMAND: Command<Arguments> =
+    Command::new("exec", "Run a command in a running guest", run).options(OPTIONS).arguments(ARGUMENTS);
+
+#[rustfmt::skip]
+const OPTIONS: &[Opt<Arguments>] = &[
+    option("e", "env", "NAME[=VALUE]", |all, word| all.env.store(word),
+        "Set an environment variable; NAME alone takes the value from the environment of kindling \
+         (repeatable)"),
+    option("", "env-file", "FILE", |all, word| all.env_file.store(word),
+        "Read environment variables from a file, one a line; --env overrides them (repeatable)"),
+    option("w", "workdir", "DIR", |all, word| all.workdir.store(word),
+        "Working directory in the guest [default: the guest's]"),
+    option("u", "user", "USER[:GROUP]", |all, word| all.user.store(word),
+        "User and group, as names of the image or numbers [default: the guest's]"),
+    flag("t", "tty", |all| all.tty = true,
+        "Allocate a terminal for the command"),
+    flag("i", "interactive", |all| all.interactive = true,
+        "Ignored: the standard input is always attached"),
+];
+
+#[rustfmt::skip]
+const ARGUMENTS: &[Argument<Arguments>] = &[
+    one("NAME", |all, word| all.name.store(word),
+        "Name of the guest"),
+    rest_required("COMMAND", |all, word| all.command.store(word),
+        "Command and arguments"),
+];
 
 #[derive(Debug, thiserror::Error)]
 enum CommandError {
@@ -51,7 +64,7 @@ enum CommandError {
 }
 
 /// Runs the command. Returns the exit status.
-pub(crate) fn run(arguments: &Arguments) -> u8 {
+fn run(arguments: &Arguments, _: kindling::vmm::Instant) -> u8 {
     execute(arguments).unwrap_or_else(|error| {
         print_error(&error);
         match error {

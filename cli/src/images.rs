@@ -1,21 +1,29 @@
 //! `kindling image`: manages converted container images, by executing `kindling-oci`.
 
+use crate::command_line::{self, Argument, Store, rest_required};
 use crate::{STATUS_FAILURE, print_error};
-use clap::Args;
 use kindling::image::{self, ImageError};
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-#[derive(Args, Debug, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Arguments {
-    /// `ls`, `rm IMAGE...`, `prune [--unused DAYS]`, or `prepare IMAGE`, which pulls and converts an image in advance
-    #[arg(value_name = "COMMAND", required = true, trailing_var_arg = true, allow_hyphen_values = true)]
     command: Vec<OsString>,
 }
 
+pub(crate) const COMMAND: command_line::Command<Arguments> =
+    command_line::Command::new("image", "Manage converted container images", run).arguments(ARGUMENTS);
+
+#[rustfmt::skip]
+const ARGUMENTS: &[Argument<Arguments>] = &[
+    rest_required("COMMAND", |all, word| all.command.store(word),
+        "`ls`, `rm IMAGE...`, `prune [--unused DAYS]`, or `prepare IMAGE`, which pulls and converts an \
+         image in advance"),
+];
+
 /// Executes the program in place of this one. Returns the exit status if that fails.
-pub(crate) fn run(arguments: &Arguments) -> u8 {
+fn run(arguments: &Arguments, _: kindling::vmm::Instant) -> u8 {
     match image::converter() {
         Ok(program) => {
             let error = Command::new(program).args(&arguments.command).exec();

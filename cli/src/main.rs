@@ -5,11 +5,11 @@
 #![cfg_attr(not(test), no_main)]
 
 mod boot;
+mod command_line;
 mod cp;
 mod devices;
 mod doctor;
 mod exec;
-mod fast_args;
 mod guests;
 mod images;
 mod preboot;
@@ -19,61 +19,39 @@ mod signals;
 #[cfg(not(test))]
 mod start;
 mod terminal;
+mod text;
 mod volume;
 
-use clap::{Parser, Subcommand};
+use command_line::{Entry, Group, Stop};
 use kindling::vmm::{Instant, with_causes};
 use std::error::Error;
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
 
-/// Run container images and Linux kernels in microVMs
-#[derive(Debug, Parser)]
-#[command(name = "kindling", version, arg_required_else_help = true, args_override_self = true)]
-struct Arguments {
-    #[command(subcommand)]
-    command: Command,
-}
-
-#[derive(Debug, PartialEq, Eq, Subcommand)]
-enum Command {
-    /// Boot a kernel in a microVM, in the foreground
-    Boot(Box<boot::Arguments>),
-    /// Pre-boot the kernel of an image, from which `kindling boot` continues
-    Preboot(preboot::Arguments),
-    /// Run a command in a new microVM
-    Run(Box<run::Arguments>),
-    /// Serve a detached guest of `kindling run --detach`, whose command line is read from standard input
-    #[command(hide = true)]
-    Stay,
-    /// Run a command in a running guest
-    Exec(exec::Arguments),
-    /// Copy files between a running guest and the host
-    Cp(cp::Arguments),
-    /// List guests
-    Ps(guests::ps::Arguments),
-    /// Print the output of a detached guest
-    Logs(guests::logs::Arguments),
-    /// Wait until a guest ends, and exit with its status
-    Wait(guests::wait::Arguments),
-    /// Stop guests
-    Stop(guests::stop::Arguments),
-    /// Kill guests, or send them a signal
-    Kill(guests::kill::Arguments),
-    /// Remove guests that have ended
-    Rm(guests::rm::Arguments),
-    /// Print details of guests as JSON
-    Inspect(guests::inspect::Arguments),
-    /// Print the memory and processor time that guests use
-    Stats(guests::stats::Arguments),
-    /// Manage converted container images
-    Image(images::Arguments),
-    /// Manage volumes
-    Volume(volume::Arguments),
-    /// Check whether this host can run microVMs, and what would improve it
-    Doctor(doctor::Arguments),
-}
+const COMMANDS: Group = Group {
+    name: "",
+    about: "Run container images and Linux kernels in microVMs",
+    commands: &[
+        &run::COMMAND,
+        &exec::COMMAND,
+        &cp::COMMAND,
+        &guests::ps::COMMAND,
+        &guests::logs::COMMAND,
+        &guests::wait::COMMAND,
+        &guests::stop::COMMAND,
+        &guests::kill::COMMAND,
+        &guests::rm::COMMAND,
+        &guests::inspect::COMMAND,
+        &guests::stats::COMMAND,
+        &images::COMMAND,
+        &volume::COMMANDS,
+        &boot::COMMAND,
+        &preboot::COMMAND,
+        &doctor::COMMAND,
+        &run::STAY,
+    ],
+};
 
 /// Exit status of an invalid request.
 const STATUS_BAD_REQUEST: u8 = 2;
@@ -93,30 +71,18 @@ fn run() -> u8 {
         print_stderr(&format!("kindling: {}\n", trusted_path::SET_USER_ID));
         return STATUS_BAD_REQUEST;
     }
-    match command(std::env::args_os().collect()) {
-        Command::Boot(arguments) => boot::run(&arguments, started),
-        Command::Preboot(arguments) => preboot::run(&arguments),
-        Command::Run(arguments) => run::run(&arguments, started),
-        Command::Stay => run::stay(started),
-        Command::Exec(arguments) => exec::run(&arguments),
-        Command::Cp(arguments) => cp::run(&arguments),
-        Command::Ps(arguments) => guests::ps::run(&arguments),
-        Command::Logs(arguments) => guests::logs::run(&arguments),
-        Command::Wait(arguments) => guests::wait::run(&arguments),
-        Command::Stop(arguments) => guests::stop::run(&arguments),
-        Command::Kill(arguments) => guests::kill::run(&arguments),
-        Command::Rm(arguments) => guests::rm::run(&arguments),
-        Command::Inspect(arguments) => guests::inspect::run(&arguments),
-        Command::Stats(arguments) => guests::stats::run(&arguments),
-        Command::Image(arguments) => images::run(&arguments),
-        Command::Volume(arguments) => volume::run(&arguments),
-        Command::Doctor(arguments) => doctor::run(&arguments),
+    match COMMANDS.execute(std::env::args_os().skip(1).collect(), started) {
+        Ok(status) => status,
+        Err(Stop::Help(text)) => print(text.as_bytes()),
+        Err(Stop::NoCommand(text)) => {
+            print_stderr(&text);
+            STATUS_BAD_REQUEST
+        }
+        Err(error) => {
+            print_error(&error);
+            STATUS_BAD_REQUEST
+        }
     }
-}
-
-/// Parses a command line. Exits for invalid arguments, `--help` and `--version`.
-fn command(line: Vec<OsString>) -> Command {
-    fast_args::parse(line.iter().cloned()).unwrap_or_else(|| Arguments::parse_from(line).command)
 }
 
 /// The bytes of an argument.
@@ -171,4 +137,38 @@ fn print(bytes: &[u8]) -> u8 {
 /// Writes to standard error. Errors are ignored.
 fn print_stderr(text: &str) {
     let _ = std::io::stderr().write_all(text.as_bytes());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The help texts of a group's commands, and of the groups in it.
+    fn helps(group: &Group) -> Vec<(&'static str, String)> {
+        let help = |command: &&'static dyn Entry| {
+            let Err(Stop::Help(text)) = command.execute(vec!["--help".into()], Instant::now()) else {
+                panic!("{} has no help", command.name())
+            };
+            (command.name(), text)
+        };
+        group.commands.iter().map(help).collect()
+    }
+
+    #[test]
+    fn each_option_of_a_command_is_there_once_with_a_help_text() {
+        let all = [helps(&COMMANDS), helps(&volume::COMMANDS)].concat();
+        assert_eq!(all.len(), 21);
+        for (name, text) in all {
+            let options = text.lines().map(str::trim_start).filter(|line| line.starts_with('-'));
+            let names = options.filter_map(|line| line.split("  ").next());
+            let words = names.flat_map(|name| name.split([' ', ',']));
+            let mut spelled: Vec<_> = words.filter(|word| word.starts_with('-')).collect();
+            let count = spelled.len();
+            spelled.sort_unstable();
+            spelled.dedup();
+            assert_eq!(spelled.len(), count, "{name}: {text}");
+            assert!(text.lines().all(|line| line.chars().count() <= text::WIDTH), "{name}: {text}");
+            assert_eq!(text.lines().next().unwrap_or_default().is_empty(), name == "stay", "{text}");
+        }
+    }
 }

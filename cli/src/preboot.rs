@@ -1,34 +1,66 @@
 //! `kindling preboot`: boots the kernel of an image once, for all later starts on this host.
 
-use crate::devices::DeviceArguments;
+use crate::command_line::{Command, Opt, Store, option};
+use crate::devices::{DeviceArguments, DeviceOptions};
 use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, print_stderr};
-use clap::Args;
 use kindling::launch::{self, LaunchError};
 use kindling::vmm::config::image::Image;
 use kindling::vmm::config::{Config, ConfigError, MachineConfig};
 use kindling::vmm::control::Monitor;
 use std::path::PathBuf;
 
-#[derive(Args, Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Arguments {
-    /// Image: a directory made by `cargo xtask build-image`; the pre-booted kernel is written to its directory `preboot`
-    #[arg(long, value_name = "DIR")]
     image: PathBuf,
-    /// Memory of the guests in MiB
-    #[arg(long, value_name = "MIB", default_value_t = MachineConfig::default().mem_size_mib)]
     memory: u64,
-    /// Number of vCPUs of the guests, 1 to 16
-    #[arg(long, value_name = "N", default_value_t = MachineConfig::default().vcpu_count.into())]
     vcpus: u64,
-    #[command(flatten)]
     devices: DeviceArguments,
+}
+
+impl Default for Arguments {
+    fn default() -> Self {
+        let MachineConfig { vcpu_count, mem_size_mib } = MachineConfig::default();
+        Self {
+            image: PathBuf::new(),
+            memory: mem_size_mib,
+            vcpus: vcpu_count.into(),
+            devices: DeviceArguments::default(),
+        }
+    }
+}
+
+impl AsMut<DeviceArguments> for Arguments {
+    fn as_mut(&mut self) -> &mut DeviceArguments {
+        &mut self.devices
+    }
+}
+
+pub(crate) const COMMAND: Command<Arguments> =
+    Command::new("preboot", "Pre-boot the kernel of an image, from which `kindling boot` continues", run)
+        .options(OPTIONS)
+        .more_options(DeviceOptions::TABLE)
+        .check(check);
+
+#[rustfmt::skip]
+const OPTIONS: &[Opt<Arguments>] = &[
+    option("", "image", "DIR", |all, word| all.image.store(word),
+        "Image: a directory made by `cargo xtask build-image`; the pre-booted kernel is written to its \
+         directory `preboot`"),
+    option("", "memory", "MIB", |all, word| all.memory.store(word),
+        "Memory of the guests in MiB [default: 128]"),
+    option("", "vcpus", "N", |all, word| all.vcpus.store(word),
+        "Number of vCPUs of the guests, 1 to 16 [default: 1]"),
+];
+
+fn check(arguments: &Arguments) -> Result<(), String> {
+    if arguments.image.as_os_str().is_empty() { Err("--image is missing".to_owned()) } else { Ok(()) }
 }
 
 /// Exit status if the file was written.
 const STATUS_SUCCESS: u8 = 0;
 
 /// Writes the pre-booted kernel, and prints its path. Returns the exit status.
-pub(crate) fn run(arguments: &Arguments) -> u8 {
+fn run(arguments: &Arguments, _: kindling::vmm::Instant) -> u8 {
     match make(arguments) {
         Ok(path) => {
             print_stderr(&format!("kindling: wrote {}; `kindling boot` continues from it\n", path.display()));

@@ -1,48 +1,47 @@
 //! `kindling volume`: creates, lists, inspects and removes volumes.
 
+use crate::command_line::{Argument, Command, Group, Store, flag, one, one_or_more, option};
 use crate::guests::view;
 use crate::{print, print_error};
-use clap::{Args, Subcommand};
+use kindling::vmm::Instant;
 use kindling::volume::{DEFAULT_SIZE, Volume, VolumeError, parse_size};
 use serde::Serialize;
 use std::path::PathBuf;
 
-#[derive(Args, Debug, PartialEq, Eq)]
-pub(crate) struct Arguments {
-    #[command(subcommand)]
-    action: Action,
+pub(crate) const COMMANDS: Group =
+    Group { name: "volume", about: "Manage volumes", commands: &[&CREATE, &LS, &RM, &INSPECT] };
+
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Arguments {
+    names: Vec<String>,
+    size: Option<String>,
+    json: bool,
 }
 
-#[derive(Debug, Subcommand, PartialEq, Eq)]
-enum Action {
-    /// Create an empty volume; `kindling run -v` creates missing volumes itself
-    Create {
-        /// Size in bytes, or with the suffix K, M, G or T, from 16M to 16T [default: 10G]
-        #[arg(long, value_name = "SIZE")]
-        size: Option<String>,
-        /// Name of the volume
-        #[arg(value_name = "NAME")]
-        name: String,
-    },
-    /// List volumes
-    Ls {
-        /// Print all details as JSON
-        #[arg(long)]
-        json: bool,
-    },
-    /// Remove volumes and their content
-    Rm {
-        /// Names of the volumes
-        #[arg(value_name = "NAME", required = true)]
-        names: Vec<String>,
-    },
-    /// Print details of volumes as JSON
-    Inspect {
-        /// Names of the volumes
-        #[arg(value_name = "NAME", required = true)]
-        names: Vec<String>,
-    },
-}
+const CREATE: Command<Arguments> = Command::new(
+    "volume create",
+    "Create an empty volume; `kindling run -v` creates missing volumes itself",
+    create,
+)
+.options(&[option("", "size", "SIZE", |all, word| all.size.store(word), SIZE_HELP)])
+.arguments(&[one("NAME", |all, word| all.names.store(word), "Name of the volume")]);
+const SIZE_HELP: &str = "Size in bytes, or with the suffix K, M, G or T, from 16M to 16T [default: 10G]";
+
+const LS: Command<Arguments> = Command::new("volume ls", "List volumes", list).options(&[flag(
+    "",
+    "json",
+    |all| all.json = true,
+    "Print all details as JSON",
+)]);
+
+const RM: Command<Arguments> =
+    Command::new("volume rm", "Remove volumes and their content", remove).arguments(NAMES);
+
+const INSPECT: Command<Arguments> =
+    Command::new("volume inspect", "Print details of volumes as JSON", inspect).arguments(NAMES);
+
+const NAMES: &[Argument<Arguments>] =
+    &[one_or_more("NAME", |all, word| all.names.store(word), "Names of the volumes")];
 
 /// JSON form of a volume.
 #[derive(Serialize)]
@@ -70,17 +69,27 @@ impl View {
     }
 }
 
-/// Executes the command. Returns the exit status.
-pub(crate) fn run(arguments: &Arguments) -> u8 {
-    match &arguments.action {
-        Action::Create { size, name } => finish(create(name, size.as_deref())),
-        Action::Ls { json } => finish(list(*json)),
-        Action::Rm { names } => each(names, |name| {
-            Volume::named(name)?.remove()?;
-            Ok(format!("{name}\n"))
-        }),
-        Action::Inspect { names } => each(names, |name| Ok(json(&View::of(&Volume::named(name)?)?))),
-    }
+fn create(arguments: &Arguments, _: Instant) -> u8 {
+    each(&arguments.names, |name| {
+        let size = arguments.size.as_deref().map_or(Ok(DEFAULT_SIZE), parse_size)?;
+        Volume::create(name, size)?;
+        Ok(format!("{name}\n"))
+    })
+}
+
+fn remove(arguments: &Arguments, _: Instant) -> u8 {
+    each(&arguments.names, |name| {
+        Volume::named(name)?.remove()?;
+        Ok(format!("{name}\n"))
+    })
+}
+
+fn inspect(arguments: &Arguments, _: Instant) -> u8 {
+    each(&arguments.names, |name| Ok(json(&View::of(&Volume::named(name)?)?)))
+}
+
+fn list(arguments: &Arguments, _: Instant) -> u8 {
+    finish(table(arguments.json))
 }
 
 fn each(names: &[String], action: impl Fn(&str) -> Result<String, VolumeError>) -> u8 {
@@ -98,13 +107,7 @@ fn finish(result: Result<String, VolumeError>) -> u8 {
     }
 }
 
-fn create(name: &str, size: Option<&str>) -> Result<String, VolumeError> {
-    let size = size.map_or(Ok(DEFAULT_SIZE), parse_size)?;
-    Volume::create(name, size)?;
-    Ok(format!("{name}\n"))
-}
-
-fn list(as_json: bool) -> Result<String, VolumeError> {
+fn table(as_json: bool) -> Result<String, VolumeError> {
     let views = Volume::all()?.iter().map(View::of).collect::<Result<Vec<_>, _>>()?;
     if as_json {
         return Ok(json(&views));

@@ -1,17 +1,24 @@
 //! `kindling inspect`: prints details of guests as JSON.
 
 use super::view::View;
+use crate::command_line::{Argument, Command, Store, one_or_more};
 use crate::{print, report};
-use clap::Args;
 use kindling::guest::{Guest, GuestError, Usage};
 use serde::Serialize;
 
-#[derive(Args, Debug, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Arguments {
-    /// Names of the guests
-    #[arg(value_name = "NAME", required = true)]
     names: Vec<String>,
 }
+
+pub(crate) const COMMAND: Command<Arguments> =
+    Command::new("inspect", "Print details of guests as JSON", run).arguments(ARGUMENTS);
+
+#[rustfmt::skip]
+const ARGUMENTS: &[Argument<Arguments>] = &[
+    one_or_more("NAME", |all, word| all.names.store(word),
+        "Names of the guests"),
+];
 
 #[derive(Serialize)]
 struct Details<'a> {
@@ -24,7 +31,7 @@ struct Details<'a> {
 }
 
 /// Prints the details. Returns the exit status.
-pub(crate) fn run(arguments: &Arguments) -> u8 {
+fn run(arguments: &Arguments, _: kindling::vmm::Instant) -> u8 {
     super::each(&arguments.names, |name| {
         let guest = Guest::open(name)?;
         print(describe(&guest)?.as_bytes());

@@ -1,19 +1,31 @@
 //! `kindling logs`: prints the output of a detached guest.
 
+use crate::command_line::{Argument, Command, Opt, Store, flag, one};
 use crate::{STATUS_FAILURE, print_error};
-use clap::Args;
 use kindling::guest::{Guest, GuestError};
 use kindling::log::Stream;
 use std::io::{self, Write};
 
-#[derive(Args, Debug, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Arguments {
-    /// Follow the output until the guest ends
-    #[arg(long, short = 'f')]
     follow: bool,
-    /// Name of the guest
     name: String,
 }
+
+pub(crate) const COMMAND: Command<Arguments> =
+    Command::new("logs", "Print the output of a detached guest", run).options(OPTIONS).arguments(ARGUMENTS);
+
+#[rustfmt::skip]
+const OPTIONS: &[Opt<Arguments>] = &[
+    flag("f", "follow", |all| all.follow = true,
+        "Follow the output until the guest ends"),
+];
+
+#[rustfmt::skip]
+const ARGUMENTS: &[Argument<Arguments>] = &[
+    one("NAME", |all, word| all.name.store(word),
+        "Name of the guest"),
+];
 
 #[derive(Debug, thiserror::Error)]
 enum LogsError {
@@ -24,7 +36,7 @@ enum LogsError {
 }
 
 /// Prints the log: output on standard output, and errors on standard error. Returns the exit status.
-pub(crate) fn run(arguments: &Arguments) -> u8 {
+fn run(arguments: &Arguments, _: kindling::vmm::Instant) -> u8 {
     let Err(error) = execute(arguments) else { return 0 };
     print_error(&error);
     match error {

@@ -1,22 +1,28 @@
 //! `kindling ps`: lists guests.
 
 use super::view;
+use crate::command_line::{Command, Opt, flag};
 use crate::{print, print_error, report};
-use clap::Args;
 use kindling::guest::{Guest, GuestError};
 
-#[derive(Args, Debug, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Arguments {
-    /// List all guests, including those that have ended
-    #[arg(long, short = 'a')]
     all: bool,
-    /// Print all details as JSON
-    #[arg(long)]
     json: bool,
 }
 
+pub(crate) const COMMAND: Command<Arguments> = Command::new("ps", "List guests", run).options(OPTIONS);
+
+#[rustfmt::skip]
+const OPTIONS: &[Opt<Arguments>] = &[
+    flag("a", "all", |all| all.all = true,
+        "List all guests, including those that have ended"),
+    flag("", "json", |all| all.json = true,
+        "Print all details as JSON"),
+];
+
 /// Prints the list. Returns the exit status.
-pub(crate) fn run(arguments: &Arguments) -> u8 {
+fn run(arguments: &Arguments, _: kindling::vmm::Instant) -> u8 {
     match list(arguments) {
         Ok(text) => print(text.as_bytes()),
         Err(error) => {

@@ -1,21 +1,32 @@
 //! `kindling rm`: removes guests that have ended.
 
+use crate::command_line::{Argument, Command, Opt, Store, flag, one_or_more};
 use crate::print;
-use clap::Args;
 use kindling::guest::Guest;
 
-#[derive(Args, Debug, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Arguments {
-    /// Kill guests that are running
-    #[arg(long, short = 'f')]
     force: bool,
-    /// Names of the guests
-    #[arg(value_name = "NAME", required = true)]
     names: Vec<String>,
 }
 
+pub(crate) const COMMAND: Command<Arguments> =
+    Command::new("rm", "Remove guests that have ended", run).options(OPTIONS).arguments(ARGUMENTS);
+
+#[rustfmt::skip]
+const OPTIONS: &[Opt<Arguments>] = &[
+    flag("f", "force", |all| all.force = true,
+        "Kill guests that are running"),
+];
+
+#[rustfmt::skip]
+const ARGUMENTS: &[Argument<Arguments>] = &[
+    one_or_more("NAME", |all, word| all.names.store(word),
+        "Names of the guests"),
+];
+
 /// Removes the directories of the guests. Returns the exit status.
-pub(crate) fn run(arguments: &Arguments) -> u8 {
+fn run(arguments: &Arguments, _: kindling::vmm::Instant) -> u8 {
     super::each(&arguments.names, |name| {
         let guest = Guest::open(name)?;
         if arguments.force {

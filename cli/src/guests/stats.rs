@@ -1,19 +1,26 @@
 //! `kindling stats`: prints the memory and processor time that guests use on the host.
 
 use super::view;
+use crate::command_line::{Argument, Command, Store, any};
 use crate::{print, print_error};
-use clap::Args;
 use kindling::guest::{Guest, GuestError};
 
-#[derive(Args, Debug, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Arguments {
-    /// Names of the guests [default: all running guests]
-    #[arg(value_name = "NAME")]
     names: Vec<String>,
 }
 
+pub(crate) const COMMAND: Command<Arguments> =
+    Command::new("stats", "Print the memory and processor time that guests use", run).arguments(ARGUMENTS);
+
+#[rustfmt::skip]
+const ARGUMENTS: &[Argument<Arguments>] = &[
+    any("NAME", |all, word| all.names.store(word),
+        "Names of the guests [default: all running guests]"),
+];
+
 /// Prints a table. Returns the exit status.
-pub(crate) fn run(arguments: &Arguments) -> u8 {
+fn run(arguments: &Arguments, _: kindling::vmm::Instant) -> u8 {
     let mut names = arguments.names.clone();
     if names.is_empty() {
         match kindling::guests() {

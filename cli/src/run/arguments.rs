@@ -1,88 +1,103 @@
 //! The arguments of `kindling run`.
 
-use clap::Args;
+use crate::command_line::{Argument, Command, Opt, Store, flag, in_range, one, option, rest, store_as};
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-#[derive(Args, Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Arguments {
-    /// Image: a name of a registry, the path of a `docker save` archive or an OCI layout, or an EROFS file
-    #[arg(value_name = "IMAGE")]
     pub(crate) image: OsString,
-    /// Set an environment variable; NAME alone takes the value from the environment of kindling (repeatable)
-    #[arg(long, short = 'e', value_name = "NAME[=VALUE]")]
     pub(crate) env: Vec<OsString>,
-    /// Read environment variables from a file, one a line; --env overrides them (repeatable)
-    #[arg(long, value_name = "FILE")]
     pub(crate) env_file: Vec<PathBuf>,
-    /// Working directory in the guest [default: the image's]
-    #[arg(long, short = 'w', value_name = "DIR")]
     pub(crate) workdir: Option<OsString>,
-    /// User and group, as names of the image or numbers [default: the image's]
-    #[arg(long, short = 'u', value_name = "USER[:GROUP]")]
     pub(crate) user: Option<String>,
-    /// Override the entrypoint of the image
-    #[arg(long, value_name = "PROGRAM")]
     pub(crate) entrypoint: Option<OsString>,
-    /// Allocate a terminal for the command
-    #[arg(long, short = 't')]
     pub(crate) tty: bool,
-    /// Ignored: the standard input is always attached
-    #[arg(long, short = 'i')]
     pub(crate) interactive: bool,
-    /// Run in the background, and print the name of the guest; `kindling logs` prints its output
-    #[arg(long, short = 'd')]
     pub(crate) detach: bool,
-    /// Whether this process is the front of a detached guest
-    #[arg(skip)]
+    /// Whether this process is the front of a detached guest.
     pub(crate) stay: bool,
-    /// Memory in MiB, or with the suffix m or g: 512, 512m, 2g
-    #[arg(long, short = 'm', value_name = "MIB", default_value_t = Self::default().memory, value_parser = mebibytes)]
+    /// In MiB.
     pub(crate) memory: u64,
-    /// Number of vCPUs, 1 to 16
-    #[arg(long, value_name = "N", default_value_t = Self::default().cpus)]
     pub(crate) cpus: u64,
-    /// Kill the guest after this time, with exit status 124
-    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(TIMEOUT_SECONDS))]
+    /// In seconds.
     pub(crate) timeout: Option<u64>,
-    /// Name of the guest, for `kindling exec` and others [default: random]
-    #[arg(long, value_name = "NAME")]
     pub(crate) name: Option<String>,
-    /// Hostname of the guest [default: the name of the guest]
-    #[arg(long, value_name = "NAME")]
     pub(crate) hostname: Option<OsString>,
-    /// Remove a detached guest when it ends; a guest in the foreground is always removed
-    #[arg(long)]
     pub(crate) rm: bool,
-    /// Network: none, user (through passt, without root), or a tap device [default: none]
-    #[arg(long, alias = "network", value_name = "none|user|TAP")]
     pub(crate) net: Option<OsString>,
-    /// Publish a port of the guest on the host, by --net user (repeatable)
-    #[arg(long, short = 'p', value_name = "[ADDRESS:]HOST:GUEST[/tcp|/udp]")]
     pub(crate) publish: Vec<OsString>,
-    /// Mount a volume, or a directory of the host, at a path in the guest (repeatable)
-    #[arg(long, short = 'v', value_name = "SOURCE:GUEST[:ro]")]
     pub(crate) volume: Vec<OsString>,
-    /// Mount the root filesystem read-only; volumes, shared directories, /dev/shm, /run, /tmp and /var/tmp stay writable
-    #[arg(long)]
     pub(crate) read_only: bool,
-    /// When to pull the image from its registry
-    #[arg(long, value_name = "missing|always|never", default_value = "missing",
-          value_parser = PULL)]
     pub(crate) pull: String,
-    /// Boot the kernel even if there is a pre-booted one
-    #[arg(long)]
     pub(crate) cold: bool,
-    /// CLOCK_MONOTONIC in nanoseconds when the caller started this command
-    #[arg(long, value_name = "NS", hide = true)]
+    /// `CLOCK_MONOTONIC` in nanoseconds when the caller started this command.
     pub(crate) started_at: Option<u64>,
-    /// Print the times of the steps on standard error at the end
-    #[arg(long)]
     pub(crate) report: bool,
-    /// Command and arguments [default: the image's]
-    #[arg(value_name = "COMMAND", trailing_var_arg = true, allow_hyphen_values = true)]
     pub(crate) command: Vec<OsString>,
 }
+
+pub(crate) const COMMAND: Command<Arguments> =
+    Command::new("run", "Run a command in a new microVM", super::run).options(OPTIONS).arguments(ARGUMENTS);
+
+#[rustfmt::skip]
+const OPTIONS: &[Opt<Arguments>] = &[
+    option("e", "env", "NAME[=VALUE]", |all, word| all.env.store(word),
+        "Set an environment variable; NAME alone takes the value from the environment of kindling \
+         (repeatable)"),
+    option("", "env-file", "FILE", |all, word| all.env_file.store(word),
+        "Read environment variables from a file, one a line; --env overrides them (repeatable)"),
+    option("w", "workdir", "DIR", |all, word| all.workdir.store(word),
+        "Working directory in the guest [default: the image's]"),
+    option("u", "user", "USER[:GROUP]", |all, word| all.user.store(word),
+        "User and group, as names of the image or numbers [default: the image's]"),
+    option("", "entrypoint", "PROGRAM", |all, word| all.entrypoint.store(word),
+        "Override the entrypoint of the image"),
+    flag("t", "tty", |all| all.tty = true,
+        "Allocate a terminal for the command"),
+    flag("i", "interactive", |all| all.interactive = true,
+        "Ignored: the standard input is always attached"),
+    flag("d", "detach", |all| all.detach = true,
+        "Run in the background, and print the name of the guest; `kindling logs` prints its output"),
+    option("m", "memory", "MIB", |all, word| store_as(&mut all.memory, word, mebibytes),
+        "Memory in MiB, or with the suffix m or g: 512, 512m, 2g [default: 512]"),
+    option("", "cpus", "N", |all, word| all.cpus.store(word),
+        "Number of vCPUs, 1 to 16 [default: 1]"),
+    option("", "timeout", "SECONDS", |all, word| store_as(&mut all.timeout, word, |text| in_range(TIMEOUT_SECONDS)(text).map(Some)),
+        "Kill the guest after this time, with exit status 124"),
+    option("", "name", "NAME", |all, word| all.name.store(word),
+        "Name of the guest, for `kindling exec` and others [default: random]"),
+    option("", "hostname", "NAME", |all, word| all.hostname.store(word),
+        "Hostname of the guest [default: the name of the guest]"),
+    flag("", "rm", |all| all.rm = true,
+        "Remove a detached guest when it ends; a guest in the foreground is always removed"),
+    option("", "net", "none|user|TAP", |all, word| all.net.store(word),
+        "Network: none, user (through passt, without root), or a tap device [default: none]"),
+    option("", "network", "", |all, word| all.net.store(word), ""),
+    option("p", "publish", "[ADDRESS:]HOST:GUEST[/tcp|/udp]", |all, word| all.publish.store(word),
+        "Publish a port of the guest on the host, by --net user (repeatable)"),
+    option("v", "volume", "SOURCE:GUEST[:ro]", |all, word| all.volume.store(word),
+        "Mount a volume, or a directory of the host, at a path in the guest (repeatable)"),
+    flag("", "read-only", |all| all.read_only = true,
+        "Mount the root filesystem read-only; volumes, shared directories, /dev/shm, /run, /tmp and \
+         /var/tmp stay writable"),
+    option("", "pull", "missing|always|never", |all, word| store_as(&mut all.pull, word, pull),
+        "When to pull the image from its registry [default: missing]"),
+    flag("", "cold", |all| all.cold = true,
+        "Boot the kernel even if there is a pre-booted one"),
+    option("", "started-at", "NS", |all, word| all.started_at.store(word), ""),
+    flag("", "report", |all| all.report = true,
+        "Print the times of the steps on standard error at the end"),
+];
+
+#[rustfmt::skip]
+const ARGUMENTS: &[Argument<Arguments>] = &[
+    one("IMAGE", |all, word| all.image.store(word),
+        "Image: a name of a registry, the path of a `docker save` archive or an OCI layout, or an EROFS \
+         file"),
+    rest("COMMAND", |all, word| all.command.store(word),
+        "Command and arguments [default: the image's]"),
+];
 
 /// The arguments of a command line without options.
 impl Default for Arguments {
@@ -118,9 +133,14 @@ impl Default for Arguments {
 }
 
 /// Values of `--pull`; the first is the default.
-pub(crate) const PULL: [&str; 3] = ["missing", "always", "never"];
+const PULL: [&str; 3] = ["missing", "always", "never"];
 /// Values of `--timeout` in seconds: up to a year.
-pub(crate) const TIMEOUT_SECONDS: std::ops::RangeInclusive<u64> = 1..=31_536_000;
+const TIMEOUT_SECONDS: std::ops::RangeInclusive<u64> = 1..=31_536_000;
+
+/// Parses the value of `--pull`.
+fn pull(text: &str) -> Result<String, &'static str> {
+    if PULL.contains(&text) { Ok(text.to_owned()) } else { Err("expected missing, always or never") }
+}
 
 /// Parses the value of `--memory`. Returns MiB.
 fn mebibytes(text: &str) -> Result<u64, &'static str> {
@@ -139,7 +159,60 @@ const MEMORY_FORM: &str = "expected a number of MiB, or a number with the suffix
 
 #[cfg(test)]
 mod tests {
-    use super::mebibytes;
+    use super::*;
+
+    fn parse(line: &str) -> Result<Arguments, String> {
+        COMMAND.parse(line.split(' ').map(OsString::from)).map_err(|stop| stop.to_string())
+    }
+
+    #[test]
+    fn every_option_is_stored() {
+        let strings = |line: &str| line.split(' ').map(OsString::from).collect();
+        let expected = Arguments {
+            image: "image".into(),
+            env: strings("A=1 B"),
+            env_file: vec!["f".into()],
+            workdir: Some("/".into()),
+            user: Some("a:b".into()),
+            entrypoint: Some("e".into()),
+            tty: true,
+            interactive: true,
+            detach: true,
+            stay: false,
+            memory: 64,
+            cpus: 2,
+            timeout: Some(5),
+            name: Some("n".into()),
+            hostname: Some("h".into()),
+            rm: true,
+            net: Some("user".into()),
+            publish: strings("1:2 3:4"),
+            volume: strings("a:/b"),
+            read_only: true,
+            pull: "never".into(),
+            cold: true,
+            started_at: Some(7),
+            report: true,
+            command: strings("sh -c -e"),
+        };
+        let line = "-e A=1 --env B --env-file f --workdir / -u a:b --entrypoint e -tid -m 64m --cpus 2 --timeout 5 \
+                    --name n --hostname h --rm --network tap --net user -p 1:2 --publish 3:4 -v a:/b --read-only \
+                    --pull never --cold --started-at 7 --report image sh -c -e";
+        assert_eq!(parse(line), Ok(expected));
+        assert_eq!(parse("image"), Ok(Arguments { image: "image".into(), ..Arguments::default() }));
+    }
+
+    #[test]
+    fn values_outside_their_range_are_refused() {
+        for (line, message) in [
+            ("--timeout 0 image", "--timeout \"0\": expected a number from 1 to 31536000"),
+            ("--pull now image", "--pull \"now\": expected missing, always or never"),
+            ("-m 1k image", "-m \"1k\": expected a number of MiB, or a number with the suffix m or g"),
+            ("--env-file= image", "--env-file \"\": a path is not empty"),
+        ] {
+            assert_eq!(parse(line), Err(message.to_owned()), "{line}");
+        }
+    }
 
     #[test]
     fn memory_may_have_a_suffix() {

@@ -7,8 +7,9 @@ mod outcome;
 mod session;
 pub(crate) mod signals;
 
+use crate::command_line::Command;
 use crate::{STATUS_FAILURE, print_error, print_launch_error, terminal};
-pub(crate) use arguments::{Arguments, PULL, TIMEOUT_SECONDS};
+pub(crate) use arguments::{Arguments, COMMAND};
 use detached::Launcher;
 use kindling::guest::GuestDir;
 use kindling::image;
@@ -18,8 +19,11 @@ use kindling::vmm::Timeline;
 pub(crate) use outcome::StopCause;
 use session::Session;
 
+/// The background process of `kindling run --detach`, which is not listed.
+pub(crate) const STAY: Command<()> = Command::new("stay", "", stay);
+
 /// Runs the command. Returns the exit status.
-pub(crate) fn run(arguments: &Arguments, entered: vmm::Instant) -> u8 {
+fn run(arguments: &Arguments, entered: vmm::Instant) -> u8 {
     let start = arguments.started_at.map_or(entered, vmm::Instant);
     let mut timeline = Timeline::starting_at(start);
     timeline.reached_at("command entered", entered);
@@ -36,15 +40,13 @@ pub(crate) fn run(arguments: &Arguments, entered: vmm::Instant) -> u8 {
 }
 
 /// Runs the command line on standard input, as the front of a detached guest. Returns the exit status.
-pub(crate) fn stay(entered: vmm::Instant) -> u8 {
+fn stay((): &(), entered: vmm::Instant) -> u8 {
     let failed = |error: std::io::Error| {
         print_error(&LaunchError::Host("read the command line", error));
         STATUS_FAILURE
     };
-    match detached::line().map(crate::command) {
-        Ok(crate::Command::Run(arguments)) if arguments.detach => {
-            run(&Arguments { stay: true, ..*arguments }, entered)
-        }
+    match detached::line().map(|words| COMMAND.parse(words)) {
+        Ok(Ok(arguments)) if arguments.detach => run(&Arguments { stay: true, ..arguments }, entered),
         Ok(_) => failed(std::io::ErrorKind::InvalidInput.into()),
         Err(error) => failed(error),
     }
