@@ -5,8 +5,10 @@
 use std::env;
 
 fn main() {
+    // Cargo sets it. The value when this script was compiled would be wrong in a moved or copied workspace.
+    let package = env::var("CARGO_MANIFEST_DIR").unwrap_or_default();
     let script = |name: &str| {
-        let path = format!("{}/../vmm/{name}", env!("CARGO_MANIFEST_DIR"));
+        let path = format!("{package}/../vmm/{name}");
         println!("cargo:rerun-if-changed={path}");
         println!("cargo:rustc-link-arg-bins=-T{path}");
     };

@@ -120,28 +120,54 @@ fn without_digests(symbol: &str) -> String {
     if symbol.contains("_ZN") {
         return symbol.rfind("17h").map_or(symbol.to_owned(), |end| symbol[..end + 3].to_owned() + "*");
     }
-    // The v0 mangling has `Cs`, digits and `_` before each crate name; the optimiser may append a number that differs
-    // between builds.
+    // The optimiser may append a number, which differs between builds.
     let is_newer = symbol.contains("_R");
     let numbered =
         symbol.rsplit_once('.').filter(|(_, number)| number.bytes().all(|byte| byte.is_ascii_digit()));
     let symbol = numbered.filter(|_| is_newer).map_or(symbol, |(symbol, _)| symbol);
-    let mut parts = symbol.split("Cs");
-    let mut name = parts.next().unwrap_or_default().to_owned();
-    for part in parts {
-        name += "Cs";
-        match part.split_once('_') {
-            Some((digits, rest)) if digits.chars().all(|digit| digit.is_ascii_alphanumeric()) => {
-                name += "*_";
-                name += rest;
-            }
-            _ => name += part,
+    if is_newer { without_crates(symbol) + "*" } else { symbol.to_owned() }
+}
+
+/// A name of the v0 mangling with wildcards for what differs if the same source is built in another directory or with
+/// another profile, because the digests of its crates differ then:
+///
+/// - a digest: `Cs`, digits of base 62, and `_` before the name of a crate;
+/// - a back reference, `B`, an offset and `_`, because digests differ in length;
+/// - the crate at the end that instantiated a generic function: of several that could, the digests decide.
+fn without_crates(symbol: &str) -> String {
+    let mut name = String::new();
+    let mut rest = symbol;
+    while let Some(at) = rest.find(['C', 'B']) {
+        let tag = if rest[at..].starts_with("Cs") { "Cs" } else { &rest[at..=at] };
+        name += &rest[..at];
+        name += tag;
+        rest = &rest[at + tag.len()..];
+        let digits = rest.split_once('_').filter(|(digits, _)| match tag {
+            "Cs" => digits.len() > 5 && is_base_62(digits),
+            "B" => digits.len() < 4 && is_base_62(digits),
+            _ => false,
+        });
+        if let Some((_, after)) = digits {
+            name += "*_";
+            rest = after;
         }
     }
-    if is_newer {
-        name += "*";
+    name += rest;
+    let crate_at = name.rfind("Cs*_").filter(|at| {
+        let crate_name = name[at + 4..].trim_start_matches(|c: char| c.is_ascii_digit());
+        name[at + 4..].strip_suffix(crate_name).is_some_and(|length| length == crate_name.len().to_string())
+    });
+    match (crate_at, name.strip_suffix("B*_")) {
+        // A name that is a crate's own begins with the crate.
+        (Some(at), _) if name[..at].contains("Cs*_") => name.truncate(at),
+        (_, Some(before)) => name.truncate(before.len()),
+        _ => {}
     }
     name
+}
+
+fn is_base_62(text: &str) -> bool {
+    text.bytes().all(|byte| byte.is_ascii_alphanumeric())
 }
 
 /// Whether an object file has a variant of the same function for common processors: AVX2, or AVX-512 with vectors of 32
@@ -189,6 +215,25 @@ mod tests {
         assert_eq!(patterns(&[0x1000, 0x1500, 0x1600]), ["*(.text.main)", "*crt1.o(.text)"]);
         assert_eq!(patterns(&[0x1700]), ["*(.text._RNvCs*_3std4main*)"]);
         assert_eq!(patterns(&[0x1100]), ["*(.text._ZN3abc4main17h*)"]);
+    }
+
+    #[test]
+    fn what_depends_on_the_digests_of_crates_is_a_wildcard() {
+        for (symbol, pattern) in [
+            ("_RNvCsfLfy6EI15iL_3std4main", "_RNvCs*_3std4main*"),
+            ("_RNvCsfLfy6EI15iL_3std4main.17", "_RNvCs*_3std4main*"),
+            (
+                "_RINvNtCsgEmfK2I1SDS_4core3ptr13drop_in_placeNtNtCs5jJgKPxfdgX_12kindling_vmm4exit4ExitECsfBu5GR4tatj_8kindling",
+                "_RINvNtCs*_4core3ptr13drop_in_placeNtNtCs*_12kindling_vmm4exit4ExitE*",
+            ),
+            (
+                "_RNvXs5_NtNtCslNYArtu3iFV_5alloc3vec5drainINtB5_5DrainTmENtB1n_3ops4drop4Drop4dropBA_",
+                "_RNvXs5_NtNtCs*_5alloc3vec5drainINtB*_5DrainTmENtB*_3ops4drop4Drop4drop*",
+            ),
+            ("_RNvNtCsjrHSEGnQ3l9_3std7Balloon", "_RNvNtCs*_3std7Balloon*"),
+        ] {
+            assert_eq!(without_digests(symbol), pattern, "{symbol}");
+        }
     }
 
     #[test]
