@@ -156,12 +156,15 @@ impl EventLoop {
     /// Runs until an event ends the machine.
     pub(crate) fn run(&mut self, serial: &Mutex<SerialPort>, vcpus: &VcpuThreads) -> LoopEnd {
         let mut events = Vec::with_capacity(EVENTS);
+        let mut is_ended = false;
         if self.serve_ready_source(serial) {
             return LoopEnd::TerminalEscape;
         }
         loop {
             events.clear();
-            let limit = self.limit();
+            // Once more after the end: what the guest sent before it, such as the exit status of a process, is served.
+            let is_last = is_ended;
+            let limit = if is_last { Some(Timespec { tv_sec: 0, tv_nsec: 0 }) } else { self.limit() };
             match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), limit.as_ref()) {
                 Ok(_) | Err(Errno::INTR) => {}
                 // epoll_wait fails only for invalid arguments; the loop must not spin in that case.
@@ -179,7 +182,8 @@ impl EventLoop {
                     continue;
                 }
                 match data.u64() {
-                    VCPU_ENDED => return LoopEnd::VcpuEnded,
+                    VCPU_ENDED => is_ended = true,
+                    _ if is_last => {}
                     STOP => return LoopEnd::Stopped,
                     CONTROL if !self.serve_control(vcpus) => return LoopEnd::Stopped,
                     MEMORY if self.has_lost_memory() => return LoopEnd::MemoryLost,
@@ -188,6 +192,9 @@ impl EventLoop {
                     }
                     _ => {}
                 }
+            }
+            if is_last {
+                return LoopEnd::VcpuEnded;
             }
         }
     }
