@@ -242,7 +242,7 @@ fn usage_errors_are_status_2() {
         &["boot", "--kernel", "a", "--verify"],
         &["bot"],
     ] {
-        run(kindling().args(arguments).stdin(Stdio::null())).expect_status(2).expect_stderr("error:");
+        run(kindling().args(arguments).stdin(Stdio::null())).expect_status(2).expect_stderr("kindling: ");
     }
     let not_utf8 = OsString::from_vec(vec![0xff]);
     run(kindling().args(["boot", "--kernel"]).arg(&not_utf8).stdin(Stdio::null())).expect_status(2);

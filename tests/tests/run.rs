@@ -324,19 +324,24 @@ fn exec_runs_programs_with_the_settings_of_the_guest_or_its_own() {
     let script = "echo ready; read -r line; echo end";
     let mut guest = GuestConsole::start(user.run(&options).args(["sh", "-c", script]));
     guest.expect("ready");
-    let exec = |arguments: &[&str]| run(user.command("exec").arg("one").args(arguments));
+    let exec_with =
+        |options: &[&str], command: &[&str]| run(user.command("exec").args(options).arg("one").args(command));
+    let exec = |command: &[&str]| exec_with(&[], command);
     let outcome = exec(&["sh", "-c", "echo out; echo err >&2; exit 4"]);
     assert_eq!((outcome.expect_status(4).stdout.as_str(), outcome.stderr.as_str()), ("out\n", "err\n"));
-    assert_eq!(
-        exec(&["-w", "/etc", "-u", "5", "-e", "X=y", "sh", "-c", "pwd; id -u; echo $X"]).stdout,
-        "/etc\n5\ny\n"
-    );
+    // As with docker, what follows the name is the command.
+    exec(&["-w", "/etc"]).expect_status(127).expect_stderr("-w: not found");
+    let options = ["-w", "/etc", "-u", "5", "-e", "X=y", "one", "sh", "-c", "pwd; id -u; echo $X"];
+    assert_eq!(run(user.command("exec").args(options)).stdout, "/etc\n5\ny\n");
     // Settings that are not given are inherited from the guest's program.
     assert_eq!(
-        exec(&["-e", "BOTH=command", "sh", "-c", "pwd; id -u; id -g; echo $OF $BOTH $HOSTNAME"]).stdout,
+        exec_with(&["-e", "BOTH=command"], &["sh", "-c", "pwd; id -u; id -g; echo $OF $BOTH $HOSTNAME"])
+            .stdout,
         "/srv\n7\n8\nguest command one\n"
     );
-    exec(&["-u", "nobody", "true"]).expect_status(2).expect_stderr("\"nobody\" is not UID or UID:GID");
+    exec_with(&["-u", "nobody"], &["true"])
+        .expect_status(2)
+        .expect_stderr("\"nobody\" is not UID or UID:GID");
     exec(&["nothing"]).expect_status(127);
     // A background process that holds the output neither delays the command nor is killed.
     let outcome = exec(&["sh", "-c", "(sleep 1; touch /tmp/later; sleep 1000) & echo $!"]);
@@ -378,7 +383,9 @@ fn exec_reports_programs_that_cannot_run_with_the_statuses_of_shells() {
     exec(&["nothing"], 127, "nothing: not found");
     exec(&["/etc/data"], 126, "/etc/data: cannot execute");
     exec(&["/etc"], 126, "/etc: cannot execute");
-    exec(&["-w", "/etc/data", "true"], 126, "cannot enter the working directory");
+    run(user.command("exec").args(["-w", "/etc/data", "one", "true"]))
+        .expect_status(126)
+        .expect_stderr("cannot enter the working directory");
     let make = "cd /bin; printf '#!/bin/no-shell -x\\n' > script; printf x | dd of=busybox2 2> /dev/null; \
                 chmod +x script busybox2";
     run(user.command("exec").args(["one", "sh", "-c", make])).expect_status(0);
