@@ -63,9 +63,7 @@ extern "C" fn explain(signal: libc::c_int) {
     terminal::restore_from_handler();
     // Only async-signal-safe calls, on data that was prepared before.
     if let Some(file) = FILES.get().into_iter().flatten().find(|file| file.is_truncated()) {
-        let mut path = [0; 1024];
-        let path = file.path(&mut path);
-        for part in [b"kindling: ", path, BackingFile::TRUNCATED_MESSAGE.as_bytes(), b"\n"] {
+        for part in [b"kindling: ", file.path(), BackingFile::TRUNCATED_MESSAGE.as_bytes(), b"\n"] {
             let _ = rustix::io::write(rustix::stdio::stderr(), part);
         }
         // SAFETY: _exit may be called in a signal handler.

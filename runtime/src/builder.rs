@@ -6,6 +6,7 @@ use crate::guest::{Guest, GuestDir};
 use crate::image::Image;
 use crate::launch::{self, LaunchError, LaunchOptions, Plan};
 use kindling_vmm::control::{ControlError, Event, Monitor};
+use kindling_vmm::jail::Jail;
 use kindling_vmm::{Instant, Resources, Timeline};
 use std::ffi::{OsStr, OsString};
 use std::time::Duration;
@@ -87,6 +88,12 @@ impl GuestBuilder {
     /// `/HOST:/GUEST`, followed by `:ro` for a read-only mount. A missing volume is created.
     pub fn volume(mut self, volume: impl Into<OsString>) -> Self {
         self.options.volumes.push(volume.into());
+        self
+    }
+
+    /// Sets the jail of the monitor. The default is [`Jail::default`].
+    pub const fn jail(mut self, jail: Jail) -> Self {
+        self.options.jail = jail;
         self
     }
 

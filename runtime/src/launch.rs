@@ -12,6 +12,7 @@ use kindling_vmm::config::devices::{NetworkInterface, Vsock};
 use kindling_vmm::config::image::Image;
 use kindling_vmm::config::{Config, ConfigError, Console, GuestConfig, MachineConfig};
 use kindling_vmm::control::{ControlError, Event, Failure, Monitor};
+use kindling_vmm::jail::Jail;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -132,6 +133,8 @@ pub struct LaunchOptions {
     pub is_cold: bool,
     /// Whether the guest's directory remains after the end of the guest, until it is removed.
     pub is_kept: bool,
+    /// The jail of the monitor.
+    pub jail: Jail,
 }
 
 /// Configuration and record of a guest that is ready to start.
@@ -167,6 +170,7 @@ impl LaunchOptions {
         let vcpu_count = u8::try_from(self.vcpus).map_err(|_| ConfigError::VcpuCount(self.vcpus))?;
         config.machine = MachineConfig { vcpu_count, mem_size_mib: self.memory_mib };
         config.console = Console::Null;
+        config.jail = self.jail;
         config.devices.root = Some(prepared.rootfs.clone());
         config.devices.network_interfaces.extend(self.interface()?);
         network::publish_all(&self.publish, &mut config.devices)?;

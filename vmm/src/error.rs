@@ -4,6 +4,7 @@ use crate::boot::BootError;
 use crate::config::ConfigError;
 use crate::control::channel::ControlError;
 use crate::function_marks::MarkError;
+use crate::jail::JailError;
 use crate::kvm::KvmError;
 use crate::memory::MemoryError;
 use crate::preboot::error::PrebootError;
@@ -45,6 +46,9 @@ pub enum Error {
     /// A kernel cannot be pre-booted.
     #[error(transparent)]
     Preboot(#[from] PrebootError),
+    /// The host lacks a layer of the monitor's jail.
+    #[error(transparent)]
+    Jail(#[from] JailError),
     /// The communication between the front and its monitor failed.
     #[error(transparent)]
     Control(#[from] ControlError),

@@ -6,6 +6,7 @@ use crate::control::{Answer, Control, Event, Query, Request, Statistics};
 use crate::devices::console::EscapeFilter;
 use crate::devices::serial::SerialPort;
 use crate::devices::virtio::{Transport, Watcher};
+use crate::jail::Jail;
 use crate::memory::{self, BackingFile};
 use crate::poll::borrow;
 use crate::timeline::Instant;
@@ -113,12 +114,17 @@ impl EventLoop {
         control: Option<Control>,
         devices: Vec<Arc<Mutex<Transport>>>,
         files: Vec<Arc<BackingFile>>,
+        jail: Jail,
     ) -> io::Result<Self> {
         let epoll = Arc::new(epoll::create(CreateFlags::CLOEXEC)?);
         watch(&epoll, borrow(ended), VCPU_ENDED)?;
         watch(&epoll, borrow(stop), STOP)?;
         for (number, device) in (1..).zip(&devices) {
-            lock(device).watch(Watcher::new(Arc::clone(&epoll), number))?;
+            let mut device = lock(device);
+            device.watch(Watcher::new(Arc::clone(&epoll), number))?;
+            if jail.is_on() {
+                device.prepare(jail)?;
+            }
         }
         let (deadlines, reported) = (vec![None; devices.len()], vec![false; devices.len()]);
         // Without the watch, the guest runs until it accesses a truncated file.

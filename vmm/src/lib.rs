@@ -30,6 +30,7 @@ mod event_loop;
 mod exit;
 pub mod function_marks;
 pub mod host;
+pub mod jail;
 mod kvm;
 pub mod layout;
 mod machine;

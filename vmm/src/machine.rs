@@ -17,6 +17,7 @@ use crate::devices::virtio::{Transport, balloon};
 use crate::error::Error;
 use crate::event_loop::Input;
 use crate::function_marks::{FunctionMarks, MarkError};
+use crate::jail::Jail;
 use crate::kvm::{Hypervisor, KvmError, Vcpu, Vm};
 use crate::layout;
 use crate::memory::GuestMemory;
@@ -54,6 +55,8 @@ pub struct Machine {
     pub(crate) is_captured: bool,
     /// The connection to the front, if it is another process.
     pub(crate) control: Option<Control>,
+    /// What confines the threads while the guest runs.
+    pub(crate) jail: Jail,
     /// Why the machine does not continue from the pre-booted kernel that its configuration names.
     preboot_refusal: Option<PrebootError>,
 }
@@ -182,7 +185,6 @@ impl Machine {
         }
         timeline.reached("vCPUs created");
 
-        let is_captured = purpose.capture_at().is_some();
         Ok(Self {
             vcpus,
             latch,
@@ -191,8 +193,9 @@ impl Machine {
             stopping,
             vm,
             memory,
-            is_captured,
+            is_captured: purpose.capture_at().is_some(),
             control: None,
+            jail: Jail::OFF,
             preboot_refusal: refusal,
         })
     }

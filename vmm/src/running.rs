@@ -3,16 +3,17 @@
 use crate::bus::{GuestRequest, lock};
 use crate::control::Control;
 use crate::devices::virtio::balloon;
-use crate::error::Error;
+use crate::error::{Error, with_causes};
 use crate::event_loop::{EventLoop, LoopEnd};
 use crate::exit::{Exit, ExitReason};
+use crate::jail::Thread;
 use crate::kvm::{ExitCounts, Vcpu, VcpuEnd};
 use crate::machine::Machine;
 use crate::memory::BackingFile;
 use crate::profile::Profile;
 use crate::timeline::Instant;
 use crate::vcpu_threads::{VcpuOutcome, VcpuThreads};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -35,6 +36,8 @@ pub struct Running {
     vcpus: VcpuThreads,
     stop: EventFd,
     event_loop: EventLoop,
+    /// What delays the destruction of the machine until after the end of this process.
+    outlives: Option<OwnedFd>,
     /// Dropped last, after all vCPUs.
     machine: Machine,
 }
@@ -90,9 +93,10 @@ impl StoppedMachine {
 
     /// Leaves memory and KVM objects to the kernel, for a program that exits now: the exit frees the memory, and the
     /// kernel destroys the KVM objects and the watch on mapped files after it, so that no process waits for that.
-    pub fn leave_to_kernel(self) {
-        // On hosts without io_uring, the exit of the process takes this time instead.
-        std::mem::forget(self.0.machine.vm.outlive_process(self.0.event_loop.changes()));
+    pub fn leave_to_kernel(mut self) {
+        if self.0.outlives.is_none() {
+            self.0.prepare_to_leave();
+        }
         std::mem::forget(self);
     }
 }
@@ -111,6 +115,7 @@ impl Running {
             machine.control.take(),
             devices,
             files,
+            machine.jail,
         )
         .map_err(Error::host("create an epoll instance"))?;
         let mut vcpus: Vec<_> = std::mem::take(&mut machine.vcpus).into_iter().enumerate().collect();
@@ -120,11 +125,23 @@ impl Running {
             Some(latch) => vcpus.swap(0, latch.first()),
             None => vcpus.reverse(),
         }
-        let mut threads = VcpuThreads::new(ended, Arc::clone(&machine.stopping))?;
+        let mut threads = VcpuThreads::new(ended, Arc::clone(&machine.stopping), machine.jail)?;
         for (id, vcpu) in vcpus {
             threads.start(id, vcpu, &machine.devices.buses, machine.latch.as_ref(), machine.is_captured)?;
         }
-        Ok(Self { vcpus: threads, stop, event_loop, machine })
+        let mut this = Self { vcpus: threads, stop, event_loop, outlives: None, machine };
+        if this.machine.jail.is_on() {
+            this.prepare_to_leave();
+        }
+        // This thread serves no device before it waits for the first event.
+        this.machine.jail.confine_thread(Thread::EventLoop)?;
+        Ok(this)
+    }
+
+    /// Prepares [`StoppedMachine::leave_to_kernel`].
+    fn prepare_to_leave(&mut self) {
+        // On hosts without io_uring, the exit of the process takes this time instead.
+        self.outlives = self.machine.vm.outlive_process(self.event_loop.changes()).ok();
     }
 
     /// Creates a handle that stops this machine.
@@ -267,8 +284,7 @@ fn has_panicked(console: &[String]) -> bool {
 
 /// The exit reason if a file that is mapped into guest memory was truncated.
 fn lost_memory(files: &[Arc<BackingFile>]) -> Option<ExitReason> {
-    let mut path = [0; 4096];
-    let path = String::from_utf8_lossy(files.iter().find(|file| file.is_truncated())?.path(&mut path));
+    let path = String::from_utf8_lossy(files.iter().find(|file| file.is_truncated())?.path());
     Some(ExitReason::MemoryLost { path: path.into_owned() })
 }
 
@@ -293,6 +309,7 @@ fn reason_of(end: VcpuEnd, console: &[String]) -> ExitReason {
             ExitReason::VmmFailure(format!("KVM reported {exit}, which no guest of this machine can cause"))
         }
         VcpuEnd::RunFailed(error) => ExitReason::VmmFailure(format!("KVM could not run a vCPU: {error}")),
+        VcpuEnd::NotConfined(error) => ExitReason::VmmFailure(with_causes(&error)),
         VcpuEnd::Stopped => ExitReason::Stopped,
     }
 }

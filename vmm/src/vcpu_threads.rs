@@ -2,6 +2,7 @@
 
 use crate::bus::{Buses, lock};
 use crate::error::Error;
+use crate::jail::{Jail, Thread};
 use crate::kvm::{ExitCounts, Pause, Registers, Vcpu, VcpuEnd};
 use crate::poll::wait_readable;
 use crate::profile::Recorder;
@@ -42,6 +43,7 @@ pub(crate) struct VcpuThreads {
     ended: EventFd,
     stopping: Arc<AtomicBool>,
     pause: Arc<Pause>,
+    jail: Jail,
 }
 
 extern "C" fn interrupted(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
@@ -53,12 +55,19 @@ impl VcpuThreads {
     ///
     /// # Errors
     /// When the signal handler cannot be installed.
-    pub(crate) fn new(ended: EventFd, stopping: Arc<AtomicBool>) -> Result<Self, Error> {
+    pub(crate) fn new(ended: EventFd, stopping: Arc<AtomicBool>, jail: Jail) -> Result<Self, Error> {
         // Without a handler the signal would end the process. By convention no other part of a program uses this
         // signal number.
         register_signal_handler(SIGRTMIN(), interrupted)
             .map_err(|error| Error::host("install a signal handler")(error.into()))?;
-        Ok(Self { threads: Vec::new(), outcomes: Arc::default(), ended, stopping, pause: Arc::default() })
+        Ok(Self {
+            threads: Vec::new(),
+            outcomes: Arc::default(),
+            ended,
+            stopping,
+            pause: Arc::default(),
+            jail,
+        })
     }
 
     /// Starts the thread of a vCPU, which waits at `latch` first. If `is_captured` is set, the thread reads the time
@@ -78,6 +87,7 @@ impl VcpuThreads {
         let (buses, latch) = (Arc::clone(buses), latch.cloned());
         let (stopping, pause) = (Arc::clone(&self.stopping), Arc::clone(&self.pause));
         let outcomes = Arc::clone(&self.outcomes);
+        let jail = self.jail;
         let run = move || {
             // The parent of this process may have blocked the signal.
             let _ = unblock_signal(SIGRTMIN());
@@ -88,8 +98,12 @@ impl VcpuThreads {
             if let Some(recorder) = &mut vcpu.recorder {
                 let _ = recorder.start_sampling();
             }
+            let confined = jail.confine_thread(Thread::Vcpu);
             let first_run = Instant::now();
-            let end = vcpu.run(&buses, &stopping, &pause);
+            let end = match confined {
+                Ok(()) => vcpu.run(&buses, &stopping, &pause),
+                Err(error) => VcpuEnd::NotConfined(error),
+            };
             // If the counter cannot be read, the capture fails later, with its own error.
             let tsc = is_captured.then(|| vcpu.tsc().ok()).flatten();
             let registers = end.is_failure().then(|| vcpu.registers()).flatten();

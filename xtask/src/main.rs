@@ -15,6 +15,7 @@ mod container;
 mod debian;
 mod docker_archive;
 mod host;
+mod jail;
 mod kernel;
 mod kernel_config;
 mod lab;
@@ -79,6 +80,8 @@ enum Command {
     Transcripts(transcripts::Arguments),
     /// Write the public items of the libraries to docs/api.md
     Api(api::Arguments),
+    /// Write the system calls of the monitor's threads to docs/jail.md
+    Jail(jail::Arguments),
     /// Remove the cache
     Clean(clean::Arguments),
     /// The part of `bench` that runs beside the monitors
@@ -98,6 +101,7 @@ fn main() -> ExitCode {
     }
     let result = match Arguments::parse().command {
         Command::Api(arguments) => api::run(&arguments),
+        Command::Jail(arguments) => jail::run(&arguments),
         Command::Run(arguments) => run::run(&arguments),
         Command::Test(arguments) => test::run(&arguments),
         Command::Budget(arguments) => budget::run(&arguments),

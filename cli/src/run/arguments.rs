@@ -1,6 +1,7 @@
 //! The arguments of `kindling run`.
 
 use crate::command_line::{Argument, Command, Opt, Store, flag, in_range, one, option, rest, store_as};
+use kindling::vmm::jail::{Jail, OnRefusal, Strictness};
 use std::ffi::OsString;
 use std::path::PathBuf;
 
@@ -31,6 +32,7 @@ pub(crate) struct Arguments {
     pub(crate) read_only: bool,
     pub(crate) pull: String,
     pub(crate) cold: bool,
+    pub(crate) jail: Jail,
     /// `CLOCK_MONOTONIC` in nanoseconds when the caller started this command.
     pub(crate) started_at: Option<u64>,
     pub(crate) report: bool,
@@ -83,6 +85,12 @@ const OPTIONS: &[Opt<Arguments>] = &[
          /var/tmp stay writable"),
     option("", "pull", "missing|always|never", |all, word| store_as(&mut all.pull, word, pull),
         "When to pull the image from its registry [default: missing]"),
+    option("", "jail", "require|best-effort|off", |all, word| store_as(&mut all.jail.strictness, word, strictness),
+        "Fail if the host lacks a layer of the monitor's jail, leave out what it lacks, or use no jail [default: fail if \
+         it lacks what every supported kernel has]"),
+    option("", "seccomp", "end|log", |all, word| store_as(&mut all.jail.on_refusal, word, on_refusal),
+        "What happens if the monitor executes a system call that its jail refuses: end the guest, or let the kernel log \
+         the call [default: end]"),
     flag("", "cold", |all| all.cold = true,
         "Boot the kernel even if there is a pre-booted one"),
     option("", "started-at", "NS", |all, word| all.started_at.store(word), ""),
@@ -125,6 +133,7 @@ impl Default for Arguments {
             read_only: false,
             pull: PULL[0].to_owned(),
             cold: false,
+            jail: Jail::default(),
             started_at: None,
             report: false,
             command: Vec::new(),
@@ -140,6 +149,25 @@ const TIMEOUT_SECONDS: std::ops::RangeInclusive<u64> = 1..=31_536_000;
 /// Parses the value of `--pull`.
 fn pull(text: &str) -> Result<String, &'static str> {
     if PULL.contains(&text) { Ok(text.to_owned()) } else { Err("expected missing, always or never") }
+}
+
+/// Parses the value of `--jail`.
+fn strictness(text: &str) -> Result<Strictness, &'static str> {
+    match text {
+        "require" => Ok(Strictness::Require),
+        "best-effort" => Ok(Strictness::BestEffort),
+        "off" => Ok(Strictness::Off),
+        _ => Err("expected require, best-effort or off"),
+    }
+}
+
+/// Parses the value of `--seccomp`.
+fn on_refusal(text: &str) -> Result<OnRefusal, &'static str> {
+    match text {
+        "end" => Ok(OnRefusal::End),
+        "log" => Ok(OnRefusal::Log),
+        _ => Err("expected end or log"),
+    }
 }
 
 /// Parses the value of `--memory`. Returns MiB.
@@ -190,6 +218,7 @@ mod tests {
             volume: strings("a:/b"),
             read_only: true,
             pull: "never".into(),
+            jail: Jail::OFF,
             cold: true,
             started_at: Some(7),
             report: true,
@@ -197,7 +226,7 @@ mod tests {
         };
         let line = "-e A=1 --env B --env-file f --workdir / -u a:b --entrypoint e -tid -m 64m --cpus 2 --timeout 5 \
                     --name n --hostname h --rm --network tap --net user -p 1:2 --publish 3:4 -v a:/b --read-only \
-                    --pull never --cold --started-at 7 --report image sh -c -e";
+                    --pull never --jail off --seccomp end --cold --started-at 7 --report image sh -c -e";
         assert_eq!(parse(line), Ok(expected));
         assert_eq!(parse("image"), Ok(Arguments { image: "image".into(), ..Arguments::default() }));
     }

@@ -100,6 +100,7 @@ impl Arguments {
             is_root_read_only: self.read_only,
             is_cold: self.cold,
             is_kept: self.detach && !self.rm,
+            jail: self.jail,
         }
     }
 }

@@ -7,7 +7,7 @@ use serde::Serialize;
 #[derive(Clone, Copy, Debug, Serialize)]
 #[non_exhaustive]
 pub struct Usage {
-    /// Proportional set size (PSS) in KiB: private memory, and a share of memory that other processes use too.
+    /// Resident memory in KiB: that of the guest, and of the programs. Pages that several processes map count for each.
     pub memory_kib: u64,
     /// Processor time in milliseconds, of user and kernel mode.
     pub cpu_ms: u64,
@@ -32,20 +32,22 @@ impl Guest {
 impl Usage {
     fn of(process: &Process) -> Option<Self> {
         let file = |name: &str| std::fs::read_to_string(format!("/proc/{}/{name}", process.pid)).ok();
-        let (memory, stat) = (file("smaps_rollup")?, file("stat")?);
+        // What smaps would tell is for processes with more rights: the monitor's memory is not theirs to see.
+        let (memory, stat) = (file("statm")?, file("stat")?);
         // If the process still runs, its ID was not reused while the files were read.
         if process.wait(Some(std::time::Instant::now())) {
             return None;
         }
-        let memory_kib = pss(&memory).unwrap_or_default();
+        let page_kib = u64::try_from(rustix::param::page_size() / 1024).unwrap_or_default();
+        let memory_kib = resident(&memory).unwrap_or_default() * page_kib;
         let cpu_ms = ticks(&stat).unwrap_or_default() * 1000 / rustix::param::clock_ticks_per_second();
         Some(Self { memory_kib, cpu_ms })
     }
 }
 
-/// `Pss:` of smaps_rollup, in KiB (Documentation/filesystems/proc.rst).
-fn pss(text: &str) -> Option<u64> {
-    text.lines().find_map(|line| line.strip_prefix("Pss:"))?.split_whitespace().next()?.parse().ok()
+/// `resident` of statm, in pages (Documentation/filesystems/proc.rst).
+fn resident(text: &str) -> Option<u64> {
+    text.split_whitespace().nth(1)?.parse().ok()
 }
 
 /// Sum of `utime` and `stime`, the 14th and 15th field of stat. The second field is a name in brackets, which may contain
@@ -63,10 +65,9 @@ mod tests {
 
     #[test]
     fn files_of_proc_are_parsed() {
-        let rollup = "55d0-7fff ---p 00000000 00:00 0    [rollup]\nRss:     1234 kB\nPss:      812 kB\nPss_Dirty: 1 kB\n";
-        assert_eq!(pss(rollup), Some(812));
+        assert_eq!(resident("1234 203 90 1 0 300 0\n"), Some(203));
         let stat = "12 (a) b) S 1 12 12 0 -1 4194560 1 0 0 0 250 50 0 0 20 0 3 0 100 1 1";
         assert_eq!(ticks(stat), Some(300));
-        assert_eq!((pss(""), ticks("")), (None, None));
+        assert_eq!((resident(""), ticks("")), (None, None));
     }
 }

@@ -14,6 +14,7 @@ pub use guest_protocol::config::{BootInfo, Mount, MountKind, Network};
 pub(crate) use json::read_bounded;
 pub use json::{FileConfig, from_json_file};
 
+use crate::jail::Jail;
 use crate::layout::{COMMAND_LINE_MAX, DEVICES_MAX, VCPUS_MAX};
 use guest_protocol::frame::FrameError;
 use serde::{Deserialize, Serialize};
@@ -42,6 +43,8 @@ pub struct Config {
     /// Path of a pre-booted kernel ([`crate::control::Monitor::start_preboot`]). The machine continues from it if the
     /// file exists and matches the configuration and the host; otherwise it boots.
     pub preboot: Option<PathBuf>,
+    /// The jail of `kindling-vmm`. A machine in the calling process has none.
+    pub jail: Jail,
 }
 
 /// The interrupt controllers of a machine in addition to the local APICs.
@@ -326,6 +329,7 @@ impl Config {
             guest: GuestConfig::default(),
             profile: None,
             preboot: None,
+            jail: Jail::default(),
         }
     }
 

@@ -33,6 +33,15 @@ pub enum ControlError {
     /// A signal killed the monitor.
     #[error("kindling-vmm was killed by signal {0}{hint}", hint = signal_hint(*.0))]
     Killed(i32),
+    /// The monitor executed a system call that its jail refuses, and ended: a fault of this program, or of a guest that
+    /// has taken the monitor over.
+    #[error(
+        "the jail of kindling-vmm refused {0}; `--seccomp log` runs the guest and lets the kernel log such calls"
+    )]
+    Refused(String),
+    /// The monitor ended with this message.
+    #[error("kindling-vmm failed: {0}")]
+    Crashed(String),
     /// The monitor did not exit in time, and was killed.
     #[error("kindling-vmm did not stop in time and was killed")]
     StopTimeout,

@@ -14,7 +14,7 @@ use crate::preboot::capture;
 use crate::preboot::error::PrebootError;
 use crate::resources::{Backend, Backing, Resources};
 use guest_protocol::BootMark;
-use rustix::fs::{FlockOperation, fcntl_lock};
+use rustix::fs::{FlockOperation, fcntl_lock, fstat};
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -52,10 +52,12 @@ pub fn serve(socket: UnixStream) -> Result<(), ControlError> {
 /// Runs a machine.
 fn run(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result<(), Error> {
     let Start { config, mut timeline, descriptors: roles, .. } = start;
-    let Received { resources, _lock } =
+    let Received { resources, _lock, largest_file } =
         Received::from_frame(&config, &roles, descriptors, Backing::Configured)?;
     timeline.reached("configuration received");
     entry::raise_descriptor_limit();
+    config.jail.confine_process(Some(largest_file))?;
+    timeline.reached("process confined");
     let mut machine = Machine::with_resources(&config, resources, timeline, Purpose::Run)?;
     if let Some(refusal) = machine.preboot_refusal() {
         let _ = channel.send(&Event::PrebootRefused(with_causes(refusal)), EVENT_MAX, &[]);
@@ -65,6 +67,7 @@ fn run(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result<(),
     let started = Event::Started(machine.timeline.clone());
     machine.at_mark(BootMark::AgentReady, move || drop(agent.send(&started, EVENT_MAX, &[])));
     machine.control = Some(control);
+    machine.jail = config.jail;
     let (exit, stopped) = machine.start()?.wait_for_end();
     // If the front has closed the socket, the machine has stopped for that reason, and there is no receiver.
     // What `kindling run` ends with in the same case.
@@ -82,6 +85,9 @@ fn preboot(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result
         Received::from_frame(&config, &roles, descriptors, Backing::Placeholder)?;
     let file =
         resources.preboot.take().ok_or_else(|| missing("receive the file for the pre-booted kernel"))?;
+    let _ = crate::memory::page_map();
+    // Trial guests are started after the first guest: the threads are not confined, and neither is the file's size.
+    config.jail.confine_process(None)?;
     capture::capture(&config, &resources, &file, &|| Control::new(channel, None))?;
     Ok(channel.send(&Event::Prebooted, EVENT_MAX, &[])?)
 }
@@ -89,6 +95,8 @@ fn preboot(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result
 /// The descriptors of a [`Start`], assigned to their uses.
 struct Received {
     resources: Resources,
+    /// Size in bytes of the largest file of a device.
+    largest_file: u64,
     /// Locked while this process lives.
     _lock: Option<OwnedFd>,
 }
@@ -130,6 +138,9 @@ impl Received {
         if resources.kvm.is_none() || config.preboot.is_some() != resources.preboot.is_some() {
             return Err(missing("receive descriptors of KVM and the pre-booted kernel"));
         }
+        let size =
+            |file: &OwnedFd| fstat(file).map_or(0, |status| u64::try_from(status.st_size).unwrap_or(0));
+        let largest_file = devices.iter().map(size).max().unwrap_or(0);
         let mut devices = devices.into_iter();
         for device in config.devices.iter() {
             resources.backends.push(backend(&device, backing, &mut devices)?);
@@ -137,7 +148,7 @@ impl Received {
         if devices.next().is_some() {
             return Err(missing("find a device for each descriptor"));
         }
-        Ok(Self { resources, _lock: lock })
+        Ok(Self { resources, largest_file, _lock: lock })
     }
 }
 

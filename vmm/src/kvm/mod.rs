@@ -26,7 +26,9 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VmFd};
 use rustix::fs::{Mode, OFlags};
-use rustix::io_uring::{IoringRegisterOp, io_uring_params, io_uring_register, io_uring_setup};
+use rustix::io_uring::{
+    IoringRegisterOp, IoringSetupFlags, io_uring_params, io_uring_register, io_uring_setup,
+};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -420,10 +422,14 @@ impl Vm {
         const FILES: u32 = 2;
         // An entry of -1 is empty.
         let files = [Some(self.fd.as_raw_fd()), other.map(|fd| fd.as_raw_fd())].map(|fd| fd.unwrap_or(-1));
-        // SAFETY: the parameters are all zero, which asks for an ordinary ring. Registering reads the two
-        // descriptors, and no memory of this process is shared with the ring.
+        // A ring that is never enabled executes nothing, so that a guest which has taken this process over has no use
+        // for it.
+        let mut parameters = io_uring_params::default();
+        parameters.flags = IoringSetupFlags::R_DISABLED;
+        // SAFETY: the other parameters are zero. Registering reads the two descriptors, and no memory of this process is
+        // shared with the ring.
         unsafe {
-            let ring = io_uring_setup(1, &mut io_uring_params::default())?;
+            let ring = io_uring_setup(1, &mut parameters)?;
             io_uring_register(&ring, IoringRegisterOp::RegisterFiles, files.as_ptr().cast(), FILES)?;
             Ok(ring)
         }

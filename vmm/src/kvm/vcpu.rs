@@ -5,6 +5,7 @@ use super::{KvmError, Pause};
 use crate::boot::{CODE_SEGMENT, DATA_SEGMENT, Entry, GDT_ENTRIES};
 use crate::bus::{Buses, GuestRequest};
 use crate::function_marks::FunctionMarks;
+use crate::jail::JailError;
 use crate::layout;
 use crate::memory::GuestMemory;
 use crate::profile::{ExitKind, Recorder};
@@ -77,6 +78,8 @@ pub enum VcpuEnd {
     Unexpected(String),
     /// The ioctl itself failed.
     RunFailed(io::Error),
+    /// The thread could not be confined, and has not run the guest.
+    NotConfined(JailError),
     /// The machine was stopped.
     Stopped,
 }
@@ -84,7 +87,7 @@ pub enum VcpuEnd {
 impl VcpuEnd {
     /// Whether the registers at this end help to find the cause.
     pub(crate) const fn is_failure(&self) -> bool {
-        !matches!(self, Self::Request(_) | Self::Stopped)
+        !matches!(self, Self::Request(_) | Self::NotConfined(_) | Self::Stopped)
     }
 
     /// Converts an exit that this machine does not handle.

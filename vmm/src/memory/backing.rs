@@ -1,6 +1,6 @@
 //! Files that guest memory is mapped from, and the detection of their truncation.
 
-use rustix::fs::{CWD, fstat, inotify, readlinkat_raw};
+use rustix::fs::{CWD, fstat, inotify, readlinkat};
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
@@ -18,6 +18,8 @@ pub struct BackingFile {
     is_shared: bool,
     /// The symbolic link in /proc that contains the path.
     link: CString,
+    /// The path when the file was mapped. Later, a process in a jail cannot read the link.
+    path: Vec<u8>,
 }
 
 impl BackingFile {
@@ -32,7 +34,9 @@ impl BackingFile {
         let file = file.try_clone()?;
         let length = fstat(&file)?.st_size;
         let link = CString::new(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
-        Ok(Self { file, length, is_shared, link })
+        let path = readlinkat(CWD, link.as_c_str(), Vec::new())
+            .map_or_else(|_| b"a file".to_vec(), CString::into_bytes);
+        Ok(Self { file, length, is_shared, link, path })
     }
 
     /// Whether the file is shorter than at its creation. Async-signal-safe.
@@ -41,12 +45,10 @@ impl BackingFile {
         fstat(&self.file).is_ok_and(|now| now.st_size < self.length)
     }
 
-    /// The path of the file, truncated to the length of the buffer. Async-signal-safe.
-    pub fn path<'a>(&self, buffer: &'a mut [u8]) -> &'a [u8] {
-        match readlinkat_raw(CWD, self.link.as_c_str(), &mut *buffer) {
-            Ok(length) => &buffer[..length],
-            Err(_) => b"a file",
-        }
+    /// The path that the file had when it was mapped. Async-signal-safe.
+    #[must_use]
+    pub fn path(&self) -> &[u8] {
+        &self.path
     }
 }
 
@@ -81,7 +83,6 @@ mod tests {
             assert_eq!(backing.is_truncated(), is_truncated, "{length}");
         }
         let path = file.path().to_str().unwrap().as_bytes();
-        assert_eq!(backing.path(&mut [0; 256]), path);
-        assert_eq!(backing.path(&mut [0; 3]), &path[..3]);
+        assert_eq!(backing.path(), path);
     }
 }

@@ -7,6 +7,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::sync::OnceLock;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 /// A sequence of pages with content.
@@ -116,6 +117,13 @@ impl Extents {
     }
 }
 
+/// The page map of this process, which stays open: a process in a jail cannot open it. Returns `None` if this process may
+/// not read it.
+pub(crate) fn page_map() -> Option<&'static File> {
+    static PAGE_MAP: OnceLock<Option<File>> = OnceLock::new();
+    PAGE_MAP.get_or_init(|| File::open("/proc/self/pagemap").ok()).as_ref()
+}
+
 /// The page map entries of a mapping (Documentation/admin-guide/mm/pagemap.rst).
 struct Pages(Vec<[u8; 8]>);
 
@@ -127,13 +135,12 @@ impl Pages {
     fn of(address: *mut u8, length: u64) -> io::Result<Self> {
         let pages = usize::try_from(length.div_ceil(PAGE_SIZE)).map_err(io::Error::other)?;
         let mut entries = vec![[0; 8]; pages];
-        match File::open("/proc/self/pagemap") {
-            Ok(file) => file.read_exact_at(entries.as_flattened_mut(), (address.addr() / PAGE * 8) as u64)?,
-            // A process with elevated privileges may not read its page map. Then every page counts as populated.
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-                entries.fill(Self::PRESENT.to_le_bytes());
+        match page_map() {
+            Some(file) => {
+                file.read_exact_at(entries.as_flattened_mut(), (address.addr() / PAGE * 8) as u64)?
             }
-            Err(error) => return Err(error),
+            // A process with elevated privileges may not read its page map. Then every page counts as populated.
+            None => entries.fill(Self::PRESENT.to_le_bytes()),
         }
         Ok(Self(entries))
     }

@@ -10,6 +10,7 @@ mod mapped_file;
 
 pub use backing::BackingFile;
 pub(crate) use backing::watch;
+pub(crate) use contents::page_map;
 pub use contents::{Extent, are_valid};
 pub use mapped_file::MappedFile;
 

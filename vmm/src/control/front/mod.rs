@@ -11,6 +11,7 @@ use crate::config::{Config, ConfigError};
 use crate::devices::virtio::fs::Server;
 use crate::devices::virtio::vsock::Listener;
 use crate::error::Error;
+use crate::jail::{self, STATUS_REFUSED};
 use crate::kvm::Hypervisor;
 use crate::layout;
 use crate::poll::wait_readable;
@@ -22,12 +23,12 @@ use crate::timeline::Timeline;
 use events::Events;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -60,7 +61,7 @@ impl Monitor {
         let process = Command::new(program)
             .stdin(OwnedFd::from(its))
             .stdout(Stdio::null())
-            .stderr(Stdio::null())
+            .stderr(Stdio::piped())
             .env_clear()
             .current_dir("/")
             .spawn()?;
@@ -313,10 +314,21 @@ impl Monitor {
 
     /// Why a monitor has closed its socket, from its exit status.
     fn exit_cause(&self) -> ControlError {
-        match lock(&self.process).as_mut().and_then(wait_or_kill) {
-            Some(status) if status.code() == Some(STATUS_INVALID_REQUEST.into()) => ControlError::Version,
-            Some(status) => status.signal().map_or(ControlError::Disconnected, ControlError::Killed),
-            None => ControlError::StopTimeout,
+        let mut process = lock(&self.process);
+        let Some(status) = process.as_mut().and_then(wait_or_kill) else { return ControlError::StopTimeout };
+        if status.code() == Some(STATUS_INVALID_REQUEST.into()) {
+            return ControlError::Version;
+        }
+        let last_words = process.as_mut().and_then(|process| last_words(process.stderr.take()?));
+        if let Some(call) = last_words.as_deref().and_then(jail::describe)
+            && status.code() == Some(STATUS_REFUSED.into())
+        {
+            return ControlError::Refused(call);
+        }
+        match (status.signal(), last_words) {
+            (_, Some(words)) => ControlError::Crashed(words),
+            (Some(signal), None) => ControlError::Killed(signal),
+            (None, None) => ControlError::Disconnected,
         }
     }
 }
@@ -360,6 +372,20 @@ fn wait_or_kill(process: &mut Child) -> Option<ExitStatus> {
     }
     let status = process.wait().ok();
     status.filter(|_| has_ended)
+}
+
+/// The last line that a monitor which has ended wrote on its standard error, without control characters.
+fn last_words(stderr: ChildStderr) -> Option<String> {
+    /// Maximum length in bytes: the guest may have taken the monitor over.
+    const LINE_MAX: u64 = 4096;
+    // A process that the monitor started would keep the pipe open.
+    rustix::io::ioctl_fionbio(&stderr, true).ok()?;
+    let mut bytes = Vec::new();
+    // At the end of the pipe, or if it would block, what is there counts.
+    let _ = stderr.take(LINE_MAX).read_to_end(&mut bytes);
+    let text = String::from_utf8_lossy(&bytes);
+    let line = text.lines().last()?.trim();
+    (!line.is_empty()).then(|| line.chars().filter(|c| !c.is_control()).collect())
 }
 
 /// Stops the machine of a monitor.

@@ -10,6 +10,7 @@ use super::rate_limiter::RateLimiter;
 use super::{Chain, Device, DeviceError, Event, Progress, Queues, Segment, Watcher};
 use crate::config::ConfigError;
 use crate::config::devices::{CacheType, Drive};
+use crate::jail::Jail;
 use crate::timeline::Instant;
 pub(crate) use file::ForeignLock;
 use file::{direct_alignment, length, open_file};
@@ -417,6 +418,10 @@ impl Device for Block {
     fn static_configuration(&self) -> Vec<u8> {
         // The capacity may change.
         self.configuration().split_off(size_of_val(&self.sectors))
+    }
+
+    fn prepare(&mut self, watcher: &Watcher, jail: Jail) -> io::Result<()> {
+        self.io.prepare(FILE, watcher, jail)
     }
 
     fn activate(&mut self, _: u64, _: &mut Queues, watcher: &Watcher) -> Result<(), DeviceError> {

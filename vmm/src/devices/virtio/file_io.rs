@@ -2,10 +2,13 @@
 //!
 //! A transfer of limited size whose pages are in the page cache is performed inline, which takes one system call and no
 //! switch of threads. Everything else goes to an io_uring, or to a thread if the host does not allow io_uring, and
-//! completes with an event. The io_uring or thread is created when it is first needed.
+//! completes with an event. The io_uring or thread is created when it is first needed, or before the guest runs if the
+//! process is jailed.
 #![expect(unsafe_code, reason = "reads and writes with addresses of guest memory")]
 
 use super::{Segment, Watcher};
+use crate::jail::{Jail, Thread};
+use io_uring::register::Restriction;
 use io_uring::{IoUring, opcode, squeue, types};
 use rustix::event::epoll::EventFlags;
 use rustix::fs::OFlags;
@@ -78,10 +81,7 @@ impl Job {
         // may access the memory concurrently, which the kernel tolerates.
         let result = unsafe {
             match self.operation {
-                // Without flags the older system call, which every filesystem supports.
-                Operation::Read if flags == 0 => libc::preadv(fd, segments, count, offset),
                 Operation::Read => libc::preadv2(fd, segments, count, offset, flags),
-                Operation::Write if flags == 0 => libc::pwritev(fd, segments, count, offset),
                 Operation::Write => libc::pwritev2(fd, segments, count, offset, flags),
                 _ if nowait => return again(),
                 Operation::Flush => libc::fdatasync(fd) as isize,
@@ -233,6 +233,8 @@ impl FileIo {
     /// Performs a job inline, and returns its result; `None` when it would block.
     pub(super) fn try_inline(&self, job: &Job) -> Option<io::Result<u64>> {
         match self.speed {
+            // On tmpfs there is nothing to flush.
+            Speed::Memory if job.operation == Operation::Flush => Some(Ok(0)),
             // Large transfers and deallocations take long even when they do not block.
             _ if job.is_large || matches!(job.operation, Operation::PunchHole(_) | Operation::Zero(_)) => {
                 None
@@ -250,6 +252,15 @@ impl FileIo {
         }
     }
 
+    /// Creates the io_uring or the thread now, because `jail` forbids it later.
+    ///
+    /// # Errors
+    /// When neither is available.
+    pub(super) fn prepare(&mut self, token: u32, watcher: &Watcher, jail: Jail) -> io::Result<()> {
+        self.engine = Some(Engine::new(self.depth, token, watcher, jail)?);
+        Ok(())
+    }
+
     /// Submits a job. Its completion is returned by [`Self::finished`] after an event with this token.
     ///
     /// # Errors
@@ -259,7 +270,7 @@ impl FileIo {
             return Err(io::ErrorKind::QuotaExceeded.into());
         }
         if self.engine.is_none() {
-            self.engine = Some(Engine::new(self.depth, token, watcher)?);
+            self.engine = Some(Engine::new(self.depth, token, watcher, Jail::OFF)?);
         }
         match &mut self.engine {
             Some(Engine::Ring(ring)) => {
@@ -324,18 +335,30 @@ fn submit(ring: &IoUring) {
 }
 
 impl Engine {
-    fn new(depth: u32, token: u32, watcher: &Watcher) -> io::Result<Self> {
+    fn new(depth: u32, token: u32, watcher: &Watcher, jail: Jail) -> io::Result<Self> {
         // Many container runtimes and hardened hosts forbid io_uring.
-        if let Ok(ring) = IoUring::new(depth) {
+        if let Ok(ring) = restricted_ring(depth) {
             // SAFETY: the ring is open as long as the engine.
             let fd = unsafe { BorrowedFd::borrow_raw(ring.as_raw_fd()) };
             watcher.add(fd, token, EventFlags::IN)?;
             return Ok(Self::Ring(Box::new(Ring(ring))));
         }
-        let worker = Worker::start()?;
+        let worker = Worker::start(jail)?;
         watcher.add(crate::poll::borrow(&worker.shared.finished_event), token, EventFlags::IN)?;
         Ok(Self::Thread(worker))
     }
+}
+
+/// An io_uring that executes nothing but the operations of [`Job::entry`], whoever submits them (from Linux 5.10).
+fn restricted_ring(depth: u32) -> io::Result<IoUring> {
+    let ring = IoUring::builder().setup_r_disabled().build(depth)?;
+    let operations =
+        [opcode::Readv::CODE, opcode::Writev::CODE, opcode::Fsync::CODE, opcode::Fallocate::CODE];
+    let mut restrictions: Vec<_> = operations.into_iter().map(Restriction::sqe_op).collect();
+    restrictions.push(Restriction::sqe_flags_allowed(squeue::Flags::ASYNC.bits()));
+    ring.submitter().register_restrictions(&mut restrictions)?;
+    ring.submitter().register_enable_rings()?;
+    Ok(ring)
 }
 
 /// A thread that executes one job after the other.
@@ -360,11 +383,16 @@ struct Work {
 }
 
 impl Worker {
-    fn start() -> io::Result<Self> {
+    fn start(jail: Jail) -> io::Result<Self> {
         let finished_event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
         let shared = Arc::new(Shared { work: Mutex::default(), changed: Condvar::new(), finished_event });
         let worker = Arc::clone(&shared);
-        let thread = std::thread::Builder::new().name("file".into()).spawn(move || worker.run())?;
+        let thread = std::thread::Builder::new().name("file".into()).spawn(move || {
+            // Where this fails, it fails for the vCPUs too, and the machine ends.
+            if jail.confine_thread(Thread::Worker).is_ok() {
+                worker.run();
+            }
+        })?;
         Ok(Self { shared, thread: Some(thread) })
     }
 

@@ -12,6 +12,7 @@ use super::registers as register;
 use super::registers::{RegisterPage, SHARED_MEMORY};
 use super::{ACKNOWLEDGE_QUEUES, Device, DeviceError, Event, Progress, Queues, Watcher, feature};
 use crate::bus::{BusDevice, GuestRequest};
+use crate::jail::Jail;
 use crate::memory::GuestMemory;
 use crate::timeline::Instant;
 use serde::{Deserialize, Serialize};
@@ -118,6 +119,14 @@ impl Transport {
             self.fail(reason);
         }
         Ok(())
+    }
+
+    /// Opens what the device would otherwise open when it is first needed, before `jail` forbids it.
+    ///
+    /// # Errors
+    /// When the host has no thread or descriptor left.
+    pub fn prepare(&mut self, jail: Jail) -> io::Result<()> {
+        self.watcher.as_ref().map_or(Ok(()), |watcher| self.device.prepare(watcher, jail))
     }
 
     /// Handles an event of the event loop. `token` identifies the descriptor: the doorbell, or one of the device's own.

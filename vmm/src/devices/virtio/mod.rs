@@ -31,6 +31,7 @@ pub use registers::{
     RegisterPages,
 };
 
+use crate::jail::Jail;
 use crate::timeline::Instant;
 use rustix::event::epoll::{self, EventData, EventFlags};
 use std::fmt;
@@ -126,6 +127,14 @@ pub trait Device: Send + fmt::Debug {
     /// When the driver violated the specification.
     fn serve_inline(&mut self, _queues: &mut Queues) -> Result<Progress, DeviceError> {
         Ok(Progress::Pending)
+    }
+
+    /// Opens what the device would otherwise open when it is first needed, before `jail` forbids it.
+    ///
+    /// # Errors
+    /// When the host has no thread or descriptor left.
+    fn prepare(&mut self, _watcher: &Watcher, _jail: Jail) -> io::Result<()> {
+        Ok(())
     }
 
     /// Whether doorbells are served by [`Self::serve_inline`] first, which avoids a switch to another thread, instead

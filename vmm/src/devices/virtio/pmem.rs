@@ -9,6 +9,7 @@ use super::queue::fill;
 use super::{Chain, Device, DeviceError, Event, Queues, Segment, Watcher};
 use crate::config::ConfigError;
 use crate::config::devices::Pmem as Config;
+use crate::jail::Jail;
 use crate::layout::{HUGE_PAGE_SIZE, MIB};
 use crate::memory::MappedFile;
 use std::fs::File;
@@ -216,6 +217,10 @@ impl Device for Pmem {
     fn configuration(&self) -> Vec<u8> {
         // struct virtio_pmem_config (section 5.19.4): start and size in bytes.
         [self.start.0, self.mapping.size()].map(u64::to_le_bytes).concat()
+    }
+
+    fn prepare(&mut self, watcher: &Watcher, jail: Jail) -> io::Result<()> {
+        self.io.prepare(FILE, watcher, jail)
     }
 
     fn activate(&mut self, _: u64, _: &mut Queues, watcher: &Watcher) -> Result<(), DeviceError> {

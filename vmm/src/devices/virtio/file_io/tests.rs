@@ -11,7 +11,7 @@ fn a_block_device_is_not_memory_because_of_its_node_on_tmpfs() {
 fn the_thread_signals_no_completion_that_was_taken_already() {
     // Waits for the job as a reset does, at any point of the thread's progress.
     for _ in 0..500 {
-        let worker = Worker::start().unwrap();
+        let worker = Worker::start(Jail::OFF).unwrap();
         // SAFETY: there are no segments.
         let job = unsafe { Job::new(Operation::Flush, 0, &[]) };
         worker.submit(0, job, &Arc::new(File::open("/dev/null").unwrap()));

@@ -1,0 +1,296 @@
+//! What a guest that has taken over its monitor can do: nothing of this.
+//!
+//! Each attempt is made three times, in processes of root: in the jail of a monitor, with only the layer that is meant to
+//! refuse it, and without any. The table of all is in `docs/jail.md`.
+#![expect(unsafe_code, reason = "the attempts are system calls that have no safe interface")]
+
+use kindling_vmm::jail::{self, Jail, Layer, Thread};
+use std::fmt::Write as _;
+use std::io;
+
+/// The layer that is meant to refuse an attempt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum By {
+    Layer(Layer),
+    /// The filter of the event loop, which is the widest.
+    Filter,
+}
+
+const PATHS: By = By::Layer(Layer::Paths);
+const NETWORK: By = By::Layer(Layer::Network);
+const SCOPES: By = By::Layer(Layer::Scopes);
+const CAPABILITIES: By = By::Layer(Layer::Capabilities);
+const LIMITS: By = By::Layer(Layer::Limits);
+const FILTER: By = By::Filter;
+
+/// Where an attempt is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    Jail,
+    LayerAlone,
+    Outside,
+}
+
+/// What became of an attempt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Outcome {
+    /// The host refused it for a lack of rights, or ended the process.
+    Refused,
+    /// It was carried out, or failed for another reason than rights.
+    Executed,
+}
+
+type Attempt = (&'static str, By, fn() -> i64);
+
+/// A system call with up to six arguments.
+macro_rules! call {
+    ($name:ident $(, $argument:expr)*) => {{
+        // SAFETY: the process is a child that ends after the call, and buffers are large enough or absent.
+        unsafe { libc::syscall(libc::$name $(, $argument)*) }
+    }};
+}
+
+/// A path or name for the kernel.
+macro_rules! text {
+    ($text:literal) => {
+        concat!($text, "\0").as_ptr()
+    };
+}
+
+const AT: libc::c_int = libc::AT_FDCWD;
+const NONE: usize = 0;
+
+fn socket(family: libc::c_int, kind: libc::c_int) -> i64 {
+    call!(SYS_socket, family, kind, 0)
+}
+
+fn tcp(number: libc::c_long) -> i64 {
+    let descriptor = socket(libc::AF_INET, libc::SOCK_STREAM);
+    let address = libc::sockaddr_in {
+        sin_family: 2,
+        sin_port: 4242_u16.to_be(),
+        sin_addr: libc::in_addr { s_addr: u32::from_ne_bytes([127, 0, 0, 1]) },
+        sin_zero: [0; 8],
+    };
+    // SAFETY: the address lives until the call returns.
+    unsafe { libc::syscall(number, descriptor, &raw const address, size_of_val(&address)) }
+}
+
+fn abstract_socket() -> i64 {
+    let descriptor = socket(libc::AF_UNIX, libc::SOCK_STREAM);
+    let mut address = libc::sockaddr_un { sun_family: 1, sun_path: [0; 108] };
+    for (to, from) in address.sun_path[1..].iter_mut().zip(ABSTRACT.bytes()) {
+        *to = from.cast_signed();
+    }
+    // SAFETY: the address lives until the call returns.
+    unsafe { libc::syscall(libc::SYS_connect, descriptor, &raw const address, 3 + ABSTRACT.len()) }
+}
+
+const ABSTRACT: &str = "kindling-jail-test";
+/// The process that makes no attempt.
+const FIRST: libc::c_int = 1;
+
+#[rustfmt::skip]
+const ATTEMPTS: &[Attempt] = &[
+    ("read a file of the host", PATHS, || call!(SYS_openat, AT, text!("/tmp/jail-victim"), libc::O_RDONLY)),
+    ("open the memory of this process", PATHS, || call!(SYS_openat, AT, text!("/proc/self/mem"), libc::O_RDWR)),
+    ("read the environment of another process", PATHS, || call!(SYS_openat, AT, text!("/proc/1/environ"), libc::O_RDONLY)),
+    ("open KVM once more", PATHS, || call!(SYS_openat, AT, text!("/dev/kvm"), libc::O_RDWR)),
+    ("open a descriptor again through /proc", PATHS, || call!(SYS_openat, AT, text!("/proc/self/fd/0"), libc::O_RDWR)),
+    ("list a directory", PATHS, || call!(SYS_openat, AT, text!("/"), libc::O_RDONLY | libc::O_DIRECTORY)),
+    ("create a file", PATHS, || call!(SYS_openat, AT, text!("/tmp/jail-file"), libc::O_CREAT | libc::O_WRONLY, 0o600)),
+    ("create a directory", PATHS, || call!(SYS_mkdirat, AT, text!("/tmp/jail-folder"), 0o700)),
+    ("create a symbolic link", PATHS, || call!(SYS_symlinkat, text!("/etc"), AT, text!("/tmp/jail-link"))),
+    ("create a device node", PATHS, || call!(SYS_mknodat, AT, text!("/tmp/jail-node"), libc::S_IFCHR | 0o600, 0x103)),
+    ("create a named pipe", PATHS, || call!(SYS_mknodat, AT, text!("/tmp/jail-pipe"), libc::S_IFIFO | 0o600, 0)),
+    ("remove a file", PATHS, || call!(SYS_unlinkat, AT, text!("/tmp/jail-victim"), 0)),
+    ("rename a file", PATHS, || call!(SYS_renameat, AT, text!("/tmp/jail-victim"), AT, text!("/tmp/jail-renamed"))),
+    ("truncate a file", PATHS, || call!(SYS_truncate, text!("/tmp/jail-victim"), 0)),
+    ("execute a program", PATHS, || call!(SYS_execve, text!("/proc/self/exe"), [text!("jail"), text!("--list"), std::ptr::null()].as_ptr(), NONE)),
+    ("listen on a TCP port", NETWORK, || tcp(libc::SYS_bind)),
+    ("connect to a TCP port", NETWORK, || tcp(libc::SYS_connect)),
+    ("send a signal to another process", SCOPES, || call!(SYS_kill, FIRST, 0)),
+    ("connect to an abstract socket", SCOPES, abstract_socket),
+    ("mount a filesystem", CAPABILITIES, || call!(SYS_mount, text!("none"), text!("/tmp"), text!("nothing"), 0, NONE)),
+    ("unmount a filesystem", CAPABILITIES, || call!(SYS_umount2, text!("/tmp"), 0)),
+    ("change the root directory", CAPABILITIES, || call!(SYS_chroot, text!("/"))),
+    ("create a network namespace", CAPABILITIES, || call!(SYS_unshare, libc::CLONE_NEWNET)),
+    ("change the hostname", CAPABILITIES, || call!(SYS_sethostname, text!("jail"), 4)),
+    ("change the clock", CAPABILITIES, || call!(SYS_adjtimex, [[8_u64; 1].as_slice(), &[0; 25]].concat().as_ptr())),
+    ("become another user", CAPABILITIES, || call!(SYS_setuid, 4242)),
+    ("become another group", CAPABILITIES, || call!(SYS_setgid, 4242)),
+    ("open a raw socket", CAPABILITIES, || call!(SYS_socket, libc::AF_INET, libc::SOCK_RAW, 1)),
+    ("open a packet socket", CAPABILITIES, || socket(libc::AF_PACKET, libc::SOCK_RAW)),
+    ("access I/O ports", CAPABILITIES, || call!(SYS_iopl, 3)),
+    ("load a kernel module", CAPABILITIES, || call!(SYS_init_module, NONE, 0, text!(""))),
+    ("load another kernel", CAPABILITIES, || call!(SYS_kexec_load, 0, 0, NONE, 0)),
+    ("configure a reboot", CAPABILITIES, || call!(SYS_reboot, 0xfee1_dead_u32, 672_274_793, 0, NONE)),
+    ("clear the kernel's log", CAPABILITIES, || call!(SYS_syslog, 5, NONE, 0)),
+    ("raise the priority", CAPABILITIES, || call!(SYS_setpriority, 0, 0, -20)),
+    ("watch the files of all", CAPABILITIES, || call!(SYS_fanotify_init, 0, 0)),
+    ("open a file by its handle", CAPABILITIES, || call!(SYS_open_by_handle_at, AT, &[8_u32, 1, 0, 0], 0)),
+    ("account processes", CAPABILITIES, || call!(SYS_acct, NONE)),
+    ("hang up the terminal", CAPABILITIES, || call!(SYS_vhangup)),
+    ("trace another process", CAPABILITIES, || call!(SYS_ptrace, 0x4206, FIRST, 0, 0)),
+    ("read the memory of another process", CAPABILITIES, || {
+        let mut byte = [0_u8; 1];
+        let local = [byte.as_mut_ptr() as usize, 1];
+        call!(SYS_process_vm_readv, FIRST, local.as_ptr(), 1, [0x1000_usize, 1].as_ptr(), 1, 0)
+    }),
+    ("enter another namespace", CAPABILITIES, || {
+        let process = call!(SYS_pidfd_open, FIRST, 0);
+        call!(SYS_setns, process, libc::CLONE_NEWNS)
+    }),
+    ("write beyond the largest disk", LIMITS, || call!(SYS_pwrite64, VICTIM, text!("x"), 1, 1_i64 << 30)),
+    ("open a Unix socket", FILTER, || socket(libc::AF_UNIX, libc::SOCK_STREAM)),
+    ("open a pair of sockets", FILTER, || call!(SYS_socketpair, libc::AF_UNIX, libc::SOCK_STREAM, 0, &[0_i32; 2])),
+    ("open a vsock of the host", FILTER, || socket(libc::AF_VSOCK, libc::SOCK_STREAM)),
+    ("open a netlink socket", FILTER, || socket(libc::AF_NETLINK, libc::SOCK_RAW)),
+    ("open a UDP socket", FILTER, || socket(libc::AF_INET, libc::SOCK_DGRAM)),
+    ("open a socket of the crypto interface", FILTER, || socket(libc::AF_ALG, libc::SOCK_SEQPACKET)),
+    ("start a process", FILTER, || call!(SYS_clone, libc::SIGCHLD, 0, 0, 0, 0)),
+    ("start a thread", FILTER, || call!(SYS_clone3, NONE, 0)),
+    ("execute what is open", FILTER, || call!(SYS_execveat, VICTIM, text!(""), NONE, NONE, libc::AT_EMPTY_PATH)),
+    ("map executable memory", FILTER, || call!(SYS_mmap, 0, 4096, libc::PROT_EXEC, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0)),
+    ("make memory executable", FILTER, || call!(SYS_mprotect, 0, 4096, libc::PROT_EXEC)),
+    ("create an io_uring", FILTER, || call!(SYS_io_uring_setup, 1, &[0_u64; 15])),
+    ("configure an io_uring", FILTER, || call!(SYS_io_uring_register, -1, 12, NONE, 0)),
+    ("handle page faults of its own", FILTER, || call!(SYS_userfaultfd, libc::O_CLOEXEC | 1)),
+    ("load a program into the kernel", FILTER, || call!(SYS_bpf, 0, &[2_u32, 4, 4, 1, 0, 0, 0, 0], 32)),
+    ("count events of the processor", FILTER, || call!(SYS_perf_event_open, &[0_u64; 16], 0, -1, -1, 0)),
+    ("use the keys of the kernel", FILTER, || call!(SYS_keyctl, 0, -3, 0)),
+    ("add a key", FILTER, || call!(SYS_add_key, text!("user"), text!("a"), text!("b"), 1, -2)),
+    ("create a file in memory", FILTER, || call!(SYS_memfd_create, text!("a"), 0)),
+    ("open a process", FILTER, || call!(SYS_pidfd_open, FIRST, 0)),
+    ("take a descriptor of another process", FILTER, || call!(SYS_pidfd_getfd, -1, 0, 0)),
+    ("allow core dumps again", FILTER, || call!(SYS_prctl, libc::PR_SET_DUMPABLE, 1)),
+    ("raise a limit", FILTER, || call!(SYS_prlimit64, 0, 4, &[0_u64, 0], NONE)),
+    ("handle the signal of the filter", FILTER, || call!(SYS_rt_sigaction, libc::SIGSYS, NONE, NONE, 8)),
+    ("install another filter", FILTER, || call!(SYS_seccomp, 2, 0, NONE)),
+    ("type into a terminal", FILTER, || call!(SYS_ioctl, 0, libc::TIOCSTI, text!("x"))),
+    ("create another VM", FILTER, || call!(SYS_ioctl, VICTIM, 0xae01, 0)),
+    ("create a device of KVM", FILTER, || call!(SYS_ioctl, VICTIM, 0xc00c_aee0_u32, NONE)),
+    ("change the memory of the guest", FILTER, || call!(SYS_ioctl, VICTIM, 0x4020_ae46, NONE)),
+    ("let the kernel send signals", FILTER, || call!(SYS_fcntl, 0, libc::F_SETOWN, FIRST)),
+    ("send a signal to a thread outside", FILTER, || call!(SYS_tgkill, FIRST, FIRST, 0)),
+    ("read where a link leads", FILTER, || call!(SYS_readlinkat, AT, text!("/proc/self/exe"), [0_u8; 64].as_mut_ptr(), 64)),
+    ("change how it is executed", FILTER, || call!(SYS_personality, 0x0004_0000)),
+    ("change its segments", FILTER, || call!(SYS_modify_ldt, 0, NONE, 0)),
+    ("resize what is open", FILTER, || call!(SYS_ftruncate, VICTIM, 10)),
+    ("change the mode of what is open", FILTER, || call!(SYS_fchmod, VICTIM, 0o777)),
+    ("choose its processors", FILTER, || call!(SYS_sched_setaffinity, 0, 8, &[1_u64])),
+    ("create shared memory", FILTER, || call!(SYS_shmget, 0, 4096, 0o600)),
+    ("create a message queue", FILTER, || call!(SYS_msgget, 0, 0o600)),
+    ("create a timer", FILTER, || call!(SYS_timer_create, 1, NONE, &[0_i32])),
+    ("watch files", FILTER, || call!(SYS_inotify_init1, 0)),
+    ("move data between pipes", FILTER, || call!(SYS_splice, 0, NONE, 1, NONE, 1, 0)),
+    ("learn the names of the host", FILTER, || call!(SYS_uname, [0_u8; 512].as_mut_ptr())),
+];
+
+/// A file that is open before the jail is entered.
+const VICTIM: libc::c_int = 900;
+
+/// Confines the calling process, which has one thread.
+fn confine(by: By, place: Place) {
+    /// The largest file of the monitor in bytes.
+    const LARGEST: Option<u64> = Some(1 << 20);
+    match (place, by) {
+        (Place::Outside, _) => {}
+        (Place::LayerAlone, By::Layer(layer)) => {
+            // Landlock needs it, or a privilege.
+            assert!(jail::enter(&[layer], LARGEST).is_empty());
+        }
+        (Place::LayerAlone, By::Filter) => Jail::default().confine_thread(Thread::EventLoop).unwrap(),
+        (Place::Jail, _) => {
+            assert!(Jail::default().confine_process(LARGEST).unwrap().is_empty());
+            Jail::default().confine_thread(Thread::EventLoop).unwrap();
+        }
+    }
+}
+
+/// Makes an attempt in a child process.
+fn attempt((_, by, attempt): &Attempt, place: Place) -> Outcome {
+    /// Exit statuses of the child.
+    const EXECUTED: libc::c_int = 10;
+    const REFUSED: libc::c_int = 11;
+    // SAFETY: the child has one thread, and does nothing but system calls before it ends.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        confine(*by, place);
+        let result = attempt();
+        let error = io::Error::last_os_error().raw_os_error();
+        let rights = [libc::EPERM, libc::EACCES, libc::EFBIG, libc::EBADF, libc::EMFILE];
+        let is_refused = match *by {
+            // The other reasons are those of limits only.
+            LIMITS => error.is_some_and(|error| rights[2..].contains(&error)),
+            _ => error.is_some_and(|error| rights[..2].contains(&error)),
+        };
+        let status = if result == -1 && is_refused { REFUSED } else { EXECUTED };
+        // SAFETY: ends the child at once.
+        unsafe { libc::_exit(status) };
+    }
+    assert!(child > 0);
+    let mut status = 0;
+    // SAFETY: the call writes the status.
+    assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+    let exited = libc::WIFEXITED(status).then(|| libc::WEXITSTATUS(status));
+    match exited {
+        // A program that was executed ends as it likes, but not by the filter.
+        Some(status) if status == REFUSED || status == 128 + libc::SIGSYS => Outcome::Refused,
+        Some(_) => Outcome::Executed,
+        // SIGXFSZ is the answer to a file that is too long.
+        None => {
+            assert_eq!((*by, libc::WTERMSIG(status)), (LIMITS, libc::SIGXFSZ));
+            Outcome::Refused
+        }
+    }
+}
+
+#[test]
+fn each_attempt_is_refused_by_its_layer_and_executed_without_it() {
+    let _listener = listener();
+    let mut table = String::new();
+    let mut wrong = Vec::new();
+    for each in ATTEMPTS {
+        let (name, by, _) = each;
+        victim();
+        let outcomes = [Place::Jail, Place::LayerAlone, Place::Outside].map(|place| attempt(each, place));
+        let by = match by {
+            By::Layer(layer) => format!("{layer:?}"),
+            By::Filter => "system calls".to_owned(),
+        };
+        let [jailed, alone, outside] = outcomes.map(|outcome| format!("{outcome:?}").to_lowercase());
+        let row = format!("| {name} | {by} | {jailed} | {alone} | {outside} |");
+        let _ = writeln!(table, "{row}");
+        if outcomes != [Outcome::Refused, Outcome::Refused, Outcome::Executed] {
+            wrong.push(row);
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+    assert!(ATTEMPTS.len() >= 60);
+    assert!(
+        include_str!("../../docs/jail.md").contains(&table),
+        "docs/jail.md is not current; the table is\n{table}"
+    );
+}
+
+/// Creates the file that attempts change, and opens it with a known number.
+fn victim() {
+    use std::os::fd::AsRawFd;
+    let file = std::fs::File::create("/tmp/jail-victim").unwrap();
+    // A program of no known format.
+    file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+    // SAFETY: no other descriptor has this number.
+    assert_eq!(unsafe { libc::dup2(file.as_raw_fd(), VICTIM) }, VICTIM);
+    for name in ["file", "link", "node", "pipe", "renamed"] {
+        let _ = std::fs::remove_file(format!("/tmp/jail-{name}"));
+    }
+    let _ = std::fs::remove_dir("/tmp/jail-folder");
+}
+
+/// Listens on the abstract socket.
+fn listener() -> std::os::unix::net::UnixListener {
+    use std::os::linux::net::SocketAddrExt;
+    let address = std::os::unix::net::SocketAddr::from_abstract_name(ABSTRACT).unwrap();
+    std::os::unix::net::UnixListener::bind_addr(&address).unwrap()
+}

@@ -1,0 +1,349 @@
+//! Seccomp filters: programs of classic BPF that are made of the table when this program is compiled.
+//!
+//! A guest waits for each instruction of them: the kernel translates a program to native code when a thread installs
+//! it, which takes longer than all else in the jail, and before that runs it for each system call that exists, to find
+//! those that are always allowed (`seccomp_cache_prepare` in kernel/seccomp.c). Calls without a rule for their arguments
+//! are therefore bits of a few words, and not comparisons. That run would find little that matters here, where most calls
+//! are ioctls, so that each program begins with an instruction that the kernel does not follow.
+#![expect(unsafe_code, reason = "installs a program by seccomp(2)")]
+#![expect(clippy::cast_possible_truncation, reason = "`TryFrom` is not const; tests execute each program")]
+
+use super::table::{Rule, TABLE, Thread};
+use super::{OnRefusal, refusal};
+use libc::sock_filter;
+use std::io;
+
+/// `AUDIT_ARCH_X86_64` (include/uapi/linux/audit.h).
+const ARCHITECTURE: u32 = 0xc000_003e;
+
+/// Offsets in `struct seccomp_data` (include/uapi/linux/seccomp.h).
+const NUMBER_OFFSET: u32 = 0;
+const ARCHITECTURE_OFFSET: u32 = 4;
+const ARGUMENTS_OFFSET: u32 = 16;
+const ARGUMENT_LEN: u32 = 8;
+
+/// Instructions (include/uapi/linux/bpf_common.h): A is the accumulator, X the index register, M the memory.
+mod code {
+    /// A = a word of `seccomp_data`.
+    pub(super) const LOAD: u16 = 0x20;
+    /// A = k.
+    pub(super) const LOAD_CONSTANT: u16 = 0x00;
+    /// A = M[k].
+    pub(super) const LOAD_MEMORY: u16 = 0x60;
+    /// M[k] = A.
+    pub(super) const STORE: u16 = 0x02;
+    /// X = A.
+    pub(super) const A_TO_X: u16 = 0x07;
+    /// A = X.
+    pub(super) const X_TO_A: u16 = 0x87;
+    /// A = A & k.
+    pub(super) const AND: u16 = 0x54;
+    /// A = A >> k.
+    pub(super) const SHIFT: u16 = 0x74;
+    /// A = A >> X.
+    pub(super) const SHIFT_BY_X: u16 = 0x7c;
+    /// Skips k instructions.
+    pub(super) const JUMP: u16 = 0x05;
+    /// Skips jt instructions if A = k, otherwise jf.
+    pub(super) const JUMP_EQUAL: u16 = 0x15;
+    /// Skips jt instructions if A and k have a bit in common, otherwise jf.
+    pub(super) const JUMP_ANY_BIT: u16 = 0x45;
+    /// Returns k.
+    pub(super) const RETURN: u16 = 0x06;
+}
+
+/// Bits of a word.
+const WORD_BITS: u32 = 32;
+/// Number of words: numbers of system calls are below 512.
+const WORDS: u32 = 16;
+/// Maximum number of instructions of a program.
+const CAPACITY: usize = 96;
+/// The place of the process's ID in a program that is not installed yet.
+const OWN_PROCESS: u32 = u32::MAX;
+
+const fn instruction(code: u16, jt: u8, jf: u8, k: u32) -> sock_filter {
+    sock_filter { code, jt, jf, k }
+}
+
+const ALLOW: sock_filter = instruction(code::RETURN, 0, 0, libc::SECCOMP_RET_ALLOW);
+
+/// A program.
+#[derive(Clone, Copy)]
+struct Program {
+    instructions: [sock_filter; CAPACITY],
+    length: usize,
+    /// What it returns for a call that is refused.
+    refuse: sock_filter,
+}
+
+impl Program {
+    /// The program of a thread.
+    const fn of(thread: Thread, on_refusal: OnRefusal) -> Self {
+        let action = match on_refusal {
+            // A signal, whose handler reports the call and ends the process. If the handler is gone or the signal
+            // blocked, the kernel ends the process.
+            OnRefusal::End => libc::SECCOMP_RET_TRAP,
+            OnRefusal::Log => libc::SECCOMP_RET_LOG,
+        };
+        let refuse = instruction(code::RETURN, 0, 0, action);
+        let mut this = Self { instructions: [refuse; CAPACITY], length: 0, refuse };
+        // Without effect: the kernel follows no program beyond it.
+        this.push(code::A_TO_X, 0, 0, 0);
+        this.push(code::LOAD, 0, 0, ARCHITECTURE_OFFSET);
+        this.push(code::JUMP_EQUAL, 1, 0, ARCHITECTURE);
+        this.push(code::RETURN, 0, 0, libc::SECCOMP_RET_KILL_PROCESS);
+        this.push(code::LOAD, 0, 0, NUMBER_OFFSET);
+        let mut words = [0_u32; WORDS as usize];
+        let mut at = 0;
+        while at < TABLE.len() {
+            let call = &TABLE[at];
+            if thread.is_among(call.threads) {
+                match call.rule {
+                    Rule::Any => words[(call.number / WORD_BITS) as usize] |= 1 << (call.number % WORD_BITS),
+                    rule => this.check(call.number, rule),
+                }
+            }
+            at += 1;
+        }
+        this.find_bit(&words);
+        this
+    }
+
+    const fn push(&mut self, code: u16, jt: u8, jf: u8, k: u32) {
+        self.instructions[self.length] = instruction(code, jt, jf, k);
+        self.length += 1;
+    }
+
+    const fn finish(&mut self, last: sock_filter) {
+        self.instructions[self.length] = last;
+        self.length += 1;
+    }
+
+    /// Checks the arguments of a call. All that have a rule have 32 bits: the low half, which is first.
+    const fn check(&mut self, number: u32, rule: Rule) {
+        let start = self.length;
+        self.push(code::JUMP_EQUAL, 0, 0, number);
+        match rule {
+            Rule::Any => {}
+            Rule::OneOf(argument, values) => {
+                self.push(code::LOAD, 0, 0, ARGUMENTS_OFFSET + ARGUMENT_LEN * argument);
+                let mut at = 0;
+                while at < values.len() {
+                    // Over the comparisons that are left, and the refusal.
+                    self.push(code::JUMP_EQUAL, (values.len() - at) as u8, 0, values[at]);
+                    at += 1;
+                }
+                self.finish(self.refuse);
+            }
+            Rule::Without(argument, bits) => {
+                self.push(code::LOAD, 0, 0, ARGUMENTS_OFFSET + ARGUMENT_LEN * argument);
+                self.push(code::JUMP_ANY_BIT, 0, 1, bits);
+                self.finish(self.refuse);
+            }
+            Rule::OwnProcess(argument) => {
+                self.push(code::LOAD, 0, 0, ARGUMENTS_OFFSET + ARGUMENT_LEN * argument);
+                self.push(code::JUMP_EQUAL, 1, 0, OWN_PROCESS);
+                self.finish(self.refuse);
+            }
+        }
+        self.finish(ALLOW);
+        // Another number skips all of this.
+        self.instructions[start].jf = (self.length - start - 1) as u8;
+    }
+
+    /// Finds the word of a number, and in it the bit.
+    const fn find_bit(&mut self, words: &[u32; WORDS as usize]) {
+        self.push(code::A_TO_X, 0, 0, 0);
+        self.push(code::SHIFT, 0, 0, WORD_BITS.trailing_zeros());
+        let mut left = 0;
+        let mut at = 0;
+        while at < words.len() {
+            left += (words[at] != 0) as u32;
+            at += 1;
+        }
+        at = 0;
+        while at < words.len() {
+            if words[at] != 0 {
+                left -= 1;
+                self.push(code::JUMP_EQUAL, 0, 2, at as u32);
+                self.push(code::LOAD_CONSTANT, 0, 0, words[at]);
+                // Over three instructions for each word that is left, and the refusal.
+                self.push(code::JUMP, 0, 0, 3 * left + 1);
+            }
+            at += 1;
+        }
+        self.finish(self.refuse);
+        self.push(code::STORE, 0, 0, 0);
+        self.push(code::X_TO_A, 0, 0, 0);
+        self.push(code::AND, 0, 0, WORD_BITS - 1);
+        self.push(code::A_TO_X, 0, 0, 0);
+        self.push(code::LOAD_MEMORY, 0, 0, 0);
+        self.push(code::SHIFT_BY_X, 0, 0, 0);
+        self.push(code::JUMP_ANY_BIT, 1, 0, 1);
+        self.finish(self.refuse);
+        self.finish(ALLOW);
+    }
+
+    /// The instructions, for this process.
+    fn into_instructions(mut self) -> ([sock_filter; CAPACITY], usize) {
+        let own = rustix::process::getpid().as_raw_pid().unsigned_abs();
+        for instruction in &mut self.instructions {
+            if instruction.code == code::JUMP_EQUAL && instruction.k == OWN_PROCESS {
+                instruction.k = own;
+            }
+        }
+        (self.instructions, self.length)
+    }
+}
+
+/// The program of a thread, made at compile time.
+const fn program(thread: Thread, on_refusal: OnRefusal) -> &'static Program {
+    macro_rules! constant {
+        ($thread:ident, $action:ident) => {{
+            const PROGRAM: Program = Program::of(Thread::$thread, OnRefusal::$action);
+            &PROGRAM
+        }};
+    }
+    match (thread, on_refusal) {
+        (Thread::Vcpu, OnRefusal::End) => constant!(Vcpu, End),
+        (Thread::Vcpu, OnRefusal::Log) => constant!(Vcpu, Log),
+        (Thread::EventLoop, OnRefusal::End) => constant!(EventLoop, End),
+        (Thread::EventLoop, OnRefusal::Log) => constant!(EventLoop, Log),
+        (Thread::Worker, OnRefusal::End) => constant!(Worker, End),
+        (Thread::Worker, OnRefusal::Log) => constant!(Worker, Log),
+    }
+}
+
+/// Confines the calling thread to its system calls.
+pub(super) fn install(thread: Thread, on_refusal: OnRefusal) -> io::Result<()> {
+    if on_refusal == OnRefusal::End {
+        refusal::prepare(thread)?;
+    }
+    let (mut instructions, length) = program(thread, on_refusal).into_instructions();
+    let length = u16::try_from(length).map_err(|_| io::ErrorKind::InvalidData)?;
+    let program = libc::sock_fprog { len: length, filter: instructions.as_mut_ptr() };
+    // SAFETY: the call reads the program, which lives until it returns.
+    let result =
+        unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const program) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::jail::TABLE;
+
+    /// The instructions of a thread's program.
+    fn compile(thread: Thread, on_refusal: OnRefusal) -> Vec<sock_filter> {
+        let (instructions, length) = program(thread, on_refusal).into_instructions();
+        instructions[..length].to_vec()
+    }
+
+    /// What a program returns for a call.
+    fn run(program: &[sock_filter], number: u32, arguments: [u64; 6]) -> u32 {
+        let mut data = [0_u8; 64];
+        data[..4].copy_from_slice(&number.to_le_bytes());
+        data[4..8].copy_from_slice(&ARCHITECTURE.to_le_bytes());
+        for (at, argument) in arguments.iter().enumerate() {
+            data[16 + 8 * at..24 + 8 * at].copy_from_slice(&argument.to_le_bytes());
+        }
+        let (mut at, mut a, mut x, mut memory) = (0_usize, 0_u32, 0_u32, 0_u32);
+        loop {
+            let sock_filter { code, jt, jf, k } = program[at];
+            at += 1;
+            let is_true = match code {
+                code::RETURN => return k,
+                code::JUMP => {
+                    at += k as usize;
+                    continue;
+                }
+                code::JUMP_EQUAL => a == k,
+                code::JUMP_ANY_BIT => a & k != 0,
+                _ => {
+                    match code {
+                        code::LOAD => {
+                            a = u32::from_le_bytes(data[k as usize..k as usize + 4].try_into().unwrap());
+                        }
+                        code::LOAD_CONSTANT => a = k,
+                        code::LOAD_MEMORY => a = memory,
+                        code::STORE => memory = a,
+                        code::A_TO_X => x = a,
+                        code::X_TO_A => a = x,
+                        code::AND => a &= k,
+                        code::SHIFT => a >>= k,
+                        code::SHIFT_BY_X => a >>= x,
+                        code => panic!("unknown instruction {code:#x}"),
+                    }
+                    continue;
+                }
+            };
+            at += usize::from(if is_true { jt } else { jf });
+        }
+    }
+
+    #[test]
+    fn a_program_allows_exactly_what_the_table_lists() {
+        for thread in Thread::ALL {
+            let program = compile(thread, OnRefusal::End);
+            for number in (0..1024).chain([u32::MAX, 0x4000_0000, 0x4000_0010]) {
+                let call = thread.calls().find(|call| call.number == number);
+                let expected = match call.map(|call| call.rule) {
+                    Some(Rule::Any | Rule::Without(..)) => libc::SECCOMP_RET_ALLOW,
+                    _ => libc::SECCOMP_RET_TRAP,
+                };
+                assert_eq!(run(&program, number, [0; 6]), expected, "{thread:?} {number}");
+            }
+        }
+    }
+
+    #[test]
+    fn arguments_are_checked() {
+        for thread in Thread::ALL {
+            let program = compile(thread, OnRefusal::End);
+            for call in thread.calls() {
+                let allows = |argument: u32, value: u32| {
+                    let mut arguments = [0; 6];
+                    arguments[argument as usize] = u64::from(value);
+                    run(&program, call.number, arguments) == libc::SECCOMP_RET_ALLOW
+                };
+                match call.rule {
+                    Rule::Any => assert!(allows(0, 5) && allows(5, u32::MAX)),
+                    Rule::OneOf(argument, values) => {
+                        assert!(values.iter().all(|value| allows(argument, *value)), "{}", call.name);
+                        let others = values.iter().flat_map(|value| [value ^ 1, value ^ (1 << 31)]);
+                        let refused = others.filter(|value| !values.contains(value));
+                        assert!(refused.into_iter().all(|value| !allows(argument, value)), "{}", call.name);
+                    }
+                    Rule::Without(argument, bits) => {
+                        assert!(allows(argument, !bits) && !allows(argument, bits), "{}", call.name);
+                    }
+                    Rule::OwnProcess(argument) => {
+                        assert!(
+                            allows(argument, std::process::id()) && !allows(argument, 1),
+                            "{}",
+                            call.name
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn other_architectures_end_the_process() {
+        let program = compile(Thread::Vcpu, OnRefusal::Log);
+        let mut data = program;
+        // The program as it sees a call of 32 bits, whose architecture is another.
+        data[2].k ^= 1;
+        assert_eq!(run(&data, 0, [0; 6]), libc::SECCOMP_RET_KILL_PROCESS);
+    }
+
+    #[test]
+    fn programs_are_short() {
+        for thread in Thread::ALL {
+            let length = compile(thread, OnRefusal::End).len();
+            assert!(length <= 72, "{thread:?}: {length}");
+        }
+        assert!(TABLE.iter().all(|call| !call.reason.is_empty() && !call.threads.is_empty()));
+    }
+}

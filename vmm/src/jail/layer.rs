@@ -1,0 +1,113 @@
+//! The layers that apply to the whole process.
+
+use super::landlock;
+use rustix::io::Errno;
+use rustix::process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit};
+use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities, set_no_new_privs};
+use std::io;
+
+/// A layer of the jail. Each is effective without the others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Layer {
+    /// No core dumps, which would contain guest memory, no file longer than the largest disk, and a bounded number of
+    /// descriptors.
+    Limits,
+    /// Other processes of the user cannot read this process's memory (`PR_SET_DUMPABLE`).
+    NotDumpable,
+    /// No program that this process executes has more privileges (`PR_SET_NO_NEW_PRIVS`).
+    NoNewPrivileges,
+    /// No capabilities.
+    Capabilities,
+    /// No path can be opened, listed, created or removed (Landlock, from Linux 5.13).
+    Paths,
+    /// No TCP port can be bound or connected to (Landlock, from Linux 6.7).
+    Network,
+    /// No signal to a process outside, and no connection to an abstract Unix socket outside (Landlock, from Linux 6.12).
+    Scopes,
+}
+
+impl Layer {
+    /// All layers, in the order in which they are entered.
+    pub const ALL: [Self; 7] = [
+        Self::Limits,
+        Self::NotDumpable,
+        Self::NoNewPrivileges,
+        Self::Capabilities,
+        Self::Paths,
+        Self::Network,
+        Self::Scopes,
+    ];
+
+    /// Whether every supported kernel has the layer.
+    #[must_use]
+    pub const fn is_in_every_kernel(self) -> bool {
+        !matches!(self, Self::Network | Self::Scopes)
+    }
+
+    /// What the layer does, to follow "cannot".
+    #[must_use]
+    pub const fn action(self) -> &'static str {
+        match self {
+            Self::Limits => "limit resources",
+            Self::NotDumpable => "forbid other processes to read the monitor's memory",
+            Self::NoNewPrivileges => "set no_new_privs",
+            Self::Capabilities => "drop capabilities",
+            Self::Paths => "deny all paths by Landlock",
+            Self::Network => "deny TCP by Landlock",
+            Self::Scopes => "deny signals and abstract sockets by Landlock",
+        }
+    }
+}
+
+/// Enters layers. Returns those that the host does not have, with its error.
+pub(super) fn enter(layers: &[Layer], largest_file: Option<u64>) -> Vec<(Layer, io::Error)> {
+    let mut missing = Vec::new();
+    for &layer in layers {
+        let result = match layer {
+            Layer::Limits => limit_all(largest_file),
+            // Not yet: until the guest runs, this process looks at its own descriptors in /proc.
+            Layer::NotDumpable => Ok(()),
+            Layer::NoNewPrivileges => set_no_new_privs(true),
+            Layer::Capabilities => drop_capabilities(),
+            // One ruleset has all three.
+            Layer::Paths | Layer::Network | Layer::Scopes => continue,
+        };
+        if let Err(error) = result {
+            missing.push((layer, error.into()));
+        }
+    }
+    let ruleset: Vec<_> = layers.iter().copied().filter(|layer| landlock::has_rules(*layer)).collect();
+    missing.extend(landlock::deny(&ruleset));
+    missing
+}
+
+/// Enters what can only be entered last, when all threads have been started and all is open.
+pub(super) fn enter_last() -> Result<(), Errno> {
+    // A process of root may start more threads, but for its filter.
+    limit(Resource::Nproc, 0)?;
+    set_dumpable_behavior(DumpableBehavior::NotDumpable)
+}
+
+fn limit_all(largest_file: Option<u64>) -> Result<(), Errno> {
+    /// Maximum number of descriptors: each connection to the guest's vsock takes one.
+    const DESCRIPTORS_MAX: u64 = 1 << 16;
+    /// Minimum of the maximum length of a file in bytes, for the exit status of a detached guest.
+    const FILE_MIN: u64 = 4096;
+    limit(Resource::Core, 0)?;
+    if let Some(length) = largest_file {
+        limit(Resource::Fsize, length.max(FILE_MIN))?;
+    }
+    let own = getrlimit(Resource::Nofile).maximum;
+    limit(Resource::Nofile, own.map_or(DESCRIPTORS_MAX, |own| own.min(DESCRIPTORS_MAX)))
+}
+
+/// Limits a resource, for good.
+pub(super) fn limit(resource: Resource, value: u64) -> Result<(), Errno> {
+    setrlimit(resource, Rlimit { current: Some(value), maximum: Some(value) })
+}
+
+fn drop_capabilities() -> Result<(), Errno> {
+    let none = CapabilitySet::empty();
+    set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })
+}

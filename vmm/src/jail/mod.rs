@@ -1,0 +1,131 @@
+//! The jail of `kindling-vmm`: which rights the process has when its guest runs.
+//!
+//! The guest is assumed to take over the monitor. All that the monitor needs is open before the guest's first
+//! instruction, so that it can do without everything else. [`Jail::confine_process`] takes away paths, the network,
+//! privileges and resources; [`Jail::confine_thread`] takes away system calls, from each thread others
+//! ([`TABLE`]).
+
+mod filter;
+mod landlock;
+mod layer;
+mod names;
+mod refusal;
+mod table;
+
+pub use layer::Layer;
+pub use names::name_of;
+pub(crate) use refusal::{STATUS_REFUSED, describe};
+pub use table::{Call, Rule, TABLE, Thread};
+
+use serde::{Deserialize, Serialize};
+use std::io;
+
+/// How strictly a monitor is jailed.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub enum Strictness {
+    /// A host without a layer that every supported kernel has is an error. Layers of newer kernels are left out on
+    /// others.
+    #[default]
+    Standard,
+    /// A host without one of the layers is an error.
+    Require,
+    /// Layers that the host does not have are left out.
+    BestEffort,
+    /// No jail.
+    Off,
+}
+
+/// What happens when a thread executes a system call that its filter refuses.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub enum OnRefusal {
+    /// The monitor ends, and its front reports the call.
+    #[default]
+    End,
+    /// The call is executed, and the host's kernel logs it.
+    Log,
+}
+
+/// The jail of a monitor.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct Jail {
+    /// How strictly it is applied.
+    pub strictness: Strictness,
+    /// What happens to a system call that is refused.
+    pub on_refusal: OnRefusal,
+}
+
+/// Why a monitor cannot be jailed.
+#[derive(Debug, thiserror::Error)]
+#[error("this host cannot {what} for the jail of the guest; `--jail best-effort` runs the guest without it")]
+#[non_exhaustive]
+pub struct JailError {
+    /// What the host cannot do.
+    pub what: &'static str,
+    /// The host's error.
+    pub source: io::Error,
+}
+
+/// Enters layers of the jail, for tools that examine them one by one: the calling process can write no file beyond
+/// `largest_file` bytes, among others. Returns the layers that the host does not have, with its errors.
+pub fn enter(layers: &[Layer], largest_file: Option<u64>) -> Vec<(Layer, io::Error)> {
+    layer::enter(layers, largest_file)
+}
+
+impl Jail {
+    /// No jail.
+    pub const OFF: Self = Self { strictness: Strictness::Off, on_refusal: OnRefusal::End };
+
+    /// Whether there is a jail.
+    #[must_use]
+    pub const fn is_on(&self) -> bool {
+        !matches!(self.strictness, Strictness::Off)
+    }
+
+    /// Confines this process, which has one thread, by all layers except the filters of system calls. It can write no
+    /// file beyond `largest_file` bytes. Returns the layers that the host does not have.
+    ///
+    /// # Errors
+    /// When the host does not have a layer that is required.
+    pub fn confine_process(&self, largest_file: Option<u64>) -> Result<Vec<Layer>, JailError> {
+        if !self.is_on() {
+            return Ok(Vec::new());
+        }
+        let missing = enter(&Layer::ALL, largest_file);
+        let is_required = |layer: Layer| match self.strictness {
+            Strictness::Standard => layer.is_in_every_kernel(),
+            Strictness::Require => true,
+            Strictness::BestEffort | Strictness::Off => false,
+        };
+        let mut left_out = Vec::new();
+        for (layer, source) in missing {
+            if is_required(layer) {
+                return Err(JailError { what: layer.action(), source });
+            }
+            left_out.push(layer);
+        }
+        Ok(left_out)
+    }
+
+    /// Confines the calling thread to the system calls of its kind. Threads that it starts later inherit them.
+    ///
+    /// # Errors
+    /// When the host does not have seccomp and it is required.
+    pub fn confine_thread(&self, thread: Thread) -> Result<(), JailError> {
+        if !self.is_on() {
+            return Ok(());
+        }
+        if thread == Thread::EventLoop {
+            // Neither fails on any kernel.
+            let _ = layer::enter_last();
+        }
+        match filter::install(thread, self.on_refusal) {
+            Err(source) if self.strictness != Strictness::BestEffort => {
+                Err(JailError { what: "filter system calls by seccomp", source })
+            }
+            _ => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,255 @@
+//! The system calls that each thread may execute while the guest runs, with the reason for each.
+//!
+//! `cargo xtask jail` prints this table. All other calls are refused: among them those that open a path or a socket, that
+//! start a process, a thread or a program, and that make memory executable.
+
+use super::names;
+
+/// A thread of a monitor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Thread {
+    /// Runs a vCPU, and handles its exits.
+    Vcpu,
+    /// The process's first thread: waits for events, and serves the devices and the front.
+    EventLoop,
+    /// Executes file operations that block, one after the other, on hosts without io_uring.
+    Worker,
+}
+
+impl Thread {
+    /// All kinds.
+    pub const ALL: [Self; 3] = [Self::Vcpu, Self::EventLoop, Self::Worker];
+
+    /// The name of the thread in reports.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Vcpu => "a vCPU",
+            Self::EventLoop => "the event loop",
+            Self::Worker => "the file worker",
+        }
+    }
+
+    /// Whether this thread is one of these.
+    pub(super) const fn is_among(self, threads: &[Self]) -> bool {
+        let mut at = 0;
+        while at < threads.len() {
+            if threads[at] as u8 == self as u8 {
+                return true;
+            }
+            at += 1;
+        }
+        false
+    }
+
+    /// The calls that this thread may execute.
+    pub fn calls(self) -> impl Iterator<Item = &'static Call> {
+        TABLE.iter().filter(move |call| call.threads.contains(&self))
+    }
+}
+
+/// A system call that threads may execute.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct Call {
+    /// The name, as in the manual.
+    pub name: &'static str,
+    /// The number on x86-64.
+    pub number: u32,
+    /// The threads that may execute it.
+    pub threads: &'static [Thread],
+    /// What its arguments must be.
+    pub rule: Rule,
+    /// What it is for.
+    pub reason: &'static str,
+}
+
+/// What the arguments of a call must be. Arguments count from 0, and their low 32 bits are compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Rule {
+    /// Anything.
+    Any,
+    /// This argument is one of these values.
+    OneOf(u32, &'static [u32]),
+    /// This argument has none of these bits.
+    Without(u32, u32),
+    /// This argument is the ID of the monitor's own process.
+    OwnProcess(u32),
+}
+
+/// KVM's requests (include/uapi/linux/kvm.h).
+const KVM_RUN: u32 = 0xae80;
+const KVM_GET_REGS: u32 = 0x8090_ae81;
+const KVM_GET_SREGS: u32 = 0x8138_ae83;
+const KVM_KVMCLOCK_CTRL: u32 = 0xaead;
+const KVM_SET_GSI_ROUTING: u32 = 0x4008_ae6a;
+/// A tap's offloads (include/uapi/linux/if_tun.h).
+const TUNSETOFFLOAD: u32 = 0x4004_54d0;
+
+/// Non-blocking reads of a pipe (include/uapi/asm-generic/ioctls.h).
+const FIONBIO: u32 = 0x5421;
+
+const PROT_EXEC: u32 = libc::PROT_EXEC as u32;
+const CLONED: u32 = libc::F_DUPFD_CLOEXEC as u32;
+
+const VCPU: &[Thread] = &[Thread::Vcpu];
+const LOOP: &[Thread] = &[Thread::EventLoop];
+const BOTH: &[Thread] = &[Thread::Vcpu, Thread::EventLoop];
+const FILES: &[Thread] = &[Thread::EventLoop, Thread::Worker];
+const EVERY: &[Thread] = &Thread::ALL;
+
+const fn call(name: &'static str, threads: &'static [Thread], rule: Rule, reason: &'static str) -> Call {
+    Call { name, number: names::number_of(name), threads, rule, reason }
+}
+
+/// The system calls that threads may execute.
+#[rustfmt::skip]
+pub const TABLE: &[Call] = &[
+    call("ioctl", VCPU,
+        Rule::OneOf(1, &[KVM_RUN, KVM_GET_REGS, KVM_GET_SREGS, KVM_KVMCLOCK_CTRL, KVM_SET_GSI_ROUTING, TUNSETOFFLOAD]),
+        "runs the guest; routes interrupts and sets the offloads of a tap as the guest's drivers ask; reads registers \
+         for the report of a failure"),
+    call("ioctl", LOOP, Rule::OneOf(1, &[FIONBIO]), "the last messages of a file server that has ended"),
+    call("preadv2", VCPU, Rule::Any, "reads of disks that the host has in memory"),
+    call("pwritev2", VCPU, Rule::Any, "writes of disks that the host takes into memory"),
+    call("preadv2", FILES, Rule::Any, "reads of disks"),
+    call("pwritev2", FILES, Rule::Any, "writes of disks"),
+    call("fdatasync", FILES, Rule::Any, "flushes of disks and persistent memory"),
+    call("fallocate", FILES, Rule::Any, "discards and zeroes of disks"),
+    call("fstat", LOOP, Rule::Any, "whether a disk is sparse, before it is zeroed"),
+    call("statx", LOOP, Rule::Any, "the same; and whether a mapped file was truncated"),
+    call("io_uring_enter", BOTH, Rule::Any,
+        "file operations of disks, by rings that are restricted to their file before the guest runs"),
+    call("readv", LOOP, Rule::Any, "packets of a tap or of passt"),
+    call("writev", LOOP, Rule::Any, "packets to a tap or to passt"),
+    call("sendmsg", BOTH, Rule::Any, "data of vsock connections, packets to passt, requests to file servers"),
+    call("recvmsg", BOTH, Rule::Any, "data of vsock connections, replies of file servers, requests of the front"),
+    call("sendto", BOTH, Rule::Any, "data of vsock connections, events for the front"),
+    call("recvfrom", LOOP, Rule::Any, "data of vsock connections, packets of passt, requests of the front"),
+    call("accept4", LOOP, Rule::Any, "connections of the front to the guest's vsock"),
+    call("shutdown", BOTH, Rule::Any, "the end of one direction of a vsock connection"),
+    call("close", BOTH, Rule::Any, "the end of a vsock connection"),
+    call("fcntl", LOOP, Rule::OneOf(1, &[CLONED]), "a second handle of a vsock connection"),
+    call("read", BOTH, Rule::Any, "counters of eventfds, changes of mapped files"),
+    call("write", EVERY, Rule::Any, "interrupts to the guest and doorbells between threads, by eventfds"),
+    call("pwrite64", LOOP, Rule::Any, "the exit status of a detached guest"),
+    call("epoll_pwait", LOOP, Rule::Any, "waits for events"),
+    call("epoll_pwait2", LOOP, Rule::Any, "waits for events until a time"),
+    call("epoll_ctl", BOTH, Rule::Any, "which events are waited for"),
+    call("poll", LOOP, Rule::Any, "waits for the end of vCPUs"),
+    call("ppoll", LOOP, Rule::Any, "waits for the end of vCPUs until a time"),
+    call("getrandom", BOTH, Rule::Any, "random numbers for the guest, at its start and for its entropy device"),
+    call("tgkill", LOOP, Rule::OwnProcess(0), "makes vCPUs leave the guest"),
+    call("getpid", LOOP, Rule::Any, "the same: the C library asks for the argument of tgkill"),
+    call("madvise", EVERY, Rule::Any, "memory that the guest's balloon returns; freed memory of the monitor"),
+    call("futex", EVERY, Rule::Any, "locks between threads"),
+    call("clock_nanosleep", VCPU, Rule::Any, "pauses between attempts of an access that cannot complete yet"),
+    call("brk", EVERY, Rule::Any, "memory of the monitor"),
+    call("mmap", EVERY, Rule::Without(2, PROT_EXEC), "memory of the monitor, never executable"),
+    call("munmap", EVERY, Rule::Any, "memory of the monitor"),
+    call("mremap", EVERY, Rule::Any, "memory of the monitor"),
+    call("rt_sigreturn", EVERY, Rule::Any, "the end of a signal handler"),
+    call("rt_sigprocmask", EVERY, Rule::Any, "the end of a thread"),
+    call("exit", EVERY, Rule::Any, "the end of a thread"),
+    call("exit_group", EVERY, Rule::Any, "the end of the process"),
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_thread_has_a_call_once_with_a_known_number() {
+        for thread in Thread::ALL {
+            let mut numbers: Vec<_> = thread.calls().map(|call| call.number).collect();
+            let count = numbers.len();
+            assert!(!numbers.contains(&u32::MAX), "{thread:?}");
+            numbers.sort_unstable();
+            numbers.dedup();
+            assert_eq!(numbers.len(), count, "{thread:?}");
+        }
+    }
+
+    /// Calls that would undo the jail, or give the guest the host's kernel to play with.
+    #[rustfmt::skip]
+    const FORBIDDEN: &[&str] = &[
+            "open",
+            "openat",
+            "openat2",
+            "open_by_handle_at",
+            "creat",
+            "socket",
+            "socketpair",
+            "connect",
+            "bind",
+            "listen",
+            "clone",
+            "clone3",
+            "fork",
+            "vfork",
+            "execve",
+            "execveat",
+            "mprotect",
+            "pkey_mprotect",
+            "ptrace",
+            "process_vm_readv",
+            "process_vm_writev",
+            "prctl",
+            "seccomp",
+            "rt_sigaction",
+            "bpf",
+            "perf_event_open",
+            "userfaultfd",
+            "io_uring_setup",
+            "io_uring_register",
+            "keyctl",
+            "add_key",
+            "mount",
+            "umount2",
+            "pivot_root",
+            "chroot",
+            "setns",
+            "unshare",
+            "kill",
+            "pidfd_open",
+            "pidfd_getfd",
+            "pidfd_send_signal",
+            "memfd_create",
+            "setuid",
+            "setgid",
+            "capset",
+            "setrlimit",
+            "prlimit64",
+            "readlink",
+            "readlinkat",
+            "unlink",
+            "rename",
+            "init_module",
+            "kexec_load",
+            "reboot",
+            "personality",
+            "modify_ldt",
+            "arch_prctl",
+            "iopl",
+            "ioperm",
+            "fchmod",
+            "fchown",
+            "ftruncate",
+            "sendmmsg",
+            "splice",
+            "vmsplice",
+            "tee",
+            "timer_create",
+            "shmget",
+    ];
+
+    #[test]
+    fn no_thread_opens_connects_starts_or_executes_anything() {
+        for &name in FORBIDDEN {
+            assert!(names::number_of(name) != u32::MAX, "{name} is no system call");
+            assert!(TABLE.iter().all(|call| call.name != name), "{name}");
+        }
+    }
+}
