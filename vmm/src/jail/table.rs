@@ -121,7 +121,7 @@ pub const TABLE: &[Call] = &[
     call("fstat", LOOP, Rule::Any, "whether a disk is sparse, before it is zeroed"),
     call("statx", LOOP, Rule::Any, "the same; and whether a mapped file was truncated"),
     call("io_uring_enter", BOTH, Rule::Any,
-        "file operations of disks, by rings that are restricted to their file before the guest runs"),
+        "file operations of disks, by rings that are restricted to these operations before the guest runs"),
     call("readv", LOOP, Rule::Any, "packets of a tap or of passt"),
     call("writev", LOOP, Rule::Any, "packets to a tap or to passt"),
     call("sendmsg", BOTH, Rule::Any, "data of vsock connections, packets to passt, requests to file servers"),
