@@ -30,7 +30,7 @@ fn run() -> u8 {
     match control::serve(UnixStream::from(socket)) {
         Ok(()) => 0,
         Err(error) => {
-            // A front starts this program with /dev/null as standard error, so that only users see this line.
+            // A front reads the standard error of a monitor only after other failures, so that only users see this line.
             let _ = writeln!(
                 std::io::stderr(),
                 "kindling-vmm: {error}; this program is started by `kindling`, not by users"

@@ -349,7 +349,7 @@ impl Engine {
     }
 }
 
-/// An io_uring that executes nothing but the operations of [`Job::entry`], whoever submits them (from Linux 5.10).
+/// An io_uring that is restricted to the operations of [`Job::entry`] (from Linux 5.10).
 fn restricted_ring(depth: u32) -> io::Result<IoUring> {
     let ring = IoUring::builder().setup_r_disabled().build(depth)?;
     let operations =
