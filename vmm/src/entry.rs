@@ -20,6 +20,8 @@ pub fn prepare() {
         // A vCPU thread allocates almost nothing; a malloc arena of its own would take 128 MiB of address space and
         // five system calls.
         libc::mallopt(libc::M_ARENA_MAX, 1);
+        // All allocations come from the heap: the jail of a monitor needs no mmap, munmap and mremap then.
+        libc::mallopt(libc::M_MMAP_MAX, 0);
     }
 }
 

@@ -80,6 +80,8 @@ const MEMORY: u64 = 5;
 const RETRY: u64 = 4;
 /// A request from the front-end process.
 const CONTROL: u64 = 6;
+/// The guest's agent accepts connections.
+const STARTED: u64 = 7;
 /// Interval of these attempts in nanoseconds.
 const RETRY_INTERVAL: u64 = 5_000_000;
 /// Maximum number of events per wait.
@@ -146,6 +148,9 @@ impl EventLoop {
         };
         if let Some(control) = &this.control {
             watch(&this.epoll, control.as_fd(), CONTROL)?;
+            if let Some(doorbell) = control.start_doorbell() {
+                watch(&this.epoll, doorbell, STARTED)?;
+            }
         }
         if let Some(input) = &mut this.input {
             watch(&this.epoll, borrow(&input.drained), DRAINED)?;
@@ -189,6 +194,7 @@ impl EventLoop {
                 }
                 match data.u64() {
                     VCPU_ENDED => is_ended = true,
+                    STARTED => self.control.iter_mut().for_each(Control::send_start),
                     _ if is_last => {}
                     STOP => return LoopEnd::Stopped,
                     CONTROL if !self.serve_control(vcpus) => return LoopEnd::Stopped,

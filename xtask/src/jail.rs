@@ -46,7 +46,6 @@ fn section() -> String {
                 let values: Vec<_> = values.iter().map(|value| format!("{value:#x}")).collect();
                 format!("argument {argument} is {}", values.join(", "))
             }
-            Rule::Without(argument, bits) => format!("argument {argument} without {bits:#x}"),
             Rule::OwnProcess(argument) => format!("argument {argument} is the monitor's process"),
             _ => String::new(),
         };

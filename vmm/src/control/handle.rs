@@ -4,17 +4,31 @@ use super::channel::Channel;
 use super::{Answer, BalloonStatistics, EVENT_MAX, Event, Query, REQUEST_MAX, Request};
 use crate::devices::virtio::balloon;
 use crate::error::Error;
+use crate::timeline::Timeline;
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use vmm_sys_util::eventfd::EventFd;
 
 /// The connection to the front, for the event loop of a running machine.
 #[derive(Debug)]
 pub(crate) struct Control {
     channel: Channel,
     balloon: Option<balloon::Control>,
+    /// What is sent when the guest's agent accepts connections.
+    start: Option<Start>,
     /// Set when the front has detached: the machine continues when the socket is closed.
     detached: Option<Detached>,
+}
+
+/// The event that the guest's agent accepts connections.
+#[derive(Debug)]
+struct Start {
+    /// Rung by a vCPU's thread, which must not be the last to hold it: a vCPU cannot close descriptors in its jail.
+    doorbell: Arc<EventFd>,
+    /// [`Event::Started`], until it is sent.
+    event: Option<Event>,
 }
 
 /// The files that a front passes to its monitor when it detaches.
@@ -39,7 +53,37 @@ impl Control {
     /// When the host has no descriptor left.
     pub(super) fn new(channel: &Channel, balloon: Option<balloon::Control>) -> Result<Self, Error> {
         let channel = channel.try_clone().map_err(Error::host("duplicate a socket"))?;
-        Ok(Self { channel, balloon, detached: None })
+        Ok(Self { channel, balloon, start: None, detached: None })
+    }
+
+    /// Sends the event [`Event::Started`] after the returned function was called, by the thread of a vCPU.
+    ///
+    /// # Errors
+    /// When the host has no descriptor left.
+    pub(super) fn send_at_start(
+        &mut self,
+        timeline: Timeline,
+    ) -> Result<impl FnOnce() + Send + use<>, Error> {
+        let doorbell = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
+        let doorbell = Arc::new(doorbell.map_err(Error::host("create an eventfd"))?);
+        self.start = Some(Start { doorbell: Arc::clone(&doorbell), event: Some(Event::Started(timeline)) });
+        // A write fails only if the counter overflows.
+        Ok(move || drop(doorbell.write(1)))
+    }
+
+    /// Readable when the event [`Event::Started`] is to be sent.
+    pub(crate) fn start_doorbell(&self) -> Option<BorrowedFd<'_>> {
+        self.start.as_ref().map(|start| crate::poll::borrow(&start.doorbell))
+    }
+
+    /// Sends the event [`Event::Started`].
+    pub(crate) fn send_start(&mut self) {
+        let Some(start) = &mut self.start else { return };
+        // The read only resets the counter.
+        let _ = start.doorbell.read();
+        if let Some(event) = start.event.take() {
+            self.send(&event);
+        }
     }
 
     /// Receives a request that has arrived. Returns `None` if the front has closed the socket, or sends an invalid

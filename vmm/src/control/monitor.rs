@@ -62,10 +62,9 @@ fn run(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result<(),
     if let Some(refusal) = machine.preboot_refusal() {
         let _ = channel.send(&Event::PrebootRefused(with_causes(refusal)), EVENT_MAX, &[]);
     }
-    let control = Control::new(channel, machine.devices.balloon.clone())?;
-    let agent = channel.try_clone().map_err(Error::host("duplicate a socket"))?;
-    let started = Event::Started(machine.timeline.clone());
-    machine.at_mark(BootMark::AgentReady, move || drop(agent.send(&started, EVENT_MAX, &[])));
+    let mut control = Control::new(channel, machine.devices.balloon.clone())?;
+    let started = control.send_at_start(machine.timeline.clone())?;
+    machine.at_mark(BootMark::AgentReady, started);
     machine.control = Some(control);
     machine.jail = config.jail;
     let (exit, stopped) = machine.start()?.wait_for_end();

@@ -6,7 +6,6 @@ use crate::timeline::Instant;
 use guest_protocol::config::Reseed;
 use guest_protocol::frame::FrameError;
 use guest_protocol::handshake;
-use std::io;
 
 /// The device at the I/O ports `port::CONFIG_REQUEST` and `port::CONFIG_DATA`.
 #[derive(Debug)]
@@ -17,6 +16,9 @@ pub struct Configuration {
     kernel_log: bool,
     /// Whether the guest continues from a pre-booted kernel.
     is_prebooted: bool,
+    /// Random numbers for a pre-booted kernel, each for one response. They are made here, because a vCPU's thread, which
+    /// responds, cannot make any in its jail.
+    entropy: Vec<[u8; Reseed::ENTROPY_LEN]>,
     /// The response to the last nonce, and the frame.
     answer: Vec<u8>,
     position: usize,
@@ -24,7 +26,8 @@ pub struct Configuration {
 
 impl Configuration {
     /// Creates a device that responds with `config`, and with the time since `vm_created`. If `is_prebooted` is set,
-    /// the guest continues from a pre-booted kernel, and every response has a [`Reseed`].
+    /// the guest continues from a pre-booted kernel, and each of the first [`Self::RESEEDS_MAX`] responses has a
+    /// [`Reseed`]; later ones are empty.
     ///
     /// # Errors
     /// When the configuration does not fit into a frame.
@@ -37,37 +40,43 @@ impl Configuration {
         // The frame is encoded for each request, because it contains the age of the VM; encoding it here once checks
         // that the configuration fits.
         config.to_frame(&BootInfo::LONGEST)?;
-        Ok(Self { config, vm_created, kernel_log, is_prebooted, answer: Vec::new(), position: 0 })
+        let entropy = if is_prebooted { random_numbers() } else { Vec::new() };
+        Ok(Self { config, vm_created, kernel_log, is_prebooted, entropy, answer: Vec::new(), position: 0 })
     }
+
+    /// Maximum number of responses to a pre-booted kernel: init needs one.
+    const RESEEDS_MAX: usize = 4;
 
     fn restart(&mut self, nonce: u32) {
         let vm_age = Some(Instant::now().since(self.vm_created));
-        let reseed = self.is_prebooted.then(reseed).transpose();
+        let reseed = self.entropy.pop().map(reseed);
+        let boot = BootInfo { vm_age, kernel_log: self.kernel_log, reseed };
         // Init stops at an empty frame: no guest may run with the random numbers of another.
-        let frame = reseed
-            .ok()
-            .map(|reseed| BootInfo { vm_age, kernel_log: self.kernel_log, reseed })
-            .and_then(|boot| self.config.to_frame(&boot).ok())
-            .unwrap_or_default();
+        let frame = if self.is_prebooted && boot.reseed.is_none() {
+            Vec::new()
+        } else {
+            self.config.to_frame(&boot).unwrap_or_default()
+        };
         let length = u32::try_from(frame.len()).unwrap_or(0);
         self.answer = [&handshake::response(nonce, length), &*frame].concat();
         self.position = 0;
     }
 }
 
-/// The host's time and random numbers.
-///
-/// # Errors
-/// When the host returns no random numbers.
-fn reseed() -> io::Result<Reseed> {
-    let mut entropy = [0; Reseed::ENTROPY_LEN];
-    let length = rustix::rand::getrandom(&mut entropy, rustix::rand::GetRandomFlags::empty())?;
-    if length < entropy.len() {
-        return Err(io::Error::other("the host returned too few random bytes"));
-    }
+/// Random numbers for [`Configuration::RESEEDS_MAX`] responses; for fewer if the host returns no more.
+fn random_numbers() -> Vec<[u8; Reseed::ENTROPY_LEN]> {
+    let fill = |mut bytes: [u8; Reseed::ENTROPY_LEN]| {
+        let count = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
+        (count == Ok(bytes.len())).then_some(bytes)
+    };
+    (0..Configuration::RESEEDS_MAX).map_while(|_| fill([0; _])).collect()
+}
+
+/// The host's time, with these random numbers.
+fn reseed(entropy: [u8; Reseed::ENTROPY_LEN]) -> Reseed {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
     let [seconds, nanoseconds] = [time.tv_sec, time.tv_nsec].map(|part| u64::try_from(part).unwrap_or(0));
-    Ok(Reseed { real_time: seconds * 1_000_000_000 + nanoseconds, entropy })
+    Reseed { real_time: seconds * 1_000_000_000 + nanoseconds, entropy }
 }
 
 /// Offset of `port::CONFIG_DATA` from the device's first port.
@@ -148,6 +157,12 @@ mod tests {
             seeds.push(reseed.entropy);
         }
         assert_ne!(seeds[0], seeds[1]);
+        for _ in seeds.len()..Configuration::RESEEDS_MAX {
+            GuestConfig::from_frame(&request(&mut device, 7)).unwrap();
+        }
+        device.write(0, &8_u32.to_le_bytes());
+        let empty = read(&mut device, DATA, handshake::RESPONSE_LEN + 1);
+        assert_eq!(handshake::accept(8, &empty).unwrap().0, 0, "random numbers are used twice");
     }
 
     #[test]

@@ -135,11 +135,6 @@ impl Program {
                 }
                 self.finish(self.refuse);
             }
-            Rule::Without(argument, bits) => {
-                self.push(code::LOAD, 0, 0, ARGUMENTS_OFFSET + ARGUMENT_LEN * argument);
-                self.push(code::JUMP_ANY_BIT, 0, 1, bits);
-                self.finish(self.refuse);
-            }
             Rule::OwnProcess(argument) => {
                 self.push(code::LOAD, 0, 0, ARGUMENTS_OFFSET + ARGUMENT_LEN * argument);
                 self.push(code::JUMP_EQUAL, 1, 0, OWN_PROCESS);
@@ -288,7 +283,7 @@ mod tests {
             for number in (0..1024).chain([u32::MAX, 0x4000_0000, 0x4000_0010]) {
                 let call = thread.calls().find(|call| call.number == number);
                 let expected = match call.map(|call| call.rule) {
-                    Some(Rule::Any | Rule::Without(..)) => libc::SECCOMP_RET_ALLOW,
+                    Some(Rule::Any) => libc::SECCOMP_RET_ALLOW,
                     _ => libc::SECCOMP_RET_TRAP,
                 };
                 assert_eq!(run(&program, number, [0; 6]), expected, "{thread:?} {number}");
@@ -313,9 +308,6 @@ mod tests {
                         let others = values.iter().flat_map(|value| [value ^ 1, value ^ (1 << 31)]);
                         let refused = others.filter(|value| !values.contains(value));
                         assert!(refused.into_iter().all(|value| !allows(argument, value)), "{}", call.name);
-                    }
-                    Rule::Without(argument, bits) => {
-                        assert!(allows(argument, !bits) && !allows(argument, bits), "{}", call.name);
                     }
                     Rule::OwnProcess(argument) => {
                         assert!(

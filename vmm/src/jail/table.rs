@@ -73,8 +73,6 @@ pub enum Rule {
     Any,
     /// This argument is one of these values.
     OneOf(u32, &'static [u32]),
-    /// This argument has none of these bits.
-    Without(u32, u32),
     /// This argument is the ID of the monitor's own process.
     OwnProcess(u32),
 }
@@ -91,12 +89,11 @@ const TUNSETOFFLOAD: u32 = 0x4004_54d0;
 /// Non-blocking reads of a pipe (include/uapi/asm-generic/ioctls.h).
 const FIONBIO: u32 = 0x5421;
 
-const PROT_EXEC: u32 = libc::PROT_EXEC as u32;
 const CLONED: u32 = libc::F_DUPFD_CLOEXEC as u32;
 
 const VCPU: &[Thread] = &[Thread::Vcpu];
 const LOOP: &[Thread] = &[Thread::EventLoop];
-const BOTH: &[Thread] = &[Thread::Vcpu, Thread::EventLoop];
+const THREADS: &[Thread] = &[Thread::Vcpu, Thread::Worker];
 const FILES: &[Thread] = &[Thread::EventLoop, Thread::Worker];
 const EVERY: &[Thread] = &Thread::ALL;
 
@@ -108,51 +105,47 @@ const fn call(name: &'static str, threads: &'static [Thread], rule: Rule, reason
 #[rustfmt::skip]
 pub const TABLE: &[Call] = &[
     call("ioctl", VCPU,
-        Rule::OneOf(1, &[KVM_RUN, KVM_GET_REGS, KVM_GET_SREGS, KVM_KVMCLOCK_CTRL, KVM_SET_GSI_ROUTING, TUNSETOFFLOAD]),
-        "runs the guest; routes interrupts and sets the offloads of a tap as the guest's drivers ask; reads registers \
-         for the report of a failure"),
-    call("ioctl", LOOP, Rule::OneOf(1, &[FIONBIO]), "the last messages of a file server that has ended"),
+        Rule::OneOf(1, &[KVM_RUN, KVM_GET_REGS, KVM_GET_SREGS, KVM_KVMCLOCK_CTRL, KVM_SET_GSI_ROUTING]),
+        "runs the guest; routes interrupts as its drivers ask; reads registers for the report of a failure"),
+    call("ioctl", LOOP, Rule::OneOf(1, &[TUNSETOFFLOAD, FIONBIO]),
+        "the offloads of a tap that the guest's driver accepts; the last messages of a file server that has ended"),
     call("preadv2", VCPU, Rule::Any, "reads of disks that the host has in memory"),
     call("pwritev2", VCPU, Rule::Any, "writes of disks that the host takes into memory"),
     call("preadv2", FILES, Rule::Any, "reads of disks"),
     call("pwritev2", FILES, Rule::Any, "writes of disks"),
     call("fdatasync", FILES, Rule::Any, "flushes of disks and persistent memory"),
     call("fallocate", FILES, Rule::Any, "discards and zeroes of disks"),
-    call("fstat", LOOP, Rule::Any, "whether a disk is sparse, before it is zeroed"),
-    call("statx", LOOP, Rule::Any, "the same; and whether a mapped file was truncated"),
-    call("io_uring_enter", BOTH, Rule::Any,
+    call("fstat", LOOP, Rule::Any, "whether a disk is sparse, before it is zeroed; whether a mapped file was truncated"),
+    call("io_uring_enter", LOOP, Rule::Any,
         "file operations of disks, by rings that are restricted to these operations before the guest runs"),
     call("readv", LOOP, Rule::Any, "packets of a tap or of passt"),
     call("writev", LOOP, Rule::Any, "packets to a tap or to passt"),
-    call("sendmsg", BOTH, Rule::Any, "data of vsock connections, packets to passt, requests to file servers"),
-    call("recvmsg", BOTH, Rule::Any, "data of vsock connections, replies of file servers, requests of the front"),
-    call("sendto", BOTH, Rule::Any, "data of vsock connections, events for the front"),
+    call("sendmsg", VCPU, Rule::Any, "requests to file servers"),
+    call("sendmsg", LOOP, Rule::Any, "data of vsock connections, packets to passt, requests to file servers"),
+    call("recvmsg", LOOP, Rule::Any, "data of vsock connections, replies of file servers, requests of the front"),
+    call("sendto", LOOP, Rule::Any, "data of vsock connections, events for the front"),
     call("recvfrom", LOOP, Rule::Any, "data of vsock connections, packets of passt, requests of the front"),
     call("accept4", LOOP, Rule::Any, "connections of the front to the guest's vsock"),
-    call("shutdown", BOTH, Rule::Any, "the end of one direction of a vsock connection"),
-    call("close", BOTH, Rule::Any, "the end of a vsock connection"),
+    call("shutdown", LOOP, Rule::Any, "the end of one direction of a vsock connection"),
+    call("close", LOOP, Rule::Any, "the end of a vsock connection"),
     call("fcntl", LOOP, Rule::OneOf(1, &[CLONED]), "a second handle of a vsock connection"),
-    call("read", BOTH, Rule::Any, "counters of eventfds, changes of mapped files"),
+    call("read", LOOP, Rule::Any, "counters of eventfds, changes of mapped files"),
     call("write", EVERY, Rule::Any, "interrupts to the guest and doorbells between threads, by eventfds"),
     call("pwrite64", LOOP, Rule::Any, "the exit status of a detached guest"),
     call("epoll_pwait", LOOP, Rule::Any, "waits for events"),
     call("epoll_pwait2", LOOP, Rule::Any, "waits for events until a time"),
-    call("epoll_ctl", BOTH, Rule::Any, "which events are waited for"),
+    call("epoll_ctl", LOOP, Rule::Any, "which events are waited for"),
     call("poll", LOOP, Rule::Any, "waits for the end of vCPUs"),
     call("ppoll", LOOP, Rule::Any, "waits for the end of vCPUs until a time"),
-    call("getrandom", BOTH, Rule::Any, "random numbers for the guest, at its start and for its entropy device"),
+    call("getrandom", LOOP, Rule::Any, "random numbers for the guest's entropy device"),
     call("tgkill", LOOP, Rule::OwnProcess(0), "makes vCPUs leave the guest"),
     call("getpid", LOOP, Rule::Any, "the same: the C library asks for the argument of tgkill"),
-    call("madvise", EVERY, Rule::Any, "memory that the guest's balloon returns; freed memory of the monitor"),
+    call("madvise", EVERY, Rule::Any, "memory that the guest's balloon returns; the stack of a thread that ends"),
     call("futex", EVERY, Rule::Any, "locks between threads"),
-    call("clock_nanosleep", VCPU, Rule::Any, "pauses between attempts of an access that cannot complete yet"),
     call("brk", EVERY, Rule::Any, "memory of the monitor"),
-    call("mmap", EVERY, Rule::Without(2, PROT_EXEC), "memory of the monitor, never executable"),
-    call("munmap", EVERY, Rule::Any, "memory of the monitor"),
-    call("mremap", EVERY, Rule::Any, "memory of the monitor"),
     call("rt_sigreturn", EVERY, Rule::Any, "the end of a signal handler"),
-    call("rt_sigprocmask", EVERY, Rule::Any, "the end of a thread"),
-    call("exit", EVERY, Rule::Any, "the end of a thread"),
+    call("rt_sigprocmask", EVERY, Rule::Any, "the end of a thread, and signals to one"),
+    call("exit", THREADS, Rule::Any, "the end of a thread"),
     call("exit_group", EVERY, Rule::Any, "the end of the process"),
 ];
 

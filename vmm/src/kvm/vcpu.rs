@@ -331,7 +331,7 @@ fn write_memory(buses: &Buses, address: u64, data: &[u8], stopping: &AtomicBool)
     loop {
         match buses.memory.write(address, data) {
             Some(GuestRequest::Retry) if stopping.load(Ordering::Acquire) => return None,
-            Some(GuestRequest::Retry) => std::thread::sleep(RETRY_INTERVAL),
+            Some(GuestRequest::Retry) => std::thread::park_timeout(RETRY_INTERVAL),
             request => return request,
         }
     }

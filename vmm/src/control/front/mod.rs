@@ -9,7 +9,7 @@ use super::{
 use crate::bus::lock;
 use crate::config::{Config, ConfigError};
 use crate::devices::virtio::fs::Server;
-use crate::devices::virtio::vsock::Listener;
+use crate::devices::virtio::vsock::SocketPath;
 use crate::error::Error;
 use crate::jail::{self, STATUS_REFUSED};
 use crate::kvm::Hypervisor;
@@ -46,7 +46,7 @@ pub struct Monitor {
     /// The servers of shared folders. They exit with the guest.
     servers: Vec<Server>,
     /// The Unix sockets of vsock devices. Dropping one removes its file.
-    listeners: Vec<Listener>,
+    sockets: Vec<SocketPath>,
     events: Mutex<Events>,
     is_detached: bool,
 }
@@ -69,7 +69,7 @@ impl Monitor {
             channel: Channel::with_frame_timeout(ours, FRAME_TIMEOUT),
             process: Mutex::new(Some(process)),
             servers: Vec::new(),
-            listeners: Vec::new(),
+            sockets: Vec::new(),
             events: Mutex::default(),
             is_detached: false,
         })
@@ -144,9 +144,9 @@ impl Monitor {
                 Backend::File(file) | Backend::Placeholder(file) => add(Role::Device, Some(file.into())),
                 Backend::Link(link) => add(Role::Device, Some(link)),
                 Backend::Listener(listener) => {
-                    let socket = listener.as_fd().try_clone_to_owned();
-                    add(Role::Device, Some(socket.map_err(Error::host("duplicate a socket"))?));
-                    self.listeners.push(listener);
+                    let (socket, path) = listener.into_parts();
+                    add(Role::Device, Some(socket.into()));
+                    self.sockets.extend(path);
                 }
                 Backend::Folder(server) => {
                     let pair = server.descriptors().map_err(Error::host("duplicate a socket"))?;
@@ -229,7 +229,7 @@ impl Monitor {
     /// runs, when the exit closes the socket.
     pub fn forget(mut self) {
         // The servers of shared folders exit with the monitor; waiting for them is not necessary.
-        self.listeners.clear();
+        self.sockets.clear();
         std::mem::forget(self);
     }
 
@@ -345,10 +345,10 @@ impl Drop for Monitor {
         if self.is_detached {
             let servers = self.servers.drain(..).filter_map(Server::release);
             reap(process.into_iter().chain(servers).collect());
-            self.listeners.drain(..).for_each(Listener::release);
+            self.sockets.drain(..).for_each(SocketPath::release);
             return;
         }
-        self.listeners.clear();
+        self.sockets.clear();
         let _ = self.channel.shut_down();
         process.map(|mut process| wait_or_kill(&mut process));
     }

@@ -261,7 +261,7 @@ impl Block {
                     (request::DISCARD, 0) | (request::WRITE_ZEROES, request::UNMAP) => {
                         Operation::PunchHole(bytes)
                     }
-                    (request::WRITE_ZEROES, 0) => self.io.zero(bytes),
+                    (request::WRITE_ZEROES, 0) => Operation::Zero(bytes),
                     _ => return answer(chain, Status::Unsupported),
                 };
                 if bytes == 0 || !self.has(offset, bytes) {

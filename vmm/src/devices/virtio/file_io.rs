@@ -11,12 +11,11 @@ use crate::jail::{Jail, Thread};
 use io_uring::register::Restriction;
 use io_uring::{IoUring, opcode, squeue, types};
 use rustix::event::epoll::EventFlags;
-use rustix::fs::OFlags;
+use rustix::fs::{FileType, OFlags, fstat};
 use std::collections::VecDeque;
-use std::fs::{File, Metadata};
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use vmm_sys_util::eventfd::EventFd;
@@ -37,7 +36,8 @@ pub(super) enum Operation {
     Flush,
     /// Makes a range of this many bytes read as zeroes, and deallocates it.
     PunchHole(u64),
-    /// Makes a range of this many bytes read as zeroes, and keeps its allocation ([`FileIo::zero`]).
+    /// Makes a range of this many bytes read as zeroes, and keeps its allocation. In a sparse file this punches a hole,
+    /// because otherwise the range would be allocated although it was not before.
     Zero(u64),
 }
 
@@ -218,16 +218,14 @@ impl FileIo {
         self.pending > 0
     }
 
-    /// The operation that makes a range read as zeroes and keeps its allocation. In a sparse file this is a punched
-    /// hole, because otherwise the range would be allocated although it was not before.
-    pub(super) fn zero(&self, length: u64) -> Operation {
+    /// Whether the file has holes.
+    fn is_sparse(&self) -> bool {
         /// The unit of `st_blocks` in bytes, regardless of the filesystem's block size.
-        const BLOCK: u64 = 512;
-        let is_sparse = |file: &Metadata| file.is_file() && file.blocks().saturating_mul(BLOCK) < file.len();
-        match self.file.metadata() {
-            Ok(metadata) if is_sparse(&metadata) => Operation::PunchHole(length),
-            _ => Operation::Zero(length),
-        }
+        const BLOCK: i64 = 512;
+        fstat(&self.file).is_ok_and(|file| {
+            FileType::from_raw_mode(file.st_mode).is_file()
+                && file.st_blocks.saturating_mul(BLOCK) < file.st_size
+        })
     }
 
     /// Performs a job inline, and returns its result; `None` when it would block.
@@ -265,12 +263,23 @@ impl FileIo {
     ///
     /// # Errors
     /// When `depth` jobs are pending, or neither io_uring nor a thread is available.
-    pub(super) fn submit(&mut self, number: u32, job: Job, token: u32, watcher: &Watcher) -> io::Result<()> {
+    pub(super) fn submit(
+        &mut self,
+        number: u32,
+        mut job: Job,
+        token: u32,
+        watcher: &Watcher,
+    ) -> io::Result<()> {
         if self.pending >= self.depth {
             return Err(io::ErrorKind::QuotaExceeded.into());
         }
         if self.engine.is_none() {
             self.engine = Some(Engine::new(self.depth, token, watcher, Jail::OFF)?);
+        }
+        if let Operation::Zero(length) = job.operation
+            && self.is_sparse()
+        {
+            job.operation = Operation::PunchHole(length);
         }
         match &mut self.engine {
             Some(Engine::Ring(ring)) => {

@@ -54,6 +54,22 @@ struct Registers {
     queue_select: u32,
 }
 
+/// How far the event loop has followed the driver. vCPUs only write registers and serve doorbells of some devices; all
+/// that takes other system calls than reads and writes is done by the event loop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// No driver has started the device since the last reset.
+    Reset,
+    /// The driver has set DRIVER_OK. The event loop is going to activate the device.
+    Starting,
+    /// The device processes its queues.
+    Active,
+    /// The device has failed, or the driver resets it. The event loop is going to drop its requests.
+    Stopping,
+    /// The requests are dropped, and may still access guest memory.
+    Stopped,
+}
+
 /// A virtio device with its registers.
 #[derive(Debug)]
 pub struct Transport {
@@ -64,7 +80,8 @@ pub struct Transport {
     state: Registers,
     queues: Queues,
     watcher: Option<Watcher>,
-    /// Whether a reset is pending because the device still accesses guest memory.
+    stage: Stage,
+    /// Whether a reset is pending: until the event loop has stopped the device, and it accesses no guest memory.
     is_resetting: bool,
     /// The first violation of the specification.
     failure: Option<DeviceError>,
@@ -96,6 +113,7 @@ impl Transport {
             state: Registers::default(),
             queues,
             watcher: None,
+            stage: Stage::Reset,
             is_resetting: false,
             failure: None,
         };
@@ -112,11 +130,10 @@ impl Transport {
         let doorbell = crate::poll::borrow(self.queues.doorbell());
         watcher.add(doorbell, DOORBELL, rustix::event::epoll::EventFlags::IN)?;
         self.watcher = Some(watcher);
-        // A device with a restored state continues here.
-        if self.is_working()
-            && let Err(reason) = self.activate()
-        {
-            self.fail(reason);
+        // A device with a restored state continues here. Chains may be available already.
+        if self.has_started() {
+            self.activate();
+            self.queues.reschedule();
         }
         Ok(())
     }
@@ -154,7 +171,7 @@ impl Transport {
     /// The device's deadline; `None` when the device has none or is not active.
     #[must_use]
     pub fn deadline(&self) -> Option<Instant> {
-        self.is_working().then(|| self.device.deadline()).flatten()
+        (self.stage == Stage::Active).then(|| self.device.deadline()).flatten()
     }
 
     /// The first violation of the specification by the driver, or else the first error on the host's side.
@@ -170,11 +187,27 @@ impl Transport {
     }
 
     fn pass(&mut self, event: Event) {
-        if !self.is_working() {
-            // The result is not needed, but the call consumes the event, which would otherwise repeat forever.
-            self.device.is_quiescent();
-        } else if let Err(reason) = self.device.serve(event, &mut self.queues) {
-            self.fail(reason);
+        if self.stage == Stage::Starting {
+            self.activate();
+        }
+        match self.stage {
+            Stage::Active => {
+                if let Err(reason) = self.device.serve(event, &mut self.queues) {
+                    self.fail(reason);
+                }
+            }
+            Stage::Stopping => {
+                self.device.reset();
+                self.stage = Stage::Stopped;
+            }
+            _ => {}
+        }
+        if self.stage != Stage::Active {
+            // Consumes the event, which would otherwise repeat forever.
+            let is_quiescent = self.device.is_quiescent();
+            if is_quiescent && self.is_resetting && self.stage == Stage::Stopped {
+                self.finish_reset();
+            }
         }
     }
 
@@ -182,9 +215,9 @@ impl Transport {
     fn ring(&mut self) {
         // KVM handles the doorbell of the other devices (ioeventfd); their doorbell arrives here only without KVM, in
         // tests.
-        if !self.device.serves_inline() {
+        if self.stage != Stage::Active || !self.device.serves_inline() {
             self.queues.reschedule();
-        } else if self.is_working() {
+        } else {
             match self.device.serve_inline(&mut self.queues) {
                 Ok(Progress::Done) => {}
                 Ok(Progress::Pending) => self.queues.reschedule(),
@@ -193,12 +226,14 @@ impl Transport {
         }
     }
 
-    const fn is_working(&self) -> bool {
+    /// Whether the driver has started the device, and it has not failed.
+    const fn has_started(&self) -> bool {
         self.state.status & (status::DRIVER_OK | status::NEEDS_RESET) == status::DRIVER_OK
     }
 
     fn fail(&mut self, reason: DeviceError) {
-        self.device.reset();
+        self.stage = Stage::Stopping;
+        self.queues.reschedule();
         self.set_status(self.state.status | status::NEEDS_RESET);
         self.queues.interrupt_for_configuration();
         self.failure.get_or_insert(reason);
@@ -325,11 +360,9 @@ impl Transport {
         }
         self.set_status(new);
         // A device that failed before DRIVER_OK stays failed.
-        if new & !old & status::DRIVER_OK != 0
-            && self.is_working()
-            && let Err(reason) = self.activate()
-        {
-            self.fail(reason);
+        if new & !old & status::DRIVER_OK != 0 && self.has_started() {
+            self.stage = Stage::Starting;
+            self.queues.reschedule();
         }
     }
 
@@ -338,7 +371,14 @@ impl Transport {
         chosen & !self.offered() == 0 && chosen & feature::VERSION_1 != 0
     }
 
-    fn activate(&mut self) -> Result<(), DeviceError> {
+    fn activate(&mut self) {
+        self.stage = Stage::Active;
+        if let Err(reason) = self.try_activate() {
+            self.fail(reason);
+        }
+    }
+
+    fn try_activate(&mut self) -> Result<(), DeviceError> {
         let features = self.state.driver_features;
         self.queues.activate(features & feature::EVENT_IDX != 0)?;
         // Except for changes of the configuration, used chains are the only reason for an interrupt.
@@ -347,26 +387,32 @@ impl Transport {
         let Some(watcher) = &self.watcher else {
             return Err(DeviceError::new("the machine does not run yet"));
         };
-        self.device.activate(features, &mut self.queues, watcher)?;
-        // Chains may have become available before DRIVER_OK.
-        self.queues.reschedule();
-        Ok(())
+        self.device.activate(features, &mut self.queues, watcher)
     }
 
     /// Linux considers a device reset when its write returns (`vm_reset` in drivers/virtio/virtio_mmio.c), so that the
     /// write does not return while the device accesses the driver's memory. Only the vCPU waits: the write is retried,
     /// and the lock of the device is not held in between.
     fn reset(&mut self) {
-        self.device.reset();
+        match self.stage {
+            // The event loop has not called the device.
+            Stage::Reset | Stage::Starting => return self.finish_reset(),
+            Stage::Active => self.stage = Stage::Stopping,
+            Stage::Stopping | Stage::Stopped => {}
+        }
+        self.is_resetting = true;
+        self.queues.reschedule();
+    }
+
+    fn finish_reset(&mut self) {
+        self.is_resetting = false;
+        self.stage = Stage::Reset;
         self.queues.reset();
         self.state = Registers::default();
-        self.is_resetting = !self.device.is_quiescent();
-        if self.is_resetting {
-            return;
-        }
         self.registers.set(register::INTERRUPT_STATUS, 0);
         self.set_status(0);
         self.registers.set_configuration(&self.device.configuration());
+        self.update_selected_registers();
     }
 
     /// Number of chains that were popped and not completed.
@@ -411,7 +457,7 @@ impl BusDevice for Transport {
             return None;
         }
         if let Some(offset) = offset.checked_sub(register::CONFIGURATION) {
-            if self.is_working() {
+            if self.has_started() {
                 self.device.write_configuration(offset, data);
                 self.registers.set_configuration(&self.device.configuration());
             }

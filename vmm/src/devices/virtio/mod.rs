@@ -114,14 +114,15 @@ pub trait Device: Send + fmt::Debug {
     fn write_configuration(&mut self, _offset: usize, _data: &[u8]) {}
 
     /// The driver has set DRIVER_OK; `features` are the accepted features. Descriptors for [`Event::Ready`] are
-    /// registered with `watcher`.
+    /// registered with `watcher`. Runs on the event loop's thread.
     ///
     /// # Errors
     /// When the device does not work with these features or queues, or when the host refuses a resource.
     fn activate(&mut self, features: u64, queues: &mut Queues, watcher: &Watcher) -> Result<(), DeviceError>;
 
     /// Processes available chains on the thread of the vCPU that wrote the doorbell register. The vCPU waits, so that
-    /// anything slow is left pending. Only called when [`Self::serves_inline`] returns `true`.
+    /// anything slow is left pending, and so is all that takes a system call which a vCPU does not have in its jail. Only
+    /// called when [`Self::serves_inline`] returns `true`.
     ///
     /// # Errors
     /// When the driver violated the specification.
@@ -154,7 +155,7 @@ pub trait Device: Send + fmt::Debug {
         None
     }
 
-    /// The driver resets the device, or the device has failed: all requests are dropped.
+    /// The driver resets the device, or the device has failed: all requests are dropped. Runs on the event loop's thread.
     fn reset(&mut self);
 
     /// Whether no dropped request accesses guest memory any more. The transport polls this after each event of an

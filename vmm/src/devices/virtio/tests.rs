@@ -133,6 +133,7 @@ fn queues_outside_of_guest_memory_fail_the_device() {
     driver.write(0x84, 0x7fff_ffff);
     driver.write(0x44, 1);
     driver.write(0x70, 15);
+    driver.run(Some(0));
     assert!(driver.needs_reset());
     assert!(driver.transport.failure().unwrap().contains("queue 0 is not in guest memory"));
 }

@@ -112,7 +112,7 @@ impl Driver {
     pub fn write(&mut self, register: usize, value: u32) {
         let offset = u16::try_from(register).expect("no register");
         while self.transport.write(offset, &value.to_le_bytes()).is_some() {
-            std::thread::yield_now();
+            self.run(Some(1));
         }
     }
 
@@ -188,6 +188,7 @@ impl Driver {
             self.rings.push(ring);
         }
         self.write(register::STATUS, 15);
+        self.run(Some(0));
     }
 
     /// Clears the rings.

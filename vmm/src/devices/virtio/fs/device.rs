@@ -27,8 +27,9 @@ impl Device for SharedFolder {
 
     fn activate(&mut self, _: u64, _: &mut Queues, watcher: &Watcher) -> Result<(), DeviceError> {
         if let Some(server) = &self.server {
+            self.watched = self.events();
             watcher
-                .add(server.socket(), SERVER, self.events())
+                .add(server.socket(), SERVER, self.watched)
                 .map_err(|error| DeviceError::new(format!("cannot watch the server's socket: {error}")))?;
         }
         self.watcher = Some(watcher.clone());
@@ -38,7 +39,9 @@ impl Device for SharedFolder {
     fn serve_inline(&mut self, queues: &mut Queues) -> Result<Progress, DeviceError> {
         let rest = self.take_requests(queues)?;
         self.notify(queues)?;
-        Ok(rest)
+        // The event loop waits for the server, and disconnects one that has ended.
+        let is_waiting = !self.unsent.is_empty() || self.ended.is_some();
+        Ok(if is_waiting { Progress::Pending } else { rest })
     }
 
     fn serves_inline(&self) -> bool {
@@ -48,13 +51,17 @@ impl Device for SharedFolder {
     fn serve(&mut self, event: Event, queues: &mut Queues) -> Result<(), DeviceError> {
         if let Event::Ready(..) = event {
             self.take_replies(queues)?;
-            if let Err(error) = self.flush() {
-                self.disconnect(error, queues)?;
-            }
+            self.flush();
         }
         if self.take_requests(queues)? == Progress::Pending {
             queues.reschedule();
         }
+        if let Some(error) = self.ended.take() {
+            self.disconnect(error, queues)?;
+            // Requests may be left in the queues.
+            queues.reschedule();
+        }
+        self.watch();
         self.notify(queues)
     }
 

@@ -63,6 +63,8 @@ pub struct SharedFolder {
     tag: String,
     /// The server process; `None` for a placeholder, or after the server has ended.
     server: Option<Server>,
+    /// Why the server has ended, until the event loop disconnects it.
+    ended: Option<ServerError>,
     /// Why the server has ended.
     failure: Option<String>,
     /// Requests that have been sent to the server, by the device's number. Each occupies a descriptor, so that there
@@ -74,6 +76,8 @@ pub struct SharedFolder {
     unsent: Vec<u8>,
     incoming: ReplyStream,
     watcher: Option<Watcher>,
+    /// The events that the server's socket is watched for.
+    watched: EventFlags,
     /// Segments of the current message; kept to reuse the memory.
     segments: Vec<Segment>,
 }
@@ -132,12 +136,14 @@ impl SharedFolder {
         Self {
             tag: tag.to_owned(),
             server,
+            ended: None,
             failure: None,
             pending: BTreeMap::new(),
             next: 1,
             unsent: Vec::new(),
             incoming,
             watcher: None,
+            watched: EventFlags::empty(),
             segments: Vec::new(),
         }
     }
@@ -149,7 +155,7 @@ impl SharedFolder {
         let (mut requests, mut bytes) = (0, 0);
         for queue in [HIPRIO, REQUESTS] {
             while queues.is_ready(queue) {
-                if !self.unsent.is_empty() {
+                if !self.unsent.is_empty() || self.ended.is_some() {
                     // An event reports when the socket accepts more.
                     return Ok(Progress::Done);
                 }
@@ -199,9 +205,7 @@ impl SharedFolder {
             let space = || DeviceError::new("a request has no room for its reply's header in one piece");
             Some(chain.split_front(REPLY_HEADER).ok_or_else(space)?)
         };
-        if let Err(error) = self.send(&mut header, &mut chain) {
-            self.disconnect(error, queues)?;
-        }
+        self.send(&mut header, &mut chain);
         match reply {
             None => queues.complete(queue, chain, 0)?,
             Some(header) if self.server.is_none() => {
@@ -231,9 +235,7 @@ impl SharedFolder {
                 message[..4].copy_from_slice(&u32::try_from(INTERRUPT_LEN).unwrap_or(0).to_le_bytes());
                 // No reply refers to this request itself.
                 message[8..16].fill(0);
-                if let Err(error) = self.send(&mut message, &mut chain) {
-                    self.disconnect(error, queues)?;
-                }
+                self.send(&mut message, &mut chain);
             }
         }
         queues.complete(queue, chain, 0)
@@ -241,15 +243,18 @@ impl SharedFolder {
 
     /// Sends a request: its head, and the unread part of the chain. What the socket does not accept is copied, because
     /// the driver may be reset and reuse the memory while the server waits for the rest.
-    fn send(&mut self, head: &mut [u8], chain: &mut Chain) -> Result<(), ServerError> {
-        let Some(server) = &self.server else { return Ok(()) };
+    fn send(&mut self, head: &mut [u8], chain: &mut Chain) {
+        let Some(server) = &self.server else { return };
         self.segments.clear();
         self.segments.push(Segment::host(head));
         self.segments.extend(chain.readable());
         let sent = match send(server.socket(), &self.segments) {
             Ok(count) => count,
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => 0,
-            Err(error) => return Err(server_has_ended(&error)),
+            Err(error) => {
+                self.ended = Some(server_has_ended(&error));
+                return;
+            }
         };
         chain.skip(sent.saturating_sub(head.len()));
         let rest = usize::try_from(chain.readable_len()).unwrap_or(0);
@@ -260,25 +265,21 @@ impl SharedFolder {
             self.unsent.resize(start + rest, 0);
             // The chain has this many bytes.
             let _ = chain.read(&mut self.unsent[start..]);
-            self.watch();
         }
-        Ok(())
     }
 
     /// Sends the rest of the last request.
-    fn flush(&mut self) -> Result<(), ServerError> {
-        let Some(server) = self.server.as_ref().filter(|_| !self.unsent.is_empty()) else { return Ok(()) };
+    fn flush(&mut self) {
+        let Some(server) = self.server.as_ref().filter(|_| !self.unsent.is_empty()) else { return };
         match send(server.socket(), &[Segment::host(&mut self.unsent)]) {
             Ok(count) => drop(self.unsent.drain(..count)),
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(server_has_ended(&error)),
+            Err(error) => self.ended = Some(server_has_ended(&error)),
         }
         if self.unsent.is_empty() {
             // Frees the memory, which can be large.
             self.unsent = Vec::new();
-            self.watch();
         }
-        Ok(())
     }
 
     // From the server.
@@ -396,6 +397,7 @@ impl SharedFolder {
             }
         }
         self.failure.get_or_insert(error);
+        self.ended = None;
         self.unsent = Vec::new();
         self.incoming.unread = 0..0;
         self.incoming.missing = 0;
@@ -411,10 +413,14 @@ impl SharedFolder {
     }
 
     /// Updates the events that the socket is watched for.
-    fn watch(&self) {
-        if let (Some(watcher), Some(server)) = (&self.watcher, &self.server) {
+    fn watch(&mut self) {
+        let wanted = self.events();
+        if let (Some(watcher), Some(server)) = (&self.watcher, &self.server)
+            && self.watched != wanted
+        {
             // This fails only for a descriptor that is not watched.
-            let _ = watcher.modify(server.socket(), SERVER, self.events());
+            let _ = watcher.modify(server.socket(), SERVER, wanted);
+            self.watched = wanted;
         }
     }
 }

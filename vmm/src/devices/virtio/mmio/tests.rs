@@ -99,12 +99,14 @@ fn another_vcpu_cannot_start_a_device_during_a_pending_reset() {
     assert!(driver.transport.state().is_err(), "the device still accesses memory");
     assert_eq!(driver.transport.write(0x70, &[0; 4]), Some(GuestRequest::Retry));
     device.is_quiescent.store(true, SeqCst);
-    assert_eq!(driver.transport.write(0x70, &[0; 4]), None);
+    driver.write(0x70, 0);
     assert_eq!((driver.status(), driver.read(0x44)), (0, 0));
     for (register, value) in START {
         assert_eq!(driver.transport.write(register, &value.to_le_bytes()), None, "{register:#x}");
     }
-    assert_eq!((driver.status(), device.calls.load(SeqCst)), (15, 1));
+    assert_eq!((driver.status(), device.calls.load(SeqCst)), (15, 0), "a vCPU's thread calls the device");
+    while driver.run(Some(0)) {}
+    assert_eq!(device.calls.load(SeqCst), 2, "it is activated and served");
 }
 
 #[test]
@@ -139,7 +141,7 @@ proptest! {
         }
         prop_assert_eq!(device.calls.load(SeqCst), 0);
         device.is_quiescent.store(true, SeqCst);
-        prop_assert_eq!(driver.transport.write(0x70, &[0; 4]), None);
+        driver.write(0x70, 0);
         let fresh = Driver::new(Busy::default());
         prop_assert_eq!(driver.transport.state().unwrap(), fresh.transport.state().unwrap());
     }

@@ -24,9 +24,36 @@ use std::path::{Path, PathBuf};
 pub(crate) struct Listener {
     socket: UnixListener,
     /// `None` for a socket without a path, or whose path another process manages.
-    path: Option<PathBuf>,
+    path: Option<SocketPath>,
+}
+
+/// The path of a socket, which is removed on drop.
+#[derive(Debug)]
+pub(crate) struct SocketPath {
+    path: PathBuf,
     /// Device and inode number of the path when it was created; another process may have replaced it since.
     file: Option<(u64, u64)>,
+}
+
+impl SocketPath {
+    /// Keeps the path, for another process.
+    pub(crate) fn release(mut self) {
+        self.file = None;
+    }
+
+    /// Removes the path, if it still belongs to this socket.
+    fn remove(&mut self) {
+        if self.file.take().is_some_and(|file| file_at(&self.path) == Some(file)) {
+            // The process has created the file, so that this fails only if the permissions have changed since.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+impl Drop for SocketPath {
+    fn drop(&mut self) {
+        self.remove();
+    }
 }
 
 impl Listener {
@@ -45,8 +72,7 @@ impl Listener {
             other => other,
         };
         let socket = socket.map_err(|error| wrong(error.to_string()))?;
-        let file = file_at(path);
-        let this = Self { socket, path: Some(path.into()), file };
+        let this = Self { socket, path: Some(SocketPath { path: path.into(), file: file_at(path) }) };
         this.socket.set_nonblocking(true).map_err(|error| wrong(error.to_string()))?;
         Ok(this)
     }
@@ -55,13 +81,13 @@ impl Listener {
     pub(crate) fn unnamed() -> io::Result<Self> {
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
         let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-        Ok(Self { socket: socket.into(), path: None, file: None })
+        Ok(Self { socket: socket.into(), path: None })
     }
 
     /// A socket that another process has created, which also removes its path. The guest cannot connect to programs of
     /// the host.
     pub(crate) const fn from_descriptor(socket: UnixListener) -> Self {
-        Self { socket, path: None, file: None }
+        Self { socket, path: None }
     }
 
     /// A duplicate of the socket, without its path.
@@ -69,9 +95,10 @@ impl Listener {
         self.socket.try_clone().map(Self::from_descriptor)
     }
 
-    /// Closes this handle of a socket that another process serves, and keeps its path.
-    pub(crate) fn release(mut self) {
-        self.path = None;
+    /// The socket, for the process that serves it, and its path, which the caller manages. A caller that kept the socket
+    /// would keep connections open that the other process does not accept before it ends.
+    pub(crate) fn into_parts(self) -> (UnixListener, Option<SocketPath>) {
+        (self.socket, self.path)
     }
 
     /// Accepts the next connection; `None` when there is none.
@@ -86,7 +113,7 @@ impl Listener {
 
     /// Connects to the program of the host that listens on a port.
     pub(super) fn connect(&self, port: u32) -> io::Result<UnixStream> {
-        let mut path = OsString::from(self.path.as_ref().ok_or(io::ErrorKind::NotFound)?);
+        let mut path = OsString::from(&self.path.as_ref().ok_or(io::ErrorKind::NotFound)?.path);
         path.push(format!("_{port}"));
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
         let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
@@ -97,30 +124,15 @@ impl Listener {
     /// Closes the socket for new connections, and drops those in the backlog, which would otherwise stay open as long
     /// as this process.
     pub(super) fn close(&mut self) {
-        self.remove_file();
+        self.path.iter_mut().for_each(SocketPath::remove);
         let _ = shutdown(&self.socket, Shutdown::Both);
         while let Ok(Some(_)) = self.accept() {}
-    }
-
-    /// Removes the path, if it still belongs to this socket.
-    fn remove_file(&mut self) {
-        let Some(path) = &self.path else { return };
-        if self.file.take().is_some_and(|file| file_at(path) == Some(file)) {
-            // The process has created the file, so that this fails only if the permissions have changed since.
-            let _ = fs::remove_file(path);
-        }
     }
 }
 
 impl AsFd for Listener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
-    }
-}
-
-impl Drop for Listener {
-    fn drop(&mut self) {
-        self.remove_file();
     }
 }
 
