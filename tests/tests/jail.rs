@@ -294,3 +294,73 @@ fn listener() -> std::os::unix::net::UnixListener {
     let address = std::os::unix::net::SocketAddr::from_abstract_name(ABSTRACT).unwrap();
     std::os::unix::net::UnixListener::bind_addr(&address).unwrap()
 }
+
+/// What another process sees of a process in /proc.
+#[derive(Debug, PartialEq, Eq)]
+struct Seen {
+    namespaces: Vec<std::path::PathBuf>,
+    root: std::path::PathBuf,
+    /// The lines Uid, Gid, Groups and CapPrm of its status.
+    status: Vec<String>,
+}
+
+fn see(process: libc::pid_t) -> Seen {
+    let path = |name: &str| std::path::PathBuf::from(format!("/proc/{process}/{name}"));
+    let link = |name: &str| std::fs::read_link(path(name)).unwrap();
+    let status = std::fs::read_to_string(path("status")).unwrap();
+    let lines = status
+        .lines()
+        .filter(|line| ["Uid:", "Gid:", "Groups:", "CapPrm:"].iter().any(|name| line.starts_with(name)));
+    Seen {
+        namespaces: ["net", "ipc", "uts", "cgroup", "user"].map(|name| link(&format!("ns/{name}"))).into(),
+        root: link("root"),
+        status: lines.map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect(),
+    }
+}
+
+/// What is seen of a process in the full jail that was started as this user.
+fn see_in_full_jail(user: u32) -> Seen {
+    let (mut ours, its) = std::os::unix::net::UnixStream::pair().unwrap();
+    // SAFETY: the child has one thread, and ends by itself.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        // SAFETY: the call changes the user of this process.
+        assert_eq!(unsafe { libc::setuid(user) }, 0);
+        let jail = serde_json::from_str::<Jail>(r#"{"strictness": "Full", "on_refusal": "End"}"#).unwrap();
+        assert!(jail.confine_process(None).unwrap().is_empty());
+        jail.enter_root().unwrap();
+        let _ = io::Write::write_all(&mut &its, b"x");
+        let _ = io::Read::read(&mut &its, &mut [0]);
+        // SAFETY: ends the child at once.
+        unsafe { libc::_exit(0) };
+    }
+    drop(its);
+    io::Read::read_exact(&mut ours, &mut [0]).unwrap();
+    let seen = see(child);
+    drop(ours);
+    // SAFETY: the call reaps the child.
+    assert_eq!(unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) }, child);
+    assert_eq!(seen.root, std::path::PathBuf::from(format!("/proc/{child}/fdinfo")));
+    if user == 0 {
+        let id = 0x7000_0000 + child.unsigned_abs();
+        assert_eq!(seen.status[0], format!("Uid: {id} {id} {id} {id}"));
+        assert_eq!(seen.status[1], format!("Gid: {id} {id} {id} {id}"));
+        assert_eq!(seen.status[2], "Groups:");
+    }
+    assert_eq!(seen.status[3], "CapPrm: 0000000000000000");
+    seen
+}
+
+#[test]
+fn the_full_jail_has_namespaces_and_a_root_directory_of_its_own() {
+    // SAFETY: the call has no effect.
+    let own = see(unsafe { libc::getpid() });
+    let (root, user) = (see_in_full_jail(0), see_in_full_jail(1000));
+    for (at, name) in ["net", "ipc", "uts", "cgroup"].into_iter().enumerate() {
+        assert_ne!(root.namespaces[at], own.namespaces[at], "{name}");
+        assert_ne!(user.namespaces[at], own.namespaces[at], "{name}");
+        assert_ne!(user.namespaces[at], root.namespaces[at], "{name}");
+    }
+    assert_eq!(root.namespaces[4], own.namespaces[4], "root becomes another user instead");
+    assert_ne!(user.namespaces[4], own.namespaces[4]);
+}

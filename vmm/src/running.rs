@@ -118,6 +118,7 @@ impl Running {
             machine.jail,
         )
         .map_err(Error::host("create an epoll instance"))?;
+        machine.jail.enter_root()?;
         let mut vcpus: Vec<_> = std::mem::take(&mut machine.vcpus).into_iter().enumerate().collect();
         // The first vCPU starts last: the others wait in KVM until it starts them. With a latch, the vCPU that does not
         // wait there starts first.
@@ -183,7 +184,9 @@ impl Running {
         for device in &self.machine.devices.virtio {
             lock(device).end();
         }
-        let outcomes = self.vcpus.take_outcomes();
+        // The vCPUs are released with the machine, or by the kernel: the jail allows no munmap.
+        let (vcpus, outcomes) = self.vcpus.take_outcomes();
+        self.machine.vcpus = vcpus;
         (self.describe(outcomes, end, ended_at), StoppedMachine(self))
     }
 
@@ -195,13 +198,14 @@ impl Running {
         let end = self.event_loop.run(&self.machine.devices.serial, &self.vcpus);
         self.stop_vcpus();
         let at_mark = |outcome: &VcpuOutcome| matches!(outcome.end, VcpuEnd::Request(GuestRequest::Capture));
-        let mut outcomes = self.vcpus.take_outcomes();
+        let (vcpus, outcomes) = self.vcpus.take_outcomes();
         let Some(init_vcpu) = outcomes.first().filter(|first| at_mark(first)).map(|first| first.id) else {
             return Err(self.describe(outcomes, end, Instant::now()).reason);
         };
-        outcomes.sort_by_key(|outcome| outcome.id);
         let tsc = outcomes.iter().map(|outcome| outcome.tsc).max().flatten();
-        let vcpus = outcomes.into_iter().map(|outcome| outcome.vcpu).collect();
+        let mut vcpus: Vec<_> = outcomes.iter().map(|outcome| outcome.id).zip(vcpus).collect();
+        vcpus.sort_by_key(|(id, _)| *id);
+        let vcpus = vcpus.into_iter().map(|(_, vcpu)| vcpu).collect();
         Ok(CapturedMachine { vcpus, init_vcpu, tsc, stopped: self })
     }
 

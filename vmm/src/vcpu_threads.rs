@@ -23,7 +23,6 @@ pub(crate) const KICK_INTERVAL: Duration = Duration::from_millis(1);
 #[derive(Debug)]
 pub(crate) struct VcpuOutcome {
     pub(crate) id: usize,
-    pub(crate) vcpu: Vcpu,
     pub(crate) end: VcpuEnd,
     pub(crate) counts: ExitCounts,
     pub(crate) registers: Option<Registers>,
@@ -37,10 +36,10 @@ pub(crate) struct VcpuOutcome {
 #[derive(Debug)]
 pub(crate) struct VcpuThreads {
     threads: Vec<JoinHandle<()>>,
-    /// Outcomes in the order in which the threads ended.
-    outcomes: Arc<Mutex<Vec<VcpuOutcome>>>,
-    /// Written once by each thread that ends.
-    ended: EventFd,
+    /// vCPUs and their outcomes in the order in which the threads ended.
+    outcomes: Arc<Mutex<Vec<(Vcpu, VcpuOutcome)>>>,
+    /// Written once by each thread that ends. Shared, because a vCPU's thread cannot close descriptors in its jail.
+    ended: Arc<EventFd>,
     stopping: Arc<AtomicBool>,
     pause: Arc<Pause>,
     jail: Jail,
@@ -63,7 +62,7 @@ impl VcpuThreads {
         Ok(Self {
             threads: Vec::new(),
             outcomes: Arc::default(),
-            ended,
+            ended: Arc::new(ended),
             stopping,
             pause: Arc::default(),
             jail,
@@ -83,7 +82,7 @@ impl VcpuThreads {
         latch: Option<&Arc<StartLatch>>,
         is_captured: bool,
     ) -> Result<(), Error> {
-        let ended = self.ended.try_clone().map_err(Error::host("duplicate an eventfd"))?;
+        let ended = Arc::clone(&self.ended);
         let (buses, latch) = (Arc::clone(buses), latch.cloned());
         let (stopping, pause) = (Arc::clone(&self.stopping), Arc::clone(&self.pause));
         let outcomes = Arc::clone(&self.outcomes);
@@ -112,7 +111,8 @@ impl VcpuThreads {
             if let Some(recorder) = &mut recorder {
                 recorder.stop_sampling();
             }
-            lock(&outcomes).push(VcpuOutcome { id, vcpu, end, counts, registers, tsc, first_run, recorder });
+            let outcome = VcpuOutcome { id, end, counts, registers, tsc, first_run, recorder };
+            lock(&outcomes).push((vcpu, outcome));
             // The reader is polled until every thread has ended, so this cannot overflow.
             let _ = ended.write(1);
         };
@@ -169,9 +169,9 @@ impl VcpuThreads {
         }
     }
 
-    /// The outcomes so far, in the order in which the threads ended; each is returned once.
-    pub(crate) fn take_outcomes(&self) -> Vec<VcpuOutcome> {
-        std::mem::take(&mut *lock(&self.outcomes))
+    /// The vCPUs whose threads have ended, and their outcomes in the order of the ends; each is returned once.
+    pub(crate) fn take_outcomes(&self) -> (Vec<Vcpu>, Vec<VcpuOutcome>) {
+        std::mem::take(&mut *lock(&self.outcomes)).into_iter().unzip()
     }
 }
 

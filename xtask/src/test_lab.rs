@@ -33,6 +33,9 @@ const MARK: &str = "test lab:";
 const READY: &str = "ready";
 const PASSED: &str = "passed";
 const FAILED: &str = "failed";
+/// A record of the lab's kernel about a system call that the jail of a monitor refused (`audit_seccomp` in
+/// kernel/auditsc.c). A monitor may end so without consequences: its front may have ended before.
+const REFUSAL: &str = "type=1326 .*/kindling-vmm\"";
 
 /// A queue of test programs, and the configuration of the labs that run them.
 #[derive(Debug)]
@@ -152,6 +155,7 @@ impl<'a> Queue<'a> {
              while read -r name; do\n\
              case $name in {arguments} esac\n\
              if /tests/$name \"$@\" </dev/null; then how='{PASSED}'; else how='{FAILED}'; fi\n\
+             if dmesg -c | grep '{REFUSAL}'; then echo 'a monitor was refused a system call'; how='{FAILED}'; fi\n\
              echo; echo \"{MARK} $how\"\n\
              done"
         );

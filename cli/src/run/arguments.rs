@@ -85,9 +85,9 @@ const OPTIONS: &[Opt<Arguments>] = &[
          /var/tmp stay writable"),
     option("", "pull", "missing|always|never", |all, word| store_as(&mut all.pull, word, pull),
         "When to pull the image from its registry [default: missing]"),
-    option("", "jail", "require|best-effort|off", |all, word| store_as(&mut all.jail.strictness, word, strictness),
-        "Fail if the host lacks a layer of the monitor's jail, leave out what it lacks, or use no jail [default: fail if \
-         it lacks what every supported kernel has]"),
+    option("", "jail", "require|full|best-effort|off", |all, word| store_as(&mut all.jail.strictness, word, strictness),
+        "Fail if the host lacks a layer of the monitor's jail, add namespaces and a root directory of its own, leave out \
+         what the host lacks, or use no jail [default: fail if the host lacks what every supported kernel has]"),
     option("", "seccomp", "end|log", |all, word| store_as(&mut all.jail.on_refusal, word, on_refusal),
         "What happens if the monitor executes a system call that its jail refuses: end the guest, or let the kernel log \
          the call [default: end]"),
@@ -155,9 +155,10 @@ fn pull(text: &str) -> Result<String, &'static str> {
 fn strictness(text: &str) -> Result<Strictness, &'static str> {
     match text {
         "require" => Ok(Strictness::Require),
+        "full" => Ok(Strictness::Full),
         "best-effort" => Ok(Strictness::BestEffort),
         "off" => Ok(Strictness::Off),
-        _ => Err("expected require, best-effort or off"),
+        _ => Err("expected require, full, best-effort or off"),
     }
 }
 

@@ -1,6 +1,6 @@
 //! The layers that apply to the whole process.
 
-use super::landlock;
+use super::{landlock, namespaces};
 use rustix::io::Errno;
 use rustix::process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit};
 use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities, set_no_new_privs};
@@ -25,10 +25,15 @@ pub enum Layer {
     Network,
     /// No signal to a process outside, and no connection to an abstract Unix socket outside (Landlock, from Linux 6.12).
     Scopes,
+    /// Network, IPC, host name and cgroup namespaces of its own, and a user or user namespace of its own. Not part of
+    /// [`Self::ALL`].
+    Namespaces,
+    /// An empty root directory. Not part of [`Self::ALL`], and entered after [`Self::Namespaces`].
+    Root,
 }
 
 impl Layer {
-    /// All layers, in the order in which they are entered.
+    /// All layers of the standard jail, in the order in which they are entered.
     pub const ALL: [Self; 7] = [
         Self::Limits,
         Self::NotDumpable,
@@ -42,7 +47,7 @@ impl Layer {
     /// Whether every supported kernel has the layer.
     #[must_use]
     pub const fn is_in_every_kernel(self) -> bool {
-        !matches!(self, Self::Network | Self::Scopes)
+        !matches!(self, Self::Network | Self::Scopes | Self::Namespaces | Self::Root)
     }
 
     /// What the layer does, to follow "cannot".
@@ -56,6 +61,8 @@ impl Layer {
             Self::Paths => "deny all paths by Landlock",
             Self::Network => "deny TCP by Landlock",
             Self::Scopes => "deny signals and abstract sockets by Landlock",
+            Self::Namespaces => "create namespaces",
+            Self::Root => "change the root directory",
         }
     }
 }
@@ -70,6 +77,8 @@ pub(super) fn enter(layers: &[Layer], largest_file: Option<u64>) -> Vec<(Layer, 
             Layer::NotDumpable => Ok(()),
             Layer::NoNewPrivileges => set_no_new_privs(true),
             Layer::Capabilities => drop_capabilities(),
+            Layer::Namespaces => namespaces::enter(),
+            Layer::Root => namespaces::change_root(),
             // One ruleset has all three.
             Layer::Paths | Layer::Network | Layer::Scopes => continue,
         };

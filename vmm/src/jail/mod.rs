@@ -9,6 +9,7 @@ mod filter;
 mod landlock;
 mod layer;
 mod names;
+mod namespaces;
 mod refusal;
 mod table;
 
@@ -19,6 +20,7 @@ pub use table::{Call, Rule, TABLE, Thread};
 
 use serde::{Deserialize, Serialize};
 use std::io;
+use std::iter;
 
 /// How strictly a monitor is jailed.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
@@ -30,6 +32,8 @@ pub enum Strictness {
     Standard,
     /// A host without one of the layers is an error.
     Require,
+    /// As [`Self::Require`], with namespaces and a root directory of the monitor's own ([`Layer::Namespaces`]).
+    Full,
     /// Layers that the host does not have are left out.
     BestEffort,
     /// No jail.
@@ -93,10 +97,16 @@ impl Jail {
         if !self.is_on() {
             return Ok(Vec::new());
         }
-        let missing = enter(&Layer::ALL, largest_file);
+        let missing = if self.strictness == Strictness::Full {
+            // The namespaces drop all capabilities but those to change the root directory, which `enter_root` drops.
+            let others = Layer::ALL.into_iter().filter(|layer| *layer != Layer::Capabilities);
+            enter(&iter::once(Layer::Namespaces).chain(others).collect::<Vec<_>>(), largest_file)
+        } else {
+            enter(&Layer::ALL, largest_file)
+        };
         let is_required = |layer: Layer| match self.strictness {
             Strictness::Standard => layer.is_in_every_kernel(),
-            Strictness::Require => true,
+            Strictness::Require | Strictness::Full => true,
             Strictness::BestEffort | Strictness::Off => false,
         };
         let mut left_out = Vec::new();
@@ -107,6 +117,18 @@ impl Jail {
             left_out.push(layer);
         }
         Ok(left_out)
+    }
+
+    /// Changes the root directory of this process, if the jail is full, when the process needs no more paths.
+    ///
+    /// # Errors
+    /// When the host refuses.
+    pub fn enter_root(&self) -> Result<(), JailError> {
+        if self.strictness != Strictness::Full {
+            return Ok(());
+        }
+        let missing = enter(&[Layer::Root], None).into_iter().next();
+        missing.map_or(Ok(()), |(layer, source)| Err(JailError { what: layer.action(), source }))
     }
 
     /// Confines the calling thread to the system calls of its kind. Threads that it starts later inherit them.

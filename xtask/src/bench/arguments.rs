@@ -95,7 +95,7 @@ impl Arguments {
         if self.json.is_some() && self.json == self.svg {
             bail!("--json and --svg name the same file");
         }
-        let runs_programs = matches!(self.scenario, Scenario::Run | Scenario::Start);
+        let runs_programs = matches!(self.scenario, Scenario::Run | Scenario::Start | Scenario::Jail);
         if runs_programs && (kernel.is_some() || !self.vmm.is_empty()) {
             bail!(
                 "--scenario {}: programs run on the kernel of an image and under this build; remove --kernel and --vmm",

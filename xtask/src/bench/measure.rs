@@ -49,7 +49,7 @@ pub(super) fn measure(plan: &Plan) -> Result<Outcome> {
         }
     };
     let peers = match plan.scenario {
-        Scenario::Boot | Scenario::Run | Scenario::Start => Peers::default(),
+        Scenario::Boot | Scenario::Run | Scenario::Start | Scenario::Jail => Peers::default(),
         Scenario::Io => Peers::new(scratch.path(), &mut outcome.omitted),
     };
     for &case in &plan.cases {
@@ -70,6 +70,9 @@ pub(super) fn measure(plan: &Plan) -> Result<Outcome> {
                 Scenario::Io => bench.operations(tracer.as_ref(), plan.runs),
                 Scenario::Run => {
                     bench.programs(plan.images.as_ref().context("the plan has no images")?, plan.runs)
+                }
+                Scenario::Jail => {
+                    bench.jails(plan.images.as_ref().context("the plan has no images")?, plan.runs)
                 }
                 Scenario::Start => {
                     let images = plan.images.as_ref().context("the plan has no images")?;

@@ -7,6 +7,7 @@ mod arguments;
 mod boot;
 pub(crate) mod files;
 mod io;
+mod jail;
 pub(crate) mod measure;
 mod metric;
 pub(crate) mod payload;
@@ -79,7 +80,7 @@ fn outcome(request: &Request, host: Host) -> Result<Outcome> {
     let folder = tempfile::tempdir()?;
     let (scenario, runs) = (request.scenario, request.runs);
     let (guest, vmms) = match scenario {
-        Scenario::Start => images(request)?,
+        Scenario::Start | Scenario::Jail => images(request)?,
         _ => {
             let guest = guest(request)?;
             let vmms = vmms(request, guest.image.is_some())?;
@@ -88,7 +89,7 @@ fn outcome(request: &Request, host: Host) -> Result<Outcome> {
     };
     let images = match scenario {
         Scenario::Run => Some(run::Images::make(folder.path())?.with_console(folder.path())?),
-        Scenario::Start => Some(run::Images::make(folder.path())?),
+        Scenario::Start | Scenario::Jail => Some(run::Images::make(folder.path())?),
         Scenario::Boot | Scenario::Io => None,
     };
     let plan = Plan { scenario, vmms, guest, images, cases: request.cases().flatten().collect(), runs };

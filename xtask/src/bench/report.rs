@@ -78,6 +78,15 @@ exec true: `kindling exec` of busybox's true in a running guest, from the spawn 
 stream: per MiB of 1 GiB through the standard input of `cat` in a guest and back from its standard output; without
   `kindling run`, of 64 MiB through a port of a virtio console; including the sender and the receiver
 growth: of the private memory of the monitor's process, without guest memory, during the stream
+own: private memory of front and monitor without guest memory, while a shell waits for input; second: the same for a
+  guest beside that one, with which it shares the pages of the programs
+";
+
+/// The legend of scenario `jail`.
+const JAIL_LEGEND: &str = "\
+each: `kindling run` of busybox's echo from a container image, from the spawn to the end of the process; the kernel was
+  pre-booted and the image converted by an earlier run
+off, standard, full: `--jail off`, the default, and `--jail full`
 ";
 
 /// The legend of scenario `start`.
@@ -115,6 +124,7 @@ impl Report {
             Scenario::Io => IO_LEGEND,
             Scenario::Run => RUN_LEGEND,
             Scenario::Start => START_LEGEND,
+            Scenario::Jail => JAIL_LEGEND,
         });
         for note in &host.notes {
             let _ = writeln!(text, "{note}");

@@ -59,7 +59,7 @@ const PROGRESS_STEP: u64 = 16 << 20;
 /// Timeout of a stream.
 const STREAM_TIMEOUT: Duration = Duration::from_secs(120);
 /// The line that a guest prints before it waits for commands.
-const READY: &str = "ready";
+pub(super) const READY: &str = "ready";
 /// The option for a volume.
 const VOLUME: [&str; 2] = ["-v", "data:/data"];
 /// The option for a shared folder, the current directory.
@@ -87,6 +87,11 @@ impl Images {
             busybox: image(&busybox, "sh")?,
             console: None,
         })
+    }
+
+    /// The container image of busybox.
+    pub(super) fn busybox(&self) -> &Path {
+        &self.busybox
     }
 
     /// Adds the guest with a virtio console, in the same folder.
@@ -299,7 +304,7 @@ impl Bench<'_> {
         Ok(streamed)
     }
 
-    fn run_command(&self, image: &Path, options: &[&str]) -> Command {
+    pub(super) fn run_command(&self, image: &Path, options: &[&str]) -> Command {
         let mut run = self.kindling("run");
         let (memory, cpus) = (self.case.memory_mib.to_string(), self.case.vcpus.to_string());
         run.args(options).args(["--memory", &memory, "--cpus", &cpus]).arg(image);

@@ -10,8 +10,9 @@ use rustix::mount::{MountFlags, mount};
 use rustix::process::{WaitOptions, wait};
 use serde::{Deserialize, Serialize};
 use std::ffi::CStr;
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
@@ -128,6 +129,8 @@ fn load_modules() -> Result<()> {
         rustix::system::finit_module(File::open(&module)?, c"", COMPRESSED_FILE)
             .with_context(|| format!("cannot load {}", module.display()))?;
     }
+    // What udev's rules set.
+    let _ = fs::set_permissions("/dev/kvm", Permissions::from_mode(0o666));
     Ok(())
 }
 
