@@ -40,8 +40,48 @@ fn every_path_in_the_documents_exists() {
     ];
     for (name, text) in documents() {
         for path in quoted(&text).filter(|path| folders.iter().any(|folder| path.starts_with(folder))) {
+            // A path may be followed by the name of a test.
+            let path = path.split("::").next().unwrap_or_default();
             assert!(root().join(path).exists(), "{name} names {path}, which does not exist");
         }
+    }
+}
+
+/// Whether a source file has a test of this name.
+fn has_test(file: &str, test: &str) -> bool {
+    let text = std::fs::read_to_string(root().join(file)).unwrap_or_default();
+    let function = format!("fn {test}(");
+    let mut tests = text.split("#[test]").skip(1);
+    tests.any(|rest| {
+        rest.lines().find(|line| line.contains("fn ")).is_some_and(|line| line.contains(&function))
+    })
+}
+
+#[test]
+fn every_test_in_the_documents_exists() {
+    for (name, text) in documents() {
+        for (file, test) in quoted(&text).filter_map(|span| span.split_once(".rs::")) {
+            let file = format!("{file}.rs");
+            assert!(has_test(&file, test), "{name} names {test}, which is no test of {file}");
+        }
+    }
+}
+
+/// A row of the table has a number, what happened, what holds, and the tests, or why there are none.
+#[test]
+fn each_advisory_has_a_test_or_a_reason() {
+    let text = std::fs::read_to_string(root().join("docs/advisories.md")).unwrap();
+    let rows: Vec<Vec<&str>> = text
+        .lines()
+        .filter(|line| line.starts_with("| ") && line[2..].starts_with(|first: char| first.is_ascii_digit()))
+        .map(|line| line.trim_matches('|').split(" | ").map(str::trim).collect())
+        .collect();
+    let numbers: Vec<String> = (1..=25).map(|number: u32| number.to_string()).collect();
+    assert_eq!(rows.iter().map(|row| row[0]).collect::<Vec<_>>(), numbers);
+    for row in rows {
+        assert_eq!(row.len(), 4, "{row:?}");
+        assert!(row[1].contains("CVE-") || row[1].contains("GHSA-"), "{row:?}");
+        assert!(row[3].contains(".rs::") || row[3].starts_with("none: "), "{row:?}");
     }
 }
 

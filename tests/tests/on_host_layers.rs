@@ -1,4 +1,5 @@
-//! Dependencies are acyclic, between packages and between the modules of each. The tests parse `use` lines.
+//! Dependencies are acyclic, between packages and between the modules of each. The tests parse `use` lines. What the
+//! sources must not contain is checked as well.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -216,6 +217,35 @@ fn no_file_exceeds_the_maximum_length() {
                 "{} has {lines} lines; split it, the maximum is {LINES_MAX}",
                 file.display()
             );
+        }
+    }
+}
+
+/// A path that is mounted or unmounted could lead elsewhere: a guest or another user may have replaced a part of it.
+#[test]
+fn no_program_on_the_host_mounts_anything() {
+    /// System calls, functions and programs.
+    const NAMES: &[&str] = &[
+        "SYS_mount",
+        "SYS_umount",
+        "SYS_move_mount",
+        "SYS_pivot_root",
+        "libc::mount",
+        "libc::umount",
+        "rustix::mount",
+        "Command::new(\"mount\")",
+        "Command::new(\"umount\")",
+        "fusermount",
+    ];
+    for package in ["vmm", "vmm/trusted-path", "runtime", "cli", "fs", "oci"] {
+        let manifest = fs::read_to_string(root().join(package).join("Cargo.toml")).expect("no manifest");
+        assert!(!manifest.contains("\"mount\""), "{package} has rustix's functions for mounts");
+        let mut files = Vec::new();
+        modules(&root().join(package).join("src"), "", &mut files);
+        for (_, file) in files {
+            let text = fs::read_to_string(&file).expect("cannot read");
+            let name = NAMES.iter().find(|name| text.contains(**name));
+            assert_eq!(name, None, "{}", file.display());
         }
     }
 }

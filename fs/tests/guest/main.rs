@@ -192,8 +192,39 @@ fn a_read_only_folder_cannot_be_changed() {
     let handle = server.open(file, 0).unwrap();
     assert_eq!(server.read(file, handle, 0, 100).unwrap(), b"content");
     assert_eq!(server.write(handle, 0, b"x", 1), Err(libc::EBADF));
+    let rename = [longs(&[ROOT]), words(&[0, 0]), text("file"), text("other")].concat();
+    let fallocate = [&longs(&[handle, 0, 1])[..], &words(&[0, 0])].concat();
+    for (opcode, inode, body) in [
+        (op::RENAME2, ROOT, rename),
+        (op::FALLOCATE, file, fallocate),
+        (op::REMOVEXATTR, file, text("user.a")),
+    ] {
+        assert_eq!(server.ask(opcode, inode, &body), Err(libc::EROFS), "{opcode}");
+    }
     server.end();
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2);
+    assert_eq!(fs::read(folder.path().join("file")).unwrap(), b"content");
+}
+
+/// There is no option to leave the sandbox out.
+#[test]
+fn a_server_that_answers_is_in_its_sandbox() {
+    let folder = folder();
+    for options in [&[][..], &["--read-only"]] {
+        let server = Server::start(folder.path(), options);
+        let proc = |name: &str| fs::read_to_string(format!("/proc/{}/{name}", server.process.id())).unwrap();
+        let status = proc("status");
+        let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap().trim();
+        assert_eq!([field("Seccomp:"), field("NoNewPrivs:")], ["2", "1"], "filtered, without new rights");
+        for set in ["CapInh:", "CapPrm:", "CapEff:", "CapAmb:"] {
+            assert_eq!(u64::from_str_radix(field(set), 16), Ok(0), "{set}");
+        }
+        let limits = proc("limits");
+        let files = limits.lines().find_map(|line| line.strip_prefix("Max open files")).unwrap();
+        let files: Vec<u64> = files.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+        assert!(files.len() == 2 && files.iter().all(|limit| *limit <= 1 << 18), "{files:?}");
+        server.end();
+    }
 }
 
 #[test]

@@ -28,6 +28,7 @@ pub(crate) mod op {
     pub(crate) const SETXATTR: u32 = 21;
     pub(crate) const GETXATTR: u32 = 22;
     pub(crate) const RELEASE: u32 = 18;
+    pub(crate) const REMOVEXATTR: u32 = 24;
     pub(crate) const FLUSH: u32 = 25;
     pub(crate) const INIT: u32 = 26;
     pub(crate) const OPENDIR: u32 = 27;
@@ -38,6 +39,8 @@ pub(crate) mod op {
     pub(crate) const CREATE: u32 = 35;
     pub(crate) const INTERRUPT: u32 = 36;
     pub(crate) const DESTROY: u32 = 38;
+    pub(crate) const FALLOCATE: u32 = 43;
+    pub(crate) const RENAME2: u32 = 45;
     pub(crate) const TMPFILE: u32 = 51;
 }
 

@@ -136,6 +136,21 @@ mod tests {
         assert_eq!(read, [9]);
     }
 
+    /// KVM gives a guest no right that this process does not have.
+    #[test]
+    fn this_process_cannot_write_a_read_only_file() {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&[7; 5000], 0).unwrap();
+        for is_writable in [false, true] {
+            let mapped = MappedFile::new(&file, 5000, is_writable).unwrap();
+            // The file, and the zeroes after its end.
+            for offset in [0, 8192, mapped.size - 4096] {
+                let flags = crate::memory::tests::flags(mapped.as_ptr().wrapping_add(offset));
+                assert_eq!(flags.contains(" wr "), is_writable, "{offset}: {flags}");
+            }
+        }
+    }
+
     #[test]
     fn too_large_files_are_refused() {
         let file = tempfile::tempfile().unwrap();

@@ -427,7 +427,7 @@ mod tests {
     }
 
     /// The flags of the mapping of this process at this address, from /proc/self/smaps.
-    fn flags(address: *const u8) -> String {
+    pub(super) fn flags(address: *const u8) -> String {
         let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
         let mut is_in = false;
         for line in smaps.lines() {

@@ -94,6 +94,12 @@ pub struct Chain {
 }
 
 impl Chain {
+    /// A chain that a device may write, without a queue.
+    #[cfg(test)]
+    pub(super) const fn writable_to(segments: Vec<Segment>) -> Self {
+        Self { head: 0, segments, start: 0, writable: 0 }
+    }
+
     /// The segments that the device has not read yet.
     #[must_use]
     pub fn readable(&self) -> &[Segment] {

@@ -122,6 +122,23 @@ fn queues_cannot_be_moved_after_driver_ok() {
 }
 
 #[test]
+fn the_size_of_a_queue_cannot_be_changed_after_driver_ok() {
+    let mut driver = echo();
+    driver.write(0x30, 0);
+    for size in [0, 1, 2, 4, 16, 0x8000, u32::MAX] {
+        for (offset, value) in [(0x44, 0), (0x38, size), (0x44, 1)] {
+            driver.write(offset, value);
+        }
+        let state = serde_json::to_string(&driver.transport.state().unwrap()).unwrap();
+        assert!(state.contains("\"queues\":[{\"size\":8,"), "{size}: {state}");
+        // Each slot of the ring once: of another size, one of them would be missed.
+        for byte in 0..8 {
+            assert_eq!(driver.request(0, &[Piece::Out(vec![byte]), Piece::In(1)]).bytes, [byte], "{size}");
+        }
+    }
+}
+
+#[test]
 fn queues_outside_of_guest_memory_fail_the_device() {
     let mut driver = Driver::new(Echo::default());
     for status in [1, 3] {
@@ -264,6 +281,26 @@ fn invalid_chains_fail_the_device() {
     }
 }
 
+/// A sum of 32 bits would be 0 again.
+#[test]
+fn a_chain_of_4_gib_fails_the_device() {
+    const LARGE: u32 = 16 << 20;
+    for (length, is_valid) in [(LARGE, false), (LARGE - 1, true)] {
+        let mut driver = Driver::started(Keeper::with_queue(&[256]));
+        let data = driver.allocate(256 * 16);
+        let last = 255;
+        let pieces: Vec<_> =
+            (0..=last).map(|at| (0, length, WRITE | if at < last { NEXT } else { 0 }, at + 1)).collect();
+        table(&driver, data, &pieces);
+        driver.describe(0, 0, data, 256 * 16, INDIRECT, 0);
+        driver.offer(0, 0);
+        driver.ring();
+        let failure = driver.transport.failure().unwrap_or_default();
+        assert_eq!(failure.is_empty(), is_valid, "{length}: {failure}");
+        assert!(is_valid || failure.contains("is longer than 4 GiB"), "{failure}");
+    }
+}
+
 #[test]
 fn an_available_index_that_jumps_fails_the_device() {
     let mut driver = echo();
@@ -279,8 +316,23 @@ fn an_available_index_that_jumps_fails_the_device() {
 }
 
 /// A device that never completes a chain, like one whose host is slow.
-#[derive(Debug, Default)]
-struct Keeper(Vec<Chain>);
+#[derive(Debug)]
+struct Keeper {
+    queues: &'static [u16],
+    kept: Vec<Chain>,
+}
+
+impl Keeper {
+    const fn with_queue(queues: &'static [u16]) -> Self {
+        Self { queues, kept: Vec::new() }
+    }
+}
+
+impl Default for Keeper {
+    fn default() -> Self {
+        Self::with_queue(&[8])
+    }
+}
 
 impl Device for Keeper {
     fn kind(&self) -> u32 {
@@ -288,7 +340,7 @@ impl Device for Keeper {
     }
 
     fn queue_sizes(&self) -> &'static [u16] {
-        &[8]
+        self.queues
     }
 
     fn features(&self) -> u64 {
@@ -305,13 +357,13 @@ impl Device for Keeper {
 
     fn serve(&mut self, _: Event, queues: &mut Queues) -> Result<(), DeviceError> {
         while let Some(chain) = queues.pop(0)? {
-            self.0.push(chain);
+            self.kept.push(chain);
         }
         Ok(())
     }
 
     fn reset(&mut self) {
-        self.0.clear();
+        self.kept.clear();
     }
 }
 

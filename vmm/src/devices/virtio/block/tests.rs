@@ -171,9 +171,72 @@ fn a_read_only_drive_refuses_writes() {
     let drive = Drive { is_read_only: true, ..disk.drive() };
     let mut driver = Driver::started(Block::open(&drive).unwrap());
     assert_ne!(driver.offered() & 1 << 5, 0);
-    let data = Piece::Out(vec![2; 512]);
-    assert_eq!(status(&mut driver, &[header(OUT, 0), data, Piece::In(1)]), 1);
-    assert_eq!(disk.read(0, 512), [1; 512]);
+    let range = |flags: u32| {
+        Piece::Out([&0_u64.to_le_bytes()[..], &8_u32.to_le_bytes(), &flags.to_le_bytes()].concat())
+    };
+    for (kind, data) in [
+        (OUT, Piece::Out(vec![2; 512])),
+        (DISCARD, range(0)),
+        (WRITE_ZEROES, range(0)),
+        (WRITE_ZEROES, range(1)),
+    ] {
+        assert_eq!(status(&mut driver, &[header(kind, 0), data, Piece::In(1)]), 1, "{kind}");
+    }
+    assert_eq!(disk.read(0, 4096), [1; 4096]);
+    assert_eq!(driver.transport.failure(), None, "the host was asked to change the file");
+}
+
+/// A format that is recognized by its content, with references to other files, would be the guest's choice.
+#[test]
+fn a_disk_is_raw_whatever_the_guest_writes_into_it() {
+    // The beginning of a QCOW2 file of 1 GiB that is based on another file.
+    let qcow2 = [
+        &b"QFI\xfb"[..],
+        &3_u32.to_be_bytes(),
+        &512_u64.to_be_bytes(),
+        &11_u32.to_be_bytes(),
+        &16_u32.to_be_bytes(),
+        &(1_u64 << 30).to_be_bytes(),
+        &[0; 480],
+        b"/etc/passwd",
+    ]
+    .concat();
+    let vmdk = b"# Disk DescriptorFile\nversion=1\nRW 2097152 FLAT \"/etc/passwd\" 0\n";
+    for start in [&qcow2[..], b"conectix", b"vhdxfile", b"KDMV\x01", vmdk] {
+        let disk = Disk::new(&[0; 4096]);
+        let mut sectors = start.to_vec();
+        sectors.resize(4096, 0);
+        let request = [header(OUT, 0), Piece::Out(sectors.clone()), Piece::In(1)];
+        assert_eq!(status(&mut disk.start(), &request), 0);
+        let mut driver = disk.start();
+        assert_eq!(driver.configuration(0, 8), 8_u64.to_le_bytes());
+        let used = driver.request(0, &[header(IN, 0), Piece::In(4096), Piece::In(1)]);
+        assert_eq!(used.bytes, [sectors, vec![0]].concat());
+    }
+}
+
+/// Also for requests with SCSI commands (types 2 and 3), which older versions of the specification have.
+#[test]
+fn a_reply_is_not_longer_than_its_chain() {
+    let disk = Disk::new(&[0; 4096]);
+    for room in [0, 1, 5, 19, 20, 21, 600] {
+        let mut driver = disk.start();
+        let used = driver.request(0, &[header(GET_ID, 0), Piece::In(room), Piece::In(1)]);
+        let name = [&b"disk0"[..], &[0; 595]].concat();
+        let room = usize::try_from(room).unwrap();
+        assert_eq!(used.bytes, [&name[..room], &[0]].concat());
+        assert_eq!(usize::try_from(used.written).unwrap(), room.min(20) + 1);
+    }
+    let mut driver = disk.start();
+    for kind in [2, 3] {
+        for room in [0, 4, 96] {
+            let command = Piece::Out(vec![0xff; 16]);
+            let used = driver.request(0, &[header(kind, 0), command, Piece::In(room), Piece::In(1)]);
+            let untouched = vec![0; usize::try_from(room).unwrap()];
+            assert_eq!((used.bytes, used.written), ([untouched, vec![2]].concat(), 1));
+        }
+    }
+    assert!(!driver.needs_reset());
 }
 
 #[test]
@@ -313,6 +376,42 @@ fn a_reset_is_pending_while_the_disk_hangs_and_blocks_no_thread() {
         let used = driver.request(0, &request);
         assert_eq!((&used.bytes[..512], used.bytes[512]), (&[8; 512][..], 0));
     }
+}
+
+/// The host still reads the list of segments, and writes to them.
+#[test]
+fn a_reset_keeps_the_memory_of_a_request_in_flight() {
+    if io_uring::IoUring::new(1).is_err() {
+        return;
+    }
+    let (reader, writer) = std::io::pipe().unwrap();
+    let (mut data, mut status) = ([0; 512], [0xff]);
+    let mut block = Block::open(&Disk::new(&[0; 4096]).drive()).unwrap();
+    block.io = FileIo::slow(std::os::fd::OwnedFd::from(reader).into());
+    block.watcher = Some(crate::devices::virtio::file_io::tests::watcher());
+    // Dropped before the disk, whose drop would otherwise wait for it after a failed assertion.
+    let mut writer = writer;
+    let request = Request {
+        chain: Chain::writable_to(vec![Segment::host(&mut data)]),
+        status: Segment::host(&mut status),
+        operation: Operation::Read,
+        offset: 0,
+        length: 512,
+        is_dropped: false,
+    };
+    block.io.submit(0, request.job(), FILE, &block.watcher.clone().unwrap()).unwrap();
+    block.in_flight.push(Some(request));
+    for _ in 0..2 {
+        block.reset();
+        assert!(!block.is_quiescent(), "the driver could use the memory for something else");
+        assert!(block.in_flight[0].is_some(), "the list of segments is freed");
+    }
+    writer.write_all(&[7; 512]).unwrap();
+    while !block.is_quiescent() {
+        std::thread::yield_now();
+    }
+    assert!(block.in_flight[0].is_none());
+    assert_eq!((data, status), ([7; 512], [0xff]), "the status belongs to no request");
 }
 
 #[test]

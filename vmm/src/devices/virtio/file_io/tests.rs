@@ -65,7 +65,7 @@ fn without_memory<T: Send>(what: impl FnOnce() -> T + Send) -> T {
     refusing(libc::SYS_io_uring_enter, libc::EAGAIN, what)
 }
 
-fn watcher() -> Watcher {
+pub(crate) fn watcher() -> Watcher {
     use rustix::event::epoll;
     Watcher::new(Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC).unwrap()), 1)
 }

@@ -270,6 +270,45 @@ fn without_receive_buffers_frames_wait_without_events() {
     }
 }
 
+/// The host's queue is full because the driver's is, and each continues when the driver makes room.
+#[test]
+fn two_full_rings_do_not_freeze_reception() {
+    for (mut driver, peer) in [passt(), tap(u64::MAX)] {
+        let is_passt = driver.offered() & GUEST_TSO4 == 0;
+        let packed = |frame: &[u8]| if is_passt { framed(frame) } else { [&[0; 12], frame].concat() };
+        for _ in 0..256 {
+            driver.push(RX, &[Piece::In(1526)]);
+        }
+        driver.ring();
+        // Sends frames until the socket is full; returns the number of complete ones. The next call sends the rest.
+        let (mut sent, mut part) = (0_u32, Vec::new());
+        let mut fill = |driver: &mut Driver| {
+            loop {
+                if part.is_empty() {
+                    part = packed(&frame(600, sent.to_le_bytes()[0]));
+                    sent += 1;
+                }
+                match send(&peer, &part, SendFlags::empty()) {
+                    Ok(count) => drop(part.drain(..count)),
+                    Err(_) => return sent - 1,
+                }
+                settle(driver);
+            }
+        };
+        let expected = fill(&mut driver);
+        assert!(expected > 256, "{expected} frames fill the driver's ring only");
+        assert!(!driver.run(Some(0)), "the link is not watched");
+        for seed in 0..expected {
+            assert_eq!(received(&mut driver).unwrap().1, frame(600, seed.to_le_bytes()[0]), "{seed}");
+            driver.push(RX, &[Piece::In(1526)]);
+            driver.ring();
+        }
+        let more = fill(&mut driver);
+        assert!(more > expected + 256, "{more} frames after {expected}");
+        assert_eq!(received(&mut driver).unwrap().1, frame(600, expected.to_le_bytes()[0]));
+    }
+}
+
 #[test]
 fn long_frames_are_complete_whatever_arrived_before() {
     // Also with buffers whose first segment of seven bytes is shorter than the header.

@@ -390,6 +390,26 @@ fn the_guest_gets_no_more_than_its_credit() {
     }
 }
 
+/// The space minus the bytes in flight is below zero.
+#[test]
+fn a_guest_that_shrinks_its_buffer_gets_no_credit() {
+    let mut guest = Guest::new(64);
+    let listener = UnixListener::bind(guest.path("_80")).unwrap();
+    let with = |op, buf_alloc, fwd_cnt| Header { buf_alloc, fwd_cnt, ..packet(op, 1000, 80) };
+    guest.send(with(REQUEST, 100, 0), &[]);
+    guest.expect(RESPONSE);
+    let mut socket = listener.accept().unwrap().0;
+    socket.write_all(&[1; 250]).unwrap();
+    assert_eq!(guest.next().1.len(), 100);
+    guest.expect(CREDIT_REQUEST);
+    for buf_alloc in [0, 1, 50, 99] {
+        guest.send(with(CREDIT_UPDATE, buf_alloc, 0), &[]);
+        assert_eq!(guest.poll(), None, "{buf_alloc} bytes of space and 100 in flight");
+    }
+    guest.send(with(CREDIT_UPDATE, 50, 60), &[]);
+    assert_eq!(guest.next().1.len(), 10);
+}
+
 #[test]
 fn queued_resets_are_limited() {
     let mut guest = Guest::new(0);
