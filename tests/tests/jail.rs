@@ -295,6 +295,25 @@ fn listener() -> std::os::unix::net::UnixListener {
     std::os::unix::net::UnixListener::bind_addr(&address).unwrap()
 }
 
+/// Guests of root and of another user, in each kind of jail, twice: the first one may pre-boot the kernel.
+#[test]
+fn guests_run_in_each_jail_as_root_and_as_another_user() {
+    use std::os::unix::process::CommandExt;
+    for id in [0, 1000] {
+        let user = tests::user::User::new();
+        std::os::unix::fs::chown(user.folder(), Some(id), Some(id)).unwrap();
+        for jail in ["off", "best-effort", "require", "full"].into_iter().chain(["full"]) {
+            let mut run = user.run(&["--jail", jail]);
+            run.args(["echo", jail]).uid(id).gid(id).env("XDG_CACHE_HOME", user.folder().join("cache"));
+            let output = run.output().unwrap();
+            let text = String::from_utf8_lossy(&output.stdout);
+            assert_eq!(text, format!("{jail}\n"), "as {id}: {}", String::from_utf8_lossy(&output.stderr));
+            assert!(output.stderr.is_empty() && output.status.success());
+        }
+        assert!(user.has_no_guests());
+    }
+}
+
 /// What another process sees of a process in /proc.
 #[derive(Debug, PartialEq, Eq)]
 struct Seen {
@@ -320,26 +339,31 @@ fn see(process: libc::pid_t) -> Seen {
 
 /// What is seen of a process in the full jail that was started as this user.
 fn see_in_full_jail(user: u32) -> Seen {
-    let (mut ours, its) = std::os::unix::net::UnixStream::pair().unwrap();
+    let (ours, its) = std::os::unix::net::UnixStream::pair().unwrap();
     // SAFETY: the child has one thread, and ends by itself.
     let child = unsafe { libc::fork() };
     if child == 0 {
-        // SAFETY: the call changes the user of this process.
-        assert_eq!(unsafe { libc::setuid(user) }, 0);
+        // Otherwise the read below would never see the end of the stream.
+        drop(ours);
+        // SAFETY: the calls change this process only. A program that the user starts can read its own folder in /proc.
+        let is_user = unsafe { libc::setuid(user) == 0 && libc::prctl(libc::PR_SET_DUMPABLE, 1) == 0 };
         let jail = serde_json::from_str::<Jail>(r#"{"strictness": "Full", "on_refusal": "End"}"#).unwrap();
-        assert!(jail.confine_process(None).unwrap().is_empty());
-        jail.enter_root().unwrap();
-        let _ = io::Write::write_all(&mut &its, b"x");
+        let left_out = jail.confine_process(None).map_err(|error| error.to_string());
+        let result = jail.enter_root().map_err(|error| error.to_string());
+        let message = format!("{is_user} {left_out:?} {result:?}\n");
+        let _ = io::Write::write_all(&mut &its, message.as_bytes());
         let _ = io::Read::read(&mut &its, &mut [0]);
         // SAFETY: ends the child at once.
         unsafe { libc::_exit(0) };
     }
     drop(its);
-    io::Read::read_exact(&mut ours, &mut [0]).unwrap();
+    let mut message = String::new();
+    io::BufRead::read_line(&mut io::BufReader::new(&ours), &mut message).unwrap();
     let seen = see(child);
     drop(ours);
     // SAFETY: the call reaps the child.
     assert_eq!(unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) }, child);
+    assert_eq!(message, "true Ok([]) Ok(())\n");
     assert_eq!(seen.root, std::path::PathBuf::from(format!("/proc/{child}/fdinfo")));
     if user == 0 {
         let id = 0x7000_0000 + child.unsigned_abs();

@@ -312,6 +312,11 @@ fn reason_of(end: VcpuEnd, console: &[String]) -> ExitReason {
         VcpuEnd::Unexpected(exit) => {
             ExitReason::VmmFailure(format!("KVM reported {exit}, which no guest of this machine can cause"))
         }
+        VcpuEnd::RunFailed(error) if error.raw_os_error() == Some(libc::EAGAIN) => ExitReason::VmmFailure(
+            "KVM could not start a thread to run a vCPU: the user has as many processes as are allowed; end some, or \
+             raise the limit (`ulimit -u`, or pids.max of the cgroup)"
+                .into(),
+        ),
         VcpuEnd::RunFailed(error) => ExitReason::VmmFailure(format!("KVM could not run a vCPU: {error}")),
         VcpuEnd::NotConfined(error) => ExitReason::VmmFailure(with_causes(&error)),
         VcpuEnd::Stopped => ExitReason::Stopped,

@@ -93,8 +93,8 @@ pub(super) fn enter(layers: &[Layer], largest_file: Option<u64>) -> Vec<(Layer, 
 
 /// Enters what can only be entered last, when all threads have been started and all is open.
 pub(super) fn enter_last() -> Result<(), Errno> {
-    // A process of root may start more threads, but for its filter.
-    limit(Resource::Nproc, 0)?;
+    // The number of processes is not limited: at the first entry into the guest, KVM starts a thread of this process
+    // (`kvm_mmu_start_lpage_recovery` in arch/x86/kvm/mmu/mmu.c). The filters refuse to start any other.
     set_dumpable_behavior(DumpableBehavior::NotDumpable)
 }
 

@@ -24,6 +24,25 @@ use x86_64::registers::rflags::RFlags;
 /// Interval between attempts of a write that cannot complete yet.
 const RETRY_INTERVAL: Duration = Duration::from_millis(1);
 
+/// Counts how often in a row KVM has asked for another attempt to run a vCPU. It does so when another vCPU starts this
+/// one; and without end if it cannot start a thread, because the user has as many processes as are allowed.
+#[derive(Debug)]
+struct Attempts(u32);
+
+impl Attempts {
+    const MAX: u32 = 10_000;
+
+    fn note(&mut self, exit: &Result<VcpuExit<'_>, kvm_ioctls::Error>) {
+        let is_again = exit.as_ref().is_err_and(|error| error.errno() == libc::EAGAIN);
+        self.0 = if is_again { self.0 + 1 } else { 0 };
+    }
+
+    /// Whether KVM is called again after this error.
+    const fn may_continue(&self, error: i32) -> bool {
+        error == libc::EINTR || error == libc::EAGAIN && self.0 < Self::MAX
+    }
+}
+
 /// Number of VM exits of a vCPU to user space, by the guest's operation. Exits that KVM handles itself are not
 /// included.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
@@ -118,6 +137,7 @@ pub struct Vcpu {
     /// The machine's coalesced writes, which precede the next access.
     coalesced: Option<Arc<CoalescedWrites>>,
     counts: ExitCounts,
+    attempts: Attempts,
     /// Records exits and samples, if the boot is profiled.
     pub(crate) recorder: Option<Recorder>,
     /// The guest's memory, for the stacks of samples.
@@ -134,6 +154,7 @@ impl Vcpu {
             recorder: None,
             memory: None,
             marks: None,
+            attempts: Attempts(0),
             counts: ExitCounts { port_reads: 0, port_writes: 0, mmio_reads: 0, mmio_writes: 0, other: 0 },
         }
     }
@@ -181,7 +202,9 @@ impl Vcpu {
                     recorder.exit(kind, address);
                 }
             };
-            match self.fd.run() {
+            let exit = self.fd.run();
+            self.attempts.note(&exit);
+            match exit {
                 Ok(VcpuExit::IoOut(port, &[byte])) if self.marks.is_some() => {
                     if !self.handle_mark()
                         && let Some(request) = self.write_port(buses, port, &[byte])
@@ -220,7 +243,7 @@ impl Vcpu {
                 Ok(VcpuExit::FailEntry(reason, _)) => return VcpuEnd::EntryFailed { reason },
                 Ok(VcpuExit::InternalError) => return VcpuEnd::InternalError { suberror: self.suberror() },
                 Ok(other) => return VcpuEnd::of_exit(&other),
-                Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => counts.other += 1,
+                Err(error) if self.attempts.may_continue(error.errno()) => counts.other += 1,
                 Err(error) => return VcpuEnd::RunFailed(error.into()),
             }
         }
@@ -378,6 +401,20 @@ fn segment(index: u16) -> kvm_segment {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_vcpu_that_cannot_be_run_ends() {
+        let mut attempts = Attempts(0);
+        let again = || Err(kvm_ioctls::Error::new(libc::EAGAIN));
+        for _ in 1..Attempts::MAX {
+            attempts.note(&again());
+            assert!(attempts.may_continue(libc::EAGAIN) && attempts.may_continue(libc::EINTR));
+        }
+        attempts.note(&again());
+        assert!(!attempts.may_continue(libc::EAGAIN), "it would never end");
+        attempts.note(&Ok(VcpuExit::Hlt));
+        assert!(attempts.may_continue(libc::EAGAIN) && !attempts.may_continue(libc::EFAULT));
+    }
 
     #[test]
     fn segments_are_flat_and_64_bit() {
