@@ -25,7 +25,7 @@ const MAX_NAMES: usize = 16;
 
 /// The directory of converted images.
 #[derive(Debug)]
-pub(crate) struct Cache {
+pub struct Cache {
     folder: PathBuf,
 }
 
@@ -64,8 +64,11 @@ impl StoredImage {
 }
 
 impl Cache {
-    /// Opens the cache in a directory, or in the one that the environment variables name.
-    pub(crate) fn open(folder: Option<&Path>) -> Result<Self, Error> {
+    /// Opens the cache in a directory, or in the one that the environment variables name. It is created if it is missing.
+    ///
+    /// # Errors
+    /// If there is no such directory, or other users can change it.
+    pub fn open(folder: Option<&Path>) -> Result<Self, Error> {
         let folder = match folder {
             Some(folder) => Some(folder.to_owned()),
             None => from_environment(|name| std::env::var_os(name).map(PathBuf::from)),
@@ -78,8 +81,9 @@ impl Cache {
         Ok(Self { folder })
     }
 
-    /// The directory for unnamed temporary files.
-    pub(crate) fn scratch(&self) -> &Path {
+    /// The directory in which all files are written, temporary ones included.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
         &self.folder
     }
 

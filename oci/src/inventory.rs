@@ -2,15 +2,14 @@
 
 use crate::cache::{Cache, StoredImage};
 use crate::error::Error;
-use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 /// Lists the converted images, most recently used first.
 ///
 /// # Errors
 /// If the cache cannot be read.
-pub fn list(cache: Option<&Path>) -> Result<Vec<StoredImage>, Error> {
-    let mut images = Cache::open(cache)?.images()?;
+pub fn list(cache: &Cache) -> Result<Vec<StoredImage>, Error> {
+    let mut images = cache.images()?;
     images.sort_by_key(|image| std::cmp::Reverse(image.used));
     Ok(images)
 }
@@ -19,8 +18,7 @@ pub fn list(cache: Option<&Path>) -> Result<Vec<StoredImage>, Error> {
 ///
 /// # Errors
 /// If there is no such image, or it cannot be removed.
-pub fn remove(cache: Option<&Path>, image: &str) -> Result<Vec<StoredImage>, Error> {
-    let cache = Cache::open(cache)?;
+pub fn remove(cache: &Cache, image: &str) -> Result<Vec<StoredImage>, Error> {
     let name = crate::name(image);
     let is_match = |stored: &StoredImage| {
         [&name, image].iter().any(|name| stored.has_name(name)) || stored.has_id(image)
@@ -37,8 +35,7 @@ pub fn remove(cache: Option<&Path>, image: &str) -> Result<Vec<StoredImage>, Err
 ///
 /// # Errors
 /// If an image or a draft cannot be removed.
-pub fn prune(cache: Option<&Path>, unused: Duration) -> Result<Vec<StoredImage>, Error> {
-    let cache = Cache::open(cache)?;
+pub fn prune(cache: &Cache, unused: Duration) -> Result<Vec<StoredImage>, Error> {
     let now = SystemTime::now();
     let is_unused = |stored: &StoredImage| now.duration_since(stored.used).is_ok_and(|age| age >= unused);
     let old: Vec<_> = cache.images()?.into_iter().filter(is_unused).collect();

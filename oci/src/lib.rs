@@ -27,14 +27,14 @@ mod tarball;
 mod tree;
 mod user;
 
-pub use cache::StoredImage;
+pub use cache::{Cache, StoredImage};
 pub use digest::Digest;
 pub use error::Error;
 pub use inventory::{list, prune, remove};
 pub use prepared::{Config, Prepared};
 pub use user::{User, Users};
 
-use cache::{Cache, Entry};
+use cache::Entry;
 use reference::Reference;
 use source::Store;
 use std::fs;
@@ -56,12 +56,31 @@ pub enum Pull {
 /// Options of [`prepare`].
 #[derive(Debug, Default)]
 pub struct Options {
-    /// The cache directory; without it, the one that the environment variables name.
-    pub cache: Option<PathBuf>,
     /// When the image is pulled.
     pub pull: Pull,
     /// The user to run as, instead of the image's own.
     pub user: Option<String>,
+}
+
+/// What [`prepare`] reads outside of the cache.
+#[derive(Debug, Default)]
+pub struct Reads {
+    /// The files and directories, some of which may be missing.
+    pub paths: Vec<PathBuf>,
+    /// Whether it may connect to a registry.
+    pub registry: bool,
+}
+
+/// Finds what [`prepare`] reads of an image outside of the cache, and opens nothing of it: for a program that gives up
+/// its other rights before.
+///
+/// # Errors
+/// If the image is a path that does not exist, or an invalid reference.
+pub fn reads(image: &str, pull: Pull) -> Result<Reads, Error> {
+    Ok(match locate(image, pull)? {
+        Location::File(path, _) => Reads { paths: vec![path], registry: false },
+        Location::Registry(_) => Reads { paths: registry::files(), registry: true },
+    })
 }
 
 /// Converts an image, unless the cache has it. `begin` is called before each layer with its number and the number of
@@ -70,14 +89,14 @@ pub struct Options {
 /// # Errors
 /// If the image does not exist, is incomplete or damaged, or cannot be converted.
 pub fn prepare(
+    cache: &Cache,
     image: &str,
     options: &Options,
     begin: &mut dyn FnMut(usize, usize),
 ) -> Result<Prepared, Error> {
-    let cache = Cache::open(options.cache.as_deref())?;
     let entry = match locate(image, options.pull)? {
-        Location::File(path, tag) => from_file(&cache, &path, tag, begin)?,
-        Location::Registry(reference) => from_registry(&cache, reference, options.pull, begin)?,
+        Location::File(path, tag) => from_file(cache, &path, tag, begin)?,
+        Location::Registry(reference) => from_registry(cache, reference, options.pull, begin)?,
     };
     cache.record_use(&entry, &name(image));
     entry.record.prepared(entry.rootfs, options.user.as_deref())
@@ -94,7 +113,7 @@ fn from_file(
     let known = name.as_deref().and_then(|name| cache.get(cache.resolve_name(name)?));
     match known {
         Some(entry) => Ok(entry),
-        None => from_store(cache, &Store::open(path, cache.scratch())?, tag, name.as_deref(), begin),
+        None => from_store(cache, &Store::open(path, cache.folder())?, tag, name.as_deref(), begin),
     }
 }
 

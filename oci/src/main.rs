@@ -1,13 +1,13 @@
 //! `kindling-oci`: the program that `kindling run` and `kindling image` execute for container images.
-#![forbid(unsafe_code)]
+
+mod sandbox;
 
 use clap::{Parser, Subcommand};
-use kindling_oci::{Error, Options, Pull, StoredImage, local_file_named, prepare};
+use kindling_oci::{Cache, Error, Options, Pull, Reads, StoredImage, local_file_named, prepare, reads};
 use rustix::process::{Signal, getppid, set_parent_process_death_signal};
 use serde_json::json;
-use std::error::Error as _;
 use std::io::{ErrorKind, IsTerminal, Write, stderr, stdout};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, UNIX_EPOCH};
 
@@ -88,81 +88,109 @@ fn main() -> ExitCode {
         write_stderr(&format!("error: {}", trusted_path::SET_USER_ID));
         return ExitCode::from(2);
     }
-    match Arguments::parse().command {
+    let result = match Arguments::parse().command {
         Command::Prepare(arguments) => prepare_image(&arguments),
-        Command::Ls(cache) => match kindling_oci::list(cache.directory.as_deref()) {
-            Ok(images) if cache.json => print_json(&images),
-            Ok(images) => write_stdout(&table(&images)),
-            Err(error) => report_error("", &error),
-        },
-        Command::Rm { cache, images } => {
-            let remove = |image: &String| match kindling_oci::remove(cache.directory.as_deref(), image) {
-                Ok(removed) if cache.json => print_json(&removed),
-                Ok(removed) => print_removed(&removed),
-                Err(error) => report_error(&format!("{image}: "), &error),
-            };
-            // One failure does not keep the other images from being removed.
-            let codes: Vec<_> = images.iter().map(remove).collect();
-            codes.into_iter().find(|code| *code != ExitCode::SUCCESS).unwrap_or(ExitCode::SUCCESS)
-        }
-        Command::Prune { cache, unused } => {
-            let unused = Duration::from_secs(u64::from(unused) * 86_400);
-            match kindling_oci::prune(cache.directory.as_deref(), unused) {
-                Ok(removed) if cache.json => print_json(&removed),
-                Ok(removed) => print_removed(&removed),
-                Err(error) => report_error("", &error),
-            }
-        }
-    }
+        Command::Ls(arguments) => list(&arguments),
+        Command::Rm { cache, images } => remove(&cache, &images),
+        Command::Prune { cache, unused } => prune(&cache, unused),
+    };
+    result.unwrap_or_else(|code| code)
+}
+
+/// Opens the cache, and gives up all rights but those to it and to what the command reads. A failure is reported after a
+/// prefix.
+fn confine(prefix: &str, directory: Option<&Path>, reads: &Reads) -> Result<Cache, ExitCode> {
+    let cache = Cache::open(directory).map_err(|error| report_error(prefix, &error))?;
+    sandbox::enter(cache.folder(), reads).map_err(|error| {
+        report(prefix, &error);
+        ExitCode::FAILURE
+    })?;
+    Ok(cache)
+}
+
+/// Opens the cache for a command that reads nothing else.
+fn only_cache(arguments: &CacheArguments) -> Result<Cache, ExitCode> {
+    confine("", arguments.directory.as_deref(), &Reads::default())
+}
+
+fn list(arguments: &CacheArguments) -> Result<ExitCode, ExitCode> {
+    Ok(match kindling_oci::list(&only_cache(arguments)?) {
+        Ok(images) if arguments.json => print_json(&images),
+        Ok(images) => write_stdout(&table(&images)),
+        Err(error) => report_error("", &error),
+    })
+}
+
+fn remove(arguments: &CacheArguments, images: &[String]) -> Result<ExitCode, ExitCode> {
+    let cache = only_cache(arguments)?;
+    let remove = |image: &String| match kindling_oci::remove(&cache, image) {
+        Ok(removed) if arguments.json => print_json(&removed),
+        Ok(removed) => print_removed(&removed),
+        Err(error) => report_error(&format!("{image}: "), &error),
+    };
+    // One failure does not keep the other images from being removed.
+    let codes: Vec<_> = images.iter().map(remove).collect();
+    Ok(codes.into_iter().find(|code| *code != ExitCode::SUCCESS).unwrap_or(ExitCode::SUCCESS))
+}
+
+fn prune(arguments: &CacheArguments, unused_days: u32) -> Result<ExitCode, ExitCode> {
+    let unused = Duration::from_secs(u64::from(unused_days) * 86_400);
+    Ok(match kindling_oci::prune(&only_cache(arguments)?, unused) {
+        Ok(removed) if arguments.json => print_json(&removed),
+        Ok(removed) => print_removed(&removed),
+        Err(error) => report_error("", &error),
+    })
 }
 
 /// Converts an image and prints its description.
-fn prepare_image(arguments: &Prepare) -> ExitCode {
+fn prepare_image(arguments: &Prepare) -> Result<ExitCode, ExitCode> {
     if let Some(process) = arguments.r#for {
         exit_with(process);
     }
+    let image = &arguments.image;
     let shows_progress = !arguments.quiet && stderr().is_terminal();
     let pull = match arguments.pull {
         PullPolicy::Missing => Pull::Missing,
         PullPolicy::Always => Pull::Always,
         PullPolicy::Never => Pull::Never,
     };
-    let options = Options { cache: arguments.cache.clone(), pull, user: arguments.user.clone() };
+    let options = Options { pull, user: arguments.user.clone() };
     let mut begin = |number, count| {
         if shows_progress {
-            write_stderr(&printable(&format!(
-                "{}: converting layer {number} of {count} ...",
-                arguments.image
-            )));
+            write_stderr(&printable(&format!("{image}: converting layer {number} of {count} ...")));
         }
     };
-    let prepared = match prepare(&arguments.image, &options, &mut begin) {
-        Ok(prepared) => prepared,
-        Err(error @ (Error::Registry(_) | Error::NotPulled | Error::Reference(_))) => {
-            // A mistyped path may be a valid reference.
-            let image = &arguments.image;
-            let hint = match (local_file_named(image), &error) {
-                (Some(path), _) => {
-                    format!("to use the local path, write ./{path}; as an image in a registry: ")
-                }
-                (None, Error::Registry(_)) => "no such local file; as an image in a registry: ".to_owned(),
-                (None, Error::Reference(_)) => "no such file or directory, and ".to_owned(),
-                (None, _) => String::new(),
-            };
-            return report_error(&format!("{image}: {hint}"), &error);
-        }
-        Err(error) => return report_error(&format!("{}: ", arguments.image), &error),
-    };
-    match serde_json::to_string(&prepared) {
+    let reads = reads(image, pull).map_err(|error| report_image(image, &error))?;
+    let cache = confine(&format!("{image}: "), arguments.cache.as_deref(), &reads)?;
+    let prepared =
+        prepare(&cache, image, &options, &mut begin).map_err(|error| report_image(image, &error))?;
+    Ok(match serde_json::to_string(&prepared) {
         Ok(line) => write_stdout(&format!("{line}\n")),
         Err(error) => {
-            write_stderr(&printable(&format!(
-                "error: {}: cannot serialize its description: {error}",
-                arguments.image
-            )));
+            report(&format!("{image}: cannot serialize its description: "), &error);
             ExitCode::FAILURE
         }
-    }
+    })
+}
+
+/// Reports why an image cannot be prepared, and returns the exit status.
+fn report_image(image: &str, error: &Error) -> ExitCode {
+    // A mistyped path may be a valid reference.
+    let hint = match (local_file_named(image), error) {
+        (Some(path), Error::Registry(_) | Error::NotPulled | Error::Reference(_)) => {
+            format!("to use the local path, write ./{path}; as an image in a registry: ")
+        }
+        (None, Error::Registry(_)) => "no such local file; as an image in a registry: ".to_owned(),
+        (None, Error::Reference(_)) => "no such file or directory, and ".to_owned(),
+        (_, Error::Read { path, source })
+            if source.kind() == ErrorKind::PermissionDenied && path.is_symlink() =>
+        {
+            "links that lead out of an image are not followed; `cp -rL` copies it with their targets: "
+                .to_owned()
+        }
+        _ => String::new(),
+    };
+    report_error(&format!("{image}: {hint}"), error)
 }
 
 /// Makes this process end with its parent.
@@ -204,6 +232,12 @@ fn printable(line: &str) -> String {
 
 /// Reports an error and its causes on one line after a prefix, and returns the exit status.
 fn report_error(prefix: &str, error: &Error) -> ExitCode {
+    report(prefix, error);
+    ExitCode::from(if error.is_user_error() { 2 } else { 1 })
+}
+
+/// Reports an error and its causes on one line after a prefix.
+fn report(prefix: &str, error: &dyn std::error::Error) {
     let mut line = format!("{prefix}{error}");
     let mut cause = error.source();
     while let Some(error) = cause {
@@ -211,7 +245,6 @@ fn report_error(prefix: &str, error: &Error) -> ExitCode {
         cause = error.source();
     }
     write_stderr(&format!("error: {}", printable(&line)));
-    ExitCode::from(if error.is_user_error() { 2 } else { 1 })
 }
 
 fn print_removed(images: &[StoredImage]) -> ExitCode {

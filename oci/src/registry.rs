@@ -6,7 +6,6 @@ use crate::manifest::{DOCKER_INDEX, DOCKER_MANIFEST, MAX_DOCUMENT, OCI_INDEX, OC
 use crate::reference::{Reference, is_loopback};
 use serde::Deserialize;
 use std::collections::HashMap;
-use std::ffi::OsString;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,6 +17,9 @@ use ureq::{Agent, Body, BodyReader, Proxy};
 /// The files in which distributions keep the trusted certificates.
 const SYSTEM_ROOTS: [&str; 3] =
     ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem"];
+/// The files by which the C library resolves names.
+const RESOLVER: [&str; 5] =
+    ["/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf", "/etc/host.conf", "/etc/gai.conf"];
 /// The timeout for connecting, for the response headers and for each read.
 const TIMEOUT: Duration = Duration::from_secs(60);
 /// How often an interrupted download is resumed.
@@ -84,7 +86,7 @@ impl Registry {
     pub(crate) fn new(reference: Reference) -> Result<Self, RegistryError> {
         let is_loopback = reference.is_loopback();
         // Requests to the loopback interface do not use TLS.
-        let roots = if is_loopback { RootCerts::WebPki } else { roots(std::env::var_os("SSL_CERT_FILE"))? };
+        let roots = if is_loopback { RootCerts::WebPki } else { roots(own_roots())? };
         let config = Agent::config_builder()
             .http_status_as_error(false)
             .proxy(if is_loopback { None } else { Proxy::try_from_env() })
@@ -239,27 +241,40 @@ fn password(host: &str) -> Option<String> {
         #[serde(default)]
         auths: HashMap<String, Auth>,
     }
-    let variable = |name| std::env::var_os(name).map(PathBuf::from);
-    let files = [
-        variable("DOCKER_CONFIG")
-            .or_else(|| Some(variable("HOME")?.join(".docker")))
-            .map(|path| path.join("config.json")),
-        variable("XDG_RUNTIME_DIR").map(|path| path.join("containers/auth.json")),
-    ];
     let names = match host {
         "docker.io" => ["https://index.docker.io/v1/".to_owned(), host.to_owned()],
         host => [host.to_owned(), format!("https://{host}")],
     };
-    files.into_iter().flatten().find_map(|file| {
+    login_files().find_map(|file| {
         let mut logins: Logins = serde_json::from_slice(&std::fs::read(file).ok()?).ok()?;
         names.iter().find_map(|name| logins.auths.remove(name)?.auth).filter(|auth| !auth.is_empty())
     })
 }
 
+/// The files of `docker login` and `podman login`.
+fn login_files() -> impl Iterator<Item = PathBuf> {
+    let variable = |name| std::env::var_os(name).map(PathBuf::from);
+    let docker = variable("DOCKER_CONFIG").or_else(|| Some(variable("HOME")?.join(".docker")));
+    let podman = variable("XDG_RUNTIME_DIR");
+    let files =
+        [docker.map(|path| path.join("config.json")), podman.map(|path| path.join("containers/auth.json"))];
+    files.into_iter().flatten()
+}
+
+/// The certificate file that the user names.
+fn own_roots() -> Option<PathBuf> {
+    std::env::var_os("SSL_CERT_FILE").filter(|path| !path.is_empty()).map(PathBuf::from)
+}
+
+/// The files that a client may read.
+pub(crate) fn files() -> Vec<PathBuf> {
+    let fixed = SYSTEM_ROOTS.iter().chain(&RESOLVER).map(PathBuf::from);
+    login_files().chain(own_roots()).chain(fixed).collect()
+}
+
 /// The trusted certificates: those in the file of SSL_CERT_FILE, else the system's, else Mozilla's, which are compiled
 /// in. If a file exists and cannot be loaded, that is an error; the next source is not tried.
-fn roots(own: Option<OsString>) -> Result<RootCerts, RegistryError> {
-    let own = own.filter(|path| !path.is_empty()).map(PathBuf::from);
+fn roots(own: Option<PathBuf>) -> Result<RootCerts, RegistryError> {
     if let Some(path) = own {
         let text = std::fs::read(&path);
         return certificates(&path, text);

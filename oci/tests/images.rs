@@ -385,7 +385,7 @@ fn images_are_listed_and_removed() {
 fn concurrent_requests_convert_an_image_once() {
     let workspace = Workspace::new();
     workspace.layout().write(vec![Layer::new().file("a", &"b".repeat(1 << 20))], Packing::Gzip);
-    let options = || kindling_oci::Options { cache: Some(workspace.path("cache")), ..Default::default() };
+    let cache = kindling_oci::Cache::open(Some(&workspace.path("cache"))).unwrap();
     let image = workspace.path("image").display().to_string();
     let converted = std::sync::atomic::AtomicUsize::new(0);
     std::thread::scope(|scope| {
@@ -404,7 +404,7 @@ fn concurrent_requests_convert_an_image_once() {
                         Err(fs::TryLockError::WouldBlock)
                     ));
                 };
-                kindling_oci::prepare(&image, &options(), &mut begin).unwrap();
+                kindling_oci::prepare(&cache, &image, &kindling_oci::Options::default(), &mut begin).unwrap();
             });
         }
     });

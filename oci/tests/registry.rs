@@ -2,7 +2,7 @@
 
 mod support;
 
-use kindling_oci::{Digest, Options, Prepared, Pull, prepare};
+use kindling_oci::{Cache, Digest, Options, Prepared, Pull, prepare};
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::error::Error as _;
@@ -96,8 +96,9 @@ impl Server {
     }
 
     fn prepare(&self, workspace: &Workspace, image: &str, pull: Pull) -> Result<Prepared, (String, bool)> {
-        let options = Options { cache: Some(workspace.path("cache")), pull, ..Options::default() };
-        prepare(&format!("{}/{image}", self.address), &options, &mut |_, _| {}).map_err(|error| {
+        let options = Options { pull, ..Options::default() };
+        let cache = Cache::open(Some(&workspace.path("cache"))).unwrap();
+        prepare(&cache, &format!("{}/{image}", self.address), &options, &mut |_, _| {}).map_err(|error| {
             let is_user_error = error.is_user_error();
             let mut line = error.to_string();
             let mut cause = error.source();

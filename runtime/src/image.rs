@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use std::ffi::{OsStr, OsString};
 use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -20,7 +21,8 @@ pub enum ImageError {
     /// The cache of images; the message is that of `kindling-oci`.
     #[error("{0}")]
     Cache(String),
-    /// The conversion failed for a reason that is not the image's. `kindling-oci` has printed it on standard error.
+    /// The conversion failed for a reason that is not the image's. `kindling-oci` has printed it on standard error, or the
+    /// message has the signal that ended it.
     #[error("cannot convert the image {0}")]
     Failed(String),
     /// `kindling-oci`, the program that converts images, cannot be executed.
@@ -32,6 +34,18 @@ pub enum ImageError {
     /// `kindling-oci` printed a result that this version cannot parse.
     #[error("kindling-oci and kindling are of different versions")]
     Version(#[source] serde_json::Error),
+}
+
+/// The message for a `kindling-oci` that a signal has ended, with the likely cause.
+fn by_signal(signal: i32) -> String {
+    let cause = match signal {
+        libc::SIGSYS => {
+            " for a system call that its sandbox refuses; if you trust the image, this is an error of Kindling: report it"
+        }
+        libc::SIGXCPU => " for taking a day of processor time",
+        _ => "",
+    };
+    format!("signal {signal} ended kindling-oci{cause}")
 }
 
 /// A prepared image: a root filesystem and the image's configuration.
@@ -152,6 +166,9 @@ fn in_cache(command: &str, arguments: &[&OsStr]) -> Result<Vec<CachedImage>, Ima
         .stdin(Stdio::null())
         .output()
         .map_err(ImageError::NoConverter)?;
+    if let Some(signal) = output.status.signal() {
+        return Err(ImageError::Cache(by_signal(signal)));
+    }
     if !output.status.success() {
         let message = String::from_utf8_lossy(&output.stderr);
         return Err(ImageError::Cache(message.trim_end().trim_start_matches("error: ").to_owned()));
@@ -221,6 +238,10 @@ fn prepare_in(
     }
     let output = command.arg("--").arg(image).stdin(Stdio::null()).stderr(Stdio::inherit()).output();
     let output = output.map_err(ImageError::NoConverter)?;
+    if let Some(signal) = output.status.signal() {
+        let image = Path::new(image).display();
+        return Err(ImageError::Failed(format!("{image}: {}", by_signal(signal))));
+    }
     if !output.status.success() {
         /// Exit status of kindling-oci for an invalid request, such as an image that does not exist.
         const STATUS_BAD_REQUEST: i32 = 2;
@@ -298,6 +319,12 @@ fn numeric_user(text: &str) -> Result<User, ImageError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_message_for_a_refused_system_call_names_it_as_the_cause() {
+        assert!(by_signal(libc::SIGSYS).starts_with("signal 31 ended kindling-oci for a system call that"));
+        assert_eq!(by_signal(libc::SIGKILL), "signal 9 ended kindling-oci");
+    }
 
     #[test]
     fn a_file_does_not_take_the_place_of_an_image_of_a_registry() {

@@ -3,7 +3,7 @@
 
 pub mod reader;
 
-use kindling_oci::{Digest, Error, Options, Prepared, prepare};
+use kindling_oci::{Cache, Digest, Error, Options, Prepared, prepare};
 use serde_json::{Value, json};
 use std::error::Error as _;
 use std::fs;
@@ -147,9 +147,9 @@ impl Workspace {
     }
 
     pub fn prepare_as(&self, image: &str, user: Option<&str>) -> Result<Prepared, Error> {
-        let options =
-            Options { cache: Some(self.path("cache")), user: user.map(str::to_owned), ..Options::default() };
-        prepare(&self.path(image).display().to_string(), &options, &mut |_, _| {})
+        let options = Options { user: user.map(str::to_owned), ..Options::default() };
+        let cache = Cache::open(Some(&self.path("cache")))?;
+        prepare(&cache, &self.path(image).display().to_string(), &options, &mut |_, _| {})
     }
 
     /// The error message, and whether it is a user error. Checks that nothing is left in the cache.
