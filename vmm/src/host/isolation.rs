@@ -1,5 +1,6 @@
 //! The host's support for networking and jails.
 
+use super::kernel::Version;
 use super::{Finding, Sources};
 use std::io;
 
@@ -85,6 +86,60 @@ pub(super) fn user_namespaces(sources: &Sources) -> Finding {
         NAME,
         format!("allowed, at most {most}"),
         "A guest's VMM can be put into a jail, and be given a network, without root.",
+    )
+}
+
+/// The layers of the monitor's jail that the kernel has (`docs/security.md`).
+pub(super) fn jail(sources: &Sources) -> Finding {
+    const NAME: &str = "jail";
+    const REFUSED: &str =
+        "`kindling run` starts no guest here, except with `--jail best-effort` or `--jail off`.";
+    const UNTOLD: &str = "Whether a guest's VMM can be put into a jail cannot be told.";
+    const MODULES: &str = "/sys/kernel/security/lsm";
+    const ACTIONS: &str = "/proc/sys/kernel/seccomp/actions_avail";
+    let (actions, modules) = match (sources.read(ACTIONS), sources.read(MODULES)) {
+        (Ok(actions), Ok(modules)) => (actions, modules),
+        (Err(why), _) | (_, Err(why)) => {
+            let advice = "see whether `kindling run --jail require` starts a guest";
+            return Finding::unknown(NAME, why.to_string(), UNTOLD, advice);
+        }
+    };
+    let Some(version) = Version::of(sources) else {
+        let why = "the version of the kernel is unknown";
+        return Finding::unknown(NAME, why, UNTOLD, "see `uname -r`: Landlock exists from Linux 5.13");
+    };
+    if !actions.split_whitespace().any(|action| action == "trap") {
+        let fact = "the kernel has no seccomp filters";
+        return Finding::bad(NAME, fact, REFUSED, "a kernel with CONFIG_SECCOMP_FILTER");
+    }
+    if version < Version::new(5, 13, 0) {
+        let fact = format!("Linux {version} has no Landlock");
+        return Finding::bad(NAME, fact, REFUSED, "Linux 5.13 or newer");
+    }
+    if !modules.split(',').any(|module| module.trim() == "landlock") {
+        return Finding::bad(
+            NAME,
+            format!("Landlock is off ({MODULES} does not list it)"),
+            REFUSED,
+            format!("boot with `lsm=landlock,{modules}`"),
+        );
+    }
+    let missing = match version {
+        version if version < Version::new(6, 7, 0) => "TCP ports, signals and abstract sockets",
+        version if version < Version::new(6, 12, 0) => "signals and abstract sockets",
+        _ => {
+            return Finding::good(
+                NAME,
+                "the kernel has seccomp, and Landlock with all that is used of it",
+                "A guest that takes over its VMM gets no further.",
+            );
+        }
+    };
+    Finding::improvable(
+        NAME,
+        format!("Landlock of Linux {version} has no rules for {missing}"),
+        "The jail of a guest's VMM lacks this layer; its filter of system calls refuses the same.",
+        "Linux 6.12 or newer",
     )
 }
 

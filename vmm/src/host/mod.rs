@@ -13,6 +13,7 @@ mod kernel;
 mod kvm;
 mod memory;
 mod nx_huge_pages;
+mod sharing;
 mod sources;
 
 pub use sources::Sources;
@@ -122,6 +123,11 @@ impl Report {
             memory::thp(sources),
             isolation::tun(sources),
             isolation::user_namespaces(sources),
+            isolation::jail(sources),
+            sharing::smt(sources),
+            sharing::mitigations(sources),
+            sharing::ksm(sources),
+            sharing::swap(sources),
         ];
         Self { verdict: verdict(probe, &findings), findings }
     }

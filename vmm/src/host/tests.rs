@@ -3,7 +3,7 @@
 mod kvm;
 
 use super::{Finding, Report, Sources, Status};
-use super::{cgroup, isolation, kernel, memory, nx_huge_pages};
+use super::{cgroup, isolation, kernel, memory, nx_huge_pages, sharing};
 use crate::kvm::KvmError;
 use crate::kvm::probe::Probe;
 use proptest::prelude::*;
@@ -39,7 +39,7 @@ impl Host {
 type Check = fn(&Sources) -> Finding;
 
 /// Every check that only reads files.
-const CHECKS: [Check; 9] = [
+const CHECKS: [Check; 14] = [
     super::kvm::parameters,
     nx_huge_pages::nx_huge_pages,
     kernel::kernel,
@@ -49,10 +49,15 @@ const CHECKS: [Check; 9] = [
     memory::thp,
     isolation::tun,
     isolation::user_namespaces,
+    isolation::jail,
+    sharing::smt,
+    sharing::mitigations,
+    sharing::ksm,
+    sharing::swap,
 ];
 
 /// Every file that a check reads.
-const FILES: [&str; 25] = [
+const FILES: [&str; 32] = [
     "/proc/cpuinfo",
     "/proc/meminfo",
     "/proc/self/cgroup",
@@ -60,17 +65,24 @@ const FILES: [&str; 25] = [
     "/proc/self/status",
     "/proc/sys/kernel/apparmor_restrict_unprivileged_userns",
     "/proc/sys/kernel/osrelease",
+    "/proc/sys/kernel/seccomp/actions_avail",
     "/proc/sys/kernel/unprivileged_userns_clone",
     "/proc/sys/user/max_user_namespaces",
+    "/proc/swaps",
     "/proc/sys/vm/overcommit_memory",
+    "/sys/devices/system/cpu/smt/active",
     "/sys/devices/system/cpu/vulnerabilities/itlb_multihit",
+    "/sys/devices/system/cpu/vulnerabilities/mds",
+    "/sys/devices/system/cpu/vulnerabilities/vmscape",
     "/sys/fs/cgroup/cgroup.controllers",
     "/sys/fs/cgroup/memory.max",
     "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages",
     "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages",
     "/sys/kernel/mm/hugepages/hugepages-2048kB/resv_hugepages",
+    "/sys/kernel/mm/ksm/run",
     "/sys/kernel/mm/transparent_hugepage/enabled",
     "/sys/kernel/mm/transparent_hugepage/hugepages-2048kB/enabled",
+    "/sys/kernel/security/lsm",
     "/sys/module/kvm/parameters/enable_virt_at_load",
     "/sys/module/kvm/parameters/nx_huge_pages",
     "/sys/module/kvm_amd/parameters/npt",
@@ -337,6 +349,64 @@ fn namespaces_of_users() {
 }
 
 #[test]
+fn layers_of_the_jail() {
+    const ACTIONS: (&str, &str) =
+        ("/proc/sys/kernel/seccomp/actions_avail", "kill_process trap errno allow\n");
+    const MODULES: (&str, &str) = ("/sys/kernel/security/lsm", "lockdown,capability,landlock,yama\n");
+    let check = isolation::jail;
+    for (release, status, words) in [
+        ("6.12.1-amd64", Status::Good, "no further"),
+        ("6.11.9", Status::Improvable, "Linux 6.12"),
+        ("6.1.0-18", Status::Improvable, "Linux 6.12"),
+        ("5.10.0", Status::Bad, "5.13"),
+        ("new", Status::Unknown, "uname -r"),
+    ] {
+        expect(check, &[ACTIONS, MODULES, (RELEASE, release)], status, words);
+    }
+    const NEW: (&str, &str) = (RELEASE, "6.12.1");
+    expect(
+        check,
+        &[ACTIONS, (MODULES.0, "capability,yama\n"), NEW],
+        Status::Bad,
+        "lsm=landlock,capability,yama`",
+    );
+    expect(check, &[(ACTIONS.0, "allow\n"), MODULES, NEW], Status::Bad, "CONFIG_SECCOMP_FILTER");
+    expect(check, &[ACTIONS, NEW], Status::Unknown, "--jail require");
+    expect(check, &[MODULES, NEW], Status::Unknown, "--jail require");
+}
+
+#[test]
+fn what_guests_of_different_owners_share() {
+    const FLAWS: &str = "/sys/devices/system/cpu/vulnerabilities";
+    let (mds, vmscape) = (format!("{FLAWS}/mds"), format!("{FLAWS}/vmscape"));
+    for (number, status, of_smt, of_ksm) in [
+        ("0\n", Status::Good, "core", "equal"),
+        ("1\n", Status::Improvable, "smt/control", "ksm/run"),
+        ("x", Status::Unknown, "lscpu", "ksm/run"),
+    ] {
+        expect(sharing::smt, &[("/sys/devices/system/cpu/smt/active", number)], status, of_smt);
+        expect(sharing::ksm, &[("/sys/kernel/mm/ksm/run", number)], status, of_ksm);
+    }
+    expect(
+        sharing::mitigations,
+        &[(&mds, "Not affected\n"), (&vmscape, "Mitigation: IBPB\n")],
+        Status::Good,
+        "No known",
+    );
+    let open = [(&*mds, "Vulnerable: Clear CPU buffers attempted\n"), (&*vmscape, "Mitigation: IBPB\n")];
+    expect(sharing::mitigations, &open, Status::Improvable, "mitigations=off");
+    expect(sharing::mitigations, &[], Status::Unknown, "current");
+    const HEAD: &str = "Filename\tType\tSize\tUsed\tPriority\n";
+    let swaps = |lines: &str, status, words| {
+        expect(sharing::swap, &[("/proc/swaps", &format!("{HEAD}{lines}"))], status, words);
+    };
+    swaps("", Status::Good, "never");
+    swaps("/dev/zram0 partition 1 0 100\n", Status::Good, "never");
+    swaps("/dev/sda2 partition 1 0 -2\n", Status::Improvable, "swapoff");
+    expect(sharing::swap, &[], Status::Unknown, "swapon");
+}
+
+#[test]
 fn the_verdict_is_about_kvm_first() {
     let empty = Host::with(&[]);
     let verdict = |probe: &Probe| Report::new(&empty.sources(), probe).verdict;
@@ -375,7 +445,12 @@ fn names_are_stable_and_differ() {
             "hugepages",
             "thp",
             "tun",
-            "user_namespaces"
+            "user_namespaces",
+            "jail",
+            "smt",
+            "mitigations",
+            "ksm",
+            "swap"
         ]
     );
 }

@@ -1,0 +1,114 @@
+//! Processes that are killed at any moment of a run: the others end, with a status and a reason, and nothing is left.
+
+use std::io::Read;
+use std::path::Path;
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+use tests::TIMEOUT;
+use tests::user::User;
+
+/// Number of moments, spread over a run; more by the environment variable of `tests::rounds`.
+const MOMENTS: u32 = 60;
+/// How long a run takes in the exact lab, with some margin.
+const RUN: Duration = Duration::from_millis(40);
+
+/// The processes of this name.
+fn processes(name: &str) -> Vec<u32> {
+    let is_named = |id: &u32| {
+        let comm = std::fs::read_to_string(format!("/proc/{id}/comm")).unwrap_or_default();
+        // A process that has ended and is not reaped is not left.
+        let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).unwrap_or_default();
+        comm.trim_end() == name && !stat.contains(") Z ")
+    };
+    let entries = std::fs::read_dir("/proc").unwrap();
+    let ids = entries.filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok());
+    ids.filter(is_named).collect()
+}
+
+/// Waits until no monitor and no helper is left.
+fn wait_for_all() {
+    let start = Instant::now();
+    while ["kindling-vmm", "kindling-fs", "kindling-oci"].iter().any(|name| !processes(name).is_empty()) {
+        assert!(start.elapsed() < TIMEOUT, "a process is left");
+        std::thread::yield_now();
+    }
+}
+
+/// The end of a process, and its output.
+fn end_of(mut child: Child) -> (Option<i32>, String, String) {
+    let (mut out, mut err) = (String::new(), String::new());
+    child.stdout.take().unwrap().read_to_string(&mut out).unwrap();
+    child.stderr.take().unwrap().read_to_string(&mut err).unwrap();
+    (child.wait().unwrap().code(), out, err)
+}
+
+fn start(user: &User) -> Child {
+    let mut run = user.run(&["-v", "/tests:/tests:ro"]);
+    run.args(["sh", "-c", "echo begun; cat /tests/* >/dev/null; echo done"]);
+    run.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+/// Starts guests, and calls `kill` at another moment of each run. `check` looks at what the run has become.
+fn at_each_moment(kill: fn(&Child), check: fn(&User, (Option<i32>, String, String))) {
+    let user = User::new();
+    // The first run pre-boots the kernel.
+    assert_eq!(end_of(start(&user)).0, Some(0));
+    let moments = tests::rounds(MOMENTS);
+    for moment in 0..moments {
+        let begun = Instant::now();
+        let child = start(&user);
+        std::thread::sleep((RUN * moment / moments).saturating_sub(begun.elapsed()));
+        kill(&child);
+        check(&user, end_of(child));
+        wait_for_all();
+        if moment % 20 == 0 {
+            tests::print_progress(&format!("moment {moment} of {moments}"));
+        }
+    }
+}
+
+fn left_of(user: &User) -> Vec<std::ffi::OsString> {
+    let entries = std::fs::read_dir(user.folder().join("kindling")).unwrap();
+    entries.map(|entry| entry.unwrap().file_name()).collect()
+}
+
+#[test]
+fn a_monitor_that_is_killed_ends_its_run_with_a_reason() {
+    at_each_moment(
+        |_| processes("kindling-vmm").into_iter().for_each(|id| tests::kill(id, libc::SIGKILL)),
+        |user, (status, out, err)| {
+            let is_whole = status == Some(0) && out == "begun\ndone\n" && err.is_empty();
+            let is_reported = status == Some(125) && err.lines().count() == 1 && err.contains("kindling-vmm");
+            assert!(is_whole || is_reported, "{status:?}, {out:?}, {err:?}");
+            assert_eq!(left_of(user), [""; 0]);
+        },
+    );
+}
+
+#[test]
+fn a_front_that_is_killed_leaves_no_process() {
+    at_each_moment(
+        |front| tests::kill(front.id(), libc::SIGKILL),
+        |user, _| {
+            wait_for_all();
+            // The folder of the guest stays, as that of a dead one, until it is removed.
+            for name in left_of(user) {
+                let removed = user.command("rm").arg(&name).output().unwrap();
+                assert!(removed.status.success(), "{}", String::from_utf8_lossy(&removed.stderr));
+            }
+            assert_eq!(left_of(user), [""; 0]);
+        },
+    );
+}
+
+#[test]
+fn a_file_server_that_is_killed_fails_its_folder_only() {
+    at_each_moment(
+        |_| processes("kindling-fs").into_iter().for_each(|id| tests::kill(id, libc::SIGKILL)),
+        |user, (status, _, err)| {
+            assert!(matches!(status, Some(0 | 1 | 125)), "{status:?}, {err:?}");
+            assert_eq!(left_of(user), [""; 0]);
+        },
+    );
+    assert!(Path::new("/tests").is_dir());
+}
