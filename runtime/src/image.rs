@@ -252,7 +252,24 @@ fn prepare_in(
             _ => ImageError::Failed(image.to_string()),
         });
     }
-    serde_json::from_slice(&output.stdout).map_err(ImageError::Version)
+    let prepared: Prepared = serde_json::from_slice(&output.stdout).map_err(ImageError::Version)?;
+    if !is_converted(&prepared.rootfs) {
+        let image = Path::new(image).display();
+        return Err(ImageError::Failed(format!(
+            "{image}: kindling-oci named a file that is no converted image"
+        )));
+    }
+    Ok(prepared)
+}
+
+/// Whether a path is that of a converted image in a cache: `/.../DIGEST/root.erofs`. The converter is not trusted, since
+/// an image may have taken it over.
+fn is_converted(path: &Path) -> bool {
+    let is_digit = |byte: &u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(byte);
+    let is_digest = |name: &OsStr| name.len() == 64 && name.as_bytes().iter().all(is_digit);
+    path.is_absolute()
+        && path.file_name() == Some(OsStr::new("root.erofs"))
+        && path.parent().and_then(Path::file_name).is_some_and(is_digest)
 }
 
 /// Returns the path of `kindling-oci`, the program that converts images.
@@ -319,6 +336,18 @@ fn numeric_user(text: &str) -> Result<User, ImageError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_converter_cannot_name_any_file() {
+        let digest = "0123456789abcdef".repeat(4);
+        assert!(is_converted(Path::new(&format!("/home/user/.cache/kindling/oci/v2/{digest}/root.erofs"))));
+        for path in ["/dev/sda", "root.erofs", "/root.erofs", "/cache/abc/root.erofs"] {
+            assert!(!is_converted(Path::new(path)), "{path}");
+        }
+        assert!(!is_converted(Path::new(&format!("{digest}/root.erofs"))));
+        assert!(!is_converted(Path::new(&format!("/cache/{}/root.erofs", digest.replace('f', "F")))));
+        assert!(!is_converted(Path::new(&format!("/cache/{digest}/image.json"))));
+    }
 
     #[test]
     fn the_message_for_a_refused_system_call_names_it_as_the_cause() {

@@ -314,6 +314,58 @@ fn guests_run_in_each_jail_as_root_and_as_another_user() {
     }
 }
 
+/// Each thread of the monitor of a running guest is confined, and nothing is open but what it needs.
+#[test]
+fn a_running_monitor_is_confined_in_each_thread() {
+    for jail in ["require", "full"] {
+        let user = tests::user::User::new();
+        // Not close-on-exec: a descriptor that the caller has left open.
+        let left_open = std::fs::File::open("/").unwrap();
+        // SAFETY: the descriptor is open.
+        assert_eq!(unsafe { libc::fcntl(std::os::fd::AsRawFd::as_raw_fd(&left_open), libc::F_SETFD, 0) }, 0);
+        let mut run = user.run(&["--jail", jail, "--cpus", "2", "-v", "data:/data"]);
+        run.args(["sh", "-c", "echo ready; read -r line"]);
+        let mut guest = tests::guest_console::GuestConsole::start(&mut run);
+        guest.expect("ready");
+        let monitor = monitor();
+        let mut threads = 0;
+        for task in std::fs::read_dir(monitor.join("task")).unwrap() {
+            let status = std::fs::read_to_string(task.unwrap().path().join("status")).unwrap();
+            for line in
+                ["Seccomp:\t2", "NoNewPrivs:\t1", "CapPrm:\t0000000000000000", "CapEff:\t0000000000000000"]
+            {
+                assert!(status.contains(line), "{jail}: {line} is missing in {status}");
+            }
+            threads += 1;
+        }
+        assert!(threads >= 3, "{threads} threads");
+        for descriptor in std::fs::read_dir(monitor.join("fd")).unwrap() {
+            let target = std::fs::read_link(descriptor.unwrap().path()).unwrap();
+            let text = target.to_string_lossy();
+            let is_known =
+                ["socket:", "pipe:", "anon_inode:", "/dev/null"].iter().any(|kind| text.starts_with(kind));
+            // The guest's disks, its pre-booted kernel, and the file that is locked while the monitor lives.
+            let is_file = ["busybox.erofs", "/volumes/data", "/monitor"].iter().any(|name| text.ends_with(name));
+            assert!(is_known || is_file || text.contains("/preboot/"), "{jail}: {text} is open");
+            assert!(!target.is_dir(), "{jail}: the directory {text} is open");
+        }
+        guest.send_line();
+        guest.expect_status(0);
+    }
+}
+
+/// The directory in /proc of the only monitor.
+fn monitor() -> std::path::PathBuf {
+    let is_monitor = |path: &std::path::PathBuf| {
+        std::fs::read_to_string(path.join("comm")).is_ok_and(|name| name.trim_end() == "kindling-vmm")
+    };
+    let mut processes =
+        std::fs::read_dir("/proc").unwrap().map(|entry| entry.unwrap().path()).filter(is_monitor);
+    let monitor = processes.next().expect("no monitor");
+    assert!(processes.next().is_none(), "several monitors");
+    monitor
+}
+
 /// What another process sees of a process in /proc.
 #[derive(Debug, PartialEq, Eq)]
 struct Seen {

@@ -8,7 +8,8 @@
 
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::{Errno, fcntl_getfd};
-use std::os::fd::IntoRawFd;
+use rustix::stdio::stderr;
+use std::os::fd::{AsRawFd, IntoRawFd};
 
 /// Prepares the process. Must be called first, while the process has one thread.
 pub fn prepare() {
@@ -23,6 +24,14 @@ pub fn prepare() {
         // All allocations come from the heap: the jail of a monitor needs no mmap, munmap and mremap then.
         libc::mallopt(libc::M_MMAP_MAX, 0);
     }
+}
+
+/// Closes all descriptors but the standard streams: those that the parent of this process's parent has left open.
+pub fn close_inherited() {
+    let first = libc::c_uint::try_from(stderr().as_raw_fd()).unwrap_or_default() + 1;
+    // SAFETY: no object of this program has a descriptor yet. Kernels before 5.9 do not have the call, and no supported
+    // one is as old.
+    unsafe { libc::syscall(libc::SYS_close_range, first, libc::c_uint::MAX, 0) };
 }
 
 /// Raises the limit of open descriptors to the hard limit: each vsock connection takes one, and the usual soft limit of

@@ -136,6 +136,7 @@ impl Running {
         }
         // This thread serves no device before it waits for the first event.
         this.machine.jail.confine_thread(Thread::EventLoop)?;
+        this.vcpus.begin();
         Ok(this)
     }
 

@@ -9,7 +9,7 @@ use crate::profile::Recorder;
 use crate::start_latch::StartLatch;
 use crate::timeline::Instant;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use vmm_sys_util::eventfd::EventFd;
@@ -42,7 +42,28 @@ pub(crate) struct VcpuThreads {
     ended: Arc<EventFd>,
     stopping: Arc<AtomicBool>,
     pause: Arc<Pause>,
+    /// Closed until all threads are confined: a guest that takes a vCPU's thread over shares memory with the others.
+    gate: Arc<Gate>,
     jail: Jail,
+}
+
+/// Where vCPUs wait before their first entry into the guest.
+#[derive(Debug, Default)]
+struct Gate {
+    is_open: Mutex<bool>,
+    opened: Condvar,
+}
+
+impl Gate {
+    fn open(&self) {
+        *lock(&self.is_open) = true;
+        self.opened.notify_all();
+    }
+
+    fn wait(&self) {
+        // A lock whose holder panicked counts as open.
+        drop(self.opened.wait_while(lock(&self.is_open), |is_open| !*is_open));
+    }
 }
 
 extern "C" fn interrupted(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
@@ -65,6 +86,7 @@ impl VcpuThreads {
             ended: Arc::new(ended),
             stopping,
             pause: Arc::default(),
+            gate: Arc::default(),
             jail,
         })
     }
@@ -85,6 +107,7 @@ impl VcpuThreads {
         let ended = Arc::clone(&self.ended);
         let (buses, latch) = (Arc::clone(buses), latch.cloned());
         let (stopping, pause) = (Arc::clone(&self.stopping), Arc::clone(&self.pause));
+        let gate = Arc::clone(&self.gate);
         let outcomes = Arc::clone(&self.outcomes);
         let jail = self.jail;
         let run = move || {
@@ -98,6 +121,7 @@ impl VcpuThreads {
                 let _ = recorder.start_sampling();
             }
             let confined = jail.confine_thread(Thread::Vcpu);
+            gate.wait();
             let first_run = Instant::now();
             let end = match confined {
                 Ok(()) => vcpu.run(&buses, &stopping, &pause),
@@ -122,6 +146,11 @@ impl VcpuThreads {
             .map_err(Error::host("start a vCPU's thread"))?;
         self.threads.push(thread);
         Ok(())
+    }
+
+    /// Lets the vCPUs enter the guest for the first time, when the calling thread is confined as well.
+    pub(crate) fn begin(&self) {
+        self.gate.open();
     }
 
     /// Makes all vCPUs leave the guest and wait. They do so after [`Self::kick`], which is repeated until
@@ -152,6 +181,7 @@ impl VcpuThreads {
     pub(crate) fn stop(&mut self) {
         self.stopping.store(true, Ordering::Release);
         self.pause.clear();
+        self.gate.open();
         // All vCPUs are kicked together: one may wait for a lock that another holds while it writes to the console, and
         // only that write can be interrupted. A thread with an outcome does not enter the guest again.
         while lock(&self.outcomes).len() < self.threads.len() {

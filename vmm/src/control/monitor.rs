@@ -86,7 +86,9 @@ fn preboot(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result
         resources.preboot.take().ok_or_else(|| missing("receive the file for the pre-booted kernel"))?;
     let _ = crate::memory::page_map();
     // Trial guests are started after the first guest: the threads are not confined, and neither is the file's size.
-    config.jail.confine_process(None)?;
+    let jail = config.jail.without_root();
+    jail.confine_process(None)?;
+    jail.hide_memory();
     capture::capture(&config, &resources, &file, &|| Control::new(channel, None))?;
     Ok(channel.send(&Event::Prebooted, EVENT_MAX, &[])?)
 }

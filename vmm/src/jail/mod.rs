@@ -119,6 +119,23 @@ impl Jail {
         Ok(left_out)
     }
 
+    /// The jail of a process that starts several machines, one after the other, and so needs paths and threads.
+    #[must_use]
+    pub(crate) const fn without_root(mut self) -> Self {
+        if matches!(self.strictness, Strictness::Full) {
+            self.strictness = Strictness::Require;
+        }
+        self
+    }
+
+    /// Forbids other processes of the user to read this process's memory.
+    pub(crate) fn hide_memory(&self) {
+        if self.is_on() {
+            // It fails on no kernel.
+            let _ = layer::enter_last();
+        }
+    }
+
     /// Changes the root directory of this process, if the jail is full, when the process needs no more paths.
     ///
     /// # Errors
@@ -140,8 +157,13 @@ impl Jail {
             return Ok(());
         }
         if thread == Thread::EventLoop {
-            // Neither fails on any kernel.
+            // It fails on no kernel.
             let _ = layer::enter_last();
+        }
+        if self.strictness == Strictness::Full {
+            // A thread that was started before `enter_root` has those to change the root directory.
+            let missing = enter(&[Layer::Capabilities], None).into_iter().next();
+            missing.map_or(Ok(()), |(layer, source)| Err(JailError { what: layer.action(), source }))?;
         }
         match filter::install(thread, self.on_refusal) {
             Err(source) if self.strictness != Strictness::BestEffort => {

@@ -89,7 +89,8 @@ const TUNSETOFFLOAD: u32 = 0x4004_54d0;
 /// Non-blocking reads of a pipe (include/uapi/asm-generic/ioctls.h).
 const FIONBIO: u32 = 0x5421;
 
-const CLONED: u32 = libc::F_DUPFD_CLOEXEC as u32;
+const DONTNEED: u32 = libc::MADV_DONTNEED as u32;
+const POPULATE: u32 = libc::MADV_POPULATE_WRITE as u32;
 
 const VCPU: &[Thread] = &[Thread::Vcpu];
 const LOOP: &[Thread] = &[Thread::EventLoop];
@@ -128,7 +129,6 @@ pub const TABLE: &[Call] = &[
     call("accept4", LOOP, Rule::Any, "connections of the front to the guest's vsock"),
     call("shutdown", LOOP, Rule::Any, "the end of one direction of a vsock connection"),
     call("close", LOOP, Rule::Any, "the end of a vsock connection"),
-    call("fcntl", LOOP, Rule::OneOf(1, &[CLONED]), "a second handle of a vsock connection"),
     call("read", LOOP, Rule::Any, "counters of eventfds, changes of mapped files"),
     call("write", EVERY, Rule::Any, "interrupts to the guest and doorbells between threads, by eventfds"),
     call("pwrite64", LOOP, Rule::Any, "the exit status of a detached guest"),
@@ -140,8 +140,12 @@ pub const TABLE: &[Call] = &[
     call("getrandom", LOOP, Rule::Any, "random numbers for the guest's entropy device"),
     call("tgkill", LOOP, Rule::OwnProcess(0), "makes vCPUs leave the guest"),
     call("getpid", LOOP, Rule::Any, "the same: the C library asks for the argument of tgkill"),
-    call("madvise", EVERY, Rule::Any, "memory that the guest's balloon returns; the stack of a thread that ends"),
+    call("madvise", EVERY, Rule::OneOf(2, &[DONTNEED, POPULATE]),
+        "memory that the guest's balloon returns, and that a pre-booted kernel is going to write; the stack of a thread \
+         that ends"),
     call("futex", EVERY, Rule::Any, "locks between threads"),
+    call("clock_gettime", EVERY, Rule::Any, "the time, on hosts whose clock cannot be read without a system call"),
+    call("restart_syscall", EVERY, Rule::Any, "the rest of a wait that a stop of the process has interrupted"),
     call("brk", EVERY, Rule::Any, "memory of the monitor"),
     call("rt_sigreturn", EVERY, Rule::Any, "the end of a signal handler"),
     call("rt_sigprocmask", EVERY, Rule::Any, "the end of a thread, and signals to one"),
