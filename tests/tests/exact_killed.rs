@@ -8,7 +8,7 @@ use tests::TIMEOUT;
 use tests::user::User;
 
 /// Number of moments, spread over a run; more by the environment variable of `tests::rounds`.
-const MOMENTS: u32 = 60;
+const MOMENTS: u32 = 30;
 /// How long a run takes in the exact lab, with some margin.
 const RUN: Duration = Duration::from_millis(40);
 

@@ -345,7 +345,8 @@ fn a_running_monitor_is_confined_in_each_thread() {
             let is_known =
                 ["socket:", "pipe:", "anon_inode:", "/dev/null"].iter().any(|kind| text.starts_with(kind));
             // The guest's disks, its pre-booted kernel, and the file that is locked while the monitor lives.
-            let is_file = ["busybox.erofs", "/volumes/data", "/monitor"].iter().any(|name| text.ends_with(name));
+            let is_file =
+                ["busybox.erofs", "/volumes/data", "/monitor"].iter().any(|name| text.ends_with(name));
             assert!(is_known || is_file || text.contains("/preboot/"), "{jail}: {text} is open");
             assert!(!target.is_dir(), "{jail}: the directory {text} is open");
         }

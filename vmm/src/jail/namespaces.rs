@@ -2,8 +2,9 @@
 //!
 //! There is no mount namespace: creating one copies each mount of the host, which takes 5 us for each (exact lab), and 2.5
 //! ms on a host with 500. chroot(2) takes the same time everywhere. Nothing leads out of it: the monitor has no
-//! descriptor of a directory, no capability, and cannot create a user namespace in which it had one (`create_user_ns` in
-//! kernel/user_namespace.c refuses a process with another root directory, and one whose user is not mapped).
+//! capability, no directory open unless the library has detached its guest, and cannot create a user namespace in which it
+//! had one (`create_user_ns` in kernel/user_namespace.c refuses a process with another root directory, and one whose user
+//! is not mapped).
 #![expect(unsafe_code, reason = "unshare has no safe interface")]
 
 use rustix::io::Errno;
