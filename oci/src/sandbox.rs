@@ -1,6 +1,6 @@
 //! The sandbox, which the program enters before it reads the first byte of an image or of a registry.
 //!
-//! Archives and registries are not trusted, and whoever made one may find an error in what reads it. The process keeps
+//! Archives and registries are not trusted: one may take over the parser that reads it. The process keeps
 //! the right to write to the cache and to read the image, and nothing else: no other file, no program, no other process,
 //! and no network unless the image is in a registry. `docs/security.md` lists the layers.
 

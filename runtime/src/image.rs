@@ -265,11 +265,10 @@ fn prepare_in(
 /// Whether a path is that of a converted image in a cache: `/.../DIGEST/root.erofs`. The converter is not trusted, since
 /// an image may have taken it over.
 fn is_converted(path: &Path) -> bool {
-    let is_digit = |byte: &u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(byte);
-    let is_digest = |name: &OsStr| name.len() == 64 && name.as_bytes().iter().all(is_digit);
+    let folder = path.parent().and_then(Path::file_name).and_then(OsStr::to_str);
     path.is_absolute()
         && path.file_name() == Some(OsStr::new("root.erofs"))
-        && path.parent().and_then(Path::file_name).is_some_and(is_digest)
+        && folder.is_some_and(kindling_vmm::config::image::is_sha256)
 }
 
 /// Returns the path of `kindling-oci`, the program that converts images.

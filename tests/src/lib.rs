@@ -273,6 +273,20 @@ impl Started {
     }
 }
 
+/// The processes of this name, those included that have ended and are not reaped.
+///
+/// # Panics
+/// Without /proc.
+#[must_use]
+pub fn processes(name: &str) -> Vec<u32> {
+    let entries = std::fs::read_dir("/proc").expect("/proc is mounted");
+    let ids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    ids.filter(|id| {
+        std::fs::read_to_string(format!("/proc/{id}/comm")).is_ok_and(|comm| comm.trim_end() == name)
+    })
+    .collect()
+}
+
 /// Sends a signal to a process of a test.
 ///
 /// # Panics

@@ -237,11 +237,7 @@ fn run_and_exec_stay_within_their_budget() {
 
 /// Waits until no more than `count` monitors are left: that of a guest that has ended takes longer than the front.
 fn wait_for_monitors(count: usize) {
-    let is_monitor = |entry: std::io::Result<std::fs::DirEntry>| {
-        let name = std::fs::read_to_string(entry.unwrap().path().join("comm")).unwrap_or_default();
-        name.starts_with("kindling-vmm")
-    };
-    while std::fs::read_dir("/proc").unwrap().map(is_monitor).filter(|is| *is).count() > count {
+    while tests::processes("kindling-vmm").len() > count {
         std::thread::yield_now();
     }
 }

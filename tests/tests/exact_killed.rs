@@ -4,26 +4,13 @@ use std::io::Read;
 use std::path::Path;
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
-use tests::TIMEOUT;
 use tests::user::User;
+use tests::{TIMEOUT, processes};
 
 /// Number of moments, spread over a run; more by the environment variable of `tests::rounds`.
 const MOMENTS: u32 = 30;
 /// How long a run takes in the exact lab, with some margin.
 const RUN: Duration = Duration::from_millis(40);
-
-/// The processes of this name.
-fn processes(name: &str) -> Vec<u32> {
-    let is_named = |id: &u32| {
-        let comm = std::fs::read_to_string(format!("/proc/{id}/comm")).unwrap_or_default();
-        // A process that has ended and is not reaped is not left.
-        let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).unwrap_or_default();
-        comm.trim_end() == name && !stat.contains(") Z ")
-    };
-    let entries = std::fs::read_dir("/proc").unwrap();
-    let ids = entries.filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok());
-    ids.filter(is_named).collect()
-}
 
 /// Waits until no monitor and no helper is left.
 fn wait_for_all() {

@@ -327,7 +327,7 @@ fn a_running_monitor_is_confined_in_each_thread() {
         run.args(["sh", "-c", "echo ready; read -r line"]);
         let mut guest = tests::guest_console::GuestConsole::start(&mut run);
         guest.expect("ready");
-        let monitor = monitor();
+        let monitor = guest.process();
         let mut threads = 0;
         for task in std::fs::read_dir(monitor.join("task")).unwrap() {
             let status = std::fs::read_to_string(task.unwrap().path().join("status")).unwrap();
@@ -353,18 +353,6 @@ fn a_running_monitor_is_confined_in_each_thread() {
         guest.send_line();
         guest.expect_status(0);
     }
-}
-
-/// The directory in /proc of the only monitor.
-fn monitor() -> std::path::PathBuf {
-    let is_monitor = |path: &std::path::PathBuf| {
-        std::fs::read_to_string(path.join("comm")).is_ok_and(|name| name.trim_end() == "kindling-vmm")
-    };
-    let mut processes =
-        std::fs::read_dir("/proc").unwrap().map(|entry| entry.unwrap().path()).filter(is_monitor);
-    let monitor = processes.next().expect("no monitor");
-    assert!(processes.next().is_none(), "several monitors");
-    monitor
 }
 
 /// What another process sees of a process in /proc.

@@ -157,9 +157,7 @@ fn a_guest_from_a_prebooted_kernel_has_a_network_card_on_passt() {
 
 /// Whether any passt process is running.
 fn passt_runs() -> bool {
-    let processes = std::fs::read_dir("/proc").unwrap().filter_map(Result::ok);
-    let names = processes.filter_map(|process| std::fs::read_to_string(process.path().join("comm")).ok());
-    names.into_iter().any(|name| ["passt", "passt.avx2"].contains(&name.trim_end()))
+    ["passt", "passt.avx2"].iter().any(|name| !tests::processes(name).is_empty())
 }
 
 /// Waits until passt has exited after its guest.

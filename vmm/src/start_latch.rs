@@ -12,18 +12,43 @@ use std::time::Duration;
 /// may depend on the others before it reaches init.
 const TIMEOUT: Duration = Duration::from_millis(20);
 
-/// Starts one vCPU immediately, and the others when the latch is opened.
-#[derive(Debug)]
-pub(crate) struct StartLatch {
-    first: usize,
+/// Where threads wait until it is opened.
+#[derive(Debug, Default)]
+pub(crate) struct Gate {
     is_open: Mutex<bool>,
     opened: Condvar,
 }
 
+impl Gate {
+    /// Lets all threads pass, from now on.
+    pub(crate) fn open(&self) {
+        *lock(&self.is_open) = true;
+        self.opened.notify_all();
+    }
+
+    /// Blocks until the gate is open.
+    pub(crate) fn wait(&self) {
+        // A lock whose holder panicked counts as open.
+        drop(self.opened.wait_while(lock(&self.is_open), |is_open| !*is_open));
+    }
+
+    /// Blocks until the gate is open, at most for a time.
+    fn wait_for(&self, limit: Duration) {
+        drop(self.opened.wait_timeout_while(lock(&self.is_open), limit, |is_open| !*is_open));
+    }
+}
+
+/// Starts one vCPU immediately, and the others when the latch is opened.
+#[derive(Debug)]
+pub(crate) struct StartLatch {
+    first: usize,
+    gate: Gate,
+}
+
 impl StartLatch {
     /// Creates a latch at which all vCPUs wait except for the one with this index.
-    pub(crate) const fn closed_except(first: usize) -> Self {
-        Self { first, is_open: Mutex::new(false), opened: Condvar::new() }
+    pub(crate) fn closed_except(first: usize) -> Self {
+        Self { first, gate: Gate::default() }
     }
 
     /// The index of the vCPU that does not wait.
@@ -33,15 +58,13 @@ impl StartLatch {
 
     /// Starts all vCPUs.
     pub(crate) fn open(&self) {
-        *lock(&self.is_open) = true;
-        self.opened.notify_all();
+        self.gate.open();
     }
 
     /// Blocks until this vCPU may start.
     pub(crate) fn wait(&self, vcpu: usize) {
         if vcpu != self.first {
-            // A lock whose holder panicked counts as open.
-            drop(self.opened.wait_timeout_while(lock(&self.is_open), TIMEOUT, |is_open| !*is_open));
+            self.gate.wait_for(TIMEOUT);
         }
     }
 }
@@ -61,7 +84,7 @@ mod tests {
                 let (sender, latch) = (sender.clone(), &latch);
                 scope.spawn(move || {
                     latch.wait(vcpu);
-                    sender.send(*lock(&latch.is_open)).unwrap();
+                    sender.send(*lock(&latch.gate.is_open)).unwrap();
                 });
             }
             assert!(passed.try_recv().is_err(), "a vCPU has passed the closed latch");

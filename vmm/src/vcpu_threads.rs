@@ -6,10 +6,10 @@ use crate::jail::{Jail, Thread};
 use crate::kvm::{ExitCounts, Pause, Registers, Vcpu, VcpuEnd};
 use crate::poll::wait_readable;
 use crate::profile::Recorder;
-use crate::start_latch::StartLatch;
+use crate::start_latch::{Gate, StartLatch};
 use crate::timeline::Instant;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use vmm_sys_util::eventfd::EventFd;
@@ -42,28 +42,10 @@ pub(crate) struct VcpuThreads {
     ended: Arc<EventFd>,
     stopping: Arc<AtomicBool>,
     pause: Arc<Pause>,
-    /// Closed until all threads are confined: a guest that takes a vCPU's thread over shares memory with the others.
+    /// Where vCPUs wait for their first entry into the guest, until all threads are confined: a guest that takes over the
+    /// thread of a vCPU shares memory with the others.
     gate: Arc<Gate>,
     jail: Jail,
-}
-
-/// Where vCPUs wait before their first entry into the guest.
-#[derive(Debug, Default)]
-struct Gate {
-    is_open: Mutex<bool>,
-    opened: Condvar,
-}
-
-impl Gate {
-    fn open(&self) {
-        *lock(&self.is_open) = true;
-        self.opened.notify_all();
-    }
-
-    fn wait(&self) {
-        // A lock whose holder panicked counts as open.
-        drop(self.opened.wait_while(lock(&self.is_open), |is_open| !*is_open));
-    }
 }
 
 extern "C" fn interrupted(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {

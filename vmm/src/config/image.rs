@@ -253,7 +253,8 @@ pub(crate) fn sha256_copying(mut reader: impl Read, mut copy: impl io::Write) ->
 }
 
 /// Whether a text is a digest as written by this module. Digests are used as parts of paths.
-fn is_sha256(text: &str) -> bool {
+#[must_use]
+pub fn is_sha256(text: &str) -> bool {
     text.len() == 64 && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }
 

@@ -76,7 +76,7 @@ pub(super) fn enter(layers: &[Layer], largest_file: Option<u64>) -> Vec<(Layer, 
             // Not yet: until the guest runs, this process looks at its own descriptors in /proc.
             Layer::NotDumpable => Ok(()),
             Layer::NoNewPrivileges => set_no_new_privs(true),
-            Layer::Capabilities => drop_capabilities(),
+            Layer::Capabilities => keep_capabilities(CapabilitySet::empty()),
             Layer::Namespaces => namespaces::enter(),
             Layer::Root => namespaces::change_root(),
             // One ruleset has all three.
@@ -91,13 +91,13 @@ pub(super) fn enter(layers: &[Layer], largest_file: Option<u64>) -> Vec<(Layer, 
     missing
 }
 
-/// Enters what can only be entered last, when all threads have been started and all is open.
-pub(super) fn enter_last() -> Result<(), Errno> {
-    // The number of processes is not limited: at the first entry into the guest, KVM starts a thread of this process
-    // (`kvm_mmu_start_lpage_recovery` in arch/x86/kvm/mmu/mmu.c). The filters refuse to start any other.
+/// Enters [`Layer::NotDumpable`], when this process does not need its own descriptors in /proc any more.
+pub(super) fn hide_memory() -> Result<(), Errno> {
     set_dumpable_behavior(DumpableBehavior::NotDumpable)
 }
 
+/// Limits resources, except for the number of processes: at the first entry into the guest, KVM starts a thread of this
+/// process (`kvm_mmu_start_lpage_recovery` in arch/x86/kvm/mmu/mmu.c). The filters refuse to start any other.
 fn limit_all(largest_file: Option<u64>) -> Result<(), Errno> {
     /// Maximum number of descriptors: each connection to the guest's vsock takes one.
     const DESCRIPTORS_MAX: u64 = 1 << 16;
@@ -116,7 +116,8 @@ pub(super) fn limit(resource: Resource, value: u64) -> Result<(), Errno> {
     setrlimit(resource, Rlimit { current: Some(value), maximum: Some(value) })
 }
 
-fn drop_capabilities() -> Result<(), Errno> {
-    let none = CapabilitySet::empty();
-    set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })
+/// Drops all capabilities of this thread but these, which it has.
+pub(super) fn keep_capabilities(kept: CapabilitySet) -> Result<(), Errno> {
+    let inheritable = CapabilitySet::empty();
+    set_capabilities(None, CapabilitySets { effective: kept, permitted: kept, inheritable })
 }

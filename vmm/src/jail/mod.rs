@@ -78,6 +78,12 @@ pub fn enter(layers: &[Layer], largest_file: Option<u64>) -> Vec<(Layer, io::Err
     layer::enter(layers, largest_file)
 }
 
+/// Enters a layer that is required.
+fn require(layer: Layer) -> Result<(), JailError> {
+    let missing = enter(&[layer], None).into_iter().next();
+    missing.map_or(Ok(()), |(layer, source)| Err(JailError { what: layer.action(), source }))
+}
+
 impl Jail {
     /// No jail.
     pub const OFF: Self = Self { strictness: Strictness::Off, on_refusal: OnRefusal::End };
@@ -132,7 +138,7 @@ impl Jail {
     pub(crate) fn hide_memory(&self) {
         if self.is_on() {
             // It fails on no kernel.
-            let _ = layer::enter_last();
+            let _ = layer::hide_memory();
         }
     }
 
@@ -144,8 +150,7 @@ impl Jail {
         if self.strictness != Strictness::Full {
             return Ok(());
         }
-        let missing = enter(&[Layer::Root], None).into_iter().next();
-        missing.map_or(Ok(()), |(layer, source)| Err(JailError { what: layer.action(), source }))
+        require(Layer::Root)
     }
 
     /// Confines the calling thread to the system calls of its kind. Threads that it starts later inherit them.
@@ -157,13 +162,11 @@ impl Jail {
             return Ok(());
         }
         if thread == Thread::EventLoop {
-            // It fails on no kernel.
-            let _ = layer::enter_last();
+            self.hide_memory();
         }
         if self.strictness == Strictness::Full {
             // A thread that was started before `enter_root` has those to change the root directory.
-            let missing = enter(&[Layer::Capabilities], None).into_iter().next();
-            missing.map_or(Ok(()), |(layer, source)| Err(JailError { what: layer.action(), source }))?;
+            require(Layer::Capabilities)?;
         }
         match filter::install(thread, self.on_refusal) {
             Err(source) if self.strictness != Strictness::BestEffort => {

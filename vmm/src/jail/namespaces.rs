@@ -7,15 +7,16 @@
 //! is not mapped).
 #![expect(unsafe_code, reason = "unshare has no safe interface")]
 
+use super::layer::keep_capabilities;
 use rustix::io::Errno;
 use rustix::process::{chdir, chroot, geteuid, getpid};
 use rustix::thread::{
-    CapabilitySet, CapabilitySets, Gid, Uid, UnshareFlags, capabilities, set_capabilities,
-    set_keep_capabilities, set_thread_groups, set_thread_res_gid, set_thread_res_uid, unshare_unsafe,
+    CapabilitySet, Gid, Uid, UnshareFlags, capabilities, set_keep_capabilities, set_thread_groups,
+    set_thread_res_gid, set_thread_res_uid, unshare_unsafe,
 };
 
 /// The user ID of the monitor with process ID 0, of those that root starts; the others follow. No two processes that run
-/// have the same, and no convention gives these numbers to anything else (systemd's `UIDS-GIDS`).
+/// in one PID namespace have the same, and no convention gives these numbers to anything else (systemd's `UIDS-GIDS`).
 const FIRST_USER: u32 = 0x7000_0000;
 
 /// What is needed until the root directory changes: to do that, and to watch files of other users.
@@ -44,21 +45,12 @@ pub(super) fn enter() -> Result<(), Errno> {
         set_thread_res_gid(group, group, group)?;
         set_thread_res_uid(user, user, user)?;
     }
-    keep(KEPT)
+    keep_capabilities(capabilities(None)?.permitted & KEPT)
 }
 
 /// Makes an empty directory the root directory, and drops all capabilities.
 pub(super) fn change_root() -> Result<(), Errno> {
     chroot(ROOT)?;
     chdir("/")?;
-    keep(CapabilitySet::empty())
-}
-
-/// Drops all capabilities but these, of those that the thread has.
-fn keep(kept: CapabilitySet) -> Result<(), Errno> {
-    let kept = capabilities(None)?.permitted & kept;
-    set_capabilities(
-        None,
-        CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() },
-    )
+    keep_capabilities(CapabilitySet::empty())
 }

@@ -355,16 +355,26 @@ fn a_guest_that_exceeds_its_credit_is_reset() {
     assert_eq!(guest.poll(), None);
 }
 
-#[test]
-fn the_guest_gets_no_more_than_its_credit() {
+/// The header of a packet with this credit.
+fn with(op: u16, buf_alloc: u32, fwd_cnt: u32) -> Header {
+    Header { buf_alloc, fwd_cnt, ..packet(op, 1000, 80) }
+}
+
+/// A guest that has received as much as its buffer of 100 bytes takes, and the socket of the program, which has sent 250.
+fn guest_without_credit() -> (Guest, UnixStream) {
     let mut guest = Guest::new(64);
     let listener = UnixListener::bind(guest.path("_80")).unwrap();
-    let with = |op, buf_alloc, fwd_cnt| Header { buf_alloc, fwd_cnt, ..packet(op, 1000, 80) };
     guest.send(with(REQUEST, 100, 0), &[]);
     guest.expect(RESPONSE);
     let mut socket = listener.accept().unwrap().0;
     socket.write_all(&[1; 250]).unwrap();
     assert_eq!(guest.next().1.len(), 100);
+    (guest, socket)
+}
+
+#[test]
+fn the_guest_gets_no_more_than_its_credit() {
+    let (mut guest, mut socket) = guest_without_credit();
     for (buf_alloc, fwd_cnt, expected) in [(100, 30, 30), (150, 100, 120)] {
         guest.expect(CREDIT_REQUEST);
         assert_eq!(guest.poll(), None, "one credit request");
@@ -393,14 +403,7 @@ fn the_guest_gets_no_more_than_its_credit() {
 /// The space minus the bytes in flight is below zero.
 #[test]
 fn a_guest_that_shrinks_its_buffer_gets_no_credit() {
-    let mut guest = Guest::new(64);
-    let listener = UnixListener::bind(guest.path("_80")).unwrap();
-    let with = |op, buf_alloc, fwd_cnt| Header { buf_alloc, fwd_cnt, ..packet(op, 1000, 80) };
-    guest.send(with(REQUEST, 100, 0), &[]);
-    guest.expect(RESPONSE);
-    let mut socket = listener.accept().unwrap().0;
-    socket.write_all(&[1; 250]).unwrap();
-    assert_eq!(guest.next().1.len(), 100);
+    let (mut guest, _socket) = guest_without_credit();
     guest.expect(CREDIT_REQUEST);
     for buf_alloc in [0, 1, 50, 99] {
         guest.send(with(CREDIT_UPDATE, buf_alloc, 0), &[]);
