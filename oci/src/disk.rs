@@ -1,18 +1,39 @@
-//! The limit on disk space: images do not fill the last 5 %.
+//! The limit on disk space: images do not fill a disk to the end.
 
 use std::fs::File;
 use std::io;
 
 /// The fraction of the disk that stays free: one twentieth.
 const RESERVE: u64 = 20;
+/// What stays free of a large disk in bytes: a twentieth of a terabyte is more than anybody wants to lose.
+const RESERVE_MAX: u64 = 2 << 30;
 
-/// Fails if less than a twentieth of the file's filesystem is free.
+/// Fails if less than a twentieth of the file's filesystem, and less than 2 GiB, are free.
 pub(crate) fn check(file: &File) -> io::Result<()> {
     let disk = rustix::fs::fstatvfs(file)?;
-    if disk.f_bavail < disk.f_blocks / RESERVE {
-        let message = "less than 5 % of the disk is free, which is kept for others; `kindling image prune` \
+    if disk.f_bavail < reserve(disk.f_blocks, disk.f_frsize) {
+        let message = "the disk is full but for 5 % or 2 GiB, which is kept for others; `kindling image prune` \
                        removes unused images";
         return Err(io::Error::new(io::ErrorKind::StorageFull, message));
     }
     Ok(())
+}
+
+/// The number of blocks that stay free, of a filesystem with this number of blocks of this size.
+const fn reserve(blocks: u64, size: u64) -> u64 {
+    let (part, most) = (blocks / RESERVE, RESERVE_MAX / if size == 0 { 1 } else { size });
+    if part < most { part } else { most }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::reserve;
+
+    #[test]
+    fn a_twentieth_stays_free_but_no_more_than_2_gib() {
+        assert_eq!(reserve(1000, 4096), 50);
+        assert_eq!(reserve(1 << 28, 4096) * 4096, 2 << 30);
+        // A filesystem that has no size has no reserve.
+        assert_eq!(reserve(0, 0), 0);
+    }
 }

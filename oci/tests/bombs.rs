@@ -105,6 +105,6 @@ fn the_disk_is_not_filled() {
     };
     // 41 MiB of 42 leave too little free space, 41 MiB of 48 leave enough.
     let (status, line) = convert("42m");
-    assert!(status == Some(1) && line.contains("less than 5 % of the disk is free"), "{status:?} {line}");
+    assert!(status == Some(1) && line.contains("full but for 5 % or 2 GiB"), "{status:?} {line}");
     assert_eq!(convert("48m").0, Some(0));
 }

@@ -20,8 +20,8 @@ struct Counts {
     failed: u64,
     labs: u32,
     hung: u32,
-    /// The programs with failed tests.
-    programs: Vec<String>,
+    /// The programs with failed tests, and what their output says about it.
+    programs: Vec<(String, String)>,
 }
 
 impl Report {
@@ -57,8 +57,9 @@ impl Report {
     /// Prints the summary; returns whether all tests passed.
     pub(crate) fn finish(self) -> bool {
         let counts = self.counts.into_inner().unwrap_or_else(PoisonError::into_inner);
-        if !counts.programs.is_empty() {
-            println!("\nfailed: {}", counts.programs.join(", "));
+        // Repeated here, because the block of a program may be thousands of lines above.
+        for (name, reason) in &counts.programs {
+            println!("\nfailed: {name}\n{reason}");
         }
         println!("\n{}", counts.line(self.started.elapsed()));
         counts.programs.is_empty()
@@ -82,9 +83,36 @@ impl Counts {
             self.failed += number_before(summary, " failed");
         }
         if !passed {
-            self.programs.push(name.to_owned());
+            self.programs.push((name.to_owned(), reason(&output)));
         }
     }
+}
+
+/// The part of a failed program's output that says why: libtest's messages of failed tests, or the last lines.
+fn reason(output: &str) -> String {
+    /// Maximum number of lines.
+    const LINES: usize = 40;
+    let is_of_backtrace = |line: &str| {
+        let start = line.trim_start();
+        let number = start.split(':').next().unwrap_or_default();
+        start.starts_with("at ") || start == "stack backtrace:" || number.parse::<u32>().is_ok()
+    };
+    let mut messages = Vec::new();
+    let mut is_message = false;
+    for line in output.lines() {
+        is_message |= line.starts_with("---- ");
+        // The list of names after the messages.
+        is_message &= line != "failures:";
+        if is_message && !line.is_empty() && !is_of_backtrace(line) {
+            messages.push(line);
+        }
+    }
+    if messages.is_empty() {
+        let lines: Vec<_> = output.lines().filter(|line| !line.is_empty()).collect();
+        messages = lines[lines.len().saturating_sub(LINES / 4)..].to_vec();
+    }
+    messages.truncate(LINES);
+    messages.join("\n")
 }
 
 /// The number before a word.
@@ -147,7 +175,20 @@ mod tests {
             counts.line(Duration::from_secs(671)),
             "tests: 16 passed, 2 failed; labs: 4 started, 1 hung; time: 11 min 11 s"
         );
-        assert_eq!(counts.programs, ["several", "broken"]);
+        let broken = "Segmentation fault";
+        assert_eq!((&*counts.programs[0].0, &*counts.programs[1].1), ("several", broken));
+        assert_eq!(counts.programs.len(), 2);
+    }
+
+    #[test]
+    fn a_failure_is_repeated_without_its_backtrace() {
+        let output = "test a ... FAILED\n\nfailures:\n\n---- a stdout ----\n\nthread 'a' panicked at a.rs:2:9:\n\
+            left: 1\nstack backtrace:\n   0: __rustc::rust_begin_unwind\n             at /rustc/lib.rs:689:5\n\n\n\
+            failures:\n    a\n\ntest result: FAILED. 0 passed; 1 failed\n";
+        assert_eq!(reason(output), "---- a stdout ----\nthread 'a' panicked at a.rs:2:9:\nleft: 1");
+        let refused =
+            "test b ... ok\n\ntest result: ok. 1 passed; 0 failed\n\na monitor was refused a system call\n";
+        assert!(reason(refused).ends_with("\na monitor was refused a system call"));
     }
 
     #[test]

@@ -1,9 +1,9 @@
 //! The layers that apply to the whole process.
 
-use super::{landlock, namespaces};
+use super::{capabilities, landlock, namespaces};
 use rustix::io::Errno;
 use rustix::process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit};
-use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities, set_no_new_privs};
+use rustix::thread::{CapabilitySet, set_no_new_privs};
 use std::io;
 
 /// A layer of the jail. Each is effective without the others.
@@ -76,7 +76,7 @@ pub(super) fn enter(layers: &[Layer], largest_file: Option<u64>) -> Vec<(Layer, 
             // Not yet: until the guest runs, this process looks at its own descriptors in /proc.
             Layer::NotDumpable => Ok(()),
             Layer::NoNewPrivileges => set_no_new_privs(true),
-            Layer::Capabilities => keep_capabilities(CapabilitySet::empty()),
+            Layer::Capabilities => capabilities::keep(CapabilitySet::empty()),
             Layer::Namespaces => namespaces::enter(),
             Layer::Root => namespaces::change_root(),
             // One ruleset has all three.
@@ -114,10 +114,4 @@ fn limit_all(largest_file: Option<u64>) -> Result<(), Errno> {
 /// Limits a resource, for good.
 pub(super) fn limit(resource: Resource, value: u64) -> Result<(), Errno> {
     setrlimit(resource, Rlimit { current: Some(value), maximum: Some(value) })
-}
-
-/// Drops all capabilities of this thread but these, which it has.
-pub(super) fn keep_capabilities(kept: CapabilitySet) -> Result<(), Errno> {
-    let inheritable = CapabilitySet::empty();
-    set_capabilities(None, CapabilitySets { effective: kept, permitted: kept, inheritable })
 }

@@ -5,6 +5,7 @@
 //! privileges and resources; [`Jail::confine_thread`] takes away system calls, from each thread others
 //! ([`TABLE`]).
 
+mod capabilities;
 mod filter;
 mod landlock;
 mod layer;

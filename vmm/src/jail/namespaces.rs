@@ -7,12 +7,12 @@
 //! is not mapped).
 #![expect(unsafe_code, reason = "unshare has no safe interface")]
 
-use super::layer::keep_capabilities;
+use super::capabilities;
 use rustix::io::Errno;
 use rustix::process::{chdir, chroot, geteuid, getpid};
 use rustix::thread::{
-    CapabilitySet, Gid, Uid, UnshareFlags, capabilities, set_keep_capabilities, set_thread_groups,
-    set_thread_res_gid, set_thread_res_uid, unshare_unsafe,
+    CapabilitySet, Gid, Uid, UnshareFlags, capabilities as thread_capabilities, set_keep_capabilities,
+    set_thread_groups, set_thread_res_gid, set_thread_res_uid, unshare_unsafe,
 };
 
 /// The user ID of the monitor with process ID 0, of those that root starts; the others follow. No two processes that run
@@ -45,12 +45,12 @@ pub(super) fn enter() -> Result<(), Errno> {
         set_thread_res_gid(group, group, group)?;
         set_thread_res_uid(user, user, user)?;
     }
-    keep_capabilities(capabilities(None)?.permitted & KEPT)
+    capabilities::keep(thread_capabilities(None)?.permitted & KEPT)
 }
 
 /// Makes an empty directory the root directory, and drops all capabilities.
 pub(super) fn change_root() -> Result<(), Errno> {
     chroot(ROOT)?;
     chdir("/")?;
-    keep_capabilities(CapabilitySet::empty())
+    capabilities::keep(CapabilitySet::empty())
 }
