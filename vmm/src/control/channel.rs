@@ -218,6 +218,10 @@ impl Channel {
                 Ok(0) => return Err(ControlError::Disconnected),
                 Ok(count) => bytes = &mut bytes[count..],
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // The other end was closed before it read all that was sent to it.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
+                    return Err(ControlError::Disconnected);
+                }
                 Err(error) => return Err(error.into()),
             }
         }
@@ -293,6 +297,21 @@ mod tests {
         assert!(matches!(front.send(&"xy", 2, &[]), Err(ControlError::TooLong(3))));
         drop(monitor);
         assert!(matches!(front.send(&"xy", 3, &[]), Err(ControlError::Disconnected)));
+    }
+
+    #[test]
+    fn an_end_that_is_closed_before_it_has_read_everything_is_disconnected() {
+        for partial in [&[][..], &[9, 0], &[9, 0, 0, 0, 1]] {
+            let (front, monitor) = pair();
+            front.send(&"unread", MAX, &[]).unwrap();
+            (&monitor.socket).write_all(partial).unwrap();
+            drop(monitor);
+            let result = front.receive::<String>(MAX);
+            match partial {
+                [] => assert!(matches!(result, Ok(None)), "{result:?}"),
+                _ => assert!(matches!(result, Err(ControlError::Disconnected)), "{result:?}"),
+            }
+        }
     }
 
     #[test]

@@ -437,11 +437,14 @@ fn fail_request(pending: PendingRequest, queues: &mut Queues) -> Result<(), Devi
     queues.complete(pending.queue, pending.chain, LENGTH)
 }
 
+/// Why a server that has closed its socket answers no more.
+const SERVER_HAS_ENDED: &str = "its server has ended";
+
 /// Receives the available bytes; `None` when there are none.
 fn receive_some(server: Option<&Server>, segments: &[Segment]) -> Result<Option<usize>, ServerError> {
     let Some(server) = server else { return Ok(None) };
     match receive(server.socket(), segments) {
-        Ok(received) if received.bytes == 0 => Err("its server has ended".to_owned()),
+        Ok(received) if received.bytes == 0 => Err(SERVER_HAS_ENDED.to_owned()),
         Ok(received) => Ok(Some(received.bytes)),
         Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => Ok(None),
         Err(error) => Err(server_has_ended(&error)),
@@ -449,7 +452,11 @@ fn receive_some(server: Option<&Server>, segments: &[Segment]) -> Result<Option<
 }
 
 fn server_has_ended(error: &std::io::Error) -> ServerError {
-    format!("its server has ended ({error})")
+    match error.kind() {
+        // It had not read all requests (`unix_release_sock` in net/unix/af_unix.c).
+        std::io::ErrorKind::ConnectionReset | std::io::ErrorKind::BrokenPipe => SERVER_HAS_ENDED.to_owned(),
+        _ => format!("{SERVER_HAS_ENDED} ({error})"),
+    }
 }
 
 /// N bytes of a header; the caller guarantees that they are inside of it.

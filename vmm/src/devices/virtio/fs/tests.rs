@@ -295,6 +295,17 @@ fn pending_requests_fail_when_the_server_ends() {
 }
 
 #[test]
+fn a_server_that_ends_before_it_has_read_all_requests_has_ended() {
+    let mut pair = Pair::new();
+    pair.ask(LOOKUP, 1, 8);
+    // Closes the socket, which resets the connection.
+    pair.server = UnixStream::pair().unwrap().0;
+    while pair.driver.run(Some(0)) {}
+    expect(pair.driver.pop(1), &reply(-EIO, 1, b""));
+    assert_eq!(pair.failure(), "device: its server has ended");
+}
+
+#[test]
 fn a_server_that_violates_the_protocol_is_disconnected() {
     type Reply = fn(u64) -> Vec<u8>;
     let answers: [(&str, Reply); 6] = [
