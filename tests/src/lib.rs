@@ -3,6 +3,7 @@
 //! `cargo xtask test` lays out the *testbed*, a folder with the programs, images and kernels of the tests, makes it
 //! available on the host with KVM, and sets `KINDLING_TESTBED` to its path.
 
+pub mod faults;
 pub mod guest_console;
 pub mod io_uring;
 pub mod machine_code;

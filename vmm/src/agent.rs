@@ -39,6 +39,14 @@ pub enum AgentError {
         /// The host's error.
         source: io::Error,
     },
+    /// The host returned an error for something else that the connection takes.
+    #[error("cannot {what}")]
+    Host {
+        /// What was to be done.
+        what: &'static str,
+        /// The host's error.
+        source: io::Error,
+    },
     /// No agent accepts connections in the guest.
     #[error("the guest behind {} has no agent, or is not ready", path.display())]
     Refused {

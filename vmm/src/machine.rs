@@ -356,7 +356,7 @@ impl DevicesBuilder<'_> {
             let mut device = IoApic::new(&device_set.lines(), vm.message_routes());
             let start = layout::IO_APIC.0;
             if let Some(state) = state {
-                device.restore(&state.io_apic);
+                device.restore(&state.io_apic).map_err(Error::host("route interrupts"))?;
             } else {
                 // The selected index is not used before the data register is accessed.
                 vm.coalesce_writes(GuestAddress(start + u64::from(io_apic::SELECT)), 4);

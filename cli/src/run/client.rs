@@ -2,6 +2,7 @@
 
 use super::outcome::StopCause;
 use super::signals::Signals;
+use crate::STATUS_FAILURE;
 use kindling::log::{Log, Stream};
 use kindling::vmm::agent::{AgentError, Control, Process, ProcessAddress, ProcessEvent, Role};
 use kindling::vmm::control::{self, ControlError, Monitor};
@@ -10,7 +11,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -68,8 +69,8 @@ pub(crate) struct Service<'a> {
     pub(crate) signals: &'a mut Signals,
     /// Ends the guest, or this command.
     pub(crate) stop: &'a mut dyn FnMut(StopCause),
-    /// Time at which `stop` is called (`--timeout`).
-    pub(crate) deadline: Option<Instant>,
+    /// Time at which `stop` is called, and why: the time limit (`--timeout`), or a lost connection.
+    pub(crate) deadline: Option<(Instant, StopCause)>,
     /// Time after which undelivered output is discarded, once `stop` was called.
     drain_deadline: Option<Instant>,
 }
@@ -80,6 +81,9 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 /// Further time for a monitor to stop its machine.
 const STOP_TIMEOUT: Duration = Duration::from_secs(9);
 
+/// Time for a guest to end by itself after its agent has closed the connection: it syncs its filesystems.
+const END_TIMEOUT: Duration = Duration::from_secs(10);
+
 impl<'a> Service<'a> {
     pub(crate) const fn new(signals: &'a mut Signals, stop: &'a mut dyn FnMut(StopCause)) -> Self {
         Self { signals, stop, deadline: None, drain_deadline: None }
@@ -89,7 +93,6 @@ impl<'a> Service<'a> {
     ///
     /// A stream gets a connection and a thread only when it has data, because both take longer than a short command.
     pub(crate) fn serve(&mut self, mut process: Process, streams: Streams) -> Result<u8, AgentError> {
-        let lost = |_| AgentError::Lost;
         let mut input = streams.input;
         if input.is_none() {
             process.end_input();
@@ -106,7 +109,9 @@ impl<'a> Service<'a> {
                         let target = if role == Role::Error { error.take() } else { output.take() };
                         let address = process.address().clone();
                         if let Some(target) = target {
-                            writers.start(move || forward_output(&address, role, &target)).map_err(lost)?;
+                            writers
+                                .start(move || forward_output(&address, role, &target))
+                                .map_err(failed("start a thread for the output of the command"))?;
                         }
                     }
                     // Handled by `wait_for_start`.
@@ -119,18 +124,36 @@ impl<'a> Service<'a> {
             }
             // After the end of the process, input stays unread, for the next command of a shell for instance.
             let pending_input = input.as_ref().filter(|_| code.is_none());
-            match self.wait(&process, code.is_none(), pending_input, &writers).map_err(lost)? {
+            match self.wait(&process, code.is_none(), pending_input, &writers)? {
                 // The input thread is not joined: its read from a terminal may never return.
                 Ready::Input => {
                     let (from, control) = (input.take(), process.control());
                     let address = process.address().clone();
-                    drop(thread::spawn(move || from.map(|from| forward_input(from, &address, &control))));
+                    let work =
+                        move || from.into_iter().for_each(|from| forward_input(from, &address, &control));
+                    spawn(work).map_err(failed("start a thread for the input of the command"))?;
                 }
                 Ready::Writer => writers.count_finished(),
                 Ready::Process => {}
             }
         }
-        code.unwrap_or(Err(AgentError::Lost))
+        let status = code.unwrap_or(Err(AgentError::Lost))?;
+        // A command whose output is incomplete has not succeeded.
+        Ok(if writers.has_failed() && status == 0 { STATUS_FAILURE } else { status })
+    }
+
+    /// Gives the guest a time to end by itself if its agent has closed the connection to the command; ends it at once if
+    /// the host has failed.
+    pub(crate) fn abandon(&mut self, error: &AgentError) {
+        let limit = match error {
+            AgentError::Lost | AgentError::Refused { .. } => END_TIMEOUT,
+            _ => Duration::ZERO,
+        };
+        let until = Instant::now() + limit;
+        self.deadline.get_or_insert((until, StopCause::Lost));
+        if self.deadline.is_some_and(|(deadline, _)| deadline > until) {
+            self.deadline = Some((until, StopCause::Lost));
+        }
     }
 
     /// Waits until the program of a process was executed, or could not be. Returns whether it was executed.
@@ -140,8 +163,7 @@ impl<'a> Service<'a> {
         let was_executed = loop {
             match process.poll_event()? {
                 None => {
-                    let _ =
-                        self.wait(process, true, None, &Writers::default()).map_err(|_| AgentError::Lost)?;
+                    let _ = self.wait(process, true, None, &Writers::default())?;
                 }
                 Some(ProcessEvent::Started) => break true,
                 Some(event) => {
@@ -163,7 +185,7 @@ impl<'a> Service<'a> {
         is_running: bool,
         input: Option<&File>,
         writers: &Writers,
-    ) -> io::Result<Ready> {
+    ) -> Result<Ready, AgentError> {
         let (flags, limit) = process.poll_interest();
         let watched = [
             is_running.then(|| (process.as_fd(), flags, Ready::Process)),
@@ -171,8 +193,9 @@ impl<'a> Service<'a> {
             writers.done.as_ref().map(|done| (done.as_fd(), PollFlags::IN, Ready::Writer)),
         ];
         let until = limit.filter(|_| is_running).map(|limit| Instant::now() + limit);
-        let ready =
-            self.wait_for(&watched.into_iter().flatten().collect::<Vec<_>>(), until, Some(process))?;
+        let ready = self
+            .wait_for(&watched.into_iter().flatten().collect::<Vec<_>>(), until, Some(process))
+            .map_err(failed("wait for the command"))?;
         // After the timeout, `Process::poll_event` returns the error.
         Ok(ready.unwrap_or(Ready::Process))
     }
@@ -186,7 +209,8 @@ impl<'a> Service<'a> {
         process: Option<&Process>,
     ) -> io::Result<Option<T>> {
         loop {
-            let limit = [until, self.deadline, self.drain_deadline].into_iter().flatten().min();
+            let deadline = self.deadline.map(|(deadline, _)| deadline);
+            let limit = [until, deadline, self.drain_deadline].into_iter().flatten().min();
             let limit = limit.map(|limit| limit.saturating_duration_since(Instant::now()));
             let event = wait_for_any(watched.iter().copied(), limit, self.signals)?;
             // Checked before the event, so that a descriptor that is always ready cannot suspend the deadlines.
@@ -195,9 +219,8 @@ impl<'a> Service<'a> {
             if is_over(self.drain_deadline) {
                 return Err(io::ErrorKind::TimedOut.into());
             }
-            if is_over(self.deadline) {
-                self.deadline = None;
-                self.end(StopCause::Timeout);
+            if let Some((_, cause)) = self.deadline.take_if(|(deadline, _)| *deadline <= now) {
+                self.end(cause);
             }
             match event {
                 Event::Ready(ready) => return Ok(Some(ready)),
@@ -270,20 +293,33 @@ struct Writers {
     running: u64,
     /// An eventfd that counts the threads that have ended.
     done: Option<Arc<OwnedFd>>,
+    /// What they could not receive or write.
+    failure: Arc<Mutex<Option<OutputError>>>,
 }
 
 impl Writers {
-    fn start(&mut self, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    /// Starts a thread.
+    fn start(&mut self, work: impl FnOnce() -> Result<(), OutputError> + Send + 'static) -> io::Result<()> {
         let done = match &self.done {
             Some(done) => Arc::clone(done),
             None => Arc::clone(self.done.insert(Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?))),
         };
-        self.running += 1;
-        thread::spawn(move || {
-            work();
+        let failure = Arc::clone(&self.failure);
+        spawn(move || {
+            if let Err(error) = work() {
+                failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+            }
             let _ = rustix::io::write(&*done, &1_u64.to_ne_bytes());
-        });
+        })?;
+        self.running += 1;
         Ok(())
+    }
+
+    /// Prints what failed; returns whether something did.
+    fn has_failed(&self) -> bool {
+        let failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+        failure.iter().for_each(|error| crate::print_error(error));
+        failure.is_some()
     }
 
     const fn is_any_running(&self) -> bool {
@@ -301,39 +337,70 @@ impl Writers {
     }
 }
 
+/// Starts a thread that is not joined.
+fn spawn(work: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    thread::Builder::new().spawn(work).map(drop)
+}
+
+/// The error of a host that could not do something for a process. The end of the time for its output is no error of it.
+fn failed(what: &'static str) -> impl FnOnce(io::Error) -> AgentError {
+    move |source| match source.kind() {
+        io::ErrorKind::TimedOut => AgentError::Lost,
+        _ => AgentError::Host { what, source },
+    }
+}
+
 /// Forwards input to a process. The connection is made when there is input.
 fn forward_input(mut from: File, address: &ProcessAddress, control: &Control) {
     let mut buffer = vec![0; CHUNK];
-    let Ok(mut count @ 1..) = read(&mut from, &mut buffer) else { return control.end_input() };
-    let Ok(mut to) = address.connect(Role::Input) else { return };
-    while to.write_all(&buffer[..count]).is_ok() {
-        match read(&mut from, &mut buffer) {
-            Ok(next @ 1..) => count = next,
-            _ => break,
+    let mut read = |buffer: &mut [u8]| {
+        read(&mut from, buffer).unwrap_or_else(|source| {
+            crate::print_error(&AgentError::Host { what: "read the input of the command", source });
+            0
+        })
+    };
+    let mut count = read(&mut buffer);
+    if count == 0 {
+        return control.end_input();
+    }
+    let mut to = match address.connect(Role::Input) {
+        Ok(to) => to,
+        Err(error) => {
+            // A process that has ended takes no input, which is no error.
+            if let AgentError::Connect { .. } = error {
+                crate::print_error(&error);
+            }
+            return control.end_input();
         }
+    };
+    while count > 0 && to.write_all(&buffer[..count]).is_ok() {
+        count = read(&mut buffer);
     }
     let _ = to.shutdown(Shutdown::Write);
 }
 
-/// An error when output is written, other than a closed pipe.
+/// Why output is incomplete.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot write the output of the command")]
-struct OutputError(#[source] io::Error);
+enum OutputError {
+    #[error("cannot receive the output of the command")]
+    Receive(#[source] io::Error),
+    #[error("cannot receive the output of the command")]
+    Connect(#[source] AgentError),
+    #[error("cannot write the output of the command")]
+    Write(#[source] io::Error),
+}
 
 /// Forwards output until EOF. If the target is closed, the process in the guest gets EPIPE, as with a pipe.
-fn forward_output(address: &ProcessAddress, role: Role, to: &OutputTarget) {
-    let mut from = match address.connect(role) {
-        Ok(from) => from,
-        Err(error) => {
-            // The end of a guest is reported by its machine.
-            if let AgentError::Silent { .. } = error {
-                crate::print_error(&error);
-            }
-            return;
-        }
-    };
+fn forward_output(address: &ProcessAddress, role: Role, to: &OutputTarget) -> Result<(), OutputError> {
+    let mut from = address.connect(role).map_err(OutputError::Connect)?;
     let mut buffer = vec![0; CHUNK];
-    while let Ok(count @ 1..) = from.read(&mut buffer) {
+    loop {
+        let count = match from.read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(OutputError::Receive(error)),
+        };
         let result = match to {
             OutputTarget::File(file) => write_all(file, &buffer[..count]),
             OutputTarget::Log(log, stream) => {
@@ -342,11 +409,11 @@ fn forward_output(address: &ProcessAddress, role: Role, to: &OutputTarget) {
             }
         };
         if let Err(error) = result {
-            if error.kind() != io::ErrorKind::BrokenPipe {
-                crate::print_error(&OutputError(error));
-            }
             let _ = from.shutdown(Shutdown::Both);
-            return;
+            return match error.kind() {
+                io::ErrorKind::BrokenPipe => Ok(()),
+                _ => Err(OutputError::Write(error)),
+            };
         }
     }
 }

@@ -17,6 +17,8 @@ pub(crate) enum StopCause {
     Signal(u8),
     /// The time limit was reached.
     Timeout,
+    /// The connection to the command in the guest failed, and the guest did not end by itself.
+    Lost,
 }
 
 impl StopCause {
@@ -25,6 +27,7 @@ impl StopCause {
         match self {
             Self::Signal(signal) => 128_u8.saturating_add(signal),
             Self::Timeout => STATUS_TIMEOUT,
+            Self::Lost => STATUS_FAILURE,
         }
     }
 }
@@ -60,10 +63,18 @@ impl Outcome {
             (MachineEnd::Lost(_), None) => STATUS_FAILURE,
             (MachineEnd::Stopped(exit), cause) => match (&exit.reason, cause) {
                 (ExitReason::Stopped, Some(cause)) => cause.status(),
-                (ExitReason::Payload(status), _) => *status,
+                (ExitReason::Payload(status), _) if !self.is_output_unknown() => *status,
                 _ => STATUS_FAILURE,
             },
         }
+    }
+
+    /// Whether the command ended without a connection to it, so that nobody knows what it printed.
+    const fn is_output_unknown(&self) -> bool {
+        matches!(
+            self.command,
+            Err(AgentError::Host { .. } | AgentError::Connect { .. } | AgentError::Refused { .. })
+        )
     }
 
     /// Prints what failed, and with `--report` the times of the steps.
@@ -77,6 +88,8 @@ impl Outcome {
             print_stderr(&report::timeline(exit));
         }
         match (&self.command, &exit.reason, self.stopped_by) {
+            (Err(error), ExitReason::Payload(_), _) if self.is_output_unknown() => print_error(error),
+            (Err(error), ExitReason::Stopped, Some(StopCause::Lost)) => print_error(error),
             (Ok(_), ..) | (Err(_), ExitReason::Payload(_), _) => {}
             (Err(_), ExitReason::Stopped, Some(StopCause::Timeout)) => {
                 let seconds = arguments.timeout.unwrap_or_default();
@@ -133,6 +146,13 @@ mod tests {
             assert_eq!(status(stopped(reason), LOST(), None), 125);
         }
         assert_eq!(status(MachineEnd::Lost(ControlError::Disconnected), LOST(), None), 125);
+    }
+
+    #[test]
+    fn a_command_without_a_connection_has_failed() {
+        let refused = || Err(AgentError::Refused { path: "vsock".into() });
+        assert_eq!(status(stopped(ExitReason::Payload(0)), refused(), None), 125);
+        assert_eq!(status(stopped(ExitReason::Stopped), refused(), Some(StopCause::Lost)), 125);
     }
 
     #[test]

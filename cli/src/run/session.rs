@@ -128,7 +128,7 @@ impl<'a> Session<'a> {
             stopper.stop();
         };
         let mut service = Service::new(&mut self.signals, &mut stop);
-        service.deadline = deadline;
+        service.deadline = deadline.map(|deadline| (deadline, StopCause::Timeout));
         let mut machine = match await_agent(&mut service, monitor) {
             Err(failure) if failure.is_restore_error && self.config.preboot.is_some() => {
                 match stopped_by.get() {
@@ -147,6 +147,9 @@ impl<'a> Session<'a> {
         if matches!(command, Ok(0)) && !self.arguments.report && self.config.devices.are_private() {
             // The output is delivered, and the machine has no disk, folder or network that must be left consistent.
             return Ok(Served::Succeeded);
+        }
+        if let (Err(error), None) = (&command, &machine) {
+            service.abandon(error);
         }
         let machine = loop {
             match machine {
@@ -202,7 +205,8 @@ fn serve_command(
             streams
         }
         // The program was not executed, so that the guest is removed: init's message goes to the command that started it.
-        Some(_) => Streams::stderr_only().map_err(|_| AgentError::Lost)?,
+        Some(_) => Streams::stderr_only()
+            .map_err(|source| AgentError::Host { what: "duplicate the standard error", source })?,
     };
     service.serve(process, streams)
 }

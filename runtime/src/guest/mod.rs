@@ -132,6 +132,16 @@ impl GuestDir {
         let _ = std::fs::remove_dir_all(&draft);
         mkdir(&draft, Mode::from_raw_mode(0o700))
             .map_err(|error| host("create the directory", &draft)(error.into()))?;
+        let result = Self::fill(&draft, &folder, has_front);
+        if result.is_err() {
+            let _ = std::fs::remove_dir_all(&draft);
+        }
+        let (lock, front) = result?;
+        Ok(Self { name: name.to_owned(), folder, lock, _front: front, keep: keep(parent) })
+    }
+
+    /// Creates the locks of a new directory, and gives it its name. Returns the locks of guest and front.
+    fn fill(draft: &Path, folder: &Path, has_front: bool) -> Result<(File, Option<OwnedFd>), GuestError> {
         let path = draft.join(LOCK);
         let lock = trusted_path::lock_file(&path).map_err(host("create", &path))?;
         flock(&lock, FlockOperation::NonBlockingLockExclusive)
@@ -139,17 +149,13 @@ impl GuestDir {
         let front = has_front.then(|| lock_front(&draft.join(FRONT))).transpose()?;
         // The directory appears with its lock held, so that it is never mistaken for that of a dead guest. rename(2) does
         // not replace a directory that has entries.
-        let result = rustix::fs::rename(&draft, &folder);
-        if result.is_err() {
-            let _ = std::fs::remove_dir_all(&draft);
-        }
-        match result {
-            Ok(()) => Ok(Self { name: name.to_owned(), folder, lock, _front: front, keep: keep(parent) }),
+        match rustix::fs::rename(draft, folder) {
+            Ok(()) => Ok((lock, front)),
             Err(Errno::EXIST | Errno::NOTEMPTY) => {
-                let is_alive = is_locked(&folder);
-                Err(GuestError::Taken { name: name.to_owned(), is_alive })
+                let name = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
+                Err(GuestError::Taken { name, is_alive: is_locked(folder) })
             }
-            Err(error) => Err(host("create the directory", &folder)(error.into())),
+            Err(error) => Err(host("create the directory", folder)(error.into())),
         }
     }
 
@@ -237,8 +243,8 @@ impl GuestDir {
         // The directory is renamed first, so that other processes find it complete or not at all.
         let aside = self.folder.with_file_name(temporary_name());
         let _ = std::fs::remove_dir_all(&aside);
-        let _ = std::fs::rename(&self.folder, &aside);
-        let _ = std::fs::remove_dir_all(&aside);
+        let renamed = std::fs::rename(&self.folder, &aside);
+        let _ = std::fs::remove_dir_all(if renamed.is_ok() { &aside } else { &self.folder });
     }
 }
 

@@ -102,9 +102,12 @@ impl Control {
         self.detached.is_some()
     }
 
-    /// Sends an event. Errors are ignored, because [`Self::receive`] reports a closed socket.
+    /// Sends an event. After an error the socket is closed, for both ends: the front would wait for the event, and the next
+    /// one could not be told from the rest of this one.
     pub(crate) fn send(&self, event: &Event) {
-        let _ = self.channel.send(event, EVENT_MAX, &[]);
+        if self.channel.send(event, EVENT_MAX, &[]).is_err() {
+            let _ = self.channel.shut_down();
+        }
     }
 
     /// Answers a query.

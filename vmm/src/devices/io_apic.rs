@@ -16,6 +16,7 @@ use crate::bus::{BusDevice, GuestRequest};
 use crate::layout::{Gsi, IO_APIC_PINS};
 use serde::{Deserialize, Serialize};
 use std::fmt;
+use std::io;
 
 /// A message-signaled interrupt (Intel SDM, volume 3, section 11.11).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,7 +30,10 @@ pub struct Message {
 /// The receiver of the messages of all lines.
 pub trait MessageSink: Send {
     /// Makes line `n` send `messages[n]`. `None` is a masked line. Called whenever one of the messages changes.
-    fn set(&mut self, messages: &[Option<Message>]);
+    ///
+    /// # Errors
+    /// When the host is out of memory.
+    fn set(&mut self, messages: &[Option<Message>]) -> io::Result<()>;
 }
 
 /// Offsets of the memory-mapped registers (section 3.0).
@@ -109,9 +113,12 @@ impl IoApic {
     }
 
     /// Restores saved registers. The number of pins is not restored: it is a property of the machine.
-    pub fn restore(&mut self, state: &State) {
+    ///
+    /// # Errors
+    /// When the host is out of memory.
+    pub fn restore(&mut self, state: &State) -> io::Result<()> {
         self.state = State { pins: self.state.pins, ..*state };
-        self.sink.set(&self.state.entries.map(message));
+        self.sink.set(&self.state.entries.map(message))
     }
 
     /// The index of the selected redirection table entry, and whether its upper half is selected.
@@ -150,7 +157,8 @@ impl IoApic {
         self.state.entries[index] = new;
         // Each routing update makes KVM wait for an SRCU grace period, so that writes without effect are not forwarded.
         if message(old) != message(new) {
-            self.sink.set(&self.state.entries.map(message));
+            // If the host is out of memory, the guest loses the interrupts of a device, as with a broken device.
+            let _ = self.sink.set(&self.state.entries.map(message));
         }
     }
 }
@@ -201,8 +209,9 @@ mod tests {
     struct Recorder(Log);
 
     impl MessageSink for Recorder {
-        fn set(&mut self, messages: &[Option<Message>]) {
+        fn set(&mut self, messages: &[Option<Message>]) -> io::Result<()> {
             self.0.lock().unwrap().push(messages.to_vec());
+            Ok(())
         }
     }
 

@@ -191,7 +191,7 @@ fn disable_performance_counters(vm: &VmFd) {
 struct MessageRoutes(Arc<VmFd>);
 
 impl MessageSink for MessageRoutes {
-    fn set(&mut self, messages: &[Option<Message>]) {
+    fn set(&mut self, messages: &[Option<Message>]) -> io::Result<()> {
         let entry = |(gsi, message): (u32, &Option<Message>)| {
             let Message { address, data } = (*message)?;
             let [low, high] =
@@ -210,11 +210,9 @@ impl MessageSink for MessageRoutes {
             })
         };
         let entries: Vec<_> = (0..).zip(messages).filter_map(entry).collect();
-        // KVM accepts 4096 entries, and there are at most 24. It fails only when the host is out of memory, in which
-        // case the guest loses the interrupts of a device, as with a broken device.
-        if let Ok(table) = KvmIrqRouting::from_entries(&entries) {
-            let _ = self.0.set_gsi_routing(&table);
-        }
+        // KVM accepts 4096 entries, and there are at most 24.
+        let table = KvmIrqRouting::from_entries(&entries).map_err(|_| io::ErrorKind::InvalidInput)?;
+        Ok(self.0.set_gsi_routing(&table)?)
     }
 }
 
