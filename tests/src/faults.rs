@@ -22,8 +22,9 @@ pub struct Kind {
     pub number: u64,
     /// The argument that chooses an operation, 0 for calls with a single one.
     pub operation: u64,
-    /// Whether it is on an eventfd, whose reads and writes do not fail.
-    pub is_on_eventfd: bool,
+    /// Whether nothing is gained by its failure: reads and writes of eventfds do not fail, and the standard library panics
+    /// if it cannot receive the result of a child's execve.
+    pub is_exempt: bool,
 }
 
 impl fmt::Display for Kind {
@@ -41,7 +42,7 @@ impl Kind {
             _ => 0,
         };
         let operation = operation & 0xffff_ffff;
-        Self { thread: thread.to_owned(), number, operation, is_on_eventfd: false }
+        Self { thread: thread.to_owned(), number, operation, is_exempt: false }
     }
 
     /// The name of the call, as in the manual.
@@ -54,8 +55,10 @@ impl Kind {
     /// failure the C library does not expect.
     #[must_use]
     pub fn error(&self) -> Option<i32> {
+        if self.is_exempt {
+            return None;
+        }
         Some(match self.name() {
-            "read" | "write" if self.is_on_eventfd => return None,
             "exit" | "exit_group" | "rt_sigreturn" | "brk" | "futex" | "sched_yield" | "getpid"
             | "gettid" | "getuid" | "geteuid" | "getgid" | "getegid" | "set_robust_list" | "rseq"
             | "set_tid_address" | "arch_prctl" | "rt_sigprocmask" | "rt_sigaction" | "sigaltstack"
@@ -119,6 +122,8 @@ struct Thread {
     name: Option<String>,
     /// The error that replaces the result of the call that it executes.
     replaced: Option<i32>,
+    /// Whether it has started a process, and not received the result of its execve yet.
+    has_forked: bool,
 }
 
 /// Runs a program to the end of all processes that it started. A fault has the error of its kind.
@@ -256,7 +261,12 @@ impl Tracer<'_> {
         let entry = unsafe { info.u.entry };
         let name = state.name.get_or_insert_with(|| comm(thread));
         let mut kind = Kind::new(name, entry.nr, entry.args);
-        kind.is_on_eventfd = matches!(kind.name(), "read" | "write") && is_eventfd(thread, entry.args[0]);
+        kind.is_exempt = match kind.name() {
+            "read" | "write" => is_eventfd(thread, entry.args[0]),
+            "recvfrom" => std::mem::take(&mut state.has_forked),
+            _ => false,
+        };
+        state.has_forked |= kind.name() == "clone";
         if kind.name() == "prctl" {
             // It may change its name.
             state.name = None;

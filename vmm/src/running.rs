@@ -94,7 +94,8 @@ impl StoppedMachine {
     /// Leaves memory and KVM objects to the kernel, for a program that exits now: the exit frees the memory, and the
     /// kernel destroys the KVM objects and the watch on mapped files after it, so that no process waits for that.
     pub fn leave_to_kernel(mut self) {
-        if self.0.outlives.is_none() {
+        // A jail does not allow it any more; there it was tried before the guest ran.
+        if !self.0.machine.jail.is_on() {
             self.0.prepare_to_leave();
         }
         std::mem::forget(self);

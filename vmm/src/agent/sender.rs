@@ -79,7 +79,8 @@ impl Sender {
             match send(&self.stream, &queue.unsent, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
                 Ok(count) => drop(queue.unsent.drain(..count)),
                 Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => return,
+                // A host without memory accepts no more bytes for now either.
+                Err(Errno::AGAIN | Errno::NOBUFS | Errno::NOMEM) => return,
                 // The guest has closed the connection; the queue has no receiver.
                 Err(_) => *queue = Queue::default(),
             }

@@ -108,6 +108,12 @@ pub(super) struct Connection {
     reported_shutdown: u32,
 }
 
+/// Whether a socket accepts no more bytes for now: it is full, or the host has no memory for them.
+fn is_full(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::WouldBlock
+        || matches!(error.raw_os_error(), Some(libc::ENOBUFS | libc::ENOMEM))
+}
+
 impl Connection {
     /// A program of the host requests a port of the guest. `buf_alloc` is the size of the buffer for data of the guest.
     pub(super) const fn requested(stream: UnixStream, ports: Ports, buf_alloc: u32) -> Self {
@@ -182,7 +188,9 @@ impl Connection {
             (op::RESPONSE, State::Requested) if self.opening.is_none() => {
                 self.state = State::Established;
                 let line = format!("OK {}\n", self.ports.host);
-                self.write(line.as_bytes());
+                if !self.write(line.as_bytes()) {
+                    return Outcome::Reset;
+                }
             }
             (_, State::Requested) => return Outcome::Reset,
             (op::RW, _) if self.guest_shutdown & shutdown::SEND == 0 => {
@@ -206,7 +214,7 @@ impl Connection {
         if self.buffer.is_empty() && !self.discards_output {
             match send(&self.stream, chain.readable()) {
                 Ok(count) => written = count,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) if is_full(&error) => {}
                 Err(_) => self.discards_output = true,
             }
         }
@@ -277,7 +285,12 @@ impl Connection {
             let count =
                 match rustix::net::send(&self.stream, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
                     Ok(count) => count,
-                    Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => return,
+                    Err(rustix::io::Errno::INTR) => continue,
+                    Err(error) if is_full(&error.into()) => {
+                        // Without memory there is space in the socket, so that the event must be requested anew.
+                        let _ = watcher.modify(&self.stream, id, Self::EVENTS | EventFlags::OUT);
+                        return;
+                    }
                     Err(_) => return self.discard_output(),
                 };
             self.buffer.consume(count);
@@ -297,10 +310,10 @@ impl Connection {
         self.forwarded(lost);
     }
 
-    /// Writes a line to a socket whose buffer has space for it.
-    fn write(&mut self, line: &[u8]) {
+    /// Writes a line to a socket whose buffer has space for it. Returns whether it was written.
+    fn write(&self, line: &[u8]) -> bool {
         let sent = rustix::net::send(&self.stream, line, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
-        self.discards_output |= sent != Ok(line.len());
+        sent == Ok(line.len())
     }
 
     fn watch_output(&mut self, id: u32, wanted: bool, watcher: &Watcher) {
