@@ -2,7 +2,8 @@
 #![expect(unsafe_code, reason = "ptrace has no safe interface")]
 
 use crate::Outcome;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
+use std::collections::hash_map::{Entry, HashMap};
 use std::fmt;
 use std::io::{self, Read, Seek};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -217,8 +218,8 @@ impl Tracer<'_> {
             | libc::PTRACE_O_TRACEEXEC
             | libc::PTRACE_O_EXITKILL;
         let signal = libc::WSTOPSIG(status);
-        if !self.threads.contains_key(&thread) {
-            self.threads.insert(thread, Thread::default());
+        if let Entry::Vacant(new) = self.threads.entry(thread) {
+            new.insert(Thread::default());
             self.live.lock().unwrap().insert(thread);
             // SAFETY: the thread is a stopped tracee. Its children have the same options.
             unsafe { libc::ptrace(libc::PTRACE_SETOPTIONS, thread, 0, i64::from(OPTIONS)) };
@@ -298,4 +299,70 @@ fn set_register(thread: i32, register: i32, value: i64) {
 
 fn comm(thread: i32) -> String {
     std::fs::read_to_string(format!("/proc/{thread}/comm")).unwrap_or_default().trim_end().to_owned()
+}
+
+/// Number of calls that fail, spread over a run; more by the environment variable of [`crate::rounds`].
+const FAULTS: u32 = 16;
+/// Maximum number of calls of a kind that fail: the same code executes most of the others.
+const OF_A_KIND: usize = 3;
+
+/// The calls of a run that can fail.
+fn of(calls: Vec<Kind>) -> Vec<Fault> {
+    let mut counts: HashMap<Kind, usize> = HashMap::new();
+    let mut faults = Vec::new();
+    for kind in calls.into_iter().filter(|kind| kind.error().is_some()) {
+        let count = counts.entry(kind.clone()).or_default();
+        if *count < OF_A_KIND {
+            faults.push(Fault { kind, after: *count });
+        }
+        *count += 1;
+    }
+    faults
+}
+
+/// Lets calls of a command fail, one in each run of it, and checks that it ends with an error or as always. `is_left` gets
+/// the status, and names what is left that should not be.
+///
+/// # Panics
+/// When a run hangs, panics, ends without an error although its output is another one, or leaves something.
+pub fn each_call_fails(
+    mut command: impl FnMut() -> Command,
+    mut is_left: impl FnMut(Option<i32>) -> Option<String>,
+) {
+    let whole = trace(&mut command(), None);
+    assert!(whole.is_in_time && whole.outcome.status == Some(0), "{}", whole.outcome);
+    let output = whole.outcome.stdout;
+    assert_eq!(is_left(Some(0)), None, "after a run without a fault");
+    let faults = of(whole.calls);
+    let rounds = crate::rounds(FAULTS) as usize;
+    let step = faults.len().div_ceil(rounds.min(faults.len()));
+    let mut wrong = Vec::new();
+    for (number, fault) in faults.iter().enumerate().step_by(step) {
+        if number % (step * 20) == 0 {
+            crate::print_progress(&format!("call {number} of {}: {fault}", faults.len()));
+        }
+        let traced = trace(&mut command(), Some(fault));
+        let outcome = &traced.outcome;
+        let is_whole = outcome.status == Some(0) && outcome.stdout == output;
+        let is_reported = matches!(outcome.status, Some(1..=127)) && !outcome.stderr.is_empty();
+        // The guest's command got SIGPIPE, because the connection for its output ended.
+        let is_reported = is_reported || outcome.status == Some(141);
+        // The standard library panics if it cannot set its stacks up before it calls `main`.
+        if outcome.stderr.contains("/stack_overflow.rs:") {
+            continue;
+        }
+        let is_panic = outcome.stderr.contains("panicked");
+        let mut say = |what: &str| wrong.push(format!("{fault}: {what}; {outcome}"));
+        if !traced.is_in_time {
+            say("a process did not end");
+        } else if !is_whole && !is_reported {
+            say("no error");
+        } else if is_panic {
+            say("panic");
+        }
+        if let Some(left) = is_left(outcome.status) {
+            say(&left);
+        }
+    }
+    assert!(wrong.is_empty(), "{} of {} calls:\n{}", wrong.len(), faults.len(), wrong.join("\n"));
 }
