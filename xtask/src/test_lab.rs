@@ -25,8 +25,19 @@ const SLOW_OUTPUT_TIMEOUT: Duration = Duration::from_secs(3600);
 /// The environment variable with the number of rounds of tests that repeat their work.
 const ROUNDS: &str = "KINDLING_ROUNDS";
 /// The longest programs start first, so that both labs end at about the same time.
-const LONGEST: [&str; 9] =
-    ["preboot", "cp", "images", "run", "root", "shared_folder", "payload", "instances", "hostile"];
+const LONGEST: [&str; 11] = [
+    "preboot",
+    "cp",
+    "images",
+    "run",
+    "many",
+    "failed_calls",
+    "root",
+    "shared_folder",
+    "payload",
+    "instances",
+    "hostile",
+];
 /// The prefix of lines of the lab's shell for this program, at the start of a line.
 const MARK: &str = "test lab:";
 /// The word after the mark: the lab has booted, or the result of a program.
