@@ -7,6 +7,7 @@ use std::io::Write;
 #[unsafe(no_mangle)]
 extern "C" fn main(_argc: libc::c_int, _argv: *const *const libc::c_char) -> libc::c_int {
     kindling::vmm::entry::prepare();
+    kindling::vmm::entry::keep_inherited_from_children();
     let status = crate::run();
     // A closed pipe is not an error.
     let _ = std::io::stdout().flush();

@@ -4,7 +4,7 @@
 //! refuse it, and without any. The table of all is in `docs/jail.md`.
 #![expect(unsafe_code, reason = "the attempts are system calls that have no safe interface")]
 
-use kindling_vmm::jail::{self, Jail, Layer, Thread};
+use kindling_vmm::jail::{self, Jail, Layer, Limits, Thread};
 use std::fmt::Write as _;
 use std::io;
 
@@ -142,6 +142,16 @@ const ATTEMPTS: &[Attempt] = &[
         call!(SYS_setns, process, libc::CLONE_NEWNS)
     }),
     ("write beyond the largest disk", LIMITS, || call!(SYS_pwrite64, VICTIM, text!("x"), 1, 1_i64 << 30)),
+    ("take more memory than the guest's and its own", LIMITS, || {
+        let end = call!(SYS_brk, 0);
+        if call!(SYS_brk, end + (2 << 30)) > end {
+            return 0;
+        }
+        // It returns the end of the heap as before, and no error.
+        // SAFETY: the variable of this thread.
+        unsafe { *libc::__errno_location() = libc::ENOMEM };
+        -1
+    }),
     ("open a Unix socket", FILTER, || socket(libc::AF_UNIX, libc::SOCK_STREAM)),
     ("open a pair of sockets", FILTER, || call!(SYS_socketpair, libc::AF_UNIX, libc::SOCK_STREAM, 0, &[0_i32; 2])),
     ("open a vsock of the host", FILTER, || socket(libc::AF_VSOCK, libc::SOCK_STREAM)),
@@ -192,17 +202,16 @@ const VICTIM: libc::c_int = 900;
 
 /// Confines the calling process, which has one thread.
 fn confine(by: By, place: Place) {
-    /// The largest file of the monitor in bytes.
-    const LARGEST: Option<u64> = Some(1 << 20);
+    const LIMITED: Limits = Limits { file: Some(1 << 20), memory: Some(1 << 30) };
     match (place, by) {
         (Place::Outside, _) => {}
         (Place::LayerAlone, By::Layer(layer)) => {
             // Landlock needs it, or a privilege.
-            assert!(jail::enter(&[layer], LARGEST).is_empty());
+            assert!(jail::enter(&[layer], LIMITED).is_empty());
         }
         (Place::LayerAlone, By::Filter) => Jail::default().confine_thread(Thread::EventLoop).unwrap(),
         (Place::Jail, _) => {
-            assert!(Jail::default().confine_process(LARGEST).unwrap().is_empty());
+            assert!(Jail::default().confine_process(LIMITED).unwrap().is_empty());
             Jail::default().confine_thread(Thread::EventLoop).unwrap();
         }
     }
@@ -219,7 +228,7 @@ fn attempt((_, by, attempt): &Attempt, place: Place) -> Outcome {
         confine(*by, place);
         let result = attempt();
         let error = io::Error::last_os_error().raw_os_error();
-        let rights = [libc::EPERM, libc::EACCES, libc::EFBIG, libc::EBADF, libc::EMFILE];
+        let rights = [libc::EPERM, libc::EACCES, libc::EFBIG, libc::EBADF, libc::EMFILE, libc::ENOMEM];
         let is_refused = match *by {
             // The other reasons are those of limits only.
             LIMITS => error.is_some_and(|error| rights[2..].contains(&error)),
@@ -389,7 +398,7 @@ fn see_in_full_jail(user: u32) -> Seen {
         // SAFETY: the calls change this process only. A program that the user starts can read its own folder in /proc.
         let is_user = unsafe { libc::setuid(user) == 0 && libc::prctl(libc::PR_SET_DUMPABLE, 1) == 0 };
         let jail = serde_json::from_str::<Jail>(r#"{"strictness": "Full", "on_refusal": "End"}"#).unwrap();
-        let left_out = jail.confine_process(None).map_err(|error| error.to_string());
+        let left_out = jail.confine_process(Limits::default()).map_err(|error| error.to_string());
         let result = jail.enter_root().map_err(|error| error.to_string());
         let message = format!("{is_user} {left_out:?} {result:?}\n");
         let _ = io::Write::write_all(&mut &its, message.as_bytes());

@@ -28,10 +28,20 @@ pub fn prepare() {
 
 /// Closes all descriptors but the standard streams: those that the parent of this process's parent has left open.
 pub fn close_inherited() {
+    inherited(0);
+}
+
+/// Keeps all descriptors but the standard streams from the programs that this process executes: those that its parent has
+/// left open are no business of a converter or a file server that has been taken over.
+pub fn keep_inherited_from_children() {
+    inherited(libc::CLOSE_RANGE_CLOEXEC);
+}
+
+fn inherited(flags: libc::c_uint) {
     let first = libc::c_uint::try_from(stderr().as_raw_fd()).unwrap_or_default() + 1;
-    // SAFETY: no object of this program has a descriptor yet. Kernels before 5.9 do not have the call, and no supported
-    // one is as old.
-    unsafe { libc::syscall(libc::SYS_close_range, first, libc::c_uint::MAX, 0) };
+    // SAFETY: no object of this program has a descriptor yet. Kernels before 5.9 do not have the call, and 5.11 has the
+    // flag; no supported one is as old.
+    unsafe { libc::syscall(libc::SYS_close_range, first, libc::c_uint::MAX, flags) };
 }
 
 /// Raises the limit of open descriptors to the hard limit: each vsock connection takes one, and the usual soft limit of

@@ -9,18 +9,25 @@ use crate::devices::virtio::fs::Server;
 use crate::devices::virtio::vsock::Listener;
 use crate::entry;
 use crate::error::{Error, with_causes};
+use crate::jail::Limits;
+use crate::layout;
 use crate::machine::{Machine, Purpose};
 use crate::preboot::capture;
 use crate::preboot::error::PrebootError;
 use crate::resources::{Backend, Backing, Resources};
 use guest_protocol::BootMark;
 use rustix::fs::{FlockOperation, fcntl_lock, fstat};
+use rustix::process::{Signal, set_parent_process_death_signal};
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 
 /// Exit status of a guest that failed.
 const STATUS_FAILURE: u8 = 125;
+
+/// Address space of a monitor without guest memory and persistent memory, in bytes: its program, stacks of 16 vCPUs, and
+/// buffers of vsock connections, most of which are never used.
+const OWN_MEMORY_MAX: u64 = 1 << 30;
 
 /// Serves a first request with its descriptors until the machine has ended.
 type Serve = fn(Start, Vec<OwnedFd>, &Channel) -> Result<(), Error>;
@@ -51,12 +58,13 @@ pub fn serve(socket: UnixStream) -> Result<(), ControlError> {
 
 /// Runs a machine.
 fn run(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result<(), Error> {
-    let Start { config, mut timeline, descriptors: roles, .. } = start;
-    let Received { resources, _lock, largest_file } =
+    let Start { config, mut timeline, descriptors: roles, ends_with_thread, .. } = start;
+    let Received { resources, _lock, limits } =
         Received::from_frame(&config, &roles, descriptors, Backing::Configured)?;
     timeline.reached("configuration received");
     entry::raise_descriptor_limit();
-    config.jail.confine_process(Some(largest_file))?;
+    config.jail.confine_process(limits)?;
+    end_with_thread(ends_with_thread);
     timeline.reached("process confined");
     let mut machine = Machine::with_resources(&config, resources, timeline, Purpose::Run)?;
     if let Some(refusal) = machine.preboot_refusal() {
@@ -77,9 +85,18 @@ fn run(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result<(),
     Ok(())
 }
 
+/// Lets the kernel end this process with the thread that started it, also if its guest has taken it over and it ignores
+/// the end of the socket.
+fn end_with_thread(ends_with_thread: bool) {
+    if ends_with_thread {
+        // It fails for no signal that exists.
+        let _ = set_parent_process_death_signal(Some(Signal::KILL));
+    }
+}
+
 /// Pre-boots a kernel.
 fn preboot(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result<(), Error> {
-    let Start { config, descriptors: roles, .. } = start;
+    let Start { config, descriptors: roles, ends_with_thread, .. } = start;
     let Received { mut resources, .. } =
         Received::from_frame(&config, &roles, descriptors, Backing::Placeholder)?;
     let file =
@@ -87,7 +104,8 @@ fn preboot(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result
     let _ = crate::memory::page_map();
     // Trial guests are started after the first guest: the threads are not confined, and neither is the file's size.
     let jail = config.jail.without_root();
-    jail.confine_process(None)?;
+    jail.confine_process(Limits::default())?;
+    end_with_thread(ends_with_thread);
     jail.hide_memory();
     capture::capture(&config, &resources, &file, &|| Control::new(channel, None))?;
     Ok(channel.send(&Event::Prebooted, EVENT_MAX, &[])?)
@@ -96,8 +114,7 @@ fn preboot(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result
 /// The descriptors of a [`Start`], assigned to their uses.
 struct Received {
     resources: Resources,
-    /// Size in bytes of the largest file of a device.
-    largest_file: u64,
+    limits: Limits,
     /// Locked while this process lives.
     _lock: Option<OwnedFd>,
 }
@@ -141,15 +158,21 @@ impl Received {
         }
         let size =
             |file: &OwnedFd| fstat(file).map_or(0, |status| u64::try_from(status.st_size).unwrap_or(0));
-        let largest_file = devices.iter().map(size).max().unwrap_or(0);
+        let file = devices.iter().map(size).max();
+        let mut memory =
+            config.machine.mem_size_mib.saturating_mul(layout::MIB).saturating_add(OWN_MEMORY_MAX);
         let mut devices = devices.into_iter();
         for device in config.devices.iter() {
-            resources.backends.push(backend(&device, backing, &mut devices)?);
+            let backend = backend(&device, backing, &mut devices)?;
+            if let (DeviceConfig::Pmem(_), Backend::File(file)) = (&device, &backend) {
+                memory = memory.saturating_add(file.metadata().map_or(0, |metadata| metadata.len()));
+            }
+            resources.backends.push(backend);
         }
         if devices.next().is_some() {
             return Err(missing("find a device for each descriptor"));
         }
-        Ok(Self { resources, largest_file, _lock: lock })
+        Ok(Self { resources, limits: Limits { file, memory: Some(memory) }, _lock: lock })
     }
 }
 

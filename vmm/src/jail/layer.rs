@@ -10,8 +10,8 @@ use std::io;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Layer {
-    /// No core dumps, which would contain guest memory, no file longer than the largest disk, and a bounded number of
-    /// descriptors.
+    /// No core dumps, which would contain guest memory, no file longer than the largest disk, no more memory than the guest's
+    /// and what a monitor needs, and a bounded number of descriptors.
     Limits,
     /// Other processes of the user cannot read this process's memory (`PR_SET_DUMPABLE`).
     NotDumpable,
@@ -67,12 +67,21 @@ impl Layer {
     }
 }
 
+/// How much a monitor may use.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Limits {
+    /// Length of the largest file in bytes.
+    pub file: Option<u64>,
+    /// Address space in bytes: guest memory, and that of the monitor itself.
+    pub memory: Option<u64>,
+}
+
 /// Enters layers. Returns those that the host does not have, with its error.
-pub(super) fn enter(layers: &[Layer], largest_file: Option<u64>) -> Vec<(Layer, io::Error)> {
+pub(super) fn enter(layers: &[Layer], limits: Limits) -> Vec<(Layer, io::Error)> {
     let mut missing = Vec::new();
     for &layer in layers {
         let result = match layer {
-            Layer::Limits => limit_all(largest_file),
+            Layer::Limits => limit_all(limits),
             // Not yet: until the guest runs, this process looks at its own descriptors in /proc.
             Layer::NotDumpable => Ok(()),
             Layer::NoNewPrivileges => set_no_new_privs(true),
@@ -98,14 +107,17 @@ pub(super) fn hide_memory() -> Result<(), Errno> {
 
 /// Limits resources, except for the number of processes: at the first entry into the guest, KVM starts a thread of this
 /// process (`kvm_mmu_start_lpage_recovery` in arch/x86/kvm/mmu/mmu.c). The filters refuse to start any other.
-fn limit_all(largest_file: Option<u64>) -> Result<(), Errno> {
+fn limit_all(limits: Limits) -> Result<(), Errno> {
     /// Maximum number of descriptors: each connection to the guest's vsock takes one.
     const DESCRIPTORS_MAX: u64 = 1 << 16;
     /// Minimum of the maximum length of a file in bytes, for the exit status of a detached guest.
     const FILE_MIN: u64 = 4096;
     limit(Resource::Core, 0)?;
-    if let Some(length) = largest_file {
+    if let Some(length) = limits.file {
         limit(Resource::Fsize, length.max(FILE_MIN))?;
+    }
+    if let Some(length) = limits.memory {
+        limit(Resource::As, length)?;
     }
     let own = getrlimit(Resource::Nofile).maximum;
     limit(Resource::Nofile, own.map_or(DESCRIPTORS_MAX, |own| own.min(DESCRIPTORS_MAX)))

@@ -14,7 +14,7 @@ mod namespaces;
 mod refusal;
 mod table;
 
-pub use layer::Layer;
+pub use layer::{Layer, Limits};
 pub use names::name_of;
 pub(crate) use refusal::{STATUS_REFUSED, describe};
 pub use table::{Call, Rule, TABLE, Thread};
@@ -73,15 +73,15 @@ pub struct JailError {
     pub source: io::Error,
 }
 
-/// Enters layers of the jail, for tools that examine them one by one: the calling process can write no file beyond
-/// `largest_file` bytes, among others. Returns the layers that the host does not have, with its errors.
-pub fn enter(layers: &[Layer], largest_file: Option<u64>) -> Vec<(Layer, io::Error)> {
-    layer::enter(layers, largest_file)
+/// Enters layers of the jail, for tools that examine them one by one. Returns the layers that the host does not have, with
+/// its errors.
+pub fn enter(layers: &[Layer], limits: Limits) -> Vec<(Layer, io::Error)> {
+    layer::enter(layers, limits)
 }
 
 /// Enters a layer that is required.
 fn require(layer: Layer) -> Result<(), JailError> {
-    let missing = enter(&[layer], None).into_iter().next();
+    let missing = enter(&[layer], Limits::default()).into_iter().next();
     missing.map_or(Ok(()), |(layer, source)| Err(JailError { what: layer.action(), source }))
 }
 
@@ -95,21 +95,21 @@ impl Jail {
         !matches!(self.strictness, Strictness::Off)
     }
 
-    /// Confines this process, which has one thread, by all layers except the filters of system calls. It can write no
-    /// file beyond `largest_file` bytes. Returns the layers that the host does not have.
+    /// Confines this process, which has one thread, by all layers except the filters of system calls. Returns the layers
+    /// that the host does not have.
     ///
     /// # Errors
     /// When the host does not have a layer that is required.
-    pub fn confine_process(&self, largest_file: Option<u64>) -> Result<Vec<Layer>, JailError> {
+    pub fn confine_process(&self, limits: Limits) -> Result<Vec<Layer>, JailError> {
         if !self.is_on() {
             return Ok(Vec::new());
         }
         let missing = if self.strictness == Strictness::Full {
             // The namespaces drop all capabilities but those to change the root directory, which `enter_root` drops.
             let others = Layer::ALL.into_iter().filter(|layer| *layer != Layer::Capabilities);
-            enter(&iter::once(Layer::Namespaces).chain(others).collect::<Vec<_>>(), largest_file)
+            enter(&iter::once(Layer::Namespaces).chain(others).collect::<Vec<_>>(), limits)
         } else {
-            enter(&Layer::ALL, largest_file)
+            enter(&Layer::ALL, limits)
         };
         let is_required = |layer: Layer| match self.strictness {
             Strictness::Standard => layer.is_in_every_kernel(),

@@ -49,6 +49,7 @@ pub struct Monitor {
     sockets: Vec<SocketPath>,
     events: Mutex<Events>,
     is_detached: bool,
+    ends_with_thread: bool,
 }
 
 impl Monitor {
@@ -72,7 +73,16 @@ impl Monitor {
             sockets: Vec::new(),
             events: Mutex::default(),
             is_detached: false,
+            ends_with_thread: false,
         })
+    }
+
+    /// Lets the kernel end the monitor, when its machine has been requested, with the thread that called [`Self::spawn`],
+    /// even if the guest has taken the monitor over. Not for threads that end before the guest.
+    #[must_use]
+    pub const fn ending_with_thread(mut self) -> Self {
+        self.ends_with_thread = true;
+        self
     }
 
     /// Starts a machine with opened resources. The monitor locks the file `lock`, so that other processes can find the
@@ -165,6 +175,7 @@ impl Monitor {
             config: config.clone(),
             timeline,
             descriptors: roles,
+            ends_with_thread: self.ends_with_thread,
         };
         let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
         Ok(self.channel.send(&request(Box::new(start)), REQUEST_MAX, &descriptors)?)
@@ -225,10 +236,11 @@ impl Monitor {
         Ok(())
     }
 
-    /// Drops the handle without waiting for the monitor, for a front that exits now. The machine stops, if it still
-    /// runs, when the exit closes the socket.
+    /// Kills the monitor without waiting for it, for a front that exits now, with a machine that has stopped or needs not.
     pub fn forget(mut self) {
-        // The servers of shared folders exit with the monitor; waiting for them is not necessary.
+        // A monitor that its guest has taken over may ignore that the socket is closed. The servers of shared folders exit
+        // with it; waiting for them is not necessary.
+        lock(&self.process).iter_mut().for_each(|process| drop(process.kill()));
         self.sockets.clear();
         std::mem::forget(self);
     }
