@@ -75,6 +75,9 @@ struct Prepare {
     /// Do not show progress
     #[arg(long)]
     quiet: bool,
+    /// Show progress even if standard error is not a terminal
+    #[arg(long, conflicts_with = "quiet")]
+    progress: bool,
     /// The parent process, with which this process ends
     #[arg(long, hide = true, value_name = "PID")]
     r#for: Option<u32>,
@@ -148,7 +151,7 @@ fn prepare_image(arguments: &Prepare) -> Result<ExitCode, ExitCode> {
         exit_with(process);
     }
     let image = &arguments.image;
-    let shows_progress = !arguments.quiet && stderr().is_terminal();
+    let shows_progress = arguments.progress || !arguments.quiet && stderr().is_terminal();
     let pull = match arguments.pull {
         PullPolicy::Missing => Pull::Missing,
         PullPolicy::Always => Pull::Always,

@@ -1,8 +1,9 @@
 //! Container images: their conversion to root filesystems, and their configuration.
 
+use crate::converter;
 use serde::{Deserialize, Serialize};
 use std::ffi::{OsStr, OsString};
-use std::io::{self, Read};
+use std::io::{self, IsTerminal, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -170,8 +171,8 @@ fn in_cache(command: &str, arguments: &[&OsStr]) -> Result<Vec<CachedImage>, Ima
         return Err(ImageError::Cache(by_signal(signal)));
     }
     if !output.status.success() {
-        let message = String::from_utf8_lossy(&output.stderr);
-        return Err(ImageError::Cache(message.trim_end().trim_start_matches("error: ").to_owned()));
+        let message = converter::printable(&output.stderr);
+        return Err(ImageError::Cache(message.trim_start_matches("error: ").to_owned()));
     }
     serde_json::from_slice(&output.stdout).map_err(ImageError::Version)
 }
@@ -236,8 +237,10 @@ fn prepare_in(
     if let Some(user) = user {
         command.args(["--user", user]);
     }
-    let output = command.arg("--").arg(image).stdin(Stdio::null()).stderr(Stdio::inherit()).output();
-    let output = output.map_err(ImageError::NoConverter)?;
+    if io::stderr().is_terminal() {
+        command.arg("--progress");
+    }
+    let output = converter::run(command.arg("--").arg(image)).map_err(ImageError::NoConverter)?;
     if let Some(signal) = output.status.signal() {
         let image = Path::new(image).display();
         return Err(ImageError::Failed(format!("{image}: {}", by_signal(signal))));

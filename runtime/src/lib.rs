@@ -17,6 +17,7 @@
 
 mod builder;
 pub mod command;
+mod converter;
 pub mod copy;
 mod environment;
 pub mod exec;
