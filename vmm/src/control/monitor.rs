@@ -9,7 +9,7 @@ use crate::devices::virtio::fs::Server;
 use crate::devices::virtio::vsock::Listener;
 use crate::entry;
 use crate::error::{Error, with_causes};
-use crate::jail::Limits;
+use crate::jail::{Limits, Thread};
 use crate::layout;
 use crate::machine::{Machine, Purpose};
 use crate::preboot::capture;
@@ -102,11 +102,13 @@ fn preboot(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result
     let file =
         resources.preboot.take().ok_or_else(|| missing("receive the file for the pre-booted kernel"))?;
     let _ = crate::memory::page_map();
-    // Trial guests are started after the first guest: the threads are not confined, and neither is the file's size.
+    // Trial guests are started after the first guest, so that all threads have one filter, and the size of files has no
+    // limit.
     let jail = config.jail.without_root();
     jail.confine_process(Limits::default())?;
     end_with_thread(ends_with_thread);
     jail.hide_memory();
+    jail.confine_thread(Thread::Preboot)?;
     capture::capture(&config, &resources, &file, &|| Control::new(channel, None))?;
     Ok(channel.send(&Event::Prebooted, EVENT_MAX, &[])?)
 }

@@ -206,6 +206,8 @@ const fn program(thread: Thread, on_refusal: OnRefusal) -> &'static Program {
         (Thread::EventLoop, OnRefusal::Log) => constant!(EventLoop, Log),
         (Thread::Worker, OnRefusal::End) => constant!(Worker, End),
         (Thread::Worker, OnRefusal::Log) => constant!(Worker, Log),
+        (Thread::Preboot, OnRefusal::End) => constant!(Preboot, End),
+        (Thread::Preboot, OnRefusal::Log) => constant!(Preboot, Log),
     }
 }
 
@@ -290,6 +292,7 @@ mod tests {
                 let call = thread.calls().find(|call| call.number == number);
                 let expected = match call.map(|call| call.rule) {
                     Some(Rule::Any) => libc::SECCOMP_RET_ALLOW,
+                    Some(Rule::OneOf(_, values)) if values.contains(&0) => libc::SECCOMP_RET_ALLOW,
                     _ => libc::SECCOMP_RET_TRAP,
                 };
                 assert_eq!(run(&program, number, [0; 6]), expected, "{thread:?} {number}");
@@ -340,7 +343,9 @@ mod tests {
     fn programs_are_short() {
         for thread in Thread::ALL {
             let length = compile(thread, OnRefusal::End).len();
-            assert!(length <= 72, "{thread:?}: {length}");
+            // A pre-boot takes so long that its filter does not matter.
+            let max = if thread == Thread::Preboot { CAPACITY } else { 72 };
+            assert!(length <= max, "{thread:?}: {length}");
         }
         assert!(TABLE.iter().all(|call| !call.reason.is_empty() && !call.threads.is_empty()));
     }
