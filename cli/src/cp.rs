@@ -177,7 +177,7 @@ impl Interruption {
         let (received, stream) = (Arc::<AtomicU8>::default(), Arc::<OnceLock<UnixStream>>::default());
         let mut signals = Signals::block(false)?;
         let this = Self { received: Arc::clone(&received), stream: Arc::clone(&stream) };
-        thread::spawn(move || {
+        thread::Builder::new().spawn(move || {
             loop {
                 let signal = signals.wait_for_end();
                 match (received.swap(signal, Ordering::AcqRel), stream.get()) {
@@ -186,7 +186,7 @@ impl Interruption {
                     _ => signals::exit(StopCause::Signal(signal)),
                 }
             }
-        });
+        })?;
         Ok(this)
     }
 

@@ -102,19 +102,20 @@ pub(crate) fn apply(
     match check {
         Check::Blob(expected, size) => {
             // Decompression takes longer than all the rest, so it has its own thread, as hashing does.
-            let (result, blob) = thread::scope(|scope| {
+            let (result, blob) = thread::scope(|scope| -> io::Result<_> {
                 let (sender, mut content) = read_ahead::channel();
-                let reading = scope.spawn(move || {
+                let reading = thread::Builder::new().spawn_scoped(scope, move || {
                     // One byte more shows that the blob is too long.
                     let mut blob = HashingReader::new(blob.take(size.saturating_add(1)))?;
                     sender.send_all(decompress(&mut blob));
                     Ok(blob)
-                });
+                })?;
                 let result = unpack(&mut content, left, tree, data).map(drop);
                 // Otherwise the thread would wait for a reader after an error in the archive.
                 drop(content);
-                (result, reading.join())
-            });
+                Ok((result, reading.join()))
+            })
+            .map_err(Error::Read)?;
             let blob =
                 blob.unwrap_or_else(|_| Err(io::Error::other("the decompressing thread has panicked")));
             let blob = blob.map_err(Error::Read)?;

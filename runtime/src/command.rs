@@ -176,7 +176,9 @@ impl Command<'_> {
             Stdio::Inherit => {
                 let to = child.process.address().connect(Role::Input)?;
                 // The thread is not joined, because its read may never return.
-                thread::spawn(move || forward_input(io::stdin(), &to));
+                thread::Builder::new()
+                    .name("kindling-input".to_owned())
+                    .spawn(move || forward_input(io::stdin(), &to))?;
             }
         }
         if let Some(stream) = child.output_stream(Role::Output, self.stdout.unwrap_or(outputs), io::stdout)? {

@@ -1,6 +1,8 @@
 //! System calls that fail, each of a run: the run says so or does without, and nothing is left.
 
+use std::process::Stdio;
 use tests::faults::each_call_fails;
+use tests::run;
 use tests::user::User;
 
 /// The guests' folders that are left of a user.
@@ -36,4 +38,50 @@ fn a_run_with_a_folder_whose_system_calls_fail_says_so_and_leaves_nothing() {
     };
     assert!(command().output().unwrap().status.success());
     each_call_fails(command, |status| unexpected(&user, status));
+}
+
+#[test]
+fn a_boot_whose_system_calls_fail_says_so() {
+    let command = || {
+        let mut boot = tests::boot();
+        boot.args(["--", "/bin/echo", "done"]);
+        boot
+    };
+    each_call_fails(command, |_| None);
+}
+
+#[test]
+fn commands_for_a_guest_whose_system_calls_fail_say_so_and_do_not_harm_it() {
+    let user = User::new();
+    let mut guest = user.run(&["-d", "--name", "guest"]);
+    run(guest.args(["sh", "-c", "echo logged; sleep 100000"])).expect_status(0);
+    let source = user.folder().join("source");
+    std::fs::write(&source, "copied").unwrap();
+    let works = |_| {
+        let outcome = run(user.command("exec").args(["guest", "echo", "works"]));
+        (outcome.stdout != "works\n").then(|| format!("the guest is broken: {outcome}"))
+    };
+    let exec = || {
+        let mut exec = user.command("exec");
+        exec.args(["guest", "sh", "-c", "echo done; echo error >&2"]).stdin(Stdio::null());
+        exec
+    };
+    each_call_fails(exec, works);
+    let copy = || {
+        let mut copy = user.command("cp");
+        copy.arg(&source).arg("guest:/tmp/copy");
+        copy
+    };
+    each_call_fails(copy, works);
+    for name in ["ps", "logs", "inspect", "stats"] {
+        let command = || {
+            let mut command = user.command(name);
+            if name != "ps" {
+                command.arg("guest");
+            }
+            command
+        };
+        each_call_fails(command, works);
+    }
+    run(user.command("rm").args(["--force", "guest"])).expect_status(0);
 }

@@ -15,6 +15,8 @@ pub enum GuestRequest {
     Reset,
     /// The guest has reached the stage at which the machine stops, to be captured as a pre-booted kernel.
     Capture,
+    /// The host could not do what the access takes, so that the machine ends; the text says what failed.
+    HostFailed(&'static str),
     /// The write cannot complete yet; the vCPU repeats it after a short time.
     Retry,
 }

@@ -257,11 +257,13 @@ impl Running {
                 None => ExitReason::Stopped,
             },
         };
+        let failures = devices.virtio.iter().filter_map(|device| lock(device).failure());
+        let failures = failures.chain(lock(&devices.serial).failure());
         Exit {
             reason,
             timeline,
             exits,
-            device_failures: devices.virtio.iter().filter_map(|device| lock(device).failure()).collect(),
+            device_failures: failures.collect(),
             unclaimed_ports: devices.buses.ports.unclaimed(),
             console_tail,
             registers,
@@ -302,6 +304,7 @@ fn reason_of(end: VcpuEnd, console: &[String]) -> ExitReason {
         VcpuEnd::Request(GuestRequest::End(guest_protocol::ExitStatus::InitPanic)) => ExitReason::InitPanic,
         VcpuEnd::Request(GuestRequest::Reset) if has_panicked(console) => ExitReason::GuestPanic,
         VcpuEnd::Request(GuestRequest::Reset) => ExitReason::Reset,
+        VcpuEnd::Request(GuestRequest::HostFailed(what)) => ExitReason::VmmFailure(what.to_owned()),
         // Only a machine that is captured has a device that requests `Capture`, and only memory-mapped devices request
         // `Retry`, which the vCPU handles.
         VcpuEnd::Request(GuestRequest::Capture | GuestRequest::Retry) => ExitReason::Stopped,

@@ -14,13 +14,15 @@ use rustix::event::{PollFd, PollFlags, poll};
 /// The destination of a guest's console output.
 ///
 /// Output that cannot be written (a closed pipe, a full disk) is dropped: a guest does not fail because of a missing
-/// reader. A write to a full pipe blocks the vCPU until the reader reads, or until the machine is stopped.
+/// reader. The machine's end reports the first error but a closed pipe. A write to a full pipe blocks the vCPU until the reader reads, or until the machine is stopped.
 pub struct ConsoleOutput {
     target: Option<File>,
     /// Size of the file in bytes, when the file is limited.
     length: Option<u64>,
     stopping: Arc<AtomicBool>,
     tail: VecDeque<u8>,
+    /// The first error.
+    failure: Option<io::Error>,
 }
 
 impl fmt::Debug for ConsoleOutput {
@@ -40,7 +42,7 @@ impl ConsoleOutput {
     /// returns and drops its bytes.
     #[must_use]
     pub fn new(target: Option<File>, stopping: Arc<AtomicBool>) -> Self {
-        Self { target, length: None, stopping, tail: VecDeque::new() }
+        Self { target, length: None, stopping, tail: VecDeque::new(), failure: None }
     }
 
     /// Creates an output that writes to a new file, of which the last 8 to 16 MiB are kept. A file that is not a
@@ -73,6 +75,12 @@ impl ConsoleOutput {
         last
     }
 
+    /// Why output is missing at the target; `None` if all of it is there, or nobody reads it any more.
+    #[must_use]
+    pub fn failure(&self) -> Option<String> {
+        self.failure.as_ref().map(|error| format!("cannot write the output of the console: {error}"))
+    }
+
     fn write_target(&mut self, mut bytes: &[u8]) {
         let Some(target) = &mut self.target else { return };
         while !bytes.is_empty() {
@@ -84,7 +92,12 @@ impl ConsoleOutput {
                     // A signal interrupts the poll, so that the loop checks `stopping` again.
                     let _ = poll(&mut [PollFd::new(target, PollFlags::OUT)], None);
                 }
-                Err(_) => return,
+                Err(error) => {
+                    if error.kind() != io::ErrorKind::BrokenPipe {
+                        self.failure.get_or_insert(error);
+                    }
+                    return;
+                }
             }
             if self.stopping.load(Ordering::Acquire) {
                 return;

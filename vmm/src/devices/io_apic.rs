@@ -140,13 +140,13 @@ impl IoApic {
         }
     }
 
-    fn write_register(&mut self, value: u32) {
+    fn write_register(&mut self, value: u32) -> Option<GuestRequest> {
         if self.state.select == ID {
             // Bits 24 to 27 are the APIC ID.
             self.state.id = value & 0x0f00_0000;
-            return;
+            return None;
         }
-        let Some((index, upper)) = self.selected_entry() else { return };
+        let (index, upper) = self.selected_entry()?;
         let old = self.state.entries[index];
         let value = u64::from(value);
         let new = if upper {
@@ -157,9 +157,13 @@ impl IoApic {
         self.state.entries[index] = new;
         // Each routing update makes KVM wait for an SRCU grace period, so that writes without effect are not forwarded.
         if message(old) != message(new) {
-            // If the host is out of memory, the guest loses the interrupts of a device, as with a broken device.
-            let _ = self.sink.set(&self.state.entries.map(message));
+            // Without its interrupts, the guest would wait for a device for ever.
+            let result = self.sink.set(&self.state.entries.map(message));
+            return result
+                .is_err()
+                .then_some(GuestRequest::HostFailed("the host has no memory to route an interrupt"));
         }
+        None
     }
 }
 
@@ -192,7 +196,7 @@ impl BusDevice for IoApic {
         let Ok(data) = <[u8; 4]>::try_from(data) else { return None };
         match offset {
             SELECT => self.state.select = data[0],
-            WINDOW => self.write_register(u32::from_le_bytes(data)),
+            WINDOW => return self.write_register(u32::from_le_bytes(data)),
             _ => {}
         }
         None

@@ -135,6 +135,12 @@ impl SerialPort {
         let _ = self.uart.enqueue_raw_bytes(bytes);
     }
 
+    /// Why output is missing, as [`ConsoleOutput::failure`].
+    #[must_use]
+    pub fn failure(&self) -> Option<String> {
+        self.uart.writer().failure()
+    }
+
     /// The last lines of output, at most `lines` of them, oldest first.
     #[must_use]
     pub fn last_lines(&self, lines: usize) -> Vec<String> {
