@@ -89,19 +89,6 @@ fn a_front_that_is_killed_leaves_no_process() {
 }
 
 #[test]
-fn a_monitor_that_does_not_react_ends_with_its_front() {
-    let user = User::new();
-    let mut run = user.shell("echo ready; sleep 1000");
-    let mut front = run.stdout(Stdio::piped()).spawn().unwrap();
-    front.stdout.as_mut().unwrap().read_exact(&mut [0; 6]).unwrap();
-    // As one that its guest has taken over, and that ignores the end of the socket.
-    processes("kindling-vmm").into_iter().for_each(|id| tests::kill(id, libc::SIGSTOP));
-    front.kill().unwrap();
-    front.wait().unwrap();
-    wait_for_all();
-}
-
-#[test]
 fn a_file_server_that_is_killed_fails_its_folder_only() {
     at_each_moment(
         |_| processes("kindling-fs").into_iter().for_each(|id| tests::kill(id, libc::SIGKILL)),

@@ -16,7 +16,6 @@ use kindling::image;
 use kindling::launch::{self, LaunchError, LaunchOptions};
 use kindling::vmm;
 use kindling::vmm::Timeline;
-use kindling::vmm::control::Monitor;
 pub(crate) use outcome::StopCause;
 use session::Session;
 
@@ -55,7 +54,7 @@ fn stay((): &(), entered: vmm::Instant) -> u8 {
 
 fn execute(arguments: &Arguments, mut timeline: Timeline) -> Result<u8, LaunchError> {
     // The monitor starts while this process prepares the guest.
-    let monitor = launch::spawn_monitor().map(Monitor::ending_with_thread);
+    let monitor = launch::spawn_monitor();
     let prepared = image::prepare(&arguments.image, arguments.user.as_deref(), &arguments.pull)?;
     timeline.reached("root filesystem found");
     let guest = GuestDir::create(arguments.name.as_deref())?;

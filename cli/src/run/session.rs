@@ -102,7 +102,7 @@ impl<'a> Session<'a> {
                     print_refusal(&reason);
                     self.config.preboot = None;
                     drop(monitor);
-                    monitor = launch::spawn_monitor()?.ending_with_thread();
+                    monitor = launch::spawn_monitor()?;
                     self.resources = Resources::reopen_devices(&self.config)?;
                 }
             }

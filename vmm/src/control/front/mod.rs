@@ -78,7 +78,8 @@ impl Monitor {
     }
 
     /// Lets the kernel end the monitor, when its machine has been requested, with the thread that called [`Self::spawn`],
-    /// even if the guest has taken the monitor over. Not for threads that end before the guest.
+    /// even if the guest has taken the monitor over. Not for guests with connections to other programs, which would lose
+    /// what the guest sent to them before its end.
     #[must_use]
     pub const fn ending_with_thread(mut self) -> Self {
         self.ends_with_thread = true;
@@ -236,11 +237,11 @@ impl Monitor {
         Ok(())
     }
 
-    /// Kills the monitor without waiting for it, for a front that exits now, with a machine that has stopped or needs not.
+    /// Drops the handle without waiting for the monitor, for a front that exits now. The machine stops, if it still
+    /// runs, when the exit closes the socket.
     pub fn forget(mut self) {
-        // A monitor that its guest has taken over may ignore that the socket is closed. The servers of shared folders exit
-        // with it; waiting for them is not necessary.
-        lock(&self.process).iter_mut().for_each(|process| drop(process.kill()));
+        // The monitor is not killed: it still delivers what the guest sent to other programs before its end. The servers of
+        // shared folders exit with it; waiting for them is not necessary.
         self.sockets.clear();
         std::mem::forget(self);
     }

@@ -21,6 +21,12 @@ pub(super) fn send(socket: &UnixStream, segments: &[Segment]) -> io::Result<usiz
     })
 }
 
+/// Whether a socket accepts no more bytes for now: it is full, or the host has no memory for them.
+pub(super) fn is_full(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::WouldBlock
+        || matches!(error.raw_os_error(), Some(libc::ENOBUFS | libc::ENOMEM))
+}
+
 /// The result of a receive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Received {

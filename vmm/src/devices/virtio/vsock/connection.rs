@@ -8,7 +8,7 @@ use super::buffers::{Batch, Buffer, DataChain};
 use super::packet::{HEADER_LEN, HOST_CID, Header, STREAM, op, shutdown};
 use super::{BUDGET, BUDGET_BYTES, RX, next_chain};
 use crate::devices::virtio::queue::fill;
-use crate::devices::virtio::stream::{receive, send};
+use crate::devices::virtio::stream::{is_full, receive, send};
 use crate::devices::virtio::{Chain, DeviceError, Queues, Segment, Watcher};
 use rustix::event::epoll::EventFlags;
 use rustix::net::SendFlags;
@@ -106,12 +106,6 @@ pub(super) struct Connection {
     /// Whether the guest sends credit updates without a request.
     updates_credit_unasked: bool,
     reported_shutdown: u32,
-}
-
-/// Whether a socket accepts no more bytes for now: it is full, or the host has no memory for them.
-fn is_full(error: &io::Error) -> bool {
-    error.kind() == io::ErrorKind::WouldBlock
-        || matches!(error.raw_os_error(), Some(libc::ENOBUFS | libc::ENOMEM))
 }
 
 impl Connection {
