@@ -138,8 +138,9 @@ impl<'a> Service<'a> {
             }
         }
         let status = code.unwrap_or(Err(AgentError::Lost))?;
+        let is_incomplete = writers.print_failure();
         // A command whose output is incomplete has not succeeded.
-        Ok(if writers.has_failed() && status == 0 { STATUS_FAILURE } else { status })
+        Ok(if is_incomplete && status == 0 { STATUS_FAILURE } else { status })
     }
 
     /// Gives the guest a time to end by itself if its agent has closed the connection to the command; ends it at once if
@@ -150,10 +151,8 @@ impl<'a> Service<'a> {
             _ => Duration::ZERO,
         };
         let until = Instant::now() + limit;
-        self.deadline.get_or_insert((until, StopCause::Lost));
-        if self.deadline.is_some_and(|(deadline, _)| deadline > until) {
-            self.deadline = Some((until, StopCause::Lost));
-        }
+        let earlier = self.deadline.filter(|(deadline, _)| *deadline <= until);
+        self.deadline = earlier.or(Some((until, StopCause::Lost)));
     }
 
     /// Waits until the program of a process was executed, or could not be. Returns whether it was executed.
@@ -315,8 +314,8 @@ impl Writers {
         Ok(())
     }
 
-    /// Prints what failed; returns whether something did.
-    fn has_failed(&self) -> bool {
+    /// Prints why output is incomplete; returns whether it is.
+    fn print_failure(&self) -> bool {
         let failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
         failure.iter().for_each(|error| crate::print_error(error));
         failure.is_some()
