@@ -73,12 +73,10 @@ fn commands_for_a_guest_whose_system_calls_fail_say_so_and_do_not_harm_it() {
         copy
     };
     each_call_fails(copy, works);
-    for name in ["ps", "logs", "inspect", "stats"] {
+    for [name, argument] in [["ps", "--json"], ["logs", "guest"], ["inspect", "guest"]] {
         let command = || {
             let mut command = user.command(name);
-            if name != "ps" {
-                command.arg("guest");
-            }
+            command.arg(argument);
             command
         };
         each_call_fails(command, works);

@@ -2,6 +2,7 @@
 //! a lock that is held while the guest runs.
 
 mod error;
+mod files;
 pub(crate) mod owner;
 mod process;
 mod stop;
@@ -13,13 +14,14 @@ pub use stop::StopRequest;
 pub use usage::Usage;
 
 use crate::image::User;
+use files::{is_locked, read_record};
 use owner::Owner;
 use rustix::fs::{FlockOperation, Mode, OFlags, fcntl_lock, flock, mkdir, open};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -153,7 +155,7 @@ impl GuestDir {
             Ok(()) => Ok((lock, front)),
             Err(Errno::EXIST | Errno::NOTEMPTY) => {
                 let name = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
-                Err(GuestError::Taken { name, is_alive: is_locked(folder) })
+                Err(GuestError::Taken { name, is_alive: is_locked(folder)? })
             }
             Err(error) => Err(host("create the directory", folder)(error.into())),
         }
@@ -286,21 +288,27 @@ impl Guest {
         if !folder.is_dir() {
             return Err(GuestError::Unknown(name.to_owned()));
         }
-        Ok(Self::in_folder(name.to_owned(), folder))
+        Self::in_folder(name.to_owned(), folder)
     }
 
-    fn in_folder(name: String, folder: PathBuf) -> Self {
-        let is_alive = is_locked(&folder);
-        let record = read_record(&folder);
-        Self { name, folder, record, is_alive, owner: None }
+    fn in_folder(name: String, folder: PathBuf) -> Result<Self, GuestError> {
+        let is_alive = is_locked(&folder)?;
+        let record = read_record(&folder)?;
+        Ok(Self { name, folder, record, is_alive, owner: None })
     }
 
     fn all() -> Result<Vec<Self>, GuestError> {
         let parent = runtime_directory()?;
-        let entries = parent.read_dir().map_err(host("read", &parent))?;
-        let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-        let names = names.filter(|name| check_name(name).is_ok() && parent.join(name).join(LOCK).exists());
-        let mut all: Vec<_> = names.map(|name| Self::in_folder(name.clone(), parent.join(name))).collect();
+        let mut all = Vec::new();
+        for entry in parent.read_dir().map_err(host("read", &parent))? {
+            let name = entry.map_err(host("read", &parent))?.file_name();
+            let Ok(name) = name.into_string() else { continue };
+            let folder = parent.join(&name);
+            let lock = folder.join(LOCK);
+            if check_name(&name).is_ok() && lock.try_exists().map_err(host("read", &lock))? {
+                all.push(Self::in_folder(name, folder)?);
+            }
+        }
         all.sort_by(|a, b| (a.record.started, &a.name).cmp(&(b.record.started, &b.name)));
         Ok(all)
     }
@@ -411,21 +419,6 @@ impl Guest {
     }
 }
 
-/// Reads the record of a guest. A missing or damaged record is replaced by the default one, so that the guest can still
-/// be listed and removed.
-fn read_record(folder: &Path) -> GuestRecord {
-    let text = std::fs::read(folder.join(RECORD)).unwrap_or_default();
-    let record: GuestRecord = serde_json::from_slice(&text).unwrap_or_default();
-    GuestRecord { status: read_status(&folder.join(STATUS)), ..record }
-}
-
-/// Reads an exit status. The monitor of a detached guest, which the guest may have taken over, can write to the file.
-fn read_status(path: &Path) -> Option<u8> {
-    let mut text = String::new();
-    File::open(path).ok()?.take(NO_STATUS.len() as u64).read_to_string(&mut text).ok()?;
-    text.trim().parse().ok()
-}
-
 /// Creates and locks the file that identifies the front.
 fn lock_front(path: &Path) -> Result<OwnedFd, GuestError> {
     let flags = OFlags::CREATE | OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -459,14 +452,6 @@ fn check_name(name: &str) -> Result<(), GuestError> {
         && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
         && name.bytes().next().is_some_and(|first| first.is_ascii_alphanumeric());
     if is_valid { Ok(()) } else { Err(GuestError::Name(name.to_owned())) }
-}
-
-/// Whether the guest of a directory runs.
-fn is_locked(folder: &Path) -> bool {
-    let lock = open(folder.join(LOCK), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
-    // A shared lock, so that two processes that test at the same time do not mistake each other for the owner. It is
-    // released immediately.
-    lock.is_ok_and(|lock| flock(&lock, FlockOperation::NonBlockingLockShared) == Err(Errno::WOULDBLOCK))
 }
 
 /// Returns the directory of the user's guests: `kindling` in XDG_RUNTIME_DIR, or `kindling-UID` in the directory of temporary
@@ -507,7 +492,7 @@ mod tests {
     fn a_directory_that_another_process_locks_has_no_front() {
         let parent = tempfile::tempdir().unwrap();
         drop(GuestDir::make(parent.path(), "one", true).unwrap());
-        let found = Guest::in_folder("one".to_owned(), parent.path().join("one"));
+        let found = Guest::in_folder("one".to_owned(), parent.path().join("one")).unwrap();
         let _taken = found.take().unwrap();
         assert!(found.front().unwrap().is_none());
         // Older versions do not create the file.
@@ -519,7 +504,7 @@ mod tests {
     fn a_directory_has_one_owner_at_a_time() {
         let parent = tempfile::tempdir().unwrap();
         let parent = parent.path();
-        let found = || Guest::in_folder("one".to_owned(), parent.join("one"));
+        let found = || Guest::in_folder("one".to_owned(), parent.join("one")).unwrap();
         let taken = || match GuestDir::make(parent, "one", true) {
             Err(GuestError::Taken { is_alive, .. }) => is_alive,
             result => panic!("{result:?}"),

@@ -1,6 +1,7 @@
 //! The processes of a guest on the host: finding, signalling and killing them.
 
-use super::{FRONT, Guest, GuestError, MONITOR, host, is_locked, read_record};
+use super::files::{is_locked, read_record};
+use super::{FRONT, Guest, GuestError, MONITOR, host};
 use kindling_vmm::poll::wait_readable;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{Mode, OFlags, open};
@@ -39,7 +40,7 @@ impl Guest {
         }
         match self.holder(FRONT)? {
             // Older versions do not create the file.
-            None if is_locked(&self.folder) && !self.folder.join(FRONT).exists() => {
+            None if is_locked(&self.folder)? && !self.folder.join(FRONT).exists() => {
                 Err(GuestError::Elsewhere(self.name.clone()))
             }
             front => Ok(front),
@@ -106,7 +107,7 @@ impl Guest {
             Err(GuestError::Unknown(_) | GuestError::Runs(_)) => Ok(()),
             Err(error) => Err(error),
             Ok(instance) => {
-                let record = read_record(&self.folder);
+                let record = read_record(&self.folder)?;
                 match record.status {
                     _ if !record.is_kept => instance.remove(),
                     // The guest ended by itself in between.
