@@ -343,7 +343,9 @@ pub fn each_call_fails(
         }
         let traced = trace(&mut command(), Some(fault));
         let outcome = &traced.outcome;
-        let is_whole = outcome.status == Some(0) && outcome.stdout == output;
+        // Without numbers: a guest's age grows.
+        let words = |text: &str| text.replace(|char: char| char.is_ascii_digit(), "");
+        let is_whole = outcome.status == Some(0) && words(&outcome.stdout) == words(&output);
         let is_reported = matches!(outcome.status, Some(0..=127)) && !outcome.stderr.is_empty();
         // The guest's command got SIGPIPE, because the connection for its output ended.
         let is_reported = is_reported || outcome.status == Some(141);

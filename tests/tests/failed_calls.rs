@@ -73,7 +73,7 @@ fn commands_for_a_guest_whose_system_calls_fail_say_so_and_do_not_harm_it() {
         copy
     };
     each_call_fails(copy, works);
-    for [name, argument] in [["ps", "--json"], ["logs", "guest"]] {
+    for [name, argument] in [["ps", "-a"], ["logs", "guest"]] {
         let command = || {
             let mut command = user.command(name);
             command.arg(argument);
