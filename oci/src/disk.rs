@@ -5,7 +5,7 @@ use std::io;
 
 /// The fraction of the disk that stays free: one twentieth.
 const RESERVE: u64 = 20;
-/// What stays free of a large disk in bytes: a twentieth of a terabyte is more than anybody wants to lose.
+/// Maximum of that in bytes: a twentieth of a large disk would be many gigabytes.
 const RESERVE_MAX: u64 = 2 << 30;
 
 /// Fails if less than a twentieth of the file's filesystem, and less than 2 GiB, are free.
@@ -20,9 +20,8 @@ pub(crate) fn check(file: &File) -> io::Result<()> {
 }
 
 /// The number of blocks that stay free, of a filesystem with this number of blocks of this size.
-const fn reserve(blocks: u64, size: u64) -> u64 {
-    let (part, most) = (blocks / RESERVE, RESERVE_MAX / if size == 0 { 1 } else { size });
-    if part < most { part } else { most }
+fn reserve(blocks: u64, size: u64) -> u64 {
+    (blocks / RESERVE).min(RESERVE_MAX / size.max(1))
 }
 
 #[cfg(test)]

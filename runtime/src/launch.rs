@@ -331,7 +331,7 @@ pub fn preboot(
     path: &Path,
     mut next_event: impl FnMut(&Monitor) -> Result<Event, ControlError>,
 ) -> Result<(), LaunchError> {
-    let mut monitor = spawn_monitor()?.ending_with_thread();
+    let mut monitor = spawn_monitor()?;
     let draft = monitor.start_preboot(config, path)?;
     loop {
         match next_event(&monitor).map_err(kindling_vmm::Error::from)? {

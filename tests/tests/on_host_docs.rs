@@ -67,7 +67,7 @@ fn every_test_in_the_documents_exists() {
     }
 }
 
-/// Each row of the table names a test, or gives the reason that there is none.
+/// Each row of the table names a test, or the reason for which there is none.
 #[test]
 fn each_advisory_has_a_test_or_a_reason() {
     let text = std::fs::read_to_string(root().join("docs/advisories.md")).unwrap();

@@ -69,7 +69,7 @@ impl Outcome {
         }
     }
 
-    /// Whether the command ended without a connection to it, so that nobody knows what it printed.
+    /// Whether the command ended without a connection to it, so that its output is unknown.
     const fn is_output_unknown(&self) -> bool {
         matches!(
             self.command,

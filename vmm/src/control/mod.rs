@@ -73,8 +73,6 @@ pub(crate) struct Start {
     timeline: Timeline,
     /// The roles of the descriptors, in the order of the descriptors.
     descriptors: Vec<Role>,
-    /// Whether the kernel ends the monitor with the front's thread that started it.
-    ends_with_thread: bool,
 }
 
 /// The role of a descriptor.

@@ -58,13 +58,12 @@ pub fn serve(socket: UnixStream) -> Result<(), ControlError> {
 
 /// Runs a machine.
 fn run(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result<(), Error> {
-    let Start { config, mut timeline, descriptors: roles, ends_with_thread, .. } = start;
+    let Start { config, mut timeline, descriptors: roles, .. } = start;
     let Received { resources, _lock, limits } =
         Received::from_frame(&config, &roles, descriptors, Backing::Configured)?;
     timeline.reached("configuration received");
     entry::raise_descriptor_limit();
     config.jail.confine_process(limits)?;
-    end_with_thread(ends_with_thread);
     timeline.reached("process confined");
     let mut machine = Machine::with_resources(&config, resources, timeline, Purpose::Run)?;
     if let Some(refusal) = machine.preboot_refusal() {
@@ -85,18 +84,9 @@ fn run(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result<(),
     Ok(())
 }
 
-/// Lets the kernel end this process with the thread that started it, also if its guest has taken it over and it ignores
-/// the end of the socket.
-fn end_with_thread(ends_with_thread: bool) {
-    if ends_with_thread {
-        // It fails for no signal that exists.
-        let _ = set_parent_process_death_signal(Some(Signal::KILL));
-    }
-}
-
 /// Pre-boots a kernel.
 fn preboot(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result<(), Error> {
-    let Start { config, descriptors: roles, ends_with_thread, .. } = start;
+    let Start { config, descriptors: roles, .. } = start;
     let Received { mut resources, .. } =
         Received::from_frame(&config, &roles, descriptors, Backing::Placeholder)?;
     let file =
@@ -106,7 +96,9 @@ fn preboot(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result
     // limit.
     let jail = config.jail.without_root();
     jail.confine_process(Limits::default())?;
-    end_with_thread(ends_with_thread);
+    // The front's thread waits for the result. The kernel ends this process with it, even if a trial guest has taken the
+    // process over; no other program is connected to such a guest. It fails for no signal that exists.
+    let _ = set_parent_process_death_signal(Some(Signal::KILL));
     jail.hide_memory();
     jail.confine_thread(Thread::Preboot)?;
     capture::capture(&config, &resources, &file, &|| Control::new(channel, None))?;
@@ -160,7 +152,7 @@ impl Received {
         }
         let size =
             |file: &OwnedFd| fstat(file).map_or(0, |status| u64::try_from(status.st_size).unwrap_or(0));
-        let file = devices.iter().map(size).max();
+        let file = devices.iter().map(size).max().unwrap_or(0);
         let mut memory =
             config.machine.mem_size_mib.saturating_mul(layout::MIB).saturating_add(OWN_MEMORY_MAX);
         let mut devices = devices.into_iter();
@@ -174,7 +166,7 @@ impl Received {
         if devices.next().is_some() {
             return Err(missing("find a device for each descriptor"));
         }
-        Ok(Self { resources, limits: Limits { file, memory: Some(memory) }, _lock: lock })
+        Ok(Self { resources, limits: Limits { file: Some(file), memory: Some(memory) }, _lock: lock })
     }
 }
 

@@ -49,7 +49,6 @@ pub struct Monitor {
     sockets: Vec<SocketPath>,
     events: Mutex<Events>,
     is_detached: bool,
-    ends_with_thread: bool,
 }
 
 impl Monitor {
@@ -73,17 +72,7 @@ impl Monitor {
             sockets: Vec::new(),
             events: Mutex::default(),
             is_detached: false,
-            ends_with_thread: false,
         })
-    }
-
-    /// Lets the kernel end the monitor, when its machine has been requested, with the thread that called [`Self::spawn`],
-    /// even if the guest has taken the monitor over. Not for guests with connections to other programs, which would lose
-    /// what the guest sent to them before its end.
-    #[must_use]
-    pub const fn ending_with_thread(mut self) -> Self {
-        self.ends_with_thread = true;
-        self
     }
 
     /// Starts a machine with opened resources. The monitor locks the file `lock`, so that other processes can find the
@@ -103,7 +92,8 @@ impl Monitor {
 
     /// Pre-boots a kernel for the machines of a configuration, and runs trial guests from it. The console, the payload
     /// and the contents of the disks are not used. The digests of kernel and initrd are compared with the image's
-    /// first, and the compared copies are booted. [`Event::Prebooted`] or [`Event::Failed`] follows.
+    /// first, and the compared copies are booted. [`Event::Prebooted`] or [`Event::Failed`] follows. The monitor ends with
+    /// the thread that called [`Self::spawn`].
     ///
     /// # Errors
     /// When kernel or initrd do not match the image's digests, a file cannot be opened or created, or the monitor has
@@ -176,7 +166,6 @@ impl Monitor {
             config: config.clone(),
             timeline,
             descriptors: roles,
-            ends_with_thread: self.ends_with_thread,
         };
         let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
         Ok(self.channel.send(&request(Box::new(start)), REQUEST_MAX, &descriptors)?)
