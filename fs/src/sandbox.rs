@@ -9,7 +9,9 @@ use landlock::{
     RulesetCreatedAttr, RulesetError,
 };
 use rustix::fs::Mode;
-use rustix::process::{Resource, Rlimit, getpid, getrlimit, setrlimit, umask};
+use rustix::process::{
+    DumpableBehavior, Resource, Rlimit, getpid, getrlimit, set_dumpable_behavior, setrlimit, umask,
+};
 use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities, set_no_new_privs};
 use seccompiler::{
     BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
@@ -51,8 +53,11 @@ pub(crate) fn enter(folder: BorrowedFd<'_>, is_read_only: bool) -> Result<(), Er
     let none = CapabilitySet::empty();
     set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })
         .map_err(host("drop capabilities"))?;
+    // A core dump would contain what the guest reads and writes, and other processes of the user could read it.
+    setrlimit(Resource::Core, limit(Some(0))).map_err(host("limit core dumps"))?;
+    set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(host("forbid core dumps"))?;
     confine_files(folder, is_read_only)?;
-    confine_calls()
+    confine_calls(is_read_only)
 }
 
 /// Restricts file access to the folder with Landlock. A kernel without Landlock has no restriction. Kernels before 5.19
@@ -79,9 +84,6 @@ const CALLS: &[libc::c_long] = &[
     libc::SYS_writev,
     libc::SYS_pread64,
     libc::SYS_preadv,
-    libc::SYS_pwrite64,
-    libc::SYS_pwritev,
-    libc::SYS_pwritev2,
     libc::SYS_close,
     libc::SYS_ppoll,
     libc::SYS_flock,
@@ -94,26 +96,11 @@ const CALLS: &[libc::c_long] = &[
     libc::SYS_getdents64,
     libc::SYS_lseek,
     libc::SYS_readlinkat,
-    libc::SYS_ftruncate,
-    libc::SYS_fallocate,
     libc::SYS_fsync,
     libc::SYS_fdatasync,
-    libc::SYS_chmod,
-    libc::SYS_fchmodat,
-    libc::SYS_utimensat,
-    libc::SYS_mkdirat,
-    libc::SYS_mknodat,
-    libc::SYS_symlinkat,
-    libc::SYS_linkat,
-    libc::SYS_unlinkat,
-    libc::SYS_renameat,
-    libc::SYS_renameat2,
     libc::SYS_getxattr,
-    libc::SYS_setxattr,
     libc::SYS_listxattr,
-    libc::SYS_removexattr,
     libc::SYS_brk,
-    libc::SYS_mmap,
     libc::SYS_munmap,
     libc::SYS_mremap,
     libc::SYS_madvise,
@@ -128,16 +115,43 @@ const CALLS: &[libc::c_long] = &[
     libc::SYS_exit_group,
 ];
 
+/// The further calls for a folder that the guest can write. Landlock restricts those that change contents and names to the
+/// folder, and no others: a server that a guest has taken over could change mode, times and attributes of other files of
+/// its user. For a read-only folder there are none of these.
+const WRITING_CALLS: &[libc::c_long] = &[
+    libc::SYS_pwrite64,
+    libc::SYS_pwritev,
+    libc::SYS_pwritev2,
+    libc::SYS_ftruncate,
+    libc::SYS_fallocate,
+    libc::SYS_chmod,
+    libc::SYS_fchmodat,
+    libc::SYS_utimensat,
+    libc::SYS_mkdirat,
+    libc::SYS_mknodat,
+    libc::SYS_symlinkat,
+    libc::SYS_linkat,
+    libc::SYS_unlinkat,
+    libc::SYS_renameat,
+    libc::SYS_renameat2,
+    libc::SYS_setxattr,
+    libc::SYS_removexattr,
+];
+
 /// The allowed commands of fcntl: none that makes the kernel send signals.
 const FCNTL: &[libc::c_int] =
     &[libc::F_GETFD, libc::F_GETFL, libc::F_DUPFD_CLOEXEC, libc::F_OFD_GETLK, libc::F_OFD_SETLK];
 
-fn confine_calls() -> Result<(), Error> {
-    let argument = |index, value: u64| {
-        let condition = SeccompCondition::new(index, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)?;
+fn confine_calls(is_read_only: bool) -> Result<(), Error> {
+    let rule = |index, operation, value: u64| {
+        let condition = SeccompCondition::new(index, SeccompCmpArgLen::Dword, operation, value)?;
         SeccompRule::new(vec![condition])
     };
-    let mut rules: BTreeMap<_, _> = CALLS.iter().map(|call| (*call, Vec::new())).collect();
+    let argument = |index, value| rule(index, SeccompCmpOp::Eq, value);
+    let writing = if is_read_only { &[] } else { WRITING_CALLS };
+    let mut rules: BTreeMap<_, _> = CALLS.iter().chain(writing).map(|call| (*call, Vec::new())).collect();
+    let executable = u64::from(libc::PROT_EXEC.unsigned_abs());
+    rules.insert(libc::SYS_mmap, vec![rule(2, SeccompCmpOp::MaskedEq(executable), 0)?]);
     let commands = FCNTL.iter().map(|command| argument(1, u64::from(command.unsigned_abs())));
     rules.insert(libc::SYS_fcntl, commands.collect::<Result<_, _>>()?);
     // An abort sends a signal to the process itself.
@@ -156,9 +170,13 @@ mod tests {
 
     /// The error of a system call in a thread with the filter, or none if it succeeds.
     fn confined(call: fn() -> libc::c_long) -> Option<i32> {
+        confined_to(false, call)
+    }
+
+    fn confined_to(is_read_only: bool, call: fn() -> libc::c_long) -> Option<i32> {
         let thread = std::thread::spawn(move || {
             set_no_new_privs(true).unwrap();
-            confine_calls().unwrap();
+            confine_calls(is_read_only).unwrap();
             (call() == -1).then(|| io::Error::last_os_error().raw_os_error().unwrap())
         });
         thread.join().unwrap()
@@ -175,5 +193,38 @@ mod tests {
         // SAFETY: the call only affects its descriptor.
         let owner = || unsafe { libc::c_long::from(libc::fcntl(0, libc::F_SETOWN, 1)) };
         assert_eq!(confined(owner), Some(libc::EPERM));
+    }
+
+    #[test]
+    fn a_server_of_a_read_only_folder_changes_no_file() {
+        const PATH: *const libc::c_char = c"/nonexistent".as_ptr();
+        // SAFETY: the calls read a path, and there is no file of this name.
+        let calls: [fn() -> libc::c_long; 5] = [
+            || unsafe { libc::syscall(libc::SYS_chmod, PATH, 0o777) },
+            || unsafe { libc::syscall(libc::SYS_utimensat, libc::AT_FDCWD, PATH, 0, 0) },
+            || unsafe { libc::syscall(libc::SYS_setxattr, PATH, PATH, PATH, 1, 0) },
+            || unsafe { libc::syscall(libc::SYS_removexattr, PATH, PATH) },
+            || unsafe { libc::syscall(libc::SYS_unlinkat, libc::AT_FDCWD, PATH, 0) },
+        ];
+        for call in calls {
+            assert_eq!(confined_to(true, call), Some(libc::EPERM));
+            assert_eq!(confined_to(false, call), Some(libc::ENOENT));
+        }
+    }
+
+    #[test]
+    fn memory_cannot_be_executable() {
+        // SAFETY: the kernel chooses the address.
+        let readable = || unsafe {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+            libc::syscall(libc::SYS_mmap, 0, 4096, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)
+        };
+        // SAFETY: the same.
+        let executable = || unsafe {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+            libc::syscall(libc::SYS_mmap, 0, 4096, libc::PROT_READ | libc::PROT_EXEC, flags, -1, 0)
+        };
+        assert_eq!(confined(readable), None);
+        assert_eq!(confined(executable), Some(libc::EPERM));
     }
 }

@@ -4,6 +4,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::retry_on_intr;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 
 /// Maximum length of the description of an image in bytes: manifests and configurations have at most 8 MiB.
@@ -12,6 +13,33 @@ const OUTPUT_MAX: usize = 32 << 20;
 const MESSAGES_MAX: usize = 1 << 20;
 /// Maximum length of a line of a message in bytes; longer ones are divided.
 const LINE_MAX: usize = 16 << 10;
+
+/// The variables that the converter needs: where the cache is, logins and certificates, and proxies. Others may have
+/// secrets, which an image that has taken it over could send anywhere.
+const VARIABLES: [&str; 14] = [
+    "HOME",
+    "XDG_CACHE_HOME",
+    "XDG_RUNTIME_DIR",
+    "KINDLING_CACHE",
+    "DOCKER_CONFIG",
+    "SSL_CERT_FILE",
+    "ALL_PROXY",
+    "all_proxy",
+    "HTTPS_PROXY",
+    "https_proxy",
+    "HTTP_PROXY",
+    "http_proxy",
+    "NO_PROXY",
+    "no_proxy",
+];
+
+/// A command that executes the converter at `program`, with the variables that it needs.
+pub(crate) fn command(program: &Path) -> Command {
+    let mut command = Command::new(program);
+    let given = VARIABLES.into_iter().filter_map(|name| Some((name, std::env::var_os(name)?)));
+    command.env_clear().envs(given);
+    command
+}
 
 /// Runs a command to its end, with empty input. Its messages appear on the standard error of this process line by line.
 /// The result contains its standard output only.
@@ -111,6 +139,15 @@ pub(crate) fn printable(line: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_converter_gets_no_other_variables() {
+        let output = command(Path::new("/usr/bin/env")).output().unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(std::env::var_os("PATH").is_some(), "this process has a variable that is not passed on");
+        let names = text.lines().filter_map(|line| Some(line.split_once('=')?.0));
+        assert!(names.into_iter().all(|name| VARIABLES.contains(&name)), "{text}");
+    }
 
     #[test]
     fn messages_cannot_control_a_terminal_and_are_bounded() {

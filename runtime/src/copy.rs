@@ -4,6 +4,7 @@ use crate::guest::{Guest, GuestError};
 use guest_copy::{Destination, Failure, FailureKind, Sender, Source};
 use kindling_vmm::agent::{ANSWER_TIMEOUT, AgentError, Process, ProcessEvent, Role};
 use rustix::fs::Mode;
+use rustix::io::Errno;
 use rustix::process::umask;
 use std::ffi::OsStr;
 use std::io::{self, Read};
@@ -11,6 +12,10 @@ use std::net::Shutdown;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Duration;
+
+/// Time after which a copy fails if the guest neither sends nor takes a byte. It may be writing to a slow disk.
+const STREAM_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// An error of a copy.
 #[derive(Debug, thiserror::Error)]
@@ -72,7 +77,8 @@ impl Guest {
     /// was skipped, if any was.
     ///
     /// # Errors
-    /// When the source cannot be read, the destination cannot be written, or the guest ends.
+    /// When the source cannot be read, the destination cannot be written, the guest ends, or it neither sends nor takes
+    /// data for two minutes, as a paused one.
     pub fn copy_out(
         &self,
         from: impl AsRef<OsStr>,
@@ -111,6 +117,7 @@ impl Guest {
     ) -> Result<Option<CopyError>, CopyError> {
         let process = Process::copy_out(&self.socket(), crate::token(), path, options.follows_link)?;
         let stream = process.address().connect(Role::Output)?;
+        stream.set_read_timeout(Some(STREAM_TIMEOUT))?;
         started(&stream)?;
         receive(options, &self.name, path, to, process, &stream)
     }
@@ -128,6 +135,7 @@ impl Guest {
     ) -> Result<Option<CopyError>, CopyError> {
         let process = Process::copy_in(&self.socket(), crate::token(), to, options.keeps_owners)?;
         let stream = process.address().connect(Role::Input)?;
+        stream.set_write_timeout(Some(STREAM_TIMEOUT))?;
         started(&stream)?;
         send(options, &self.name, path, process, &stream)
     }
@@ -150,6 +158,7 @@ fn receive(
     };
     match guest_copy::receive(destination, output) {
         Ok(()) => result_of(name, process),
+        Err(failure) if is_timeout(&failure) => Err(process.address().silent().into()),
         // The guest may have reported the cause.
         Err(failure) if matches!(failure.kind, FailureKind::Truncated | FailureKind::Receive) => {
             result_of(name, process).and(Err(CopyError::Here(failure)))
@@ -170,6 +179,7 @@ fn send(
     let _ = input.shutdown(Shutdown::Write);
     match result {
         Ok(skipped) => Ok(result_of(name, process)?.or(skipped.map(CopyError::Here))),
+        Err(failure) if is_timeout(&failure) => Err(process.address().silent().into()),
         Err(failure) if failure.kind == FailureKind::Send => {
             result_of(name, process).and(Err(CopyError::Here(failure)))
         }
@@ -179,6 +189,11 @@ fn send(
             Err(CopyError::Here(failure))
         }
     }
+}
+
+/// Whether the stream's time limit has passed, which a socket reports as EAGAIN.
+fn is_timeout(failure: &Failure) -> bool {
+    matches!(failure.kind, FailureKind::Send | FailureKind::Receive) && failure.error == Some(Errno::AGAIN)
 }
 
 /// The mode bits that a copy of a guest's file may have on the host: those that the umask leaves to a new file, without
@@ -231,6 +246,45 @@ fn base_name(path: &[u8]) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Write;
+    use std::os::unix::net::UnixListener;
+
+    /// An agent that accepts all connections, and neither sends nor takes anything afterwards.
+    fn silent_agent(socket: &Path) {
+        let listener = UnixListener::bind(socket).unwrap();
+        std::thread::spawn(move || {
+            let mut connections = Vec::new();
+            for mut connection in listener.incoming().flatten() {
+                connection.write_all(b"OK 1\n").unwrap();
+                connections.push(connection);
+            }
+        });
+    }
+
+    #[test]
+    fn a_copy_ends_if_the_guest_neither_sends_nor_takes_data() {
+        const LIMIT: Option<Duration> = Some(Duration::from_millis(20));
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("vsock");
+        silent_agent(&socket);
+        let options = CopyOptions::default();
+        let copy = folder.path().join("copy");
+        let file = folder.path().join("file");
+        // More than fits into the buffers of a socket.
+        std::fs::write(&file, vec![1; 4 << 20]).unwrap();
+
+        let process = Process::copy_out(&socket, 1, b"/file", false).unwrap();
+        let stream = process.address().connect(Role::Output).unwrap();
+        stream.set_read_timeout(LIMIT).unwrap();
+        let result = receive(options, "g", b"/file", copy.as_os_str().as_bytes(), process, &stream);
+        assert!(matches!(result, Err(CopyError::Agent(AgentError::Silent { .. }))), "{result:?}");
+
+        let process = Process::copy_in(&socket, 2, b"/file", false).unwrap();
+        let stream = process.address().connect(Role::Input).unwrap();
+        stream.set_write_timeout(LIMIT).unwrap();
+        let result = send(options, "g", file.as_os_str().as_bytes(), process, &stream);
+        assert!(matches!(result, Err(CopyError::Agent(AgentError::Silent { .. }))), "{result:?}");
+    }
 
     #[test]
     fn the_name_of_a_copy_is_the_last_component() {

@@ -7,7 +7,7 @@ use std::io::{self, IsTerminal, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 /// An error of a container image.
 #[derive(Debug, thiserror::Error)]
@@ -161,7 +161,7 @@ pub fn prune_images(unused_days: u32) -> Result<Vec<CachedImage>, ImageError> {
 
 /// Runs a command of `kindling-oci` that lists images.
 fn in_cache(command: &str, arguments: &[&OsStr]) -> Result<Vec<CachedImage>, ImageError> {
-    let output = Command::new(converter()?)
+    let output = converter::command(&converter()?)
         .args([command, "--json"])
         .args(arguments)
         .stdin(Stdio::null())
@@ -231,7 +231,7 @@ fn prepare_in(
         let user = user.map(numeric_user).transpose()?.unwrap_or_default();
         return Ok(Prepared { rootfs: image.into(), config: ImageConfig { user, ..ImageConfig::default() } });
     }
-    let mut command = Command::new(converter()?);
+    let mut command = converter::command(&converter()?);
     let own = std::process::id().to_string();
     command.current_dir(directory).args(["prepare", "--pull", pull, "--for", &own]);
     if let Some(user) = user {

@@ -1,8 +1,10 @@
 //! The guest kernel: its image, and the cache of pre-booted kernels.
 
+use crate::launch::LaunchError;
 use kindling_vmm::config::Config;
-use kindling_vmm::config::image::Image;
+use kindling_vmm::config::image::{DESCRIPTION, Image};
 use kindling_vmm::preboot;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use trusted_path::Owners;
 
@@ -32,13 +34,35 @@ pub enum KernelError {
 /// # Errors
 /// When there is no kernel, or other users can change it.
 pub fn kernel_image() -> Result<PathBuf, KernelError> {
+    Ok(trusted_folder()?.0)
+}
+
+/// The image of the guest kernel, and its directory. Other users can change neither its description nor its files.
+pub(crate) fn open_image() -> Result<(PathBuf, Image), LaunchError> {
+    let (path, folder) = trusted_folder().map_err(LaunchError::Kernel)?;
+    let image = Image::open(&path)?;
+    for file in [&image.kernel, &image.initrd] {
+        match trusted_path::file_in(&folder, &path, &file.file, Owners::and_of_program()) {
+            // Reported when it is opened.
+            Err(error) if error.is_absent() => {}
+            result => result.map_err(KernelError::Untrusted)?,
+        }
+    }
+    Ok((path, image))
+}
+
+fn trusted_folder() -> Result<(PathBuf, OwnedFd), KernelError> {
+    let checked = |path: PathBuf| {
+        let folder = trusted_path::folder(&path, Owners::and_of_program())?;
+        trusted_path::file_in(&folder, &path, DESCRIPTION, Owners::and_of_program())?;
+        Ok((path, folder))
+    };
     if let Some(path) = std::env::var_os("KINDLING_IMAGE").filter(|path| !path.is_empty()) {
         let path = PathBuf::from(path);
-        if !path.join("image.json").exists() {
+        if !path.join(DESCRIPTION).exists() {
             return Err(KernelError::NoKernelAt(path));
         }
-        trusted_path::folder(&path, Owners::and_of_program())?;
-        return Ok(path);
+        return checked(path).map_err(KernelError::Untrusted);
     }
     let program = std::env::current_exe().unwrap_or_default();
     // The kernel for `kindling run` is preferred in all directories; one for `kindling boot` has fewer features.
@@ -48,10 +72,7 @@ pub fn kernel_image() -> Result<PathBuf, KernelError> {
         program.ancestors().skip(1).flat_map(in_folder)
     });
     // A directory above the program may be writable by all users, /tmp for instance.
-    let is_trusted = |candidate: &PathBuf| {
-        trusted_path::file(&candidate.join("image.json"), Owners::and_of_program()).is_ok()
-    };
-    candidates.find(is_trusted).ok_or(KernelError::NoKernel)
+    candidates.find_map(|candidate| checked(candidate).ok()).ok_or(KernelError::NoKernel)
 }
 
 /// Returns the cache of the user: `$XDG_CACHE_HOME/kindling` or `~/.cache/kindling`. `None` if neither variable is an

@@ -9,7 +9,6 @@ use crate::volume::{self, VolumeError};
 use crate::{network, signal};
 use guest_protocol::agent::TerminalSize;
 use kindling_vmm::config::devices::{NetworkInterface, Vsock};
-use kindling_vmm::config::image::Image;
 use kindling_vmm::config::{Config, ConfigError, Console, GuestConfig, MachineConfig};
 use kindling_vmm::control::{ControlError, Event, Failure, Monitor};
 use kindling_vmm::jail::Jail;
@@ -164,8 +163,7 @@ impl LaunchOptions {
         prepared: &Prepared,
         mounts: &[MountRequest],
     ) -> Result<Config, LaunchError> {
-        let kernel = kernel::kernel_image()?;
-        let image = Image::open(&kernel)?;
+        let (kernel, image) = kernel::open_image()?;
         let mut config = image.config(&kernel);
         let vcpu_count = u8::try_from(self.vcpus).map_err(|_| ConfigError::VcpuCount(self.vcpus))?;
         config.machine = MachineConfig { vcpu_count, mem_size_mib: self.memory_mib };

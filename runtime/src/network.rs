@@ -59,10 +59,11 @@ pub fn publish_all(texts: &[OsString], devices: &mut Devices) -> Result<(), Conf
 /// # Errors
 /// When the text is invalid; the error is a message that names the part and the expected form.
 pub fn parse_publish(text: &str) -> Result<PortForward, String> {
-    let (rest, protocol) = match text.split_once('/') {
-        None | Some((_, "tcp")) => (text.trim_end_matches("/tcp"), Protocol::Tcp),
-        Some((rest, "udp")) => (rest, Protocol::Udp),
-        Some((_, other)) => return Err(format!("{other:?} is neither tcp nor udp")),
+    let (rest, protocol) = text.split_once('/').unwrap_or((text, "tcp"));
+    let protocol = match protocol {
+        _ if protocol.eq_ignore_ascii_case("tcp") => Protocol::Tcp,
+        _ if protocol.eq_ignore_ascii_case("udp") => Protocol::Udp,
+        _ => return Err(format!("{protocol:?} is neither tcp nor udp")),
     };
     let (address, ports) = match rest.rsplitn(3, ':').collect::<Vec<_>>()[..] {
         [guest, host, address] => (Some(parse_address(address)?), [host, guest]),
@@ -128,6 +129,8 @@ mod tests {
             ("8080:80", forward(tcp, None, 8080, 80, 0)),
             ("8080:80/tcp", forward(tcp, None, 8080, 80, 0)),
             ("53:53/udp", forward(udp, None, 53, 53, 0)),
+            ("8080:80/TCP", forward(tcp, None, 8080, 80, 0)),
+            ("53:53/Udp", forward(udp, None, 53, 53, 0)),
             ("127.0.0.1:8080:80", forward(tcp, Some("127.0.0.1"), 8080, 80, 0)),
             ("0.0.0.0:8080:80/udp", forward(udp, Some("0.0.0.0"), 8080, 80, 0)),
             ("[::1]:8080:80", forward(tcp, Some("::1"), 8080, 80, 0)),
@@ -154,7 +157,6 @@ mod tests {
             ("80:80/", "\"\" is neither tcp nor udp"),
             ("80:80/sctp", "\"sctp\" is neither tcp nor udp"),
             ("80:80/tcp/tcp", "\"tcp/tcp\" is neither tcp nor udp"),
-            ("80:80/TCP", "\"TCP\" is neither tcp nor udp"),
             ("localhost:80:80", "\"localhost\" is not an address of the host"),
             ("::1:80:80", "\"::1\" is not an address of the host"),
             ("[127.0.0.1]:80:80", "\"[127.0.0.1]\" is not an address of the host"),

@@ -6,13 +6,14 @@
 use crate::guest::guests;
 use rustix::fs::{FlockOperation, RenameFlags, flock, renameat_with};
 use rustix::io::Errno;
-use std::fs::{DirBuilder, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
+use trusted_path::Owners;
 
 /// An error of a volume.
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +57,9 @@ pub enum VolumeError {
         /// Last line of mke2fs's standard error.
         message: String,
     },
+    /// Other users can change the directory of volumes.
+    #[error("cannot use the directory of volumes")]
+    Untrusted(#[from] trusted_path::Error),
     /// The user has no data directory.
     #[error("cannot find the directory of volumes; set XDG_DATA_HOME or HOME to an absolute path")]
     NoHome,
@@ -134,11 +138,7 @@ impl Volume {
     pub fn create(name: &str, size: u64) -> Result<Self, VolumeError> {
         let path = path_of(name)?;
         let folder = folder()?;
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&folder)
-            .map_err(host("create the directory", &folder))?;
+        trusted_path::make_folder(&folder)?;
         if path.exists() {
             return Err(VolumeError::Taken(name.to_owned()));
         }
@@ -268,7 +268,10 @@ fn make_filesystem(name: &str, path: &Path, size: u64) -> Result<(), VolumeError
     let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
     let file = file.and_then(|file| file.set_len(size).map(|()| file)).map_err(host("create", path))?;
     let mut command = Command::new(trusted_path::program("mke2fs").ok_or(VolumeError::NoMke2fs)?);
-    command.env("MKE2FS_CONFIG", "/dev/null").args(["-q", "-F", "-b", "4096", "-I", "256", "-i", "16384"]);
+    command
+        .env_clear()
+        .env("MKE2FS_CONFIG", "/dev/null")
+        .args(["-q", "-F", "-b", "4096", "-I", "256", "-i", "16384"]);
     command.args(["-m", "0", "-e", "remount-ro", "-O", FEATURES, "-E"]);
     command.arg("nodiscard,root_owner=0:0,lazy_itable_init=1,lazy_journal_init=1").arg(path);
     let output = command.stdin(Stdio::null()).output().map_err(host("create a filesystem in", path))?;
@@ -292,7 +295,12 @@ fn path_of(name: &str) -> Result<PathBuf, VolumeError> {
 fn folder() -> Result<PathBuf, VolumeError> {
     let given = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let data = given("XDG_DATA_HOME").or_else(|| Some(given("HOME")?.join(".local/share")));
-    Ok(data.ok_or(VolumeError::NoHome)?.join("kindling/volumes"))
+    let folder = data.ok_or(VolumeError::NoHome)?.join("kindling/volumes");
+    // Someone else could replace a volume by a link to a file of the user.
+    match trusted_path::folder(&folder, Owners::own()) {
+        Err(error) if !error.is_absent() => Err(error.into()),
+        _ => Ok(folder),
+    }
 }
 
 /// Parses the size of a volume: bytes, or a number with the suffix K, M, G or T (powers of 1024), from 16M to 16T. Returns

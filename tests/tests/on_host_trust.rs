@@ -75,6 +75,58 @@ fn a_kernel_with_a_false_digest_is_not_cached() {
     assert_eq!((outcome.stderr.lines().count(), scratch.kernels()), (1, 0), "{outcome}");
 }
 
+/// In a folder that only the user can change, a file may still be one that others can write.
+#[test]
+fn a_kernel_file_that_others_can_change_is_refused() {
+    let scratch = UserFolder::new();
+    let image = scratch.image("image");
+    for name in ["image.json", "vmlinux", "initramfs.cpio"] {
+        let file = image.join(name);
+        let refused = |expected: &str| {
+            let outcome = scratch.run(kindling(), &testbed("busybox.erofs"), &image);
+            outcome.expect_status(2).expect_stderr(expected);
+            assert_eq!(scratch.kernels(), 0, "{outcome}");
+        };
+        mode(&file, 0o666);
+        refused(&format!("other users can write to {}", file.display()));
+        mode(&file, 0o644);
+        if chown(&file, Some(OTHER_USER), None).is_ok() {
+            refused("belongs to the user 12345, who is neither this user nor root");
+            chown(&file, Some(0), None).unwrap();
+        }
+        // A link leads to a file that is checked as any other.
+        let moved = scratch.path("moved");
+        fs::rename(&file, &moved).unwrap();
+        symlink(&moved, &file).unwrap();
+        mode(&moved, 0o666);
+        refused("other users can write to ");
+        fs::rename(&moved, &file).unwrap();
+        mode(&file, 0o644);
+    }
+}
+
+/// Another user could replace a volume by a link to a file of the user.
+#[test]
+fn volumes_in_a_directory_that_others_can_write_are_refused() {
+    let scratch = UserFolder::new();
+    let volume = |word: &str| {
+        let mut command = kindling();
+        command.args(["volume", word]).env("XDG_DATA_HOME", scratch.path("data"));
+        command
+    };
+    run(volume("create").arg("disk").arg("16M")).expect_status(0);
+    for folder in ["data", "data/kindling", "data/kindling/volumes"] {
+        mode(&scratch.path(folder), 0o777);
+        for command in [volume("ls"), volume("rm").arg("disk"), volume("create").arg("new").arg("16M")] {
+            run(command)
+                .expect_status(2)
+                .expect_stderr("cannot use the directory of volumes: other users can");
+        }
+        mode(&scratch.path(folder), 0o700);
+    }
+    run(&mut volume("rm").arg("disk")).expect_status(0);
+}
+
 /// The digest is used as part of a path.
 #[test]
 fn a_digest_that_is_not_hexadecimal_is_refused() {

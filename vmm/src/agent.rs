@@ -377,7 +377,9 @@ impl ProcessAddress {
         [format!("CONNECT {PORT}\n").as_bytes(), &hello.to_bytes()].concat()
     }
 
-    fn silent(&self) -> AgentError {
+    /// Returns the error for an agent that does not respond.
+    #[must_use]
+    pub fn silent(&self) -> AgentError {
         AgentError::Silent { path: self.socket.clone() }
     }
 }

@@ -314,6 +314,9 @@ fn reason_of(end: VcpuEnd, console: &[String]) -> ExitReason {
         VcpuEnd::EntryFailed { reason } => {
             ExitReason::VmmFailure(format!("the processor refused to enter the guest (reason {reason:#x})"))
         }
+        VcpuEnd::HeldProcessor => {
+            ExitReason::VmmFailure("the guest kept the processor from its host, and cannot continue".into())
+        }
         VcpuEnd::Unexpected(exit) => {
             ExitReason::VmmFailure(format!("KVM reported {exit}, which no guest of this machine can cause"))
         }

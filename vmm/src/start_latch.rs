@@ -26,15 +26,45 @@ impl Gate {
         self.opened.notify_all();
     }
 
-    /// Blocks until the gate is open.
-    pub(crate) fn wait(&self) {
-        // A lock whose holder panicked counts as open.
-        drop(self.opened.wait_while(lock(&self.is_open), |is_open| !*is_open));
-    }
-
     /// Blocks until the gate is open, at most for a time.
     fn wait_for(&self, limit: Duration) {
+        // A lock whose holder panicked counts as open.
         drop(self.opened.wait_timeout_while(lock(&self.is_open), limit, |is_open| !*is_open));
+    }
+}
+
+/// Where threads wait for each other: until as many have arrived as are expected.
+#[derive(Debug, Default)]
+pub(crate) struct Rendezvous {
+    missing: Mutex<usize>,
+    complete: Condvar,
+}
+
+impl Rendezvous {
+    /// Expects one more thread.
+    pub(crate) fn expect(&self) {
+        *lock(&self.missing) += 1;
+    }
+
+    /// Counts a thread that does not wait.
+    pub(crate) fn arrive(&self) {
+        let mut missing = lock(&self.missing);
+        *missing = missing.saturating_sub(1);
+        if *missing == 0 {
+            self.complete.notify_all();
+        }
+    }
+
+    /// Counts the calling thread, and blocks until all have arrived.
+    pub(crate) fn wait(&self) {
+        self.arrive();
+        drop(self.complete.wait_while(lock(&self.missing), |missing| *missing > 0));
+    }
+
+    /// Lets all threads pass that have arrived, whoever is missing.
+    pub(crate) fn abandon(&self) {
+        *lock(&self.missing) = 0;
+        self.complete.notify_all();
     }
 }
 
@@ -92,6 +122,28 @@ mod tests {
             assert_eq!(passed.iter().take(2).collect::<Vec<_>>(), [true, true]);
         });
         latch.wait(0);
+    }
+
+    #[test]
+    fn threads_wait_for_each_other() {
+        let meeting = Rendezvous::default();
+        let passed = std::sync::atomic::AtomicUsize::new(0);
+        let (sender, arriving) = mpsc::channel();
+        (0..3).for_each(|_| meeting.expect());
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                let (sender, meeting, passed) = (sender.clone(), &meeting, &passed);
+                scope.spawn(move || {
+                    sender.send(()).unwrap();
+                    meeting.wait();
+                    passed.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+                });
+            }
+            arriving.iter().take(2).for_each(drop);
+            assert_eq!(passed.load(std::sync::atomic::Ordering::SeqCst), 0);
+            meeting.arrive();
+        });
+        assert_eq!(passed.into_inner(), 2);
     }
 
     #[test]

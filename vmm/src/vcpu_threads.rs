@@ -6,7 +6,7 @@ use crate::jail::{Jail, Thread};
 use crate::kvm::{ExitCounts, Pause, Registers, Vcpu, VcpuEnd};
 use crate::poll::wait_readable;
 use crate::profile::Recorder;
-use crate::start_latch::{Gate, StartLatch};
+use crate::start_latch::{Rendezvous, StartLatch};
 use crate::timeline::Instant;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -44,7 +44,7 @@ pub(crate) struct VcpuThreads {
     pause: Arc<Pause>,
     /// Where vCPUs wait for their first entry into the guest, until all threads are confined: a guest that takes over the
     /// thread of a vCPU shares memory with the others.
-    gate: Arc<Gate>,
+    confined: Arc<Rendezvous>,
     jail: Jail,
 }
 
@@ -62,13 +62,16 @@ impl VcpuThreads {
         // signal number.
         register_signal_handler(SIGRTMIN(), interrupted)
             .map_err(|error| Error::host("install a signal handler")(error.into()))?;
+        let confined = Arc::<Rendezvous>::default();
+        // The thread that calls `begin`.
+        confined.expect();
         Ok(Self {
             threads: Vec::new(),
             outcomes: Arc::default(),
             ended: Arc::new(ended),
             stopping,
             pause: Arc::default(),
-            gate: Arc::default(),
+            confined,
             jail,
         })
     }
@@ -89,21 +92,22 @@ impl VcpuThreads {
         let ended = Arc::clone(&self.ended);
         let (buses, latch) = (Arc::clone(buses), latch.cloned());
         let (stopping, pause) = (Arc::clone(&self.stopping), Arc::clone(&self.pause));
-        let gate = Arc::clone(&self.gate);
+        let all_confined = Arc::clone(&self.confined);
+        all_confined.expect();
         let outcomes = Arc::clone(&self.outcomes);
         let jail = self.jail;
         let run = move || {
             // The parent of this process may have blocked the signal.
             let _ = unblock_signal(SIGRTMIN());
-            if let Some(latch) = latch {
-                latch.wait(id);
-            }
             // Without a timer the profile has no samples.
             if let Some(recorder) = &mut vcpu.recorder {
                 let _ = recorder.start_sampling();
             }
             let confined = jail.confine_thread(Thread::Vcpu);
-            gate.wait();
+            all_confined.wait();
+            if let Some(latch) = latch {
+                latch.wait(id);
+            }
             let first_run = Instant::now();
             let end = match confined {
                 Ok(()) => vcpu.run(&buses, &stopping, &pause),
@@ -130,9 +134,9 @@ impl VcpuThreads {
         Ok(())
     }
 
-    /// Lets the vCPUs enter the guest for the first time, when the calling thread is confined as well.
+    /// Lets the vCPUs enter the guest for the first time, when all threads are confined. The calling one is.
     pub(crate) fn begin(&self) {
-        self.gate.open();
+        self.confined.arrive();
     }
 
     /// Makes all vCPUs leave the guest and wait. They do so after [`Self::kick`], which is repeated until
@@ -163,7 +167,7 @@ impl VcpuThreads {
     pub(crate) fn stop(&mut self) {
         self.stopping.store(true, Ordering::Release);
         self.pause.clear();
-        self.gate.open();
+        self.confined.abandon();
         // All vCPUs are kicked together: one may wait for a lock that another holds while it writes to the console, and
         // only that write can be interrupted. A thread with an outcome does not enter the guest again.
         while lock(&self.outcomes).len() < self.threads.len() {

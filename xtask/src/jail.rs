@@ -46,6 +46,7 @@ fn section() -> String {
                 let values: Vec<_> = values.iter().map(|value| format!("{value:#x}")).collect();
                 format!("argument {argument} is {}", values.join(", "))
             }
+            Rule::Absent => "fails, as if the kernel did not have it".to_owned(),
             Rule::OwnProcess(argument) => format!("argument {argument} is the monitor's process"),
             _ => String::new(),
         };

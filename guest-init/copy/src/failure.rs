@@ -41,10 +41,12 @@ pub enum FailureKind {
     Skipped,
     /// The destination of an untrusted sender's directory, or of a file meant for a directory, is a symbolic link.
     Symlink,
+    /// A directory in the path of an untrusted sender's destination is a symbolic link that leads away.
+    LinkAway,
 }
 
 impl FailureKind {
-    const ALL: [Self; 16] = [
+    const ALL: [Self; 17] = [
         Self::Open,
         Self::Read,
         Self::Create,
@@ -61,6 +63,7 @@ impl FailureKind {
         Self::Malformed,
         Self::Skipped,
         Self::Symlink,
+        Self::LinkAway,
     ];
 }
 
@@ -137,6 +140,11 @@ impl fmt::Display for Failure {
             FailureKind::Symlink => {
                 write!(f, "{path} is a symbolic link, which is not followed; name the directory itself")
             }
+            FailureKind::LinkAway => write!(
+                f,
+                "{path} is a symbolic link that leads out of its directory, and a guest may have created it; name the \
+                 directory itself"
+            ),
             FailureKind::Skipped => write!(f, "skipped special files, for example {path}"),
         }?;
         match self.error {

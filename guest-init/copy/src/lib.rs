@@ -12,7 +12,8 @@
 //!
 //! A stream cannot write outside the destination: a name is one component of a path, the receiver opens everything
 //! relative to a directory that it holds open, and it follows no symbolic link below the destination. If the sender is
-//! a guest, it does not follow a link at the destination's last component either.
+//! a guest, it does not follow a link at the destination's last component either, nor one in the destination's path that
+//! leads out of the directory in which it stands.
 //!
 //! Each side holds a buffer of [`CHUNK`] bytes and one descriptor for each directory on the path to the current entry,
 //! at most [`MAX_DEPTH`].
@@ -21,6 +22,7 @@
 extern crate alloc;
 
 mod bytes;
+mod directory;
 mod entry;
 mod failure;
 mod receive;

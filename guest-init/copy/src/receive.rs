@@ -1,6 +1,7 @@
 //! The receiver, which creates files and validates everything in the stream.
 
 use crate::bytes::{ReadError, Reader};
+use crate::directory::open_directory;
 use crate::entry::{Entry, Kind, is_name};
 use crate::send::CHUNK_HEAD;
 use crate::{CHUNK, Failure, FailureKind, MAX_DEPTH};
@@ -20,8 +21,9 @@ use rustix::process::getpid;
 pub enum Sender {
     /// A symbolic link at the destination's path is followed.
     Trusted,
-    /// A symbolic link at the destination's path is not followed: the sender may have created it, with an earlier
-    /// stream or by other access to the destination's directory.
+    /// The sender may have created symbolic links, with an earlier stream or by other access to the destination's
+    /// directory: one at the destination's path is not followed, and one among its directories only if the sender cannot
+    /// gain anything by it ([`open_directory`]).
     Untrusted,
 }
 
@@ -106,9 +108,7 @@ impl<F: AsFd> Receiver<'_, F> {
         Ok((entry, name))
     }
 
-    /// Receives the first entry of the stream at the destination. Symbolic links in the directories of the
-    /// destination's path are followed, as in every path. A link at its last component is followed only for a trusted
-    /// sender.
+    /// Receives the first entry of the stream at the destination.
     fn root(&mut self) -> Result<Option<Level>, Failure> {
         let (entry, name) = self.entry()?;
         let name = self.destination.name.map_or(name, Into::into);
@@ -116,17 +116,21 @@ impl<F: AsFd> Receiver<'_, F> {
             return Err(self.failure(FailureKind::Malformed));
         }
         let is_trusted = self.destination.sender == Sender::Trusted;
-        let (path, follow) = match self.destination.path {
-            path if is_trusted => (path, OFlags::empty()),
-            path => (without_trailing_dots(path), OFlags::NOFOLLOW),
-        };
+        let shortened = without_trailing_dots(self.destination.path);
         let requires_directory =
-            self.destination.path.ends_with(b"/") || path.len() < self.destination.path.len();
-        let existing = match openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC | follow, Mode::empty()) {
+            self.destination.path.ends_with(b"/") || shortened.len() < self.destination.path.len();
+        let (parent, path, follow) = if is_trusted {
+            (None, self.destination.path, OFlags::empty())
+        } else {
+            let (parent, last) = split(shortened);
+            (Some(open_directory(parent)?), last, OFlags::NOFOLLOW)
+        };
+        let parent = parent.as_ref().map_or(CWD, AsFd::as_fd);
+        let existing = match openat(parent, path, OFlags::PATH | OFlags::CLOEXEC | follow, Mode::empty()) {
             Err(Errno::NOENT) if requires_directory && entry.kind != Kind::Directory => {
                 return Err(self.failure(FailureKind::MissingDirectory));
             }
-            Err(Errno::NOENT) => return self.place_at(entry, path),
+            Err(Errno::NOENT) => return self.place_at(entry, parent, path),
             result => result.map_err(self.failed(FailureKind::Open))?,
         };
         let stat = fstat(&existing).map_err(self.failed(FailureKind::Open))?;
@@ -142,7 +146,7 @@ impl<F: AsFd> Receiver<'_, F> {
                 self.place(entry, existing.as_fd(), &name)
             }
             (FileType::Symlink, Kind::Directory) => Err(self.failure(FailureKind::Symlink)),
-            (FileType::Symlink, Kind::File) if requires_directory || resolves_to_directory(path) => {
+            (FileType::Symlink, Kind::File) if requires_directory || resolves_to_directory(parent, path) => {
                 Err(self.failure(FailureKind::Symlink))
             }
             (FileType::RegularFile, Kind::Directory) => Err(self.failure(FailureKind::NotDirectory)),
@@ -151,19 +155,24 @@ impl<F: AsFd> Receiver<'_, F> {
                 // If the path is a link to a file, that file is replaced.
                 let link = [b"/proc/self/fd/", DecInt::from_fd(&existing).as_bytes()].concat();
                 let real = readlinkat(CWD, link, Vec::new()).map_err(self.failed(FailureKind::Open))?;
-                self.place_at(entry, real.to_bytes())
+                self.place_at(entry, CWD, real.to_bytes())
             }
-            (FileType::RegularFile | FileType::Symlink, _) => self.place_at(entry, path),
+            (FileType::RegularFile | FileType::Symlink, _) => self.place_at(entry, parent, path),
             _ => Err(self.failure(FailureKind::UnsupportedType)),
         }
     }
 
     /// Receives an entry at a path, whose last component is not followed.
-    fn place_at(&mut self, entry: Entry, path: &[u8]) -> Result<Option<Level>, Failure> {
+    fn place_at(
+        &mut self,
+        entry: Entry,
+        from: BorrowedFd<'_>,
+        path: &[u8],
+    ) -> Result<Option<Level>, Failure> {
         let (parent, name) = split(path);
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let directory =
-            openat(CWD, parent, flags, Mode::empty()).map_err(Failure::of(FailureKind::Open, parent))?;
+            openat(from, parent, flags, Mode::empty()).map_err(Failure::of(FailureKind::Open, parent))?;
         self.place(entry, directory.as_fd(), name)
     }
 
@@ -390,8 +399,8 @@ pub(crate) fn without_trailing_dots(mut path: &[u8]) -> &[u8] {
     path
 }
 
-fn resolves_to_directory(path: &[u8]) -> bool {
-    statat(CWD, path, AtFlags::empty())
+fn resolves_to_directory(parent: BorrowedFd<'_>, path: &[u8]) -> bool {
+    statat(parent, path, AtFlags::empty())
         .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Directory)
 }
 
@@ -400,6 +409,7 @@ fn split(path: &[u8]) -> (&[u8], &[u8]) {
     let end = path.iter().rposition(|&byte| byte != b'/').map_or(0, |at| at + 1);
     let path = &path[..end];
     match path.iter().rposition(|&byte| byte == b'/') {
+        None if end == 0 => (b"/", b"."),
         None => (b".", path),
         Some(0) => (b"/", &path[1..]),
         Some(at) => (&path[..at], &path[at + 1..]),

@@ -276,6 +276,53 @@ fn a_link_at_the_destination_of_a_guests_copy_is_not_followed() {
     }
 }
 
+/// A link among the directories of the destination may be a guest's too.
+#[test]
+fn a_link_out_of_its_directory_is_not_followed_on_the_way_to_a_guests_copy() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    fs::create_dir_all(path("shared/inside/deep")).unwrap();
+    let stream = || [entry(Kind::File, b"file"), chunk(0, b"new"), chunk(3, b"")].concat();
+    let tree = || [entry(Kind::Directory, b"tree"), entry(Kind::EndOfDirectory, b"")].concat();
+    for (target, is_followed) in [
+        ("..", false),
+        ("inside/../..", false),
+        ("../shared/inside", false),
+        (folder.path().to_str().unwrap(), false),
+        ("inside", true),
+        ("inside/deep/..", true),
+        (".", true),
+    ] {
+        let _ = fs::remove_file(path("shared/link"));
+        symlink(target, path("shared/link")).unwrap();
+        for (stream, end) in [
+            (stream(), "link/new"),
+            (stream(), "./link//new"),
+            (stream(), "link/inside/../new"),
+            (tree(), "link/new/"),
+            (tree(), "link/new"),
+        ] {
+            let to = path("shared").join(end);
+            let result = receive_bytes(&stream, from_guest(to.as_os_str().as_bytes()));
+            let kind = result.as_ref().map_err(|failure| failure.kind);
+            match is_followed {
+                true => assert!(!matches!(kind, Err(FailureKind::LinkAway)), "{target} {end}: {kind:?}"),
+                false => {
+                    assert_eq!(kind, Err(FailureKind::LinkAway), "{target} {end}");
+                    let named = result.unwrap_err().path;
+                    assert!(named.ends_with(b"link"), "{:?}", String::from_utf8_lossy(&named));
+                }
+            }
+            let created = ["shared/inside/new", "shared/new", "new", "shared/inside/deep/new"];
+            let created: Vec<_> = created.into_iter().filter(|name| path(name).exists()).collect();
+            assert!(created.iter().all(|name| is_followed && name.starts_with("shared/")), "{created:?}");
+            for name in created {
+                let _ = fs::remove_file(path(name)).or_else(|_| fs::remove_dir(path(name)));
+            }
+        }
+    }
+}
+
 #[test]
 fn a_guest_cannot_send_a_link_or_file_for_a_directorys_content() {
     let folder = tempfile::tempdir().unwrap();

@@ -195,13 +195,14 @@ impl GuestDir {
         write().map_err(host("write", &path))
     }
 
-    /// Creates the file that the monitor locks.
+    /// Creates the file that the monitor locks. It is opened for reading: a monitor that its guest has taken over could
+    /// fill the runtime directory, which is in memory.
     ///
     /// # Errors
     /// When the file cannot be created.
     pub fn monitor_lock(&self) -> Result<OwnedFd, GuestError> {
         let path = self.folder.join(MONITOR);
-        let flags = OFlags::CREATE | OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let flags = OFlags::CREATE | OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         open(&path, flags, Mode::from_raw_mode(0o600)).map_err(|error| host("create", &path)(error.into()))
     }
 

@@ -29,6 +29,9 @@ const STATUS_FAILURE: u8 = 125;
 /// buffers of vsock connections, most of which are never used.
 const OWN_MEMORY_MAX: u64 = 1 << 30;
 
+/// Maximum length in bytes of the part of a pre-booted kernel's file that is no guest memory.
+const STATE_MAX: u64 = 64 << 20;
+
 /// Serves a first request with its descriptors until the machine has ended.
 type Serve = fn(Start, Vec<OwnedFd>, &Channel) -> Result<(), Error>;
 
@@ -87,15 +90,18 @@ fn run(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result<(),
 /// Pre-boots a kernel.
 fn preboot(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result<(), Error> {
     let Start { config, descriptors: roles, .. } = start;
-    let Received { mut resources, .. } =
+    let Received { mut resources, limits, .. } =
         Received::from_frame(&config, &roles, descriptors, Backing::Placeholder)?;
+    // The file has the pages that the kernel wrote, and its state. Disks are replaced by sparse files of the same length.
+    let memory = config.machine.mem_size_mib.saturating_mul(layout::MIB);
+    let limits =
+        Limits { file: limits.file.map(|disk| disk.max(memory.saturating_add(STATE_MAX))), ..limits };
     let file =
         resources.preboot.take().ok_or_else(|| missing("receive the file for the pre-booted kernel"))?;
     let _ = crate::memory::page_map();
-    // Trial guests are started after the first guest, so that all threads have one filter, and the size of files has no
-    // limit.
+    // Trial guests are started after the first guest, so that all threads have one filter.
     let jail = config.jail.without_root();
-    jail.confine_process(Limits::default())?;
+    jail.confine_process(limits)?;
     // The front's thread waits for the result. The kernel ends this process with it, even if a trial guest has taken the
     // process over; no other program is connected to such a guest. It fails for no signal that exists.
     let _ = set_parent_process_death_signal(Some(Signal::KILL));
@@ -134,7 +140,7 @@ impl Received {
                 Role::Lock => {
                     // Without the lock, `kindling stats` and `kindling kill` do not find this process, but the guest
                     // runs.
-                    let _ = fcntl_lock(&descriptor, FlockOperation::NonBlockingLockExclusive);
+                    let _ = fcntl_lock(&descriptor, FlockOperation::NonBlockingLockShared);
                     lock = Some(descriptor);
                 }
                 Role::Device => devices.push(descriptor),
@@ -158,7 +164,9 @@ impl Received {
         let mut devices = devices.into_iter();
         for device in config.devices.iter() {
             let backend = backend(&device, backing, &mut devices)?;
-            if let (DeviceConfig::Pmem(_), Backend::File(file)) = (&device, &backend) {
+            if let (DeviceConfig::Pmem(_), Backend::File(file) | Backend::Placeholder(file)) =
+                (&device, &backend)
+            {
                 memory = memory.saturating_add(file.metadata().map_or(0, |metadata| metadata.len()));
             }
             resources.backends.push(backend);

@@ -57,7 +57,7 @@ const WORD_BITS: u32 = 32;
 /// Number of words: numbers of system calls are below 512.
 const WORDS: u32 = 16;
 /// Maximum number of instructions of a program.
-const CAPACITY: usize = 96;
+const CAPACITY: usize = 160;
 /// The place of the process's ID in a program that is not installed yet.
 const OWN_PROCESS: u32 = u32::MAX;
 
@@ -66,6 +66,10 @@ const fn instruction(code: u16, jt: u8, jf: u8, k: u32) -> sock_filter {
 }
 
 const ALLOW: sock_filter = instruction(code::RETURN, 0, 0, libc::SECCOMP_RET_ALLOW);
+
+/// The call returns ENOSYS.
+const ABSENT: sock_filter =
+    instruction(code::RETURN, 0, 0, libc::SECCOMP_RET_ERRNO | libc::ENOSYS.unsigned_abs());
 
 /// A program.
 #[derive(Clone, Copy)]
@@ -99,13 +103,34 @@ impl Program {
             let call = &TABLE[at];
             if thread.is_among(call.threads) {
                 match call.rule {
-                    Rule::Any => words[(call.number / WORD_BITS) as usize] |= 1 << (call.number % WORD_BITS),
+                    Rule::Any | Rule::Absent => {
+                        words[(call.number / WORD_BITS) as usize] |= 1 << (call.number % WORD_BITS)
+                    }
                     rule => this.check(call.number, rule),
                 }
             }
             at += 1;
         }
         this.find_bit(&words);
+        this
+    }
+
+    /// A program that makes calls fail which the table lists as absent, and allows all others. It is a program of its own,
+    /// since the kernel logs what the other one refuses.
+    const fn of_absent_calls(thread: Thread) -> Self {
+        let mut this = Self { instructions: [ALLOW; CAPACITY], length: 0, refuse: ALLOW };
+        this.push(code::A_TO_X, 0, 0, 0);
+        this.push(code::LOAD, 0, 0, NUMBER_OFFSET);
+        let mut at = 0;
+        while at < TABLE.len() {
+            let call = &TABLE[at];
+            if thread.is_among(call.threads) && matches!(call.rule, Rule::Absent) {
+                this.push(code::JUMP_EQUAL, 0, 1, call.number);
+                this.finish(ABSENT);
+            }
+            at += 1;
+        }
+        this.finish(ALLOW);
         this
     }
 
@@ -124,7 +149,7 @@ impl Program {
         let start = self.length;
         self.push(code::JUMP_EQUAL, 0, 0, number);
         match rule {
-            Rule::Any => {}
+            Rule::Any | Rule::Absent => {}
             Rule::OneOf(argument, values) => {
                 self.push(code::LOAD, 0, 0, ARGUMENTS_OFFSET + ARGUMENT_LEN * argument);
                 let mut at = 0;
@@ -213,21 +238,23 @@ const fn program(thread: Thread, on_refusal: OnRefusal) -> &'static Program {
 
 /// Confines the calling thread to its system calls.
 pub(super) fn install(thread: Thread, on_refusal: OnRefusal) -> io::Result<()> {
+    const ABSENT_OF_PREBOOT: Program = Program::of_absent_calls(Thread::Preboot);
     if on_refusal == OnRefusal::End {
         refusal::prepare(thread)?;
     }
-    let (mut instructions, length) = program(thread, on_refusal).into_instructions();
+    if thread == Thread::Preboot {
+        install_program(&ABSENT_OF_PREBOOT, 0)?;
+    }
+    install_program(program(thread, on_refusal), libc::SECCOMP_FILTER_FLAG_LOG)
+}
+
+fn install_program(program: &Program, flags: libc::c_ulong) -> io::Result<()> {
+    let (mut instructions, length) = program.into_instructions();
     let length = u16::try_from(length).map_err(|_| io::ErrorKind::InvalidData)?;
     let program = libc::sock_fprog { len: length, filter: instructions.as_mut_ptr() };
     // SAFETY: the call reads the program, which lives until it returns.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_seccomp,
-            libc::SECCOMP_SET_MODE_FILTER,
-            libc::SECCOMP_FILTER_FLAG_LOG,
-            &raw const program,
-        )
-    };
+    let result =
+        unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const program) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
@@ -291,7 +318,7 @@ mod tests {
             for number in (0..1024).chain([u32::MAX, 0x4000_0000, 0x4000_0010]) {
                 let call = thread.calls().find(|call| call.number == number);
                 let expected = match call.map(|call| call.rule) {
-                    Some(Rule::Any) => libc::SECCOMP_RET_ALLOW,
+                    Some(Rule::Any | Rule::Absent) => libc::SECCOMP_RET_ALLOW,
                     Some(Rule::OneOf(_, values)) if values.contains(&0) => libc::SECCOMP_RET_ALLOW,
                     _ => libc::SECCOMP_RET_TRAP,
                 };
@@ -311,7 +338,7 @@ mod tests {
                     run(&program, call.number, arguments) == libc::SECCOMP_RET_ALLOW
                 };
                 match call.rule {
-                    Rule::Any => assert!(allows(0, 5) && allows(5, u32::MAX)),
+                    Rule::Any | Rule::Absent => assert!(allows(0, 5) && allows(5, u32::MAX)),
                     Rule::OneOf(argument, values) => {
                         assert!(values.iter().all(|value| allows(argument, *value)), "{}", call.name);
                         let others = values.iter().flat_map(|value| [value ^ 1, value ^ (1 << 31)]);
@@ -327,6 +354,20 @@ mod tests {
                     }
                 }
             }
+        }
+    }
+
+    #[test]
+    fn absent_calls_fail_and_others_are_left_to_the_other_program() {
+        for thread in Thread::ALL {
+            let (instructions, length) = Program::of_absent_calls(thread).into_instructions();
+            for number in 0..1024 {
+                let call = thread.calls().find(|call| call.number == number);
+                let is_absent = call.is_some_and(|call| call.rule == Rule::Absent);
+                let expected = if is_absent { ABSENT.k } else { libc::SECCOMP_RET_ALLOW };
+                assert_eq!(run(&instructions[..length], number, [0; 6]), expected, "{thread:?} {number}");
+            }
+            assert!(thread == Thread::Preboot || thread.calls().all(|call| call.rule != Rule::Absent));
         }
     }
 

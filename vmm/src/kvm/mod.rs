@@ -5,6 +5,7 @@ mod coalesced;
 mod cpuid;
 mod pause;
 pub mod probe;
+mod restrictions;
 mod state;
 mod vcpu;
 
@@ -19,10 +20,9 @@ use crate::devices::virtio::{ACKNOWLEDGE, ACKNOWLEDGE_QUEUES, DOORBELL, Register
 use crate::layout::{self, Gsi};
 use crate::memory::GuestMemory;
 use kvm_bindings::{
-    CpuId, KVM_CAP_PMU_CAPABILITY, KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_MAX_CPUID_ENTRIES,
-    KVM_MEM_READONLY, KVM_PMU_CAP_DISABLE, KvmIrqRouting, kvm_clock_data, kvm_enable_cap,
-    kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_msi,
-    kvm_userspace_memory_region,
+    CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY,
+    KvmIrqRouting, kvm_clock_data, kvm_enable_cap, kvm_irq_routing_entry,
+    kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_msi, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VmFd};
 use rustix::fs::{Mode, OFlags};
@@ -176,16 +176,6 @@ fn checked(kvm: Kvm) -> Result<Kvm, KvmError> {
     }
 }
 
-/// Disables the performance counters of a machine without vCPUs. Hiding them in CPUID is not sufficient: KVM gives
-/// guests of AMD processors four of them in any case (`amd_pmu_refresh` in arch/x86/kvm/svm/pmu.c), with which a guest
-/// can time other users of the processor. A KVM without support for counters refuses, and so does Linux before 5.18;
-/// errors are therefore ignored.
-fn disable_performance_counters(vm: &VmFd) {
-    let mut capability = kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, ..kvm_enable_cap::default() };
-    capability.args[0] = KVM_PMU_CAP_DISABLE.into();
-    let _ = vm.enable_cap(&capability);
-}
-
 /// The interrupt routing table of a machine whose lines are messages.
 #[derive(Debug)]
 struct MessageRoutes(Arc<VmFd>);
@@ -237,7 +227,7 @@ impl Vm {
     /// When KVM refuses.
     pub fn new(hypervisor: Hypervisor, controllers: InterruptControllers) -> Result<Self, KvmError> {
         let fd = hypervisor.kvm.create_vm().map_err(KvmError::ioctl("create a VM"))?;
-        disable_performance_counters(&fd);
+        restrictions::restrict_machine(&fd);
         fd.set_identity_map_address(layout::KVM_IDENTITY_MAP.0)
             .map_err(KvmError::ioctl("place its identity map"))?;
         fd.set_tss_address(usize::try_from(layout::KVM_TSS.0).unwrap_or(usize::MAX))
@@ -453,6 +443,7 @@ impl Vm {
         let fd = self.fd.create_vcpu(id.into()).map_err(KvmError::ioctl("create a vCPU"))?;
         let cpuid = cpuid::for_vcpu(&self.supported_cpuid, id, count);
         fd.set_cpuid2(&cpuid).map_err(KvmError::ioctl("set a vCPU's CPUID"))?;
+        restrictions::restrict_vcpu(&fd);
         if self.coalesces.load(Ordering::Relaxed)
             && self.coalesced.get().is_none()
             && let Ok(ring) = CoalescedWrites::of(&fd)

@@ -26,7 +26,7 @@ const TSS_BUSY: u8 = 0x2;
 /// have written and depends on. Registers that describe the processor follow from CPUID. The register of KVM's wall
 /// clock is excluded: KVM writes the time to guest memory when it is set, and the kernel sets it before each use
 /// (`kvm_get_wallclock` in arch/x86/kernel/kvmclock.c).
-const GUEST_MSRS: [u32; 32] = [
+const GUEST_MSRS: [u32; 31] = [
     TSC,
     0x3b,        // TSC adjust
     0x48,        // speculation control
@@ -50,8 +50,7 @@ const GUEST_MSRS: [u32; 32] = [
     0x4b56_4d04, // end of interrupt,
     0x4b56_4d05, // polling,
     0x4b56_4d06, // interrupt of asynchronous page faults,
-    0x4b56_4d07, // their acknowledgement,
-    0x4b56_4d08, // migration
+    0x4b56_4d07, // their acknowledgement
     0xc000_0081, // SYSCALL: segments,
     0xc000_0082, // 64-bit target,
     0xc000_0083, // compatibility target,
@@ -60,6 +59,9 @@ const GUEST_MSRS: [u32; 32] = [
     0xc000_0103, // what RDTSCP says of the processor
     0xc001_011f, // speculation control of a virtual processor
 ];
+
+/// KVM's own MSRs.
+const KVM_MSRS: std::ops::RangeInclusive<u32> = 0x4b56_4d00..=0x4b56_4dff;
 
 /// The complete state of a vCPU.
 #[derive(Debug, Serialize, Deserialize)]
@@ -145,16 +147,7 @@ impl Vcpu {
         let fd = &self.fd;
         // First, because it also processes pending INIT and SIPI from other vCPUs.
         let multiprocessing = fd.get_mp_state().map_err(KvmError::ioctl(what))?;
-        let entries: Vec<_> = GUEST_MSRS
-            .into_iter()
-            .filter(|index| known.contains(index))
-            .map(|index| kvm_msr_entry { index, ..kvm_msr_entry::default() })
-            .collect();
-        let mut msrs = msr_list(&entries)?;
-        let read = fd.get_msrs(&mut msrs).map_err(KvmError::ioctl(what))?;
-        if read < entries.len() {
-            return Err(refused_msr("read", &entries, read));
-        }
+        let msrs = self.guest_msrs(known)?;
         Ok(VcpuState {
             general: fd.get_regs().map_err(KvmError::ioctl(what))?,
             special: fd.get_sregs().map_err(KvmError::ioctl(what))?,
@@ -167,6 +160,23 @@ impl Vcpu {
             multiprocessing,
             tsc_khz: self.tsc_khz()?,
         })
+    }
+
+    /// The guest's MSRs among those that the host's KVM knows.
+    fn guest_msrs(&self, known: &[u32]) -> Result<Msrs, KvmError> {
+        let entry = |index| kvm_msr_entry { index, ..kvm_msr_entry::default() };
+        let mut entries: Vec<_> =
+            GUEST_MSRS.into_iter().filter(|index| known.contains(index)).map(entry).collect();
+        loop {
+            let mut msrs = msr_list(&entries)?;
+            let read = self.fd.get_msrs(&mut msrs).map_err(KvmError::ioctl("read a vCPU's state"))?;
+            match entries.get(read) {
+                None => return Ok(msrs),
+                // One of KVM's own that the guest's CPUID does not offer.
+                Some(refused) if KVM_MSRS.contains(&refused.index) => drop(entries.remove(read)),
+                Some(_) => return Err(refused_msr("read", &entries, read)),
+            }
+        }
     }
 
     /// Restores a state to a new vCPU. `tsc` is the time stamp counter, which is common to all vCPUs of a machine; the

@@ -1,6 +1,7 @@
 //! A vCPU: its initial registers, and the loop that runs it and handles its exits.
 
 use super::coalesced::CoalescedWrites;
+use super::restrictions::{self, Restricted};
 use super::{KvmError, Pause};
 use crate::boot::{CODE_SEGMENT, DATA_SEGMENT, Entry, GDT_ENTRIES};
 use crate::bus::{Buses, GuestRequest};
@@ -93,6 +94,8 @@ pub enum VcpuEnd {
         /// The hardware's failure reason.
         reason: u64,
     },
+    /// The guest kept the processor from its host, and its state is lost (`KVM_EXIT_NOTIFY`).
+    HeldProcessor,
     /// An exit that is not possible on this machine.
     Unexpected(String),
     /// The ioctl itself failed.
@@ -114,6 +117,7 @@ impl VcpuEnd {
         match exit {
             // KVM fails with EFAULT when the host memory of a page is missing; newer versions also report the address.
             VcpuExit::MemoryFault { .. } => Self::RunFailed(io::Error::from_raw_os_error(libc::EFAULT)),
+            exit if matches!(Restricted::of(exit), Some(Restricted::Held)) => Self::HeldProcessor,
             other => Self::Unexpected(format!("{other:?}")),
         }
     }
@@ -242,7 +246,13 @@ impl Vcpu {
                 Ok(VcpuExit::Shutdown) => return VcpuEnd::TripleFault,
                 Ok(VcpuExit::FailEntry(reason, _)) => return VcpuEnd::EntryFailed { reason },
                 Ok(VcpuExit::InternalError) => return VcpuEnd::InternalError { suberror: self.suberror() },
-                Ok(other) => return VcpuEnd::of_exit(&other),
+                Ok(other) => match Restricted::of(&other) {
+                    Some(Restricted::BusLock) => {
+                        counts.other += 1;
+                        restrictions::pause_after_bus_lock();
+                    }
+                    _ => return VcpuEnd::of_exit(&other),
+                },
                 Err(error) if self.attempts.may_continue(error.errno()) => counts.other += 1,
                 Err(error) => return VcpuEnd::RunFailed(error.into()),
             }

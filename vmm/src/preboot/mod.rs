@@ -14,6 +14,7 @@ pub(crate) mod error;
 pub(crate) mod file;
 pub(crate) mod kernel;
 pub(crate) mod state;
+pub(crate) mod trial_root;
 pub(crate) mod verified;
 
 pub use error::PrebootError;

@@ -11,7 +11,7 @@
 mod group;
 mod walk;
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -109,6 +109,21 @@ pub fn make_folder(path: &Path) -> Result<OwnedFd, Error> {
 /// If it does not exist, is not a regular file, or others can change it.
 pub fn file(path: &Path, owners: Owners) -> Result<OwnedFd, Error> {
     Walk::new(path, owners)?.to(Target::File)
+}
+
+/// Checks a regular file in a trusted directory, whose path is `path`: cheaper than [`file`] for several files of one
+/// directory.
+///
+/// # Errors
+/// If it does not exist, is not a regular file, or others can change it.
+pub fn file_in(folder: &OwnedFd, path: &Path, name: &str, owners: Owners) -> Result<(), Error> {
+    let stat = rustix::fs::statat(folder, name, AtFlags::SYMLINK_NOFOLLOW);
+    let stat = stat.map_err(|error| Error::Host { path: path.join(name), source: error.into() })?;
+    // A link may lead anywhere, and each directory on the way counts.
+    if name.contains('/') || FileType::from_raw_mode(stat.st_mode) == FileType::Symlink {
+        return file(&path.join(name), owners).map(|_| ());
+    }
+    walk::check(&path.join(name), &stat, Target::File, owners)
 }
 
 /// Finds the first trusted program of a name in the system directories, and then in those of PATH. Relative entries of

@@ -108,36 +108,16 @@ impl Walk {
     /// entries of this user.
     fn check_parent(&self, stat: &Stat) -> Result<(), Error> {
         self.check_owner(stat, true)?;
-        if stat.st_mode & STICKY != 0 { Ok(()) } else { self.check_mode(stat) }
+        if stat.st_mode & STICKY != 0 { Ok(()) } else { check_mode(&self.path, stat) }
     }
 
-    /// Checks the type, the owner and the mode of the target.
     fn check_target(self, stat: &Stat, target: Target) -> Result<OwnedFd, Error> {
-        let (kind, what) = match target {
-            Target::File => (FileType::RegularFile, "regular file"),
-            Target::Folder | Target::NewFolder => (FileType::Directory, "folder"),
-        };
-        if FileType::from_raw_mode(stat.st_mode) != kind {
-            return Err(Error::Kind { path: self.path, what });
-        }
-        self.check_owner(stat, false)?;
-        self.check_mode(stat)?;
+        check(&self.path, stat, target, self.owners)?;
         Ok(self.current)
     }
 
     fn check_owner(&self, stat: &Stat, is_parent: bool) -> Result<(), Error> {
-        if self.owners.has(stat.st_uid) || (is_parent && group::is_unmapped(stat.st_uid)) {
-            return Ok(());
-        }
-        Err(Error::Owner { path: self.path.clone(), uid: stat.st_uid })
-    }
-
-    fn check_mode(&self, stat: &Stat) -> Result<(), Error> {
-        let by_group = stat.st_mode & GROUP_WRITES != 0 && !group::is_private_group(stat.st_gid);
-        if by_group || stat.st_mode & OTHERS_WRITE != 0 {
-            return Err(Error::Writable(self.path.clone()));
-        }
-        Ok(())
+        check_owner(&self.path, stat, self.owners, is_parent)
     }
 
     fn stat(&self, entry: &OwnedFd) -> Result<Stat, Error> {
@@ -147,6 +127,34 @@ impl Walk {
     fn host_error(&self, error: Errno) -> Error {
         Error::Host { path: self.path.clone(), source: error.into() }
     }
+}
+
+/// Checks the type, the owner and the mode of a target.
+pub(crate) fn check(path: &Path, stat: &Stat, target: Target, owners: Owners) -> Result<(), Error> {
+    let (kind, what) = match target {
+        Target::File => (FileType::RegularFile, "regular file"),
+        Target::Folder | Target::NewFolder => (FileType::Directory, "folder"),
+    };
+    if FileType::from_raw_mode(stat.st_mode) != kind {
+        return Err(Error::Kind { path: path.to_owned(), what });
+    }
+    check_owner(path, stat, owners, false)?;
+    check_mode(path, stat)
+}
+
+fn check_owner(path: &Path, stat: &Stat, owners: Owners, is_parent: bool) -> Result<(), Error> {
+    if owners.has(stat.st_uid) || (is_parent && group::is_unmapped(stat.st_uid)) {
+        return Ok(());
+    }
+    Err(Error::Owner { path: path.to_owned(), uid: stat.st_uid })
+}
+
+fn check_mode(path: &Path, stat: &Stat) -> Result<(), Error> {
+    let by_group = stat.st_mode & GROUP_WRITES != 0 && !group::is_private_group(stat.st_gid);
+    if by_group || stat.st_mode & OTHERS_WRITE != 0 {
+        return Err(Error::Writable(path.to_owned()));
+    }
+    Ok(())
 }
 
 fn root() -> Result<OwnedFd, Error> {

@@ -7,6 +7,7 @@ use super::{
     Answer, ControlError, Event, Query, REQUEST_MAX, Request, Role, STATUS_INVALID_REQUEST, Start, Statistics,
 };
 use crate::bus::lock;
+use crate::config::devices::DeviceConfig;
 use crate::config::{Config, ConfigError};
 use crate::devices::virtio::fs::Server;
 use crate::devices::virtio::vsock::SocketPath;
@@ -17,7 +18,7 @@ use crate::layout;
 use crate::poll::wait_readable;
 use crate::preboot::destination::Destination;
 use crate::preboot::error::PrebootError;
-use crate::preboot::{capture, verified};
+use crate::preboot::{capture, trial_root, verified};
 use crate::resources::{Backend, Backing, Resources};
 use crate::timeline::Timeline;
 use events::Events;
@@ -110,7 +111,14 @@ impl Monitor {
         let file = destination.create_unnamed_file().map_err(failed)?;
         let copy = file.try_clone().map_err(failed)?;
         let kvm = Some(Hypervisor::open_descriptor()?);
-        let resources = Resources::open(&config, Backing::Placeholder)?;
+        let mut resources = Resources::open(&config, Backing::Placeholder)?;
+        for (device, backend) in config.devices.iter().zip(&mut resources.backends) {
+            if matches!(device, DeviceConfig::Root(_)) {
+                let file =
+                    trial_root::file().map_err(Error::host("create the root filesystem of trial guests"))?;
+                *backend = Backend::File(file);
+            }
+        }
         let resources = Resources { kvm, boot: Some(boot), preboot: Some(copy), ..resources };
         let timeline = Timeline::starting_at(crate::timeline::Instant::now());
         self.send_start(&config, resources, None, timeline, Request::Preboot)?;

@@ -388,20 +388,26 @@ struct Shared {
 struct Work {
     waiting: VecDeque<(u32, Job, Arc<File>)>,
     finished: Vec<Completion>,
+    is_confined: bool,
     ends: bool,
 }
 
 impl Worker {
+    /// Starts the thread, and waits until it is confined: a guest must not run beside a thread that is not.
     fn start(jail: Jail) -> io::Result<Self> {
         let finished_event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
         let shared = Arc::new(Shared { work: Mutex::default(), changed: Condvar::new(), finished_event });
         let worker = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name("file".into()).spawn(move || {
             // Where this fails, it fails for the vCPUs too, and the machine ends.
-            if jail.confine_thread(Thread::Worker).is_ok() {
+            let is_confined = jail.confine_thread(Thread::Worker).is_ok();
+            worker.lock().is_confined = true;
+            worker.changed.notify_all();
+            if is_confined {
                 worker.run();
             }
         })?;
+        drop(shared.changed.wait_while(shared.lock(), |work| !work.is_confined));
         Ok(Self { shared, thread: Some(thread) })
     }
 

@@ -104,7 +104,8 @@ impl Passt {
             .map_err(|error| format!("cannot create a socket: {error}"))?;
         let mut command = Command::new(trusted_path::program("passt").ok_or(MISSING)?);
         command.args(arguments(interface)).args(["--fd", &peer.as_raw_fd().to_string()]);
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        // The environment may have secrets, and passt handles whatever the guest sends.
+        command.env_clear().stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         inherit(&mut command, peer.as_raw_fd());
         let child = command.spawn().map_err(|error| format!("cannot start passt: {error}"))?;
         let mut passt = Self::connected(ours);

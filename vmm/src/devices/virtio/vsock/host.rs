@@ -6,6 +6,7 @@
 //! same path with the suffix `_N`. This is the protocol of Firecracker's docs/vsock.md.
 
 use crate::config::ConfigError;
+use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType, accept_with, connect, recv,
@@ -77,11 +78,10 @@ impl Listener {
         Ok(this)
     }
 
-    /// A socket without a name, to which no program can connect, and without host ports.
-    pub(crate) fn unnamed() -> io::Result<Self> {
-        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-        Ok(Self { socket: socket.into(), path: None })
+    /// A descriptor in place of a socket, to which no program can connect: an eventfd, which accepts no connections and is
+    /// never readable.
+    pub(crate) fn placeholder() -> io::Result<Self> {
+        Ok(Self { socket: eventfd(0, EventfdFlags::CLOEXEC)?.into(), path: None })
     }
 
     /// A socket that another process has created, which also removes its path. The guest cannot connect to programs of
@@ -244,11 +244,9 @@ mod tests {
     }
 
     #[test]
-    fn an_unnamed_socket_is_not_listed() {
-        // Linux assigns an abstract name when a socket is bound without one, and lists it in /proc/net/unix for every
-        // user.
-        let listener = Listener::unnamed().unwrap();
-        assert!(listener.socket.local_addr().unwrap().is_unnamed());
+    fn no_program_can_connect_to_a_placeholder() {
+        let listener = Listener::placeholder().unwrap();
+        assert!(listener.socket.local_addr().is_err(), "it is no socket");
         assert!(listener.accept().is_err(), "an error ends the watch after the first event");
         assert!(listener.connect(1).is_err());
         let error = Listener::bind(Path::new("")).unwrap_err().to_string();

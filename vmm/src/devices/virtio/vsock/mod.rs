@@ -92,7 +92,7 @@ impl Vsock {
     /// # Errors
     /// When the process has no file descriptor left.
     pub fn placeholder(config: &Config) -> io::Result<Self> {
-        Ok(Self::with(config, Listener::unnamed()?))
+        Ok(Self::with(config, Listener::placeholder()?))
     }
 
     /// Creates the device with the socket through which programs of the host connect.

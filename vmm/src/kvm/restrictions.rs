@@ -1,0 +1,102 @@
+//! What of KVM a guest cannot use: performance counters, hypervisor interfaces that its CPUID does not offer,
+//! model-specific registers that it has no business with, and the means to keep a processor from its host.
+
+use kvm_bindings::{
+    KVM_BUS_LOCK_DETECTION_EXIT, KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_CAP_PMU_CAPABILITY,
+    KVM_CAP_X86_BUS_LOCK_EXIT, KVM_CAP_X86_NOTIFY_VMEXIT, KVM_EXIT_NOTIFY, KVM_EXIT_X86_BUS_LOCK,
+    KVM_PMU_CAP_DISABLE, KVM_X86_NOTIFY_VMEXIT_ENABLED, kvm_enable_cap,
+};
+use kvm_ioctls::{MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuExit, VcpuFd, VmFd};
+use std::time::Duration;
+
+/// Pause of a vCPU after each bus lock. The processor asserts one for an atomic access that crosses a cache line, or to
+/// uncached memory: it stops the memory accesses of all processors for about a thousand cycles.
+const BUS_LOCK_PAUSE: Duration = Duration::from_millis(1);
+
+/// Registers that a guest can neither read nor write, as first and count: accesses cause a general protection fault.
+const REFUSED_MSRS: [(u32, u32); 8] = [
+    (0xc1, 8),          // Intel's performance counters (SDM, volume 4): general,
+    (0x186, 8),         // their events,
+    (0x309, 3),         // fixed ones,
+    (0x38d, 4),         // and control
+    (0x480, 18),        // what VMX supports (SDM, volume 3, appendix A)
+    (0x4000_0000, 256), // Hyper-V's (arch/x86/include/asm/hyperv-tlfs.h)
+    (0xc001_0000, 8),   // AMD's performance counters (APM, volume 2, section 13.2): of older processors,
+    (0xc001_0200, 12),  // and of newer ones
+];
+
+/// Restricts a machine that has no vCPUs. Older kernels, and processors without a feature, refuse some of it; errors are
+/// ignored.
+pub(super) fn restrict_machine(vm: &VmFd) {
+    let enable = |cap, value: u64| {
+        let mut capability = kvm_enable_cap { cap, ..kvm_enable_cap::default() };
+        capability.args[0] = value;
+        let _ = vm.enable_cap(&capability);
+    };
+    // Hiding the counters in CPUID is not sufficient: KVM gives guests of AMD processors four of them in any case
+    // (`amd_pmu_refresh` in arch/x86/kvm/svm/pmu.c), with which a guest can time other users of the processor.
+    enable(KVM_CAP_PMU_CAPABILITY, KVM_PMU_CAP_DISABLE.into());
+    // An exit when no interrupt of the host can be delivered for a while, for instance because exceptions repeat. The
+    // high half of the value is added to the window that the processor has by itself.
+    enable(KVM_CAP_X86_NOTIFY_VMEXIT, KVM_X86_NOTIFY_VMEXIT_ENABLED.into());
+    enable(KVM_CAP_X86_BUS_LOCK_EXIT, KVM_BUS_LOCK_DETECTION_EXIT.into());
+    let _ = refuse_msrs(vm);
+}
+
+fn refuse_msrs(vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
+    /// No bit is set: none of the registers is allowed.
+    const NONE: [u8; 32] = [0; 32];
+    let range = |(base, count): (u32, u32)| MsrFilterRange {
+        flags: MsrFilterRangeFlags::READ | MsrFilterRangeFlags::WRITE,
+        base,
+        msr_count: count,
+        bitmap: &NONE[..(count as usize).div_ceil(8)],
+    };
+    vm.set_msr_filter(MsrFilterDefaultAction::ALLOW, &REFUSED_MSRS.map(range))
+}
+
+/// Restricts a vCPU, after its CPUID is set, to those of KVM's own interfaces that the CPUID offers.
+pub(super) fn restrict_vcpu(vcpu: &VcpuFd) {
+    let mut capability =
+        kvm_enable_cap { cap: KVM_CAP_ENFORCE_PV_FEATURE_CPUID, ..kvm_enable_cap::default() };
+    capability.args[0] = 1;
+    // Linux before 5.10 refuses.
+    let _ = vcpu.enable_cap(&capability);
+}
+
+/// Why a vCPU left the guest, if one of the restrictions is the reason.
+pub(super) enum Restricted {
+    /// The guest asserted a bus lock.
+    BusLock,
+    /// The guest kept the processor from its host, and its state is lost: KVM continues the guest otherwise.
+    Held,
+}
+
+impl Restricted {
+    pub(super) const fn of(exit: &VcpuExit<'_>) -> Option<Self> {
+        match exit {
+            VcpuExit::Unsupported(KVM_EXIT_X86_BUS_LOCK) => Some(Self::BusLock),
+            VcpuExit::Unsupported(KVM_EXIT_NOTIFY) => Some(Self::Held),
+            _ => None,
+        }
+    }
+}
+
+/// Pauses a vCPU that has asserted a bus lock. A signal ends the pause.
+pub(super) fn pause_after_bus_lock() {
+    std::thread::park_timeout(BUS_LOCK_PAUSE);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exits_of_the_restrictions_are_recognized() {
+        let of = |number| Restricted::of(&VcpuExit::Unsupported(number));
+        assert!(matches!(of(33), Some(Restricted::BusLock)));
+        assert!(matches!(of(37), Some(Restricted::Held)));
+        assert!(of(38).is_none());
+        assert!(Restricted::of(&VcpuExit::Hlt).is_none());
+    }
+}
