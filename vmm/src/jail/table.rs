@@ -114,8 +114,8 @@ const TUNSETOFFLOAD: u32 = 0x4004_54d0;
 
 /// The flags of clone for a thread (glibc's nptl/pthread_create.c): memory, files and signal handlers are shared.
 const CLONE_OF_THREAD: u32 = 0x3d_0f00;
-/// `SIGRTMIN` of the C library.
-const SIGNAL_OF_VCPUS: u32 = 34;
+/// The C library's own signals, and its `SIGRTMIN`. Not SIGSYS: a refused call ends the process.
+const SIGNALS: &[u32] = &[32, 33, 34];
 /// Commands of fcntl: F_GETFD to F_SETFL, and F_DUPFD_CLOEXEC (include/uapi/linux/fcntl.h), none of which makes the kernel
 /// send signals.
 const FCNTL: &[u32] = &[1, 2, 3, 4, 1030];
@@ -201,7 +201,7 @@ pub const TABLE: &[Call] = &[
     call("set_robust_list", PREBOOT, Rule::Any, "the same"),
     call("gettid", PREBOOT, Rule::Any, "the same"),
     call("prctl", PREBOOT, Rule::OneOf(0, &[SET_NAME, GET_AUXV]), "names of threads; the size of a page"),
-    call("rt_sigaction", PREBOOT, Rule::OneOf(0, &[SIGNAL_OF_VCPUS]), "the signal that makes vCPUs leave the guest"),
+    call("rt_sigaction", PREBOOT, Rule::OneOf(0, SIGNALS), "the signal that makes vCPUs leave the guest, and those of the C library"),
     call("eventfd2", PREBOOT, Rule::Any, "interrupts and doorbells"),
     call("epoll_create1", PREBOOT, Rule::Any, "an event loop for each guest"),
     call("io_uring_setup", PREBOOT, Rule::Absent, "file operations of disks, for which a thread is enough here"),
