@@ -536,6 +536,31 @@ fn the_window_of_zstandard_is_limited() {
 }
 
 #[test]
+fn the_dictionary_of_xz_is_limited() {
+    let workspace = Workspace::new();
+    fs::write(workspace.path("whole"), saved(&["one"])).unwrap();
+    let output = Command::new("xz").args(["-1", "--stdout"]).arg(workspace.path("whole")).output().unwrap();
+    // The block header behind the stream header of 12 bytes: its size in words, flags, the filter LZMA2 with one byte of
+    // properties, padding and a checksum.
+    let with_dictionary = |code: u8| {
+        let mut packed = output.stdout.clone();
+        let end = 12 + 4 * (usize::from(packed[12]) + 1);
+        assert_eq!(packed[14..16], [0x21, 1]);
+        packed[16] = code;
+        let mut sum = flate2::Crc::new();
+        sum.update(&packed[12..end - 4]);
+        packed[end - 4..end].copy_from_slice(&sum.sum().to_le_bytes());
+        packed
+    };
+    let (half_a_gib, three_quarters) = (34, 35);
+    fs::write(workspace.path("large.tar"), with_dictionary(half_a_gib)).unwrap();
+    workspace.prepare("large.tar").unwrap();
+    fs::write(workspace.path("larger.tar"), with_dictionary(three_quarters)).unwrap();
+    let (line, is_user_error) = workspace.error_with_cache("larger.tar");
+    assert!(line.ends_with(": the dictionary of xz is larger than 512 MiB") && is_user_error, "{line}");
+}
+
+#[test]
 fn a_long_list_of_users_is_read_completely() {
     let user = |number: u32| format!("user{number}:x:{number}:{number}::/home/{number}:/bin/sh\n");
     let workspace = Workspace::new();
