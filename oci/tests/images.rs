@@ -382,6 +382,49 @@ fn images_are_listed_and_removed() {
 }
 
 #[test]
+fn the_last_of_a_repeated_option_applies() {
+    let workspace = Workspace::new();
+    workspace.layout().write(vec![Layer::new().file("a", "b")], Packing::Plain);
+    let output = |words: &[&str]| {
+        let output = subcommand(&workspace, words);
+        assert!(output.status.success(), "{words:?}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    // Neither the cache nor the user of the first option exists.
+    let text = output(&[
+        "prepare",
+        "--pull=always",
+        "--pull=never",
+        "--cache=image/index.json",
+        "--cache=cache",
+        "--user=nobody-here",
+        "--user=7",
+        "--progress",
+        "--progress",
+        "--for=0",
+        &format!("--for={}", std::process::id()),
+        "./image",
+    ]);
+    assert!(text.contains("\"uid\":7"), "{text}");
+    output(&["prepare", "--quiet", "--quiet", "./image"]);
+    for words in [&["ls"][..], &["prune", "--unused=0", "--unused=30"]] {
+        let words = [words, &["--json", "--json", "--cache=image/index.json", "--cache=cache"]].concat();
+        assert!(output(&words).starts_with('['), "{words:?}");
+    }
+    // Operands are a list, and options with opposite effects still exclude each other.
+    assert_eq!(subcommand(&workspace, &["prepare", "./image", "./image"]).status.code(), Some(2));
+    assert_eq!(
+        subcommand(&workspace, &["prepare", "--quiet", "--progress", "./image"]).status.code(),
+        Some(2)
+    );
+    let removed = subcommand(&workspace, &["rm", "--json", "--json", "./image", "./other"]);
+    assert!(
+        removed.stdout.starts_with(b"[") && removed.stderr.starts_with(b"error: ./other: "),
+        "{removed:?}"
+    );
+}
+
+#[test]
 fn concurrent_requests_convert_an_image_once() {
     let workspace = Workspace::new();
     workspace.layout().write(vec![Layer::new().file("a", &"b".repeat(1 << 20))], Packing::Gzip);
