@@ -28,6 +28,16 @@ fn entries_that_a_filesystem_cannot_hold_are_refused() {
     let long_path = format!("{}: the name is longer than 255 bytes, or the path than 4096", &path[..200]);
     is(Layer::new().pax(&[("path", path.as_bytes())]).folder("x", 0o755), &long_path);
     is(Layer::new().pax(&[("path", b"a\0b")]).file("x", ""), "a\\x00b: the name contains a NUL byte");
+    // The same holds for files whose names are only those of hard links to them.
+    let pseudo_link = |name: &[u8]| {
+        let path = [b".wh..wh.plnk/", name].concat();
+        Layer::new().pax(&[("path", &path)]).file("x", "")
+    };
+    let refusal = "the name is longer than 255 bytes, or the path than 4096";
+    is(pseudo_link(name.as_bytes()), &format!(".wh..wh.plnk/{}: {refusal}", &name[..187]));
+    let path = format!("{}f", "d/".repeat(2100));
+    is(pseudo_link(path.as_bytes()), &format!(".wh..wh.plnk/{}d: {refusal}", "d/".repeat(93)));
+    is(pseudo_link(b"a\0b"), ".wh..wh.plnk/a\\x00b: the name contains a NUL byte");
     is(Layer::new().file("a", "").file("a/b", ""), "a/b: a component of the path is not a directory");
     is(Layer::new().file(".", ""), ".: the root must be a directory");
     is(Layer::new().symlink("..", "x"), "..: the root must be a directory");
