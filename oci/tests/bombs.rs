@@ -36,8 +36,8 @@ fn chains_of_links_to_whiteouts_are_bounded() {
     assert!(line.contains("takes more than 50 million lookups"), "{line}");
 }
 
-/// The memory of a process in KiB that suffices for every conversion: little more than the maximum for names and
-/// attributes, and a third of the limit in the sandbox.
+/// The memory of a process in KiB in which directories and attributes up to the limit are converted: a third of the
+/// sandbox's limit. Names of 255 bytes need 50 MiB more.
 const ENOUGH: usize = (1 << 20) + (256 << 10);
 
 /// The exit status and the message of a conversion in a process with this memory in KiB.
@@ -76,7 +76,7 @@ fn the_largest_tree_is_converted_in_bounds() {
     let most_folders: Vec<u8> = (0..786).flat_map(folders).collect();
     let more_folders = [&most_folders[..], &folders(786)].concat();
     let expected = "the names and attributes of the image's files take more than 1024 MiB of memory\n";
-    let mut image = |what, layer, status| {
+    let image = |what, layer, status| {
         let (code, line) = converted_in(ENOUGH, layer);
         assert_eq!(code, Some(status), "{what}: {line}");
         assert!(line.ends_with(if status == 0 { "" } else { expected }), "{what}: {line}");

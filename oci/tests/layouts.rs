@@ -114,6 +114,37 @@ fn the_image_for_this_machine_is_selected_from_an_index() {
         let arm = image_with(layout, "no", |config| with(config, "architecture", json!("arm64")));
         vec![named(arm, "n"), named(image(layout, "right"), "n")]
     });
+    is("damaged entries without a platform", |layout| {
+        let damaged = |content: &[u8]| {
+            let entry = layout.blob(MANIFEST, content);
+            fs::write(layout.blob_path(entry["digest"].as_str().unwrap()), "other").unwrap();
+            entry
+        };
+        let config = layout.blob(CONFIG, b"[]");
+        let manifest = json!({ "schemaVersion": 2, "config": config, "layers": [] });
+        let mut entries = vec![
+            layout.blob(MANIFEST, b"{"),
+            layout.document(MANIFEST, &json!({ "schemaVersion": 2 })),
+            layout.document(MANIFEST, &manifest),
+            damaged(b"other digest"),
+            damaged(b"size!"),
+            with(damaged(b"no size"), "size", Value::Null),
+            with(damaged(b"text"), "digest", json!("sha256:text")),
+            layout.blob(MANIFEST, &vec![b' '; (8 << 20) + 1]),
+            Value::Null,
+        ];
+        // Of a type that may be an index or a manifest, too.
+        entries.extend(entries.clone().into_iter().map(|mut entry| {
+            entry["mediaType"] = json!("application/json");
+            entry
+        }));
+        entries.push(image(layout, "right"));
+        entries.into_iter().map(|entry| named(entry, "n")).collect()
+    });
+    is("entries of every type for files", |layout| {
+        let right = nested(layout, &[image(layout, "right")]);
+        vec![with(right, "mediaType", json!("binary/octet-stream"))]
+    });
     is("attestations and artifacts first", |layout| {
         let right = platform(image(layout, "right"), "linux", "amd64", "");
         let unknown = layout.document("application/vnd.example.sbom+json", &json!({ "x": 1 }));
@@ -165,7 +196,7 @@ fn an_index_without_an_image_for_this_machine_lists_its_platforms() {
     });
     assert_eq!(line, "no image for linux/amd64, only for linux/amd64/v8, linux/arm64/v8");
     let line = refused(|layout| vec![attestation(layout)]);
-    assert_eq!(line, "not a container image; its type is application/vnd.oci.image.manifest.v1+json");
+    assert_eq!(line, "not a container image; its type is attestation-manifest");
     let line = refused(|_| {
         vec![json!({ "mediaType": MANIFEST, "size": 7, "digest": format!("sha512:{}", "ab".repeat(64)) })]
     });
@@ -332,6 +363,66 @@ fn configurations_come_in_many_forms() {
 }
 
 #[test]
+fn null_in_lists_of_manifest_json_is_the_empty_value() {
+    let workspace = Workspace::new();
+    let save = |name: &str, change: &dyn Fn(Value) -> Value| {
+        let layer = Layer::new().file("a", "b").bytes();
+        let config = json!({ "os": "linux", "rootfs": { "diff_ids": [Digest::of(&layer)] } }).to_string();
+        let manifest =
+            change(json!([{ "Config": "c.json", "RepoTags": ["one:latest"], "Layers": ["l.tar"] }]));
+        let mut archive = Builder::new(fs::File::create(workspace.path(name)).unwrap());
+        for (name, content) in [
+            ("c.json", config.as_bytes()),
+            ("l.tar", &layer),
+            ("manifest.json", manifest.to_string().as_bytes()),
+        ] {
+            let mut header = Layer::header(EntryType::Regular, name.as_bytes(), 0o644, content.len() as u64);
+            header.set_cksum();
+            archive.append(&header, content).unwrap();
+        }
+        archive.finish().unwrap();
+    };
+    save("tags.tar", &|manifest| with_in_first(manifest, "RepoTags", json!([null, "one:latest", null])));
+    workspace.prepare("tags.tar:one").unwrap();
+    assert_eq!(workspace.error_with_cache("tags.tar:two").0, "no image \"two\"; available: one:latest");
+    save("entry.tar", &|mut manifest| {
+        manifest.as_array_mut().unwrap().insert(0, Value::Null);
+        manifest
+    });
+    workspace.prepare("entry.tar").unwrap();
+    save("entries.tar", &|_| json!([null]));
+    save("layer.tar", &|manifest| with_in_first(manifest, "Layers", json!([null])));
+    for (image, what) in [("entries.tar", "a configuration"), ("layer.tar", "a layer")] {
+        let expected = format!(
+            "incomplete image: the file name of {what} in manifest.json is missing; save or pull the image again"
+        );
+        assert_eq!(workspace.error_with_cache(image), (expected, true));
+    }
+}
+
+/// Changes a field of the first element.
+fn with_in_first(mut value: Value, key: &str, new: Value) -> Value {
+    value[0][key] = new;
+    value
+}
+
+#[test]
+fn documents_are_read_as_go_reads_them() {
+    let workspace = Workspace::new();
+    let layout = workspace.layout();
+    let (layer, digest) = layout.layer(&Layer::new().bytes(), Packing::Plain);
+    let start = format!(r#"{{"rootfs":{{"diff_ids":["{digest}"]}},"config":"#);
+    let env = b"{\"Env\":[\"A=\\ud800\",null,\"B=\xff\"],";
+    let commands = br#""Cmd":["one"],"CMD":["two",null],"cmd":["three"],"CmD":["four"]}}"#;
+    let config = layout.blob(CONFIG, &[start.as_bytes(), env, commands].concat());
+    let manifest = json!({ "schemaVersion": 2, "config": config, "layers": [layer] });
+    layout.index(&[layout.document(MANIFEST, &manifest), Value::Null]);
+    let config = serde_json::to_value(workspace.prepare("image").unwrap().config).unwrap();
+    assert_eq!(config["cmd"], json!(["four"]));
+    assert_eq!(config["env"], json!(["A=\u{fffd}", "", "B=\u{fffd}"]));
+}
+
+#[test]
 fn artifacts_are_refused_with_their_type() {
     let of_config = |kind: &str, content: &[u8]| {
         outcome("", |layout| {
@@ -356,6 +447,29 @@ fn artifacts_are_refused_with_their_type() {
     let kind = "application/vnd.example.report";
     let expected = Err(format!("not a container image; its type is {kind}"));
     assert_eq!(outcome("", |layout| vec![artifact(layout, kind)]), expected);
+    // in-toto and cosign store a configuration of an image, which may be for this platform or missing.
+    for kind in ["application/vnd.in-toto+json", "application/vnd.dev.cosign.simplesigning.v1+json"] {
+        let line = outcome("", |layout| {
+            let statement = layout.blob(kind, b"{}");
+            let config = layout.config(&[Digest::of(b"{}")]);
+            vec![layout.manifest(&config, &[statement.clone(), statement])]
+        });
+        assert_eq!(line, Err(format!("not a container image; its type is {kind}")));
+        let manifest = |layout: &Layout, artifact_type: &str| {
+            let config = json!({ "mediaType": CONFIG, "digest": Digest::of(b"missing"), "size": 7 });
+            let layers = [layout.blob(kind, b"{}")];
+            let manifest = json!({
+                "schemaVersion": 2, "artifactType": artifact_type, "config": config, "layers": layers,
+            });
+            layout.document(MANIFEST, &manifest)
+        };
+        let line = outcome("", |layout| vec![manifest(layout, "")]);
+        assert_eq!(line, Err(format!("not a container image; its type is {kind}")));
+        let line = outcome("", |layout| vec![manifest(layout, "application/x-report")]);
+        assert_eq!(line, Err("not a container image; its type is application/x-report".to_owned()));
+    }
+    let line = outcome("", |layout| vec![attestation(layout)]);
+    assert_eq!(line, Err("not a container image; its type is attestation-manifest".to_owned()));
     // The artifact manifest of a draft of image specification 1.1.
     let before = "application/vnd.oci.artifact.manifest.v1+json";
     let index = |layout: &Layout| {
