@@ -81,21 +81,23 @@ fn outcome(tag: &str, index: impl FnOnce(&Layout) -> Vec<Value>) -> Result<Strin
     }
 }
 
+/// Checks that the image `right` of an index is selected, also if other indexes nest the index.
+fn is_selected(what: &str, index: fn(&Layout) -> Vec<Value>) {
+    for (tag, depth) in [("", 0), ("", 1), (":x", 1), (":x", 3)] {
+        let found = outcome(tag, |layout| {
+            let mut manifests = index(layout);
+            for _ in 0..depth {
+                manifests = vec![named(nested(layout, &manifests), "x")];
+            }
+            manifests
+        });
+        assert_eq!(found.as_deref(), Ok("right"), "{what}, {depth}");
+    }
+}
+
 #[test]
 fn the_image_for_this_machine_is_selected_from_an_index() {
-    let is = |what: &str, index: fn(&Layout) -> Vec<Value>| {
-        // The same index, also nested in other ones.
-        for (tag, depth) in [("", 0), ("", 1), (":x", 1), (":x", 3)] {
-            let found = outcome(tag, |layout| {
-                let mut manifests = index(layout);
-                for _ in 0..depth {
-                    manifests = vec![named(nested(layout, &manifests), "x")];
-                }
-                manifests
-            });
-            assert_eq!(found.as_deref(), Ok("right"), "{what}, {depth}");
-        }
-    };
+    let is = is_selected;
     is("another entry needs another processor", |layout| {
         let plain = platform(image(layout, "right"), "linux", "amd64", "");
         vec![platform(image(layout, "no"), "linux", "amd64", "v9"), plain]
@@ -114,7 +116,34 @@ fn the_image_for_this_machine_is_selected_from_an_index() {
         let arm = image_with(layout, "no", |config| with(config, "architecture", json!("arm64")));
         vec![named(arm, "n"), named(image(layout, "right"), "n")]
     });
-    is("damaged entries without a platform", |layout| {
+    is("attestations and artifacts first", |layout| {
+        let right = platform(image(layout, "right"), "linux", "amd64", "");
+        let unknown = layout.document("application/vnd.example.sbom+json", &json!({ "x": 1 }));
+        let helm = layout.blob("application/vnd.cncf.helm.config.v1+json", b"{}");
+        let chart = layout.document(MANIFEST, &json!({ "schemaVersion": 2, "config": helm, "layers": [] }));
+        vec![attestation(layout), artifact(layout, "application/vnd.example.report"), unknown, chart, right]
+    });
+    is("a missing image, and digests of other algorithms", |layout| {
+        let missing = json!({ "mediaType": MANIFEST, "size": 7, "digest": Digest::of(b"nothing") });
+        let foreign =
+            json!({ "mediaType": MANIFEST, "size": -7, "digest": format!("sha512:{}", "ab".repeat(64)) });
+        vec![
+            platform(foreign.clone(), "linux", "arm64", "v8"),
+            named(platform(foreign, "linux", "amd64", ""), "n"),
+            named(platform(missing, "linux", "amd64", ""), "n"),
+            named(platform(image(layout, "right"), "linux", "amd64", ""), "n"),
+        ]
+    });
+    is("entries without a media type", |layout| vec![with(image(layout, "right"), "mediaType", Value::Null)]);
+    is("fields that are null", |layout| {
+        let null = with(with(image(layout, "right"), "platform", Value::Null), "annotations", Value::Null);
+        vec![with(null, "artifactType", Value::Null)]
+    });
+}
+
+#[test]
+fn damaged_entries_without_a_platform_are_skipped() {
+    is_selected("damaged entries without a platform", |layout| {
         let damaged = |content: &[u8]| {
             let entry = layout.blob(MANIFEST, content);
             fs::write(layout.blob_path(entry["digest"].as_str().unwrap()), "other").unwrap();
@@ -141,32 +170,9 @@ fn the_image_for_this_machine_is_selected_from_an_index() {
         entries.push(image(layout, "right"));
         entries.into_iter().map(|entry| named(entry, "n")).collect()
     });
-    is("entries of every type for files", |layout| {
+    is_selected("entries of every type for files", |layout| {
         let right = nested(layout, &[image(layout, "right")]);
         vec![with(right, "mediaType", json!("binary/octet-stream"))]
-    });
-    is("attestations and artifacts first", |layout| {
-        let right = platform(image(layout, "right"), "linux", "amd64", "");
-        let unknown = layout.document("application/vnd.example.sbom+json", &json!({ "x": 1 }));
-        let helm = layout.blob("application/vnd.cncf.helm.config.v1+json", b"{}");
-        let chart = layout.document(MANIFEST, &json!({ "schemaVersion": 2, "config": helm, "layers": [] }));
-        vec![attestation(layout), artifact(layout, "application/vnd.example.report"), unknown, chart, right]
-    });
-    is("a missing image, and digests of other algorithms", |layout| {
-        let missing = json!({ "mediaType": MANIFEST, "size": 7, "digest": Digest::of(b"nothing") });
-        let foreign =
-            json!({ "mediaType": MANIFEST, "size": -7, "digest": format!("sha512:{}", "ab".repeat(64)) });
-        vec![
-            platform(foreign.clone(), "linux", "arm64", "v8"),
-            named(platform(foreign, "linux", "amd64", ""), "n"),
-            named(platform(missing, "linux", "amd64", ""), "n"),
-            named(platform(image(layout, "right"), "linux", "amd64", ""), "n"),
-        ]
-    });
-    is("entries without a media type", |layout| vec![with(image(layout, "right"), "mediaType", Value::Null)]);
-    is("fields that are null", |layout| {
-        let null = with(with(image(layout, "right"), "platform", Value::Null), "annotations", Value::Null);
-        vec![with(null, "artifactType", Value::Null)]
     });
 }
 
@@ -447,6 +453,27 @@ fn artifacts_are_refused_with_their_type() {
     let kind = "application/vnd.example.report";
     let expected = Err(format!("not a container image; its type is {kind}"));
     assert_eq!(outcome("", |layout| vec![artifact(layout, kind)]), expected);
+    // The artifact manifest of a draft of image specification 1.1.
+    let before = "application/vnd.oci.artifact.manifest.v1+json";
+    let index = |layout: &Layout| {
+        let document = json!({ "mediaType": before, "artifactType": kind, "blobs": [] });
+        vec![with(layout.document(before, &document), "artifactType", json!(kind))]
+    };
+    assert_eq!(outcome("", index), expected);
+    let old = json!({ "schemaVersion": 1, "name": "x", "fsLayers": [{ "blobSum": Digest::of(b"") }] });
+    for kind in [
+        "application/vnd.docker.distribution.manifest.v1+prettyjws",
+        "application/vnd.docker.distribution.manifest.v1+json",
+        MANIFEST,
+        "",
+    ] {
+        let line = outcome("", |layout| vec![layout.document(kind, &old)]).unwrap_err();
+        assert!(line.contains("is a schema 1 manifest, from before 2016"), "{kind}: {line}");
+    }
+}
+
+#[test]
+fn artifacts_with_the_configuration_of_an_image_are_refused_with_their_type() {
     // in-toto and cosign store a configuration of an image, which may be for this platform or missing.
     for kind in ["application/vnd.in-toto+json", "application/vnd.dev.cosign.simplesigning.v1+json"] {
         let line = outcome("", |layout| {
@@ -470,23 +497,6 @@ fn artifacts_are_refused_with_their_type() {
     }
     let line = outcome("", |layout| vec![attestation(layout)]);
     assert_eq!(line, Err("not a container image; its type is attestation-manifest".to_owned()));
-    // The artifact manifest of a draft of image specification 1.1.
-    let before = "application/vnd.oci.artifact.manifest.v1+json";
-    let index = |layout: &Layout| {
-        let document = json!({ "mediaType": before, "artifactType": kind, "blobs": [] });
-        vec![with(layout.document(before, &document), "artifactType", json!(kind))]
-    };
-    assert_eq!(outcome("", index), expected);
-    let old = json!({ "schemaVersion": 1, "name": "x", "fsLayers": [{ "blobSum": Digest::of(b"") }] });
-    for kind in [
-        "application/vnd.docker.distribution.manifest.v1+prettyjws",
-        "application/vnd.docker.distribution.manifest.v1+json",
-        MANIFEST,
-        "",
-    ] {
-        let line = outcome("", |layout| vec![layout.document(kind, &old)]).unwrap_err();
-        assert!(line.contains("is a schema 1 manifest, from before 2016"), "{kind}: {line}");
-    }
 }
 
 #[test]
