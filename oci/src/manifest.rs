@@ -160,7 +160,7 @@ impl Descriptor {
 #[serde(default)]
 pub(crate) struct Document {
     #[serde(rename = "schemaversion")]
-    schema_version: Option<u32>,
+    schema_version: Option<i64>,
     #[serde(rename = "mediatype")]
     media_type: Option<String>,
     #[serde(rename = "artifacttype")]
@@ -361,6 +361,7 @@ mod tests {
         }
         assert_eq!(of(r#"{"config":{}}"#), "image");
         assert_eq!(of(r#"{"schemaVersion":1,"fsLayers":[]}"#), "old");
+        assert_eq!(of(r#"{"schemaVersion":-1,"config":{}}"#), "image");
         assert_eq!(of(r#"{"schemaVersion":2}"#), "damaged");
         let helm = "application/vnd.cncf.helm.config.v1+json";
         assert_eq!(of(&format!(r#"{{"schemaVersion":2,"config":{{"mediaType":"{helm}"}}}}"#)), helm);

@@ -44,6 +44,10 @@ const ENOUGH: usize = (1 << 20) + (256 << 10);
 fn converted_in(memory: usize, layer: Vec<u8>) -> (Option<i32>, String) {
     let workspace = Workspace::new();
     workspace.layout().write_bytes(&[layer], Packing::Plain);
+    prepared_in(memory, &workspace)
+}
+
+fn prepared_in(memory: usize, workspace: &Workspace) -> (Option<i32>, String) {
     let script = format!("ulimit -v {memory} && exec \"$0\" prepare --cache \"$1\" \"$2\"");
     let output = Command::new("sh")
         .args(["-c", &script, env!("CARGO_BIN_EXE_kindling-oci")])
@@ -85,6 +89,22 @@ fn the_largest_tree_is_converted_in_bounds() {
     image("more folders", more_folders, 2);
     image("most attributes", attributes(2629), 0);
     image("more attributes", attributes(2630), 2);
+}
+
+#[test]
+fn documents_of_many_small_values_are_read_in_bounds() {
+    let workspace = Workspace::new();
+    let layout = workspace.layout();
+    let (layer, digest) = layout.layer(&Layer::new().bytes(), Packing::Plain);
+    // 8 MiB of objects with one key each.
+    let ports = vec![r#"{"":0}"#; 1_190_000].join(",");
+    let config =
+        format!(r#"{{"rootfs":{{"diff_ids":["{digest}"]}},"config":{{"ExposedPorts":{{"1":[{ports}]}}}}}}"#);
+    let config = layout.blob("application/vnd.oci.image.config.v1+json", config.as_bytes());
+    let manifest = serde_json::json!({ "schemaVersion": 2, "config": config, "layers": [layer] });
+    layout.index(&[layout.document("application/vnd.oci.image.manifest.v1+json", &manifest)]);
+    let (code, line) = prepared_in(512 << 10, &workspace);
+    assert_eq!(code, Some(0), "{line}");
 }
 
 #[test]
