@@ -10,8 +10,11 @@ use std::io::{self, BufRead, BufReader, Read};
 const BUFFER: usize = 256 << 10;
 /// Bytes that are needed to detect the format.
 const MAGIC: usize = 10;
-/// The largest window of Zstandard or dictionary of xz, in bytes: enough for `zstd --ultra --long=29` and `xz -9`.
+/// The largest window of Zstandard or dictionary of xz, in bytes: enough for `zstd --ultra --long=29` and
+/// `xz --lzma2=dict=512MiB`.
 const MAX_WINDOW: u32 = 512 << 20;
+/// Memory of the xz decoder besides its dictionary, in KiB; it needs a tenth of that.
+const XZ_OVERHEAD: u32 = 1024;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Format {
@@ -59,13 +62,27 @@ pub(crate) fn decompress<'a>(mut blob: impl Read + 'a) -> io::Result<Box<dyn Rea
         Format::Plain => Box::new(blob),
         Format::Gzip => buffered(MultiGzDecoder::new(blob)),
         Format::Zstd => buffered(Zstd::new(blob)),
-        Format::Xz => buffered(XzReader::new_mem_limit(blob, true, MAX_WINDOW >> 10)),
+        Format::Xz => buffered(Xz(XzReader::new_mem_limit(blob, true, (MAX_WINDOW >> 10) + XZ_OVERHEAD))),
         Format::Bzip2 => buffered(MultiBzDecoder::new(blob)),
     })
 }
 
 fn buffered<'a>(content: impl Read + 'a) -> Box<dyn Read + 'a> {
     Box::new(BufReader::with_capacity(BUFFER, content))
+}
+
+/// An xz decoder that names the limit of its memory.
+struct Xz<R: Read>(XzReader<R>);
+
+impl<R: Read> Read for Xz<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.0.read(buffer).map_err(|error| match error.kind() {
+            io::ErrorKind::OutOfMemory => {
+                io::Error::other(format!("the dictionary of xz is larger than {} MiB", MAX_WINDOW >> 20))
+            }
+            _ => error,
+        })
+    }
 }
 
 /// A decoder for concatenated Zstandard frames.

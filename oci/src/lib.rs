@@ -14,6 +14,7 @@ mod disk;
 mod erofs;
 mod error;
 mod inventory;
+mod json;
 mod layer;
 mod manifest;
 mod names;

@@ -12,8 +12,9 @@ use std::process::ExitCode;
 use std::time::{Duration, UNIX_EPOCH};
 
 /// Convert container images to root filesystems of guests
+// Of a repeated option the last counts, as in docker: wrapper scripts add their own before those of their caller.
 #[derive(Debug, Parser)]
-#[command(version)]
+#[command(version, args_override_self = true)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,

@@ -1,15 +1,16 @@
 //! The documents of an image: index, manifest and configuration of the OCI image specification, and Docker's, which
 //! differ in the media types.
 //!
-//! They are parsed as Go parses JSON: field names are case-insensitive, null stands for a missing field, and of two
-//! fields with the same name the last counts.
+//! `json.rs` parses them. The names of fields are in lower case, since those of documents match in any case.
 
 use crate::digest::{Digest, InvalidDigest};
+use crate::json::Value;
 use crate::platform::Platform;
-use serde::de::DeserializeOwned;
+use serde::de::value::SeqAccessDeserializer;
+use serde::de::{IgnoredAny, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
-use serde_json::Value;
 use std::collections::BTreeMap;
+use std::fmt::{self, Formatter};
 
 /// Maximum size of a manifest, an index or a configuration: twice what registries accept.
 pub(crate) const MAX_DOCUMENT: u64 = 8 << 20;
@@ -45,7 +46,8 @@ pub(crate) struct Descriptor {
     #[serde(rename = "mediatype")]
     media_type: Option<String>,
     digest: Option<String>,
-    size: Option<Value>,
+    #[serde(deserialize_with = "size_or_none")]
+    size: Option<u64>,
     annotations: Option<BTreeMap<String, Option<String>>>,
     pub(crate) platform: Option<Platform>,
     #[serde(rename = "artifacttype")]
@@ -61,6 +63,16 @@ pub(crate) enum Target {
     Either,
     /// Not an image.
     Other,
+}
+
+/// The target of a media type that images have.
+pub(crate) fn target_of(media_type: &str) -> Option<Target> {
+    match media_type {
+        OCI_INDEX | DOCKER_INDEX => Some(Target::Index),
+        OCI_MANIFEST | DOCKER_MANIFEST => Some(Target::Manifest),
+        schema_1 if schema_1.starts_with(DOCKER_SCHEMA_1) => Some(Target::Manifest),
+        _ => None,
+    }
 }
 
 impl Descriptor {
@@ -80,35 +92,37 @@ impl Descriptor {
         self.digest.as_deref().unwrap_or_default()
     }
 
-    pub(crate) fn size(&self) -> Option<u64> {
-        self.size.as_ref()?.as_u64()
+    pub(crate) const fn size(&self) -> Option<u64> {
+        self.size
     }
 
     pub(crate) fn target(&self) -> Target {
-        let annotation = |name| self.annotations.as_ref()?.get(name)?.as_deref();
         match self.media_type() {
-            _ if annotation(REFERENCE_TYPE).is_some() => Target::Other,
-            OCI_INDEX | DOCKER_INDEX => Target::Index,
-            OCI_MANIFEST | DOCKER_MANIFEST => Target::Manifest,
-            schema_1 if schema_1.starts_with(DOCKER_SCHEMA_1) => Target::Manifest,
-            "" | "application/json" | "application/octet-stream" | "text/plain" | "text/html" => {
-                Target::Either
-            }
+            _ if self.annotation(REFERENCE_TYPE).is_some() => Target::Other,
+            kind if let Some(target) = target_of(kind) => target,
+            ""
+            | "application/json"
+            | "application/octet-stream"
+            | "binary/octet-stream"
+            | "text/plain"
+            | "text/html" => Target::Either,
             _ => Target::Other,
         }
     }
 
-    /// The artifact type or the media type, for messages about targets that are not images.
+    /// The type of a target that is not an image, for messages.
     pub(crate) fn artifact_type(&self) -> &str {
-        let artifact = self.artifact_type.as_deref().filter(|kind| !kind.is_empty());
-        artifact.unwrap_or_else(|| self.media_type())
+        let kinds = [self.artifact_type.as_deref(), self.annotation(REFERENCE_TYPE)];
+        kinds.into_iter().flatten().find(|kind| !kind.is_empty()).unwrap_or_else(|| self.media_type())
+    }
+
+    fn annotation(&self, name: &str) -> Option<&str> {
+        self.annotations.as_ref()?.get(name)?.as_deref()
     }
 
     /// The names that an index gives to the image, the complete one first.
     pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
-        let annotations = self.annotations.as_ref();
-        let names =
-            [IMAGE_NAME, REF_NAME].into_iter().filter_map(move |name| annotations?.get(name)?.as_deref());
+        let names = [IMAGE_NAME, REF_NAME].into_iter().filter_map(|name| self.annotation(name));
         names.filter(|name| !name.is_empty())
     }
 
@@ -126,6 +140,16 @@ impl Descriptor {
         prefixes.iter().any(is_type)
     }
 
+    /// Whether it is the content of an artifact. Its media type is neither missing nor one for layers, not even for layers
+    /// in a format that is not supported.
+    fn is_artifact(&self) -> bool {
+        let is_layer = |prefix| self.media_type().starts_with(prefix);
+        !["application/vnd.oci.image.layer.", "application/vnd.docker.image.rootfs."]
+            .into_iter()
+            .any(is_layer)
+            && !self.media_type().is_empty()
+    }
+
     fn is_known_config(&self) -> bool {
         CONFIGS.contains(&self.media_type())
     }
@@ -136,7 +160,7 @@ impl Descriptor {
 #[serde(default)]
 pub(crate) struct Document {
     #[serde(rename = "schemaversion")]
-    schema_version: Option<u32>,
+    schema_version: Option<i64>,
     #[serde(rename = "mediatype")]
     media_type: Option<String>,
     #[serde(rename = "artifacttype")]
@@ -158,25 +182,39 @@ pub(crate) enum ManifestError {
 }
 
 impl Document {
+    /// The entries of an index, or none for another document. Its own media type decides, or else its fields.
+    pub(crate) fn into_entries(self) -> Option<Vec<Descriptor>> {
+        let target = self.media_type.as_deref().and_then(target_of);
+        self.manifests.filter(|_| target != Some(Target::Manifest))
+    }
+
     /// The image's configuration and layers.
     pub(crate) fn into_manifest(self) -> Result<Manifest, ManifestError> {
         let given = |text: Option<String>| text.filter(|text| !text.is_empty());
         if self.schema_version == Some(1) {
             return Err(ManifestError::Schema1);
         }
+        let artifact_type = given(self.artifact_type);
         let Some(config) = self.config else {
-            let kind = given(self.artifact_type).or(given(self.media_type));
+            let kind = artifact_type.or(given(self.media_type));
             let is_manifest = |kind: &String| matches!(&**kind, OCI_MANIFEST | DOCKER_MANIFEST);
             return Err(kind
                 .filter(|kind| !is_manifest(kind))
                 .map_or(ManifestError::Invalid, ManifestError::OtherType));
         };
-        if !config.is_known_config() {
-            return Err(ManifestError::OtherType(
-                given(self.artifact_type).unwrap_or_else(|| config.media_type().to_owned()),
-            ));
+        let layers = self.layers.unwrap_or_default();
+        // Artifacts may have the configuration of an image: in-toto's and cosign's have.
+        let content = match &layers[..] {
+            _ if !config.is_known_config() => Some(&config),
+            layers if layers.iter().all(Descriptor::is_artifact) => layers.first(),
+            _ => None,
+        };
+        match content {
+            Some(content) => Err(ManifestError::OtherType(
+                artifact_type.unwrap_or_else(|| content.media_type().to_owned()),
+            )),
+            None => Ok(Manifest { config, layers }),
         }
-        Ok(Manifest { config, layers: self.layers.unwrap_or_default() })
     }
 }
 
@@ -188,23 +226,37 @@ pub(crate) struct Manifest {
 }
 
 /// An entry of the manifest.json of `docker save`.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
 pub(crate) struct SavedImage {
     pub(crate) config: String,
-    #[serde(default, rename = "repotags")]
+    #[serde(rename = "repotags")]
     pub(crate) repo_tags: Option<Vec<String>>,
-    #[serde(default)]
     pub(crate) layers: Option<Vec<String>>,
 }
 
 /// An image's configuration.
 #[derive(Debug, Deserialize)]
 pub(crate) struct ImageConfig {
-    #[serde(flatten)]
-    pub(crate) platform: Platform,
+    #[serde(default)]
+    os: Option<String>,
+    #[serde(default)]
+    architecture: Option<String>,
+    #[serde(default)]
+    variant: Option<String>,
     #[serde(default)]
     pub(crate) config: Option<RunConfig>,
     pub(crate) rootfs: RootFs,
+}
+
+impl ImageConfig {
+    pub(crate) fn platform(&self) -> Platform {
+        Platform {
+            os: self.os.clone(),
+            architecture: self.architecture.clone(),
+            variant: self.variant.clone(),
+        }
+    }
 }
 
 /// The digests of the uncompressed layers.
@@ -229,43 +281,46 @@ pub(crate) struct RunConfig {
     #[serde(rename = "stopsignal")]
     pub(crate) stop_signal: Option<String>,
     #[serde(rename = "exposedports")]
-    pub(crate) exposed_ports: Option<BTreeMap<String, Value>>,
+    pub(crate) exposed_ports: Option<BTreeMap<String, IgnoredAny>>,
 }
 
 /// Deserializes a list of strings, or a single string as a list of one, as docker does.
 fn string_or_list<'de, D: Deserializer<'de>>(input: D) -> Result<Option<Vec<String>>, D::Error> {
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum Words {
-        One(String),
-        Many(Vec<String>),
+    struct Words;
+    impl<'de> Visitor<'de> for Words {
+        type Value = Option<Vec<String>>;
+
+        fn expecting(&self, formatter: &mut Formatter<'_>) -> fmt::Result {
+            formatter.write_str("a string or a list of strings")
+        }
+
+        fn visit_unit<E>(self) -> Result<Self::Value, E> {
+            Ok(None)
+        }
+
+        fn visit_str<E>(self, word: &str) -> Result<Self::Value, E> {
+            Ok(Some(vec![word.to_owned()]))
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, words: A) -> Result<Self::Value, A::Error> {
+            Vec::deserialize(SeqAccessDeserializer::new(words)).map(Some)
+        }
     }
-    Ok(Option::deserialize(input)?.map(|words| match words {
-        Words::One(word) => vec![word],
-        Words::Many(words) => words,
-    }))
+    input.deserialize_any(Words)
 }
 
-/// Parses a document.
-pub(crate) fn parse<T: DeserializeOwned>(document: &[u8]) -> serde_json::Result<T> {
-    serde_json::from_value(with_lower_case_names(serde_json::from_slice(document)?))
-}
-
-/// Converts all field names to lower case.
-fn with_lower_case_names(value: Value) -> Value {
-    match value {
-        Value::Object(fields) => fields
-            .into_iter()
-            .map(|(name, value)| (name.to_lowercase(), with_lower_case_names(value)))
-            .collect(),
-        Value::Array(values) => values.into_iter().map(with_lower_case_names).collect(),
-        other => other,
-    }
+/// Deserializes the size of a blob, or none for every other value: an index may have descriptors of anything.
+fn size_or_none<'de, D: Deserializer<'de>>(input: D) -> Result<Option<u64>, D::Error> {
+    Ok(match Value::deserialize(input)? {
+        Value::Number(size) => size.as_u64(),
+        _ => None,
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::json::parse;
 
     #[test]
     fn configurations_are_read_as_go_reads_them() {
@@ -275,7 +330,7 @@ mod tests {
             (run.entrypoint.unwrap_or_default(), run.cmd.unwrap_or_default(), run.env.unwrap_or_default())
         };
         let words = |words: &[&str]| words.iter().map(|&word| word.to_owned()).collect::<Vec<_>>();
-        let level = |text| config(text).unwrap().platform.level();
+        let level = |text| config(text).unwrap().platform().level();
         assert_eq!(level(r#"{"os":"plan9","os":"linux","architecture":"amd64","rootfs":{}}"#), Some(1));
         assert_eq!(level(r#"{"OS":null,"rootfs":{"diff_ids":null}}"#), Some(1));
         assert_eq!(level(r#"{"os":"linux","architecture":"riscv64","rootfs":{}}"#), None);
@@ -285,6 +340,11 @@ mod tests {
             (words(&["/bin/sh"]), words(&["/hi"]), words(&["A=b"]))
         );
         assert_eq!(run(r#"{"Cmd":null,"Env":null}"#), (vec![], vec![], vec![]));
+        assert_eq!(
+            run(r#"{"Entrypoint":[null],"Cmd":["a",null],"Env":[null]}"#),
+            (words(&[""]), words(&["a", ""]), words(&[""]))
+        );
+        assert_eq!(run(r#"{"CMD":["a"],"cmd":["b"],"Cmd":["c"]}"#).1, words(&["c"]));
         assert!(parse::<RunConfig>(br#"{"Cmd":7}"#).is_err());
     }
 
@@ -301,6 +361,7 @@ mod tests {
         }
         assert_eq!(of(r#"{"config":{}}"#), "image");
         assert_eq!(of(r#"{"schemaVersion":1,"fsLayers":[]}"#), "old");
+        assert_eq!(of(r#"{"schemaVersion":-1,"config":{}}"#), "image");
         assert_eq!(of(r#"{"schemaVersion":2}"#), "damaged");
         let helm = "application/vnd.cncf.helm.config.v1+json";
         assert_eq!(of(&format!(r#"{{"schemaVersion":2,"config":{{"mediaType":"{helm}"}}}}"#)), helm);

@@ -7,12 +7,12 @@ use std::fmt::{self, Display, Formatter};
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 pub(crate) struct Platform {
     #[serde(default)]
-    architecture: Option<String>,
+    pub(crate) architecture: Option<String>,
     #[serde(default)]
-    os: Option<String>,
+    pub(crate) os: Option<String>,
     /// The microarchitecture level on amd64: v1 to v4.
     #[serde(default)]
-    variant: Option<String>,
+    pub(crate) variant: Option<String>,
 }
 
 impl Platform {

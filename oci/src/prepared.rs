@@ -63,6 +63,7 @@ impl Record {
                 .exposed_ports
                 .unwrap_or_default()
                 .into_keys()
+                .map(|port| port.to_lowercase())
                 .map(|port| if port.contains('/') { port } else { port + "/tcp" })
                 .collect(),
         };

@@ -2,6 +2,7 @@
 //! while it is downloaded; the blobs are not stored.
 
 use crate::digest::Digest;
+use crate::json;
 use crate::manifest::{DOCKER_INDEX, DOCKER_MANIFEST, MAX_DOCUMENT, OCI_INDEX, OCI_MANIFEST};
 use crate::reference::{Reference, is_loopback};
 use serde::Deserialize;
@@ -190,7 +191,7 @@ impl Registry {
             .take(MAX_DOCUMENT)
             .read_to_end(&mut content)
             .map_err(|error| failed(error.into()))?;
-        let token: Option<Token> = serde_json::from_slice(&content).ok();
+        let token: Option<Token> = json::parse(&content).ok();
         let token = token.and_then(|token| token.token.or(token.access_token));
         Ok(format!("Bearer {}", token.ok_or_else(|| RegistryError::Denied(host()))?))
     }
@@ -246,7 +247,7 @@ fn password(host: &str) -> Option<String> {
         host => [host.to_owned(), format!("https://{host}")],
     };
     login_files().find_map(|file| {
-        let mut logins: Logins = serde_json::from_slice(&std::fs::read(file).ok()?).ok()?;
+        let mut logins: Logins = json::parse(&std::fs::read(file).ok()?).ok()?;
         names.iter().find_map(|name| logins.auths.remove(name)?.auth).filter(|auth| !auth.is_empty())
     })
 }

@@ -73,6 +73,28 @@ fn an_old_directory_is_a_file_whose_name_ends_with_a_slash() {
     assert!(line(&lines, "/d").ends_with("\"data\""));
 }
 
+#[test]
+fn old_archives_of_go_have_prefixes_in_gnu_headers() {
+    // archive/tar before Go 1.8 wrote them for names that it split, if another field needed GNU's format.
+    let split = |folder: &str, name: &str, size: u64| {
+        with(header(b'0', name, size), |header| {
+            header.as_mut_bytes()[345..345 + folder.len()].copy_from_slice(folder.as_bytes());
+        })
+    };
+    let layer = Layer::new()
+        .raw(split("usr/share/one", "index.html", 3), b"one")
+        .raw(split("usr/share/two", "index.html", 3), b"two")
+        .file("index.html", "root");
+    let lines = Workspace::listed(&[layer.bytes()]);
+    for (path, content) in [
+        ("/usr/share/one/index.html", "\"one\""),
+        ("/usr/share/two/index.html", "\"two\""),
+        ("/index.html", "\"root\""),
+    ] {
+        assert!(line(&lines, path).ends_with(content), "{lines:#?}");
+    }
+}
+
 fn two() -> Layer {
     Layer::new().file("a", "first").file("b", "second")
 }

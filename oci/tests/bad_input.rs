@@ -28,6 +28,16 @@ fn entries_that_a_filesystem_cannot_hold_are_refused() {
     let long_path = format!("{}: the name is longer than 255 bytes, or the path than 4096", &path[..200]);
     is(Layer::new().pax(&[("path", path.as_bytes())]).folder("x", 0o755), &long_path);
     is(Layer::new().pax(&[("path", b"a\0b")]).file("x", ""), "a\\x00b: the name contains a NUL byte");
+    // The same holds for files whose names are only those of hard links to them.
+    let pseudo_link = |name: &[u8]| {
+        let path = [b".wh..wh.plnk/", name].concat();
+        Layer::new().pax(&[("path", &path)]).file("x", "")
+    };
+    let refusal = "the name is longer than 255 bytes, or the path than 4096";
+    is(pseudo_link(name.as_bytes()), &format!(".wh..wh.plnk/{}: {refusal}", &name[..187]));
+    let path = format!("{}f", "d/".repeat(2100));
+    is(pseudo_link(path.as_bytes()), &format!(".wh..wh.plnk/{}d: {refusal}", "d/".repeat(93)));
+    is(pseudo_link(b"a\0b"), ".wh..wh.plnk/a\\x00b: the name contains a NUL byte");
     is(Layer::new().file("a", "").file("a/b", ""), "a/b: a component of the path is not a directory");
     is(Layer::new().file(".", ""), ".: the root must be a directory");
     is(Layer::new().symlink("..", "x"), "..: the root must be a directory");
@@ -176,10 +186,17 @@ fn with(mut value: Value, key: &str, new: Value) -> Value {
 
 #[test]
 fn documents_that_contradict_each_other_are_refused() {
+    for kind in ["application/x-iso", "application/vnd.oci.image.layer.v1.tar+lz4", ""] {
+        let line = error_of(|layout, config, layer| {
+            vec![layout.manifest(&config, &[layer.clone(), with(layer, "mediaType", json!(kind))])]
+        });
+        assert_eq!(line, format!("layer 2 has the unknown media type {kind:?}"));
+    }
     let line = error_of(|layout, config, layer| {
-        vec![layout.manifest(&config, &[with(layer, "mediaType", json!("application/x-iso"))])]
+        let kind = json!("application/vnd.oci.image.layer.v1.tar+gzip+encrypted");
+        vec![layout.manifest(&config, &[with(layer, "mediaType", kind)])]
     });
-    assert_eq!(line, "layer 1 has the unknown media type \"application/x-iso\"");
+    assert!(line.starts_with("layer 1 has the unknown media type"), "{line}");
     let line = error_of(|layout, config, layer| {
         vec![layout.manifest(&with(config, "architecture", json!("arm64")), &[layer])]
     });
@@ -211,6 +228,15 @@ fn documents_that_contradict_each_other_are_refused() {
         vec![manifest]
     });
     assert!(line.contains("it is damaged or was replaced, save or pull the image again"), "{line}");
+    // An entry for this platform is not replaced with a later one.
+    let line = error_of(|layout, config, layer| {
+        let platform = json!({ "os": "linux", "architecture": "amd64" });
+        let damaged = with(layout.blob("", b"{"), "platform", platform);
+        let name = json!({ "org.opencontainers.image.ref.name": "n" });
+        let entries = [damaged, layout.manifest(&config, &[layer])];
+        entries.map(|entry| with(entry, "annotations", name.clone())).to_vec()
+    });
+    assert!(line.contains("EOF while parsing"), "{line}");
     let line = error_of(|layout, _, _| {
         vec![layout.document("application/vnd.oci.image.manifest.v1+json", &json!({ "schemaVersion": 1 }))]
     });

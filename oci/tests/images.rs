@@ -382,6 +382,49 @@ fn images_are_listed_and_removed() {
 }
 
 #[test]
+fn the_last_of_a_repeated_option_applies() {
+    let workspace = Workspace::new();
+    workspace.layout().write(vec![Layer::new().file("a", "b")], Packing::Plain);
+    let output = |words: &[&str]| {
+        let output = subcommand(&workspace, words);
+        assert!(output.status.success(), "{words:?}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    // Neither the cache nor the user of the first option exists.
+    let text = output(&[
+        "prepare",
+        "--pull=always",
+        "--pull=never",
+        "--cache=image/index.json",
+        "--cache=cache",
+        "--user=nobody-here",
+        "--user=7",
+        "--progress",
+        "--progress",
+        "--for=0",
+        &format!("--for={}", std::process::id()),
+        "./image",
+    ]);
+    assert!(text.contains("\"uid\":7"), "{text}");
+    output(&["prepare", "--quiet", "--quiet", "./image"]);
+    for words in [&["ls"][..], &["prune", "--unused=0", "--unused=30"]] {
+        let words = [words, &["--json", "--json", "--cache=image/index.json", "--cache=cache"]].concat();
+        assert!(output(&words).starts_with('['), "{words:?}");
+    }
+    // Operands are a list, and options with opposite effects still exclude each other.
+    assert_eq!(subcommand(&workspace, &["prepare", "./image", "./image"]).status.code(), Some(2));
+    assert_eq!(
+        subcommand(&workspace, &["prepare", "--quiet", "--progress", "./image"]).status.code(),
+        Some(2)
+    );
+    let removed = subcommand(&workspace, &["rm", "--json", "--json", "./image", "./other"]);
+    assert!(
+        removed.stdout.starts_with(b"[") && removed.stderr.starts_with(b"error: ./other: "),
+        "{removed:?}"
+    );
+}
+
+#[test]
 fn concurrent_requests_convert_an_image_once() {
     let workspace = Workspace::new();
     workspace.layout().write(vec![Layer::new().file("a", &"b".repeat(1 << 20))], Packing::Gzip);
@@ -533,6 +576,31 @@ fn the_window_of_zstandard_is_limited() {
     fs::write(workspace.path("larger.tar"), frame(&archive, 30)).unwrap();
     let (line, is_user_error) = workspace.error_with_cache("larger.tar");
     assert!(line.contains("Requested: 1073741824, Max: 536870912") && is_user_error, "{line}");
+}
+
+#[test]
+fn the_dictionary_of_xz_is_limited() {
+    let workspace = Workspace::new();
+    fs::write(workspace.path("whole"), saved(&["one"])).unwrap();
+    let output = Command::new("xz").args(["-1", "--stdout"]).arg(workspace.path("whole")).output().unwrap();
+    // The block header behind the stream header of 12 bytes: its size in words, flags, the filter LZMA2 with one byte of
+    // properties, padding and a checksum.
+    let with_dictionary = |code: u8| {
+        let mut packed = output.stdout.clone();
+        let end = 12 + 4 * (usize::from(packed[12]) + 1);
+        assert_eq!(packed[14..16], [0x21, 1]);
+        packed[16] = code;
+        let mut sum = flate2::Crc::new();
+        sum.update(&packed[12..end - 4]);
+        packed[end - 4..end].copy_from_slice(&sum.sum().to_le_bytes());
+        packed
+    };
+    let (half_a_gib, three_quarters) = (34, 35);
+    fs::write(workspace.path("large.tar"), with_dictionary(half_a_gib)).unwrap();
+    workspace.prepare("large.tar").unwrap();
+    fs::write(workspace.path("larger.tar"), with_dictionary(three_quarters)).unwrap();
+    let (line, is_user_error) = workspace.error_with_cache("larger.tar");
+    assert!(line.ends_with(": the dictionary of xz is larger than 512 MiB") && is_user_error, "{line}");
 }
 
 #[test]

@@ -81,21 +81,23 @@ fn outcome(tag: &str, index: impl FnOnce(&Layout) -> Vec<Value>) -> Result<Strin
     }
 }
 
+/// Checks that the image `right` of an index is selected, also if other indexes nest the index.
+fn is_selected(what: &str, index: fn(&Layout) -> Vec<Value>) {
+    for (tag, depth) in [("", 0), ("", 1), (":x", 1), (":x", 3)] {
+        let found = outcome(tag, |layout| {
+            let mut manifests = index(layout);
+            for _ in 0..depth {
+                manifests = vec![named(nested(layout, &manifests), "x")];
+            }
+            manifests
+        });
+        assert_eq!(found.as_deref(), Ok("right"), "{what}, {depth}");
+    }
+}
+
 #[test]
 fn the_image_for_this_machine_is_selected_from_an_index() {
-    let is = |what: &str, index: fn(&Layout) -> Vec<Value>| {
-        // The same index, also nested in other ones.
-        for (tag, depth) in [("", 0), ("", 1), (":x", 1), (":x", 3)] {
-            let found = outcome(tag, |layout| {
-                let mut manifests = index(layout);
-                for _ in 0..depth {
-                    manifests = vec![named(nested(layout, &manifests), "x")];
-                }
-                manifests
-            });
-            assert_eq!(found.as_deref(), Ok("right"), "{what}, {depth}");
-        }
-    };
+    let is = is_selected;
     is("another entry needs another processor", |layout| {
         let plain = platform(image(layout, "right"), "linux", "amd64", "");
         vec![platform(image(layout, "no"), "linux", "amd64", "v9"), plain]
@@ -140,6 +142,41 @@ fn the_image_for_this_machine_is_selected_from_an_index() {
 }
 
 #[test]
+fn damaged_entries_without_a_platform_are_skipped() {
+    is_selected("damaged entries without a platform", |layout| {
+        let damaged = |content: &[u8]| {
+            let entry = layout.blob(MANIFEST, content);
+            fs::write(layout.blob_path(entry["digest"].as_str().unwrap()), "other").unwrap();
+            entry
+        };
+        let config = layout.blob(CONFIG, b"[]");
+        let manifest = json!({ "schemaVersion": 2, "config": config, "layers": [] });
+        let mut entries = vec![
+            layout.blob(MANIFEST, b"{"),
+            layout.document(MANIFEST, &json!({ "schemaVersion": 2 })),
+            layout.document(MANIFEST, &manifest),
+            damaged(b"other digest"),
+            damaged(b"size!"),
+            with(damaged(b"no size"), "size", Value::Null),
+            with(damaged(b"text"), "digest", json!("sha256:text")),
+            layout.blob(MANIFEST, &vec![b' '; (8 << 20) + 1]),
+            Value::Null,
+        ];
+        // Of a type that may be an index or a manifest, too.
+        entries.extend(entries.clone().into_iter().map(|mut entry| {
+            entry["mediaType"] = json!("application/json");
+            entry
+        }));
+        entries.push(image(layout, "right"));
+        entries.into_iter().map(|entry| named(entry, "n")).collect()
+    });
+    is_selected("entries of every type for files", |layout| {
+        let right = nested(layout, &[image(layout, "right")]);
+        vec![with(right, "mediaType", json!("binary/octet-stream"))]
+    });
+}
+
+#[test]
 fn the_best_variant_for_this_processor_is_selected() {
     // The unit tests of `platform.rs` cover the requirements of each variant; every present processor has the second.
     let expected = if std::arch::is_x86_feature_detected!("sse4.2") { "v2" } else { "v1" };
@@ -165,7 +202,7 @@ fn an_index_without_an_image_for_this_machine_lists_its_platforms() {
     });
     assert_eq!(line, "no image for linux/amd64, only for linux/amd64/v8, linux/arm64/v8");
     let line = refused(|layout| vec![attestation(layout)]);
-    assert_eq!(line, "not a container image; its type is application/vnd.oci.image.manifest.v1+json");
+    assert_eq!(line, "not a container image; its type is attestation-manifest");
     let line = refused(|_| {
         vec![json!({ "mediaType": MANIFEST, "size": 7, "digest": format!("sha512:{}", "ab".repeat(64)) })]
     });
@@ -332,6 +369,66 @@ fn configurations_come_in_many_forms() {
 }
 
 #[test]
+fn null_in_lists_of_manifest_json_is_the_empty_value() {
+    let workspace = Workspace::new();
+    let save = |name: &str, change: &dyn Fn(Value) -> Value| {
+        let layer = Layer::new().file("a", "b").bytes();
+        let config = json!({ "os": "linux", "rootfs": { "diff_ids": [Digest::of(&layer)] } }).to_string();
+        let manifest =
+            change(json!([{ "Config": "c.json", "RepoTags": ["one:latest"], "Layers": ["l.tar"] }]));
+        let mut archive = Builder::new(fs::File::create(workspace.path(name)).unwrap());
+        for (name, content) in [
+            ("c.json", config.as_bytes()),
+            ("l.tar", &layer),
+            ("manifest.json", manifest.to_string().as_bytes()),
+        ] {
+            let mut header = Layer::header(EntryType::Regular, name.as_bytes(), 0o644, content.len() as u64);
+            header.set_cksum();
+            archive.append(&header, content).unwrap();
+        }
+        archive.finish().unwrap();
+    };
+    save("tags.tar", &|manifest| with_in_first(manifest, "RepoTags", json!([null, "one:latest", null])));
+    workspace.prepare("tags.tar:one").unwrap();
+    assert_eq!(workspace.error_with_cache("tags.tar:two").0, "no image \"two\"; available: one:latest");
+    save("entry.tar", &|mut manifest| {
+        manifest.as_array_mut().unwrap().insert(0, Value::Null);
+        manifest
+    });
+    workspace.prepare("entry.tar").unwrap();
+    save("entries.tar", &|_| json!([null]));
+    save("layer.tar", &|manifest| with_in_first(manifest, "Layers", json!([null])));
+    for (image, what) in [("entries.tar", "a configuration"), ("layer.tar", "a layer")] {
+        let expected = format!(
+            "incomplete image: the file name of {what} in manifest.json is missing; save or pull the image again"
+        );
+        assert_eq!(workspace.error_with_cache(image), (expected, true));
+    }
+}
+
+/// Changes a field of the first element.
+fn with_in_first(mut value: Value, key: &str, new: Value) -> Value {
+    value[0][key] = new;
+    value
+}
+
+#[test]
+fn documents_are_read_as_go_reads_them() {
+    let workspace = Workspace::new();
+    let layout = workspace.layout();
+    let (layer, digest) = layout.layer(&Layer::new().bytes(), Packing::Plain);
+    let start = format!(r#"{{"rootfs":{{"diff_ids":["{digest}"]}},"config":"#);
+    let env = b"{\"Env\":[\"A=\\ud800\",null,\"B=\xff\"],";
+    let commands = br#""Cmd":["one"],"CMD":["two",null],"cmd":["three"],"CmD":["four"]}}"#;
+    let config = layout.blob(CONFIG, &[start.as_bytes(), env, commands].concat());
+    let manifest = json!({ "schemaVersion": 2, "config": config, "layers": [layer] });
+    layout.index(&[layout.document(MANIFEST, &manifest), Value::Null]);
+    let config = serde_json::to_value(workspace.prepare("image").unwrap().config).unwrap();
+    assert_eq!(config["cmd"], json!(["four"]));
+    assert_eq!(config["env"], json!(["A=\u{fffd}", "", "B=\u{fffd}"]));
+}
+
+#[test]
 fn artifacts_are_refused_with_their_type() {
     let of_config = |kind: &str, content: &[u8]| {
         outcome("", |layout| {
@@ -373,6 +470,33 @@ fn artifacts_are_refused_with_their_type() {
         let line = outcome("", |layout| vec![layout.document(kind, &old)]).unwrap_err();
         assert!(line.contains("is a schema 1 manifest, from before 2016"), "{kind}: {line}");
     }
+}
+
+#[test]
+fn artifacts_with_the_configuration_of_an_image_are_refused_with_their_type() {
+    // in-toto and cosign store a configuration of an image, which may be for this platform or missing.
+    for kind in ["application/vnd.in-toto+json", "application/vnd.dev.cosign.simplesigning.v1+json"] {
+        let line = outcome("", |layout| {
+            let statement = layout.blob(kind, b"{}");
+            let config = layout.config(&[Digest::of(b"{}")]);
+            vec![layout.manifest(&config, &[statement.clone(), statement])]
+        });
+        assert_eq!(line, Err(format!("not a container image; its type is {kind}")));
+        let manifest = |layout: &Layout, artifact_type: &str| {
+            let config = json!({ "mediaType": CONFIG, "digest": Digest::of(b"missing"), "size": 7 });
+            let layers = [layout.blob(kind, b"{}")];
+            let manifest = json!({
+                "schemaVersion": 2, "artifactType": artifact_type, "config": config, "layers": layers,
+            });
+            layout.document(MANIFEST, &manifest)
+        };
+        let line = outcome("", |layout| vec![manifest(layout, "")]);
+        assert_eq!(line, Err(format!("not a container image; its type is {kind}")));
+        let line = outcome("", |layout| vec![manifest(layout, "application/x-report")]);
+        assert_eq!(line, Err("not a container image; its type is application/x-report".to_owned()));
+    }
+    let line = outcome("", |layout| vec![attestation(layout)]);
+    assert_eq!(line, Err("not a container image; its type is attestation-manifest".to_owned()));
 }
 
 #[test]

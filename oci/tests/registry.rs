@@ -213,6 +213,51 @@ fn the_platform_is_selected_from_an_index() {
 }
 
 #[test]
+fn the_content_decides_if_the_registry_sends_no_usable_type() {
+    let (server, workspace) = (Server::start(), Workspace::new());
+    let (manifest, _) = server.image("right");
+    let digest = manifest.rsplit('/').next().unwrap();
+    let body = server.answers.lock().unwrap()[&manifest].body.clone();
+    let entry = json!({ "digest": digest, "platform": { "os": "linux", "architecture": "amd64" } });
+    let typed = |kind: &str, mut document: Value| {
+        document["mediaType"] = json!(kind);
+        document.to_string().into_bytes()
+    };
+    let document: Value = serde_json::from_slice(&body).unwrap();
+    let index = json!({ "schemaVersion": 2, "manifests": [entry] });
+    let manifest_type = "application/vnd.docker.distribution.manifest.v2+json";
+    let mut with_null = document.clone();
+    with_null["manifests"] = json!([null]);
+    let bodies = [
+        body,
+        typed(manifest_type, document),
+        // Its type decides, although it has a field of an index.
+        typed(manifest_type, with_null),
+        index.to_string().into_bytes(),
+        typed("application/vnd.oci.image.index.v1+json", index),
+    ];
+    for kind in ["binary/octet-stream", "application/x-tar", "text/plain; charset=utf-8", "no type", ""] {
+        for (number, body) in bodies.iter().enumerate() {
+            server.put("/v2/x/manifests/1", Answer::new(200, kind, body.clone()));
+            let found = server.prepare(&workspace, "x:1", Pull::Always).map(|found| name_of(&found));
+            assert_eq!(found.as_deref(), Ok("right"), "{kind:?}, body {number}");
+        }
+    }
+    let upper = "Application/VND.docker.Distribution.manifest.v2+JSON";
+    for headers in [vec![], vec![("Content-Type".to_owned(), upper.to_owned())]] {
+        server.change("/v2/x/manifests/1", |answer| {
+            (answer.headers, answer.body) = (headers, bodies[1].clone())
+        });
+        assert_eq!(name_of(&server.prepare(&workspace, "x:1", Pull::Always).unwrap()), "right");
+    }
+    let artifact = json!({ "artifactType": "application/x-report", "blobs": [] }).to_string().into_bytes();
+    let kind = "application/vnd.oci.artifact.manifest.v1+json";
+    server.put("/v2/x/manifests/1", Answer::new(200, kind, artifact));
+    let expected = "not a container image; its type is application/x-report";
+    assert_eq!(server.prepare(&workspace, "x:1", Pull::Always).unwrap_err(), (expected.to_owned(), true));
+}
+
+#[test]
 fn tokens_are_sent_to_the_registry_only() {
     let (server, elsewhere, workspace) = (Server::start(), Server::start(), Workspace::new());
     let (_, layer) = server.image("secret");

@@ -17,14 +17,18 @@ pub(super) fn find(store: &Store, manifest: &[u8], tag: Option<&str>) -> Result<
     if let Some(tag) = tag
         && chosen.is_empty()
     {
-        return Err(Error::no_tag(tag, all.iter().flat_map(|saved| saved.repo_tags.iter().flatten())));
+        return Err(Error::no_tag(
+            tag,
+            all.iter().flat_map(|saved| saved.repo_tags.iter().flatten()).filter(|name| !name.is_empty()),
+        ));
     }
     single(chosen.into_iter().map(|saved| (names_of(saved).join(", "), image(store, saved))).collect())
 }
 
 /// The names of an image, or its id if it has no name.
 fn names_of(saved: &SavedImage) -> Vec<String> {
-    let names = saved.repo_tags.clone().unwrap_or_default();
+    let mut names = saved.repo_tags.clone().unwrap_or_default();
+    names.retain(|name| !name.is_empty());
     if names.is_empty() { id(&saved.config).into_iter().collect() } else { names }
 }
 
@@ -36,9 +40,16 @@ fn id(config: &str) -> Option<String> {
 }
 
 fn image(store: &Store, saved: &SavedImage) -> Result<Image, Error> {
+    let unnamed = |what| Error::Missing(format!("the file name of {what} in manifest.json"));
+    if saved.config.is_empty() {
+        return Err(unnamed("a configuration"));
+    }
     let config = store.document(&saved.config)?.ok_or_else(|| Error::Missing(saved.config.clone()))?;
     let parsed: ImageConfig = parse("configuration", &config)?;
     let names = saved.layers.as_deref().unwrap_or_default();
+    if names.iter().any(String::is_empty) {
+        return Err(unnamed("a layer"));
+    }
     let digests = parsed.rootfs.diff_ids.unwrap_or_default();
     if names.len() != digests.len() {
         return Err(Error::LayerCount { layers: names.len(), named: digests.len() });

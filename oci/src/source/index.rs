@@ -30,7 +30,7 @@ pub(super) fn choose(
     candidates.sort_by_key(|descriptor| Reverse(level(descriptor)));
     for candidate in candidates {
         match image(&candidate, manifest, blob) {
-            Err(error) if is_skipped(&error) => rejections.add(error),
+            Err(error) if is_skipped(&candidate, &error) => rejections.add(error),
             result => return result,
         }
     }
@@ -38,17 +38,21 @@ pub(super) fn choose(
 }
 
 /// Whether the next image is tried after this error.
-const fn is_skipped(error: &Error) -> bool {
-    matches!(
-        error,
-        Error::NotAnImage(_)
-            | Error::Platform(_)
-            | Error::Missing(_)
-            | Error::Algorithm(_)
-            | Error::OldManifest(_)
-            | Error::LayerType { .. }
-            | Error::Registry(RegistryError::NotFound(_))
-    )
+///
+/// A damaged entry for this platform is reported. One without a platform may be anything, so that it does not keep
+/// others from being used.
+fn is_skipped(descriptor: &Descriptor, error: &Error) -> bool {
+    descriptor.platform.is_none() && error.is_user_error()
+        || matches!(
+            error,
+            Error::NotAnImage(_)
+                | Error::Platform(_)
+                | Error::Missing(_)
+                | Error::Algorithm(_)
+                | Error::OldManifest(_)
+                | Error::LayerType { .. }
+                | Error::Registry(RegistryError::NotFound(_))
+        )
 }
 
 /// Why the images of an index were rejected.
@@ -105,7 +109,7 @@ fn candidates(
             match nested(&descriptor, manifest) {
                 Ok(Some(inner)) => queue.extend(inner.into_iter().rev().map(|inner| (inner, depth + 1))),
                 Ok(None) => found.push(descriptor),
-                Err(error) if is_skipped(&error) => rejections.add(error),
+                Err(error) if is_skipped(&descriptor, &error) => rejections.add(error),
                 Err(error) => return Err(error),
             }
         }
@@ -116,7 +120,7 @@ fn candidates(
 /// The descriptors of an index, or none for a document that is not an index.
 fn nested(descriptor: &Descriptor, manifest: Fetch<'_>) -> Result<Option<Vec<Descriptor>>, Error> {
     let index: Document = parse(descriptor.digest_text(), &manifest(descriptor)?)?;
-    Ok(index.manifests)
+    Ok(index.into_entries())
 }
 
 /// Reads the image of a manifest.

@@ -8,8 +8,9 @@ mod registry;
 
 use crate::digest::Digest;
 use crate::error::Error;
+use crate::json;
 use crate::layer::Check;
-use crate::manifest::{self, Descriptor, ImageConfig, MAX_DOCUMENT};
+use crate::manifest::{Descriptor, ImageConfig, MAX_DOCUMENT};
 use crate::reference::Reference;
 use crate::registry::Registry;
 use archive::Archive;
@@ -188,14 +189,15 @@ fn blob_name(digest: Digest) -> String {
 }
 
 fn parse<T: DeserializeOwned>(name: &str, document: &[u8]) -> Result<T, Error> {
-    manifest::parse(document).map_err(|source| Error::Document { name: name.to_owned(), source })
+    json::parse(document).map_err(|source| Error::Document { name: name.to_owned(), source })
 }
 
 /// Creates an image from its configuration and layers, after checks of the platform and the number of layers.
 fn assemble(id: Digest, config: &[u8], layers: Vec<Layer>) -> Result<Image, Error> {
     let config: ImageConfig = parse("configuration", config)?;
-    if config.platform.level().is_none() {
-        return Err(Error::Platform(config.platform.to_string()));
+    let platform = config.platform();
+    if platform.level().is_none() {
+        return Err(Error::Platform(platform.to_string()));
     }
     let named = config.rootfs.diff_ids.as_deref().unwrap_or_default().len();
     if named != layers.len() {

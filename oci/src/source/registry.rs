@@ -3,7 +3,7 @@
 use super::{Image, check, check_digest, index, read_document};
 use crate::digest::Digest;
 use crate::error::Error;
-use crate::manifest::Descriptor;
+use crate::manifest::{Descriptor, target_of};
 use crate::reference::Version;
 use crate::registry::{Registry, RegistryError};
 use ureq::Body;
@@ -17,7 +17,12 @@ pub(super) fn find(registry: &Registry) -> Result<Image, Error> {
     };
     let response = registry.get(&format!("manifests/{version}"), true, 0)?;
     let header = response.headers().get("content-type").and_then(|value| value.to_str().ok());
-    let media_type = header.unwrap_or_default().split(';').next().unwrap_or_default().trim().to_owned();
+    let media_type = header.unwrap_or_default().split(';').next().unwrap_or_default().trim();
+    // Object storage, to which registries redirect, sends types of its own. Then the content decides.
+    let mut media_type = media_type.to_ascii_lowercase();
+    if target_of(&media_type).is_none() {
+        media_type.clear();
+    }
     let content = content(registry, response, &version)?;
     let digest = Digest::of(&content);
     if let Version::Digest(expected) = registry.reference.version {

@@ -64,9 +64,21 @@ impl Header {
         let prefix = match self.format() {
             Format::Ustar => until_zero(self.field(345, 155)),
             Format::Star => until_zero(self.field(345, 131)),
-            Format::V7 | Format::Gnu => b"",
+            Format::Gnu => self.gnu_prefix(),
+            Format::V7 => b"",
         };
         if prefix.is_empty() { Cow::Borrowed(name) } else { [prefix, b"/", name].concat().into() }
+    }
+
+    /// The prefix in a header with GNU's magic number, whose format has times at its place.
+    ///
+    /// Go's archive/tar before 1.8 wrote such headers, and layers of that age have them. As in Go since then, the field is
+    /// a prefix if the times are invalid and the text is ASCII.
+    fn gnu_prefix(&self) -> &[u8] {
+        let is_time = |field| number(field).is_some_and(|time| i64::try_from(time).is_ok());
+        let prefix = until_zero(self.field(345, 155));
+        let has_times = is_time(self.field(345, 12)) && is_time(self.field(357, 12));
+        if has_times || !prefix.is_ascii() { b"" } else { prefix }
     }
 
     pub(crate) fn link(&self) -> &[u8] {
@@ -186,13 +198,13 @@ mod tests {
         }
     }
 
-    fn header(magic: &[u8], trailer: &[u8]) -> Header {
+    fn header(magic: &[u8], prefix: &[u8], trailer: &[u8]) -> Header {
         let mut bytes = [0; RECORD];
         let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
         put(0, b"name");
         put(257, magic);
         put(329, b"1\0");
-        put(345, &[b'p'; 155]);
+        put(345, prefix);
         put(512 - trailer.len(), trailer);
         Header(bytes)
     }
@@ -204,12 +216,36 @@ mod tests {
             (&b"ustar\x0000"[..], &b""[..], prefix(155), 1),
             (b"ustar\0  ", b"", prefix(155), 1),
             (b"ustar\x0000", b"tar\0", prefix(131), 1),
-            (b"ustar  \0", b"", b"name".to_vec(), 1),
+            (b"ustar  \0", b"", prefix(155), 1),
             (b"ustar 00", b"", b"name".to_vec(), 0),
             (b"", b"", b"name".to_vec(), 0),
         ] {
-            let header = header(magic, trailer);
+            let header = header(magic, &[b'p'; 155], trailer);
             assert_eq!((&*header.path(), header.major()), (&*path, Some(major)), "{}", magic.escape_ascii());
+        }
+    }
+
+    #[test]
+    fn a_prefix_after_gnus_magic_number_is_told_from_times() {
+        let time = b"14330000000\0";
+        let overflow = [b"\x80\0\0\0\x80".as_slice(), &[0; 7]].concat();
+        for (prefix, path) in [
+            (&b"usr/share"[..], "usr/share/name"),
+            // The first twelve bytes are blank or a number, but not the following ones.
+            (b"            usr", "            usr/name"),
+            (b"12345670123\0usr", "12345670123/name"),
+            (b"755", "name"),
+            (b"", "name"),
+            (time, "name"),
+            (&[&time[..], time].concat(), "name"),
+            (&[&[0; 12][..], time].concat(), "name"),
+            (&[&[0; 12][..], b"usr"].concat(), "name"),
+            (b"\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xfe", "name"),
+            (&overflow, "name"),
+            ("dé".as_bytes(), "name"),
+        ] {
+            let header = header(b"ustar  \0", prefix, b"");
+            assert_eq!(&*header.path(), path.as_bytes(), "{}", prefix.escape_ascii());
         }
     }
 }

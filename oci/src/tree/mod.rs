@@ -52,6 +52,21 @@ fn pseudo_link(path: &[u8]) -> Option<&[u8]> {
     (*first == PSEUDO_LINKS).then(|| rest.last().copied())?
 }
 
+/// The components of a path whose length, content and last component are valid.
+fn checked_names(path: &[u8]) -> Result<Vec<&[u8]>, Error> {
+    if path.len() > MAX_PATH {
+        return Err(Error::LongName(Excerpt::new(path)));
+    }
+    if path.contains(&0) {
+        return Err(Error::ZeroByte(Excerpt::new(path)));
+    }
+    let names = normalise(path);
+    if names.last().is_some_and(|name| name.len() > MAX_NAME) {
+        return Err(Error::LongName(Excerpt::new(path)));
+    }
+    Ok(names)
+}
+
 impl Default for Tree {
     fn default() -> Self {
         Self::new()
@@ -138,6 +153,8 @@ impl Tree {
     pub fn insert(&mut self, path: &[u8], attributes: Attributes, mut kind: Kind) -> Result<(), Error> {
         let attributes = self.checked_attributes(path, attributes, &kind)?;
         if let Some(name) = pseudo_link(path) {
+            checked_names(path)?;
+            self.account_name(name)?;
             let id = self.add(Node { attributes, kind, links: 0 })?;
             self.pseudo_links.insert(name.into(), id);
             return Ok(());
@@ -329,6 +346,8 @@ impl Tree {
         xattrs.reverse();
         xattrs.dedup_by(|later, earlier| later.name == earlier.name);
         xattrs.reverse();
+        // Otherwise the memory of the dropped ones would stay allocated without being counted.
+        xattrs.shrink_to_fit();
         let size = attributes_size(xattrs);
         if size > MAX_ATTRIBUTES || xattrs.iter().any(|xattr| xattr.value.len() > u16::MAX.into()) {
             return Err(Error::LongAttributes(Excerpt::new(path)));
@@ -349,17 +368,8 @@ impl Tree {
     /// The parent directory of a path, which is created if it is missing, and the last component, which the root does
     /// not have.
     fn parent_of<'p>(&mut self, path: &'p [u8]) -> Result<(NodeId, Option<&'p [u8]>), Error> {
-        if path.len() > MAX_PATH {
-            return Err(Error::LongName(Excerpt::new(path)));
-        }
-        if path.contains(&0) {
-            return Err(Error::ZeroByte(Excerpt::new(path)));
-        }
-        let mut names = normalise(path);
+        let mut names = checked_names(path)?;
         let name = names.pop();
-        if name.is_some_and(|name| name.len() > MAX_NAME) {
-            return Err(Error::LongName(Excerpt::new(path)));
-        }
         let parent = self.make_directories(path, names)?;
         self.account_name(name.unwrap_or_default())?;
         Ok((parent, name))
@@ -403,5 +413,26 @@ impl Tree {
             }
         }
         Ok(walk.at)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_name_is_counted() {
+        let mut tree = Tree::new();
+        let file = || Kind::File { start: 0, size: 0 };
+        let mut counted = |path: &[u8]| {
+            let before = tree.metadata;
+            tree.insert(path, Attributes::default(), file()).unwrap();
+            tree.metadata - before
+        };
+        assert_eq!(counted(b"name"), NODE_COST + NAME_COST + 8);
+        assert_eq!(counted(b".wh..wh.plnk/name"), NODE_COST + NAME_COST + 8);
+        let before = tree.metadata;
+        tree.link(b"link", b".wh..wh.plnk/name").unwrap();
+        assert_eq!(tree.metadata - before, NAME_COST + 8);
     }
 }
