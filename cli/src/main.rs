@@ -13,6 +13,7 @@ mod exec;
 mod guests;
 mod images;
 mod preboot;
+mod process;
 mod report;
 mod run;
 mod signals;

@@ -8,7 +8,7 @@ mod session;
 pub(crate) mod signals;
 
 use crate::command_line::Command;
-use crate::{STATUS_FAILURE, print_error, print_launch_error, terminal};
+use crate::{STATUS_FAILURE, print_error, print_launch_error};
 pub(crate) use arguments::{Arguments, COMMAND};
 use detached::Launcher;
 use kindling::guest::GuestDir;
@@ -55,7 +55,7 @@ fn stay((): &(), entered: vmm::Instant) -> u8 {
 fn execute(arguments: &Arguments, mut timeline: Timeline) -> Result<u8, LaunchError> {
     // The monitor starts while this process prepares the guest.
     let monitor = launch::spawn_monitor();
-    let prepared = image::prepare(&arguments.image, arguments.user.as_deref(), &arguments.pull)?;
+    let prepared = image::prepare(&arguments.image, arguments.process.user.as_deref(), &arguments.pull)?;
     timeline.reached("root filesystem found");
     let guest = GuestDir::create(arguments.name.as_deref())?;
     let launcher = arguments.stay.then(|| Launcher::new(&guest)).transpose();
@@ -87,11 +87,11 @@ impl Arguments {
             has_payload: true,
             command: self.command.clone(),
             entrypoint: self.entrypoint.clone(),
-            env: self.env.clone(),
-            env_files: self.env_file.clone(),
-            working_directory: self.workdir.clone(),
+            env: self.process.env.clone(),
+            env_files: self.process.env_file.clone(),
+            working_directory: self.process.workdir.clone(),
             hostname: self.hostname.clone(),
-            terminal: self.tty.then(terminal::new_terminal_size),
+            terminal: self.process.terminal(),
             memory_mib: self.memory,
             vcpus: self.cpus,
             network: self.net.clone(),

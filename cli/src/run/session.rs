@@ -80,7 +80,8 @@ impl<'a> Session<'a> {
         mut monitor: Monitor,
         timeline: &Timeline,
     ) -> Result<Option<Outcome>, LaunchError> {
-        let _terminal = (self.arguments.tty && !self.arguments.detach).then(RawTerminal::enter).flatten();
+        let _terminal =
+            (self.arguments.process.tty && !self.arguments.detach).then(RawTerminal::enter).flatten();
         let seconds = self.arguments.timeout;
         let deadline = seconds.map(|seconds| Instant::now() + Duration::from_secs(seconds));
         loop {
@@ -194,7 +195,7 @@ fn serve_command(
     streams: Streams,
 ) -> Result<u8, AgentError> {
     let mut process = Process::payload(&guest.socket())?;
-    if arguments.tty && launcher.is_none() {
+    if arguments.process.tty && launcher.is_none() {
         // The size may have changed since the configuration was created.
         terminal::send_size(&process);
     }
