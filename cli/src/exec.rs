@@ -2,14 +2,14 @@
 
 use crate::command_line::{Argument, Command, Store, one, rest_required};
 use crate::process::{ProcessArguments, ProcessOptions};
-use crate::run::client::{Service, Streams};
-use crate::run::signals::{self, Signals};
+use crate::signals::{self, Signals};
 use crate::terminal::{self, RawTerminal};
-use crate::{STATUS_FAILURE, print_error};
-use kindling::exec::{ExecError, ExecOptions};
+use crate::{STATUS_FAILURE, print_error, print_message};
+use kindling::attach::{Attachment, Streams};
+use kindling::exec::{AgentError, ExecError, ExecOptions};
 use kindling::guest::{Guest, GuestError};
-use kindling::vmm::agent::AgentError;
 use std::ffi::OsString;
+use std::sync::Arc;
 
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Arguments {
@@ -49,7 +49,7 @@ enum CommandError {
 }
 
 /// Runs the command. Returns the exit status.
-fn run(arguments: &Arguments, _: kindling::vmm::Instant) -> u8 {
+fn run(arguments: &Arguments, _: kindling::timeline::Instant) -> u8 {
     execute(arguments).unwrap_or_else(|error| {
         print_error(&error);
         match error {
@@ -70,7 +70,8 @@ fn execute(arguments: &Arguments) -> Result<u8, CommandError> {
         terminal::send_size(&process);
     }
     let terminal = arguments.process.tty.then(RawTerminal::enter).flatten();
-    let code = Service::new(&mut signals, &mut signals::exit).serve(process, Streams::inherited()?);
+    let code = Attachment::new(&mut signals, &mut signals::exit, Arc::new(print_message))
+        .serve(process, Streams::inherited()?);
     drop(terminal);
     Ok(code?)
 }

@@ -2,7 +2,7 @@
 
 use crate::command_line::{Argument, Command, Opt, Store, flag, in_range, one, option, rest, store_as};
 use crate::process::{ProcessArguments, ProcessOptions};
-use kindling::vmm::jail::{Jail, OnRefusal, Strictness};
+use kindling::launch::{Jail, OnRefusal, Strictness};
 use std::ffi::OsString;
 
 #[derive(Debug, PartialEq, Eq)]
