@@ -1,9 +1,9 @@
 //! `kindling cp`: copies files between a running guest and the host, by the rules of `docker cp`.
 
 use crate::command_line::{Argument, Command, Opt, Store, flag, one};
-use crate::run::StopCause;
-use crate::run::signals::{self, Signals};
+use crate::signals::{self, Signals};
 use crate::{STATUS_BAD_REQUEST, bytes, print_error};
+use kindling::attach::StopCause;
 use kindling::copy::{CopyError, CopyOptions};
 use kindling::guest::Guest;
 use std::ffi::{OsStr, OsString};
@@ -72,7 +72,7 @@ impl CpError {
 }
 
 /// Copies files. Returns the exit status.
-fn run(arguments: &Arguments, _: kindling::vmm::Instant) -> u8 {
+fn run(arguments: &Arguments, _: kindling::timeline::Instant) -> u8 {
     let interruption = match Interruption::watch() {
         Ok(interruption) => interruption,
         Err(error) => {

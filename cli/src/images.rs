@@ -23,7 +23,7 @@ const ARGUMENTS: &[Argument<Arguments>] = &[
 ];
 
 /// Executes the program in place of this one. Returns the exit status if that fails.
-fn run(arguments: &Arguments, _: kindling::vmm::Instant) -> u8 {
+fn run(arguments: &Arguments, _: kindling::timeline::Instant) -> u8 {
     match image::converter() {
         Ok(program) => {
             let error = Command::new(program).args(&arguments.command).exec();

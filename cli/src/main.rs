@@ -1,7 +1,7 @@
 //! The command `kindling`: runs container images and boots kernels in microVMs, and manages guests and volumes.
 //!
 //! Exit status: that of the guest, 2 for an invalid request, 125 if kindling or the host failed, and those of
-//! [`kindling::vmm::ExitReason::status`] for a guest that failed.
+//! [`kindling::foreground::ExitReason::status`] for a guest that failed.
 #![cfg_attr(not(test), no_main)]
 
 mod boot;
@@ -13,6 +13,7 @@ mod exec;
 mod guests;
 mod images;
 mod preboot;
+mod process;
 mod report;
 mod run;
 mod signals;
@@ -23,7 +24,9 @@ mod text;
 mod volume;
 
 use command_line::{Entry, Group, Stop};
-use kindling::vmm::{Instant, with_causes};
+use kindling::launch::LaunchError;
+use kindling::timeline::Instant;
+use kindling::with_causes;
 use std::error::Error;
 use std::ffi::OsStr;
 use std::io::Write;
@@ -92,35 +95,24 @@ fn bytes(text: impl AsRef<OsStr>) -> Vec<u8> {
 
 /// Prints an error with its causes on one line.
 fn print_error(error: &dyn Error) {
-    let line = with_causes(error);
-    // Parts of the message may come from files of other authors, and must not control the terminal.
-    print_stderr(&format!("kindling: {}\n", report::printable(&line)));
-}
-
-/// Prints an error of a machine, with a remedy if KVM is at fault.
-fn print_machine_error(error: &kindling::vmm::Error) {
-    print_message(&with_causes(error), matches!(error, kindling::vmm::Error::Kvm(_)));
+    print_message(&with_causes(error));
 }
 
 /// Prints an error of the start of a guest, with a remedy if KVM is at fault.
-fn print_launch_error(error: &kindling::launch::LaunchError) {
-    use kindling::launch::LaunchError;
-    match error {
-        LaunchError::Machine(error) => print_machine_error(error),
-        LaunchError::Monitor(failure) => print_message(&failure.message, failure.is_kvm_error),
-        error => print_error(error),
-    }
-}
-
-/// Prints a message, with a remedy if KVM is at fault.
-fn print_message(line: &str, is_kvm: bool) {
-    let hint = if is_kvm {
+fn print_launch_error(error: &LaunchError) {
+    let hint = if error.is_kvm_error() {
         "; `kindling doctor` shows what this host lacks, and `cargo xtask run`, in the source of Kindling, boots a guest \
          on an emulated machine"
     } else {
         ""
     };
-    print_stderr(&format!("kindling: {}{hint}\n", report::printable(line)));
+    print_message(&(with_causes(error) + hint));
+}
+
+/// Prints a message of one line.
+fn print_message(line: &str) {
+    // Parts of the message may come from guests and files of other authors, and must not control the terminal.
+    print_stderr(&format!("kindling: {}\n", report::printable(line)));
 }
 
 /// Writes to standard output. Returns the exit status. A closed pipe is not an error.

@@ -3,7 +3,7 @@
 #![expect(unsafe_code, reason = "terminal settings have to be restored in signal handlers")]
 
 use kindling::TerminalSize;
-use kindling::vmm::agent::Process;
+use kindling::exec::Process;
 use std::io::IsTerminal;
 use std::mem::MaybeUninit;
 use std::sync::OnceLock;

@@ -3,7 +3,7 @@
 use crate::command_line::{Argument, Command, Group, Store, flag, one, one_or_more, option};
 use crate::guests::view;
 use crate::{print, print_error};
-use kindling::vmm::Instant;
+use kindling::timeline::Instant;
 use kindling::volume::{DEFAULT_SIZE, Volume, VolumeError, parse_size};
 use serde::Serialize;
 use std::path::PathBuf;

@@ -4,12 +4,11 @@ use crate::environment;
 use crate::guest::owner::Owner;
 use crate::guest::{Guest, GuestDir};
 use crate::image::Image;
-use crate::launch::{self, LaunchError, LaunchOptions, Plan};
+use crate::launch::{self, Jail, Launch, LaunchError, LaunchOptions, MachineEnd, StartObserver, Started};
+use kindling_vmm::Timeline;
 use kindling_vmm::control::{ControlError, Event, Monitor};
-use kindling_vmm::jail::Jail;
-use kindling_vmm::{Instant, Resources, Timeline};
 use std::ffi::{OsStr, OsString};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Time limit for the start of a guest.
 const START_TIMEOUT: Duration = Duration::from_secs(120);
@@ -110,27 +109,15 @@ impl GuestBuilder {
     /// When an option is invalid, the kernel is missing, the host cannot run guests, or the guest is not ready within two
     /// minutes.
     pub fn start(self) -> Result<Guest, LaunchError> {
-        let mut monitor = launch::spawn_monitor()?;
+        let monitor = launch::spawn_monitor()?;
         let directory = GuestDir::create_embedded(self.name.as_deref())?;
-        let mut result = start_in(&directory, &mut monitor, &self.image, &self.options);
-        if let Err(LaunchError::Monitor(failure)) = &result
-            && failure.is_restore_error
-        {
-            // A pre-booted kernel that cannot be used must not prevent the start: the guest boots its kernel instead.
-            let options = LaunchOptions { is_cold: true, ..self.options };
-            result = launch::spawn_monitor().and_then(|new| {
-                // The first monitor ends here.
-                monitor = new;
-                start_in(&directory, &mut monitor, &self.image, &options)
-            });
-        }
-        match result.and_then(|timeline| Ok((timeline, Guest::open(directory.name())?))) {
-            Ok((timeline, guest)) => {
-                let owner = Owner { monitor: Some(monitor), directory: Some(directory), timeline };
+        let started = start_in(&directory, monitor, &self.image, &self.options);
+        match started.and_then(|started| Ok((started, Guest::open(directory.name())?))) {
+            Ok(((monitor, timeline), guest)) => {
+                let owner = Owner { monitor, directory: Some(directory), timeline };
                 Ok(Guest { owner: Some(owner), ..guest })
             }
             Err(error) => {
-                drop(monitor);
                 directory.remove();
                 Err(error)
             }
@@ -138,37 +125,50 @@ impl GuestBuilder {
     }
 }
 
-/// Starts a guest in its monitor. Returns the times of the steps.
+/// Starts a guest in its monitor. Returns the monitor, and the times of the steps.
 fn start_in(
     directory: &GuestDir,
-    monitor: &mut Monitor,
+    monitor: Monitor,
     image: &Image,
     options: &LaunchOptions,
-) -> Result<Timeline, LaunchError> {
-    let timeline = Timeline::starting_at(Instant::now());
-    let Plan { mut config, record } = options.plan(directory, image.prepared())?;
-    let mut resources = match options.is_cold {
-        true => Resources::reopen_devices(&config)?,
-        false => Resources::open_devices(&config)?,
-    };
-    directory.write(&record)?;
-    // A kernel that cannot be pre-booted is booted by the guest.
-    let until = std::time::Instant::now() + START_TIMEOUT;
-    let next = |monitor: &Monitor| monitor.event_before(until)?.ok_or(ControlError::Timeout);
-    let _ = launch::make_preboot(&config, next)?;
-    let _ = resources.open_boot_files(&mut config)?;
-    monitor.start(&config, resources, Some(directory.monitor_lock()?), timeline)?;
-    let until = std::time::Instant::now() + START_TIMEOUT;
-    loop {
-        match monitor.event_before(until).map_err(kindling_vmm::Error::from)? {
-            Some(Event::Started(timeline)) => return Ok(timeline),
-            Some(Event::Stopped(exit)) => return Err(LaunchError::Ended(exit.reason.to_string())),
-            Some(Event::Failed(failure)) => return Err(LaunchError::Monitor(failure)),
-            Some(_) => {}
-            None => {
-                let seconds = START_TIMEOUT.as_secs();
-                return Err(LaunchError::Ended(format!("its agent did not respond within {seconds} s")));
-            }
+) -> Result<(Option<Monitor>, Timeline), LaunchError> {
+    let timeline = Timeline::starting_at(kindling_vmm::Instant::now());
+    let mut launch = Launch::new(options, directory, image.prepared())?;
+    let silent = |_: &str| {};
+    let mut limit = TimeLimit::new();
+    launch.preboot(&silent, |monitor| limit.next_event(monitor))?;
+    match launch.start(monitor, &timeline, &silent, &mut limit)? {
+        Started::Running(timeline) => Ok((launch.monitor, timeline)),
+        Started::Ended(MachineEnd::Stopped(exit)) => Err(LaunchError::Ended(exit.reason.to_string())),
+        Started::Ended(MachineEnd::Lost(_)) if limit.is_over => {
+            let seconds = START_TIMEOUT.as_secs();
+            Err(LaunchError::Ended(format!("its agent did not respond within {seconds} s")))
         }
+        Started::Ended(MachineEnd::Lost(error)) => Err(kindling_vmm::Error::from(error).into()),
+    }
+}
+
+/// Waits for events of a monitor, up to [`START_TIMEOUT`].
+struct TimeLimit {
+    until: Instant,
+    is_over: bool,
+}
+
+impl TimeLimit {
+    fn new() -> Self {
+        Self { until: Instant::now() + START_TIMEOUT, is_over: false }
+    }
+}
+
+impl StartObserver for TimeLimit {
+    fn starting(&mut self, _: &Monitor) -> Result<(), LaunchError> {
+        *self = Self::new();
+        Ok(())
+    }
+
+    fn next_event(&mut self, monitor: &Monitor) -> Result<Event, ControlError> {
+        let event = monitor.event_before(self.until)?;
+        self.is_over = event.is_none();
+        event.ok_or(ControlError::Timeout)
     }
 }

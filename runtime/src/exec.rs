@@ -1,11 +1,12 @@
 //! Processes in a running guest, as `kindling exec` starts them.
 
+pub use kindling_vmm::agent::{AgentError, Process};
+
 use crate::environment::{self, EnvironmentError};
 use crate::guest::{Guest, GuestRecord};
 use crate::image::{self, ImageError};
 use guest_protocol::agent::TerminalSize;
 use guest_protocol::frame::FrameError;
-use kindling_vmm::agent::{AgentError, Process};
 use kindling_vmm::config::{BootInfo, GuestConfig};
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;

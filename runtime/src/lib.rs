@@ -15,12 +15,14 @@
 //!
 //! The command `kindling` uses only this library. The virtual machine monitor below it is [`vmm`].
 
+pub mod attach;
 mod builder;
 pub mod command;
 mod converter;
 pub mod copy;
 mod environment;
 pub mod exec;
+pub mod foreground;
 pub mod guest;
 pub mod image;
 pub mod kernel;
@@ -38,7 +40,13 @@ pub use guest::{Guest, guests};
 pub use guest_protocol::agent::TerminalSize;
 pub use image::{Image, PullPolicy};
 pub use kindling_vmm as vmm;
+pub use kindling_vmm::{entry, with_causes};
 pub use mount::MountError;
+
+/// The times of the steps of a start.
+pub mod timeline {
+    pub use kindling_vmm::{Instant, Step, Timeline};
+}
 
 /// A random number other than zero, which identifies a process in a guest.
 fn token() -> u64 {

@@ -16,6 +16,9 @@ const NAMES: [(&str, libc::c_int); 10] = [
     ("KILL", libc::SIGKILL),
 ];
 
+/// The signal with which [`Guest::kill`](crate::Guest::kill) requests a front to end its guest immediately: SIGPWR.
+pub const END_GUEST: u8 = 30;
+
 /// The C library's SIGRTMIN and SIGRTMAX. The VMM uses SIGRTMIN itself, to interrupt vCPUs.
 const REAL_TIME: (u8, u8) = (34, 64);
 

@@ -64,10 +64,14 @@ fn expand(tree: &str) -> Vec<String> {
         .collect()
 }
 
-/// The paths that a file uses, from the crate root.
-fn named(text: &str, module: &str) -> Vec<String> {
+/// The lines of a file without comments and unit tests.
+fn code_lines(text: &str) -> Vec<&str> {
     let code = text.split("#[cfg(test)]\nmod").next().unwrap_or_default();
-    let lines: Vec<_> = code.lines().map(str::trim).filter(|line| !line.starts_with("//")).collect();
+    code.lines().map(str::trim).filter(|line| !line.starts_with("//")).collect()
+}
+
+/// The paths of the `use` items among lines of code.
+fn imports(lines: &[&str]) -> Vec<String> {
     let mut paths = Vec::new();
     let mut rest = lines.iter();
     while let Some(line) = rest.next() {
@@ -83,6 +87,13 @@ fn named(text: &str, module: &str) -> Vec<String> {
         }
         paths.extend(expand(tree.trim_end_matches(';')));
     }
+    paths
+}
+
+/// The paths that a file uses, from the crate root.
+fn named(text: &str, module: &str) -> Vec<String> {
+    let lines = code_lines(text);
+    let mut paths = imports(&lines);
     let code = lines.join("\n");
     // Paths outside of `use` lines.
     paths.extend(code.match_indices("crate::").map(|(at, _)| {
@@ -265,5 +276,25 @@ fn no_package_depends_on_a_higher_layer() {
             let uses = dependencies.lines().any(|line| line.starts_with(name));
             assert!(!uses, "{package} uses {name}");
         }
+    }
+}
+
+/// What starts and serves a guest is in the library `kindling`, so that other programs have it too. Only the commands about
+/// machines and hosts use the monitor's library.
+#[test]
+fn the_command_uses_the_monitor_only_for_machines_and_hosts() {
+    // `devices` has the options of `boot` and `preboot`.
+    const ALLOWED: &[&str] = &["boot", "preboot", "devices", "doctor", "report"];
+    let mut files = Vec::new();
+    modules(&root().join("cli/src"), "", &mut files);
+    for (module, file) in files {
+        if ALLOWED.contains(&module.split("::").next().unwrap_or_default()) {
+            continue;
+        }
+        let text = fs::read_to_string(&file).expect("cannot read");
+        let lines = code_lines(&text);
+        let uses = imports(&lines).iter().any(|path| path.starts_with("kindling::vmm"))
+            || lines.iter().any(|line| line.contains("kindling::vmm"));
+        assert!(!uses, "{} uses kindling::vmm; use or add an item of kindling", file.display());
     }
 }

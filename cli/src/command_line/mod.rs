@@ -9,7 +9,7 @@ mod value;
 
 pub(crate) use value::{Store, in_range, store_as};
 
-use kindling::vmm::Instant;
+use kindling::timeline::Instant;
 use lexopt::{Arg, Parser};
 use std::ffi::{OsStr, OsString};
 use std::fmt::{self, Display, Formatter};

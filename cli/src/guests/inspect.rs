@@ -31,7 +31,7 @@ struct Details<'a> {
 }
 
 /// Prints the details. Returns the exit status.
-fn run(arguments: &Arguments, _: kindling::vmm::Instant) -> u8 {
+fn run(arguments: &Arguments, _: kindling::timeline::Instant) -> u8 {
     super::each(&arguments.names, |name| {
         let guest = Guest::open(name)?;
         print(describe(&guest)?.as_bytes());

@@ -35,7 +35,7 @@ const ARGUMENTS: &[Argument<Arguments>] = &[
 ];
 
 /// Sends the signal. Returns the exit status.
-fn run(arguments: &Arguments, _: kindling::vmm::Instant) -> u8 {
+fn run(arguments: &Arguments, _: kindling::timeline::Instant) -> u8 {
     super::each(&arguments.names, |name| {
         let guest = Guest::open_running(name)?;
         if arguments.signal == SIGKILL {

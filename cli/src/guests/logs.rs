@@ -36,7 +36,7 @@ enum LogsError {
 }
 
 /// Prints the log: output on standard output, and errors on standard error. Returns the exit status.
-fn run(arguments: &Arguments, _: kindling::vmm::Instant) -> u8 {
+fn run(arguments: &Arguments, _: kindling::timeline::Instant) -> u8 {
     let Err(error) = execute(arguments) else { return 0 };
     print_error(&error);
     match error {

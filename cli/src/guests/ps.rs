@@ -22,7 +22,7 @@ const OPTIONS: &[Opt<Arguments>] = &[
 ];
 
 /// Prints the list. Returns the exit status.
-fn run(arguments: &Arguments, _: kindling::vmm::Instant) -> u8 {
+fn run(arguments: &Arguments, _: kindling::timeline::Instant) -> u8 {
     match list(arguments) {
         Ok(text) => print(text.as_bytes()),
         Err(error) => {

@@ -26,7 +26,7 @@ const ARGUMENTS: &[Argument<Arguments>] = &[
 ];
 
 /// Removes the directories of the guests. Returns the exit status.
-fn run(arguments: &Arguments, _: kindling::vmm::Instant) -> u8 {
+fn run(arguments: &Arguments, _: kindling::timeline::Instant) -> u8 {
     super::each(&arguments.names, |name| {
         let guest = Guest::open(name)?;
         if arguments.force {

@@ -20,7 +20,7 @@ const ARGUMENTS: &[Argument<Arguments>] = &[
 ];
 
 /// Prints a table. Returns the exit status.
-fn run(arguments: &Arguments, _: kindling::vmm::Instant) -> u8 {
+fn run(arguments: &Arguments, _: kindling::timeline::Instant) -> u8 {
     let mut names = arguments.names.clone();
     if names.is_empty() {
         match kindling::guests() {

@@ -38,7 +38,7 @@ const ARGUMENTS: &[Argument<Arguments>] = &[
 ];
 
 /// Requests the end of all guests, and then waits for each. Returns the exit status.
-fn run(arguments: &Arguments, _: kindling::vmm::Instant) -> u8 {
+fn run(arguments: &Arguments, _: kindling::timeline::Instant) -> u8 {
     let mut guests = Vec::new();
     let found = super::each(&arguments.names, |name| {
         guests.push(Guest::open(name)?);

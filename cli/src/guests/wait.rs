@@ -19,7 +19,7 @@ const ARGUMENTS: &[Argument<Arguments>] = &[
 ];
 
 /// Waits for the end of the guest. Returns the guest's exit status.
-fn run(arguments: &Arguments, _: kindling::vmm::Instant) -> u8 {
+fn run(arguments: &Arguments, _: kindling::timeline::Instant) -> u8 {
     let status = Guest::open(&arguments.name).and_then(|guest| guest.wait());
     status.unwrap_or_else(|error| {
         print_error(&error);

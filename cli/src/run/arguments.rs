@@ -1,20 +1,15 @@
 //! The arguments of `kindling run`.
 
 use crate::command_line::{Argument, Command, Opt, Store, flag, in_range, one, option, rest, store_as};
-use kindling::vmm::jail::{Jail, OnRefusal, Strictness};
+use crate::process::{ProcessArguments, ProcessOptions};
+use kindling::launch::{Jail, OnRefusal, Strictness};
 use std::ffi::OsString;
-use std::path::PathBuf;
 
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Arguments {
     pub(crate) image: OsString,
-    pub(crate) env: Vec<OsString>,
-    pub(crate) env_file: Vec<PathBuf>,
-    pub(crate) workdir: Option<OsString>,
-    pub(crate) user: Option<String>,
+    pub(crate) process: ProcessArguments,
     pub(crate) entrypoint: Option<OsString>,
-    pub(crate) tty: bool,
-    pub(crate) interactive: bool,
     pub(crate) detach: bool,
     /// Whether this process is the front of a detached guest.
     pub(crate) stay: bool,
@@ -40,25 +35,21 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) const COMMAND: Command<Arguments> =
-    Command::new("run", "Run a command in a new microVM", super::run).options(OPTIONS).arguments(ARGUMENTS);
+    Command::new("run", "Run a command in a new microVM", super::run)
+        .options(ProcessOptions::TABLE)
+        .more_options(OPTIONS)
+        .arguments(ARGUMENTS);
+
+impl AsMut<ProcessArguments> for Arguments {
+    fn as_mut(&mut self) -> &mut ProcessArguments {
+        &mut self.process
+    }
+}
 
 #[rustfmt::skip]
 const OPTIONS: &[Opt<Arguments>] = &[
-    option("e", "env", "NAME[=VALUE]", |all, word| all.env.store(word),
-        "Set an environment variable; NAME alone takes the value from the environment of kindling \
-         (repeatable)"),
-    option("", "env-file", "FILE", |all, word| all.env_file.store(word),
-        "Read environment variables from a file, one a line; --env overrides them (repeatable)"),
-    option("w", "workdir", "DIR", |all, word| all.workdir.store(word),
-        "Working directory in the guest [default: the image's]"),
-    option("u", "user", "USER[:GROUP]", |all, word| all.user.store(word),
-        "User and group, as names of the image or numbers [default: the image's]"),
     option("", "entrypoint", "PROGRAM", |all, word| all.entrypoint.store(word),
         "Override the entrypoint of the image"),
-    flag("t", "tty", |all| all.tty = true,
-        "Allocate a terminal for the command"),
-    flag("i", "interactive", |all| all.interactive = true,
-        "Ignored: the standard input is always attached"),
     flag("d", "detach", |all| all.detach = true,
         "Run in the background, and print the name of the guest; `kindling logs` prints its output"),
     option("m", "memory", "MIB", |all, word| store_as(&mut all.memory, word, mebibytes),
@@ -112,13 +103,8 @@ impl Default for Arguments {
     fn default() -> Self {
         Self {
             image: OsString::new(),
-            env: Vec::new(),
-            env_file: Vec::new(),
-            workdir: None,
-            user: None,
+            process: ProcessArguments::default(),
             entrypoint: None,
-            tty: false,
-            interactive: false,
             detach: false,
             stay: false,
             memory: 512,
@@ -199,13 +185,15 @@ mod tests {
         let strings = |line: &str| line.split(' ').map(OsString::from).collect();
         let expected = Arguments {
             image: "image".into(),
-            env: strings("A=1 B"),
-            env_file: vec!["f".into()],
-            workdir: Some("/".into()),
-            user: Some("a:b".into()),
+            process: ProcessArguments {
+                env: strings("A=1 B"),
+                env_file: vec!["f".into()],
+                workdir: Some("/".into()),
+                user: Some("a:b".into()),
+                tty: true,
+                interactive: true,
+            },
             entrypoint: Some("e".into()),
-            tty: true,
-            interactive: true,
             detach: true,
             stay: false,
             memory: 64,

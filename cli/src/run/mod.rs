@@ -1,30 +1,31 @@
 //! `kindling run`: runs a command in a new guest, with the streams, signals and exit status of a local command.
 
 mod arguments;
-pub(crate) mod client;
 mod detached;
-mod outcome;
-mod session;
-pub(crate) mod signals;
 
 use crate::command_line::Command;
-use crate::{STATUS_FAILURE, print_error, print_launch_error, terminal};
+use crate::signals::{self, Signals};
+use crate::terminal::{self, RawTerminal};
+use crate::{STATUS_FAILURE, print_error, print_launch_error, print_message, print_stderr, report};
 pub(crate) use arguments::{Arguments, COMMAND};
 use detached::Launcher;
+use kindling::attach::{Attachment, StopCause, Streams};
+use kindling::exec::{AgentError, Process};
+use kindling::foreground::{ExitReason, Foreground, MachineEnd, Outcome};
 use kindling::guest::GuestDir;
-use kindling::image;
-use kindling::launch::{self, LaunchError, LaunchOptions};
-use kindling::vmm;
-use kindling::vmm::Timeline;
-pub(crate) use outcome::StopCause;
-use session::Session;
+use kindling::image::{self, Prepared};
+use kindling::launch::{self, LaunchError, LaunchOptions, Monitor};
+use kindling::log::Log;
+use kindling::timeline::{Instant, Timeline};
+use std::sync::Arc;
+use std::time::Duration;
 
 /// The background process of `kindling run --detach`, which is not listed.
 pub(crate) const STAY: Command<()> = Command::new("stay", "", stay);
 
 /// Runs the command. Returns the exit status.
-fn run(arguments: &Arguments, entered: vmm::Instant) -> u8 {
-    let start = arguments.started_at.map_or(entered, vmm::Instant);
+fn run(arguments: &Arguments, entered: Instant) -> u8 {
+    let start = arguments.started_at.map_or(entered, Instant);
     let mut timeline = Timeline::starting_at(start);
     timeline.reached_at("command entered", entered);
     if arguments.detach && !arguments.stay {
@@ -40,7 +41,7 @@ fn run(arguments: &Arguments, entered: vmm::Instant) -> u8 {
 }
 
 /// Runs the command line on standard input, as the front of a detached guest. Returns the exit status.
-fn stay((): &(), entered: vmm::Instant) -> u8 {
+fn stay((): &(), entered: Instant) -> u8 {
     let failed = |error: std::io::Error| {
         print_error(&LaunchError::Host("read the command line", error));
         STATUS_FAILURE
@@ -55,18 +56,15 @@ fn stay((): &(), entered: vmm::Instant) -> u8 {
 fn execute(arguments: &Arguments, mut timeline: Timeline) -> Result<u8, LaunchError> {
     // The monitor starts while this process prepares the guest.
     let monitor = launch::spawn_monitor();
-    let prepared = image::prepare(&arguments.image, arguments.user.as_deref(), &arguments.pull)?;
+    let prepared = image::prepare(&arguments.image, arguments.process.user.as_deref(), &arguments.pull)?;
     timeline.reached("root filesystem found");
     let guest = GuestDir::create(arguments.name.as_deref())?;
     let launcher = arguments.stay.then(|| Launcher::new(&guest)).transpose();
     let launcher = launcher.map_err(|error| LaunchError::Host("create a file", error));
     let result = launcher.and_then(|launcher| {
-        let mut session = Session::prepare(arguments, &guest, &prepared, launcher.as_ref())?;
-        session.preboot()?;
-        let outcome = session.run(monitor?, &timeline)?;
-        outcome.iter().for_each(|outcome| outcome.report(arguments));
-        let code = outcome.map_or(0, |outcome| outcome.status());
-        Ok((code, launcher.is_some_and(|launcher| launcher.is_released())))
+        let outcome = run_guest(arguments, &guest, &prepared, launcher.as_ref(), monitor, &timeline)?;
+        print_outcome(&outcome, arguments);
+        Ok((outcome.status(), launcher.is_some_and(|launcher| launcher.is_released())))
     });
     match result {
         Ok((code, true)) if !arguments.rm => {
@@ -80,6 +78,91 @@ fn execute(arguments: &Arguments, mut timeline: Timeline) -> Result<u8, LaunchEr
     }
 }
 
+/// Runs a guest from its configuration to its end.
+fn run_guest(
+    arguments: &Arguments,
+    guest: &GuestDir,
+    prepared: &Prepared,
+    launcher: Option<&Launcher>,
+    monitor: Result<Monitor, LaunchError>,
+    timeline: &Timeline,
+) -> Result<Outcome, LaunchError> {
+    // Before any thread is started, and before there are files to clean up.
+    let mut signals = Signals::block(arguments.detach)
+        .map_err(|error| LaunchError::Host("create a descriptor for signals", error))?;
+    let options = arguments.options();
+    let mut foreground = Foreground::new(&options, guest, prepared, &mut signals, Arc::new(print_message))?;
+    let streams = match launcher {
+        Some(_) => Log::create(guest.folder()).map(Streams::to_log),
+        None => Streams::inherited(),
+    };
+    let streams = streams.map_err(|error| LaunchError::Host("open the command's streams", error))?;
+    // A signal meanwhile ends this command, at the latest when a file is synced, and leaves no partial file.
+    foreground.preboot(&mut |cause| {
+        guest.forget();
+        signals::exit(cause);
+    })?;
+    let monitor = monitor?;
+    let _terminal = (arguments.process.tty && !arguments.detach).then(RawTerminal::enter).flatten();
+    foreground.timeout = arguments.timeout.map(Duration::from_secs);
+    foreground.waits_for_machine = arguments.report;
+    foreground.run(monitor, timeline, |attachment, process| {
+        serve(arguments, guest, launcher, attachment, process, streams)
+    })
+}
+
+/// Serves the guest's command to its end. Returns its exit status.
+fn serve(
+    arguments: &Arguments,
+    guest: &GuestDir,
+    launcher: Option<&Launcher>,
+    attachment: &mut Attachment<'_>,
+    mut process: Process,
+    streams: Streams,
+) -> Result<u8, AgentError> {
+    let streams = match launcher {
+        None => {
+            if arguments.process.tty {
+                // The size may have changed since the configuration was created.
+                terminal::send_size(&process);
+            }
+            streams
+        }
+        Some(launcher) if attachment.wait_for_start(&mut process)? => {
+            launcher.release(guest.name());
+            streams
+        }
+        // The program was not executed, so that the guest is removed: init's message goes to the command that started it.
+        Some(_) => Streams::stderr_only()
+            .map_err(|source| AgentError::Host { what: "duplicate the standard error", source })?,
+    };
+    attachment.serve(process, streams)
+}
+
+/// Prints what failed, and with `--report` the times of the steps.
+fn print_outcome(outcome: &Outcome, arguments: &Arguments) {
+    let exit = match &outcome.machine {
+        Some(MachineEnd::Stopped(exit)) => exit,
+        Some(MachineEnd::Lost(error)) => return print_error(error),
+        None => return,
+    };
+    print_stderr(&report::device_failures(exit));
+    if arguments.report {
+        print_stderr(&report::timeline(exit));
+    }
+    match (&outcome.command, &exit.reason, outcome.stopped_by) {
+        (Err(error), ExitReason::Payload(_), _) if outcome.is_output_unknown() => print_error(error),
+        (Err(error), ExitReason::Stopped, Some(StopCause::Lost)) => print_error(error),
+        (Ok(_), ..) | (Err(_), ExitReason::Payload(_), _) => {}
+        (Err(_), ExitReason::Stopped, Some(StopCause::Timeout)) => {
+            let seconds = arguments.timeout.unwrap_or_default();
+            print_stderr(&format!("kindling: killed after {seconds} s (--timeout)\n"));
+        }
+        (Err(_), ExitReason::Stopped, Some(StopCause::Signal(_))) => {}
+        (Err(_), ..) => print_stderr(&report::failure(exit)),
+    }
+}
+
 impl Arguments {
     fn options(&self) -> LaunchOptions {
         LaunchOptions {
@@ -87,11 +170,11 @@ impl Arguments {
             has_payload: true,
             command: self.command.clone(),
             entrypoint: self.entrypoint.clone(),
-            env: self.env.clone(),
-            env_files: self.env_file.clone(),
-            working_directory: self.workdir.clone(),
+            env: self.process.env.clone(),
+            env_files: self.process.env_file.clone(),
+            working_directory: self.process.workdir.clone(),
             hostname: self.hostname.clone(),
-            terminal: self.tty.then(terminal::new_terminal_size),
+            terminal: self.process.terminal(),
             memory_mib: self.memory,
             vcpus: self.cpus,
             network: self.net.clone(),

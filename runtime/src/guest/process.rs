@@ -2,6 +2,7 @@
 
 use super::files::{is_locked, read_record};
 use super::{FRONT, Guest, GuestError, MONITOR, host};
+use crate::signal::END_GUEST;
 use kindling_vmm::poll::wait_readable;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{Mode, OFlags, open};
@@ -21,7 +22,6 @@ pub struct Process {
 /// Exit status of a guest that was killed.
 const STATUS_KILLED: u8 = 128 + 9;
 
-const SIGPWR: u8 = 30;
 const SIGKILL: u8 = 9;
 
 /// Time limit for the orderly end of a front or monitor, before it is killed.
@@ -88,8 +88,8 @@ impl Guest {
             return Ok(());
         }
         if let Some(front) = &front {
-            // On SIGPWR, the front stops the machine, restores the terminal and writes the exit status.
-            front.send(SIGPWR);
+            // The front stops the machine, restores the terminal and writes the exit status.
+            front.send(END_GUEST);
             if !front.wait(Some(Instant::now() + STOP_TIMEOUT)) {
                 front.send(SIGKILL);
                 front.wait(None);

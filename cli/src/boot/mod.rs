@@ -1,12 +1,12 @@
 //! `kindling boot`: runs a virtual machine in this process.
 
+mod signals;
+
 use crate::command_line::{Argument, Command, Opt, Store, after_dashes, flag, in_range, option, store_as};
 use crate::devices::{DeviceArguments, DeviceOptions};
 use crate::terminal::RawTerminal;
-use crate::{
-    STATUS_BAD_REQUEST, STATUS_FAILURE, bytes, print_error, print_machine_error, print_stderr, report,
-    signals,
-};
+use crate::{STATUS_FAILURE, bytes, print_error, print_launch_error, print_stderr, report};
+use kindling::launch::LaunchError;
 use kindling::vmm::config::image::Image;
 use kindling::vmm::config::{
     self, BootSource, Config, ConfigError, Console, FileConfig, GuestConfig, MachineConfig, ProfileConfig,
@@ -176,8 +176,9 @@ fn run(arguments: &Arguments, entered: Instant) -> u8 {
     match boot(arguments, timeline) {
         Ok(exit) => finish(arguments, &exit),
         Err(error) => {
-            print_machine_error(&error);
-            if error.is_user_error() { STATUS_BAD_REQUEST } else { STATUS_FAILURE }
+            let error = LaunchError::from(error);
+            print_launch_error(&error);
+            crate::status(error.is_user_error())
         }
     }
 }
@@ -185,7 +186,7 @@ fn run(arguments: &Arguments, entered: Instant) -> u8 {
 fn boot(arguments: &Arguments, timeline: Timeline) -> Result<Exit, Error> {
     let FileConfig { config, warnings } = arguments.config()?;
     if config.devices.vsock.is_some() {
-        kindling::vmm::entry::raise_descriptor_limit();
+        kindling::entry::raise_descriptor_limit();
     }
     let machine = Machine::new(&config, timeline)?;
     if let Some(refusal) = machine.preboot_refusal() {

@@ -1,5 +1,13 @@
 //! The launch of a guest: its options, the configuration that they result in, its monitor, and its pre-booted kernel.
 
+pub(crate) mod start;
+
+pub use kindling_vmm::Error as MachineError;
+pub use kindling_vmm::control::{Failure, Monitor};
+pub use kindling_vmm::jail::{Jail, OnRefusal, Strictness};
+pub(crate) use start::{Launch, MachineEnd, StartObserver, Started, end_of};
+pub use start::{preboot, spawn_monitor};
+
 use crate::environment::{self, EnvironmentError};
 use crate::guest::{GuestDir, GuestError, GuestRecord, Payload};
 use crate::image::{ImageError, Prepared};
@@ -10,11 +18,9 @@ use crate::{network, signal};
 use guest_protocol::agent::TerminalSize;
 use kindling_vmm::config::devices::{NetworkInterface, Vsock};
 use kindling_vmm::config::{Config, ConfigError, Console, GuestConfig, MachineConfig};
-use kindling_vmm::control::{ControlError, Event, Failure, Monitor};
-use kindling_vmm::jail::Jail;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 const SIGTERM: u8 = 15;
 /// The lowest CID of a guest. All guests may have it, because each vsock has a Unix socket of its own.
@@ -35,7 +41,7 @@ pub enum LaunchError {
     Guest(#[from] GuestError),
     /// The configuration of the machine is invalid, or its resources cannot be opened.
     #[error(transparent)]
-    Machine(#[from] kindling_vmm::Error),
+    Machine(#[from] MachineError),
     /// The monitor could not build or start the machine.
     #[error("{}", .0.message)]
     Monitor(Failure),
@@ -92,6 +98,16 @@ impl LaunchError {
             _ => true,
         }
     }
+
+    /// Returns whether KVM cannot be used, which `kindling doctor` explains.
+    #[must_use]
+    pub const fn is_kvm_error(&self) -> bool {
+        match self {
+            Self::Machine(error) => matches!(error, MachineError::Kvm(_)),
+            Self::Monitor(failure) => failure.is_kvm_error,
+            _ => false,
+        }
+    }
 }
 
 /// Options of a new guest. Text has the syntax of `docker run`.
@@ -137,20 +153,14 @@ pub struct LaunchOptions {
 }
 
 /// Configuration and record of a guest that is ready to start.
-#[derive(Clone, Debug)]
-pub struct Plan {
-    /// Configuration of the machine.
-    pub config: Config,
-    /// Record of the guest.
-    pub record: GuestRecord,
+struct Plan {
+    config: Config,
+    record: GuestRecord,
 }
 
 impl LaunchOptions {
     /// Returns the configuration and the record of a guest with a prepared image. Creates missing volumes.
-    ///
-    /// # Errors
-    /// When an option is invalid, the kernel is missing, or a volume cannot be used or created.
-    pub fn plan(&self, directory: &GuestDir, prepared: &Prepared) -> Result<Plan, LaunchError> {
+    fn plan(&self, directory: &GuestDir, prepared: &Prepared) -> Result<Plan, LaunchError> {
         let mounts = mount::parse_all(&self.volumes)?;
         let config = self.config(directory, prepared, &mounts)?;
         let record = self.record(&config, prepared, &mounts);
@@ -283,64 +293,4 @@ impl LaunchOptions {
             status: None,
         }
     }
-}
-
-/// Starts the monitor of a new guest: `kindling-vmm`, from the directory that KINDLING_PROGRAMS names, or else from the
-/// directory of the calling program.
-///
-/// # Errors
-/// When the program is missing, other users can change it, or the host cannot execute it.
-pub fn spawn_monitor() -> Result<Monitor, LaunchError> {
-    match trusted_path::companion("kindling-vmm") {
-        Ok(program) => Monitor::spawn(&program).map_err(LaunchError::NoMonitor),
-        Err(error) if error.is_absent() => Err(LaunchError::NoMonitor(std::io::ErrorKind::NotFound.into())),
-        Err(error) => Err(KernelError::Untrusted(error).into()),
-    }
-}
-
-/// Pre-boots the kernel of a configuration, unless the pre-booted kernel exists. If the kernel cannot be pre-booted, the
-/// guest boots it; the reason is returned as `Ok(Some(_))`. `next_event` waits for an event of the monitor that pre-boots.
-///
-/// # Errors
-/// When the configuration is invalid, other users can change the cache, or KVM cannot be used.
-pub fn make_preboot(
-    config: &Config,
-    next_event: impl FnMut(&Monitor) -> Result<Event, ControlError>,
-) -> Result<Option<LaunchError>, LaunchError> {
-    let Some(path) = config.preboot.as_ref().filter(|path| !path.exists()) else { return Ok(None) };
-    // Creates the directory, and fails if other users can change it.
-    trusted_path::make_folder(path.parent().unwrap_or(path))?;
-    match preboot(config, path, next_event) {
-        Ok(()) => Ok(None),
-        Err(error @ LaunchError::Machine(kindling_vmm::Error::Config(_) | kindling_vmm::Error::Kvm(_))) => {
-            Err(error)
-        }
-        Err(LaunchError::Monitor(failure)) if failure.is_kvm_error => Err(LaunchError::Monitor(failure)),
-        Err(error) => Ok(Some(error)),
-    }
-}
-
-/// Pre-boots the kernel of a configuration in a monitor. The file appears at `path` after guests have continued from it.
-///
-/// # Errors
-/// When the kernel does not reach init, KVM cannot be used, or a file cannot be read or written.
-pub fn preboot(
-    config: &Config,
-    path: &Path,
-    mut next_event: impl FnMut(&Monitor) -> Result<Event, ControlError>,
-) -> Result<(), LaunchError> {
-    let mut monitor = spawn_monitor()?;
-    let draft = monitor.start_preboot(config, path)?;
-    loop {
-        match next_event(&monitor).map_err(kindling_vmm::Error::from)? {
-            Event::Prebooted => break,
-            Event::Failed(failure) => return Err(LaunchError::Monitor(failure)),
-            // The reason of a failure that follows.
-            Event::DeviceFailed(_) => {}
-            _ => return Err(kindling_vmm::Error::from(ControlError::Version).into()),
-        }
-    }
-    // The monitor does not write to the file any more when it appears.
-    drop(monitor);
-    Ok(draft.publish()?)
 }

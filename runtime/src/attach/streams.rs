@@ -1,0 +1,243 @@
+//! The standard streams of a process in a guest, and the threads that forward them.
+
+use super::Notify;
+use crate::log::{Log, Stream};
+use kindling_vmm::agent::{AgentError, Control, ProcessAddress, Role};
+use kindling_vmm::with_causes;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+
+/// Buffer size in bytes: the capacity of a pipe.
+const CHUNK: usize = 64 << 10;
+
+/// Source and destinations of a process's standard streams.
+#[derive(Debug)]
+pub struct Streams {
+    /// Source of the standard input; `None` for an empty input.
+    pub input: Option<File>,
+    /// Destination of the standard output.
+    pub output: OutputTarget,
+    /// Destination of the standard error. A process on a terminal has none: all its output is standard output.
+    pub error: OutputTarget,
+}
+
+/// Destination of an output stream.
+#[derive(Debug)]
+pub enum OutputTarget {
+    /// A file, pipe, socket or terminal, which may be non-blocking.
+    File(File),
+    /// A guest's log, as this stream.
+    Log(Arc<Log>, Stream),
+}
+
+impl Streams {
+    /// The standard streams of the calling process. The null device is an empty input.
+    ///
+    /// # Errors
+    /// When the host has no descriptor left.
+    pub fn inherited() -> io::Result<Self> {
+        let input = File::from(rustix::stdio::stdin().try_clone_to_owned()?);
+        Ok(Self {
+            input: (!is_null_device(&input)).then_some(input),
+            output: OutputTarget::copy_of(rustix::stdio::stdout())?,
+            error: OutputTarget::copy_of(rustix::stdio::stderr())?,
+        })
+    }
+
+    /// Empty input; all output goes to the standard error of the calling process.
+    ///
+    /// # Errors
+    /// When the host has no descriptor left.
+    pub fn stderr_only() -> io::Result<Self> {
+        let copy = || OutputTarget::copy_of(rustix::stdio::stderr());
+        Ok(Self { input: None, output: copy()?, error: copy()? })
+    }
+
+    /// Empty input; output goes to a log.
+    #[must_use]
+    pub fn to_log(log: Log) -> Self {
+        let log = Arc::new(log);
+        Self {
+            input: None,
+            output: OutputTarget::Log(Arc::clone(&log), Stream::Output),
+            error: OutputTarget::Log(log, Stream::Error),
+        }
+    }
+}
+
+impl OutputTarget {
+    fn copy_of(fd: BorrowedFd<'_>) -> io::Result<Self> {
+        fd.try_clone_to_owned().map(|copy| Self::File(copy.into()))
+    }
+}
+
+/// Threads that forward output.
+#[derive(Default)]
+pub(super) struct Writers {
+    running: u64,
+    /// An eventfd that counts the threads that have ended.
+    pub(super) done: Option<Arc<OwnedFd>>,
+    /// What they could not receive or write.
+    failure: Arc<Mutex<Option<OutputError>>>,
+}
+
+impl Writers {
+    /// Starts a thread.
+    pub(super) fn start(
+        &mut self,
+        work: impl FnOnce() -> Result<(), OutputError> + Send + 'static,
+    ) -> io::Result<()> {
+        let done = match &self.done {
+            Some(done) => Arc::clone(done),
+            None => Arc::clone(self.done.insert(Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?))),
+        };
+        let failure = Arc::clone(&self.failure);
+        spawn(move || {
+            if let Err(error) = work() {
+                failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+            }
+            let _ = rustix::io::write(&*done, &1_u64.to_ne_bytes());
+        })?;
+        self.running += 1;
+        Ok(())
+    }
+
+    /// Why output is incomplete, if it is.
+    pub(super) fn failure(&self) -> Option<String> {
+        let failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+        failure.as_ref().map(|error| with_causes(error))
+    }
+
+    pub(super) const fn is_any_running(&self) -> bool {
+        self.running > 0
+    }
+
+    /// Subtracts the threads that have ended.
+    pub(super) fn count_finished(&mut self) {
+        let mut count = [0; 8];
+        if let Some(done) = &self.done
+            && rustix::io::read(&**done, &mut count).is_ok()
+        {
+            self.running = self.running.saturating_sub(u64::from_ne_bytes(count));
+        }
+    }
+}
+
+/// Starts a thread that is not joined.
+pub(super) fn spawn(work: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    thread::Builder::new().spawn(work).map(drop)
+}
+
+/// Forwards input to a process. The connection is made when there is input.
+pub(super) fn forward_input(mut from: File, address: &ProcessAddress, control: &Control, notify: &Notify) {
+    let mut buffer = vec![0; CHUNK];
+    let mut read = |buffer: &mut [u8]| {
+        read(&mut from, buffer).unwrap_or_else(|source| {
+            notify(&with_causes(&AgentError::Host { what: "read the input of the command", source }));
+            0
+        })
+    };
+    let mut count = read(&mut buffer);
+    if count == 0 {
+        return control.end_input();
+    }
+    let mut to = match address.connect(Role::Input) {
+        Ok(to) => to,
+        Err(error) => {
+            // A process that has ended takes no input, which is no error.
+            if let AgentError::Connect { .. } = error {
+                notify(&with_causes(&error));
+            }
+            return control.end_input();
+        }
+    };
+    while count > 0 && to.write_all(&buffer[..count]).is_ok() {
+        count = read(&mut buffer);
+    }
+    let _ = to.shutdown(Shutdown::Write);
+}
+
+/// Why output is incomplete.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum OutputError {
+    #[error("cannot receive the output of the command")]
+    Receive(#[source] io::Error),
+    #[error("cannot receive the output of the command")]
+    Connect(#[source] AgentError),
+    #[error("cannot write the output of the command")]
+    Write(#[source] io::Error),
+}
+
+/// Forwards output until EOF. If the target is closed, the process in the guest gets EPIPE, as with a pipe.
+pub(super) fn forward_output(
+    address: &ProcessAddress,
+    role: Role,
+    to: &OutputTarget,
+) -> Result<(), OutputError> {
+    let mut from = address.connect(role).map_err(OutputError::Connect)?;
+    let mut buffer = vec![0; CHUNK];
+    loop {
+        let count = match from.read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(OutputError::Receive(error)),
+        };
+        let result = match to {
+            OutputTarget::File(file) => write_all(file, &buffer[..count]),
+            OutputTarget::Log(log, stream) => {
+                log.add(*stream, &buffer[..count]);
+                Ok(())
+            }
+        };
+        if let Err(error) = result {
+            let _ = from.shutdown(Shutdown::Both);
+            return match error.kind() {
+                io::ErrorKind::BrokenPipe => Ok(()),
+                _ => Err(OutputError::Write(error)),
+            };
+        }
+    }
+}
+
+/// Whether a file is /dev/null, which is always empty.
+fn is_null_device(file: &File) -> bool {
+    use rustix::fs::{FileType, fstat, makedev};
+    let is_null = |stat: rustix::fs::Stat| {
+        FileType::from_raw_mode(stat.st_mode).is_char_device() && stat.st_rdev == makedev(1, 3)
+    };
+    fstat(file).is_ok_and(is_null)
+}
+
+/// Reads once. Waits if the descriptor is non-blocking, which other processes may have made it.
+fn read(from: &mut File, buffer: &mut [u8]) -> io::Result<usize> {
+    loop {
+        match from.read(buffer) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => wait(from.as_fd(), PollFlags::IN)?,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
+        }
+    }
+}
+
+fn write_all(mut to: &File, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match to.write(bytes) {
+            Ok(count) => bytes = &bytes[count..],
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => wait(to.as_fd(), PollFlags::OUT)?,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+fn wait(fd: BorrowedFd<'_>, flags: PollFlags) -> io::Result<()> {
+    poll(&mut [PollFd::from_borrowed_fd(fd, flags)], None)?;
+    Ok(())
+}
