@@ -8,7 +8,8 @@ use crate::mount::{self, MountError, MountRequest, Source};
 use crate::volume::{self, VolumeError};
 use crate::{network, signal};
 use guest_protocol::agent::TerminalSize;
-use kindling_vmm::config::devices::{NetworkInterface, Vsock};
+use kindling_vmm::Error;
+use kindling_vmm::config::devices::{NetworkInterface, RootFilesystem, Vsock};
 use kindling_vmm::config::{Config, ConfigError, Console, GuestConfig, MachineConfig};
 use kindling_vmm::control::{ControlError, Event, Failure, Monitor};
 use kindling_vmm::jail::Jail;
@@ -169,7 +170,7 @@ impl LaunchOptions {
         config.machine = MachineConfig { vcpu_count, mem_size_mib: self.memory_mib };
         config.console = Console::Null;
         config.jail = self.jail;
-        config.devices.root = Some(prepared.rootfs.clone());
+        config.devices.root = Some(RootFilesystem::new(&prepared.rootfs));
         config.devices.network_interfaces.extend(self.interface()?);
         network::publish_all(&self.publish, &mut config.devices)?;
         config.devices.vsock =
@@ -312,9 +313,7 @@ pub fn make_preboot(
     trusted_path::make_folder(path.parent().unwrap_or(path))?;
     match preboot(config, path, next_event) {
         Ok(()) => Ok(None),
-        Err(error @ LaunchError::Machine(kindling_vmm::Error::Config(_) | kindling_vmm::Error::Kvm(_))) => {
-            Err(error)
-        }
+        Err(error @ LaunchError::Machine(Error::Config(_) | Error::Backend(_) | Error::Kvm(_))) => Err(error),
         Err(LaunchError::Monitor(failure)) if failure.is_kvm_error => Err(LaunchError::Monitor(failure)),
         Err(error) => Ok(Some(error)),
     }

@@ -60,7 +60,7 @@ mod memory;
 pub use boot::elf::Elf;
 pub use bus::{BusDevice, GuestRequest};
 pub use config::{Config, ProfileConfig};
-pub use devices::virtio::balloon;
+pub use devices::virtio::{BackendError, balloon};
 pub use error::{Error, with_causes};
 pub use exit::{Exit, ExitReason};
 pub use guest_protocol::BootMark;

@@ -122,11 +122,10 @@ pub fn from_json_file(path: &Path) -> Result<FileConfig, ConfigError> {
 /// The kernel parameters that select the root device, if one of the devices is it. Drives are named in their order.
 fn root_argument(drives: &[Drive], pmem: &[Pmem]) -> Option<String> {
     let mode = |is_read_only: bool| if is_read_only { "ro" } else { "rw" };
-    let drive = drives.iter().zip('a'..='z').find(|(drive, _)| drive.is_root_device);
-    if let Some((drive, letter)) = drive {
+    if let Some((number, drive)) = drives.iter().enumerate().find(|(_, drive)| drive.is_root_device) {
         let device = match &drive.partuuid {
             Some(partition) => format!("PARTUUID={partition}"),
-            None => format!("/dev/vd{letter}"),
+            None => Devices::drive_name(number),
         };
         return Some(format!("root={device} {} ", mode(drive.is_read_only)));
     }

@@ -5,8 +5,6 @@
 pub mod devices;
 pub mod image;
 mod json;
-mod limits;
-mod network;
 mod null;
 
 pub use devices::Devices;
@@ -248,38 +246,6 @@ pub enum ConfigError {
         /// Length of the path in bytes.
         length: usize,
     },
-    /// A path at which the vsock's Unix socket cannot be created.
-    #[error("{} cannot be the vsock's socket: {what}", path.display())]
-    VsockSocket {
-        /// The path.
-        path: PathBuf,
-        /// The problem.
-        what: String,
-    },
-    /// A file that cannot be the backing file of a drive.
-    #[error("{} cannot be a drive: {what}", path.display())]
-    DriveFile {
-        /// The file.
-        path: PathBuf,
-        /// The problem.
-        what: String,
-    },
-    /// A file that cannot be the backing file of a pmem device.
-    #[error("{} cannot be a pmem device: {what}", path.display())]
-    PmemFile {
-        /// The file.
-        path: PathBuf,
-        /// The problem.
-        what: String,
-    },
-    /// A folder that cannot be shared with a guest.
-    #[error("cannot share {}: {what}", path.display())]
-    SharedFolder {
-        /// The folder.
-        path: PathBuf,
-        /// The problem.
-        what: String,
-    },
     /// A balloon of the size of the guest's memory or larger.
     #[error("a balloon of {asked} MiB is too large for a guest of {memory} MiB: it needs some itself")]
     BalloonTooLarge {
@@ -287,14 +253,6 @@ pub enum ConfigError {
         asked: u64,
         /// Memory of the guest in MiB.
         memory: u64,
-    },
-    /// A host interface that a network device cannot be attached to.
-    #[error("{name} cannot be the other end of a network card: {what}")]
-    InterfaceDevice {
-        /// Name of the host interface, or `user` for passt.
-        name: String,
-        /// The problem and its remedy.
-        what: String,
     },
     /// An invalid value of a network interface.
     #[error("network interface {id}: {what}")]
