@@ -4,9 +4,9 @@ use crate::command_line::{Argument, Command, Opt, Store, after_dashes, flag, in_
 use crate::devices::{DeviceArguments, DeviceOptions};
 use crate::terminal::RawTerminal;
 use crate::{
-    STATUS_BAD_REQUEST, STATUS_FAILURE, bytes, print_error, print_machine_error, print_stderr, report,
-    signals,
+    STATUS_BAD_REQUEST, STATUS_FAILURE, bytes, print_error, print_launch_error, print_stderr, report, signals,
 };
+use kindling::launch::LaunchError;
 use kindling::vmm::config::image::Image;
 use kindling::vmm::config::{
     self, BootSource, Config, ConfigError, Console, FileConfig, GuestConfig, MachineConfig, ProfileConfig,
@@ -176,13 +176,13 @@ fn run(arguments: &Arguments, entered: Instant) -> u8 {
     match boot(arguments, timeline) {
         Ok(exit) => finish(arguments, &exit),
         Err(error) => {
-            print_machine_error(&error);
+            print_launch_error(&error);
             if error.is_user_error() { STATUS_BAD_REQUEST } else { STATUS_FAILURE }
         }
     }
 }
 
-fn boot(arguments: &Arguments, timeline: Timeline) -> Result<Exit, Error> {
+fn boot(arguments: &Arguments, timeline: Timeline) -> Result<Exit, LaunchError> {
     let FileConfig { config, warnings } = arguments.config()?;
     if config.devices.vsock.is_some() {
         kindling::vmm::entry::raise_descriptor_limit();
@@ -238,7 +238,7 @@ fn finish(arguments: &Arguments, exit: &Exit) -> u8 {
 
 impl Arguments {
     /// The configuration of the machine.
-    fn config(&self) -> Result<FileConfig, ConfigError> {
+    fn config(&self) -> Result<FileConfig, LaunchError> {
         let FileConfig { mut config, warnings } = self.base()?;
         if let Some(path) = &self.initrd {
             config.boot_source.initrd_path = Some(path.clone());

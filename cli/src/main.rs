@@ -97,16 +97,11 @@ fn print_error(error: &dyn Error) {
     print_stderr(&format!("kindling: {}\n", report::printable(&line)));
 }
 
-/// Prints an error of a machine, with a remedy if KVM is at fault.
-fn print_machine_error(error: &kindling::vmm::Error) {
-    print_message(&with_causes(error), matches!(error, kindling::vmm::Error::Kvm(_)));
-}
-
 /// Prints an error of the start of a guest, with a remedy if KVM is at fault.
 fn print_launch_error(error: &kindling::launch::LaunchError) {
     use kindling::launch::LaunchError;
     match error {
-        LaunchError::Machine(error) => print_machine_error(error),
+        LaunchError::Machine(kindling::vmm::Error::Kvm(error)) => print_message(&with_causes(error), true),
         LaunchError::Monitor(failure) => print_message(&failure.message, failure.is_kvm_error),
         error => print_error(error),
     }

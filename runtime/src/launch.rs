@@ -5,8 +5,9 @@ use crate::guest::{GuestDir, GuestError, GuestRecord, Payload};
 use crate::image::{ImageError, Prepared};
 use crate::kernel::{self, KernelError};
 use crate::mount::{self, MountError, MountRequest, Source};
+use crate::network::{self, NetworkError};
+use crate::signal;
 use crate::volume::{self, VolumeError};
-use crate::{network, signal};
 use guest_protocol::agent::TerminalSize;
 use kindling_vmm::Error;
 use kindling_vmm::config::devices::{NetworkInterface, RootFilesystem, Vsock};
@@ -49,6 +50,9 @@ pub enum LaunchError {
     /// A mount is invalid.
     #[error(transparent)]
     Mount(#[from] MountError),
+    /// A network card or a published port is invalid.
+    #[error(transparent)]
+    NetworkOption(#[from] NetworkError),
     /// A volume cannot be used.
     #[error(transparent)]
     Volume(#[from] VolumeError),

@@ -113,8 +113,7 @@ pub fn from_json_file(path: &Path) -> Result<FileConfig, ConfigError> {
         entropy: file.entropy,
         balloon: file.balloon,
         pmem: file.pmem,
-        shared_folders: Vec::new(),
-        root: None,
+        ..Devices::default()
     };
     Ok(FileConfig { config: Config { machine, devices, ..Config::new(boot_source) }, warnings })
 }
@@ -198,10 +197,10 @@ fn warnings(file: &ConfigFile) -> impl Iterator<Item = String> {
         (
             "metrics",
             has(&file.metrics),
-            "there are no metrics; --report-json writes when each step was reached",
+            "there are no metrics; the report of a boot has the time of each step",
         ),
         ("memory-hotplug", has(&file.memory_hotplug), "a guest's memory does not grow"),
-        ("serial", has(&file.serial), "use --console to redirect the console"),
+        ("serial", has(&file.serial), "the console's destination is not part of this file"),
     ];
     let known = table.into_iter().filter(|(_, is_asked, _)| *is_asked);
     let known = known.map(|(field, _, what)| format!("{field} has no effect: {what}"));

@@ -222,16 +222,6 @@ pub enum ConfigError {
         /// The name of the second.
         second: String,
     },
-    /// An invalid device option on the command line.
-    #[error("--{option} {value}: {what}")]
-    DeviceOption {
-        /// The name of the option, without dashes.
-        option: &'static str,
-        /// Its value.
-        value: String,
-        /// The problem, and the valid values.
-        what: String,
-    },
     /// A CID that is not valid for a guest.
     #[error("guest_cid is {0}; those of guests go from 3 to 4294967294")]
     GuestCid(u32),
