@@ -25,6 +25,7 @@ pub type GuestConfig = guest_protocol::config::GuestConfig<Vec<Vec<u8>>>;
 
 /// The configuration of one machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Config {
     /// The kernel to boot.
     pub boot_source: BootSource,
@@ -58,6 +59,7 @@ pub enum InterruptControllers {
 
 /// The kernel, its initrd and its command line.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct BootSource {
     /// Path of the kernel: an uncompressed ELF `vmlinux`, or a `bzImage`.
     pub kernel_image_path: PathBuf,

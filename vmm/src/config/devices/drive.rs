@@ -96,6 +96,7 @@ impl DeviceKind for Drive {
 
 /// The root filesystem of an image.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[non_exhaustive]
 pub struct RootFilesystem {
     /// Path of the filesystem's file.
     pub path_on_host: PathBuf,

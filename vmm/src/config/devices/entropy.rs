@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 /// The entropy device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
+#[non_exhaustive]
 pub struct Entropy {
     /// Limits of bytes and requests per time; no limit by default.
     pub rate_limiter: Option<RateLimiter>,

@@ -30,12 +30,14 @@ macro_rules! device_kinds {
     ($($(#[$doc:meta])* $field:ident: $container:ident<$kind:ident>,)*) => {
         /// The virtio devices of a machine, in the order in which the guest discovers them.
         #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+        #[non_exhaustive]
         pub struct Devices {
             $($(#[$doc])* pub $field: $container<$kind>,)*
         }
 
         /// The configuration of one device.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[non_exhaustive]
         pub enum DeviceConfig<'a> {
             $($(#[$doc])* $kind(&'a $kind),)*
         }

@@ -11,6 +11,7 @@ use std::str::FromStr;
 /// A network device.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct NetworkInterface {
     /// Name of the device.
     pub iface_id: String,
