@@ -181,3 +181,53 @@ impl Backend {
         BackendError::host("use the backend of another device")(io::ErrorKind::InvalidInput.into())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn another_process_receives_what_was_sent() {
+        let file = || File::open("/dev/null").unwrap();
+        let (socket, peer) = UnixStream::pair().unwrap();
+        let all = [
+            Backend::Host,
+            Backend::File(file()),
+            Backend::Memory(file()),
+            Backend::Placeholder(file()),
+            Backend::Link(file().into(), None),
+            Backend::Listener(Listener::unnamed().unwrap()),
+            Backend::Folder(Server::from_descriptors(socket, peer.into())),
+            Backend::Nothing,
+        ];
+        let mut kept = Kept::default();
+        for backend in all {
+            let copy = backend.try_clone().unwrap();
+            let (kind, descriptors) = backend.send(&mut kept).unwrap();
+            let mut descriptors = descriptors.into_iter();
+            let received = Backend::receive(kind, || descriptors.next().ok_or(())).unwrap();
+            assert_eq!(descriptors.count(), 0, "{kind:?}");
+            for backend in [received, copy] {
+                assert_eq!(backend.send(&mut Kept::default()).unwrap().0, kind);
+            }
+        }
+        assert_eq!((kept.servers.len(), kept.sockets.len()), (1, 0));
+    }
+
+    #[test]
+    fn a_device_refuses_the_backend_of_another_one() {
+        use crate::config::devices::{Drive, Entropy, NetworkInterface, SharedFolder, Vsock};
+        let folder = SharedFolder { tag: "t".into(), path: "/".into(), read_only: true, owner: (0, 0) };
+        let vsock = Vsock { guest_cid: 3, uds_path: "v".into(), vsock_id: None };
+        let (drive, card, entropy) =
+            (Drive::new("d", "f"), NetworkInterface::new("n", "tap"), Entropy::default());
+        let all: [&dyn Attach; 5] = [&drive, &card, &vsock, &entropy, &folder];
+        for (number, device) in all.into_iter().enumerate() {
+            let backend =
+                if number == 0 { Backend::Host } else { Backend::File(File::open("/dev/null").unwrap()) };
+            let error = device.create(backend, GuestAddress(0)).unwrap_err();
+            assert!(matches!(error, BackendError::Host { .. }), "{error}");
+        }
+    }
+}
