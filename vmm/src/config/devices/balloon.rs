@@ -1,6 +1,6 @@
 //! The memory balloon device.
 
-use super::{DeviceKind, DeviceName};
+use super::{Description, DeviceKind};
 use crate::config::ConfigError;
 use crate::config::null::null_is_default;
 use serde::{Deserialize, Serialize};
@@ -27,16 +27,8 @@ pub struct Balloon {
 }
 
 impl DeviceKind for Balloon {
-    fn name(&self) -> DeviceName<'_> {
-        DeviceName::Fixed("balloon")
-    }
-
-    fn letter(&self) -> char {
-        'b'
-    }
-
-    fn is_private(&self) -> bool {
-        true
+    fn describe(&self) -> Description<'_> {
+        Description { name: "balloon", is_named: false, letter: 'b', is_private: true, is_root_device: false }
     }
 
     fn validate(&self, memory: u64) -> Result<(), ConfigError> {

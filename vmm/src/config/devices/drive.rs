@@ -1,7 +1,7 @@
 //! Block devices.
 
 use super::limits::RateLimiter;
-use super::{DeviceKind, DeviceName};
+use super::{Description, DeviceKind};
 use crate::config::ConfigError;
 use crate::config::null::null_is_default;
 use serde::{Deserialize, Serialize};
@@ -63,20 +63,14 @@ impl Drive {
 }
 
 impl DeviceKind for Drive {
-    fn name(&self) -> DeviceName<'_> {
-        DeviceName::Chosen(&self.drive_id)
-    }
-
-    fn letter(&self) -> char {
-        if self.is_read_only { 'r' } else { 'd' }
-    }
-
-    fn is_private(&self) -> bool {
-        false
-    }
-
-    fn is_root_device(&self) -> bool {
-        self.is_root_device
+    fn describe(&self) -> Description<'_> {
+        Description {
+            name: &self.drive_id,
+            is_named: true,
+            letter: if self.is_read_only { 'r' } else { 'd' },
+            is_private: false,
+            is_root_device: self.is_root_device,
+        }
     }
 
     fn validate(&self, _: u64) -> Result<(), ConfigError> {
@@ -116,20 +110,8 @@ impl RootFilesystem {
 }
 
 impl DeviceKind for RootFilesystem {
-    fn name(&self) -> DeviceName<'_> {
-        DeviceName::Fixed("root")
-    }
-
-    fn letter(&self) -> char {
-        'r'
-    }
-
-    fn is_private(&self) -> bool {
-        true
-    }
-
-    fn validate(&self, _: u64) -> Result<(), ConfigError> {
-        Ok(())
+    fn describe(&self) -> Description<'_> {
+        Description { name: "root", is_named: false, letter: 'r', is_private: true, is_root_device: false }
     }
 }
 

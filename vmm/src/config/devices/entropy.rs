@@ -1,8 +1,7 @@
 //! The entropy device.
 
 use super::limits::RateLimiter;
-use super::{DeviceKind, DeviceName};
-use crate::config::ConfigError;
+use super::{Description, DeviceKind};
 use serde::{Deserialize, Serialize};
 
 /// The entropy device.
@@ -15,19 +14,7 @@ pub struct Entropy {
 }
 
 impl DeviceKind for Entropy {
-    fn name(&self) -> DeviceName<'_> {
-        DeviceName::Fixed("entropy")
-    }
-
-    fn letter(&self) -> char {
-        'e'
-    }
-
-    fn is_private(&self) -> bool {
-        true
-    }
-
-    fn validate(&self, _: u64) -> Result<(), ConfigError> {
-        Ok(())
+    fn describe(&self) -> Description<'_> {
+        Description { name: "entropy", is_named: false, letter: 'e', is_private: true, is_root_device: false }
     }
 }

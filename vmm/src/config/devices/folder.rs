@@ -1,6 +1,6 @@
 //! Shared folders.
 
-use super::{DeviceKind, DeviceName};
+use super::{Description, DeviceKind};
 use crate::config::ConfigError;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -22,16 +22,8 @@ pub struct SharedFolder {
 }
 
 impl DeviceKind for SharedFolder {
-    fn name(&self) -> DeviceName<'_> {
-        DeviceName::Chosen(&self.tag)
-    }
-
-    fn letter(&self) -> char {
-        'f'
-    }
-
-    fn is_private(&self) -> bool {
-        false
+    fn describe(&self) -> Description<'_> {
+        Description { name: &self.tag, is_named: true, letter: 'f', is_private: false, is_root_device: false }
     }
 
     fn validate(&self, _: u64) -> Result<(), ConfigError> {

@@ -80,41 +80,37 @@ device_kinds! {
     shared_folders: Vec<SharedFolder>,
 }
 
-/// What a machine has to know about the configuration of a device, whatever its kind.
+/// A kind of device, as far as its configuration determines it.
 pub(super) trait DeviceKind {
-    /// The name of the device.
-    fn name(&self) -> DeviceName<'_>;
-
-    /// The letter of the kind. Names of pre-booted kernels contain those of all devices.
-    fn letter(&self) -> char;
-
-    /// Whether no state of the device outlives the guest, see [`Devices::are_private`].
-    fn is_private(&self) -> bool;
-
-    /// Whether the guest's kernel mounts the device as its root filesystem.
-    fn is_root_device(&self) -> bool {
-        false
-    }
+    /// The properties of the device.
+    fn describe(&self) -> Description<'_>;
 
     /// Checks what can be checked without opening a file. `memory` is the size of the guest's memory in MiB.
-    fn validate(&self, memory: u64) -> Result<(), ConfigError>;
+    fn validate(&self, _memory: u64) -> Result<(), ConfigError> {
+        Ok(())
+    }
 }
 
-/// The name of a device.
-pub(super) enum DeviceName<'a> {
-    /// The user chooses it.
-    Chosen(&'a str),
-    /// That of the kind.
-    Fixed(&'static str),
+/// What a machine has to know of a device, whatever its kind.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Description<'a> {
+    /// The name of the device.
+    name: &'a str,
+    /// Whether the user chooses the name.
+    is_named: bool,
+    /// The letter of the kind. Names of pre-booted kernels contain those of all devices.
+    letter: char,
+    /// Whether no state of the device outlives the guest, see [`Devices::are_private`].
+    is_private: bool,
+    /// Whether the guest's kernel mounts the device as its root filesystem.
+    is_root_device: bool,
 }
 
 impl<'a> DeviceConfig<'a> {
     /// The name of the device.
     #[must_use]
     pub fn name(self) -> &'a str {
-        match self.kind().name() {
-            DeviceName::Chosen(name) | DeviceName::Fixed(name) => name,
-        }
+        self.kind().describe().name
     }
 }
 
@@ -136,7 +132,7 @@ impl Devices {
     /// guest must leave in a consistent state, and no network devices, whose host interface may be reused.
     #[must_use]
     pub fn are_private(&self) -> bool {
-        self.iter().all(|device| device.kind().is_private())
+        self.iter().all(|device| device.kind().describe().is_private)
     }
 
     /// Number of devices.
@@ -149,7 +145,7 @@ impl Devices {
     /// **b**alloon, **m**emory (pmem), **f**older.
     #[must_use]
     pub fn kinds(&self) -> String {
-        self.iter().map(|device| device.kind().letter()).collect()
+        self.iter().map(|device| device.kind().describe().letter).collect()
     }
 
     /// Checks everything that can be checked without opening a file. `memory` is the size of the guest's memory in MiB.
@@ -158,20 +154,16 @@ impl Devices {
             return Err(ConfigError::TooManyDevices(self.count()));
         }
         let (mut seen, mut root) = (BTreeSet::new(), None);
-        for device in self.iter() {
-            let (kind, name) = (device.kind(), device.name());
-            if let DeviceName::Chosen(name) = kind.name() {
-                if !is_name(name) {
-                    return Err(ConfigError::DeviceId(name.to_owned()));
-                }
-                if !seen.insert(name) {
-                    return Err(ConfigError::DeviceTwice(name.to_owned()));
-                }
+        for kind in self.iter().map(DeviceConfig::kind) {
+            let Description { name, is_named, is_root_device, .. } = kind.describe();
+            if is_named && !is_name(name) {
+                return Err(ConfigError::DeviceId(name.to_owned()));
+            }
+            if is_named && !seen.insert(name) {
+                return Err(ConfigError::DeviceTwice(name.to_owned()));
             }
             kind.validate(memory)?;
-            if kind.is_root_device()
-                && let Some(first) = root.replace(name)
-            {
+            if is_root_device && let Some(first) = root.replace(name) {
                 return Err(ConfigError::SecondRoot { first: first.to_owned(), second: name.to_owned() });
             }
         }

@@ -1,7 +1,7 @@
 //! Network devices.
 
 use super::limits::RateLimiter;
-use super::{DeviceKind, DeviceName};
+use super::{Description, DeviceKind};
 use crate::config::ConfigError;
 use guest_protocol::config::Network;
 use serde::{Deserialize, Serialize};
@@ -108,16 +108,14 @@ impl NetworkInterface {
 }
 
 impl DeviceKind for NetworkInterface {
-    fn name(&self) -> DeviceName<'_> {
-        DeviceName::Chosen(&self.iface_id)
-    }
-
-    fn letter(&self) -> char {
-        'n'
-    }
-
-    fn is_private(&self) -> bool {
-        false
+    fn describe(&self) -> Description<'_> {
+        Description {
+            name: &self.iface_id,
+            is_named: true,
+            letter: 'n',
+            is_private: false,
+            is_root_device: false,
+        }
     }
 
     fn validate(&self, _: u64) -> Result<(), ConfigError> {

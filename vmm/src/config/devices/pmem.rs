@@ -1,8 +1,7 @@
 //! Persistent memory devices.
 
 use super::limits::RateLimiter;
-use super::{DeviceKind, DeviceName};
-use crate::config::ConfigError;
+use super::{Description, DeviceKind};
 use crate::config::null::null_is_default;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -27,23 +26,13 @@ pub struct Pmem {
 }
 
 impl DeviceKind for Pmem {
-    fn name(&self) -> DeviceName<'_> {
-        DeviceName::Chosen(&self.id)
-    }
-
-    fn letter(&self) -> char {
-        'm'
-    }
-
-    fn is_private(&self) -> bool {
-        false
-    }
-
-    fn is_root_device(&self) -> bool {
-        self.root_device
-    }
-
-    fn validate(&self, _: u64) -> Result<(), ConfigError> {
-        Ok(())
+    fn describe(&self) -> Description<'_> {
+        Description {
+            name: &self.id,
+            is_named: true,
+            letter: 'm',
+            is_private: false,
+            is_root_device: self.root_device,
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! The socket device.
 
-use super::{DeviceKind, DeviceName};
+use super::{Description, DeviceKind};
 use crate::config::ConfigError;
 use serde::{Deserialize, Serialize};
 use std::os::unix::ffi::OsStrExt;
@@ -27,16 +27,8 @@ impl Vsock {
 }
 
 impl DeviceKind for Vsock {
-    fn name(&self) -> DeviceName<'_> {
-        DeviceName::Fixed("vsock")
-    }
-
-    fn letter(&self) -> char {
-        'v'
-    }
-
-    fn is_private(&self) -> bool {
-        true
+    fn describe(&self) -> Description<'_> {
+        Description { name: "vsock", is_named: false, letter: 'v', is_private: true, is_root_device: false }
     }
 
     fn validate(&self, _: u64) -> Result<(), ConfigError> {

@@ -193,11 +193,10 @@ mod tests {
         let (socket, peer) = UnixStream::pair().unwrap();
         let all = [
             Backend::Host,
-            Backend::File(file()),
-            Backend::Memory(file()),
-            Backend::Placeholder(file()),
+            Backend::File(file(), Contents::Shown),
+            Backend::Memory(file(), Contents::Zeroes),
             Backend::Link(file().into(), None),
-            Backend::Listener(Listener::unnamed().unwrap()),
+            Backend::Listener(Listener::placeholder().unwrap()),
             Backend::Folder(Server::from_descriptors(socket, peer.into())),
             Backend::Nothing,
         ];
@@ -224,8 +223,11 @@ mod tests {
             (Drive::new("d", "f"), NetworkInterface::new("n", "tap"), Entropy::default());
         let all: [&dyn Attach; 5] = [&drive, &card, &vsock, &entropy, &folder];
         for (number, device) in all.into_iter().enumerate() {
-            let backend =
-                if number == 0 { Backend::Host } else { Backend::File(File::open("/dev/null").unwrap()) };
+            let backend = if number == 0 {
+                Backend::Host
+            } else {
+                Backend::File(File::open("/dev/null").unwrap(), Contents::Shown)
+            };
             let error = device.create(backend, GuestAddress(0)).unwrap_err();
             assert!(matches!(error, BackendError::Host { .. }), "{error}");
         }
