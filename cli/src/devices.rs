@@ -1,8 +1,7 @@
 //! Device options of the command line.
 
 use crate::command_line::{Opt, Store, flag, option};
-use kindling::network;
-use kindling::vmm::config::ConfigError;
+use kindling::network::{self, NetworkError};
 use kindling::vmm::config::devices::{Balloon, Devices, Drive, Entropy, Pmem, Vsock};
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -47,7 +46,7 @@ impl<A: AsMut<DeviceArguments> + 'static> DeviceOptions<A> {
 
 impl DeviceArguments {
     /// Parses the options, and adds the devices to a configuration.
-    pub(crate) fn add_to(&self, devices: &mut Devices) -> Result<(), ConfigError> {
+    pub(crate) fn add_to(&self, devices: &mut Devices) -> Result<(), NetworkError> {
         for text in &self.drive {
             let number = devices.drives.len();
             devices.drives.push(drive(text, number));

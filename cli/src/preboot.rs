@@ -5,7 +5,7 @@ use crate::devices::{DeviceArguments, DeviceOptions};
 use crate::{STATUS_BAD_REQUEST, STATUS_FAILURE, print_stderr};
 use kindling::launch::{self, LaunchError};
 use kindling::vmm::config::image::Image;
-use kindling::vmm::config::{Config, ConfigError, MachineConfig};
+use kindling::vmm::config::{ConfigError, MachineConfig};
 use kindling::vmm::control::Monitor;
 use std::path::PathBuf;
 
@@ -78,7 +78,8 @@ fn make(arguments: &Arguments) -> Result<PathBuf, LaunchError> {
     let machine = MachineConfig { vcpu_count, mem_size_mib: arguments.memory };
     let image = Image::open(&arguments.image)?;
     image.verify(&arguments.image)?;
-    let mut config = Config { machine, ..image.config(&arguments.image) };
+    let mut config = image.config(&arguments.image);
+    config.machine = machine;
     arguments.devices.add_to(&mut config.devices)?;
     let path = Image::preboot_path(&arguments.image, &machine, &config.devices);
     launch::preboot(&config, &path, Monitor::next_event)?;

@@ -1,6 +1,6 @@
 //! The text form of mounts (`-v`): volumes, and folders of the host, at a path of the guest.
 
-use kindling_vmm::config::devices::{Drive, SharedFolder};
+use kindling_vmm::config::devices::{Devices, Drive, SharedFolder};
 use kindling_vmm::config::{Config, Mount, MountKind};
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
@@ -111,14 +111,12 @@ pub(crate) fn volume_name(name: &[u8]) -> Option<String> {
 /// Adds a volume's disk to the devices, and its mount to the guest's configuration.
 pub(crate) fn add_volume(config: &mut Config, disk: PathBuf, request: &MountRequest) {
     let number = config.devices.drives.len();
-    // Validation of the configuration rejects more drives than there are letters.
-    let letter = ('a'..='z').nth(number).unwrap_or('z');
     let is_read_only = request.is_read_only;
     config.devices.drives.push(Drive { is_read_only, ..Drive::new(format!("volume{number}"), disk) });
     config.guest.mounts.push(Mount {
         kind: MountKind::Volume,
         is_read_only,
-        source: format!("/dev/vd{letter}").into_bytes(),
+        source: Devices::drive_name(number).into_bytes(),
         target: request.target.as_os_str().as_bytes().to_vec(),
     });
 }

@@ -1,18 +1,26 @@
 //! The text form of network cards and published ports: the values of `--net` and `--publish`.
 
-use kindling_vmm::config::ConfigError;
 use kindling_vmm::config::devices::{Devices, NetworkInterface, PortForward, Protocol};
 use std::ffi::{OsStr, OsString};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+/// An invalid network card or published port. The message names the option, its value and the invalid part.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("--{option} {value}: {what}")]
+pub struct NetworkError {
+    option: &'static str,
+    value: String,
+    what: String,
+}
 
 /// Parses a network card: `TAP|user[,mac=MAC][,mtu=BYTES][,ip=ADDR/PREFIX][,gw=ADDR][,dns=ADDR]`. `number` is the index of
 /// the card in the guest, from 0.
 ///
 /// # Errors
 /// When a part of the text is invalid; the error names the part.
-pub fn interface(text: &OsStr, number: usize) -> Result<NetworkInterface, ConfigError> {
+pub fn interface(text: &OsStr, number: usize) -> Result<NetworkInterface, NetworkError> {
     let value = text.to_string_lossy().into_owned();
-    let wrong = |what: String| ConfigError::DeviceOption { option: "net", value: value.clone(), what };
+    let wrong = |what: String| NetworkError { option: "net", value: value.clone(), what };
     let mut parts = value.split(',');
     let host_dev_name = parts.next().unwrap_or_default();
     let mut interface = NetworkInterface::new(format!("net{number}"), host_dev_name);
@@ -39,9 +47,9 @@ pub fn interface(text: &OsStr, number: usize) -> Result<NetworkInterface, Config
 ///
 /// # Errors
 /// When a text is invalid, or there is no such card.
-pub fn publish_all(texts: &[OsString], devices: &mut Devices) -> Result<(), ConfigError> {
+pub fn publish_all(texts: &[OsString], devices: &mut Devices) -> Result<(), NetworkError> {
     for text in texts {
-        let wrong = |what: &str| ConfigError::DeviceOption {
+        let wrong = |what: &str| NetworkError {
             option: "publish",
             value: text.to_string_lossy().into_owned(),
             what: what.to_owned(),

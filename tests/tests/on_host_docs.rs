@@ -47,6 +47,36 @@ fn every_path_in_the_documents_exists() {
     }
 }
 
+/// The lines of a text without their indentation.
+fn unindented(text: &str) -> String {
+    text.lines().map(|line| line.trim().to_owned() + "\n").collect()
+}
+
+/// A code block whose first line is a comment with the path of a file is a part of that file.
+#[test]
+fn code_in_the_documents_is_that_of_the_sources() {
+    let mut found = 0;
+    for (name, text) in documents() {
+        for block in text.split("```").skip(1).step_by(2) {
+            let Some((path, code)) = block
+                .trim_start_matches("rust")
+                .trim()
+                .strip_prefix("// vmm/")
+                .and_then(|rest| rest.split_once('\n'))
+            else {
+                continue;
+            };
+            let source = std::fs::read_to_string(root().join("vmm").join(path)).unwrap();
+            assert!(
+                unindented(&source).contains(&unindented(code.trim_end())),
+                "{name}: {path} has no\n{code}"
+            );
+            found += 1;
+        }
+    }
+    assert_eq!(found, 3, "blocks with code of a source file");
+}
+
 /// Whether a source file has a test of this name.
 fn has_test(file: &str, test: &str) -> bool {
     let text = std::fs::read_to_string(root().join(file)).unwrap_or_default();

@@ -1,109 +1,50 @@
 //! The virtio devices of a machine: built from their backends, and connected to registers, doorbells and interrupts.
 
-use crate::boot::BootFiles;
 use crate::bus::MemoryBus;
-use crate::config::devices::{DeviceConfig, Drive};
-use crate::config::{Config, ConfigError};
-use crate::devices::virtio::balloon::{self, Balloon};
-use crate::devices::virtio::block::Block;
-use crate::devices::virtio::entropy::Entropy;
-use crate::devices::virtio::fs::SharedFolder;
-use crate::devices::virtio::net::{self, Net};
-use crate::devices::virtio::pmem::Pmem;
-use crate::devices::virtio::vsock::Vsock;
+use crate::config::Config;
+use crate::devices::virtio::backend::Backend;
+use crate::devices::virtio::net::starting::Starting;
 use crate::devices::virtio::{
-    Device, DeviceIdentity, QUEUE_ADDRESSES, QUEUE_ADDRESSES_LEN, RegisterPages, State, Transport, Wiring,
+    Device, DeviceIdentity, QUEUE_ADDRESSES, QUEUE_ADDRESSES_LEN, RegisterPages, Transport, Wiring, balloon,
+    table,
 };
 use crate::error::Error;
 use crate::kvm::{KvmError, Vm};
 use crate::layout::{self, Gsi};
 use crate::memory::{GuestMemory, PlacedFile};
-use crate::resources::{Backend, Resources};
-use std::io;
-use std::os::fd::OwnedFd;
+use crate::preboot::state::State;
 use std::sync::{Arc, Mutex};
 use vm_memory::GuestAddress;
 
-/// Devices with their backends, not connected to a machine yet, and the other host resources of the machine.
+/// Devices with their backends, not connected to a machine yet.
 #[derive(Debug, Default)]
 pub(crate) struct DeviceSet {
     /// Names and devices, in the order of the devices' registers.
     devices: Vec<(String, Box<dyn Device>)>,
     /// Files that are guest memory, and their guest-physical addresses.
     files: Vec<PlacedFile>,
-    /// Processes that were started for network cards, and have to be ready before the guest starts.
-    starting: Vec<net::Starting>,
+    /// Processes that were started for devices, and have to be ready before the guest starts.
+    starting: Vec<Starting>,
     /// Changes the balloon's size while the guest runs.
     pub(crate) balloon: Option<balloon::Control>,
-    /// Kernel and initrd, if they are open already.
-    pub(crate) boot: Option<BootFiles>,
-    /// /dev/kvm, if it is open already.
-    pub(crate) kvm: Option<OwnedFd>,
 }
 
 impl DeviceSet {
-    /// Builds the devices of a configuration with their backends.
-    pub(crate) fn new(config: &Config, resources: Resources) -> Result<Self, Error> {
-        let Resources { kvm, boot, backends, starting, .. } = resources;
-        let mut device_set = Self { kvm, boot, starting, ..Self::default() };
+    /// Creates the devices of a configuration with their backends, which are in the same order.
+    pub(crate) fn new(config: &Config, backends: Vec<Backend>) -> Result<Self, Error> {
+        let mut set = Self::default();
         let mut next = layout::above_ram(config.machine.mem_size_mib * layout::MIB);
-        for (config, backend) in config.devices.iter().zip(backends) {
-            let name = config.name().to_owned();
-            let host = |what| Error::host(what);
-            match (config, backend) {
-                (DeviceConfig::Drive(drive), backend) => device_set.add(name, disk(drive, backend)?),
-                (DeviceConfig::Root(drive), backend) => device_set.add(name, disk(&drive, backend)?),
-                (DeviceConfig::Network(card), Backend::Link(link)) => {
-                    device_set.add(name, Net::with_link(card, link));
-                }
-                (DeviceConfig::Network(card), _) => {
-                    device_set.add(
-                        name,
-                        Net::placeholder(card).map_err(host("create a placeholder network card"))?,
-                    );
-                }
-                (DeviceConfig::Vsock(vsock), Backend::Listener(listener)) => {
-                    device_set.add(name, Vsock::with(vsock, listener));
-                }
-                (DeviceConfig::Vsock(vsock), _) => {
-                    device_set.add(name, Vsock::placeholder(vsock).map_err(host("create a socket"))?);
-                }
-                (DeviceConfig::Entropy(entropy), Backend::Host) => {
-                    device_set.add(name, Entropy::new(entropy))
-                }
-                (DeviceConfig::Entropy(entropy), _) => {
-                    device_set.add(name, Entropy::new(entropy).placeholder())
-                }
-                (DeviceConfig::Balloon(balloon), backend) => {
-                    let device = Balloon::new(balloon).map_err(host("create an eventfd"))?;
-                    device_set.balloon = Some(device.control());
-                    let is_placeholder = !matches!(backend, Backend::Host);
-                    device_set.add(name, if is_placeholder { device.placeholder() } else { device });
-                }
-                (DeviceConfig::Pmem(pmem), backend) => {
-                    let (file, is_placeholder) = backend.into_file().ok_or_else(missing_file)?;
-                    let mut device = Pmem::new(pmem, file, next)?;
-                    if is_placeholder {
-                        device = device.placeholder().map_err(host("create a placeholder pmem device"))?;
-                    }
-                    let (start, file) = device.memory();
-                    next = layout::next_section(start, file.size());
-                    device_set.files.push((start, file));
-                    device_set.add(name, device);
-                }
-                (DeviceConfig::Folder(folder), Backend::Folder(server)) => {
-                    device_set.add(name, SharedFolder::with(&folder.tag, Some(server)));
-                }
-                (DeviceConfig::Folder(folder), _) => {
-                    device_set.add(name, SharedFolder::with(&folder.tag, None))
-                }
+        for (config, mut backend) in config.devices.iter().zip(backends) {
+            set.starting.extend(backend.take_starting());
+            let device = table::kind(config).create(backend, next)?;
+            if let Some((start, file)) = device.memory() {
+                next = layout::next_section(start, file.size());
+                set.files.push((start, file));
             }
+            set.balloon = set.balloon.or_else(|| device.balloon());
+            set.devices.push((config.name().to_owned(), device));
         }
-        Ok(device_set)
-    }
-
-    fn add(&mut self, name: String, device: impl Device + 'static) {
-        self.devices.push((name, Box::new(device)));
+        Ok(set)
     }
 
     /// The interrupt lines in use: the serial port's and the virtio devices'.
@@ -122,22 +63,19 @@ impl DeviceSet {
         self.devices.iter().map(|(_, device)| Transport::identity(device.as_ref()))
     }
 
-    /// Connects the devices to a machine, and restores their states, if there are any: those of the devices of a
-    /// pre-booted kernel.
+    /// Connects the devices to a machine, and restores their states, if it continues from a pre-booted kernel.
     pub(crate) fn connect(
         self,
         vm: &Vm,
         memory: &GuestMemory,
         bus: &mut MemoryBus,
-        states: &[State],
+        state: Option<&State>,
     ) -> Result<Vec<Arc<Mutex<Transport>>>, Error> {
         if self.devices.is_empty() {
             return Ok(Vec::new());
         }
-        for starting in self.starting {
-            let wrong = |what| ConfigError::InterfaceDevice { name: "user".into(), what };
-            starting.wait().map_err(wrong)?;
-        }
+        self.starting.into_iter().try_for_each(Starting::wait)?;
+        let states = state.map_or(&[][..], |state| &state.virtio);
         let pages =
             RegisterPages::new(self.devices.len()).map_err(Error::host("map the registers of devices"))?;
         let memory = memory.with_files(self.files);
@@ -164,20 +102,6 @@ impl DeviceSet {
         }
         Ok(connected)
     }
-}
-
-fn disk(drive: &Drive, backend: Backend) -> Result<Block, Error> {
-    let (file, is_placeholder) = backend.into_file().ok_or_else(missing_file)?;
-    let device = Block::new(drive, file)?;
-    if is_placeholder {
-        device.placeholder().map_err(Error::host("create a placeholder disk"))
-    } else {
-        Ok(device)
-    }
-}
-
-fn missing_file() -> Error {
-    Error::host("find the file of a device")(io::ErrorKind::NotFound.into())
 }
 
 #[expect(unsafe_code, reason = "gives registers and files to KVM")]

@@ -3,6 +3,7 @@
 use crate::boot::BootError;
 use crate::config::ConfigError;
 use crate::control::channel::ControlError;
+use crate::devices::virtio::BackendError;
 use crate::function_marks::MarkError;
 use crate::jail::JailError;
 use crate::kvm::KvmError;
@@ -31,6 +32,9 @@ pub enum Error {
     /// The configuration is invalid.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// The host's side of a device cannot be used.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
     /// The kernel or initrd cannot be booted.
     #[error(transparent)]
     Boot(#[from] BootError),
@@ -76,7 +80,10 @@ impl Error {
     pub const fn is_user_error(&self) -> bool {
         !matches!(
             self,
-            Self::Host { .. } | Self::Control(_) | Self::Kvm(KvmError::Ioctl { .. } | KvmError::Open(_))
+            Self::Host { .. }
+                | Self::Backend(BackendError::Host { .. })
+                | Self::Control(_)
+                | Self::Kvm(KvmError::Ioctl { .. } | KvmError::Open(_))
         )
     }
 

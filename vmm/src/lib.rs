@@ -8,10 +8,8 @@
 //! use kindling_vmm::config::{BootSource, MachineConfig};
 //!
 //! # fn main() -> Result<(), kindling_vmm::Error> {
-//! let config = Config {
-//!     machine: MachineConfig { vcpu_count: 2, mem_size_mib: 256 },
-//!     ..Config::new(BootSource::kernel("vmlinux"))
-//! };
+//! let mut config = Config::new(BootSource::kernel("vmlinux"));
+//! config.machine = MachineConfig { vcpu_count: 2, mem_size_mib: 256 };
 //! let timeline = Timeline::starting_at(kindling_vmm::Instant::now());
 //! let exit = Machine::new(&config, timeline)?.start()?.wait();
 //! assert_eq!(exit.reason, kindling_vmm::ExitReason::Payload(0));
@@ -60,7 +58,7 @@ mod memory;
 pub use boot::elf::Elf;
 pub use bus::{BusDevice, GuestRequest};
 pub use config::{Config, ProfileConfig};
-pub use devices::virtio::balloon;
+pub use devices::virtio::{BackendError, balloon};
 pub use error::{Error, with_causes};
 pub use exit::{Exit, ExitReason};
 pub use guest_protocol::BootMark;

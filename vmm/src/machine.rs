@@ -2,7 +2,7 @@
 
 use crate::attach::DeviceSet;
 use crate::boot::{self, BootFiles, Entry, Hardware};
-use crate::bus::{BusDevice, Buses, lock};
+use crate::bus::{BusDevice, Buses, MemoryBus, PortBus, lock};
 use crate::config::{Config, ConfigError, Console, GuestConfig, InterruptControllers};
 use crate::control::Control;
 use crate::devices::boot_mark::BootMarks;
@@ -19,20 +19,20 @@ use crate::event_loop::Input;
 use crate::function_marks::{FunctionMarks, MarkError};
 use crate::jail::Jail;
 use crate::kvm::{Hypervisor, KvmError, Vcpu, Vm};
-use crate::layout;
+use crate::layout::{self, Gsi};
 use crate::memory::GuestMemory;
 use crate::preboot::error::PrebootError;
 use crate::preboot::kernel::Preboot;
 use crate::preboot::state::State;
 use crate::profile::Recorder;
-use crate::resources::{Backing, Resources};
+use crate::resources::Resources;
 use crate::start_latch::StartLatch;
 use crate::timeline::{Instant, Timeline};
 use guest_protocol::{BootMark, port};
 use std::fs::File;
 use std::io;
 use std::ops::RangeInclusive;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use vm_memory::GuestAddress;
@@ -84,7 +84,7 @@ impl Machine {
     pub fn new(config: &Config, mut timeline: Timeline) -> Result<Self, Error> {
         config.validate()?;
         timeline.reached("configuration checked");
-        let resources = Resources::open(config, Backing::Configured)?;
+        let resources = Resources::open(config)?;
         match Self::with_resources(config, resources, timeline.clone(), Purpose::Run) {
             // A failure to restore the pre-booted kernel must not prevent a boot.
             Err(Error::Preboot(refusal @ PrebootError::Restore { .. })) => {
@@ -105,9 +105,11 @@ impl Machine {
         timeline: Timeline,
         purpose: Purpose,
     ) -> Result<Self, Error> {
-        let (origin, device_set) = Origin::select(config, resources)?;
+        let Resources { kvm, boot, preboot, backends } = resources;
+        let device_set = DeviceSet::new(config, backends)?;
+        let origin = Origin { kvm, boot, ..Origin::default() }.select(config, preboot, &device_set)?;
         let path = origin.preboot.as_ref().map(|preboot| preboot.path().to_owned());
-        let result = Self::assemble(config, origin, device_set, timeline, purpose);
+        let result = Self::build(config, origin, device_set, timeline, purpose);
         result.map_err(|error| match path {
             Some(path) => Preboot::restore_error(path, error).into(),
             None => error,
@@ -121,62 +123,58 @@ impl Machine {
         preboot: Preboot,
         timeline: Timeline,
     ) -> Result<Self, Error> {
-        let origin = Origin { preboot: Some(preboot), ..Origin::default() };
-        Self::assemble(config, origin, DeviceSet::new(config, resources)?, timeline, Purpose::Run)
+        let Resources { kvm, backends, .. } = resources;
+        let origin = Origin { kvm, preboot: Some(preboot), ..Origin::default() };
+        Self::build(config, origin, DeviceSet::new(config, backends)?, timeline, Purpose::Run)
     }
 
-    fn assemble(
+    /// The recipe: the steps of every machine, in their order, whether it boots a kernel or continues from a pre-booted
+    /// one. Steps that fail on a user's error come first, so that the error is reported on hosts without KVM too.
+    fn build(
         config: &Config,
         origin: Origin,
-        mut device_set: DeviceSet,
+        device_set: DeviceSet,
         mut timeline: Timeline,
         purpose: Purpose,
     ) -> Result<Self, Error> {
-        // Steps that fail on a user's error come first, so that the error is reported on hosts without KVM too.
-        let Origin { preboot, hypervisor, refusal } = origin;
-        let memory = GuestMemory::anonymous(config.machine.mem_size_mib * layout::MIB)?;
-        let controllers = config.boot_source.interrupt_controllers;
-        let entry = if let Some(preboot) = &preboot {
-            preboot.fill(&memory)?;
-            timeline.reached("pre-booted kernel loaded");
-            None
-        } else {
-            let entry = load_kernel(config, &mut device_set, &memory)?;
-            timeline.reached("kernel loaded");
-            Some(entry)
-        };
-        let marks = mark_functions(config, &memory)?;
+        let Origin { preboot, hypervisor, kvm, boot, refusal } = origin;
+        let state = preboot.as_ref().map(|preboot| &preboot.state);
 
-        let hypervisor = match (hypervisor, device_set.kvm.take()) {
-            (Some(hypervisor), _) => hypervisor,
-            (None, Some(descriptor)) => Hypervisor::from_descriptor(descriptor)?,
-            (None, None) => Hypervisor::open()?,
+        // 1. Guest memory, with a kernel or with the pages of a pre-booted one.
+        let memory = GuestMemory::anonymous(config.machine.mem_size_mib * layout::MIB)?;
+        let entry = match &preboot {
+            Some(preboot) => preboot.fill(&memory).map(|()| None)?,
+            None => Some(load_kernel(config, boot, &device_set, &memory)?),
         };
+        timeline.reached(if entry.is_some() { "kernel loaded" } else { "pre-booted kernel loaded" });
+        let functions = mark_functions(config, &memory)?;
+
+        // 2. KVM.
+        let hypervisor = hypervisor.map_or_else(|| open_kvm(kvm), Ok)?;
         timeline.reached("KVM opened");
 
-        let vm = Vm::new(hypervisor, controllers)?;
+        // 3. The VM, with its memory and interrupt controllers.
+        let vm = Vm::new(hypervisor, config.boot_source.interrupt_controllers)?;
         let created = Instant::now();
         attach_memory(&vm, &memory)?;
         timeline.reached("VM created");
 
+        // 4. The devices, on their buses.
         let stopping = Arc::new(AtomicBool::new(false));
-        let state = preboot.as_ref().map(|preboot| &preboot.state);
-        let devices = DevicesBuilder {
-            config,
-            vm: &vm,
-            memory: &memory,
-            device_set,
-            created,
-            stopping: &stopping,
-            capture_at: purpose.capture_at(),
-            state,
-        };
-        let devices = devices.build()?;
-        let latch =
-            preboot.as_ref().map(|preboot| preboot.open_latch_at_init(&memory, &mut lock(&devices.marks)));
+        let mut buses = Buses::default();
+        let (serial, input) = create_serial_port(config, &vm, &stopping, state)?;
+        let marks = Arc::new(Mutex::new(purpose.boot_marks()));
+        let configuration = create_configuration(config, created, state.is_some())?;
+        let io_apic = create_io_apic(config, &vm, &device_set.lines(), &mut buses.memory, state)?;
+        let balloon = device_set.balloon.clone();
+        let virtio = device_set.connect(&vm, &memory, &mut buses.memory, state)?;
+        let kernel_log = config.profile.as_ref().map(|_| Arc::default());
+        claim_ports(&mut buses.ports, &serial, &marks, configuration, kernel_log.as_ref());
+        let latch = preboot.as_ref().map(|preboot| preboot.open_latch_at_init(&memory, &mut lock(&marks)));
         timeline.reached("devices built");
 
-        let vcpus = create_vcpus(config, &vm, &memory, marks.as_ref())?;
+        // 5. The vCPUs, at the kernel's entry or where the pre-booted one was stopped.
+        let vcpus = create_vcpus(config, &vm, &memory, functions.as_ref())?;
         if let Some(entry) = entry {
             vcpus[0].set_entry(entry)?;
         }
@@ -185,6 +183,8 @@ impl Machine {
         }
         timeline.reached("vCPUs created");
 
+        let buses = Arc::new(buses);
+        let devices = Devices { buses, marks, serial, io_apic, kernel_log, virtio, balloon, input };
         Ok(Self {
             vcpus,
             latch,
@@ -193,7 +193,7 @@ impl Machine {
             stopping,
             vm,
             memory,
-            is_captured: purpose.capture_at().is_some(),
+            is_captured: purpose != Purpose::Run,
             control: None,
             jail: Jail::OFF,
             preboot_refusal: refusal,
@@ -228,29 +228,35 @@ struct Origin {
     preboot: Option<Preboot>,
     /// KVM, if it was opened to compare its CPUID with the pre-booted kernel's.
     hypervisor: Option<Hypervisor>,
+    /// /dev/kvm, if it is open already.
+    kvm: Option<OwnedFd>,
+    /// Kernel and initrd, if they are open already.
+    boot: Option<BootFiles>,
     /// Why the pre-booted kernel that the configuration names is not used.
     refusal: Option<PrebootError>,
 }
 
 impl Origin {
-    /// Opens and checks the pre-booted kernel, if there is one, and builds the devices.
-    fn select(config: &Config, mut resources: Resources) -> Result<(Self, DeviceSet), Error> {
-        let file = resources.preboot.take();
-        let mut device_set = DeviceSet::new(config, resources)?;
+    /// Selects the pre-booted kernel of the configuration, if there is one and it matches. `file` is its file, if it is
+    /// open already.
+    fn select(mut self, config: &Config, file: Option<File>, device_set: &DeviceSet) -> Result<Self, Error> {
         // A profile of functions records the boot, which a pre-booted kernel has completed.
         if config.profile.as_ref().is_some_and(|profile| !profile.functions.is_empty()) {
-            return Ok((Self::default(), device_set));
+            return Ok(self);
         }
-        let preboot = match Preboot::open(config, file) {
-            Ok(Some(preboot)) => preboot,
-            Ok(None) => return Ok((Self::default(), device_set)),
-            Err(error) => return Ok((Self { refusal: Some(error), ..Self::default() }, device_set)),
-        };
-        let hypervisor = device_set.kvm.take().map_or_else(Hypervisor::open, Hypervisor::from_descriptor)?;
-        let refusal =
-            preboot.check_devices(device_set.identities()).or_else(|| preboot.check_host(&hypervisor));
-        let preboot = refusal.is_none().then_some(preboot);
-        Ok((Self { preboot, hypervisor: Some(hypervisor), refusal }, device_set))
+        match Preboot::open(config, file) {
+            Ok(None) => {}
+            Ok(Some(preboot)) => {
+                let hypervisor = open_kvm(self.kvm.take())?;
+                self.refusal = preboot
+                    .check_devices(device_set.identities())
+                    .or_else(|| preboot.check_host(&hypervisor));
+                self.preboot = self.refusal.is_none().then_some(preboot);
+                self.hypervisor = Some(hypervisor);
+            }
+            Err(error) => self.refusal = Some(error),
+        }
+        Ok(self)
     }
 }
 
@@ -264,18 +270,23 @@ pub(crate) enum Purpose {
 }
 
 impl Purpose {
-    const fn capture_at(self) -> Option<BootMark> {
+    fn boot_marks(self) -> BootMarks {
         match self {
-            Self::Run => None,
-            Self::Capture(stage) => Some(stage),
+            Self::Run => BootMarks::default(),
+            Self::Capture(stage) => BootMarks::capturing_at(stage as u8),
         }
     }
 }
 
 /// Loads the kernel into memory, and returns its entry point.
-fn load_kernel(config: &Config, device_set: &mut DeviceSet, memory: &GuestMemory) -> Result<Entry, Error> {
+fn load_kernel(
+    config: &Config,
+    files: Option<BootFiles>,
+    device_set: &DeviceSet,
+    memory: &GuestMemory,
+) -> Result<Entry, Error> {
     let source = &config.boot_source;
-    let files = device_set.boot.take().map_or_else(|| BootFiles::open(source), Ok)?;
+    let files = files.map_or_else(|| BootFiles::open(source), Ok)?;
     let hardware = Hardware {
         vcpus: config.machine.vcpu_count,
         lines: &device_set.lines(),
@@ -283,6 +294,10 @@ fn load_kernel(config: &Config, device_set: &mut DeviceSet, memory: &GuestMemory
         controllers: source.interrupt_controllers,
     };
     Ok(boot::load(memory, source, files, hardware)?)
+}
+
+fn open_kvm(descriptor: Option<OwnedFd>) -> Result<Hypervisor, KvmError> {
+    descriptor.map_or_else(Hypervisor::open, Hypervisor::from_descriptor)
 }
 
 /// Creates the vCPUs, with their recorders if the boot is profiled.
@@ -318,70 +333,77 @@ fn attach_memory(vm: &Vm, memory: &GuestMemory) -> Result<(), KvmError> {
     unsafe { vm.set_memory(memory) }
 }
 
-/// The inputs of the devices.
-struct DevicesBuilder<'a> {
-    config: &'a Config,
-    vm: &'a Vm,
-    memory: &'a GuestMemory,
-    device_set: DeviceSet,
-    created: Instant,
-    stopping: &'a Arc<AtomicBool>,
-    capture_at: Option<BootMark>,
-    /// The state to restore, if the machine continues from a pre-booted kernel.
-    state: Option<&'a State>,
+/// Creates the serial port with its console, and the console's input.
+fn create_serial_port(
+    config: &Config,
+    vm: &Vm,
+    stopping: &Arc<AtomicBool>,
+    state: Option<&State>,
+) -> Result<(Arc<Mutex<SerialPort>>, Option<Input>), Error> {
+    let drained =
+        EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(Error::host("create an eventfd"))?;
+    let (output, input) = open_console(&config.console, &drained, stopping)?;
+    let interrupt = vm.interrupt(layout::SERIAL_GSI)?;
+    let serial = match state {
+        Some(state) => SerialPort::restored(&state.serial, interrupt, drained, output)
+            .map_err(Error::host("raise an interrupt"))?,
+        None => SerialPort::new(interrupt, drained, output),
+    };
+    Ok((Arc::new(Mutex::new(serial)), input))
 }
 
-impl DevicesBuilder<'_> {
-    fn build(self) -> Result<Devices, Error> {
-        let Self { config, vm, memory, device_set, created, stopping, capture_at, state } = self;
-        let drained =
-            EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(Error::host("create an eventfd"))?;
-        let (output, input) = open_console(&config.console, &drained, stopping)?;
-        let interrupt = vm.interrupt(layout::SERIAL_GSI)?;
-        let serial = match state {
-            Some(state) => SerialPort::restored(&state.serial, interrupt, drained, output)
-                .map_err(Error::host("raise an interrupt"))?,
-            None => SerialPort::new(interrupt, drained, output),
-        };
-        let serial = Arc::new(Mutex::new(serial));
-        let marks = capture_at.map_or_else(BootMarks::default, |stage| BootMarks::capturing_at(stage as u8));
-        let marks = Arc::new(Mutex::new(marks));
-        let wants_log = config.profile.is_some();
-        let configuration = Configuration::new(guest_config(config), created, wants_log, state.is_some())
-            .map_err(ConfigError::from)?;
+/// Creates the device from which init requests its configuration.
+fn create_configuration(
+    config: &Config,
+    created: Instant,
+    is_restored: bool,
+) -> Result<Configuration, ConfigError> {
+    let wants_log = config.profile.is_some();
+    Ok(Configuration::new(guest_config(config), created, wants_log, is_restored)?)
+}
 
-        let mut buses = Buses::default();
-        let mut io_apic = None;
-        if config.boot_source.interrupt_controllers == InterruptControllers::IoApic {
-            let mut device = IoApic::new(&device_set.lines(), vm.message_routes());
-            let start = layout::IO_APIC.0;
-            if let Some(state) = state {
-                device.restore(&state.io_apic).map_err(Error::host("route interrupts"))?;
-            } else {
-                // The selected index is not used before the data register is accessed.
-                vm.coalesce_writes(GuestAddress(start + u64::from(io_apic::SELECT)), 4);
-            }
-            let device = Arc::new(Mutex::new(device));
-            buses.memory.claim(start..=start + layout::PAGE_SIZE - 1, device.clone());
-            io_apic = Some(device);
-        }
-        let states = state.map_or(&[][..], |state| &state.virtio);
-        let balloon = device_set.balloon.clone();
-        let virtio = device_set.connect(vm, memory, &mut buses.memory, states)?;
-        let bus = &mut buses.ports;
-        let one = |port: u16| port..=port;
-        bus.claim(layout::SERIAL_PORT..=layout::SERIAL_PORT + 7, serial.clone());
-        bus.claim(one(port::BOOT_MARK), marks.clone());
-        bus.claim(port::CONFIG_REQUEST..=port::CONFIG_DATA, Arc::new(Mutex::new(configuration)));
-        bus.claim(one(port::EXIT), Arc::new(Mutex::new(ExitPort)));
-        bus.claim(one(layout::KEYBOARD_CONTROLLER_PORT), Arc::new(Mutex::new(KeyboardController)));
-        bus.claim(one(layout::RESET_CONTROL_PORT), Arc::new(Mutex::new(ResetControl)));
-        bus.claim(one(layout::RTC_DATA_PORT), Arc::new(Mutex::new(AbsentClock)));
-        let kernel_log = wants_log.then(Arc::<Mutex<KernelLog>>::default);
-        if let Some(log) = &kernel_log {
-            bus.claim(one(port::KERNEL_LOG), log.clone());
-        }
-        Ok(Devices { buses: Arc::new(buses), marks, serial, io_apic, kernel_log, virtio, balloon, input })
+/// Creates the I/O APIC, unless KVM emulates it.
+fn create_io_apic(
+    config: &Config,
+    vm: &Vm,
+    lines: &[Gsi],
+    bus: &mut MemoryBus,
+    state: Option<&State>,
+) -> Result<Option<Arc<Mutex<IoApic>>>, Error> {
+    if config.boot_source.interrupt_controllers != InterruptControllers::IoApic {
+        return Ok(None);
+    }
+    let mut device = IoApic::new(lines, vm.message_routes());
+    let start = layout::IO_APIC.0;
+    if let Some(state) = state {
+        device.restore(&state.io_apic).map_err(Error::host("route interrupts"))?;
+    } else {
+        // The selected index is not used before the data register is accessed.
+        vm.coalesce_writes(GuestAddress(start + u64::from(io_apic::SELECT)), 4);
+    }
+    let device = Arc::new(Mutex::new(device));
+    bus.claim(start..=start + layout::PAGE_SIZE - 1, device.clone());
+    Ok(Some(device))
+}
+
+/// Connects the devices with I/O ports to their bus.
+fn claim_ports(
+    bus: &mut PortBus,
+    serial: &Arc<Mutex<SerialPort>>,
+    marks: &Arc<Mutex<BootMarks>>,
+    configuration: Configuration,
+    kernel_log: Option<&Arc<Mutex<KernelLog>>>,
+) {
+    let one = |port: u16| port..=port;
+    bus.claim(layout::SERIAL_PORT..=layout::SERIAL_PORT + 7, serial.clone());
+    bus.claim(one(port::BOOT_MARK), marks.clone());
+    bus.claim(port::CONFIG_REQUEST..=port::CONFIG_DATA, Arc::new(Mutex::new(configuration)));
+    bus.claim(one(port::EXIT), Arc::new(Mutex::new(ExitPort)));
+    bus.claim(one(layout::KEYBOARD_CONTROLLER_PORT), Arc::new(Mutex::new(KeyboardController)));
+    bus.claim(one(layout::RESET_CONTROL_PORT), Arc::new(Mutex::new(ResetControl)));
+    bus.claim(one(layout::RTC_DATA_PORT), Arc::new(Mutex::new(AbsentClock)));
+    if let Some(log) = kernel_log {
+        bus.claim(one(port::KERNEL_LOG), log.clone());
     }
 }
 
@@ -389,7 +411,7 @@ impl DevicesBuilder<'_> {
 /// filesystem and the addresses of the network cards.
 fn guest_config(config: &Config) -> GuestConfig {
     let mut guest = config.guest.clone();
-    let of_image = || Some(config.devices.root_drive()?.1.into_bytes());
+    let of_image = || config.devices.root_name().map(String::into_bytes);
     guest.root_device = guest.root_device.or_else(of_image);
     guest.networks.splice(..0, config.devices.guest_networks());
     guest

@@ -176,14 +176,13 @@ fn run(arguments: &Arguments, entered: Instant) -> u8 {
     match boot(arguments, timeline) {
         Ok(exit) => finish(arguments, &exit),
         Err(error) => {
-            let error = LaunchError::from(error);
             print_launch_error(&error);
             crate::status(error.is_user_error())
         }
     }
 }
 
-fn boot(arguments: &Arguments, timeline: Timeline) -> Result<Exit, Error> {
+fn boot(arguments: &Arguments, timeline: Timeline) -> Result<Exit, LaunchError> {
     let FileConfig { config, warnings } = arguments.config()?;
     if config.devices.vsock.is_some() {
         kindling::entry::raise_descriptor_limit();
@@ -239,7 +238,7 @@ fn finish(arguments: &Arguments, exit: &Exit) -> u8 {
 
 impl Arguments {
     /// The configuration of the machine.
-    fn config(&self) -> Result<FileConfig, ConfigError> {
+    fn config(&self) -> Result<FileConfig, LaunchError> {
         let FileConfig { mut config, warnings } = self.base()?;
         if let Some(path) = &self.initrd {
             config.boot_source.initrd_path = Some(path.clone());

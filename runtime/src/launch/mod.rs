@@ -13,10 +13,11 @@ use crate::guest::{GuestDir, GuestError, GuestRecord, Payload};
 use crate::image::{ImageError, Prepared};
 use crate::kernel::{self, KernelError};
 use crate::mount::{self, MountError, MountRequest, Source};
+use crate::network::{self, NetworkError};
+use crate::signal;
 use crate::volume::{self, VolumeError};
-use crate::{network, signal};
 use guest_protocol::agent::TerminalSize;
-use kindling_vmm::config::devices::{NetworkInterface, Vsock};
+use kindling_vmm::config::devices::{NetworkInterface, RootFilesystem, Vsock};
 use kindling_vmm::config::{Config, ConfigError, Console, GuestConfig, MachineConfig};
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
@@ -54,6 +55,9 @@ pub enum LaunchError {
     /// A mount is invalid.
     #[error(transparent)]
     Mount(#[from] MountError),
+    /// A network card or a published port is invalid.
+    #[error(transparent)]
+    NetworkOption(#[from] NetworkError),
     /// A volume cannot be used.
     #[error(transparent)]
     Volume(#[from] VolumeError),
@@ -179,7 +183,7 @@ impl LaunchOptions {
         config.machine = MachineConfig { vcpu_count, mem_size_mib: self.memory_mib };
         config.console = Console::Null;
         config.jail = self.jail;
-        config.devices.root = Some(prepared.rootfs.clone());
+        config.devices.root = Some(RootFilesystem::new(&prepared.rootfs));
         config.devices.network_interfaces.extend(self.interface()?);
         network::publish_all(&self.publish, &mut config.devices)?;
         config.devices.vsock =

@@ -2,7 +2,7 @@
 
 use super::{
     BootSource, Config, ConfigError, Devices, GuestConfig, InterruptControllers, MachineConfig,
-    json::read_bounded,
+    devices::RootFilesystem, json::read_bounded,
 };
 use crate::layout::VCPUS_MAX;
 use hmac_sha256::Hash;
@@ -191,7 +191,7 @@ impl Image {
     #[must_use]
     pub fn config(&self, directory: &Path) -> Config {
         let mut config = Config::new(self.boot_source(directory));
-        config.devices.root = self.root.as_ref().map(|file| directory.join(&file.file));
+        config.devices.root = self.root.as_ref().map(|file| RootFilesystem::new(directory.join(&file.file)));
         config.guest = self.container.as_ref().map(Container::guest).unwrap_or_default();
         config
     }
@@ -357,7 +357,7 @@ mod tests {
         save(path, &image);
         let opened = Image::open(path).unwrap();
         opened.verify(path).unwrap();
-        assert_eq!(opened.config(path).devices.root, Some(path.join("root.erofs")));
+        assert_eq!(opened.config(path).devices.root, Some(RootFilesystem::new(path.join("root.erofs"))));
         std::fs::write(path.join("root.erofs"), b"tree").unwrap();
         let message = opened.verify(path).unwrap_err().to_string();
         assert!(

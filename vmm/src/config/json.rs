@@ -113,8 +113,7 @@ pub fn from_json_file(path: &Path) -> Result<FileConfig, ConfigError> {
         entropy: file.entropy,
         balloon: file.balloon,
         pmem: file.pmem,
-        shared_folders: Vec::new(),
-        root: None,
+        ..Devices::default()
     };
     Ok(FileConfig { config: Config { machine, devices, ..Config::new(boot_source) }, warnings })
 }
@@ -122,11 +121,10 @@ pub fn from_json_file(path: &Path) -> Result<FileConfig, ConfigError> {
 /// The kernel parameters that select the root device, if one of the devices is it. Drives are named in their order.
 fn root_argument(drives: &[Drive], pmem: &[Pmem]) -> Option<String> {
     let mode = |is_read_only: bool| if is_read_only { "ro" } else { "rw" };
-    let drive = drives.iter().zip('a'..='z').find(|(drive, _)| drive.is_root_device);
-    if let Some((drive, letter)) = drive {
+    if let Some((number, drive)) = drives.iter().enumerate().find(|(_, drive)| drive.is_root_device) {
         let device = match &drive.partuuid {
             Some(partition) => format!("PARTUUID={partition}"),
-            None => format!("/dev/vd{letter}"),
+            None => Devices::drive_name(number),
         };
         return Some(format!("root={device} {} ", mode(drive.is_read_only)));
     }
@@ -199,10 +197,10 @@ fn warnings(file: &ConfigFile) -> impl Iterator<Item = String> {
         (
             "metrics",
             has(&file.metrics),
-            "there are no metrics; --report-json writes when each step was reached",
+            "there are no metrics; the report of a boot has the time of each step",
         ),
         ("memory-hotplug", has(&file.memory_hotplug), "a guest's memory does not grow"),
-        ("serial", has(&file.serial), "use --console to redirect the console"),
+        ("serial", has(&file.serial), "the console's destination is not part of this file"),
     ];
     let known = table.into_iter().filter(|(_, is_asked, _)| *is_asked);
     let known = known.map(|(field, _, what)| format!("{field} has no effect: {what}"));

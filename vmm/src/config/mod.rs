@@ -5,8 +5,6 @@
 pub mod devices;
 pub mod image;
 mod json;
-mod limits;
-mod network;
 mod null;
 
 pub use devices::Devices;
@@ -27,6 +25,7 @@ pub type GuestConfig = guest_protocol::config::GuestConfig<Vec<Vec<u8>>>;
 
 /// The configuration of one machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Config {
     /// The kernel to boot.
     pub boot_source: BootSource,
@@ -60,6 +59,7 @@ pub enum InterruptControllers {
 
 /// The kernel, its initrd and its command line.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct BootSource {
     /// Path of the kernel: an uncompressed ELF `vmlinux`, or a `bzImage`.
     pub kernel_image_path: PathBuf,
@@ -224,16 +224,6 @@ pub enum ConfigError {
         /// The name of the second.
         second: String,
     },
-    /// An invalid device option on the command line.
-    #[error("--{option} {value}: {what}")]
-    DeviceOption {
-        /// The name of the option, without dashes.
-        option: &'static str,
-        /// Its value.
-        value: String,
-        /// The problem, and the valid values.
-        what: String,
-    },
     /// A CID that is not valid for a guest.
     #[error("guest_cid is {0}; those of guests go from 3 to 4294967294")]
     GuestCid(u32),
@@ -248,38 +238,6 @@ pub enum ConfigError {
         /// Length of the path in bytes.
         length: usize,
     },
-    /// A path at which the vsock's Unix socket cannot be created.
-    #[error("{} cannot be the vsock's socket: {what}", path.display())]
-    VsockSocket {
-        /// The path.
-        path: PathBuf,
-        /// The problem.
-        what: String,
-    },
-    /// A file that cannot be the backing file of a drive.
-    #[error("{} cannot be a drive: {what}", path.display())]
-    DriveFile {
-        /// The file.
-        path: PathBuf,
-        /// The problem.
-        what: String,
-    },
-    /// A file that cannot be the backing file of a pmem device.
-    #[error("{} cannot be a pmem device: {what}", path.display())]
-    PmemFile {
-        /// The file.
-        path: PathBuf,
-        /// The problem.
-        what: String,
-    },
-    /// A folder that cannot be shared with a guest.
-    #[error("cannot share {}: {what}", path.display())]
-    SharedFolder {
-        /// The folder.
-        path: PathBuf,
-        /// The problem.
-        what: String,
-    },
     /// A balloon of the size of the guest's memory or larger.
     #[error("a balloon of {asked} MiB is too large for a guest of {memory} MiB: it needs some itself")]
     BalloonTooLarge {
@@ -287,14 +245,6 @@ pub enum ConfigError {
         asked: u64,
         /// Memory of the guest in MiB.
         memory: u64,
-    },
-    /// A host interface that a network device cannot be attached to.
-    #[error("{name} cannot be the other end of a network card: {what}")]
-    InterfaceDevice {
-        /// Name of the host interface, or `user` for passt.
-        name: String,
-        /// The problem and its remedy.
-        what: String,
     },
     /// An invalid value of a network interface.
     #[error("network interface {id}: {what}")]

@@ -16,6 +16,7 @@ pub(crate) use handle::Control;
 pub use monitor::serve;
 
 use crate::config::Config;
+use crate::devices::virtio::backend::BackendKind;
 use crate::devices::virtio::balloon;
 use crate::exit::Exit;
 use crate::timeline::Timeline;
@@ -73,6 +74,8 @@ pub(crate) struct Start {
     timeline: Timeline,
     /// The roles of the descriptors, in the order of the descriptors.
     descriptors: Vec<Role>,
+    /// The backends of the devices, in the order of the devices. They own the descriptors with [`Role::Device`].
+    backends: Vec<BackendKind>,
 }
 
 /// The role of a descriptor.
@@ -88,8 +91,7 @@ pub(crate) enum Role {
     Preboot,
     /// A file that the monitor locks until it exits. Other processes read the monitor's process ID from the lock.
     Lock,
-    /// The backend of the next device that has one. A shared folder has two descriptors: its server's socket, and the
-    /// pipe with the server's error messages.
+    /// A descriptor of a device's backend.
     Device,
 }
 

@@ -3,10 +3,8 @@
 use super::channel::Channel;
 use super::{Control, ControlError, EVENT_MAX, Event, Failure, REQUEST_MAX, Request, Role, Start};
 use crate::boot::BootFiles;
-use crate::config::devices::DeviceConfig;
-use crate::config::{Config, Console};
-use crate::devices::virtio::fs::Server;
-use crate::devices::virtio::vsock::Listener;
+use crate::config::Console;
+use crate::devices::virtio::backend::Backend;
 use crate::entry;
 use crate::error::{Error, with_causes};
 use crate::jail::{Limits, Thread};
@@ -14,13 +12,13 @@ use crate::layout;
 use crate::machine::{Machine, Purpose};
 use crate::preboot::capture;
 use crate::preboot::error::PrebootError;
-use crate::resources::{Backend, Backing, Resources};
+use crate::resources::Resources;
 use guest_protocol::BootMark;
 use rustix::fs::{FlockOperation, fcntl_lock, fstat};
 use rustix::process::{Signal, set_parent_process_death_signal};
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 
 /// Exit status of a guest that failed.
 const STATUS_FAILURE: u8 = 125;
@@ -61,9 +59,8 @@ pub fn serve(socket: UnixStream) -> Result<(), ControlError> {
 
 /// Runs a machine.
 fn run(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result<(), Error> {
-    let Start { config, mut timeline, descriptors: roles, .. } = start;
-    let Received { resources, _lock, limits } =
-        Received::from_frame(&config, &roles, descriptors, Backing::Configured)?;
+    let Received { resources, _lock, limits } = Received::new(&start, descriptors)?;
+    let Start { config, mut timeline, .. } = start;
     timeline.reached("configuration received");
     entry::raise_descriptor_limit();
     config.jail.confine_process(limits)?;
@@ -89,9 +86,8 @@ fn run(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result<(),
 
 /// Pre-boots a kernel.
 fn preboot(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result<(), Error> {
-    let Start { config, descriptors: roles, .. } = start;
-    let Received { mut resources, limits, .. } =
-        Received::from_frame(&config, &roles, descriptors, Backing::Placeholder)?;
+    let Received { mut resources, limits, .. } = Received::new(&start, descriptors)?;
+    let config = start.config;
     // The file has the pages that the kernel wrote, and its state. Disks are replaced by sparse files of the same length.
     let memory = config.machine.mem_size_mib.saturating_mul(layout::MIB);
     let limits =
@@ -120,14 +116,10 @@ struct Received {
 }
 
 impl Received {
-    fn from_frame(
-        config: &Config,
-        roles: &[Role],
-        descriptors: Vec<OwnedFd>,
-        backing: Backing,
-    ) -> Result<Self, Error> {
-        if roles.len() != descriptors.len() {
-            return Err(missing("receive as many descriptors as the request lists"));
+    fn new(start: &Start, descriptors: Vec<OwnedFd>) -> Result<Self, Error> {
+        let Start { config, descriptors: roles, backends, .. } = start;
+        if roles.len() != descriptors.len() || backends.len() != config.devices.count() {
+            return Err(missing("receive as many descriptors and backends as the request lists"));
         }
         let (mut resources, mut lock, mut devices) = (Resources::default(), None, Vec::new());
         let (mut kernel, mut initrd) = (None, None);
@@ -162,13 +154,10 @@ impl Received {
         let mut memory =
             config.machine.mem_size_mib.saturating_mul(layout::MIB).saturating_add(OWN_MEMORY_MAX);
         let mut devices = devices.into_iter();
-        for device in config.devices.iter() {
-            let backend = backend(&device, backing, &mut devices)?;
-            if let (DeviceConfig::Pmem(_), Backend::File(file) | Backend::Placeholder(file)) =
-                (&device, &backend)
-            {
-                memory = memory.saturating_add(file.metadata().map_or(0, |metadata| metadata.len()));
-            }
+        let mut next = || devices.next().ok_or_else(|| missing("receive a descriptor for each device"));
+        for kind in backends {
+            let backend = Backend::receive(*kind, &mut next)?;
+            memory = memory.saturating_add(backend.memory_len());
             resources.backends.push(backend);
         }
         if devices.next().is_some() {
@@ -176,26 +165,6 @@ impl Received {
         }
         Ok(Self { resources, limits: Limits { file: Some(file), memory: Some(memory) }, _lock: lock })
     }
-}
-
-fn backend(
-    device: &DeviceConfig<'_>,
-    backing: Backing,
-    descriptors: &mut impl Iterator<Item = OwnedFd>,
-) -> Result<Backend, Error> {
-    let mut next = || descriptors.next().ok_or_else(|| missing("receive a descriptor for each device"));
-    Ok(match device {
-        DeviceConfig::Root(_) => Backend::File(next()?.into()),
-        DeviceConfig::Drive(_) | DeviceConfig::Pmem(_) if backing == Backing::Placeholder => {
-            Backend::Placeholder(next()?.into())
-        }
-        DeviceConfig::Drive(_) | DeviceConfig::Pmem(_) => Backend::File(next()?.into()),
-        _ if backing == Backing::Placeholder => Backend::Nothing,
-        DeviceConfig::Network(_) => Backend::Link(next()?),
-        DeviceConfig::Vsock(_) => Backend::Listener(Listener::from_descriptor(UnixListener::from(next()?))),
-        DeviceConfig::Folder(_) => Backend::Folder(Server::from_descriptors(next()?.into(), next()?)),
-        DeviceConfig::Entropy(_) | DeviceConfig::Balloon(_) => Backend::Host,
-    })
 }
 
 fn missing(what: &'static str) -> Error {

@@ -7,10 +7,9 @@ use super::{
     Answer, ControlError, Event, Query, REQUEST_MAX, Request, Role, STATUS_INVALID_REQUEST, Start, Statistics,
 };
 use crate::bus::lock;
+use crate::config::Config;
 use crate::config::devices::DeviceConfig;
-use crate::config::{Config, ConfigError};
-use crate::devices::virtio::fs::Server;
-use crate::devices::virtio::vsock::SocketPath;
+use crate::devices::virtio::backend::{Backend, Contents, Kept};
 use crate::error::Error;
 use crate::jail::{self, STATUS_REFUSED};
 use crate::kvm::Hypervisor;
@@ -19,7 +18,7 @@ use crate::poll::wait_readable;
 use crate::preboot::destination::Destination;
 use crate::preboot::error::PrebootError;
 use crate::preboot::{capture, trial_root, verified};
-use crate::resources::{Backend, Backing, Resources};
+use crate::resources::Resources;
 use crate::timeline::Timeline;
 use events::Events;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -44,10 +43,8 @@ pub struct Monitor {
     channel: Channel,
     /// `None` when the process is left to a thread that reaps it.
     process: Mutex<Option<Child>>,
-    /// The servers of shared folders. They exit with the guest.
-    servers: Vec<Server>,
-    /// The Unix sockets of vsock devices. Dropping one removes its file.
-    sockets: Vec<SocketPath>,
+    /// What the devices' backends need in this process.
+    kept: Kept,
     events: Mutex<Events>,
     is_detached: bool,
 }
@@ -69,8 +66,7 @@ impl Monitor {
         Ok(Self {
             channel: Channel::with_frame_timeout(ours, FRAME_TIMEOUT),
             process: Mutex::new(Some(process)),
-            servers: Vec::new(),
-            sockets: Vec::new(),
+            kept: Kept::default(),
             events: Mutex::default(),
             is_detached: false,
         })
@@ -111,12 +107,12 @@ impl Monitor {
         let file = destination.create_unnamed_file().map_err(failed)?;
         let copy = file.try_clone().map_err(failed)?;
         let kvm = Some(Hypervisor::open_descriptor()?);
-        let mut resources = Resources::open(&config, Backing::Placeholder)?;
+        let mut resources = Resources::open_placeholders(&config)?;
         for (device, backend) in config.devices.iter().zip(&mut resources.backends) {
-            if matches!(device, DeviceConfig::Root(_)) {
+            if matches!(device, DeviceConfig::RootFilesystem(_)) {
                 let file =
                     trial_root::file().map_err(Error::host("create the root filesystem of trial guests"))?;
-                *backend = Backend::File(file);
+                *backend = Backend::File(file, Contents::Shown);
             }
         }
         let resources = Resources { kvm, boot: Some(boot), preboot: Some(copy), ..resources };
@@ -133,7 +129,7 @@ impl Monitor {
         timeline: Timeline,
         request: fn(Box<Start>) -> Request,
     ) -> Result<(), Error> {
-        let Resources { kvm, boot, preboot, backends, starting } = resources;
+        let Resources { kvm, boot, preboot, backends } = resources;
         let (mut roles, mut descriptors) = (Vec::new(), Vec::new());
         let mut add = |role, descriptor: Option<OwnedFd>| {
             if let Some(descriptor) = descriptor {
@@ -148,32 +144,18 @@ impl Monitor {
         }
         add(Role::Preboot, preboot.map(Into::into));
         add(Role::Lock, lock);
+        let mut kinds = Vec::new();
         for backend in backends {
-            match backend {
-                Backend::File(file) | Backend::Placeholder(file) => add(Role::Device, Some(file.into())),
-                Backend::Link(link) => add(Role::Device, Some(link)),
-                Backend::Listener(listener) => {
-                    let (socket, path) = listener.into_parts();
-                    add(Role::Device, Some(socket.into()));
-                    self.sockets.extend(path);
-                }
-                Backend::Folder(server) => {
-                    let pair = server.descriptors().map_err(Error::host("duplicate a socket"))?;
-                    pair.into_iter().for_each(|descriptor| add(Role::Device, Some(descriptor)));
-                    self.servers.push(server);
-                }
-                Backend::Host | Backend::Nothing => {}
-            }
-        }
-        for starting in starting {
-            let wrong = |what| ConfigError::InterfaceDevice { name: "user".into(), what };
-            starting.wait().map_err(wrong)?;
+            let (kind, sent) = backend.send(&mut self.kept)?;
+            sent.into_iter().for_each(|descriptor| add(Role::Device, Some(descriptor)));
+            kinds.push(kind);
         }
         let start = Start {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             config: config.clone(),
             timeline,
             descriptors: roles,
+            backends: kinds,
         };
         let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
         Ok(self.channel.send(&request(Box::new(start)), REQUEST_MAX, &descriptors)?)
@@ -239,7 +221,7 @@ impl Monitor {
     pub fn forget(mut self) {
         // The monitor is not killed: it still delivers what the guest sent to other programs before its end. The servers of
         // shared folders exit with it; waiting for them is not necessary.
-        self.sockets.clear();
+        self.kept.sockets.clear();
         std::mem::forget(self);
     }
 
@@ -353,12 +335,10 @@ impl Drop for Monitor {
     fn drop(&mut self) {
         let process = lock(&self.process).take();
         if self.is_detached {
-            let servers = self.servers.drain(..).filter_map(Server::release);
-            reap(process.into_iter().chain(servers).collect());
-            self.sockets.drain(..).for_each(SocketPath::release);
+            reap(process.into_iter().chain(std::mem::take(&mut self.kept).release()).collect());
             return;
         }
-        self.sockets.clear();
+        self.kept.sockets.clear();
         let _ = self.channel.shut_down();
         process.map(|mut process| wait_or_kill(&mut process));
     }

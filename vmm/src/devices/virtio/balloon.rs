@@ -9,7 +9,8 @@ mod statistics;
 
 pub use statistics::Statistics;
 
-use super::{Chain, Device, DeviceError, Event, Queues, Watcher};
+use super::backend::{Attach, Backend};
+use super::{BackendError, Chain, Device, DeviceError, Event, Queues, Watcher};
 use crate::config::devices::Balloon as Config;
 use crate::layout::{MIB, PAGE_SIZE};
 use crate::timeline::Instant;
@@ -176,12 +177,6 @@ impl Balloon {
         self
     }
 
-    /// Returns a handle for other threads.
-    #[must_use]
-    pub fn control(&self) -> Control {
-        Control(Arc::clone(&self.shared))
-    }
-
     fn serve_queues(&mut self, queues: &mut Queues) -> Result<(), DeviceError> {
         self.inflate(queues)?;
         deflate(queues)?;
@@ -253,6 +248,21 @@ impl Balloon {
             queues.notify(queue)?;
         }
         self.read_statistics(queues)
+    }
+}
+
+impl Attach for Config {
+    fn open(&self) -> Result<Backend, BackendError> {
+        Ok(Backend::Host)
+    }
+
+    fn create(&self, backend: Backend, _: GuestAddress) -> Result<Box<dyn Device>, BackendError> {
+        let device = Balloon::new(self).map_err(BackendError::host("create an eventfd"))?;
+        match backend {
+            Backend::Host => Ok(Box::new(device)),
+            Backend::Nothing => Ok(Box::new(device.placeholder())),
+            other => Err(other.mismatch()),
+        }
     }
 }
 
@@ -353,6 +363,10 @@ impl Device for Balloon {
         if let (ACTUAL, Ok(data)) = (offset, data.try_into()) {
             self.shared.actual.store(u32::from_le_bytes(data), Ordering::Release);
         }
+    }
+
+    fn balloon(&self) -> Option<Control> {
+        Some(Control(Arc::clone(&self.shared)))
     }
 
     fn activate(&mut self, features: u64, _: &mut Queues, watcher: &Watcher) -> Result<(), DeviceError> {

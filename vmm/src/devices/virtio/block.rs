@@ -1,5 +1,6 @@
 //! Block device (section 5.2): a regular file or a block device of the host as a raw disk.
 
+mod attach;
 pub(super) mod file;
 #[cfg(test)]
 mod tests;
@@ -7,13 +8,12 @@ mod tests;
 use super::file_io::{Completion, FileIo, Job, Operation};
 use super::queue::fill;
 use super::rate_limiter::RateLimiter;
-use super::{Chain, Device, DeviceError, Event, Progress, Queues, Segment, Watcher};
-use crate::config::ConfigError;
+use super::{BackendError, Chain, Device, DeviceError, Event, Progress, Queues, Segment, Watcher};
 use crate::config::devices::{CacheType, Drive};
 use crate::jail::Jail;
 use crate::timeline::Instant;
-pub(crate) use file::ForeignLock;
-use file::{direct_alignment, length, open_file};
+use attach::unusable;
+use file::{ForeignLock, direct_alignment, length, open_file};
 use std::fs::File;
 use std::io;
 use std::path::PathBuf;
@@ -120,9 +120,9 @@ impl Block {
     ///
     /// # Errors
     /// When the file does not exist, is in use, or is neither a regular file nor a block device.
-    pub(crate) fn open_file(drive: &Drive, lock: ForeignLock) -> Result<File, ConfigError> {
-        let wrong = |what: String| ConfigError::DriveFile { path: drive.path_on_host.clone(), what };
-        open_file(&drive.path_on_host, drive.is_read_only, drive.direct, lock).map_err(wrong)
+    fn open_file(drive: &Drive, lock: ForeignLock) -> Result<File, BackendError> {
+        open_file(&drive.path_on_host, drive.is_read_only, drive.direct, lock)
+            .map_err(|why| unusable(drive, why))
     }
 
     /// Opens the file of a drive and creates the device.
@@ -130,7 +130,7 @@ impl Block {
     /// # Errors
     /// When the file does not exist, is in use, is empty, or is neither a regular file nor a block device.
     #[cfg(any(test, fuzzing))]
-    pub fn open(drive: &Drive) -> Result<Self, ConfigError> {
+    pub fn open(drive: &Drive) -> Result<Self, BackendError> {
         Self::new(drive, Self::open_file(drive, ForeignLock::InUse)?)
     }
 
@@ -138,8 +138,8 @@ impl Block {
     ///
     /// # Errors
     /// When the file is empty, or its length is not a multiple of the logical block size.
-    pub(crate) fn new(drive: &Drive, file: File) -> Result<Self, ConfigError> {
-        let wrong = |what: String| ConfigError::DriveFile { path: drive.path_on_host.clone(), what };
+    fn new(drive: &Drive, file: File) -> Result<Self, BackendError> {
+        let wrong = |why: String| unusable(drive, why);
         let length = length(&file).map_err(|error| wrong(error.to_string()))?;
         if length == 0 {
             return Err(wrong("it is empty".into()));

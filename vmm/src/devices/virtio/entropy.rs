@@ -1,10 +1,12 @@
 //! Entropy device (section 5.4): random numbers of the host's kernel (getrandom(2)).
 
+use super::backend::{Attach, Backend};
 use super::rate_limiter::RateLimiter;
-use super::{Chain, Device, DeviceError, Event, Queues, Watcher};
+use super::{BackendError, Chain, Device, DeviceError, Event, Queues, Watcher};
 use crate::config::devices::Entropy as Config;
 use crate::timeline::Instant;
 use rustix::rand::{GetRandomFlags, getrandom};
+use vm_memory::GuestAddress;
 
 const KIND: u32 = 4;
 const QUEUE: usize = 0;
@@ -81,6 +83,21 @@ impl Entropy {
         }
         queues.reschedule();
         Ok(())
+    }
+}
+
+impl Attach for Config {
+    fn open(&self) -> Result<Backend, BackendError> {
+        Ok(Backend::Host)
+    }
+
+    fn create(&self, backend: Backend, _: GuestAddress) -> Result<Box<dyn Device>, BackendError> {
+        let device = Entropy::new(self);
+        match backend {
+            Backend::Host => Ok(Box::new(device)),
+            Backend::Nothing => Ok(Box::new(device.placeholder())),
+            other => Err(other.mismatch()),
+        }
     }
 }
 

@@ -4,6 +4,7 @@
 //! [`Transport`] around it implements the registers. It calls the device from the moment at which the driver sets
 //! DRIVER_OK until the driver resets the device or violates the specification.
 
+pub(crate) mod backend;
 pub mod balloon;
 pub mod block;
 #[cfg(any(test, fuzzing))]
@@ -19,6 +20,7 @@ mod rate_limiter;
 mod registers;
 mod ring;
 mod stream;
+pub(crate) mod table;
 #[cfg(test)]
 mod tests;
 mod vectored;
@@ -32,6 +34,7 @@ pub use registers::{
 };
 
 use crate::jail::Jail;
+use crate::memory::PlacedFile;
 use crate::timeline::Instant;
 use rustix::event::epoll::{self, EventData, EventFlags};
 use std::fmt;
@@ -59,6 +62,38 @@ impl DeviceError {
     /// Creates an error with this reason.
     pub fn new(reason: impl Into<String>) -> Self {
         Self(reason.into())
+    }
+}
+
+/// Why the host's side of a device cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BackendError {
+    /// The file, folder, socket or interface that the configuration names is not usable.
+    #[error("{what}: {why}")]
+    Unusable {
+        /// What the device would have been, such as `disk.img cannot be a drive`.
+        what: String,
+        /// The problem, and its remedy if there is one.
+        why: String,
+    },
+    /// A system call failed: the host is out of descriptors or memory, for example.
+    #[error("cannot {what}")]
+    Host {
+        /// The failed operation, as a verb phrase.
+        what: &'static str,
+        /// The host's error.
+        source: io::Error,
+    },
+}
+
+impl BackendError {
+    pub(crate) fn unusable(what: impl Into<String>, why: impl Into<String>) -> Self {
+        Self::Unusable { what: what.into(), why: why.into() }
+    }
+
+    pub(crate) const fn host(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Host { what, source }
     }
 }
 
@@ -112,6 +147,16 @@ pub trait Device: Send + fmt::Debug {
     /// Handles a write of the driver to the configuration space. The default ignores writes, because most devices have
     /// no writable field.
     fn write_configuration(&mut self, _offset: usize, _data: &[u8]) {}
+
+    /// The device's memory and its guest-physical address, if it has some.
+    fn memory(&self) -> Option<PlacedFile> {
+        None
+    }
+
+    /// A handle that controls the guest's balloon, if the device is one.
+    fn balloon(&self) -> Option<balloon::Control> {
+        None
+    }
 
     /// The driver has set DRIVER_OK; `features` are the accepted features. Descriptors for [`Event::Ready`] are
     /// registered with `watcher`. Runs on the event loop's thread.

@@ -3,15 +3,15 @@
 //! The guest reads and writes the file without exits; guests that share a file share its pages in the host's page
 //! cache. The device only reports the location of the mapping, and flushes the file.
 
+use super::backend::{Attach, Backend, Contents};
 use super::block::file::{ForeignLock, length, open_file};
 use super::file_io::{Completion, FileIo, Job, Operation};
 use super::queue::fill;
-use super::{Chain, Device, DeviceError, Event, Queues, Segment, Watcher};
-use crate::config::ConfigError;
+use super::{BackendError, Chain, Device, DeviceError, Event, Queues, Segment, Watcher};
 use crate::config::devices::Pmem as Config;
 use crate::jail::Jail;
 use crate::layout::{HUGE_PAGE_SIZE, MIB};
-use crate::memory::MappedFile;
+use crate::memory::{MappedFile, PlacedFile};
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
@@ -52,7 +52,7 @@ impl Pmem {
     /// # Errors
     /// When the file does not exist, is in use or empty, has an unsupported length, or cannot be mapped.
     #[cfg(any(test, fuzzing))]
-    pub fn open(config: &Config, start: GuestAddress) -> Result<Self, ConfigError> {
+    pub fn open(config: &Config, start: GuestAddress) -> Result<Self, BackendError> {
         Self::new(config, Self::open_file(config)?, start)
     }
 
@@ -60,17 +60,17 @@ impl Pmem {
     ///
     /// # Errors
     /// When the file does not exist, is in use, or is neither a regular file nor a block device.
-    pub(crate) fn open_file(config: &Config) -> Result<File, ConfigError> {
-        let wrong = |what: String| ConfigError::PmemFile { path: config.path_on_host.clone(), what };
-        open_file(&config.path_on_host, config.read_only, false, ForeignLock::InUse).map_err(wrong)
+    fn open_file(config: &Config) -> Result<File, BackendError> {
+        open_file(&config.path_on_host, config.read_only, false, ForeignLock::InUse)
+            .map_err(|why| unusable(config, why))
     }
 
     /// Creates the device for an open file, mapped at `start`.
     ///
     /// # Errors
     /// When the file is empty, is writable and no multiple of 2 MiB long, or cannot be mapped.
-    pub(crate) fn new(config: &Config, file: File, start: GuestAddress) -> Result<Self, ConfigError> {
-        let wrong = |what: String| ConfigError::PmemFile { path: config.path_on_host.clone(), what };
+    fn new(config: &Config, file: File, start: GuestAddress) -> Result<Self, BackendError> {
+        let wrong = |why: String| unusable(config, why);
         let length = length(&file).map_err(|error| wrong(error.to_string()))?;
         if length == 0 {
             return Err(wrong("it is empty".into()));
@@ -104,12 +104,6 @@ impl Pmem {
         self.mapping = Arc::new(MappedFile::new(&file, self.mapping.size(), self.mapping.is_writable())?);
         self.io = FileIo::new(file, 1);
         Ok(self)
-    }
-
-    /// The guest-physical address of the mapping, and the mapping.
-    #[must_use]
-    pub fn memory(&self) -> (GuestAddress, Arc<MappedFile>) {
-        (self.start, Arc::clone(&self.mapping))
     }
 
     fn serve_queue(&mut self, queues: &mut Queues) -> Result<(), DeviceError> {
@@ -201,6 +195,31 @@ fn flush_job() -> Job {
     unsafe { Job::new(Operation::Flush, 0, &[]) }
 }
 
+fn unusable(config: &Config, why: String) -> BackendError {
+    BackendError::unusable(format!("{} cannot be a pmem device", config.path_on_host.display()), why)
+}
+
+impl Attach for Config {
+    fn open(&self) -> Result<Backend, BackendError> {
+        Ok(Backend::Memory(Pmem::open_file(self)?, Contents::Shown))
+    }
+
+    fn open_placeholder(&self) -> Result<Backend, BackendError> {
+        Ok(Backend::Memory(Pmem::open_file(self)?, Contents::Zeroes))
+    }
+
+    fn create(&self, backend: Backend, memory: GuestAddress) -> Result<Box<dyn Device>, BackendError> {
+        match backend {
+            Backend::Memory(file, Contents::Shown) => Ok(Box::new(Pmem::new(self, file, memory)?)),
+            Backend::Memory(file, Contents::Zeroes) => {
+                let device = Pmem::new(self, file, memory)?.placeholder();
+                Ok(Box::new(device.map_err(BackendError::host("create a placeholder pmem device"))?))
+            }
+            other => Err(other.mismatch()),
+        }
+    }
+}
+
 impl Device for Pmem {
     fn kind(&self) -> u32 {
         KIND
@@ -217,6 +236,10 @@ impl Device for Pmem {
     fn configuration(&self) -> Vec<u8> {
         // struct virtio_pmem_config (section 5.19.4): start and size in bytes.
         [self.start.0, self.mapping.size()].map(u64::to_le_bytes).concat()
+    }
+
+    fn memory(&self) -> Option<PlacedFile> {
+        Some((self.start, Arc::clone(&self.mapping)))
     }
 
     fn prepare(&mut self, watcher: &Watcher, jail: Jail) -> io::Result<()> {

@@ -19,7 +19,7 @@ const EVERYTHING: Config = Config {
 
 fn started(config: &Config) -> (Driver, Control) {
     let balloon = Balloon::new(config).unwrap();
-    let control = balloon.control();
+    let control = balloon.balloon().unwrap();
     (Driver::started(balloon), control)
 }
 

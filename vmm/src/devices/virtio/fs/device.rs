@@ -1,7 +1,24 @@
-//! The implementation of [`Device`].
+//! From the configuration to the device, and the implementation of [`Device`].
 
-use super::{HIPRIO, KIND, QUEUE_SIZES, REQUESTS, SERVER, SharedFolder, TAG_MAX};
-use crate::devices::virtio::{Device, DeviceError, Event, Progress, Queues, Watcher};
+use super::{HIPRIO, KIND, QUEUE_SIZES, REQUESTS, SERVER, Server, SharedFolder, TAG_MAX};
+use crate::config::devices::SharedFolder as Config;
+use crate::devices::virtio::backend::{Attach, Backend};
+use crate::devices::virtio::{BackendError, Device, DeviceError, Event, Progress, Queues, Watcher};
+use vm_memory::GuestAddress;
+
+impl Attach for Config {
+    fn open(&self) -> Result<Backend, BackendError> {
+        Ok(Backend::Folder(Server::start(self)?))
+    }
+
+    fn create(&self, backend: Backend, _: GuestAddress) -> Result<Box<dyn Device>, BackendError> {
+        match backend {
+            Backend::Folder(server) => Ok(Box::new(SharedFolder::with(&self.tag, Some(server)))),
+            Backend::Nothing => Ok(Box::new(SharedFolder::with(&self.tag, None))),
+            other => Err(other.mismatch()),
+        }
+    }
+}
 
 impl Device for SharedFolder {
     fn kind(&self) -> u32 {

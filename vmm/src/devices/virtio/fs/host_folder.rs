@@ -1,7 +1,7 @@
 //! The host folder that a guest shares. It is opened once, when its path is checked. The guest has access to this
 //! descriptor, whatever the path refers to later.
 
-use crate::config::ConfigError;
+use crate::devices::virtio::BackendError;
 use rustix::fs::{Access, AtFlags, CWD, Mode, OFlags, Stat, accessat, fstat, major, minor, openat};
 use rustix::io::Errno;
 use std::os::fd::OwnedFd;
@@ -11,8 +11,8 @@ use std::path::Path;
 ///
 /// # Errors
 /// When there is no folder at the path, permission is denied, or its files are interfaces of the host's kernel.
-pub(super) fn open(path: &Path) -> Result<OwnedFd, ConfigError> {
-    let wrong = |what: String| ConfigError::SharedFolder { path: path.to_owned(), what };
+pub(super) fn open(path: &Path) -> Result<OwnedFd, BackendError> {
+    let wrong = |why: String| unusable(path, why);
     let refused = |error: Errno| {
         wrong(match error {
             Errno::NOENT => "no such folder".into(),
@@ -31,6 +31,11 @@ pub(super) fn open(path: &Path) -> Result<OwnedFd, ConfigError> {
         return Err(wrong(what));
     }
     Ok(descriptor)
+}
+
+/// The error of a folder that cannot be shared.
+pub(super) fn unusable(path: &Path, why: String) -> BackendError {
+    BackendError::unusable(format!("cannot share {}", path.display()), why)
 }
 
 /// Filesystems that are interfaces of the kernel: a write to one of their files changes the host, with the rights of

@@ -9,7 +9,7 @@
 
 mod device;
 mod host_folder;
-mod server;
+pub(super) mod server;
 #[cfg(test)]
 mod tests;
 

@@ -1,8 +1,8 @@
 //! The process that serves a folder: `kindling-fs`, in the directory of the running program.
 
 use super::host_folder;
-use crate::config::ConfigError;
 use crate::config::devices::SharedFolder as Config;
+use crate::devices::virtio::BackendError;
 use crate::poll::wait_readable;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::io;
@@ -28,9 +28,9 @@ impl Server {
     ///
     /// # Errors
     /// When the folder is not usable, or the server cannot be started.
-    pub(crate) fn start(config: &Config) -> Result<Self, ConfigError> {
+    pub(super) fn start(config: &Config) -> Result<Self, BackendError> {
         let folder = host_folder::open(&config.path)?;
-        let wrong = |what: String| ConfigError::SharedFolder { path: config.path.clone(), what };
+        let wrong = |why: String| host_folder::unusable(&config.path, why);
         let program = trusted_path::companion("kindling-fs").map_err(|error| match error.is_absent() {
             true => wrong("kindling-fs is missing from the directory of this program".into()),
             false => wrong(error.to_string()),

@@ -11,14 +11,15 @@ mod ports;
 mod receive;
 #[cfg(any(test, fuzzing))]
 mod sockets;
+pub(crate) mod starting;
 mod tap;
 #[cfg(test)]
 mod tests;
 mod transmit;
 
+use super::backend::{Attach, Backend};
 use super::rate_limiter::RateLimiter;
-use super::{Chain, Device, DeviceError, Event, Queues, Segment, Watcher};
-use crate::config::ConfigError;
+use super::{BackendError, Chain, Device, DeviceError, Event, Queues, Segment, Watcher};
 use crate::config::devices::{MacAddress, NetworkInterface};
 use crate::timeline::Instant;
 use buffers::{Buffers, Frame, FrameSpace};
@@ -26,12 +27,12 @@ use null_link::NullLink;
 use passt::Passt;
 use receive::SizeHint;
 use rustix::event::epoll::EventFlags;
+use starting::unusable;
 use std::fmt;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use tap::Tap;
-
-pub(crate) use passt::Starting;
+use vm_memory::GuestAddress;
 
 const KIND: u32 = 1;
 const RX: usize = 0;
@@ -169,24 +170,8 @@ pub struct Net {
 }
 
 impl Net {
-    /// Attaches to the tap device of an interface, or starts passt. Returns the descriptor of the link, and the
-    /// starting passt.
-    ///
-    /// # Errors
-    /// When the tap device or passt is not available; the message contains the remedy.
-    pub(crate) fn open_link(
-        interface: &NetworkInterface,
-    ) -> Result<(OwnedFd, Option<Starting>), ConfigError> {
-        let wrong = |what| ConfigError::InterfaceDevice { name: interface.host_dev_name.clone(), what };
-        if interface.is_user() {
-            let (socket, starting) = Passt::start(interface).map_err(wrong)?;
-            return Ok((socket, Some(starting)));
-        }
-        Ok((Tap::open(&interface.host_dev_name).map_err(wrong)?, None))
-    }
-
     /// Creates the device with this link.
-    pub(crate) fn with_link(interface: &NetworkInterface, link: OwnedFd) -> Self {
+    fn with_link(interface: &NetworkInterface, link: OwnedFd) -> Self {
         let link: Box<dyn Link> = if interface.is_user() {
             Box::new(Passt::connected(link))
         } else {
@@ -200,7 +185,7 @@ impl Net {
     ///
     /// # Errors
     /// When the process has no file descriptor left.
-    pub(crate) fn placeholder(interface: &NetworkInterface) -> io::Result<Self> {
+    fn placeholder(interface: &NetworkInterface) -> io::Result<Self> {
         let features = if interface.is_user() { passt::FEATURES } else { tap::features() };
         Ok(Self::new(Box::new(NullLink::new(features)?), interface))
     }
@@ -266,6 +251,29 @@ impl Net {
             watcher.remove(self.link.fd());
         }
         self.watched = EventFlags::empty();
+    }
+}
+
+impl Attach for NetworkInterface {
+    /// Attaches to a tap device, or starts passt.
+    fn open(&self) -> Result<Backend, BackendError> {
+        let wrong = |why| unusable(&self.host_dev_name, why);
+        if self.is_user() {
+            let (socket, starting) = Passt::start(self).map_err(wrong)?;
+            return Ok(Backend::Link(socket, Some(starting)));
+        }
+        Ok(Backend::Link(Tap::open(&self.host_dev_name).map_err(wrong)?, None))
+    }
+
+    fn create(&self, backend: Backend, _: GuestAddress) -> Result<Box<dyn Device>, BackendError> {
+        match backend {
+            Backend::Link(link, _) => Ok(Box::new(Net::with_link(self, link))),
+            Backend::Nothing => {
+                let device = Net::placeholder(self);
+                Ok(Box::new(device.map_err(BackendError::host("create a placeholder network card"))?))
+            }
+            other => Err(other.mismatch()),
+        }
     }
 }
 

@@ -7,17 +7,18 @@
 
 use super::header::{self, Header};
 use super::ports;
+use super::starting::Starting;
 use super::{Frame, FrameSpace, Link, feature};
-use crate::config::devices::{MacAddress, NetworkInterface, PortForward, user_network};
+use crate::config::devices::{MacAddress, NetworkInterface, user_network};
 use crate::devices::virtio::Chain;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, socketpair};
-use std::io::{self, Read};
+use std::io;
 use std::net::Ipv4Addr;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 
 /// Offload features: the device reports that the checksums of passt's frames are valid.
 pub(super) const FEATURES: u64 = feature::GUEST_CSUM;
@@ -28,8 +29,6 @@ const LENGTH: usize = 4;
 const FRAME_MAX: usize = 65_535;
 /// Bytes per read: two of the longest frames.
 const INPUT_SIZE: usize = 2 * (LENGTH + FRAME_MAX);
-/// Maximum number of bytes that are read of passt's messages.
-const MESSAGES_MAX: u64 = 8192;
 
 /// The error message when passt is not installed.
 const MISSING: &str = "the program passt is not installed; Debian has it in the package passt";
@@ -50,49 +49,6 @@ pub(super) struct Passt {
     reports_checked: bool,
 }
 
-/// A passt that is starting.
-#[derive(Debug)]
-pub(crate) struct Starting {
-    child: Child,
-    forwards: Vec<PortForward>,
-}
-
-impl Starting {
-    /// Waits until passt runs: its first process exits when the remaining one is ready. Then checks that the ports were
-    /// bound.
-    ///
-    /// # Errors
-    /// The last message of passt, or a port that passt did not bind.
-    pub(crate) fn wait(mut self) -> Result<(), String> {
-        let status = self.child.wait().map_err(|error| format!("passt: {error}"))?;
-        if status.success() {
-            return self.forwards.iter().try_for_each(ports::check_taken);
-        }
-        let mut messages = Vec::new();
-        if let Some(stream) = self.child.stderr.take() {
-            // The message is incomplete after a read error.
-            let _ = stream.take(MESSAGES_MAX).read_to_end(&mut messages);
-        }
-        Err(reason(&String::from_utf8_lossy(&messages)).unwrap_or_else(|| format!("passt failed: {status}")))
-    }
-}
-
-impl Drop for Starting {
-    fn drop(&mut self) {
-        // After `wait` the process has ended already.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// The last message of passt about an error.
-fn reason(messages: &str) -> Option<String> {
-    // passt also reports the lack of a system log, and the user that it changes to.
-    let is_noise = |line: &str| line.starts_with("Failed to send ") || line.starts_with("Don't run as root");
-    let line = messages.lines().map(str::trim).rfind(|line| !line.is_empty() && !is_noise(line))?;
-    Some(format!("passt: {line}"))
-}
-
 impl Passt {
     /// Starts passt for a network device.
     ///
@@ -110,7 +66,7 @@ impl Passt {
         let child = command.spawn().map_err(|error| format!("cannot start passt: {error}"))?;
         let mut passt = Self::connected(ours);
         passt.announce(interface.mac()).map_err(|error| format!("cannot send to passt: {error}"))?;
-        Ok((passt.socket, Starting { child, forwards: interface.forwards.clone() }))
+        Ok((passt.socket, Starting::new(child, interface.forwards.clone())))
     }
 
     /// Uses a stream to a peer that implements passt's protocol.

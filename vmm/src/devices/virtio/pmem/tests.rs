@@ -23,7 +23,7 @@ fn config(path: &Path, read_only: bool) -> Config {
     }
 }
 
-fn open(folder: &tempfile::TempDir, read_only: bool) -> Result<Pmem, ConfigError> {
+fn open(folder: &tempfile::TempDir, read_only: bool) -> Result<Pmem, BackendError> {
     Pmem::open(&config(&folder.path().join("file"), read_only), START)
 }
 
@@ -37,7 +37,7 @@ fn status(driver: &mut Driver, kind: u32) -> u32 {
 fn the_configuration_has_the_address_and_size() {
     let folder = file(5000);
     let pmem = open(&folder, true).unwrap();
-    assert_eq!(pmem.memory().0, START);
+    assert_eq!(pmem.memory().unwrap().0, START);
     let driver = Driver::started(pmem);
     let expected = [(1_u64 << 32).to_le_bytes(), (2 * MIB).to_le_bytes()].concat();
     assert_eq!(driver.configuration(0, 16), expected);

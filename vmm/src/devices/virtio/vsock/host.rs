@@ -5,7 +5,7 @@
 //! accepted; otherwise the connection is closed. A connection of the guest to host port N leads to the socket at the
 //! same path with the suffix `_N`. This is the protocol of Firecracker's docs/vsock.md.
 
-use crate::config::ConfigError;
+use crate::devices::virtio::BackendError;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 use rustix::net::{
@@ -59,8 +59,10 @@ impl Drop for SocketPath {
 
 impl Listener {
     /// Binds the socket, and replaces a stale one without a listener.
-    pub(crate) fn bind(path: &Path) -> Result<Self, ConfigError> {
-        let wrong = |what: String| ConfigError::VsockSocket { path: path.into(), what };
+    pub(crate) fn bind(path: &Path) -> Result<Self, BackendError> {
+        let wrong = |why: String| {
+            BackendError::unusable(format!("{} cannot be the vsock's socket", path.display()), why)
+        };
         // bind(2) would assign an abstract name, to which every user of the host could connect.
         if path.as_os_str().is_empty() {
             return Err(wrong("the path is empty; choose one such as ./vsock".into()));

@@ -5,25 +5,24 @@
 
 mod buffers;
 mod connection;
-mod host;
+pub(super) mod host;
 mod packet;
 #[cfg(test)]
 mod tests;
 
-use super::{Chain, Device, DeviceError, Event, Queues, Watcher};
-#[cfg(any(test, fuzzing))]
-use crate::config::ConfigError;
+use super::backend::{Attach, Backend};
+use super::{BackendError, Chain, Device, DeviceError, Event, Queues, Watcher};
 use crate::config::devices::Vsock as Config;
 use crate::timeline::Instant;
 use buffers::{BUF_ALLOC, BUF_ALLOC_SMALL, Batch, LARGE_MAX};
 use connection::{Connection, Outcome, Ports, SendResult};
-use host::PortRequest;
-pub(crate) use host::{Listener, SocketPath};
+use host::{Listener, PortRequest};
 use packet::{HEADER_LEN, HEADER_SIZE, HOST_CID, Header, STREAM, op};
 use rustix::event::epoll::EventFlags;
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::os::unix::net::UnixStream;
+use vm_memory::GuestAddress;
 
 const KIND: u32 = 19;
 const RX: usize = 0;
@@ -83,7 +82,7 @@ impl Vsock {
     /// # Errors
     /// When the path is in use, or the socket cannot be created there.
     #[cfg(any(test, fuzzing))]
-    pub fn open(config: &Config) -> Result<Self, ConfigError> {
+    pub fn open(config: &Config) -> Result<Self, BackendError> {
         Ok(Self::with(config, Listener::bind(&config.uds_path)?))
     }
 
@@ -96,7 +95,7 @@ impl Vsock {
     }
 
     /// Creates the device with the socket through which programs of the host connect.
-    pub(crate) fn with(config: &Config, listener: Listener) -> Self {
+    fn with(config: &Config, listener: Listener) -> Self {
         Self {
             guest_cid: config.guest_cid.into(),
             listener,
@@ -371,6 +370,23 @@ fn next_chain(queues: &mut Queues) -> Result<Option<Chain>, DeviceError> {
     match queues.pop(RX)? {
         None if queues.enable_notification(RX)? => queues.pop(RX),
         other => Ok(other),
+    }
+}
+
+impl Attach for Config {
+    fn open(&self) -> Result<Backend, BackendError> {
+        Ok(Backend::Listener(Listener::bind(&self.uds_path)?))
+    }
+
+    fn create(&self, backend: Backend, _: GuestAddress) -> Result<Box<dyn Device>, BackendError> {
+        match backend {
+            Backend::Listener(listener) => Ok(Box::new(Vsock::with(self, listener))),
+            Backend::Nothing => {
+                let device = Vsock::placeholder(self);
+                Ok(Box::new(device.map_err(BackendError::host("create a socket"))?))
+            }
+            other => Err(other.mismatch()),
+        }
     }
 }
 

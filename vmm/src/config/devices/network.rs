@@ -1,7 +1,8 @@
 //! Network devices.
 
-use super::ConfigError;
 use super::limits::RateLimiter;
+use super::{Description, DeviceKind};
+use crate::config::ConfigError;
 use guest_protocol::config::Network;
 use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, Ipv4Addr};
@@ -10,6 +11,7 @@ use std::str::FromStr;
 /// A network device.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct NetworkInterface {
     /// Name of the device.
     pub iface_id: String,
@@ -69,27 +71,6 @@ impl NetworkInterface {
         self.host_dev_name == "user"
     }
 
-    pub(super) fn validate(&self) -> Result<(), ConfigError> {
-        let wrong = |what: String| Err(ConfigError::Interface { id: self.iface_id.clone(), what });
-        // Section 5.1.4.1 of the virtio specification.
-        if let Some(mtu) = self.mtu.filter(|mtu| *mtu < 68) {
-            return wrong(format!("its MTU is {mtu}; one is 68 to 65535 bytes"));
-        }
-        let own = [self.guest_ip.map(|ip| ip.address), self.gateway, self.nameserver];
-        if self.is_user() && own.iter().any(Option::is_some) {
-            let address = user_network::ADDRESS;
-            return wrong(format!(
-                "with passt the guest's address is {address}, and the rest follows from it"
-            ));
-        }
-        if self.guest_ip.is_none() && own.iter().any(Option::is_some) {
-            return wrong(
-                "a gateway or name server needs the guest's address (ip=ADDRESS/PREFIX) too".into(),
-            );
-        }
-        Ok(())
-    }
-
     /// The MAC address of the device.
     pub(crate) fn mac(&self) -> MacAddress {
         self.guest_mac.unwrap_or_else(|| {
@@ -123,6 +104,39 @@ impl NetworkInterface {
         let octets = |address: Option<Ipv4Addr>| address.map(|address| address.octets());
         let (gateway, nameserver) = (octets(self.gateway), octets(self.nameserver));
         Some(Network { card, prefix, address: address.octets(), gateway, nameserver })
+    }
+}
+
+impl DeviceKind for NetworkInterface {
+    fn describe(&self) -> Description<'_> {
+        Description {
+            name: &self.iface_id,
+            is_named: true,
+            letter: 'n',
+            is_private: false,
+            is_root_device: false,
+        }
+    }
+
+    fn validate(&self, _: u64) -> Result<(), ConfigError> {
+        let wrong = |what: String| Err(ConfigError::Interface { id: self.iface_id.clone(), what });
+        // Section 5.1.4.1 of the virtio specification.
+        if let Some(mtu) = self.mtu.filter(|mtu| *mtu < 68) {
+            return wrong(format!("its MTU is {mtu}; one is 68 to 65535 bytes"));
+        }
+        let own = [self.guest_ip.map(|ip| ip.address), self.gateway, self.nameserver];
+        if self.is_user() && own.iter().any(Option::is_some) {
+            let address = user_network::ADDRESS;
+            return wrong(format!(
+                "with passt the guest's address is {address}, and the rest follows from it"
+            ));
+        }
+        if self.guest_ip.is_none() && own.iter().any(Option::is_some) {
+            return wrong(
+                "a gateway or name server needs the guest's address (ip=ADDRESS/PREFIX) too".into(),
+            );
+        }
+        Ok(())
     }
 }
 
@@ -247,4 +261,25 @@ pub enum Protocol {
     Tcp,
     /// UDP.
     Udp,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ethernet_addresses_are_parsed_or_refused() {
+        assert_eq!("06:00:ac:10:00:02".parse(), Ok(MacAddress([6, 0, 0xac, 0x10, 0, 2])));
+        for text in [
+            "",
+            "06:00:ac:10:00",
+            "06:00:ac:10:00:02:03",
+            "6:0:ac:10:0:2",
+            "06-00-ac-10-00-02",
+            "+6:00:ac:10:00:02",
+        ] {
+            assert!(text.parse::<MacAddress>().is_err(), "{text}");
+        }
+        assert!("01:00:5e:00:00:01".parse::<MacAddress>().unwrap_err().contains("group"));
+    }
 }
