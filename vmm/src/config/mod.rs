@@ -4,6 +4,7 @@
 
 pub mod devices;
 pub mod image;
+pub(crate) mod jail;
 mod json;
 mod null;
 
@@ -12,9 +13,9 @@ pub use guest_protocol::config::{BootInfo, Mount, MountKind, Network};
 pub(crate) use json::read_bounded;
 pub use json::{FileConfig, from_json_file};
 
-use crate::jail::Jail;
 use crate::layout::{COMMAND_LINE_MAX, DEVICES_MAX, VCPUS_MAX};
 use guest_protocol::frame::FrameError;
+use jail::Jail;
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::path::PathBuf;
