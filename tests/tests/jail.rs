@@ -23,12 +23,12 @@ const CAPABILITIES: By = By::Layer(Layer::Capabilities);
 const LIMITS: By = By::Layer(Layer::Limits);
 const FILTER: By = By::Filter;
 
-/// Where an attempt is made.
+/// What confines the process that makes an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Place {
+enum Confinement {
     Jail,
     LayerAlone,
-    Outside,
+    None,
 }
 
 /// What became of an attempt.
@@ -201,16 +201,16 @@ const ATTEMPTS: &[Attempt] = &[
 const VICTIM: libc::c_int = 900;
 
 /// Confines the calling process, which has one thread.
-fn confine(by: By, place: Place) {
+fn confine(by: By, confinement: Confinement) {
     const LIMITED: Limits = Limits { file: Some(1 << 20), memory: Some(1 << 30) };
-    match (place, by) {
-        (Place::Outside, _) => {}
-        (Place::LayerAlone, By::Layer(layer)) => {
+    match (confinement, by) {
+        (Confinement::None, _) => {}
+        (Confinement::LayerAlone, By::Layer(layer)) => {
             // Landlock needs it, or a privilege.
             assert!(jail::enter(&[layer], LIMITED).is_empty());
         }
-        (Place::LayerAlone, By::Filter) => Jail::default().confine_thread(Thread::EventLoop).unwrap(),
-        (Place::Jail, _) => {
+        (Confinement::LayerAlone, By::Filter) => Jail::default().confine_thread(Thread::EventLoop).unwrap(),
+        (Confinement::Jail, _) => {
             assert!(Jail::default().confine_process(LIMITED).unwrap().is_empty());
             Jail::default().confine_thread(Thread::EventLoop).unwrap();
         }
@@ -218,14 +218,14 @@ fn confine(by: By, place: Place) {
 }
 
 /// Makes an attempt in a child process.
-fn attempt((_, by, attempt): &Attempt, place: Place) -> Outcome {
+fn attempt((_, by, attempt): &Attempt, confinement: Confinement) -> Outcome {
     /// Exit statuses of the child.
     const EXECUTED: libc::c_int = 10;
     const REFUSED: libc::c_int = 11;
     // SAFETY: the child has one thread, and does nothing but system calls before it ends.
     let child = unsafe { libc::fork() };
     if child == 0 {
-        confine(*by, place);
+        confine(*by, confinement);
         let result = attempt();
         let error = io::Error::last_os_error().raw_os_error();
         let rights = [libc::EPERM, libc::EACCES, libc::EFBIG, libc::EBADF, libc::EMFILE, libc::ENOMEM];
@@ -263,7 +263,8 @@ fn each_attempt_is_refused_by_its_layer_and_executed_without_it() {
     for each in ATTEMPTS {
         let (name, by, _) = each;
         victim();
-        let outcomes = [Place::Jail, Place::LayerAlone, Place::Outside].map(|place| attempt(each, place));
+        let outcomes = [Confinement::Jail, Confinement::LayerAlone, Confinement::None]
+            .map(|confinement| attempt(each, confinement));
         let by = match by {
             By::Layer(layer) => format!("{layer:?}"),
             By::Filter => "system calls".to_owned(),

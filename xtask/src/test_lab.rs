@@ -24,8 +24,8 @@ const OUTPUT_TIMEOUT: Duration = Duration::from_secs(300);
 const SLOW_OUTPUT_TIMEOUT: Duration = Duration::from_secs(3600);
 /// The environment variable with the number of rounds of tests that repeat their work.
 const ROUNDS: &str = "KINDLING_ROUNDS";
-/// The longest programs start first, so that both labs end at about the same time.
-const LONGEST: [&str; 11] = [
+/// The test programs that take longest. They start first, so that both labs end at about the same time.
+const SLOWEST_PROGRAMS: [&str; 11] = [
     "preboot",
     "cp",
     "images",
@@ -72,7 +72,9 @@ impl<'a> Queue<'a> {
         filter: &'a str,
     ) -> Self {
         let mut waiting: VecDeque<_> = programs.iter().copied().collect();
-        let rank = |name: &str| LONGEST.iter().position(|long| *long == name).unwrap_or(LONGEST.len());
+        let rank = |name: &str| {
+            SLOWEST_PROGRAMS.iter().position(|long| *long == name).unwrap_or(SLOWEST_PROGRAMS.len())
+        };
         waiting.make_contiguous().sort_by_key(|program| rank(&program.name));
         Self { cpus, images, testbed, filter, programs, waiting: Mutex::new(waiting) }
     }
