@@ -67,6 +67,19 @@ fn every_test_in_the_documents_exists() {
     }
 }
 
+/// The program that the documents tell readers to paste is the one that `tests/tests/embedding.rs` runs.
+#[test]
+fn the_program_in_the_documents_is_the_tested_one() {
+    let program = std::fs::read_to_string(root().join("runtime/examples/first.rs")).unwrap();
+    assert!(program.lines().count() <= 20, "it is no longer a short program");
+    for name in ["README.md", "docs/embedding.md"] {
+        let text = std::fs::read_to_string(root().join(name)).unwrap();
+        let (_, rest) = text.split_once("```rust\n").unwrap();
+        let (shown, _) = rest.split_once("```").unwrap();
+        assert_eq!(shown, program, "{name} shows another program than runtime/examples/first.rs");
+    }
+}
+
 /// docs/walk.md marks each return to a file, and has the numbers of files and returns.
 #[test]
 fn the_walk_names_existing_functions_and_counts_its_returns() {
