@@ -288,7 +288,7 @@ fn each_attempt_is_refused_by_its_layer_and_executed_without_it() {
 fn victim() {
     use std::os::fd::AsRawFd;
     let file = std::fs::File::create("/tmp/jail-victim").unwrap();
-    // A file that is not a program.
+    // Executable, but not a program: without a jail, execve fails with ENOEXEC.
     file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
     // SAFETY: no other descriptor has this number.
     assert_eq!(unsafe { libc::dup2(file.as_raw_fd(), VICTIM) }, VICTIM);

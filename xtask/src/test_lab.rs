@@ -38,14 +38,14 @@ const SLOWEST_PROGRAMS: [&str; 11] = [
     "instances",
     "hostile",
 ];
-/// The prefix of lines of the lab's shell for this program, at the start of a line.
+/// The prefix of the lines with which the lab's shell reports to this program.
 const MARK: &str = "test lab:";
 /// The word after the mark: the lab has booted, or the result of a program.
 const READY: &str = "ready";
 const PASSED: &str = "passed";
 const FAILED: &str = "failed";
 /// A record of the lab's kernel about a system call that the jail of a monitor refused (`audit_seccomp` in
-/// kernel/auditsc.c). A monitor may end so without consequences: its front may have ended before.
+/// kernel/auditsc.c). The end of the monitor may have no other visible effect, because its front may have ended before.
 const REFUSAL: &str = "type=1326 .*/kindling-vmm\"";
 
 /// A queue of test programs, and the configuration of the labs that run them.
