@@ -1,4 +1,4 @@
-//! Mounts from the host: volumes, which are disks of their own, and shared folders (virtio-fs).
+//! Mounts from the host: volumes (disks with ext4) and shared folders (virtio-fs).
 
 use crate::console::{ErrnoText, print};
 use crate::copy;

@@ -30,7 +30,7 @@ pub(crate) fn apply(reseed: &Reseed) {
     read_partitions();
 }
 
-/// Makes the kernel read the partition tables of all disks: it booted with placeholder disks, and knows only their
+/// Makes the kernel read the partition tables of all disks: it booted with placeholder disks, and has read only their
 /// partitions. A disk without the signature of a master boot record, which precedes a GUID partition table too, has no
 /// partitions and is skipped; the kernel would read such a disk ten times.
 fn read_partitions() {

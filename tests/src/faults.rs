@@ -1,4 +1,4 @@
-//! Runs a program and all that it starts under ptrace, and makes one of their system calls fail.
+//! Fault injection: runs a program and its descendants under ptrace, and makes one of their system calls fail.
 #![expect(unsafe_code, reason = "ptrace has no safe interface")]
 
 use crate::Outcome;
@@ -11,20 +11,20 @@ use std::process::{Command, ExitStatus};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
-/// How long a program may take, of which a run takes a hundredth.
-const LIMIT: Duration = Duration::from_secs(20);
+/// Timeout of a traced program. `kindling run` takes about a hundredth of it.
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A kind of system call: all calls of one kind have the same purpose, or nearly so.
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]
 pub struct Kind {
-    /// The name of the thread that executes it.
+    /// The name of the thread that makes the call.
     pub thread: String,
-    /// The number on x86-64.
+    /// The number of the call on x86-64.
     pub number: u64,
-    /// The argument that chooses an operation, 0 for calls with a single one.
+    /// The argument that selects an operation (of ioctl, for instance), or 0 for calls without such an argument.
     pub operation: u64,
-    /// Whether nothing is gained by its failure: reads and writes of eventfds do not fail, and the standard library panics
-    /// if it cannot receive the result of a child's execve.
+    /// Whether the call is never made to fail: reads and writes of eventfds do not fail, and the standard library panics if
+    /// it cannot receive the result of a child's execve.
     pub is_exempt: bool,
 }
 
@@ -46,14 +46,14 @@ impl Kind {
         Self { thread: thread.to_owned(), number, operation, is_exempt: false }
     }
 
-    /// The name of the call, as in the manual.
+    /// The name of the call, as in its manual page.
     #[must_use]
     pub fn name(&self) -> &'static str {
         u32::try_from(self.number).ok().and_then(kindling_vmm::jail::name_of).unwrap_or("?")
     }
 
-    /// The error with which the call fails on a host that is short of something; none for calls that cannot fail, or whose
-    /// failure the C library does not expect.
+    /// The error of the call on a host that lacks a resource. `None` for calls that cannot fail, or whose failure the C
+    /// library does not handle.
     #[must_use]
     pub fn error(&self) -> Option<i32> {
         if self.is_exempt {
@@ -82,18 +82,18 @@ impl Kind {
         })
     }
 
-    /// Whether the call has its effect although it fails.
+    /// Whether the call takes effect even if it returns an error.
     fn has_effect(&self) -> bool {
         self.name() == "close"
     }
 }
 
-/// A call that fails.
+/// A call that is made to fail.
 #[derive(Clone, Debug)]
 pub struct Fault {
-    /// What fails.
+    /// The kind of the call.
     pub kind: Kind,
-    /// How many calls of this kind succeed before.
+    /// Number of calls of this kind that succeed before it.
     pub after: usize,
 }
 
@@ -103,27 +103,27 @@ impl fmt::Display for Fault {
     }
 }
 
-/// What a program did.
+/// The record of a traced run.
 #[derive(Debug)]
 pub struct Traced {
-    /// All calls of it and of what it started, in the order of execution.
+    /// All calls of the program and its descendants, in the order of execution.
     pub calls: Vec<Kind>,
-    /// Its end and its output. A signal that killed it has the status 128 and its number, as in a shell.
+    /// Exit status and output of the program: 128 + signal if a signal killed it, as in a shell.
     pub outcome: Outcome,
-    /// Whether the requested call was reached and failed.
+    /// Whether the requested call was made, and failed.
     pub has_failed: bool,
-    /// Whether all processes ended within [`LIMIT`].
+    /// Whether all processes ended within [`TIMEOUT`].
     pub is_in_time: bool,
 }
 
-/// A call that a thread is executing.
+/// The state of a traced thread.
 #[derive(Default)]
 struct Thread {
-    /// Its name, until it may have another.
+    /// The name of the thread, if it is known.
     name: Option<String>,
-    /// The error that replaces the result of the call that it executes.
+    /// The error that replaces the result of the current call.
     replaced: Option<i32>,
-    /// Whether it has started a process, and not received the result of its execve yet.
+    /// Whether the thread has forked, and has not received the result of the child's execve yet.
     has_forked: bool,
 }
 
@@ -148,7 +148,7 @@ pub fn trace(command: &mut Command, fault: Option<&Fault>) -> Traced {
     let watchdog = std::thread::spawn({
         let live = Arc::clone(&live);
         move || {
-            let is_in_time = is_done.recv_timeout(LIMIT) != Err(mpsc::RecvTimeoutError::Timeout);
+            let is_in_time = is_done.recv_timeout(TIMEOUT) != Err(mpsc::RecvTimeoutError::Timeout);
             for &thread in live.lock().unwrap().iter() {
                 // SAFETY: kill does not access memory.
                 unsafe { libc::kill(thread, libc::SIGKILL) };
@@ -269,14 +269,15 @@ impl Tracer<'_> {
         };
         state.has_forked |= kind.name() == "clone";
         if kind.name() == "prctl" {
-            // It may change its name.
+            // The call may change the thread's name.
             state.name = None;
         }
         if let Some(fault) = self.fault.filter(|fault| fault.kind == kind) {
             self.count += 1;
             if self.count == fault.after + 1 {
                 if !kind.has_effect() {
-                    // A call without effect that all filters allow. At -1, they would kill the process.
+                    // The call becomes one without effect that all seccomp filters allow. They would kill the process for
+                    // the number -1.
                     set_register(thread, libc::ORIG_RAX, libc::SYS_restart_syscall);
                 }
                 state.replaced = kind.error();
@@ -301,18 +302,18 @@ fn comm(thread: i32) -> String {
     std::fs::read_to_string(format!("/proc/{thread}/comm")).unwrap_or_default().trim_end().to_owned()
 }
 
-/// Number of calls that fail, spread over a run; more by the environment variable of [`crate::rounds`].
-const FAULTS: u32 = 16;
-/// Maximum number of calls of a kind that fail: the same code executes most of the others.
-const OF_A_KIND: usize = 3;
+/// Default number of faults per command, evenly spread over its calls; [`crate::rounds`] overrides it.
+const DEFAULT_FAULTS: u32 = 16;
+/// Maximum number of faults per kind of call: most further calls of a kind are made by the same code.
+const MAX_FAULTS_PER_KIND: usize = 3;
 
-/// The calls of a run that can fail.
-fn of(calls: Vec<Kind>) -> Vec<Fault> {
+/// The faults to inject, from the calls of a run.
+fn faults_of(calls: Vec<Kind>) -> Vec<Fault> {
     let mut counts: HashMap<Kind, usize> = HashMap::new();
     let mut faults = Vec::new();
     for kind in calls.into_iter().filter(|kind| kind.error().is_some()) {
         let count = counts.entry(kind.clone()).or_default();
-        if *count < OF_A_KIND {
+        if *count < MAX_FAULTS_PER_KIND {
             faults.push(Fault { kind, after: *count });
         }
         *count += 1;
@@ -320,21 +321,21 @@ fn of(calls: Vec<Kind>) -> Vec<Fault> {
     faults
 }
 
-/// Lets calls of a command fail, one in each run of it, and checks that it ends with an error or as always. `is_left` gets
-/// the status, and names what is left that should not be.
+/// Runs a command repeatedly, with one failing call in each run, and checks that it reports an error or succeeds as
+/// without the fault. `leftovers` is called with the exit status after each run, and describes what the run left behind.
 ///
 /// # Panics
-/// When a run hangs, panics, ends without an error although its output is another one, or leaves something.
+/// When a run hangs, panics, succeeds with other output, or leaves something behind.
 pub fn each_call_fails(
     mut command: impl FnMut() -> Command,
-    mut is_left: impl FnMut(Option<i32>) -> Option<String>,
+    mut leftovers: impl FnMut(Option<i32>) -> Option<String>,
 ) {
     let whole = trace(&mut command(), None);
     assert!(whole.is_in_time && whole.outcome.status == Some(0), "{}", whole.outcome);
     let output = whole.outcome.stdout;
-    assert_eq!(is_left(Some(0)), None, "after a run without a fault");
-    let faults = of(whole.calls);
-    let rounds = crate::rounds(FAULTS) as usize;
+    assert_eq!(leftovers(Some(0)), None, "after a run without a fault");
+    let faults = faults_of(whole.calls);
+    let rounds = crate::rounds(DEFAULT_FAULTS) as usize;
     let step = faults.len().div_ceil(rounds.min(faults.len()));
     let (mut wrong, mut tried, mut reached) = (Vec::new(), 0, 0);
     for (number, fault) in faults.iter().enumerate().step_by(step) {
@@ -345,13 +346,13 @@ pub fn each_call_fails(
         tried += 1;
         reached += usize::from(traced.has_failed);
         let outcome = &traced.outcome;
-        // Without numbers: a guest's age grows.
+        // Digits are not compared, because the output contains a guest's age.
         let words = |text: &str| text.replace(|char: char| char.is_ascii_digit(), "");
         let is_whole = outcome.status == Some(0) && words(&outcome.stdout) == words(&output);
         let is_reported = matches!(outcome.status, Some(0..=127)) && !outcome.stderr.is_empty();
-        // The guest's command got SIGPIPE, because the connection for its output ended.
+        // The guest's command was killed by SIGPIPE, because the connection of its output was closed.
         let is_reported = is_reported || outcome.status == Some(141);
-        // The standard library panics if it cannot set its stacks up before it calls `main`.
+        // The standard library panics if it cannot set up its signal stacks before it calls `main`.
         if outcome.stderr.contains("/stack_overflow.rs:") {
             continue;
         }
@@ -364,11 +365,11 @@ pub fn each_call_fails(
         } else if is_panic {
             say("panic");
         }
-        if let Some(left) = is_left(outcome.status) {
+        if let Some(left) = leftovers(outcome.status) {
             say(&left);
         }
     }
-    // Threads run in another order now and then, so that a run may end before the call.
+    // The order of calls of different threads varies, so that a run may end before it makes the call.
     assert!(reached * 4 >= tried * 3, "only {reached} of {tried} calls were reached");
     assert!(wrong.is_empty(), "{} of {} calls:\n{}", wrong.len(), faults.len(), wrong.join("\n"));
 }

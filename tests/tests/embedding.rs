@@ -15,6 +15,15 @@ fn example(user: &User, name: &str) -> Command {
     command
 }
 
+/// The program in README.md and docs/embedding.md.
+#[test]
+fn the_first_program_prints_what_a_command_wrote() {
+    let user = User::new();
+    let outcome = run(example(&user, "first").arg(testbed("busybox.erofs")));
+    assert_eq!(outcome.expect_status(0).stdout, "42\n");
+    assert!(user.has_no_guests());
+}
+
 #[test]
 fn a_command_returns_its_output_or_its_status_and_stderr() {
     let user = User::new();

@@ -21,8 +21,8 @@ const INIT: &str = "init: first instruction";
 /// Number of measured boots. The lab's kernel has timer ticks and occasional background work in the middle of a phase,
 /// of up to 0.5 ms. Such noise only ever adds time, so the minimum is used.
 const BOOTS: usize = 7;
-/// Number of measured runs of a program. Its processes compete with a guest for the processor, so that nearly all runs
-/// meet a tick or wait to be scheduled, and few do not: the median is what they take, and the minimum is chance.
+/// Number of measured runs of a program. Its processes compete with a guest for the processor: nearly all runs are delayed
+/// by a timer tick or by the scheduler. The median is representative; the minimum would be that of a rare run without delay.
 const PROGRAMS: usize = 41;
 /// Tolerance of a phase in nanoseconds, whatever its length: one tick of the lab's kernel. The minima of one phase
 /// differed by up to 94,000 over twenty labs (`cargo xtask budget`), and the budget is near the largest.
@@ -51,9 +51,9 @@ struct Budgets {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct ProgramBudget {
-    /// `kindling run` from a pre-booted kernel, when the monitor of the run before it is gone.
+    /// `kindling run` from a pre-booted kernel, after the monitor of the previous run has ended.
     run_ns: u64,
-    /// What the monitor's jail adds to it.
+    /// The part of it that the monitor's jail adds.
     jail_ns: u64,
     /// `kindling exec` in a running guest.
     exec_ns: u64,
@@ -235,7 +235,7 @@ fn run_and_exec_stay_within_their_budget() {
     guest.expect_status(0);
 }
 
-/// Waits until no more than `count` monitors are left: that of a guest that has ended takes longer than the front.
+/// Waits until at most `count` monitors are running: the monitor of a guest that has ended exits later than its front.
 fn wait_for_monitors(count: usize) {
     while tests::processes("kindling-vmm").len() > count {
         std::thread::yield_now();

@@ -1,4 +1,5 @@
-//! Processes that are killed at any moment of a run: the others end, with a status and a reason, and nothing is left.
+//! A process of a run is killed at any moment: the other processes end, with an exit status and a reason, and leave nothing
+//! behind.
 
 use std::io::Read;
 use std::path::Path;
@@ -7,12 +8,12 @@ use std::time::{Duration, Instant};
 use tests::user::User;
 use tests::{TIMEOUT, processes};
 
-/// Number of moments, spread over a run; more by the environment variable of `tests::rounds`.
-const MOMENTS: u32 = 30;
-/// How long a run takes in the exact lab, with some margin.
-const RUN: Duration = Duration::from_millis(40);
+/// Default number of moments at which a process is killed, evenly spread over a run; `tests::rounds` overrides it.
+const DEFAULT_MOMENTS: u32 = 30;
+/// Upper bound of the time of a run in the exact lab.
+const RUN_TIME: Duration = Duration::from_millis(40);
 
-/// Waits until no monitor and no helper is left.
+/// Waits until all monitors and helper programs have ended.
 fn wait_for_all() {
     let start = Instant::now();
     while ["kindling-vmm", "kindling-fs", "kindling-oci"].iter().any(|name| !processes(name).is_empty()) {
@@ -21,8 +22,8 @@ fn wait_for_all() {
     }
 }
 
-/// The end of a process, and its output.
-fn end_of(mut child: Child) -> (Option<i32>, String, String) {
+/// Waits for a process. Returns its exit status, standard output and standard error.
+fn wait_for(mut child: Child) -> (Option<i32>, String, String) {
     let (mut out, mut err) = (String::new(), String::new());
     child.stdout.take().unwrap().read_to_string(&mut out).unwrap();
     child.stderr.take().unwrap().read_to_string(&mut err).unwrap();
@@ -35,18 +36,18 @@ fn start(user: &User) -> Child {
     run.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
 }
 
-/// Starts guests, and calls `kill` at another moment of each run. `check` looks at what the run has become.
+/// Runs guests, and calls `kill` at a different moment of each run. `check` receives the outcome of the run.
 fn at_each_moment(kill: fn(&Child), check: fn(&User, (Option<i32>, String, String))) {
     let user = User::new();
     // The first run pre-boots the kernel.
-    assert_eq!(end_of(start(&user)).0, Some(0));
-    let moments = tests::rounds(MOMENTS);
+    assert_eq!(wait_for(start(&user)).0, Some(0));
+    let moments = tests::rounds(DEFAULT_MOMENTS);
     for moment in 0..moments {
         let begun = Instant::now();
         let child = start(&user);
-        std::thread::sleep((RUN * moment / moments).saturating_sub(begun.elapsed()));
+        std::thread::sleep((RUN_TIME * moment / moments).saturating_sub(begun.elapsed()));
         kill(&child);
-        check(&user, end_of(child));
+        check(&user, wait_for(child));
         wait_for_all();
         if moment % 20 == 0 {
             tests::print_progress(&format!("moment {moment} of {moments}"));
@@ -54,7 +55,8 @@ fn at_each_moment(kill: fn(&Child), check: fn(&User, (Option<i32>, String, Strin
     }
 }
 
-fn left_of(user: &User) -> Vec<std::ffi::OsString> {
+/// The remaining guest folders of a user.
+fn remaining_folders(user: &User) -> Vec<std::ffi::OsString> {
     let entries = std::fs::read_dir(user.folder().join("kindling")).unwrap();
     entries.map(|entry| entry.unwrap().file_name()).collect()
 }
@@ -67,7 +69,7 @@ fn a_monitor_that_is_killed_ends_its_run_with_a_reason() {
             let is_whole = status == Some(0) && out == "begun\ndone\n" && err.is_empty();
             let is_reported = status == Some(125) && err.lines().count() == 1 && err.contains("kindling-vmm");
             assert!(is_whole || is_reported, "{status:?}, {out:?}, {err:?}");
-            assert_eq!(left_of(user), [""; 0]);
+            assert_eq!(remaining_folders(user), [""; 0]);
         },
     );
 }
@@ -78,12 +80,12 @@ fn a_front_that_is_killed_leaves_no_process() {
         |front| tests::kill(front.id(), libc::SIGKILL),
         |user, _| {
             wait_for_all();
-            // The folder of the guest stays, as that of a dead one, until it is removed.
-            for name in left_of(user) {
+            // The guest's folder remains, and the guest is listed as dead, until `kindling rm` removes it.
+            for name in remaining_folders(user) {
                 let removed = user.command("rm").arg(&name).output().unwrap();
                 assert!(removed.status.success(), "{}", String::from_utf8_lossy(&removed.stderr));
             }
-            assert_eq!(left_of(user), [""; 0]);
+            assert_eq!(remaining_folders(user), [""; 0]);
         },
     );
 }
@@ -94,7 +96,7 @@ fn a_file_server_that_is_killed_fails_its_folder_only() {
         |_| processes("kindling-fs").into_iter().for_each(|id| tests::kill(id, libc::SIGKILL)),
         |user, (status, _, err)| {
             assert!(matches!(status, Some(0 | 1 | 125)), "{status:?}, {err:?}");
-            assert_eq!(left_of(user), [""; 0]);
+            assert_eq!(remaining_folders(user), [""; 0]);
         },
     );
     assert!(Path::new("/tests").is_dir());

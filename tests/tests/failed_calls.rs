@@ -1,12 +1,13 @@
-//! System calls that fail, each of a run: the run says so or does without, and nothing is left.
+//! Fault injection: commands whose system calls fail, one in each run, report an error or succeed without the call, and
+//! leave nothing behind.
 
 use std::process::Stdio;
 use tests::faults::each_call_fails;
 use tests::run;
 use tests::user::User;
 
-/// The guests' folders that are left of a user.
-fn left_of(user: &User) -> Option<String> {
+/// The remaining guest folders of a user, which are removed.
+fn remaining_folders(user: &User) -> Option<String> {
     let entries = std::fs::read_dir(user.folder().join("kindling")).unwrap();
     let names: Vec<_> = entries.map(|entry| entry.unwrap().file_name()).collect();
     for name in &names {
@@ -15,9 +16,10 @@ fn left_of(user: &User) -> Option<String> {
     (!names.is_empty()).then(|| format!("left: {names:?}"))
 }
 
-/// What is left of a run with this status. What cannot be removed stays: it is no guest any more if its name has a dot.
-fn unexpected(user: &User, status: Option<i32>) -> Option<String> {
-    left_of(user).filter(|left| status != Some(0) || !left.starts_with("left: [\"."))
+/// The guest folders that a run with this exit status should have removed. A folder whose name starts with a dot is not a
+/// guest any more; it may remain after a run that could not remove it and was successful otherwise.
+fn unexpected_folders(user: &User, status: Option<i32>) -> Option<String> {
+    remaining_folders(user).filter(|left| status != Some(0) || !left.starts_with("left: [\"."))
 }
 
 #[test]
@@ -25,7 +27,7 @@ fn a_run_whose_system_calls_fail_says_so_and_leaves_nothing() {
     let user = User::new();
     // The first run pre-boots the kernel.
     assert!(user.shell("true").output().unwrap().status.success());
-    each_call_fails(|| user.shell("echo done"), |status| unexpected(&user, status));
+    each_call_fails(|| user.shell("echo done"), |status| unexpected_folders(&user, status));
 }
 
 #[test]
@@ -37,7 +39,7 @@ fn a_run_with_a_folder_whose_system_calls_fail_says_so_and_leaves_nothing() {
         run
     };
     assert!(command().output().unwrap().status.success());
-    each_call_fails(command, |status| unexpected(&user, status));
+    each_call_fails(command, |status| unexpected_folders(&user, status));
 }
 
 #[test]

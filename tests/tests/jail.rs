@@ -1,7 +1,7 @@
-//! What a guest that has taken over its monitor can do: nothing of this.
+//! Attempts to break out of the monitor's jail, as by a guest that has taken over its monitor.
 //!
 //! Each attempt is made three times, in processes of root: in the jail of a monitor, with only the layer that is meant to
-//! refuse it, and without any. The table of all is in `docs/jail.md`.
+//! refuse it, and without a jail. `docs/jail.md` has the table of all attempts.
 #![expect(unsafe_code, reason = "the attempts are system calls that have no safe interface")]
 
 use kindling_vmm::jail::{self, Jail, Layer, Limits, Thread};
@@ -12,7 +12,7 @@ use std::io;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum By {
     Layer(Layer),
-    /// The filter of the event loop, which is the widest.
+    /// The seccomp filter of the event loop, which allows the most system calls while a guest runs.
     Filter,
 }
 
@@ -23,20 +23,20 @@ const CAPABILITIES: By = By::Layer(Layer::Capabilities);
 const LIMITS: By = By::Layer(Layer::Limits);
 const FILTER: By = By::Filter;
 
-/// Where an attempt is made.
+/// What confines the process that makes an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Place {
+enum Confinement {
     Jail,
     LayerAlone,
-    Outside,
+    None,
 }
 
-/// What became of an attempt.
+/// The outcome of an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Outcome {
-    /// The host refused it for a lack of rights, or ended the process.
+    /// The host refused it for missing rights, or ended the process.
     Refused,
-    /// It was carried out, or failed for another reason than rights.
+    /// It succeeded, or failed for another reason.
     Executed,
 }
 
@@ -87,8 +87,8 @@ fn abstract_socket() -> i64 {
 }
 
 const ABSTRACT: &str = "kindling-jail-test";
-/// The process that makes no attempt.
-const FIRST: libc::c_int = 1;
+/// PID 1, which is the target of attempts.
+const INIT: libc::c_int = 1;
 
 #[rustfmt::skip]
 const ATTEMPTS: &[Attempt] = &[
@@ -109,7 +109,7 @@ const ATTEMPTS: &[Attempt] = &[
     ("execute a program", PATHS, || call!(SYS_execve, text!("/proc/self/exe"), [text!("jail"), text!("--list"), std::ptr::null()].as_ptr(), NONE)),
     ("listen on a TCP port", NETWORK, || tcp(libc::SYS_bind)),
     ("connect to a TCP port", NETWORK, || tcp(libc::SYS_connect)),
-    ("send a signal to another process", SCOPES, || call!(SYS_kill, FIRST, 0)),
+    ("send a signal to another process", SCOPES, || call!(SYS_kill, INIT, 0)),
     ("connect to an abstract socket", SCOPES, abstract_socket),
     ("mount a filesystem", CAPABILITIES, || call!(SYS_mount, text!("none"), text!("/tmp"), text!("nothing"), 0, NONE)),
     ("unmount a filesystem", CAPABILITIES, || call!(SYS_umount2, text!("/tmp"), 0)),
@@ -131,14 +131,14 @@ const ATTEMPTS: &[Attempt] = &[
     ("open a file by its handle", CAPABILITIES, || call!(SYS_open_by_handle_at, AT, &[8_u32, 1, 0, 0], 0)),
     ("account processes", CAPABILITIES, || call!(SYS_acct, NONE)),
     ("hang up the terminal", CAPABILITIES, || call!(SYS_vhangup)),
-    ("trace another process", CAPABILITIES, || call!(SYS_ptrace, 0x4206, FIRST, 0, 0)),
+    ("trace another process", CAPABILITIES, || call!(SYS_ptrace, 0x4206, INIT, 0, 0)),
     ("read the memory of another process", CAPABILITIES, || {
         let mut byte = [0_u8; 1];
         let local = [byte.as_mut_ptr() as usize, 1];
-        call!(SYS_process_vm_readv, FIRST, local.as_ptr(), 1, [0x1000_usize, 1].as_ptr(), 1, 0)
+        call!(SYS_process_vm_readv, INIT, local.as_ptr(), 1, [0x1000_usize, 1].as_ptr(), 1, 0)
     }),
     ("enter another namespace", CAPABILITIES, || {
-        let process = call!(SYS_pidfd_open, FIRST, 0);
+        let process = call!(SYS_pidfd_open, INIT, 0);
         call!(SYS_setns, process, libc::CLONE_NEWNS)
     }),
     ("write beyond the largest disk", LIMITS, || call!(SYS_pwrite64, VICTIM, text!("x"), 1, 1_i64 << 30)),
@@ -147,7 +147,7 @@ const ATTEMPTS: &[Attempt] = &[
         if call!(SYS_brk, end + (2 << 30)) > end {
             return 0;
         }
-        // It returns the end of the heap as before, and no error.
+        // On failure, brk returns the unchanged end of the heap instead of an error.
         // SAFETY: the variable of this thread.
         unsafe { *libc::__errno_location() = libc::ENOMEM };
         -1
@@ -171,7 +171,7 @@ const ATTEMPTS: &[Attempt] = &[
     ("use the keys of the kernel", FILTER, || call!(SYS_keyctl, 0, -3, 0)),
     ("add a key", FILTER, || call!(SYS_add_key, text!("user"), text!("a"), text!("b"), 1, -2)),
     ("create a file in memory", FILTER, || call!(SYS_memfd_create, text!("a"), 0)),
-    ("open a process", FILTER, || call!(SYS_pidfd_open, FIRST, 0)),
+    ("open a process", FILTER, || call!(SYS_pidfd_open, INIT, 0)),
     ("take a descriptor of another process", FILTER, || call!(SYS_pidfd_getfd, -1, 0, 0)),
     ("allow core dumps again", FILTER, || call!(SYS_prctl, libc::PR_SET_DUMPABLE, 1)),
     ("raise a limit", FILTER, || call!(SYS_prlimit64, 0, 4, &[0_u64, 0], NONE)),
@@ -181,8 +181,8 @@ const ATTEMPTS: &[Attempt] = &[
     ("create another VM", FILTER, || call!(SYS_ioctl, VICTIM, 0xae01, 0)),
     ("create a device of KVM", FILTER, || call!(SYS_ioctl, VICTIM, 0xc00c_aee0_u32, NONE)),
     ("change the memory of the guest", FILTER, || call!(SYS_ioctl, VICTIM, 0x4020_ae46, NONE)),
-    ("let the kernel send signals", FILTER, || call!(SYS_fcntl, 0, libc::F_SETOWN, FIRST)),
-    ("send a signal to a thread outside", FILTER, || call!(SYS_tgkill, FIRST, FIRST, 0)),
+    ("let the kernel send signals", FILTER, || call!(SYS_fcntl, 0, libc::F_SETOWN, INIT)),
+    ("send a signal to a thread outside", FILTER, || call!(SYS_tgkill, INIT, INIT, 0)),
     ("read where a link leads", FILTER, || call!(SYS_readlinkat, AT, text!("/proc/self/exe"), [0_u8; 64].as_mut_ptr(), 64)),
     ("change how it is executed", FILTER, || call!(SYS_personality, 0x0004_0000)),
     ("change its segments", FILTER, || call!(SYS_modify_ldt, 0, NONE, 0)),
@@ -197,20 +197,20 @@ const ATTEMPTS: &[Attempt] = &[
     ("learn the names of the host", FILTER, || call!(SYS_uname, [0_u8; 512].as_mut_ptr())),
 ];
 
-/// A file that is open before the jail is entered.
+/// The descriptor of a file that is opened before the jail is entered.
 const VICTIM: libc::c_int = 900;
 
 /// Confines the calling process, which has one thread.
-fn confine(by: By, place: Place) {
+fn confine(by: By, confinement: Confinement) {
     const LIMITED: Limits = Limits { file: Some(1 << 20), memory: Some(1 << 30) };
-    match (place, by) {
-        (Place::Outside, _) => {}
-        (Place::LayerAlone, By::Layer(layer)) => {
-            // Landlock needs it, or a privilege.
+    match (confinement, by) {
+        (Confinement::None, _) => {}
+        (Confinement::LayerAlone, By::Layer(layer)) => {
+            // Landlock requires no_new_privs or a privilege.
             assert!(jail::enter(&[layer], LIMITED).is_empty());
         }
-        (Place::LayerAlone, By::Filter) => Jail::default().confine_thread(Thread::EventLoop).unwrap(),
-        (Place::Jail, _) => {
+        (Confinement::LayerAlone, By::Filter) => Jail::default().confine_thread(Thread::EventLoop).unwrap(),
+        (Confinement::Jail, _) => {
             assert!(Jail::default().confine_process(LIMITED).unwrap().is_empty());
             Jail::default().confine_thread(Thread::EventLoop).unwrap();
         }
@@ -218,24 +218,24 @@ fn confine(by: By, place: Place) {
 }
 
 /// Makes an attempt in a child process.
-fn attempt((_, by, attempt): &Attempt, place: Place) -> Outcome {
+fn attempt((_, by, attempt): &Attempt, confinement: Confinement) -> Outcome {
     /// Exit statuses of the child.
     const EXECUTED: libc::c_int = 10;
     const REFUSED: libc::c_int = 11;
     // SAFETY: the child has one thread, and does nothing but system calls before it ends.
     let child = unsafe { libc::fork() };
     if child == 0 {
-        confine(*by, place);
+        confine(*by, confinement);
         let result = attempt();
         let error = io::Error::last_os_error().raw_os_error();
         let rights = [libc::EPERM, libc::EACCES, libc::EFBIG, libc::EBADF, libc::EMFILE, libc::ENOMEM];
         let is_refused = match *by {
-            // The other reasons are those of limits only.
+            // The other errors count as a refusal only if the layer is that of the limits.
             LIMITS => error.is_some_and(|error| rights[2..].contains(&error)),
             _ => error.is_some_and(|error| rights[..2].contains(&error)),
         };
         let status = if result == -1 && is_refused { REFUSED } else { EXECUTED };
-        // SAFETY: ends the child at once.
+        // SAFETY: ends the child immediately.
         unsafe { libc::_exit(status) };
     }
     assert!(child > 0);
@@ -244,10 +244,10 @@ fn attempt((_, by, attempt): &Attempt, place: Place) -> Outcome {
     assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
     let exited = libc::WIFEXITED(status).then(|| libc::WEXITSTATUS(status));
     match exited {
-        // A program that was executed ends as it likes, but not by the filter.
+        // A program that was executed may end with any status, but not by SIGSYS, the filter's signal.
         Some(status) if status == REFUSED || status == 128 + libc::SIGSYS => Outcome::Refused,
         Some(_) => Outcome::Executed,
-        // SIGXFSZ is the answer to a file that is too long.
+        // SIGXFSZ is the effect of the limit of file sizes.
         None => {
             assert_eq!((*by, libc::WTERMSIG(status)), (LIMITS, libc::SIGXFSZ));
             Outcome::Refused
@@ -263,7 +263,8 @@ fn each_attempt_is_refused_by_its_layer_and_executed_without_it() {
     for each in ATTEMPTS {
         let (name, by, _) = each;
         victim();
-        let outcomes = [Place::Jail, Place::LayerAlone, Place::Outside].map(|place| attempt(each, place));
+        let outcomes = [Confinement::Jail, Confinement::LayerAlone, Confinement::None]
+            .map(|confinement| attempt(each, confinement));
         let by = match by {
             By::Layer(layer) => format!("{layer:?}"),
             By::Filter => "system calls".to_owned(),
@@ -287,7 +288,7 @@ fn each_attempt_is_refused_by_its_layer_and_executed_without_it() {
 fn victim() {
     use std::os::fd::AsRawFd;
     let file = std::fs::File::create("/tmp/jail-victim").unwrap();
-    // A program of no known format.
+    // Executable, but not a program: without a jail, execve fails with ENOEXEC.
     file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
     // SAFETY: no other descriptor has this number.
     assert_eq!(unsafe { libc::dup2(file.as_raw_fd(), VICTIM) }, VICTIM);
@@ -304,7 +305,7 @@ fn listener() -> std::os::unix::net::UnixListener {
     std::os::unix::net::UnixListener::bind_addr(&address).unwrap()
 }
 
-/// Guests of root and of another user, in each kind of jail, twice: the first one may pre-boot the kernel.
+/// Runs two guests for each user and kind of jail: the first one may pre-boot the kernel.
 #[test]
 fn guests_run_in_each_jail_as_root_and_as_another_user() {
     use std::os::unix::process::CommandExt;
@@ -323,12 +324,12 @@ fn guests_run_in_each_jail_as_root_and_as_another_user() {
     }
 }
 
-/// Each thread of the monitor of a running guest is confined, and nothing is open but what it needs.
+/// Each thread of the monitor of a running guest is confined, and the monitor has only the descriptors that it needs.
 #[test]
 fn a_running_monitor_is_confined_in_each_thread() {
     for jail in ["require", "full"] {
         let user = tests::user::User::new();
-        // Not close-on-exec: a descriptor that the caller has left open.
+        // Not close-on-exec, like a descriptor that the caller leaked.
         let left_open = std::fs::File::open("/").unwrap();
         // SAFETY: the descriptor is open.
         assert_eq!(unsafe { libc::fcntl(std::os::fd::AsRawFd::as_raw_fd(&left_open), libc::F_SETFD, 0) }, 0);
@@ -364,36 +365,36 @@ fn a_running_monitor_is_confined_in_each_thread() {
     }
 }
 
-/// What another process sees of a process in /proc.
+/// The files of a process in /proc, as another process reads them.
 #[derive(Debug, PartialEq, Eq)]
-struct Seen {
+struct ProcFiles {
     namespaces: Vec<std::path::PathBuf>,
     root: std::path::PathBuf,
-    /// The lines Uid, Gid, Groups and CapPrm of its status.
+    /// The lines Uid, Gid, Groups and CapPrm of /proc/PID/status.
     status: Vec<String>,
 }
 
-fn see(process: libc::pid_t) -> Seen {
+fn read_proc_files(process: libc::pid_t) -> ProcFiles {
     let path = |name: &str| std::path::PathBuf::from(format!("/proc/{process}/{name}"));
     let link = |name: &str| std::fs::read_link(path(name)).unwrap();
     let status = std::fs::read_to_string(path("status")).unwrap();
     let lines = status
         .lines()
         .filter(|line| ["Uid:", "Gid:", "Groups:", "CapPrm:"].iter().any(|name| line.starts_with(name)));
-    Seen {
+    ProcFiles {
         namespaces: ["net", "ipc", "uts", "cgroup", "user"].map(|name| link(&format!("ns/{name}"))).into(),
         root: link("root"),
         status: lines.map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect(),
     }
 }
 
-/// What is seen of a process in the full jail that was started as this user.
-fn see_in_full_jail(user: u32) -> Seen {
+/// The files in /proc of a process that entered the full jail as this user.
+fn proc_files_in_full_jail(user: u32) -> ProcFiles {
     let (ours, its) = std::os::unix::net::UnixStream::pair().unwrap();
-    // SAFETY: the child has one thread, and ends by itself.
+    // SAFETY: the child has one thread, and calls _exit.
     let child = unsafe { libc::fork() };
     if child == 0 {
-        // Otherwise the read below would never see the end of the stream.
+        // Otherwise the read below would never reach EOF.
         drop(ours);
         // SAFETY: the calls change this process only. A program that the user starts can read its own folder in /proc.
         let is_user = unsafe { libc::setuid(user) == 0 && libc::prctl(libc::PR_SET_DUMPABLE, 1) == 0 };
@@ -409,27 +410,27 @@ fn see_in_full_jail(user: u32) -> Seen {
     drop(its);
     let mut message = String::new();
     io::BufRead::read_line(&mut io::BufReader::new(&ours), &mut message).unwrap();
-    let seen = see(child);
+    let files = read_proc_files(child);
     drop(ours);
     // SAFETY: the call reaps the child.
     assert_eq!(unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) }, child);
     assert_eq!(message, "true Ok([]) Ok(())\n");
-    assert_eq!(seen.root, std::path::PathBuf::from(format!("/proc/{child}/fdinfo")));
+    assert_eq!(files.root, std::path::PathBuf::from(format!("/proc/{child}/fdinfo")));
     if user == 0 {
         let id = 0x7000_0000 + child.unsigned_abs();
-        assert_eq!(seen.status[0], format!("Uid: {id} {id} {id} {id}"));
-        assert_eq!(seen.status[1], format!("Gid: {id} {id} {id} {id}"));
-        assert_eq!(seen.status[2], "Groups:");
+        assert_eq!(files.status[0], format!("Uid: {id} {id} {id} {id}"));
+        assert_eq!(files.status[1], format!("Gid: {id} {id} {id} {id}"));
+        assert_eq!(files.status[2], "Groups:");
     }
-    assert_eq!(seen.status[3], "CapPrm: 0000000000000000");
-    seen
+    assert_eq!(files.status[3], "CapPrm: 0000000000000000");
+    files
 }
 
 #[test]
 fn the_full_jail_has_namespaces_and_a_root_directory_of_its_own() {
     // SAFETY: the call has no effect.
-    let own = see(unsafe { libc::getpid() });
-    let (root, user) = (see_in_full_jail(0), see_in_full_jail(1000));
+    let own = read_proc_files(unsafe { libc::getpid() });
+    let (root, user) = (proc_files_in_full_jail(0), proc_files_in_full_jail(1000));
     for (at, name) in ["net", "ipc", "uts", "cgroup"].into_iter().enumerate() {
         assert_ne!(root.namespaces[at], own.namespaces[at], "{name}");
         assert_ne!(user.namespaces[at], own.namespaces[at], "{name}");

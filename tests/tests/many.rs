@@ -1,4 +1,4 @@
-//! A hundred guests at once: all work, none takes much memory of the host, and the death of some disturbs no other.
+//! A hundred guests at once: all work, each takes little memory of the host, and killing some does not affect the others.
 
 use std::fs;
 use std::process::{Child, Command, Stdio};
@@ -9,8 +9,8 @@ use tests::{TIMEOUT, kill, print_progress, processes, run};
 const GUESTS: usize = 100;
 const MEMORY: &str = "64";
 
-/// Memory that a guest may take of the host in KiB, front, monitor and the kernel's structures together, without the pages
-/// that it has touched.
+/// Maximum memory of the host per guest in KiB, without the guest's own pages: front, monitor, and structures of the host's
+/// kernel.
 const OVERHEAD_MAX: u64 = 1229;
 
 fn name(number: usize) -> String {
@@ -24,7 +24,7 @@ fn start(user: &User, number: usize) -> Child {
     command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
 }
 
-/// Whether a guest reads its disk, and sends what is in it over vsock.
+/// Whether a guest can read its disk, and send the content over vsock.
 fn works(user: &User, number: usize, expected: &str) -> bool {
     let mut command = user.command("exec");
     let outcome = run(command.args([&name(number), "md5sum", "/bin/busybox"]));
@@ -41,7 +41,7 @@ fn memory(process: u32) -> (u64, u64) {
         match words[..] {
             // A mapping: addresses, rights, offset, device, inode, file.
             [range, _, _, _, _, ref file @ ..] if range.contains('-') => {
-                // The rest is a copy of the file with the pre-booted kernel, or anonymous.
+                // Guest memory is anonymous, or a private mapping of the pre-booted kernel's file.
                 is_guest = file.iter().any(|part| part.contains("/preboot/"));
                 is_unnamed = file.is_empty();
             }
@@ -124,7 +124,7 @@ fn a_hundred_guests_run_at_once() {
         assert!(begun.elapsed() < TIMEOUT, "a process is left");
         std::thread::yield_now();
     }
-    // The kernel's structures of the machines are gone too, within the noise of its caches.
+    // The host's kernel has freed the machines' structures too, within the variation of its caches.
     let _ = Command::new("sync").status();
     let left = before.saturating_sub(available());
     print_progress(&format!("{left} KiB of the host's memory are not free again"));

@@ -1,11 +1,11 @@
-//! Every dependency is from crates.io, has a license that this project can use, and the monitor's are few.
+//! Dependencies are from crates.io and have compatible licenses, and their number is limited.
 
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::Command;
 
-/// Licenses that ask for no more than a notice.
+/// Licenses that require no more than a notice.
 const LICENSES: [&str; 10] = [
     "MIT",
     "Apache-2.0",
@@ -20,11 +20,11 @@ const LICENSES: [&str; 10] = [
     "CDLA-Permissive-2.0",
 ];
 
-/// Packages that a program contains, its own included; more is a decision.
+/// Maximum number of packages in each program, including its own. Raising it is a decision for review.
 const PACKAGES_MAX: [(&str, usize); 4] =
     [("kindling-vmm", 46), ("kindling", 48), ("kindling-fs", 35), ("kindling-oci", 76)];
 
-/// Crates that the monitor contains in two versions, because its dependencies disagree.
+/// Crates of which the monitor contains two versions, because its dependencies require different ones.
 const TWICE: [&str; 3] = ["bitflags", "embedded-io", "syn"];
 
 fn metadata() -> Value {
@@ -43,7 +43,7 @@ fn text<'a>(value: &'a Value, name: &str) -> &'a str {
     value[name].as_str().unwrap_or_default()
 }
 
-/// Whether one of the choices of an SPDX expression is accepted. AND binds a choice in parentheses to more.
+/// Whether an SPDX expression can be satisfied with accepted licenses: one side of each OR, both sides of each AND.
 fn is_accepted(expression: &str) -> bool {
     let is_known = |license: &str| LICENSES.contains(&license.trim());
     expression
@@ -90,7 +90,7 @@ fn programs_have_few_dependencies() {
                 continue;
             }
             for dependency in list(&nodes[&id]["deps"]) {
-                // Without those of tests and build scripts.
+                // Dependencies of tests and build scripts are not part of the program.
                 if list(&dependency["dep_kinds"]).iter().any(|kind| kind["kind"].is_null()) {
                     waiting.push(text(&dependency, "pkg").to_owned());
                 }

@@ -97,6 +97,52 @@ fn every_test_in_the_documents_exists() {
     }
 }
 
+/// The program that the documents tell readers to paste is the one that `tests/tests/embedding.rs` runs.
+#[test]
+fn the_program_in_the_documents_is_the_tested_one() {
+    let program = std::fs::read_to_string(root().join("runtime/examples/first.rs")).unwrap();
+    assert!(program.lines().count() <= 20, "it is no longer a short program");
+    for name in ["README.md", "docs/embedding.md"] {
+        let text = std::fs::read_to_string(root().join(name)).unwrap();
+        let (_, rest) = text.split_once("```rust\n").unwrap();
+        let (shown, _) = rest.split_once("```").unwrap();
+        assert_eq!(shown, program, "{name} shows another program than runtime/examples/first.rs");
+    }
+}
+
+/// docs/walk.md marks each return to a file, and has the numbers of files and returns.
+#[test]
+fn the_walk_names_existing_functions_and_counts_its_returns() {
+    let text = std::fs::read_to_string(root().join("docs/walk.md")).unwrap();
+    for section in text.split("\n## ").skip(1) {
+        let (mut files, mut returns, mut steps) = (Vec::new(), 0, 0);
+        for row in section.lines().filter_map(|line| line.strip_prefix("| ")) {
+            let Some((number, cells)) = row.split_once(" | ") else { continue };
+            if !number.starts_with(|first: char| first.is_ascii_digit()) {
+                continue;
+            }
+            steps += 1;
+            assert_eq!(number.split(' ').next(), Some(steps.to_string().as_str()), "{row}");
+            let cell = cells.split(" | ").next().unwrap();
+            let mut spans = quoted(cell);
+            let file = spans.next().unwrap();
+            let is_return = files.contains(&file);
+            assert_eq!(cell.contains(" again: "), is_return, "{row}");
+            returns += u32::from(is_return);
+            if !is_return {
+                files.push(file);
+            }
+            let source = std::fs::read_to_string(root().join(file)).unwrap();
+            for function in spans {
+                let exists = ['(', '<'].iter().any(|next| source.contains(&format!("fn {function}{next}")));
+                assert!(exists, "docs/walk.md names {function}, which {file} does not have");
+            }
+        }
+        let count = format!("On the way: {} files, {returns} returns.", files.len());
+        assert!(section.contains(&count), "docs/walk.md should say: {count}");
+    }
+}
+
 /// Each row of the table names a test, or the reason for which there is none.
 #[test]
 fn each_advisory_has_a_test_or_a_reason() {

@@ -1,4 +1,5 @@
-//! System calls that fail, each of a conversion: it says so or does without, and leaves no half-made image.
+//! Fault injection: a conversion whose system calls fail, one in each run, reports an error or succeeds without the call,
+//! and leaves no partial image.
 
 use serde_json::json;
 use std::collections::BTreeMap;
@@ -59,7 +60,7 @@ fn a_conversion_whose_system_calls_fail_says_so_and_leaves_nothing() {
     each_call_fails(command, |_| {
         let files = files(&cache);
         let whole = whole.get_or_insert_with(|| files.clone());
-        // `kindling image ls` lists an image without the name that could not be added.
+        // The name of an image may be missing, if it could not be added; `kindling image ls` lists the image without it.
         let is_right = |(path, bytes): (&PathBuf, &Vec<u8>)| {
             whole.get(path) == Some(bytes) || path.ends_with("names") && bytes.is_empty()
         };

@@ -1,5 +1,5 @@
-//! Dependencies are acyclic, between packages and between the modules of each. The tests parse `use` lines. What the
-//! sources must not contain is checked as well.
+//! Dependencies are acyclic, between packages and between the modules of each. The tests parse `use` lines. They
+//! also check the length of files, and that no program on the host mounts anything.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -246,7 +246,7 @@ fn no_file_exceeds_the_maximum_length() {
 /// A path that is mounted or unmounted could lead elsewhere: a guest or another user may have replaced a part of it.
 #[test]
 fn no_program_on_the_host_mounts_anything() {
-    /// System calls, functions and programs.
+    /// Names of system calls, functions and programs that mount or unmount.
     const NAMES: &[&str] = &[
         "SYS_mount",
         "SYS_umount",

@@ -17,7 +17,7 @@ pub(crate) struct Arguments {
     check: bool,
 }
 
-/// The libraries: package, crate, and what they are.
+/// The libraries: package, crate and description.
 const LIBRARIES: [(&str, &str, &str); 2] = [
     ("kindling", "kindling", "the library to embed (`docs/embedding.md`)"),
     ("kindling-vmm", "kindling_vmm", "the monitor"),
@@ -89,9 +89,10 @@ fn short(item: &str) -> String {
     paths.iter().fold(item.to_owned(), |item, (long, short)| item.replace(long, short))
 }
 
-/// Has rustdoc describe a library; the file.
+/// Runs rustdoc on a library; returns its JSON file.
 fn rustdoc_json(package: &str, name: &str) -> Result<PathBuf> {
-    // The output format is unstable, and the variable that allows it would have Cargo rebuild what others use.
+    // The output format is unstable. The variable that enables it changes the fingerprint of all crates, so that a shared
+    // target directory would be rebuilt.
     let target = target_directory().join("api");
     let status = Command::new("cargo")
         .args(["rustdoc", "--quiet", "--lib", "--package", package, "--target-dir"])

@@ -24,8 +24,8 @@ const OUTPUT_TIMEOUT: Duration = Duration::from_secs(300);
 const SLOW_OUTPUT_TIMEOUT: Duration = Duration::from_secs(3600);
 /// The environment variable with the number of rounds of tests that repeat their work.
 const ROUNDS: &str = "KINDLING_ROUNDS";
-/// The longest programs start first, so that both labs end at about the same time.
-const LONGEST: [&str; 11] = [
+/// The test programs that take longest. They start first, so that both labs end at about the same time.
+const SLOWEST_PROGRAMS: [&str; 11] = [
     "preboot",
     "cp",
     "images",
@@ -38,14 +38,14 @@ const LONGEST: [&str; 11] = [
     "instances",
     "hostile",
 ];
-/// The prefix of lines of the lab's shell for this program, at the start of a line.
+/// The prefix of the lines with which the lab's shell reports to this program.
 const MARK: &str = "test lab:";
 /// The word after the mark: the lab has booted, or the result of a program.
 const READY: &str = "ready";
 const PASSED: &str = "passed";
 const FAILED: &str = "failed";
 /// A record of the lab's kernel about a system call that the jail of a monitor refused (`audit_seccomp` in
-/// kernel/auditsc.c). A monitor may end so without consequences: its front may have ended before.
+/// kernel/auditsc.c). The end of the monitor may have no other visible effect, because its front may have ended before.
 const REFUSAL: &str = "type=1326 .*/kindling-vmm\"";
 
 /// A queue of test programs, and the configuration of the labs that run them.
@@ -72,7 +72,9 @@ impl<'a> Queue<'a> {
         filter: &'a str,
     ) -> Self {
         let mut waiting: VecDeque<_> = programs.iter().copied().collect();
-        let rank = |name: &str| LONGEST.iter().position(|long| *long == name).unwrap_or(LONGEST.len());
+        let rank = |name: &str| {
+            SLOWEST_PROGRAMS.iter().position(|long| *long == name).unwrap_or(SLOWEST_PROGRAMS.len())
+        };
         waiting.make_contiguous().sort_by_key(|program| rank(&program.name));
         Self { cpus, images, testbed, filter, programs, waiting: Mutex::new(waiting) }
     }

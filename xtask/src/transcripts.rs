@@ -14,7 +14,7 @@ use std::process::{Command, Stdio};
 
 #[derive(Args, Debug)]
 pub(crate) struct Arguments {
-    /// Run only commands that contain this; all commands take an hour
+    /// Run only commands that contain this; without it, all commands are run, which takes an hour
     filter: Option<String>,
 }
 

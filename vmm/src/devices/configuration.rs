@@ -16,8 +16,8 @@ pub struct Configuration {
     kernel_log: bool,
     /// Whether the guest continues from a pre-booted kernel.
     is_prebooted: bool,
-    /// Random numbers for a pre-booted kernel, each for one response. They are made here, because a vCPU's thread, which
-    /// responds, cannot make any in its jail.
+    /// Random numbers for a pre-booted kernel, one set per response. They are generated with the device, because the seccomp
+    /// filter of the vCPU threads, which respond, does not allow getrandom(2).
     entropy: Vec<[u8; Reseed::ENTROPY_LEN]>,
     /// The response to the last nonce, and the frame.
     answer: Vec<u8>,

@@ -14,8 +14,8 @@ use rustix::event::{PollFd, PollFlags, poll};
 /// The destination of a guest's console output.
 ///
 /// Output that cannot be written (a closed pipe, a full disk) is dropped: a guest does not fail because of a missing
-/// reader. The machine's end reports the first error but a closed pipe. A write to a full pipe blocks the vCPU until the
-/// reader reads, or until the machine is stopped.
+/// reader. The first error other than a closed pipe is reported when the machine ends. A write to a full pipe blocks the
+/// vCPU until the reader reads, or until the machine is stopped.
 pub struct ConsoleOutput {
     target: Option<File>,
     /// Size of the file in bytes, when the file is limited.
@@ -76,7 +76,7 @@ impl ConsoleOutput {
         last
     }
 
-    /// The error because of which output is missing; `None` if the output is complete, or the pipe's read end is closed.
+    /// The error that caused a loss of output; `None` if the output is complete, or the pipe's read end is closed.
     #[must_use]
     pub fn failure(&self) -> Option<String> {
         self.failure.as_ref().map(|error| format!("cannot write the output of the console: {error}"))

@@ -135,7 +135,7 @@ impl SerialPort {
         let _ = self.uart.enqueue_raw_bytes(bytes);
     }
 
-    /// Why output is missing, as [`ConsoleOutput::failure`].
+    /// The error that caused a loss of output, see [`ConsoleOutput::failure`].
     #[must_use]
     pub fn failure(&self) -> Option<String> {
         self.uart.writer().failure()

@@ -1,4 +1,4 @@
-//! The measurements of scenario `jail`: what the monitor's jail adds to `kindling run`.
+//! The measurements of scenario `jail`: the cost of the monitor's jail for `kindling run`.
 
 use super::measure::{Bench, LIMIT, SETTLE};
 use super::metric::Metric;
@@ -15,14 +15,14 @@ use std::process::{Command, Stdio};
 use std::thread;
 use tempfile::TempDir;
 
-/// How strict the jail is, and who starts the guest.
+/// The strictness of the jail, and the user who starts the guest.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
 pub(super) enum Strength {
     /// No jail.
     Off,
     /// The default.
     Standard,
-    /// With namespaces and a root directory of its own, for root.
+    /// With namespaces and a separate root directory, for root.
     FullAsRoot,
     /// The same for another user.
     FullAsUser,
@@ -61,10 +61,10 @@ impl Strength {
     }
 }
 
-/// What else there is on the host.
+/// The load of the host.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
 pub(super) enum Host {
-    /// Nothing.
+    /// No mounts and no other starts.
     Quiet,
     /// Many mounts.
     Mounts,
@@ -153,7 +153,7 @@ impl Bench<'_> {
     }
 }
 
-/// Another user than root, with directories of its own.
+/// A user other than root, with separate directories.
 struct User(TempDir);
 
 impl User {

@@ -3,10 +3,10 @@
 use super::record::{Lane, Phase, Profile};
 use std::fmt::Write;
 
-/// Rows of the table of the longest phases.
-const LONGEST: usize = 30;
-/// Rows of the table of exits.
-const EXITS: usize = 12;
+/// Maximum number of rows in the table of the longest phases.
+const MAX_PHASES: usize = 30;
+/// Maximum number of rows in the table of exits.
+const MAX_EXITS: usize = 12;
 
 /// A time in milliseconds.
 #[expect(clippy::cast_precision_loss, reason = "for display; boots take less than 2^53 ns")]
@@ -71,7 +71,7 @@ fn longest(text: &mut String, profile: &Profile) {
         text,
         "\nlongest phases, milliseconds and share of the total\n\n      own    part  lane      phase"
     );
-    for phase in phases.into_iter().take(LONGEST) {
+    for phase in phases.into_iter().take(MAX_PHASES) {
         let own = milliseconds(phase.duration);
         let part = 100.0 * own / milliseconds(whole);
         let row = format!("{own:9.3}  {part:4.1} %  {:8}  {}", phase.lane.title(), phase.name);
@@ -89,14 +89,14 @@ fn exits(text: &mut String, profile: &Profile) {
     let total: u64 = profile.exits.iter().map(|exits| exits.before_init).sum();
     let _ = writeln!(text, "\n{total} exits to the VMM before init\n");
     let reached: Vec<_> = profile.exits.iter().filter(|exits| exits.before_init > 0).collect();
-    for exits in reached.iter().take(EXITS) {
+    for exits in reached.iter().take(MAX_EXITS) {
         let _ = writeln!(
             text,
             "{:7}  {:12} {:#12x}  {}",
             exits.before_init, exits.reason, exits.address, exits.device
         );
     }
-    let rest: u64 = reached.iter().skip(EXITS).map(|exits| exits.before_init).sum();
+    let rest: u64 = reached.iter().skip(MAX_EXITS).map(|exits| exits.before_init).sum();
     if rest > 0 {
         let _ = writeln!(text, "{rest:7}  others");
     }

@@ -399,7 +399,7 @@ impl Worker {
         let shared = Arc::new(Shared { work: Mutex::default(), changed: Condvar::new(), finished_event });
         let worker = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name("file".into()).spawn(move || {
-            // Where this fails, it fails for the vCPUs too, and the machine ends.
+            // A host that refuses the filter refuses those of the vCPU threads too, and the machine ends.
             let is_confined = jail.confine_thread(Thread::Worker).is_ok();
             worker.lock().is_confined = true;
             worker.changed.notify_all();

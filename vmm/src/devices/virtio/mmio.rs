@@ -54,8 +54,8 @@ struct Registers {
     queue_select: u32,
 }
 
-/// How far the event loop has followed the driver. vCPUs only write registers and serve doorbells of some devices; all
-/// that takes other system calls than reads and writes is done by the event loop.
+/// The progress of the event loop in following the driver. vCPU threads only write registers and serve doorbells of some
+/// devices; the event loop does everything that needs further system calls, which the filter of vCPU threads refuses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
     /// No driver has started the device since the last reset.
@@ -138,7 +138,7 @@ impl Transport {
         Ok(())
     }
 
-    /// Opens what the device would otherwise open when it is first needed, before `jail` forbids it.
+    /// Opens the resources that the device would otherwise open on first use, before `jail` forbids it.
     ///
     /// # Errors
     /// When the host has no thread or descriptor left.

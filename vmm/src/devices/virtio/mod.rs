@@ -165,8 +165,8 @@ pub trait Device: Send + fmt::Debug {
     /// When the device does not work with these features or queues, or when the host refuses a resource.
     fn activate(&mut self, features: u64, queues: &mut Queues, watcher: &Watcher) -> Result<(), DeviceError>;
 
-    /// Processes available chains on the thread of the vCPU that wrote the doorbell register. The vCPU waits, so that
-    /// anything slow is left pending, and so is all that takes a system call which a vCPU does not have in its jail. Only
+    /// Processes available chains on the thread of the vCPU that wrote the doorbell register. The vCPU waits, so that slow
+    /// requests are left pending. So are requests that need a system call which the filter of vCPU threads refuses. Only
     /// called when [`Self::serves_inline`] returns `true`.
     ///
     /// # Errors
@@ -175,7 +175,7 @@ pub trait Device: Send + fmt::Debug {
         Ok(Progress::Pending)
     }
 
-    /// Opens what the device would otherwise open when it is first needed, before `jail` forbids it.
+    /// Opens the resources that the device would otherwise open on first use, before `jail` forbids it.
     ///
     /// # Errors
     /// When the host has no thread or descriptor left.
@@ -214,7 +214,7 @@ pub trait Device: Send + fmt::Debug {
         None
     }
 
-    /// The machine has ended: the device removes what it created on the host, such as a socket's path. Needed because
+    /// The machine has ended: the device removes its files on the host, such as a socket's path. Needed because
     /// devices are not dropped when the process exits with the machine.
     fn end(&mut self) {}
 }

@@ -209,7 +209,7 @@ impl Ring {
     pub(super) fn needs_notification(&mut self) -> bool {
         let new = self.next_used.wrapping_sub(self.signalled_used);
         self.signalled_used = self.next_used;
-        // The used index must be visible to the driver before its wish for an interrupt is read.
+        // The used index must be visible to the driver before the driver's flag or event index is read.
         fence(Ordering::SeqCst);
         if !self.has_event_index {
             return new > 0 && u16::from_le(self.available(0).load(Ordering::Relaxed)) & NO_INTERRUPT == 0;

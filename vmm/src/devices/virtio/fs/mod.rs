@@ -384,7 +384,7 @@ impl SharedFolder {
         Ok(if self.incoming.missing == 0 { ReceiveStep::Reply } else { ReceiveStep::Continue })
     }
 
-    // Both.
+    // Both directions.
 
     /// Disconnects the server after an error: all pending requests get an error reply.
     fn disconnect(&mut self, mut error: ServerError, queues: &mut Queues) -> Result<(), DeviceError> {
@@ -437,7 +437,7 @@ fn fail_request(pending: PendingRequest, queues: &mut Queues) -> Result<(), Devi
     queues.complete(pending.queue, pending.chain, LENGTH)
 }
 
-/// Why a server that has closed its socket answers no more.
+/// The error of a server that has closed its socket.
 const SERVER_HAS_ENDED: &str = "its server has ended";
 
 /// Receives the available bytes; `None` when there are none.
@@ -453,7 +453,7 @@ fn receive_some(server: Option<&Server>, segments: &[Segment]) -> Result<Option<
 
 fn server_has_ended(error: &std::io::Error) -> ServerError {
     match error.kind() {
-        // It had not read all requests (`unix_release_sock` in net/unix/af_unix.c).
+        // The server had not read all requests (`unix_release_sock` in net/unix/af_unix.c).
         std::io::ErrorKind::ConnectionReset | std::io::ErrorKind::BrokenPipe => SERVER_HAS_ENDED.to_owned(),
         _ => format!("{SERVER_HAS_ENDED} ({error})"),
     }

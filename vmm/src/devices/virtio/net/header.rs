@@ -27,10 +27,10 @@ pub(super) const ETHERNET: usize = 14;
 pub(super) struct Header(pub(super) [u8; LENGTH]);
 
 impl Header {
-    /// The header of a packet with valid checksums. `wants_to_know` is whether the driver has accepted `GUEST_CSUM`.
-    pub(super) const fn checked(wants_to_know: bool) -> Self {
+    /// The header of a packet with valid checksums. `has_guest_csum` is whether the driver has accepted `GUEST_CSUM`.
+    pub(super) const fn checked(has_guest_csum: bool) -> Self {
         let mut bytes = [0; LENGTH];
-        if wants_to_know {
+        if has_guest_csum {
             bytes[0] = DATA_VALID;
         }
         Self(bytes)

@@ -281,7 +281,7 @@ impl Connection {
                     Ok(count) => count,
                     Err(rustix::io::Errno::INTR) => continue,
                     Err(error) if is_full(&error.into()) => {
-                        // Without memory there is space in the socket, so that the event must be requested anew.
+                        // Without memory there is space in the socket, so that the event must be requested again.
                         let _ = watcher.modify(&self.stream, id, Self::EVENTS | EventFlags::OUT);
                         return;
                     }

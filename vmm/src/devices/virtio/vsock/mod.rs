@@ -312,7 +312,7 @@ impl Vsock {
         Ok(())
     }
 
-    // Both.
+    // Both directions.
 
     fn insert(&mut self, id: u32, connection: Connection) {
         self.by_ports.insert(connection.ports, id);
