@@ -1,8 +1,7 @@
 //! The guest kernel: its image, and the cache of pre-booted kernels.
 
-use crate::launch::LaunchError;
-use kindling_vmm::config::Config;
 use kindling_vmm::config::image::{DESCRIPTION, Image};
+use kindling_vmm::config::{Config, ConfigError};
 use kindling_vmm::preboot;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -23,6 +22,9 @@ pub enum KernelError {
         .0.display()
     )]
     NoKernelAt(PathBuf),
+    /// The description of the kernel's image is invalid.
+    #[error(transparent)]
+    Image(#[from] ConfigError),
     /// Other users could change the kernel.
     #[error(transparent)]
     Untrusted(#[from] trusted_path::Error),
@@ -38,14 +40,14 @@ pub fn kernel_image() -> Result<PathBuf, KernelError> {
 }
 
 /// The image of the guest kernel, and its directory. Other users can change neither its description nor its files.
-pub(crate) fn open_image() -> Result<(PathBuf, Image), LaunchError> {
-    let (path, folder) = trusted_folder().map_err(LaunchError::Kernel)?;
+pub(crate) fn open_image() -> Result<(PathBuf, Image), KernelError> {
+    let (path, folder) = trusted_folder()?;
     let image = Image::open(&path)?;
     for file in [&image.kernel, &image.initrd] {
         match trusted_path::file_in(&folder, &path, &file.file, Owners::and_of_program()) {
             // Reported when it is opened.
             Err(error) if error.is_absent() => {}
-            result => result.map_err(KernelError::Untrusted)?,
+            result => result?,
         }
     }
     Ok((path, image))

@@ -109,22 +109,22 @@ fn a_kernel_file_that_others_can_change_is_refused() {
 #[test]
 fn volumes_in_a_directory_that_others_can_write_are_refused() {
     let scratch = UserFolder::new();
-    let volume = |word: &str| {
+    let volume = |line: &str| {
         let mut command = kindling();
-        command.args(["volume", word]).env("XDG_DATA_HOME", scratch.path("data"));
-        command
+        command.arg("volume").args(line.split(' ')).env("XDG_DATA_HOME", scratch.path("data"));
+        run(&mut command)
     };
-    run(volume("create").arg("disk").arg("16M")).expect_status(0);
+    volume("create --size 16M disk").expect_status(0);
     for folder in ["data", "data/kindling", "data/kindling/volumes"] {
         mode(&scratch.path(folder), 0o777);
-        for command in [volume("ls"), volume("rm").arg("disk"), volume("create").arg("new").arg("16M")] {
-            run(command)
+        for line in ["ls", "rm disk", "create --size 16M new"] {
+            volume(line)
                 .expect_status(2)
                 .expect_stderr("cannot use the directory of volumes: other users can");
         }
         mode(&scratch.path(folder), 0o700);
     }
-    run(&mut volume("rm").arg("disk")).expect_status(0);
+    volume("rm disk").expect_status(0);
 }
 
 /// The digest is used as part of a path.

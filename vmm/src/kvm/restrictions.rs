@@ -64,22 +64,15 @@ pub(super) fn restrict_vcpu(vcpu: &VcpuFd) {
     let _ = vcpu.enable_cap(&capability);
 }
 
-/// Why a vCPU left the guest, if one of the restrictions is the reason.
-pub(super) enum Restricted {
-    /// The guest asserted a bus lock.
-    BusLock,
-    /// The guest kept the processor from its host, and its state is lost: KVM continues the guest otherwise.
-    Held,
+/// Whether a vCPU left the guest because that asserted a bus lock.
+pub(super) const fn is_bus_lock(exit: &VcpuExit<'_>) -> bool {
+    matches!(exit, VcpuExit::Unsupported(KVM_EXIT_X86_BUS_LOCK))
 }
 
-impl Restricted {
-    pub(super) const fn of(exit: &VcpuExit<'_>) -> Option<Self> {
-        match exit {
-            VcpuExit::Unsupported(KVM_EXIT_X86_BUS_LOCK) => Some(Self::BusLock),
-            VcpuExit::Unsupported(KVM_EXIT_NOTIFY) => Some(Self::Held),
-            _ => None,
-        }
-    }
+/// Whether a vCPU left the guest because that kept the processor from its host, and the guest's state is lost: KVM continues
+/// the guest otherwise.
+pub(super) const fn is_held_processor(exit: &VcpuExit<'_>) -> bool {
+    matches!(exit, VcpuExit::Unsupported(KVM_EXIT_NOTIFY))
 }
 
 /// Pauses a vCPU that has asserted a bus lock. A signal ends the pause.
@@ -93,10 +86,8 @@ mod tests {
 
     #[test]
     fn exits_of_the_restrictions_are_recognized() {
-        let of = |number| Restricted::of(&VcpuExit::Unsupported(number));
-        assert!(matches!(of(33), Some(Restricted::BusLock)));
-        assert!(matches!(of(37), Some(Restricted::Held)));
-        assert!(of(38).is_none());
-        assert!(Restricted::of(&VcpuExit::Hlt).is_none());
+        let exit = VcpuExit::Unsupported;
+        assert!(is_bus_lock(&exit(33)) && !is_bus_lock(&exit(37)) && !is_bus_lock(&VcpuExit::Hlt));
+        assert!(is_held_processor(&exit(37)) && !is_held_processor(&exit(33)));
     }
 }

@@ -1,7 +1,7 @@
 //! A vCPU: its initial registers, and the loop that runs it and handles its exits.
 
 use super::coalesced::CoalescedWrites;
-use super::restrictions::{self, Restricted};
+use super::restrictions;
 use super::{KvmError, Pause};
 use crate::boot::{CODE_SEGMENT, DATA_SEGMENT, Entry, GDT_ENTRIES};
 use crate::bus::{Buses, GuestRequest};
@@ -117,7 +117,7 @@ impl VcpuEnd {
         match exit {
             // KVM fails with EFAULT when the host memory of a page is missing; newer versions also report the address.
             VcpuExit::MemoryFault { .. } => Self::RunFailed(io::Error::from_raw_os_error(libc::EFAULT)),
-            exit if matches!(Restricted::of(exit), Some(Restricted::Held)) => Self::HeldProcessor,
+            exit if restrictions::is_held_processor(exit) => Self::HeldProcessor,
             other => Self::Unexpected(format!("{other:?}")),
         }
     }
@@ -242,17 +242,11 @@ impl Vcpu {
                         return VcpuEnd::Request(request);
                     }
                 }
-                Ok(VcpuExit::Intr) => counts.other += 1,
+                Ok(exit) if has_no_effect(&exit) => counts.other += 1,
                 Ok(VcpuExit::Shutdown) => return VcpuEnd::TripleFault,
                 Ok(VcpuExit::FailEntry(reason, _)) => return VcpuEnd::EntryFailed { reason },
                 Ok(VcpuExit::InternalError) => return VcpuEnd::InternalError { suberror: self.suberror() },
-                Ok(other) => match Restricted::of(&other) {
-                    Some(Restricted::BusLock) => {
-                        counts.other += 1;
-                        restrictions::pause_after_bus_lock();
-                    }
-                    _ => return VcpuEnd::of_exit(&other),
-                },
+                Ok(other) => return VcpuEnd::of_exit(&other),
                 Err(error) if self.attempts.may_continue(error.errno()) => counts.other += 1,
                 Err(error) => return VcpuEnd::RunFailed(error.into()),
             }
@@ -406,6 +400,15 @@ fn segment(index: u16) -> kvm_segment {
         g: byte(55, 1),
         ..kvm_segment::default()
     }
+}
+
+/// Whether the guest continues after an exit as if there had been none: a signal arrived, or it was held up for a bus lock.
+fn has_no_effect(exit: &VcpuExit<'_>) -> bool {
+    if restrictions::is_bus_lock(exit) {
+        restrictions::pause_after_bus_lock();
+        return true;
+    }
+    matches!(exit, VcpuExit::Intr)
 }
 
 #[cfg(test)]
