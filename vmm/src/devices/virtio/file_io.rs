@@ -105,7 +105,9 @@ impl Job {
         what | libc::FALLOC_FL_KEEP_SIZE
     }
 
-    fn entry(&self, fd: types::Fd) -> squeue::Entry {
+    /// The job as a request to a ring on its only file.
+    fn entry(&self) -> squeue::Entry {
+        let fd = types::Fixed(0);
         let count = u32::try_from(self.count).unwrap_or(u32::MAX);
         let entry = match self.operation {
             Operation::Read => {
@@ -255,7 +257,7 @@ impl FileIo {
     /// # Errors
     /// When neither is available.
     pub(super) fn prepare(&mut self, token: u32, watcher: &Watcher, jail: Jail) -> io::Result<()> {
-        self.engine = Some(Engine::new(self.depth, token, watcher, jail)?);
+        self.engine = Some(Engine::new(&self.file, self.depth, token, watcher, jail)?);
         Ok(())
     }
 
@@ -274,7 +276,7 @@ impl FileIo {
             return Err(io::ErrorKind::QuotaExceeded.into());
         }
         if self.engine.is_none() {
-            self.engine = Some(Engine::new(self.depth, token, watcher, Jail::OFF)?);
+            self.engine = Some(Engine::new(&self.file, self.depth, token, watcher, Jail::OFF)?);
         }
         if let Operation::Zero(length) = job.operation
             && self.is_sparse()
@@ -283,7 +285,7 @@ impl FileIo {
         }
         match &mut self.engine {
             Some(Engine::Ring(ring)) => {
-                let entry = job.entry(types::Fd(self.file.as_raw_fd())).user_data(number.into());
+                let entry = job.entry().user_data(number.into());
                 // SAFETY: the creator of the job keeps its memory valid until it completes, and the file stays open as
                 // long as `self`, which drains its jobs.
                 unsafe { ring.0.submission().push(&entry) }.map_err(|_| io::ErrorKind::WouldBlock)?;
@@ -344,9 +346,9 @@ fn submit(ring: &IoUring) {
 }
 
 impl Engine {
-    fn new(depth: u32, token: u32, watcher: &Watcher, jail: Jail) -> io::Result<Self> {
+    fn new(file: &File, depth: u32, token: u32, watcher: &Watcher, jail: Jail) -> io::Result<Self> {
         // Many container runtimes and hardened hosts forbid io_uring.
-        if let Ok(ring) = restricted_ring(depth) {
+        if let Ok(ring) = restricted_ring(file, depth) {
             // SAFETY: the ring is open as long as the engine.
             let fd = unsafe { BorrowedFd::borrow_raw(ring.as_raw_fd()) };
             watcher.add(fd, token, EventFlags::IN)?;
@@ -358,15 +360,22 @@ impl Engine {
     }
 }
 
-/// An io_uring that is restricted to the operations of [`Job::entry`] (from Linux 5.10).
-fn restricted_ring(depth: u32) -> io::Result<IoUring> {
+/// An io_uring that is restricted to one file, and to the operations of [`Job::entry`] (from Linux 5.10). Limits the kernel's
+/// threads that execute them (from Linux 5.15).
+fn restricted_ring(file: &File, depth: u32) -> io::Result<IoUring> {
+    /// Maximum number of threads for operations on files, and for others, of which there are none.
+    const THREADS: [u32; 2] = [8, 1];
     let ring = IoUring::builder().setup_r_disabled().build(depth)?;
+    let submitter = ring.submitter();
+    submitter.register_files(&[file.as_raw_fd()])?;
+    let _ = submitter.register_iowq_max_workers(&mut THREADS.clone());
     let operations =
         [opcode::Readv::CODE, opcode::Writev::CODE, opcode::Fsync::CODE, opcode::Fallocate::CODE];
     let mut restrictions: Vec<_> = operations.into_iter().map(Restriction::sqe_op).collect();
+    restrictions.push(Restriction::sqe_flags_required(squeue::Flags::FIXED_FILE.bits()));
     restrictions.push(Restriction::sqe_flags_allowed(squeue::Flags::ASYNC.bits()));
-    ring.submitter().register_restrictions(&mut restrictions)?;
-    ring.submitter().register_enable_rings()?;
+    submitter.register_restrictions(&mut restrictions)?;
+    submitter.register_enable_rings()?;
     Ok(ring)
 }
 
