@@ -98,7 +98,7 @@ const ATTEMPTS: &[Attempt] = &[
     ("open the memory of this process", PATHS, || call!(SYS_openat, AT, text!("/proc/self/mem"), libc::O_RDWR)),
     ("read the environment of another process", PATHS, || call!(SYS_openat, AT, text!("/proc/1/environ"), libc::O_RDONLY)),
     ("open KVM once more", PATHS, || call!(SYS_openat, AT, text!("/dev/kvm"), libc::O_RDWR)),
-    ("open a descriptor again through /proc", PATHS, || call!(SYS_openat, AT, text!("/proc/self/fd/0"), libc::O_RDWR)),
+    ("open a descriptor again through /proc", PATHS, || call!(SYS_openat, AT, text!("/proc/self/fd/900"), libc::O_RDWR)),
     ("list a directory", PATHS, || call!(SYS_openat, AT, text!("/"), libc::O_RDONLY | libc::O_DIRECTORY)),
     ("create a file", PATHS, || call!(SYS_openat, AT, text!("/tmp/jail-file"), libc::O_CREAT | libc::O_WRONLY, 0o600)),
     ("create a directory", PATHS, || call!(SYS_mkdirat, AT, text!("/tmp/jail-folder"), 0o700)),

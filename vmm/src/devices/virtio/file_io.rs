@@ -360,15 +360,11 @@ impl Engine {
     }
 }
 
-/// An io_uring that is restricted to one file, and to the operations of [`Job::entry`] (from Linux 5.10). Limits the kernel's
-/// threads that execute them (from Linux 5.15).
+/// An io_uring that is restricted to one file, and to the operations of [`Job::entry`] (from Linux 5.10).
 fn restricted_ring(file: &File, depth: u32) -> io::Result<IoUring> {
-    /// Maximum number of threads for operations on files, and for others, of which there are none.
-    const THREADS: [u32; 2] = [8, 1];
     let ring = IoUring::builder().setup_r_disabled().build(depth)?;
     let submitter = ring.submitter();
     submitter.register_files(&[file.as_raw_fd()])?;
-    let _ = submitter.register_iowq_max_workers(&mut THREADS.clone());
     let operations =
         [opcode::Readv::CODE, opcode::Writev::CODE, opcode::Fsync::CODE, opcode::Fallocate::CODE];
     let mut restrictions: Vec<_> = operations.into_iter().map(Restriction::sqe_op).collect();
