@@ -14,6 +14,7 @@ mod clean;
 mod container;
 mod debian;
 mod docker_archive;
+mod fuzz;
 mod host;
 mod jail;
 mod kernel;
@@ -74,6 +75,8 @@ enum Command {
     RootPrices(root_prices::Arguments),
     /// Run a command in the lab, an emulated machine with KVM
     Lab(lab::Arguments),
+    /// Run the fuzz targets, or replay their corpora
+    Fuzz(fuzz::Arguments),
     /// Update vmm/boot-code.ld, the linker's list of the functions that a boot executes
     BootCode(boot_code::Arguments),
     /// Update the command output shown in README.md and docs
@@ -115,6 +118,7 @@ fn main() -> ExitCode {
         Command::Clean(arguments) => clean::run(&arguments),
         Command::Profile(arguments) => profile::run(&arguments),
         Command::ProfileBoots(arguments) => profile::boots::run(&arguments),
+        Command::Fuzz(arguments) => fuzz::run(&arguments),
         Command::BootCode(arguments) => boot_code::run(&arguments),
         Command::FollowBoots(arguments) => boot_code::follow::run(&arguments),
         Command::Measure(arguments) => bench::measure::run(&arguments),

@@ -1,7 +1,7 @@
 //! Fuzzes the balloon device with an arbitrary driver: no panic, no access outside of guest memory,
 //! and a reset recovers the device.
 //!
-//! `cargo +nightly fuzz run balloon -- -max_total_time=600`, in the parent folder.
+//! `cargo xtask fuzz balloon` runs it.
 #![no_main]
 
 use kindling_vmm::config::devices;

@@ -1,7 +1,7 @@
 //! Fuzzes the block device with an arbitrary driver: no panic, no access outside of guest memory,
 //! and a reset recovers the device.
 //!
-//! `cargo +nightly fuzz run block -- -max_total_time=600`, in the parent folder.
+//! `cargo xtask fuzz block` runs it.
 #![no_main]
 
 use kindling_vmm::config::devices::Drive;

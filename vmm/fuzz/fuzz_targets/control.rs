@@ -1,7 +1,7 @@
 //! Fuzzes the control channel: the front-end process must tolerate arbitrary messages of a monitor that its
 //! guest controls.
 //!
-//! `cargo +nightly fuzz run control -- -max_total_time=600`, in the parent folder.
+//! `cargo xtask fuzz control` runs it.
 #![no_main]
 
 use kindling_vmm::control;

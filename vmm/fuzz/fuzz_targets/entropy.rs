@@ -1,7 +1,7 @@
 //! Fuzzes the entropy device with an arbitrary driver: no panic, no access outside of guest memory,
 //! and a reset recovers the device.
 //!
-//! `cargo +nightly fuzz run entropy -- -max_total_time=600`, in the parent folder.
+//! `cargo xtask fuzz entropy` runs it.
 #![no_main]
 
 use kindling_vmm::config::devices;

@@ -1,7 +1,7 @@
 //! Fuzzes the file system device with an arbitrary driver and an arbitrary server: no panic, no access outside of guest
 //! memory, and a reset recovers the device.
 //!
-//! `cargo +nightly fuzz run fs -- -max_total_time=600`, in the parent folder.
+//! `cargo xtask fuzz fs` runs it.
 #![no_main]
 
 use kindling_vmm::devices::virtio::driver::Driver;

@@ -1,6 +1,6 @@
 //! Fuzzes the loading of kernel and initrd: it returns an error, or an entry point within guest memory.
 //!
-//! `cargo +nightly fuzz run kernel -- -max_total_time=60`, in the parent folder.
+//! `cargo xtask fuzz kernel` runs it.
 #![no_main]
 
 use kindling_vmm::boot::{self, BootFiles, Hardware};

@@ -1,7 +1,7 @@
 //! Fuzzes the network device with an arbitrary driver and an arbitrary peer: no panic, no access outside of guest memory,
 //! and a reset recovers the device.
 //!
-//! `cargo +nightly fuzz run net -- -max_total_time=600`, in the parent folder.
+//! `cargo xtask fuzz net` runs it.
 #![no_main]
 
 use kindling_vmm::config::devices::NetworkInterface;

@@ -1,7 +1,7 @@
 //! Fuzzes the socket device with an arbitrary driver, and with a program of the host on one of its ports: no panic, no
 //! access outside of guest memory, and a reset recovers the device.
 //!
-//! `cargo +nightly fuzz run vsock -- -max_total_time=600`, in the parent folder.
+//! `cargo xtask fuzz vsock` runs it.
 #![no_main]
 
 use kindling_vmm::config::devices;
