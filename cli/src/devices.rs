@@ -57,7 +57,7 @@ impl DeviceArguments {
         }
         network::publish_all(&self.publish, devices)?;
         if let Some(path) = &self.vsock {
-            /// The lowest CID of a guest. All guests may have it, because each vsock has a Unix socket of its own.
+            /// The lowest CID of a guest. All guests can use it, because each vsock device has a separate Unix socket.
             const GUEST_CID: u32 = 3;
             devices.vsock = Some(Vsock { guest_cid: GUEST_CID, uds_path: path.into(), vsock_id: None });
         }

@@ -134,7 +134,7 @@ mod tests {
             name: "kvm",
             status: Status::Bad,
             fact: "software KVM: an instruction was not executed".into(),
-            meaning: "Linux guests do not run on it, which is a pity, but that is how it is.".into(),
+            meaning: "Linux guests do not run on it: it does not emulate all instructions.".into(),
             advice: Some(
                 "`sudo modprobe -r kvm_pvm && sudo modprobe kvm_intel`, and if that is refused, `reboot`"
                     .into(),
@@ -148,8 +148,8 @@ mod tests {
         let expected = "\
 bad         kvm              software KVM: an instruction
                              was not executed
-            Linux guests do not run on it, which is a pity,
-            but that is how it is.
+            Linux guests do not run on it: it does not
+            emulate all instructions.
             do:
             `sudo modprobe -r kvm_pvm && sudo modprobe kvm_intel`,
             and if that is refused, `reboot`

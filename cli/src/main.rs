@@ -67,7 +67,7 @@ const fn status(is_user_error: bool) -> u8 {
 }
 
 /// Executes the command. Returns the exit status.
-#[cfg_attr(test, expect(dead_code, reason = "tests have an entry of their own"))]
+#[cfg_attr(test, expect(dead_code, reason = "tests have another entry point"))]
 fn run() -> u8 {
     let started = Instant::now();
     if trusted_path::is_set_user_id() {
@@ -154,11 +154,11 @@ mod tests {
             let options = text.lines().map(str::trim_start).filter(|line| line.starts_with('-'));
             let names = options.filter_map(|line| line.split("  ").next());
             let words = names.flat_map(|name| name.split([' ', ',']));
-            let mut spelled: Vec<_> = words.filter(|word| word.starts_with('-')).collect();
-            let count = spelled.len();
-            spelled.sort_unstable();
-            spelled.dedup();
-            assert_eq!(spelled.len(), count, "{name}: {text}");
+            let mut names: Vec<_> = words.filter(|word| word.starts_with('-')).collect();
+            let count = names.len();
+            names.sort_unstable();
+            names.dedup();
+            assert_eq!(names.len(), count, "{name}: {text}");
             assert!(text.lines().all(|line| line.chars().count() <= text::WIDTH), "{name}: {text}");
             assert_eq!(text.lines().next().unwrap_or_default().is_empty(), name == "stay", "{text}");
         }

@@ -101,8 +101,8 @@ fn main() -> ExitCode {
     result.unwrap_or_else(|code| code)
 }
 
-/// Opens the cache, and gives up all rights but those to it and to what the command reads. A failure is reported after a
-/// prefix.
+/// Opens the cache, and drops all rights except access to the cache and to the command's inputs. A failure is reported after
+/// a prefix.
 fn confine(prefix: &str, directory: Option<&Path>, reads: &Reads) -> Result<Cache, ExitCode> {
     let cache = Cache::open(directory).map_err(|error| report_error(prefix, &error))?;
     sandbox::enter(cache.folder(), reads).map_err(|error| {

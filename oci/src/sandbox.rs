@@ -49,7 +49,7 @@ pub(crate) fn enter(cache: &Path, reads: &Reads) -> Result<(), Error> {
     confine_calls(reads.registry)
 }
 
-/// The limits, of which none is near to what an image needs that the library accepts.
+/// Resource limits, all well above the needs of the largest image that the library accepts.
 const LIMITS: [(Resource, u64); 5] = [
     (Resource::Core, 0),
     // A GiB for the tree, and 0.8 GiB for a decompressor with its largest window (`MAX_WINDOW` in compression.rs) and
@@ -110,7 +110,7 @@ fn confine_files(cache: &Path, reads: &Reads) -> Result<(), RulesetError> {
 }
 
 /// The system calls that are allowed for all images: those on files, memory and threads, and those that the C library
-/// makes for them. The older ones are what a C library makes of the same functions.
+/// makes for them. Older variants are listed because some C libraries use them.
 const CALLS: &[libc::c_long] = &[
     libc::SYS_read,
     libc::SYS_readv,
@@ -209,7 +209,7 @@ fn argument(index: u8, operation: SeccompCmpOp, value: u64) -> Result<SeccompRul
     SeccompRule::new(vec![SeccompCondition::new(index, SeccompCmpArgLen::Dword, operation, value)?])
 }
 
-/// Makes system calls fail that a C library tries, and does without if the kernel does not have them.
+/// Makes optional system calls of the C library fail with ENOSYS, as on a kernel without them.
 fn refuse_calls() -> Result<(), Error> {
     let family = |family: libc::c_int| {
         SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, u64::from(family.unsigned_abs()))
@@ -222,7 +222,7 @@ fn refuse_calls() -> Result<(), Error> {
         // Modules of the C library that resolve names by other means.
         (libc::SYS_mmap, vec![executable()?]),
         (libc::SYS_mprotect, vec![executable()?]),
-        // Its questions to a daemon, and to the kernel about the host's addresses.
+        // The C library's queries to nscd, and over netlink for the host's addresses.
         (libc::SYS_socket, vec![SeccompRule::new(vec![family(libc::AF_INET)?, family(libc::AF_INET6)?])?]),
     ]);
     let refused = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());

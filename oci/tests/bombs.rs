@@ -121,7 +121,7 @@ fn dropped_attributes_take_no_memory() {
 }
 
 #[test]
-#[expect(clippy::print_stdout, reason = "what is not tested is said")]
+#[expect(clippy::print_stdout, reason = "says which test is skipped")]
 fn the_disk_is_not_filled() {
     // In a separate mount namespace with a separate filesystem.
     const NAMESPACE: [&str; 3] = ["--user", "--map-root-user", "--mount"];

@@ -100,7 +100,7 @@ fn a_registry_meets_the_sandbox() {
 }
 
 #[test]
-#[expect(clippy::print_stdout, reason = "what is not tested is said")]
+#[expect(clippy::print_stdout, reason = "says which test is skipped")]
 fn root_reads_an_image_that_only_another_user_can_read() {
     if !rustix::process::geteuid().is_root() {
         println!("only root can read the files of others");
@@ -114,7 +114,7 @@ fn root_reads_an_image_that_only_another_user_can_read() {
 }
 
 #[test]
-#[expect(clippy::print_stdout, reason = "what is not tested is said")]
+#[expect(clippy::print_stdout, reason = "says which test is skipped")]
 fn links_of_an_image_lead_nowhere_else() {
     let ruleset = Ruleset::default().set_compatibility(CompatLevel::HardRequirement);
     if ruleset.handle_access(AccessFs::ReadFile).is_err() {

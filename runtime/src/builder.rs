@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 /// Time limit for the start of a guest.
 const START_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// A builder for a guest. The guest has no command of its own: [`Guest::command`] runs processes in it.
+/// A builder for a guest. The guest is started without a command; [`Guest::command`] runs processes in it.
 #[derive(Clone, Debug)]
 #[must_use = "a guest is started by `start`"]
 pub struct GuestBuilder {

@@ -1,4 +1,4 @@
-//! Runs `kindling-oci`, which an image may have taken over: what it prints is bounded, and cannot control a terminal.
+//! Runs `kindling-oci`. An image may have taken it over, so that its output is bounded and cannot control a terminal.
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::retry_on_intr;

@@ -112,7 +112,7 @@ pub struct Traced {
     pub outcome: Outcome,
     /// Whether the requested call was made, and failed.
     pub has_failed: bool,
-    /// Whether all processes ended within [`TIMEOUT`].
+    /// Whether all processes ended within `TIMEOUT`.
     pub is_in_time: bool,
 }
 

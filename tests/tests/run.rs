@@ -497,7 +497,7 @@ fn missing_networks_volumes_and_kernels_are_reported() {
         assert!(user.has_no_guests());
     };
     refused(&["--net", "none", "-p", "8080:80"], "--publish needs a network");
-    refused(&["--network", "host"], "unsupported network \"host\": --net user reaches");
+    refused(&["--network", "host"], "unsupported network \"host\": use --net user");
     refused(
         &["-v", "data:/a", "-v", "data:/b"],
         "--volume data:/b: this volume is mounted at another path already",

@@ -18,7 +18,7 @@ pub fn prepare() {
     unsafe {
         // Writing to a pipe without a reader returns an error instead of a signal, and the guest continues.
         libc::signal(libc::SIGPIPE, libc::SIG_IGN);
-        // A vCPU thread allocates almost nothing; a malloc arena of its own would take 128 MiB of address space and
+        // A vCPU thread allocates almost nothing; a separate malloc arena would take 128 MiB of address space and
         // five system calls.
         libc::mallopt(libc::M_ARENA_MAX, 1);
         // All allocations come from the heap: the jail of a monitor needs no mmap, munmap and mremap then.

@@ -222,7 +222,7 @@ impl Machine {
     }
 }
 
-/// What a machine starts from: a pre-booted kernel, or otherwise its boot source.
+/// The origin of a machine: a pre-booted kernel, or otherwise its boot source.
 #[derive(Debug, Default)]
 struct Origin {
     preboot: Option<Preboot>,

@@ -37,8 +37,8 @@ impl Resources {
         Self::open(config)
     }
 
-    /// Opens the devices again for a second machine, after the first did not start. What was started for that one, such as
-    /// a passt with published ports, may take a moment to end.
+    /// Opens the devices again for a second machine, after the first did not start. Retries for a second, because helper
+    /// processes of the first machine, such as a passt with published ports, may still be exiting.
     ///
     /// # Errors
     /// Those of [`Self::open_devices`], if they last.

@@ -89,7 +89,7 @@ fn short(item: &str) -> String {
     paths.iter().fold(item.to_owned(), |item, (long, short)| item.replace(long, short))
 }
 
-/// Runs rustdoc on a library; returns its JSON file.
+/// Runs rustdoc on a library; returns its JSON file. A warning, such as one for a broken link, is an error.
 fn rustdoc_json(package: &str, name: &str) -> Result<PathBuf> {
     // The output format is unstable. The variable that enables it changes the fingerprint of all crates, so that a shared
     // target directory would be rebuilt.
@@ -97,7 +97,7 @@ fn rustdoc_json(package: &str, name: &str) -> Result<PathBuf> {
     let status = Command::new("cargo")
         .args(["rustdoc", "--quiet", "--lib", "--package", package, "--target-dir"])
         .arg(&target)
-        .args(["--", "-Z", "unstable-options", "--output-format", "json"])
+        .args(["--", "--deny", "warnings", "-Z", "unstable-options", "--output-format", "json"])
         .env("RUSTC_BOOTSTRAP", "1")
         .current_dir(workspace())
         .status()

@@ -140,21 +140,21 @@ pub(crate) const fn rest_required<A>(name: &'static str, store: Set<A>, help: &'
     Argument { name, help, count: Count::Rest { is_required: true }, store }
 }
 
-/// A command for another program: all words after `--`.
+/// A command for another program: all arguments after `--`.
 pub(crate) const fn after_dashes<A>(name: &'static str, store: Set<A>, help: &'static str) -> Argument<A> {
     Argument { name, help, count: Count::AfterDashes, store }
 }
 
-/// What a command line asks for, if not for the command itself.
+/// Why no command is run: help was requested, or the command line is invalid.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Stop {
     /// A text to print: the help or the version.
     #[error("{0}")]
     Help(String),
     #[error("unknown option {0}{1}")]
-    UnknownOption(String, Meant),
+    UnknownOption(String, Suggestion),
     #[error("unknown command {0:?}{1}")]
-    UnknownCommand(String, Meant),
+    UnknownCommand(String, Suggestion),
     #[error("{0} needs a value, {0} {1}; one that starts with a hyphen is written {0}=VALUE")]
     NoValue(String, &'static str),
     #[error("{0} has no value")]
@@ -170,18 +170,18 @@ pub(crate) enum Stop {
     /// No command is given. The text is the list of commands.
     #[error("{0}")]
     NoCommand(String),
-    /// The words after a command are invalid.
+    /// The arguments of a command are invalid.
     #[error("{1}; see `kindling {0} --help`")]
     Invalid(&'static str, Box<Stop>),
 }
 
-/// The name that was probably meant by an unknown one.
+/// The known name that is most similar to an unknown one, if any is similar enough.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Meant(Option<String>);
+pub(crate) struct Suggestion(Option<String>);
 
-impl Meant {
-    /// The most similar of some names, if it is similar enough.
-    fn by(word: &str, names: impl Iterator<Item = String>) -> Self {
+impl Suggestion {
+    /// Selects the name that is most similar to `word`.
+    fn for_word(word: &str, names: impl Iterator<Item = String>) -> Self {
         let rated = names.map(|name| (strsim::damerau_levenshtein(word, &name), name));
         // One typing error for three letters.
         let similar = rated.filter(|(distance, _)| 3 * distance <= word.len());
@@ -189,17 +189,17 @@ impl Meant {
     }
 }
 
-impl Display for Meant {
+impl Display for Suggestion {
     fn fmt(&self, f: &mut Formatter) -> fmt::Result {
         self.0.as_ref().map_or(Ok(()), |name| write!(f, "; did you mean {name}?"))
     }
 }
 
 impl<A: Default> Command<A> {
-    /// Parses the words after the name of the command.
+    /// Parses the arguments after the name of the command.
     ///
     /// # Errors
-    /// If they are invalid, or ask for help.
+    /// If they are invalid, or request help.
     pub(crate) fn parse(&self, words: impl IntoIterator<Item = OsString>) -> Result<A, Stop> {
         let mut parsed = A::default();
         let mut parser = Parser::from_args(words.into_iter().collect::<Vec<_>>());
@@ -218,7 +218,7 @@ impl<A: Default> Command<A> {
                 Some(Arg::Value(word)) => word,
                 Some(Arg::Short('h') | Arg::Long("help")) => return Err(Stop::Help(self.help())),
                 Some(option) => {
-                    let name = spelled(&option);
+                    let name = as_written(&option);
                     self.store_option(&mut parsed, &name, &mut parser)?;
                     continue;
                 }
@@ -247,19 +247,19 @@ impl<A: Default> Command<A> {
     }
 
     /// Stores an option, whose value is the rest of its word or the next one.
-    fn store_option(&self, parsed: &mut A, spelled: &str, parser: &mut Parser) -> Result<(), Stop> {
-        let Some(option) = self.options.into_iter().flatten().find(|option| option.is(spelled)) else {
+    fn store_option(&self, parsed: &mut A, given: &str, parser: &mut Parser) -> Result<(), Stop> {
+        let Some(option) = self.options.into_iter().flatten().find(|option| option.is(given)) else {
             let names = self.listed_options().map(|option| format!("--{}", option.long));
-            return Err(Stop::UnknownOption(spelled.to_owned(), Meant::by(spelled, names)));
+            return Err(Stop::UnknownOption(given.to_owned(), Suggestion::for_word(given, names)));
         };
         match option.action {
             Action::Flag(set) => set(parsed),
             Action::Value(name, store) => {
                 let value = match parser.optional_value() {
                     Some(value) => value,
-                    None => next_value(parser).ok_or_else(|| Stop::NoValue(spelled.to_owned(), name))?,
+                    None => next_value(parser).ok_or_else(|| Stop::NoValue(given.to_owned(), name))?,
                 };
-                checked(spelled, value, |value| store(parsed, value))?;
+                checked(given, value, |value| store(parsed, value))?;
             }
         }
         Ok(())
@@ -273,11 +273,11 @@ impl<A> Command<A> {
 }
 
 impl<A> Opt<A> {
-    /// Whether `spelled` is this option, such as `--env` or `-e`.
-    fn is(&self, spelled: &str) -> bool {
-        match spelled.strip_prefix("--") {
+    /// Whether `given` is this option, such as `--env` or `-e`.
+    fn is(&self, given: &str) -> bool {
+        match given.strip_prefix("--") {
             Some(long) => long == self.long,
-            None => spelled.strip_prefix('-').is_some_and(|letter| letter == self.short),
+            None => given.strip_prefix('-').is_some_and(|letter| letter == self.short),
         }
     }
 }
@@ -329,8 +329,8 @@ fn checked(
     store(value).map_err(|reason| Stop::InvalidValue(name.to_owned(), text, reason))
 }
 
-/// An option as it was written.
-fn spelled(option: &Arg) -> String {
+/// The option as it was written, such as `--env` or `-e`.
+fn as_written(option: &Arg) -> String {
     match option {
         Arg::Long(name) => format!("--{name}"),
         Arg::Short(letter) => format!("-{letter}"),
@@ -345,11 +345,11 @@ fn unexpected_value(error: &lexopt::Error) -> Stop {
     }
 }
 
-/// A command as the list of commands has it, whatever its arguments are.
+/// An entry of the list of commands: a [`Command`] of any argument type, or a [`Group`].
 pub(crate) trait Entry: Sync {
     fn name(&self) -> &'static str;
     fn about(&self) -> &'static str;
-    /// Parses the words after the name, and runs the command. Returns the exit status.
+    /// Parses the arguments after the name, and runs the command. Returns the exit status.
     fn execute(&self, words: Vec<OsString>, started: Instant) -> Result<u8, Stop>;
 }
 
@@ -410,10 +410,10 @@ impl Entry for Group {
             return command.execute(words, started);
         }
         if name.starts_with('-') {
-            return Err(Stop::UnknownOption(name.into_owned(), Meant(None)));
+            return Err(Stop::UnknownOption(name.into_owned(), Suggestion(None)));
         }
         let names = self.listed().map(|command| command.name().to_owned());
-        Err(Stop::UnknownCommand(name.clone().into_owned(), Meant::by(&name, names)))
+        Err(Stop::UnknownCommand(name.clone().into_owned(), Suggestion::for_word(&name, names)))
     }
 }
 
@@ -580,7 +580,7 @@ mod tests {
     }
 
     proptest! {
-        /// No words make the parser panic, and those of the command arrive as they are.
+        /// No arguments make the parser panic, and the arguments of the guest's command are stored unchanged.
         #[test]
         fn words_of_a_command_arrive_unchanged(
             before in prop::collection::vec(prop::sample::select(vec![

@@ -77,7 +77,7 @@ const OPTIONS: &[Opt<Arguments>] = &[
     option("", "pull", "missing|always|never", |all, word| store_as(&mut all.pull, word, pull),
         "When to pull the image from its registry [default: missing]"),
     option("", "jail", "require|full|best-effort|off", |all, word| store_as(&mut all.jail.strictness, word, strictness),
-        "Fail if the host lacks a layer of the monitor's jail, add namespaces and a root directory of its own, leave out \
+        "Fail if the host lacks a layer of the monitor's jail, add namespaces and an empty root directory, skip \
          what the host lacks, or use no jail [default: fail if the host lacks what every supported kernel has]"),
     option("", "seccomp", "end|log", |all, word| store_as(&mut all.jail.on_refusal, word, on_refusal),
         "What happens if the monitor executes a system call that its jail refuses: end the guest, or let the kernel log \

@@ -31,8 +31,8 @@ pub(super) fn start() -> io::Result<u8> {
     Ok(code.filter(|&code| code != 0).unwrap_or(STATUS_FAILURE))
 }
 
-/// A sealed memfd with the words after `kindling run`. All users can read the arguments of a process; those of a guest may contain secrets
-/// in environment variables, and the background process lives as long as the guest.
+/// A sealed memfd with the arguments after `kindling run`. All users can read the arguments of a process; those of a guest
+/// may contain secrets in environment variables, and the background process lives as long as the guest.
 fn in_memory(line: impl Iterator<Item = OsString>) -> io::Result<File> {
     let mut file = File::from(memfd_create("arguments", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?);
     for word in line {

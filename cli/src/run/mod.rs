@@ -97,7 +97,7 @@ fn run_guest(
         None => Streams::inherited(),
     };
     let streams = streams.map_err(|error| LaunchError::Host("open the command's streams", error))?;
-    // A signal meanwhile ends this command, at the latest when a file is synced, and leaves no partial file.
+    // A signal during this step ends the command, after a sync in progress, and leaves no partial file.
     foreground.preboot(&mut |cause| {
         guest.forget();
         signals::exit(cause);

@@ -23,7 +23,7 @@ pub enum Sender {
     Trusted,
     /// The sender may have created symbolic links, with an earlier stream or by other access to the destination's
     /// directory: one at the destination's path is not followed, and one among its directories only if the sender cannot
-    /// gain anything by it ([`open_directory`]).
+    /// gain anything by it (`open_directory`).
     Untrusted,
 }
 

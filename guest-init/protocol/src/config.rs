@@ -20,7 +20,7 @@ pub trait StringList: Default {
 }
 
 impl StringList for Vec<Vec<u8>> {
-    /// Does nothing: each string is an allocation of its own.
+    /// Does nothing: each string is a separate allocation.
     fn reserve(&mut self, _bytes: usize) {}
 
     fn push(&mut self, string: &[u8]) {
@@ -124,8 +124,9 @@ pub struct BootInfo {
 }
 
 impl BootInfo {
-    /// Every fact set, which is the longest encoding: a configuration that fits a frame with it fits any frame.
-    pub const LONGEST: Self = Self {
+    /// All fields set, which gives the longest encoding: a configuration that fits a frame with it fits a frame with any
+    /// other `BootInfo`.
+    pub const ALL_SET: Self = Self {
         vm_age: Some(0),
         kernel_log: true,
         reseed: Some(Reseed { real_time: 0, entropy: [0; Reseed::ENTROPY_LEN] }),

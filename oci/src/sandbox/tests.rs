@@ -1,4 +1,4 @@
-//! What code that has taken over the program may try. Each attempt is made by a process of its own, in the sandbox and
+//! Attempts of code that has taken over the program. Each attempt is made by a separate process, in the sandbox and
 //! without it. Most are of a kind that only one layer refuses.
 #![expect(unsafe_code, reason = "these system calls have no safe interface")]
 

@@ -18,7 +18,7 @@ pub(super) fn find(registry: &Registry) -> Result<Image, Error> {
     let response = registry.get(&format!("manifests/{version}"), true, 0)?;
     let header = response.headers().get("content-type").and_then(|value| value.to_str().ok());
     let media_type = header.unwrap_or_default().split(';').next().unwrap_or_default().trim();
-    // Object storage, to which registries redirect, sends types of its own. Then the content decides.
+    // Object storage, to which registries redirect, sends other types. Then the content decides.
     let mut media_type = media_type.to_ascii_lowercase();
     if target_of(&media_type).is_none() {
         media_type.clear();

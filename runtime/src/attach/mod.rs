@@ -77,7 +77,7 @@ impl fmt::Debug for Attachment<'_> {
     }
 }
 
-/// Time to deliver output after the guest was stopped, for readers that do not read.
+/// Time to deliver output after the guest was stopped, to readers that have stopped reading.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Further time for a monitor to stop its machine.
@@ -164,8 +164,8 @@ impl<'a> Attachment<'a> {
         Ok(if failure.is_some() && status == 0 { STATUS_FAILURE } else { status })
     }
 
-    /// Gives the guest a time to end by itself if its agent has closed the connection to the command; ends it at once if
-    /// the host has failed.
+    /// Sets a deadline for the guest to shut down if its agent has closed the connection to the command. After a failure of
+    /// the host, the guest is stopped immediately.
     pub(crate) fn abandon(&mut self, error: &AgentError) {
         let limit = match error {
             AgentError::Lost | AgentError::Refused { .. } => END_TIMEOUT,
@@ -202,7 +202,7 @@ impl<'a> Attachment<'a> {
         Ok(was_executed)
     }
 
-    /// Waits until a descriptor is ready. Signals are forwarded meanwhile.
+    /// Waits until a descriptor is ready. Signals are forwarded during the wait.
     fn wait(
         &mut self,
         process: &Process,
@@ -225,7 +225,7 @@ impl<'a> Attachment<'a> {
     }
 
     /// Waits until one of the descriptors is ready, or until a time. Signals are forwarded and the deadlines enforced
-    /// meanwhile.
+    /// during the wait.
     fn wait_for<T: Copy>(
         &mut self,
         watched: &[(BorrowedFd<'_>, PollFlags, T)],
@@ -311,7 +311,8 @@ fn wait_for_any<'a, T: Copy>(
     Ok(first.and_then(|at| names[at]).map_or(Event::TimedOut, Event::Ready))
 }
 
-/// The error of a host that could not do something for a process. The end of the time for its output is no error of it.
+/// Converts an error of the host. An expired drain deadline is reported as [`AgentError::Lost`], because the host has not
+/// failed.
 fn failed(what: &'static str) -> impl FnOnce(io::Error) -> AgentError {
     move |source| match source.kind() {
         io::ErrorKind::TimedOut => AgentError::Lost,

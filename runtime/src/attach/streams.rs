@@ -82,7 +82,7 @@ pub(super) struct Writers {
     running: u64,
     /// An eventfd that counts the threads that have ended.
     pub(super) done: Option<Arc<OwnedFd>>,
-    /// What they could not receive or write.
+    /// The first error of a thread.
     failure: Arc<Mutex<Option<OutputError>>>,
 }
 

@@ -1,4 +1,4 @@
-//! What the files of a guest's directory say.
+//! Parsing of the files in a guest's directory.
 
 use super::{GuestError, GuestRecord, LOCK, NO_STATUS, RECORD, STATUS, host};
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};

@@ -32,7 +32,7 @@ impl Guest {
 impl Usage {
     fn of(process: &Process) -> Option<Self> {
         let file = |name: &str| std::fs::read_to_string(format!("/proc/{}/{name}", process.pid)).ok();
-        // What smaps would tell is for processes with more rights: the monitor's memory is not theirs to see.
+        // Not smaps: the monitor is not dumpable, so that only root can read its smaps.
         let (memory, stat) = (file("statm")?, file("stat")?);
         // If the process still runs, its ID was not reused while the files were read.
         if process.wait(Some(std::time::Instant::now())) {

@@ -24,7 +24,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
 const SIGTERM: u8 = 15;
-/// The lowest CID of a guest. All guests may have it, because each vsock has a Unix socket of its own.
+/// The lowest CID of a guest. All guests can use it, because each vsock device has a separate Unix socket.
 const GUEST_CID: u32 = 3;
 
 /// An error of the start of a guest.
@@ -72,7 +72,7 @@ pub enum LaunchError {
     NoNetwork,
     /// A network of docker that does not exist here: `host`, `bridge` or `default`.
     #[error(
-        "unsupported network {0:?}: --net user reaches what the host reaches, and --publish accepts connections"
+        "unsupported network {0:?}: use --net user for outgoing connections, and --publish for incoming ones"
     )]
     Network(OsString),
     /// Neither the image nor the user names a command.

@@ -28,7 +28,7 @@ pub struct Image {
     pub name: String,
     /// The kernel.
     pub kernel: ImageFile,
-    /// The initramfs: init, and the root filesystem if that has no file of its own.
+    /// The initramfs: init, and the root filesystem if it is not a separate file.
     pub initrd: ImageFile,
     /// The root filesystem (EROFS), unless it is in the initramfs.
     #[serde(default, skip_serializing_if = "Option::is_none")]

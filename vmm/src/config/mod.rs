@@ -21,7 +21,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// What the guest runs and how. Strings are lists of bytes.
+/// The configuration for init: payload, environment, mounts, network. Strings are lists of bytes.
 pub type GuestConfig = guest_protocol::config::GuestConfig<Vec<Vec<u8>>>;
 
 /// The configuration of one machine.
@@ -345,7 +345,7 @@ fn validate_guest(guest: &GuestConfig) -> Result<(), ConfigError> {
     if [guest.user_id, guest.group_id].contains(&u32::MAX) || guest.groups.contains(&u32::MAX) {
         return Err(ConfigError::Id);
     }
-    guest.to_frame(&BootInfo::LONGEST)?;
+    guest.to_frame(&BootInfo::ALL_SET)?;
     Ok(())
 }
 

@@ -16,13 +16,13 @@ use vmm_sys_util::eventfd::EventFd;
 pub(crate) struct Control {
     channel: Channel,
     balloon: Option<balloon::Control>,
-    /// What is sent when the guest's agent accepts connections.
+    /// The event to send when the guest's agent accepts connections.
     start: Option<Start>,
     /// Set when the front has detached: the machine continues when the socket is closed.
     detached: Option<Detached>,
 }
 
-/// The event that the guest's agent accepts connections.
+/// The pending notification that the guest's agent accepts connections.
 #[derive(Debug)]
 struct Start {
     /// Rung by a vCPU's thread, which must not be the last to hold it: a vCPU cannot close descriptors in its jail.

@@ -39,7 +39,7 @@ impl Configuration {
     ) -> Result<Self, FrameError> {
         // The frame is encoded for each request, because it contains the age of the VM; encoding it here once checks
         // that the configuration fits.
-        config.to_frame(&BootInfo::LONGEST)?;
+        config.to_frame(&BootInfo::ALL_SET)?;
         let entropy = if is_prebooted { random_numbers() } else { Vec::new() };
         Ok(Self { config, vm_created, kernel_log, is_prebooted, entropy, answer: Vec::new(), position: 0 })
     }

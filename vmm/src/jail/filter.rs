@@ -1,10 +1,10 @@
 //! Seccomp filters: programs of classic BPF that are made of the table when this program is compiled.
 //!
-//! A guest waits for each instruction of them: the kernel translates a program to native code when a thread installs
-//! it, which takes longer than all else in the jail, and before that runs it for each system call that exists, to find
-//! those that are always allowed (`seccomp_cache_prepare` in kernel/seccomp.c). Calls without a rule for their arguments
-//! are therefore bits of a few words, and not comparisons. That run would find little that matters here, where most calls
-//! are ioctls, so that each program begins with an instruction that the kernel does not follow.
+//! The length of a program delays the start of a guest: the kernel translates it to native code when a thread installs it,
+//! which takes longer than all else in the jail. Calls without a rule for their arguments are therefore looked up in a
+//! bitmap, not compared one by one. Before the translation the kernel interprets the program once for each system call, to
+//! cache those that are always allowed (`seccomp_cache_prepare` in kernel/seccomp.c). The cache gains little here, because
+//! most calls are ioctls, so that each program begins with an instruction that ends this interpretation.
 #![expect(unsafe_code, reason = "installs a program by seccomp(2)")]
 #![expect(clippy::cast_possible_truncation, reason = "`TryFrom` is not const; tests execute each program")]
 
@@ -76,7 +76,7 @@ const ABSENT: sock_filter =
 struct Program {
     instructions: [sock_filter; CAPACITY],
     length: usize,
-    /// What it returns for a call that is refused.
+    /// The action for a refused call.
     refuse: sock_filter,
 }
 
@@ -115,8 +115,8 @@ impl Program {
         this
     }
 
-    /// A program that makes calls fail which the table lists as absent, and allows all others. It is a program of its own,
-    /// since the kernel logs what the other one refuses.
+    /// A program that makes the calls fail which the table lists as absent, and allows all others. It is a separate program,
+    /// because the kernel logs the calls that the other one refuses.
     const fn of_absent_calls(thread: Thread) -> Self {
         let mut this = Self { instructions: [ALLOW; CAPACITY], length: 0, refuse: ALLOW };
         this.push(code::A_TO_X, 0, 0, 0);

@@ -1,7 +1,7 @@
 //! Landlock: one ruleset that denies everything it can (Documentation/userspace-api/landlock.rst).
 //!
-//! What is open stays usable. A ruleset without rules needs no path, so that two system calls and one structure of the
-//! kernel's interface are all there is.
+//! Open descriptors stay usable. A ruleset without rules needs no path, so that two system calls and one structure of the
+//! kernel's interface suffice.
 #![expect(unsafe_code, reason = "Landlock's system calls have no safe interface")]
 
 use super::Layer;

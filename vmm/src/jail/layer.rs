@@ -25,8 +25,8 @@ pub enum Layer {
     Network,
     /// No signal to a process outside, and no connection to an abstract Unix socket outside (Landlock, from Linux 6.12).
     Scopes,
-    /// Network, IPC, host name and cgroup namespaces of its own, and a user or user namespace of its own. Not part of
-    /// [`Self::ALL`].
+    /// New network, IPC, UTS and cgroup namespaces, and an unused UID for a monitor of root, or else a new user namespace.
+    /// Not part of [`Self::ALL`].
     Namespaces,
     /// An empty root directory. Not part of [`Self::ALL`], and entered after [`Self::Namespaces`].
     Root,
@@ -50,7 +50,7 @@ impl Layer {
         !matches!(self, Self::Network | Self::Scopes | Self::Namespaces | Self::Root)
     }
 
-    /// What the layer does, to follow "cannot".
+    /// The layer's action, as a phrase after "cannot".
     #[must_use]
     pub const fn action(self) -> &'static str {
         match self {

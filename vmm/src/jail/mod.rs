@@ -28,7 +28,7 @@ use std::iter;
 #[error("this host cannot {what} for the jail of the guest; `--jail best-effort` runs the guest without it")]
 #[non_exhaustive]
 pub struct JailError {
-    /// What the host cannot do.
+    /// The operation that failed, as a phrase after "cannot".
     pub what: &'static str,
     /// The host's error.
     pub source: io::Error,

@@ -1,4 +1,4 @@
-//! Namespaces and a root directory of the monitor's own, for the strictest jail.
+//! New namespaces and an empty root directory for the monitor, in the strictest jail.
 //!
 //! There is no mount namespace: creating one copies each mount of the host, which takes 5 us for each (exact lab), and 2.5
 //! ms on a host with 500. chroot(2) takes the same time everywhere. Nothing leads out of it: the monitor has no
@@ -19,15 +19,15 @@ use rustix::thread::{
 /// in one PID namespace have the same, and no convention gives these numbers to anything else (systemd's `UIDS-GIDS`).
 const FIRST_USER: u32 = 0x7000_0000;
 
-/// What is needed until the root directory changes: to do that, and to watch files of other users.
+/// The capabilities kept until the root directory is changed: for chroot(2), and for watching files of other users.
 const KEPT: CapabilitySet = CapabilitySet::SYS_CHROOT.union(CapabilitySet::DAC_READ_SEARCH);
 
 /// A directory that is never writable, and contains only the numbers of this process's descriptors.
 const ROOT: &str = "/proc/self/fdinfo";
 
-/// Moves this process, which has one thread, to namespaces of its own: network, IPC, host name and cgroup. A process of
-/// root becomes a user of its own; another one moves to a user namespace in which its user has no number. Until
-/// [`change_root`] it keeps the capabilities to do that.
+/// Moves this process, which has one thread, to new namespaces: network, IPC, UTS and cgroup. A process of root switches to
+/// an unused UID; another one moves to a user namespace in which its UID has no mapping. The process keeps the capabilities
+/// for [`change_root`].
 pub(super) fn enter() -> Result<(), Errno> {
     let mut namespaces =
         UnshareFlags::NEWNET | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS | UnshareFlags::NEWCGROUP;

@@ -111,7 +111,7 @@ pub fn file(path: &Path, owners: Owners) -> Result<OwnedFd, Error> {
     Walk::new(path, owners)?.to(Target::File)
 }
 
-/// Checks a regular file in a trusted directory, whose path is `path`: cheaper than [`file`] for several files of one
+/// Checks a regular file in a trusted directory, whose path is `path`: cheaper than [`file()`] for several files of one
 /// directory.
 ///
 /// # Errors

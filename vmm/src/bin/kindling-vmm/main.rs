@@ -23,7 +23,7 @@ fn run() -> u8 {
             std::io::stderr().write_all(format!("kindling-vmm: {}\n", trusted_path::SET_USER_ID).as_bytes());
         return STATUS_INVALID_REQUEST;
     }
-    // In a session of its own, the monitor does not receive the signals of the front's terminal, which are for the
+    // In a new session, the monitor does not receive the signals of the front's terminal, which are for the
     // guest's program.
     let _ = rustix::process::setsid();
     // A descriptor above the standard streams and close-on-exec, so that no child process inherits the socket.

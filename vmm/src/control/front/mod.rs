@@ -249,7 +249,7 @@ impl Monitor {
         self.event(Some(until))
     }
 
-    /// Waits for an event. The lock of the events is not held meanwhile, so that queries of other threads are answered.
+    /// Waits for an event. The lock of the events is not held during the wait, so that queries of other threads are answered.
     fn event(&self, until: Option<Instant>) -> Result<Option<Event>, ControlError> {
         loop {
             let mut events = lock(&self.events);
@@ -311,14 +311,14 @@ impl Monitor {
         if status.code() == Some(STATUS_INVALID_REQUEST.into()) {
             return ControlError::Version;
         }
-        let last_words = process.as_mut().and_then(|process| last_words(process.stderr.take()?));
-        if let Some(call) = last_words.as_deref().and_then(jail::describe)
+        let last_line = process.as_mut().and_then(|process| last_stderr_line(process.stderr.take()?));
+        if let Some(call) = last_line.as_deref().and_then(jail::describe)
             && status.code() == Some(STATUS_REFUSED.into())
         {
             return ControlError::Refused(call);
         }
-        match (status.signal(), last_words) {
-            (_, Some(words)) => ControlError::Crashed(words),
+        match (status.signal(), last_line) {
+            (_, Some(line)) => ControlError::Crashed(line),
             (Some(signal), None) => ControlError::Killed(signal),
             (None, None) => ControlError::Disconnected,
         }
@@ -365,7 +365,7 @@ fn wait_or_kill(process: &mut Child) -> Option<ExitStatus> {
 }
 
 /// The last line that a monitor which has ended wrote on its standard error, without control characters.
-fn last_words(stderr: ChildStderr) -> Option<String> {
+fn last_stderr_line(stderr: ChildStderr) -> Option<String> {
     /// Maximum length in bytes: the guest may have taken the monitor over.
     const LINE_MAX: u64 = 4096;
     // A process that the monitor started would keep the pipe open.
