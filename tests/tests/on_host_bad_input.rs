@@ -105,13 +105,13 @@ fn memory_and_vcpus_out_of_range_are_refused() {
     let scratch = KernelFolder::new();
     let kernel = scratch.kernel();
     for (option, value, expected) in [
-        ("--memory", "0", "mem_size_mib is 0"),
-        ("--memory", "1", "mem_size_mib is 1"),
+        ("--memory", "0", "memory (mem_size_mib) is 0"),
+        ("--memory", "1", "memory (mem_size_mib) is 1"),
         ("--memory", "100000000", "but this host has"),
         ("--memory", "18446744073709551615", "but this host has"),
-        ("--vcpus", "0", "vcpu_count is 0"),
-        ("--vcpus", "17", "vcpu_count is 17"),
-        ("--vcpus", "10000", "vcpu_count is 10000"),
+        ("--vcpus", "0", "number of vCPUs (vcpu_count) is 0"),
+        ("--vcpus", "17", "number of vCPUs (vcpu_count) is 17"),
+        ("--vcpus", "10000", "number of vCPUs (vcpu_count) is 10000"),
     ] {
         refused(&["--kernel", &kernel, option, value], expected);
     }

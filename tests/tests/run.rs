@@ -311,10 +311,10 @@ fn invalid_arguments_of_run_are_reported() {
     let image = image.to_str().unwrap();
     named(&[image], "the image has no command");
     named(&["--name", "a/b", image, "true"], "invalid guest name");
-    named(&["--cpus", "99", image, "true"], "vcpu_count is 99");
+    named(&["--cpus", "99", image, "true"], "number of vCPUs (vcpu_count) is 99");
     named(&["-u", "somebody", image, "true"], "somebody");
     named(&["-e", "=x", image, "true"], "environment entry");
-    named(&["--memory", "1", image, "true"], "mem_size_mib is 1");
+    named(&["--memory", "1", image, "true"], "memory (mem_size_mib) is 1");
 }
 
 #[test]

@@ -398,7 +398,7 @@ mod tests {
             (r#"{"boot-source": {"kernel_image_path": 7}}"#.into(), "invalid type: integer `7`"),
             (machine(r#"{"vcpu_count": "2"}"#), "invalid type: string \"2\""),
             (machine(r#"{"vcpu_count": -1}"#), "invalid value: integer `-1`"),
-            (machine(r#"{"vcpu_count": 10000}"#), "vcpu_count is 10000"),
+            (machine(r#"{"vcpu_count": 10000}"#), "number of vCPUs (vcpu_count) is 10000"),
             (machine(r#"{"vcpu_count": 2, "vcpu_count": 3}"#), "duplicate field `vcpu_count`"),
             (machine(r#"{"mem_size_mib": 1.5}"#), "invalid type: floating point"),
             (machine(r#"{"mem_size_mib": 99999999999999999999}"#), "invalid type: floating point"),

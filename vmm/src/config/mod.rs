@@ -132,11 +132,11 @@ pub enum Console {
 #[non_exhaustive]
 pub enum ConfigError {
     /// An unsupported number of vCPUs.
-    #[error("vcpu_count is {0}; a machine has 1 to {VCPUS_MAX} vCPUs")]
+    #[error("the number of vCPUs (vcpu_count) is {0}; a machine has 1 to {VCPUS_MAX}")]
     VcpuCount(u64),
     /// More vCPUs than the kernel of the image supports.
     #[error(
-        "vcpu_count is {asked}, but the kernel of this image was built for {max}; build an image without \
+        "the number of vCPUs (vcpu_count) is {asked}, but the kernel of this image was built for {max}; build an image without \
          the fragment that limits it (uniprocessor)"
     )]
     KernelVcpus {
@@ -146,10 +146,10 @@ pub enum ConfigError {
         max: u8,
     },
     /// Less memory than a Linux guest needs, in MiB.
-    #[error("mem_size_mib is {0}; a Linux guest needs at least {MEMORY_MIN_MIB} MiB")]
+    #[error("the memory (mem_size_mib) is {0} MiB; a Linux guest needs at least {MEMORY_MIN_MIB} MiB")]
     MemoryTooSmall(u64),
     /// More memory than the host has.
-    #[error("mem_size_mib is {asked}, but this host has {host} MiB in all")]
+    #[error("the memory (mem_size_mib) is {asked} MiB, but this host has {host} MiB in all")]
     MemoryTooLarge {
         /// The configured size in MiB.
         asked: u64,
@@ -378,7 +378,8 @@ mod tests {
         config.machine.vcpu_count = 2;
         let message = config.validate_on_host(1024).unwrap_err().to_string();
         assert!(
-            message.contains("vcpu_count is 2, but the kernel of this image was built for 1"),
+            message
+                .contains("number of vCPUs (vcpu_count) is 2, but the kernel of this image was built for 1"),
             "{message}"
         );
     }
@@ -393,11 +394,14 @@ mod tests {
         let table: [(&str, String); 12] = [
             ("ids go from 0 to 4294967294", error(|c| c.guest.user_id = u32::MAX)),
             ("ids go from 0 to 4294967294", error(|c| c.guest.group_id = u32::MAX)),
-            ("vcpu_count is 0;", error(|c| c.machine.vcpu_count = 0)),
-            ("vcpu_count is 17;", error(|c| c.machine.vcpu_count = 17)),
-            ("mem_size_mib is 0;", error(|c| c.machine.mem_size_mib = 0)),
-            ("mem_size_mib is 1;", error(|c| c.machine.mem_size_mib = 1)),
-            ("mem_size_mib is 1001, but this host has 1000", error(|c| c.machine.mem_size_mib = 1001)),
+            ("number of vCPUs (vcpu_count) is 0;", error(|c| c.machine.vcpu_count = 0)),
+            ("number of vCPUs (vcpu_count) is 17;", error(|c| c.machine.vcpu_count = 17)),
+            ("memory (mem_size_mib) is 0 MiB;", error(|c| c.machine.mem_size_mib = 0)),
+            ("memory (mem_size_mib) is 1 MiB;", error(|c| c.machine.mem_size_mib = 1)),
+            (
+                "memory (mem_size_mib) is 1001 MiB, but this host has 1000",
+                error(|c| c.machine.mem_size_mib = 1001),
+            ),
             (
                 "2048 bytes; the kernel takes at most 2047",
                 error(|c| c.boot_source.boot_args = "x".repeat(2048)),
