@@ -57,6 +57,8 @@ enum Status {
 
 /// Bytes per sector, the unit of all requests.
 const SECTOR: u64 = 512;
+/// Capacity of a placeholder: 1 PiB.
+const PLACEHOLDER_SECTORS: u64 = 1 << 41;
 /// Bytes of the reply to [`request::GET_ID`].
 const ID_LEN: usize = 20;
 /// Maximum number of chains per call.
@@ -171,7 +173,9 @@ impl Block {
     }
 
     /// Makes the device a placeholder, with which a kernel is pre-booted: replaces the file by a sparse memory file of
-    /// the same size.
+    /// the same size, and reports a larger capacity than any disk has. A guest that continues from the kernel learns the
+    /// capacity of its own disk soon, but not before its first access: Linux reads zeroes beyond the capacity that it knows
+    /// (`block_read_full_folio` in fs/buffer.c).
     ///
     /// # Errors
     /// When the host is out of memory.
@@ -179,6 +183,7 @@ impl Block {
         let file = File::from(rustix::fs::memfd_create("placeholder disk", rustix::fs::MemfdFlags::CLOEXEC)?);
         file.set_len(self.sectors * SECTOR)?;
         self.io = FileIo::new(file, QUEUE_SIZE);
+        self.sectors = PLACEHOLDER_SECTORS;
         Ok(self)
     }
 

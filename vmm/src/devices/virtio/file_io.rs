@@ -105,9 +105,7 @@ impl Job {
         what | libc::FALLOC_FL_KEEP_SIZE
     }
 
-    /// The job as a request to a ring on its only file.
-    fn entry(&self) -> squeue::Entry {
-        let fd = types::Fixed(0);
+    fn entry(&self, fd: types::Fd) -> squeue::Entry {
         let count = u32::try_from(self.count).unwrap_or(u32::MAX);
         let entry = match self.operation {
             Operation::Read => {
@@ -257,7 +255,7 @@ impl FileIo {
     /// # Errors
     /// When neither is available.
     pub(super) fn prepare(&mut self, token: u32, watcher: &Watcher, jail: Jail) -> io::Result<()> {
-        self.engine = Some(Engine::new(&self.file, self.depth, token, watcher, jail)?);
+        self.engine = Some(Engine::new(self.depth, token, watcher, jail)?);
         Ok(())
     }
 
@@ -276,7 +274,7 @@ impl FileIo {
             return Err(io::ErrorKind::QuotaExceeded.into());
         }
         if self.engine.is_none() {
-            self.engine = Some(Engine::new(&self.file, self.depth, token, watcher, Jail::OFF)?);
+            self.engine = Some(Engine::new(self.depth, token, watcher, Jail::OFF)?);
         }
         if let Operation::Zero(length) = job.operation
             && self.is_sparse()
@@ -285,7 +283,7 @@ impl FileIo {
         }
         match &mut self.engine {
             Some(Engine::Ring(ring)) => {
-                let entry = job.entry().user_data(number.into());
+                let entry = job.entry(types::Fd(self.file.as_raw_fd())).user_data(number.into());
                 // SAFETY: the creator of the job keeps its memory valid until it completes, and the file stays open as
                 // long as `self`, which drains its jobs.
                 unsafe { ring.0.submission().push(&entry) }.map_err(|_| io::ErrorKind::WouldBlock)?;
@@ -346,9 +344,9 @@ fn submit(ring: &IoUring) {
 }
 
 impl Engine {
-    fn new(file: &File, depth: u32, token: u32, watcher: &Watcher, jail: Jail) -> io::Result<Self> {
+    fn new(depth: u32, token: u32, watcher: &Watcher, jail: Jail) -> io::Result<Self> {
         // Many container runtimes and hardened hosts forbid io_uring.
-        if let Ok(ring) = restricted_ring(file, depth) {
+        if let Ok(ring) = restricted_ring(depth) {
             // SAFETY: the ring is open as long as the engine.
             let fd = unsafe { BorrowedFd::borrow_raw(ring.as_raw_fd()) };
             watcher.add(fd, token, EventFlags::IN)?;
@@ -360,18 +358,16 @@ impl Engine {
     }
 }
 
-/// An io_uring that is restricted to one file, and to the operations of [`Job::entry`] (from Linux 5.10).
-fn restricted_ring(file: &File, depth: u32) -> io::Result<IoUring> {
+/// An io_uring that is restricted to the operations of [`Job::entry`] (from Linux 5.10). It is not restricted to the disk's
+/// file: a ring keeps files that are registered open for a while after its process has ended, and so their locks.
+fn restricted_ring(depth: u32) -> io::Result<IoUring> {
     let ring = IoUring::builder().setup_r_disabled().build(depth)?;
-    let submitter = ring.submitter();
-    submitter.register_files(&[file.as_raw_fd()])?;
     let operations =
         [opcode::Readv::CODE, opcode::Writev::CODE, opcode::Fsync::CODE, opcode::Fallocate::CODE];
     let mut restrictions: Vec<_> = operations.into_iter().map(Restriction::sqe_op).collect();
-    restrictions.push(Restriction::sqe_flags_required(squeue::Flags::FIXED_FILE.bits()));
     restrictions.push(Restriction::sqe_flags_allowed(squeue::Flags::ASYNC.bits()));
-    submitter.register_restrictions(&mut restrictions)?;
-    submitter.register_enable_rings()?;
+    ring.submitter().register_restrictions(&mut restrictions)?;
+    ring.submitter().register_enable_rings()?;
     Ok(ring)
 }
 

@@ -286,6 +286,16 @@ fn cached_requests_are_served_inline_up_to_the_budget() {
     }
 }
 
+/// A guest that continues from a kernel with this disk reads zeroes beyond its capacity until it knows its own disk's.
+#[test]
+fn the_capacity_of_a_placeholder_is_larger_than_that_of_any_disk() {
+    let disk = Disk::new(&[0; 4096]);
+    let capacity = |device: &Block| u64::from_le_bytes(*device.configuration().first_chunk().unwrap());
+    let device = Block::open(&disk.drive()).unwrap();
+    assert_eq!(capacity(&device), 8);
+    assert!(capacity(&device.placeholder().unwrap()) >= (1 << 50) / 512);
+}
+
 #[test]
 fn a_large_request_is_not_served_inline() {
     let disk = Disk::new(&vec![7; 4 << 20]);
