@@ -32,6 +32,11 @@ pub(crate) struct DeviceSet {
 impl DeviceSet {
     /// Creates the devices of a configuration with their backends, which are in the same order.
     pub(crate) fn new(config: &Config, backends: Vec<Backend>) -> Result<Self, Error> {
+        if backends.len() != config.devices.iter().count() {
+            return Err(Error::host("find a backend for each device")(
+                std::io::ErrorKind::InvalidInput.into(),
+            ));
+        }
         let mut set = Self::default();
         let mut next = layout::above_ram(config.machine.mem_size_mib * layout::MIB);
         for (config, mut backend) in config.devices.iter().zip(backends) {

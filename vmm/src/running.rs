@@ -248,7 +248,7 @@ impl Running {
             LoopEnd::Stopped => ExitReason::Stopped,
             LoopEnd::MemoryLost => lost_memory(&files).unwrap_or(ExitReason::Stopped),
             // The vCPU that ended first is the cause; the others stopped because of it.
-            LoopEnd::VcpuEnded => match outcomes.into_iter().next() {
+            LoopEnd::VcpuEnded => match outcomes.into_iter().min_by_key(VcpuOutcome::is_stopped) {
                 Some(outcome) => {
                     registers = outcome.registers;
                     let lost = outcome.end.is_bad_address().then(|| lost_memory(&files)).flatten();

@@ -14,14 +14,14 @@ const TIMEOUT: Duration = Duration::from_millis(20);
 
 /// Where threads wait until it is opened.
 #[derive(Debug, Default)]
-pub(crate) struct Gate {
+struct Gate {
     is_open: Mutex<bool>,
     opened: Condvar,
 }
 
 impl Gate {
     /// Lets all threads pass, from now on.
-    pub(crate) fn open(&self) {
+    fn open(&self) {
         *lock(&self.is_open) = true;
         self.opened.notify_all();
     }
@@ -140,10 +140,26 @@ mod tests {
                 });
             }
             arriving.iter().take(2).for_each(drop);
+            while *lock(&meeting.missing) > 1 {
+                std::thread::yield_now();
+            }
             assert_eq!(passed.load(std::sync::atomic::Ordering::SeqCst), 0);
             meeting.arrive();
         });
         assert_eq!(passed.into_inner(), 2);
+    }
+
+    #[test]
+    fn an_abandoned_meeting_holds_nobody_up() {
+        let meeting = Rendezvous::default();
+        (0..3).for_each(|_| meeting.expect());
+        std::thread::scope(|scope| {
+            scope.spawn(|| meeting.wait());
+            meeting.abandon();
+        });
+        // Whoever comes later passes too.
+        meeting.wait();
+        meeting.arrive();
     }
 
     #[test]

@@ -32,6 +32,13 @@ pub(crate) struct VcpuOutcome {
     pub(crate) recorder: Option<Recorder>,
 }
 
+impl VcpuOutcome {
+    /// Whether the thread ended because the machine was stopped, and so is not the cause of its end.
+    pub(crate) const fn is_stopped(&self) -> bool {
+        matches!(self.end, VcpuEnd::Stopped)
+    }
+}
+
 /// The threads of a machine's vCPUs.
 #[derive(Debug)]
 pub(crate) struct VcpuThreads {
@@ -104,6 +111,10 @@ impl VcpuThreads {
                 let _ = recorder.start_sampling();
             }
             let confined = jail.confine_thread(Thread::Vcpu);
+            if confined.is_err() {
+                // The others do not enter the guest beside this thread.
+                stopping.store(true, Ordering::Release);
+            }
             all_confined.wait();
             if let Some(latch) = latch {
                 latch.wait(id);

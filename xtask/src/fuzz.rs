@@ -51,7 +51,12 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
         all.iter().filter(|name| arguments.targets.is_empty() || arguments.targets.contains(name)).collect();
     let programs = build()?;
     for name in chosen {
-        let inputs = unpack(name)?;
+        let replayed = arguments.replay.then(tempfile::tempdir).transpose()?;
+        let inputs = match &replayed {
+            Some(folder) => folder.path().to_owned(),
+            None => target_directory().join("fuzz/corpora").join(name),
+        };
+        unpack(name, &inputs)?;
         let mut fuzzer = Command::new(programs.join(name));
         fuzzer.current_dir(target_directory()).arg(&inputs).arg("-print_final_stats=0");
         let limit = if arguments.replay {
@@ -99,16 +104,15 @@ fn corpus(name: &str) -> PathBuf {
     workspace().join("vmm/fuzz/corpora").join(name)
 }
 
-/// Writes the inputs of a target's corpus to files. Returns their directory, which also has the inputs of earlier runs.
-fn unpack(name: &str) -> Result<PathBuf> {
-    let folder = target_directory().join("fuzz/corpora").join(name);
-    fs::create_dir_all(&folder)?;
+/// Writes the inputs of a target's corpus to files in a directory, which may have the inputs of earlier runs.
+fn unpack(name: &str, folder: &Path) -> Result<()> {
+    fs::create_dir_all(folder)?;
     let text = fs::read_to_string(corpus(name)).unwrap_or_default();
     for (number, line) in text.lines().enumerate() {
         let bytes = bytes(line).with_context(|| format!("line {} of the corpus {name}", number + 1))?;
         fs::write(folder.join(format!("{number}")), bytes)?;
     }
-    Ok(folder)
+    Ok(())
 }
 
 /// The bytes of a line.

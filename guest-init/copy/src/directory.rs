@@ -16,20 +16,26 @@ const DIRECTORY: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CL
 /// # Errors
 /// When the directory does not exist, or a link is not followed.
 pub(crate) fn open_directory(path: &[u8]) -> Result<OwnedFd, Failure> {
+    walk(CWD, path, 0).map_err(|(error, end)| match error {
+        Errno::XDEV => Failure::new(FailureKind::LinkAway, &path[..end]),
+        error => Failure::of(FailureKind::Open, path)(error),
+    })
+}
+
+/// Walks along a path. An error has the length of the path up to the component at which it occurred; it is EXDEV if that is
+/// a link that is not followed.
+fn walk(from: BorrowedFd<'_>, path: &[u8], links: u32) -> Result<OwnedFd, (Errno, usize)> {
     let start: &[u8] = if path.starts_with(b"/") { b"/" } else { b"." };
-    let opened = |result: Result<OwnedFd, Errno>| result.map_err(Failure::of(FailureKind::Open, path));
-    let mut directory = opened(openat(CWD, start, DIRECTORY, Mode::empty()))?;
+    let mut directory = openat(from, start, DIRECTORY, Mode::empty()).map_err(|error| (error, 0))?;
     let mut end = 0;
     for name in path.split(|&byte| byte == b'/') {
         end += name.len();
         if !name.is_empty() {
-            directory = match openat(&directory, name, DIRECTORY | OFlags::NOFOLLOW, Mode::empty()) {
-                Err(Errno::NOTDIR | Errno::LOOP) => match follow(directory.as_fd(), name) {
-                    Err(Errno::XDEV) => return Err(Failure::new(FailureKind::LinkAway, &path[..end])),
-                    result => opened(result)?,
-                },
-                result => opened(result)?,
+            let entry = match openat(&directory, name, DIRECTORY | OFlags::NOFOLLOW, Mode::empty()) {
+                Err(Errno::NOTDIR | Errno::LOOP) => follow(directory.as_fd(), name, links),
+                result => result,
             };
+            directory = entry.map_err(|error| (error, end))?;
         }
         end += 1;
     }
@@ -37,14 +43,23 @@ pub(crate) fn open_directory(path: &[u8]) -> Result<OwnedFd, Failure> {
 }
 
 /// Opens the directory to which a link leads. The error is EXDEV if the link is not followed.
-fn follow(directory: BorrowedFd<'_>, name: &[u8]) -> Result<OwnedFd, Errno> {
-    // Owner and target are those of one link, whatever replaces it meanwhile.
+fn follow(directory: BorrowedFd<'_>, name: &[u8], links: u32) -> Result<OwnedFd, Errno> {
+    /// As in the kernel (`MAXSYMLINKS` in include/linux/namei.h).
+    const LINKS_MAX: u32 = 40;
+    // Owner and target are those of one link, even if another one replaces it.
     let link = openat(directory, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
     let stat = fstat(&link)?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::Symlink {
         return Err(Errno::NOTDIR);
     }
-    let is_roots = stat.st_uid == 0 && !geteuid().is_root();
-    let limit = if is_roots { ResolveFlags::empty() } else { ResolveFlags::BENEATH };
-    openat2(directory, readlinkat(&link, "", Vec::new())?, DIRECTORY, Mode::empty(), limit)
+    let target = readlinkat(&link, "", Vec::new())?;
+    if stat.st_uid == 0 && !geteuid().is_root() {
+        // The same applies to links in the target.
+        return if links == LINKS_MAX {
+            Err(Errno::LOOP)
+        } else {
+            walk(directory, target.as_bytes(), links + 1).map_err(|(error, _)| error)
+        };
+    }
+    openat2(directory, target, DIRECTORY, Mode::empty(), ResolveFlags::BENEATH)
 }

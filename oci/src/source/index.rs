@@ -40,9 +40,10 @@ pub(super) fn choose(
 /// Whether the next image is tried after this error.
 ///
 /// A damaged entry for this platform is reported. One without a platform may be anything, so that it does not keep
-/// others from being used.
+/// others from being used. A registry that refuses an entry is an error: the user may have to log in.
 fn is_skipped(descriptor: &Descriptor, error: &Error) -> bool {
-    descriptor.platform.is_none() && error.is_user_error()
+    let is_refused = matches!(error, Error::Registry(RegistryError::Denied(_)));
+    descriptor.platform.is_none() && error.is_user_error() && !is_refused
         || matches!(
             error,
             Error::NotAnImage(_)

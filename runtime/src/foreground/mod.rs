@@ -13,17 +13,20 @@
 //!     let monitor = launch::spawn_monitor()?;
 //!     let image = kindling::image::prepare(&options.image, None, "missing")?;
 //!     let guest = kindling::guest::GuestDir::create(None)?;
-//!     let notify = std::sync::Arc::new(|message: &str| eprintln!("{message}"));
-//!     let mut foreground = Foreground::new(options, &guest, &image, signals, notify)?;
-//!     foreground.preboot(&mut |cause| {
-//!         guest.forget();
-//!         std::process::exit(cause.status().into());
-//!     })?;
-//!     let serve = |attachment: &mut kindling::attach::Attachment<'_>, process| attachment.serve(process, streams);
-//!     let outcome = foreground.run(monitor, &timeline, serve)?;
-//!     drop(foreground);
+//!     let run = || {
+//!         let notify = std::sync::Arc::new(|message: &str| eprintln!("{message}"));
+//!         let mut foreground = Foreground::new(options, &guest, &image, signals, notify)?;
+//!         foreground.preboot(&mut |cause| {
+//!             guest.forget();
+//!             std::process::exit(cause.status().into());
+//!         })?;
+//!         let serve = |attachment: &mut kindling::attach::Attachment<'_>, process| attachment.serve(process, streams);
+//!         Ok(foreground.run(monitor, &timeline, serve)?.status())
+//!     };
+//!     let result = run();
+//!     // Also after an error.
 //!     guest.remove();
-//!     Ok(outcome.status())
+//!     result
 //! }
 //! ```
 

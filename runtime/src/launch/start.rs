@@ -167,7 +167,8 @@ fn make_preboot(
     trusted_path::make_folder(path.parent().unwrap_or(path))?;
     match preboot(config, path, next_event) {
         Ok(()) => Ok(None),
-        Err(error @ LaunchError::Machine(Error::Config(_) | Error::Backend(_) | Error::Kvm(_))) => Err(error),
+        Err(error @ LaunchError::Machine(Error::Config(_) | Error::Kvm(_))) => Err(error),
+        Err(LaunchError::Machine(error @ Error::Backend(_))) if error.is_user_error() => Err(error.into()),
         Err(LaunchError::Monitor(failure)) if failure.is_kvm_error => Err(LaunchError::Monitor(failure)),
         Err(error) => Ok(Some(error)),
     }

@@ -27,9 +27,6 @@ const STATUS_FAILURE: u8 = 125;
 /// buffers of vsock connections, most of which are never used.
 const OWN_MEMORY_MAX: u64 = 1 << 30;
 
-/// Maximum length in bytes of the part of a pre-booted kernel's file that is no guest memory.
-const STATE_MAX: u64 = 64 << 20;
-
 /// Serves a first request with its descriptors until the machine has ended.
 type Serve = fn(Start, Vec<OwnedFd>, &Channel) -> Result<(), Error>;
 
@@ -88,10 +85,10 @@ fn run(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result<(),
 fn preboot(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result<(), Error> {
     let Received { mut resources, limits, .. } = Received::new(&start, descriptors)?;
     let config = start.config;
-    // The file has the pages that the kernel wrote, and its state. Disks are replaced by sparse files of the same length.
-    let memory = config.machine.mem_size_mib.saturating_mul(layout::MIB);
-    let limits =
-        Limits { file: limits.file.map(|disk| disk.max(memory.saturating_add(STATE_MAX))), ..limits };
+    // Disks and persistent memory are replaced by sparse files in memory, of any length, and persistent memory is mapped
+    // twice meanwhile.
+    let mapped: u64 = resources.backends.iter().map(Backend::memory_len).sum();
+    let limits = Limits { file: None, memory: limits.memory.map(|bytes| bytes.saturating_add(mapped)) };
     let file =
         resources.preboot.take().ok_or_else(|| missing("receive the file for the pre-booted kernel"))?;
     let _ = crate::memory::page_map();

@@ -75,7 +75,7 @@ pub(super) const fn is_held_processor(exit: &VcpuExit<'_>) -> bool {
     matches!(exit, VcpuExit::Unsupported(KVM_EXIT_NOTIFY))
 }
 
-/// Pauses a vCPU that has asserted a bus lock. A signal ends the pause.
+/// Pauses a vCPU that has asserted a bus lock.
 pub(super) fn pause_after_bus_lock() {
     std::thread::park_timeout(BUS_LOCK_PAUSE);
 }

@@ -242,7 +242,7 @@ impl Vcpu {
                         return VcpuEnd::Request(request);
                     }
                 }
-                Ok(exit) if has_no_effect(&exit) => counts.other += 1,
+                Ok(exit) if pass_over(&exit) => counts.other += 1,
                 Ok(VcpuExit::Shutdown) => return VcpuEnd::TripleFault,
                 Ok(VcpuExit::FailEntry(reason, _)) => return VcpuEnd::EntryFailed { reason },
                 Ok(VcpuExit::InternalError) => return VcpuEnd::InternalError { suberror: self.suberror() },
@@ -402,8 +402,9 @@ fn segment(index: u16) -> kvm_segment {
     }
 }
 
-/// Whether the guest continues after an exit as if there had been none: a signal arrived, or it was held up for a bus lock.
-fn has_no_effect(exit: &VcpuExit<'_>) -> bool {
+/// Handles an exit after which the guest continues as if there had been none: a signal arrived, or it asserted a bus lock, for
+/// which it is held up. Returns whether it was such an exit.
+fn pass_over(exit: &VcpuExit<'_>) -> bool {
     if restrictions::is_bus_lock(exit) {
         restrictions::pause_after_bus_lock();
         return true;

@@ -22,7 +22,7 @@ use vm_memory::GuestAddress;
 const MAGIC: [u8; 8] = *b"KINDLING";
 const HEADER_LEN: usize = 16;
 /// Version of everything after the magic. Files of other versions are rejected.
-const FORMAT: u32 = 4;
+const FORMAT: u32 = 5;
 /// Maximum size in bytes of an encoded state: it takes 6 KiB, and 7 KiB for each of 16 vCPUs. Decoding a hostile state
 /// takes up to 600 times its size in memory before it is rejected.
 const STATE_MAX: u32 = 192 << 10;

@@ -7,7 +7,7 @@ use super::vsock::host::{Listener, SocketPath};
 use super::{BackendError, Device};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
-use std::io;
+use std::io::{self, Seek, SeekFrom};
 use std::os::fd::OwnedFd;
 use std::process::Child;
 use vm_memory::GuestAddress;
@@ -171,7 +171,11 @@ impl Backend {
     /// Bytes of guest memory that the backend provides.
     pub(crate) fn memory_len(&self) -> u64 {
         match self {
-            Self::Memory(file, _) => file.metadata().map_or(0, |metadata| metadata.len()),
+            // The length of a block device too.
+            Self::Memory(file, _) => {
+                let mut file: &File = file;
+                file.seek(SeekFrom::End(0)).unwrap_or(0)
+            }
             _ => 0,
         }
     }

@@ -389,7 +389,8 @@ struct Shared {
 struct Work {
     waiting: VecDeque<(u32, Job, Arc<File>)>,
     finished: Vec<Completion>,
-    is_confined: bool,
+    /// Whether the thread is confined, once that is known.
+    is_confined: Option<bool>,
     ends: bool,
 }
 
@@ -400,16 +401,17 @@ impl Worker {
         let shared = Arc::new(Shared { work: Mutex::default(), changed: Condvar::new(), finished_event });
         let worker = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name("file".into()).spawn(move || {
-            // A host that refuses the filter refuses those of the vCPU threads too, and the machine ends.
             let is_confined = jail.confine_thread(Thread::Worker).is_ok();
-            worker.lock().is_confined = true;
+            worker.lock().is_confined = Some(is_confined);
             worker.changed.notify_all();
             if is_confined {
                 worker.run();
             }
         })?;
-        drop(shared.changed.wait_while(shared.lock(), |work| !work.is_confined));
-        Ok(Self { shared, thread: Some(thread) })
+        let work = shared.changed.wait_while(shared.lock(), |work| work.is_confined.is_none());
+        let is_confined = work.unwrap_or_else(PoisonError::into_inner).is_confined == Some(true);
+        let this = Self { shared, thread: Some(thread) };
+        if is_confined { Ok(this) } else { Err(io::ErrorKind::PermissionDenied.into()) }
     }
 
     fn submit(&self, number: u32, job: Job, file: &Arc<File>) {
