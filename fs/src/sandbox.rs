@@ -117,7 +117,7 @@ const CALLS: &[libc::c_long] = &[
 
 /// The further calls for a folder that the guest can write. Landlock restricts those that change contents and names to the
 /// folder, and no others: a server that a guest has taken over could change mode, times and attributes of other files of
-/// its user. For a read-only folder there are none of these.
+/// its user. They are refused for a read-only folder.
 const WRITING_CALLS: &[libc::c_long] = &[
     libc::SYS_pwrite64,
     libc::SYS_pwritev,

@@ -106,7 +106,10 @@ impl Volume {
     /// # Errors
     /// When the name is invalid, or the user has no volume of this name.
     pub fn named(name: &str) -> Result<Self, VolumeError> {
-        let path = path_of(name)?;
+        Self::at(path_of(name)?, name)
+    }
+
+    fn at(path: PathBuf, name: &str) -> Result<Self, VolumeError> {
         match path.symlink_metadata() {
             Ok(metadata) if metadata.is_file() => Ok(Self { name: name.to_owned(), path }),
             Ok(_) => Err(VolumeError::Unknown(name.to_owned())),
@@ -126,7 +129,8 @@ impl Volume {
             result => result.map_err(host("read", &folder))?,
         };
         let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-        let mut all: Vec<_> = names.filter_map(|name| Self::named(&name).ok()).collect();
+        let names = names.filter(|name| crate::mount::volume_name(name.as_bytes()).is_some());
+        let mut all: Vec<_> = names.filter_map(|name| Self::at(folder.join(&name), &name).ok()).collect();
         all.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(all)
     }
@@ -137,8 +141,8 @@ impl Volume {
     /// When the name is invalid or taken, mke2fs is missing or fails, or the host cannot create the file.
     pub fn create(name: &str, size: u64) -> Result<Self, VolumeError> {
         let path = path_of(name)?;
-        let folder = folder()?;
-        trusted_path::make_folder(&folder)?;
+        let folder = path.parent().unwrap_or(&path);
+        trusted_path::make_folder(folder)?;
         if path.exists() {
             return Err(VolumeError::Taken(name.to_owned()));
         }

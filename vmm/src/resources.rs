@@ -89,8 +89,8 @@ impl Resources {
         Self::with_backends(config, |device| device.open())
     }
 
-    /// Opens backends with which a kernel is pre-booted: the image's root filesystem, zeroes instead of other files, and
-    /// no other backend.
+    /// Opens backends with which a kernel is pre-booted: an empty root filesystem, zeroes instead of other files, and no other
+    /// backend.
     pub(crate) fn open_placeholders(config: &Config) -> Result<Self, Error> {
         Self::with_backends(config, |device| device.open_placeholder())
     }

@@ -61,7 +61,7 @@ impl Rendezvous {
         drop(self.complete.wait_while(lock(&self.missing), |missing| *missing > 0));
     }
 
-    /// Lets all threads pass that have arrived, whoever is missing.
+    /// Lets all threads pass, even if some have not arrived.
     pub(crate) fn abandon(&self) {
         *lock(&self.missing) = 0;
         self.complete.notify_all();
@@ -126,40 +126,40 @@ mod tests {
 
     #[test]
     fn threads_wait_for_each_other() {
-        let meeting = Rendezvous::default();
+        let rendezvous = Rendezvous::default();
         let passed = std::sync::atomic::AtomicUsize::new(0);
         let (sender, arriving) = mpsc::channel();
-        (0..3).for_each(|_| meeting.expect());
+        (0..3).for_each(|_| rendezvous.expect());
         std::thread::scope(|scope| {
             for _ in 0..2 {
-                let (sender, meeting, passed) = (sender.clone(), &meeting, &passed);
+                let (sender, rendezvous, passed) = (sender.clone(), &rendezvous, &passed);
                 scope.spawn(move || {
                     sender.send(()).unwrap();
-                    meeting.wait();
+                    rendezvous.wait();
                     passed.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
                 });
             }
             arriving.iter().take(2).for_each(drop);
-            while *lock(&meeting.missing) > 1 {
+            while *lock(&rendezvous.missing) > 1 {
                 std::thread::yield_now();
             }
             assert_eq!(passed.load(std::sync::atomic::Ordering::SeqCst), 0);
-            meeting.arrive();
+            rendezvous.arrive();
         });
         assert_eq!(passed.into_inner(), 2);
     }
 
     #[test]
-    fn an_abandoned_meeting_holds_nobody_up() {
-        let meeting = Rendezvous::default();
-        (0..3).for_each(|_| meeting.expect());
+    fn an_abandoned_rendezvous_does_not_block() {
+        let rendezvous = Rendezvous::default();
+        (0..3).for_each(|_| rendezvous.expect());
         std::thread::scope(|scope| {
-            scope.spawn(|| meeting.wait());
-            meeting.abandon();
+            scope.spawn(|| rendezvous.wait());
+            rendezvous.abandon();
         });
-        // Whoever comes later passes too.
-        meeting.wait();
-        meeting.arrive();
+        // Threads that arrive later pass too.
+        rendezvous.wait();
+        rendezvous.arrive();
     }
 
     #[test]

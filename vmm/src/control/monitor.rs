@@ -85,8 +85,7 @@ fn run(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result<(),
 fn preboot(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result<(), Error> {
     let Received { mut resources, limits, .. } = Received::new(&start, descriptors)?;
     let config = start.config;
-    // Disks and persistent memory are replaced by sparse files in memory, of any length, and persistent memory is mapped
-    // twice meanwhile.
+    // Sparse files in memory, of any length, replace disks and persistent memory, of which both mappings exist for a moment.
     let mapped: u64 = resources.backends.iter().map(Backend::memory_len).sum();
     let limits = Limits { file: None, memory: limits.memory.map(|bytes| bytes.saturating_add(mapped)) };
     let file =

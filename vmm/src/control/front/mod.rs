@@ -8,8 +8,7 @@ use super::{
 };
 use crate::bus::lock;
 use crate::config::Config;
-use crate::config::devices::DeviceConfig;
-use crate::devices::virtio::backend::{Backend, Contents, Kept};
+use crate::devices::virtio::backend::Kept;
 use crate::error::Error;
 use crate::jail::{self, STATUS_REFUSED};
 use crate::kvm::Hypervisor;
@@ -17,7 +16,7 @@ use crate::layout;
 use crate::poll::wait_readable;
 use crate::preboot::destination::Destination;
 use crate::preboot::error::PrebootError;
-use crate::preboot::{capture, trial_root, verified};
+use crate::preboot::{capture, verified};
 use crate::resources::Resources;
 use crate::timeline::Timeline;
 use events::Events;
@@ -107,14 +106,7 @@ impl Monitor {
         let file = destination.create_unnamed_file().map_err(failed)?;
         let copy = file.try_clone().map_err(failed)?;
         let kvm = Some(Hypervisor::open_descriptor()?);
-        let mut resources = Resources::open_placeholders(&config)?;
-        for (device, backend) in config.devices.iter().zip(&mut resources.backends) {
-            if matches!(device, DeviceConfig::RootFilesystem(_)) {
-                let file =
-                    trial_root::file().map_err(Error::host("create the root filesystem of trial guests"))?;
-                *backend = Backend::File(file, Contents::Shown);
-            }
-        }
+        let resources = Resources::open_placeholders(&config)?;
         let resources = Resources { kvm, boot: Some(boot), preboot: Some(copy), ..resources };
         let timeline = Timeline::starting_at(crate::timeline::Instant::now());
         self.send_start(&config, resources, None, timeline, Request::Preboot)?;

@@ -64,7 +64,7 @@ pub(crate) enum Contents {
     Zeroes,
 }
 
-/// What a [`Backend`] is, for the process that receives its descriptors.
+/// The kind of a [`Backend`], for the process that receives its descriptors.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
 pub(crate) enum BackendKind {
     Host,
@@ -76,7 +76,7 @@ pub(crate) enum BackendKind {
     Nothing,
 }
 
-/// What stays in the process that opened the backends, as long as another process uses them.
+/// The parts of backends that remain with the process that opened them, while another process uses the rest.
 #[derive(Debug, Default)]
 pub(crate) struct Kept {
     /// The servers of shared folders. They exit with the guest.

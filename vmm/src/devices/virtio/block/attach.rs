@@ -5,6 +5,7 @@ use super::file::ForeignLock;
 use crate::config::devices::{Drive, RootFilesystem};
 use crate::devices::virtio::backend::{Attach, Backend, Contents};
 use crate::devices::virtio::{BackendError, Device};
+use crate::preboot::trial_root;
 use vm_memory::GuestAddress;
 
 /// The error of a file that cannot be a drive.
@@ -40,7 +41,11 @@ impl Attach for RootFilesystem {
     }
 
     fn open_placeholder(&self) -> Result<Backend, BackendError> {
-        self.open()
+        // The image has to be usable, but the guest gets an empty filesystem instead.
+        self.open()?;
+        let file =
+            trial_root::file().map_err(BackendError::host("create the root filesystem of trial guests"))?;
+        Ok(Backend::File(file, Contents::Shown))
     }
 
     fn create(&self, backend: Backend, memory: GuestAddress) -> Result<Box<dyn Device>, BackendError> {
