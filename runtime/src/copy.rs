@@ -17,6 +17,9 @@ use std::time::Duration;
 /// Time after which a copy fails if the guest neither sends nor takes a byte. It may be writing to a slow disk.
 const STREAM_TIMEOUT: Duration = Duration::from_secs(120);
 
+/// Exit status of a process that SIGKILL ended.
+const KILLED: u8 = 128 + 9;
+
 /// An error of a copy.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -39,7 +42,10 @@ pub enum CopyError {
         failure: Failure,
     },
     /// The process that copies in the guest failed without a message.
-    #[error("copying in the guest {name} failed with status {status} and without a message")]
+    #[error(
+        "copying in the guest {name} failed with status {status} and without a message{}",
+        if *.status == KILLED { ": it was killed; the guest has ended, or is out of memory" } else { "" }
+    )]
     Wordless {
         /// Name of the guest.
         name: String,

@@ -30,8 +30,7 @@ fn detach(user: &User, options: &[&str], script: &str) {
     assert_eq!((outcome.stdout, outcome.stderr), (format!("{name}\n"), String::new()));
 }
 
-/// Ends a guest that runs [`UNTIL_END`], within a second: the exit status of a process that runs when the guest ends may be
-/// lost.
+/// Ends a guest that runs [`UNTIL_END`], within a second: a process that runs when the guest ends is killed.
 fn end(user: &User, name: &str) {
     kindling(user, &["exec", name, "touch", "/tmp/end"]).expect_status(0);
 }

@@ -396,7 +396,7 @@ fn exec_reports_programs_that_cannot_run_with_the_statuses_of_shells() {
 }
 
 #[test]
-fn the_end_of_the_guest_during_exec_is_reported_with_status_125() {
+fn the_end_of_the_guest_during_exec_is_reported() {
     let user = User::new();
     let mut guest =
         GuestConsole::start(user.run(&["--name", "one"]).args(["sh", "-c", "echo ready; read -r line"]));
@@ -409,7 +409,7 @@ fn the_end_of_the_guest_during_exec_is_reported_with_status_125() {
         child.expect_end("exit status: 125").lines().collect::<Vec<_>>(),
         ["kindling: the guest ended, or its agent closed the connection, before the process had ended"]
     );
-    // The guest ends with its payload, whatever else runs in it.
+    // The guest ends with its payload, which kills whatever else runs in it.
     let user = User::new();
     let mut guest =
         GuestConsole::start(user.run(&["--name", "one"]).args(["sh", "-c", "echo ready; read -r line"]));
@@ -419,7 +419,23 @@ fn the_end_of_the_guest_during_exec_is_reported_with_status_125() {
     child.expect("here");
     guest.send_line();
     guest.expect_status(0);
-    child.expect_status(125);
+    child.expect_status(128 + libc::SIGKILL);
+}
+
+/// A process that ended before the guest keeps its exit status and its output, however soon after it the guest ends.
+#[test]
+fn the_outcome_of_exec_is_not_lost_when_the_guest_ends() {
+    const UNTIL_EXEC_HAS_ENDED: &str = "echo ready; until read -r pid 2> /dev/null < /tmp/pid; do :; done; while [ -e /proc/$pid ]; do :; done";
+    for _ in 0..2 {
+        let user = User::new();
+        let mut guest =
+            GuestConsole::start(user.run(&["--name", "one"]).args(["sh", "-c", UNTIL_EXEC_HAS_ENDED]));
+        guest.expect("ready");
+        let program = "echo $$ > /tmp/draft; mv /tmp/draft /tmp/pid; seq 200000; exit 7";
+        let outcome = run(user.command("exec").args(["one", "sh", "-c", program]));
+        assert!(outcome.expect_status(7).stdout.ends_with("\n199999\n200000\n"));
+        guest.expect_status(0);
+    }
 }
 
 /// Connections without a request, or that close before a process is started, do not use up slots.

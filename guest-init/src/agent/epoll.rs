@@ -1,6 +1,8 @@
 //! The epoll instance. Descriptors are registered with EPOLLONESHOT and armed again for each event, because epoll
 //! reports a closed pipe continuously, even if no event is requested.
 
+use core::time::Duration;
+use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
@@ -62,11 +64,12 @@ impl Epoll {
         }
     }
 
-    /// Waits for events.
-    pub(super) fn wait(&self) -> impl Iterator<Item = Token> + use<> {
+    /// Waits for events, for a limited time if there is a limit.
+    pub(super) fn wait(&self, limit: Option<Duration>) -> impl Iterator<Item = Token> + use<> {
         let mut events = alloc::vec::Vec::with_capacity(Self::MAX_EVENTS);
+        let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
         // The only possible error is EINTR, which leaves the list empty.
-        let _ = epoll::wait(&self.0, rustix::buffer::spare_capacity(&mut events), None);
+        let _ = epoll::wait(&self.0, rustix::buffer::spare_capacity(&mut events), limit.as_ref());
         events.into_iter().map(|event: epoll::Event| Token::from_bits(event.data.u64()))
     }
 }

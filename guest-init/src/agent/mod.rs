@@ -14,6 +14,7 @@ use crate::panic::fatal;
 use crate::program;
 use crate::syscall::{self, SignalSet};
 use alloc::vec::Vec;
+use core::time::Duration;
 use epoll::{Epoll, Token};
 use guest_init::GuestConfig;
 use guest_protocol::BootMark;
@@ -22,6 +23,7 @@ use rustix::event::epoll::EventFlags;
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, Signal, WaitOptions, getrlimit, setrlimit, wait};
+use rustix::time::{ClockId, clock_gettime};
 use session::{Session, State};
 
 /// Maximum number of sessions, including those whose process ended while a child of it still holds its output. At the
@@ -32,6 +34,9 @@ const MAX_PENDING: usize = 256;
 
 /// Limit of descriptors for init itself. A session uses eight, and a pending connection one.
 const MAX_DESCRIPTORS: u64 = 4096;
+
+/// Time for hosts to receive the exit statuses of other processes after the payload has ended.
+const END_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A connection without a complete [`Hello`].
 struct PendingConnection {
@@ -48,6 +53,8 @@ struct Agent {
     signals: OwnedFd,
     pending: Vec<Option<PendingConnection>>,
     sessions: Vec<Option<Session>>,
+    /// Slot and exit status of the payload's session, until the host is told.
+    ended_payload: Option<(usize, u8)>,
     /// Number of connections and sessions so far.
     count: u64,
 }
@@ -66,7 +73,11 @@ pub(crate) fn serve(config: &GuestConfig) -> u8 {
         }
     }
     loop {
-        agent.serve_events();
+        agent.serve_events(None);
+        if let Some((slot, code)) = agent.ended_payload.take() {
+            agent.end_others(slot);
+            agent.with_session(slot, |session, epoll| session.end(code, epoll));
+        }
         if let Some(code) = agent.payload_code() {
             return code;
         }
@@ -91,12 +102,34 @@ impl Agent {
         let listener = socket::listen(agent::PORT).map_err(|error| ("listen on its vsock port", error))?;
         epoll.arm(&listener, Token::Listener, EventFlags::IN);
         epoll.arm(&signals, Token::Signals, EventFlags::IN);
-        Ok(Self { epoll, listener, signals, pending: Vec::new(), sessions: Vec::new(), count: 0 })
+        Ok(Self {
+            epoll,
+            listener,
+            signals,
+            pending: Vec::new(),
+            sessions: Vec::new(),
+            ended_payload: None,
+            count: 0,
+        })
     }
 
-    /// Waits for events and handles them.
-    fn serve_events(&mut self) {
-        for token in self.epoll.wait() {
+    /// Kills the processes beside the payload for which the host waits, as the kernel does in a container whose process 1
+    /// ends, and waits until the host has received their exit statuses. This is done before the host learns that the payload
+    /// has ended, because it then stops the guest.
+    fn end_others(&mut self, payload: usize) {
+        let end = now() + END_TIMEOUT;
+        let is_waiting = |session: &Session| session.slot != payload && session.has_waiting_host();
+        while self.sessions.iter().flatten().any(is_waiting) {
+            // Repeated, because a host may start a process meanwhile.
+            syscall::kill_all();
+            let Some(limit) = end.checked_sub(now()) else { return };
+            self.serve_events(Some(limit));
+        }
+    }
+
+    /// Waits for events, for a limited time if there is a limit, and handles them.
+    fn serve_events(&mut self, limit: Option<Duration>) {
+        for token in self.epoll.wait(limit) {
             match token {
                 Token::Listener => self.accept(),
                 Token::Signals => self.reap(),
@@ -193,14 +226,22 @@ impl Agent {
             let of_session =
                 |entry: &Option<Session>| entry.as_ref().is_some_and(|session| session.process == Some(pid));
             if let Some(slot) = self.sessions.iter().position(of_session) {
+                let code = program::exit_code(status);
                 if self.sessions[slot].as_ref().is_some_and(|session| session.token == agent::PAYLOAD) {
                     machine::mark(BootMark::PayloadEnded);
+                    self.ended_payload = Some((slot, code));
+                    continue;
                 }
-                let code = program::exit_code(status);
                 self.with_session(slot, |session, epoll| session.end(code, epoll));
             }
         }
     }
+}
+
+/// Time since the guest's kernel started.
+fn now() -> Duration {
+    let time = clock_gettime(ClockId::Monotonic);
+    Duration::try_from(time).unwrap_or_default()
 }
 
 /// Sets the soft limit of descriptors of this process.

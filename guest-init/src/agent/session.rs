@@ -92,6 +92,11 @@ impl Session {
         }
     }
 
+    /// Whether a host waits for the end of the process.
+    pub(super) fn has_waiting_host(&self) -> bool {
+        self.control.is_some() && !self.is_idle()
+    }
+
     /// Whether the session never started a process.
     pub(super) fn is_idle(&self) -> bool {
         self.process.is_none() && self.code.is_none()
