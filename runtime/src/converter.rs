@@ -41,15 +41,15 @@ pub(crate) fn command(program: &Path) -> Command {
     command
 }
 
-/// Runs a command to its end, with empty input. Its messages appear on the standard error of this process line by line.
-/// The result contains its standard output only.
+/// Runs a command to its end, with empty input. Its messages are written to `messages` line by line. The result contains its
+/// standard output only.
 ///
 /// # Errors
 /// When the command cannot be executed, or prints more than a description may have.
-pub(crate) fn run(command: &mut Command) -> io::Result<Output> {
+pub(crate) fn run(command: &mut Command, messages: &mut impl Write) -> io::Result<Output> {
     let command = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn()?;
-    let result = relay(&mut child);
+    let result = relay(&mut child, messages);
     if result.is_err() {
         let _ = child.kill();
     }
@@ -58,7 +58,7 @@ pub(crate) fn run(command: &mut Command) -> io::Result<Output> {
 }
 
 /// Forwards messages until the end of both streams. Returns the output.
-fn relay(child: &mut Child) -> io::Result<Vec<u8>> {
+fn relay(child: &mut Child, to: &mut impl Write) -> io::Result<Vec<u8>> {
     let (mut stdout, mut stderr) = (child.stdout.take(), child.stderr.take());
     let (mut output, mut messages) = (Vec::new(), Messages::default());
     let mut buffer = vec![0; LINE_MAX];
@@ -79,10 +79,10 @@ fn relay(child: &mut Child) -> io::Result<Vec<u8>> {
         }
         if has_message {
             let bytes = read(&mut stderr, &mut buffer)?;
-            messages.add(bytes, &mut io::stderr());
+            messages.add(bytes, to);
         }
     }
-    messages.finish(&mut io::stderr());
+    messages.finish(to);
     Ok(output)
 }
 
@@ -167,7 +167,7 @@ mod tests {
 
     #[test]
     fn output_is_complete_and_bounded() {
-        let sh = |script: &str| run(Command::new("sh").args(["-c", script]));
+        let sh = |script: &str| run(Command::new("sh").args(["-c", script]), &mut io::sink());
         let output = sh("head -c 1000000 /dev/zero; echo; exit 3").unwrap();
         assert_eq!((output.stdout.len(), output.status.code()), (1_000_001, Some(3)));
         let error = sh("exec cat /dev/zero").unwrap_err();

@@ -13,17 +13,17 @@ use std::process::Stdio;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ImageError {
-    /// The image does not exist or is invalid. `kindling-oci` has printed the reason on standard error.
+    /// The image does not exist or is invalid: its name, and the reason, unless [`prepare`] has printed it.
     #[error("cannot use the image {0}")]
     Refused(String),
     /// The user of the command is invalid; the message says why.
-    #[error("{}", if .0.is_empty() { "kindling-oci failed without a message" } else { .0.as_str() })]
+    #[error("{0}")]
     Prepare(String),
     /// The cache of images; the message is that of `kindling-oci`.
     #[error("{0}")]
     Cache(String),
-    /// The conversion failed for a reason that is not the image's. `kindling-oci` has printed it on standard error, or the
-    /// message has the signal that ended it.
+    /// The conversion failed for a reason that is not the image's: its name, and the reason, unless [`prepare`] has printed
+    /// it.
     #[error("cannot convert the image {0}")]
     Failed(String),
     /// `kindling-oci`, the program that converts images, cannot be executed.
@@ -85,7 +85,7 @@ impl Image {
     /// When the image cannot be read, pulled or converted.
     pub fn open_with(image: impl AsRef<OsStr>, pull: PullPolicy) -> Result<Self, ImageError> {
         let source = image.as_ref().to_owned();
-        let prepared = prepare(&source, None, pull.as_str())?;
+        let prepared = prepare_in(Path::new("."), &source, None, pull.as_str(), Messages::InError)?;
         Ok(Self { source, prepared })
     }
 
@@ -171,8 +171,10 @@ fn in_cache(command: &str, arguments: &[&OsStr]) -> Result<Vec<CachedImage>, Ima
         return Err(ImageError::Cache(by_signal(signal)));
     }
     if !output.status.success() {
-        let message = converter::printable(&output.stderr);
-        return Err(ImageError::Cache(message.trim_start_matches("error: ").to_owned()));
+        let reason = reason(&output.stderr);
+        return Err(ImageError::Cache(
+            reason.unwrap_or_else(|| "kindling-oci failed without a message".to_owned()),
+        ));
     }
     serde_json::from_slice(&output.stdout).map_err(ImageError::Version)
 }
@@ -217,7 +219,16 @@ pub struct User {
 /// # Errors
 /// When the image cannot be read, pulled or converted, or has no such user.
 pub fn prepare(image: &OsStr, user: Option<&str>, pull: &str) -> Result<Prepared, ImageError> {
-    prepare_in(Path::new("."), image, user, pull)
+    prepare_in(Path::new("."), image, user, pull, Messages::Printed)
+}
+
+/// Where messages of `kindling-oci` go.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Messages {
+    /// To standard error, with the progress if that is a terminal.
+    Printed,
+    /// Into the error.
+    InError,
 }
 
 /// [`prepare`] with relative paths resolved from `directory`.
@@ -226,6 +237,7 @@ fn prepare_in(
     image: &OsStr,
     user: Option<&str>,
     pull: &str,
+    messages: Messages,
 ) -> Result<Prepared, ImageError> {
     if has_path_form(image, pull) && is_erofs(&directory.join(image)) {
         let user = user.map(numeric_user).transpose()?.unwrap_or_default();
@@ -237,32 +249,46 @@ fn prepare_in(
     if let Some(user) = user {
         command.args(["--user", user]);
     }
-    if io::stderr().is_terminal() {
+    let is_printed = messages == Messages::Printed;
+    if is_printed && io::stderr().is_terminal() {
         command.arg("--progress");
     }
-    let output = converter::run(command.arg("--").arg(image)).map_err(ImageError::NoConverter)?;
+    command.arg("--").arg(image);
+    let mut collected = Vec::new();
+    let output = if is_printed {
+        converter::run(&mut command, &mut io::stderr())
+    } else {
+        converter::run(&mut command, &mut collected)
+    };
+    let output = output.map_err(ImageError::NoConverter)?;
+    let name = Path::new(image).display();
     if let Some(signal) = output.status.signal() {
-        let image = Path::new(image).display();
-        return Err(ImageError::Failed(format!("{image}: {}", by_signal(signal))));
+        return Err(ImageError::Failed(format!("{name}: {}", by_signal(signal))));
     }
     if !output.status.success() {
         /// Exit status of kindling-oci for an invalid request, such as an image that does not exist.
         const STATUS_BAD_REQUEST: i32 = 2;
-        // kindling-oci has printed the reason.
-        let image = Path::new(image).display();
+        // A reason names the image.
+        let reason = reason(&collected).unwrap_or_else(|| name.to_string());
         return Err(match output.status.code() {
-            Some(STATUS_BAD_REQUEST) => ImageError::Refused(image.to_string()),
-            _ => ImageError::Failed(image.to_string()),
+            Some(STATUS_BAD_REQUEST) => ImageError::Refused(reason),
+            _ => ImageError::Failed(reason),
         });
     }
     let prepared: Prepared = serde_json::from_slice(&output.stdout).map_err(ImageError::Version)?;
     if !is_converted(&prepared.rootfs) {
-        let image = Path::new(image).display();
         return Err(ImageError::Failed(format!(
-            "{image}: kindling-oci named a file that is no converted image"
+            "{name}: kindling-oci named a file that is no converted image"
         )));
     }
     Ok(prepared)
+}
+
+/// The error among messages of `kindling-oci`: the last line.
+fn reason(messages: &[u8]) -> Option<String> {
+    let last = messages.trim_ascii_end().rsplit(|&byte| byte == b'\n').next()?;
+    let reason = converter::printable(last.strip_prefix(b"error: ").unwrap_or(last));
+    (!reason.is_empty()).then_some(reason)
 }
 
 /// Whether a path is that of a converted image in a cache: `/.../DIGEST/root.erofs`. The converter is not trusted, since
@@ -317,11 +343,8 @@ pub fn user(directory: &Path, image: &OsStr, text: &str) -> Result<User, ImageEr
     {
         return Ok(user);
     }
-    match prepare_in(directory, image, Some(text), "never") {
-        Ok(prepared) => Ok(prepared.config.user),
-        Err(ImageError::Refused(_)) => Err(ImageError::Prepare(format!("the guest has no user {text:?}"))),
-        Err(error) => Err(error),
-    }
+    let prepared = prepare_in(directory, image, Some(text), "never", Messages::InError)?;
+    Ok(prepared.config.user)
 }
 
 fn numeric_user(text: &str) -> Result<User, ImageError> {

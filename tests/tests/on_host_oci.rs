@@ -139,4 +139,12 @@ fn an_image_from_a_registry_converts_like_the_same_image_from_a_file() {
         .expect_stdout(digest)
         .expect_stdout("saved.tar")
         .expect_stdout("1 removed, 0 left");
+
+    // The library prints nothing; the reason is in the error.
+    let mut example = Command::new(testbed("examples/images"));
+    example.arg(scratch.join("absent.tar")).env("KINDLING_CACHE", scratch.join("listed"));
+    let outcome = run(example.env("KINDLING_PROGRAMS", programs.parent().unwrap()));
+    let stderr = &outcome.expect_status(1).stderr;
+    assert_eq!(stderr.lines().count(), 1, "{stderr}");
+    outcome.expect_stderr("absent.tar").expect_stderr("no such file");
 }

@@ -46,6 +46,7 @@ use kindling_vmm::agent::{AgentError, Process};
 use kindling_vmm::control::{Event, Monitor, Stopper};
 use std::cell::{Cell, RefCell};
 use std::fmt;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// A guest with a command in the foreground. Dropping it stops the machine, if it still runs, and waits for the monitor.
@@ -96,28 +97,27 @@ impl<'a> Foreground<'a> {
 
     /// Runs the machine in its monitor, which [`spawn_monitor`](crate::launch::spawn_monitor) has started. `serve` is called
     /// with the guest's command once the guest runs, and returns the exit status: [`Attachment::serve`]. Returns when command
-    /// and machine have ended, or when the command has succeeded and the end of the machine need not be waited for. Called
-    /// once.
+    /// and machine have ended, or when the command has succeeded and the end of the machine need not be waited for.
     ///
     /// # Errors
     /// When a file cannot be opened, or the monitor cannot build the machine.
     pub fn run(
-        &mut self,
+        self,
         monitor: Monitor,
         timeline: &Timeline,
         serve: impl FnOnce(&mut Attachment<'_>, Process) -> Result<u8, AgentError>,
     ) -> Result<Outcome, LaunchError> {
-        let Self { launch, signals, notify, .. } = self;
-        let deadline = self.timeout.map(|timeout| Instant::now() + timeout);
+        let Self { mut launch, signals, notify, timeout, waits_for_machine } = self;
+        let deadline = timeout.map(|timeout| Instant::now() + timeout);
         let (stopper, stopped_by) = (RefCell::new(None), Cell::new(None));
         let mut stop = |cause| {
             stopped_by.set(Some(cause));
             stopper.borrow().iter().for_each(Stopper::stop);
         };
-        let mut attachment = Attachment::new(&mut **signals, &mut stop, notify.clone());
+        let mut attachment = Attachment::new(signals, &mut stop, Arc::clone(&notify));
         attachment.set_deadline(deadline);
         let mut start = Start { attachment: &mut attachment, stopper: &stopper, stopped_by: &stopped_by };
-        let mut machine = match launch.start(monitor, timeline, &**notify, &mut start)? {
+        let mut machine = match launch.start(monitor, timeline, &*notify, &mut start)? {
             Started::Running(_) => None,
             Started::Ended(end) => Some(end),
         };
@@ -128,10 +128,10 @@ impl<'a> Foreground<'a> {
             Some(_) => Err(AgentError::Lost),
         };
         let is_private = launch.config.devices.are_private();
-        if matches!(command, Ok(0)) && !self.waits_for_machine && is_private {
+        if matches!(command, Ok(0)) && !waits_for_machine && is_private {
             // The output is delivered, and the machine has no disk, folder or network that must be left consistent.
             if let Some(monitor) = launch.monitor.take() {
-                report_failures_so_far(&monitor, notify);
+                report_failures_so_far(&monitor, &notify);
                 monitor.forget();
             }
             return Ok(Outcome { machine: None, command, stopped_by: stopped_by.get() });
@@ -140,7 +140,7 @@ impl<'a> Foreground<'a> {
             attachment.abandon(error);
         }
         while let (None, Some(monitor)) = (&machine, &launch.monitor) {
-            machine = end_of(attachment.event(monitor), &**notify)?;
+            machine = end_of(attachment.event(monitor), &*notify)?;
         }
         if matches!(machine, Some(MachineEnd::Stopped(_))) && is_private {
             launch.monitor.take().into_iter().for_each(Monitor::forget);
