@@ -24,17 +24,20 @@ pub(super) enum Strength {
     Standard,
     /// With namespaces and a separate root directory, for root.
     FullAsRoot,
-    /// The same for another user.
+    /// No jail, for another user, whose start has other steps than root's: the baseline of the next.
+    OffAsUser,
+    /// The full jail for another user.
     FullAsUser,
 }
 
 impl Strength {
-    pub(super) const ALL: [Self; 4] = [Self::Off, Self::Standard, Self::FullAsRoot, Self::FullAsUser];
+    pub(super) const ALL: [Self; 5] =
+        [Self::Off, Self::Standard, Self::FullAsRoot, Self::OffAsUser, Self::FullAsUser];
 
     /// The option of `kindling run`.
     const fn options(self) -> &'static [&'static str] {
         match self {
-            Self::Off => &["--jail", "off"],
+            Self::Off | Self::OffAsUser => &["--jail", "off"],
             Self::Standard => &[],
             Self::FullAsRoot | Self::FullAsUser => &["--jail", "full"],
         }
@@ -46,6 +49,7 @@ impl Strength {
             Self::Off => "off",
             Self::Standard => "standard",
             Self::FullAsRoot => "full_as_root",
+            Self::OffAsUser => "off_as_user",
             Self::FullAsUser => "full_as_user",
         }
     }
@@ -56,6 +60,7 @@ impl Strength {
             Self::Off => "off, ms",
             Self::Standard => "standard, ms",
             Self::FullAsRoot => "full as root, ms",
+            Self::OffAsUser => "off as user, ms",
             Self::FullAsUser => "full as user, ms",
         }
     }
@@ -133,7 +138,7 @@ impl Bench<'_> {
         for _ in 0..count {
             let mut run = self.run_command(images.busybox(), strength.options());
             run.args(["echo", READY]).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-            if strength == Strength::FullAsUser {
+            if matches!(strength, Strength::OffAsUser | Strength::FullAsUser) {
                 user.start(&mut run);
             }
             guests.push(run.spawn().context("cannot start a guest")?);

@@ -86,7 +86,7 @@ own: private memory of front and monitor without guest memory, while a shell wai
 const JAIL_LEGEND: &str = "\
 each: `kindling run` of busybox's echo from a container image, from the spawn to the end of the process; the kernel was
   pre-booted and the image converted by an earlier run
-off, standard, full: `--jail off`, the default, and `--jail full`
+off, standard, full: `--jail off`, the default, and `--jail full`; compare each with `off` of the same user
 ";
 
 /// The legend of scenario `start`.
