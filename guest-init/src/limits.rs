@@ -1,7 +1,12 @@
 //! Resource limits and sysctls of a guest that runs a container image: those of container engines and their hosts.
 
 use crate::console::print;
-use rustix::fs::{Mode, OFlags, open};
+use crate::panic::fatal;
+use crate::{setup, syscall};
+use rustix::fs::{CWD, Mode, OFlags, mkdirat, open};
+use rustix::io::Errno;
+use rustix::mount::{UnmountFlags, unmount};
+use rustix::path::DecInt;
 use rustix::process::{Resource, Rlimit, setrlimit};
 
 /// Hard limit of descriptors per process. The soft limit is the maximum that select(2) supports.
@@ -32,13 +37,39 @@ const SYSCTLS: [(&str, &[u8]); 8] = [
 pub(crate) fn raise() {
     for (path, value) in SYSCTLS {
         // Not every kernel configuration has each of them.
-        if let Ok(file) = open(path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty()) {
-            let _ = rustix::io::write(&file, value);
-        }
+        let _ = write(path, value);
     }
     set_descriptors(MAX_DESCRIPTORS);
     // The kernel's default for users other than root is half of the threads that it derives from the guest's memory.
     set(Resource::Nproc, Rlimit { current: None, maximum: None });
+}
+
+/// Limits the number of processes and threads, those of the kernel and this one excepted. They become members of a cgroup with
+/// the limit, which is the root of their view: with the mount option nsdelegate they cannot change it (`cgroup_file_write` in
+/// kernel/cgroup/cgroup.c).
+pub(crate) fn limit_processes(max: u64) {
+    const MOUNTED: &str = "/sys/fs/cgroup";
+    const INIT: u64 = 1;
+    let limit = || {
+        write("/sys/fs/cgroup/cgroup.subtree_control", b"+pids")?;
+        mkdirat(CWD, "/sys/fs/cgroup/guest", Mode::from_raw_mode(0o755))?;
+        write("/sys/fs/cgroup/guest/pids.max", DecInt::new(max.saturating_add(INIT)).as_bytes())?;
+        write("/sys/fs/cgroup/guest/cgroup.procs", b"1")?;
+        syscall::enter_cgroup_namespace()?;
+        // A new mount has the root of the namespace.
+        unmount(MOUNTED, UnmountFlags::empty())?;
+        setup::mount_cgroups()
+    };
+    if let Err(error) = limit() {
+        fatal(format_args!(
+            "cannot limit processes: {error}; the guest's kernel needs the fragment container"
+        ));
+    }
+}
+
+fn write(path: &str, value: &[u8]) -> Result<(), Errno> {
+    let file = open(path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
+    rustix::io::write(file, value).map(drop)
 }
 
 /// Limits the descriptors of this process, which executes a program next.

@@ -66,6 +66,9 @@ fn main() -> ! {
         root::make_read_only();
     }
 
+    if let Some(max) = guest.max_processes {
+        limits::limit_processes(max);
+    }
     let code = if guest.agent {
         limits::raise();
         agent::serve(guest)

@@ -45,6 +45,14 @@ const MOUNTS: [Mount; 9] = [
     Mount { kind: "tmpfs", target: "/tmp", flags: MountFlags::NOSUID, options: c"mode=1777" },
 ];
 
+/// Mounts the cgroups again, in another cgroup namespace.
+pub(crate) fn mount_cgroups() -> Result<(), Errno> {
+    MOUNTS
+        .iter()
+        .filter(|entry| entry.kind == "cgroup2")
+        .try_for_each(|entry| mount(entry.kind, entry.target, entry.kind, entry.flags, entry.options))
+}
+
 /// Mounts the kernel's filesystems and tmpfs. A failure is printed and not fatal, because programs may run without the
 /// filesystem.
 pub(crate) fn mount_filesystems() {

@@ -14,6 +14,7 @@ const EXECVE: usize = 59;
 const KILL: usize = 62;
 const RT_SIGTIMEDWAIT: usize = 128;
 const SYSLOG: usize = 103;
+const UNSHARE: usize = 272;
 const SIGNALFD4: usize = 289;
 const CLOSE_RANGE: usize = 436;
 const IOPL: usize = 172;
@@ -136,6 +137,13 @@ pub(crate) fn read_kernel_log(text: &mut [u8]) -> Result<usize, Errno> {
     const READ_ALL: usize = 3;
     // SAFETY: the kernel writes at most `text.len()` bytes.
     unsafe { call(SYSLOG, [READ_ALL, text.as_mut_ptr().addr(), text.len(), 0]) }
+}
+
+/// Makes the cgroup of this process the root of a cgroup namespace, for this process and its future children.
+pub(crate) fn enter_cgroup_namespace() -> Result<(), Errno> {
+    const CLONE_NEWCGROUP: usize = 0x0200_0000;
+    // SAFETY: the namespace affects no memory of this process.
+    unsafe { call(UNSHARE, [CLONE_NEWCGROUP, 0, 0, 0]) }.map(drop)
 }
 
 /// Kills all processes except this one, which must be process 1.

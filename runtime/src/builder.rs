@@ -4,7 +4,9 @@ use crate::environment;
 use crate::guest::owner::Owner;
 use crate::guest::{Guest, GuestDir};
 use crate::image::Image;
-use crate::launch::{self, Jail, Launch, LaunchError, LaunchOptions, MachineEnd, StartObserver, Started};
+use crate::launch::{
+    self, Jail, Launch, LaunchError, LaunchOptions, Limits, MachineEnd, StartObserver, Started,
+};
 use kindling_vmm::Timeline;
 use kindling_vmm::control::{ControlError, Event, Monitor};
 use std::ffi::{OsStr, OsString};
@@ -87,6 +89,12 @@ impl GuestBuilder {
     /// `/HOST:/GUEST`, followed by `:ro` for a read-only mount. A missing volume is created.
     pub fn volume(mut self, volume: impl Into<OsString>) -> Self {
         self.options.volumes.push(volume.into());
+        self
+    }
+
+    /// Sets limits beyond memory and vCPUs. There are none by default.
+    pub const fn limits(mut self, limits: Limits) -> Self {
+        self.options.limits = limits;
         self
     }
 

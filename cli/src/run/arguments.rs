@@ -2,8 +2,9 @@
 
 use crate::command_line::{Argument, Command, Opt, Store, flag, in_range, one, option, rest, store_as};
 use crate::process::{ProcessArguments, ProcessOptions};
-use kindling::launch::{Jail, OnRefusal, Strictness};
+use kindling::launch::{Jail, Limits, OnRefusal, Strictness};
 use std::ffi::OsString;
+use std::ops::RangeInclusive;
 
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Arguments {
@@ -16,6 +17,7 @@ pub(crate) struct Arguments {
     /// In MiB.
     pub(crate) memory: u64,
     pub(crate) cpus: u64,
+    pub(crate) limits: Limits,
     /// In seconds.
     pub(crate) timeout: Option<u64>,
     pub(crate) name: Option<String>,
@@ -56,7 +58,15 @@ const OPTIONS: &[Opt<Arguments>] = &[
         "Memory in MiB, or with the suffix m or g: 512, 512m, 2g [default: 512]"),
     option("", "cpus", "N", |all, word| all.cpus.store(word),
         "Number of vCPUs, 1 to 16 [default: 1]"),
-    option("", "timeout", "SECONDS", |all, word| store_as(&mut all.timeout, word, |text| in_range(TIMEOUT_SECONDS)(text).map(Some)),
+    option("", "pids-limit", "N", |all, word| store_as(&mut all.limits.processes, word, some_in(PROCESSES)),
+        "Maximum number of processes and threads in the guest"),
+    option("", "disk-bps", "BYTES", |all, word| store_as(&mut all.limits.disk_bandwidth, word, rate),
+        "Maximum of bytes per second from and to each disk, or with the suffix k, m or g: 10m"),
+    option("", "disk-iops", "N", |all, word| store_as(&mut all.limits.disk_operations, word, some_in(RATES)),
+        "Maximum of requests per second to each disk"),
+    option("", "net-bps", "BYTES", |all, word| store_as(&mut all.limits.network_bandwidth, word, rate),
+        "Maximum of bytes per second that the guest sends, and that it receives"),
+    option("", "timeout", "SECONDS", |all, word| store_as(&mut all.timeout, word, some_in(TIMEOUT_SECONDS)),
         "Kill the guest after this time, with exit status 124"),
     option("", "name", "NAME", |all, word| all.name.store(word),
         "Name of the guest, for `kindling exec` and others [default: random]"),
@@ -109,6 +119,7 @@ impl Default for Arguments {
             stay: false,
             memory: 512,
             cpus: 1,
+            limits: Limits::default(),
             timeout: None,
             name: None,
             hostname: None,
@@ -130,7 +141,31 @@ impl Default for Arguments {
 /// Values of `--pull`; the first is the default.
 const PULL: [&str; 3] = ["missing", "always", "never"];
 /// Values of `--timeout` in seconds: up to a year.
-const TIMEOUT_SECONDS: std::ops::RangeInclusive<u64> = 1..=31_536_000;
+const TIMEOUT_SECONDS: RangeInclusive<u64> = 1..=31_536_000;
+/// Values of `--pids-limit`: up to the number of processes that Linux can have (`PID_MAX_LIMIT` in linux/threads.h).
+const PROCESSES: RangeInclusive<u64> = 1..=4_194_304;
+/// Rates per second, of bytes or requests.
+const RATES: RangeInclusive<u64> = 1..=1 << 40;
+
+/// Parses a number within a range, for an optional value.
+fn some_in(range: RangeInclusive<u64>) -> impl FnOnce(&str) -> Result<Option<u64>, String> {
+    move |text| in_range(range)(text).map(Some)
+}
+
+/// Parses a rate in bytes per second.
+fn rate(text: &str) -> Result<Option<u64>, &'static str> {
+    let (number, shift) = match text.as_bytes() {
+        [.., b'k' | b'K'] => (&text[..text.len() - 1], 10),
+        [.., b'm' | b'M'] => (&text[..text.len() - 1], 20),
+        [.., b'g' | b'G'] => (&text[..text.len() - 1], 30),
+        _ => (text, 0),
+    };
+    let bytes = in_range(RATES)(number).ok().and_then(|number| number.checked_mul(1 << shift));
+    bytes
+        .filter(|bytes| RATES.contains(bytes))
+        .map(Some)
+        .ok_or("expected bytes per second, such as 500k, 10m or 1g")
+}
 
 /// Parses the value of `--pull`.
 fn pull(text: &str) -> Result<String, &'static str> {
@@ -198,6 +233,12 @@ mod tests {
             stay: false,
             memory: 64,
             cpus: 2,
+            limits: Limits {
+                processes: Some(9),
+                disk_bandwidth: Some(10 << 20),
+                disk_operations: Some(200),
+                network_bandwidth: Some(3 << 10),
+            },
             timeout: Some(5),
             name: Some("n".into()),
             hostname: Some("h".into()),
@@ -213,7 +254,8 @@ mod tests {
             report: true,
             command: strings("sh -c -e"),
         };
-        let line = "-e A=1 --env B --env-file f --workdir / -u a:b --entrypoint e -tid -m 64m --cpus 2 --timeout 5 \
+        let line = "-e A=1 --env B --env-file f --workdir / -u a:b --entrypoint e -tid -m 64m --cpus 2 --timeout 5 --pids-limit 9 \
+                    --disk-bps 10m --disk-iops 200 --net-bps 3k \
                     --name n --hostname h --rm --network tap --net user -p 1:2 --publish 3:4 -v a:/b --read-only \
                     --pull never --jail off --seccomp end --cold --started-at 7 --report image sh -c -e";
         assert_eq!(parse(line), Ok(expected));
@@ -226,6 +268,14 @@ mod tests {
             ("--timeout 0 image", "--timeout \"0\": expected a number from 1 to 31536000"),
             ("--pull now image", "--pull \"now\": expected missing, always or never"),
             ("-m 1k image", "-m \"1k\": expected a number of MiB, or a number with the suffix m or g"),
+            ("--pids-limit 0 image", "--pids-limit \"0\": expected a number from 1 to 4194304"),
+            ("--disk-bps 0 image", "--disk-bps \"0\": expected bytes per second, such as 500k, 10m or 1g"),
+            ("--disk-bps m image", "--disk-bps \"m\": expected bytes per second, such as 500k, 10m or 1g"),
+            (
+                "--net-bps 99999g image",
+                "--net-bps \"99999g\": expected bytes per second, such as 500k, 10m or 1g",
+            ),
+            ("--disk-iops 1k image", "--disk-iops \"1k\": expected a number from 1 to 1099511627776"),
             ("--env-file= image", "--env-file \"\": a path is not empty"),
         ] {
             assert_eq!(parse(line), Err(message.to_owned()), "{line}");

@@ -177,6 +177,7 @@ impl Arguments {
             terminal: self.process.terminal(),
             memory_mib: self.memory,
             vcpus: self.cpus,
+            limits: self.limits,
             network: self.net.clone(),
             publish: self.publish.clone(),
             volumes: self.volume.clone(),

@@ -69,6 +69,8 @@ pub struct GuestConfig<L> {
     pub mounts: Vec<Mount>,
     /// Whether the root filesystem is remounted read-only before the payload runs.
     pub is_root_read_only: bool,
+    /// Maximum number of processes and threads beside those of the kernel and init.
+    pub max_processes: Option<u64>,
 }
 
 /// A filesystem of the host that init mounts.

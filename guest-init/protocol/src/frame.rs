@@ -51,6 +51,7 @@ mod tag {
     pub(super) const AGENT: u8 = 15;
     pub(super) const MOUNT: u8 = 16;
     pub(super) const READ_ONLY_ROOT: u8 = 17;
+    pub(super) const MAX_PROCESSES: u8 = 18;
 }
 
 /// Why bytes are not a configuration frame, or a configuration does not fit one.
@@ -133,6 +134,7 @@ impl<L: StringList> GuestConfig<L> {
             writer.item(tag::MOUNT, &[&mount.head()?, &mount.source, &mount.target])?;
         }
         writer.flag(tag::READ_ONLY_ROOT, self.is_root_read_only)?;
+        writer.optional(tag::MAX_PROCESSES, self.max_processes.map(u64::to_le_bytes))?;
         writer.optional(tag::VM_AGE, boot.vm_age.map(u64::to_le_bytes))?;
         writer.flag(tag::KERNEL_LOG, boot.kernel_log)?;
         if let Some(reseed) = &boot.reseed {
@@ -186,6 +188,7 @@ impl<L: StringList> GuestConfig<L> {
                     config.mounts.push(Mount::from_bytes(value).ok_or(FrameError::InvalidItem(tag))?);
                 }
                 tag::READ_ONLY_ROOT => config.is_root_read_only = flag(tag, value)?,
+                tag::MAX_PROCESSES => config.max_processes = Some(u64::from_le_bytes(array(tag, value)?)),
                 tag::VM_AGE => boot.vm_age = Some(u64::from_le_bytes(array(tag, value)?)),
                 tag::KERNEL_LOG => boot.kernel_log = flag(tag, value)?,
                 tag::REAL_TIME => real_time = Some(u64::from_le_bytes(array(tag, value)?)),
@@ -386,6 +389,7 @@ mod tests {
                 Mount { kind: MountKind::Folder, is_read_only: true, source: Vec::new(), target: Vec::new() },
             ],
             is_root_read_only: true,
+            max_processes: Some(100),
         };
         let boot = BootInfo {
             vm_age: Some(12_345_678_901),

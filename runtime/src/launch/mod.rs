@@ -1,10 +1,12 @@
 //! The launch of a guest: its options, the configuration that they result in, its monitor, and its pre-booted kernel.
 
+mod limits;
 pub(crate) mod start;
 
 pub use kindling_vmm::Error as MachineError;
 pub use kindling_vmm::control::{Failure, Monitor};
 pub use kindling_vmm::jail::{Jail, OnRefusal, Strictness};
+pub use limits::Limits;
 pub(crate) use start::{Launch, MachineEnd, StartObserver, Started, end_of};
 pub use start::{preboot, spawn_monitor};
 
@@ -75,6 +77,9 @@ pub enum LaunchError {
         "unsupported network {0:?}: use --net user for outgoing connections, and --publish for incoming ones"
     )]
     Network(OsString),
+    /// The network is limited, and the guest has none.
+    #[error("--net-bps needs a network: --net user, or a tap device")]
+    NothingToLimit,
     /// Neither the image nor the user names a command.
     #[error("the image has no command; give one after the image")]
     NoCommand,
@@ -152,6 +157,8 @@ pub struct LaunchOptions {
     pub is_cold: bool,
     /// Whether the guest's directory remains after the end of the guest, until it is removed.
     pub is_kept: bool,
+    /// Limits beyond memory and vCPUs.
+    pub limits: Limits,
     /// The jail of the monitor.
     pub jail: Jail,
 }
@@ -198,6 +205,7 @@ impl LaunchOptions {
                 Source::Folder(path) => mount::add_folder(&mut config, path, request),
             }
         }
+        self.limits.apply(&mut config);
         config.validate()?;
         if !self.is_cold {
             config.preboot = kernel::preboot_path(&config)?;
@@ -207,9 +215,9 @@ impl LaunchOptions {
 
     fn interface(&self) -> Result<Option<NetworkInterface>, LaunchError> {
         let network = match &self.network {
-            None if self.publish.is_empty() => return Ok(None),
+            None if self.publish.is_empty() => return self.no_interface(),
             None => OsStr::new("user"),
-            Some(network) if network == "none" && self.publish.is_empty() => return Ok(None),
+            Some(network) if network == "none" && self.publish.is_empty() => return self.no_interface(),
             Some(network) if network == "none" => return Err(LaunchError::NoNetwork),
             Some(network) if ["host", "bridge", "default"].iter().any(|name| network == name) => {
                 return Err(LaunchError::Network(network.clone()));
@@ -217,6 +225,10 @@ impl LaunchOptions {
             Some(network) => network,
         };
         Ok(Some(network::interface(network, 0)?))
+    }
+
+    const fn no_interface(&self) -> Result<Option<NetworkInterface>, LaunchError> {
+        if self.limits.network_bandwidth.is_some() { Err(LaunchError::NothingToLimit) } else { Ok(None) }
     }
 
     /// The configuration for init: command, environment, user, hostname.

@@ -94,18 +94,22 @@ impl DeviceKind for Drive {
 pub struct RootFilesystem {
     /// Path of the filesystem's file.
     pub path_on_host: PathBuf,
+    /// Limits of bytes and requests per time; no limit by default.
+    #[serde(default)]
+    pub rate_limiter: Option<RateLimiter>,
 }
 
 impl RootFilesystem {
     /// The root filesystem in this file.
     #[must_use]
     pub fn new(path_on_host: impl Into<PathBuf>) -> Self {
-        Self { path_on_host: path_on_host.into() }
+        Self { path_on_host: path_on_host.into(), rate_limiter: None }
     }
 
     /// The drive that the guest sees.
     pub(crate) fn drive(&self) -> Drive {
-        Drive { is_read_only: true, ..Drive::new("root", &self.path_on_host) }
+        let rate_limiter = self.rate_limiter;
+        Drive { is_read_only: true, rate_limiter, ..Drive::new("root", &self.path_on_host) }
     }
 }
 
