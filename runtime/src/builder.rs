@@ -10,6 +10,7 @@ use crate::launch::{
 use kindling_vmm::Timeline;
 use kindling_vmm::control::{ControlError, Event, Monitor};
 use std::ffi::{OsStr, OsString};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 /// Time limit for the start of a guest.
@@ -95,6 +96,12 @@ impl GuestBuilder {
     /// Sets limits beyond memory and vCPUs. There are none by default.
     pub const fn limits(mut self, limits: Limits) -> Self {
         self.options.limits = limits;
+        self
+    }
+
+    /// Sets the directory of an existing cgroup in which the monitor gets one of its own, with limits of memory and threads.
+    pub fn cgroup_parent(mut self, directory: impl Into<PathBuf>) -> Self {
+        self.options.cgroup_parent = Some(directory.into());
         self
     }
 

@@ -1,7 +1,12 @@
 //! Limits of a noisy guest: processes, disk and network rates.
+#![expect(unsafe_code, reason = "starts processes in a cgroup as another user")]
 
+use std::fs;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use tests::guest_console::GuestConsole;
 use tests::user::User;
-use tests::{Outcome, run, testbed};
+use tests::{Outcome, run};
 
 /// Runs a shell script in a guest with options of `kindling run`.
 #[track_caller]
@@ -62,4 +67,147 @@ fn a_limit_of_a_network_that_does_not_exist_is_an_error() {
         .expect_status(2)
         .expect_stderr("--net-bps needs a network: --net user");
     assert!(user.has_no_guests());
+}
+
+const HIERARCHY: &str = "/sys/fs/cgroup";
+
+/// Starts a guest that waits for a line.
+fn waiting(user: &User, options: &[&str]) -> GuestConsole {
+    let mut guest = GuestConsole::start(user.run(options).args(["sh", "-c", "echo ready; read -r line"]));
+    guest.expect("ready");
+    guest
+}
+
+/// The directory of a monitor's cgroup.
+fn cgroup(monitor: &Path) -> PathBuf {
+    let text = fs::read_to_string(monitor.join("cgroup")).unwrap();
+    Path::new(HIERARCHY).join(text.trim().strip_prefix("0::/").expect("no cgroup v2"))
+}
+
+/// The cgroups of guests in a cgroup.
+fn guests_in(parent: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(parent).unwrap().map(|entry| entry.unwrap().path());
+    entries.filter(|path| path.file_name().unwrap().to_string_lossy().starts_with("kindling-")).collect()
+}
+
+#[test]
+fn a_fraction_of_a_processor_is_a_limit_of_the_monitors_cgroup() {
+    let user = User::new();
+    for jail in ["require", "full"] {
+        let mut guest =
+            waiting(&user, &["--cpus", "0.5", "--memory", "64", "--name", "half", "--jail", jail]);
+        let monitor = guest.process();
+        let [path] = &guests_in(Path::new(HIERARCHY))[..] else { panic!("not one cgroup") };
+        let pid = monitor.file_name().unwrap().to_str().unwrap();
+        assert_eq!(path.file_name().unwrap().to_str(), Some(format!("kindling-half-{pid}").as_str()));
+        let file = |name: &str| fs::read_to_string(path.join(name)).unwrap().trim().to_owned();
+        assert_eq!(file("cgroup.procs"), pid);
+        assert_eq!(file("cpu.max"), "50000 100000");
+        assert_eq!(file("memory.max"), (129 * (1 << 20)).to_string());
+        assert_eq!(file("pids.max"), "513");
+        // A second of work needs two.
+        let burn =
+            "a=$(cut -d. -f1 /proc/uptime); while [ $(($(cut -d. -f1 /proc/uptime) - a)) -lt 2 ]; do :; done";
+        run(user.command("exec").args(["half", "sh", "-c", burn])).expect_status(0);
+        let throttled = file("cpu.stat");
+        let throttled = throttled.lines().find_map(|line| line.strip_prefix("nr_throttled ")).unwrap();
+        assert!(throttled.parse::<u32>().unwrap() > 5, "{throttled}");
+        guest.send_line();
+        guest.expect_status(0);
+        assert_eq!(guests_in(Path::new(HIERARCHY)), <[PathBuf; 0]>::default());
+    }
+}
+
+/// A cgroup that is delegated to a user, with a cgroup for the user's processes in it; removed on drop.
+struct Delegated {
+    path: PathBuf,
+    user: u32,
+}
+
+impl Delegated {
+    fn new(name: &str, user: u32) -> Self {
+        fs::write(Path::new(HIERARCHY).join("cgroup.subtree_control"), "+cpu +memory +pids").unwrap();
+        let path = Path::new(HIERARCHY).join(name);
+        for directory in [path.clone(), path.join("processes")] {
+            fs::create_dir(&directory).unwrap();
+            for file in ["", "cgroup.procs", "cgroup.subtree_control"] {
+                std::os::unix::fs::chown(directory.join(file), Some(user), Some(user)).unwrap();
+            }
+        }
+        Self { path, user }
+    }
+
+    /// Makes a command run in the inner cgroup, as the user.
+    fn start(&self, command: &mut std::process::Command) {
+        let (file, user) = (self.path.join("processes/cgroup.procs"), self.user);
+        let enter = move || {
+            fs::write(&file, "0")?;
+            // SAFETY: the calls change the user of the new process only.
+            let is_user = unsafe { libc::setgid(user) == 0 && libc::setuid(user) == 0 };
+            if is_user { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+        };
+        // SAFETY: this process has one other thread at most, which holds no lock of the allocator while it waits.
+        unsafe { command.pre_exec(enter) };
+    }
+}
+
+impl Drop for Delegated {
+    fn drop(&mut self) {
+        for directory in [self.path.join("processes"), self.path.clone()] {
+            let _ = fs::remove_dir(directory);
+        }
+    }
+}
+
+#[test]
+fn another_user_than_root_needs_a_delegated_cgroup() {
+    const USER: u32 = 1000;
+    let user = User::new();
+    std::os::unix::fs::chown(user.folder(), Some(USER), Some(USER)).unwrap();
+    let command = || {
+        let mut command = user.run(&["--cpus", "1.5"]);
+        command.args(["sh", "-c", "nproc; read -r line"]).env("XDG_CACHE_HOME", user.folder().join("cache"));
+        command
+    };
+    run(command().uid(USER).gid(USER)).expect_status(125).expect_stderr(
+        "no cgroup of this process is delegated to the user, with the controllers cpu, memory, pids",
+    );
+    let delegated = Delegated::new("delegated", USER);
+    let mut command = command();
+    delegated.start(&mut command);
+    let mut guest = GuestConsole::start(&mut command);
+    guest.expect("2");
+    let own = cgroup(&guest.process());
+    assert_eq!(own.parent(), Some(delegated.path.as_path()));
+    assert_eq!(fs::read_to_string(own.join("cpu.max")).unwrap(), "150000 100000\n");
+    guest.send_line();
+    guest.expect_status(0);
+    assert!(!own.exists() && user.has_no_guests());
+}
+
+#[test]
+fn cgroups_of_killed_starts_are_removed_by_the_next() {
+    let user = User::new();
+    let parent = Delegated::new("parent", 0);
+    let options = ["--cgroup-parent", "/parent"];
+    let guest = waiting(&user, &options);
+    let own = cgroup(&guest.process());
+    assert_eq!(guests_in(&parent.path), [own.as_path()]);
+    assert_eq!(fs::read_to_string(own.join("memory.max")).unwrap(), format!("{}\n", 584 << 20));
+    guest.signal(libc::SIGKILL);
+    // Threads of the monitor may outlive its first one, which cgroup.procs lists.
+    while !fs::read_to_string(own.join("cgroup.events")).unwrap().contains("populated 0") {
+        std::thread::yield_now();
+    }
+    shell(&user, &options, "true").expect_status(0);
+    assert_eq!(guests_in(&parent.path), <[PathBuf; 0]>::default());
+    shell(&user, &["--cgroup-parent", "absent"], "true")
+        .expect_status(2)
+        .expect_stderr("cannot read /sys/fs/cgroup/absent/cgroup.subtree_control: No such file or directory");
+    // A detached guest keeps its cgroup until it ends.
+    run(user.run(&["-d", "--name", "stays", "--cgroup-parent", "parent"]).args(["sleep", "1000"]))
+        .expect_status(0);
+    assert_eq!(guests_in(&parent.path).len(), 1);
+    run(user.command("rm").args(["-f", "stays"])).expect_status(0);
+    assert_eq!(guests_in(&parent.path), <[PathBuf; 0]>::default());
 }

@@ -5,6 +5,7 @@ use crate::process::{ProcessArguments, ProcessOptions};
 use kindling::launch::{Jail, Limits, OnRefusal, Strictness};
 use std::ffi::OsString;
 use std::ops::RangeInclusive;
+use std::path::{Component, Path, PathBuf};
 
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Arguments {
@@ -18,6 +19,7 @@ pub(crate) struct Arguments {
     pub(crate) memory: u64,
     pub(crate) cpus: u64,
     pub(crate) limits: Limits,
+    pub(crate) cgroup_parent: Option<PathBuf>,
     /// In seconds.
     pub(crate) timeout: Option<u64>,
     pub(crate) name: Option<String>,
@@ -48,6 +50,16 @@ impl AsMut<ProcessArguments> for Arguments {
     }
 }
 
+impl Arguments {
+    /// Stores the value of `--cpus`.
+    fn store_cpus(&mut self, word: OsString) -> Result<(), String> {
+        let mut value = (0, None);
+        store_as(&mut value, word, processors)?;
+        (self.cpus, self.limits.cpu_millis) = value;
+        Ok(())
+    }
+}
+
 #[rustfmt::skip]
 const OPTIONS: &[Opt<Arguments>] = &[
     option("", "entrypoint", "PROGRAM", |all, word| all.entrypoint.store(word),
@@ -56,8 +68,10 @@ const OPTIONS: &[Opt<Arguments>] = &[
         "Run in the background, and print the name of the guest; `kindling logs` prints its output"),
     option("m", "memory", "MIB", |all, word| store_as(&mut all.memory, word, mebibytes),
         "Memory in MiB, or with the suffix m or g: 512, 512m, 2g [default: 512]"),
-    option("", "cpus", "N", |all, word| all.cpus.store(word),
-        "Number of vCPUs, 1 to 16 [default: 1]"),
+    option("", "cpus", "N", |all, word| all.store_cpus(word),
+        "Number of vCPUs, 1 to 16, or with a fraction such as 1.5: that much processor time, by a cgroup [default: 1]"),
+    option("", "cgroup-parent", "CGROUP", |all, word| store_as(&mut all.cgroup_parent, word, cgroup),
+        "Give the guest's monitor a cgroup in this one, with limits of memory and threads"),
     option("", "pids-limit", "N", |all, word| store_as(&mut all.limits.processes, word, some_in(PROCESSES)),
         "Maximum number of processes and threads in the guest"),
     option("", "disk-bps", "BYTES", |all, word| store_as(&mut all.limits.disk_bandwidth, word, rate),
@@ -120,6 +134,7 @@ impl Default for Arguments {
             memory: 512,
             cpus: 1,
             limits: Limits::default(),
+            cgroup_parent: None,
             timeout: None,
             name: None,
             hostname: None,
@@ -150,6 +165,31 @@ const RATES: RangeInclusive<u64> = 1..=1 << 40;
 /// Parses a number within a range, for an optional value.
 fn some_in(range: RangeInclusive<u64>) -> impl FnOnce(&str) -> Result<Option<u64>, String> {
     move |text| in_range(range)(text).map(Some)
+}
+
+/// Parses the value of `--cpus`. Returns the number of vCPUs, and with a fraction, thousandths of a processor.
+fn processors(text: &str) -> Result<(u64, Option<u64>), &'static str> {
+    const FORM: &str = "expected a number of vCPUs such as 2, or of processors such as 0.5 or 1.25";
+    let number = |text: &str| in_range(0..=u64::MAX)(text).map_err(|_| FORM);
+    let Some((whole, fraction)) = text.split_once('.') else { return Ok((number(text)?, None)) };
+    if fraction.is_empty() || fraction.len() > 3 {
+        return Err(FORM);
+    }
+    let whole = if whole.is_empty() { 0 } else { number(whole)? };
+    let thousandths = number(&format!("{fraction:0<3}"))?;
+    let millis = whole.checked_mul(1000).and_then(|millis| millis.checked_add(thousandths)).ok_or(FORM)?;
+    if millis == 0 { Err(FORM) } else { Ok((millis.div_ceil(1000), Some(millis))) }
+}
+
+/// Parses the value of `--cgroup-parent`: a directory below /sys/fs/cgroup, or the path of a cgroup.
+fn cgroup(text: &str) -> Result<Option<PathBuf>, &'static str> {
+    const HIERARCHY: &str = "/sys/fs/cgroup";
+    let path = Path::new(text);
+    if text.is_empty() || path.components().any(|part| part == Component::ParentDir) {
+        return Err("expected the path of a cgroup, such as user.slice/guests");
+    }
+    let path = path.strip_prefix(HIERARCHY).or_else(|_| path.strip_prefix("/")).unwrap_or(path);
+    Ok(Some(Path::new(HIERARCHY).join(path)))
 }
 
 /// Parses a rate in bytes per second.
@@ -238,7 +278,9 @@ mod tests {
                 disk_bandwidth: Some(10 << 20),
                 disk_operations: Some(200),
                 network_bandwidth: Some(3 << 10),
+                cpu_millis: Some(1250),
             },
+            cgroup_parent: Some("/sys/fs/cgroup/a/b".into()),
             timeout: Some(5),
             name: Some("n".into()),
             hostname: Some("h".into()),
@@ -254,7 +296,7 @@ mod tests {
             report: true,
             command: strings("sh -c -e"),
         };
-        let line = "-e A=1 --env B --env-file f --workdir / -u a:b --entrypoint e -tid -m 64m --cpus 2 --timeout 5 --pids-limit 9 \
+        let line = "-e A=1 --env B --env-file f --workdir / -u a:b --entrypoint e -tid -m 64m --cpus 1.25 --cgroup-parent /a/b --timeout 5 --pids-limit 9 \
                     --disk-bps 10m --disk-iops 200 --net-bps 3k \
                     --name n --hostname h --rm --network tap --net user -p 1:2 --publish 3:4 -v a:/b --read-only \
                     --pull never --jail off --seccomp end --cold --started-at 7 --report image sh -c -e";
@@ -280,6 +322,30 @@ mod tests {
         ] {
             assert_eq!(parse(line), Err(message.to_owned()), "{line}");
         }
+    }
+
+    #[test]
+    fn processors_may_have_a_fraction() {
+        for (text, expected) in [
+            ("2", (2, None)),
+            ("0.5", (1, Some(500))),
+            (".25", (1, Some(250))),
+            ("1.005", (2, Some(1005))),
+            ("2.0", (2, Some(2000))),
+        ] {
+            assert_eq!(processors(text), Ok(expected), "{text}");
+        }
+        for text in ["", ".", "1.", "0.0", "-1", "+1", "1.5x", "0.0001", "1e3", "18446744073709551615.5"] {
+            assert!(processors(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn cgroups_are_paths_in_the_hierarchy() {
+        for text in ["a/b", "/a/b", "/sys/fs/cgroup/a/b"] {
+            assert_eq!(cgroup(text), Ok(Some("/sys/fs/cgroup/a/b".into())), "{text}");
+        }
+        assert!(cgroup("").is_err() && cgroup("a/../../b").is_err());
     }
 
     #[test]

@@ -178,6 +178,7 @@ impl Arguments {
             memory_mib: self.memory,
             vcpus: self.cpus,
             limits: self.limits,
+            cgroup_parent: self.cgroup_parent.clone(),
             network: self.net.clone(),
             publish: self.publish.clone(),
             volumes: self.volume.clone(),

@@ -1,11 +1,19 @@
 //! Limits of a guest beyond its memory and its vCPUs.
 
+use super::LaunchOptions;
 use kindling_vmm::config::Config;
 use kindling_vmm::config::devices::{RateLimiter, TokenBucket};
+use kindling_vmm::jail::CgroupLimits;
+
+const MIB: u64 = 1 << 20;
+/// Memory in bytes that a monitor may have in its cgroup beside the guest's, of which an honest one needs less than 1 MiB.
+const MONITOR_MEMORY: u64 = 64 * MIB;
 
 /// Limits of a guest, each optional. A rate allows a burst of what it allows in a second.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Limits {
+    /// Processor time of the monitor, with all vCPUs, in thousandths of a processor. The monitor gets a cgroup for it.
+    pub cpu_millis: Option<u64>,
     /// Maximum number of processes and threads in the guest, without those of its kernel and its init. At the limit, fork(2)
     /// fails with EAGAIN.
     pub processes: Option<u64>,
@@ -29,6 +37,26 @@ impl Limits {
             card.rx_rate_limiter = limiter(self.network_bandwidth, None);
             card.tx_rate_limiter = card.rx_rate_limiter;
         }
+    }
+}
+
+impl LaunchOptions {
+    /// The limits of the monitor's cgroup, if it gets one.
+    pub(super) fn cgroup(&self, config: &Config) -> Option<CgroupLimits> {
+        /// Threads of the kernel for the operations of disks, and those of the monitor beside vCPUs.
+        const OTHER_THREADS: u64 = 512;
+        if self.cgroup_parent.is_none() && self.limits.cpu_millis.is_none() {
+            return None;
+        }
+        // Of its page tables, KVM needs one page for each 2 MiB of the guest.
+        let memory = config.machine.mem_size_mib.saturating_mul(MIB);
+        let memory = memory.saturating_add(memory / 64).saturating_add(MONITOR_MEMORY);
+        Some(CgroupLimits {
+            parent: self.cgroup_parent.clone(),
+            cpu_millis: self.limits.cpu_millis,
+            memory: Some(memory),
+            processes: Some(self.vcpus.saturating_add(OTHER_THREADS)),
+        })
     }
 }
 

@@ -5,7 +5,7 @@ pub(crate) mod start;
 
 pub use kindling_vmm::Error as MachineError;
 pub use kindling_vmm::control::{Failure, Monitor};
-pub use kindling_vmm::jail::{Jail, OnRefusal, Strictness};
+pub use kindling_vmm::jail::{CgroupError, Jail, OnRefusal, Strictness};
 pub use limits::Limits;
 pub(crate) use start::{Launch, MachineEnd, StartObserver, Started, end_of};
 pub use start::{preboot, spawn_monitor};
@@ -77,6 +77,9 @@ pub enum LaunchError {
         "unsupported network {0:?}: use --net user for outgoing connections, and --publish for incoming ones"
     )]
     Network(OsString),
+    /// The monitor cannot be limited by a cgroup.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
     /// The network is limited, and the guest has none.
     #[error("--net-bps needs a network: --net user, or a tap device")]
     NothingToLimit,
@@ -97,11 +100,12 @@ impl From<ConfigError> for LaunchError {
 impl LaunchError {
     /// Returns whether the request is at fault, rather than the host.
     #[must_use]
-    pub const fn is_user_error(&self) -> bool {
+    pub fn is_user_error(&self) -> bool {
         match self {
             Self::Machine(error) => error.is_user_error(),
             Self::Monitor(failure) => failure.is_user_error,
             Self::Host(..) | Self::Ended(_) | Self::Image(ImageError::Failed(_)) => false,
+            Self::Cgroup(error) => error.is_user_error(),
             Self::Guest(error) => error.is_user_error(),
             Self::Volume(error) => error.is_user_error(),
             _ => true,
@@ -159,6 +163,8 @@ pub struct LaunchOptions {
     pub is_kept: bool,
     /// Limits beyond memory and vCPUs.
     pub limits: Limits,
+    /// Directory of an existing cgroup in which the monitor gets one of its own, with limits of memory and threads.
+    pub cgroup_parent: Option<PathBuf>,
     /// The jail of the monitor.
     pub jail: Jail,
 }

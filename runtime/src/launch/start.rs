@@ -7,6 +7,7 @@ use crate::image::Prepared;
 use crate::kernel::KernelError;
 use kindling_vmm::config::Config;
 use kindling_vmm::control::{ControlError, Event, Monitor};
+use kindling_vmm::jail::CgroupLimits;
 use kindling_vmm::{Error, Exit, Resources, Timeline, with_causes};
 use std::path::Path;
 
@@ -17,6 +18,8 @@ pub(crate) struct Launch<'a> {
     pub(crate) config: Config,
     record: GuestRecord,
     resources: Resources,
+    /// The limits of the monitor's cgroup, if it has one.
+    cgroup: Option<CgroupLimits>,
     /// The monitor of the machine. Dropping it stops the machine and waits for the process.
     pub(crate) monitor: Option<Monitor>,
 }
@@ -56,7 +59,8 @@ impl<'a> Launch<'a> {
     ) -> Result<Self, LaunchError> {
         let Plan { config, record } = options.plan(guest, prepared)?;
         let resources = Resources::open_devices(&config)?;
-        Ok(Self { guest, config, record, resources, monitor: None })
+        let cgroup = options.cgroup(&config);
+        Ok(Self { guest, config, record, resources, cgroup, monitor: None })
     }
 
     /// Writes the guest's record, and pre-boots the kernel unless a pre-booted one exists. If that fails, the guest boots its
@@ -106,6 +110,9 @@ impl<'a> Launch<'a> {
         observer: &mut dyn StartObserver,
     ) -> Result<Started, LaunchError> {
         let monitor = self.monitor.insert(monitor);
+        if let Some(limits) = &self.cgroup {
+            monitor.limit(limits, self.guest.name())?;
+        }
         let mut resources = std::mem::take(&mut self.resources);
         if let Some(refusal) = resources.open_boot_files(&mut self.config)? {
             notify(&with_causes(&refusal));

@@ -53,8 +53,8 @@ pub(super) fn has_favordynmods(sources: &Sources) -> bool {
     mount.is_some_and(|mount| mount.has_favordynmods)
 }
 
-/// The lowest memory limit in bytes of this process's cgroup and its visible ancestors.
-pub(super) fn memory_limit(sources: &Sources) -> Option<u64> {
+/// The directories of this process's cgroup and its visible ancestors, from the mount point downwards.
+pub(super) fn directories(sources: &Sources) -> Option<Vec<String>> {
     let mount = parse_mounts(&sources.read(MOUNTS).ok()?).0?;
     let cgroups = sources.read("/proc/self/cgroup").ok()?;
     let own = cgroups.lines().find_map(|line| line.strip_prefix("0::"))?;
@@ -63,17 +63,17 @@ pub(super) fn memory_limit(sources: &Sources) -> Option<u64> {
     if own.split('/').any(|part| part == "..") {
         return None;
     }
-    let mut lowest = None;
-    let mut directory = mount.mount_point;
-    for part in std::iter::once("").chain(own.split('/').filter(|part| !part.is_empty())) {
-        if !part.is_empty() {
-            directory = format!("{directory}/{part}");
-        }
-        if let Ok(limit) = sources.number(&format!("{directory}/memory.max")) {
-            lowest = Some(lowest.map_or(limit, |lowest: u64| lowest.min(limit)));
-        }
+    let mut directories = vec![mount.mount_point];
+    for part in own.split('/').filter(|part| !part.is_empty()) {
+        directories.push(format!("{}/{part}", directories[directories.len() - 1]));
     }
-    lowest
+    Some(directories)
+}
+
+/// The lowest memory limit in bytes of this process's cgroup and its visible ancestors.
+pub(super) fn memory_limit(sources: &Sources) -> Option<u64> {
+    let limit = |directory: &String| sources.number(&format!("{directory}/memory.max")).ok();
+    directories(sources)?.iter().filter_map(limit).min()
 }
 
 const NAME: &str = "cgroup";

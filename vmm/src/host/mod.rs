@@ -20,6 +20,13 @@ pub use sources::Sources;
 
 use crate::kvm::probe::Probe;
 use serde::Serialize;
+use std::path::PathBuf;
+
+/// The directories of this process's cgroup (v2) and its visible ancestors, from the mount point downwards.
+pub(crate) fn cgroups() -> Option<Vec<PathBuf>> {
+    let directories = cgroup::directories(&Sources::host())?;
+    Some(directories.into_iter().map(PathBuf::from).collect())
+}
 
 /// The assessment of a fact.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

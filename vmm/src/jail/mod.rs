@@ -6,6 +6,7 @@
 //! ([`TABLE`]).
 
 mod capabilities;
+mod cgroup;
 mod filter;
 mod landlock;
 mod layer;
@@ -15,6 +16,7 @@ mod refusal;
 mod table;
 
 pub use crate::config::jail::{Jail, OnRefusal, Strictness};
+pub use cgroup::{Cgroup, CgroupError, CgroupLimits};
 pub use layer::{Layer, Limits};
 pub use names::name_of;
 pub(crate) use refusal::{STATUS_REFUSED, describe};

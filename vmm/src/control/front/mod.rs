@@ -10,7 +10,7 @@ use crate::bus::lock;
 use crate::config::Config;
 use crate::devices::virtio::backend::Kept;
 use crate::error::Error;
-use crate::jail::{self, STATUS_REFUSED};
+use crate::jail::{self, Cgroup, CgroupError, CgroupLimits, STATUS_REFUSED};
 use crate::kvm::Hypervisor;
 use crate::layout;
 use crate::poll::wait_readable;
@@ -46,6 +46,8 @@ pub struct Monitor {
     kept: Kept,
     events: Mutex<Events>,
     is_detached: bool,
+    /// Removed after the process has ended.
+    cgroup: Option<Cgroup>,
 }
 
 impl Monitor {
@@ -68,7 +70,19 @@ impl Monitor {
             kept: Kept::default(),
             events: Mutex::default(),
             is_detached: false,
+            cgroup: None,
         })
+    }
+
+    /// Limits the process by a cgroup of its own, which is removed at its end. `name` becomes a part of the cgroup's name.
+    ///
+    /// # Errors
+    /// When no cgroup is delegated to the user, or the kernel refuses a limit.
+    pub fn limit(&mut self, limits: &CgroupLimits, name: &str) -> Result<(), CgroupError> {
+        if let Some(process) = &*lock(&self.process) {
+            self.cgroup = Some(Cgroup::create(limits, name, Pid::from_child(process))?);
+        }
+        Ok(())
     }
 
     /// Starts a machine with opened resources. The monitor locks the file `lock`, so that other processes can find the
@@ -209,8 +223,11 @@ impl Monitor {
     }
 
     /// Drops the handle without waiting for the monitor, for a front that exits now. The machine stops, if it still
-    /// runs, when the exit closes the socket.
+    /// runs, when the exit closes the socket. A monitor with a cgroup is waited for.
     pub fn forget(mut self) {
+        if self.cgroup.is_some() {
+            return;
+        }
         // The monitor is not killed: it still delivers what the guest sent to other programs before its end. The servers of
         // shared folders exit with it; waiting for them is not necessary.
         self.kept.sockets.clear();
@@ -327,7 +344,8 @@ impl Drop for Monitor {
     fn drop(&mut self) {
         let process = lock(&self.process).take();
         if self.is_detached {
-            reap(process.into_iter().chain(std::mem::take(&mut self.kept).release()).collect());
+            let processes = process.into_iter().chain(std::mem::take(&mut self.kept).release()).collect();
+            reap(processes, self.cgroup.take());
             return;
         }
         self.kept.sockets.clear();
@@ -336,9 +354,12 @@ impl Drop for Monitor {
     }
 }
 
-/// Waits for the exit of child processes that end by themselves, in a thread.
-fn reap(processes: Vec<Child>) {
-    let wait = move || processes.into_iter().for_each(|mut process| drop(process.wait()));
+/// Waits for the exit of child processes that end by themselves, in a thread, and removes their cgroup.
+fn reap(processes: Vec<Child>, cgroup: Option<Cgroup>) {
+    let wait = move || {
+        processes.into_iter().for_each(|mut process| drop(process.wait()));
+        drop(cgroup);
+    };
     // Without a thread they stay zombies until this process exits.
     let _ = std::thread::Builder::new().name("reaper".to_owned()).spawn(wait);
 }
