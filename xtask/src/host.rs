@@ -48,7 +48,7 @@ impl Host {
         }
         let found = probe();
         let why = match found {
-            Probe::Hardware { loop_time } => {
+            Probe::Hardware { loop_time, .. } => {
                 println!("host: this machine's KVM (a million loop iterations in {loop_time:.1?})");
                 return Self::Hardware;
             }

@@ -2,6 +2,7 @@
 
 use super::kernel::Version;
 use super::{Finding, Sources, is_safe_in_command};
+use rustix::fs::{Access, access};
 
 const MOUNTS: &str = "/proc/self/mountinfo";
 /// The controllers that limit guests.
@@ -54,7 +55,7 @@ pub(super) fn has_favordynmods(sources: &Sources) -> bool {
 }
 
 /// The directories of this process's cgroup and its visible ancestors, from the mount point downwards.
-pub(super) fn directories(sources: &Sources) -> Option<Vec<String>> {
+fn directories(sources: &Sources) -> Option<Vec<String>> {
     let mount = parse_mounts(&sources.read(MOUNTS).ok()?).0?;
     let cgroups = sources.read("/proc/self/cgroup").ok()?;
     let own = cgroups.lines().find_map(|line| line.strip_prefix("0::"))?;
@@ -68,6 +69,15 @@ pub(super) fn directories(sources: &Sources) -> Option<Vec<String>> {
         directories.push(format!("{}/{part}", directories[directories.len() - 1]));
     }
     Some(directories)
+}
+
+/// The directories of the cgroups in which this user can create others and move own processes there, from the topmost one.
+/// `None` if the place of this process in the hierarchy is unknown.
+pub(super) fn delegated(sources: &Sources) -> Option<Vec<String>> {
+    let is_writable = |path: &str| access(sources.path(path), Access::WRITE_OK).is_ok();
+    let is_delegated =
+        |directory: &String| is_writable(directory) && is_writable(&format!("{directory}/cgroup.procs"));
+    Some(directories(sources)?.into_iter().filter(is_delegated).collect())
 }
 
 /// The lowest memory limit in bytes of this process's cgroup and its visible ancestors.
@@ -118,6 +128,16 @@ fn mounted(sources: &Sources, mount: &Mount, has_version_1: bool) -> Finding {
     let mut advice = Vec::new();
     if missing.is_empty() {
         meanings.push(format!("{LIMITS}."));
+        match delegated(sources).and_then(|all| all.into_iter().next()) {
+            Some(directory) => fact += &format!("; {directory} is delegated to this user"),
+            None => {
+                fact += "; none is delegated to this user";
+                meanings.push(
+                    "`kindling run` cannot limit a guest's VMM (`--cpus 1.5`, `--cgroup-parent`).".into(),
+                );
+                advice.push("start it by `systemd-run --user --scope -p Delegate=yes`".into());
+            }
+        }
     } else {
         fact += &format!(" without the controllers {}", missing.join(", "));
         meanings.push(format!("{LIMITS}: without its controllers guests run unlimited."));

@@ -2,7 +2,7 @@
 
 use super::{Finding, Sources, is_safe_in_command};
 use crate::kvm::DEVICE;
-use crate::kvm::probe::Probe;
+use crate::kvm::probe::{Probe, Restriction};
 use std::error::Error;
 use std::os::unix::fs::MetadataExt;
 
@@ -47,11 +47,40 @@ fn is_loaded(sources: &Sources, module: &str) -> bool {
     sources.exists(&format!("/sys/module/{module}"))
 }
 
+/// What of KVM a guest cannot use here (`docs/security.md`).
+pub(super) fn restrictions(probe: &Probe) -> Finding {
+    const NAME: &str = "kvm_restrictions";
+    let Probe::Hardware { missing, .. } = probe else {
+        let (why, meaning) = ("KVM runs no guests", "What of KVM a guest could use cannot be told.");
+        return Finding::unknown(NAME, why, meaning, "first fix what is said about `kvm`");
+    };
+    let can = |restrictions: Vec<&Restriction>| {
+        restrictions.iter().map(|restriction| restriction.without()).collect::<Vec<_>>().join(", or ")
+    };
+    let (by_processor, by_kernel): (Vec<_>, Vec<_>) =
+        missing.iter().partition(|restriction| restriction.needs_processor());
+    if missing.is_empty() {
+        let meaning = "A guest can use of KVM only what it needs.";
+        return Finding::good(NAME, "KVM has all that restrict guests", meaning);
+    }
+    if by_kernel.is_empty() {
+        let fact = "KVM has all that do not depend on the processor";
+        return Finding::good(
+            NAME,
+            fact,
+            format!("With this processor or kernel a guest can {}.", can(by_processor)),
+        );
+    }
+    let fact = format!("KVM lacks {} of five", missing.len());
+    let meaning = format!("A guest can {}.", can(by_kernel.into_iter().chain(by_processor).collect()));
+    Finding::improvable(NAME, fact, meaning, "Linux 6.0 or newer")
+}
+
 /// Whether this user can run guests on this host.
 pub(super) fn kvm(sources: &Sources, probe: &Probe) -> Finding {
     const NAME: &str = "kvm";
     match probe {
-        Probe::Hardware { loop_time } => {
+        Probe::Hardware { loop_time, .. } => {
             let fact = format!("hardware KVM: a million loop iterations in kernel mode took {loop_time:.1?}");
             let mut meaning = String::from("Guests run at the processor's speed.");
             if Processor::of(sources).is_some_and(|processor| processor.hypervisor) {

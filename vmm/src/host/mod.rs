@@ -22,10 +22,10 @@ use crate::kvm::probe::Probe;
 use serde::Serialize;
 use std::path::PathBuf;
 
-/// The directories of this process's cgroup (v2) and its visible ancestors, from the mount point downwards.
-pub(crate) fn cgroups() -> Option<Vec<PathBuf>> {
-    let directories = cgroup::directories(&Sources::host())?;
-    Some(directories.into_iter().map(PathBuf::from).collect())
+/// The directories of the cgroups (v2) in which this user can create others and move own processes there, from the topmost
+/// one. `None` if the place of this process in the hierarchy is unknown.
+pub(crate) fn delegated_cgroups() -> Option<Vec<PathBuf>> {
+    Some(cgroup::delegated(&Sources::host())?.into_iter().map(PathBuf::from).collect())
 }
 
 /// The assessment of a fact.
@@ -122,6 +122,7 @@ impl Report {
         let findings = vec![
             kvm::kvm(sources, probe),
             kvm::parameters(sources),
+            kvm::restrictions(probe),
             nx_huge_pages::nx_huge_pages(sources),
             kernel::kernel(sources),
             cgroup::cgroup(sources),

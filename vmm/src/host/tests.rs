@@ -5,7 +5,7 @@ mod kvm;
 use super::{Finding, Report, Sources, Status};
 use super::{cgroup, isolation, kernel, memory, nx_huge_pages, sharing};
 use crate::kvm::KvmError;
-use crate::kvm::probe::Probe;
+use crate::kvm::probe::{Probe, Restriction};
 use proptest::prelude::*;
 use std::fs;
 use std::time::Duration;
@@ -57,7 +57,7 @@ const CHECKS: [Check; 14] = [
 ];
 
 /// Every file that a check reads.
-const FILES: [&str; 32] = [
+const FILES: [&str; 33] = [
     "/proc/cpuinfo",
     "/proc/meminfo",
     "/proc/self/cgroup",
@@ -75,6 +75,7 @@ const FILES: [&str; 32] = [
     "/sys/devices/system/cpu/vulnerabilities/mds",
     "/sys/devices/system/cpu/vulnerabilities/vmscape",
     "/sys/fs/cgroup/cgroup.controllers",
+    "/sys/fs/cgroup/cgroup.procs",
     "/sys/fs/cgroup/memory.max",
     "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages",
     "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages",
@@ -99,6 +100,9 @@ const MOUNTS: &str = "/proc/self/mountinfo";
 const CONTROLLERS: &str = "/sys/fs/cgroup/cgroup.controllers";
 const CGROUP2: &str = "35 24 0:30 / /sys/fs/cgroup rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate\n";
 const CGROUP2_FAVORED: &str = "35 24 0:30 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw,nsdelegate,favordynmods\n";
+/// The place of this process in the hierarchy, and the file that this user may write to.
+const OWN: (&str, &str) = ("/proc/self/cgroup", "0::/\n");
+const PROCS: (&str, &str) = ("/sys/fs/cgroup/cgroup.procs", "");
 const CGROUP1: &str = "36 31 0:33 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n";
 
 /// Expects a finding of this status on a host with these files, with `words` in its advice, or in its meaning if there
@@ -116,7 +120,7 @@ fn expect_finding(finding: &Finding, status: Status, words: &str) {
     assert!(text.contains(words), "{words:?} is not in {finding:#?}");
 }
 
-const HARDWARE: Probe = Probe::Hardware { loop_time: Duration::from_micros(350) };
+const HARDWARE: Probe = Probe::Hardware { loop_time: Duration::from_micros(350), missing: Vec::new() };
 
 fn software() -> Probe {
     Probe::Software { failed_on: "POPCNT failed".into() }
@@ -200,7 +204,7 @@ fn the_finding_lists_the_missing_improvements() {
 #[test]
 fn cgroups() {
     let check = |mounts: &str, controllers: &str, release: &str, status, words: &str| {
-        let files = [(MOUNTS, mounts), (CONTROLLERS, controllers), (RELEASE, release)];
+        let files = [(MOUNTS, mounts), (CONTROLLERS, controllers), (RELEASE, release), OWN, PROCS];
         expect(cgroup::cgroup, &files, status, words);
     };
     const ALL: &str = "cpuset cpu io memory hugetlb pids\n";
@@ -226,6 +230,17 @@ fn only_slow_kernels_wait_for_cgroups_to_create_a_vm() {
         assert_eq!(meaning.contains("Creating a VM"), waits, "{release}: {meaning}");
         assert!(meaning.contains("oving a process"), "{release}: {meaning}");
     }
+}
+
+#[test]
+fn a_cgroup_that_is_not_delegated_is_improvable() {
+    let files = [(MOUNTS, CGROUP2_FAVORED), (CONTROLLERS, "cpu memory pids"), (RELEASE, "6.8.0"), OWN];
+    expect(cgroup::cgroup, &files, Status::Improvable, "-p Delegate=yes");
+    let finding = cgroup::cgroup(&Host::with(&[&files[..], &[PROCS]].concat()).sources());
+    assert_eq!(
+        finding.fact,
+        "cgroup v2 at /sys/fs/cgroup; /sys/fs/cgroup is delegated to this user; favordynmods is on"
+    );
 }
 
 #[test]
@@ -430,6 +445,28 @@ fn the_verdict_is_about_kvm_first() {
 }
 
 #[test]
+fn missing_restrictions_of_kvm_are_named() {
+    let finding = |missing: &[Restriction]| {
+        super::kvm::restrictions(&Probe::Hardware { loop_time: Duration::ZERO, missing: missing.to_vec() })
+    };
+    assert_eq!(finding(&[]).status, Status::Good);
+    let of_processor = finding(&[Restriction::NotifyExits, Restriction::BusLocks]);
+    assert_eq!(of_processor.status, Status::Good);
+    assert!(
+        of_processor
+            .meaning
+            .ends_with("exceptions without end, or stop the memory accesses of all processors by bus locks.")
+    );
+    let old = finding(&[Restriction::BusLocks, Restriction::Counters]);
+    assert_eq!((old.status, old.fact.as_str()), (Status::Improvable, "KVM lacks 2 of five"));
+    assert!(
+        old.meaning
+            .starts_with("A guest can time other users of the processor by performance counters, or stop")
+    );
+    assert_eq!(super::kvm::restrictions(&Probe::Absent).status, Status::Unknown);
+}
+
+#[test]
 fn names_are_stable_and_differ() {
     let report = Report::new(&Host::with(&[]).sources(), &Probe::Absent);
     let names: Vec<_> = report.findings.iter().map(|finding| finding.name).collect();
@@ -438,6 +475,7 @@ fn names_are_stable_and_differ() {
         [
             "kvm",
             "kvm_parameters",
+            "kvm_restrictions",
             "nx_huge_pages",
             "kernel",
             "cgroup",

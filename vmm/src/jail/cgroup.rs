@@ -2,7 +2,6 @@
 //! that hold whatever the process does (Documentation/admin-guide/cgroup-v2.rst).
 
 use crate::host;
-use rustix::fs::{Access, access};
 use rustix::io::Errno;
 use rustix::process::Pid;
 use std::fs;
@@ -100,15 +99,11 @@ impl Cgroup {
             return Self::create_in(parent, &settings, name, process);
         }
         let mut result = None;
-        for parent in host::cgroups().ok_or(CgroupError::NoHierarchy)? {
-            let is_delegated = access(&parent, Access::WRITE_OK).is_ok()
-                && access(parent.join("cgroup.procs"), Access::WRITE_OK).is_ok();
-            if is_delegated {
-                match Self::create_in(&parent, &settings, name, process) {
-                    // In a cgroup with processes, for instance, no other can have controllers.
-                    Err(error @ CgroupError::Refused { .. }) => result = result.or(Some(error)),
-                    other => return other,
-                }
+        for parent in host::delegated_cgroups().ok_or(CgroupError::NoHierarchy)? {
+            match Self::create_in(&parent, &settings, name, process) {
+                // In a cgroup with processes, for instance, no other can have controllers.
+                Err(error @ CgroupError::Refused { .. }) => result = result.or(Some(error)),
+                other => return other,
             }
         }
         let controllers: Vec<_> = controllers(&settings).collect();

@@ -4,7 +4,9 @@
 //! guest's kernel mode slowly and incompletely. The probe therefore runs a few instructions in kernel mode, one of
 //! which such emulators lack, and measures the time of a loop.
 
-use super::{Hypervisor, KvmError, Vcpu, Vm, open_device};
+pub use super::restrictions::Restriction;
+
+use super::{Hypervisor, KvmError, Vcpu, Vm, open_device, restrictions};
 use crate::boot::{self, Entry};
 use crate::config::InterruptControllers;
 use crate::layout;
@@ -21,6 +23,8 @@ pub enum Probe {
     Hardware {
         /// Duration of the probe's loop of a million iterations.
         loop_time: Duration,
+        /// What it cannot restrict.
+        missing: Vec<Restriction>,
     },
     /// KVM emulates kernel mode in software.
     Software {
@@ -71,6 +75,7 @@ pub fn probe() -> Probe {
 
 fn run() -> Result<Probe, KvmError> {
     let kvm = open_device()?;
+    let missing = restrictions::missing(&kvm);
     let supported_cpuid = kvm
         .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
         .map_err(KvmError::ioctl("say which CPUID leaves it supports"))?;
@@ -83,10 +88,10 @@ fn run() -> Result<Probe, KvmError> {
     unsafe { vm.set_memory(&memory) }?;
     let mut vcpu = vm.create_vcpu(0, 1)?;
     vcpu.set_entry(Entry { instruction: CODE_ADDRESS })?;
-    Ok(run_code(&mut vcpu))
+    Ok(run_code(&mut vcpu, missing))
 }
 
-fn run_code(vcpu: &mut Vcpu) -> Probe {
+fn run_code(vcpu: &mut Vcpu, missing: Vec<Restriction>) -> Probe {
     let software = |failed_on: String| Probe::Software { failed_on };
     match next_output(vcpu) {
         Ok((0x10, BITS_OF_0F0F)) => {}
@@ -103,7 +108,7 @@ fn run_code(vcpu: &mut Vcpu) -> Probe {
     if loop_time > SLOWEST_HARDWARE {
         return software(format!("a loop of a million iterations in kernel mode took {loop_time:.1?}"));
     }
-    Probe::Hardware { loop_time }
+    Probe::Hardware { loop_time, missing }
 }
 
 /// Runs until the guest writes a port; returns the port and the byte.

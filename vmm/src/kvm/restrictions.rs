@@ -3,10 +3,10 @@
 
 use kvm_bindings::{
     KVM_BUS_LOCK_DETECTION_EXIT, KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_CAP_PMU_CAPABILITY,
-    KVM_CAP_X86_BUS_LOCK_EXIT, KVM_CAP_X86_NOTIFY_VMEXIT, KVM_EXIT_NOTIFY, KVM_EXIT_X86_BUS_LOCK,
-    KVM_PMU_CAP_DISABLE, KVM_X86_NOTIFY_VMEXIT_ENABLED, kvm_enable_cap,
+    KVM_CAP_X86_BUS_LOCK_EXIT, KVM_CAP_X86_MSR_FILTER, KVM_CAP_X86_NOTIFY_VMEXIT, KVM_EXIT_NOTIFY,
+    KVM_EXIT_X86_BUS_LOCK, KVM_PMU_CAP_DISABLE, KVM_X86_NOTIFY_VMEXIT_ENABLED, kvm_enable_cap,
 };
-use kvm_ioctls::{MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuExit, VcpuFd, VmFd};
+use kvm_ioctls::{Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuExit, VcpuFd, VmFd};
 use std::time::Duration;
 
 /// Pause of a vCPU after each bus lock. The processor asserts one for an atomic access that crosses a cache line, or to
@@ -24,6 +24,58 @@ const REFUSED_MSRS: [(u32, u32); 8] = [
     (0xc001_0000, 8),   // AMD's performance counters (APM, volume 2, section 13.2): of older processors,
     (0xc001_0200, 12),  // and of newer ones
 ];
+
+/// A restriction of guests that a host's KVM may lack.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Restriction {
+    /// No performance counters.
+    Counters,
+    /// No interfaces of KVM that the guest's CPUID does not offer.
+    Interfaces,
+    /// No access to registers of Hyper-V and of nested virtualization.
+    Registers,
+    /// A limit of the time without interrupts of the host.
+    NotifyExits,
+    /// A limit of bus locks.
+    BusLocks,
+}
+
+impl Restriction {
+    /// All, with the capability of KVM that each needs.
+    const ALL: [(Self, u32); 5] = [
+        (Self::Counters, KVM_CAP_PMU_CAPABILITY),
+        (Self::Interfaces, KVM_CAP_ENFORCE_PV_FEATURE_CPUID),
+        (Self::Registers, KVM_CAP_X86_MSR_FILTER),
+        (Self::NotifyExits, KVM_CAP_X86_NOTIFY_VMEXIT),
+        (Self::BusLocks, KVM_CAP_X86_BUS_LOCK_EXIT),
+    ];
+
+    /// Whether the processor must have it as well as the kernel.
+    #[must_use]
+    pub const fn needs_processor(self) -> bool {
+        matches!(self, Self::NotifyExits | Self::BusLocks)
+    }
+
+    /// What a guest can do without the restriction, as a phrase after "can".
+    #[must_use]
+    pub const fn without(self) -> &'static str {
+        match self {
+            Self::Counters => "time other users of the processor by performance counters",
+            Self::Interfaces => "use interfaces of KVM that its CPUID does not offer",
+            Self::Registers => "use registers of Hyper-V and of nested virtualization",
+            Self::NotifyExits => "keep a processor from its host by exceptions without end",
+            Self::BusLocks => "stop the memory accesses of all processors by bus locks",
+        }
+    }
+}
+
+/// The restrictions that a KVM does not have.
+pub(super) fn missing(kvm: &Kvm) -> Vec<Restriction> {
+    let all = Restriction::ALL.into_iter();
+    all.filter(|(_, capability)| kvm.check_extension_raw((*capability).into()) <= 0)
+        .map(|(restriction, _)| restriction)
+        .collect()
+}
 
 /// Restricts a machine that has no vCPUs. Older kernels, and processors without a feature, refuse some of it; errors are
 /// ignored.
