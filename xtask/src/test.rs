@@ -279,6 +279,7 @@ fn lay_out_testbed() -> Result<PathBuf> {
     fs::copy(cargo::release_binary("kindling-cli", "kindling")?, testbed.join("kindling"))?;
     fs::copy(cargo::release_binary("kindling-vmm", "kindling-vmm")?, testbed.join("kindling-vmm"))?;
     fs::copy(cargo::release_binary("kindling-fs", "kindling-fs")?, testbed.join("kindling-fs"))?;
+    fs::copy(cargo::release_binary("kindling-jailer", "kindling-jailer")?, testbed.join("kindling-jailer"))?;
     examples(&testbed.join("examples"))?;
     fs::copy(cargo::release_binary("tests", "folder-guest")?, testbed.join("folder-guest"))?;
     fs::copy(cargo::release_binary("guest-init", "guest-init")?, testbed.join("init"))?;

@@ -8,6 +8,8 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+/// Where the hierarchy is mounted.
+const HIERARCHY: &str = "/sys/fs/cgroup";
 /// The start of the names of all cgroups that are created here.
 const PREFIX: &str = "kindling-";
 /// How often a cgroup is created again that others remove.
@@ -85,6 +87,8 @@ impl CgroupLimits {
 #[derive(Debug)]
 pub struct Cgroup {
     path: PathBuf,
+    /// Directories above it that were created for it, from the outermost one.
+    parents: Vec<PathBuf>,
 }
 
 impl Cgroup {
@@ -133,9 +137,45 @@ impl Cgroup {
         Self::create_at(&path, settings, process)
     }
 
+    /// Creates a cgroup at a path in the hierarchy, with the cgroups above it that do not exist. Settings are names of its
+    /// files and their contents. The caller must be root.
+    ///
+    /// # Errors
+    /// When the cgroup exists and has a process, or the kernel refuses a setting.
+    pub fn create_named(
+        path: &Path,
+        settings: &[(String, String)],
+        process: Pid,
+    ) -> Result<Self, CgroupError> {
+        let (mut directory, mut parents) = (PathBuf::from(HIERARCHY), Vec::new());
+        for name in path.parent().unwrap_or_else(|| Path::new("")) {
+            enable(&directory, controllers(settings))?;
+            directory.push(name);
+            match fs::create_dir(&directory) {
+                Ok(()) => parents.push(directory.clone()),
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(error) => return Err(refused("create the cgroup", &directory)(error)),
+            }
+        }
+        enable(&directory, controllers(settings))?;
+        let path = directory.join(path.file_name().unwrap_or_default());
+        // Left by one that was killed; the kernel refuses it if there is a process.
+        let _ = fs::remove_dir(&path);
+        match Self::create_at(&path, settings, process) {
+            Ok(mut cgroup) => {
+                cgroup.parents = parents;
+                Ok(cgroup)
+            }
+            Err(error) => {
+                remove_all(&parents);
+                Err(error)
+            }
+        }
+    }
+
     fn create_at(path: &Path, settings: &[(String, String)], process: Pid) -> Result<Self, CgroupError> {
         fs::create_dir(path).map_err(refused("create the cgroup", path))?;
-        let cgroup = Self { path: path.to_owned() };
+        let cgroup = Self { path: path.to_owned(), parents: Vec::new() };
         for (file, value) in settings {
             cgroup.write(file, value)?;
         }
@@ -159,6 +199,14 @@ impl Drop for Cgroup {
     fn drop(&mut self) {
         // It stays if the process still runs, and is removed by the next that is created beside it.
         let _ = fs::remove_dir(&self.path);
+        remove_all(&self.parents);
+    }
+}
+
+/// Removes cgroups that are empty, from the last one.
+fn remove_all(paths: &[PathBuf]) {
+    for path in paths.iter().rev() {
+        let _ = fs::remove_dir(path);
     }
 }
 
