@@ -114,3 +114,14 @@ pub(super) enum WriteError {
     #[error(transparent)]
     Memory(#[from] MemoryError),
 }
+/// Reads a file with this state, and pages without content.
+#[cfg(fuzzing)]
+pub(super) fn decode(state: &[u8]) {
+    let file = rustix::fs::memfd_create("preboot", rustix::fs::MemfdFlags::CLOEXEC).map(File::from).unwrap();
+    let length = u32::try_from(state.len()).unwrap();
+    let header = [&MAGIC[..], &FORMAT.to_le_bytes(), &length.to_le_bytes(), state].concat();
+    file.write_all_at(&header, 0).unwrap();
+    file.set_len(PAGES_OFFSET + (1 << 30)).unwrap();
+    let _ = read(&file, Path::new("file"));
+}
+
