@@ -4,7 +4,7 @@
 //! refuse it, and without a jail. `docs/jail.md` has the table of all attempts.
 #![expect(unsafe_code, reason = "the attempts are system calls that have no safe interface")]
 
-use kindling_vmm::jail::{self, Jail, Layer, Limits, Thread};
+use kindling_vmm::jail::{self, Jail, Layer, Limits, OnRefusal, Thread};
 use std::fmt::Write as _;
 use std::io;
 
@@ -30,6 +30,8 @@ enum Confinement {
     LayerAlone,
     /// The filter of system calls of this kind of thread, alone.
     Thread(Thread),
+    /// The same with `--seccomp log`.
+    Logging(Thread),
     None,
 }
 
@@ -238,6 +240,11 @@ fn confine(by: By, confinement: Confinement) {
         }
         (Confinement::LayerAlone, By::Filter) => Jail::default().confine_thread(Thread::EventLoop).unwrap(),
         (Confinement::Thread(thread), _) => Jail::default().confine_thread(thread).unwrap(),
+        (Confinement::Logging(thread), _) => {
+            let mut jail = Jail::default();
+            jail.on_refusal = OnRefusal::Log;
+            jail.confine_thread(thread).unwrap();
+        }
         (Confinement::Jail, _) => {
             assert!(Jail::default().confine_process(LIMITED).unwrap().is_empty());
             Jail::default().confine_thread(Thread::EventLoop).unwrap();
@@ -306,6 +313,97 @@ fn the_filter_of_each_thread_refuses_what_it_is_meant_to() {
             assert_eq!(attempt(each, Confinement::Thread(thread)), expected, "{thread:?}: {}", each.0);
         }
     }
+}
+
+#[test]
+fn what_a_filter_refuses_is_executed_and_logged_if_it_is_only_to_log() {
+    /// The filter's decision in the kernel's record (SECCOMP_RET_LOG).
+    const RECORD: &str = "type=1326 ";
+    const DECISION: &str = "code=0x7ffc0000";
+    open_kvm();
+    victim();
+    let kernel_log = || {
+        let output = std::process::Command::new("dmesg").output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        text.lines().filter(|line| line.contains(RECORD) && line.contains(DECISION)).count()
+    };
+    let before = kernel_log();
+    let call: Attempt = ("ask for the parent", FILTER, || call!(SYS_getppid));
+    for thread in Thread::ALL {
+        assert_eq!(attempt(&call, Confinement::Logging(thread)), Outcome::Executed, "{thread:?}");
+        assert_eq!(attempt(&call, Confinement::Thread(thread)), Outcome::Refused, "{thread:?}");
+    }
+    // The kernel limits the rate of records.
+    assert!(kernel_log() > before, "no record in the kernel's log");
+}
+
+/// Makes a system call of a command and its descendants fail as on a host that does not have it.
+fn without_call(command: &mut std::process::Command, number: libc::c_long) {
+    use std::os::unix::process::CommandExt;
+    let number = u32::try_from(number).unwrap();
+    let statement =
+        |code: u32, k, jt, jf| libc::sock_filter { code: u16::try_from(code).unwrap(), jt, jf, k };
+    let filter = move || {
+        let mut instructions = [
+            // The number is the first word of the filter's input (struct seccomp_data).
+            statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
+            statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, number, 0, 1),
+            statement(
+                libc::BPF_RET | libc::BPF_K,
+                libc::SECCOMP_RET_ERRNO | libc::ENOSYS.unsigned_abs(),
+                0,
+                0,
+            ),
+            statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW, 0, 0),
+        ];
+        let program = libc::sock_fprog { len: 4, filter: instructions.as_mut_ptr() };
+        // SAFETY: the program has four instructions, which the kernel copies.
+        match unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    };
+    // SAFETY: the closure makes one system call.
+    unsafe { command.pre_exec(filter) };
+}
+
+#[test]
+fn a_layer_that_the_host_lacks_is_an_error_unless_it_may_be_left_out() {
+    let user = tests::user::User::new();
+    let run = |call, jail: &str| {
+        let mut command = user.run(&["--jail", jail]);
+        without_call(command.args(["echo", "ok"]), call);
+        tests::run(&mut command)
+    };
+    for (call, what) in [
+        (libc::SYS_landlock_create_ruleset, "deny all paths by Landlock"),
+        (libc::SYS_seccomp, "filter system calls by seccomp"),
+    ] {
+        for jail in ["require", "full"] {
+            let outcome = run(call, jail);
+            assert_eq!(outcome.stderr.lines().count(), 1, "{outcome}");
+            outcome.expect_status(2).expect_stderr(&format!(
+                "this host cannot {what} for the jail of the guest; `--jail best-effort`"
+            ));
+        }
+        for jail in ["best-effort", "off"] {
+            let outcome = run(call, jail);
+            assert_eq!(outcome.expect_status(0).stdout, "ok\n", "{what}");
+            let expected =
+                if jail == "off" { String::new() } else { format!("kindling: this host cannot {what}") };
+            assert!(
+                outcome.stderr.starts_with(&expected) && outcome.stderr.is_empty() == expected.is_empty(),
+                "{outcome}"
+            );
+        }
+        // The default requires what every supported kernel has.
+        let mut command = user.run(&[]);
+        without_call(command.args(["echo", "ok"]), call);
+        tests::run(&mut command).expect_status(2).expect_stderr(what);
+    }
+    run(libc::SYS_unshare, "full").expect_status(2).expect_stderr("cannot create namespaces");
+    assert_eq!(run(libc::SYS_unshare, "require").expect_status(0).stdout, "ok\n");
+    assert!(user.has_no_guests());
 }
 
 #[test]

@@ -140,7 +140,7 @@ pub(crate) fn end_of(
     match event {
         Ok(Event::Stopped(exit)) => Ok(Some(MachineEnd::Stopped(exit))),
         Ok(Event::Failed(failure)) => Err(LaunchError::Monitor(failure)),
-        Ok(Event::PrebootRefused(reason)) => {
+        Ok(Event::PrebootRefused(reason) | Event::JailReduced(reason)) => {
             notify(&reason);
             Ok(None)
         }
@@ -176,7 +176,10 @@ fn make_preboot(
         Ok(()) => Ok(None),
         Err(error @ LaunchError::Machine(Error::Config(_) | Error::Kvm(_))) => Err(error),
         Err(LaunchError::Machine(error @ Error::Backend(_))) if error.is_user_error() => Err(error.into()),
-        Err(LaunchError::Monitor(failure)) if failure.is_kvm_error => Err(LaunchError::Monitor(failure)),
+        // The guest itself would fail for the same reason.
+        Err(LaunchError::Monitor(failure)) if failure.is_kvm_error || failure.is_jail_error => {
+            Err(LaunchError::Monitor(failure))
+        }
         Err(error) => Ok(Some(error)),
     }
 }

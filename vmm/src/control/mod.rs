@@ -101,6 +101,8 @@ pub(crate) enum Role {
 pub enum Event {
     /// The machine boots instead of continuing from its pre-booted kernel, for this reason.
     PrebootRefused(String),
+    /// The host lacks layers of the jail, without which the guest runs (`--jail best-effort`): a sentence.
+    JailReduced(String),
     /// The pre-booted kernel is written, and its trial guests have ended successfully. The last event.
     Prebooted,
     /// The guest's agent accepts connections. The timeline contains the steps up to the first entry into the guest;
@@ -148,6 +150,8 @@ pub struct Failure {
     pub is_user_error: bool,
     /// Whether KVM is the cause.
     pub is_kvm_error: bool,
+    /// Whether the host lacks a layer of the jail.
+    pub is_jail_error: bool,
     /// Whether restoring the pre-booted kernel failed; a boot may succeed.
     pub is_restore_error: bool,
     /// The error and its sources, on one line.

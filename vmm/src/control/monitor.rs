@@ -7,7 +7,7 @@ use crate::config::Console;
 use crate::devices::virtio::backend::Backend;
 use crate::entry;
 use crate::error::{Error, with_causes};
-use crate::jail::{Limits, Thread};
+use crate::jail::{Limits, Strictness, Thread};
 use crate::layout;
 use crate::machine::{Machine, Purpose};
 use crate::preboot::capture;
@@ -60,7 +60,11 @@ fn run(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result<(),
     let Start { config, mut timeline, .. } = start;
     timeline.reached("configuration received");
     entry::raise_descriptor_limit();
-    config.jail.confine_process(limits)?;
+    let missing = config.jail.confine_process(limits)?;
+    if let (false, Strictness::BestEffort) = (missing.is_empty(), config.jail.strictness) {
+        let text = format!("this host cannot {}: the guest's monitor runs without it", missing.join(", "));
+        let _ = channel.send(&Event::JailReduced(text), EVENT_MAX, &[]);
+    }
     timeline.reached("process confined");
     let mut machine = Machine::with_resources(&config, resources, timeline, Purpose::Run)?;
     if let Some(refusal) = machine.preboot_refusal() {
@@ -172,6 +176,7 @@ impl Failure {
         Self {
             is_user_error: error.is_user_error(),
             is_kvm_error: matches!(error, Error::Kvm(_)),
+            is_jail_error: matches!(error, Error::Jail(_)),
             is_restore_error: matches!(error, Error::Preboot(PrebootError::Restore { .. })),
             message: with_causes(error),
         }

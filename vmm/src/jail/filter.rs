@@ -236,6 +236,13 @@ const fn program(thread: Thread, on_refusal: OnRefusal) -> &'static Program {
     }
 }
 
+/// Whether the kernel has filters of system calls.
+pub(super) fn is_available() -> bool {
+    let action = libc::SECCOMP_RET_TRAP;
+    // SAFETY: the call reads an integer.
+    unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_GET_ACTION_AVAIL, 0, &raw const action) == 0 }
+}
+
 /// Confines the calling thread to its system calls.
 pub(super) fn install(thread: Thread, on_refusal: OnRefusal) -> io::Result<()> {
     const ABSENT_OF_PREBOOT: Program = Program::of_absent_calls(Thread::Preboot);

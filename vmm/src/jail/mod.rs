@@ -42,6 +42,9 @@ pub fn enter(layers: &[Layer], limits: Limits) -> Vec<(Layer, io::Error)> {
     layer::enter(layers, limits)
 }
 
+/// The action of the filters.
+const FILTER_SYSTEM_CALLS: &str = "filter system calls by seccomp";
+
 /// Enters a layer that is required.
 fn require(layer: Layer) -> Result<(), JailError> {
     let missing = enter(&[layer], Limits::default()).into_iter().next();
@@ -49,12 +52,12 @@ fn require(layer: Layer) -> Result<(), JailError> {
 }
 
 impl Jail {
-    /// Confines this process, which has one thread, by all layers except the filters of system calls. Returns the layers
-    /// that the host does not have.
+    /// Confines this process, which has one thread, by all layers except the filters of system calls. Returns what the host
+    /// cannot do, as phrases after "cannot", with the filters if they may be left out.
     ///
     /// # Errors
     /// When the host does not have a layer that is required.
-    pub fn confine_process(&self, limits: Limits) -> Result<Vec<Layer>, JailError> {
+    pub fn confine_process(&self, limits: Limits) -> Result<Vec<&'static str>, JailError> {
         if !self.is_on() {
             return Ok(Vec::new());
         }
@@ -75,7 +78,10 @@ impl Jail {
             if is_required(layer) {
                 return Err(JailError { what: layer.action(), source });
             }
-            left_out.push(layer);
+            left_out.push(layer.action());
+        }
+        if self.strictness == Strictness::BestEffort && !filter::is_available() {
+            left_out.push(FILTER_SYSTEM_CALLS);
         }
         Ok(left_out)
     }
@@ -125,7 +131,7 @@ impl Jail {
         }
         match filter::install(thread, self.on_refusal) {
             Err(source) if self.strictness != Strictness::BestEffort => {
-                Err(JailError { what: "filter system calls by seccomp", source })
+                Err(JailError { what: FILTER_SYSTEM_CALLS, source })
             }
             _ => Ok(()),
         }

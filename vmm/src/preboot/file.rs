@@ -124,4 +124,3 @@ pub(super) fn decode(state: &[u8]) {
     file.set_len(PAGES_OFFSET + (1 << 30)).unwrap();
     let _ = read(&file, Path::new("file"));
 }
-

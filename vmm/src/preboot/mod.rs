@@ -24,4 +24,3 @@ pub use state::key;
 pub fn decode(bytes: &[u8]) {
     file::decode(bytes);
 }
-

@@ -15,6 +15,7 @@ pub(super) struct Events {
     /// Events that arrived while the front waited for an answer.
     queue: VecDeque<Event>,
     was_refused: bool,
+    was_reduced: bool,
     was_started: bool,
     device_failures: u32,
     /// Whether the last event has arrived.
@@ -54,6 +55,7 @@ impl Events {
         let is_valid = !self.is_over
             && match event {
                 Event::PrebootRefused(_) => !std::mem::replace(&mut self.was_refused, true),
+                Event::JailReduced(_) => !std::mem::replace(&mut self.was_reduced, true),
                 Event::Started(_) => !std::mem::replace(&mut self.was_started, true),
                 Event::DeviceFailed(_) => {
                     self.device_failures += 1;
