@@ -3,10 +3,15 @@
 //! `kindling`.
 
 use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
 
 fn main() {
     // Cargo sets it. The value when this script was compiled would be wrong in a moved or copied workspace.
     let package = env::var("CARGO_MANIFEST_DIR").unwrap_or_default();
+    if env::var("CARGO_PKG_NAME").is_ok_and(|name| name == "kindling-vmm") {
+        println!("cargo:rustc-env=KINDLING_PROTOCOL={:016x}", protocol_version(Path::new(&package)));
+    }
     let script = |name: &str| {
         let path = format!("{package}/../vmm/{name}");
         println!("cargo:rerun-if-changed={path}");
@@ -25,5 +30,29 @@ fn main() {
     if env::var_os("PROFILE").is_some_and(|profile| profile == "release") {
         script("no-unwinding.ld");
         println!("cargo:rustc-link-arg-bins=-Wl,--no-eh-frame-hdr");
+    }
+}
+
+/// What front and monitor compare before they exchange anything else: a hash (FNV-1a) of the sources of the types in their
+/// messages, which are all over the package. The version of the package is the same in different builds.
+fn protocol_version(package: &Path) -> u64 {
+    const SOURCES: [&str; 2] = ["src", "../guest-init/protocol/src"];
+    let mut files: Vec<_> = SOURCES.iter().flat_map(|source| files_in(&package.join(source))).collect();
+    files.sort();
+    let mut hash: u64 = 0xcbf2_9ce4_8422_2325;
+    for file in files {
+        println!("cargo:rerun-if-changed={}", file.display());
+        for byte in fs::read(file).unwrap_or_default() {
+            hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+    }
+    hash
+}
+
+/// A file, or all files in a directory and those below it.
+fn files_in(path: &Path) -> Vec<PathBuf> {
+    match fs::read_dir(path) {
+        Ok(entries) => entries.flatten().flat_map(|entry| files_in(&entry.path())).collect(),
+        Err(_) => vec![path.to_owned()],
     }
 }

@@ -5,6 +5,7 @@ use kindling_vmm::config::{Config, ConfigError};
 use kindling_vmm::preboot;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use trusted_path::Owners;
 
 /// An error of the guest kernel.
@@ -18,7 +19,8 @@ pub enum KernelError {
     NoKernel,
     /// The directory that KINDLING_IMAGE names has no kernel.
     #[error(
-        "KINDLING_IMAGE is {}, which has no image.json: set it to a directory made by `cargo xtask build-image --profile run`",
+        "the directory of the guest kernel is {}, which has no image.json: set KINDLING_IMAGE, or the directory in the \
+         program, to one made by `cargo xtask build-image --profile run`",
         .0.display()
     )]
     NoKernelAt(PathBuf),
@@ -30,7 +32,10 @@ pub enum KernelError {
     Untrusted(#[from] trusted_path::Error),
 }
 
-/// Returns the directory of the guest kernel: the value of KINDLING_IMAGE, or `share/kindling/run`, `images/run`,
+/// The directory of the guest kernel, if this process has set it ([`crate::installation::set_kernel`]).
+pub(crate) static DIRECTORY: OnceLock<PathBuf> = OnceLock::new();
+
+/// Returns the directory of the guest kernel: that of [`set_kernel`](crate::installation::set_kernel), the value of KINDLING_IMAGE, or `share/kindling/run`, `images/run`,
 /// `share/kindling/default` or `images/default` in a directory above the program.
 ///
 /// # Errors
@@ -59,8 +64,8 @@ fn trusted_folder() -> Result<(PathBuf, OwnedFd), KernelError> {
         trusted_path::file_in(&folder, &path, DESCRIPTION, Owners::and_of_program())?;
         Ok((path, folder))
     };
-    if let Some(path) = std::env::var_os("KINDLING_IMAGE").filter(|path| !path.is_empty()) {
-        let path = PathBuf::from(path);
+    let given = || std::env::var_os("KINDLING_IMAGE").filter(|path| !path.is_empty()).map(PathBuf::from);
+    if let Some(path) = DIRECTORY.get().cloned().or_else(given) {
         if !path.join(DESCRIPTION).exists() {
             return Err(KernelError::NoKernelAt(path));
         }

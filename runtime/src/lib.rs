@@ -25,6 +25,7 @@ pub mod exec;
 pub mod foreground;
 pub mod guest;
 pub mod image;
+pub mod installation;
 pub mod kernel;
 pub mod launch;
 pub mod log;

@@ -25,6 +25,19 @@ fn the_first_program_prints_what_a_command_wrote() {
 }
 
 #[test]
+fn a_program_can_set_the_directories_of_programs_and_kernel() {
+    let user = User::new();
+    let mut program = example(&user, "installed");
+    program.env("KINDLING_PROGRAMS", "/nonexistent").env("KINDLING_IMAGE", "/nonexistent");
+    let outcome = run(program
+        .arg(testbed("kindling").parent().unwrap())
+        .arg(testbed("images/run"))
+        .arg(testbed("busybox.erofs")));
+    assert_eq!(outcome.expect_status(0).stdout, "it runs\n");
+    assert!(user.has_no_guests());
+}
+
+#[test]
 fn a_command_returns_its_output_or_its_status_and_stderr() {
     let user = User::new();
     let outcome = |words: &[&str]| run(example(&user, "output").arg(testbed("busybox.erofs")).args(words));

@@ -519,7 +519,9 @@ fn missing_networks_volumes_and_kernels_are_reported() {
         "--volume data:/b: this volume is mounted at another path already",
     );
     let nowhere = run(user.run(&[]).arg("true").env("KINDLING_IMAGE", "/nowhere"));
-    nowhere.expect_status(2).expect_stderr("KINDLING_IMAGE is /nowhere, which has no image.json");
+    nowhere.expect_status(2).expect_stderr(
+        "the directory of the guest kernel is /nowhere, which has no image.json: set KINDLING_IMAGE",
+    );
     let outcome = run(user.run(&["-w", "/etc/data/x"]).arg("true"));
     outcome
         .expect_status(126)

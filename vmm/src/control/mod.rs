@@ -158,6 +158,9 @@ pub struct Failure {
     pub message: String,
 }
 
+/// The version of the protocol, which depends on the sources of this package (build.rs).
+const PROTOCOL: &str = env!("KINDLING_PROTOCOL");
+
 /// Maximum size of a request in bytes: arguments and environment have at most 2 MiB, and the rest of a configuration is
 /// small.
 const REQUEST_MAX: usize = 4 << 20;

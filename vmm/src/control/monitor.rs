@@ -1,7 +1,7 @@
 //! The monitor's end of the socket: the program `kindling-vmm`.
 
 use super::channel::Channel;
-use super::{Control, ControlError, EVENT_MAX, Event, Failure, REQUEST_MAX, Request, Role, Start};
+use super::{Control, ControlError, EVENT_MAX, Event, Failure, PROTOCOL, REQUEST_MAX, Request, Role, Start};
 use crate::boot::BootFiles;
 use crate::config::Console;
 use crate::devices::virtio::backend::Backend;
@@ -45,7 +45,7 @@ pub fn serve(socket: UnixStream) -> Result<(), ControlError> {
         Request::Preboot(start) => (start, preboot),
         _ => return Err(ControlError::Version),
     };
-    if start.version != env!("CARGO_PKG_VERSION") {
+    if start.version != PROTOCOL {
         return Err(ControlError::Version);
     }
     match serve(*start, descriptors, &channel) {

@@ -17,6 +17,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use walk::{Target, Walk};
 
 /// Why a path is not trusted.
@@ -137,14 +138,24 @@ pub fn program(name: &str) -> Option<PathBuf> {
     candidates.into_iter().find(|path| file(path, Owners::and_of_program()).is_ok())
 }
 
-/// Finds another program of Kindling: in the directory KINDLING_PROGRAMS, or else next to this program.
+/// The directory of Kindling's programs, if this process has set it.
+static COMPANIONS: OnceLock<PathBuf> = OnceLock::new();
+
+/// Sets the directory of Kindling's programs for this process, unless it is set. Returns the directory that is set.
+pub fn set_companions(folder: PathBuf) -> &'static PathBuf {
+    COMPANIONS.get_or_init(|| folder)
+}
+
+/// Finds another program of Kindling: in the directory of [`set_companions`], in KINDLING_PROGRAMS, or else next to this
+/// program.
 ///
 /// # Errors
 /// If it does not exist, or others can change it.
 pub fn companion(name: &str) -> Result<PathBuf, Error> {
-    let given = std::env::var_os("KINDLING_PROGRAMS").filter(|folder| !folder.is_empty());
-    let folder = match given {
-        Some(folder) => PathBuf::from(folder),
+    let given =
+        || std::env::var_os("KINDLING_PROGRAMS").filter(|folder| !folder.is_empty()).map(PathBuf::from);
+    let folder = match COMPANIONS.get().cloned().or_else(given) {
+        Some(folder) => folder,
         None => {
             let program = std::env::current_exe();
             let program = program.map_err(|source| Error::Host { path: "/proc/self/exe".into(), source })?;

@@ -4,7 +4,8 @@ mod events;
 
 use super::channel::Channel;
 use super::{
-    Answer, ControlError, Event, Query, REQUEST_MAX, Request, Role, STATUS_INVALID_REQUEST, Start, Statistics,
+    Answer, ControlError, Event, PROTOCOL, Query, REQUEST_MAX, Request, Role, STATUS_INVALID_REQUEST, Start,
+    Statistics,
 };
 use crate::bus::lock;
 use crate::config::Config;
@@ -157,7 +158,7 @@ impl Monitor {
             kinds.push(kind);
         }
         let start = Start {
-            version: env!("CARGO_PKG_VERSION").to_owned(),
+            version: PROTOCOL.to_owned(),
             config: config.clone(),
             timeline,
             descriptors: roles,
