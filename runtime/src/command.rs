@@ -1,23 +1,24 @@
 //! Processes in a guest, with the API of [`std::process`].
 
+use crate::attach::OutputTarget;
+use crate::attach::streams::{self, OutputError};
 use crate::environment;
 use crate::exec::{ExecError, ExecOptions};
 use crate::guest::Guest;
 use guest_protocol::agent::TerminalSize;
 use kindling_vmm::agent::{self, AgentError, ProcessEvent, Role};
+use kindling_vmm::with_causes;
 use rustix::event::{PollFd, Timespec, poll};
 use rustix::io::Errno;
 use std::ffi::OsStr;
 use std::fmt;
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread::{self, JoinHandle};
-
-/// Buffer size in bytes: the capacity of a pipe.
-const CHUNK: usize = 64 << 10;
 
 /// An error of a process in a guest.
 #[derive(Debug, thiserror::Error)]
@@ -32,6 +33,9 @@ pub enum ProcessError {
     /// A stream cannot be read or written, or the host cannot start a thread for it.
     #[error("cannot forward a standard stream of the process")]
     Stream(#[from] io::Error),
+    /// The process has ended, and not all of its inherited output could be received or written: the reason.
+    #[error("{0}")]
+    Output(String),
 }
 
 /// A builder for a process in a guest, as [`std::process::Command`] is for one on the host.
@@ -146,7 +150,7 @@ impl Command<'_> {
     /// Runs the process and waits for its end. By default, output and error are inherited, and the input is empty.
     ///
     /// # Errors
-    /// Those of [`Self::spawn`], and when the guest ends before the process.
+    /// Those of [`Self::spawn`] and of [`Child::wait`].
     pub fn status(&self) -> Result<ExitStatus, ProcessError> {
         self.spawn()?.wait()
     }
@@ -174,27 +178,28 @@ impl Command<'_> {
             Stdio::Null => child.process.end_input(),
             Stdio::Piped => child.stdin = Some(ChildStdin(child.process.address().connect(Role::Input)?)),
             Stdio::Inherit => {
+                let from = File::from(rustix::stdio::stdin().try_clone_to_owned()?);
                 let to = child.process.address().connect(Role::Input)?;
                 // The thread is not joined, because its read may never return.
-                thread::Builder::new()
-                    .name("kindling-input".to_owned())
-                    .spawn(move || forward_input(io::stdin(), &to))?;
+                thread::Builder::new().name("kindling-input".to_owned()).spawn(move || {
+                    // An input that cannot be read has ended.
+                    let _ = streams::copy_input(from, &to);
+                    let _ = to.shutdown(Shutdown::Write);
+                })?;
             }
         }
-        if let Some(stream) = child.output_stream(Role::Output, self.stdout.unwrap_or(outputs), io::stdout)? {
+        if let Some(stream) =
+            child.output_stream(Role::Output, self.stdout.unwrap_or(outputs), rustix::stdio::stdout())?
+        {
             child.stdout = Some(ChildStdout(stream));
         }
-        if let Some(stream) = child.output_stream(Role::Error, self.stderr.unwrap_or(outputs), io::stderr)? {
+        if let Some(stream) =
+            child.output_stream(Role::Error, self.stderr.unwrap_or(outputs), rustix::stdio::stderr())?
+        {
             child.stderr = Some(ChildStderr(stream));
         }
         Ok(child)
     }
-}
-
-/// Copies input to a process until EOF, and then closes the process's input.
-fn forward_input(mut from: impl Read, to: &UnixStream) {
-    let _ = io::copy(&mut from, &mut &*to);
-    let _ = to.shutdown(Shutdown::Write);
 }
 
 /// A process in a guest.
@@ -211,31 +216,27 @@ pub struct Child {
     /// The read end of a piped standard error.
     pub stderr: Option<ChildStderr>,
     /// Threads that forward inherited output, and discard output to the null device.
-    output_threads: Vec<JoinHandle<()>>,
+    output_threads: Vec<JoinHandle<Result<(), OutputError>>>,
     status: Option<ExitStatus>,
 }
 
 impl Child {
     /// Connects to an output stream. Returns the connection of a piped stream, and starts a thread for another.
-    fn output_stream<W: Write + Send + 'static>(
+    fn output_stream(
         &mut self,
         role: Role,
         to: Stdio,
-        own: fn() -> W,
+        own: BorrowedFd<'_>,
     ) -> Result<Option<UnixStream>, ProcessError> {
         let stream = self.process.address().connect(role)?;
-        let mut from = match to {
+        let target = match to {
             Stdio::Piped => return Ok(Some(stream)),
-            Stdio::Inherit | Stdio::Null => stream,
+            Stdio::Inherit => OutputTarget::copy_of(own)?,
+            Stdio::Null => OutputTarget::null()?,
         };
-        let thread = thread::Builder::new().name("kindling-output".to_owned()).spawn(move || {
-            // If the stream of the calling process is closed, the process in the guest gets EPIPE, as with a pipe.
-            let _ = if to == Stdio::Null {
-                io::copy(&mut from, &mut io::sink())
-            } else {
-                forward_output(&mut from, own())
-            };
-        })?;
+        let thread = thread::Builder::new()
+            .name("kindling-output".to_owned())
+            .spawn(move || streams::copy_output(stream, &target))?;
         self.output_threads.push(thread);
         Ok(None)
     }
@@ -275,7 +276,8 @@ impl Child {
     /// Waits for the end of the process, and until inherited output is written. A piped input is closed first.
     ///
     /// # Errors
-    /// When the guest ends before the process.
+    /// When the guest ends before the process, or not all of its inherited output could be written; a second call then returns
+    /// the exit status.
     pub fn wait(&mut self) -> Result<ExitStatus, ProcessError> {
         self.stdin = None;
         let status = loop {
@@ -289,10 +291,12 @@ impl Child {
                 Err(error) => return Err(io::Error::from(error).into()),
             }
         };
-        for thread in self.output_threads.drain(..) {
-            let _ = thread.join();
+        // All threads are joined before an error is returned.
+        let ends: Vec<_> = self.output_threads.drain(..).map(JoinHandle::join).collect();
+        match ends.into_iter().flatten().find_map(Result::err) {
+            Some(error) => Err(ProcessError::Output(with_causes(&error))),
+            None => Ok(status),
         }
-        Ok(status)
     }
 
     /// Waits for the end of the process, and collects its piped output and error in memory. A piped input is closed first.
@@ -315,23 +319,6 @@ impl Child {
         let stdout = read(stdout)?;
         let stderr = other.join().unwrap_or_else(|_| Err(io::Error::other("a thread panicked")))?;
         Ok(Output { status: self.wait()?, stdout, stderr })
-    }
-}
-
-fn forward_output(from: &mut UnixStream, mut to: impl Write) -> io::Result<u64> {
-    let mut buffer = vec![0; CHUNK];
-    let mut sum = 0;
-    loop {
-        let count = from.read(&mut buffer)?;
-        if count == 0 {
-            return Ok(sum);
-        }
-        let written = to.write_all(&buffer[..count]).and_then(|()| to.flush());
-        if written.is_err() {
-            let _ = from.shutdown(Shutdown::Both);
-            return written.map(|()| sum);
-        }
-        sum += count as u64;
     }
 }
 

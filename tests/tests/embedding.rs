@@ -34,7 +34,18 @@ fn a_program_can_set_the_directories_of_programs_and_kernel() {
         .arg(testbed("images/run"))
         .arg(testbed("busybox.erofs")));
     assert_eq!(outcome.expect_status(0).stdout, "it runs\n");
+    // Inherited output that is lost is an error.
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let outcome = run_with_stdout(&mut program, full);
+    outcome.expect_status(1).expect_stderr("cannot write the output of the command: No space left on device");
     assert!(user.has_no_guests());
+}
+
+/// Runs a program with this file as standard output.
+fn run_with_stdout(command: &mut Command, stdout: std::fs::File) -> tests::Outcome {
+    let output = command.stdout(stdout).stderr(Stdio::piped()).spawn().unwrap().wait_with_output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    tests::Outcome { status: output.status.code(), stdout: String::new(), stderr }
 }
 
 #[test]

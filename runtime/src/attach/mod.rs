@@ -1,7 +1,7 @@
 //! Attaching to a process in a guest, as `docker attach` does: an [`Attachment`] forwards the streams and signals of the
 //! calling process, and enforces time limits.
 
-mod streams;
+pub(crate) mod streams;
 #[cfg(test)]
 mod tests;
 

@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
@@ -71,7 +72,13 @@ impl Streams {
 }
 
 impl OutputTarget {
-    fn copy_of(fd: BorrowedFd<'_>) -> io::Result<Self> {
+    /// /dev/null.
+    pub(crate) fn null() -> io::Result<Self> {
+        File::options().write(true).open("/dev/null").map(Self::File)
+    }
+
+    /// A duplicate of a descriptor.
+    pub(crate) fn copy_of(fd: BorrowedFd<'_>) -> io::Result<Self> {
         fd.try_clone_to_owned().map(|copy| Self::File(copy.into()))
     }
 }
@@ -135,36 +142,55 @@ pub(super) fn spawn(work: impl FnOnce() + Send + 'static) -> io::Result<()> {
 
 /// Forwards input to a process. The connection is made when there is input.
 pub(super) fn forward_input(mut from: File, address: &ProcessAddress, control: &Control, notify: &Notify) {
-    let mut buffer = vec![0; CHUNK];
-    let mut read = |buffer: &mut [u8]| {
-        read(&mut from, buffer).unwrap_or_else(|source| {
-            notify(&with_causes(&AgentError::Host { what: "read the input of the command", source }));
-            0
-        })
+    let failed = |source| {
+        notify(&with_causes(&AgentError::Host { what: "read the input of the command", source }));
     };
-    let mut count = read(&mut buffer);
-    if count == 0 {
+    let mut first = vec![0; CHUNK];
+    match read(&mut from, &mut first) {
+        Ok(count) => first.truncate(count),
+        Err(error) => {
+            failed(error);
+            first.clear();
+        }
+    }
+    if first.is_empty() {
         return control.end_input();
     }
-    let mut to = match address.connect(Role::Input) {
-        Ok(to) => to,
+    match address.connect(Role::Input) {
+        Ok(mut to) => {
+            // A process that takes no more input is no error.
+            if to.write_all(&first).is_ok() {
+                copy_input(from, &to).unwrap_or_else(failed);
+            }
+            let _ = to.shutdown(Shutdown::Write);
+        }
         Err(error) => {
             // A process that has ended takes no input, which is no error.
             if let AgentError::Connect { .. } = error {
                 notify(&with_causes(&error));
             }
-            return control.end_input();
+            control.end_input();
         }
-    };
-    while count > 0 && to.write_all(&buffer[..count]).is_ok() {
-        count = read(&mut buffer);
     }
-    let _ = to.shutdown(Shutdown::Write);
+}
+
+/// Copies input until its end, or until the process takes no more.
+///
+/// # Errors
+/// When the input cannot be read.
+pub(crate) fn copy_input(mut from: File, mut to: &UnixStream) -> io::Result<()> {
+    let mut buffer = vec![0; CHUNK];
+    loop {
+        let count = read(&mut from, &mut buffer)?;
+        if count == 0 || to.write_all(&buffer[..count]).is_err() {
+            return Ok(());
+        }
+    }
 }
 
 /// Why output is incomplete.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum OutputError {
+pub(crate) enum OutputError {
     #[error("cannot receive the output of the command")]
     Receive(#[source] io::Error),
     #[error("cannot receive the output of the command")]
@@ -173,13 +199,17 @@ pub(super) enum OutputError {
     Write(#[source] io::Error),
 }
 
-/// Forwards output until EOF. If the target is closed, the process in the guest gets EPIPE, as with a pipe.
+/// Connects to an output stream, and forwards it.
 pub(super) fn forward_output(
     address: &ProcessAddress,
     role: Role,
     to: &OutputTarget,
 ) -> Result<(), OutputError> {
-    let mut from = address.connect(role).map_err(OutputError::Connect)?;
+    copy_output(address.connect(role).map_err(OutputError::Connect)?, to)
+}
+
+/// Copies output until EOF. If the target is closed, the process in the guest gets EPIPE, as with a pipe.
+pub(crate) fn copy_output(mut from: UnixStream, to: &OutputTarget) -> Result<(), OutputError> {
     let mut buffer = vec![0; CHUNK];
     loop {
         let count = match from.read(&mut buffer) {
