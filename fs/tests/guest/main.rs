@@ -36,8 +36,13 @@ fn changes(file: u64) -> Vec<(&'static str, u32, u64, Vec<u8>)> {
     ]
 }
 
+/// Written while a process is started: until it executes its program, it has all descriptors of this one, so that a file that
+/// another thread closes is closed later for the host, and inotify reports it then.
+static STARTS: std::sync::RwLock<()> = std::sync::RwLock::new(());
+
 fn folder() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
+    let _starts = STARTS.read().unwrap();
     fs::write(folder.path().join("file"), "content").unwrap();
     fs::create_dir(folder.path().join("folder")).unwrap();
     folder

@@ -64,7 +64,10 @@ impl Server {
         let folder = rustix::fs::open(folder, flags, Mode::empty()).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_kindling-fs"));
         command.args(options).args(["--owner", "0:0"]).stdin(OwnedFd::from(server_socket)).stdout(folder);
-        let mut this = Self { process: command.spawn().unwrap(), socket, next: 1, thread: 56 };
+        let starts = crate::STARTS.write().unwrap();
+        let process = command.spawn().unwrap();
+        drop(starts);
+        let mut this = Self { process, socket, next: 1, thread: 56 };
         // Version 7.38, 128 KiB of read-ahead, and all features.
         let init = words(&[7, 38, 128 << 10, u32::MAX, u32::MAX, 0]);
         let reply = this.ask(op::INIT, 0, &[&init[..], &[0; 40]].concat()).unwrap();
