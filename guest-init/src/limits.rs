@@ -45,8 +45,8 @@ pub(crate) fn raise() {
 }
 
 /// Limits the number of processes and threads, those of the kernel and this one excepted. They become members of a cgroup with
-/// the limit, which is the root of their view: with the mount option nsdelegate they cannot change it (`cgroup_file_write` in
-/// kernel/cgroup/cgroup.c).
+/// the limit, which is the root of their view: with the mount option nsdelegate they cannot write to it (`cgroup_file_write` in
+/// kernel/cgroup/cgroup.c). A program that is root and sets out to lift the limit can enter the kernel's own cgroup namespace.
 pub(crate) fn limit_processes(max: u64) {
     const MOUNTED: &str = "/sys/fs/cgroup";
     const INIT: u64 = 1;

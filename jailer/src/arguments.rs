@@ -116,8 +116,11 @@ impl Arguments {
 
     fn store(&mut self, found: &mut Found, name: &str, value: &OsStr) -> Result<(), String> {
         let text = || value.to_str().ok_or_else(|| "expected text in UTF-8".to_owned());
-        let number =
-            || text()?.parse::<u32>().map_err(|_| "expected a number from 0 to 4294967295".to_owned());
+        // The kernel takes the last one for "no change".
+        let number = || {
+            let number = text()?.parse::<u32>().ok().filter(|&number| number != u32::MAX);
+            number.ok_or_else(|| "expected a number from 0 to 4294967294".to_owned())
+        };
         match name {
             "id" => found.id = Some(id(text()?)?),
             "exec-file" => found.exec_file = Some(absolute(value)?),
@@ -270,6 +273,7 @@ mod tests {
             ("--id ", "--id \"\": expected 1 to 64 letters"),
             ("--uid root", "--uid \"root\": expected a number"),
             ("--uid -1", "--uid \"-1\": expected a number"),
+            ("--uid 4294967295", "--uid \"4294967295\": expected a number from 0 to 4294967294"),
             ("--gid 4294967296", "--gid \"4294967296\": expected a number"),
             ("--cgroup-version 1", "--cgroup-version \"1\": only version 2"),
             ("--cgroup memory.max", "--cgroup \"memory.max\": expected FILE=VALUE"),

@@ -15,6 +15,7 @@ use arguments::{Arguments, Invalid};
 use jail::JailDirectory;
 use kindling_vmm::jail::CgroupError;
 use kindling_vmm::with_causes;
+use rustix::fs::Mode;
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -33,6 +34,8 @@ enum Error {
         "kindling-jailer must be started by root; `kindling run --jail full` and `kindling boot` need no root"
     )]
     NotRoot,
+    #[error("{}", trusted_path::SET_USER_ID)]
+    SetUserId,
     #[error(transparent)]
     Untrusted(#[from] trusted_path::Error),
     #[error(transparent)]
@@ -56,9 +59,12 @@ enum Error {
 impl Error {
     const fn status(&self) -> u8 {
         match self {
-            Self::Invalid(_) | Self::NotRoot | Self::Untrusted(_) | Self::Unexpected(_) | Self::Taken(_) => {
-                STATUS_BAD_REQUEST
-            }
+            Self::Invalid(_)
+            | Self::SetUserId
+            | Self::NotRoot
+            | Self::Untrusted(_)
+            | Self::Unexpected(_)
+            | Self::Taken(_) => STATUS_BAD_REQUEST,
             _ => STATUS_FAILURE,
         }
     }
@@ -82,9 +88,14 @@ fn main() -> ExitCode {
 
 /// Starts the program. Returns its exit status, or 0 if it runs in the background.
 fn run(arguments: &Arguments) -> Result<u8, Error> {
+    if trusted_path::is_set_user_id() {
+        return Err(Error::SetUserId);
+    }
     if !rustix::process::geteuid().is_root() {
         return Err(Error::NotRoot);
     }
+    // The program's user must be able to enter the directories that are created.
+    rustix::process::umask(Mode::WGRP | Mode::WOTH);
     // Whoever can change the program could do anything with the rights of root that it has for a moment.
     let program = trusted_path::file(&arguments.exec_file, trusted_path::Owners::own())?;
     let directory = JailDirectory::create(arguments)?;

@@ -8,8 +8,8 @@ use kindling_vmm::jail::Cgroup;
 use kindling_vmm::with_causes;
 use rustix::fs::{Mode, OFlags, open};
 use rustix::process::{
-    Gid, Pid, Resource, Rlimit, Signal, Uid, WaitOptions, chroot, fchdir, kill_process, setrlimit, setsid,
-    waitpid,
+    Gid, Pid, Resource, Rlimit, Signal, Uid, WaitId, WaitIdOptions, WaitOptions, chroot, fchdir, getpid,
+    kill_process, set_child_subreaper, set_parent_process_death_signal, setrlimit, setsid, waitid, waitpid,
 };
 use rustix::thread::{
     CapabilitySet, CapabilitySets, set_capabilities, set_no_new_privs, set_thread_groups, set_thread_res_gid,
@@ -30,7 +30,7 @@ pub(crate) fn start(arguments: &Arguments, program: &OwnedFd, directory: JailDir
     if !arguments.daemonize && !arguments.new_pid_ns {
         return supervise(arguments, program, directory, &signals, || {});
     }
-    // The process in the background reports with nothing that the program was started, or with a message that it was not.
+    // The process in the background reports with a byte that the program was started, or with a message that it was not.
     let (mut report, sender) = pipe()?;
     match fork()? {
         None => {
@@ -39,7 +39,8 @@ pub(crate) fn start(arguments: &Arguments, program: &OwnedFd, directory: JailDir
                 detach();
             }
             let mut sender = Some(sender);
-            let result = supervise(arguments, program, directory, &signals, || drop(sender.take()));
+            let started = || drop(sender.take().map(|mut sender| sender.write_all(STARTED)));
+            let result = supervise(arguments, program, directory, &signals, started);
             let status = result.unwrap_or_else(|error| {
                 sender.iter_mut().for_each(|sender| drop(sender.write_all(with_causes(&error).as_bytes())));
                 error.status()
@@ -51,12 +52,20 @@ pub(crate) fn start(arguments: &Arguments, program: &OwnedFd, directory: JailDir
             // The other process owns it now.
             std::mem::forget(directory);
             drop(sender);
-            let mut text = String::new();
-            report.read_to_string(&mut text).map_err(|error| Error::Host("read a pipe", error))?;
-            if text.is_empty() { Ok(0) } else { Err(Error::Background(text)) }
+            unblock_signals();
+            let mut report_text = Vec::new();
+            report.read_to_end(&mut report_text).map_err(|error| Error::Host("read a pipe", error))?;
+            match report_text.as_slice() {
+                STARTED => Ok(0),
+                [] => Err(Error::Background("the process in the background was killed".to_owned())),
+                text => Err(Error::Background(String::from_utf8_lossy(text).into_owned())),
+            }
         }
     }
 }
+
+/// What the process in the background reports when the program was started.
+const STARTED: &[u8] = b"+";
 
 /// Enters a new session, with /dev/null as standard streams.
 fn detach() {
@@ -79,13 +88,18 @@ fn supervise(
     let namespace = arguments.netns.as_deref().map(jail::open_namespace).transpose()?;
     let (gate, opener) = pipe()?;
     let (mut failure, failed) = pipe()?;
+    // What the program leaves becomes a child of this process.
+    set_child_subreaper(Some(getpid()))
+        .map_err(|error| Error::Host("adopt the program's processes", error.into()))?;
+    let parent = getpid();
     if arguments.new_pid_ns {
         // For the next child of this process.
         unshare(libc::CLONE_NEWPID).map_err(|error| Error::Host("create a PID namespace", error))?;
     }
     let Some(child) = fork()? else {
         drop((opener, failure));
-        let (what, error) = enter_and_execute(arguments, program, &directory, namespace.as_ref(), gate);
+        let (what, error) =
+            enter_and_execute(arguments, program, &directory, namespace.as_ref(), gate, parent);
         let _ = (&failed).write_all(format!("{what}: {error}").as_bytes());
         // SAFETY: the parent owns all that would be dropped.
         unsafe { libc::_exit(STATUS_FAILURE.into()) }
@@ -104,14 +118,48 @@ fn supervise(
     drop(opener);
     let mut text = String::new();
     let _ = failure.read_to_string(&mut text);
-    let is_started = cgroup.is_ok() && prepared.is_ok() && text.is_empty();
+    // A child that a signal ends before it executes the program, for lack of memory for instance, writes nothing.
+    let is_started = cgroup.is_ok() && prepared.is_ok() && text.is_empty() && !was_killed(child);
     if is_started {
         started();
     }
     let status = wait(child, signals);
+    end_leftovers(cgroup.as_ref().ok().and_then(Option::as_ref));
     let _cgroup = cgroup?;
     prepared?;
-    if is_started { Ok(status) } else { Err(Error::Program(text)) }
+    if text.is_empty() { Ok(status) } else { Err(Error::Program(text)) }
+}
+
+/// Whether a signal has ended a child, which stays to be waited for.
+fn was_killed(child: Pid) -> bool {
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+    let status = waitid(WaitId::Pid(child), options);
+    status.is_ok_and(|status| status.is_some_and(|status| status.killed() || status.dumped()))
+}
+
+/// Kills the processes that the program has left, which became children of this one.
+fn end_leftovers(cgroup: Option<&Cgroup>) {
+    cgroup.into_iter().for_each(Cgroup::kill);
+    let own = rustix::process::getpid().as_raw_pid().to_string();
+    // The fields of /proc/PID/stat after the name are the state and the parent.
+    let is_child = |process: &std::path::Path| {
+        let text = std::fs::read_to_string(process.join("stat")).unwrap_or_default();
+        text.rsplit_once(") ").is_some_and(|(_, fields)| fields.split(' ').nth(1) == Some(own.as_str()))
+    };
+    loop {
+        let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten().map(|entry| entry.path());
+        let children = processes
+            .filter(|process| is_child(process))
+            .filter_map(|process| process.file_name()?.to_str()?.parse().ok().and_then(Pid::from_raw));
+        let children: Vec<_> = children.collect();
+        if children.is_empty() {
+            return;
+        }
+        for child in children {
+            let _ = kill_process(child, Signal::KILL);
+            let _ = waitpid(Some(child), WaitOptions::empty());
+        }
+    }
 }
 
 /// Moves the child into its cgroup, if it gets one.
@@ -139,9 +187,7 @@ fn wait(child: Pid, signals: &OwnedFd) -> u8 {
         // SAFETY: the kernel has written a whole structure of integers.
         let info: libc::signalfd_siginfo = unsafe { std::ptr::read_unaligned(bytes.as_ptr().cast()) };
         let signal = i32::try_from(info.ssi_signo).ok().filter(|signal| FORWARDED.contains(signal));
-        // The terminal sends its signals to the child as well.
-        let is_terminals = info.ssi_code == libc::SI_KERNEL;
-        if let Some(signal) = signal.and_then(Signal::from_named_raw).filter(|_| !is_terminals) {
+        if let Some(signal) = signal.and_then(Signal::from_named_raw) {
             let _ = kill_process(child, signal);
         }
     }
@@ -158,6 +204,8 @@ fn block_signals() -> Result<OwnedFd, Error> {
             libc::sigaddset(&raw mut set, signal);
         }
         libc::sigprocmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut());
+        // If the caller ignores it, the kernel would reap the child, and say nothing.
+        libc::signal(libc::SIGCHLD, libc::SIG_DFL);
         match libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC) {
             -1 => Err(Error::Host("watch signals", io::Error::last_os_error())),
             fd => Ok(OwnedFd::from_raw_fd(fd)),
@@ -173,12 +221,15 @@ fn enter_and_execute(
     directory: &JailDirectory,
     namespace: Option<&OwnedFd>,
     mut gate: io::PipeReader,
+    parent: Pid,
 ) -> (&'static str, io::Error) {
+    // A session of its own, so that the program has no controlling terminal, and cannot push input to the caller's shell.
+    let _ = setsid();
     // Until the cgroup exists.
     if gate.read_exact(&mut [0]).is_err() {
         return ("wait for the parent", io::ErrorKind::BrokenPipe.into());
     }
-    let result = take_away(arguments, directory, namespace);
+    let result = take_away(arguments, directory, namespace, parent);
     match result {
         Err(error) => error,
         Ok(()) => ("execute the program", execute(arguments, program)),
@@ -189,6 +240,7 @@ fn take_away(
     arguments: &Arguments,
     directory: &JailDirectory,
     namespace: Option<&OwnedFd>,
+    parent: Pid,
 ) -> Result<(), (&'static str, io::Error)> {
     fn step<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> (&'static str, io::Error) {
         move |error| (what, error.into())
@@ -218,7 +270,15 @@ fn take_away(
     set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })
         .map_err(step("drop capabilities"))?;
     set_no_new_privs(true).map_err(step("set no_new_privs"))?;
+    // The change of the user has cleared it. The program ends with the process that cleans up after it.
+    set_parent_process_death_signal(Some(Signal::KILL)).map_err(step("end with the parent"))?;
+    // In a new PID namespace, the parent has no number.
+    if !arguments.new_pid_ns && rustix::process::getppid() != Some(parent) {
+        return Err(("wait for the parent", io::ErrorKind::BrokenPipe.into()));
+    }
     unblock_signals();
+    // SAFETY: the handlers are the default ones. Rust's runtime ignores the signal.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
     Ok(())
 }
 

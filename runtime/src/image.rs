@@ -71,10 +71,8 @@ impl Image {
     /// or the path of an EROFS filesystem. Paths start with `/` or `.`, or end like one (`docs/oci.md`). A missing image
     /// is pulled, and an image is converted to a root filesystem once.
     ///
-    /// Progress, and the reason of a failure, are printed on standard error by `kindling-oci`.
-    ///
     /// # Errors
-    /// When the image cannot be read, pulled or converted.
+    /// When the image cannot be read, pulled or converted. The error has the reason that `kindling-oci` gives.
     pub fn open(image: impl AsRef<OsStr>) -> Result<Self, ImageError> {
         Self::open_with(image, PullPolicy::Missing)
     }

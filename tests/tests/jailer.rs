@@ -4,8 +4,9 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Instant;
 use tests::guest_console::{GuestConsole, PREAMBLE};
-use tests::{Outcome, run, testbed};
+use tests::{Outcome, TIMEOUT, run, testbed};
 
 const USER: u32 = 4321;
 const GROUP: u32 = 4322;
@@ -152,8 +153,12 @@ fn a_machine_in_the_background_is_the_first_process_of_its_namespace() {
         assert!(status.success(), "{status}");
         let process = program(&base);
         let pid: i32 = process.file_name().unwrap().to_str().unwrap().parse().unwrap();
+        let since = Instant::now();
         while !fs::read_to_string(&console).is_ok_and(|text| text.contains("ready")) {
-            assert!(process.exists(), "the program has ended");
+            assert!(
+                process.exists() && since.elapsed() < TIMEOUT,
+                "the program has ended, or prints nothing"
+            );
             std::thread::yield_now();
         }
         let in_namespace = field(&process, "NSpid");
@@ -165,15 +170,81 @@ fn a_machine_in_the_background_is_the_first_process_of_its_namespace() {
             assert_ne!(field(&process, "NSsid"), field(Path::new("/proc/self"), "NSsid"));
         }
         tests::kill(pid.try_into().unwrap(), libc::SIGTERM);
-        while base.root("one").join("dev").exists() {
-            std::thread::yield_now();
-        }
+        wait_until(|| !base.root("one").join("dev").exists());
         fs::remove_file(&console).unwrap();
     }
     let mut absent = base.jailer(&["--id", "one", "--daemonize", "--netns", "/run/netns/absent"]);
     run(&mut absent)
         .expect_status(125)
         .expect_stderr("kindling-jailer: cannot open the network namespace /run/netns/absent: No such file");
+}
+
+fn wait_until(condition: impl Fn() -> bool) {
+    let since = Instant::now();
+    while !condition() {
+        assert!(since.elapsed() < TIMEOUT, "it does not happen");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_killed_jailer_takes_its_program_with_it_and_the_next_one_cleans_up() {
+    let base = Base::new();
+    let guest = waiting(&base, &["--id", "one", "--cgroup", "pids.max=50"]);
+    let process = program(&base);
+    guest.signal(libc::SIGKILL);
+    wait_until(|| !process.exists() || field(&process, "State").starts_with('Z'));
+    assert_eq!(base.left("one"), ["dev", "image", "kindling.pid"]);
+    // The device belongs to another user.
+    let device = base.root("one").join("dev/kvm");
+    std::os::unix::fs::chown(&device, Some(99), None).unwrap();
+    let mut guest = waiting(&base, &["--id", "one", "--cgroup", "pids.max=50"]);
+    assert_eq!(fs::metadata(&device).unwrap().uid(), USER);
+    guest.send_line();
+    guest.expect_status(7);
+    assert_eq!(base.left("one"), ["dev", "image"], "the directories were there before");
+}
+
+#[test]
+fn processes_that_the_program_leaves_end_with_it() {
+    let base = Base::new();
+    let script = "while :; do :; done & while :; do :; done & exit 3";
+    let program = |options: &[&str]| {
+        let mut command = base.jailer(&["--id", "one", "--exec-file", "/bin/busybox"]);
+        command.args(options).args(["--", "sh", "-c", script]);
+        run(&mut command)
+    };
+    for options in [&[][..], &["--cgroup", "pids.max=50"]] {
+        program(options).expect_status(3);
+        let of_user = fs::read_dir("/proc")
+            .unwrap()
+            .flatten()
+            .filter(|entry| entry.metadata().is_ok_and(|process| process.uid() == USER));
+        assert_eq!(of_user.count(), 0);
+    }
+    assert!(!base.0.path().join("busybox").exists() && !Path::new("/sys/fs/cgroup/busybox").exists());
+}
+
+/// What a caller may pass on: a strict umask, signals that are ignored, and a terminal.
+#[test]
+fn the_state_of_the_caller_does_not_reach_the_program() {
+    let base = Base::new();
+    let script = "umask 077; trap '' CHLD PIPE; exec \"$@\"";
+    let mut command = Command::new("sh");
+    command.args(["-c", script, "sh"]).arg(testbed("kindling-jailer"));
+    command.args(base.jailer(&["--id", "one"]).get_args());
+    let guest_script = format!("{PREAMBLE} echo ready; wait_line; exit 7");
+    command.args(["--", "--image", "/image", "--memory", "64", "--", "/bin/sh", "-c", &guest_script]);
+    let mut guest = GuestConsole::start(&mut command);
+    guest.expect("ready");
+    assert_eq!(fs::metadata(base.root("one").join("dev")).unwrap().mode() & 0o777, 0o755);
+    let process = program(&base);
+    // SIGCHLD is number 17. The program itself ignores SIGPIPE.
+    let ignored = u64::from_str_radix(&field(&process, "SigIgn"), 16).unwrap();
+    assert_eq!(ignored & (1 << 16), 0, "{ignored:x}");
+    assert_ne!(field(&process, "NSsid"), field(Path::new("/proc/self"), "NSsid"));
+    guest.send_line();
+    guest.expect_status(7);
 }
 
 /// The user of an earlier program with the same name owns the root directory.
@@ -193,6 +264,10 @@ fn what_a_user_left_in_the_directory_does_not_lead_out_of_it() {
     refused("dev");
     fs::remove_file(base.root("one").join("dev")).unwrap();
     fs::create_dir(base.root("one").join("dev")).unwrap();
+    // In a directory of the user, a process of it could replace the device.
+    std::os::unix::fs::chown(base.root("one").join("dev"), Some(USER), Some(GROUP)).unwrap();
+    refused("dev");
+    std::os::unix::fs::chown(base.root("one").join("dev"), Some(0), Some(0)).unwrap();
     for (target, name) in [("/etc/passwd", "dev/kvm"), ("/dev/null", "dev/kvm")] {
         let path = base.root("one").join(name);
         symlink(target, &path).unwrap();

@@ -19,14 +19,14 @@ const MANY: &str =
     "i=0; while [ $i -lt 60 ]; do sleep 1000 < /dev/null > /dev/null 2>&1 & i=$((i+1)); done; echo $i";
 
 #[test]
-fn processes_are_limited_for_root_too() {
+fn processes_are_limited() {
     let user = User::new();
     assert_eq!(shell(&user, &[], MANY).expect_status(0).stdout, "60\n");
     let limited = ["--pids-limit", "20"];
     let outcome = shell(&user, &limited, MANY);
     assert_ne!(outcome.status, Some(0), "{}", outcome.stdout);
     outcome.expect_stderr("can't fork");
-    // Up to the limit, and without a way to lift it: the hierarchy above is not visible.
+    // Up to the limit. The hierarchy above it is not visible, and it cannot be written to.
     let script = "i=0; while [ $i -lt 17 ]; do sleep 1000 < /dev/null > /dev/null 2>&1 & i=$((i+1)); done; echo $i; \
                   cat /sys/fs/cgroup/pids.max /proc/self/cgroup; \
                   (echo max > /sys/fs/cgroup/pids.max) 2>&1 | grep -c -i 'error\\|denied\\|not permitted'; \
@@ -57,7 +57,6 @@ fn disks_are_limited_by_bytes_and_requests() {
     assert!(writing(&user, &["--disk-bps", "2048k"]) >= 0.4);
     // The kernel's default of 1.25 MiB for a request makes three of them at least.
     assert!(writing(&user, &["--disk-iops", "1"]) >= 2.0);
-    assert!(writing(&user, &["--disk-bps", "1g", "--disk-iops", "1000000"]) < 1.9);
 }
 
 #[test]
@@ -196,7 +195,9 @@ fn cgroups_of_killed_starts_are_removed_by_the_next() {
     assert_eq!(fs::read_to_string(own.join("memory.max")).unwrap(), format!("{}\n", 584 << 20));
     guest.signal(libc::SIGKILL);
     // Threads of the monitor may outlive its first one, which cgroup.procs lists.
+    let since = std::time::Instant::now();
     while !fs::read_to_string(own.join("cgroup.events")).unwrap().contains("populated 0") {
+        assert!(since.elapsed() < tests::TIMEOUT, "the monitor still runs");
         std::thread::yield_now();
     }
     shell(&user, &options, "true").expect_status(0);

@@ -230,6 +230,8 @@ impl Agent {
                 if self.sessions[slot].as_ref().is_some_and(|session| session.token == agent::PAYLOAD) {
                     machine::mark(BootMark::PayloadEnded);
                     self.ended_payload = Some((slot, code));
+                    // The number may become another process's.
+                    self.sessions[slot].iter_mut().for_each(|session| session.process = None);
                     continue;
                 }
                 self.with_session(slot, |session, epoll| session.end(code, epoll));

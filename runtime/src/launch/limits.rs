@@ -65,3 +65,35 @@ fn limiter(bandwidth: Option<u64>, operations: Option<u64>) -> Option<RateLimite
     let limiter = RateLimiter { bandwidth: bandwidth.map(bucket), ops: operations.map(bucket) };
     (limiter != RateLimiter::default()).then_some(limiter)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kindling_vmm::config::BootSource;
+    use kindling_vmm::config::devices::{Drive, NetworkInterface, RootFilesystem};
+
+    #[test]
+    fn limits_apply_to_every_device_of_their_kind() {
+        let mut config = Config::new(BootSource::kernel("kernel"));
+        config.devices.root = Some(RootFilesystem::new("root"));
+        config.devices.drives = vec![Drive::new("a", "a"), Drive::new("b", "b")];
+        config.devices.network_interfaces = vec![NetworkInterface::new("net0", "user")];
+        let limits = Limits {
+            cpu_millis: None,
+            processes: Some(9),
+            disk_bandwidth: Some(100),
+            disk_operations: Some(20),
+            network_bandwidth: Some(30),
+        };
+        limits.apply(&mut config);
+        let bucket = |rate| Some(TokenBucket { size: rate, one_time_burst: None, refill_time: 1000 });
+        let disk = Some(RateLimiter { bandwidth: bucket(100), ops: bucket(20) });
+        let network = Some(RateLimiter { bandwidth: bucket(30), ops: None });
+        assert_eq!(config.devices.root.map(|root| root.rate_limiter), Some(disk));
+        assert!(config.devices.drives.iter().all(|drive| drive.rate_limiter == disk));
+        let card = &config.devices.network_interfaces[0];
+        assert_eq!((card.rx_rate_limiter, card.tx_rate_limiter), (network, network));
+        assert_eq!(config.guest.max_processes, Some(9));
+        assert_eq!(limiter(None, None), None);
+    }
+}

@@ -3,9 +3,9 @@
 
 use crate::host;
 use rustix::io::Errno;
-use rustix::process::Pid;
-use std::fs;
-use std::io;
+use rustix::process::{Pid, test_kill_process};
+use std::fs::{self, File};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 /// Where the hierarchy is mounted.
@@ -32,6 +32,9 @@ pub enum CgroupError {
          --scope -p Delegate=yes`, or name a delegated cgroup with --cgroup-parent"
     )]
     NotDelegated(String),
+    /// Another process is in the cgroup.
+    #[error("another program runs in the cgroup {}", .0.display())]
+    Taken(PathBuf),
     /// A file or directory of a cgroup refused an operation.
     #[error("cannot {what} {}", .path.display())]
     Refused {
@@ -55,8 +58,8 @@ impl CgroupError {
 /// The limits of a cgroup.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CgroupLimits {
-    /// Existing cgroup in which the new one is created. By default the topmost one of this process's that is delegated to the
-    /// user.
+    /// Existing cgroup in which the new one is created. By default the nearest one to this process's own that is delegated to
+    /// the user and can have others in it.
     pub parent: Option<PathBuf>,
     /// Processor time in thousandths of a processor.
     pub cpu_millis: Option<u64>,
@@ -87,8 +90,8 @@ impl CgroupLimits {
 #[derive(Debug)]
 pub struct Cgroup {
     path: PathBuf,
-    /// Directories above it that were created for it, from the outermost one.
-    parents: Vec<PathBuf>,
+    /// It, unless it existed, and the cgroups above it that were created for it, from the outermost one.
+    created: Vec<PathBuf>,
 }
 
 impl Cgroup {
@@ -103,7 +106,7 @@ impl Cgroup {
             return Self::create_in(parent, &settings, name, process);
         }
         let mut result = None;
-        for parent in host::delegated_cgroups().ok_or(CgroupError::NoHierarchy)? {
+        for parent in host::delegated_cgroups().ok_or(CgroupError::NoHierarchy)?.into_iter().rev() {
             match Self::create_in(&parent, &settings, name, process) {
                 // In a cgroup with processes, for instance, no other can have controllers.
                 Err(error @ CgroupError::Refused { .. }) => result = result.or(Some(error)),
@@ -137,55 +140,85 @@ impl Cgroup {
         Self::create_at(&path, settings, process)
     }
 
-    /// Creates a cgroup at a path in the hierarchy, with the cgroups above it that do not exist. Settings are names of its
-    /// files and their contents. The caller must be root.
+    /// Limits a process by the cgroup at a path in the hierarchy. It is created, with the cgroups above it, where it does not
+    /// exist, and what was created is removed on drop. Settings are names of its files and their contents. The caller must be
+    /// root.
     ///
     /// # Errors
-    /// When the cgroup exists and has a process, or the kernel refuses a setting.
+    /// When the cgroup has a process already, or the kernel refuses a setting.
     pub fn create_named(
         path: &Path,
         settings: &[(String, String)],
         process: Pid,
     ) -> Result<Self, CgroupError> {
-        let (mut directory, mut parents) = (PathBuf::from(HIERARCHY), Vec::new());
-        for name in path.parent().unwrap_or_else(|| Path::new("")) {
-            enable(&directory, controllers(settings))?;
-            directory.push(name);
-            match fs::create_dir(&directory) {
-                Ok(()) => parents.push(directory.clone()),
+        for _ in 0..ATTEMPTS_MAX {
+            match Self::try_create_named(path, settings, process) {
+                // Another start has removed a cgroup above while it was empty.
+                Err(CgroupError::Refused { source, .. }) if is_removed(&source) => {}
+                result => return result,
+            }
+        }
+        Self::try_create_named(path, settings, process)
+    }
+
+    fn try_create_named(
+        path: &Path,
+        settings: &[(String, String)],
+        process: Pid,
+    ) -> Result<Self, CgroupError> {
+        let mut cgroup = Self { path: PathBuf::from(HIERARCHY), created: Vec::new() };
+        for name in path {
+            enable(&cgroup.path, controllers(settings))?;
+            cgroup.path.push(name);
+            match fs::create_dir(&cgroup.path) {
+                Ok(()) => cgroup.created.push(cgroup.path.clone()),
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-                Err(error) => return Err(refused("create the cgroup", &directory)(error)),
+                Err(error) => return Err(refused("create the cgroup", &cgroup.path)(error)),
             }
         }
-        enable(&directory, controllers(settings))?;
-        let path = directory.join(path.file_name().unwrap_or_default());
-        // Left by one that was killed; the kernel refuses it if there is a process.
-        let _ = fs::remove_dir(&path);
-        match Self::create_at(&path, settings, process) {
-            Ok(mut cgroup) => {
-                cgroup.parents = parents;
-                Ok(cgroup)
-            }
-            Err(error) => {
-                remove_all(&parents);
-                Err(error)
-            }
+        let processes = cgroup.path.join("cgroup.procs");
+        let members = fs::read_to_string(&processes).map_err(refused("read", &processes))?;
+        if !members.is_empty() {
+            return Err(CgroupError::Taken(cgroup.path.clone()));
         }
+        cgroup.set(settings, process)?;
+        Ok(cgroup)
     }
 
     fn create_at(path: &Path, settings: &[(String, String)], process: Pid) -> Result<Self, CgroupError> {
         fs::create_dir(path).map_err(refused("create the cgroup", path))?;
-        let cgroup = Self { path: path.to_owned(), parents: Vec::new() };
-        for (file, value) in settings {
-            cgroup.write(file, value)?;
-        }
-        cgroup.write("cgroup.procs", &process.to_string())?;
+        let cgroup = Self { path: path.to_owned(), created: vec![path.to_owned()] };
+        cgroup.set(settings, process)?;
         Ok(cgroup)
+    }
+
+    /// Writes the settings, and moves the process.
+    fn set(&self, settings: &[(String, String)], process: Pid) -> Result<(), CgroupError> {
+        for (file, value) in settings {
+            self.write(file, value)?;
+        }
+        match self.write("cgroup.procs", &process.to_string()) {
+            // The process has ended, for which there is another message.
+            Err(CgroupError::Refused { source, .. })
+                if source.raw_os_error() == Some(Errno::SRCH.raw_os_error()) =>
+            {
+                Ok(())
+            }
+            result => result,
+        }
     }
 
     fn write(&self, file: &str, value: &str) -> Result<(), CgroupError> {
         let path = self.path.join(file);
-        fs::write(&path, value).map_err(refused("write to", &path))
+        // Without O_CREAT: a setting that does not exist is a missing file.
+        let written =
+            File::options().write(true).open(&path).and_then(|mut file| file.write_all(value.as_bytes()));
+        written.map_err(refused("write to", &path))
+    }
+
+    /// Kills all processes of the cgroup (from Linux 5.14).
+    pub fn kill(&self) {
+        let _ = self.write("cgroup.kill", "1");
     }
 
     /// The directory of the cgroup.
@@ -197,16 +230,10 @@ impl Cgroup {
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
-        // It stays if the process still runs, and is removed by the next that is created beside it.
-        let _ = fs::remove_dir(&self.path);
-        remove_all(&self.parents);
-    }
-}
-
-/// Removes cgroups that are empty, from the last one.
-fn remove_all(paths: &[PathBuf]) {
-    for path in paths.iter().rev() {
-        let _ = fs::remove_dir(path);
+        for path in self.created.iter().rev() {
+            // One whose process still runs stays, and so does one in which another start has created a cgroup.
+            let _ = fs::remove_dir(path);
+        }
     }
 }
 
@@ -246,10 +273,17 @@ fn enable<'a>(parent: &Path, controllers: impl Iterator<Item = &'a str>) -> Resu
     fs::write(&path, missing.join(" ")).map_err(refused("enable controllers in", &path))
 }
 
-/// Removes cgroups whose processes have ended: of starts that were killed.
+/// Removes cgroups of processes that have ended: of starts that were killed.
 fn remove_ended(parent: &Path) {
     for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
-        if entry.file_name().as_encoded_bytes().starts_with(PREFIX.as_bytes()) {
+        let name = entry.file_name();
+        let process =
+            name.to_str().and_then(|name| name.strip_prefix(PREFIX)?.rsplit_once('-')?.1.parse().ok());
+        // EPERM: it runs, as another user.
+        let has_ended = process
+            .and_then(Pid::from_raw)
+            .is_some_and(|process| test_kill_process(process) == Err(Errno::SRCH));
+        if has_ended {
             // The kernel refuses it while there is a process.
             let _ = fs::remove_dir(entry.path());
         }
