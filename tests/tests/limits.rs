@@ -205,6 +205,12 @@ fn cgroups_of_killed_starts_are_removed_by_the_next() {
     shell(&user, &["--cgroup-parent", "absent"], "true")
         .expect_status(2)
         .expect_stderr("cannot read /sys/fs/cgroup/absent/cgroup.subtree_control: No such file or directory");
+    let bare = Path::new(HIERARCHY).join("parent/processes");
+    fs::create_dir(bare.join("inner")).unwrap();
+    shell(&user, &["--cgroup-parent", "parent/processes/inner"], "true")
+        .expect_status(2)
+        .expect_stderr("parent/processes/inner has no controllers memory, pids: enable them");
+    fs::remove_dir(bare.join("inner")).unwrap();
     // A detached guest keeps its cgroup until it ends.
     run(user.run(&["-d", "--name", "stays", "--cgroup-parent", "parent"]).args(["sleep", "1000"]))
         .expect_status(0);

@@ -32,6 +32,14 @@ pub enum CgroupError {
          --scope -p Delegate=yes`, or name a delegated cgroup with --cgroup-parent"
     )]
     NotDelegated(String),
+    /// The cgroup above has not enabled controllers for this one.
+    #[error("{} has no controllers {controllers}: enable them in cgroup.subtree_control of the cgroup above it", .path.display())]
+    Unavailable {
+        /// The cgroup that was to have others in it.
+        path: PathBuf,
+        /// The missing controllers.
+        controllers: String,
+    },
     /// Another process is in the cgroup.
     #[error("another program runs in the cgroup {}", .0.display())]
     Taken(PathBuf),
@@ -51,7 +59,11 @@ impl CgroupError {
     /// Returns whether the request is at fault: it names a cgroup that does not exist.
     #[must_use]
     pub fn is_user_error(&self) -> bool {
-        matches!(self, Self::Refused { source, .. } if source.kind() == io::ErrorKind::NotFound)
+        match self {
+            Self::Refused { source, .. } => source.kind() == io::ErrorKind::NotFound,
+            Self::Unavailable { .. } | Self::Taken(_) => true,
+            _ => false,
+        }
     }
 }
 
@@ -109,7 +121,9 @@ impl Cgroup {
         for parent in host::delegated_cgroups().ok_or(CgroupError::NoHierarchy)?.into_iter().rev() {
             match Self::create_in(&parent, &settings, name, process) {
                 // In a cgroup with processes, for instance, no other can have controllers.
-                Err(error @ CgroupError::Refused { .. }) => result = result.or(Some(error)),
+                Err(error @ (CgroupError::Refused { .. } | CgroupError::Unavailable { .. })) => {
+                    result = result.or(Some(error));
+                }
                 other => return other,
             }
         }
@@ -263,14 +277,20 @@ fn controllers(settings: &[(String, String)]) -> impl Iterator<Item = &str> {
 fn enable<'a>(parent: &Path, controllers: impl Iterator<Item = &'a str>) -> Result<(), CgroupError> {
     let path = parent.join("cgroup.subtree_control");
     let enabled = fs::read_to_string(&path).map_err(refused("read", &path))?;
-    let missing: Vec<_> = controllers
-        .filter(|name| !enabled.split_whitespace().any(|other| other == *name))
-        .map(|name| format!("+{name}"))
-        .collect();
+    let missing: Vec<_> =
+        controllers.filter(|name| !enabled.split_whitespace().any(|other| other == *name)).collect();
     if missing.is_empty() {
         return Ok(());
     }
-    fs::write(&path, missing.join(" ")).map_err(refused("enable controllers in", &path))
+    let available = parent.join("cgroup.controllers");
+    let available = fs::read_to_string(&available).map_err(refused("read", &available))?;
+    let absent = |name: &&&str| !available.split_whitespace().any(|other| other == **name);
+    let absent: Vec<_> = missing.iter().filter(absent).copied().collect();
+    if !absent.is_empty() {
+        return Err(CgroupError::Unavailable { path: parent.to_owned(), controllers: absent.join(", ") });
+    }
+    let words: Vec<_> = missing.iter().map(|name| format!("+{name}")).collect();
+    fs::write(&path, words.join(" ")).map_err(refused("enable controllers in", &path))
 }
 
 /// Removes cgroups of processes that have ended: of starts that were killed.
