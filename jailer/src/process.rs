@@ -140,7 +140,7 @@ fn was_killed(child: Pid) -> bool {
 /// Kills the processes that the program has left, which became children of this one.
 fn end_leftovers(cgroup: Option<&Cgroup>) {
     cgroup.into_iter().for_each(Cgroup::kill);
-    let own = rustix::process::getpid().as_raw_pid().to_string();
+    let own = getpid().as_raw_pid().to_string();
     // The fields of /proc/PID/stat after the name are the state and the parent.
     let is_child = |process: &std::path::Path| {
         let text = std::fs::read_to_string(process.join("stat")).unwrap_or_default();
@@ -229,8 +229,7 @@ fn enter_and_execute(
     if gate.read_exact(&mut [0]).is_err() {
         return ("wait for the parent", io::ErrorKind::BrokenPipe.into());
     }
-    let result = take_away(arguments, directory, namespace, parent);
-    match result {
+    match take_away(arguments, directory, namespace, parent) {
         Err(error) => error,
         Ok(()) => ("execute the program", execute(arguments, program)),
     }

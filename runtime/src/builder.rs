@@ -93,7 +93,7 @@ impl GuestBuilder {
         self
     }
 
-    /// Sets limits beyond memory and vCPUs. There are none by default.
+    /// Sets limits beyond memory and vCPUs. The default is [`Limits::default`]: unlimited.
     pub const fn limits(mut self, limits: Limits) -> Self {
         self.options.limits = limits;
         self

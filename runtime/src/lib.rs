@@ -32,6 +32,7 @@ pub mod log;
 mod mount;
 pub mod network;
 pub mod signal;
+pub mod size;
 pub mod volume;
 
 pub use builder::GuestBuilder;

@@ -4,6 +4,7 @@
 //! The file is locked as every drive is: one guest may mount it writable, or any number read-only.
 
 use crate::guest::guests;
+use crate::size;
 use rustix::fs::{FlockOperation, RenameFlags, flock, renameat_with};
 use rustix::io::Errno;
 use std::fs::{File, OpenOptions};
@@ -313,19 +314,8 @@ fn folder() -> Result<PathBuf, VolumeError> {
 /// # Errors
 /// When the text is not a size, or out of range.
 pub fn parse_size(text: &str) -> Result<u64, VolumeError> {
-    let wrong = || VolumeError::Size(text.to_owned());
-    let digits = text.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
-    let shift = match &text[digits.len()..] {
-        "" => 0,
-        "k" | "K" => 10,
-        "m" | "M" => 20,
-        "g" | "G" => 30,
-        "t" | "T" => 40,
-        _ => return Err(wrong()),
-    };
-    let is_number = !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit());
-    let number: u64 = digits.parse().ok().filter(|_| is_number).ok_or_else(wrong)?;
-    let size = number.checked_mul(1 << shift).filter(|size| SIZES.contains(size)).ok_or_else(wrong)?;
+    let size = size::parse(text, size::BYTES).filter(|size| SIZES.contains(size));
+    let size = size.ok_or_else(|| VolumeError::Size(text.to_owned()))?;
     // Disks consist of whole blocks.
     Ok(size & !4095)
 }

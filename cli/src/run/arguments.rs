@@ -3,6 +3,7 @@
 use crate::command_line::{Argument, Command, Opt, Store, flag, in_range, one, option, rest, store_as};
 use crate::process::{ProcessArguments, ProcessOptions};
 use kindling::launch::{Jail, Limits, OnRefusal, Strictness};
+use kindling::size;
 use std::ffi::OsString;
 use std::ops::RangeInclusive;
 use std::path::{Component, Path, PathBuf};
@@ -194,14 +195,7 @@ fn cgroup(text: &str) -> Result<Option<PathBuf>, &'static str> {
 
 /// Parses a rate in bytes per second.
 fn rate(text: &str) -> Result<Option<u64>, &'static str> {
-    let (number, shift) = match text.as_bytes() {
-        [.., b'k' | b'K'] => (&text[..text.len() - 1], 10),
-        [.., b'm' | b'M'] => (&text[..text.len() - 1], 20),
-        [.., b'g' | b'G'] => (&text[..text.len() - 1], 30),
-        _ => (text, 0),
-    };
-    let bytes = in_range(RATES)(number).ok().and_then(|number| number.checked_mul(1 << shift));
-    bytes
+    size::parse(text, &size::BYTES[..4])
         .filter(|bytes| RATES.contains(bytes))
         .map(Some)
         .ok_or("expected bytes per second, such as 500k, 10m or 1g")
@@ -234,15 +228,8 @@ fn on_refusal(text: &str) -> Result<OnRefusal, &'static str> {
 
 /// Parses the value of `--memory`. Returns MiB.
 fn mebibytes(text: &str) -> Result<u64, &'static str> {
-    let digits = text.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
-    let factor = match &text[digits.len()..] {
-        "" | "m" | "M" => 1,
-        "g" | "G" => 1 << 10,
-        _ => return Err(MEMORY_FORM),
-    };
-    let number =
-        digits.bytes().all(|byte| byte.is_ascii_digit()).then(|| digits.parse::<u64>().ok()).flatten();
-    number.and_then(|number| number.checked_mul(factor)).ok_or(MEMORY_FORM)
+    const SUFFIXES: &[(&str, u64)] = &[("", 1), ("m", 1), ("g", 1 << 10)];
+    size::parse(text, SUFFIXES).ok_or(MEMORY_FORM)
 }
 
 const MEMORY_FORM: &str = "expected a number of MiB, or a number with the suffix m or g";

@@ -132,10 +132,7 @@ impl Cgroup {
     }
 
     /// Creates a cgroup in `parent`, with settings: names of its files and their contents.
-    ///
-    /// # Errors
-    /// When the kernel refuses it.
-    pub fn create_in(
+    fn create_in(
         parent: &Path,
         settings: &[(String, String)],
         name: &str,
@@ -233,12 +230,6 @@ impl Cgroup {
     /// Kills all processes of the cgroup (from Linux 5.14).
     pub fn kill(&self) {
         let _ = self.write("cgroup.kill", "1");
-    }
-
-    /// The directory of the cgroup.
-    #[must_use]
-    pub fn path(&self) -> &Path {
-        &self.path
     }
 }
 
