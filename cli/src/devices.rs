@@ -1,7 +1,7 @@
 //! Device options of the command line.
 
 use crate::command_line::{Opt, Store, flag, option};
-use kindling::network::{self, NetworkError};
+use kindling::network::{self, NetworkError, PortForward};
 use kindling::vmm::config::devices::{Balloon, Devices, Drive, Entropy, Pmem, Vsock};
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -31,8 +31,8 @@ impl<A: AsMut<DeviceArguments> + 'static> DeviceOptions<A> {
         option("", "net", "TAP|user[,OPTION]...", |all, word| all.as_mut().net.store(word),
             "Attach a network card: to a tap device, or user for passt, without root; options are mac=MAC, mtu=BYTES, \
              ip=ADDRESS/PREFIX, gw=ADDRESS and dns=ADDRESS (repeatable)"),
-        option("p", "publish", "[ADDRESS:]HOST:GUEST[/tcp|/udp]", |all, word| all.as_mut().publish.store(word),
-            "Publish a port of the guest on the host, by --net user (repeatable)"),
+        option("p", "publish", "[[ADDRESS:][HOST]:]GUEST[/tcp|/udp]", |all, word| all.as_mut().publish.store(word),
+            "Publish a port of the guest on the host, by --net user; without HOST, on any free port (repeatable)"),
         option("", "vsock", "PATH", |all, word| all.as_mut().vsock.store(word),
             "Attach a vsock, with this Unix socket on the host"),
         flag("", "entropy", |all| all.as_mut().entropy = true,
@@ -45,8 +45,8 @@ impl<A: AsMut<DeviceArguments> + 'static> DeviceOptions<A> {
 }
 
 impl DeviceArguments {
-    /// Parses the options, and adds the devices to a configuration.
-    pub(crate) fn add_to(&self, devices: &mut Devices) -> Result<(), NetworkError> {
+    /// Parses the options, and adds the devices to a configuration. Returns the ports of the host that were assigned.
+    pub(crate) fn add_to(&self, devices: &mut Devices) -> Result<Vec<PortForward>, NetworkError> {
         for text in &self.drive {
             let number = devices.drives.len();
             devices.drives.push(drive(text, number));
@@ -55,7 +55,7 @@ impl DeviceArguments {
             let number = devices.network_interfaces.len();
             devices.network_interfaces.push(network::interface(text, number)?);
         }
-        network::publish_all(&self.publish, devices)?;
+        let assigned = network::publish_all(&self.publish, devices)?;
         if let Some(path) = &self.vsock {
             /// The lowest CID of a guest. All guests can use it, because each vsock device has a separate Unix socket.
             const GUEST_CID: u32 = 3;
@@ -83,7 +83,7 @@ impl DeviceArguments {
                 rate_limiter: None,
             });
         }
-        Ok(())
+        Ok(assigned)
     }
 }
 
@@ -125,7 +125,7 @@ mod tests {
     #[test]
     fn errors_name_the_invalid_part() {
         let add = |arguments: DeviceArguments| {
-            arguments.add_to(&mut Devices::default()).map_err(|error| error.to_string())
+            arguments.add_to(&mut Devices::default()).map(drop).map_err(|error| error.to_string())
         };
         let net = |text: &str| add(DeviceArguments { net: vec![text.into()], ..DeviceArguments::default() });
         assert_eq!(net("tap0,mac=06:00:ac:10:00:02,mtu=9000"), Ok(()));
@@ -147,6 +147,6 @@ mod tests {
         assert_eq!(publish(&["user"], "8080:80"), Ok(()));
         assert!(publish(&["tap0"], "8080:80").unwrap_err().contains("needs --net user"));
         assert_eq!(publish(&["user"], "[::1]:8080:80/udp"), Ok(()));
-        assert!(publish(&["user"], "0:80").unwrap_err().contains("--publish 0:80: \"0\" is not a port"));
+        assert!(publish(&["user"], "8080:0").unwrap_err().contains("--publish 8080:0: \"0\" is not a port"));
     }
 }

@@ -40,6 +40,7 @@ const COMMANDS: Group = Group {
         &exec::COMMAND,
         &cp::COMMAND,
         &guests::ps::COMMAND,
+        &guests::port::COMMAND,
         &guests::logs::COMMAND,
         &guests::wait::COMMAND,
         &guests::stop::COMMAND,

@@ -1,8 +1,12 @@
 //! The text form of network cards and published ports: the values of `--net` and `--publish`.
 
-use kindling_vmm::config::devices::{Devices, NetworkInterface, PortForward, Protocol};
+pub use kindling_vmm::config::devices::{PortForward, Protocol};
+
+use kindling_vmm::config::devices::{Devices, NetworkInterface};
 use std::ffi::{OsStr, OsString};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, UdpSocket};
+use std::os::fd::OwnedFd;
 
 /// An invalid network card or published port. The message names the option, its value and the invalid part.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -43,56 +47,133 @@ pub fn interface(text: &OsStr, number: usize) -> Result<NetworkInterface, Networ
     Ok(interface)
 }
 
-/// Parses published ports, and adds them to the first network card of kind `user`.
+/// Parses published ports, and adds them to the first network card of kind `user`. The syntax is that of
+/// `docker run --publish`: `[[ADDRESS:][HOST]:]GUEST[/tcp|/udp]`, where HOST and GUEST are ports from 1 to 65535, or ranges
+/// of the same length. Without HOST, or with 0, each port of the guest is assigned a free port of the host; a range of the
+/// host for a single port of the guest assigns the first one that is free. Returns the ports that were assigned.
 ///
 /// # Errors
-/// When a text is invalid, or there is no such card.
-pub fn publish_all(texts: &[OsString], devices: &mut Devices) -> Result<(), NetworkError> {
+/// When a text is invalid, there is no such card, or no port is free.
+pub fn publish_all(texts: &[OsString], devices: &mut Devices) -> Result<Vec<PortForward>, NetworkError> {
+    let mut all_assigned = Vec::new();
+    // Ports remain in use until all are assigned, so that none is assigned twice.
+    let mut sockets = Vec::new();
     for text in texts {
-        let wrong = |what: &str| NetworkError {
+        let wrong = |what: String| NetworkError {
             option: "publish",
             value: text.to_string_lossy().into_owned(),
-            what: what.to_owned(),
+            what,
         };
-        let forward = parse_publish(&text.to_string_lossy()).map_err(|what| wrong(&what))?;
+        let request = PublishRequest::parse(&text.to_string_lossy()).map_err(wrong)?;
         let interface = devices.network_interfaces.iter_mut().find(|card| card.is_user());
-        interface.ok_or_else(|| wrong("it needs --net user"))?.forwards.push(forward);
+        let forwards = &mut interface.ok_or_else(|| wrong("it needs --net user".to_owned()))?.forwards;
+        match request.without_assignment() {
+            Some(forward) => forwards.push(forward),
+            None => {
+                let assigned = request.assign(&mut sockets).map_err(wrong)?;
+                forwards.extend_from_slice(&assigned);
+                all_assigned.extend(assigned);
+            }
+        }
     }
-    Ok(())
+    Ok(all_assigned)
 }
 
-/// Parses a published port with the syntax of `docker run --publish`: `[ADDRESS:]HOST:GUEST[/tcp|/udp]`. HOST and GUEST
-/// are ports from 1 to 65535, or ranges of the same length.
-///
-/// # Errors
-/// When the text is invalid; the error is a message that names the part and the expected form.
-pub fn parse_publish(text: &str) -> Result<PortForward, String> {
-    let (rest, protocol) = text.split_once('/').unwrap_or((text, "tcp"));
-    let protocol = match protocol {
-        _ if protocol.eq_ignore_ascii_case("tcp") => Protocol::Tcp,
-        _ if protocol.eq_ignore_ascii_case("udp") => Protocol::Udp,
-        _ => return Err(format!("{protocol:?} is neither tcp nor udp")),
-    };
-    let (address, ports) = match rest.rsplitn(3, ':').collect::<Vec<_>>()[..] {
-        [guest, host, address] => (Some(parse_address(address)?), [host, guest]),
-        [guest, host] => (None, [host, guest]),
-        [_] if rest.is_empty() => return Err(FORM.to_owned()),
-        _ => return Err(NO_HOST_PORT.to_owned()),
-    };
-    if ports[0].is_empty() {
-        return Err(NO_HOST_PORT.to_owned());
+/// A published port or range of ports, as the user wrote it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct PublishRequest {
+    protocol: Protocol,
+    address: Option<IpAddr>,
+    /// Ports of the host; without them, free ones are assigned.
+    host: Option<Ports>,
+    guest: Ports,
+}
+
+/// A port, and the number of ports that follow it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Ports {
+    first: u16,
+    further: u16,
+}
+
+impl PublishRequest {
+    fn parse(text: &str) -> Result<Self, String> {
+        let (rest, protocol) = text.split_once('/').unwrap_or((text, "tcp"));
+        let protocol = match protocol {
+            _ if protocol.eq_ignore_ascii_case("tcp") => Protocol::Tcp,
+            _ if protocol.eq_ignore_ascii_case("udp") => Protocol::Udp,
+            _ => return Err(format!("{protocol:?} is neither tcp nor udp")),
+        };
+        let (address, host, guest) = match rest.rsplitn(3, ':').collect::<Vec<_>>()[..] {
+            [guest, host, address] => (Some(parse_address(address)?), host, guest),
+            [guest, host] => (None, host, guest),
+            _ if rest.is_empty() => return Err(FORM.to_owned()),
+            _ => (None, "", rest),
+        };
+        let host = if matches!(host, "" | "0") { None } else { Some(Ports::parse(host)?) };
+        let guest = Ports::parse(guest)?;
+        if host.is_some_and(|host| guest.further != 0 && host.further != guest.further) {
+            return Err("the ranges of the host and of the guest differ in length".to_owned());
+        }
+        Ok(Self { protocol, address, host, guest })
     }
-    let [host, guest] = [parse_ports(ports[0])?, parse_ports(ports[1])?];
-    if host.1 != guest.1 {
-        return Err("the ranges of the host and of the guest differ in length".to_owned());
+
+    /// The forwarded ports, if the user has named those of the host.
+    fn without_assignment(&self) -> Option<PortForward> {
+        let host = self.host.filter(|host| host.further == self.guest.further)?;
+        Some(PortForward { further: host.further, ..self.forward(self.guest.first, host.first) })
     }
-    Ok(PortForward { protocol, address, host: host.0, guest: guest.0, further: host.1 })
+
+    /// Chooses a port of the host for each port of the guest. Their sockets are added to `sockets`.
+    fn assign(&self, sockets: &mut Vec<OwnedFd>) -> Result<Vec<PortForward>, String> {
+        let mut assign_one = |guest: u16| {
+            let mut candidates =
+                self.host.map_or(0..=0, |host| host.first..=host.first.saturating_add(host.further));
+            let mut refusal = String::new();
+            let found = candidates.find_map(|port| {
+                bind(self.protocol, self.address, port).map_err(|error| refusal = error.to_string()).ok()
+            });
+            let (socket, port) =
+                found.ok_or_else(|| format!("no port of the host could be assigned: {refusal}"))?;
+            sockets.push(socket);
+            Ok(self.forward(guest, port))
+        };
+        (0..=self.guest.further).map(|number| assign_one(self.guest.first.saturating_add(number))).collect()
+    }
+
+    const fn forward(&self, guest: u16, host: u16) -> PortForward {
+        PortForward { protocol: self.protocol, address: self.address, host, guest, further: 0 }
+    }
+}
+
+/// Binds a port, or a free one if `port` is 0. Returns the socket, which keeps the port in use, and the number of the port.
+fn bind(protocol: Protocol, address: Option<IpAddr>, port: u16) -> io::Result<(OwnedFd, u16)> {
+    let bind_to = |address: IpAddr| -> io::Result<(OwnedFd, u16)> {
+        Ok(match protocol {
+            Protocol::Tcp => {
+                let listener = TcpListener::bind((address, port))?;
+                let port = listener.local_addr()?.port();
+                (listener.into(), port)
+            }
+            Protocol::Udp => {
+                let socket = UdpSocket::bind((address, port))?;
+                let port = socket.local_addr()?.port();
+                (socket.into(), port)
+            }
+        })
+    };
+    // By default, a socket on all IPv6 addresses includes all IPv4 addresses (ipv6(7), IPV6_V6ONLY).
+    match (address, bind_to(address.unwrap_or(Ipv6Addr::UNSPECIFIED.into()))) {
+        // The host has no IPv6.
+        (None, Err(error)) if error.kind() != io::ErrorKind::AddrInUse => {
+            bind_to(Ipv4Addr::UNSPECIFIED.into())
+        }
+        (_, result) => result,
+    }
 }
 
 const FORM: &str =
-    "it is not of the form [ADDRESS:]HOST:GUEST[/tcp|/udp], such as 8080:80 or 127.0.0.1:5353:53/udp";
-const NO_HOST_PORT: &str =
-    "it names no port of the host, and none is assigned automatically: write HOST:GUEST";
+    "it is not of the form [[ADDRESS:][HOST]:]GUEST[/tcp|/udp], such as 8080:80 or 127.0.0.1:5353:53/udp";
 
 /// Parses an address of the host. An IPv6 address is in brackets.
 fn parse_address(text: &str) -> Result<IpAddr, String> {
@@ -106,15 +187,16 @@ fn parse_address(text: &str) -> Result<IpAddr, String> {
     })
 }
 
-/// Parses a port or a range of ports. Returns the first port, and the number of ports that follow it.
-fn parse_ports(text: &str) -> Result<(u16, u16), String> {
-    let is_number = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
-    let port = |text: &str| text.parse::<u16>().ok().filter(|&port| port != 0 && is_number(text));
-    let (first, last) = text.split_once('-').unwrap_or((text, text));
-    match (port(first), port(last)) {
-        (Some(first), Some(last)) if first <= last => Ok((first, last - first)),
-        _ => {
-            Err(format!("{text:?} is not a port, 1 to 65535, nor a range of them such as 8000-8010; {FORM}"))
+impl Ports {
+    fn parse(text: &str) -> Result<Self, String> {
+        let is_number = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
+        let port = |text: &str| text.parse::<u16>().ok().filter(|&port| port != 0 && is_number(text));
+        let (first, last) = text.split_once('-').unwrap_or((text, text));
+        match (port(first), port(last)) {
+            (Some(first), Some(last)) if first <= last => Ok(Self { first, further: last - first }),
+            _ => Err(format!(
+                "{text:?} is not a port, 1 to 65535, nor a range of them such as 8000-8010; {FORM}"
+            )),
         }
     }
 }
@@ -146,19 +228,60 @@ mod tests {
             ("8000-8010:9000-9010", forward(tcp, None, 8000, 9000, 10)),
             ("127.0.0.1:1-65535:1-65535", forward(tcp, Some("127.0.0.1"), 1, 1, 65534)),
         ] {
-            assert_eq!(parse_publish(text), Ok(expected), "{text}");
+            assert_eq!(
+                PublishRequest::parse(text).map(|request| request.without_assignment()),
+                Ok(Some(expected)),
+                "{text}"
+            );
         }
+    }
+
+    #[test]
+    fn ports_that_the_user_does_not_name_are_assigned() {
+        let publish = |texts: &[&str]| {
+            let mut devices = Devices::default();
+            devices.network_interfaces.push(NetworkInterface::new("net0", "user"));
+            let texts: Vec<_> = texts.iter().map(OsString::from).collect();
+            let assigned = publish_all(&texts, &mut devices).map_err(|error| error.to_string())?;
+            assert_eq!(assigned, devices.network_interfaces[0].forwards);
+            Ok::<_, String>(assigned)
+        };
+        let all = publish(&["80", ":81", "0:82/udp", "127.0.0.1::83", "127.0.0.1::90-92/udp"]).unwrap();
+        let guests: Vec<_> =
+            all.iter().map(|forward| (forward.guest, forward.protocol, forward.address)).collect();
+        let (tcp, udp, local) = (Protocol::Tcp, Protocol::Udp, Some(IpAddr::from(Ipv4Addr::LOCALHOST)));
+        let expected = [
+            (80, tcp, None),
+            (81, tcp, None),
+            (82, udp, None),
+            (83, tcp, local),
+            (90, udp, local),
+            (91, udp, local),
+            (92, udp, local),
+        ];
+        assert_eq!(guests, expected);
+        for (number, forward) in all.iter().enumerate() {
+            assert!(forward.host != 0 && forward.further == 0);
+            let is_same =
+                |other: &PortForward| (other.host, other.protocol) == (forward.host, forward.protocol);
+            assert!(!all[..number].iter().any(is_same), "port {} is assigned twice", forward.host);
+        }
+        // Of a range, the first port that is free.
+        let used = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = used.local_addr().unwrap().port();
+        let range = format!("127.0.0.1:{port}-{}:80", port.saturating_add(20));
+        assert!(publish(&[&range]).unwrap()[0].host > port);
+        let message = publish(&[&format!("127.0.0.1:{port}-{port}:80-81")]).unwrap_err();
+        assert!(message.contains("differ in length"), "{message}");
+        let message = publish(&["192.0.2.200::80"]).unwrap_err();
+        assert!(message.contains("no port of the host could be assigned: "), "{message}");
     }
 
     #[test]
     fn errors_name_the_invalid_part() {
         for (text, expected) in [
             ("", "not of the form"),
-            ("80", "names no port of the host"),
-            ("127.0.0.1::80", "names no port of the host"),
-            (":80", "names no port of the host"),
             ("80:", "\"\" is not a port"),
-            ("0:80", "\"0\" is not a port"),
             ("80:0", "\"0\" is not a port"),
             ("65536:80", "\"65536\" is not a port"),
             ("+80:80", "\"+80\" is not a port"),
@@ -170,12 +293,14 @@ mod tests {
             ("[127.0.0.1]:80:80", "\"[127.0.0.1]\" is not an address of the host"),
             ("127.0.0.256:80:80", "\"127.0.0.256\" is not an address"),
             ("[::1]:80", "\"[:\" is not an address"),
-            ("8000-8010:80", "differ in length"),
+            ("0-1:80-81", "\"0-1\" is not a port"),
+            ("localhost::80", "\"localhost\" is not an address of the host"),
+            ("8000-8010:80-81", "differ in length"),
             ("8010-8000:80-90", "\"8010-8000\" is not a port"),
             ("1-2-3:1-3", "\"1-2-3\" is not a port"),
             ("a:b", "\"a\" is not a port"),
         ] {
-            let message = parse_publish(text).unwrap_err();
+            let message = PublishRequest::parse(text).unwrap_err();
             assert!(message.contains(expected), "{text:?}: {message}");
         }
     }

@@ -46,18 +46,22 @@ fn a_firecracker_configuration_boots_and_unsupported_fields_are_reported() {
 
 #[test]
 fn command_line_options_override_the_file() {
+    let console = tempfile::NamedTempFile::new().unwrap();
     let config = serde_json::json!({
         "boot-source": { "kernel_image_path": testbed("images/busybox/vmlinux") },
         "machine-config": { "vcpu_count": 2 },
+        "serial": { "serial_out_path": console.path() },
     });
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), config.to_string()).unwrap();
-    let outcome = run(kindling()
-        .args(["boot", "--vcpus", "1", "--initrd"])
-        .arg(testbed("images/busybox/initramfs.cpio"))
-        .arg("--config-file")
-        .arg(file.path())
-        .args(["--", "nproc"])
-        .stdin(Stdio::null()));
-    assert_eq!(outcome.expect_status(0).stdout, "1\n");
+    let boot = |options: &[&str]| {
+        let mut command = kindling();
+        command.args(["boot", "--initrd"]).arg(testbed("images/busybox/initramfs.cpio"));
+        command.arg("--config-file").arg(file.path());
+        let outcome = run(command.args(options).args(["--", "nproc"]).stdin(Stdio::null()));
+        outcome.expect_status(0).stdout.clone()
+    };
+    assert_eq!(boot(&[]), "");
+    assert_eq!(std::fs::read_to_string(console.path()).unwrap(), "2\r\n");
+    assert_eq!(boot(&["--vcpus", "1", "--console", "stdio"]), "1\n");
 }

@@ -192,13 +192,13 @@ fn node_runs_worker_threads() {
 fn nginx_serves_a_page_logs_the_request_and_stops_gracefully() {
     enter_host_network();
     let user = User::new();
-    let mut server =
-        with_network_programs(program(&user, &["-d", "--name", "web", "-p", "8080:80"], "nginx"));
+    let mut server = with_network_programs(program(&user, &["-d", "--name", "web", "-p", "80"], "nginx"));
     // Messages go to standard error, which nginx opens by name.
     server.args(["nginx", "-g", "daemon off; error_log /dev/stderr notice;"]);
     run(&mut server).expect_status(0);
+    let port = assigned_port(&user, "web");
     let curl = |options: &[&str], path: &str| {
-        let url = format!("http://127.0.0.1:8080/{path}");
+        let url = format!("http://127.0.0.1:{port}/{path}");
         run(with_network_programs(Command::new("curl")).arg("-sSf").args(options).arg(&url))
     };
     // passt accepts connections before the guest listens.
@@ -219,6 +219,17 @@ fn nginx_serves_a_page_logs_the_request_and_stops_gracefully() {
     );
     kindling(&user, &["rm", "web"]).expect_status(0);
     assert!(user.has_no_guests());
+}
+
+/// The port of the host that was assigned to port 80 of a guest, which publishes no other.
+fn assigned_port(user: &User, name: &str) -> u16 {
+    let port = kindling(user, &["port", name, "80"]);
+    let address = port.expect_status(0).stdout.trim_end();
+    let number = address.strip_prefix("0.0.0.0:").and_then(|port| port.parse().ok());
+    assert_eq!(kindling(user, &["port", name]).stdout, format!("80/tcp -> {address}\n"));
+    assert!(kindling(user, &["ps"]).stdout.contains(&format!("  {address}->80/tcp\n")), "{address}");
+    kindling(user, &["port", name, "80/udp"]).expect_status(2).expect_stderr("does not publish 80/udp");
+    number.unwrap_or_else(|| panic!("{address:?} is not a port of all addresses"))
 }
 
 /// Waits until PostgreSQL in the guest `db` accepts connections.

@@ -17,10 +17,10 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// The default of `--console`: standard input and output.
+/// The value of `--console` for standard input and output.
 const STDIO: &str = "stdio";
 
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Arguments {
     image: Option<PathBuf>,
     kernel: Option<PathBuf>,
@@ -29,7 +29,8 @@ pub(crate) struct Arguments {
     cmdline: Option<String>,
     memory: Option<u64>,
     vcpus: Option<u64>,
-    console: PathBuf,
+    /// By default, that of the configuration file, or the standard streams.
+    console: Option<PathBuf>,
     devices: DeviceArguments,
     env: Vec<OsString>,
     workdir: Option<OsString>,
@@ -47,35 +48,6 @@ pub(crate) struct Arguments {
 }
 
 /// The arguments of a command line without options.
-impl Default for Arguments {
-    fn default() -> Self {
-        Self {
-            image: None,
-            kernel: None,
-            config_file: None,
-            initrd: None,
-            cmdline: None,
-            memory: None,
-            vcpus: None,
-            console: STDIO.into(),
-            devices: DeviceArguments::default(),
-            env: Vec::new(),
-            workdir: None,
-            user: None,
-            hostname: None,
-            verify: false,
-            cold: false,
-            report: false,
-            report_json: None,
-            profile: None,
-            sample: None,
-            profile_functions: None,
-            started_at: None,
-            command: Vec::new(),
-        }
-    }
-}
-
 impl AsMut<DeviceArguments> for Arguments {
     fn as_mut(&mut self) -> &mut DeviceArguments {
         &mut self.devices
@@ -106,7 +78,7 @@ const OPTIONS: &[Opt<Arguments>] = &[
     option("", "vcpus", "N", |all, word| all.vcpus.store(word),
         "Number of vCPUs, 1 to 16 [default: 1]"),
     option("", "console", "stdio|null|FILE", |all, word| all.console.store(word),
-        "Serial console: stdio, null, or a file, which keeps the last 8 to 16 MiB of output [default: stdio]"),
+        "Serial console: stdio, null, or a file, which keeps the last 8 to 16 MiB of output [default: that of the configuration file, or stdio]"),
     option("e", "env", "NAME=VALUE", |all, word| all.env.store(word),
         "Set an environment variable of the command (repeatable)"),
     option("w", "workdir", "DIR", |all, word| all.workdir.store(word),
@@ -239,7 +211,7 @@ fn finish(arguments: &Arguments, exit: &Exit) -> u8 {
 impl Arguments {
     /// The configuration of the machine.
     fn config(&self) -> Result<FileConfig, LaunchError> {
-        let FileConfig { mut config, warnings } = self.base()?;
+        let FileConfig { mut config, warnings: mut messages } = self.base()?;
         if let Some(path) = &self.initrd {
             config.boot_source.initrd_path = Some(path.clone());
             config.boot_source.image_digests = None;
@@ -254,18 +226,21 @@ impl Arguments {
         if let Some(count) = self.vcpus {
             config.machine.vcpu_count = u8::try_from(count).map_err(|_| ConfigError::VcpuCount(count))?;
         }
-        self.devices.add_to(&mut config.devices)?;
+        let assigned = self.devices.add_to(&mut config.devices)?;
+        messages.extend(assigned.iter().map(|forward| format!("published {forward}")));
         // A pre-booted kernel has another root filesystem and command line in its memory, and is a copy of the image's
         // files that --verify does not check.
         let is_cold = self.cold || self.verify || self.initrd.is_some() || self.cmdline.is_some();
         if let Some(image) = self.image.as_ref().filter(|_| !is_cold) {
             config.preboot = Some(Image::preboot_path(image, &config.machine, &config.devices));
         }
-        config.console = match self.console.to_str() {
-            Some(STDIO) => Console::Stdio,
-            Some("null") => Console::Null,
-            _ => Console::File(self.console.clone()),
-        };
+        if let Some(console) = &self.console {
+            config.console = match console.to_str() {
+                Some(STDIO) => Console::Stdio,
+                Some("null") => Console::Null,
+                _ => Console::File(console.clone()),
+            };
+        }
         config.guest = self.guest(config.guest);
         if self.profile.is_some() {
             let list = self.profile_functions.as_deref().map(function_marks::functions_from_file);
@@ -274,7 +249,7 @@ impl Arguments {
                 functions: list.transpose()?.unwrap_or_default(),
             });
         }
-        Ok(FileConfig { config, warnings })
+        Ok(FileConfig { config, warnings: messages })
     }
 
     /// The configuration of the image, the configuration file or the kernel, without the other arguments.
@@ -340,7 +315,7 @@ mod tests {
             cmdline: Some("quiet".into()),
             memory: Some(64),
             vcpus: Some(2),
-            console: "null".into(),
+            console: Some("null".into()),
             devices,
             env: strings("A=1 B=2"),
             workdir: Some("/".into()),
@@ -378,9 +353,6 @@ mod tests {
         ] {
             assert_eq!(parse(line), Err(message.to_owned()), "{line}");
         }
-        assert_eq!(
-            parse("--kernel k"),
-            Ok(Arguments { kernel: Some("k".into()), console: STDIO.into(), ..Arguments::default() })
-        );
+        assert_eq!(parse("--kernel k"), Ok(Arguments { kernel: Some("k".into()), ..Arguments::default() }));
     }
 }

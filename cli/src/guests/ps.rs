@@ -40,10 +40,10 @@ fn list(arguments: &Arguments) -> Result<String, GuestError> {
         return Ok(report::printable_json(&views));
     }
     let rows: Vec<_> = guests.iter().map(row).collect();
-    Ok(view::table(["NAME", "IMAGE", "COMMAND", "STATUS", "AGE"], &rows))
+    Ok(view::table(["NAME", "IMAGE", "COMMAND", "STATUS", "AGE", "PORTS"], &rows))
 }
 
-fn row(guest: &Guest) -> [String; 5] {
+fn row(guest: &Guest) -> [String; 6] {
     /// Maximum number of characters of image and command.
     const CELL_MAX: usize = 40;
     let short = |text: &str| {
@@ -62,5 +62,6 @@ fn row(guest: &Guest) -> [String; 5] {
         short(&guest.record.command.join(" ")),
         guest.state().to_string(),
         view::age(guest),
+        guest.record.ports.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "),
     ]
 }

@@ -29,6 +29,8 @@ pub(crate) struct View<'a> {
     is_embedded: bool,
     is_kept: bool,
     volumes: &'a [String],
+    /// Published ports, such as `127.0.0.1:8080->80/tcp`.
+    ports: Vec<String>,
     folder: &'a PathBuf,
     /// Path of the Unix socket of the guest's vsock.
     socket: PathBuf,
@@ -48,6 +50,7 @@ impl<'a> View<'a> {
             is_embedded,
             is_kept,
             volumes,
+            ports,
             status,
             ..
         } = &guest.record;
@@ -68,6 +71,7 @@ impl<'a> View<'a> {
             is_embedded: *is_embedded,
             is_kept: *is_kept,
             volumes,
+            ports: ports.iter().map(ToString::to_string).collect(),
             folder: &guest.folder,
             socket: guest.socket(),
         }

@@ -14,6 +14,7 @@ pub use stop::StopRequest;
 pub use usage::Usage;
 
 use crate::image::User;
+use crate::network::PortForward;
 use files::{is_locked, read_record};
 use owner::Owner;
 use rustix::fs::{FlockOperation, Mode, OFlags, fcntl_lock, flock, mkdir, open};
@@ -54,6 +55,8 @@ pub struct GuestRecord {
     pub is_kept: bool,
     /// Names of the volumes that the guest mounts.
     pub volumes: Vec<String>,
+    /// Published ports.
+    pub ports: Vec<PortForward>,
     /// Exit status of a guest that has ended.
     pub status: Option<u8>,
 }

@@ -151,7 +151,7 @@ pub struct LaunchOptions {
     /// Network: `none`, `user` or a tap device, with the options of [`network::interface`]. Defaults to `user` if ports are
     /// published, and to `none` otherwise.
     pub network: Option<OsString>,
-    /// Published ports, with the syntax of [`network::parse_publish`].
+    /// Published ports, with the syntax of [`network::publish_all`].
     pub publish: Vec<OsString>,
     /// Volumes and folders of the host: `NAME:/GUEST` or `/HOST:/GUEST`, followed by `:ro` for a read-only mount.
     pub volumes: Vec<OsString>,
@@ -312,6 +312,7 @@ impl LaunchOptions {
             is_embedded: !self.has_payload,
             is_kept: self.is_kept,
             volumes: mounts.iter().filter_map(MountRequest::volume).map(str::to_owned).collect(),
+            ports: config.devices.network_interfaces.iter().flat_map(|card| card.forwards.clone()).collect(),
             status: None,
         }
     }

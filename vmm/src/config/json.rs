@@ -1,8 +1,8 @@
 //! Firecracker's configuration file format.
 
-use super::devices::{Balloon, Devices, Drive, Entropy, NetworkInterface, Pmem, Vsock};
+use super::devices::{Balloon, Devices, Drive, Entropy, NetworkInterface, Pmem, RateLimiter, Vsock};
 use super::null::null_is_default;
-use super::{BootSource, Config, ConfigError, MachineConfig};
+use super::{BootSource, Config, ConfigError, Console, MachineConfig};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 use serde_json::{Map, Value};
@@ -39,7 +39,8 @@ struct ConfigFile {
     metrics: Option<Map<String, Value>>,
     mmds_config: Option<Map<String, Value>>,
     memory_hotplug: Option<Map<String, Value>>,
-    serial: Option<Map<String, Value>>,
+    #[serde(default, deserialize_with = "null_is_default")]
+    serial: SerialSection,
     #[serde(flatten)]
     unknown: BTreeMap<String, IgnoredAny>,
 }
@@ -65,6 +66,13 @@ struct MachineSection {
     cpu_template: Option<String>,
 }
 
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SerialSection {
+    serial_out_path: Option<PathBuf>,
+    rate_limiter: Option<RateLimiter>,
+}
+
 #[derive(Clone, Copy, Deserialize, PartialEq, Eq)]
 enum HugePages {
     None,
@@ -84,8 +92,8 @@ pub struct FileConfig {
 
 /// Reads a file of Firecracker's `--config-file` format.
 ///
-/// Paths in it are relative to the current directory, as with Firecracker. The console is [`super::Console::Stdio`] and
-/// the payload is init's greeting; both can be changed in the result.
+/// Paths in it are relative to the current directory, as with Firecracker. The console is the file of the section `serial`,
+/// by default [`Console::Stdio`], and the payload is init's greeting; both can be changed in the result.
 ///
 /// # Errors
 /// When the file cannot be read or parsed, or a value is not supported; the message names the field.
@@ -115,7 +123,8 @@ pub fn from_json_file(path: &Path) -> Result<FileConfig, ConfigError> {
         pmem: file.pmem,
         ..Devices::default()
     };
-    Ok(FileConfig { config: Config { machine, devices, ..Config::new(boot_source) }, warnings })
+    let console = file.serial.serial_out_path.map_or(Console::Stdio, Console::File);
+    Ok(FileConfig { config: Config { machine, console, devices, ..Config::new(boot_source) }, warnings })
 }
 
 /// The kernel parameters that select the root device, if one of the devices is it. Drives are named in their order.
@@ -200,7 +209,11 @@ fn warnings(file: &ConfigFile) -> impl Iterator<Item = String> {
             "there are no metrics; the report of a boot has the time of each step",
         ),
         ("memory-hotplug", has(&file.memory_hotplug), "a guest's memory does not grow"),
-        ("serial", has(&file.serial), "the console's destination is not part of this file"),
+        (
+            "serial.rate_limiter",
+            file.serial.rate_limiter.is_some_and(|limiter| limiter.is_limit()),
+            "a console's output is not limited in its rate; a file keeps its end",
+        ),
     ];
     let known = table.into_iter().filter(|(_, is_asked, _)| *is_asked);
     let known = known.map(|(field, _, what)| format!("{field} has no effect: {what}"));
@@ -348,7 +361,10 @@ mod tests {
             (r#""logger": { "log_path": "log" }"#, "logger"),
             (r#""metrics": { "metrics_path": "metrics" }"#, "metrics"),
             (r#""memory-hotplug": { "total_size_mib": 1024 }"#, "memory-hotplug"),
-            (r#""serial": { "serial_out_path": "out" }"#, "serial"),
+            (
+                r#""serial": { "rate_limiter": { "ops": { "size": 1, "refill_time": 1 } } }"#,
+                "serial.rate_limiter",
+            ),
             (r#""drivez": [{ "a": [1, null, "x"] }]"#, "drivez"),
         ] {
             let FileConfig { config, warnings } = read_file(&with(sections)).unwrap();
@@ -356,6 +372,17 @@ mod tests {
             let [warning] = &warnings[..] else { panic!("{sections}: {warnings:?}") };
             assert!(warning.contains(&format!("/vm.json: {field} has no effect: ")), "{warning}");
         }
+    }
+
+    #[test]
+    fn the_console_can_be_a_file() {
+        let config = read(&with(r#""serial": { "serial_out_path": "out", "rate_limiter": null }"#)).unwrap();
+        assert_eq!(config.console, Console::File("out".into()));
+        for section in ["null", "{}", r#"{ "serial_out_path": null }"#] {
+            let config = read(&with(&format!(r#""serial": {section}"#))).unwrap();
+            assert_eq!(config.console, Console::Stdio, "{section}");
+        }
+        assert!(read(&with(r#""serial": { "path": "out" }"#)).unwrap_err().to_string().contains("`path`"));
     }
 
     #[test]

@@ -5,6 +5,7 @@ use super::{Description, DeviceKind};
 use crate::config::ConfigError;
 use guest_protocol::config::Network;
 use serde::{Deserialize, Serialize};
+use std::fmt;
 use std::net::{IpAddr, Ipv4Addr};
 use std::str::FromStr;
 
@@ -254,6 +255,23 @@ pub struct PortForward {
     pub further: u16,
 }
 
+/// As `docker ps` prints it: `127.0.0.1:8080->80/tcp`, with 0.0.0.0 for all addresses.
+impl fmt::Display for PortForward {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let range = |first: u16| match self.further {
+            0 => first.to_string(),
+            further => format!("{first}-{}", first.saturating_add(further)),
+        };
+        let address = self.address.unwrap_or(Ipv4Addr::UNSPECIFIED.into());
+        let protocol = if self.protocol == Protocol::Tcp { "tcp" } else { "udp" };
+        match address {
+            IpAddr::V4(address) => write!(f, "{address}:")?,
+            IpAddr::V6(address) => write!(f, "[{address}]:")?,
+        }
+        write!(f, "{}->{}/{protocol}", range(self.host), range(self.guest))
+    }
+}
+
 /// A transport protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Protocol {
@@ -266,6 +284,16 @@ pub enum Protocol {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn published_ports_are_printed_like_those_of_docker() {
+        let forward =
+            PortForward { protocol: Protocol::Tcp, address: None, host: 8080, guest: 80, further: 0 };
+        assert_eq!(forward.to_string(), "0.0.0.0:8080->80/tcp");
+        let address = Some("::1".parse().unwrap());
+        let range = PortForward { protocol: Protocol::Udp, address, further: 2, ..forward };
+        assert_eq!(range.to_string(), "[::1]:8080-8082->80-82/udp");
+    }
 
     #[test]
     fn ethernet_addresses_are_parsed_or_refused() {
