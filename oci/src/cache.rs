@@ -6,6 +6,7 @@
 use crate::digest::Digest;
 use crate::error::Error;
 use crate::prepared::Record;
+use oci_protocol::CachedImage;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
@@ -51,6 +52,13 @@ pub struct StoredImage {
 }
 
 impl StoredImage {
+    /// What is printed for the image.
+    #[must_use]
+    pub fn description(&self) -> CachedImage {
+        let used = self.used.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+        CachedImage { id: self.id.to_string(), names: self.names.clone(), bytes: self.bytes, used }
+    }
+
     pub(crate) fn has_name(&self, name: &str) -> bool {
         self.names.iter().any(|known| known == name)
     }

@@ -32,8 +32,8 @@ pub use cache::{Cache, StoredImage};
 pub use digest::Digest;
 pub use error::Error;
 pub use inventory::{list, prune, remove};
-pub use prepared::{Config, Prepared};
-pub use user::{User, Users};
+pub use oci_protocol::{ImageConfig, Prepared, User};
+pub use user::Users;
 
 use cache::Entry;
 use reference::Reference;

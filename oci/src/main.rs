@@ -9,7 +9,7 @@ use serde_json::json;
 use std::io::{ErrorKind, IsTerminal, Write, stderr, stdout};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::Duration;
 
 /// Convert container images to root filesystems of guests
 // Of a repeated option the last counts, as in docker: wrapper scripts add their own before those of their caller.
@@ -258,12 +258,7 @@ fn print_removed(images: &[StoredImage]) -> ExitCode {
 
 /// Prints images as one line of JSON.
 fn print_json(images: &[StoredImage]) -> ExitCode {
-    let image = |image: &StoredImage| {
-        let used = image.used.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        let (id, names, bytes) = (image.id.to_string(), &image.names, image.bytes);
-        json!({ "id": id, "names": names, "bytes": bytes, "used": used })
-    };
-    let images: Vec<_> = images.iter().map(image).collect();
+    let images: Vec<_> = images.iter().map(StoredImage::description).collect();
     write_stdout(&format!("{}\n", json!(images)))
 }
 

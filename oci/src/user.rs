@@ -1,24 +1,10 @@
 //! Lookup of users in the image's /etc/passwd and /etc/group.
 
+use oci_protocol::User;
 use serde::{Deserialize, Serialize};
 
 /// Maximum size of such a file, in bytes.
 pub(crate) const MAX_FILE: u64 = 16 << 20;
-
-/// The user and groups that a program runs as.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct User {
-    /// The user id.
-    pub uid: u32,
-    /// The id of the primary group.
-    pub gid: u32,
-    /// All groups, with the primary group.
-    pub groups: Vec<u32>,
-    /// The home directory.
-    pub home: String,
-    /// The name, or an empty string if /etc/passwd has no entry.
-    pub name: String,
-}
 
 /// Why a user or group is not found.
 #[derive(Debug, thiserror::Error)]
@@ -67,7 +53,7 @@ impl Users {
             None => (gid, self.groups_of(name, gid)),
         };
         let home = if home.is_empty() { "/" } else { home };
-        Ok(User { uid, gid, groups, home: home.to_owned(), name: name.to_owned() })
+        Ok(User { uid, gid, groups, home: Some(home.to_owned()), name: name.to_owned() })
     }
 
     fn group_id(&self, group: &str) -> Result<u32, Error> {
@@ -131,7 +117,7 @@ mod tests {
             group: "root:x:0:\nweb:x:33:\nlog:x:4:web,root\nmail:x:8:web\n".to_owned(),
         };
         let User { uid, gid, groups, home, name } = users.find(text).unwrap();
-        (uid, gid, groups, home, name)
+        (uid, gid, groups, home.unwrap(), name)
     }
 
     #[test]

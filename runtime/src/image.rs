@@ -1,7 +1,8 @@
 //! Container images: their conversion to root filesystems, and their configuration.
 
+pub use oci_protocol::{CachedImage, ImageConfig, Prepared, User};
+
 use crate::converter;
-use serde::{Deserialize, Serialize};
 use std::ffi::{OsStr, OsString};
 use std::io::{self, IsTerminal, Read};
 use std::os::unix::ffi::OsStrExt;
@@ -47,16 +48,6 @@ fn by_signal(signal: i32) -> String {
         _ => "",
     };
     format!("signal {signal} ended kindling-oci{cause}")
-}
-
-/// A prepared image: a root filesystem and the image's configuration.
-#[derive(Clone, Debug, Default, Deserialize)]
-pub struct Prepared {
-    /// Path of the file with an EROFS filesystem.
-    pub rootfs: PathBuf,
-    #[serde(default)]
-    /// Configuration of the image.
-    pub config: ImageConfig,
 }
 
 /// A container image that is ready for guests.
@@ -118,20 +109,6 @@ impl PullPolicy {
     }
 }
 
-/// A converted image in the cache.
-#[derive(Clone, Debug, Deserialize)]
-#[non_exhaustive]
-pub struct CachedImage {
-    /// The image's id: `sha256:` and the digest of its configuration, in hexadecimal digits.
-    pub id: String,
-    /// The names and paths by which it was opened.
-    pub names: Vec<String>,
-    /// Bytes on the disk.
-    pub bytes: u64,
-    /// Time of the last use, in seconds since 1970.
-    pub used: u64,
-}
-
 /// The images in the cache, the most recently used first.
 ///
 /// # Errors
@@ -177,39 +154,6 @@ fn in_cache(command: &str, arguments: &[&OsStr]) -> Result<Vec<CachedImage>, Ima
     serde_json::from_slice(&output.stdout).map_err(ImageError::Version)
 }
 
-/// Configuration of an image: the defaults of its command.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default)]
-#[non_exhaustive]
-pub struct ImageConfig {
-    /// Program and first arguments of the command.
-    pub entrypoint: Vec<String>,
-    /// Arguments after the entrypoint, unless the user gives some.
-    pub cmd: Vec<String>,
-    /// Environment variables, `NAME=VALUE`.
-    pub env: Vec<String>,
-    /// User of the command.
-    pub user: User,
-    /// Working directory of the command; empty for `/`.
-    pub working_dir: String,
-    /// Name of the signal that stops the command.
-    pub stop_signal: Option<String>,
-}
-
-/// A user of an image, with its groups.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(default)]
-pub struct User {
-    /// User ID.
-    pub uid: u32,
-    /// Group ID.
-    pub gid: u32,
-    /// Supplementary group IDs.
-    pub groups: Vec<u32>,
-    /// Home directory, from the image's `/etc/passwd`.
-    pub home: Option<String>,
-}
-
 /// Prepares an image: returns an EROFS file as it is, and converts any other image to a root filesystem. `user` is
 /// `USER[:GROUP]`, as names of the image or numbers, and overrides the image's user; `pull` is `missing`, `always` or
 /// `never`.
@@ -239,7 +183,8 @@ fn prepare_in(
 ) -> Result<Prepared, ImageError> {
     if has_path_form(image, pull) && is_erofs(&directory.join(image)) {
         let user = user.map(numeric_user).transpose()?.unwrap_or_default();
-        return Ok(Prepared { rootfs: image.into(), config: ImageConfig { user, ..ImageConfig::default() } });
+        let config = ImageConfig { user, ..ImageConfig::default() };
+        return Ok(Prepared { rootfs: image.into(), digest: String::new(), config });
     }
     let mut command = converter::command(&converter()?);
     let own = std::process::id().to_string();

@@ -18,8 +18,9 @@ pub(crate) struct Arguments {
 }
 
 /// The libraries: package, crate and description.
-const LIBRARIES: [(&str, &str, &str); 2] = [
+const LIBRARIES: [(&str, &str, &str); 3] = [
     ("kindling", "kindling", "the library to embed (`docs/embedding.md`)"),
+    ("oci-protocol", "oci_protocol", "images, which `kindling` exports as its own"),
     ("kindling-vmm", "kindling_vmm", "the monitor"),
 ];
 
@@ -48,7 +49,7 @@ fn compare(old: &str, new: &str) -> Result<()> {
 
 fn page() -> Result<String> {
     let mut page = String::from(
-        "# Public items\n\nEvery public item of the two libraries, as `cargo xtask api` writes it. \
+        "# Public items\n\nEvery public item of the libraries, as `cargo xtask api` writes it. \
          `.ci/run` fails when the list is not current, so that every change of it is reviewed. \
          `cargo doc --package kindling --open` shows the documentation.\n",
     );

@@ -189,7 +189,7 @@ pub(crate) fn build_of(
         kernel: describe(draft.path(), "vmlinux")?,
         initrd: describe(draft.path(), INITRAMFS)?,
         root: tool.as_ref().map(|_| describe(draft.path(), EROFS)).transpose()?,
-        container: prepared.map(container::Prepared::into_container),
+        container: prepared.map(container::container),
         boot_args: arguments
             .cmdline
             .clone()

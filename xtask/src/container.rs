@@ -3,34 +3,9 @@
 use crate::cargo;
 use anyhow::{Context, Result, bail};
 use kindling_vmm::config::image::Container;
-use serde::Deserialize;
-use std::path::{Path, PathBuf};
+use oci_protocol::Prepared;
+use std::path::Path;
 use std::process::{Command, Stdio};
-
-/// The output of `kindling-oci prepare`.
-#[derive(Debug, Deserialize)]
-pub(crate) struct Prepared {
-    pub(crate) rootfs: PathBuf,
-    digest: String,
-    config: Config,
-}
-
-#[derive(Debug, Deserialize)]
-struct Config {
-    entrypoint: Vec<String>,
-    cmd: Vec<String>,
-    env: Vec<String>,
-    working_dir: String,
-    user: User,
-}
-
-#[derive(Debug, Deserialize)]
-struct User {
-    uid: u32,
-    gid: u32,
-    groups: Vec<u32>,
-    home: Option<String>,
-}
 
 /// Converts an image unless it is cached.
 pub(crate) fn prepare(image: &str, cache: Option<&Path>) -> Result<Prepared> {
@@ -47,24 +22,22 @@ pub(crate) fn prepare(image: &str, cache: Option<&Path>) -> Result<Prepared> {
     serde_json::from_slice(&output.stdout).context("cannot parse the output of kindling-oci")
 }
 
-impl Prepared {
-    /// The command, environment and user of the image, for image.json.
-    pub(crate) fn into_container(self) -> Container {
-        let Self { digest, config, .. } = self;
-        let mut environment = config.env;
-        if let Some(home) =
-            config.user.home.filter(|_| !environment.iter().any(|entry| entry.starts_with("HOME=")))
-        {
-            environment.push(format!("HOME={home}"));
-        }
-        Container {
-            digest,
-            arguments: [config.entrypoint, config.cmd].concat(),
-            environment,
-            working_directory: config.working_dir,
-            user_id: config.user.uid,
-            group_id: config.user.gid,
-            groups: config.user.groups,
-        }
+/// The command, environment and user of an image, for image.json.
+pub(crate) fn container(prepared: Prepared) -> Container {
+    let Prepared { digest, config, .. } = prepared;
+    let mut environment = config.env;
+    if let Some(home) =
+        config.user.home.filter(|_| !environment.iter().any(|entry| entry.starts_with("HOME=")))
+    {
+        environment.push(format!("HOME={home}"));
+    }
+    Container {
+        digest,
+        arguments: [config.entrypoint, config.cmd].concat(),
+        environment,
+        working_directory: config.working_dir,
+        user_id: config.user.uid,
+        group_id: config.user.gid,
+        groups: config.user.groups,
     }
 }
