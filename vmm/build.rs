@@ -12,12 +12,11 @@ fn main() {
     if env::var("CARGO_PKG_NAME").is_ok_and(|name| name == "kindling-vmm") {
         println!("cargo:rustc-env=KINDLING_PROTOCOL={:016x}", protocol_version(Path::new(&package)));
     }
-    let script = |name: &str| {
-        let path = format!("{package}/../vmm/{name}");
+    let script = |path: String| {
         println!("cargo:rerun-if-changed={path}");
         println!("cargo:rustc-link-arg-bins=-T{path}");
     };
-    script("boot-code.ld");
+    script(format!("{package}/boot-code.ld"));
     // A page fault maps the 16 pages around it, from one multiple of 64 KiB to the next. The code of a boot starts at
     // such a multiple, so that it spans as few of these blocks as possible (the kernel preserves a program's alignment:
     // `maximum_alignment` in fs/binfmt_elf.c).
@@ -28,7 +27,7 @@ fn main() {
     );
     // Tests unwind when they fail, so that only a release build discards the tables.
     if env::var_os("PROFILE").is_some_and(|profile| profile == "release") {
-        script("no-unwinding.ld");
+        script(format!("{package}/../vmm/no-unwinding.ld"));
         println!("cargo:rustc-link-arg-bins=-Wl,--no-eh-frame-hdr");
     }
 }

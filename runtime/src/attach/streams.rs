@@ -4,9 +4,11 @@ use super::Notify;
 use crate::log::{Log, Stream};
 use kindling_vmm::agent::{AgentError, Control, ProcessAddress, Role};
 use kindling_vmm::with_causes;
+use rustix::buffer::spare_capacity;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::io::Errno;
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -141,18 +143,12 @@ pub(super) fn spawn(work: impl FnOnce() + Send + 'static) -> io::Result<()> {
 }
 
 /// Forwards input to a process. The connection is made when there is input.
-pub(super) fn forward_input(mut from: File, address: &ProcessAddress, control: &Control, notify: &Notify) {
+pub(super) fn forward_input(from: File, address: &ProcessAddress, control: &Control, notify: &Notify) {
     let failed = |source| {
         notify(&with_causes(&AgentError::Host { what: "read the input of the command", source }));
     };
-    let mut first = vec![0; CHUNK];
-    match read(&mut from, &mut first) {
-        Ok(count) => first.truncate(count),
-        Err(error) => {
-            failed(error);
-            first.clear();
-        }
-    }
+    let mut first = Vec::with_capacity(CHUNK);
+    read(&from, &mut first).unwrap_or_else(failed);
     if first.is_empty() {
         return control.end_input();
     }
@@ -178,11 +174,11 @@ pub(super) fn forward_input(mut from: File, address: &ProcessAddress, control: &
 ///
 /// # Errors
 /// When the input cannot be read.
-pub(crate) fn copy_input(mut from: File, mut to: &UnixStream) -> io::Result<()> {
-    let mut buffer = vec![0; CHUNK];
+pub(crate) fn copy_input(from: File, mut to: &UnixStream) -> io::Result<()> {
+    let mut buffer = Vec::with_capacity(CHUNK);
     loop {
-        let count = read(&mut from, &mut buffer)?;
-        if count == 0 || to.write_all(&buffer[..count]).is_err() {
+        read(&from, &mut buffer)?;
+        if buffer.is_empty() || to.write_all(&buffer).is_err() {
             return Ok(());
         }
     }
@@ -209,19 +205,17 @@ pub(super) fn forward_output(
 }
 
 /// Copies output until EOF. If the target is closed, the process in the guest gets EPIPE, as with a pipe.
-pub(crate) fn copy_output(mut from: UnixStream, to: &OutputTarget) -> Result<(), OutputError> {
-    let mut buffer = vec![0; CHUNK];
+pub(crate) fn copy_output(from: UnixStream, to: &OutputTarget) -> Result<(), OutputError> {
+    let mut buffer = Vec::with_capacity(CHUNK);
     loop {
-        let count = match from.read(&mut buffer) {
-            Ok(0) => return Ok(()),
-            Ok(count) => count,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) => return Err(OutputError::Receive(error)),
-        };
+        read(&from, &mut buffer).map_err(OutputError::Receive)?;
+        if buffer.is_empty() {
+            return Ok(());
+        }
         let result = match to {
-            OutputTarget::File(file) => write_all(file, &buffer[..count]),
+            OutputTarget::File(file) => write_all(file, &buffer),
             OutputTarget::Log(log, stream) => {
-                log.add(*stream, &buffer[..count]);
+                log.add(*stream, &buffer);
                 Ok(())
             }
         };
@@ -244,13 +238,16 @@ fn is_null_device(file: &File) -> bool {
     fstat(file).is_ok_and(is_null)
 }
 
-/// Reads once. Waits if the descriptor is non-blocking, which other processes may have made it.
-fn read(from: &mut File, buffer: &mut [u8]) -> io::Result<usize> {
+/// Replaces the content of a buffer by what one read returns, at most its capacity; at the end of the file it is empty.
+/// Memory of the buffer that nothing is read into is not touched. Waits if the descriptor is non-blocking, which other
+/// processes may have made it.
+fn read(from: impl AsFd, buffer: &mut Vec<u8>) -> io::Result<()> {
     loop {
-        match from.read(buffer) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => wait(from.as_fd(), PollFlags::IN)?,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            result => return result,
+        buffer.clear();
+        match rustix::io::read(&from, spare_capacity(buffer)) {
+            Err(Errno::AGAIN) => wait(from.as_fd(), PollFlags::IN)?,
+            Err(Errno::INTR) => {}
+            result => return Ok(result.map(drop)?),
         }
     }
 }

@@ -15,7 +15,7 @@ pub(crate) mod peer;
 mod plan;
 mod process;
 mod report;
-mod run;
+pub(crate) mod run;
 mod smaps;
 pub(crate) mod statistics;
 mod svg;

@@ -69,7 +69,7 @@ const NAME: &str = "bench";
 
 impl Images {
     /// Creates the images in a folder, without the guest with a virtio console.
-    pub(super) fn make(folder: &Path) -> Result<Self> {
+    pub(crate) fn make(folder: &Path) -> Result<Self> {
         let (hello, busybox) = (folder.join("hello"), folder.join("busybox"));
         super::put(&hello.join("tree"), payload::PATH, &payload::program())?;
         put_busybox(&busybox.join("tree"))?;
@@ -90,8 +90,13 @@ impl Images {
     }
 
     /// The container image of busybox.
-    pub(super) fn busybox(&self) -> &Path {
+    pub(crate) fn busybox(&self) -> &Path {
         &self.busybox
+    }
+
+    /// The folder with the programs that format volumes.
+    pub(crate) fn filesystems(&self) -> &Path {
+        &self.filesystems
     }
 
     /// Adds the guest with a virtio console, in the same folder.
@@ -109,7 +114,7 @@ impl Images {
     }
 
     /// Replaces each path by the result of `relocate`, which gets a unique name for it.
-    pub(super) fn map(&self, mut relocate: impl FnMut(&Path, &str) -> PathBuf) -> Self {
+    pub(crate) fn map(&self, mut relocate: impl FnMut(&Path, &str) -> PathBuf) -> Self {
         Self {
             converter: relocate(&self.converter, "kindling-oci"),
             monitor: relocate(&self.monitor, "kindling-vmm"),

@@ -97,8 +97,8 @@ impl InputSection {
         }
         // An object outside an archive without function sections is the startup code, or the compiler's.
         let Some((archive, object)) = in_archive else {
-            let is_start = self.file.ends_with("crt1.o");
-            return is_start.then(|| "*crt1.o(.text)".to_owned()).into_iter().collect();
+            let start = ["crt1.o", "crtbeginS.o"].into_iter().find(|name| self.file.ends_with(name));
+            return start.map(|name| format!("*{name}(.text)")).into_iter().collect();
         };
         let variants = all.iter().filter_map(|other| {
             let other = other.file.strip_prefix(archive)?.strip_prefix('(')?.strip_suffix(')')?;
