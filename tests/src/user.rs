@@ -47,6 +47,18 @@ impl User {
         command
     }
 
+    /// An example of the library as this user, with Kindling's programs in another directory.
+    #[must_use]
+    pub fn example(&self, name: &str) -> Command {
+        let mut command = Command::new(testbed("examples").join(name));
+        command.env("KINDLING_PROGRAMS", testbed("."));
+        for (name, value) in self.command("run").get_envs() {
+            command.env(name, value.unwrap_or_default());
+        }
+        command.stdin(Stdio::null());
+        command
+    }
+
     /// `kindling run OPTIONS IMAGE` of the busybox image.
     #[must_use]
     pub fn run(&self, options: &[&str]) -> Command {

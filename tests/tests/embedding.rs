@@ -4,22 +4,11 @@ use std::process::{Command, Stdio};
 use tests::user::User;
 use tests::{TIMEOUT, run, start, testbed};
 
-/// An example as this user, with Kindling's programs in another folder.
-fn example(user: &User, name: &str) -> Command {
-    let mut command = Command::new(testbed("examples").join(name));
-    command.env("KINDLING_PROGRAMS", testbed("kindling").parent().unwrap());
-    for (name, value) in user.command("run").get_envs() {
-        command.env(name, value.unwrap_or_default());
-    }
-    command.stdin(Stdio::null());
-    command
-}
-
 /// The program in README.md and docs/embedding.md.
 #[test]
 fn the_first_program_prints_what_a_command_wrote() {
     let user = User::new();
-    let outcome = run(example(&user, "first").arg(testbed("busybox.erofs")));
+    let outcome = run(user.example("first").arg(testbed("busybox.erofs")));
     assert_eq!(outcome.expect_status(0).stdout, "42\n");
     assert!(user.has_no_guests());
 }
@@ -27,7 +16,7 @@ fn the_first_program_prints_what_a_command_wrote() {
 #[test]
 fn a_program_can_set_the_directories_of_programs_and_kernel() {
     let user = User::new();
-    let mut program = example(&user, "installed");
+    let mut program = user.example("installed");
     program.env("KINDLING_PROGRAMS", "/nonexistent").env("KINDLING_IMAGE", "/nonexistent");
     let outcome = run(program
         .arg(testbed("kindling").parent().unwrap())
@@ -51,7 +40,7 @@ fn run_with_stdout(command: &mut Command, stdout: std::fs::File) -> tests::Outco
 #[test]
 fn a_command_returns_its_output_or_its_status_and_stderr() {
     let user = User::new();
-    let outcome = |words: &[&str]| run(example(&user, "output").arg(testbed("busybox.erofs")).args(words));
+    let outcome = |words: &[&str]| run(user.example("output").arg(testbed("busybox.erofs")).args(words));
     assert_eq!(outcome(&["echo", "one", "two"]).expect_status(0).stdout, "one two\n");
     outcome(&["sh", "-c", "echo why >&2; exit 7"]).expect_status(1).expect_stderr("exit status: 7: why");
     outcome(&["missing"]).expect_status(1).expect_stderr("exit status: 127: init: missing: not found");
@@ -62,7 +51,7 @@ fn a_command_returns_its_output_or_its_status_and_stderr() {
 #[test]
 fn a_pool_of_guests_works_in_parallel() {
     let user = User::new();
-    let outcome = run(example(&user, "pool").arg(testbed("busybox.erofs")).arg("3"));
+    let outcome = run(user.example("pool").arg(testbed("busybox.erofs")).arg("3"));
     let expected = "1 squared is 1\n2 squared is 4\n3 squared is 9\n";
     assert_eq!(outcome.expect_status(0).stdout, expected);
     assert!(user.has_no_guests());
@@ -71,7 +60,7 @@ fn a_pool_of_guests_works_in_parallel() {
 #[test]
 fn stopping_a_guest_from_outside_is_an_error_in_its_program() {
     let user = User::new();
-    let mut program = start(example(&user, "output").arg(testbed("busybox.erofs")).args(["sleep", "1000"]));
+    let mut program = start(user.example("output").arg(testbed("busybox.erofs")).args(["sleep", "1000"]));
     let name = loop {
         let rows = run(user.command("ps").arg("--json"));
         let guests: serde_json::Value = serde_json::from_str(&rows.stdout).expect("no JSON");
@@ -92,7 +81,7 @@ fn stopping_a_guest_from_outside_is_an_error_in_its_program() {
 #[test]
 fn a_guest_is_paused_resumed_and_outlives_its_program() {
     let user = User::new();
-    let mut program = example(&user, "detach");
+    let mut program = user.example("detach");
     let outcome = run(program.arg(testbed("busybox.erofs")).arg("left"));
     outcome.expect_status(0).expect_stdout("paused: true\npaused: false, then exit status: 0\n");
     let kindling = |words: &[&str]| run(user.command(words[0]).args(&words[1..]));
@@ -112,7 +101,7 @@ fn files_are_copied_into_and_out_of_a_guest() {
     let user = User::new();
     let [from, to] = ["words", "sorted"].map(|name| user.folder().join(name));
     std::fs::write(&from, "two\none\nthree\n").unwrap();
-    let files = run(example(&user, "files").arg(testbed("busybox.erofs")).args([&from, &to]));
+    let files = run(user.example("files").arg(testbed("busybox.erofs")).args([&from, &to]));
     files.expect_status(0).expect_stdout("ended by itself: true");
     assert_eq!(std::fs::read_to_string(&to).unwrap(), "one\nthree\ntwo\n");
     assert!(user.has_no_guests());
@@ -122,13 +111,13 @@ fn files_are_copied_into_and_out_of_a_guest() {
 fn a_guest_that_cannot_start_is_a_specific_error_and_leaves_nothing() {
     let user = User::new();
     let refused = |image: &str, expected: &str| {
-        run(example(&user, "output").args([image, "true"])).expect_status(1).expect_stderr(expected);
+        run(user.example("output").args([image, "true"])).expect_status(1).expect_stderr(expected);
     };
     refused("/nonexistent.erofs", "Refused");
-    let mut elsewhere = example(&user, "output");
+    let mut elsewhere = user.example("output");
     elsewhere.env("KINDLING_PROGRAMS", user.folder()).arg(testbed("busybox.erofs")).arg("true");
     run(&mut elsewhere).expect_status(1).expect_stderr("NoMonitor");
-    let mut kernel = example(&user, "output");
+    let mut kernel = user.example("output");
     kernel.env("KINDLING_IMAGE", "/nonexistent").arg(testbed("busybox.erofs")).arg("true");
     run(&mut kernel).expect_status(1).expect_stderr("NoKernelAt");
     assert!(user.has_no_guests());

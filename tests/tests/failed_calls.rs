@@ -1,10 +1,11 @@
 //! Fault injection: commands whose system calls fail, one in each run, report an error or succeed without the call, and
 //! leave nothing behind.
 
+use std::path::Path;
 use std::process::Stdio;
 use tests::faults::each_call_fails;
-use tests::run;
 use tests::user::User;
+use tests::{run, testbed};
 
 /// The remaining guest folders of a user, which are removed.
 fn remaining_folders(user: &User) -> Option<String> {
@@ -84,4 +85,77 @@ fn commands_for_a_guest_whose_system_calls_fail_say_so_and_do_not_harm_it() {
         each_call_fails(command, works);
     }
     run(user.command("rm").args(["--force", "guest"])).expect_status(0);
+}
+
+/// The files below a directory, with their paths in it.
+fn files_below(directory: &Path) -> Vec<String> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(directory).into_iter().flatten() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            files.extend(files_below(&path));
+        } else {
+            files.push(path.display().to_string());
+        }
+    }
+    files
+}
+
+/// The first run with a kernel pre-boots it, which is a boot in a process of its own. If that fails, the guest boots.
+#[test]
+fn a_first_run_whose_system_calls_fail_leaves_no_half_made_kernel() {
+    let user = User::new();
+    let cache = user.folder().join("cache");
+    let in_cache = |script: &str| {
+        let mut run = user.shell(script);
+        run.env("XDG_CACHE_HOME", &cache);
+        run
+    };
+    let first_run = || {
+        let _ = std::fs::remove_dir_all(&cache);
+        in_cache("echo done")
+    };
+    each_call_fails(first_run, |status| {
+        let drafts: Vec<_> =
+            files_below(&cache).into_iter().filter(|path| path.contains(".draft-")).collect();
+        let again = run(&mut in_cache("echo again"));
+        let works = again.status == Some(0) && again.stdout == "again\n" && again.stderr.is_empty();
+        let left = (!drafts.is_empty()).then(|| format!("left: {drafts:?}"));
+        left.or_else(|| (!works).then(|| format!("the cache is broken: {again}")))
+            .or_else(|| unexpected_folders(&user, status))
+    });
+}
+
+#[test]
+fn a_run_with_a_new_volume_whose_system_calls_fail_leaves_no_half_made_volume() {
+    let user = User::new();
+    let volumes = user.folder().join("data/kindling/volumes");
+    let writes = |text: &str| {
+        let mut run = user.run(&["-v", "data:/data"]);
+        run.args(["sh", "-c", &format!("echo {text} > /data/{text} && cat /data/{text}")]);
+        run
+    };
+    each_call_fails(
+        || writes("done"),
+        |status| {
+            let left = unexpected_folders(&user, status);
+            let again = run(&mut writes("again"));
+            let works = again.status == Some(0) && again.stdout == "again\n" && again.stderr.is_empty();
+            run(user.command("volume").args(["rm", "data"])).expect_status(0);
+            let files = files_below(&volumes);
+            left.or_else(|| (!works).then(|| format!("the volume is broken: {again}")))
+                .or_else(|| (!files.is_empty()).then(|| format!("left: {files:?}")))
+        },
+    );
+}
+
+#[test]
+fn a_program_with_a_guest_whose_system_calls_fail_says_so_and_leaves_nothing() {
+    let user = User::new();
+    let program = || {
+        let mut program = user.example("first");
+        program.arg(testbed("busybox.erofs"));
+        program
+    };
+    each_call_fails(program, |status| unexpected_folders(&user, status));
 }

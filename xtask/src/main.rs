@@ -77,7 +77,7 @@ enum Command {
     Lab(lab::Arguments),
     /// Run the fuzz targets, or replay their corpora
     Fuzz(fuzz::Arguments),
-    /// Update vmm/boot-code.ld, the linker's list of the functions that a boot executes
+    /// Update cli/boot-code.ld and vmm/boot-code.ld, the linker's lists of the functions that starts execute
     BootCode(boot_code::Arguments),
     /// Update the command output shown in README.md and docs
     Transcripts(transcripts::Arguments),
@@ -90,7 +90,7 @@ enum Command {
     /// The part of `bench` that runs beside the monitors
     #[command(hide = true)]
     Measure(bench::measure::Arguments),
-    /// The part of `boot-code` that runs beside the VMM
+    /// The part of `boot-code` that runs in the lab
     #[command(hide = true)]
     FollowBoots(boot_code::follow::Arguments),
     /// The part of `profile` that runs beside the VMM
