@@ -152,10 +152,20 @@ fn a_run_with_a_new_volume_whose_system_calls_fail_leaves_no_half_made_volume() 
 #[test]
 fn a_program_with_a_guest_whose_system_calls_fail_says_so_and_leaves_nothing() {
     let user = User::new();
+    let [words, sorted] = ["words", "sorted"].map(|name| user.folder().join(name));
+    std::fs::write(&words, "b\na\n").unwrap();
     let program = || {
-        let mut program = user.example("first");
-        program.arg(testbed("busybox.erofs"));
+        let _ = std::fs::remove_file(&sorted);
+        let mut program = user.example("files");
+        program.arg(testbed("busybox.erofs")).args([&words, &sorted]);
         program
     };
-    each_call_fails(program, |status| unexpected_folders(&user, status));
+    // The first start pre-boots the kernel.
+    run(&mut program()).expect_status(0);
+    each_call_fails(program, |status| {
+        // A file that could not be copied whole is not there.
+        let copied = std::fs::read_to_string(&sorted).unwrap_or_else(|_| "a\nb\n".to_owned());
+        let left = (copied != "a\nb\n").then(|| format!("left: a file with {copied:?}"));
+        left.or_else(|| unexpected_folders(&user, status))
+    });
 }
