@@ -80,6 +80,8 @@ fn a_front_that_is_killed_leaves_no_process() {
         |front| tests::kill(front.id(), libc::SIGKILL),
         |user, _| {
             wait_for_all();
+            // A folder that was being created or removed goes when guests are listed.
+            assert!(user.command("ps").output().unwrap().status.success());
             // The guest's folder remains, and the guest is listed as dead, until `kindling rm` removes it.
             for name in remaining_folders(user) {
                 let removed = user.command("rm").arg(&name).output().unwrap();

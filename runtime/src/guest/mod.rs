@@ -1,6 +1,7 @@
 //! Named guests: each has a directory in the user's runtime directory, with its record, the Unix socket of its vsock, and
 //! a lock that is held while the guest runs.
 
+mod abandoned;
 mod error;
 mod files;
 pub(crate) mod owner;
@@ -15,6 +16,7 @@ pub use usage::Usage;
 
 use crate::image::User;
 use crate::network::PortForward;
+use abandoned::temporary_name;
 use files::{is_locked, read_record};
 use owner::Owner;
 use rustix::fs::{FlockOperation, Mode, OFlags, fcntl_lock, flock, mkdir, open};
@@ -26,7 +28,6 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The record of a guest, as its directory has it.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -132,17 +133,38 @@ impl GuestDir {
     }
 
     fn make(parent: &Path, name: &str, has_front: bool) -> Result<Self, GuestError> {
-        let (folder, draft) = (parent.join(name), parent.join(temporary_name()));
-        // Left by a killed process with the same process ID.
-        let _ = std::fs::remove_dir_all(&draft);
-        mkdir(&draft, Mode::from_raw_mode(0o700))
-            .map_err(|error| host("create the directory", &draft)(error.into()))?;
-        let result = Self::fill(&draft, &folder, has_front);
-        if result.is_err() {
+        /// A process that lists guests can mistake a new directory for an abandoned one, and remove it.
+        const ATTEMPTS: u32 = 10;
+        let folder = parent.join(name);
+        let mut attempt = 1;
+        loop {
+            let draft = parent.join(temporary_name());
+            // Left by a killed process with the same process ID.
             let _ = std::fs::remove_dir_all(&draft);
+            mkdir(&draft, Mode::from_raw_mode(0o700))
+                .map_err(|error| host("create the directory", &draft)(error.into()))?;
+            match Self::fill(&draft, &folder, has_front) {
+                Ok((lock, front)) => {
+                    return Ok(Self {
+                        name: name.to_owned(),
+                        folder,
+                        lock,
+                        _front: front,
+                        keep: keep(parent),
+                    });
+                }
+                Err(GuestError::Host { source, .. })
+                    if attempt < ATTEMPTS
+                        && matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::WouldBlock) =>
+                {
+                    attempt += 1;
+                }
+                Err(error) => {
+                    let _ = abandoned::remove(&draft);
+                    return Err(error);
+                }
+            }
         }
-        let (lock, front) = result?;
-        Ok(Self { name: name.to_owned(), folder, lock, _front: front, keep: keep(parent) })
     }
 
     /// Creates the locks of a new directory, and gives it its name. Returns the locks of guest and front.
@@ -250,7 +272,7 @@ impl GuestDir {
         let aside = self.folder.with_file_name(temporary_name());
         let _ = std::fs::remove_dir_all(&aside);
         let renamed = std::fs::rename(&self.folder, &aside);
-        let _ = std::fs::remove_dir_all(if renamed.is_ok() { &aside } else { &self.folder });
+        let _ = abandoned::remove(if renamed.is_ok() { &aside } else { &self.folder });
     }
 }
 
@@ -309,7 +331,9 @@ impl Guest {
             let Ok(name) = name.into_string() else { continue };
             let folder = parent.join(&name);
             let lock = folder.join(LOCK);
-            if check_name(&name).is_ok() && lock.try_exists().map_err(host("read", &lock))? {
+            if check_name(&name).is_err() {
+                abandoned::remove_if_abandoned(&parent, &name);
+            } else if lock.try_exists().map_err(host("read", &lock))? {
                 all.push(Self::in_folder(name, folder)?);
             }
         }
@@ -437,12 +461,6 @@ fn lock_front(path: &Path) -> Result<OwnedFd, GuestError> {
 fn keep(directory: &Path) -> Option<OwnedFd> {
     let directory = open(directory, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).ok()?;
     flock(&directory, FlockOperation::NonBlockingLockShared).ok().map(|()| directory)
-}
-
-/// A unique name for a directory that is being created or removed. No guest can have it, because it starts with a dot.
-fn temporary_name() -> String {
-    static COUNT: AtomicU64 = AtomicU64::new(0);
-    format!(".{}.{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
 }
 
 pub(crate) fn host(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> GuestError {
