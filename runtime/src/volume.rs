@@ -130,8 +130,13 @@ impl Volume {
             result => result.map_err(host("read", &folder))?,
         };
         let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-        let names = names.filter(|name| crate::mount::volume_name(name.as_bytes()).is_some());
-        let mut all: Vec<_> = names.filter_map(|name| Self::at(folder.join(&name), &name).ok()).collect();
+        let (names, others): (Vec<_>, Vec<_>) =
+            names.partition(|name| crate::mount::volume_name(name.as_bytes()).is_some());
+        for name in others.iter().filter(|name| is_draft_name(name)) {
+            remove_abandoned_draft(&folder.join(name));
+        }
+        let volume = |name: &String| Self::at(folder.join(name), name).ok();
+        let mut all: Vec<_> = names.iter().filter_map(volume).collect();
         all.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(all)
     }
@@ -261,6 +266,23 @@ impl Drop for Draft {
     }
 }
 
+/// Whether a file has the name of a draft: a dot, two numbers, and the name of the volume, separated by dots.
+fn is_draft_name(name: &str) -> bool {
+    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    matches!(name.splitn(4, '.').collect::<Vec<_>>()[..], ["", process, count, _] if is_number(process) && is_number(count))
+}
+
+/// Removes a draft that a killed process has left: nobody has locked it, and it is too old to be locked soon.
+fn remove_abandoned_draft(path: &Path) {
+    const AGE: Duration = Duration::from_secs(60);
+    let Ok(file) = File::open(path) else { return };
+    let age =
+        file.metadata().and_then(|metadata| metadata.modified()).ok().and_then(|time| time.elapsed().ok());
+    if age.is_some_and(|age| age > AGE) && flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() {
+        let _ = std::fs::remove_file(path);
+    }
+}
+
 /// Features of the filesystem, independent of the host's mke2fs.conf. All guest kernels support them.
 const FEATURES: &str = "none,has_journal,ext_attr,resize_inode,dir_index,filetype,extent,64bit,flex_bg,sparse_super,\
                         large_file,huge_file,dir_nlink,extra_isize,metadata_csum";
@@ -272,6 +294,8 @@ fn make_filesystem(name: &str, path: &Path, size: u64) -> Result<(), VolumeError
     let _ = std::fs::remove_file(path);
     let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
     let file = file.and_then(|file| file.set_len(size).map(|()| file)).map_err(host("create", path))?;
+    // Some filesystems do not support locks; drafts of killed processes remain there.
+    let _ = flock(&file, FlockOperation::NonBlockingLockExclusive);
     let mut command = Command::new(trusted_path::program("mke2fs").ok_or(VolumeError::NoMke2fs)?);
     command
         .env_clear()
@@ -323,6 +347,28 @@ pub fn parse_size(text: &str) -> Result<u64, VolumeError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::SystemTime;
+
+    #[test]
+    fn only_old_drafts_that_nobody_has_locked_are_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let draft = |name: &str, age: u64| {
+            let path = folder.path().join(name);
+            let file = File::create(&path).unwrap();
+            file.set_modified(SystemTime::now() - Duration::from_secs(age)).unwrap();
+            (path, file)
+        };
+        let (old, _) = draft(".1.0.data", 120);
+        let (new, _) = draft(".1.1.data", 0);
+        let (locked, file) = draft(".1.2.data", 120);
+        flock(&file, FlockOperation::NonBlockingLockExclusive).unwrap();
+        [&old, &new, &locked].map(|path| remove_abandoned_draft(path));
+        assert_eq!([&old, &new, &locked].map(|path| path.exists()), [false, true, true]);
+        assert!(is_draft_name(".1.2.data") && is_draft_name(".1.2.a.b"));
+        for name in ["data", ".data", ".1.data", "1.2.data", ".1..data", ".1.x.data", "..1.data"] {
+            assert!(!is_draft_name(name), "{name}");
+        }
+    }
 
     #[test]
     fn sizes_have_units() {
