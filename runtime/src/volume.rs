@@ -362,7 +362,9 @@ mod tests {
         let (new, _) = draft(".1.1.data", 0);
         let (locked, file) = draft(".1.2.data", 120);
         flock(&file, FlockOperation::NonBlockingLockExclusive).unwrap();
-        [&old, &new, &locked].map(|path| remove_abandoned_draft(path));
+        for path in [&old, &new, &locked] {
+            remove_abandoned_draft(path);
+        }
         assert_eq!([&old, &new, &locked].map(|path| path.exists()), [false, true, true]);
         assert!(is_draft_name(".1.2.data") && is_draft_name(".1.2.a.b"));
         for name in ["data", ".data", ".1.data", "1.2.data", ".1..data", ".1.x.data", "..1.data"] {

@@ -1,11 +1,15 @@
 //! Creates the file of a pre-booted kernel atomically: it appears complete, or not at all.
 
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, mkdir, open, openat, renameat, rmdir, unlinkat};
+use rustix::fs::{
+    AtFlags, CWD, Dir, Mode, OFlags, linkat, mkdir, open, openat, renameat, rmdir, statat, unlinkat,
+};
 use rustix::io::Errno;
+use rustix::time::{ClockId, clock_gettime};
 use std::ffi::OsString;
 use std::fs::{File, Permissions};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
@@ -51,10 +55,27 @@ impl Destination {
         Ok(file)
     }
 
+    /// Removes drafts of this file that processes which were killed between link and rename have left. A draft of another
+    /// process that is about to be renamed is too new.
+    fn remove_abandoned_drafts(&self) {
+        const AGE_SECONDS: i64 = 60;
+        let Ok(entries) = Dir::read_from(&self.folder) else { return };
+        let prefix = [self.name.as_bytes(), b".draft-"].concat();
+        for entry in entries.flatten().filter(|entry| entry.file_name().to_bytes().starts_with(&prefix)) {
+            let now = clock_gettime(ClockId::Realtime).tv_sec;
+            let is_old = statat(&self.folder, entry.file_name(), AtFlags::SYMLINK_NOFOLLOW)
+                .is_ok_and(|stat| now.saturating_sub(stat.st_mtime) > AGE_SECONDS);
+            if is_old {
+                let _ = unlinkat(&self.folder, entry.file_name(), AtFlags::empty());
+            }
+        }
+    }
+
     /// Syncs the file, and gives it its name, in place of an existing file.
     pub(crate) fn publish(&self, file: &File) -> io::Result<()> {
         /// Names of drafts to try: a process that was killed between link and rename leaves its draft.
         const ATTEMPTS: u32 = 100;
+        self.remove_abandoned_drafts();
         file.sync_all()?;
         let open_file = format!("/proc/self/fd/{}", file.as_raw_fd());
         let mut draft = self.name.clone();
@@ -75,5 +96,27 @@ impl Destination {
             let _ = unlinkat(&self.folder, &draft, AtFlags::empty());
         }
         Ok(renamed?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::{Duration, SystemTime};
+
+    #[test]
+    fn a_file_appears_complete_and_old_drafts_of_it_go() {
+        let folder = tempfile::tempdir().unwrap();
+        for (name, age) in [("1.draft-7-0", 120), ("1.draft-8-0", 0), ("2.draft-7-0", 120)] {
+            let file = File::create(folder.path().join(name)).unwrap();
+            file.set_modified(SystemTime::now() - Duration::from_secs(age)).unwrap();
+        }
+        let destination = Destination::open(&folder.path().join("1")).unwrap();
+        destination.publish(&destination.create_unnamed_file().unwrap()).unwrap();
+        let entries = folder.path().read_dir().unwrap();
+        let mut names: Vec<_> =
+            entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        assert_eq!(names, ["1", "1.draft-8-0", "2.draft-7-0"]);
     }
 }
