@@ -80,7 +80,8 @@ impl GuestBuilder {
     }
 
     /// Publishes a port of the guest at a port of the host, with the syntax of `docker run -p`:
-    /// `[ADDRESS:]HOST:GUEST[/tcp|/udp]`. Without [`network`](Self::network), the network is `user`.
+    /// `[[ADDRESS:][HOST]:]GUEST[/tcp|/udp]`. Without HOST a free port is assigned, which [`Guest::record`] has. Without
+    /// [`network`](Self::network), the network is `user`.
     pub fn publish(mut self, ports: impl Into<OsString>) -> Self {
         self.options.publish.push(ports.into());
         self

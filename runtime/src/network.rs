@@ -3,10 +3,16 @@
 pub use kindling_vmm::config::devices::{PortForward, Protocol};
 
 use kindling_vmm::config::devices::{Devices, NetworkInterface};
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, UdpSocket};
 use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 /// An invalid network card or published port. The message names the option, its value and the invalid part.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -55,28 +61,98 @@ pub fn interface(text: &OsStr, number: usize) -> Result<NetworkInterface, Networ
 /// # Errors
 /// When a text is invalid, there is no such card, or no port is free.
 pub fn publish_all(texts: &[OsString], devices: &mut Devices) -> Result<Vec<PortForward>, NetworkError> {
+    let wrong = |text: &OsString, what: String| NetworkError {
+        option: "publish",
+        value: text.to_string_lossy().into_owned(),
+        what,
+    };
+    let parse =
+        |text: &OsString| PublishRequest::parse(&text.to_string_lossy()).map_err(|what| wrong(text, what));
+    let requests: Vec<_> = texts.iter().map(parse).collect::<Result<_, _>>()?;
+    let mut ports = HostPorts::default();
+    // Ports that the user names come first, so that none of them is assigned to another port of the guest.
+    for (text, request) in texts.iter().zip(&requests) {
+        if let Some(forward) = request.without_assignment() {
+            ports.take(&forward).map_err(|what| wrong(text, what))?;
+        }
+    }
     let mut all_assigned = Vec::new();
-    // Ports remain in use until all are assigned, so that none is assigned twice.
-    let mut sockets = Vec::new();
-    for text in texts {
-        let wrong = |what: String| NetworkError {
-            option: "publish",
-            value: text.to_string_lossy().into_owned(),
-            what,
-        };
-        let request = PublishRequest::parse(&text.to_string_lossy()).map_err(wrong)?;
+    for (text, request) in texts.iter().zip(&requests) {
         let interface = devices.network_interfaces.iter_mut().find(|card| card.is_user());
-        let forwards = &mut interface.ok_or_else(|| wrong("it needs --net user".to_owned()))?.forwards;
-        match request.without_assignment() {
-            Some(forward) => forwards.push(forward),
-            None => {
-                let assigned = request.assign(&mut sockets).map_err(wrong)?;
-                forwards.extend_from_slice(&assigned);
-                all_assigned.extend(assigned);
-            }
+        let interface = interface.ok_or_else(|| wrong(text, "it needs --net user".to_owned()))?;
+        if let Some(forward) = request.without_assignment() {
+            interface.forwards.push(forward);
+        } else {
+            let assigned = request.assign(&mut ports).map_err(|what| wrong(text, what))?;
+            interface.forwards.extend_from_slice(&assigned);
+            all_assigned.extend(assigned);
         }
     }
     Ok(all_assigned)
+}
+
+/// Locks the assignment of ports of the host for this user's starts of guests, until the returned file is closed: an assigned
+/// port is free for others until passt has bound it. `None` if another start holds the lock for too long.
+pub(crate) fn lock_ports(directory: &Path) -> io::Result<Option<File>> {
+    /// passt takes some milliseconds to start, and a kernel that has to be pre-booted first a second or two.
+    const TIMEOUT: Duration = Duration::from_secs(10);
+    const INTERVAL: Duration = Duration::from_millis(2);
+    let file = trusted_path::lock_file(&directory.join(".ports"))?;
+    let until = Instant::now() + TIMEOUT;
+    loop {
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(Some(file)),
+            Err(Errno::WOULDBLOCK) if Instant::now() < until => std::thread::sleep(INTERVAL),
+            Err(_) => return Ok(None),
+        }
+    }
+}
+
+/// The ports of the host that are published.
+#[derive(Default)]
+struct HostPorts {
+    /// By protocol and number.
+    taken: HashMap<(Protocol, u16), HostPort>,
+    /// Sockets that keep assigned ports in use until all are assigned.
+    sockets: Vec<OwnedFd>,
+}
+
+/// A port of the host. passt forwards it to one port of the guest, whatever the address of the host.
+struct HostPort {
+    guest: u16,
+    addresses: Vec<Option<IpAddr>>,
+}
+
+impl HostPorts {
+    fn is_taken(&self, protocol: Protocol, port: u16) -> bool {
+        self.taken.contains_key(&(protocol, port))
+    }
+
+    /// Adds ports that the user has named.
+    fn take(&mut self, forward: &PortForward) -> Result<(), String> {
+        for number in 0..=forward.further {
+            let (host, guest) = (forward.host.saturating_add(number), forward.guest.saturating_add(number));
+            let of_host = self
+                .taken
+                .entry((forward.protocol, host))
+                .or_insert(HostPort { guest, addresses: Vec::new() });
+            let is_same = |other: &Option<IpAddr>| {
+                other.is_none() || forward.address.is_none() || *other == forward.address
+            };
+            if of_host.addresses.iter().any(is_same) {
+                return Err(format!("port {host} of the host is published twice"));
+            }
+            if of_host.guest != guest {
+                return Err(format!(
+                    "port {host} of the host is published for port {} of the guest too, and different addresses of the \
+                     host cannot lead to different ports; choose another port of the host",
+                    of_host.guest
+                ));
+            }
+            of_host.addresses.push(forward.address);
+        }
+        Ok(())
+    }
 }
 
 /// A published port or range of ports, as the user wrote it.
@@ -124,21 +200,61 @@ impl PublishRequest {
         Some(PortForward { further: host.further, ..self.forward(self.guest.first, host.first) })
     }
 
-    /// Chooses a port of the host for each port of the guest. Their sockets are added to `sockets`.
-    fn assign(&self, sockets: &mut Vec<OwnedFd>) -> Result<Vec<PortForward>, String> {
+    /// Chooses a port of the host for each port of the guest.
+    fn assign(&self, ports: &mut HostPorts) -> Result<Vec<PortForward>, String> {
+        /// Maximum number of ports that are assigned for one option. A socket is bound for each.
+        const ASSIGNED_MAX: u16 = 256;
+        if self.guest.further >= ASSIGNED_MAX {
+            return Err(format!("at most {ASSIGNED_MAX} ports can be assigned; name those of the host"));
+        }
         let mut assign_one = |guest: u16| {
-            let mut candidates =
-                self.host.map_or(0..=0, |host| host.first..=host.first.saturating_add(host.further));
-            let mut refusal = String::new();
-            let found = candidates.find_map(|port| {
-                bind(self.protocol, self.address, port).map_err(|error| refusal = error.to_string()).ok()
-            });
-            let (socket, port) =
-                found.ok_or_else(|| format!("no port of the host could be assigned: {refusal}"))?;
-            sockets.push(socket);
+            let (port, socket) = self.free_port(ports)?;
+            ports.taken.insert((self.protocol, port), HostPort { guest, addresses: vec![self.address] });
+            ports.sockets.push(socket);
             Ok(self.forward(guest, port))
         };
         (0..=self.guest.further).map(|number| assign_one(self.guest.first.saturating_add(number))).collect()
+    }
+
+    /// Finds and binds a port of the host that is free.
+    fn free_port(&self, ports: &HostPorts) -> Result<(u16, OwnedFd), String> {
+        let Some(range) = self.host else {
+            // The kernel may choose a port that is published at another address.
+            /// Maximum number of such choices.
+            const ATTEMPTS: usize = 100;
+            let mut refused = Vec::new();
+            for _ in 0..ATTEMPTS {
+                let (socket, port) =
+                    bind(self.protocol, self.address, 0).map_err(|error| self.reason(0, &error))?;
+                if !ports.is_taken(self.protocol, port) {
+                    return Ok((port, socket));
+                }
+                refused.push(socket);
+            }
+            return Err("no port of the host is free; name one: HOST:GUEST".to_owned());
+        };
+        let last = range.first.saturating_add(range.further);
+        for port in (range.first..=last).filter(|&port| !ports.is_taken(self.protocol, port)) {
+            match bind(self.protocol, self.address, port) {
+                Ok((socket, port)) => return Ok((port, socket)),
+                Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
+                Err(error) => return Err(self.reason(port, &error)),
+            }
+        }
+        Err(format!("all ports of the host from {} to {last} are in use; choose a larger range", range.first))
+    }
+
+    /// Why a port of the host cannot be bound.
+    fn reason(&self, port: u16, error: &io::Error) -> String {
+        match (error.kind(), self.address) {
+            (io::ErrorKind::PermissionDenied, _) => {
+                format!("no permission to use port {port} of the host; choose ports from 1024 on")
+            }
+            (io::ErrorKind::AddrNotAvailable, Some(address)) => {
+                format!("{address} is not an address of this host")
+            }
+            _ => format!("no port of the host can be assigned: {error}"),
+        }
     }
 
     const fn forward(&self, guest: u16, host: u16) -> PortForward {
@@ -205,6 +321,16 @@ impl Ports {
 mod tests {
     use super::*;
 
+    /// Publishes ports; returns those that were assigned, and all as text.
+    fn publish(texts: &[&str]) -> Result<(Vec<PortForward>, Vec<String>), String> {
+        let mut devices = Devices::default();
+        devices.network_interfaces.push(NetworkInterface::new("net0", "user"));
+        let texts: Vec<_> = texts.iter().map(OsString::from).collect();
+        let assigned = publish_all(&texts, &mut devices).map_err(|error| error.to_string())?;
+        let all = devices.network_interfaces[0].forwards.iter().map(PortForward::to_string).collect();
+        Ok((assigned, all))
+    }
+
     #[test]
     fn published_ports_have_the_syntax_of_docker() {
         let forward = |protocol, address: Option<&str>, host, guest, further| PortForward {
@@ -238,15 +364,7 @@ mod tests {
 
     #[test]
     fn ports_that_the_user_does_not_name_are_assigned() {
-        let publish = |texts: &[&str]| {
-            let mut devices = Devices::default();
-            devices.network_interfaces.push(NetworkInterface::new("net0", "user"));
-            let texts: Vec<_> = texts.iter().map(OsString::from).collect();
-            let assigned = publish_all(&texts, &mut devices).map_err(|error| error.to_string())?;
-            assert_eq!(assigned, devices.network_interfaces[0].forwards);
-            Ok::<_, String>(assigned)
-        };
-        let all = publish(&["80", ":81", "0:82/udp", "127.0.0.1::83", "127.0.0.1::90-92/udp"]).unwrap();
+        let (all, _) = publish(&["80", ":81", "0:82/udp", "127.0.0.1::83", "127.0.0.1::90-92/udp"]).unwrap();
         let guests: Vec<_> =
             all.iter().map(|forward| (forward.guest, forward.protocol, forward.address)).collect();
         let (tcp, udp, local) = (Protocol::Tcp, Protocol::Udp, Some(IpAddr::from(Ipv4Addr::LOCALHOST)));
@@ -266,15 +384,42 @@ mod tests {
                 |other: &PortForward| (other.host, other.protocol) == (forward.host, forward.protocol);
             assert!(!all[..number].iter().any(is_same), "port {} is assigned twice", forward.host);
         }
-        // Of a range, the first port that is free.
+        // Of a range, the first port that is free, and that no other option has.
         let used = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = used.local_addr().unwrap().port();
-        let range = format!("127.0.0.1:{port}-{}:80", port.saturating_add(20));
-        assert!(publish(&[&range]).unwrap()[0].host > port);
-        let message = publish(&[&format!("127.0.0.1:{port}-{port}:80-81")]).unwrap_err();
-        assert!(message.contains("differ in length"), "{message}");
+        let range =
+            |address: &str, guest: u16| format!("{address}:{port}-{}:{guest}", port.saturating_add(40));
+        let (all, _) = publish(&[&range("127.0.0.1", 80), &range("127.0.0.1", 81)]).unwrap();
+        assert!(port < all[0].host && all[0].host < all[1].host, "{all:?}");
+        let message = publish(&["8000:1", "8001:2", "127.0.0.1:8000-8001:80"]).unwrap_err();
+        assert!(
+            message.ends_with("all ports of the host from 8000 to 8001 are in use; choose a larger range")
+        );
         let message = publish(&["192.0.2.200::80"]).unwrap_err();
-        assert!(message.contains("no port of the host could be assigned: "), "{message}");
+        assert!(message.ends_with("192.0.2.200 is not an address of this host"), "{message}");
+        assert!(publish(&["1-65535"]).unwrap_err().contains("at most 256 ports can be assigned"));
+    }
+
+    #[test]
+    fn a_port_of_the_host_leads_to_one_port_of_the_guest() {
+        let free = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = free.local_addr().unwrap().port();
+        drop(free);
+        // A port that the user names is not assigned, even if it is named later, or at another address.
+        for named in [format!("{port}:81"), format!("[::1]:{port}:81")] {
+            let range = format!("127.0.0.1:{port}-{}:80", port.saturating_add(40));
+            let (assigned, all) = publish(&[&range, &named]).unwrap();
+            assert!(assigned[0].host > port && all.len() == 2, "{all:?}");
+        }
+        assert!(publish(&["127.0.0.1:8080:80", "[::1]:8080:80", "8080:80/udp"]).is_ok());
+        for (texts, expected) in [
+            (["8080:80", "8080:80"], "port 8080 of the host is published twice"),
+            (["127.0.0.1:8080:80", "8070-8090:70-90"], "port 8080 of the host is published twice"),
+            (["127.0.0.1:8080:80", "[::1]:8080:81"], "for port 80 of the guest too"),
+        ] {
+            let message = publish(&texts).unwrap_err();
+            assert!(message.contains(expected), "{message}");
+        }
     }
 
     #[test]
@@ -296,6 +441,7 @@ mod tests {
             ("0-1:80-81", "\"0-1\" is not a port"),
             ("localhost::80", "\"localhost\" is not an address of the host"),
             ("8000-8010:80-81", "differ in length"),
+            ("8000-8000:80-81", "differ in length"),
             ("8010-8000:80-90", "\"8010-8000\" is not a port"),
             ("1-2-3:1-3", "\"1-2-3\" is not a port"),
             ("a:b", "\"a\" is not a port"),

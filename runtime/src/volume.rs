@@ -12,7 +12,6 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use trusted_path::Owners;
 
@@ -153,8 +152,9 @@ impl Volume {
             return Err(VolumeError::Taken(name.to_owned()));
         }
         // No volume has a name that starts with a dot.
-        let draft = Draft(folder.join(format!(".{}.{}.{name}", std::process::id(), next_number())));
-        make_filesystem(name, &draft.0, size)?;
+        let draft = Draft(folder.join(format!(".{:016x}.{name}", crate::token())));
+        // The lock of the file is held until it has its name.
+        let _file = make_filesystem(name, &draft.0, size)?;
         match renameat_with(rustix::fs::CWD, &draft.0, rustix::fs::CWD, &path, RenameFlags::NOREPLACE) {
             Ok(()) => {}
             Err(Errno::EXIST) => return Err(VolumeError::Taken(name.to_owned())),
@@ -251,12 +251,6 @@ fn needs_recovery(file: &File) -> io::Result<bool> {
     Ok(byte[0] & RECOVER != 0)
 }
 
-/// A number that is unique in this process.
-fn next_number() -> u64 {
-    static COUNT: AtomicU64 = AtomicU64::new(0);
-    COUNT.fetch_add(1, Ordering::Relaxed)
-}
-
 /// A file that is removed on drop, unless it was renamed.
 struct Draft(PathBuf);
 
@@ -266,16 +260,18 @@ impl Drop for Draft {
     }
 }
 
-/// Whether a file has the name of a draft: a dot, two numbers, and the name of the volume, separated by dots.
+/// Whether a file has the name of a draft: a dot, 16 hexadecimal digits, a dot, and the name of the volume.
 fn is_draft_name(name: &str) -> bool {
-    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-    matches!(name.splitn(4, '.').collect::<Vec<_>>()[..], ["", process, count, _] if is_number(process) && is_number(count))
+    let parts = name.strip_prefix('.').and_then(|name| name.split_once('.'));
+    parts.is_some_and(|(number, _)| number.len() == 16 && number.bytes().all(|byte| byte.is_ascii_hexdigit()))
 }
 
 /// Removes a draft that a killed process has left: nobody has locked it, and it is too old to be locked soon.
 fn remove_abandoned_draft(path: &Path) {
     const AGE: Duration = Duration::from_secs(60);
-    let Ok(file) = File::open(path) else { return };
+    let mut options = OpenOptions::new();
+    options.read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
+    let Ok(file) = options.open(path) else { return };
     let age =
         file.metadata().and_then(|metadata| metadata.modified()).ok().and_then(|time| time.elapsed().ok());
     if age.is_some_and(|age| age > AGE) && flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() {
@@ -287,11 +283,9 @@ fn remove_abandoned_draft(path: &Path) {
 const FEATURES: &str = "none,has_journal,ext_attr,resize_inode,dir_index,filetype,extent,64bit,flex_bg,sparse_super,\
                         large_file,huge_file,dir_nlink,extra_isize,metadata_csum";
 
-/// Creates a file with an empty filesystem. Inode tables and journal need not be initialized: they are holes of the file,
+/// Creates a file with an empty filesystem, and returns it, locked. Inode tables and journal need not be initialized: they are holes of the file,
 /// which read as zeroes.
-fn make_filesystem(name: &str, path: &Path, size: u64) -> Result<(), VolumeError> {
-    // Left by a killed process with the same process ID.
-    let _ = std::fs::remove_file(path);
+fn make_filesystem(name: &str, path: &Path, size: u64) -> Result<File, VolumeError> {
     let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
     let file = file.and_then(|file| file.set_len(size).map(|()| file)).map_err(host("create", path))?;
     // Some filesystems do not support locks; drafts of killed processes remain there.
@@ -310,7 +304,8 @@ fn make_filesystem(name: &str, path: &Path, size: u64) -> Result<(), VolumeError
             text.lines().rfind(|line| !line.trim().is_empty()).unwrap_or("it failed without a message");
         return Err(VolumeError::Mke2fs { name: name.to_owned(), message: message.to_owned() });
     }
-    file.sync_all().map_err(host("write", path))
+    file.sync_all().map_err(host("write", path))?;
+    Ok(file)
 }
 
 /// The path of the file of a volume.
@@ -358,16 +353,23 @@ mod tests {
             file.set_modified(SystemTime::now() - Duration::from_secs(age)).unwrap();
             (path, file)
         };
-        let (old, _) = draft(".1.0.data", 120);
-        let (new, _) = draft(".1.1.data", 0);
-        let (locked, file) = draft(".1.2.data", 120);
+        let (old, _) = draft(".0000000000000001.data", 120);
+        let (new, _) = draft(".0000000000000002.data", 0);
+        let (locked, file) = draft(".0000000000000003.data", 120);
         flock(&file, FlockOperation::NonBlockingLockExclusive).unwrap();
         for path in [&old, &new, &locked] {
             remove_abandoned_draft(path);
         }
         assert_eq!([&old, &new, &locked].map(|path| path.exists()), [false, true, true]);
-        assert!(is_draft_name(".1.2.data") && is_draft_name(".1.2.a.b"));
-        for name in ["data", ".data", ".1.data", "1.2.data", ".1..data", ".1.x.data", "..1.data"] {
+        assert!(is_draft_name(".0123456789abcdef.data") && is_draft_name(".0123456789abcdef.a.b"));
+        for name in [
+            "data",
+            ".data",
+            ".1.data",
+            "0123456789abcdef.data",
+            ".0123456789abcdeg.data",
+            ".0123456789abcdef",
+        ] {
             assert!(!is_draft_name(name), "{name}");
         }
     }

@@ -7,7 +7,7 @@ use crate::config::{Config, ConfigError, Console, GuestConfig, InterruptControll
 use crate::control::Control;
 use crate::devices::boot_mark::BootMarks;
 use crate::devices::configuration::Configuration;
-use crate::devices::console::ConsoleOutput;
+use crate::devices::console::{self, ConsoleOutput};
 use crate::devices::exit_port::ExitPort;
 use crate::devices::io_apic::{self, IoApic};
 use crate::devices::kernel_log::KernelLog;
@@ -427,8 +427,8 @@ fn open_console(
     match console {
         Console::Null => Ok((ConsoleOutput::new(None, stopping), None)),
         Console::File(path) => {
-            let file = File::create(path).map_err(|source| Error::Console { path: path.clone(), source })?;
-            Ok((ConsoleOutput::to_file(file, stopping), None))
+            let failed = |source| Error::Console { path: path.clone(), source };
+            Ok((ConsoleOutput::to_file(console::open(path).map_err(failed)?, stopping), None))
         }
         Console::Stdio => {
             let duplicate = |fd: std::os::fd::BorrowedFd<'_>| {

@@ -47,7 +47,6 @@ pub(crate) struct Arguments {
     command: Vec<OsString>,
 }
 
-/// The arguments of a command line without options.
 impl AsMut<DeviceArguments> for Arguments {
     fn as_mut(&mut self) -> &mut DeviceArguments {
         &mut self.devices

@@ -32,8 +32,8 @@ const ARGUMENTS: &[Argument<Arguments>] = &[
 fn port(text: &str) -> Result<(u16, Protocol), &'static str> {
     let (number, protocol) = text.split_once('/').unwrap_or((text, "tcp"));
     let protocol = match protocol {
-        "tcp" => Some(Protocol::Tcp),
-        "udp" => Some(Protocol::Udp),
+        _ if protocol.eq_ignore_ascii_case("tcp") => Some(Protocol::Tcp),
+        _ if protocol.eq_ignore_ascii_case("udp") => Some(Protocol::Udp),
         _ => None,
     };
     let number = number.parse().ok().filter(|_| number.bytes().all(|byte| byte.is_ascii_digit()));
@@ -94,7 +94,7 @@ mod tests {
     #[test]
     fn ports_of_a_guest_are_parsed_or_refused() {
         assert_eq!(port("80"), Ok((80, Protocol::Tcp)));
-        assert_eq!(port("53/udp"), Ok((53, Protocol::Udp)));
+        assert_eq!(port("53/UDP"), Ok((53, Protocol::Udp)));
         for text in ["", "x", "+80", "65536", "80/", "80/sctp", "80:80", "-1"] {
             assert!(port(text).unwrap_err().contains("such as 80 or 53/udp"), "{text}");
         }

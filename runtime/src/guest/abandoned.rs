@@ -8,18 +8,16 @@ use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
 use rustix::io::Errno;
 use std::io;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A unique name for a directory that is being created or removed. No guest can have it, because it starts with a dot.
+/// Processes in different PID namespaces can have the same runtime directory, so that it is random.
 pub(super) fn temporary_name() -> String {
-    static COUNT: AtomicU64 = AtomicU64::new(0);
-    format!(".{}.{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
+    format!(".{:016x}", crate::token())
 }
 
 fn is_temporary_name(name: &str) -> bool {
-    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-    let numbers = name.strip_prefix('.').and_then(|name| name.split_once('.'));
-    numbers.is_some_and(|(process, count)| is_number(process) && is_number(count))
+    let number = name.strip_prefix('.');
+    number.is_some_and(|number| number.len() == 16 && number.bytes().all(|byte| byte.is_ascii_hexdigit()))
 }
 
 /// Removes a directory, its lock last.
@@ -75,14 +73,14 @@ mod tests {
             create_dir(parent.path().join(name)).unwrap();
             files.iter().for_each(|file| write(parent.path().join(name).join(file), "").unwrap());
         };
-        make(".1.0", &[]);
-        make(".1.1", &[LOCK, "front", "vsock"]);
-        make(".1.2", &[LOCK]);
+        make(".0000000000000000", &[]);
+        make(".0000000000000001", &[LOCK, "front", "vsock"]);
+        make(".0000000000000002", &[LOCK]);
         // It is not empty, and may be locked by the time of the check.
-        make(".1.3", &["front"]);
+        make(".0000000000000003", &["front"]);
         make(".draft", &[LOCK]);
         make("guest", &[LOCK]);
-        let held = std::fs::File::open(parent.path().join(".1.2").join(LOCK)).unwrap();
+        let held = std::fs::File::open(parent.path().join(".0000000000000002").join(LOCK)).unwrap();
         flock(&held, FlockOperation::LockShared).unwrap();
         let names = || {
             let entries = parent.path().read_dir().unwrap();
@@ -94,13 +92,15 @@ mod tests {
         for name in names() {
             remove_if_abandoned(parent.path(), &name);
         }
-        assert_eq!(names(), [".1.2", ".1.3", ".draft", "guest"]);
+        assert_eq!(names(), [".0000000000000002", ".0000000000000003", ".draft", "guest"]);
     }
 
     #[test]
     fn names_of_guests_are_not_temporary() {
         assert!(is_temporary_name(&temporary_name()));
-        for name in ["", ".", "..", "1.2", ".1", ".1.", "..1", ".1.2.3", ".a.1"] {
+        for name in
+            ["", ".", "..", ".1", "0123456789abcdef", ".0123456789abcdeg", ".0123456789abcdef0", ".draft"]
+        {
             assert!(!is_temporary_name(name), "{name}");
         }
     }

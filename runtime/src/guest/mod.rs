@@ -139,8 +139,6 @@ impl GuestDir {
         let mut attempt = 1;
         loop {
             let draft = parent.join(temporary_name());
-            // Left by a killed process with the same process ID.
-            let _ = std::fs::remove_dir_all(&draft);
             mkdir(&draft, Mode::from_raw_mode(0o700))
                 .map_err(|error| host("create the directory", &draft)(error.into()))?;
             match Self::fill(&draft, &folder, has_front) {
@@ -270,7 +268,6 @@ impl GuestDir {
     pub fn forget(&self) {
         // The directory is renamed first, so that other processes find it complete or not at all.
         let aside = self.folder.with_file_name(temporary_name());
-        let _ = std::fs::remove_dir_all(&aside);
         let renamed = std::fs::rename(&self.folder, &aside);
         let _ = abandoned::remove(if renamed.is_ok() { &aside } else { &self.folder });
     }
@@ -520,6 +517,32 @@ mod tests {
         // Older versions do not create the file.
         std::fs::remove_file(parent.path().join("one").join(FRONT)).unwrap();
         assert!(matches!(found.front(), Err(GuestError::Elsewhere(_))));
+    }
+
+    /// A process that lists guests removes directories that nobody has locked, also those that are about to be locked.
+    #[test]
+    fn a_lister_does_not_take_the_directory_of_a_guest_that_is_being_created() {
+        use std::sync::atomic::{AtomicBool, Ordering};
+        let parent = tempfile::tempdir().unwrap();
+        let parent = parent.path();
+        let is_done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !is_done.load(Ordering::Relaxed) {
+                    for entry in parent.read_dir().unwrap().flatten() {
+                        abandoned::remove_if_abandoned(parent, &entry.file_name().into_string().unwrap());
+                    }
+                }
+            });
+            for round in 0..500 {
+                let guest = GuestDir::make(parent, &format!("guest{round}"), true).unwrap();
+                let found = Guest::in_folder(guest.name().to_owned(), guest.folder().to_owned()).unwrap();
+                assert!(found.is_alive && guest.folder().join(FRONT).exists(), "{round}");
+                guest.remove();
+            }
+            is_done.store(true, Ordering::Relaxed);
+        });
+        assert_eq!(parent.read_dir().unwrap().count(), 0);
     }
 
     #[test]

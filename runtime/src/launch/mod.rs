@@ -22,6 +22,7 @@ use guest_protocol::agent::TerminalSize;
 use kindling_vmm::config::devices::{NetworkInterface, RootFilesystem, Vsock};
 use kindling_vmm::config::{Config, ConfigError, Console, GuestConfig, MachineConfig};
 use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
@@ -217,6 +218,13 @@ impl LaunchOptions {
             config.preboot = kernel::preboot_path(&config)?;
         }
         Ok(config)
+    }
+
+    /// Locks the assignment of ports if ports are published.
+    fn lock_ports(&self, directory: &GuestDir) -> Result<Option<File>, LaunchError> {
+        let parent = directory.folder().parent().filter(|_| !self.publish.is_empty());
+        let lock = parent.map(network::lock_ports).transpose();
+        Ok(lock.map_err(|source| LaunchError::Host("lock the assignment of ports", source))?.flatten())
     }
 
     fn interface(&self) -> Result<Option<NetworkInterface>, LaunchError> {

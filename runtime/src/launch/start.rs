@@ -9,6 +9,7 @@ use kindling_vmm::config::Config;
 use kindling_vmm::control::{ControlError, Event, Monitor};
 use kindling_vmm::jail::CgroupLimits;
 use kindling_vmm::{Error, Exit, Resources, Timeline, with_causes};
+use std::fs::File;
 use std::path::Path;
 
 /// A guest that is being started: its configuration, and the resources that are open for it.
@@ -18,6 +19,8 @@ pub(crate) struct Launch<'a> {
     pub(crate) config: Config,
     record: GuestRecord,
     resources: Resources,
+    /// The lock of the assignment of ports, until passt has bound them.
+    ports: Option<File>,
     /// The limits of the monitor's cgroup, if it has one.
     cgroup: Option<CgroupLimits>,
     /// The monitor of the machine. Dropping it stops the machine and waits for the process.
@@ -57,10 +60,11 @@ impl<'a> Launch<'a> {
         guest: &'a GuestDir,
         prepared: &Prepared,
     ) -> Result<Self, LaunchError> {
+        let ports = options.lock_ports(guest)?;
         let Plan { config, record } = options.plan(guest, prepared)?;
         let resources = Resources::open_devices(&config)?;
         let cgroup = options.cgroup(&config);
-        Ok(Self { guest, config, record, resources, cgroup, monitor: None })
+        Ok(Self { guest, config, record, resources, ports, cgroup, monitor: None })
     }
 
     /// Writes the guest's record, and pre-boots the kernel unless a pre-booted one exists. If that fails, the guest boots its
@@ -118,6 +122,7 @@ impl<'a> Launch<'a> {
             notify(&with_causes(&refusal));
         }
         monitor.start(&self.config, resources, Some(self.guest.monitor_lock()?), timeline)?;
+        self.ports = None;
         observer.starting(monitor)?;
         loop {
             match observer.next_event(monitor) {

@@ -1,6 +1,6 @@
 //! Firecracker's configuration file format.
 
-use super::devices::{Balloon, Devices, Drive, Entropy, NetworkInterface, Pmem, RateLimiter, Vsock};
+use super::devices::{Balloon, Devices, Drive, Entropy, NetworkInterface, Pmem, TokenBucket, Vsock};
 use super::null::null_is_default;
 use super::{BootSource, Config, ConfigError, Console, MachineConfig};
 use serde::Deserialize;
@@ -70,7 +70,7 @@ struct MachineSection {
 #[serde(deny_unknown_fields)]
 struct SerialSection {
     serial_out_path: Option<PathBuf>,
-    rate_limiter: Option<RateLimiter>,
+    rate_limiter: Option<TokenBucket>,
 }
 
 #[derive(Clone, Copy, Deserialize, PartialEq, Eq)]
@@ -362,7 +362,7 @@ mod tests {
             (r#""metrics": { "metrics_path": "metrics" }"#, "metrics"),
             (r#""memory-hotplug": { "total_size_mib": 1024 }"#, "memory-hotplug"),
             (
-                r#""serial": { "rate_limiter": { "ops": { "size": 1, "refill_time": 1 } } }"#,
+                r#""serial": { "rate_limiter": { "size": 1, "one_time_burst": 2, "refill_time": 1 } }"#,
                 "serial.rate_limiter",
             ),
             (r#""drivez": [{ "a": [1, null, "x"] }]"#, "drivez"),

@@ -5,7 +5,8 @@ use std::fmt;
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -30,6 +31,16 @@ impl fmt::Debug for ConsoleOutput {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ConsoleOutput").field("target", &self.target).finish_non_exhaustive()
     }
+}
+
+/// Creates or empties the file of a console, or opens a named pipe, without waiting for a reader. A guest whose output fills
+/// the pipe waits for one.
+pub(crate) fn open(path: &Path) -> io::Result<File> {
+    if path.metadata().is_ok_and(|metadata| metadata.file_type().is_fifo()) {
+        // A pipe that is also open for reading does not wait for a reader (fifo(7)).
+        return File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(path);
+    }
+    File::create(path)
 }
 
 impl ConsoleOutput {
@@ -192,6 +203,23 @@ mod tests {
         assert!(output.tail.len() <= ConsoleOutput::TAIL);
         assert_eq!(output.last_lines(2), ["line 9998", "line 9999"]);
         assert_eq!(null().last_lines(5), Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_named_pipe_is_opened_without_a_reader_and_a_file_is_emptied() {
+        let folder = tempfile::tempdir().unwrap();
+        let [pipe, file] = ["pipe", "file"].map(|name| folder.path().join(name));
+        rustix::fs::mkfifoat(rustix::fs::CWD, &pipe, 0o600.into()).unwrap();
+        std::fs::write(&file, "old").unwrap();
+        for path in [&pipe, &file] {
+            let mut output = ConsoleOutput::to_file(open(path).unwrap(), Arc::default());
+            let mut reader = (path == &pipe).then(|| File::open(path).unwrap());
+            output.write_all(b"new").unwrap();
+            let mut text = [0; 3];
+            let reader = reader.get_or_insert_with(|| File::open(path).unwrap());
+            reader.read_exact(&mut text).unwrap();
+            assert_eq!(&text, b"new");
+        }
     }
 
     #[test]

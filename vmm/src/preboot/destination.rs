@@ -9,9 +9,9 @@ use std::ffi::OsString;
 use std::fs::{File, Permissions};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 /// The directory and name of a file to create. The directory is never a symbolic link, which another user who can write
 /// to its parent could have placed there.
@@ -55,13 +55,12 @@ impl Destination {
         Ok(file)
     }
 
-    /// Removes drafts of this file that processes which were killed between link and rename have left. A draft of another
-    /// process that is about to be renamed is too new.
+    /// Removes drafts that processes which were killed between link and rename have left. A draft of another process that
+    /// is about to be renamed is too new.
     fn remove_abandoned_drafts(&self) {
         const AGE_SECONDS: i64 = 60;
         let Ok(entries) = Dir::read_from(&self.folder) else { return };
-        let prefix = [self.name.as_bytes(), b".draft-"].concat();
-        for entry in entries.flatten().filter(|entry| entry.file_name().to_bytes().starts_with(&prefix)) {
+        for entry in entries.flatten().filter(|entry| is_draft_name(entry.file_name().to_bytes())) {
             let now = clock_gettime(ClockId::Realtime).tv_sec;
             let is_old = statat(&self.folder, entry.file_name(), AtFlags::SYMLINK_NOFOLLOW)
                 .is_ok_and(|stat| now.saturating_sub(stat.st_mtime) > AGE_SECONDS);
@@ -77,6 +76,8 @@ impl Destination {
         const ATTEMPTS: u32 = 100;
         self.remove_abandoned_drafts();
         file.sync_all()?;
+        // The age of a draft counts from here.
+        file.set_modified(SystemTime::now())?;
         let open_file = format!("/proc/self/fd/{}", file.as_raw_fd());
         let mut draft = self.name.clone();
         // linkat(2) cannot replace an existing file, but renameat(2) can.
@@ -99,15 +100,25 @@ impl Destination {
     }
 }
 
+/// Whether a file has the name of a draft: that of its file, `.draft-`, a number, `-`, and a number.
+fn is_draft_name(name: &[u8]) -> bool {
+    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    let numbers =
+        std::str::from_utf8(name).ok().and_then(|name| name.rsplit_once(".draft-")?.1.split_once('-'));
+    numbers.is_some_and(|(process, attempt)| is_number(process) && is_number(attempt))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::{Duration, SystemTime};
+    use std::time::Duration;
 
     #[test]
-    fn a_file_appears_complete_and_old_drafts_of_it_go() {
+    fn a_file_appears_complete_and_old_drafts_go() {
         let folder = tempfile::tempdir().unwrap();
-        for (name, age) in [("1.draft-7-0", 120), ("1.draft-8-0", 0), ("2.draft-7-0", 120)] {
+        for (name, age) in
+            [("1.draft-7-0", 120), ("1.draft-8-0", 0), ("2.draft-7-0", 120), ("2.draft-x", 120)]
+        {
             let file = File::create(folder.path().join(name)).unwrap();
             file.set_modified(SystemTime::now() - Duration::from_secs(age)).unwrap();
         }
@@ -117,6 +128,6 @@ mod tests {
         let mut names: Vec<_> =
             entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
         names.sort();
-        assert_eq!(names, ["1", "1.draft-8-0", "2.draft-7-0"]);
+        assert_eq!(names, ["1", "1.draft-8-0", "2.draft-x"]);
     }
 }

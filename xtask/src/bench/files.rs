@@ -1,6 +1,8 @@
 //! Files that monitors need in the lab besides their program: shared libraries and firmware.
 
+use super::VMMS;
 use super::vmms::{Kind, Vmm};
+use crate::cargo;
 use anyhow::Result;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,11 +12,15 @@ const FIRMWARE: [&str; 2] = ["/usr/share/qemu/qboot.rom", "/usr/share/qemu/bios-
 /// The dynamic loader's cache; without it each start would search for the libraries.
 const LOADER_CACHE: &str = "/etc/ld.so.cache";
 
-/// The files that a monitor needs, at the same paths as on the host.
+/// The files that a monitor needs besides its program, with their paths in the lab.
 pub(super) fn needed(vmm: &Vmm) -> Result<Vec<(PathBuf, String)>> {
     let mut files = shared_libraries(&vmm.path)?;
     if vmm.kind == Kind::Qemu {
         files.extend(in_place(FIRMWARE.map(str::to_owned).to_vec()));
+    }
+    if vmm.kind.is_kindling() {
+        // The command finds its monitor in its own directory, by name.
+        files.push((cargo::release_binary("kindling-vmm", "kindling-vmm")?, format!("{VMMS}/kindling-vmm")));
     }
     Ok(files)
 }

@@ -195,6 +195,9 @@ pub(crate) fn image(uses_devices: bool) -> Result<PathBuf> {
     })
 }
 
+/// The directory of monitors in the lab.
+const VMMS: &str = "/vmms";
+
 /// Adds an executable to a root filesystem.
 fn put(root: &Path, path: &str, program: &[u8]) -> Result<()> {
     let file = root.join(path.trim_start_matches('/'));
@@ -241,17 +244,17 @@ fn in_lab(cases: Vec<Case>, plan: &Plan) -> Result<Outcome> {
         },
     };
     let images = plan.images.as_ref().map(|images| {
-        let copy = |path: &Path, name: &str| put(path, &format!("/vmms/{name}"));
+        let copy = |path: &Path, name: &str| put(path, &format!("{VMMS}/{name}"));
         images.map(copy)
     });
     let mut there = Vec::new();
     for (number, vmm) in plan.vmms.iter().enumerate() {
         // QEMU looks up its firmware relative to its own path.
-        let path = if vmm.kind == Kind::Qemu { QEMU.to_owned() } else { format!("/vmms/{number}") };
+        let path = if vmm.kind == Kind::Qemu { QEMU.to_owned() } else { format!("{VMMS}/{number}") };
         with.push((vmm.path.clone(), path.clone()));
         with.extend(files::needed(vmm)?);
         let image = vmm.image.as_ref().map(|image| {
-            let target = format!("/vmms/{number}-image");
+            let target = format!("{VMMS}/{number}-image");
             with.push((image.clone(), target.clone()));
             target.into()
         });

@@ -231,7 +231,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
         let list = list(program, map, &plan.runs, &reached);
         let path = workspace().join(program.list);
         if arguments.check {
-            is_current &= compare(&fs::read_to_string(&path)?, &list);
+            is_current &= compare(program.list, &fs::read_to_string(&path)?, &list);
         } else {
             crate::output::write(&path, &list)?;
         }
@@ -269,14 +269,14 @@ fn list(program: &Program, map: &LinkMap, runs: &[Run], reached: &[Functions]) -
     list + TAIL
 }
 
-/// Prints how the patterns of two lists differ. Returns whether they are the same.
-fn compare(before: &str, now: &str) -> bool {
+/// Prints how the patterns of a list differ from those that it has now. Returns whether they are the same.
+fn compare(path: &str, before: &str, now: &str) -> bool {
     let patterns = |text: &str| -> BTreeSet<String> {
         text.lines().map(str::trim).filter(|line| line.starts_with('*')).map(str::to_owned).collect()
     };
     let (now, before) = (patterns(now), patterns(before));
-    now.difference(&before).for_each(|pattern| println!("+ {pattern}"));
-    before.difference(&now).for_each(|pattern| println!("- {pattern}"));
+    now.difference(&before).for_each(|pattern| println!("{path}: + {pattern}"));
+    before.difference(&now).for_each(|pattern| println!("{path}: - {pattern}"));
     now == before
 }
 
