@@ -150,7 +150,7 @@ mod tests {
     #[test]
     fn each_option_of_a_command_is_there_once_with_a_help_text() {
         let all = [helps(&COMMANDS), helps(&volume::COMMANDS)].concat();
-        assert_eq!(all.len(), 21);
+        assert_eq!(all.len(), 22);
         for (name, text) in all {
             let options = text.lines().map(str::trim_start).filter(|line| line.starts_with('-'));
             let names = options.filter_map(|line| line.split("  ").next());
