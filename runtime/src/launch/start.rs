@@ -9,6 +9,7 @@ use kindling_vmm::config::Config;
 use kindling_vmm::control::{ControlError, Event, Monitor};
 use kindling_vmm::jail::CgroupLimits;
 use kindling_vmm::{Error, Exit, Resources, Timeline, with_causes};
+use std::cell::RefCell;
 use std::fs::File;
 use std::path::Path;
 
@@ -90,6 +91,8 @@ impl<'a> Launch<'a> {
         notify: &dyn Fn(&str),
         observer: &mut dyn StartObserver,
     ) -> Result<Started, LaunchError> {
+        // Both monitors say what the host lacks.
+        let notify = &once(notify);
         let mut result = self.start_in(monitor, timeline.clone(), notify, observer);
         if let Err(LaunchError::Monitor(failure)) = &result
             && failure.is_restore_error
@@ -133,6 +136,17 @@ impl<'a> Launch<'a> {
                     }
                 }
             }
+        }
+    }
+}
+
+/// Passes each different message on once.
+fn once(notify: &dyn Fn(&str)) -> impl Fn(&str) {
+    let passed = RefCell::new(Vec::new());
+    move |message| {
+        if !passed.borrow().iter().any(|before| before == message) {
+            passed.borrow_mut().push(message.to_owned());
+            notify(message);
         }
     }
 }
@@ -219,7 +233,6 @@ pub fn preboot(
 mod tests {
     use super::*;
     use kindling_vmm::{ExitReason, Instant};
-    use std::cell::RefCell;
 
     #[test]
     fn a_refused_kernel_is_reported_and_does_not_end_the_machine() {
@@ -232,5 +245,13 @@ mod tests {
         let exit = Exit::new(ExitReason::Reset, Timeline::starting_at(Instant(0)));
         assert!(matches!(end(Ok(Event::Stopped(Box::new(exit)))), Some(MachineEnd::Stopped(_))));
         assert!(matches!(end(Err(ControlError::Ended)), Some(MachineEnd::Lost(ControlError::Ended))));
+    }
+    #[test]
+    fn a_message_is_passed_on_once() {
+        let messages = RefCell::new(Vec::new());
+        let notify = |message: &str| messages.borrow_mut().push(message.to_owned());
+        let once = once(&notify);
+        ["a", "b", "a", "b", "c"].into_iter().for_each(once);
+        assert_eq!(*messages.borrow(), ["a", "b", "c"]);
     }
 }
