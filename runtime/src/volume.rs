@@ -251,6 +251,14 @@ fn needs_recovery(file: &File) -> io::Result<bool> {
     Ok(byte[0] & RECOVER != 0)
 }
 
+/// Whether a file has the superblock of an ext4 filesystem (`s_magic` in fs/ext4/ext4.h).
+fn has_superblock(file: &File) -> io::Result<bool> {
+    const OFFSET: u64 = 1024 + 0x38;
+    let mut magic = [0; 2];
+    file.read_exact_at(&mut magic, OFFSET)?;
+    Ok(u16::from_le_bytes(magic) == 0xef53)
+}
+
 /// A file that is removed on drop, unless it was renamed.
 struct Draft(PathBuf);
 
@@ -286,7 +294,7 @@ const FEATURES: &str = "none,has_journal,ext_attr,resize_inode,dir_index,filetyp
 /// Creates a file with an empty filesystem, and returns it, locked. Inode tables and journal need not be initialized: they are holes of the file,
 /// which read as zeroes.
 fn make_filesystem(name: &str, path: &Path, size: u64) -> Result<File, VolumeError> {
-    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
+    let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path);
     let file = file.and_then(|file| file.set_len(size).map(|()| file)).map_err(host("create", path))?;
     // Some filesystems do not support locks; drafts of killed processes remain there.
     let _ = flock(&file, FlockOperation::NonBlockingLockExclusive);
@@ -298,7 +306,8 @@ fn make_filesystem(name: &str, path: &Path, size: u64) -> Result<File, VolumeErr
     command.args(["-m", "0", "-e", "remount-ro", "-O", FEATURES, "-E"]);
     command.arg("nodiscard,root_owner=0:0,lazy_itable_init=1,lazy_journal_init=1").arg(path);
     let output = command.stdin(Stdio::null()).output().map_err(host("create a filesystem in", path))?;
-    if !output.status.success() {
+    // mke2fs does not report every error: if it cannot read a block, it may leave out the superblock.
+    if !output.status.success() || !has_superblock(&file).map_err(host("read", path))? {
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
         let message =
             text.lines().rfind(|line| !line.trim().is_empty()).unwrap_or("it failed without a message");

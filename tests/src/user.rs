@@ -78,7 +78,11 @@ impl User {
     /// Whether the runtime directory contains no guests.
     #[must_use]
     pub fn has_no_guests(&self) -> bool {
-        std::fs::read_dir(self.0.path().join("kindling")).is_ok_and(|mut entries| entries.next().is_none())
+        // The lock of the assignment of ports remains.
+        let is_guest = |entry: std::io::Result<std::fs::DirEntry>| {
+            entry.map_or(true, |entry| entry.file_name() != ".ports")
+        };
+        std::fs::read_dir(self.0.path().join("kindling")).is_ok_and(|mut entries| !entries.any(is_guest))
     }
 }
 
