@@ -22,7 +22,7 @@ const LICENSES: [&str; 10] = [
 
 /// Maximum number of packages in each program, including its own. Raising it is a decision for review.
 const PACKAGES_MAX: [(&str, usize); 4] =
-    [("kindling-vmm", 46), ("kindling", 49), ("kindling-fs", 35), ("kindling-oci", 76)];
+    [("kindling-vmm", 46), ("kindling", 49), ("kindling-fs", 35), ("kindling-oci", 77)];
 
 /// Crates of which the monitor contains two versions, because its dependencies require different ones.
 const TWICE: [&str; 3] = ["bitflags", "embedded-io", "syn"];
