@@ -10,7 +10,7 @@ use tests::network::{
     serve_http, set_tap_owner, shell, with_network_programs,
 };
 use tests::user::User;
-use tests::{Image, TIMEOUT, boot, is_from_prebooted_kernel, run};
+use tests::{Image, TIMEOUT, boot, is_from_prebooted_kernel, run, start};
 
 const MIB: usize = 1 << 20;
 
@@ -217,6 +217,29 @@ fn a_published_port_is_forwarded_to_the_guest() {
     drop(stream);
     assert!(back == bytes);
     guest.expect_status(0);
+    wait_for_exit_of_passt();
+}
+
+#[test]
+fn guests_that_start_at_the_same_time_get_different_ports_of_a_range() {
+    enter_host_network();
+    let user = User::new();
+    // The first run pre-boots the kernel with a network card.
+    run(with_network_programs(user.run(&["--net", "user"])).arg("true")).expect_status(0);
+    let names = ["one", "two", "three"];
+    let starts = names.map(|name| {
+        let guest = user.run(&["-d", "--name", name, "-p", "8000-8010:80"]);
+        start(with_network_programs(guest).args(["sleep", "100000"]))
+    });
+    for started in starts {
+        started.finish_within(TIMEOUT).expect_status(0);
+    }
+    let ports =
+        names.map(|name| run(user.command("port").args([name, "80"])).expect_status(0).stdout.clone());
+    run(user.command("rm").arg("-f").args(names)).expect_status(0);
+    let mut sorted = ports.clone();
+    sorted.sort();
+    assert_eq!(sorted, ["0.0.0.0:8000\n", "0.0.0.0:8001\n", "0.0.0.0:8002\n"], "{ports:?}");
     wait_for_exit_of_passt();
 }
 
