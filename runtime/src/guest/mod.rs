@@ -522,25 +522,22 @@ mod tests {
     /// A process that lists guests removes directories that nobody has locked, also those that are about to be locked.
     #[test]
     fn a_lister_does_not_take_the_directory_of_a_guest_that_is_being_created() {
-        use std::sync::atomic::{AtomicBool, Ordering};
         let parent = tempfile::tempdir().unwrap();
         let parent = parent.path();
-        let is_done = AtomicBool::new(false);
         std::thread::scope(|scope| {
-            scope.spawn(|| {
-                while !is_done.load(Ordering::Relaxed) {
-                    for entry in parent.read_dir().unwrap().flatten() {
-                        abandoned::remove_if_abandoned(parent, &entry.file_name().into_string().unwrap());
-                    }
+            let creator = scope.spawn(|| {
+                for round in 0..500 {
+                    let guest = GuestDir::make(parent, &format!("guest{round}"), true).unwrap();
+                    let found = Guest::in_folder(guest.name().to_owned(), guest.folder().to_owned()).unwrap();
+                    assert!(found.is_alive && guest.folder().join(FRONT).exists(), "{round}");
+                    guest.remove();
                 }
             });
-            for round in 0..500 {
-                let guest = GuestDir::make(parent, &format!("guest{round}"), true).unwrap();
-                let found = Guest::in_folder(guest.name().to_owned(), guest.folder().to_owned()).unwrap();
-                assert!(found.is_alive && guest.folder().join(FRONT).exists(), "{round}");
-                guest.remove();
+            while !creator.is_finished() {
+                for entry in parent.read_dir().unwrap().flatten() {
+                    abandoned::remove_if_abandoned(parent, &entry.file_name().into_string().unwrap());
+                }
             }
-            is_done.store(true, Ordering::Relaxed);
         });
         assert_eq!(parent.read_dir().unwrap().count(), 0);
     }
