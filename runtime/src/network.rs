@@ -56,7 +56,7 @@ pub fn interface(text: &OsStr, number: usize) -> Result<NetworkInterface, Networ
 /// Parses published ports, and adds them to the first network card of kind `user`. The syntax is that of
 /// `docker run --publish`: `[[ADDRESS:][HOST]:]GUEST[/tcp|/udp]`, where HOST and GUEST are ports from 1 to 65535, or ranges
 /// of the same length. Without HOST, or with 0, each port of the guest is assigned a free port of the host; a range of the
-/// host for a single port of the guest assigns the first one that is free. Returns the ports that were assigned.
+/// host for a single port of the guest assigns its first free port. Returns the ports that were assigned.
 ///
 /// # Errors
 /// When a text is invalid, there is no such card, or no port is free.
@@ -175,11 +175,7 @@ struct Ports {
 impl PublishRequest {
     fn parse(text: &str) -> Result<Self, String> {
         let (rest, protocol) = text.split_once('/').unwrap_or((text, "tcp"));
-        let protocol = match protocol {
-            _ if protocol.eq_ignore_ascii_case("tcp") => Protocol::Tcp,
-            _ if protocol.eq_ignore_ascii_case("udp") => Protocol::Udp,
-            _ => return Err(format!("{protocol:?} is neither tcp nor udp")),
-        };
+        let protocol = protocol.parse()?;
         let (address, host, guest) = match rest.rsplitn(3, ':').collect::<Vec<_>>()[..] {
             [guest, host, address] => (Some(parse_address(address)?), host, guest),
             [guest, host] => (None, host, guest),

@@ -274,7 +274,7 @@ fn is_draft_name(name: &str) -> bool {
     parts.is_some_and(|(number, _)| number.len() == 16 && number.bytes().all(|byte| byte.is_ascii_hexdigit()))
 }
 
-/// Removes a draft that a killed process has left: nobody has locked it, and it is too old to be locked soon.
+/// Removes a draft that a killed process has left: no process has locked it, and it is too old to be locked soon.
 fn remove_abandoned_draft(path: &Path) {
     const AGE: Duration = Duration::from_secs(60);
     let mut options = OpenOptions::new();
@@ -354,7 +354,7 @@ mod tests {
     use std::time::SystemTime;
 
     #[test]
-    fn only_old_drafts_that_nobody_has_locked_are_removed() {
+    fn only_old_drafts_that_no_process_has_locked_are_removed() {
         let folder = tempfile::tempdir().unwrap();
         let draft = |name: &str, age: u64| {
             let path = folder.path().join(name);

@@ -77,7 +77,8 @@ const OPTIONS: &[Opt<Arguments>] = &[
     option("", "vcpus", "N", |all, word| all.vcpus.store(word),
         "Number of vCPUs, 1 to 16 [default: 1]"),
     option("", "console", "stdio|null|FILE", |all, word| all.console.store(word),
-        "Serial console: stdio, null, or a file, which keeps the last 8 to 16 MiB of output [default: that of the configuration file, or stdio]"),
+        "Serial console: stdio, null, or a file, which keeps the last 8 to 16 MiB of output [default: that of \
+         the configuration file, or stdio]"),
     option("e", "env", "NAME=VALUE", |all, word| all.env.store(word),
         "Set an environment variable of the command (repeatable)"),
     option("w", "workdir", "DIR", |all, word| all.workdir.store(word),

@@ -31,13 +31,8 @@ const ARGUMENTS: &[Argument<Arguments>] = &[
 /// Parses a port of the guest.
 fn port(text: &str) -> Result<(u16, Protocol), &'static str> {
     let (number, protocol) = text.split_once('/').unwrap_or((text, "tcp"));
-    let protocol = match protocol {
-        _ if protocol.eq_ignore_ascii_case("tcp") => Some(Protocol::Tcp),
-        _ if protocol.eq_ignore_ascii_case("udp") => Some(Protocol::Udp),
-        _ => None,
-    };
     let number = number.parse().ok().filter(|_| number.bytes().all(|byte| byte.is_ascii_digit()));
-    number.zip(protocol).ok_or("expected a port of the guest such as 80 or 53/udp")
+    number.zip(protocol.parse().ok()).ok_or("expected a port of the guest such as 80 or 53/udp")
 }
 
 /// Prints the ports. Returns the exit status.
@@ -84,7 +79,7 @@ fn each_port(forward: &PortForward) -> impl Iterator<Item = ((u16, Protocol), So
 }
 
 fn guest_port((port, protocol): (u16, Protocol)) -> String {
-    format!("{port}/{}", if protocol == Protocol::Tcp { "tcp" } else { "udp" })
+    format!("{port}/{protocol}")
 }
 
 #[cfg(test)]

@@ -67,7 +67,7 @@ mod tests {
     use std::fs::{create_dir, write};
 
     #[test]
-    fn only_directories_that_nobody_works_on_are_removed() {
+    fn only_directories_that_no_process_has_locked_are_removed() {
         let parent = tempfile::tempdir().unwrap();
         let make = |name: &str, files: &[&str]| {
             create_dir(parent.path().join(name)).unwrap();

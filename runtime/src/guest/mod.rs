@@ -519,7 +519,7 @@ mod tests {
         assert!(matches!(found.front(), Err(GuestError::Elsewhere(_))));
     }
 
-    /// A process that lists guests removes directories that nobody has locked, also those that are about to be locked.
+    /// A process that lists guests removes directories that no process has locked, also those that are about to be locked.
     #[test]
     fn a_lister_does_not_take_the_directory_of_a_guest_that_is_being_created() {
         let parent = tempfile::tempdir().unwrap();

@@ -246,6 +246,7 @@ mod tests {
         assert!(matches!(end(Ok(Event::Stopped(Box::new(exit)))), Some(MachineEnd::Stopped(_))));
         assert!(matches!(end(Err(ControlError::Ended)), Some(MachineEnd::Lost(ControlError::Ended))));
     }
+
     #[test]
     fn a_message_is_passed_on_once() {
         let messages = RefCell::new(Vec::new());

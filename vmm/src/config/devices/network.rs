@@ -263,12 +263,11 @@ impl fmt::Display for PortForward {
             further => format!("{first}-{}", first.saturating_add(further)),
         };
         let address = self.address.unwrap_or(Ipv4Addr::UNSPECIFIED.into());
-        let protocol = if self.protocol == Protocol::Tcp { "tcp" } else { "udp" };
         match address {
             IpAddr::V4(address) => write!(f, "{address}:")?,
             IpAddr::V6(address) => write!(f, "[{address}]:")?,
         }
-        write!(f, "{}->{}/{protocol}", range(self.host), range(self.guest))
+        write!(f, "{}->{}/{}", range(self.host), range(self.guest), self.protocol)
     }
 }
 
@@ -279,6 +278,22 @@ pub enum Protocol {
     Tcp,
     /// UDP.
     Udp,
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if *self == Self::Tcp { "tcp" } else { "udp" })
+    }
+}
+
+impl FromStr for Protocol {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let mut all = [Self::Tcp, Self::Udp].into_iter();
+        let found = all.find(|protocol| text.eq_ignore_ascii_case(&protocol.to_string()));
+        found.ok_or_else(|| format!("{text:?} is neither tcp nor udp"))
+    }
 }
 
 #[cfg(test)]
