@@ -50,11 +50,11 @@ pub(super) fn load(
     if end > kernel_limit(memory) {
         return Err(too_large(memory, end));
     }
-    Ok(Kernel {
-        entry: GuestAddress(loaded.kernel_load.0 + ENTRY_64),
-        end: GuestAddress(end),
-        setup_header: Some(header),
-    })
+    let entry = loaded.kernel_load.0 + ENTRY_64;
+    if entry >= loaded.kernel_end {
+        return Err(broken("it is truncated: it ends before its entry point".into()));
+    }
+    Ok(Kernel { entry: GuestAddress(entry), end: GuestAddress(end), setup_header: Some(header) })
 }
 
 #[cfg(test)]
@@ -113,6 +113,20 @@ mod tests {
     }
 
     #[test]
+    fn the_entry_point_is_in_memory() {
+        // A kernel without a byte, at the end of memory.
+        let mut bytes = image();
+        bytes.truncate(5 * 512);
+        bytes[0x214..0x218].copy_from_slice(&0xff_ff80_u32.to_le_bytes());
+        bytes[0x260..0x264].copy_from_slice(&0x10_u32.to_le_bytes());
+        let memory = GuestMemory::anonymous(16 * MIB).unwrap();
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&bytes).unwrap();
+        let error = load(&memory, file, bytes.len() as u64, Path::new("bzImage")).err().unwrap().to_string();
+        assert!(error.contains("ends before its entry point"), "{error}");
+    }
+
+    #[test]
     fn no_truncation_causes_a_panic() {
         let memory = GuestMemory::anonymous(16 * MIB).unwrap();
         let bytes = image();
@@ -120,7 +134,7 @@ mod tests {
             let mut file = tempfile::tempfile().unwrap();
             file.write_all(&bytes[..length]).unwrap();
             let result = load(&memory, file, length as u64, Path::new("bzImage"));
-            assert!(result.is_ok() == (length >= 5 * 512), "{length}");
+            assert!(result.is_ok() == (length > 5 * 512 + 0x200), "{length}");
         }
     }
 }

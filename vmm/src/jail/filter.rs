@@ -1,8 +1,8 @@
 //! Seccomp filters: programs of classic BPF that are made of the table when this program is compiled.
 //!
-//! The length of a program delays the start of a guest: the kernel translates it to native code when a thread installs it,
-//! which takes longer than all else in the jail. Calls without a rule for their arguments are therefore looked up in a
-//! bitmap, not compared one by one. Before the translation the kernel interprets the program once for each system call, to
+//! The length of a program delays the start of a guest: the kernel translates it to native code when a thread installs it, in
+//! five passes, which takes longer than all else in the jail. A comparison for each call is shortest: a bitmap takes three
+//! instructions for each word that has bits, and ten to find the bit. Before the translation the kernel interprets the program once for each system call, to
 //! cache those that are always allowed (`seccomp_cache_prepare` in kernel/seccomp.c). The cache gains little here, because
 //! most calls are ioctls, so that each program begins with an instruction that ends this interpretation.
 #![expect(unsafe_code, reason = "installs a program by seccomp(2)")]
@@ -26,38 +26,19 @@ const ARGUMENT_LEN: u32 = 8;
 mod code {
     /// A = a word of `seccomp_data`.
     pub(super) const LOAD: u16 = 0x20;
-    /// A = k.
-    pub(super) const LOAD_CONSTANT: u16 = 0x00;
-    /// A = M[k].
-    pub(super) const LOAD_MEMORY: u16 = 0x60;
-    /// M[k] = A.
-    pub(super) const STORE: u16 = 0x02;
     /// X = A.
     pub(super) const A_TO_X: u16 = 0x07;
-    /// A = X.
-    pub(super) const X_TO_A: u16 = 0x87;
-    /// A = A & k.
-    pub(super) const AND: u16 = 0x54;
-    /// A = A >> k.
-    pub(super) const SHIFT: u16 = 0x74;
-    /// A = A >> X.
-    pub(super) const SHIFT_BY_X: u16 = 0x7c;
-    /// Skips k instructions.
-    pub(super) const JUMP: u16 = 0x05;
     /// Skips jt instructions if A = k, otherwise jf.
     pub(super) const JUMP_EQUAL: u16 = 0x15;
-    /// Skips jt instructions if A and k have a bit in common, otherwise jf.
-    pub(super) const JUMP_ANY_BIT: u16 = 0x45;
     /// Returns k.
     pub(super) const RETURN: u16 = 0x06;
 }
 
-/// Bits of a word.
-const WORD_BITS: u32 = 32;
-/// Number of words: numbers of system calls are below 512.
-const WORDS: u32 = 16;
 /// Maximum number of instructions of a program.
 const CAPACITY: usize = 160;
+/// The targets of jumps in a program that is not complete: the last two instructions.
+const TO_ALLOW: u8 = 255;
+const TO_REFUSE: u8 = 254;
 /// The place of the process's ID in a program that is not installed yet.
 const OWN_PROCESS: u32 = u32::MAX;
 
@@ -76,8 +57,6 @@ const ABSENT: sock_filter =
 struct Program {
     instructions: [sock_filter; CAPACITY],
     length: usize,
-    /// The action for a refused call.
-    refuse: sock_filter,
 }
 
 impl Program {
@@ -90,35 +69,31 @@ impl Program {
             OnRefusal::Log => libc::SECCOMP_RET_LOG,
         };
         let refuse = instruction(code::RETURN, 0, 0, action);
-        let mut this = Self { instructions: [refuse; CAPACITY], length: 0, refuse };
+        let mut this = Self { instructions: [refuse; CAPACITY], length: 0 };
         // Without effect: the kernel follows no program beyond it.
         this.push(code::A_TO_X, 0, 0, 0);
         this.push(code::LOAD, 0, 0, ARCHITECTURE_OFFSET);
         this.push(code::JUMP_EQUAL, 1, 0, ARCHITECTURE);
         this.push(code::RETURN, 0, 0, libc::SECCOMP_RET_KILL_PROCESS);
         this.push(code::LOAD, 0, 0, NUMBER_OFFSET);
-        let mut words = [0_u32; WORDS as usize];
         let mut at = 0;
         while at < TABLE.len() {
             let call = &TABLE[at];
             if thread.is_among(call.threads) {
-                match call.rule {
-                    Rule::Any | Rule::Absent => {
-                        words[(call.number / WORD_BITS) as usize] |= 1 << (call.number % WORD_BITS)
-                    }
-                    rule => this.check(call.number, rule),
-                }
+                this.check(call.number, call.rule);
             }
             at += 1;
         }
-        this.find_bit(&words);
+        this.finish(refuse);
+        this.finish(ALLOW);
+        this.resolve();
         this
     }
 
     /// A program that makes the calls fail which the table lists as absent, and allows all others. It is a separate program,
     /// because the kernel logs the calls that the other one refuses.
     const fn of_absent_calls(thread: Thread) -> Self {
-        let mut this = Self { instructions: [ALLOW; CAPACITY], length: 0, refuse: ALLOW };
+        let mut this = Self { instructions: [ALLOW; CAPACITY], length: 0 };
         this.push(code::A_TO_X, 0, 0, 0);
         this.push(code::LOAD, 0, 0, NUMBER_OFFSET);
         let mut at = 0;
@@ -144,64 +119,50 @@ impl Program {
         self.length += 1;
     }
 
-    /// Checks the arguments of a call. All that have a rule have 32 bits: the low half, which is first.
+    /// Checks a call. All arguments that have a rule have 32 bits: the low half, which is first.
     const fn check(&mut self, number: u32, rule: Rule) {
         let start = self.length;
+        let argument = match rule {
+            Rule::Any | Rule::Absent => {
+                self.push(code::JUMP_EQUAL, TO_ALLOW, 0, number);
+                return;
+            }
+            Rule::OneOf(argument, _) | Rule::OwnProcess(argument) => argument,
+        };
         self.push(code::JUMP_EQUAL, 0, 0, number);
-        match rule {
-            Rule::Any | Rule::Absent => {}
-            Rule::OneOf(argument, values) => {
-                self.push(code::LOAD, 0, 0, ARGUMENTS_OFFSET + ARGUMENT_LEN * argument);
-                let mut at = 0;
-                while at < values.len() {
-                    // Over the comparisons that are left, and the refusal.
-                    self.push(code::JUMP_EQUAL, (values.len() - at) as u8, 0, values[at]);
-                    at += 1;
-                }
-                self.finish(self.refuse);
+        self.push(code::LOAD, 0, 0, ARGUMENTS_OFFSET + ARGUMENT_LEN * argument);
+        if let Rule::OneOf(_, values) = rule {
+            let mut at = 0;
+            while at < values.len() {
+                let is_last = at + 1 == values.len();
+                self.push(code::JUMP_EQUAL, TO_ALLOW, if is_last { TO_REFUSE } else { 0 }, values[at]);
+                at += 1;
             }
-            Rule::OwnProcess(argument) => {
-                self.push(code::LOAD, 0, 0, ARGUMENTS_OFFSET + ARGUMENT_LEN * argument);
-                self.push(code::JUMP_EQUAL, 1, 0, OWN_PROCESS);
-                self.finish(self.refuse);
-            }
+        } else {
+            self.push(code::JUMP_EQUAL, TO_ALLOW, TO_REFUSE, OWN_PROCESS);
         }
-        self.finish(ALLOW);
         // Another number skips all of this.
         self.instructions[start].jf = (self.length - start - 1) as u8;
     }
 
-    /// Finds the word of a number, and in it the bit.
-    const fn find_bit(&mut self, words: &[u32; WORDS as usize]) {
-        self.push(code::A_TO_X, 0, 0, 0);
-        self.push(code::SHIFT, 0, 0, WORD_BITS.trailing_zeros());
-        let mut left = 0;
+    /// Replaces the targets of jumps by distances to the last two instructions.
+    const fn resolve(&mut self) {
         let mut at = 0;
-        while at < words.len() {
-            left += (words[at] != 0) as u32;
-            at += 1;
-        }
-        at = 0;
-        while at < words.len() {
-            if words[at] != 0 {
-                left -= 1;
-                self.push(code::JUMP_EQUAL, 0, 2, at as u32);
-                self.push(code::LOAD_CONSTANT, 0, 0, words[at]);
-                // Over three instructions for each word that is left, and the refusal.
-                self.push(code::JUMP, 0, 0, 3 * left + 1);
+        while at < self.length {
+            let this = &mut self.instructions[at];
+            if this.code == code::JUMP_EQUAL {
+                // A jump counts from the next instruction.
+                let (refuse, allow) = (self.length - at - 3, self.length - at - 2);
+                assert!(allow < TO_REFUSE as usize, "the program is too long for its jumps");
+                if this.jt == TO_ALLOW {
+                    this.jt = allow as u8;
+                }
+                if this.jf == TO_REFUSE {
+                    this.jf = refuse as u8;
+                }
             }
             at += 1;
         }
-        self.finish(self.refuse);
-        self.push(code::STORE, 0, 0, 0);
-        self.push(code::X_TO_A, 0, 0, 0);
-        self.push(code::AND, 0, 0, WORD_BITS - 1);
-        self.push(code::A_TO_X, 0, 0, 0);
-        self.push(code::LOAD_MEMORY, 0, 0, 0);
-        self.push(code::SHIFT_BY_X, 0, 0, 0);
-        self.push(code::JUMP_ANY_BIT, 1, 0, 1);
-        self.finish(self.refuse);
-        self.finish(ALLOW);
     }
 
     /// The instructions, for this process.
@@ -284,37 +245,17 @@ mod tests {
         for (at, argument) in arguments.iter().enumerate() {
             data[16 + 8 * at..24 + 8 * at].copy_from_slice(&argument.to_le_bytes());
         }
-        let (mut at, mut a, mut x, mut memory) = (0_usize, 0_u32, 0_u32, 0_u32);
+        let (mut at, mut a) = (0_usize, 0_u32);
         loop {
             let sock_filter { code, jt, jf, k } = program[at];
             at += 1;
-            let is_true = match code {
+            match code {
                 code::RETURN => return k,
-                code::JUMP => {
-                    at += k as usize;
-                    continue;
-                }
-                code::JUMP_EQUAL => a == k,
-                code::JUMP_ANY_BIT => a & k != 0,
-                _ => {
-                    match code {
-                        code::LOAD => {
-                            a = u32::from_le_bytes(data[k as usize..k as usize + 4].try_into().unwrap());
-                        }
-                        code::LOAD_CONSTANT => a = k,
-                        code::LOAD_MEMORY => a = memory,
-                        code::STORE => memory = a,
-                        code::A_TO_X => x = a,
-                        code::X_TO_A => a = x,
-                        code::AND => a &= k,
-                        code::SHIFT => a >>= k,
-                        code::SHIFT_BY_X => a >>= x,
-                        code => panic!("unknown instruction {code:#x}"),
-                    }
-                    continue;
-                }
-            };
-            at += usize::from(if is_true { jt } else { jf });
+                code::JUMP_EQUAL => at += usize::from(if a == k { jt } else { jf }),
+                code::LOAD => a = u32::from_le_bytes(data[k as usize..k as usize + 4].try_into().unwrap()),
+                code::A_TO_X => {}
+                code => panic!("unknown instruction {code:#x}"),
+            }
         }
     }
 
@@ -392,7 +333,11 @@ mod tests {
         for thread in Thread::ALL {
             let length = compile(thread, OnRefusal::End).len();
             // A pre-boot takes so long that its filter does not matter.
-            let max = if thread == Thread::Preboot { CAPACITY } else { 72 };
+            let max = match thread {
+                Thread::Preboot => CAPACITY,
+                Thread::EventLoop => 52,
+                Thread::Vcpu | Thread::Worker => 30,
+            };
             assert!(length <= max, "{thread:?}: {length}");
         }
         assert!(TABLE.iter().all(|call| !call.reason.is_empty() && !call.threads.is_empty()));

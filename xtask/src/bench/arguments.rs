@@ -96,11 +96,14 @@ impl Arguments {
             bail!("--json and --svg name the same file");
         }
         let runs_programs = matches!(self.scenario, Scenario::Run | Scenario::Start | Scenario::Jail);
-        if runs_programs && (kernel.is_some() || !self.vmm.is_empty()) {
-            bail!(
-                "--scenario {}: programs run on the kernel of an image and under this build; remove --kernel and --vmm",
-                self.scenario.name()
-            );
+        let name = self.scenario.name();
+        if runs_programs && kernel.is_some() {
+            bail!("--scenario {name}: programs run on the kernel of an image; remove --kernel");
+        }
+        let vmms = named_vmms(&self.vmm)?;
+        let is_allowed = |vmm: &Vmm| self.scenario == Scenario::Jail && !vmm.kind.is_kindling();
+        if let Some(vmm) = vmms.iter().find(|vmm| runs_programs && !is_allowed(vmm)) {
+            bail!("--scenario {name}: programs run under this build; remove --vmm {}", vmm.name);
         }
         if self.scenario != Scenario::Start && !self.image.is_empty() {
             bail!("--image requires --scenario start");
@@ -112,7 +115,7 @@ impl Arguments {
             runs: u32::try_from(runs)?,
             memory: list("--memory", &self.memory, MEMORY_MIN_MIB, host_memory_mib())?,
             vcpus: vcpus.into_iter().map(u8::try_from).collect::<Result<_, _>>()?,
-            vmms: named_vmms(&self.vmm)?,
+            vmms,
             images: named_images(&self.image)?,
             kernel,
             json: self.json.clone(),
@@ -297,7 +300,9 @@ mod tests {
             (vec!["--json", &folder], format!("--json: {folder} is not a file name")),
             (vec!["--svg", "/absent/x"], "--svg: the folder /absent does not exist".to_owned()),
             (vec!["--scenario", "run", "--kernel", &plain], "remove --kernel".to_owned()),
-            (vec!["--scenario", "run", "--vmm", "a=/bin/sh"], "remove --kernel".to_owned()),
+            (vec!["--scenario", "run", "--vmm", "a=/bin/sh"], "remove --vmm a".to_owned()),
+            (vec!["--scenario", "jail", "--vmm", "kindling-a=/bin/sh"], "remove --vmm kindling-a".to_owned()),
+            (vec!["--scenario", "jail", "--kernel", &plain], "remove --kernel".to_owned()),
             (vec!["--scenario", "start", "--vmm", "a=/bin/sh"], "--scenario start: ".to_owned()),
             (vec!["--image", "a=/"], "--image requires --scenario start".to_owned()),
             (vec!["--scenario", "start", "--image", "a"], "--image a: expected NAME=PATH".to_owned()),

@@ -1,7 +1,7 @@
 //! Files that monitors need in the lab besides their program: shared libraries and firmware.
 
-use super::VMMS;
 use super::vmms::{Kind, Vmm};
+use super::{VMMS, jailer};
 use crate::cargo;
 use anyhow::Result;
 use std::path::{Path, PathBuf};
@@ -12,11 +12,15 @@ const FIRMWARE: [&str; 2] = ["/usr/share/qemu/qboot.rom", "/usr/share/qemu/bios-
 /// The dynamic loader's cache; without it each start would search for the libraries.
 const LOADER_CACHE: &str = "/etc/ld.so.cache";
 
-/// The files that a monitor needs besides its program, with their paths in the lab.
-pub(super) fn needed(vmm: &Vmm) -> Result<Vec<(PathBuf, String)>> {
+/// The files that a monitor needs besides its program, which has the path `inside` in the lab, with their paths in the lab.
+pub(super) fn needed(vmm: &Vmm, inside: &Path) -> Result<Vec<(PathBuf, String)>> {
     let mut files = shared_libraries(&vmm.path)?;
     if vmm.kind == Kind::Qemu {
         files.extend(in_place(FIRMWARE.map(str::to_owned).to_vec()));
+    }
+    let jailer = jailer::beside(&vmm.path);
+    if vmm.kind == Kind::Firecracker && jailer.exists() {
+        files.push((jailer, jailer::beside(inside).to_string_lossy().into_owned()));
     }
     if vmm.kind.is_kindling() {
         // The command finds its monitor in its own directory, by name.

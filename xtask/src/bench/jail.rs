@@ -1,8 +1,12 @@
-//! The measurements of scenario `jail`: the cost of the monitor's jail for `kindling run`.
+//! The measurements of scenario `jail`: the cost of the monitor's jail for `kindling run`, and of Firecracker's filters and
+//! jailer for its boots.
 
+use super::jailer;
 use super::measure::{Bench, LIMIT, SETTLE};
 use super::metric::Metric;
+use super::process;
 use super::run::{Images, READY};
+use super::vmms::{Kind, Task};
 use anyhow::{Context, Result, ensure};
 use kindling_vmm::Instant;
 use rustix::process::geteuid;
@@ -13,6 +17,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
+use std::time::Duration;
 use tempfile::TempDir;
 
 /// The strictness of the jail, and the user who starts the guest.
@@ -34,12 +39,12 @@ impl Strength {
     pub(super) const ALL: [Self; 5] =
         [Self::Off, Self::Standard, Self::FullAsRoot, Self::OffAsUser, Self::FullAsUser];
 
-    /// The option of `kindling run`.
+    /// The options of `kindling run`.
     const fn options(self) -> &'static [&'static str] {
         match self {
-            Self::Off | Self::OffAsUser => &["--jail", "off"],
-            Self::Standard => &[],
-            Self::FullAsRoot | Self::FullAsUser => &["--jail", "full"],
+            Self::Off | Self::OffAsUser => &["--report", "--jail", "off"],
+            Self::Standard => &["--report"],
+            Self::FullAsRoot | Self::FullAsUser => &["--report", "--jail", "full"],
         }
     }
 
@@ -82,26 +87,57 @@ const MOUNTS: u32 = 500;
 /// Number of starts of [`Host::Starts`].
 const STARTS: u32 = 10;
 
-impl Host {
-    pub(super) const ALL: [Self; 3] = [Self::Quiet, Self::Mounts, Self::Starts];
+/// A duration from the spawn of the command.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+pub(super) enum Until {
+    /// To the first instruction of init, before which the jail is complete. For other monitors, to the payload's output.
+    Init,
+    /// To the end of the process.
+    Exit,
+}
 
-    /// The prefix of the name in files.
-    pub(super) const fn name(self) -> &'static str {
-        match self {
-            Self::Quiet => "jail",
-            Self::Mounts => "jail_500_mounts",
-            Self::Starts => "jail_10_starts",
-        }
+/// The title and the prefix of the names in files of a table.
+pub(super) struct Table {
+    pub(super) host: Host,
+    pub(super) until: Until,
+    pub(super) title: &'static str,
+    pub(super) prefix: &'static str,
+}
+
+impl Table {
+    pub(super) const ALL: [Self; 5] = [
+        Self::new(Host::Quiet, Until::Init, "a start with a jail, to init", "jail_start"),
+        Self::new(Host::Quiet, Until::Exit, "the same, to the end of the process", "jail_exit"),
+        Self::new(
+            Host::Mounts,
+            Until::Init,
+            "on a host with 500 more mounts, to init",
+            "jail_500_mounts_start",
+        ),
+        Self::new(Host::Mounts, Until::Exit, "the same, to the end of the process", "jail_500_mounts_exit"),
+        Self::new(Host::Starts, Until::Exit, "ten at once, to the end of all, per guest", "jail_10_starts"),
+    ];
+
+    const fn new(host: Host, until: Until, title: &'static str, prefix: &'static str) -> Self {
+        Self { host, until, title, prefix }
     }
 
-    /// The title of a table.
-    pub(super) const fn title(self) -> &'static str {
-        match self {
-            Self::Quiet => "kindling run with a jail, to its exit",
-            Self::Mounts => "the same on a host with 500 more mounts",
-            Self::Starts => "the same for ten at once, per guest",
-        }
+    /// The table of a measurement.
+    pub(super) fn of(host: Host, until: Until) -> &'static Self {
+        /// All of them.
+        static ALL: [Table; 5] = Table::ALL;
+        let [first, ..] = &ALL;
+        ALL.iter().find(|table| (table.host, table.until) == (host, until)).unwrap_or(first)
     }
+}
+
+/// A start that is prepared.
+struct Start {
+    command: Command,
+    /// The output that shows that the program runs.
+    text: &'static str,
+    /// What the jailer leaves behind.
+    _root: Option<jailer::Root>,
 }
 
 impl Bench<'_> {
@@ -112,49 +148,108 @@ impl Bench<'_> {
             "--scenario jail starts guests as root and as another user; run it as root"
         );
         let user = User::new()?;
-        for host in Host::ALL {
+        let strengths = self.strengths();
+        for host in [Host::Quiet, Host::Mounts, Host::Starts] {
             let _mounts = (host == Host::Mounts).then(|| Mounts::new(self.scratch)).transpose()?;
-            let starts = if host == Host::Starts { STARTS } else { 1 };
-            for strength in Strength::ALL {
+            for &strength in &strengths {
                 // Warm-up: converts the image and pre-boots the kernel.
-                self.jailed(images, strength, &user, 1)?;
+                self.one(images, strength, &user)?;
             }
             for run in 1..=runs {
-                eprintln!("{}: run {run} of {runs} ...", host.title());
-                for strength in Strength::ALL {
-                    let nanoseconds = self.jailed(images, strength, &user, starts)?;
-                    self.add(Metric::Jail(host, strength), nanoseconds);
+                eprintln!("{host:?}: run {run} of {runs} ...");
+                for &strength in &strengths {
+                    if host == Host::Starts {
+                        let nanoseconds = self.many(images, strength, &user)?;
+                        self.add(Metric::Jail(host, Until::Exit, strength), nanoseconds);
+                        continue;
+                    }
+                    let run = self.one(images, strength, &user)?;
+                    self.add(Metric::Jail(host, Until::Init, strength), self.start_of(&run)?);
+                    self.add(Metric::Jail(host, Until::Exit, strength), run.ended.since(run.spawned));
                 }
             }
         }
         Ok(())
     }
 
-    /// Runs this many guests at once; returns the nanoseconds for each.
-    fn jailed(&self, images: &Images, strength: Strength, user: &User, count: u32) -> Result<u64> {
-        thread::sleep(SETTLE);
-        let start = Instant::now();
-        let mut guests = Vec::new();
-        for _ in 0..count {
-            let mut run = self.run_command(images.busybox(), strength.options());
-            run.args(["echo", READY]).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-            if matches!(strength, Strength::OffAsUser | Strength::FullAsUser) {
-                user.start(&mut run);
-            }
-            guests.push(run.spawn().context("cannot start a guest")?);
+    /// The jails that the monitor has.
+    fn strengths(&mut self) -> Vec<Strength> {
+        if self.vmm.kind.is_kindling() {
+            return Strength::ALL.to_vec();
         }
-        for guest in guests {
+        let mut strengths = vec![Strength::Off, Strength::Standard];
+        let jailer = jailer::beside(&self.vmm.path);
+        if jailer.exists() {
+            strengths.push(Strength::FullAsRoot);
+        } else {
+            self.omitted.push(format!("{} in its jailer: there is no {}", self.vmm.name, jailer.display()));
+        }
+        strengths
+    }
+
+    /// Prepares a start.
+    fn start(&self, images: &Images, strength: Strength, user: &User, number: u32) -> Result<Start> {
+        if self.vmm.kind == Kind::Firecracker {
+            let text = Task::Print.text();
+            if strength == Strength::FullAsRoot {
+                let (command, root) = jailer::command(self, number)?;
+                return Ok(Start { command, text, _root: Some(root) });
+            }
+            let mut command =
+                self.vmm.command(self.guest, self.case, Task::Print, &self.devices, self.scratch, None)?;
+            command.args((strength == Strength::Off).then_some("--no-seccomp"));
+            return Ok(Start { command, text, _root: None });
+        }
+        let mut command = self.run_command(images.busybox(), strength.options());
+        command.args(["echo", READY]);
+        if matches!(strength, Strength::OffAsUser | Strength::FullAsUser) {
+            user.start(&mut command);
+        }
+        Ok(Start { command, text: READY, _root: None })
+    }
+
+    /// Runs one guest.
+    fn one(&self, images: &Images, strength: Strength, user: &User) -> Result<process::Run> {
+        thread::sleep(SETTLE);
+        let start = self.start(images, strength, user, 0)?;
+        process::run(start.command, start.text, LIMIT, |_| Ok(()))
+    }
+
+    /// The nanoseconds of a run until its guest has started.
+    fn start_of(&self, run: &process::Run) -> Result<u64> {
+        if !self.vmm.kind.is_kindling() {
+            return Ok(run.seen.since(run.spawned));
+        }
+        // A line such as `      3.073      +0.584  init: first instruction`.
+        let line = run.messages.lines().find(|line| line.ends_with("init: first instruction"));
+        let milliseconds = line.and_then(|line| line.split_whitespace().next()?.parse::<f64>().ok());
+        let milliseconds = milliseconds.with_context(|| format!("no time of init in: {}", run.messages))?;
+        Ok(Duration::from_secs_f64(milliseconds / 1e3).as_nanos().try_into()?)
+    }
+
+    /// Runs several guests at once; returns the nanoseconds for each.
+    fn many(&self, images: &Images, strength: Strength, user: &User) -> Result<u64> {
+        let starts = (0..STARTS).map(|number| self.start(images, strength, user, number));
+        let mut starts = starts.collect::<Result<Vec<_>>>()?;
+        thread::sleep(SETTLE);
+        let began = Instant::now();
+        let mut guests = Vec::new();
+        for start in &mut starts {
+            let command = start.command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+            guests.push(command.spawn().context("cannot start a guest")?);
+        }
+        for (guest, start) in guests.into_iter().zip(&starts) {
             let output = guest.wait_with_output()?;
             let text = String::from_utf8_lossy(&output.stdout);
             ensure!(
-                output.status.success() && text.trim_end() == READY,
+                output.status.success() && text.contains(start.text),
                 "it ended with {}: {text}{}",
                 output.status,
                 String::from_utf8_lossy(&output.stderr)
             );
-            ensure!(Instant::now().since(start) < LIMIT.as_nanos().try_into()?, "it took too long");
+            ensure!(Instant::now().since(began) < LIMIT.as_nanos().try_into()?, "it took too long");
         }
-        Ok(Instant::now().since(start) / u64::from(count))
+        Ok(Instant::now().since(began) / u64::from(STARTS))
     }
 }
 

@@ -1,6 +1,6 @@
 //! Metrics: their names in files, units, and titles in tables and charts.
 
-use super::jail::{Host, Strength};
+use super::jail::{Host, Strength, Table, Until};
 use super::plan::Scenario;
 use clap::ValueEnum;
 use io_payload::Operation;
@@ -56,8 +56,8 @@ pub(super) enum Metric {
     Stream,
     /// The growth of the monitor's memory, without guest memory, during the stream.
     StreamMemory,
-    /// From the spawn of `kindling run` to its exit, with a jail.
-    Jail(Host, Strength),
+    /// From the spawn of `kindling run`, or of another monitor, with a jail.
+    Jail(Host, Until, Strength),
     /// A component of the cost of an operation on a device.
     Operation(Operation, Part),
 }
@@ -134,8 +134,10 @@ impl Metric {
             ],
             Scenario::Start => vec![("", vec![Self::RunBusybox, Self::RunFaults, Self::IdleMemory])],
             Scenario::Jail => {
-                let columns = |host| Strength::ALL.map(|strength| Self::Jail(host, strength)).to_vec();
-                Host::ALL.map(|host| (host.title(), columns(host))).to_vec()
+                let columns = |table: &Table| {
+                    Strength::ALL.map(|strength| Self::Jail(table.host, table.until, strength))
+                };
+                Table::ALL.map(|table| (table.title, columns(&table).to_vec())).to_vec()
             }
             Scenario::Io => vec![("what the devices add", vec![Self::DevicesBoot, Self::DevicesMemory])],
         };
@@ -181,7 +183,9 @@ impl Metric {
             Self::ExecTrue => "exec_true",
             Self::Stream => "stream",
             Self::StreamMemory => "stream_memory",
-            Self::Jail(host, strength) => return format!("{}_{}", host.name(), strength.name()),
+            Self::Jail(host, until, strength) => {
+                return format!("{}_{}", Table::of(host, until).prefix, strength.name());
+            }
             Self::Operation(operation, part) => return operation.name().to_owned() + part.suffix(),
         }
         .to_owned()
@@ -231,7 +235,9 @@ impl Metric {
             Self::ExecTrue => "kindling exec of true, ms",
             Self::Stream => "a MiB into cat and back, ms",
             Self::StreamMemory => "growth of memory without guest memory during the stream, MiB",
-            Self::Jail(host, _) => return format!("{}: {}", self.title(), host.title()),
+            Self::Jail(host, until, _) => {
+                return format!("{}: {}", self.title(), Table::of(host, until).title);
+            }
             Self::Operation(_, part) => return format!("{}: {}", self.title(), part.title()),
         }
         .to_owned()
@@ -263,7 +269,7 @@ impl Metric {
             Self::ExecTrue => "exec true, ms",
             Self::Stream => "stream, ms/MiB",
             Self::StreamMemory => "growth, MiB",
-            Self::Jail(_, strength) => strength.title(),
+            Self::Jail(.., strength) => strength.title(),
             Self::Operation(operation, _) => operation.title(),
         }
     }

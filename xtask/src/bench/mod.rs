@@ -8,6 +8,7 @@ mod boot;
 pub(crate) mod files;
 mod io;
 mod jail;
+mod jailer;
 pub(crate) mod measure;
 mod metric;
 pub(crate) mod payload;
@@ -80,7 +81,13 @@ fn outcome(request: &Request, host: Host) -> Result<Outcome> {
     let folder = tempfile::tempdir()?;
     let (scenario, runs) = (request.scenario, request.runs);
     let (guest, vmms) = match scenario {
-        Scenario::Start | Scenario::Jail => images(request)?,
+        Scenario::Start => images(request)?,
+        Scenario::Jail => {
+            let (_, mut vmms) = images(request)?;
+            vmms.extend(request.vmms.iter().cloned());
+            // Other monitors boot the image of the boot scenario, because the kernel of `kindling run` has no serial port.
+            (guest_of(image(false)?), vmms)
+        }
         _ => {
             let guest = guest(request)?;
             let vmms = vmms(request, guest.image.is_some())?;
@@ -249,10 +256,15 @@ fn in_lab(cases: Vec<Case>, plan: &Plan) -> Result<Outcome> {
     });
     let mut there = Vec::new();
     for (number, vmm) in plan.vmms.iter().enumerate() {
-        // QEMU looks up its firmware relative to its own path.
-        let path = if vmm.kind == Kind::Qemu { QEMU.to_owned() } else { format!("{VMMS}/{number}") };
+        let path = match vmm.kind {
+            // QEMU looks up its firmware relative to its own path.
+            Kind::Qemu => QEMU.to_owned(),
+            // Its jailer requires the name.
+            Kind::Firecracker => format!("{VMMS}/{number}-firecracker"),
+            Kind::Kindling | Kind::Prebooted => format!("{VMMS}/{number}"),
+        };
         with.push((vmm.path.clone(), path.clone()));
-        with.extend(files::needed(vmm)?);
+        with.extend(files::needed(vmm, Path::new(&path))?);
         let image = vmm.image.as_ref().map(|image| {
             let target = format!("{VMMS}/{number}-image");
             with.push((image.clone(), target.clone()));

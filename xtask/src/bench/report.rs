@@ -84,9 +84,11 @@ own: private memory of front and monitor without guest memory, while a shell wai
 
 /// The legend of scenario `jail`.
 const JAIL_LEGEND: &str = "\
-each: `kindling run` of busybox's echo from a container image, from the spawn to the end of the process; the kernel was
-  pre-booted and the image converted by an earlier run
+kindling: `kindling run` of busybox's echo from a container image; the kernel was pre-booted and the image converted by an
+  earlier run. to init: from the start of the command to init's first instruction, when all layers are entered
 off, standard, full: `--jail off`, the default, and `--jail full`; compare each with `off` of the same user
+others: a boot from the kernel's first instruction, from the spawn to the payload's output or to the end; with --no-seccomp,
+  with the filters that are the default, and in the jailer beside the program, whose directory is prepared before
 ";
 
 /// The legend of scenario `start`.
