@@ -125,8 +125,8 @@ impl Jail {
         if thread == Thread::EventLoop {
             self.hide_memory();
         }
-        if self.strictness == Strictness::Full {
-            // A thread that was started before `enter_root` has those to change the root directory.
+        if self.strictness == Strictness::Full && thread == Thread::Worker {
+            // It was started before `enter_root`, and has the capabilities to change the root directory.
             require(Layer::Capabilities)?;
         }
         match filter::install(thread, self.on_refusal) {
