@@ -257,7 +257,8 @@ impl Cache {
         write().map_err(|source| Error::Cache { path: path.clone(), source })
     }
 
-    fn name_path(&self, name: &str) -> PathBuf {
+    /// The file that stores which image a name refers to. It is replaced when the name refers to another image.
+    pub(crate) fn name_path(&self, name: &str) -> PathBuf {
         self.folder.join(format!("{}.name", Digest::of(name.as_bytes()).hex()))
     }
 }

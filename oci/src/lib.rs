@@ -32,7 +32,7 @@ pub use cache::{Cache, StoredImage};
 pub use digest::Digest;
 pub use error::Error;
 pub use inventory::{list, prune, remove};
-pub use oci_protocol::{ImageConfig, Prepared, User};
+pub use oci_protocol::{Depends, ImageConfig, Prepared, User};
 pub use user::Users;
 
 use cache::Entry;
@@ -95,12 +95,34 @@ pub fn prepare(
     options: &Options,
     begin: &mut dyn FnMut(usize, usize),
 ) -> Result<Prepared, Error> {
-    let entry = match locate(image, options.pull)? {
+    let location = locate(image, options.pull)?;
+    let depends = depends(cache, image, &location);
+    let entry = match location {
         Location::File(path, tag) => from_file(cache, &path, tag, begin)?,
         Location::Registry(reference) => from_registry(cache, reference, options.pull, begin)?,
     };
     cache.record_use(&entry, &name(image));
-    entry.record.prepared(entry.rootfs, options.user.as_deref())
+    entry.record.prepared(entry.rootfs, options.user.as_deref(), depends)
+}
+
+/// The files on which it depends which image these words name.
+fn depends(cache: &Cache, image: &str, location: &Location<'_>) -> Depends {
+    let absolute = |path: &Path| std::path::absolute(path).unwrap_or_default();
+    let words = explicit_path(image).unwrap_or(image);
+    let (source, found) = match location {
+        Location::File(path, _) if path.is_dir() => (absolute(&path.join("index.json")), Some(path)),
+        Location::File(path, _) => (absolute(path), Some(path)),
+        Location::Registry(reference) => (cache.name_path(&name_of(reference)), None),
+    };
+    let before = splits(words)
+        .map(|(path, _)| Path::new(path))
+        .take_while(|path| Some(*path) != found.map(PathBuf::as_path));
+    Depends { source, absent: before.map(absolute).collect() }
+}
+
+/// The name of a registry's image in the cache.
+fn name_of(reference: &Reference) -> String {
+    format!("registry {reference}")
 }
 
 fn from_file(
@@ -124,7 +146,7 @@ fn from_registry(
     pull: Pull,
     begin: &mut dyn FnMut(usize, usize),
 ) -> Result<Entry, Error> {
-    let name = format!("registry {reference}");
+    let name = name_of(&reference);
     let known = cache.resolve_name(&name).and_then(|key| cache.get(key));
     match (known, pull) {
         (Some(entry), Pull::Missing | Pull::Never) => Ok(entry),

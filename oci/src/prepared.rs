@@ -4,7 +4,7 @@ use crate::digest::Digest;
 use crate::error::Error;
 use crate::manifest::RunConfig;
 use crate::user::Users;
-use oci_protocol::{ImageConfig, Prepared, User};
+use oci_protocol::{Depends, ImageConfig, Prepared, User};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -42,9 +42,15 @@ impl Record {
         Self { digest, size, run, user: config.user.unwrap_or_default(), users }
     }
 
-    /// What is printed for the image, with the image's user or another one.
-    pub(crate) fn prepared(self, rootfs: PathBuf, user: Option<&str>) -> Result<Prepared, Error> {
+    /// What is printed for the image, with the image's user or another one, and what decided which image it is.
+    pub(crate) fn prepared(
+        self,
+        rootfs: PathBuf,
+        user: Option<&str>,
+        depends: Depends,
+    ) -> Result<Prepared, Error> {
         let user = self.users.find(user.unwrap_or(&self.user))?;
-        Ok(Prepared { rootfs, digest: self.digest.to_string(), config: ImageConfig { user, ..self.run } })
+        let config = ImageConfig { user, ..self.run };
+        Ok(Prepared { rootfs, digest: self.digest.to_string(), config, depends })
     }
 }

@@ -1,14 +1,18 @@
 //! Container images: their conversion to root filesystems, and their configuration.
 
-pub use oci_protocol::{CachedImage, ImageConfig, Prepared, User};
+mod memo;
+
+pub use oci_protocol::{CachedImage, Depends, ImageConfig, Prepared, User};
 
 use crate::converter;
+use memo::Request;
 use std::ffi::{OsStr, OsString};
 use std::io::{self, IsTerminal, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::time::SystemTime;
 
 /// An error of a container image.
 #[derive(Debug, thiserror::Error)]
@@ -123,7 +127,9 @@ pub fn images() -> Result<Vec<CachedImage>, ImageError> {
 /// # Errors
 /// When the cache has no such image, or it cannot be removed.
 pub fn remove_image(image: impl AsRef<OsStr>) -> Result<Vec<CachedImage>, ImageError> {
-    in_cache("rm", &[OsStr::new("--"), image.as_ref()])
+    let removed = in_cache("rm", &[OsStr::new("--"), image.as_ref()]);
+    memo::forget_removed();
+    removed
 }
 
 /// Removes the images that have not been used for this many days, and unfinished conversions. Returns what was removed.
@@ -131,7 +137,9 @@ pub fn remove_image(image: impl AsRef<OsStr>) -> Result<Vec<CachedImage>, ImageE
 /// # Errors
 /// When an image cannot be removed.
 pub fn prune_images(unused_days: u32) -> Result<Vec<CachedImage>, ImageError> {
-    in_cache("prune", &[OsStr::new("--unused"), OsStr::new(&unused_days.to_string())])
+    let removed = in_cache("prune", &[OsStr::new("--unused"), OsStr::new(&unused_days.to_string())]);
+    memo::forget_removed();
+    removed
 }
 
 /// Runs a command of `kindling-oci` that lists images.
@@ -184,9 +192,22 @@ fn prepare_in(
     if has_path_form(image, pull) && is_erofs(&directory.join(image)) {
         let user = user.map(numeric_user).transpose()?.unwrap_or_default();
         let config = ImageConfig { user, ..ImageConfig::default() };
-        return Ok(Prepared { rootfs: image.into(), digest: String::new(), config });
+        return Ok(Prepared {
+            rootfs: image.into(),
+            digest: String::new(),
+            config,
+            depends: Depends::default(),
+        });
     }
-    let mut command = converter::command(&converter()?);
+    let program = converter()?;
+    let request = memo::folder().zip(Request::new(directory, image, user, &program));
+    if pull != "always"
+        && let Some(prepared) = request.as_ref().and_then(|(memos, request)| request.recall(memos))
+    {
+        return Ok(prepared);
+    }
+    let started = SystemTime::now();
+    let mut command = converter::command(&program);
     let own = std::process::id().to_string();
     command.current_dir(directory).args(["prepare", "--pull", pull, "--for", &own]);
     if let Some(user) = user {
@@ -223,6 +244,9 @@ fn prepare_in(
         return Err(ImageError::Failed(format!(
             "{name}: kindling-oci named a file that is no converted image"
         )));
+    }
+    if let Some((memos, request)) = request {
+        request.remember(&memos, &prepared, started);
     }
     Ok(prepared)
 }

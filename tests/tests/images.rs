@@ -1,8 +1,9 @@
 //! Real programs from container images: one image per program, built from Debian packages
 //! (`xtask/test-images/build.sh`). Resource exhaustion in a guest does not affect the host or other guests.
 
-use std::fs;
+use std::fs::{self, Permissions};
 use std::io::Write;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use tests::guest_console::GuestConsole;
@@ -44,6 +45,52 @@ fn busybox_runs_the_default_command_of_its_image() {
     let outcome = from_stdin(&mut program(&user, &[], "busybox"), "echo hello; exit 3");
     assert_eq!(outcome.expect_status(3).stdout, "hello\n");
     assert!(user.has_no_guests());
+}
+
+/// A start of an unchanged image does not execute the converter.
+#[test]
+fn an_image_that_has_not_changed_is_not_looked_up_again() {
+    let user = User::new();
+    let (programs, log) = (user.folder().join("programs"), user.folder().join("log"));
+    fs::create_dir(&programs).unwrap();
+    symlink(testbed("kindling-vmm"), programs.join("kindling-vmm")).unwrap();
+    let converter = programs.join("kindling-oci");
+    let script = format!(
+        "#!/bin/sh\necho run >> {}\nexec {} \"$@\"\n",
+        log.display(),
+        testbed("kindling-oci").display()
+    );
+    fs::write(&converter, script).unwrap();
+    fs::set_permissions(&converter, Permissions::from_mode(0o755)).unwrap();
+    let layout = user.folder().join("image");
+    copy_documents(&images().join("layout"), &layout);
+    let runs_after = |options: &[&str]| {
+        let mut command = user.command("run");
+        command.args(options).arg(format!("{}:busybox", layout.display())).args(["echo", "hello"]);
+        command.env("KINDLING_CACHE", images().join("cache")).env("KINDLING_PROGRAMS", &programs);
+        assert_eq!(run(&mut command).expect_status(0).stdout, "hello\n");
+        fs::read_to_string(&log).unwrap().lines().count()
+    };
+    assert_eq!(runs_after(&[]), 1);
+    // What was written just before a request might change again within the same tick of the clock.
+    let known = (1..20).find(|&count| runs_after(&[]) == count).unwrap();
+    assert_eq!(runs_after(&["--user", "1"]), known + 1);
+    assert_eq!(runs_after(&["--pull", "always"]), known + 2);
+    fs::write(layout.join("index.json"), fs::read(layout.join("index.json")).unwrap()).unwrap();
+    assert_eq!(runs_after(&[]), known + 3);
+}
+
+/// Copies the documents of a layout, without its layers, which have been converted.
+fn copy_documents(from: &Path, to: &Path) {
+    fs::create_dir(to).unwrap();
+    for entry in fs::read_dir(from).unwrap().map(Result::unwrap) {
+        let (to, metadata) = (to.join(entry.file_name()), entry.metadata().unwrap());
+        if metadata.is_dir() {
+            copy_documents(&entry.path(), &to);
+        } else if metadata.len() < 1 << 16 {
+            fs::copy(entry.path(), to).unwrap();
+        }
+    }
 }
 
 #[test]

@@ -125,6 +125,9 @@ fn an_image_from_a_registry_converts_like_the_same_image_from_a_file() {
     for key in ["digest", "config"] {
         assert_eq!(pulled[key], opened[key]);
     }
+    let name = pulled["depends"]["source"].as_str().unwrap();
+    assert!(name.starts_with(scratch.join("pulled").to_str().unwrap()) && name.ends_with(".name"), "{name}");
+    assert_eq!(opened["depends"], json!({ "source": scratch.join("saved.tar"), "absent": [] }));
     let content = |prepared: &Value| fs::read(prepared["rootfs"].as_str().unwrap()).unwrap();
     assert!(content(&pulled) == content(&opened));
 

@@ -15,6 +15,19 @@ pub struct Prepared {
     pub digest: String,
     /// Configuration of the image.
     pub config: ImageConfig,
+    /// What this answer depends on, in absolute paths: while none of it changes, and `rootfs` exists, a request with the same
+    /// words in the same directory has the same answer.
+    #[serde(default)]
+    pub depends: Depends,
+}
+
+/// The files on which an answer depends.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub struct Depends {
+    /// The archive, the index of a directory, or the file of the cache for a name of a registry.
+    pub source: PathBuf,
+    /// Files that would have been opened instead if they had existed.
+    pub absent: Vec<PathBuf>,
 }
 
 /// Configuration of an image: the defaults of its command.
