@@ -96,6 +96,9 @@ enum Command {
     /// The part of `profile` that runs beside the VMM
     #[command(hide = true)]
     ProfileBoots(profile::boots::Arguments),
+    /// The part of `profile --scenario run` that runs beside the VMM
+    #[command(hide = true)]
+    ProfileRun(profile::run::measure::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -118,6 +121,7 @@ fn main() -> ExitCode {
         Command::Clean(arguments) => clean::run(&arguments),
         Command::Profile(arguments) => profile::run(&arguments),
         Command::ProfileBoots(arguments) => profile::boots::run(&arguments),
+        Command::ProfileRun(arguments) => profile::run::measure::run(&arguments),
         Command::Fuzz(arguments) => fuzz::run(&arguments),
         Command::BootCode(arguments) => boot_code::run(&arguments),
         Command::FollowBoots(arguments) => boot_code::follow::run(&arguments),

@@ -81,6 +81,14 @@ pub struct VcpuState {
     tsc_khz: u32,
 }
 
+impl VcpuState {
+    /// The guest-physical address of the page tables.
+    pub(crate) const fn page_tables(&self) -> u64 {
+        // The lower bits are flags, or a process context (Intel SDM, volume 3, "Paging Control Registers").
+        self.special.cr3 & !0xfff
+    }
+}
+
 /// Deserializes a KVM structure directly into a box. The structures are too large to be moved: each function with one
 /// on its stack would cause page faults.
 fn boxed<'de, T: FromBytes + IntoBytes, D: Deserializer<'de>>(deserializer: D) -> Result<Box<T>, D::Error> {

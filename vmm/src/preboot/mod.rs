@@ -13,11 +13,13 @@ pub(crate) mod destination;
 pub(crate) mod error;
 pub(crate) mod file;
 pub(crate) mod kernel;
+pub(crate) mod saved;
 pub(crate) mod state;
 pub(crate) mod trial_root;
 pub(crate) mod verified;
 
 pub use error::PrebootError;
+pub use saved::SavedMemory;
 pub use state::key;
 /// Reads bytes as the beginning of a file of a pre-booted kernel, without its magic and format, which a fuzzer seldom finds.
 #[cfg(fuzzing)]

@@ -235,7 +235,7 @@ impl Bench<'_> {
         let began = Instant::now();
         let mut guests = Vec::new();
         for start in &mut starts {
-            let command = start.command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+            let command = start.command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
             guests.push(command.spawn().context("cannot start a guest")?);
         }
         for (guest, start) in guests.into_iter().zip(&starts) {

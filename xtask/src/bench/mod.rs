@@ -20,7 +20,7 @@ pub(crate) mod run;
 mod smaps;
 pub(crate) mod statistics;
 mod svg;
-mod trace;
+pub(crate) mod trace;
 mod vmms;
 
 pub(crate) use arguments::Arguments;

@@ -64,7 +64,7 @@ pub(super) fn page_faults(trace: &str) -> u64 {
 
 /// A tracefs instance that records the events of this process's children.
 #[derive(Debug)]
-pub(super) struct Tracer {
+pub(crate) struct Tracer {
     instance: PathBuf,
 }
 
@@ -73,7 +73,7 @@ impl Tracer {
     ///
     /// # Errors
     /// When the kernel has no such tracepoints or the user lacks permission.
-    pub(super) fn new() -> Result<Self> {
+    pub(crate) fn new() -> Result<Self> {
         let events = Path::new(TRACEFS).join("events/kvm");
         if !events.exists() {
             bail!("{} does not exist or is not accessible", events.display());
@@ -93,13 +93,13 @@ impl Tracer {
     }
 
     /// Clears the buffer and enables these tracepoints of KVM.
-    pub(super) fn start(&self, events: &[&str]) -> Result<()> {
+    pub(crate) fn start(&self, events: &[&str]) -> Result<()> {
         self.set("trace", "")?;
         events.iter().try_for_each(|name| self.set(&format!("events/kvm/{name}/enable"), "1"))
     }
 
     /// Stops recording and returns the trace, with one line per event.
-    pub(super) fn finish(&self) -> Result<String> {
+    pub(crate) fn finish(&self) -> Result<String> {
         self.set("events/kvm/enable", "0")?;
         for entry in fs::read_dir(self.instance.join("per_cpu"))? {
             let stats = fs::read_to_string(entry?.path().join("stats"))?;
@@ -137,7 +137,7 @@ fn event(line: &str) -> Option<(Event, Instant)> {
 
 /// Splits a line into the event's name, its time and its arguments:
 /// `     CPU 0/KVM-171     [000] d..1.     3.641028: kvm_entry: vcpu 0, rip 0x...`.
-pub(super) fn split(line: &str) -> Option<(&str, Instant, &str)> {
+pub(crate) fn split(line: &str) -> Option<(&str, Instant, &str)> {
     let (before, event) = line.split_once(": kvm_")?;
     let (name, rest) = event.split_once(": ")?;
     let name = &line[before.len() + 2..before.len() + 6 + name.len()];

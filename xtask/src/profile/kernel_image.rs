@@ -6,7 +6,7 @@ use std::collections::HashMap;
 
 /// The base of the kernel image mapping of x86-64 (`__START_KERNEL_map`): link address base plus `n` is physical
 /// address `n`.
-const KERNEL_MAP: u64 = 0xffff_ffff_8000_0000;
+pub(super) const KERNEL_MAP: u64 = 0xffff_ffff_8000_0000;
 
 /// A symbol.
 #[derive(Clone, Debug, PartialEq, Eq)]

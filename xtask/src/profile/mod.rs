@@ -1,4 +1,4 @@
-//! `cargo xtask profile`: one boot as one timeline.
+//! `cargo xtask profile`: one boot, or one run of a program ([`run`]), as one timeline.
 //!
 //! Up to three boots are run, so that recording does not change the reported totals: one without recording, one with
 //! marked kernel functions, and one with samples if requested (`docs/profiling.md`).
@@ -10,6 +10,7 @@ mod kernel_image;
 mod page;
 mod phases;
 mod record;
+pub(crate) mod run;
 mod stacks;
 mod text;
 mod timeline;
@@ -22,7 +23,7 @@ use crate::output::write;
 use crate::{cargo, debian, lab};
 use anyhow::{Context, Result, bail};
 use boots::{Boot, Measured};
-use clap::{Args, value_parser};
+use clap::{Args, ValueEnum, value_parser};
 use kernel_image::KernelImage;
 use kindling_vmm::config::image::Image;
 use kindling_vmm::layout::VCPUS_MAX;
@@ -30,8 +31,20 @@ use record::{Guest, Profile, Samples};
 use std::fs;
 use std::path::{Path, PathBuf};
 
+/// What is profiled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Scenario {
+    /// A boot of the default image's kernel
+    Boot,
+    /// `kindling run` of a container image from a pre-booted kernel
+    Run,
+}
+
 #[derive(Args, Debug)]
 pub(crate) struct Arguments {
+    /// What is profiled
+    #[arg(long, value_enum, default_value_t = Scenario::Boot)]
+    scenario: Scenario,
     /// Measure in the exact lab, which counts instructions
     #[arg(long)]
     exact: bool,
@@ -60,11 +73,32 @@ pub(crate) struct Arguments {
     config_fragment: Vec<PathBuf>,
 }
 
+impl Arguments {
+    /// Refuses the options that a profile of a run does not have.
+    fn check_run(&self) -> Result<()> {
+        let given = [
+            ("--sample", self.sample.is_some()),
+            ("--against", self.against.is_some()),
+            ("--out", self.out.is_some()),
+            ("--cmdline", self.cmdline.is_some()),
+            ("--config-fragment", !self.config_fragment.is_empty()),
+        ];
+        match given.into_iter().find(|(_, is_given)| *is_given) {
+            Some((option, _)) => bail!("{option} is an option of --scenario boot; remove it"),
+            None => Ok(()),
+        }
+    }
+}
+
 /// Memory of the lab in MiB in addition to the guest's.
 const LAB_OVERHEAD_MIB: u64 = 1024;
 
 /// Measures, prints tables and writes files.
 pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
+    if arguments.scenario == Scenario::Run {
+        arguments.check_run()?;
+        return run::run(arguments);
+    }
     let out = arguments.out.clone().unwrap_or_else(|| cargo::target_directory().join("profile"));
     // Arguments are checked before anything that takes time.
     let earlier = arguments.against.as_deref().map(Profile::open).transpose()?;
