@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use tests::guest_console::GuestConsole;
 use tests::network::{enter_host_network, pattern, with_network_programs};
 use tests::terminal::Terminal;
-use tests::user::{SmallTmpfs, User, expect_echo};
+use tests::user::{Mounted, User, expect_echo};
 use tests::{Outcome, run, start, testbed};
 
 fn images() -> PathBuf {
@@ -445,7 +445,7 @@ fn the_conversion_of_an_image_stops_when_its_command_is_killed() {
 #[test]
 fn a_conversion_that_runs_out_of_space_leaves_no_files() {
     let scratch = tempfile::tempdir().unwrap();
-    let Some(_disk) = SmallTmpfs::at(scratch.path()) else { return };
+    let Some(_disk) = Mounted::small_tmpfs(scratch.path()) else { return };
     let path = scratch.path().to_str().unwrap();
     let image = format!("{}/layout:node", images().display());
     let outcome = run(Command::new(testbed("kindling-oci")).args(["prepare", "--cache", path, &image]));

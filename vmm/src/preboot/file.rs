@@ -3,9 +3,10 @@
 //! ```text
 //!      0  "KINDLING"  format: u32  length of the state: u32
 //!     16  state, in postcard's encoding
-//! 256 Ki  pages of guest memory, extent by extent
+//!   2 Mi  guest memory: each page at 2 Mi plus its guest-physical address
 //! ```
-//! Integers are little-endian. The file appears by renaming, so that it is complete or absent.
+//! Integers are little-endian. Pages without content are holes. Offset and address differ by a multiple of 2 MiB, so that the
+//! host can map huge pages of the file. The file appears by renaming, so that it is complete or absent.
 
 use super::error::PrebootError;
 use super::state::State;
@@ -22,14 +23,14 @@ use vm_memory::GuestAddress;
 const MAGIC: [u8; 8] = *b"KINDLING";
 const HEADER_LEN: usize = 16;
 /// Version of everything after the magic. Files of other versions are rejected.
-const FORMAT: u32 = 5;
+const FORMAT: u32 = 6;
 /// Maximum size in bytes of an encoded state: it takes 6 KiB, and 7 KiB for each of 16 vCPUs. Decoding a hostile state
 /// takes up to 600 times its size in memory before it is rejected.
 const STATE_MAX: u32 = 192 << 10;
-/// Offset of the pages. It does not depend on the length of the state, which is written again after the pages.
-pub(super) const PAGES_OFFSET: u64 = 256 << 10;
-const _: () =
-    assert!(HEADER_LEN as u64 + STATE_MAX as u64 <= PAGES_OFFSET && PAGES_OFFSET.is_multiple_of(PAGE_SIZE));
+/// Offset of the page at guest-physical address 0. It does not depend on the length of the state, which is written again
+/// after the pages.
+pub(super) const PAGES_OFFSET: u64 = 2 << 20;
+const _: () = assert!(HEADER_LEN as u64 + STATE_MAX as u64 <= PAGES_OFFSET);
 
 /// Opens a regular file. A symbolic link, or a file whose open or read could block, is an error.
 pub(crate) fn open(path: &Path) -> Result<File, PrebootError> {
@@ -70,8 +71,8 @@ pub(super) fn read(file: &File, path: &Path) -> Result<State, PrebootError> {
     let mut bytes = vec![0; usize::try_from(word(12)).unwrap_or(0)];
     file.read_exact_at(&mut bytes, HEADER_LEN as u64).map_err(|_| invalid("it ends inside its state"))?;
     let state: State = postcard::from_bytes(&bytes).map_err(|error| invalid(&error.to_string()))?;
-    let pages: u64 = state.extents.iter().map(|extent| u64::from(extent.pages)).sum();
-    if PAGES_OFFSET + pages * PAGE_SIZE > length {
+    let ends = state.extents.iter().map(|extent| extent.start.saturating_add(extent.length()));
+    if ends.max().unwrap_or(0).saturating_add(PAGES_OFFSET) > length {
         return Err(invalid("it ends before its last page"));
     }
     Ok(state)
@@ -90,20 +91,20 @@ pub(super) fn write_state(file: &File, state: &State) -> io::Result<()> {
 
 /// Writes the pages of the extents.
 pub(super) fn write_pages(file: &File, extents: &[Extent], memory: &GuestMemory) -> Result<(), WriteError> {
-    let mut position = PAGES_OFFSET;
     let mut page = [0; PAGE];
+    let mut end = PAGES_OFFSET;
     for extent in extents {
         for number in 0..u64::from(extent.pages) {
-            memory.read(GuestAddress(extent.start + number * PAGE_SIZE), &mut page)?;
+            let address = extent.start + number * PAGE_SIZE;
+            memory.read(GuestAddress(address), &mut page)?;
             if page != [0; PAGE] {
-                file.write_all_at(&page, position)?;
+                file.write_all_at(&page, PAGES_OFFSET + address)?;
             }
-            position += PAGE_SIZE;
         }
+        end = PAGES_OFFSET + extent.start + extent.length();
     }
-    // Zero pages are holes, also at the end of the file.
-    file.set_len(position)?;
-    Ok(())
+    // The last pages may be a hole.
+    Ok(file.set_len(end)?)
 }
 
 /// Why a file could not be written.

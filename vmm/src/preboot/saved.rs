@@ -42,16 +42,10 @@ impl SavedMemory {
     /// The page at a guest-physical address; `None` if the file does not have it: guests get a new page of zeroes.
     #[must_use]
     pub fn page(&self, address: u64) -> Option<[u8; PAGE]> {
-        let mut offset = file::PAGES_OFFSET;
-        for extent in &self.state.extents {
-            if let Some(distance) = distance(extent, address) {
-                let mut page = [0; PAGE];
-                self.file.read_exact_at(&mut page, offset + distance).ok()?;
-                return Some(page);
-            }
-            offset += extent.length();
-        }
-        None
+        self.state.extents.iter().find_map(|extent| distance(extent, address))?;
+        let mut page = [0; PAGE];
+        self.file.read_exact_at(&mut page, file::PAGES_OFFSET + (address & !(PAGE_SIZE - 1))).ok()?;
+        Some(page)
     }
 
     /// Whether the page at a guest-physical address is copied for each guest when init starts, because guests write to it.
