@@ -228,7 +228,7 @@ fn sizes_in_the_documents_are_current() {
 }
 
 /// README.md has the times of docs/bench.md, and both are within 10 % of the budget. The process of the budget's guest
-/// exits up to 20 % later, because that guest prints a greeting.
+/// exits up to 25 % later, because that guest prints a greeting.
 #[test]
 fn times_in_the_documents_match_the_budget() {
     let budget = std::fs::read_to_string(root().join("tests/boot-budget.json")).unwrap();
@@ -240,7 +240,7 @@ fn times_in_the_documents_match_the_budget() {
     for (monitor, column, kind) in [("kindling ", 1, "boot"), ("kindling-preboot ", 0, "preboot")] {
         for (row, word, figure, margin) in [
             ("spawn to init's first instruction", 1, "spawn_to_init_ns", 1.1),
-            ("spawn to the end of the process", 7, "spawn_to_exit_ns", 1.2),
+            ("spawn to the end of the process", 7, "spawn_to_exit_ns", 1.25),
         ] {
             let budget = millisecond(kind, figure);
             let cells = readme.lines().find_map(|line| line.strip_prefix("| ")?.strip_prefix(row));

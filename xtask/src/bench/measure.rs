@@ -87,6 +87,12 @@ pub(super) fn measure(plan: &Plan) -> Result<Outcome> {
                 }
             }
         }
+        if let Some(containers) = plan.images.as_ref().and_then(|images| images.containers.as_ref()) {
+            match containers.measure(case, plan.runs, scratch.path()) {
+                Ok(mut samples) => outcome.samples.append(&mut samples),
+                Err(error) => outcome.omitted.push(format!("containers: {error:#}")),
+            }
+        }
     }
     Ok(outcome)
 }

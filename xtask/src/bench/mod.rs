@@ -5,6 +5,7 @@
 
 mod arguments;
 mod boot;
+mod containers;
 pub(crate) mod files;
 mod io;
 mod jail;
@@ -95,7 +96,10 @@ fn outcome(request: &Request, host: Host) -> Result<Outcome> {
         }
     };
     let images = match scenario {
-        Scenario::Run => Some(run::Images::make(folder.path())?.with_console(folder.path())?),
+        Scenario::Run => {
+            let images = run::Images::make(folder.path())?.with_console(folder.path())?;
+            Some(images.with_containers(folder.path())?)
+        }
         Scenario::Start | Scenario::Jail => Some(run::Images::make(folder.path())?),
         Scenario::Boot | Scenario::Io => None,
     };
@@ -229,16 +233,9 @@ fn in_labs(request: &Request, plan: &Plan) -> Result<Outcome> {
     Ok(whole)
 }
 
-fn in_lab(cases: Vec<Case>, plan: &Plan) -> Result<Outcome> {
-    let guest = &plan.guest;
-    let cpus = cases.iter().map(|case| case.vcpus).max().unwrap_or(1);
-    let memory = cases.iter().map(|case| case.memory_mib).max().unwrap_or(0);
-    let mut with: Vec<(PathBuf, String)> = Vec::new();
-    let mut put = |path: &Path, target: &str| {
-        with.push((path.to_owned(), target.to_owned()));
-        PathBuf::from(target)
-    };
-    let inside = match &guest.image {
+/// The guest with paths in the lab.
+fn guest_inside(guest: &Guest, put: &mut dyn FnMut(&Path, &str) -> PathBuf) -> Guest {
+    match &guest.image {
         Some(image) => {
             let image = put(image, "/guest/image");
             let file = |path: &Path| image.join(path.file_name().unwrap_or_default());
@@ -249,11 +246,27 @@ fn in_lab(cases: Vec<Case>, plan: &Plan) -> Result<Outcome> {
             initrd: put(&guest.initrd, "/guest/initrd"),
             image: None,
         },
+    }
+}
+
+fn in_lab(cases: Vec<Case>, plan: &Plan) -> Result<Outcome> {
+    let guest = &plan.guest;
+    let cpus = cases.iter().map(|case| case.vcpus).max().unwrap_or(1);
+    let memory = cases.iter().map(|case| case.memory_mib).max().unwrap_or(0);
+    let mut with: Vec<(PathBuf, String)> = Vec::new();
+    let mut put = |path: &Path, target: &str| {
+        with.push((path.to_owned(), target.to_owned()));
+        PathBuf::from(target)
     };
+    let inside = guest_inside(guest, &mut put);
     let images = plan.images.as_ref().map(|images| {
         let copy = |path: &Path, name: &str| put(path, &format!("{VMMS}/{name}"));
         images.map(copy)
     });
+    if let Some(containers) = plan.images.as_ref().and_then(|images| images.containers.as_ref()) {
+        // The C library and the loader of the host.
+        with.extend(files::shared_libraries(&containers.crun())?);
+    }
     let mut there = Vec::new();
     for (number, vmm) in plan.vmms.iter().enumerate() {
         let path = match vmm.kind {

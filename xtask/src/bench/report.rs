@@ -73,6 +73,8 @@ the ratio is to the first row of the same table; below each median: the smallest
 const RUN_LEGEND: &str = "\
 hello: `kindling run` of a small static program from a container image, from the spawn to the end of the process;
   busybox: the same for its echo. The kernel was pre-booted and the image converted by an earlier run
+crun, runc, bubblewrap: the same programs in containers, with Debian's programs and the configuration of `crun spec`; of
+  crun also with --cgroup-manager=disabled, as `kindling run` has no cgroup by default; no container: the program itself
 volume, folder: busybox with `-v NAME:GUEST`, with an existing volume, and with `-v /HOST:GUEST`
 exec true: `kindling exec` of busybox's true in a running guest, from the spawn to the end of the process
 stream: per MiB of 1 GiB through the standard input of `cat` in a guest and back from its standard output; without

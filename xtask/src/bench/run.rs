@@ -1,5 +1,6 @@
 //! The measurements of scenarios `run` and `start`: `kindling run` and `kindling exec` of programs in container images.
 
+use super::containers::Containers;
 use super::measure::{Bench, LIMIT, SETTLE};
 use super::metric::Metric;
 use super::payload;
@@ -38,6 +39,8 @@ pub(crate) struct Images {
     busybox: PathBuf,
     /// Kernel and initramfs (with busybox) of a guest with a virtio console, for other monitors.
     console: Option<Console>,
+    /// The same programs in containers.
+    pub(super) containers: Option<Containers>,
 }
 
 /// The kernel and initramfs of a guest with a virtio console.
@@ -86,6 +89,7 @@ impl Images {
             hello: image(&hello, payload::PATH)?,
             busybox: image(&busybox, "sh")?,
             console: None,
+            containers: None,
         })
     }
 
@@ -97,6 +101,13 @@ impl Images {
     /// The folder with the programs that format volumes.
     pub(crate) fn filesystems(&self) -> &Path {
         &self.filesystems
+    }
+
+    /// Adds containers, in the same folder.
+    pub(super) fn with_containers(self, folder: &Path) -> Result<Self> {
+        let tree = |name: &str| folder.join(name).join("tree");
+        let containers = Containers::make(folder, &tree("busybox"), &tree("hello"))?;
+        Ok(Self { containers: Some(containers), ..self })
     }
 
     /// Adds the guest with a virtio console, in the same folder.
@@ -126,6 +137,7 @@ impl Images {
                 kernel: relocate(&console.kernel, "console-kernel"),
                 initrd: relocate(&console.initrd, "console-initrd"),
             }),
+            containers: self.containers.as_ref().map(|containers| containers.map(relocate)),
         }
     }
 }
