@@ -7,7 +7,7 @@ pub use oci_protocol::{CachedImage, Depends, ImageConfig, Prepared, User};
 use crate::converter;
 use memo::Request;
 use std::ffi::{OsStr, OsString};
-use std::io::{self, IsTerminal, Read};
+use std::io::{self, IsTerminal, Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -201,13 +201,35 @@ fn prepare_in(
     }
     let program = converter()?;
     let request = memo::folder().zip(Request::new(directory, image, user, &program));
+    let notify = |text: &str| {
+        if messages == Messages::Printed {
+            // Without a standard error, messages are lost.
+            let _ = writeln!(io::stderr(), "kindling: {text}");
+        }
+    };
     if pull != "always"
-        && let Some(prepared) = request.as_ref().and_then(|(memos, request)| request.recall(memos))
+        && let Some(prepared) = request.as_ref().and_then(|(memos, request)| request.recall(memos, notify))
     {
         return Ok(prepared);
     }
     let started = SystemTime::now();
-    let mut command = converter::command(&program);
+    let prepared = convert(&program, directory, image, user, pull, messages)?;
+    if let Some((memos, request)) = request {
+        request.remember(&memos, &prepared, started);
+    }
+    Ok(prepared)
+}
+
+/// Asks `kindling-oci`, which is `program`, for an image.
+fn convert(
+    program: &Path,
+    directory: &Path,
+    image: &OsStr,
+    user: Option<&str>,
+    pull: &str,
+    messages: Messages,
+) -> Result<Prepared, ImageError> {
+    let mut command = converter::command(program);
     let own = std::process::id().to_string();
     command.current_dir(directory).args(["prepare", "--pull", pull, "--for", &own]);
     if let Some(user) = user {
@@ -244,9 +266,6 @@ fn prepare_in(
         return Err(ImageError::Failed(format!(
             "{name}: kindling-oci named a file that is no converted image"
         )));
-    }
-    if let Some((memos, request)) = request {
-        request.remember(&memos, &prepared, started);
     }
     Ok(prepared)
 }

@@ -4,7 +4,7 @@
 //! An answer counts while nothing that it was made from has changed: the file that decided which image it is (the archive, or
 //! the cache's file for a name of a registry, which each pull of another image replaces), the converted image, and the
 //! program itself. The memos are not in the cache of `kindling-oci`, to which its sandbox gives it access: an image that has
-//! taken the program over cannot change them.
+//! taken the program over cannot change them. If it has changed a converted image, that one is removed, and converted again.
 
 use super::{Prepared, is_converted};
 use crate::kernel;
@@ -83,17 +83,27 @@ impl Request {
         })
     }
 
-    /// The answer to this request, if it is known and still valid.
-    pub(super) fn recall(&self, folder: &Path) -> Option<Prepared> {
+    /// The answer to this request, if it is known and still valid. A converted image that was changed is removed, and
+    /// reported by `notify`.
+    pub(super) fn recall(&self, folder: &Path, notify: impl FnOnce(&str)) -> Option<Prepared> {
         let path = folder.join(self.name());
         trusted_path::file(&path, Owners::own()).ok()?;
-        let memo = read(&path)?;
-        let is_valid = memo.request == *self
-            && is_converted(&memo.prepared.rootfs)
-            && Version::of(&memo.prepared.depends.source)? == memo.source
-            && !memo.prepared.depends.absent.iter().any(|path| path.symlink_metadata().is_ok())
-            && Version::of(&memo.prepared.rootfs)? == memo.rootfs;
-        if !is_valid {
+        let memo = read(&path).filter(|memo| memo.request == *self && is_converted(&memo.prepared.rootfs))?;
+        let rootfs = &memo.prepared.rootfs;
+        if Version::of(rootfs)? != memo.rootfs {
+            notify(&format!(
+                "{} was changed after it was converted; converting the image again",
+                rootfs.display()
+            ));
+            // A guest that uses it keeps it. If it cannot be removed, the converter uses it.
+            let _ = fs::remove_file(&path);
+            let _ = fs::remove_dir_all(rootfs.parent()?);
+            return None;
+        }
+        let depends = &memo.prepared.depends;
+        if Version::of(&depends.source)? != memo.source
+            || depends.absent.iter().any(|path| path.symlink_metadata().is_ok())
+        {
             return None;
         }
         // The file's time is that of the image's last use.
@@ -213,7 +223,7 @@ mod tests {
         }
 
         fn recall(&self) -> Option<Prepared> {
-            self.request("a.tar", None).recall(&self.path("memos"))
+            self.request("a.tar", None).recall(&self.path("memos"), |_| {})
         }
     }
 
@@ -227,14 +237,14 @@ mod tests {
         assert_eq!(files.recall(), Some(files.prepared()));
         assert!(fs::metadata(names).unwrap().modified().unwrap() > SystemTime::UNIX_EPOCH, "the last use");
         let memos = files.path("memos");
-        assert_eq!(files.request("b.tar", None).recall(&memos), None);
-        assert_eq!(files.request("a.tar", Some("web")).recall(&memos), None);
+        assert_eq!(files.request("b.tar", None).recall(&memos, |_| {}), None);
+        assert_eq!(files.request("a.tar", Some("web")).recall(&memos, |_| {}), None);
         let elsewhere = Request::new(Path::new("/"), "a.tar".as_ref(), None, &files.path("program"));
-        assert_eq!(elsewhere.unwrap().recall(&memos), None);
+        assert_eq!(elsewhere.unwrap().recall(&memos, |_| {}), None);
         // A file of the memo's name for another request.
         let other = files.request("b.tar", None);
         fs::copy(memos.join(files.request("a.tar", None).name()), memos.join(other.name())).unwrap();
-        assert_eq!(other.recall(&memos), None);
+        assert_eq!(other.recall(&memos, |_| {}), None);
         assert_eq!(fs::read_dir(memos).unwrap().count(), 2, "no draft is left");
     }
 
@@ -268,6 +278,30 @@ mod tests {
             use std::os::unix::fs::PermissionsExt;
             fs::set_permissions(files.path("memos"), fs::Permissions::from_mode(0o777)).unwrap();
         }));
+    }
+
+    #[test]
+    fn a_converted_image_that_was_changed_is_removed() {
+        let files = Files::new();
+        files.remember();
+        // Whatever its time of modification is.
+        fs::write(files.rootfs(), "2").unwrap();
+        File::options()
+            .write(true)
+            .open(files.rootfs())
+            .unwrap()
+            .set_modified(SystemTime::UNIX_EPOCH)
+            .unwrap();
+        let mut message = String::new();
+        let request = files.request("a.tar", None);
+        assert_eq!(request.recall(&files.path("memos"), |text| text.clone_into(&mut message)), None);
+        assert!(message.contains("root.erofs was changed after it was converted"), "{message}");
+        assert!(!files.rootfs().parent().unwrap().exists());
+        assert_eq!(
+            fs::read_dir(files.path("memos")).unwrap().count(),
+            0,
+            "the next image may be another file"
+        );
     }
 
     #[test]
