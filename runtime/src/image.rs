@@ -7,7 +7,7 @@ pub use oci_protocol::{CachedImage, Depends, ImageConfig, Prepared, User};
 use crate::converter;
 use memo::Request;
 use std::ffi::{OsStr, OsString};
-use std::io::{self, IsTerminal, Read, Write};
+use std::io::{self, IsTerminal, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -127,9 +127,7 @@ pub fn images() -> Result<Vec<CachedImage>, ImageError> {
 /// # Errors
 /// When the cache has no such image, or it cannot be removed.
 pub fn remove_image(image: impl AsRef<OsStr>) -> Result<Vec<CachedImage>, ImageError> {
-    let removed = in_cache("rm", &[OsStr::new("--"), image.as_ref()]);
-    memo::forget_removed();
-    removed
+    in_cache("rm", &[OsStr::new("--"), image.as_ref()])
 }
 
 /// Removes the images that have not been used for this many days, and unfinished conversions. Returns what was removed.
@@ -137,9 +135,7 @@ pub fn remove_image(image: impl AsRef<OsStr>) -> Result<Vec<CachedImage>, ImageE
 /// # Errors
 /// When an image cannot be removed.
 pub fn prune_images(unused_days: u32) -> Result<Vec<CachedImage>, ImageError> {
-    let removed = in_cache("prune", &[OsStr::new("--unused"), OsStr::new(&unused_days.to_string())]);
-    memo::forget_removed();
-    removed
+    in_cache("prune", &[OsStr::new("--unused"), OsStr::new(&unused_days.to_string())])
 }
 
 /// Runs a command of `kindling-oci` that lists images.
@@ -201,14 +197,8 @@ fn prepare_in(
     }
     let program = converter()?;
     let request = memo::folder().zip(Request::new(directory, image, user, &program));
-    let notify = |text: &str| {
-        if messages == Messages::Printed {
-            // Without a standard error, messages are lost.
-            let _ = writeln!(io::stderr(), "kindling: {text}");
-        }
-    };
     if pull != "always"
-        && let Some(prepared) = request.as_ref().and_then(|(memos, request)| request.recall(memos, notify))
+        && let Some(prepared) = request.as_ref().and_then(|(memos, request)| request.recall(memos))
     {
         return Ok(prepared);
     }

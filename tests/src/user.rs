@@ -86,36 +86,30 @@ impl User {
     }
 }
 
-/// A mounted filesystem, unmounted on drop.
+/// A tmpfs of 8 MiB, unmounted on drop.
 #[derive(Debug)]
-pub struct Mounted(PathBuf);
+pub struct SmallTmpfs(PathBuf);
 
-impl Mounted {
-    /// Mounts a tmpfs of 8 MiB as [`Self::at`] does.
-    #[must_use]
-    pub fn small_tmpfs(folder: &Path) -> Option<Self> {
-        Self::at(folder, "tmpfs", "size=8m,mode=700")
-    }
-
-    /// Mounts a filesystem on a folder, which is created. Prints a message and returns `None` if the user may not mount.
+impl SmallTmpfs {
+    /// Mounts it on a folder, which is created. Prints a message and returns `None` if the user may not mount.
     ///
     /// # Panics
     /// When the folder cannot be created.
     #[must_use]
     #[expect(clippy::print_stdout, reason = "skipped checks are reported")]
-    pub fn at(folder: &Path, kind: &str, options: &str) -> Option<Self> {
+    pub fn at(folder: &Path) -> Option<Self> {
         std::fs::create_dir_all(folder).expect("cannot make a folder");
         let mut mount = Command::new("mount");
-        mount.args(["-t", kind, "-o", options, kind]).arg(folder);
+        mount.args(["-t", "tmpfs", "-o", "size=8m,mode=700", "tmpfs"]).arg(folder);
         if mount.status().is_ok_and(|status| status.success()) {
             return Some(Self(folder.to_owned()));
         }
-        println!("skipped: this user may not mount a {kind}");
+        println!("skipped: this user may not mount a tmpfs");
         None
     }
 }
 
-impl Drop for Mounted {
+impl Drop for SmallTmpfs {
     fn drop(&mut self) {
         // Lazily, because a process that is exiting may still have files open there.
         let _ = Command::new("umount").arg("-l").arg(&self.0).status();

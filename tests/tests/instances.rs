@@ -7,7 +7,7 @@ use std::process::{ChildStdout, Stdio};
 use std::time::Instant;
 use tests::guest_console::GuestConsole;
 use tests::terminal::Terminal;
-use tests::user::{Mounted, User};
+use tests::user::{SmallTmpfs, User};
 use tests::{Outcome, TIMEOUT, kill, run, testbed};
 
 /// A script that exits with status 3 once /tmp/end exists.
@@ -39,7 +39,7 @@ fn end(user: &User, name: &str) {
 #[test]
 fn a_full_runtime_directory_still_records_the_exit_status() {
     let user = User::new();
-    let Some(_disk) = Mounted::small_tmpfs(&user.folder().join("small")) else { return };
+    let Some(_disk) = SmallTmpfs::at(&user.folder().join("small")) else { return };
     let command = |arguments: &[&str]| {
         let mut command = user.command(arguments[0]);
         command.args(&arguments[1..]).env("XDG_RUNTIME_DIR", user.folder().join("small"));

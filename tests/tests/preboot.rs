@@ -39,6 +39,30 @@ fn guests_from_one_prebooted_kernel_have_different_random_numbers() {
     assert_ne!(stack(&lines[0]), stack(&lines[1]), "stack addresses");
 }
 
+/// The host maps the kernel's text in huge pages of the file, which is in memory in the lab.
+#[test]
+#[expect(clippy::print_stdout, reason = "skipped checks are reported")]
+fn the_text_of_a_prebooted_kernel_is_in_huge_pages() {
+    const TMPFS: i64 = 0x0102_1994;
+    let image = image();
+    let path = image.preboot("1", "128");
+    if rustix::fs::statfs(&path).unwrap().f_type != TMPFS {
+        println!("skipped: the host maps huge pages only of files in memory");
+        return;
+    }
+    let script = format!("{PREAMBLE} echo ready; wait_line");
+    let mut guest = GuestConsole::start(image.command("boot").args(["--", "/bin/sh", "-c", &script]));
+    guest.expect("ready");
+    let mappings = guest.smaps_of(path.file_name().unwrap().to_str().unwrap());
+    let lines = mappings.iter().flat_map(|mapping| mapping.lines());
+    let huge = lines.filter_map(|line| line.strip_prefix("ShmemPmdMapped:")?.trim().strip_suffix(" kB"));
+    let kib: u64 = huge.map(|number| number.parse::<u64>().unwrap()).sum();
+    // Most of the text's four.
+    assert!(kib >= 3 * 2048, "{kib} KiB in huge pages");
+    guest.send_line();
+    guest.expect_status(0);
+}
+
 #[test]
 fn a_bus_error_is_explained_if_the_file_was_truncated() {
     let image = image();

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 use tests::guest_console::GuestConsole;
-use tests::user::{Mounted, User};
+use tests::user::{SmallTmpfs, User};
 use tests::{Outcome, run, testbed};
 
 const DATA: &str = "data:/srv/data";
@@ -56,7 +56,7 @@ fn data_in_a_volume_persists_for_the_next_guest() {
 fn a_full_disk_of_the_host_is_reported() {
     let user = User::new();
     let scratch = user.folder().join("small");
-    let Some(_disk) = Mounted::small_tmpfs(&scratch) else { return };
+    let Some(_disk) = SmallTmpfs::at(&scratch) else { return };
     let script = "dd if=/dev/zero bs=1M count=12 | tr '\\0' x > /srv/x";
     let mut command = command(&user, &["-v", "full:/srv"], script);
     let outcome = run(command.env("XDG_DATA_HOME", &scratch));

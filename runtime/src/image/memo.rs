@@ -3,23 +3,27 @@
 //!
 //! An answer counts while nothing that it was made from has changed: the file that decided which image it is (the archive, or
 //! the cache's file for a name of a registry, which each pull of another image replaces), the converted image, and the
-//! program itself. The memos are not in the cache of `kindling-oci`, to which its sandbox gives it access: an image that has
-//! taken the program over cannot change them. If it has changed a converted image, that one is removed, and converted again.
+//! program itself. Otherwise the program is asked again. An image may have taken the program over: what it answers is
+//! remembered for its own request only, and only if it depends on files that this request can name.
 
 use super::{Prepared, is_converted};
 use crate::kernel;
+use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, utimensat};
 use serde::{Deserialize, Serialize};
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::io::{self, Read, Write};
+use std::io::{Read, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, SystemTime};
 use trusted_path::Owners;
 
 /// Maximum length of a memo in bytes. Few images have a longer description; those are asked for each time.
 const LENGTH_MAX: u64 = 256 << 10;
+/// Maximum number of memos. When there are more, all are removed.
+const MEMOS_MAX: usize = 256;
 
 /// A file that changed less than this before the program was started may change again without a later time.
 const CLOCK_TICK: Duration = Duration::from_millis(20);
@@ -31,8 +35,8 @@ pub(super) struct Request {
     /// The directory from which relative paths count; empty for an image with an absolute path.
     directory: PathBuf,
     user: Option<String>,
-    /// The cache that the user has chosen.
-    cache: Option<OsString>,
+    /// The directory of all converted images.
+    cache: PathBuf,
     /// The program that answers.
     program: Version,
 }
@@ -70,6 +74,19 @@ struct Memo {
 impl Request {
     /// The request for an image; `None` if it cannot be remembered.
     pub(super) fn new(directory: &Path, image: &OsStr, user: Option<&str>, program: &Path) -> Option<Self> {
+        // As `kindling-oci` finds it.
+        let given = std::env::var_os("KINDLING_CACHE").filter(|folder| !folder.is_empty());
+        let cache = given.map(PathBuf::from).or_else(kernel::cache)?;
+        Self::in_cache(&cache, directory, image, user, program)
+    }
+
+    fn in_cache(
+        cache: &Path,
+        directory: &Path,
+        image: &OsStr,
+        user: Option<&str>,
+        program: &Path,
+    ) -> Option<Self> {
         let directory = match Path::new(image).is_absolute() {
             true => PathBuf::new(),
             false => std::path::absolute(directory).ok()?,
@@ -78,37 +95,29 @@ impl Request {
             image: image.to_owned(),
             directory,
             user: user.map(str::to_owned),
-            cache: std::env::var_os("KINDLING_CACHE"),
+            cache: Some(cache.join("oci")).filter(|cache| cache.is_absolute())?,
             program: Version::of(program)?,
         })
     }
 
-    /// The answer to this request, if it is known and still valid. A converted image that was changed is removed, and
-    /// reported by `notify`.
-    pub(super) fn recall(&self, folder: &Path, notify: impl FnOnce(&str)) -> Option<Prepared> {
+    /// The answer to this request, if it is known and still valid.
+    pub(super) fn recall(&self, folder: &Path) -> Option<Prepared> {
         let path = folder.join(self.name());
         trusted_path::file(&path, Owners::own()).ok()?;
-        let memo = read(&path).filter(|memo| memo.request == *self && is_converted(&memo.prepared.rootfs))?;
-        let rootfs = &memo.prepared.rootfs;
-        if Version::of(rootfs)? != memo.rootfs {
-            notify(&format!(
-                "{} was changed after it was converted; converting the image again",
-                rootfs.display()
-            ));
-            // A guest that uses it keeps it. If it cannot be removed, the converter uses it.
-            let _ = fs::remove_file(&path);
-            let _ = fs::remove_dir_all(rootfs.parent()?);
-            return None;
-        }
-        let depends = &memo.prepared.depends;
-        if Version::of(&depends.source)? != memo.source
-            || depends.absent.iter().any(|path| path.symlink_metadata().is_ok())
-        {
+        let memo = read(&path)?;
+        let Prepared { rootfs, depends, .. } = &memo.prepared;
+        let is_valid = memo.request == *self
+            && Version::of(&depends.source)? == memo.source
+            && !depends.absent.iter().any(|path| path.symlink_metadata().is_ok())
+            && Version::of(rootfs)? == memo.rootfs;
+        if !is_valid {
             return None;
         }
         // The file's time is that of the image's last use.
-        let names = File::open(memo.prepared.rootfs.with_file_name("names"));
-        let _ = names.and_then(|file| file.set_modified(SystemTime::now()));
+        let unchanged = Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT };
+        let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
+        let times = Timestamps { last_access: unchanged, last_modification: now };
+        let _ = utimensat(CWD, rootfs.with_file_name("names"), &times, AtFlags::SYMLINK_NOFOLLOW);
         Some(memo.prepared)
     }
 
@@ -119,7 +128,11 @@ impl Request {
     }
 
     fn write(self, folder: &Path, prepared: &Prepared, started: SystemTime) -> Option<()> {
-        let source = Version::of(&prepared.depends.source).filter(|file| file.is_older_than(started))?;
+        let source = &prepared.depends.source;
+        if !self.has_image(&prepared.rootfs) || !self.can_name(source) {
+            return None;
+        }
+        let source = Version::of(source).filter(|file| file.is_older_than(started))?;
         let rootfs = Version::of(&prepared.rootfs)?;
         let name = self.name();
         let text =
@@ -128,6 +141,10 @@ impl Request {
             return None;
         }
         trusted_path::make_folder(folder).ok()?;
+        let memos: Vec<_> = fs::read_dir(folder).ok()?.flatten().collect();
+        if memos.len() >= MEMOS_MAX {
+            memos.into_iter().for_each(|memo| drop(fs::remove_file(memo.path())));
+        }
         // Complete at once, for other readers. Two writers write the same.
         let draft = folder.join(format!("{name}.{}", std::process::id()));
         let written = File::create_new(&draft).and_then(|mut file| file.write_all(&text));
@@ -138,12 +155,38 @@ impl Request {
         renamed.ok()
     }
 
+    /// Whether a path is that of a converted image in the cache: `CACHE/VERSION/DIGEST/root.erofs`.
+    fn has_image(&self, rootfs: &Path) -> bool {
+        is_plain(rootfs) && is_converted(rootfs) && rootfs.ancestors().nth(3) == Some(&self.cache)
+    }
+
+    /// Whether the answer may depend on this file: the one that the words of the request name, or the cache's file for a name
+    /// of a registry, `CACHE/VERSION/DIGEST.name`.
+    fn can_name(&self, source: &Path) -> bool {
+        if is_plain(source) && source.ancestors().nth(2) == Some(&self.cache) {
+            return source.extension() == Some(OsStr::new("name"));
+        }
+        let words = self.image.as_bytes();
+        let prefixes = [&b""[..], b"oci:", b"oci-archive:", b"docker-archive:"];
+        let paths = prefixes.into_iter().filter_map(|prefix| words.strip_prefix(prefix)).flat_map(|path| {
+            let ends = path.iter().enumerate().filter(|(_, byte)| **byte == b':').map(|(at, _)| at);
+            ends.chain([path.len()]).map(|end| Path::new(OsStr::from_bytes(&path[..end])))
+        });
+        let mut paths = paths.filter_map(|path| std::path::absolute(self.directory.join(path)).ok());
+        paths.any(|path| source == path || source == path.join("index.json"))
+    }
+
     /// The name of the file.
     fn name(&self) -> String {
         let mut hasher = DefaultHasher::new();
         (&self.image, &self.directory, &self.user, &self.cache).hash(&mut hasher);
         format!("{:016x}", hasher.finish())
     }
+}
+
+/// Whether a path is absolute and has no `..`.
+fn is_plain(path: &Path) -> bool {
+    path.is_absolute() && !path.components().any(|component| component == Component::ParentDir)
 }
 
 /// The directory of memos.
@@ -155,22 +198,6 @@ fn read(path: &Path) -> Option<Memo> {
     let mut text = Vec::new();
     File::open(path).ok()?.take(LENGTH_MAX).read_to_end(&mut text).ok()?;
     serde_json::from_slice(&text).ok()
-}
-
-/// Removes memos of images that are not in the cache any more, and drafts of processes that were killed.
-pub(super) fn forget_removed() {
-    let remove = || -> io::Result<()> {
-        let folder = folder().ok_or(io::ErrorKind::NotFound)?;
-        for entry in fs::read_dir(folder)? {
-            let path = entry?.path();
-            if read(&path).is_none_or(|memo| Version::of(&memo.prepared.rootfs) != Some(memo.rootfs)) {
-                fs::remove_file(path)?;
-            }
-        }
-        Ok(())
-    };
-    // What remains is not used.
-    let _ = remove();
 }
 
 #[cfg(test)]
@@ -200,11 +227,16 @@ mod tests {
         }
 
         fn rootfs(&self) -> PathBuf {
-            self.path(&"0123456789abcdef".repeat(4)).join("root.erofs")
+            self.path("cache/oci/v2").join("0123456789abcdef".repeat(4)).join("root.erofs")
         }
 
         fn request(&self, image: &str, user: Option<&str>) -> Request {
-            Request::new(self.0.path(), OsStr::new(image), user, &self.path("program")).unwrap()
+            self.request_in(self.0.path(), image, user)
+        }
+
+        fn request_in(&self, directory: &Path, image: &str, user: Option<&str>) -> Request {
+            let program = self.path("program");
+            Request::in_cache(&self.path("cache"), directory, image.as_ref(), user, &program).unwrap()
         }
 
         fn prepared(&self) -> Prepared {
@@ -223,7 +255,7 @@ mod tests {
         }
 
         fn recall(&self) -> Option<Prepared> {
-            self.request("a.tar", None).recall(&self.path("memos"), |_| {})
+            self.request("a.tar", None).recall(&self.path("memos"))
         }
     }
 
@@ -237,14 +269,13 @@ mod tests {
         assert_eq!(files.recall(), Some(files.prepared()));
         assert!(fs::metadata(names).unwrap().modified().unwrap() > SystemTime::UNIX_EPOCH, "the last use");
         let memos = files.path("memos");
-        assert_eq!(files.request("b.tar", None).recall(&memos, |_| {}), None);
-        assert_eq!(files.request("a.tar", Some("web")).recall(&memos, |_| {}), None);
-        let elsewhere = Request::new(Path::new("/"), "a.tar".as_ref(), None, &files.path("program"));
-        assert_eq!(elsewhere.unwrap().recall(&memos, |_| {}), None);
+        assert_eq!(files.request("b.tar", None).recall(&memos), None);
+        assert_eq!(files.request("a.tar", Some("web")).recall(&memos), None);
+        assert_eq!(files.request_in(Path::new("/"), "a.tar", None).recall(&memos), None);
         // A file of the memo's name for another request.
         let other = files.request("b.tar", None);
         fs::copy(memos.join(files.request("a.tar", None).name()), memos.join(other.name())).unwrap();
-        assert_eq!(other.recall(&memos, |_| {}), None);
+        assert_eq!(other.recall(&memos), None);
         assert_eq!(fs::read_dir(memos).unwrap().count(), 2, "no draft is left");
     }
 
@@ -281,30 +312,6 @@ mod tests {
     }
 
     #[test]
-    fn a_converted_image_that_was_changed_is_removed() {
-        let files = Files::new();
-        files.remember();
-        // Whatever its time of modification is.
-        fs::write(files.rootfs(), "2").unwrap();
-        File::options()
-            .write(true)
-            .open(files.rootfs())
-            .unwrap()
-            .set_modified(SystemTime::UNIX_EPOCH)
-            .unwrap();
-        let mut message = String::new();
-        let request = files.request("a.tar", None);
-        assert_eq!(request.recall(&files.path("memos"), |text| text.clone_into(&mut message)), None);
-        assert!(message.contains("root.erofs was changed after it was converted"), "{message}");
-        assert!(!files.rootfs().parent().unwrap().exists());
-        assert_eq!(
-            fs::read_dir(files.path("memos")).unwrap().count(),
-            0,
-            "the next image may be another file"
-        );
-    }
-
-    #[test]
     fn what_may_have_changed_meanwhile_is_not_remembered() {
         let files = Files::new();
         files.request("a.tar", None).remember(&files.path("memos"), &files.prepared(), SystemTime::now());
@@ -313,5 +320,57 @@ mod tests {
         let later = SystemTime::now() + Duration::from_secs(10);
         files.request("a.tar", None).remember(&files.path("memos"), &prepared, later);
         assert_eq!(files.recall(), None, "the program does not say what the answer depends on");
+    }
+
+    #[test]
+    fn answers_that_the_request_cannot_have_are_not_remembered() {
+        let files = Files::new();
+        let (memos, later) = (files.path("memos"), SystemTime::now() + Duration::from_secs(10));
+        let is_remembered = |change: &dyn Fn(&mut Prepared)| {
+            let mut prepared = files.prepared();
+            change(&mut prepared);
+            files.request("a.tar", None).remember(&memos, &prepared, later);
+            let found = files.recall();
+            let _ = fs::remove_file(memos.join(files.request("a.tar", None).name()));
+            found.is_some()
+        };
+        assert!(is_remembered(&|_| {}));
+        // Files that exist and do not change.
+        fs::copy(files.rootfs(), files.path("b.tar")).unwrap();
+        let elsewhere = files.path("other").join("0123456789abcdef".repeat(4)).join("root.erofs");
+        fs::create_dir_all(elsewhere.parent().unwrap()).unwrap();
+        fs::copy(files.rootfs(), &elsewhere).unwrap();
+        assert!(!is_remembered(&|prepared| prepared.depends.source = files.path("b.tar")));
+        assert!(!is_remembered(&|prepared| prepared.depends.source = "/etc/hostname".into()));
+        assert!(!is_remembered(&|prepared| prepared.rootfs.clone_from(&elsewhere)));
+        assert!(!is_remembered(&|prepared| {
+            prepared.rootfs =
+                files.path("cache/oci/..").join(elsewhere.strip_prefix(files.0.path()).unwrap());
+        }));
+    }
+
+    #[test]
+    fn a_request_can_name_its_files() {
+        let files = Files::new();
+        let can_name = |image: &str, source: &str| files.request(image, None).can_name(&files.path(source));
+        assert!(
+            can_name("./a.tar", "a.tar") && can_name("a.tar:tag", "a.tar") && can_name("oci:a:b:c", "a:b")
+        );
+        assert!(
+            can_name("./layout:python", "layout/index.json") && can_name("busybox", "cache/oci/v2/1.name")
+        );
+        assert!(!can_name("a.tar", "b.tar") && !can_name("busybox", "cache/oci/v2/1/root.erofs"));
+    }
+
+    #[test]
+    fn the_number_of_memos_is_bounded() {
+        let files = Files::new();
+        let memos = files.path("memos");
+        for number in 0..MEMOS_MAX {
+            fs::write(memos.join(number.to_string()), "").unwrap();
+        }
+        files.remember();
+        assert!(files.recall().is_some());
+        assert_eq!(fs::read_dir(memos).unwrap().count(), 1);
     }
 }

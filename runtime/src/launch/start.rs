@@ -4,7 +4,7 @@
 use super::{LaunchError, LaunchOptions, Plan};
 use crate::guest::{GuestDir, GuestRecord};
 use crate::image::Prepared;
-use crate::kernel::{self, KernelError};
+use crate::kernel::KernelError;
 use kindling_vmm::config::Config;
 use kindling_vmm::control::{ControlError, Event, Monitor};
 use kindling_vmm::jail::CgroupLimits;
@@ -192,10 +192,7 @@ fn make_preboot(
     // Creates the directory, and fails if other users can change it.
     trusted_path::make_folder(path.parent().unwrap_or(path))?;
     match preboot(config, path, next_event) {
-        Ok(()) => {
-            kernel::remove_old(path);
-            Ok(None)
-        }
+        Ok(()) => Ok(None),
         Err(error @ LaunchError::Machine(Error::Config(_) | Error::Kvm(_))) => Err(error),
         Err(LaunchError::Machine(error @ Error::Backend(_))) if error.is_user_error() => Err(error.into()),
         // The guest itself would fail for the same reason.

@@ -261,6 +261,33 @@ mod tests {
         assert!(matches!(outside, Err(MemoryError::Outside { .. })), "{outside:?}");
     }
 
+    #[test]
+    fn a_write_to_a_huge_page_of_a_file_shows_nowhere_else() {
+        // Files in memory.
+        let file = tempfile::tempfile_in("/dev/shm").unwrap();
+        file.write_all_at(&vec![7; 4 << 20], 0).unwrap();
+        let guests = [(); 2].map(|()| GuestMemory::anonymous(8 * MIB).unwrap());
+        for guest in &guests {
+            guest.map_contents(&[extent(0, 1024)], &file, 0).unwrap();
+        }
+        // Some hosts cannot, and have the same pages in another size.
+        let _ = guests[0].collapse(2 * MIB..4 * MIB);
+        let byte = |guest: &GuestMemory, address| {
+            let mut byte = [0];
+            guest.read(GuestAddress(address), &mut byte).unwrap();
+            byte[0]
+        };
+        let address = 3 * MIB;
+        assert_eq!(guests.each_ref().map(|guest| byte(guest, address)), [7, 7]);
+        guests[0].write(GuestAddress(address), &[8]).unwrap();
+        assert_eq!(guests.each_ref().map(|guest| byte(guest, address)), [8, 7]);
+        assert_eq!(guests.each_ref().map(|guest| byte(guest, address + PAGE_SIZE)), [7, 7]);
+        let mut in_file = [0];
+        file.read_exact_at(&mut in_file, address).unwrap();
+        assert_eq!(in_file, [7]);
+        assert!(!guests[0].collapse(8 * MIB..10 * MIB), "outside of memory");
+    }
+
     /// A truncated file causes an error instead of a signal.
     #[test]
     fn pages_of_a_truncated_file_are_not_copied() {

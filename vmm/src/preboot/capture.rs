@@ -13,7 +13,7 @@ use crate::exit::ExitReason;
 use crate::kvm::{Hypervisor, Vcpu};
 use crate::layout::MIB;
 use crate::machine::{Machine, Purpose};
-use crate::memory::{Extent, GuestMemory};
+use crate::memory::{Extent, GuestMemory, MemoryError};
 use crate::resources::Resources;
 use crate::running::CapturedMachine;
 use crate::timeline::{Instant, Timeline};
@@ -93,27 +93,29 @@ pub(crate) fn capture(
         Elf::parse(&boot.kernel, length).ok()
     });
     if let Some(kernel) = kernel {
-        use_huge_pages(&kernel, &state, file)?;
+        // Without huge pages the file is complete, too.
+        let _ = use_huge_pages(&kernel, &state, file);
     }
     Ok(())
 }
 
 /// Keeps the parts of the kernel that guests only read in huge pages of the host: a guest then takes one fault for 2 MiB
 /// instead of one for each page that it reads, 700 of them in the kernel's text. Hosts that cannot do that keep small pages.
-fn use_huge_pages(kernel: &Elf, state: &State, file: &File) -> Result<(), Error> {
+fn use_huge_pages(kernel: &Elf, state: &State, file: &File) -> Result<(), MemoryError> {
     const HUGE: u64 = 2 << 20;
-    let overlaps =
-        |start: u64, length: u64, block: u64| start < block + HUGE && block < start.saturating_add(length);
     let memory = GuestMemory::anonymous(state.inputs.mem_size_mib * MIB)?;
     memory.map_contents(&state.extents, file, file::PAGES_OFFSET)?;
-    let (first, last) = (kernel.segments.first(), kernel.end());
-    let mut block = first.map_or(last, |segment| segment.address).next_multiple_of(HUGE);
-    while block + HUGE <= last {
-        let is_written = state.written.iter().any(|extent| overlaps(extent.start, extent.length(), block));
-        let is_mapped = state.extents.iter().any(|extent| {
-            extent.start <= block && block + HUGE <= extent.start.saturating_add(extent.length())
-        });
-        if is_mapped && !is_written {
+    let overlaps = |extent: &Extent, block: u64| {
+        extent.start < block + HUGE && block < extent.start.saturating_add(extent.length())
+    };
+    let holds = |extent: &Extent, block: u64| {
+        extent.start <= block && block + HUGE <= extent.start.saturating_add(extent.length())
+    };
+    let Some(first) = kernel.segments.first() else { return Ok(()) };
+    let mut block = first.address.next_multiple_of(HUGE);
+    while block + HUGE <= kernel.end() {
+        let is_mapped = state.extents.iter().any(|extent| holds(extent, block));
+        if is_mapped && !state.written.iter().any(|extent| overlaps(extent, block)) {
             let _ = memory.collapse(block..block + HUGE);
         }
         block += HUGE;

@@ -12,7 +12,7 @@ use super::error::PrebootError;
 use super::state::State;
 use crate::layout::{PAGE, PAGE_SIZE};
 use crate::memory::{Extent, GuestMemory, MemoryError};
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{FallocateFlags, Mode, OFlags};
 use rustix::io::Errno;
 use std::fs::File;
 use std::io;
@@ -23,7 +23,7 @@ use vm_memory::GuestAddress;
 const MAGIC: [u8; 8] = *b"KINDLING";
 const HEADER_LEN: usize = 16;
 /// Version of everything after the magic. Files of other versions are rejected.
-const FORMAT: u32 = 6;
+pub(super) const FORMAT: u32 = 6;
 /// Maximum size in bytes of an encoded state: it takes 6 KiB, and 7 KiB for each of 16 vCPUs. Decoding a hostile state
 /// takes up to 600 times its size in memory before it is rejected.
 const STATE_MAX: u32 = 192 << 10;
@@ -104,7 +104,16 @@ pub(super) fn write_pages(file: &File, extents: &[Extent], memory: &GuestMemory)
         end = PAGES_OFFSET + extent.start + extent.length();
     }
     // The last pages may be a hole.
-    Ok(file.set_len(end)?)
+    file.set_len(end)?;
+    // In memory, a guest that reads a hole makes it a page, and is killed if there is no space left: the space is taken now.
+    if rustix::fs::fstatfs(file).is_ok_and(|status| status.f_type == libc::TMPFS_MAGIC) {
+        for extent in extents {
+            let start = PAGES_OFFSET + extent.start;
+            rustix::fs::fallocate(file, FallocateFlags::empty(), start, extent.length())
+                .map_err(io::Error::from)?;
+        }
+    }
+    Ok(())
 }
 
 /// Why a file could not be written.

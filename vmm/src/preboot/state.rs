@@ -1,6 +1,7 @@
 //! The state of a pre-booted kernel: a captured machine as plain data.
 
 use super::error::PrebootError;
+use super::file::FORMAT;
 use crate::config::Config;
 use crate::config::image::{Digests, sha256};
 use crate::devices::{io_apic, serial, virtio};
@@ -45,12 +46,12 @@ pub(super) fn digests(config: &Config) -> Result<&Digests, PrebootError> {
     config.boot_source.image_digests.as_ref().ok_or(PrebootError::NotAnImage)
 }
 
-/// The name of the directory of pre-booted kernels for this boot source: a digest of this program's version, the image
-/// and the kernel command line. `None` if the boot source does not belong to an image.
+/// The name of the directory of pre-booted kernels for this boot source: a digest of this program's version, the version of
+/// the files, the image and the kernel command line. `None` if the boot source does not belong to an image.
 #[must_use]
 pub fn key(config: &Config) -> Option<String> {
     let Inputs { vmm, image, boot_args, .. } = Inputs::of_config(config).ok()?;
-    Some(sha256(format!("{vmm}\n{image}\n{boot_args}").as_bytes()))
+    Some(sha256(format!("{vmm}\n{FORMAT}\n{image}\n{boot_args}").as_bytes()))
 }
 
 /// The CPUID entries that a kernel may be patched for. Descriptions of caches are left out: on hosts with different
