@@ -9,7 +9,7 @@
 //! host can map huge pages of the file. The file appears by renaming, so that it is complete or absent.
 
 use super::error::PrebootError;
-use super::state::State;
+use super::state::{FORMAT, State};
 use crate::layout::{PAGE, PAGE_SIZE};
 use crate::memory::{Extent, GuestMemory, MemoryError};
 use rustix::fs::{FallocateFlags, Mode, OFlags};
@@ -22,8 +22,6 @@ use vm_memory::GuestAddress;
 
 const MAGIC: [u8; 8] = *b"KINDLING";
 const HEADER_LEN: usize = 16;
-/// Version of everything after the magic. Files of other versions are rejected.
-pub(super) const FORMAT: u32 = 6;
 /// Maximum size in bytes of an encoded state: it takes 6 KiB, and 7 KiB for each of 16 vCPUs. Decoding a hostile state
 /// takes up to 600 times its size in memory before it is rejected.
 const STATE_MAX: u32 = 192 << 10;

@@ -1,7 +1,6 @@
 //! The state of a pre-booted kernel: a captured machine as plain data.
 
 use super::error::PrebootError;
-use super::file::FORMAT;
 use crate::config::Config;
 use crate::config::image::{Digests, sha256};
 use crate::devices::{io_apic, serial, virtio};
@@ -45,6 +44,9 @@ impl Inputs {
 pub(super) fn digests(config: &Config) -> Result<&Digests, PrebootError> {
     config.boot_source.image_digests.as_ref().ok_or(PrebootError::NotAnImage)
 }
+
+/// Version of a pre-booted kernel's file, after its magic. Files of other versions are rejected.
+pub(super) const FORMAT: u32 = 6;
 
 /// The name of the directory of pre-booted kernels for this boot source: a digest of this program's version, the version of
 /// the files, the image and the kernel command line. `None` if the boot source does not belong to an image.
