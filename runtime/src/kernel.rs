@@ -91,9 +91,10 @@ pub fn cache() -> Option<PathBuf> {
     Some(cache.join("kindling"))
 }
 
-/// The directory of pre-booted kernels: KINDLING_KERNELS, if it is an absolute path, or else in the user's cache.
+/// The directory of pre-booted kernels: KINDLING_KERNELS, or else one in the user's cache.
 fn preboots() -> Option<PathBuf> {
-    let given = std::env::var_os("KINDLING_KERNELS").map(PathBuf::from).filter(|path| path.is_absolute());
+    let given = std::env::var_os("KINDLING_KERNELS").filter(|path| !path.is_empty());
+    let given = given.and_then(|path| std::path::absolute(path).ok());
     given.or_else(|| Some(cache()?.join("kernels")))
 }
 

@@ -565,6 +565,17 @@ fn pre_booted_kernels_can_be_in_another_directory() {
     }
     assert!(!cache.join("kindling/kernels").exists());
     assert_eq!(std::fs::read_dir(&kernels).unwrap().count(), 1);
+
+    // A relative path, and a directory that does not exist and cannot be created.
+    let mut command = user.run(&[]);
+    command.arg("true").env("KINDLING_KERNELS", "relative").current_dir(user.folder());
+    run(&mut command).expect_status(0);
+    assert_eq!(std::fs::read_dir(user.folder().join("relative")).unwrap().count(), 1);
+    let mut command = user.run(&[]);
+    command.arg("true").env("KINDLING_KERNELS", "/proc/kernels");
+    let failed = run(&mut command);
+    failed.expect_status(2).expect_stderr("/proc/kernels");
+    assert!(user.has_no_guests());
 }
 
 /// A parent folder of the program may be writable by other users.

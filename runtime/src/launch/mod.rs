@@ -65,7 +65,7 @@ pub enum LaunchError {
     #[error(transparent)]
     Volume(#[from] VolumeError),
     /// Other users could change the pre-booted kernels.
-    #[error("cannot use the kernel cache")]
+    #[error("cannot use the directory of pre-booted kernels")]
     Cache(#[from] trusted_path::Error),
     /// An environment file is invalid.
     #[error(transparent)]
