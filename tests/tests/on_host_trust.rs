@@ -141,7 +141,9 @@ fn a_cache_writable_by_other_users_is_refused() {
     for folder in ["cache", "cache/kindling"] {
         mode(&scratch.path(folder), 0o777);
         let outcome = scratch.run(kindling(), &image, &kernel);
-        outcome.expect_status(2).expect_stderr("cannot use the directory of pre-booted kernels: other users can write to ");
+        outcome
+            .expect_status(2)
+            .expect_stderr("cannot use the directory of pre-booted kernels: other users can write to ");
         let mut convert = Command::new(testbed("kindling-oci"));
         convert.args(["prepare", "--pull", "never", "debian"]).env("XDG_CACHE_HOME", scratch.path("cache"));
         run(&mut convert)
