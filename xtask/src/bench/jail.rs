@@ -7,6 +7,8 @@ use super::metric::Metric;
 use super::process;
 use super::run::{Images, READY};
 use super::vmms::{Kind, Task};
+use crate::profile::boots::INIT;
+use crate::profile::run::Step;
 use anyhow::{Context, Result, ensure};
 use kindling_vmm::Instant;
 use rustix::process::geteuid;
@@ -17,7 +19,6 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
-use std::time::Duration;
 use tempfile::TempDir;
 
 /// The strictness of the jail, and the user who starts the guest.
@@ -71,65 +72,51 @@ impl Strength {
     }
 }
 
-/// The load of the host.
+/// What is measured.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
-pub(super) enum Host {
-    /// No mounts and no other starts.
-    Quiet,
-    /// Many mounts.
-    Mounts,
-    /// Other starts at the same time.
-    Starts,
-}
-
-/// Number of mounts of [`Host::Mounts`].
-const MOUNTS: u32 = 500;
-/// Number of starts of [`Host::Starts`].
-const STARTS: u32 = 10;
-
-/// A duration from the spawn of the command.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
-pub(super) enum Until {
+pub(super) enum Span {
     /// To the first instruction of init, before which the jail is complete. For other monitors, to the payload's output.
     Init,
     /// To the end of the process.
     Exit,
+    /// [`Self::Init`] on a host with many mounts.
+    InitWithMounts,
+    /// [`Self::Exit`] on a host with many mounts.
+    ExitWithMounts,
+    /// To the end of several processes that are started at once, for each.
+    ExitOfSeveral,
 }
 
-/// The title and the prefix of the names in files of a table.
-pub(super) struct Table {
-    pub(super) host: Host,
-    pub(super) until: Until,
-    pub(super) title: &'static str,
-    pub(super) prefix: &'static str,
-}
+impl Span {
+    pub(super) const ALL: [Self; 5] =
+        [Self::Init, Self::Exit, Self::InitWithMounts, Self::ExitWithMounts, Self::ExitOfSeveral];
 
-impl Table {
-    pub(super) const ALL: [Self; 5] = [
-        Self::new(Host::Quiet, Until::Init, "a start with a jail, to init", "jail_start"),
-        Self::new(Host::Quiet, Until::Exit, "the same, to the end of the process", "jail_exit"),
-        Self::new(
-            Host::Mounts,
-            Until::Init,
-            "on a host with 500 more mounts, to init",
-            "jail_500_mounts_start",
-        ),
-        Self::new(Host::Mounts, Until::Exit, "the same, to the end of the process", "jail_500_mounts_exit"),
-        Self::new(Host::Starts, Until::Exit, "ten at once, to the end of all, per guest", "jail_10_starts"),
-    ];
-
-    const fn new(host: Host, until: Until, title: &'static str, prefix: &'static str) -> Self {
-        Self { host, until, title, prefix }
+    /// The prefix of the name in files.
+    pub(super) const fn name(self) -> &'static str {
+        match self {
+            Self::Init => "jail_start",
+            Self::Exit => "jail_exit",
+            Self::InitWithMounts => "jail_500_mounts_start",
+            Self::ExitWithMounts => "jail_500_mounts_exit",
+            Self::ExitOfSeveral => "jail_10_starts",
+        }
     }
 
-    /// The table of a measurement.
-    pub(super) fn of(host: Host, until: Until) -> &'static Self {
-        /// All of them.
-        static ALL: [Table; 5] = Table::ALL;
-        let [first, ..] = &ALL;
-        ALL.iter().find(|table| (table.host, table.until) == (host, until)).unwrap_or(first)
+    /// The title of a table.
+    pub(super) const fn title(self) -> &'static str {
+        match self {
+            Self::Init => "a start with a jail, to init",
+            Self::Exit | Self::ExitWithMounts => "the same, to the end of the process",
+            Self::InitWithMounts => "on a host with 500 more mounts, to init",
+            Self::ExitOfSeveral => "ten at once, to the end of all, per guest",
+        }
     }
 }
+
+/// Number of mounts of [`Span::InitWithMounts`].
+const MOUNTS: u32 = 500;
+/// Number of starts of [`Span::ExitOfSeveral`].
+const STARTS: u32 = 10;
 
 /// A start that is prepared.
 struct Start {
@@ -149,24 +136,40 @@ impl Bench<'_> {
         );
         let user = User::new()?;
         let strengths = self.strengths();
-        for host in [Host::Quiet, Host::Mounts, Host::Starts] {
-            let _mounts = (host == Host::Mounts).then(|| Mounts::new(self.scratch)).transpose()?;
+        self.single(images, &strengths, &user, runs, Span::Init, Span::Exit)?;
+        let mounts = Mounts::new(self.scratch)?;
+        self.single(images, &strengths, &user, runs, Span::InitWithMounts, Span::ExitWithMounts)?;
+        drop(mounts);
+        for run in 1..=runs {
+            eprintln!("{}: run {run} of {runs} ...", Span::ExitOfSeveral.title());
             for &strength in &strengths {
-                // Warm-up: converts the image and pre-boots the kernel.
-                self.one(images, strength, &user)?;
+                let nanoseconds = self.many(images, strength, &user)?;
+                self.add(Metric::Jail(Span::ExitOfSeveral, strength), nanoseconds);
             }
-            for run in 1..=runs {
-                eprintln!("{host:?}: run {run} of {runs} ...");
-                for &strength in &strengths {
-                    if host == Host::Starts {
-                        let nanoseconds = self.many(images, strength, &user)?;
-                        self.add(Metric::Jail(host, Until::Exit, strength), nanoseconds);
-                        continue;
-                    }
-                    let run = self.one(images, strength, &user)?;
-                    self.add(Metric::Jail(host, Until::Init, strength), self.start_of(&run)?);
-                    self.add(Metric::Jail(host, Until::Exit, strength), run.ended.since(run.spawned));
-                }
+        }
+        Ok(())
+    }
+
+    /// Measures guests one after the other: their starts and their ends.
+    fn single(
+        &mut self,
+        images: &Images,
+        strengths: &[Strength],
+        user: &User,
+        runs: u32,
+        start: Span,
+        end: Span,
+    ) -> Result<()> {
+        for &strength in strengths {
+            // Warm-up: converts the image and pre-boots the kernel.
+            self.one(images, strength, user)?;
+        }
+        for run in 1..=runs {
+            eprintln!("{}: run {run} of {runs} ...", start.title());
+            for &strength in strengths {
+                let run = self.one(images, strength, user)?;
+                self.add(Metric::Jail(start, strength), self.start_of(&run)?);
+                self.add(Metric::Jail(end, strength), run.ended.since(run.spawned));
             }
         }
         Ok(())
@@ -220,11 +223,9 @@ impl Bench<'_> {
         if !self.vmm.kind.is_kindling() {
             return Ok(run.seen.since(run.spawned));
         }
-        // A line such as `      3.073      +0.584  init: first instruction`.
-        let line = run.messages.lines().find(|line| line.ends_with("init: first instruction"));
-        let milliseconds = line.and_then(|line| line.split_whitespace().next()?.parse::<f64>().ok());
-        let milliseconds = milliseconds.with_context(|| format!("no time of init in: {}", run.messages))?;
-        Ok(Duration::from_secs_f64(milliseconds / 1e3).as_nanos().try_into()?)
+        let mut steps = run.messages.lines().filter_map(Step::parse);
+        let init = steps.find(|step| step.name == INIT);
+        Ok(init.with_context(|| format!("no time of init in: {}", run.messages))?.ns)
     }
 
     /// Runs several guests at once; returns the nanoseconds for each.

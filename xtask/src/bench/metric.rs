@@ -1,6 +1,6 @@
 //! Metrics: their names in files, units, and titles in tables and charts.
 
-use super::jail::{Host, Strength, Table, Until};
+use super::jail::{Span, Strength};
 use super::plan::Scenario;
 use clap::ValueEnum;
 use io_payload::Operation;
@@ -57,7 +57,7 @@ pub(super) enum Metric {
     /// The growth of the monitor's memory, without guest memory, during the stream.
     StreamMemory,
     /// From the spawn of `kindling run`, or of another monitor, with a jail.
-    Jail(Host, Until, Strength),
+    Jail(Span, Strength),
     /// A component of the cost of an operation on a device.
     Operation(Operation, Part),
 }
@@ -134,10 +134,8 @@ impl Metric {
             ],
             Scenario::Start => vec![("", vec![Self::RunBusybox, Self::RunFaults, Self::IdleMemory])],
             Scenario::Jail => {
-                let columns = |table: &Table| {
-                    Strength::ALL.map(|strength| Self::Jail(table.host, table.until, strength))
-                };
-                Table::ALL.map(|table| (table.title, columns(&table).to_vec())).to_vec()
+                let columns = |span| Strength::ALL.map(|strength| Self::Jail(span, strength)).to_vec();
+                Span::ALL.map(|span| (span.title(), columns(span))).to_vec()
             }
             Scenario::Io => vec![("what the devices add", vec![Self::DevicesBoot, Self::DevicesMemory])],
         };
@@ -183,9 +181,7 @@ impl Metric {
             Self::ExecTrue => "exec_true",
             Self::Stream => "stream",
             Self::StreamMemory => "stream_memory",
-            Self::Jail(host, until, strength) => {
-                return format!("{}_{}", Table::of(host, until).prefix, strength.name());
-            }
+            Self::Jail(span, strength) => return format!("{}_{}", span.name(), strength.name()),
             Self::Operation(operation, part) => return operation.name().to_owned() + part.suffix(),
         }
         .to_owned()
@@ -235,9 +231,7 @@ impl Metric {
             Self::ExecTrue => "kindling exec of true, ms",
             Self::Stream => "a MiB into cat and back, ms",
             Self::StreamMemory => "growth of memory without guest memory during the stream, MiB",
-            Self::Jail(host, until, _) => {
-                return format!("{}: {}", self.title(), Table::of(host, until).title);
-            }
+            Self::Jail(span, _) => return format!("{}: {}", self.title(), span.title()),
             Self::Operation(_, part) => return format!("{}: {}", self.title(), part.title()),
         }
         .to_owned()
@@ -269,7 +263,7 @@ impl Metric {
             Self::ExecTrue => "exec true, ms",
             Self::Stream => "stream, ms/MiB",
             Self::StreamMemory => "growth, MiB",
-            Self::Jail(.., strength) => strength.title(),
+            Self::Jail(_, strength) => strength.title(),
             Self::Operation(operation, _) => operation.title(),
         }
     }

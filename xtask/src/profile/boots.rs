@@ -90,7 +90,7 @@ pub(super) struct Step {
 
 /// The steps at which the guest and init start.
 pub(super) const FIRST_INSTRUCTION: &str = "first instruction";
-pub(super) const INIT: &str = "init: first instruction";
+pub(crate) const INIT: &str = "init: first instruction";
 
 impl Report {
     /// The time of a step.

@@ -20,14 +20,14 @@ use std::path::{Path, PathBuf};
 
 /// A step of the report, and when it was complete, in nanoseconds since the start of the command.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
-struct Step {
-    name: String,
-    ns: u64,
+pub(crate) struct Step {
+    pub(crate) name: String,
+    pub(crate) ns: u64,
 }
 
 impl Step {
     /// Parses a line of `kindling run --report`: `      2.490      +0.412  first instruction`.
-    fn parse(line: &str) -> Option<Self> {
+    pub(crate) fn parse(line: &str) -> Option<Self> {
         let (at, rest) = line.trim_start().split_once(' ')?;
         let (own, name) = rest.trim_start().split_once("  ")?;
         own.strip_prefix('+')?;
