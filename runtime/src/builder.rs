@@ -118,6 +118,14 @@ impl GuestBuilder {
         self
     }
 
+    /// Gives the guest a spare monitor if there is one, and leaves another for the next guest of the same size and devices. A
+    /// spare is a process that has started a machine up to the point where it needs to know its guest; one that is not used
+    /// ends after ten minutes.
+    pub const fn uses_spares(mut self) -> Self {
+        self.options.uses_spares = true;
+        self
+    }
+
     /// Starts the guest, and returns when it accepts processes. The first guest of its size on a host boots its kernel, which
     /// takes a second or two; later ones continue from the pre-booted kernel.
     ///
@@ -125,7 +133,8 @@ impl GuestBuilder {
     /// When an option is invalid, the kernel is missing, the host cannot run guests, or the guest is not ready within two
     /// minutes.
     pub fn start(self) -> Result<Guest, LaunchError> {
-        let monitor = launch::spawn_monitor()?;
+        // The monitor starts while this process prepares the guest.
+        let monitor = (!self.options.uses_spares).then(launch::spawn_monitor).transpose()?;
         let directory = GuestDir::create_embedded(self.name.as_deref())?;
         let started = start_in(&directory, monitor, &self.image, &self.options);
         match started.and_then(|started| Ok((started, Guest::open(directory.name())?))) {
@@ -144,7 +153,7 @@ impl GuestBuilder {
 /// Starts a guest in its monitor. Returns the monitor, and the times of the steps.
 fn start_in(
     directory: &GuestDir,
-    monitor: Monitor,
+    monitor: Option<Monitor>,
     image: &Image,
     options: &LaunchOptions,
 ) -> Result<(Option<Monitor>, Timeline), LaunchError> {
@@ -153,7 +162,10 @@ fn start_in(
     let silent = |_: &str| {};
     let mut limit = TimeLimit::new();
     launch.preboot(&silent, |monitor| limit.next_event(monitor))?;
-    match launch.start(monitor, &timeline, &silent, &mut limit)? {
+    let monitor = monitor.map_or_else(|| launch.new_monitor(), Ok)?;
+    let started = launch.start(monitor, &timeline, &silent, &mut limit)?;
+    launch.make_spare();
+    match started {
         Started::Running(timeline) => Ok((launch.monitor, timeline)),
         Started::Ended(MachineEnd::Stopped(exit)) => Err(LaunchError::Ended(exit.reason.to_string())),
         Started::Ended(MachineEnd::Lost(_)) if limit.is_over => {

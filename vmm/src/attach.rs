@@ -1,6 +1,6 @@
 //! The virtio devices of a machine: built from their backends, and connected to registers, doorbells and interrupts.
 
-use crate::bus::MemoryBus;
+use crate::bus::{MemoryBus, lock};
 use crate::config::Config;
 use crate::devices::virtio::backend::Backend;
 use crate::devices::virtio::net::starting::Starting;
@@ -12,6 +12,7 @@ use crate::error::Error;
 use crate::kvm::{KvmError, Vm};
 use crate::layout::{self, Gsi};
 use crate::memory::{GuestMemory, PlacedFile};
+use crate::preboot::error::PrebootError;
 use crate::preboot::state::State;
 use std::sync::{Arc, Mutex};
 use vm_memory::GuestAddress;
@@ -66,6 +67,19 @@ impl DeviceSet {
     /// The properties of the devices that a driver reads once and relies on afterwards.
     pub(crate) fn identities(&self) -> impl Iterator<Item = DeviceIdentity> {
         self.devices.iter().map(|(_, device)| Transport::identity(device.as_ref()))
+    }
+
+    /// Puts the devices in the place of those of a spare machine, which are placeholders with equal properties.
+    pub(crate) fn replace(self, placeholders: &[Arc<Mutex<Transport>>]) -> Result<(), Error> {
+        self.starting.into_iter().try_for_each(Starting::wait)?;
+        // Its memory cannot be mapped into a machine that has run.
+        if self.devices.len() != placeholders.len() || !self.files.is_empty() {
+            return Err(PrebootError::OtherDevices.into());
+        }
+        for ((_, device), transport) in self.devices.into_iter().zip(placeholders) {
+            lock(transport).replace(device).map_err(|_| PrebootError::OtherDevices)?;
+        }
+        Ok(())
     }
 
     /// Connects the devices to a machine, and restores their states, if it continues from a pre-booted kernel.

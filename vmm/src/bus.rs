@@ -13,7 +13,7 @@ pub enum GuestRequest {
     End(ExitStatus),
     /// The guest requests a reset.
     Reset,
-    /// The guest has reached the stage at which the machine stops, to be captured as a pre-booted kernel.
+    /// The guest has reached the stage at which the machine stops, to be captured as a pre-booted kernel or to wait as a spare.
     Capture,
     /// The host could not do what the access takes, so that the machine ends; the text says what failed.
     HostFailed(&'static str),

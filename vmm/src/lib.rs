@@ -37,6 +37,7 @@ pub mod preboot;
 mod profile;
 mod resources;
 mod running;
+mod spare;
 mod start_latch;
 mod timeline;
 mod vcpu_threads;

@@ -28,6 +28,7 @@ use crate::profile::Recorder;
 use crate::resources::Resources;
 use crate::start_latch::StartLatch;
 use crate::timeline::{Instant, Timeline};
+use crate::vcpu_threads::IdleThreads;
 use guest_protocol::{BootMark, port};
 use std::fs::File;
 use std::io;
@@ -43,6 +44,8 @@ use vmm_sys_util::eventfd::EventFd;
 #[derive(Debug)]
 pub struct Machine {
     pub(crate) vcpus: Vec<Vcpu>,
+    /// Threads in which the vCPUs have run before.
+    pub(crate) threads: IdleThreads,
     /// All vCPUs except one wait at this latch, if the machine continues from a pre-booted kernel.
     pub(crate) latch: Option<Arc<StartLatch>>,
     pub(crate) devices: Devices,
@@ -51,8 +54,7 @@ pub struct Machine {
     /// Descriptors and memory that the vCPUs need; dropped after them, in this order.
     pub(crate) vm: Vm,
     pub(crate) memory: GuestMemory,
-    /// Whether the machine is captured when it stops, as a pre-booted kernel.
-    pub(crate) is_captured: bool,
+    pub(crate) purpose: Purpose,
     /// The connection to the front, if it is another process.
     pub(crate) control: Option<Control>,
     /// What confines the threads while the guest runs.
@@ -67,6 +69,8 @@ pub(crate) struct Devices {
     pub(crate) buses: Arc<Buses>,
     pub(crate) marks: Arc<Mutex<BootMarks>>,
     pub(crate) serial: Arc<Mutex<SerialPort>>,
+    /// From which init requests its configuration.
+    pub(crate) configuration: Arc<Mutex<Configuration>>,
     pub(crate) io_apic: Option<Arc<Mutex<IoApic>>>,
     /// Receives the kernel's log from init, if the boot is profiled.
     pub(crate) kernel_log: Option<Arc<Mutex<KernelLog>>>,
@@ -164,12 +168,16 @@ impl Machine {
         let mut buses = Buses::default();
         let (serial, input) = create_serial_port(config, &vm, &stopping, state)?;
         let marks = Arc::new(Mutex::new(purpose.boot_marks()));
-        let configuration = create_configuration(config, created, state.is_some())?;
+        let configuration = match purpose {
+            Purpose::Wait => Configuration::unknown(),
+            _ => create_configuration(config, created, state.is_some())?,
+        };
+        let configuration = Arc::new(Mutex::new(configuration));
         let io_apic = create_io_apic(config, &vm, &device_set.lines(), &mut buses.memory, state)?;
         let balloon = device_set.balloon.clone();
         let virtio = device_set.connect(&vm, &memory, &mut buses.memory, state)?;
         let kernel_log = config.profile.as_ref().map(|_| Arc::default());
-        claim_ports(&mut buses.ports, &serial, &marks, configuration, kernel_log.as_ref());
+        claim_ports(&mut buses.ports, &serial, &marks, configuration.clone(), kernel_log.as_ref());
         let latch = preboot.as_ref().map(|preboot| preboot.open_latch_at_init(&memory, &mut lock(&marks)));
         timeline.reached("devices built");
 
@@ -184,16 +192,18 @@ impl Machine {
         timeline.reached("vCPUs created");
 
         let buses = Arc::new(buses);
-        let devices = Devices { buses, marks, serial, io_apic, kernel_log, virtio, balloon, input };
+        let devices =
+            Devices { buses, marks, serial, configuration, io_apic, kernel_log, virtio, balloon, input };
         Ok(Self {
             vcpus,
+            threads: IdleThreads::default(),
             latch,
             devices,
             timeline,
             stopping,
             vm,
             memory,
-            is_captured: purpose != Purpose::Run,
+            purpose,
             control: None,
             jail: Jail::OFF,
             preboot_refusal: refusal,
@@ -205,6 +215,14 @@ impl Machine {
     #[must_use]
     pub const fn preboot_refusal(&self) -> Option<&PrebootError> {
         self.preboot_refusal.as_ref()
+    }
+
+    /// Enters the pages of a pre-booted kernel into the guest's page tables in KVM, so that the guest takes no faults on them.
+    /// They stay shared with other guests. Without effect on hosts that do not support it.
+    pub(crate) fn prefault(&self) {
+        if let Some(first) = self.vcpus.first() {
+            self.memory.file_ranges().into_iter().for_each(|range| first.prefault(range));
+        }
     }
 
     /// Registers a callback for the first boot mark of `stage`. It runs on the thread of the vCPU that writes the mark,
@@ -267,12 +285,14 @@ pub(crate) enum Purpose {
     Run,
     /// Stop when the guest reaches this stage, and be captured as a pre-booted kernel.
     Capture(BootMark),
+    /// Stop when init requests its configuration, and wait for one.
+    Wait,
 }
 
 impl Purpose {
     fn boot_marks(self) -> BootMarks {
         match self {
-            Self::Run => BootMarks::default(),
+            Self::Run | Self::Wait => BootMarks::default(),
             Self::Capture(stage) => BootMarks::capturing_at(stage as u8),
         }
     }
@@ -391,13 +411,13 @@ fn claim_ports(
     bus: &mut PortBus,
     serial: &Arc<Mutex<SerialPort>>,
     marks: &Arc<Mutex<BootMarks>>,
-    configuration: Configuration,
+    configuration: Arc<Mutex<Configuration>>,
     kernel_log: Option<&Arc<Mutex<KernelLog>>>,
 ) {
     let one = |port: u16| port..=port;
     bus.claim(layout::SERIAL_PORT..=layout::SERIAL_PORT + 7, serial.clone());
     bus.claim(one(port::BOOT_MARK), marks.clone());
-    bus.claim(port::CONFIG_REQUEST..=port::CONFIG_DATA, Arc::new(Mutex::new(configuration)));
+    bus.claim(port::CONFIG_REQUEST..=port::CONFIG_DATA, configuration);
     bus.claim(one(port::EXIT), Arc::new(Mutex::new(ExitPort)));
     bus.claim(one(layout::KEYBOARD_CONTROLLER_PORT), Arc::new(Mutex::new(KeyboardController)));
     bus.claim(one(layout::RESET_CONTROL_PORT), Arc::new(Mutex::new(ResetControl)));
@@ -409,7 +429,7 @@ fn claim_ports(
 
 /// The configuration that init requests: the guest's part of the machine's configuration, with the device of the root
 /// filesystem and the addresses of the network cards.
-fn guest_config(config: &Config) -> GuestConfig {
+pub(crate) fn guest_config(config: &Config) -> GuestConfig {
     let mut guest = config.guest.clone();
     let of_image = || config.devices.root_name().map(String::into_bytes);
     guest.root_device = guest.root_device.or_else(of_image);

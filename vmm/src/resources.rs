@@ -69,6 +69,15 @@ impl Resources {
         Ok(refusal.filter(|refusal| !refusal.is_not_found()))
     }
 
+    /// The files of the program, the kernel, the initrd and the pre-booted kernel, duplicated.
+    pub(crate) fn files(&self) -> io::Result<Vec<File>> {
+        let boot = self.boot.as_ref();
+        let kernel = boot.map(|boot| &boot.kernel).into_iter();
+        let files = kernel.chain(boot.and_then(|boot| boot.initrd.as_ref())).chain(&self.preboot);
+        let program = std::iter::once_with(|| File::open("/proc/self/exe"));
+        program.chain(files.map(File::try_clone)).collect()
+    }
+
     /// Duplicates the descriptors, except for the pre-booted kernel's.
     pub(crate) fn try_clone(&self) -> io::Result<Self> {
         let boot = self.boot.as_ref().map(BootFiles::try_clone).transpose()?;

@@ -7,14 +7,16 @@ use crate::error::{Error, with_causes};
 use crate::event_loop::{EventLoop, LoopEnd};
 use crate::exit::{Exit, ExitReason};
 use crate::jail::Thread;
-use crate::kvm::{ExitCounts, Vcpu, VcpuEnd};
-use crate::machine::Machine;
+use crate::kvm::{Clocks, ExitCounts, Vcpu, VcpuEnd};
+use crate::machine::{Machine, Purpose};
 use crate::memory::BackingFile;
+use crate::preboot::error::PrebootError;
 use crate::profile::Profile;
 use crate::timeline::Instant;
 use crate::vcpu_threads::{VcpuOutcome, VcpuThreads};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use vmm_sys_util::eventfd::EventFd;
 
 /// Lines of console output that an [`Exit`] keeps.
@@ -61,16 +63,16 @@ impl StopHandle {
     }
 }
 
-/// A machine that stopped at the boot mark at which it is captured.
+/// A machine that stopped at the stage of its [`Purpose`].
 #[derive(Debug)]
 pub(crate) struct CapturedMachine {
     /// The vCPUs, in the order of their ids.
     pub(crate) vcpus: Vec<Vcpu>,
-    /// The id of the vCPU that wrote the mark.
+    /// The id of the vCPU that reached the stage.
     pub(crate) init_vcpu: usize,
     /// The time stamp counter when the last vCPU stopped, from which later machines continue: at a later value, the
-    /// guest's timers would have expired.
-    pub(crate) tsc: Option<u64>,
+    /// guest's timers would have expired. `None` if one is in the middle of an instruction.
+    tsc: Option<u64>,
     stopped: Running,
 }
 
@@ -78,6 +80,25 @@ impl CapturedMachine {
     /// The machine, without its vCPUs.
     pub(crate) const fn machine(&self) -> &Machine {
         &self.stopped.machine
+    }
+
+    /// The clocks of the machine when its last vCPU stopped.
+    ///
+    /// # Errors
+    /// When KVM does not report them.
+    pub(crate) fn clocks(&self) -> Result<Clocks, Error> {
+        let in_access = PrebootError::NotCapturable("a vCPU is in the middle of an access to a device");
+        let tsc = self.tsc.ok_or(in_access)?;
+        Ok(Clocks::at(tsc, &self.stopped.machine.vm, &self.vcpus[0])?)
+    }
+
+    /// The machine with its vCPUs, which continues when it is started again.
+    pub(crate) fn into_machine(self) -> Machine {
+        let Running { mut machine, vcpus: threads, .. } = self.stopped;
+        machine.threads = threads.into_idle();
+        machine.vcpus = self.vcpus;
+        machine.stopping.store(false, Ordering::Release);
+        machine
     }
 }
 
@@ -107,7 +128,8 @@ impl Running {
         let eventfd =
             || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(Error::host("create an eventfd"));
         let (ended, stop) = (eventfd()?, eventfd()?);
-        let devices = machine.devices.virtio.clone();
+        // No device is used before it gets its host's side.
+        let devices = if machine.purpose == Purpose::Wait { Vec::new() } else { machine.devices.virtio.clone() };
         let files = machine.memory.backing_files();
         let event_loop = EventLoop::new(
             &ended,
@@ -127,9 +149,11 @@ impl Running {
             Some(latch) => vcpus.swap(0, latch.first()),
             None => vcpus.reverse(),
         }
-        let mut threads = VcpuThreads::new(ended, Arc::clone(&machine.stopping), machine.jail)?;
+        let stopping = Arc::clone(&machine.stopping);
+        let (latch, earlier) = (machine.latch.take(), std::mem::take(&mut machine.threads));
+        let mut threads = VcpuThreads::new(ended, stopping, latch, earlier, machine.jail)?;
         for (id, vcpu) in vcpus {
-            threads.start(id, vcpu, &machine.devices.buses, machine.latch.as_ref(), machine.is_captured)?;
+            threads.start(id, vcpu, &machine.devices.buses, machine.purpose != Purpose::Run)?;
         }
         let mut this = Self { vcpus: threads, stop, event_loop, outlives: None, machine };
         if this.machine.jail.is_on() {
@@ -182,7 +206,7 @@ impl Running {
     pub fn wait_for_end(mut self) -> (Exit, StoppedMachine) {
         let end = self.event_loop.run(&self.machine.devices.serial, &self.vcpus);
         let ended_at = Instant::now();
-        self.stop_vcpus();
+        self.vcpus.stop();
         for device in &self.machine.devices.virtio {
             lock(device).end();
         }
@@ -192,31 +216,24 @@ impl Running {
         (self.describe(outcomes, end, ended_at), StoppedMachine(self))
     }
 
-    /// Waits until the guest writes the boot mark at which the machine is captured.
+    /// Waits until the guest reaches the stage at which the machine stops, of its [`Purpose`].
     ///
     /// # Errors
-    /// When the guest ends before the mark; the error is the reason of its end.
+    /// When the guest ends before; the error is the reason of its end.
     pub(crate) fn wait_for_capture(mut self) -> Result<CapturedMachine, ExitReason> {
         let end = self.event_loop.run(&self.machine.devices.serial, &self.vcpus);
-        self.stop_vcpus();
+        self.vcpus.stop();
         let at_mark = |outcome: &VcpuOutcome| matches!(outcome.end, VcpuEnd::Request(GuestRequest::Capture));
         let (vcpus, outcomes) = self.vcpus.take_outcomes();
         let Some(init_vcpu) = outcomes.first().filter(|first| at_mark(first)).map(|first| first.id) else {
             return Err(self.describe(outcomes, end, Instant::now()).reason);
         };
-        let tsc = outcomes.iter().map(|outcome| outcome.tsc).max().flatten();
+        let tsc = outcomes.iter().map(|outcome| outcome.tsc).collect::<Option<Vec<_>>>();
+        let tsc = tsc.and_then(|all| all.into_iter().max());
         let mut vcpus: Vec<_> = outcomes.iter().map(|outcome| outcome.id).zip(vcpus).collect();
         vcpus.sort_by_key(|(id, _)| *id);
         let vcpus = vcpus.into_iter().map(|(_, vcpu)| vcpu).collect();
         Ok(CapturedMachine { vcpus, init_vcpu, tsc, stopped: self })
-    }
-
-    /// Stops all vCPU threads, and waits for them.
-    fn stop_vcpus(&mut self) {
-        if let Some(latch) = &self.machine.latch {
-            latch.open();
-        }
-        self.vcpus.stop();
     }
 
     fn describe(&self, mut outcomes: Vec<VcpuOutcome>, end: LoopEnd, ended_at: Instant) -> Exit {
@@ -272,12 +289,6 @@ impl Running {
     }
 }
 
-impl Drop for Running {
-    fn drop(&mut self) {
-        self.stop_vcpus();
-    }
-}
-
 impl VcpuEnd {
     /// Whether KVM could not access the guest's memory at an address where the machine has some.
     fn is_bad_address(&self) -> bool {
@@ -305,7 +316,7 @@ fn reason_of(end: VcpuEnd, console: &[String]) -> ExitReason {
         VcpuEnd::Request(GuestRequest::Reset) if has_panicked(console) => ExitReason::GuestPanic,
         VcpuEnd::Request(GuestRequest::Reset) => ExitReason::Reset,
         VcpuEnd::Request(GuestRequest::HostFailed(what)) => ExitReason::VmmFailure(what.to_owned()),
-        // Only a machine that is captured has a device that requests `Capture`, and only memory-mapped devices request
+        // Only a machine that continues later has a device that requests `Capture`, and only memory-mapped devices request
         // `Retry`, which the vCPU handles.
         VcpuEnd::Request(GuestRequest::Capture | GuestRequest::Retry) => ExitReason::Stopped,
         VcpuEnd::TripleFault if has_panicked(console) => ExitReason::GuestPanic,

@@ -32,6 +32,7 @@ pub(crate) struct Arguments {
     pub(crate) read_only: bool,
     pub(crate) pull: String,
     pub(crate) cold: bool,
+    pub(crate) spare: bool,
     pub(crate) jail: Jail,
     /// `CLOCK_MONOTONIC` in nanoseconds when the caller started this command.
     pub(crate) started_at: Option<u64>,
@@ -109,6 +110,8 @@ const OPTIONS: &[Opt<Arguments>] = &[
          the call [default: end]"),
     flag("", "cold", |all| all.cold = true,
         "Boot the kernel even if there is a pre-booted one"),
+    flag("", "spare", |all| all.spare = true,
+        "Use a machine that was started ahead, if there is one, and start another ahead for the next command"),
     option("", "started-at", "NS", |all, word| all.started_at.store(word), ""),
     flag("", "report", |all| all.report = true,
         "Print the times of the steps on standard error at the end"),
@@ -146,6 +149,7 @@ impl Default for Arguments {
             read_only: false,
             pull: PULL[0].to_owned(),
             cold: false,
+            spare: false,
             jail: Jail::default(),
             started_at: None,
             report: false,
@@ -279,6 +283,7 @@ mod tests {
             pull: "never".into(),
             jail: Jail::OFF,
             cold: true,
+            spare: true,
             started_at: Some(7),
             report: true,
             command: strings("sh -c -e"),
@@ -286,7 +291,7 @@ mod tests {
         let line = "-e A=1 --env B --env-file f --workdir / -u a:b --entrypoint e -tid -m 64m --cpus 1.25 --cgroup-parent /a/b --timeout 5 --pids-limit 9 \
                     --disk-bps 10m --disk-iops 200 --net-bps 3k \
                     --name n --hostname h --rm --network tap --net user -p 1:2 --publish 3:4 -v a:/b --read-only \
-                    --pull never --jail off --seccomp end --cold --started-at 7 --report image sh -c -e";
+                    --pull never --jail off --seccomp end --cold --spare --started-at 7 --report image sh -c -e";
         assert_eq!(parse(line), Ok(expected));
         assert_eq!(parse("image"), Ok(Arguments { image: "image".into(), ..Arguments::default() }));
     }

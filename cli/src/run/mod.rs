@@ -55,7 +55,7 @@ fn stay((): &(), entered: Instant) -> u8 {
 
 fn execute(arguments: &Arguments, mut timeline: Timeline) -> Result<u8, LaunchError> {
     // The monitor starts while this process prepares the guest.
-    let monitor = launch::spawn_monitor();
+    let monitor = (!arguments.spare).then(launch::spawn_monitor);
     let prepared = image::prepare(&arguments.image, arguments.process.user.as_deref(), &arguments.pull)?;
     timeline.reached("root filesystem found");
     let guest = GuestDir::create(arguments.name.as_deref())?;
@@ -84,7 +84,7 @@ fn run_guest(
     guest: &GuestDir,
     prepared: &Prepared,
     launcher: Option<&Launcher>,
-    monitor: Result<Monitor, LaunchError>,
+    monitor: Option<Result<Monitor, LaunchError>>,
     timeline: &Timeline,
 ) -> Result<Outcome, LaunchError> {
     // Before any thread is started, and before there are files to clean up.
@@ -102,7 +102,7 @@ fn run_guest(
         guest.forget();
         signals::exit(cause);
     })?;
-    let monitor = monitor?;
+    let monitor = monitor.transpose()?;
     let _terminal = (arguments.process.tty && !arguments.detach).then(RawTerminal::enter).flatten();
     foreground.timeout = arguments.timeout.map(Duration::from_secs);
     foreground.waits_for_machine = arguments.report;
@@ -184,6 +184,7 @@ impl Arguments {
             volumes: self.volume.clone(),
             is_root_read_only: self.read_only,
             is_cold: self.cold,
+            uses_spares: self.spare,
             is_kept: self.detach && !self.rm,
             jail: self.jail,
         }

@@ -21,7 +21,7 @@
 //!             std::process::exit(cause.status().into());
 //!         })?;
 //!         let serve = |attachment: &mut kindling::attach::Attachment<'_>, process| attachment.serve(process, streams);
-//!         Ok(foreground.run(monitor, &timeline, serve)?.status())
+//!         Ok(foreground.run(Some(monitor), &timeline, serve)?.status())
 //!     };
 //!     let result = run();
 //!     // Also after an error.
@@ -95,7 +95,8 @@ impl<'a> Foreground<'a> {
         launch.preboot(&**notify, |monitor| attachment.event(monitor))
     }
 
-    /// Runs the machine in its monitor, which [`spawn_monitor`](crate::launch::spawn_monitor) has started. `serve` is called
+    /// Runs the machine in its monitor, which [`spawn_monitor`](crate::launch::spawn_monitor) has started, or else in a spare
+    /// or new one. `serve` is called
     /// with the guest's command once the guest runs, and returns the exit status: [`Attachment::serve`]. Returns when command
     /// and machine have ended, or when the command has succeeded and the end of the machine need not be waited for.
     ///
@@ -103,7 +104,7 @@ impl<'a> Foreground<'a> {
     /// When a file cannot be opened, or the monitor cannot build the machine.
     pub fn run(
         self,
-        monitor: Monitor,
+        monitor: Option<Monitor>,
         timeline: &Timeline,
         serve: impl FnOnce(&mut Attachment<'_>, Process) -> Result<u8, AgentError>,
     ) -> Result<Outcome, LaunchError> {
@@ -117,6 +118,7 @@ impl<'a> Foreground<'a> {
         let mut attachment = Attachment::new(signals, &mut stop, Arc::clone(&notify));
         attachment.set_deadline(deadline);
         let mut start = Start { attachment: &mut attachment, stopper: &stopper, stopped_by: &stopped_by };
+        let monitor = monitor.map_or_else(|| launch.new_monitor(), Ok)?;
         let mut machine = match launch.start(monitor, timeline, &*notify, &mut start)? {
             Started::Running(_) => None,
             Started::Ended(end) => Some(end),
@@ -134,6 +136,7 @@ impl<'a> Foreground<'a> {
                 report_failures_so_far(&monitor, &notify);
                 monitor.forget();
             }
+            launch.make_spare();
             return Ok(Outcome { machine: None, command, stopped_by: stopped_by.get() });
         }
         if let (Err(error), None) = (&command, &machine) {
@@ -145,6 +148,7 @@ impl<'a> Foreground<'a> {
         if matches!(machine, Some(MachineEnd::Stopped(_))) && is_private {
             launch.monitor.take().into_iter().for_each(Monitor::forget);
         }
+        launch.make_spare();
         Ok(Outcome { machine, command, stopped_by: stopped_by.get() })
     }
 }

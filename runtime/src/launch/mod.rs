@@ -1,6 +1,7 @@
 //! The launch of a guest: its options, the configuration that they result in, its monitor, and its pre-booted kernel.
 
 mod limits;
+mod spare;
 pub(crate) mod start;
 
 pub use kindling_vmm::Error as MachineError;
@@ -162,6 +163,8 @@ pub struct LaunchOptions {
     pub is_cold: bool,
     /// Whether the guest's directory remains after the end of the guest, until it is removed.
     pub is_kept: bool,
+    /// Whether the guest gets a spare monitor if there is one, and leaves another for the next guest.
+    pub uses_spares: bool,
     /// Limits beyond memory and vCPUs.
     pub limits: Limits,
     /// Directory of an existing cgroup in which the monitor gets one of its own, with limits of memory and threads.

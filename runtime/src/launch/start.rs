@@ -1,7 +1,7 @@
 //! The start of a guest in its monitor, for each way to start one: [`GuestBuilder`](crate::GuestBuilder) and
 //! [`Foreground`](crate::foreground::Foreground).
 
-use super::{LaunchError, LaunchOptions, Plan};
+use super::{LaunchError, LaunchOptions, Plan, spare};
 use crate::guest::{GuestDir, GuestRecord};
 use crate::image::Prepared;
 use crate::kernel::KernelError;
@@ -11,7 +11,7 @@ use kindling_vmm::jail::CgroupLimits;
 use kindling_vmm::{Error, Exit, Resources, Timeline, with_causes};
 use std::cell::RefCell;
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// A guest that is being started: its configuration, and the resources that are open for it.
 #[derive(Debug)]
@@ -24,6 +24,7 @@ pub(crate) struct Launch<'a> {
     ports: Option<File>,
     /// The limits of the monitor's cgroup, if it has one.
     cgroup: Option<CgroupLimits>,
+    uses_spares: bool,
     /// The monitor of the machine. Dropping it stops the machine and waits for the process.
     pub(crate) monitor: Option<Monitor>,
 }
@@ -65,7 +66,24 @@ impl<'a> Launch<'a> {
         let Plan { config, record } = options.plan(guest, prepared)?;
         let resources = Resources::open_devices(&config)?;
         let cgroup = options.cgroup(&config);
-        Ok(Self { guest, config, record, resources, ports, cgroup, monitor: None })
+        let uses_spares = options.uses_spares && cgroup.is_none();
+        Ok(Self { guest, config, record, resources, ports, cgroup, uses_spares, monitor: None })
+    }
+
+    /// A monitor for the guest: a spare one, if the guest uses spares and there is one, or else a new one.
+    pub(crate) fn new_monitor(&self) -> Result<Monitor, LaunchError> {
+        let spare = self.uses_spares.then(|| spare::take(&self.config)).flatten();
+        spare.map_or_else(spawn_monitor, Ok)
+    }
+
+    /// Starts a spare monitor for the next guest of this kind, if the guest uses spares.
+    pub(crate) fn make_spare(&self) {
+        if self.uses_spares
+            && let Some(mut process) = spare::make(&self.config)
+        {
+            // Without a thread it stays a zombie until this process exits.
+            let _ = std::thread::Builder::new().name("reaper".to_owned()).spawn(move || process.wait());
+        }
     }
 
     /// Writes the guest's record, and pre-boots the kernel unless a pre-booted one exists. If that fails, the guest boots its
@@ -82,8 +100,8 @@ impl<'a> Launch<'a> {
         Ok(())
     }
 
-    /// Starts the machine in a monitor, and waits until the guest's agent accepts connections. A pre-booted kernel that
-    /// cannot be used must not prevent the start: the guest boots its kernel instead, in a second monitor.
+    /// Starts the machine in a monitor, and waits until the guest's agent accepts connections. Neither a spare monitor nor a
+    /// pre-booted kernel that cannot be used prevents the start: the guest gets another monitor then, and boots its kernel.
     pub(crate) fn start(
         &mut self,
         monitor: Monitor,
@@ -93,19 +111,41 @@ impl<'a> Launch<'a> {
     ) -> Result<Started, LaunchError> {
         // Both monitors say what the host lacks.
         let notify = &once(notify);
+        let is_spare = monitor.is_spare();
         let mut result = self.start_in(monitor, timeline.clone(), notify, observer);
+        if is_spare && self.has_failed(&result) {
+            let monitor = self.replacement()?;
+            result = self.start_in(monitor, timeline.clone(), notify, observer);
+        }
         if let Err(LaunchError::Monitor(failure)) = &result
             && failure.is_restore_error
             && self.config.preboot.is_some()
         {
             notify(&failure.message);
             self.config.preboot = None;
-            self.monitor = None;
-            let monitor = spawn_monitor()?;
-            self.resources = Resources::reopen_devices(&self.config)?;
+            let monitor = self.replacement()?;
             result = self.start_in(monitor, timeline.clone(), notify, observer);
         }
         result
+    }
+
+    /// Whether a spare monitor cannot run the guest, or has ended.
+    fn has_failed(&self, result: &Result<Started, LaunchError>) -> bool {
+        match result {
+            Ok(Started::Ended(MachineEnd::Lost(error))) | Err(LaunchError::Machine(Error::Control(error))) => {
+                matches!(error, ControlError::Disconnected | ControlError::Version)
+            }
+            Err(LaunchError::Monitor(failure)) => failure.is_restore_error,
+            _ => false,
+        }
+    }
+
+    /// A new monitor in place of one that has failed, with new resources.
+    fn replacement(&mut self) -> Result<Monitor, LaunchError> {
+        self.monitor = None;
+        let monitor = spawn_monitor()?;
+        self.resources = Resources::reopen_devices(&self.config)?;
+        Ok(monitor)
     }
 
     /// Opens the remaining resources, and starts the machine.
@@ -121,7 +161,9 @@ impl<'a> Launch<'a> {
             monitor.limit(limits, self.guest.name())?;
         }
         let mut resources = std::mem::take(&mut self.resources);
-        if let Some(refusal) = resources.open_boot_files(&mut self.config)? {
+        if !monitor.is_spare()
+            && let Some(refusal) = resources.open_boot_files(&mut self.config)?
+        {
             notify(&with_causes(&refusal));
         }
         monitor.start(&self.config, resources, Some(self.guest.monitor_lock()?), timeline)?;
@@ -175,8 +217,13 @@ pub(crate) fn end_of(
 /// # Errors
 /// When the program is missing, other users can change it, or the host cannot execute it.
 pub fn spawn_monitor() -> Result<Monitor, LaunchError> {
+    Monitor::spawn(&monitor_program()?).map_err(LaunchError::NoMonitor)
+}
+
+/// The path of `kindling-vmm`.
+pub(super) fn monitor_program() -> Result<PathBuf, LaunchError> {
     match trusted_path::companion("kindling-vmm") {
-        Ok(program) => Monitor::spawn(&program).map_err(LaunchError::NoMonitor),
+        Ok(program) => Ok(program),
         Err(error) if error.is_absent() => Err(LaunchError::NoMonitor(std::io::ErrorKind::NotFound.into())),
         Err(error) => Err(KernelError::Untrusted(error).into()),
     }

@@ -9,6 +9,7 @@ pub(crate) mod channel;
 mod front;
 mod handle;
 mod monitor;
+mod waiting;
 
 pub use channel::ControlError;
 pub use front::{Monitor, PrebootDraft, Stopper};
@@ -21,6 +22,7 @@ use crate::devices::virtio::balloon;
 use crate::exit::Exit;
 use crate::timeline::Timeline;
 use serde::{Deserialize, Serialize};
+use std::time::Duration;
 
 /// Exit status of a monitor whose front sent something that is no request.
 pub const STATUS_INVALID_REQUEST: u8 = 125;
@@ -28,8 +30,10 @@ pub const STATUS_INVALID_REQUEST: u8 = 125;
 /// A request of a front to its monitor.
 #[derive(Debug, Deserialize, Serialize)]
 pub(crate) enum Request {
-    /// Start a machine. This or [`Self::Preboot`] is the first request, and is sent once.
+    /// Start a machine. This, [`Self::Spare`] or [`Self::Preboot`] is the first request, and is sent once.
     Start(Box<Start>),
+    /// Make a spare machine, and wait at most for this time at a socket for a front, which sends [`Self::Start`].
+    Spare(Box<Start>, Duration),
     /// Boot a kernel as far as init, and write it to a file from which later machines continue.
     Preboot(Box<Start>),
     /// Stop the machine. Closing the socket has the same effect, unless the front has detached.
@@ -91,6 +95,10 @@ pub(crate) enum Role {
     Preboot,
     /// A file that the monitor locks until it exits. Other processes read the monitor's process ID from the lock.
     Lock,
+    /// The socket at which a spare monitor waits for its front.
+    Listener,
+    /// The standard error of a spare monitor from here on.
+    Stderr,
     /// A descriptor of a device's backend.
     Device,
 }
@@ -152,14 +160,14 @@ pub struct Failure {
     pub is_kvm_error: bool,
     /// Whether the host lacks a layer of the jail.
     pub is_jail_error: bool,
-    /// Whether restoring the pre-booted kernel failed; a boot may succeed.
+    /// Whether restoring the pre-booted kernel, or the use of a spare machine, failed; another start may succeed.
     pub is_restore_error: bool,
     /// The error and its sources, on one line.
     pub message: String,
 }
 
 /// The version of the protocol, which depends on the sources of this package (build.rs).
-const PROTOCOL: &str = env!("KINDLING_PROTOCOL");
+pub const PROTOCOL: &str = env!("KINDLING_PROTOCOL");
 
 /// Maximum size of a request in bytes: arguments and environment have at most 2 MiB, and the rest of a configuration is
 /// small.

@@ -1,24 +1,29 @@
 //! The monitor's end of the socket: the program `kindling-vmm`.
 
 use super::channel::Channel;
-use super::{Control, ControlError, EVENT_MAX, Event, Failure, PROTOCOL, REQUEST_MAX, Request, Role, Start};
+use super::waiting::Waiting;
+use super::{
+    Control, ControlError, EVENT_MAX, Event, Failure, PROTOCOL, REQUEST_MAX, Request, Role, Start,
+};
 use crate::boot::BootFiles;
-use crate::config::Console;
+use crate::config::{Config, Console};
 use crate::devices::virtio::backend::Backend;
 use crate::entry;
 use crate::error::{Error, with_causes};
-use crate::jail::{Limits, Strictness, Thread};
+use crate::jail::{Jail, Limits, Strictness, Thread};
 use crate::layout;
 use crate::machine::{Machine, Purpose};
 use crate::preboot::capture;
 use crate::preboot::error::PrebootError;
 use crate::resources::Resources;
+use crate::spare::Spare;
 use guest_protocol::BootMark;
 use rustix::fs::{FlockOperation, fcntl_lock, fstat};
 use rustix::process::{Signal, set_parent_process_death_signal};
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 /// Exit status of a guest that failed.
 const STATUS_FAILURE: u8 = 125;
@@ -26,9 +31,6 @@ const STATUS_FAILURE: u8 = 125;
 /// Address space of a monitor without guest memory and persistent memory, in bytes: its program, stacks of 16 vCPUs, and
 /// buffers of vsock connections, most of which are never used.
 const OWN_MEMORY_MAX: u64 = 1 << 30;
-
-/// Serves a first request with its descriptors until the machine has ended.
-type Serve = fn(Start, Vec<OwnedFd>, &Channel) -> Result<(), Error>;
 
 /// Serves the front at the other end of a socket: waits for its first request, runs the machine until it ends, and
 /// reports the result. It is not an error if the front closes the socket before its first request.
@@ -40,41 +42,114 @@ type Serve = fn(Start, Vec<OwnedFd>, &Channel) -> Result<(), Error>;
 pub fn serve(socket: UnixStream) -> Result<(), ControlError> {
     let channel = Channel::new(socket);
     let Some((request, descriptors)) = channel.receive::<Request>(REQUEST_MAX)? else { return Ok(()) };
-    let (start, serve): (_, Serve) = match request {
-        Request::Start(start) => (start, run),
-        Request::Preboot(start) => (start, preboot),
-        _ => return Err(ControlError::Version),
-    };
+    match request {
+        Request::Start(start) => answer(&channel, *start, |start| run(start, descriptors, &channel)),
+        Request::Preboot(start) => answer(&channel, *start, |start| preboot(start, descriptors, &channel)),
+        Request::Spare(start, idle) => {
+            // Its front does not wait for it, and so gets no error.
+            let Ok((spare, waiting)) = make_spare(*start, descriptors, idle) else { return Ok(()) };
+            let Some((channel, start, descriptors)) = waiting.wait()? else { return Ok(()) };
+            answer(&channel, start, |start| run_spare(spare, start, descriptors, &channel))
+        }
+        _ => Err(ControlError::Version),
+    }
+}
+
+/// Serves a request of this version, and reports a failure to the front.
+fn answer(
+    channel: &Channel,
+    start: Start,
+    serve: impl FnOnce(Start) -> Result<(), Error>,
+) -> Result<(), ControlError> {
     if start.version != PROTOCOL {
         return Err(ControlError::Version);
     }
-    match serve(*start, descriptors, &channel) {
-        Ok(()) => Ok(()),
-        Err(error) => channel.send(&Event::Failed(Failure::of(&error)), EVENT_MAX, &[]),
-    }
+    serve(start)
+        .or_else(|error| channel.send(&Event::Failed(Failure::of(&error)), EVENT_MAX, &[]))
 }
 
 /// Runs a machine.
 fn run(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result<(), Error> {
-    let Received { resources, _lock, limits } = Received::new(&start, descriptors)?;
+    let received = Received::new(&start, descriptors)?.with_boot_files(&start.config)?;
+    let Received { resources, _lock, limits, .. } = received;
     let Start { config, mut timeline, .. } = start;
     timeline.reached("configuration received");
     entry::raise_descriptor_limit();
-    let missing = config.jail.confine_process(limits)?;
-    if let (false, Strictness::BestEffort) = (missing.is_empty(), config.jail.strictness) {
-        let text = format!("this host cannot {}: the guest's monitor runs without it", missing.join(", "));
-        let _ = channel.send(&Event::JailReduced(text), EVENT_MAX, &[]);
-    }
+    report_missing(&config.jail.confine_process(limits)?, config.jail, channel);
     timeline.reached("process confined");
-    let mut machine = Machine::with_resources(&config, resources, timeline, Purpose::Run)?;
+    let machine = Machine::with_resources(&config, resources, timeline, Purpose::Run)?;
     if let Some(refusal) = machine.preboot_refusal() {
         let _ = channel.send(&Event::PrebootRefused(with_causes(refusal)), EVENT_MAX, &[]);
     }
+    run_machine(machine, config.jail, channel)
+}
+
+/// A spare machine in its jail.
+struct JailedSpare {
+    spare: Spare,
+    jail: Jail,
+    /// What the host cannot take away, and the jail does not require.
+    missing: Vec<&'static str>,
+}
+
+/// Makes a spare machine, and prepares the wait for its front.
+fn make_spare(
+    start: Start,
+    descriptors: Vec<OwnedFd>,
+    idle: Duration,
+) -> Result<(JailedSpare, Waiting), Error> {
+    if start.version != PROTOCOL {
+        return Err(ControlError::Version.into());
+    }
+    let received = Received::new(&start, descriptors)?.with_boot_files(&start.config)?;
+    let Received { resources, listener, .. } = received;
+    let listener = listener.ok_or_else(|| missing("receive a socket"))?;
+    let waiting = resources.files().and_then(|files| Waiting::new(listener, idle, files));
+    let waiting = waiting.map_err(Error::host("watch the files of a machine"))?;
+    entry::raise_descriptor_limit();
+    let jail = start.config.jail;
+    // The guest's limits follow.
+    let missing = jail.confine_process(Limits::default())?;
+    let spare = Spare::new(start.config, resources)?;
+    Ok((JailedSpare { spare, jail, missing }, waiting))
+}
+
+/// Runs the guest of a spare machine.
+fn run_spare(
+    spare: JailedSpare,
+    start: Start,
+    descriptors: Vec<OwnedFd>,
+    channel: &Channel,
+) -> Result<(), Error> {
+    let Received { resources, _lock, limits, .. } = Received::new(&start, descriptors)?;
+    let Start { config, mut timeline, .. } = start;
+    let JailedSpare { spare, jail, missing } = spare;
+    timeline.reached("configuration received");
+    if config.jail != jail {
+        return Err(PrebootError::OtherDevices.into());
+    }
+    jail.limit_process(limits)?;
+    report_missing(&missing, jail, channel);
+    timeline.reached("process confined");
+    let machine = spare.give_to(&config, resources, timeline)?;
+    run_machine(machine, jail, channel)
+}
+
+/// Tells the front what the host cannot take away from this process.
+fn report_missing(missing: &[&str], jail: Jail, channel: &Channel) {
+    if let (false, Strictness::BestEffort) = (missing.is_empty(), jail.strictness) {
+        let text = format!("this host cannot {}: the guest's monitor runs without it", missing.join(", "));
+        let _ = channel.send(&Event::JailReduced(text), EVENT_MAX, &[]);
+    }
+}
+
+/// Runs a machine until it ends, and reports the result.
+fn run_machine(mut machine: Machine, jail: Jail, channel: &Channel) -> Result<(), Error> {
     let mut control = Control::new(channel, machine.devices.balloon.clone())?;
     let started = control.send_at_start(machine.timeline.clone())?;
     machine.at_mark(BootMark::AgentReady, started);
     machine.control = Some(control);
-    machine.jail = config.jail;
+    machine.jail = jail;
     let (exit, stopped) = machine.start()?.wait_for_end();
     // If the front has closed the socket, the machine has stopped for that reason, and there is no receiver.
     // What `kindling run` ends with in the same case.
@@ -87,7 +162,8 @@ fn run(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result<(),
 
 /// Pre-boots a kernel.
 fn preboot(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result<(), Error> {
-    let Received { mut resources, limits, .. } = Received::new(&start, descriptors)?;
+    let received = Received::new(&start, descriptors)?.with_boot_files(&start.config)?;
+    let Received { mut resources, limits, .. } = received;
     let config = start.config;
     // Sparse files in memory, of any length, replace disks and persistent memory, of which both mappings exist for a moment.
     let mapped: u64 = resources.backends.iter().map(Backend::memory_len).sum();
@@ -113,6 +189,8 @@ struct Received {
     limits: Limits,
     /// Locked while this process lives.
     _lock: Option<OwnedFd>,
+    /// The socket of a spare.
+    listener: Option<OwnedFd>,
 }
 
 impl Received {
@@ -122,7 +200,7 @@ impl Received {
             return Err(missing("receive as many descriptors and backends as the request lists"));
         }
         let (mut resources, mut lock, mut devices) = (Resources::default(), None, Vec::new());
-        let (mut kernel, mut initrd) = (None, None);
+        let (mut kernel, mut initrd, mut listener) = (None, None, None);
         for (role, descriptor) in roles.iter().zip(descriptors) {
             match role {
                 Role::Kvm => resources.kvm = Some(descriptor),
@@ -135,18 +213,18 @@ impl Received {
                     let _ = fcntl_lock(&descriptor, FlockOperation::NonBlockingLockShared);
                     lock = Some(descriptor);
                 }
+                Role::Listener => listener = Some(descriptor),
+                Role::Stderr => {
+                    // Without it, the front does not get the reason of a crash.
+                    let _ = rustix::stdio::dup2_stderr(&descriptor);
+                }
                 Role::Device => devices.push(descriptor),
             }
         }
-        let kernel = kernel.ok_or_else(|| missing("receive a descriptor of the kernel"))?;
-        // Paths in the configuration are not opened here, nor are this process's standard streams the console's.
-        let has_initrd = config.boot_source.initrd_path.is_some();
-        if has_initrd != initrd.is_some() || config.console != Console::Null {
-            return Err(missing("receive descriptors of the initrd and the console"));
-        }
-        resources.boot = Some(BootFiles { kernel, initrd });
-        if resources.kvm.is_none() || config.preboot.is_some() != resources.preboot.is_some() {
-            return Err(missing("receive descriptors of KVM and the pre-booted kernel"));
+        resources.boot = kernel.map(|kernel| BootFiles { kernel, initrd });
+        // This process's standard streams are not the console's.
+        if config.console != Console::Null {
+            return Err(missing("receive a descriptor of the console"));
         }
         let size =
             |file: &OwnedFd| fstat(file).map_or(0, |status| u64::try_from(status.st_size).unwrap_or(0));
@@ -163,7 +241,21 @@ impl Received {
         if devices.next().is_some() {
             return Err(missing("find a device for each descriptor"));
         }
-        Ok(Self { resources, limits: Limits { file: Some(file), memory: Some(memory) }, _lock: lock })
+        let limits = Limits { file: Some(file), memory: Some(memory) };
+        Ok(Self { resources, limits, _lock: lock, listener })
+    }
+
+    /// Checks that all descriptors from which a machine is built are there: paths in the configuration are not opened.
+    fn with_boot_files(self, config: &Config) -> Result<Self, Error> {
+        let Resources { kvm, boot, preboot, .. } = &self.resources;
+        let boot = boot.as_ref().ok_or_else(|| missing("receive a descriptor of the kernel"))?;
+        if config.boot_source.initrd_path.is_some() != boot.initrd.is_some() {
+            return Err(missing("receive a descriptor of the initrd"));
+        }
+        if kvm.is_none() || config.preboot.is_some() != preboot.is_some() {
+            return Err(missing("receive descriptors of KVM and the pre-booted kernel"));
+        }
+        Ok(self)
     }
 }
 
@@ -177,7 +269,10 @@ impl Failure {
             is_user_error: error.is_user_error(),
             is_kvm_error: matches!(error, Error::Kvm(_)),
             is_jail_error: matches!(error, Error::Jail(_)),
-            is_restore_error: matches!(error, Error::Preboot(PrebootError::Restore { .. })),
+            is_restore_error: matches!(
+                error,
+                Error::Preboot(PrebootError::Restore { .. } | PrebootError::OtherDevices)
+            ),
             message: with_causes(error),
         }
     }

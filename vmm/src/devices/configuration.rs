@@ -10,7 +10,10 @@ use guest_protocol::handshake;
 /// The device at the I/O ports `port::CONFIG_REQUEST` and `port::CONFIG_DATA`.
 #[derive(Debug)]
 pub struct Configuration {
-    config: GuestConfig,
+    /// `None` in a spare machine, which stops at init's request.
+    config: Option<GuestConfig>,
+    /// The nonce of a request before the configuration is known.
+    waiting: Option<u32>,
     vm_created: Instant,
     /// Whether init sends the kernel log.
     kernel_log: bool,
@@ -41,7 +44,42 @@ impl Configuration {
         // that the configuration fits.
         config.to_frame(&BootInfo::ALL_SET)?;
         let entropy = if is_prebooted { random_numbers() } else { Vec::new() };
-        Ok(Self { config, vm_created, kernel_log, is_prebooted, entropy, answer: Vec::new(), position: 0 })
+        Ok(Self {
+            config: Some(config),
+            vm_created,
+            kernel_log,
+            is_prebooted,
+            entropy,
+            answer: Vec::new(),
+            position: 0,
+            waiting: None,
+        })
+    }
+
+    /// Creates the device of a spare machine, which continues from a pre-booted kernel and stops at the first request.
+    pub fn unknown() -> Self {
+        Self {
+            config: None,
+            vm_created: Instant(0),
+            kernel_log: false,
+            is_prebooted: true,
+            entropy: Vec::new(),
+            answer: Vec::new(),
+            position: 0,
+            waiting: None,
+        }
+    }
+
+    /// Sets the configuration of a spare machine, and responds to the request at which it stopped. New random numbers are
+    /// generated now.
+    ///
+    /// # Errors
+    /// When the configuration does not fit into a frame.
+    pub fn set(&mut self, config: GuestConfig, now: Instant) -> Result<(), FrameError> {
+        let waiting = self.waiting.take();
+        *self = Self::new(config, now, false, true)?;
+        waiting.into_iter().for_each(|nonce| self.restart(nonce));
+        Ok(())
     }
 
     /// Maximum number of responses to a pre-booted kernel: init needs one.
@@ -52,11 +90,8 @@ impl Configuration {
         let reseed = self.entropy.pop().map(reseed);
         let boot = BootInfo { vm_age, kernel_log: self.kernel_log, reseed };
         // Init stops at an empty frame: no guest may run with the random numbers of another.
-        let frame = if self.is_prebooted && boot.reseed.is_none() {
-            Vec::new()
-        } else {
-            self.config.to_frame(&boot).unwrap_or_default()
-        };
+        let config = self.config.as_ref().filter(|_| !self.is_prebooted || boot.reseed.is_some());
+        let frame = config.and_then(|config| config.to_frame(&boot).ok()).unwrap_or_default();
         let length = u32::try_from(frame.len()).unwrap_or(0);
         self.answer = [&handshake::response(nonce, length), &*frame].concat();
         self.position = 0;
@@ -101,7 +136,12 @@ impl BusDevice for Configuration {
 
     fn write(&mut self, offset: u16, data: &[u8]) -> Option<GuestRequest> {
         if let (0, &[a, b, c, d]) = (offset, data) {
-            self.restart(u32::from_le_bytes([a, b, c, d]));
+            let nonce = u32::from_le_bytes([a, b, c, d]);
+            if self.config.is_none() {
+                self.waiting = Some(nonce);
+                return Some(GuestRequest::Capture);
+            }
+            self.restart(nonce);
         }
         None
     }
@@ -163,6 +203,20 @@ mod tests {
         device.write(0, &8_u32.to_le_bytes());
         let empty = read(&mut device, DATA, handshake::RESPONSE_LEN + 1);
         assert_eq!(handshake::accept(8, &empty).unwrap().0, 0, "random numbers are used twice");
+    }
+
+    #[test]
+    fn a_spare_machine_stops_at_the_request_and_gets_the_answer_later() {
+        let mut device = Configuration::unknown();
+        assert_eq!(device.write(0, &7_u32.to_le_bytes()), Some(GuestRequest::Capture));
+        let config = GuestConfig { user_id: 1000, ..GuestConfig::default() };
+        device.set(config, Instant::now()).unwrap();
+        let first = read(&mut device, DATA, handshake::RESPONSE_LEN);
+        let (length, _) = handshake::accept(7, &first).unwrap();
+        let frame = read(&mut device, DATA, usize::try_from(length).unwrap());
+        let (config, boot) = GuestConfig::from_frame(&frame).unwrap();
+        assert_eq!((config.user_id, boot.reseed.is_some()), (1000, true));
+        assert_eq!(device.write(0, &8_u32.to_le_bytes()), None, "later requests are answered immediately");
     }
 
     #[test]

@@ -95,6 +95,18 @@ impl Jail {
         self
     }
 
+    /// Limits what this process may use, after [`Self::confine_process`] without these limits.
+    ///
+    /// # Errors
+    /// When the host refuses.
+    pub(crate) fn limit_process(&self, limits: Limits) -> Result<(), JailError> {
+        if !self.is_on() {
+            return Ok(());
+        }
+        let missing = enter(&[Layer::Limits], limits).into_iter().next();
+        missing.map_or(Ok(()), |(layer, source)| Err(JailError { what: layer.action(), source }))
+    }
+
     /// Forbids other processes of the user to read this process's memory.
     pub(crate) fn hide_memory(&self) {
         if self.is_on() {
@@ -125,8 +137,8 @@ impl Jail {
         if thread == Thread::EventLoop {
             self.hide_memory();
         }
-        if self.strictness == Strictness::Full && thread == Thread::Worker {
-            // It was started before `enter_root`, and has the capabilities to change the root directory.
+        if self.strictness == Strictness::Full && thread != Thread::EventLoop {
+            // It may have been started before `enter_root`, and has the capabilities to change the root directory then.
             require(Layer::Capabilities)?;
         }
         match filter::install(thread, self.on_refusal) {

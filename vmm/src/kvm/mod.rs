@@ -1,14 +1,17 @@
 //! The interface to KVM: the only module that calls KVM's ioctls.
 #![expect(unsafe_code, reason = "giving guest memory to KVM, reading its run structure")]
 
+mod clocks;
 mod coalesced;
 mod cpuid;
 mod pause;
+mod prefault;
 pub mod probe;
 mod restrictions;
 mod state;
 mod vcpu;
 
+pub(crate) use clocks::Clocks;
 use coalesced::CoalescedWrites;
 pub(crate) use pause::Pause;
 pub use state::VcpuState;

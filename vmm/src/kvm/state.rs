@@ -4,7 +4,7 @@
 //! before the local APIC (they enable it), the local APIC before the MSRs (which include the deadline of its timer),
 //! pending events last.
 
-use super::{KvmError, Vcpu, cpuid};
+use super::{Clocks, KvmError, Vcpu, cpuid};
 use kvm_bindings::{
     Msrs, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events,
     kvm_xcrs, kvm_xsave,
@@ -17,7 +17,7 @@ use x86_64::registers::rflags::RFlags;
 use zerocopy::{FromBytes, IntoBytes};
 
 /// Time stamp counter.
-const TSC: u32 = 0x10;
+pub(super) const TSC: u32 = 0x10;
 
 /// Busy bit in the type of a task state segment (AMD APM, volume 2, section 4.8.3).
 const TSS_BUSY: u8 = 0x2;
@@ -187,13 +187,12 @@ impl Vcpu {
         }
     }
 
-    /// Restores a state to a new vCPU. `tsc` is the time stamp counter, which is common to all vCPUs of a machine; the
-    /// first vCPU must be restored first.
+    /// Restores a state to a new vCPU. `clocks` are common to all vCPUs of a machine; the first vCPU must be restored first.
     ///
     /// # Errors
     /// When KVM refuses, for instance because this host does not support the guest's time stamp counter frequency.
     #[expect(unsafe_code, reason = "KVM_SET_XSAVE reads beyond its structure if the process has enabled AMX")]
-    pub fn restore(&self, state: &VcpuState, tsc: u64, is_first: bool) -> Result<(), KvmError> {
+    pub(crate) fn restore(&self, state: &VcpuState, clocks: &Clocks, is_first: bool) -> Result<(), KvmError> {
         let what = "set a vCPU's state";
         let fd = &self.fd;
         if self.tsc_khz()? != state.tsc_khz {
@@ -221,18 +220,9 @@ impl Vcpu {
         // The state may come from a file: registers that a guest cannot write itself are ignored.
         entries.retain(|entry| GUEST_MSRS.contains(&entry.index));
         for entry in entries.iter_mut().filter(|entry| entry.index == TSC) {
-            entry.data = tsc;
+            entry.data = clocks.tsc;
         }
-        // KVM before 6.7 interprets a value within one second of its own as an attempt to synchronize vCPUs, and does
-        // not change the counter (`kvm_synchronize_tsc` in arch/x86/kvm/x86.c). A guest that ran for some milliseconds
-        // is that close to a new machine. Therefore a value that is far from both is set first, then the actual one,
-        // and the other vCPUs get the same.
-        if is_first {
-            const FAR_MS: u64 = 10_000;
-            let far = tsc.wrapping_add(FAR_MS * u64::from(state.tsc_khz));
-            let entry = kvm_msr_entry { index: TSC, data: far, ..kvm_msr_entry::default() };
-            fd.set_msrs(&msr_list(&[entry])?).map_err(KvmError::ioctl(what))?;
-        }
+        clocks.prepare_tsc(self, is_first)?;
         let written = fd.set_msrs(&msr_list(&entries)?).map_err(KvmError::ioctl(what))?;
         if written < entries.len() {
             return Err(refused_msr("set", &entries, written));
@@ -264,7 +254,7 @@ impl Vcpu {
     }
 }
 
-fn msr_list(entries: &[kvm_msr_entry]) -> Result<Msrs, KvmError> {
+pub(super) fn msr_list(entries: &[kvm_msr_entry]) -> Result<Msrs, KvmError> {
     Msrs::from_entries(entries).map_err(|error| KvmError::Ioctl {
         what: "take a list of MSRs",
         source: std::io::Error::other(format!("{error:?}")),

@@ -169,6 +169,11 @@ impl Vcpu {
         &self.counts
     }
 
+    /// Starts to count exits anew.
+    pub(crate) fn forget_counts(&mut self) {
+        self.counts = ExitCounts::default();
+    }
+
     /// Makes this the boot vCPU, which starts the kernel: 64-bit mode with paging, and the address of the zero page in
     /// RSI (Documentation/arch/x86/boot.rst, "64-bit boot protocol"). The other vCPUs wait until the kernel starts
     /// them.

@@ -165,6 +165,12 @@ impl GuestMemory {
         Some(file.as_ptr().wrapping_add(usize::try_from(address.0 - start.0).ok()?))
     }
 
+    /// The guest-physical addresses over which files are mapped.
+    #[must_use]
+    pub(crate) fn file_ranges(&self) -> Vec<Range<u64>> {
+        lock(&self.files).clone()
+    }
+
     /// The RAM as a `vm-memory` object.
     #[must_use]
     pub const fn inner(&self) -> &GuestMemoryMmap {

@@ -10,7 +10,7 @@ use crate::config::{Config, Console, GuestConfig};
 use crate::control::Control;
 use crate::error::Error;
 use crate::exit::ExitReason;
-use crate::kvm::{Hypervisor, Vcpu};
+use crate::kvm::Hypervisor;
 use crate::layout::MIB;
 use crate::machine::{Machine, Purpose};
 use crate::memory::{Extent, GuestMemory, MemoryError};
@@ -71,7 +71,7 @@ pub(crate) fn capture(
     )?;
     machine.control = Some(control()?);
     let captured = machine.start()?.wait_for_capture();
-    let mut captured = captured.map_err(|reason| PrebootError::Ended(reason.to_string()))?;
+    let captured = captured.map_err(|reason| PrebootError::Ended(reason.to_string()))?;
     let mut state = captured.state(inputs, &msrs)?;
     let failed = |source| PrebootError::Write { path: path.clone(), source };
     file::write_pages(file, &state.extents, &captured.machine().memory).map_err(|error| match error {
@@ -133,12 +133,8 @@ fn run_trial(machine: Machine) -> Result<Vec<Extent>, Error> {
 }
 
 impl CapturedMachine {
-    fn state(&mut self, inputs: Inputs, msrs: &[u32]) -> Result<State, Error> {
-        if !self.vcpus.iter_mut().all(Vcpu::settle) {
-            return Err(
-                PrebootError::NotCapturable("a vCPU is in the middle of an access to a device").into()
-            );
-        }
+    fn state(&self, inputs: Inputs, msrs: &[u32]) -> Result<State, Error> {
+        let clocks = self.clocks()?;
         let machine = self.machine();
         let byte_at = |address| {
             let mut byte = [0];
@@ -150,12 +146,6 @@ impl CapturedMachine {
                 PrebootError::NotCapturable("its init does not mark its start with `out dx, al`").into()
             );
         }
-        let tsc = self.tsc.ok_or(PrebootError::NotCapturable("the time stamp counter cannot be read"))?;
-        // The clock is read later than `tsc`, and is set together with it: the time between them is subtracted.
-        let first = &self.vcpus[0];
-        let (later, khz) = (first.tsc()?, first.tsc_khz()?);
-        let since = u128::from(later.saturating_sub(tsc)) * 1_000_000 / u128::from(khz.max(1));
-        let clock = machine.vm.clock()?.saturating_sub(u64::try_from(since).unwrap_or(0));
         let vcpus = self.vcpus.iter().map(|vcpu| vcpu.state(msrs)).collect::<Result<_, _>>()?;
         let virtio = machine.devices.virtio.iter().map(|device| lock(device).state());
         let virtio = virtio.collect::<Result<_, _>>().map_err(PrebootError::from)?;
@@ -163,8 +153,7 @@ impl CapturedMachine {
         Ok(State {
             cpuid: features(&machine.vm.cpuid(inputs.vcpu_count)).copied().collect(),
             inputs,
-            tsc,
-            clock,
+            clocks,
             vcpus,
             init_vcpu: self.init_vcpu,
             io_apic: lock(io_apic).state(),

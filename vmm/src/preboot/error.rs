@@ -55,6 +55,9 @@ pub enum PrebootError {
     /// A trial guest that continued from the new file failed.
     #[error("a guest that was started from the new pre-booted kernel failed: {0}; rebuild the image")]
     Trial(String),
+    /// A spare machine was made for other devices, or another size.
+    #[error("the spare machine was made for another configuration")]
+    OtherDevices,
     /// KVM or the host rejects the saved state.
     #[error("cannot restore {}", path.display())]
     Restore {

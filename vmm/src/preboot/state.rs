@@ -4,7 +4,7 @@ use super::error::PrebootError;
 use crate::config::Config;
 use crate::config::image::{Digests, sha256};
 use crate::devices::{io_apic, serial, virtio};
-use crate::kvm::{KvmError, Vcpu, VcpuState, Vm};
+use crate::kvm::{Clocks, KvmError, Vcpu, VcpuState, Vm};
 use crate::memory::Extent;
 use guest_protocol::BootMark;
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
@@ -69,10 +69,7 @@ pub(crate) struct State {
     pub(super) inputs: Inputs,
     /// The first vCPU's CPUID entries ([`features`]): the kernel was patched for this processor.
     pub(super) cpuid: Vec<kvm_cpuid_entry2>,
-    /// The time stamp counter of all vCPUs.
-    pub(super) tsc: u64,
-    /// The machine's clock at the time of `tsc`, in nanoseconds.
-    pub(super) clock: u64,
+    pub(super) clocks: Clocks,
     pub(crate) vcpus: Vec<VcpuState>,
     /// The index of the vCPU that is before init's boot mark.
     pub(super) init_vcpu: usize,
@@ -89,9 +86,9 @@ pub(crate) struct State {
 impl State {
     /// Sets the clocks and registers of a new machine.
     pub(crate) fn restore(&self, vm: &Vm, vcpus: &[Vcpu]) -> Result<(), KvmError> {
-        vm.set_clock(self.clock)?;
+        self.clocks.restore(vm)?;
         // All vCPUs get the same value, so that KVM keeps them synchronized.
         let mut pairs = vcpus.iter().zip(&self.vcpus).enumerate();
-        pairs.try_for_each(|(number, (vcpu, state))| vcpu.restore(state, self.tsc, number == 0))
+        pairs.try_for_each(|(number, (vcpu, state))| vcpu.restore(state, &self.clocks, number == 0))
     }
 }

@@ -48,6 +48,9 @@ pub(crate) struct Arguments {
     /// Measure in the exact lab, which counts instructions
     #[arg(long)]
     exact: bool,
+    /// Profile a run in a spare monitor; for --scenario run
+    #[arg(long)]
+    spare: bool,
     /// Also sample the guest's stacks at this interval in microseconds [default: 25]
     #[arg(long, value_name = "US", num_args = 0..=1, default_missing_value = "25",
           value_parser = value_parser!(u64).range(1..=1_000_000))]
@@ -98,6 +101,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     if arguments.scenario == Scenario::Run {
         arguments.check_run()?;
         return run::run(arguments);
+    }
+    if arguments.spare {
+        bail!("--spare is an option of --scenario run; add that, or remove --spare");
     }
     let out = arguments.out.clone().unwrap_or_else(|| cargo::target_directory().join("profile"));
     // Arguments are checked before anything that takes time.

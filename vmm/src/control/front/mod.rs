@@ -1,11 +1,12 @@
 //! The front's end of the socket: starts the monitor, sends requests and receives events.
 
 mod events;
+mod process;
 
 use super::channel::Channel;
 use super::{
-    Answer, ControlError, Event, PROTOCOL, Query, REQUEST_MAX, Request, Role, STATUS_INVALID_REQUEST, Start,
-    Statistics,
+    Answer, ControlError, Event, PROTOCOL, Query, REQUEST_MAX, Request, Role, STATUS_INVALID_REQUEST,
+    Start, Statistics, waiting,
 };
 use crate::bus::lock;
 use crate::config::Config;
@@ -21,34 +22,34 @@ use crate::preboot::{capture, verified};
 use crate::resources::Resources;
 use crate::timeline::Timeline;
 use events::Events;
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use process::{End, Process};
 use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 /// Timeout for the rest of a frame whose first byte has arrived.
 const FRAME_TIMEOUT: Duration = Duration::from_secs(1);
-/// Timeout for a monitor to exit after its socket was closed.
-const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A monitor: a process `kindling-vmm`. Dropping it stops its machine and waits for the process.
 #[derive(Debug)]
 pub struct Monitor {
     channel: Channel,
     /// `None` when the process is left to a thread that reaps it.
-    process: Mutex<Option<Child>>,
+    process: Mutex<Option<Process>>,
     /// What the devices' backends need in this process.
     kept: Kept,
     events: Mutex<Events>,
     is_detached: bool,
     /// Removed after the process has ended.
     cgroup: Option<Cgroup>,
+    /// What a spare monitor gets as its standard error.
+    stderr: Option<OwnedFd>,
 }
 
 impl Monitor {
@@ -67,12 +68,65 @@ impl Monitor {
             .spawn()?;
         Ok(Self {
             channel: Channel::with_frame_timeout(ours, FRAME_TIMEOUT),
-            process: Mutex::new(Some(process)),
+            process: Mutex::new(Some(Process::Child(process))),
             kept: Kept::default(),
             events: Mutex::default(),
             is_detached: false,
             cgroup: None,
+            stderr: None,
         })
+    }
+
+    /// Takes the spare monitor of this name. Returns `None` if there is none, or another process has taken it.
+    #[must_use]
+    pub fn take_spare(name: &str) -> Option<Self> {
+        let stream = waiting::take(name)?;
+        let (stderr, its_stderr) = io::pipe().ok()?;
+        Some(Self {
+            process: Mutex::new(Some(Process::of_peer(&stream, stderr).ok()?)),
+            channel: Channel::with_frame_timeout(stream, FRAME_TIMEOUT),
+            kept: Kept::default(),
+            events: Mutex::default(),
+            is_detached: false,
+            cgroup: None,
+            stderr: Some(its_stderr.into()),
+        })
+    }
+
+    /// Starts a spare monitor of this name, unless it exists. It waits for a front with this configuration of machine, boot
+    /// source, devices and jail, at most for the time `idle`. If it cannot build the machine, it ends without a word. It does
+    /// not end with this process; it is returned to be reaped.
+    ///
+    /// # Errors
+    /// When the process cannot be started, or a file of the machine cannot be opened.
+    pub fn spawn_spare(
+        program: &Path,
+        config: &Config,
+        name: &str,
+        idle: Duration,
+    ) -> Result<Option<Child>, Error> {
+        let socket = waiting::socket(name).map_err(Error::host("create a socket"))?;
+        let Some(socket) = socket else { return Ok(None) };
+        let path = config.preboot.clone().ok_or(PrebootError::NotAnImage)?;
+        let mut config = capture::configuration(config, &path);
+        let mut resources = Resources::open_placeholders(&config)?;
+        resources.open_boot_files(&mut config)?;
+        let mut monitor = Self::spawn(program).map_err(Error::host("execute kindling-vmm"))?;
+        let timeline = Timeline::starting_at(crate::timeline::Instant::now());
+        let descriptors = [(Role::Listener, Some(socket))];
+        monitor.send_start(&config, resources, descriptors, timeline, |start| Request::Spare(start, idle))?;
+        // It has no front: the socket is closed.
+        monitor.is_detached = true;
+        match lock(&monitor.process).take() {
+            Some(Process::Child(child)) => Ok(Some(child)),
+            _ => Err(Error::from(ControlError::Disconnected)),
+        }
+    }
+
+    /// Whether this is a spare monitor, whose machine is built already: it needs only the resources of the devices.
+    #[must_use]
+    pub const fn is_spare(&self) -> bool {
+        self.stderr.is_some()
     }
 
     /// Limits the process by a cgroup of its own, which is removed at its end. `name` becomes a part of the cgroup's name.
@@ -81,7 +135,7 @@ impl Monitor {
     /// When no cgroup is delegated to the user, or the kernel refuses a limit.
     pub fn limit(&mut self, limits: &CgroupLimits, name: &str) -> Result<(), CgroupError> {
         if let Some(process) = &*lock(&self.process) {
-            self.cgroup = Some(Cgroup::create(limits, name, Pid::from_child(process))?);
+            self.cgroup = Some(Cgroup::create(limits, name, process.id())?);
         }
         Ok(())
     }
@@ -98,7 +152,10 @@ impl Monitor {
         lock: Option<OwnedFd>,
         timeline: Timeline,
     ) -> Result<(), Error> {
-        self.send_start(config, resources, lock, timeline, Request::Start)
+        let stderr = self.stderr.as_ref().map(OwnedFd::try_clone).transpose();
+        let stderr = stderr.map_err(Error::host("duplicate a descriptor"))?;
+        let descriptors = [(Role::Lock, lock), (Role::Stderr, stderr)];
+        self.send_start(config, resources, descriptors, timeline, Request::Start)
     }
 
     /// Pre-boots a kernel for the machines of a configuration, and runs trial guests from it. The console, the payload
@@ -124,7 +181,7 @@ impl Monitor {
         let resources = Resources::open_placeholders(&config)?;
         let resources = Resources { kvm, boot: Some(boot), preboot: Some(copy), ..resources };
         let timeline = Timeline::starting_at(crate::timeline::Instant::now());
-        self.send_start(&config, resources, None, timeline, Request::Preboot)?;
+        self.send_start(&config, resources, [], timeline, Request::Preboot)?;
         Ok(PrebootDraft { destination, file, path: path.into() })
     }
 
@@ -132,9 +189,9 @@ impl Monitor {
         &mut self,
         config: &Config,
         resources: Resources,
-        lock: Option<OwnedFd>,
+        others: impl IntoIterator<Item = (Role, Option<OwnedFd>)>,
         timeline: Timeline,
-        request: fn(Box<Start>) -> Request,
+        request: impl FnOnce(Box<Start>) -> Request,
     ) -> Result<(), Error> {
         let Resources { kvm, boot, preboot, backends } = resources;
         let (mut roles, mut descriptors) = (Vec::new(), Vec::new());
@@ -150,7 +207,7 @@ impl Monitor {
             add(Role::Initrd, boot.initrd.map(Into::into));
         }
         add(Role::Preboot, preboot.map(Into::into));
-        add(Role::Lock, lock);
+        others.into_iter().for_each(|(role, descriptor)| add(role, descriptor));
         let mut kinds = Vec::new();
         for backend in backends {
             let (kind, sent) = backend.send(&mut self.kept)?;
@@ -317,17 +374,24 @@ impl Monitor {
     /// Why a monitor has closed its socket, from its exit status.
     fn exit_cause(&self) -> ControlError {
         let mut process = lock(&self.process);
-        let Some(status) = process.as_mut().and_then(wait_or_kill) else { return ControlError::StopTimeout };
-        if status.code() == Some(STATUS_INVALID_REQUEST.into()) {
+        let Some(end) = process.as_mut().and_then(Process::wait_or_kill) else {
+            return ControlError::StopTimeout;
+        };
+        let status = match end {
+            End::Exited(status) => Some(status),
+            End::Unknown => None,
+        };
+        let code = status.and_then(|status| status.code());
+        if code == Some(STATUS_INVALID_REQUEST.into()) {
             return ControlError::Version;
         }
-        let last_line = process.as_mut().and_then(|process| last_stderr_line(process.stderr.take()?));
+        let last_line = process.as_mut().and_then(Process::last_stderr_line);
         if let Some(call) = last_line.as_deref().and_then(jail::describe)
-            && status.code() == Some(STATUS_REFUSED.into())
+            && (status.is_none() || code == Some(STATUS_REFUSED.into()))
         {
             return ControlError::Refused(call);
         }
-        match (status.signal(), last_line) {
+        match (status.and_then(|status| status.signal()), last_line) {
             (_, Some(line)) => ControlError::Crashed(line),
             (Some(signal), None) => ControlError::Killed(signal),
             (None, None) => ControlError::Disconnected,
@@ -345,51 +409,27 @@ impl Drop for Monitor {
     fn drop(&mut self) {
         let process = lock(&self.process).take();
         if self.is_detached {
-            let processes = process.into_iter().chain(std::mem::take(&mut self.kept).release()).collect();
-            reap(processes, self.cgroup.take());
+            let servers = std::mem::take(&mut self.kept).release().into_iter().map(Process::Child);
+            reap(process.into_iter().chain(servers).collect(), self.cgroup.take());
             return;
         }
         self.kept.sockets.clear();
         let _ = self.channel.shut_down();
-        process.map(|mut process| wait_or_kill(&mut process));
+        process.map(|mut process| process.wait_or_kill());
     }
 }
 
 /// Waits for the exit of child processes that end by themselves, in a thread, and removes their cgroup.
-fn reap(processes: Vec<Child>, cgroup: Option<Cgroup>) {
+fn reap(processes: Vec<Process>, cgroup: Option<Cgroup>) {
+    if processes.is_empty() && cgroup.is_none() {
+        return;
+    }
     let wait = move || {
-        processes.into_iter().for_each(|mut process| drop(process.wait()));
+        processes.into_iter().for_each(Process::wait);
         drop(cgroup);
     };
     // Without a thread they stay zombies until this process exits.
     let _ = std::thread::Builder::new().name("reaper".to_owned()).spawn(wait);
-}
-
-/// Waits for a process to exit, and kills it after a timeout: the guest may have taken it over. Returns the status of a
-/// process that was not killed here.
-fn wait_or_kill(process: &mut Child) -> Option<ExitStatus> {
-    let has_ended = pidfd_open(Pid::from_child(process), PidfdFlags::empty())
-        .and_then(|fd| wait_readable(fd.as_fd(), Some(Instant::now() + STOP_TIMEOUT)))
-        .unwrap_or(true);
-    if !has_ended {
-        let _ = process.kill();
-    }
-    let status = process.wait().ok();
-    status.filter(|_| has_ended)
-}
-
-/// The last line that a monitor which has ended wrote on its standard error, without control characters.
-fn last_stderr_line(stderr: ChildStderr) -> Option<String> {
-    /// Maximum length in bytes: the guest may have taken the monitor over.
-    const LINE_MAX: u64 = 4096;
-    // A process that the monitor started would keep the pipe open.
-    rustix::io::ioctl_fionbio(&stderr, true).ok()?;
-    let mut bytes = Vec::new();
-    // At the end of the pipe, or if it would block, what is there counts.
-    let _ = stderr.take(LINE_MAX).read_to_end(&mut bytes);
-    let text = String::from_utf8_lossy(&bytes);
-    let line = text.lines().last()?.trim();
-    (!line.is_empty()).then(|| line.chars().filter(|c| !c.is_control()).collect())
 }
 
 /// Stops the machine of a monitor.

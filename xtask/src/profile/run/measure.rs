@@ -38,6 +38,8 @@ pub(super) struct Plan {
     pub(super) memory_mib: u64,
     pub(super) vcpus: u8,
     pub(super) program: Vec<String>,
+    /// Whether the program gets a spare monitor.
+    pub(super) spare: bool,
 }
 
 /// A run as it was reported.
@@ -106,6 +108,7 @@ impl Plan {
         let mut command = Command::new(&self.kindling);
         command.args(["run", "--report", "--memory", &self.memory_mib.to_string()]);
         command.args(["--cpus", &self.vcpus.to_string()]).env("KINDLING_IMAGE", &self.image);
+        command.args(self.spare.then_some("--spare"));
         for variable in ["XDG_RUNTIME_DIR", "XDG_CACHE_HOME", "XDG_DATA_HOME"] {
             command.env(variable, user);
         }

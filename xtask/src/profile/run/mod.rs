@@ -55,6 +55,7 @@ pub(super) fn run(arguments: &super::Arguments) -> Result<u8> {
         memory_mib: arguments.memory,
         vcpus: arguments.vcpus,
         program: vec!["true".to_owned()],
+        spare: arguments.spare,
     };
     let file = |name: &str| scratch.path().join(name);
     match host {

@@ -34,8 +34,10 @@ pub(super) fn report(
 ) -> String {
     let plural = if arguments.vcpus == 1 { "" } else { "s" };
     let mut text = format!(
-        "`kindling run` of busybox's true: pre-booted kernel, converted image, {} MiB, {} vCPU{plural}\n",
-        arguments.memory, arguments.vcpus
+        "`kindling run` of busybox's true: {}, converted image, {} MiB, {} vCPU{plural}\n",
+        if arguments.spare { "spare monitor" } else { "pre-booted kernel" },
+        arguments.memory,
+        arguments.vcpus
     );
     timeline(&mut text, record, faults, exits);
     by_use(&mut text, faults);

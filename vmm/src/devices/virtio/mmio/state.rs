@@ -36,6 +36,18 @@ pub struct InFlight {
     pub requests: usize,
 }
 
+/// Why a device cannot be replaced by another.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ReplaceError {
+    /// Requests of the device are in flight.
+    #[error(transparent)]
+    InFlight(#[from] InFlight),
+    /// The other is of another kind, or has other features.
+    #[error("the device {0} cannot be replaced by a different one")]
+    Different(String),
+}
+
 /// One queue, with the positions of device and driver in it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct QueueState {
@@ -87,6 +99,21 @@ impl Transport {
             registers: self.state.clone(),
             queues: self.queues.queues.iter().enumerate().map(queue).collect(),
         })
+    }
+
+    /// Replaces the device by one with equal properties, before this is connected to the event loop: the driver continues with
+    /// the new one.
+    ///
+    /// # Errors
+    /// When the properties differ, or requests are in flight.
+    pub fn replace(&mut self, device: Box<dyn Device>) -> Result<(), ReplaceError> {
+        let state = self.state()?;
+        if Self::identity(device.as_ref()) != state.identity {
+            return Err(ReplaceError::Different(self.name.clone()));
+        }
+        self.device = device;
+        self.restore(&state);
+        Ok(())
     }
 
     /// Restores the state of a device with equal properties. The device continues when it is connected to the event
