@@ -164,7 +164,9 @@ fn start_in(
     launch.preboot(&silent, |monitor| limit.next_event(monitor))?;
     let monitor = monitor.map_or_else(|| launch.new_monitor(), Ok)?;
     let started = launch.start(monitor, &timeline, &silent, &mut limit)?;
-    launch.make_spare();
+    if let Some(spare) = launch.next_spare() {
+        spare.start();
+    }
     match started {
         Started::Running(timeline) => Ok((launch.monitor, timeline)),
         Started::Ended(MachineEnd::Stopped(exit)) => Err(LaunchError::Ended(exit.reason.to_string())),

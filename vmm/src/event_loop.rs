@@ -281,7 +281,9 @@ impl EventLoop {
             None if control.is_detached() => {
                 let _ = epoll::delete(&self.epoll, control.as_fd());
             }
-            None | Some(Request::Start(_) | Request::Spare(..) | Request::Preboot(_) | Request::Stop) => return false,
+            None | Some(Request::Start(_) | Request::Spare(..) | Request::Preboot(_) | Request::Stop) => {
+                return false;
+            }
         }
         true
     }

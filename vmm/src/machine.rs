@@ -20,7 +20,7 @@ use crate::function_marks::{FunctionMarks, MarkError};
 use crate::jail::Jail;
 use crate::kvm::{Hypervisor, KvmError, Vcpu, Vm};
 use crate::layout::{self, Gsi};
-use crate::memory::GuestMemory;
+use crate::memory::{Extent, GuestMemory};
 use crate::preboot::error::PrebootError;
 use crate::preboot::kernel::Preboot;
 use crate::preboot::state::State;
@@ -55,6 +55,8 @@ pub struct Machine {
     pub(crate) vm: Vm,
     pub(crate) memory: GuestMemory,
     pub(crate) purpose: Purpose,
+    /// Pages of a pre-booted kernel that are copied when init starts.
+    copied: Vec<Extent>,
     /// The connection to the front, if it is another process.
     pub(crate) control: Option<Control>,
     /// What confines the threads while the guest runs.
@@ -126,10 +128,11 @@ impl Machine {
         resources: Resources,
         preboot: Preboot,
         timeline: Timeline,
+        purpose: Purpose,
     ) -> Result<Self, Error> {
         let Resources { kvm, backends, .. } = resources;
         let origin = Origin { kvm, preboot: Some(preboot), ..Origin::default() };
-        Self::build(config, origin, DeviceSet::new(config, backends)?, timeline, Purpose::Run)
+        Self::build(config, origin, DeviceSet::new(config, backends)?, timeline, purpose)
     }
 
     /// The recipe: the steps of every machine, in their order, whether it boots a kernel or continues from a pre-booted
@@ -178,7 +181,10 @@ impl Machine {
         let virtio = device_set.connect(&vm, &memory, &mut buses.memory, state)?;
         let kernel_log = config.profile.as_ref().map(|_| Arc::default());
         claim_ports(&mut buses.ports, &serial, &marks, configuration.clone(), kernel_log.as_ref());
-        let latch = preboot.as_ref().map(|preboot| preboot.open_latch_at_init(&memory, &mut lock(&marks)));
+        let is_spare = purpose == Purpose::Wait;
+        let copied = preboot.as_ref().map(|preboot| preboot.copied_in_advance(is_spare)).unwrap_or_default();
+        let open = |preboot: &Preboot| preboot.open_latch_at_init(&memory, &copied, &mut lock(&marks));
+        let latch = preboot.as_ref().map(open);
         timeline.reached("devices built");
 
         // 5. The vCPUs, at the kernel's entry or where the pre-booted one was stopped.
@@ -203,6 +209,7 @@ impl Machine {
             stopping,
             vm,
             memory,
+            copied,
             purpose,
             control: None,
             jail: Jail::OFF,
@@ -221,7 +228,8 @@ impl Machine {
     /// They stay shared with other guests. Without effect on hosts that do not support it.
     pub(crate) fn prefault(&self) {
         if let Some(first) = self.vcpus.first() {
-            self.memory.file_ranges().into_iter().for_each(|range| first.prefault(range));
+            let copied = self.copied.iter().map(|extent| extent.start..extent.start + extent.length());
+            self.memory.file_ranges().into_iter().chain(copied).for_each(|range| first.prefault(range));
         }
     }
 

@@ -129,7 +129,8 @@ impl Running {
             || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(Error::host("create an eventfd"));
         let (ended, stop) = (eventfd()?, eventfd()?);
         // No device is used before it gets its host's side.
-        let devices = if machine.purpose == Purpose::Wait { Vec::new() } else { machine.devices.virtio.clone() };
+        let devices =
+            if machine.purpose == Purpose::Wait { Vec::new() } else { machine.devices.virtio.clone() };
         let files = machine.memory.backing_files();
         let event_loop = EventLoop::new(
             &ended,

@@ -58,7 +58,10 @@ impl Spare {
         timeline: Timeline,
     ) -> Result<Machine, Error> {
         let Self { mut machine, clocks, config: made } = self;
-        if config.machine != made.machine || config.boot_source != made.boot_source || config.profile.is_some() {
+        if config.machine != made.machine
+            || config.boot_source != made.boot_source
+            || config.profile.is_some()
+        {
             return Err(PrebootError::OtherDevices.into());
         }
         let device_set = DeviceSet::new(config, resources.backends)?;

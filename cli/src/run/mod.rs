@@ -14,7 +14,7 @@ use kindling::exec::{AgentError, Process};
 use kindling::foreground::{ExitReason, Foreground, MachineEnd, Outcome};
 use kindling::guest::GuestDir;
 use kindling::image::{self, Prepared};
-use kindling::launch::{self, LaunchError, LaunchOptions, Monitor};
+use kindling::launch::{self, LaunchError, LaunchOptions, Monitor, NextSpare};
 use kindling::log::Log;
 use kindling::timeline::{Instant, Timeline};
 use std::sync::Arc;
@@ -64,18 +64,20 @@ fn execute(arguments: &Arguments, mut timeline: Timeline) -> Result<u8, LaunchEr
     let result = launcher.and_then(|launcher| {
         let outcome = run_guest(arguments, &guest, &prepared, launcher.as_ref(), monitor, &timeline)?;
         print_outcome(&outcome, arguments);
-        Ok((outcome.status(), launcher.is_some_and(|launcher| launcher.is_released())))
+        Ok((outcome.status(), launcher.is_some_and(|launcher| launcher.is_released()), outcome.spare))
     });
-    match result {
-        Ok((code, true)) if !arguments.rm => {
+    let (code, spare) = match result {
+        Ok((code, true, spare)) if !arguments.rm => {
             guest.finish(code)?;
-            Ok(code)
+            (code, spare)
         }
         result => {
             guest.remove();
-            result.map(|(code, _)| code)
+            result.map(|(code, _, spare)| (code, spare))?
         }
-    }
+    };
+    spare.into_iter().for_each(NextSpare::start_after_exit);
+    Ok(code)
 }
 
 /// Runs a guest from its configuration to its end.
@@ -106,6 +108,7 @@ fn run_guest(
     let _terminal = (arguments.process.tty && !arguments.detach).then(RawTerminal::enter).flatten();
     foreground.timeout = arguments.timeout.map(Duration::from_secs);
     foreground.waits_for_machine = arguments.report;
+    foreground.is_detached = arguments.detach;
     foreground.run(monitor, timeline, |attachment, process| {
         serve(arguments, guest, launcher, attachment, process, streams)
     })

@@ -58,6 +58,9 @@ pub struct Foreground<'a> {
     pub timeout: Option<Duration>,
     /// Whether [`Self::run`] waits for the end of the machine even if it has no effect on the outcome. `false` by default.
     pub waits_for_machine: bool,
+    /// Whether nobody waits for the command, so that [`Self::run`] starts the spare monitor for the next guest with this one,
+    /// if the guest uses spares. `false` by default.
+    pub is_detached: bool,
 }
 
 impl fmt::Debug for Foreground<'_> {
@@ -80,7 +83,7 @@ impl<'a> Foreground<'a> {
         notify: Notify,
     ) -> Result<Self, LaunchError> {
         let launch = Launch::new(options, guest, prepared)?;
-        Ok(Self { launch, signals, notify, timeout: None, waits_for_machine: false })
+        Ok(Self { launch, signals, notify, timeout: None, waits_for_machine: false, is_detached: false })
     }
 
     /// Writes the guest's record, by which other processes find the guest, and pre-boots the kernel, unless a pre-booted one
@@ -108,7 +111,7 @@ impl<'a> Foreground<'a> {
         timeline: &Timeline,
         serve: impl FnOnce(&mut Attachment<'_>, Process) -> Result<u8, AgentError>,
     ) -> Result<Outcome, LaunchError> {
-        let Self { mut launch, signals, notify, timeout, waits_for_machine } = self;
+        let Self { mut launch, signals, notify, timeout, waits_for_machine, is_detached } = self;
         let deadline = timeout.map(|timeout| Instant::now() + timeout);
         let (stopper, stopped_by) = (RefCell::new(None), Cell::new(None));
         let mut stop = |cause| {
@@ -123,6 +126,9 @@ impl<'a> Foreground<'a> {
             Started::Running(_) => None,
             Started::Ended(end) => Some(end),
         };
+        if is_detached && let Some(spare) = launch.next_spare() {
+            spare.start();
+        }
         let command = match &machine {
             None => {
                 Process::payload(&launch.guest.socket()).and_then(|process| serve(&mut attachment, process))
@@ -136,8 +142,8 @@ impl<'a> Foreground<'a> {
                 report_failures_so_far(&monitor, &notify);
                 monitor.forget();
             }
-            launch.make_spare();
-            return Ok(Outcome { machine: None, command, stopped_by: stopped_by.get() });
+            let spare = launch.next_spare();
+            return Ok(Outcome { machine: None, command, stopped_by: stopped_by.get(), spare });
         }
         if let (Err(error), None) = (&command, &machine) {
             attachment.abandon(error);
@@ -148,8 +154,8 @@ impl<'a> Foreground<'a> {
         if matches!(machine, Some(MachineEnd::Stopped(_))) && is_private {
             launch.monitor.take().into_iter().for_each(Monitor::forget);
         }
-        launch.make_spare();
-        Ok(Outcome { machine, command, stopped_by: stopped_by.get() })
+        let spare = launch.next_spare();
+        Ok(Outcome { machine, command, stopped_by: stopped_by.get(), spare })
     }
 }
 

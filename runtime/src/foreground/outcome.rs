@@ -1,7 +1,7 @@
 //! The outcome of a guest with a command in the foreground, and its exit status.
 
 use crate::attach::{STATUS_FAILURE, StopCause};
-use crate::launch::MachineEnd;
+use crate::launch::{MachineEnd, NextSpare};
 use kindling_vmm::ExitReason;
 use kindling_vmm::agent::AgentError;
 
@@ -16,6 +16,8 @@ pub struct Outcome {
     pub command: Result<u8, AgentError>,
     /// Why the calling process stopped the machine, if it did.
     pub stopped_by: Option<StopCause>,
+    /// The spare monitor for the next guest, if this one uses spares, to be started when nobody waits any more.
+    pub spare: Option<NextSpare>,
 }
 
 impl Outcome {
@@ -60,7 +62,7 @@ mod tests {
     }
 
     fn status(machine: MachineEnd, command: Result<u8, AgentError>, stopped_by: Option<StopCause>) -> u8 {
-        Outcome { machine: Some(machine), command, stopped_by }.status()
+        Outcome { machine: Some(machine), command, stopped_by, spare: None }.status()
     }
 
     #[test]

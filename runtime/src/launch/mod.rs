@@ -1,5 +1,6 @@
 //! The launch of a guest: its options, the configuration that they result in, its monitor, and its pre-booted kernel.
 
+mod inherited;
 mod limits;
 mod spare;
 pub(crate) mod start;
@@ -8,6 +9,7 @@ pub use kindling_vmm::Error as MachineError;
 pub use kindling_vmm::control::{Failure, Monitor};
 pub use kindling_vmm::jail::{CgroupError, Jail, OnRefusal, Strictness};
 pub use limits::Limits;
+pub use spare::NextSpare;
 pub(crate) use start::{Launch, MachineEnd, StartObserver, Started, end_of};
 pub use start::{preboot, spawn_monitor};
 

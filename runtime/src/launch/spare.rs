@@ -4,88 +4,97 @@
 //! devices of the machine; the version of the programs; and what its process has inherited, such as limits, namespaces and
 //! cgroup. So a front finds only spares that it could have started itself.
 
+use super::inherited;
 use super::start::monitor_program;
 use kindling_vmm::config::Config;
 use kindling_vmm::config::image::sha256;
 use kindling_vmm::control::{Monitor, PROTOCOL};
-use std::fs;
-use std::path::Path;
+use kindling_vmm::poll::wait_readable;
+use rustix::fs::{Mode, OFlags, open};
+use rustix::process::{PidfdFlags, getpid, pidfd_open, setsid};
+use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout, stdin};
+use std::io;
+use std::os::fd::OwnedFd;
 use std::process::Child;
 use std::time::Duration;
 
 /// Time after which an unused spare ends.
 const IDLE: Duration = Duration::from_secs(600);
 
-/// Takes a spare monitor for this configuration, if there is one.
-pub(super) fn take(config: &Config) -> Option<Monitor> {
-    Monitor::take_spare(&name(config)?)
+/// The spare monitor that a guest leaves for the next guest of its kind. Nothing reports whether it can be made: without it,
+/// the next guest starts as this one did.
+#[derive(Debug)]
+#[must_use = "a spare is started by `start` or `start_after_exit`"]
+pub struct NextSpare {
+    pub(super) config: Config,
+    pub(super) name: String,
 }
 
-/// Starts a spare monitor for this configuration, unless there is one. Nothing is reported: without a spare, the next guest
-/// starts as this one did. Returns the process, to be reaped.
-pub(super) fn make(config: &Config) -> Option<Child> {
-    Monitor::spawn_spare(&monitor_program().ok()?, config, &name(config)?, IDLE).ok()?
+impl NextSpare {
+    /// Starts the spare, unless there is one, in a thread that also reaps its process.
+    pub fn start(self) {
+        // Without a thread there is no spare.
+        let _ = std::thread::Builder::new().name("spare".to_owned()).spawn(move || {
+            let mut process = self.spawn();
+            process.as_mut().map(Child::wait)
+        });
+    }
+
+    /// The same for a process that has one thread, and exits now: the spare is started after its exit, so that whoever waits
+    /// for the process does not wait for the spare.
+    pub fn start_after_exit(self) {
+        let Ok(this) = pidfd_open(getpid(), PidfdFlags::empty()) else { return };
+        if fork() != 0 {
+            return;
+        }
+        // The copy of the process.
+        if leave(this).is_ok() && wait_readable(stdin(), None).is_ok() {
+            drop(self.spawn());
+        }
+        exit();
+    }
+
+    fn spawn(&self) -> Option<Child> {
+        Monitor::spawn_spare(&monitor_program().ok()?, &self.config, &self.name, IDLE).ok()?
+    }
+}
+
+/// Leaves the session, whose terminal may close, and closes all descriptors, because others wait for their closing: the
+/// readers of the standard streams, the monitor of the guest, and those who wait for the guest's locks. `kept` becomes the
+/// standard input.
+fn leave(kept: OwnedFd) -> io::Result<()> {
+    let null = open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
+    dup2_stdin(&kept)?;
+    dup2_stdout(&null)?;
+    dup2_stderr(&null)?;
+    std::mem::forget((kept, null));
+    kindling_vmm::entry::close_inherited();
+    setsid()?;
+    Ok(())
+}
+
+/// Copies the process. Returns 0 in the copy; -1, which also counts as no copy, if the host refuses.
+#[expect(unsafe_code, reason = "the call has no safe interface")]
+fn fork() -> i32 {
+    // SAFETY: the caller's process has one thread, so that the copy holds no lock of another one.
+    unsafe { libc::fork() }
+}
+
+/// Ends the copy, without what the process does at its end.
+#[expect(unsafe_code, reason = "the call has no safe interface")]
+fn exit() -> ! {
+    // SAFETY: the call does not return.
+    unsafe { libc::_exit(0) }
 }
 
 /// The name of a spare for this configuration. `None` if it cannot have one.
-fn name(config: &Config) -> Option<String> {
+pub(super) fn name(config: &Config) -> Option<String> {
     // Files that are guest memory are mapped before the guest runs.
     if !config.devices.pmem.is_empty() {
         return None;
     }
+    // The path contains a digest of the kernel and its command line, the size of the machine, and its devices.
     let path = config.preboot.as_ref()?.to_str()?;
-    let text = format!("{PROTOCOL}\n{path}\n{:?}\n{:?}\n{}", config.boot_source, config.jail, inherited()?);
+    let text = format!("{PROTOCOL} {:?} {:016x} {path}", config.jail, inherited::digest()?);
     Some(format!("kindling-spare-{}", sha256(text.as_bytes())))
-}
-
-/// What a process inherits from the one that starts it, and cannot get rid of in part. `None` in a sandbox whose rules
-/// cannot be compared: a process with `no_new_privs` may be confined by Landlock, which no file shows.
-fn inherited() -> Option<String> {
-    const NAMESPACES: [&str; 8] = ["cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts"];
-    /// Lines of /proc/self/status (proc(5)): users, capabilities, filters of system calls, processors and memory.
-    const STATUS: [&str; 12] = [
-        "Uid:", "Gid:", "Groups:", "CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:", "Seccomp", "Cpus_allowed:",
-        "Mems_allowed:", "Speculation",
-    ];
-    let read = |name: &str| fs::read_to_string(Path::new("/proc/self").join(name));
-    let status = read("status").ok()?;
-    if status.lines().any(|line| line.starts_with("NoNewPrivs:") && !line.ends_with('0')) {
-        return None;
-    }
-    let lines = status.lines().filter(|line| STATUS.iter().any(|name| line.starts_with(name)));
-    let mut text = lines.collect::<Vec<_>>().join("\n");
-    // Security modules may have no label, and older kernels no time namespaces.
-    for name in ["cgroup", "limits", "oom_score_adj", "attr/current"] {
-        text.push_str(&read(name).unwrap_or_default());
-    }
-    text.push_str(&scheduling(&read("stat").ok()?));
-    let links = NAMESPACES.iter().map(|name| format!("ns/{name}")).chain(["root".to_owned()]);
-    for link in links {
-        let target = fs::read_link(Path::new("/proc/self").join(link)).unwrap_or_default();
-        text.push_str(target.to_str()?);
-    }
-    Some(text)
-}
-
-/// Priority, nice value, real-time priority and policy: fields 18, 19, 40 and 41 of /proc/self/stat (proc(5)).
-fn scheduling(stat: &str) -> String {
-    // The name of the program, field 2, may contain anything.
-    let fields: Vec<_> = stat.rsplit(") ").next().unwrap_or_default().split(' ').collect();
-    [18, 19, 40, 41].map(|field| fields.get(field - 3).copied().unwrap_or_default()).join(" ")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_scheduling_of_a_process_is_in_its_status() {
-        let fields = (3..=52).map(|field| field.to_string()).collect::<Vec<_>>().join(" ");
-        assert_eq!(scheduling(&format!("1 (a) b) {fields}")), "18 19 40 41");
-    }
-
-    #[test]
-    fn what_processes_inherit_does_not_change_by_itself() {
-        assert_eq!(inherited(), inherited());
-    }
 }

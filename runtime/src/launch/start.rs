@@ -1,7 +1,7 @@
 //! The start of a guest in its monitor, for each way to start one: [`GuestBuilder`](crate::GuestBuilder) and
 //! [`Foreground`](crate::foreground::Foreground).
 
-use super::{LaunchError, LaunchOptions, Plan, spare};
+use super::{LaunchError, LaunchOptions, NextSpare, Plan, spare};
 use crate::guest::{GuestDir, GuestRecord};
 use crate::image::Prepared;
 use crate::kernel::KernelError;
@@ -24,7 +24,8 @@ pub(crate) struct Launch<'a> {
     ports: Option<File>,
     /// The limits of the monitor's cgroup, if it has one.
     cgroup: Option<CgroupLimits>,
-    uses_spares: bool,
+    /// The name of spare monitors for this guest, if it uses them.
+    spare: Option<String>,
     /// The monitor of the machine. Dropping it stops the machine and waits for the process.
     pub(crate) monitor: Option<Monitor>,
 }
@@ -67,23 +68,20 @@ impl<'a> Launch<'a> {
         let resources = Resources::open_devices(&config)?;
         let cgroup = options.cgroup(&config);
         let uses_spares = options.uses_spares && cgroup.is_none();
-        Ok(Self { guest, config, record, resources, ports, cgroup, uses_spares, monitor: None })
+        let spare = uses_spares.then(|| spare::name(&config)).flatten();
+        Ok(Self { guest, config, record, resources, ports, cgroup, spare, monitor: None })
     }
 
     /// A monitor for the guest: a spare one, if the guest uses spares and there is one, or else a new one.
     pub(crate) fn new_monitor(&self) -> Result<Monitor, LaunchError> {
-        let spare = self.uses_spares.then(|| spare::take(&self.config)).flatten();
+        let spare = self.spare.as_deref().and_then(Monitor::take_spare);
         spare.map_or_else(spawn_monitor, Ok)
     }
 
-    /// Starts a spare monitor for the next guest of this kind, if the guest uses spares.
-    pub(crate) fn make_spare(&self) {
-        if self.uses_spares
-            && let Some(mut process) = spare::make(&self.config)
-        {
-            // Without a thread it stays a zombie until this process exits.
-            let _ = std::thread::Builder::new().name("reaper".to_owned()).spawn(move || process.wait());
-        }
+    /// The spare monitor for the next guest of this kind, if the guest uses spares.
+    pub(crate) fn next_spare(&mut self) -> Option<NextSpare> {
+        let name = self.spare.take()?;
+        Some(NextSpare { config: self.config.clone(), name })
     }
 
     /// Writes the guest's record, and pre-boots the kernel unless a pre-booted one exists. If that fails, the guest boots its
@@ -132,7 +130,8 @@ impl<'a> Launch<'a> {
     /// Whether a spare monitor cannot run the guest, or has ended.
     fn has_failed(&self, result: &Result<Started, LaunchError>) -> bool {
         match result {
-            Ok(Started::Ended(MachineEnd::Lost(error))) | Err(LaunchError::Machine(Error::Control(error))) => {
+            Ok(Started::Ended(MachineEnd::Lost(error)))
+            | Err(LaunchError::Machine(Error::Control(error))) => {
                 matches!(error, ControlError::Disconnected | ControlError::Version)
             }
             Err(LaunchError::Monitor(failure)) => failure.is_restore_error,

@@ -2,9 +2,7 @@
 
 use super::channel::Channel;
 use super::waiting::Waiting;
-use super::{
-    Control, ControlError, EVENT_MAX, Event, Failure, PROTOCOL, REQUEST_MAX, Request, Role, Start,
-};
+use super::{Control, ControlError, EVENT_MAX, Event, Failure, PROTOCOL, REQUEST_MAX, Request, Role, Start};
 use crate::boot::BootFiles;
 use crate::config::{Config, Console};
 use crate::devices::virtio::backend::Backend;
@@ -64,8 +62,7 @@ fn answer(
     if start.version != PROTOCOL {
         return Err(ControlError::Version);
     }
-    serve(start)
-        .or_else(|error| channel.send(&Event::Failed(Failure::of(&error)), EVENT_MAX, &[]))
+    serve(start).or_else(|error| channel.send(&Event::Failed(Failure::of(&error)), EVENT_MAX, &[]))
 }
 
 /// Runs a machine.

@@ -87,7 +87,8 @@ impl Waiting {
     /// When the socket fails.
     pub(super) fn wait(self) -> Result<Option<Taken>, ControlError> {
         loop {
-            let is_unchanged = |(file, version): &(File, Version)| Version::of(file).is_ok_and(|now| now == *version);
+            let is_unchanged =
+                |(file, version): &(File, Version)| Version::of(file).is_ok_and(|now| now == *version);
             if Instant::now() >= self.until || !self.files.iter().all(is_unchanged) {
                 return Ok(None);
             }

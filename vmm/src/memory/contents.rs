@@ -75,6 +75,23 @@ impl GuestMemory {
         Ok(extents.0)
     }
 
+    /// The pages that belong to this guest alone: copied ones of mapped files, and all others that are populated.
+    ///
+    /// # Errors
+    /// When the host does not report the state of the pages.
+    pub(crate) fn used(&self) -> Result<Vec<Extent>, MemoryError> {
+        let mut extents = Extents::default();
+        for region in self.inner.iter() {
+            let (start, length) = (region.start_addr().0, region.len());
+            let pages = Pages::of(region.as_ptr(), length)
+                .map_err(|source| MemoryError::Contents { address: start, source })?;
+            for (number, _) in (0..).zip(pages.are_copied()).filter(|(_, is_used)| *is_used) {
+                extents.add(start + number * PAGE_SIZE, start, 0);
+            }
+        }
+        Ok(extents.0)
+    }
+
     fn is_zero(&self, address: u64) -> Result<bool, MemoryError> {
         let mut page = [0; PAGE];
         self.read(GuestAddress(address), &mut page)?;

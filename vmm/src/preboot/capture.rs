@@ -4,6 +4,7 @@ use super::error::PrebootError;
 use super::file;
 use super::kernel::Preboot;
 use super::state::{CAPTURE_AT, Inputs, State, features};
+use super::trial_root;
 use crate::boot::elf::Elf;
 use crate::bus::lock;
 use crate::config::{Config, Console, GuestConfig};
@@ -17,6 +18,7 @@ use crate::memory::{Extent, GuestMemory, MemoryError};
 use crate::resources::Resources;
 use crate::running::CapturedMachine;
 use crate::timeline::{Instant, Timeline};
+use guest_protocol::BootMark;
 use std::fs::File;
 use std::io;
 use std::path::Path;
@@ -80,12 +82,21 @@ pub(crate) fn capture(
     })?;
     drop(captured);
     file::write_state(file, &state).map_err(failed)?;
-    for _ in 0..TRIALS {
-        let preboot = Preboot::read(file.try_clone().map_err(failed)?, &path, &config)?;
+    let trial = |config: &Config, purpose| -> Result<Machine, Error> {
+        let preboot = Preboot::read(file.try_clone().map_err(failed)?, &path, config)?;
         let timeline = Timeline::starting_at(Instant::now());
-        let mut machine = Machine::continue_from(&config, copy()?, preboot, timeline)?;
+        let mut machine = Machine::continue_from(config, copy()?, preboot, timeline, purpose)?;
         machine.control = Some(control()?);
-        state.written = run_trial(machine)?;
+        Ok(machine)
+    };
+    for _ in 0..TRIALS {
+        state.written = run_trial(trial(&config, Purpose::Run)?)?;
+        file::write_state(file, &state).map_err(failed)?;
+    }
+    if config.devices.root.is_some() && config.devices.vsock.is_some() {
+        let mut config = config.clone();
+        (config.guest.arguments, config.guest.agent) = (vec![trial_root::PROGRAM.into()], true);
+        state.used = run_program(trial(&config, Purpose::Capture(BootMark::PayloadEnded))?)?;
         file::write_state(file, &state).map_err(failed)?;
     }
     let kernel = resources.boot.as_ref().and_then(|boot| {
@@ -132,6 +143,14 @@ fn run_trial(machine: Machine) -> Result<Vec<Extent>, Error> {
     }
 }
 
+/// Runs a trial guest with a program on its disk up to the program's end, and returns the pages that it used: those of the
+/// file that it wrote to, and others.
+fn run_program(machine: Machine) -> Result<Vec<Extent>, Error> {
+    let stopped = machine.start()?.wait_for_capture();
+    let stopped = stopped.map_err(|reason| PrebootError::Trial(reason.to_string()))?;
+    Ok(stopped.machine().memory.used()?)
+}
+
 impl CapturedMachine {
     fn state(&self, inputs: Inputs, msrs: &[u32]) -> Result<State, Error> {
         let clocks = self.clocks()?;
@@ -161,6 +180,7 @@ impl CapturedMachine {
             virtio,
             extents: machine.memory.contents()?,
             written: Vec::new(),
+            used: Vec::new(),
         })
     }
 }

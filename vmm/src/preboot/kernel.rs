@@ -9,7 +9,7 @@ use crate::devices::virtio;
 use crate::error::Error;
 use crate::kvm::Hypervisor;
 use crate::layout;
-use crate::memory::{self, GuestMemory, MemoryError};
+use crate::memory::{self, Extent, GuestMemory, MemoryError};
 use crate::start_latch::StartLatch;
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -55,7 +55,7 @@ impl Preboot {
             let what = "none of its vCPUs runs init".to_owned();
             return Err(PrebootError::Invalid { path: this.path, what });
         }
-        let pages = [&this.state.extents, &this.state.written];
+        let pages = [&this.state.extents, &this.state.written, &this.state.used];
         if !pages.into_iter().all(|extents| memory::are_valid(extents, &ram)) {
             let what = "its pages are not those of a guest".to_owned();
             return Err(PrebootError::Invalid { path: this.path, what });
@@ -97,15 +97,25 @@ impl Preboot {
         memory.map_contents(&self.state.extents, &self.file, file::PAGES_OFFSET)
     }
 
-    /// Registers a callback for init's first boot mark that copies the pages that the guest is going to write, and then
-    /// opens the returned latch, at which the other vCPUs wait. Init starts sooner than if the pages were copied
-    /// before.
-    pub(crate) fn open_latch_at_init(&self, memory: &GuestMemory, marks: &mut BootMarks) -> Arc<StartLatch> {
+    /// The pages that are copied before the guest writes to them. A spare guest, for which nobody waits, gets more of them.
+    pub(crate) fn copied_in_advance(&self, is_spare: bool) -> Vec<Extent> {
+        let State { used, written, .. } = &self.state;
+        if is_spare && !used.is_empty() { used.clone() } else { written.clone() }
+    }
+
+    /// Registers a callback for init's first boot mark that copies these pages, and then opens the returned latch, at which
+    /// the other vCPUs wait. Init starts sooner than if the pages were copied before.
+    pub(crate) fn open_latch_at_init(
+        &self,
+        memory: &GuestMemory,
+        pages: &[Extent],
+        marks: &mut BootMarks,
+    ) -> Arc<StartLatch> {
         let latch = Arc::new(StartLatch::closed_except(self.state.init_vcpu));
-        let (memory, written, opened) = (memory.clone(), self.state.written.clone(), Arc::clone(&latch));
+        let (memory, pages, opened) = (memory.clone(), pages.to_vec(), Arc::clone(&latch));
         marks.call_at(CAPTURE_AT as u8, move || {
             // A page that cannot be copied now is copied on the first write.
-            let _ = memory.copy_in_advance(&written);
+            let _ = memory.copy_in_advance(&pages);
             opened.open();
         });
         latch

@@ -48,10 +48,12 @@ impl SavedMemory {
         Some(page)
     }
 
-    /// Whether the page at a guest-physical address is copied for each guest when init starts, because guests write to it.
+    /// Whether the page at a guest-physical address is copied for each guest when init starts, because guests write to it. Spare
+    /// guests get other pages in advance.
     #[must_use]
-    pub fn is_copied_in_advance(&self, address: u64) -> bool {
-        self.state.written.iter().any(|extent| distance(extent, address).is_some())
+    pub fn is_copied_in_advance(&self, address: u64, is_spare: bool) -> bool {
+        let pages = if is_spare { &self.state.used } else { &self.state.written };
+        pages.iter().any(|extent| distance(extent, address).is_some())
     }
 }
 

@@ -46,7 +46,7 @@ pub(super) fn digests(config: &Config) -> Result<&Digests, PrebootError> {
 }
 
 /// Version of a pre-booted kernel's file, after its magic. Files of other versions are rejected.
-pub(super) const FORMAT: u32 = 6;
+pub(super) const FORMAT: u32 = 7;
 
 /// The name of the directory of pre-booted kernels for this boot source: a digest of this program's version, the version of
 /// the files, the image and the kernel command line. `None` if the boot source does not belong to an image.
@@ -81,6 +81,8 @@ pub(crate) struct State {
     pub(super) extents: Vec<Extent>,
     /// The pages of `extents` that a guest with a payload that does nothing writes to.
     pub(super) written: Vec<Extent>,
+    /// The pages that a guest with a program on its disk writes to, and those that it uses beside `extents`.
+    pub(super) used: Vec<Extent>,
 }
 
 impl State {

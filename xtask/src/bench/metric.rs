@@ -42,6 +42,10 @@ pub(super) enum Metric {
     RunVolume,
     /// [`Self::RunBusybox`] with a shared folder of the host.
     RunFolder,
+    /// [`Self::RunHello`] in a spare monitor.
+    SpareHello,
+    /// [`Self::RunBusybox`] in a spare monitor.
+    SpareBusybox,
     /// Page faults on guest memory handled by KVM during [`Self::RunBusybox`].
     RunFaults,
     /// Private memory of the process of `kindling run`, including guest memory, while the program waits for input.
@@ -129,6 +133,7 @@ impl Metric {
             ],
             Scenario::Run => vec![
                 ("", vec![Self::RunHello, Self::RunBusybox, Self::RunVolume, Self::RunFolder]),
+                ("", vec![Self::SpareHello, Self::SpareBusybox]),
                 ("", vec![Self::ExecTrue, Self::Stream, Self::StreamMemory]),
                 ("", vec![Self::IdleOwnMemory, Self::SecondOwnMemory]),
             ],
@@ -174,6 +179,8 @@ impl Metric {
             Self::RunBusybox => "run_busybox",
             Self::RunVolume => "run_volume",
             Self::RunFolder => "run_folder",
+            Self::SpareHello => "spare_hello",
+            Self::SpareBusybox => "spare_busybox",
             Self::RunFaults => "run_faults",
             Self::IdleMemory => "idle_memory",
             Self::IdleOwnMemory => "idle_own_memory",
@@ -224,6 +231,8 @@ impl Metric {
             Self::RunBusybox => "kindling run of a program of busybox, ms",
             Self::RunVolume => "the same with a volume, ms",
             Self::RunFolder => "the same with a folder of the host, ms",
+            Self::SpareHello => "kindling run of a small program in a spare monitor, ms",
+            Self::SpareBusybox => "kindling run of a program of busybox in a spare monitor, ms",
             Self::RunFaults => "page faults on guest memory",
             Self::IdleMemory => "private memory of a guest that waits, its monitor included, MiB",
             Self::IdleOwnMemory => "private memory of front and monitor without guest memory, MiB",
@@ -256,6 +265,8 @@ impl Metric {
             Self::RunBusybox => "busybox, ms",
             Self::RunVolume => "volume, ms",
             Self::RunFolder => "folder, ms",
+            Self::SpareHello => "hello, spare, ms",
+            Self::SpareBusybox => "busybox, spare, ms",
             Self::RunFaults => "guest faults",
             Self::IdleMemory => "idle, MiB",
             Self::IdleOwnMemory => "own, MiB",

@@ -76,6 +76,7 @@ hello: `kindling run` of a small static program from a container image, from the
 crun, runc, bubblewrap: the same programs in containers, with Debian's programs and the configuration of `crun spec`; of
   crun also with --cgroup-manager=disabled, as `kindling run` has no cgroup by default; no container: the program itself
 volume, folder: busybox with `-v NAME:GUEST`, with an existing volume, and with `-v /HOST:GUEST`
+hello, spare; busybox, spare: the same with `--spare`, where an earlier run has left a spare monitor
 exec true: `kindling exec` of busybox's true in a running guest, from the spawn to the end of the process
 stream: per MiB of 1 GiB through the standard input of `cat` in a guest and back from its standard output; without
   `kindling run`, of 64 MiB through a port of a virtio console; including the sender and the receiver

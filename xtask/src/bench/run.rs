@@ -175,6 +175,16 @@ impl Bench<'_> {
                     let busybox = self.program(images, &images.busybox, options, &["echo", READY], READY)?;
                     self.add(metric, busybox);
                 }
+                let spare = ["--spare"];
+                for (metric, image, command, text) in [
+                    (Metric::SpareHello, &images.hello, &[][..], payload::TEXT),
+                    (Metric::SpareBusybox, &images.busybox, &["echo", READY], READY),
+                ] {
+                    // The one before leaves the spare.
+                    self.program(images, image, &spare, command, text)?;
+                    let nanoseconds = self.program(images, image, &spare, command, text)?;
+                    self.add(metric, nanoseconds);
+                }
                 let exec = self.exec_program(images)?;
                 self.add(Metric::ExecTrue, exec);
                 let [first, second] = self.own_memory(images)?;

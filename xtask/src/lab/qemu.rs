@@ -53,7 +53,7 @@ pub(super) fn run(job: &Job, limit: Option<Duration>, driver: Option<Driver<'_>>
             })
         }
     };
-    // The lab has powered off or has failed.
+    // The lab has sent its result, or has failed.
     let _ = child.kill();
     let _ = child.wait();
     result.with_context(|| {

@@ -5,8 +5,8 @@ mod process;
 
 use super::channel::Channel;
 use super::{
-    Answer, ControlError, Event, PROTOCOL, Query, REQUEST_MAX, Request, Role, STATUS_INVALID_REQUEST,
-    Start, Statistics, waiting,
+    Answer, ControlError, Event, PROTOCOL, Query, REQUEST_MAX, Request, Role, STATUS_INVALID_REQUEST, Start,
+    Statistics, waiting,
 };
 use crate::bus::lock;
 use crate::config::Config;

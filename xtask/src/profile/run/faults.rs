@@ -70,7 +70,12 @@ const WRITE: u64 = 1 << 1;
 const GUEST_PAGE: u64 = 1 << 33;
 
 /// Evaluates a trace.
-pub(super) fn evaluate(text: &str, memory: &SavedMemory, map: &Map) -> (Vec<Fault>, Vec<Exit>) {
+pub(super) fn evaluate(
+    text: &str,
+    memory: &SavedMemory,
+    map: &Map,
+    is_spare: bool,
+) -> (Vec<Fault>, Vec<Exit>) {
     let (mut faults, mut exits) = (Vec::new(), Vec::new());
     let mut seen = HashSet::new();
     for (name, at, rest) in text.lines().filter_map(trace::split) {
@@ -85,7 +90,8 @@ pub(super) fn evaluate(text: &str, memory: &SavedMemory, map: &Map) -> (Vec<Faul
                     Kind::Registers
                 } else {
                     let is_first = seen.insert(address >> 12);
-                    kind(memory, address, code, is_first)
+                    let is_copied = memory.is_copied_in_advance(address, is_spare);
+                    kind(memory.page(address).is_some(), is_copied, code, is_first)
                 };
                 faults.push(Fault { at, kind, what });
             }
@@ -96,16 +102,16 @@ pub(super) fn evaluate(text: &str, memory: &SavedMemory, map: &Map) -> (Vec<Faul
     (faults, exits)
 }
 
-fn kind(memory: &SavedMemory, address: u64, code: u64, is_first: bool) -> Kind {
+fn kind(is_saved: bool, is_copied: bool, code: u64, is_first: bool) -> Kind {
     let is_write = code & WRITE != 0;
-    match memory.page(address) {
-        Some(_) if memory.is_copied_in_advance(address) => Kind::CopiedBefore,
-        Some(_) if code & GUEST_PAGE != 0 => Kind::PageTable,
-        Some(_) if is_write => Kind::Copied,
-        Some(_) => Kind::Mapped,
+    match is_saved {
+        _ if is_copied => Kind::CopiedBefore,
+        true if code & GUEST_PAGE != 0 => Kind::PageTable,
+        true if is_write => Kind::Copied,
+        true => Kind::Mapped,
         // A kernel reads no page that was never written.
-        None if is_first && !is_write => Kind::Filled,
-        None => Kind::Zero,
+        false if is_first && !is_write => Kind::Filled,
+        false => Kind::Zero,
     }
 }
 

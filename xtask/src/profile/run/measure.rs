@@ -93,11 +93,12 @@ fn kernel_in(cache: &Path) -> Result<PathBuf> {
 
 impl Plan {
     fn record(&self, user: &Path) -> Result<Record> {
+        // The processes of the runs are recorded, and those that they leave: a spare monitor serves the next run.
+        let tracer = Tracer::new()?;
         for _ in 0..WARM_UP {
             self.run(user)?;
         }
         let plain = self.run(user)?;
-        let tracer = Tracer::new()?;
         tracer.start(&EVENTS)?;
         let traced = self.run(user)?;
         Ok(Record { plain, traced, trace: tracer.finish()? })

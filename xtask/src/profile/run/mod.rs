@@ -12,6 +12,7 @@ use crate::build_image::{self, Profile, build_with_kernel};
 use crate::host::Host;
 use crate::{cargo, debian, lab};
 use anyhow::{Result, bail};
+use kindling_vmm::Instant;
 use kindling_vmm::preboot::SavedMemory;
 use measure::{Plan, Record};
 use serde::{Deserialize, Serialize};
@@ -74,7 +75,11 @@ pub(super) fn run(arguments: &super::Arguments) -> Result<u8> {
     let record: Record = serde_json::from_slice(&fs::read(file("record.json"))?)?;
     let memory = SavedMemory::open(&file("kernel"))?;
     let map = memory::Map::new(&memory, &read_kernel(&kernel)?.symbols)?;
-    let (faults, exits) = faults::evaluate(&record.trace, &memory, &map);
+    let (mut faults, mut exits) = faults::evaluate(&record.trace, &memory, &map, arguments.spare);
+    // The next spare monitor starts when the run has ended.
+    let is_before_end = |at: Instant| at.since(Instant(record.traced.started)) < record.traced.ended;
+    faults.retain(|fault| is_before_end(fault.at));
+    exits.retain(|exit| is_before_end(exit.at));
     println!("\nmeasured in {}", host.meaning());
     print!("{}", text::report(arguments, &record, &faults, &exits));
     Ok(0)
@@ -105,7 +110,8 @@ fn in_lab(
     let status = lab::Job {
         exact: true,
         cpus: arguments.vcpus,
-        memory_mib: arguments.memory + LAB_OVERHEAD_MIB,
+        // The file of the pre-booted kernel, which is as long as the guest's memory, is copied, and then read to be sent.
+        memory_mib: 3 * arguments.memory + LAB_OVERHEAD_MIB,
         // The lab's init is this program.
         command: ["/init", "profile-run", "plan.json", files[0], files[1]].map(str::to_owned).to_vec(),
         environment: Vec::new(),
