@@ -8,6 +8,7 @@ pub mod guest_console;
 pub mod io_uring;
 pub mod machine_code;
 pub mod network;
+pub mod spare;
 pub mod terminal;
 pub mod user;
 pub mod vsock;

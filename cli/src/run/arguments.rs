@@ -111,7 +111,8 @@ const OPTIONS: &[Opt<Arguments>] = &[
     flag("", "cold", |all| all.cold = true,
         "Boot the kernel even if there is a pre-booted one"),
     flag("", "spare", |all| all.spare = true,
-        "Use a machine that was started ahead, if there is one, and start another ahead for the next command"),
+        "Use a machine that was started ahead, if there is one, and start another for the next command; also with \
+         KINDLING_SPARE=1"),
     option("", "started-at", "NS", |all, word| all.started_at.store(word), ""),
     flag("", "report", |all| all.report = true,
         "Print the times of the steps on standard error at the end"),

@@ -55,7 +55,7 @@ fn stay((): &(), entered: Instant) -> u8 {
 
 fn execute(arguments: &Arguments, mut timeline: Timeline) -> Result<u8, LaunchError> {
     // The monitor starts while this process prepares the guest.
-    let monitor = (!arguments.spare).then(launch::spawn_monitor);
+    let monitor = (!arguments.uses_spares()).then(launch::spawn_monitor);
     let prepared = image::prepare(&arguments.image, arguments.process.user.as_deref(), &arguments.pull)?;
     timeline.reached("root filesystem found");
     let guest = GuestDir::create(arguments.name.as_deref())?;
@@ -167,6 +167,10 @@ fn print_outcome(outcome: &Outcome, arguments: &Arguments) {
 }
 
 impl Arguments {
+    fn uses_spares(&self) -> bool {
+        self.spare || std::env::var_os("KINDLING_SPARE").is_some_and(|value| value == "1")
+    }
+
     fn options(&self) -> LaunchOptions {
         LaunchOptions {
             image: self.image.clone(),
@@ -187,7 +191,7 @@ impl Arguments {
             volumes: self.volume.clone(),
             is_root_read_only: self.read_only,
             is_cold: self.cold,
-            uses_spares: self.spare,
+            uses_spares: self.uses_spares(),
             is_kept: self.detach && !self.rm,
             jail: self.jail,
         }

@@ -100,7 +100,7 @@ mod tests {
         assert_eq!(digest(), Some(before), "nothing has changed");
         let limit = getrlimit(Resource::Msgqueue);
         let lower = limit.current.unwrap_or(2) - 1;
-        setrlimit(Resource::Msgqueue, Rlimit { current: Some(lower), ..limit.clone() }).unwrap();
+        setrlimit(Resource::Msgqueue, Rlimit { current: Some(lower), ..limit }).unwrap();
         assert_ne!(digest(), Some(before));
         setrlimit(Resource::Msgqueue, limit).unwrap();
         assert_eq!(digest(), Some(before));

@@ -12,9 +12,9 @@ use kindling_vmm::control::{Monitor, PROTOCOL};
 use kindling_vmm::poll::wait_readable;
 use rustix::fs::{Mode, OFlags, open};
 use rustix::process::{PidfdFlags, getpid, pidfd_open, setsid};
-use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout, stdin};
+use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::AsFd;
 use std::process::Child;
 use std::time::Duration;
 
@@ -43,12 +43,21 @@ impl NextSpare {
     /// The same for a process that has one thread, and exits now: the spare is started after its exit, so that whoever waits
     /// for the process does not wait for the spare.
     pub fn start_after_exit(self) {
-        let Ok(this) = pidfd_open(getpid(), PidfdFlags::empty()) else { return };
+        let (Ok(this), Ok((left, its_end))) = (pidfd_open(getpid(), PidfdFlags::empty()), io::pipe()) else {
+            return;
+        };
         if fork() != 0 {
+            drop(its_end);
+            // Until the copy has left the streams, for whose end others wait.
+            let _ = wait_readable(left.as_fd(), None);
             return;
         }
-        // The copy of the process.
-        if leave(this).is_ok() && wait_readable(stdin(), None).is_ok() {
+        // The copy of the process. It keeps the connection to the guest's monitor until the process has exited: the end of the
+        // monitor, which frees the guest's memory, takes longer than that.
+        let has_left = leave_streams().is_ok();
+        drop(its_end);
+        if has_left && wait_readable(this.as_fd(), None).is_ok() {
+            kindling_vmm::entry::close_inherited();
             drop(self.spawn());
         }
         exit();
@@ -59,16 +68,12 @@ impl NextSpare {
     }
 }
 
-/// Leaves the session, whose terminal may close, and closes all descriptors, because others wait for their closing: the
-/// readers of the standard streams, the monitor of the guest, and those who wait for the guest's locks. `kept` becomes the
-/// standard input.
-fn leave(kept: OwnedFd) -> io::Result<()> {
+/// Leaves the session, whose terminal may close, and the standard streams, for whose end others wait.
+fn leave_streams() -> io::Result<()> {
     let null = open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
-    dup2_stdin(&kept)?;
+    dup2_stdin(&null)?;
     dup2_stdout(&null)?;
     dup2_stderr(&null)?;
-    std::mem::forget((kept, null));
-    kindling_vmm::entry::close_inherited();
     setsid()?;
     Ok(())
 }

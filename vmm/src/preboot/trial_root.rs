@@ -10,7 +10,8 @@ use std::fs::File;
 use std::io::{self, Write};
 
 /// Size of a block, and of the filesystem's metadata, in bytes.
-const BLOCK: usize = 4096;
+const BLOCK: usize = BLOCK_LEN as usize;
+const BLOCK_LEN: u32 = 4096;
 /// Path of the program. It reads one byte of each page of its file, writes to some more pages, and ends with status 0: like a
 /// program of an image, it makes the guest read its disk, and use memory.
 pub(super) const PROGRAM: &str = "/trial";
@@ -42,11 +43,13 @@ const FILE_MODE: u16 = 0o100_755;
 const FILE_TYPE: u8 = 1;
 const DIRECTORY_TYPE: u8 = 2;
 /// Length of a directory entry in bytes, without the name.
-const ENTRY: usize = 12;
+const ENTRY: usize = ENTRY_LEN as usize;
+const ENTRY_LEN: u8 = 12;
 /// The names of the directory, in their order.
-const NAMES: &[u8] = b"...trial";
+const NAMES: &[u8; NAMES_LEN as usize] = b"...trial";
+const NAMES_LEN: u8 = 8;
 /// Length of the directory in bytes: the entries `.`, `..` and `trial`.
-const DIRECTORY_LEN: u8 = 3 * ENTRY as u8 + NAMES.len() as u8;
+const DIRECTORY_LEN: u8 = 3 * ENTRY_LEN + NAMES_LEN;
 
 /// A file in memory with the filesystem (EROFS), which all guest kernels support.
 ///
@@ -67,7 +70,7 @@ fn filesystem() -> [u8; BLOCK] {
     superblock[..4].copy_from_slice(&MAGIC.to_le_bytes());
     // The logarithm of the block size, the root directory, and the numbers of inodes and blocks.
     (superblock[12], superblock[14], superblock[16]) = (12, ROOT_NUMBER, 2);
-    superblock[36..40].copy_from_slice(&u32::to_le_bytes(1 + PROGRAM_LEN.div_ceil(BLOCK as u32)));
+    superblock[36..40].copy_from_slice(&u32::to_le_bytes(1 + PROGRAM_LEN.div_ceil(BLOCK_LEN)));
     let inode = &mut bytes[ROOT..];
     inode[0] = FLAT_INLINE;
     inode[4..6].copy_from_slice(&DIRECTORY_MODE.to_le_bytes());
@@ -78,7 +81,7 @@ fn filesystem() -> [u8; BLOCK] {
     let all =
         [(ROOT_NUMBER, 0, DIRECTORY_TYPE), (ROOT_NUMBER, 1, DIRECTORY_TYPE), (FILE_NUMBER, 3, FILE_TYPE)];
     for (entry, (inode, name, kind)) in entries.chunks_exact_mut(ENTRY).zip(all) {
-        (entry[0], entry[8], entry[10]) = (inode, 3 * ENTRY as u8 + name, kind);
+        (entry[0], entry[8], entry[10]) = (inode, 3 * ENTRY_LEN + name, kind);
     }
     entries[3 * ENTRY..3 * ENTRY + NAMES.len()].copy_from_slice(NAMES);
     // The data of the file is in the blocks from the second on (`EROFS_INODE_FLAT_PLAIN`).
@@ -94,7 +97,7 @@ fn program() -> Vec<u8> {
     const HEADER: u32 = 64;
     const SEGMENT: u32 = 56;
     const ENTRY_POINT: u32 = PROGRAM_START + HEADER + 2 * SEGMENT;
-    const PAGE: [u8; 4] = (BLOCK as u32).to_le_bytes();
+    const PAGE: [u8; 4] = BLOCK_LEN.to_le_bytes();
     let end = |start: u32, length: u32| (start + length).to_le_bytes();
     // For each page: `mov al, [rsi]` or `mov [rsi], al`; `add esi, PAGE`; `cmp esi, end`; `jb` to the first.
     let touch = |start: u32, length: u32, access: [u8; 2]| {
@@ -119,16 +122,8 @@ fn program() -> Vec<u8> {
     // PT_LOAD, and the flags of a segment that can be read and executed, or read and written (elf(5)).
     let segment = |flags: u32, start: u32, in_file: u32, in_memory: u32| {
         let kind = [1_u32.to_le_bytes(), flags.to_le_bytes()].concat();
-        [
-            &kind[..],
-            &long(0),
-            &long(start),
-            &long(start),
-            &long(in_file),
-            &long(in_memory),
-            &long(BLOCK as u32),
-        ]
-        .concat()
+        [&kind[..], &long(0), &long(start), &long(start), &long(in_file), &long(in_memory), &long(BLOCK_LEN)]
+            .concat()
     };
     [
         // A static executable for x86-64.
