@@ -125,6 +125,7 @@ fn a_spare_is_used_only_where_everything_is_inherited_alike() {
             Ok(setrlimit(Resource::Nofile, limit)?)
         }),
         ("a namespace", || {
+            // SAFETY: the namespace has no effect on descriptors or memory.
             Ok(unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWUTS) }?)
         }),
         ("no_new_privs", || Ok(rustix::thread::set_no_new_privs(true)?)),

@@ -2,6 +2,7 @@
 
 mod inherited;
 mod limits;
+mod program;
 mod spare;
 pub(crate) mod start;
 
@@ -9,9 +10,10 @@ pub use kindling_vmm::Error as MachineError;
 pub use kindling_vmm::control::{Failure, Monitor};
 pub use kindling_vmm::jail::{CgroupError, Jail, OnRefusal, Strictness};
 pub use limits::Limits;
+pub use program::spawn_monitor;
 pub use spare::NextSpare;
+pub use start::preboot;
 pub(crate) use start::{Launch, MachineEnd, StartObserver, Started, end_of};
-pub use start::{preboot, spawn_monitor};
 
 use crate::environment::{self, EnvironmentError};
 use crate::guest::{GuestDir, GuestError, GuestRecord, Payload};

@@ -5,7 +5,7 @@
 //! cgroup. So a front finds only spares that it could have started itself.
 
 use super::inherited;
-use super::start::monitor_program;
+use super::program::monitor_program;
 use kindling_vmm::config::Config;
 use kindling_vmm::config::image::sha256;
 use kindling_vmm::control::{Monitor, PROTOCOL};

@@ -1,17 +1,17 @@
 //! The start of a guest in its monitor, for each way to start one: [`GuestBuilder`](crate::GuestBuilder) and
 //! [`Foreground`](crate::foreground::Foreground).
 
+use super::program::spawn_monitor;
 use super::{LaunchError, LaunchOptions, NextSpare, Plan, spare};
 use crate::guest::{GuestDir, GuestRecord};
 use crate::image::Prepared;
-use crate::kernel::KernelError;
 use kindling_vmm::config::Config;
 use kindling_vmm::control::{ControlError, Event, Monitor};
 use kindling_vmm::jail::CgroupLimits;
 use kindling_vmm::{Error, Exit, Resources, Timeline, with_causes};
 use std::cell::RefCell;
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// A guest that is being started: its configuration, and the resources that are open for it.
 #[derive(Debug)]
@@ -207,24 +207,6 @@ pub(crate) fn end_of(
         // A device that failed is reported at the end.
         Ok(_) => Ok(None),
         Err(error) => Ok(Some(MachineEnd::Lost(error))),
-    }
-}
-
-/// Starts the monitor of a new guest: `kindling-vmm`, from the directory that KINDLING_PROGRAMS names, or else from the
-/// directory of the calling program.
-///
-/// # Errors
-/// When the program is missing, other users can change it, or the host cannot execute it.
-pub fn spawn_monitor() -> Result<Monitor, LaunchError> {
-    Monitor::spawn(&monitor_program()?).map_err(LaunchError::NoMonitor)
-}
-
-/// The path of `kindling-vmm`.
-pub(super) fn monitor_program() -> Result<PathBuf, LaunchError> {
-    match trusted_path::companion("kindling-vmm") {
-        Ok(program) => Ok(program),
-        Err(error) if error.is_absent() => Err(LaunchError::NoMonitor(std::io::ErrorKind::NotFound.into())),
-        Err(error) => Err(KernelError::Untrusted(error).into()),
     }
 }
 
