@@ -79,10 +79,10 @@ pub(crate) struct State {
     pub(crate) virtio: Vec<virtio::State>,
     /// The guest-physical pages in the file.
     pub(super) extents: Vec<Extent>,
-    /// The pages of `extents` that a guest with a payload that does nothing writes to.
-    pub(super) written: Vec<Extent>,
     /// The pages that a guest with a program on its disk writes to, and those that it uses beside `extents`.
     pub(super) used: Vec<Extent>,
+    /// The pages of `extents` that a guest with a payload that does nothing writes to.
+    pub(super) written: Vec<Extent>,
 }
 
 impl State {
