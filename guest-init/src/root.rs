@@ -7,15 +7,18 @@ use crate::console::print;
 use crate::etc_files;
 use crate::mounts::make_directories;
 use crate::panic::fatal;
+use crate::syscall;
 use alloc::string::String;
 use core::mem::MaybeUninit;
 use guest_init::GuestConfig;
-use rustix::fd::OwnedFd;
+use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{CWD, Mode, OFlags, RawDir, mkdirat, open};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, MoveMountFlags, mount, mount_move, mount_remount, move_mount};
 use rustix::process::{chdir, chroot};
 
+/// The beginning of the path of a device that is memory (virtio pmem). Files of a filesystem on it are used in place (DAX).
+const MEMORY: &[u8] = b"/dev/pmem";
 /// Directory in which the overlay is assembled.
 const STAGING: &str = "/overlay";
 const LOWER: &str = "/overlay/lower";
@@ -66,11 +69,23 @@ fn mount_overlay(device: &[u8], config: &GuestConfig) -> Result<(), Failure> {
     mount("tmpfs", STAGING, "tmpfs", MountFlags::empty(), c"mode=0755")
         .map_err(|error| ("mount the writable layer", error))?;
     [LOWER, UPPER, WORK, ROOT].into_iter().try_for_each(directory)?;
-    mount(device, LOWER, "erofs", MountFlags::RDONLY, c"")
+    let is_memory = device.starts_with(MEMORY);
+    if is_memory {
+        // The kernel may have been pre-booted with another file there.
+        forget_contents(device).map_err(|error| ("open the device", error))?;
+    }
+    let options = if is_memory { c"dax=always" } else { c"" };
+    mount(device, LOWER, "erofs", MountFlags::RDONLY, options)
         .map_err(|error| ("mount the read-only layer", error))?;
     etc_files::write_above(LOWER, UPPER, config);
     mount("overlay", ROOT, "overlay", MountFlags::empty(), LAYERS)
         .map_err(|error| ("mount the overlay", error))
+}
+
+/// Makes the kernel forget which blocks of a device it has read (`blkdev_flushbuf` in block/ioctl.c).
+fn forget_contents(device: &[u8]) -> Result<(), Errno> {
+    let device = open(device, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+    syscall::flush_buffers(device.as_fd())
 }
 
 fn switch(config: &GuestConfig) -> Result<(), Failure> {

@@ -4,11 +4,12 @@
 
 use core::arch::asm;
 use core::ffi::CStr;
-use rustix::fd::{BorrowedFd, FromRawFd, OwnedFd};
+use rustix::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal};
 
 const RT_SIGPROCMASK: usize = 14;
+const IOCTL: usize = 16;
 const FORK: usize = 57;
 const EXECVE: usize = 59;
 const KILL: usize = 62;
@@ -159,4 +160,13 @@ pub(crate) fn exit(code: u8) -> ! {
         // SAFETY: the process ends.
         let _ = unsafe { call(EXIT_GROUP, [code.into(), 0, 0, 0]) };
     }
+}
+
+/// Makes the kernel forget which blocks of a block device it has read (`BLKFLSBUF` in include/uapi/linux/fs.h).
+pub(crate) fn flush_buffers(device: BorrowedFd<'_>) -> Result<(), Errno> {
+    const BLKFLSBUF: usize = 0x1261;
+    let descriptor = usize::try_from(device.as_raw_fd()).map_err(|_| Errno::BADF)?;
+    // SAFETY: the call has no argument in memory.
+    unsafe { call(IOCTL, [descriptor, BLKFLSBUF, 0, 0]) }?;
+    Ok(())
 }

@@ -70,15 +70,19 @@ impl DeviceSet {
     }
 
     /// Puts the devices in the place of those of a spare machine, which are placeholders with equal properties.
-    pub(crate) fn replace(self, placeholders: &[Arc<Mutex<Transport>>]) -> Result<(), Error> {
+    pub(crate) fn replace(
+        self,
+        placeholders: &[Arc<Mutex<Transport>>],
+        memory: &GuestMemory,
+    ) -> Result<(), Error> {
         self.starting.into_iter().try_for_each(Starting::wait)?;
-        // Its memory cannot be mapped into a machine that has run.
-        if self.devices.len() != placeholders.len() || !self.files.is_empty() {
+        if self.devices.len() != placeholders.len() {
             return Err(PrebootError::OtherDevices.into());
         }
         for ((_, device), transport) in self.devices.into_iter().zip(placeholders) {
             lock(transport).replace(device).map_err(|_| PrebootError::OtherDevices)?;
         }
+        memory.record_files(placeholders.iter().filter_map(|transport| lock(transport).memory()));
         Ok(())
     }
 

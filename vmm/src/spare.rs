@@ -66,7 +66,7 @@ impl Spare {
         }
         let device_set = DeviceSet::new(config, resources.backends)?;
         machine.devices.balloon = device_set.balloon.clone();
-        device_set.replace(&machine.devices.virtio)?;
+        device_set.replace(&machine.devices.virtio, &machine.memory)?;
         lock(&machine.devices.configuration)
             .set(guest_config(config), Instant::now())
             .map_err(crate::config::ConfigError::from)?;

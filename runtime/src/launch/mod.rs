@@ -24,12 +24,12 @@ use crate::network::{self, NetworkError};
 use crate::signal;
 use crate::volume::{self, VolumeError};
 use guest_protocol::agent::TerminalSize;
-use kindling_vmm::config::devices::{NetworkInterface, RootFilesystem, Vsock};
+use kindling_vmm::config::devices::{NetworkInterface, RootAccess, RootFilesystem, Vsock};
 use kindling_vmm::config::{Config, ConfigError, Console, GuestConfig, MachineConfig};
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 const SIGTERM: u8 = 15;
 /// The lowest CID of a guest. All guests can use it, because each vsock device has a separate Unix socket.
@@ -204,7 +204,7 @@ impl LaunchOptions {
         config.machine = MachineConfig { vcpu_count, mem_size_mib: self.memory_mib };
         config.console = Console::Null;
         config.jail = self.jail;
-        config.devices.root = Some(RootFilesystem::new(&prepared.rootfs));
+        config.devices.root = Some(self.root(&prepared.rootfs));
         config.devices.network_interfaces.extend(self.interface()?);
         network::publish_all(&self.publish, &mut config.devices)?;
         config.devices.vsock =
@@ -225,6 +225,17 @@ impl LaunchOptions {
             config.preboot = kernel::preboot_path(&config)?;
         }
         Ok(config)
+    }
+
+    /// The root filesystem: in memory, unless it is large or its use is limited.
+    fn root(&self, path: &Path) -> RootFilesystem {
+        let mut root = RootFilesystem::new(path);
+        let length = std::fs::metadata(path).ok().filter(std::fs::Metadata::is_file).map(|file| file.len());
+        let is_limited = self.limits.disk_bandwidth.is_some() || self.limits.disk_operations.is_some();
+        if let Some(length) = length.filter(|_| !is_limited) {
+            root.access = RootAccess::for_file(length, self.memory_mib.saturating_mul(1 << 20));
+        }
+        root
     }
 
     /// Locks the assignment of ports if ports are published.

@@ -125,10 +125,11 @@ fn run_spare(
     if config.jail != jail {
         return Err(PrebootError::OtherDevices.into());
     }
-    jail.limit_process(limits)?;
     report_missing(&missing, jail, channel);
-    timeline.reached("process confined");
-    let machine = spare.give_to(&config, resources, timeline)?;
+    let mut machine = spare.give_to(&config, resources, timeline)?;
+    // Until here, files in memory are mapped twice.
+    jail.limit_process(limits)?;
+    machine.timeline.reached("process confined");
     run_machine(machine, jail, channel)
 }
 
@@ -228,6 +229,8 @@ impl Received {
         let file = devices.iter().map(size).max().unwrap_or(0);
         let mut memory =
             config.machine.mem_size_mib.saturating_mul(layout::MIB).saturating_add(OWN_MEMORY_MAX);
+        let window = config.devices.root.as_ref().and_then(|root| root.access.window());
+        memory = memory.saturating_add(window.unwrap_or(0));
         let mut devices = devices.into_iter();
         let mut next = || devices.next().ok_or_else(|| missing("receive a descriptor for each device"));
         for kind in backends {

@@ -23,6 +23,11 @@ pub struct BackingFile {
 }
 
 impl BackingFile {
+    /// Whether the file itself is the guest's memory, so that the guest sees all changes of it.
+    pub(super) const fn is_shared(&self) -> bool {
+        self.is_shared
+    }
+
     /// The message about a truncated file, to be appended to its path.
     pub const TRUNCATED_MESSAGE: &str = " is mapped as guest memory and was truncated while the guest ran";
 

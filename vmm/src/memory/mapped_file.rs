@@ -5,7 +5,7 @@ use crate::layout::HUGE_PAGE_SIZE;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// A shared mapping of a complete file: all processes that map or read the file share its pages in the page cache.
 /// Start and end are multiples of 2 MiB; after the end of the file the mapping contains zeroes.
@@ -17,7 +17,7 @@ pub struct MappedFile {
     start: *mut libc::c_void,
     size: usize,
     is_writable: bool,
-    backing: Arc<BackingFile>,
+    backing: Mutex<Arc<BackingFile>>,
 }
 
 // SAFETY: the mapping is not bound to a thread, and is not accessed through this structure.
@@ -33,12 +33,21 @@ impl MappedFile {
     /// # Errors
     /// When the host refuses the mapping: the address space is exhausted, or the file does not support mappings.
     pub fn new(file: &File, length: u64, is_writable: bool) -> io::Result<Self> {
+        Self::in_window(file, length, length, is_writable)
+    }
+
+    /// The same at the start of a mapping of `window` bytes, at least `length`, rounded up to a multiple of 2 MiB.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn in_window(file: &File, length: u64, window: u64, is_writable: bool) -> io::Result<Self> {
         let too_large = |_| io::Error::from_raw_os_error(libc::EFBIG);
         let align = usize::try_from(HUGE_PAGE_SIZE).map_err(too_large)?;
         let length = usize::try_from(length).map_err(too_large)?;
-        let size = length.checked_next_multiple_of(align);
+        let window = usize::try_from(window.max(length as u64)).map_err(too_large)?;
+        let size = window.checked_next_multiple_of(align);
         let size = size.ok_or_else(|| io::Error::from_raw_os_error(libc::EFBIG))?;
-        let backing = Arc::new(BackingFile::new(file, true)?);
+        let backing = Mutex::new(Arc::new(BackingFile::new(file, true)?));
         let protection = libc::PROT_READ | if is_writable { libc::PROT_WRITE } else { 0 };
         let reserved_size = size.saturating_add(align);
         // SAFETY: a mapping at an address of the kernel's choice replaces nothing.
@@ -80,8 +89,30 @@ impl MappedFile {
 
     /// The mapped file.
     #[must_use]
-    pub const fn backing(&self) -> &Arc<BackingFile> {
-        &self.backing
+    pub fn backing(&self) -> Arc<BackingFile> {
+        Arc::clone(&self.backing.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Moves another mapping of the same size over this one, which guests keep as their memory: they see the other's file from
+    /// here on.
+    ///
+    /// # Errors
+    /// When the sizes differ, or the host refuses.
+    pub(crate) fn take_over(&self, other: &Self) -> io::Result<()> {
+        if (self.size, self.is_writable) != (other.size, other.is_writable) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        // SAFETY: both ranges are mapped for `size` bytes, and this one's is replaced in place. The other's is not used: nothing
+        // has got its address.
+        let moved = unsafe {
+            let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+            libc::mremap(other.start, self.size, self.size, flags, self.start)
+        };
+        if moved == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        *self.backing.lock().unwrap_or_else(PoisonError::into_inner) = other.backing();
+        Ok(())
     }
 
     /// Whether the mapping is writable; writes change the file.

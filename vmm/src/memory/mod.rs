@@ -133,8 +133,15 @@ impl GuestMemory {
     /// The same memory, with files mapped beside the RAM. Devices can transfer data from and to these as well.
     #[must_use]
     pub fn with_files(&self, files: Vec<PlacedFile>) -> Self {
-        lock(&self.backing).extend(files.iter().map(|(_, file)| Arc::clone(file.backing())));
+        lock(&self.backing).extend(files.iter().map(|(_, file)| file.backing()));
         Self { mapped: files.into(), ..self.clone() }
+    }
+
+    /// Replaces the record of the files that are mapped beside the RAM, after [`MappedFile::take_over`].
+    pub(crate) fn record_files(&self, files: impl Iterator<Item = PlacedFile>) {
+        let mut backing = lock(&self.backing);
+        backing.retain(|file| !file.is_shared());
+        backing.extend(files.map(|(_, file)| file.backing()));
     }
 
     /// The files that are mapped beside the RAM.

@@ -4,6 +4,7 @@ use super::limits::RateLimiter;
 use super::{Description, DeviceKind};
 use crate::config::ConfigError;
 use crate::config::null::null_is_default;
+use crate::layout::MIB;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -97,16 +98,51 @@ pub struct RootFilesystem {
     /// Limits of bytes and requests per time; no limit by default.
     #[serde(default)]
     pub rate_limiter: Option<RateLimiter>,
+    /// How the guest accesses the filesystem.
+    #[serde(default)]
+    pub access: RootAccess,
+}
+
+/// How a guest accesses the root filesystem of its image.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub enum RootAccess {
+    /// As a disk (virtio block): the guest's kernel copies what it reads into its page cache.
+    #[default]
+    Disk,
+    /// As memory (virtio pmem) in a window of 64 MiB: the guest's programs use the pages of the host's page cache (DAX).
+    SmallWindow,
+    /// The same, of 512 MiB.
+    LargeWindow,
+}
+
+impl RootAccess {
+    /// Size of the window in bytes. The guest's kernel has page structures for it, a 64th of its size.
+    #[must_use]
+    pub const fn window(self) -> Option<u64> {
+        match self {
+            Self::Disk => None,
+            Self::SmallWindow => Some(64 * MIB),
+            Self::LargeWindow => Some(512 * MIB),
+        }
+    }
+
+    /// The access for a file of this length, in a guest with this memory, in bytes: the smallest window that has room for it, if
+    /// the page structures of the window are small beside the guest's memory.
+    #[must_use]
+    pub fn for_file(length: u64, memory: u64) -> Self {
+        let fits = |access: &Self| access.window().is_some_and(|window| length <= window && window <= memory);
+        [Self::SmallWindow, Self::LargeWindow].into_iter().find(fits).unwrap_or_default()
+    }
 }
 
 impl RootFilesystem {
     /// The root filesystem in this file.
     #[must_use]
     pub fn new(path_on_host: impl Into<PathBuf>) -> Self {
-        Self { path_on_host: path_on_host.into(), rate_limiter: None }
+        Self { path_on_host: path_on_host.into(), rate_limiter: None, access: RootAccess::Disk }
     }
 
-    /// The drive that the guest sees.
+    /// The drive that the guest sees with [`RootAccess::Disk`].
     pub(crate) fn drive(&self) -> Drive {
         let rate_limiter = self.rate_limiter;
         Drive { is_read_only: true, rate_limiter, ..Drive::new("root", &self.path_on_host) }
@@ -115,7 +151,12 @@ impl RootFilesystem {
 
 impl DeviceKind for RootFilesystem {
     fn describe(&self) -> Description<'_> {
-        Description { name: "root", is_named: false, letter: 'r', is_private: true, is_root_device: false }
+        let letter = match self.access {
+            RootAccess::Disk => 'r',
+            RootAccess::SmallWindow => 'x',
+            RootAccess::LargeWindow => 'y',
+        };
+        Description { name: "root", is_named: false, letter, is_private: true, is_root_device: false }
     }
 }
 

@@ -11,7 +11,7 @@ mod pmem;
 mod vsock;
 
 pub use balloon::Balloon;
-pub use drive::{CacheType, Drive, IoEngine, RootFilesystem};
+pub use drive::{CacheType, Drive, IoEngine, RootAccess, RootFilesystem};
 pub use entropy::Entropy;
 pub use folder::SharedFolder;
 pub use limits::{RateLimiter, TokenBucket};
@@ -125,7 +125,11 @@ impl Devices {
 
     /// The name in the guest of the image's root filesystem, if there is one.
     pub(crate) fn root_name(&self) -> Option<String> {
-        self.root.as_ref().map(|_| Self::drive_name(self.drives.len()))
+        self.root.as_ref().map(|root| match root.access.window() {
+            None => Self::drive_name(self.drives.len()),
+            // It precedes the pmem devices.
+            Some(_) => "/dev/pmem0".to_owned(),
+        })
     }
 
     /// Whether the machine shares no state with others that outlives it: no disks, pmem files or folders, which the
@@ -142,7 +146,7 @@ impl Devices {
     }
 
     /// One letter per device, for its kind: **d**isk, **r**ead-only disk, **n**etwork, **v**sock, **e**ntropy,
-    /// **b**alloon, **m**emory (pmem), **f**older.
+    /// **b**alloon, **m**emory (pmem), **f**older; **x** and **y** for the windows of a root filesystem.
     #[must_use]
     pub fn kinds(&self) -> String {
         self.iter().map(|device| device.kind().describe().letter).collect()

@@ -163,6 +163,12 @@ impl Transport {
         self.pass(Event::Deadline);
     }
 
+    /// The device's memory and its guest-physical address, if it has some.
+    #[must_use]
+    pub fn memory(&self) -> Option<crate::memory::PlacedFile> {
+        self.device.memory()
+    }
+
     /// The machine has ended: the device removes what it created on the host.
     pub fn end(&mut self) {
         self.device.end();

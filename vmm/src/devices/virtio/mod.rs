@@ -153,6 +153,14 @@ pub trait Device: Send + fmt::Debug {
         None
     }
 
+    /// Moves the device's memory to that of a device which this one replaces.
+    ///
+    /// # Errors
+    /// When the device has no such memory, or the host refuses.
+    fn move_memory(&mut self, _to: &PlacedFile) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
     /// A handle that controls the guest's balloon, if the device is one.
     fn balloon(&self) -> Option<balloon::Control> {
         None

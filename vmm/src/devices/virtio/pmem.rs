@@ -14,6 +14,7 @@ use crate::layout::{HUGE_PAGE_SIZE, MIB};
 use crate::memory::{MappedFile, PlacedFile};
 use std::fs::File;
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use vm_memory::GuestAddress;
 
@@ -85,13 +86,40 @@ impl Pmem {
         }
         let mapping = MappedFile::new(&file, length, !config.read_only);
         let mapping = mapping.map_err(|error| wrong(format!("it cannot be mapped: {error}")))?;
-        Ok(Self {
+        Ok(Self::with_mapping(file, mapping, start))
+    }
+
+    fn with_mapping(file: File, mapping: MappedFile, start: GuestAddress) -> Self {
+        Self {
             io: FileIo::new(file, 1),
             mapping: Arc::new(mapping),
             start,
             flushing: Vec::new(),
             watcher: None,
-        })
+        }
+    }
+
+    /// Creates a device that shows a file at the start of a window, read-only. Guests of one pre-booted kernel have files of
+    /// different length in windows of the same size.
+    ///
+    /// # Errors
+    /// When the file is empty, or longer than the window, or cannot be mapped.
+    pub(in crate::devices::virtio) fn in_window(
+        path: &Path,
+        file: File,
+        window: u64,
+        start: GuestAddress,
+    ) -> Result<Self, BackendError> {
+        let wrong = |why: String| {
+            BackendError::unusable(format!("{} cannot be a root filesystem in memory", path.display()), why)
+        };
+        let length = length(&file).map_err(|error| wrong(error.to_string()))?;
+        if !(1..=window).contains(&length) {
+            return Err(wrong(format!("it has {length} bytes, and at most {window} fit")));
+        }
+        let mapping = MappedFile::in_window(&file, length, window, false);
+        let mapping = mapping.map_err(|error| wrong(format!("it cannot be mapped: {error}")))?;
+        Ok(Self::with_mapping(file, mapping, start))
     }
 
     /// Makes the device a placeholder, with which a kernel is pre-booted: replaces the file by a memory file of zeroes.
@@ -240,6 +268,15 @@ impl Device for Pmem {
 
     fn memory(&self) -> Option<PlacedFile> {
         Some((self.start, Arc::clone(&self.mapping)))
+    }
+
+    fn move_memory(&mut self, (start, mapping): &PlacedFile) -> io::Result<()> {
+        if *start != self.start {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        mapping.take_over(&self.mapping)?;
+        self.mapping = Arc::clone(mapping);
+        Ok(())
     }
 
     fn prepare(&mut self, watcher: &Watcher, jail: Jail) -> io::Result<()> {

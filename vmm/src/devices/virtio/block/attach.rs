@@ -4,8 +4,10 @@ use super::Block;
 use super::file::ForeignLock;
 use crate::config::devices::{Drive, RootFilesystem};
 use crate::devices::virtio::backend::{Attach, Backend, Contents};
+use crate::devices::virtio::pmem::Pmem;
 use crate::devices::virtio::{BackendError, Device};
 use crate::preboot::trial_root;
+use std::fs::File;
 use vm_memory::GuestAddress;
 
 /// The error of a file that cannot be a drive.
@@ -37,7 +39,7 @@ impl Attach for Drive {
 
 impl Attach for RootFilesystem {
     fn open(&self) -> Result<Backend, BackendError> {
-        Ok(Backend::File(Block::open_file(&self.drive(), ForeignLock::Ignored)?, Contents::Shown))
+        Ok(self.backend(Block::open_file(&self.drive(), ForeignLock::Ignored)?))
     }
 
     fn open_placeholder(&self) -> Result<Backend, BackendError> {
@@ -45,10 +47,31 @@ impl Attach for RootFilesystem {
         self.open()?;
         let file =
             trial_root::file().map_err(BackendError::host("create the root filesystem of trial guests"))?;
-        Ok(Backend::File(file, Contents::Shown))
+        Ok(self.backend(file))
     }
 
     fn create(&self, backend: Backend, memory: GuestAddress) -> Result<Box<dyn Device>, BackendError> {
-        self.drive().create(backend, memory)
+        let Some(window) = self.access.window() else { return self.drive().create(backend, memory) };
+        let (file, contents) = match backend {
+            Backend::Memory(file, contents) => (file, contents),
+            other => return Err(other.mismatch()),
+        };
+        let device = Pmem::in_window(&self.path_on_host, file, window, memory)?;
+        match contents {
+            Contents::Shown => Ok(Box::new(device)),
+            Contents::Zeroes => {
+                let device = device.placeholder();
+                Ok(Box::new(device.map_err(BackendError::host("create a placeholder root filesystem"))?))
+            }
+        }
+    }
+}
+
+impl RootFilesystem {
+    fn backend(&self, file: File) -> Backend {
+        match self.access.window() {
+            None => Backend::File(file, Contents::Shown),
+            Some(_) => Backend::Memory(file, Contents::Shown),
+        }
     }
 }

@@ -43,6 +43,9 @@ pub enum ReplaceError {
     /// Requests of the device are in flight.
     #[error(transparent)]
     InFlight(#[from] InFlight),
+    /// The other's memory cannot be moved.
+    #[error("the memory of the device cannot be replaced")]
+    Memory(#[source] std::io::Error),
     /// The other is of another kind, or has other features.
     #[error("the device {0} cannot be replaced by a different one")]
     Different(String),
@@ -106,10 +109,13 @@ impl Transport {
     ///
     /// # Errors
     /// When the properties differ, or requests are in flight.
-    pub fn replace(&mut self, device: Box<dyn Device>) -> Result<(), ReplaceError> {
+    pub fn replace(&mut self, mut device: Box<dyn Device>) -> Result<(), ReplaceError> {
         let state = self.state()?;
         if Self::identity(device.as_ref()) != state.identity {
             return Err(ReplaceError::Different(self.name.clone()));
+        }
+        if let Some(memory) = self.device.memory() {
+            device.move_memory(&memory).map_err(ReplaceError::Memory)?;
         }
         self.device = device;
         self.restore(&state);
