@@ -16,6 +16,7 @@ use rustix::fs::{CWD, Mode, OFlags, RawDir, mkdirat, open};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, MoveMountFlags, mount, mount_move, mount_remount, move_mount};
 use rustix::process::{chdir, chroot};
+use rustix::thread::{Timespec, nanosleep};
 
 /// The beginning of the path of a device that is memory (virtio pmem). Files of a filesystem on it are used in place (DAX).
 const MEMORY: &[u8] = b"/dev/pmem";
@@ -53,7 +54,7 @@ const fn advice(error: Errno) -> &'static str {
         }
         Errno::NODEV => "; the guest's kernel needs the fragment filesystems",
         Errno::NOENT | Errno::NXIO => {
-            "; the disk does not exist, or the guest's kernel needs the fragment block"
+            "; the disk does not exist, or the guest's kernel needs the fragment block or pmem"
         }
         _ => "",
     }
@@ -82,9 +83,20 @@ fn mount_overlay(device: &[u8], config: &GuestConfig) -> Result<(), Failure> {
         .map_err(|error| ("mount the overlay", error))
 }
 
-/// Makes the kernel forget which blocks of a device it has read (`blkdev_flushbuf` in block/ioctl.c).
+/// Waits for a device, which the kernel may still be probing (`nd_async_domain` in drivers/nvdimm/bus.c), and makes the kernel
+/// forget which blocks it has read (`blkdev_flushbuf` in block/ioctl.c).
 fn forget_contents(device: &[u8]) -> Result<(), Errno> {
-    let device = open(device, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+    const ATTEMPTS: u32 = 2000;
+    const INTERVAL: Timespec = Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
+    let mut attempt = 1;
+    let device = loop {
+        match open(device, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()) {
+            Err(Errno::NOENT | Errno::NXIO) if attempt < ATTEMPTS => attempt += 1,
+            result => break result?,
+        }
+        // An interrupted wait is a short one.
+        let _ = nanosleep(&INTERVAL);
+    };
     syscall::flush_buffers(device.as_fd())
 }
 

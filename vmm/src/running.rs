@@ -129,9 +129,10 @@ impl Running {
             || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(Error::host("create an eventfd"));
         let (ended, stop) = (eventfd()?, eventfd()?);
         // No device is used before it gets its host's side.
-        let devices =
-            if machine.purpose == Purpose::Wait { Vec::new() } else { machine.devices.virtio.clone() };
-        let files = machine.memory.backing_files();
+        let (devices, files) = match machine.purpose {
+            Purpose::Wait => Default::default(),
+            _ => (machine.devices.virtio.clone(), machine.memory.backing_files()),
+        };
         let event_loop = EventLoop::new(
             &ended,
             &stop,

@@ -204,7 +204,8 @@ impl LaunchOptions {
         config.machine = MachineConfig { vcpu_count, mem_size_mib: self.memory_mib };
         config.console = Console::Null;
         config.jail = self.jail;
-        config.devices.root = Some(self.root(&prepared.rootfs));
+        let has_memory_devices = image.fragments.iter().any(|fragment| fragment == "pmem");
+        config.devices.root = Some(self.root(&prepared.rootfs, has_memory_devices));
         config.devices.network_interfaces.extend(self.interface()?);
         network::publish_all(&self.publish, &mut config.devices)?;
         config.devices.vsock =
@@ -227,12 +228,12 @@ impl LaunchOptions {
         Ok(config)
     }
 
-    /// The root filesystem: in memory, unless it is large or its use is limited.
-    fn root(&self, path: &Path) -> RootFilesystem {
+    /// The root filesystem: in memory, if the kernel can do that, unless it is large or its use is limited.
+    fn root(&self, path: &Path, has_memory_devices: bool) -> RootFilesystem {
         let mut root = RootFilesystem::new(path);
         let length = std::fs::metadata(path).ok().filter(std::fs::Metadata::is_file).map(|file| file.len());
         let is_limited = self.limits.disk_bandwidth.is_some() || self.limits.disk_operations.is_some();
-        if let Some(length) = length.filter(|_| !is_limited) {
+        if let Some(length) = length.filter(|_| has_memory_devices && !is_limited) {
             root.access = RootAccess::for_file(length, self.memory_mib.saturating_mul(1 << 20));
         }
         root

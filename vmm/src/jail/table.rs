@@ -207,6 +207,7 @@ pub const TABLE: &[Call] = &[
     call("io_uring_setup", PREBOOT, Rule::Absent, "file operations of disks, for which a thread is enough here"),
     call("memfd_create", PREBOOT, Rule::Any, "memory whose pages can be compared"),
     call("inotify_init1", PREBOOT, Rule::Any, "changes of mapped files"),
+    call("inotify_add_watch", PREBOOT, Rule::Any, "changes of mapped files"),
     call("fcntl", PREBOOT, Rule::OneOf(1, FCNTL), "duplicates of descriptors"),
     call("statx", PREBOOT, Rule::Any, "lengths of files"),
     call("fstatfs", PREBOOT, Rule::Any, "whether a file is in memory"),

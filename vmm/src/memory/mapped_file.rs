@@ -16,6 +16,8 @@ pub struct MappedFile {
     reserved_size: usize,
     start: *mut libc::c_void,
     size: usize,
+    /// Length of the file in bytes.
+    length: usize,
     is_writable: bool,
     backing: Mutex<Arc<BackingFile>>,
 }
@@ -59,7 +61,7 @@ impl MappedFile {
             return Err(io::Error::last_os_error());
         }
         let start = reserved.wrapping_byte_add(reserved.addr().next_multiple_of(align) - reserved.addr());
-        let this = Self { reserved, reserved_size, start, size, is_writable, backing };
+        let this = Self { reserved, reserved_size, start, size, length, is_writable, backing };
         // SAFETY: the file lies within the range that was just reserved and is not in use yet: the reservation is 2 MiB
         // larger than needed, so that the file fits after the first multiple of 2 MiB.
         let mapped = unsafe {
@@ -102,15 +104,21 @@ impl MappedFile {
         if (self.size, self.is_writable) != (other.size, other.is_writable) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        // SAFETY: both ranges are mapped for `size` bytes, and this one's is replaced in place. The other's is not used: nothing
-        // has got its address.
-        let moved = unsafe {
+        // SAFETY: both ranges are mapped for `size` bytes, of which the file has the first `length`; this one's is replaced in
+        // place. The other's is not used: nothing has got its address.
+        let is_moved = unsafe {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
+            let protection = libc::PROT_READ | if self.is_writable { libc::PROT_WRITE } else { 0 };
+            let cleared = libc::mmap(self.start, self.size, protection, flags, -1, 0);
             let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
-            libc::mremap(other.start, self.size, self.size, flags, self.start)
+            cleared != libc::MAP_FAILED
+                && libc::mremap(other.start, other.length, other.length, flags, self.start) != libc::MAP_FAILED
         };
-        if moved == libc::MAP_FAILED {
+        if !is_moved {
             return Err(io::Error::last_os_error());
         }
+        // SAFETY: as in `in_window`.
+        unsafe { libc::madvise(self.start, self.size, libc::MADV_DONTDUMP) };
         *self.backing.lock().unwrap_or_else(PoisonError::into_inner) = other.backing();
         Ok(())
     }
