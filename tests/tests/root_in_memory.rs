@@ -23,7 +23,11 @@ fn an_image_is_in_memory_if_it_fits_into_a_window() {
         (&["--disk-iops", "1000"], "/dev/vda"),
     ] {
         let outcome = run(user.run(options).args(["sh", "-c", &script(device)]));
-        assert_eq!(outcome.expect_status(0).stdout, format!("{device}\n e2 e1 f5 e0\n"), "{options:?}: {outcome}");
+        assert_eq!(
+            outcome.expect_status(0).stdout,
+            format!("{device}\n e2 e1 f5 e0\n"),
+            "{options:?}: {outcome}"
+        );
     }
 }
 
@@ -37,7 +41,11 @@ fn a_large_image_is_in_a_large_window_or_on_a_disk() {
         // Behind the filesystem.
         file.set_len(mib << 20).unwrap();
         let mut command = user.command("run");
-        command.arg(&large).args(["sh", "-c", &format!("DEVICE={device}; {MAGIC}; cat /etc/hostname >/dev/null")]);
+        command.arg(&large).args([
+            "sh",
+            "-c",
+            &format!("DEVICE={device}; {MAGIC}; cat /etc/hostname >/dev/null"),
+        ]);
         let outcome = run(&mut command);
         assert_eq!(outcome.expect_status(0).stdout, " e2 e1 f5 e0\n", "{mib} MiB: {outcome}");
     }
@@ -79,7 +87,11 @@ fn a_guest_whose_image_is_truncated_ends_with_its_name() {
         fs::copy(testbed("busybox.erofs"), &image).unwrap();
         let mut command = user.command("run");
         command.env("KINDLING_SPARE", is_spare).arg(&image);
-        command.args(["sh", "-c", "echo ready; read -r line; ls -lR / >/dev/null; cat /bin/busybox >/dev/null"]);
+        command.args([
+            "sh",
+            "-c",
+            "echo ready; read -r line; ls -lR / >/dev/null; cat /bin/busybox >/dev/null",
+        ]);
         let mut guest = GuestConsole::start(&mut command);
         guest.expect("ready");
         fs::File::options().write(true).open(&image).unwrap().set_len(4096).unwrap();
@@ -94,9 +106,11 @@ fn a_guest_whose_image_is_truncated_ends_with_its_name() {
 fn guests_of_one_image_share_its_pages() {
     let user = User::new();
     let start = |name: &str| {
-        let mut guest = GuestConsole::start(
-            user.run(&["--name", name]).args(["sh", "-c", "cat /bin/busybox >/dev/null; echo ready; read -r line"]),
-        );
+        let mut guest = GuestConsole::start(user.run(&["--name", name]).args([
+            "sh",
+            "-c",
+            "cat /bin/busybox >/dev/null; echo ready; read -r line",
+        ]));
         guest.expect("ready");
         guest
     };
@@ -108,7 +122,10 @@ fn guests_of_one_image_share_its_pages() {
             lines.map(|line| line.trim().trim_end_matches(" kB").parse::<u64>().unwrap()).sum()
         };
         let (resident, private) = (kib("Rss:"), kib("Private_Dirty:") + kib("Private_Clean:"));
-        assert!(resident > 512 && private == 0, "{resident} KiB, of which {private} are not shared:\n{mapped}");
+        assert!(
+            resident > 512 && private == 0,
+            "{resident} KiB, of which {private} are not shared:\n{mapped}"
+        );
     }
     for mut guest in guests {
         guest.send_line();

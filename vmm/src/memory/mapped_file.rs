@@ -112,7 +112,8 @@ impl MappedFile {
             let cleared = libc::mmap(self.start, self.size, protection, flags, -1, 0);
             let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
             cleared != libc::MAP_FAILED
-                && libc::mremap(other.start, other.length, other.length, flags, self.start) != libc::MAP_FAILED
+                && libc::mremap(other.start, other.length, other.length, flags, self.start)
+                    != libc::MAP_FAILED
         };
         if !is_moved {
             return Err(io::Error::last_os_error());
