@@ -34,6 +34,7 @@ const RESOURCES: [Resource; 16] = [
 /// A digest of what this process has inherited and passes on: users and capabilities, limits, scheduling, namespaces, root
 /// directory, cgroup, and the label of a security module. `None` in a sandbox whose rules cannot be compared: a process with
 /// `no_new_privs` may be confined by Landlock, which it cannot find out.
+#[inline(never)]
 pub(super) fn digest() -> Option<u64> {
     if no_new_privs().ok()? {
         return None;

@@ -32,6 +32,7 @@ pub struct NextSpare {
 
 impl NextSpare {
     /// Starts the spare, unless there is one, in a thread that also reaps its process.
+    #[inline(never)]
     pub fn start(self) {
         // Without a thread there is no spare.
         let _ = std::thread::Builder::new().name("spare".to_owned()).spawn(move || {
@@ -42,6 +43,7 @@ impl NextSpare {
 
     /// The same for a process that has one thread, and exits now: the spare is started after its exit, so that whoever waits
     /// for the process does not wait for the spare.
+    #[inline(never)]
     pub fn start_after_exit(self) {
         let (Ok(this), Ok((left, its_end))) = (pidfd_open(getpid(), PidfdFlags::empty()), io::pipe()) else {
             return;
@@ -93,6 +95,7 @@ fn exit() -> ! {
 }
 
 /// The name of a spare for this configuration. `None` if it cannot have one.
+#[inline(never)]
 pub(super) fn name(config: &Config) -> Option<String> {
     // Files that are guest memory are mapped before the guest runs.
     if !config.devices.pmem.is_empty() {

@@ -128,6 +128,7 @@ impl<'a> Launch<'a> {
     }
 
     /// Whether a spare monitor cannot run the guest, or has ended.
+    #[inline(never)]
     fn has_failed(&self, result: &Result<Started, LaunchError>) -> bool {
         match result {
             Ok(Started::Ended(MachineEnd::Lost(error)))
@@ -140,6 +141,7 @@ impl<'a> Launch<'a> {
     }
 
     /// A new monitor in place of one that has failed, with new resources.
+    #[inline(never)]
     fn replacement(&mut self) -> Result<Monitor, LaunchError> {
         self.monitor = None;
         let monitor = spawn_monitor()?;

@@ -90,6 +90,7 @@ struct JailedSpare {
 }
 
 /// Makes a spare machine, and prepares the wait for its front.
+#[inline(never)]
 fn make_spare(
     start: Start,
     descriptors: Vec<OwnedFd>,
@@ -112,6 +113,7 @@ fn make_spare(
 }
 
 /// Runs the guest of a spare machine.
+#[inline(never)]
 fn run_spare(
     spare: JailedSpare,
     start: Start,

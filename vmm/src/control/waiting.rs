@@ -85,6 +85,7 @@ impl Waiting {
     ///
     /// # Errors
     /// When the socket fails.
+    #[inline(never)]
     pub(super) fn wait(self) -> Result<Option<Taken>, ControlError> {
         loop {
             let is_unchanged =

@@ -8,6 +8,7 @@ pub(crate) mod follow;
 mod link_map;
 
 use crate::bench::{self, payload, run::Images};
+use crate::build_image::{self, Profile};
 use crate::host::workspace;
 use crate::{cargo, container, debian, lab};
 use anyhow::{Context, Result, bail};
@@ -126,6 +127,8 @@ fn runs(tar: &str, erofs: &str) -> Vec<Run> {
 const OPTIONS: &str = "--rm --name guest --env A=b --workdir / --user 0:0 --memory 512 --cpus 1";
 /// The path of the image of `kindling boot` in the lab.
 const BOOT_IMAGE: &str = "/images/bench";
+/// The path of the kernel for `kindling run` there.
+const RUN_IMAGE: &str = "/images/run";
 /// The path of a root filesystem in the lab.
 const EROFS: &str = "/images/busybox.erofs";
 /// Memory of the lab in MiB.
@@ -212,8 +215,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
         place.into()
     });
     with.push((bench::image(true)?, BOOT_IMAGE.to_owned()));
+    let run_image = build_image::Arguments { profile: Profile::Run, ..build_image::Arguments::default() };
+    with.push((build_image::build(&run_image)?, RUN_IMAGE.to_owned()));
     let environment = [
-        ("KINDLING_IMAGE", BOOT_IMAGE.to_owned()),
+        ("KINDLING_IMAGE", RUN_IMAGE.to_owned()),
         ("XDG_RUNTIME_DIR", "/run".to_owned()),
         ("XDG_CACHE_HOME", "/run".to_owned()),
         ("XDG_DATA_HOME", "/run".to_owned()),

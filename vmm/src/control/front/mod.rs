@@ -79,6 +79,7 @@ impl Monitor {
 
     /// Takes the spare monitor of this name. Returns `None` if there is none, or another process has taken it.
     #[must_use]
+    #[inline(never)]
     pub fn take_spare(name: &str) -> Option<Self> {
         let stream = waiting::take(name)?;
         let (stderr, its_stderr) = io::pipe().ok()?;
@@ -99,6 +100,7 @@ impl Monitor {
     ///
     /// # Errors
     /// When the process cannot be started, or a file of the machine cannot be opened.
+    #[inline(never)]
     pub fn spawn_spare(
         program: &Path,
         config: &Config,
