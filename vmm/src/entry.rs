@@ -4,7 +4,7 @@
 //! /proc/self/maps for it, and every thread gets a signal stack. All this takes 0.1 ms of a boot, and its only effect
 //! is one more line of output before the process ends by the same signal: every stack has a guard page in either case.
 //! The other steps of that startup are done here.
-#![expect(unsafe_code, reason = "signal and mallopt have no safe interface")]
+#![expect(unsafe_code, reason = "signals and mallopt have no safe interface")]
 
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::{Errno, fcntl_getfd};
@@ -51,6 +51,16 @@ pub fn raise_descriptor_limit() {
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
     // If this fails, connections beyond the limit are refused.
     let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
+}
+
+/// Unblocks all signals: the parent may have blocked some for itself.
+pub fn unblock_signals() {
+    let mut none = std::mem::MaybeUninit::uninit();
+    // SAFETY: sigemptyset initializes the set, which the other call reads.
+    unsafe {
+        libc::sigemptyset(none.as_mut_ptr());
+        libc::pthread_sigmask(libc::SIG_SETMASK, none.as_ptr(), std::ptr::null_mut());
+    }
 }
 
 /// Opens /dev/null for each closed standard stream, so that no file of this program gets its number: the guest's

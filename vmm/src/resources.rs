@@ -4,6 +4,7 @@
 use crate::boot::BootFiles;
 use crate::config::Config;
 use crate::devices::virtio::backend::{Attach, Backend};
+use crate::devices::virtio::net::starting::Starting;
 use crate::devices::virtio::{BackendError, table};
 use crate::error::Error;
 use crate::kvm::Hypervisor;
@@ -67,6 +68,15 @@ impl Resources {
         }
         self.kvm = Some(Hypervisor::open_descriptor()?);
         Ok(refusal.filter(|refusal| !refusal.is_not_found()))
+    }
+
+    /// Waits for processes that were started for devices.
+    ///
+    /// # Errors
+    /// When one has failed.
+    pub fn wait_for_processes(&mut self) -> Result<(), Error> {
+        let mut starting = self.backends.iter_mut().filter_map(Backend::take_starting);
+        Ok(starting.try_for_each(Starting::wait)?)
     }
 
     /// The files of the program, the kernel, the initrd and the pre-booted kernel, duplicated.

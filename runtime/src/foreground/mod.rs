@@ -180,6 +180,9 @@ impl StartObserver for Start<'_, '_> {
             Ok(Event::Failed(failure)) if failure.is_restore_error && self.stopped_by.get().is_some() => {
                 Err(ControlError::Ended)
             }
+            Err(ControlError::Disconnected | ControlError::Version) if self.stopped_by.get().is_some() => {
+                Err(ControlError::Ended)
+            }
             event => event,
         }
     }

@@ -58,7 +58,7 @@ pub(super) fn digest() -> Option<u64> {
         (limit.current, limit.maximum).hash(&mut all);
     }
     sched_getaffinity(None).ok()?.hash(&mut all);
-    (getpriority_process(None).ok()?, scheduling_policy()).hash(&mut all);
+    (getpriority_process(None).ok()?, scheduling_policy(), personality()).hash(&mut all);
     let namespaces =
         openat(&process, "ns", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).ok()?;
     for name in NAMESPACES {
@@ -69,6 +69,7 @@ pub(super) fn digest() -> Option<u64> {
     let root = statat(CWD, "/", AtFlags::empty()).ok()?;
     (root.st_dev, root.st_ino).hash(&mut all);
     contents(&process, "cgroup")?.hash(&mut all);
+    contents(&process, "oom_score_adj")?.hash(&mut all);
     // Without a security module there is no label.
     contents(&process, "attr/current").hash(&mut all);
     Some(all.finish())
@@ -88,6 +89,14 @@ fn contents(folder: &OwnedFd, name: &str) -> Option<Vec<u8>> {
 fn scheduling_policy() -> i32 {
     // SAFETY: the call has no effect on memory.
     unsafe { libc::sched_getscheduler(0) }
+}
+
+/// Whether addresses are not random, for instance (personality(2)).
+#[expect(unsafe_code, reason = "the call has no safe interface")]
+fn personality() -> i32 {
+    const QUERY: libc::c_ulong = 0xffff_ffff;
+    // SAFETY: the call has no effect on memory, and with this argument none at all.
+    unsafe { libc::personality(QUERY) }
 }
 
 #[cfg(test)]

@@ -228,12 +228,14 @@ impl LaunchOptions {
         Ok(config)
     }
 
-    /// The root filesystem: in memory, if the kernel can do that, unless it is large or its use is limited.
+    /// The root filesystem: in memory, if the kernel can do that, unless it is large, its use is limited, or its file is on a
+    /// filesystem of a network or of a program. If such a file cannot be read, a guest gets an error from a disk; one that has it
+    /// as memory would wait.
     fn root(&self, path: &Path, has_memory_devices: bool) -> RootFilesystem {
         let mut root = RootFilesystem::new(path);
         let length = std::fs::metadata(path).ok().filter(std::fs::Metadata::is_file).map(|file| file.len());
         let is_limited = self.limits.disk_bandwidth.is_some() || self.limits.disk_operations.is_some();
-        if let Some(length) = length.filter(|_| has_memory_devices && !is_limited) {
+        if let Some(length) = length.filter(|_| has_memory_devices && !is_limited && is_local(path)) {
             root.access = RootAccess::for_file(length, self.memory_mib.saturating_mul(1 << 20));
         }
         root
@@ -343,4 +345,12 @@ impl LaunchOptions {
             status: None,
         }
     }
+}
+
+/// Whether a file is on a filesystem of this host's kernel. Numbers of others (include/uapi/linux/magic.h): NFS, CIFS, SMB, 9P,
+/// Ceph, AFS and FUSE.
+fn is_local(path: &Path) -> bool {
+    const OTHERS: [i64; 7] =
+        [0x6969, 0xff53_4d42, 0xfe53_4d42, 0x0102_1997, 0x00c3_6400, 0x6b41_4653, 0x6573_5546];
+    rustix::fs::statfs(path).is_ok_and(|filesystem| !OTHERS.contains(&filesystem.f_type))
 }

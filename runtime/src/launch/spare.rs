@@ -9,9 +9,10 @@ use super::program::monitor_program;
 use kindling_vmm::config::Config;
 use kindling_vmm::config::image::sha256;
 use kindling_vmm::control::{Monitor, PROTOCOL};
+use kindling_vmm::jail::Strictness;
 use kindling_vmm::poll::wait_readable;
 use rustix::fs::{Mode, OFlags, open};
-use rustix::process::{PidfdFlags, getpid, pidfd_open, setsid};
+use rustix::process::{PidfdFlags, geteuid, getpid, pidfd_open, setsid};
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 use std::io;
 use std::os::fd::AsFd;
@@ -41,13 +42,16 @@ impl NextSpare {
         });
     }
 
-    /// The same for a process that has one thread, and exits now: the spare is started after its exit, so that whoever waits
-    /// for the process does not wait for the spare.
+    /// The same for a process that exits now: the spare is started after its exit, so that whoever waits for the process does
+    /// not wait for the spare. A process with several threads, which cannot be copied, starts it before.
     #[inline(never)]
     pub fn start_after_exit(self) {
         let (Ok(this), Ok((left, its_end))) = (pidfd_open(getpid(), PidfdFlags::empty()), io::pipe()) else {
             return;
         };
+        if !has_one_thread() {
+            return drop(self.spawn());
+        }
         if fork() != 0 {
             drop(its_end);
             // Until the copy has left the streams, for whose end others wait.
@@ -68,6 +72,10 @@ impl NextSpare {
     fn spawn(&self) -> Option<Child> {
         Monitor::spawn_spare(&monitor_program().ok()?, &self.config, &self.name, IDLE).ok()?
     }
+}
+
+fn has_one_thread() -> bool {
+    std::fs::read_dir("/proc/self/task").is_ok_and(|threads| threads.count() == 1)
 }
 
 /// Leaves the session, whose terminal may close, and the standard streams, for whose end others wait.
@@ -97,8 +105,9 @@ fn exit() -> ! {
 /// The name of a spare for this configuration. `None` if it cannot have one.
 #[inline(never)]
 pub(super) fn name(config: &Config) -> Option<String> {
-    // Files that are guest memory are mapped before the guest runs.
-    if !config.devices.pmem.is_empty() {
+    // A user namespace, which only root's monitors do without, hides from the spare who its fronts are.
+    let hides_users = config.jail.strictness == Strictness::Full && !geteuid().is_root();
+    if hides_users || !config.devices.pmem.is_empty() {
         return None;
     }
     // The path contains a digest of the kernel and its command line, the size of the machine, and its devices.

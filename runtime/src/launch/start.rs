@@ -73,9 +73,11 @@ impl<'a> Launch<'a> {
     }
 
     /// A monitor for the guest: a spare one, if the guest uses spares and there is one, or else a new one.
-    pub(crate) fn new_monitor(&self) -> Result<Monitor, LaunchError> {
-        let spare = self.spare.as_deref().and_then(Monitor::take_spare);
-        spare.map_or_else(spawn_monitor, Ok)
+    pub(crate) fn new_monitor(&mut self) -> Result<Monitor, LaunchError> {
+        let Some(name) = &self.spare else { return spawn_monitor() };
+        // A spare does not wait for its request.
+        self.resources.wait_for_processes()?;
+        Monitor::take_spare(name).map_or_else(spawn_monitor, Ok)
     }
 
     /// The spare monitor for the next guest of this kind, if the guest uses spares.
@@ -168,11 +170,16 @@ impl<'a> Launch<'a> {
             notify(&with_causes(&refusal));
         }
         monitor.start(&self.config, resources, Some(self.guest.monitor_lock()?), timeline)?;
-        self.ports = None;
+        if !monitor.is_spare() {
+            self.ports = None;
+        }
         observer.starting(monitor)?;
         loop {
             match observer.next_event(monitor) {
-                Ok(Event::Started(timeline)) => return Ok(Started::Running(timeline)),
+                Ok(Event::Started(timeline)) => {
+                    self.ports = None;
+                    return Ok(Started::Running(timeline));
+                }
                 event => {
                     if let Some(end) = end_of(event, notify)? {
                         return Ok(Started::Ended(end));

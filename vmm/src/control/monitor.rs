@@ -128,11 +128,19 @@ fn run_spare(
         return Err(PrebootError::OtherDevices.into());
     }
     report_missing(&missing, jail, channel);
-    let mut machine = spare.give_to(&config, resources, timeline)?;
+    let mut machine = spare.give_to(&config, resources, timeline).map_err(of_spare)?;
     // Until here, files in memory are mapped twice.
-    jail.limit_process(limits)?;
+    jail.limit_process(limits).map_err(|error| of_spare(error.into()))?;
     machine.timeline.reached("process confined");
     run_machine(machine, jail, channel)
+}
+
+/// The error of a spare machine: the guest may start in another, unless its configuration or a device is at fault.
+fn of_spare(error: Error) -> Error {
+    match error {
+        Error::Backend(_) | Error::Config(_) => error,
+        _ => PrebootError::OtherDevices.into(),
+    }
 }
 
 /// Tells the front what the host cannot take away from this process.

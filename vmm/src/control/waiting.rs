@@ -20,8 +20,10 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-/// Time limit for the request of a front that has been given the monitor, and for the byte that says so.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
+/// Time limit of a front for the byte that gives it the monitor: a start without a spare does not take much longer.
+const ANSWER_TIMEOUT: Duration = Duration::from_millis(100);
+/// Time limit for the request of a front that has been given the monitor.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(1);
 /// Interval between two looks at the files that the machine was made of. An inotify descriptor would report changes sooner,
 /// but closing it, when a front comes, waits for SRCU (`fsnotify_destroy_group` in fs/notify/group.c): up to 15 ms.
 const CHECK_INTERVAL: Duration = Duration::from_secs(5);
@@ -95,8 +97,10 @@ impl Waiting {
             }
             let next = self.until.min(Instant::now() + CHECK_INTERVAL);
             if wait_readable(self.listener.as_fd(), Some(next))? {
-                let stream = UnixStream::from(accept_with(&self.listener, SocketFlags::CLOEXEC)?);
-                if socket_peercred(&stream).is_ok_and(|peer| peer.uid == self.user) {
+                let mut stream = UnixStream::from(accept_with(&self.listener, SocketFlags::CLOEXEC)?);
+                let is_own = socket_peercred(&stream).is_ok_and(|peer| peer.uid == self.user);
+                // A front that has given up has closed its end.
+                if is_own && stream.write_all(&[1]).is_ok() {
                     // The others' connections are closed, too.
                     drop(self);
                     return serve(stream);
@@ -106,11 +110,9 @@ impl Waiting {
     }
 }
 
-/// Gives the monitor to the front at the other end, and receives its request.
-fn serve(mut stream: UnixStream) -> Result<Option<Taken>, ControlError> {
-    if stream.write_all(&[1]).is_err()
-        || !wait_readable(stream.as_fd(), Some(Instant::now() + ANSWER_TIMEOUT))?
-    {
+/// Receives the request of the front that has been given the monitor.
+fn serve(stream: UnixStream) -> Result<Option<Taken>, ControlError> {
+    if !wait_readable(stream.as_fd(), Some(Instant::now() + REQUEST_TIMEOUT))? {
         return Ok(None);
     }
     let channel = Channel::new(stream);
@@ -173,6 +175,18 @@ mod tests {
         Channel::new(front).send(&start(), REQUEST_MAX, &[]).unwrap();
         assert_eq!(spare.join().unwrap().1.version, "version");
         assert!(socket(&name).unwrap().is_some());
+    }
+
+    #[test]
+    fn a_front_that_gives_up_does_not_end_the_spare() {
+        let name = name();
+        let waiting = waiting(&name, LONG, Vec::new());
+        // Nobody accepts the connection yet.
+        assert!(take(&name).is_none());
+        let spare = std::thread::spawn(move || waiting.wait().unwrap().unwrap());
+        let front = take(&name).unwrap();
+        Channel::new(front).send(&start(), REQUEST_MAX, &[]).unwrap();
+        assert_eq!(spare.join().unwrap().1.version, "version");
     }
 
     #[test]

@@ -70,15 +70,14 @@ impl Configuration {
         }
     }
 
-    /// Sets the configuration of a spare machine, and responds to the request at which it stopped. New random numbers are
-    /// generated now.
+    /// Sets the configuration of a spare machine, which responds to the request at which it stopped when the guest continues, with
+    /// the time of then. New random numbers are generated now.
     ///
     /// # Errors
     /// When the configuration does not fit into a frame.
     pub fn set(&mut self, config: GuestConfig, now: Instant) -> Result<(), FrameError> {
         let waiting = self.waiting.take();
-        *self = Self::new(config, now, false, true)?;
-        waiting.into_iter().for_each(|nonce| self.restart(nonce));
+        *self = Self { waiting, ..Self::new(config, now, false, true)? };
         Ok(())
     }
 
@@ -124,6 +123,11 @@ impl BusDevice for Configuration {
             // that init and VMM are of different versions.
             (0, 4) => data.fill(0),
             (DATA, length) => {
+                if self.config.is_some()
+                    && let Some(nonce) = self.waiting.take()
+                {
+                    self.restart(nonce);
+                }
                 let rest = self.answer.get(self.position..).unwrap_or_default();
                 let given = rest.len().min(length);
                 data.fill(0);

@@ -23,6 +23,11 @@ pub struct BackingFile {
 }
 
 impl BackingFile {
+    /// The file.
+    pub(super) const fn file(&self) -> &File {
+        &self.file
+    }
+
     /// Whether the file itself is the guest's memory, so that the guest sees all changes of it.
     pub(super) const fn is_shared(&self) -> bool {
         self.is_shared

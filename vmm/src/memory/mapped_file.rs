@@ -95,8 +95,8 @@ impl MappedFile {
         Arc::clone(&self.backing.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Moves another mapping of the same size over this one, which guests keep as their memory: they see the other's file from
-    /// here on.
+    /// Maps the file of another mapping of the same size over this one, which guests keep as their memory: they see that file
+    /// from here on.
     ///
     /// # Errors
     /// When the sizes differ, or the host refuses.
@@ -104,23 +104,23 @@ impl MappedFile {
         if (self.size, self.is_writable) != (other.size, other.is_writable) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        // SAFETY: both ranges are mapped for `size` bytes, of which the file has the first `length`; this one's is replaced in
-        // place. The other's is not used: nothing has got its address.
-        let is_moved = unsafe {
+        let backing = other.backing();
+        let protection = libc::PROT_READ | if self.is_writable { libc::PROT_WRITE } else { 0 };
+        // SAFETY: the range is this mapping's own, of which the file has the first `length` bytes, and is replaced in place.
+        let is_mapped = unsafe {
             let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
-            let protection = libc::PROT_READ | if self.is_writable { libc::PROT_WRITE } else { 0 };
             let cleared = libc::mmap(self.start, self.size, protection, flags, -1, 0);
-            let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+            let flags = libc::MAP_SHARED | libc::MAP_FIXED;
+            let file = backing.file().as_raw_fd();
             cleared != libc::MAP_FAILED
-                && libc::mremap(other.start, other.length, other.length, flags, self.start)
-                    != libc::MAP_FAILED
+                && libc::mmap(self.start, other.length, protection, flags, file, 0) != libc::MAP_FAILED
         };
-        if !is_moved {
+        if !is_mapped {
             return Err(io::Error::last_os_error());
         }
         // SAFETY: as in `in_window`.
         unsafe { libc::madvise(self.start, self.size, libc::MADV_DONTDUMP) };
-        *self.backing.lock().unwrap_or_else(PoisonError::into_inner) = other.backing();
+        *self.backing.lock().unwrap_or_else(PoisonError::into_inner) = backing;
         Ok(())
     }
 

@@ -12,6 +12,7 @@ use std::os::unix::net::UnixStream;
 #[unsafe(no_mangle)]
 extern "C" fn main(_argc: libc::c_int, _argv: *const *const libc::c_char) -> libc::c_int {
     kindling_vmm::entry::prepare();
+    kindling_vmm::entry::unblock_signals();
     kindling_vmm::entry::close_inherited();
     run().into()
 }
