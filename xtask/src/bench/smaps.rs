@@ -3,7 +3,8 @@
 //! /proc/PID/smaps does not mark guest memory. Guest memory is writable and larger than any other mapping of a monitor.
 //! The heuristic therefore takes the largest runs of adjacent writable mappings until their size reaches that of guest
 //! memory, and of each run the shortest part that is large enough. (Runs of adjacent mappings, because Kindling maps
-//! files over guest memory, which splits it.)
+//! files over guest memory, which splits it.) Shared mappings of files are guest memory, too: an image or a disk that the guest
+//! uses in place (virtio-pmem).
 
 /// One mapping.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -11,6 +12,8 @@ struct Mapping {
     start: u64,
     end: u64,
     writable: bool,
+    /// Whether it is a shared mapping of a file.
+    is_shared_file: bool,
     private: u64,
     proportional: u64,
 }
@@ -47,7 +50,8 @@ pub(super) fn without_guest(smaps: &str, guest_bytes: u64) -> Option<Usage> {
     if found < guest_bytes {
         return None;
     }
-    let rest = || mappings.iter().filter(|mapping| !guest.contains(&mapping.start));
+    let is_guest = |mapping: &Mapping| mapping.is_shared_file || guest.contains(&mapping.start);
+    let rest = || mappings.iter().filter(|mapping| !is_guest(mapping));
     Some(Usage {
         private: rest().map(|mapping| mapping.private).sum(),
         proportional: rest().map(|mapping| mapping.proportional).sum(),
@@ -108,8 +112,15 @@ fn header(line: &str) -> Option<Mapping> {
     let (start, end) = range.split_once('-')?;
     let address = |text| u64::from_str_radix(text, 16).ok();
     let writable = rest.as_bytes().get(1) == Some(&b'w');
-    Some(Mapping { start: address(start)?, end: address(end)?, writable, ..Mapping::default() })
-        .filter(|mapping| mapping.start < mapping.end)
+    let is_shared_file = rest.as_bytes().get(3) == Some(&b's') && rest.contains(" /");
+    Some(Mapping {
+        start: address(start)?,
+        end: address(end)?,
+        writable,
+        is_shared_file,
+        ..Mapping::default()
+    })
+    .filter(|mapping| mapping.start < mapping.end)
 }
 
 #[cfg(test)]
@@ -179,5 +190,16 @@ mod tests {
         assert_eq!(without_guest(&ours(), 512 * MIB), None);
         assert_eq!(without_guest("", MIB), None);
         assert_eq!(without_guest("no-sense\nPss: 1 kB\nfff-0 rw-p\n", MIB), None);
+    }
+
+    #[test]
+    fn a_file_that_the_guest_uses_in_place_is_guest_memory() {
+        let image =
+            entry(0x7e00_0000_0000, 64 * MIB, "r--s", 900, 900).replace("[some: name]", "/cache/image.erofs");
+        let ring =
+            entry(0x7d00_0000_0000, MIB, "rw-s", 3, 3).replace("[some: name]", "anon_inode:[io_uring]");
+        let with_both = [ours(), image, ring].concat();
+        let usage = |smaps: &str| without_guest(smaps, 64 * MIB).unwrap().private;
+        assert_eq!(usage(&with_both), usage(&ours()) + 3 * 1024);
     }
 }
