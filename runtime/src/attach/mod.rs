@@ -151,7 +151,8 @@ impl<'a> Attachment<'a> {
                     let work = move || {
                         from.into_iter().for_each(|from| forward_input(from, &address, &control, &notify));
                     };
-                    spawn(work).map_err(failed("start a thread for the input of the command"))?;
+                    let _input =
+                        spawn(work).map_err(failed("start a thread for the input of the command"))?;
                 }
                 Ready::Writer => writers.count_finished(),
                 Ready::Process => {}
@@ -159,6 +160,7 @@ impl<'a> Attachment<'a> {
         }
         let status = code.unwrap_or(Err(AgentError::Lost))?;
         let failure = writers.failure();
+        writers.join();
         failure.iter().for_each(|message| (self.notify)(message));
         // A command whose output is incomplete has not succeeded.
         Ok(if failure.is_some() && status == 0 { STATUS_FAILURE } else { status })

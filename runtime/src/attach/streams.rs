@@ -13,7 +13,7 @@ use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
+use std::thread::{self, JoinHandle};
 
 /// Buffer size in bytes: the capacity of a pipe.
 const CHUNK: usize = 64 << 10;
@@ -88,6 +88,7 @@ impl OutputTarget {
 /// Threads that forward output.
 #[derive(Default)]
 pub(super) struct Writers {
+    threads: Vec<JoinHandle<()>>,
     running: u64,
     /// An eventfd that counts the threads that have ended.
     pub(super) done: Option<Arc<OwnedFd>>,
@@ -111,7 +112,8 @@ impl Writers {
                 failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
             }
             let _ = rustix::io::write(&*done, &1_u64.to_ne_bytes());
-        })?;
+        })
+        .map(|thread| self.threads.push(thread))?;
         self.running += 1;
         Ok(())
     }
@@ -126,6 +128,14 @@ impl Writers {
         self.running > 0
     }
 
+    /// Waits until the threads, which have all ended their work, have exited.
+    pub(super) fn join(self) {
+        for thread in self.threads {
+            // Threads do not panic: the profile aborts the process on a panic.
+            let _ = thread.join();
+        }
+    }
+
     /// Subtracts the threads that have ended.
     pub(super) fn count_finished(&mut self) {
         let mut count = [0; 8];
@@ -137,9 +147,9 @@ impl Writers {
     }
 }
 
-/// Starts a thread that is not joined.
-pub(super) fn spawn(work: impl FnOnce() + Send + 'static) -> io::Result<()> {
-    thread::Builder::new().spawn(work).map(drop)
+/// Starts a thread.
+pub(super) fn spawn(work: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
+    thread::Builder::new().spawn(work)
 }
 
 /// Forwards input to a process. The connection is made when there is input.

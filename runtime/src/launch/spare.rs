@@ -74,16 +74,8 @@ impl NextSpare {
     }
 }
 
-/// Whether this is the only thread of the process, or is so in a moment: threads that have forwarded output to its end exit.
 fn has_one_thread() -> bool {
-    const ATTEMPTS: u32 = 20;
-    let is_alone = || std::fs::read_dir("/proc/self/task").is_ok_and(|threads| threads.count() == 1);
-    (0..ATTEMPTS).any(|_| {
-        is_alone() || {
-            std::thread::yield_now();
-            false
-        }
-    })
+    std::fs::read_dir("/proc/self/task").is_ok_and(|threads| threads.count() == 1)
 }
 
 /// Leaves the session, whose terminal may close, and the standard streams, for whose end others wait.
