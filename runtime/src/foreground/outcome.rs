@@ -41,11 +41,17 @@ impl Outcome {
 
     /// Returns whether the command ended without a connection to it, so that its output is unknown.
     #[must_use]
-    pub const fn is_output_unknown(&self) -> bool {
-        matches!(
-            self.command,
-            Err(AgentError::Host { .. } | AgentError::Connect { .. } | AgentError::Refused { .. })
-        )
+    pub fn is_output_unknown(&self) -> bool {
+        let has_succeeded = || match &self.machine {
+            Some(MachineEnd::Stopped(exit)) => exit.reason == ExitReason::Payload(0),
+            _ => false,
+        };
+        match self.command {
+            Err(AgentError::Host { .. } | AgentError::Connect { .. } | AgentError::Refused { .. }) => true,
+            // The guest ends with the status of a command that succeeded when the host has received the status.
+            Err(AgentError::Lost) => self.stopped_by.is_none() && has_succeeded(),
+            _ => false,
+        }
     }
 }
 
@@ -101,6 +107,8 @@ mod tests {
     fn a_command_without_a_connection_has_failed() {
         let refused = || Err(AgentError::Refused { path: "vsock".into() });
         assert_eq!(status(stopped(ExitReason::Payload(0)), refused(), None), 125);
+        assert_eq!(status(stopped(ExitReason::Payload(0)), LOST(), None), 125);
+        assert_eq!(status(stopped(ExitReason::Payload(0)), LOST(), Some(StopCause::Timeout)), 0);
         assert_eq!(status(stopped(ExitReason::Stopped), refused(), Some(StopCause::Lost)), 125);
     }
 
