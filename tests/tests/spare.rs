@@ -198,7 +198,8 @@ fn guests_in_the_background_leave_a_spare_when_they_start() {
     let outcome = run(owner.command("exec").args(["box", "echo", "hello"]));
     assert_eq!(outcome.expect_status(0).stdout, "hello\n");
     run(owner.command("rm").args(["-f", "box"])).expect_status(0);
-    assert!(owner.spares().contains(&next));
+    // It may look at its files in this moment, instead of waiting.
+    wait_for("the spare is gone", || owner.spares().contains(&next).then_some(()));
 }
 
 /// The readers of the standard streams do not wait for the next spare.
