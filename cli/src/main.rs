@@ -19,6 +19,7 @@ mod run;
 mod signals;
 #[cfg(not(test))]
 mod start;
+mod template;
 mod terminal;
 mod text;
 mod volume;
@@ -50,6 +51,7 @@ const COMMANDS: Group = Group {
         &guests::stats::COMMAND,
         &images::COMMAND,
         &volume::COMMANDS,
+        &template::COMMANDS,
         &boot::COMMAND,
         &preboot::COMMAND,
         &doctor::COMMAND,
@@ -149,8 +151,8 @@ mod tests {
 
     #[test]
     fn each_option_of_a_command_is_there_once_with_a_help_text() {
-        let all = [helps(&COMMANDS), helps(&volume::COMMANDS)].concat();
-        assert_eq!(all.len(), 22);
+        let all = [helps(&COMMANDS), helps(&volume::COMMANDS), helps(&template::COMMANDS)].concat();
+        assert_eq!(all.len(), 26);
         for (name, text) in all {
             let options = text.lines().map(str::trim_start).filter(|line| line.starts_with('-'));
             let names = options.filter_map(|line| line.split("  ").next());

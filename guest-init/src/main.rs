@@ -24,6 +24,7 @@ mod network;
 mod panic;
 mod payload;
 mod program;
+mod renewal;
 mod reseed;
 mod root;
 mod setup;

@@ -151,7 +151,11 @@ fn add_default_route(socket: &OwnedFd, gateway: [u8; 4]) -> Result<(), Errno> {
         rest: [0; 7],
     };
     // SAFETY: SIOCADDRT reads a struct rtentry, which Route lays out in full size; it names no device.
-    unsafe { ioctl(socket, Setter::<SIOCADDRT, _>::new(route)) }
+    match unsafe { ioctl(socket, Setter::<SIOCADDRT, _>::new(route)) } {
+        // A copy has it already.
+        Err(Errno::EXIST) => Ok(()),
+        result => result,
+    }
 }
 
 // The sizes that the ioctls read on x86-64.

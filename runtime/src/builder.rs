@@ -7,9 +7,12 @@ use crate::image::Image;
 use crate::launch::{
     self, Jail, Launch, LaunchError, LaunchOptions, Limits, MachineEnd, StartObserver, Started,
 };
+use crate::template::Template;
 use kindling_vmm::Timeline;
+use kindling_vmm::config::Config;
 use kindling_vmm::control::{ControlError, Event, Monitor};
 use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -37,6 +40,17 @@ impl Guest {
             ..LaunchOptions::default()
         };
         GuestBuilder { image, name: None, options }
+    }
+}
+
+impl GuestBuilder {
+    /// A builder for a copy of a template.
+    pub(crate) fn from_template(template: Template) -> Self {
+        let mut builder = Guest::builder(template.image());
+        (builder.options.memory_mib, builder.options.vcpus) =
+            (template.memory_mib(), template.vcpus().into());
+        builder.options.template = Some(template);
+        builder
     }
 }
 
@@ -133,14 +147,28 @@ impl GuestBuilder {
     /// When an option is invalid, the kernel is missing, the host cannot run guests, or the guest is not ready within two
     /// minutes.
     pub fn start(self) -> Result<Guest, LaunchError> {
+        self.start_with(None).map(|(guest, _)| guest)
+    }
+
+    /// Starts the guest of a template, whose snapshot is written to a file. Returns the guest, the configuration of its machine, and
+    /// its image.
+    pub(crate) fn start_for_snapshot(mut self, file: File) -> Result<(Guest, Config, Image), LaunchError> {
+        self.options.uses_spares = false;
+        self.options.forbid_in_template()?;
+        let image = self.image.clone();
+        let (guest, config) = self.start_with(Some(file))?;
+        Ok((guest, config, image))
+    }
+
+    fn start_with(self, snapshot: Option<File>) -> Result<(Guest, Config), LaunchError> {
         // The monitor starts while this process prepares the guest.
         let monitor = (!self.options.uses_spares).then(launch::spawn_monitor).transpose()?;
         let directory = GuestDir::create_embedded(self.name.as_deref())?;
-        let started = start_in(&directory, monitor, &self.image, &self.options);
+        let started = start_in(&directory, monitor, &self.image, &self.options, snapshot);
         match started.and_then(|started| Ok((started, Guest::open(directory.name())?))) {
-            Ok(((monitor, timeline), guest)) => {
+            Ok(((monitor, timeline, config), guest)) => {
                 let owner = Owner { monitor, directory: Some(directory), timeline };
-                Ok(Guest { owner: Some(owner), ..guest })
+                Ok((Guest { owner: Some(owner), ..guest }, config))
             }
             Err(error) => {
                 directory.remove();
@@ -150,15 +178,17 @@ impl GuestBuilder {
     }
 }
 
-/// Starts a guest in its monitor. Returns the monitor, and the times of the steps.
+/// Starts a guest in its monitor. Returns the monitor, the times of the steps, and the configuration of the machine.
 fn start_in(
     directory: &GuestDir,
     monitor: Option<Monitor>,
     image: &Image,
     options: &LaunchOptions,
-) -> Result<(Option<Monitor>, Timeline), LaunchError> {
+    snapshot: Option<File>,
+) -> Result<(Option<Monitor>, Timeline, Config), LaunchError> {
     let timeline = Timeline::starting_at(kindling_vmm::Instant::now());
     let mut launch = Launch::new(options, directory, image.prepared())?;
+    launch.snapshot = snapshot;
     let silent = |_: &str| {};
     let mut limit = TimeLimit::new();
     launch.preboot(&silent, |monitor| limit.next_event(monitor))?;
@@ -168,7 +198,7 @@ fn start_in(
         spare.start();
     }
     match started {
-        Started::Running(timeline) => Ok((launch.monitor, timeline)),
+        Started::Running(timeline) => Ok((launch.monitor, timeline, launch.config)),
         Started::Ended(MachineEnd::Stopped(exit)) => Err(LaunchError::Ended(exit.reason.to_string())),
         Started::Ended(MachineEnd::Lost(_)) if limit.is_over => {
             let seconds = START_TIMEOUT.as_secs();

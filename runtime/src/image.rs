@@ -82,11 +82,18 @@ impl Image {
         Ok(Self { source, prepared })
     }
 
+    /// An image that was prepared for a template.
+    pub(crate) const fn of_template(source: OsString, prepared: Prepared) -> Self {
+        Self { source, prepared }
+    }
+
     pub(crate) fn source(&self) -> &OsStr {
         &self.source
     }
 
-    pub(crate) const fn prepared(&self) -> &Prepared {
+    /// Returns the root filesystem and the configuration.
+    #[must_use]
+    pub const fn prepared(&self) -> &Prepared {
         &self.prepared
     }
 }

@@ -33,6 +33,7 @@ mod mount;
 pub mod network;
 pub mod signal;
 pub mod size;
+pub mod template;
 pub mod volume;
 
 pub use builder::GuestBuilder;
@@ -44,6 +45,7 @@ pub use image::{Image, PullPolicy};
 pub use kindling_vmm as vmm;
 pub use kindling_vmm::{entry, with_causes};
 pub use mount::MountError;
+pub use template::Template;
 
 /// The times of the steps of a start.
 pub mod timeline {

@@ -169,6 +169,16 @@ impl Process {
         Self::open(socket, token, &encoded(Message::Receive { keeps_owners, path }))
     }
 
+    /// Requests that the agent freezes all processes for a snapshot ([`crate::control::Monitor::start_for_snapshot`]). The machine
+    /// ends with the snapshot; [`ProcessEvent::Exited`] reports that a process could not be frozen. The token is that of
+    /// [`Self::start`].
+    ///
+    /// # Errors
+    /// When the agent cannot be reached.
+    pub fn freeze(socket: &Path, token: u64) -> Result<Self, AgentError> {
+        Self::open(socket, token, &encoded(Message::Freeze))
+    }
+
     fn open(socket: &Path, token: u64, start: &[u8]) -> Result<Self, AgentError> {
         let address = ProcessAddress { socket: socket.into(), token };
         // The line with which the guest accepts the connection is read together with the first events.

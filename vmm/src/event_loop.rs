@@ -18,6 +18,7 @@ use std::fs::File;
 use std::io::{self, IsTerminal, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, TryLockError};
+use std::time::Duration;
 use vmm_sys_util::eventfd::EventFd;
 
 /// Console input for the serial port.
@@ -211,6 +212,27 @@ impl EventLoop {
         }
     }
 
+    /// Serves the devices until none has a request in flight, after the vCPUs have stopped; at most for this time.
+    pub(crate) fn complete_requests(&mut self, limit: Duration) {
+        let until = Instant::now().0.saturating_add(u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX));
+        let mut events = Vec::with_capacity(EVENTS);
+        while self.devices.iter().any(|device| lock(device).requests() > 0) && Instant::now().0 < until {
+            events.clear();
+            let interval = Timespec { tv_sec: 0, tv_nsec: 10_000_000 };
+            match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), Some(&interval)) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(_) => return,
+            }
+            self.serve_deadlines();
+            for event in &events {
+                let data: EventData = event.data;
+                if let Some(device) = (data.u64() >> 32).checked_sub(1) {
+                    self.serve_device(device, data.u64(), event.flags);
+                }
+            }
+        }
+    }
+
     /// The front, where it is another process.
     pub(crate) const fn control(&self) -> Option<&Control> {
         self.control.as_ref()
@@ -281,7 +303,14 @@ impl EventLoop {
             None if control.is_detached() => {
                 let _ = epoll::delete(&self.epoll, control.as_fd());
             }
-            None | Some(Request::Start(_) | Request::Spare(..) | Request::Preboot(_) | Request::Stop) => {
+            None
+            | Some(
+                Request::Start(_)
+                | Request::Snapshot(_)
+                | Request::Spare(..)
+                | Request::Preboot(_)
+                | Request::Stop,
+            ) => {
                 return false;
             }
         }

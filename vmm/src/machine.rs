@@ -270,6 +270,16 @@ impl Origin {
         if config.profile.as_ref().is_some_and(|profile| !profile.functions.is_empty()) {
             return Ok(self);
         }
+        if let Some(path) = &config.snapshot {
+            let snapshot = Preboot::open_snapshot(path, config, file)?;
+            let hypervisor = open_kvm(self.kvm.take())?;
+            let refusal =
+                snapshot.check_devices(device_set.identities()).or_else(|| snapshot.check_host(&hypervisor));
+            if let Some(refusal) = refusal {
+                return Err(refusal.into());
+            }
+            return Ok(Self { preboot: Some(snapshot), hypervisor: Some(hypervisor), ..self });
+        }
         match Preboot::open(config, file) {
             Ok(None) => {}
             Ok(Some(preboot)) => {

@@ -54,12 +54,17 @@ impl Resources {
         }
     }
 
-    /// Opens the kernel, the initrd, the pre-booted kernel and /dev/kvm. A pre-booted kernel that cannot be opened is
+    /// Opens the kernel, the initrd, the pre-booted kernel and /dev/kvm, or only the snapshot and /dev/kvm. A pre-booted kernel that cannot be opened is
     /// removed from the configuration, so that the guest boots; the reason is returned, unless the file does not exist.
     ///
     /// # Errors
-    /// When the kernel, the initrd or /dev/kvm cannot be opened.
+    /// When the kernel, the initrd, the snapshot or /dev/kvm cannot be opened.
     pub fn open_boot_files(&mut self, config: &mut Config) -> Result<Option<PrebootError>, Error> {
+        if let Some(path) = &config.snapshot {
+            self.preboot = Some(file::open(path)?);
+            self.kvm = Some(Hypervisor::open_descriptor()?);
+            return Ok(None);
+        }
         self.boot = Some(BootFiles::open(&config.boot_source)?);
         let opened = config.preboot.as_ref().map(|path| file::open(path)).transpose();
         let refusal = opened.map(|file| self.preboot = file).err();

@@ -17,7 +17,11 @@ use crate::vcpu_threads::{VcpuOutcome, VcpuThreads};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 use vmm_sys_util::eventfd::EventFd;
+
+/// Time limit for the requests in flight of a machine that is going to be saved.
+const REQUESTS_LIMIT: Duration = Duration::from_secs(5);
 
 /// Lines of console output that an [`Exit`] keeps.
 const CONSOLE_LINES: usize = 20;
@@ -225,6 +229,7 @@ impl Running {
     pub(crate) fn wait_for_capture(mut self) -> Result<CapturedMachine, ExitReason> {
         let end = self.event_loop.run(&self.machine.devices.serial, &self.vcpus);
         self.vcpus.stop();
+        self.event_loop.complete_requests(REQUESTS_LIMIT);
         let at_mark = |outcome: &VcpuOutcome| matches!(outcome.end, VcpuEnd::Request(GuestRequest::Capture));
         let (vcpus, outcomes) = self.vcpus.take_outcomes();
         let Some(init_vcpu) = outcomes.first().filter(|first| at_mark(first)).map(|first| first.id) else {

@@ -41,6 +41,7 @@ impl<A> Argument<A> {
         let name = self.name;
         match self.count {
             Count::One => name.to_owned(),
+            Count::Optional => format!("[{name}]"),
             Count::OneOrMore | Count::Rest { is_required: true } => format!("{name}..."),
             Count::Any | Count::Rest { is_required: false } => format!("[{name}]..."),
             Count::AfterDashes => format!("[-- {name}...]"),

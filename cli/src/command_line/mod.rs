@@ -57,6 +57,8 @@ pub(crate) struct Argument<A> {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Count {
     One,
+    /// One or none; further arguments follow.
+    Optional,
     OneOrMore,
     Any,
     /// All words that follow, options of another program among them; a `--` before them is skipped.
@@ -118,6 +120,11 @@ pub(crate) const fn option<A>(
 /// A required argument.
 pub(crate) const fn one<A>(name: &'static str, store: Set<A>, help: &'static str) -> Argument<A> {
     Argument { name, help, count: Count::One, store }
+}
+
+/// One argument, or none.
+pub(crate) const fn optional<A>(name: &'static str, store: Set<A>, help: &'static str) -> Argument<A> {
+    Argument { name, help, count: Count::Optional, store }
 }
 
 /// One argument or more.
@@ -227,10 +234,10 @@ impl<A: Default> Command<A> {
                 return Err(Stop::UnexpectedArgument(word.to_string_lossy().into_owned()));
             };
             argument.store(&mut parsed, word)?;
-            is_given = argument.count != Count::One;
+            is_given = !argument.count.is_single();
             if argument.is_rest() {
                 argument.store_rest(&mut parsed, &mut parser)?;
-            } else if argument.count == Count::One {
+            } else if argument.count.is_single() {
                 arguments = &arguments[1..];
                 if let Some(command) = arguments.first().filter(|next| next.is_rest()) {
                     skip_dashes(&mut parser);
@@ -283,6 +290,10 @@ impl<A> Opt<A> {
 }
 
 impl Count {
+    const fn is_single(self) -> bool {
+        matches!(self, Self::One | Self::Optional)
+    }
+
     const fn is_required(self) -> bool {
         matches!(self, Self::One | Self::OneOrMore | Self::Rest { is_required: true })
     }

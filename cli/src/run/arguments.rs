@@ -1,6 +1,6 @@
 //! The arguments of `kindling run`.
 
-use crate::command_line::{Argument, Command, Opt, Store, flag, in_range, one, option, rest, store_as};
+use crate::command_line::{Argument, Command, Opt, Store, flag, in_range, option, optional, rest, store_as};
 use crate::process::{ProcessArguments, ProcessOptions};
 use kindling::launch::{Jail, Limits, OnRefusal, Strictness};
 use kindling::size;
@@ -10,15 +10,17 @@ use std::path::{Component, Path, PathBuf};
 
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Arguments {
+    /// Empty with a template; then it is the first word of the command.
     pub(crate) image: OsString,
+    pub(crate) template: Option<String>,
     pub(crate) process: ProcessArguments,
     pub(crate) entrypoint: Option<OsString>,
     pub(crate) detach: bool,
     /// Whether this process is the front of a detached guest.
     pub(crate) stay: bool,
     /// In MiB.
-    pub(crate) memory: u64,
-    pub(crate) cpus: u64,
+    pub(crate) memory: Option<u64>,
+    pub(crate) cpus: Option<u64>,
     pub(crate) limits: Limits,
     pub(crate) cgroup_parent: Option<PathBuf>,
     /// In seconds.
@@ -44,7 +46,8 @@ pub(crate) const COMMAND: Command<Arguments> =
     Command::new("run", "Run a command in a new microVM", super::run)
         .options(ProcessOptions::TABLE)
         .more_options(OPTIONS)
-        .arguments(ARGUMENTS);
+        .arguments(ARGUMENTS)
+        .check(check);
 
 impl AsMut<ProcessArguments> for Arguments {
     fn as_mut(&mut self) -> &mut ProcessArguments {
@@ -57,18 +60,26 @@ impl Arguments {
     fn store_cpus(&mut self, word: OsString) -> Result<(), String> {
         let mut value = (0, None);
         store_as(&mut value, word, processors)?;
-        (self.cpus, self.limits.cpu_millis) = value;
+        (self.cpus, self.limits.cpu_millis) = (Some(value.0), value.1);
         Ok(())
+    }
+
+    /// The command, whose first word is in the place of the image if there is a template.
+    pub(crate) fn command(&self) -> Vec<OsString> {
+        let first = self.template.iter().map(|_| &self.image).filter(|word| !word.is_empty());
+        first.chain(&self.command).cloned().collect()
     }
 }
 
 #[rustfmt::skip]
 const OPTIONS: &[Opt<Arguments>] = &[
+    option("", "template", "NAME", |all, word| all.template.store(word),
+        "Run the command in a copy of a template of `kindling template create`, instead of a guest from an image"),
     option("", "entrypoint", "PROGRAM", |all, word| all.entrypoint.store(word),
         "Override the entrypoint of the image"),
     flag("d", "detach", |all| all.detach = true,
         "Run in the background, and print the name of the guest; `kindling logs` prints its output"),
-    option("m", "memory", "MIB", |all, word| store_as(&mut all.memory, word, mebibytes),
+    option("m", "memory", "MIB", |all, word| store_as(&mut all.memory, word, |text| mebibytes(text).map(Some)),
         "Memory in MiB, or with the suffix m or g: 512, 512m, 2g [default: 512]"),
     option("", "cpus", "N", |all, word| all.store_cpus(word),
         "Number of vCPUs, 1 to 16, or with a fraction such as 1.5: that much processor time, by a cgroup [default: 1]"),
@@ -120,9 +131,9 @@ const OPTIONS: &[Opt<Arguments>] = &[
 
 #[rustfmt::skip]
 const ARGUMENTS: &[Argument<Arguments>] = &[
-    one("IMAGE", |all, word| all.image.store(word),
+    optional("IMAGE", |all, word| all.image.store(word),
         "Image: a name of a registry, the path of a `docker save` archive or an OCI layout, or an EROFS \
-         file"),
+         file; left out with --template"),
     rest("COMMAND", |all, word| all.command.store(word),
         "Command and arguments [default: the image's]"),
 ];
@@ -132,12 +143,13 @@ impl Default for Arguments {
     fn default() -> Self {
         Self {
             image: OsString::new(),
+            template: None,
             process: ProcessArguments::default(),
             entrypoint: None,
             detach: false,
             stay: false,
-            memory: 512,
-            cpus: 1,
+            memory: None,
+            cpus: None,
             limits: Limits::default(),
             cgroup_parent: None,
             timeout: None,
@@ -156,6 +168,16 @@ impl Default for Arguments {
             report: false,
             command: Vec::new(),
         }
+    }
+}
+
+fn check(arguments: &Arguments) -> Result<(), String> {
+    match &arguments.template {
+        None if arguments.image.is_empty() => Err("IMAGE is missing".to_owned()),
+        Some(_) if arguments.memory.is_some() || arguments.cpus.is_some() => {
+            Err("--memory and --cpus are those of the template".to_owned())
+        }
+        _ => Ok(()),
     }
 }
 
@@ -232,7 +254,7 @@ fn on_refusal(text: &str) -> Result<OnRefusal, &'static str> {
 }
 
 /// Parses the value of `--memory`. Returns MiB.
-fn mebibytes(text: &str) -> Result<u64, &'static str> {
+pub(crate) fn mebibytes(text: &str) -> Result<u64, &'static str> {
     const SUFFIXES: &[(&str, u64)] = &[("", 1), ("m", 1), ("g", 1 << 10)];
     size::parse(text, SUFFIXES).ok_or(MEMORY_FORM)
 }
@@ -252,6 +274,7 @@ mod tests {
         let strings = |line: &str| line.split(' ').map(OsString::from).collect();
         let expected = Arguments {
             image: "image".into(),
+            template: Some("t".into()),
             process: ProcessArguments {
                 env: strings("A=1 B"),
                 env_file: vec!["f".into()],
@@ -263,8 +286,8 @@ mod tests {
             entrypoint: Some("e".into()),
             detach: true,
             stay: false,
-            memory: 64,
-            cpus: 2,
+            memory: Some(64),
+            cpus: Some(2),
             limits: Limits {
                 processes: Some(9),
                 disk_bandwidth: Some(10 << 20),
@@ -289,11 +312,12 @@ mod tests {
             report: true,
             command: strings("sh -c -e"),
         };
-        let line = "-e A=1 --env B --env-file f --workdir / -u a:b --entrypoint e -tid -m 64m --cpus 1.25 --cgroup-parent /a/b --timeout 5 --pids-limit 9 \
+        let line = "-e A=1 --env B --env-file f --workdir / -u a:b --template t --entrypoint e -tid -m 64m --cpus 1.25 --cgroup-parent /a/b --timeout 5 --pids-limit 9 \
                     --disk-bps 10m --disk-iops 200 --net-bps 3k \
                     --name n --hostname h --rm --network tap --net user -p 1:2 --publish 3:4 -v a:/b --read-only \
                     --pull never --jail off --seccomp end --cold --spare --started-at 7 --report image sh -c -e";
-        assert_eq!(parse(line), Ok(expected));
+        let parsed = COMMAND.check(|_| Ok(())).parse(line.split_whitespace().map(OsString::from));
+        assert_eq!(parsed.map_err(|stop| stop.to_string()), Ok(expected));
         assert_eq!(parse("image"), Ok(Arguments { image: "image".into(), ..Arguments::default() }));
     }
 

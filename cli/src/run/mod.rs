@@ -1,6 +1,6 @@
 //! `kindling run`: runs a command in a new guest, with the streams, signals and exit status of a local command.
 
-mod arguments;
+pub(crate) mod arguments;
 mod detached;
 
 use crate::command_line::Command;
@@ -9,11 +9,12 @@ use crate::terminal::{self, RawTerminal};
 use crate::{STATUS_FAILURE, print_error, print_launch_error, print_message, print_stderr, report};
 pub(crate) use arguments::{Arguments, COMMAND};
 use detached::Launcher;
+use kindling::Template;
 use kindling::attach::{Attachment, StopCause, Streams};
 use kindling::exec::{AgentError, Process};
 use kindling::foreground::{ExitReason, Foreground, MachineEnd, Outcome};
 use kindling::guest::GuestDir;
-use kindling::image::{self, Prepared};
+use kindling::image::{self, ImageError, Prepared};
 use kindling::launch::{self, LaunchError, LaunchOptions, Monitor, NextSpare};
 use kindling::log::Log;
 use kindling::timeline::{Instant, Timeline};
@@ -56,13 +57,16 @@ fn stay((): &(), entered: Instant) -> u8 {
 fn execute(arguments: &Arguments, mut timeline: Timeline) -> Result<u8, LaunchError> {
     // The monitor starts while this process prepares the guest.
     let monitor = (!arguments.uses_spares()).then(launch::spawn_monitor);
-    let prepared = image::prepare(&arguments.image, arguments.process.user.as_deref(), &arguments.pull)?;
+    let template = arguments.template.as_deref().map(Template::open).transpose()?;
+    let prepared = arguments.prepare(template.as_ref())?;
     timeline.reached("root filesystem found");
     let guest = GuestDir::create(arguments.name.as_deref())?;
     let launcher = arguments.stay.then(|| Launcher::new(&guest)).transpose();
     let launcher = launcher.map_err(|error| LaunchError::Host("create a file", error));
     let result = launcher.and_then(|launcher| {
-        let outcome = run_guest(arguments, &guest, &prepared, launcher.as_ref(), monitor, &timeline)?;
+        let options = arguments.options(template);
+        let outcome =
+            run_guest(arguments, &options, &guest, &prepared, launcher.as_ref(), monitor, &timeline)?;
         print_outcome(&outcome, arguments);
         Ok((outcome.status(), launcher.is_some_and(|launcher| launcher.is_released()), outcome.spare))
     });
@@ -83,6 +87,7 @@ fn execute(arguments: &Arguments, mut timeline: Timeline) -> Result<u8, LaunchEr
 /// Runs a guest from its configuration to its end.
 fn run_guest(
     arguments: &Arguments,
+    options: &LaunchOptions,
     guest: &GuestDir,
     prepared: &Prepared,
     launcher: Option<&Launcher>,
@@ -92,8 +97,7 @@ fn run_guest(
     // Before any thread is started, and before there are files to clean up.
     let mut signals = Signals::block(arguments.detach)
         .map_err(|error| LaunchError::Host("create a descriptor for signals", error))?;
-    let options = arguments.options();
-    let mut foreground = Foreground::new(&options, guest, prepared, &mut signals, Arc::new(print_message))?;
+    let mut foreground = Foreground::new(options, guest, prepared, &mut signals, Arc::new(print_message))?;
     let streams = match launcher {
         Some(_) => Log::create(guest.folder()).map(Streams::to_log),
         None => Streams::inherited(),
@@ -171,19 +175,32 @@ impl Arguments {
         self.spare || std::env::var_os("KINDLING_SPARE").is_some_and(|value| value == "1")
     }
 
-    fn options(&self) -> LaunchOptions {
+    /// The root filesystem and the settings of the image, or of the template.
+    fn prepare(&self, template: Option<&Template>) -> Result<Prepared, ImageError> {
+        let user = self.process.user.as_deref();
+        let Some(template) = template else { return image::prepare(&self.image, user, &self.pull) };
+        let mut prepared = template.image().prepared().clone();
+        if user.is_some() {
+            // Names are not looked up.
+            prepared.config.user = image::prepare(prepared.rootfs.as_os_str(), user, &self.pull)?.config.user;
+        }
+        Ok(prepared)
+    }
+
+    fn options(&self, template: Option<Template>) -> LaunchOptions {
         LaunchOptions {
-            image: self.image.clone(),
+            image: template.as_ref().map_or(&*self.image, |template| template.image_name()).to_owned(),
             has_payload: true,
-            command: self.command.clone(),
+            command: self.command(),
             entrypoint: self.entrypoint.clone(),
             env: self.process.env.clone(),
             env_files: self.process.env_file.clone(),
             working_directory: self.process.workdir.clone(),
             hostname: self.hostname.clone(),
             terminal: self.process.terminal(),
-            memory_mib: self.memory,
-            vcpus: self.cpus,
+            memory_mib: self.memory.unwrap_or(512),
+            vcpus: self.cpus.unwrap_or(1),
+            template,
             limits: self.limits,
             cgroup_parent: self.cgroup_parent.clone(),
             network: self.net.clone(),

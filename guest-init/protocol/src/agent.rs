@@ -14,10 +14,16 @@
 //! ```text
 //! host to guest:  1 Start (a configuration frame)   2 Signal (its number: u8)   3 Resize (rows: u16, columns: u16)
 //!                 4 ReportStart   5 Send (follows: u8, path)   6 Receive (keeps owners: u8, path)   7 EndInput
+//!                 8 Freeze
 //! guest to host:  16 Exited (exit status: u8, was executed: u8)   17 Started   18 HasOutput (its role: u8)
 //! ```
 //! Send and Receive start a process that runs a part of init: Send writes files to its output, Receive creates files
 //! from its input, in the format of the crate `guest-copy`. Their standard error is a `guest_copy::Failure` or empty.
+//!
+//! Freeze makes init freeze all processes, announce [`BootMark::Frozen`](crate::BootMark::Frozen), at which the VMM saves the
+//! machine, and request its configuration. If that has a [`Reseed`](crate::config::Reseed), the guest is a copy: init applies
+//! it and starts the payload, if there is one. Exited answers a Freeze in a guest that continues: status 0, or 1 if a process
+//! could not be frozen.
 //!
 //! If no HasOutput precedes Exited, the process had no output. EndInput closes an input to which no stream is
 //! connected.
@@ -120,6 +126,8 @@ pub enum Message<'a> {
     },
     /// Closes the input.
     EndInput,
+    /// Freezes all processes, for a snapshot.
+    Freeze,
     /// The process ended.
     Exited {
         /// Exit status; 128 + signal if a signal killed the process.
@@ -160,6 +168,7 @@ impl<'a> Message<'a> {
                 Self::Receive { keeps_owners: keeps_owners == 1, path }
             }
             (7, []) => Self::EndInput,
+            (8, []) => Self::Freeze,
             (16, &[status, was_executed @ 0..=1]) => Self::Exited { status, was_executed: was_executed == 1 },
             (17, []) => Self::Started,
             (18, &[role @ 2..=3]) => Self::HasOutput(Role::from_byte(role).ok_or(BadMessage)?),
@@ -184,6 +193,7 @@ impl<'a> Message<'a> {
             Self::Send { follows, path } => write(5, &[follows.into()], path),
             Self::Receive { keeps_owners, path } => write(6, &[keeps_owners.into()], path),
             Self::EndInput => write(7, &[], &[]),
+            Self::Freeze => write(8, &[], &[]),
             Self::Exited { status, was_executed } => write(16, &[status, was_executed.into()], &[]),
             Self::Started => write(17, &[], &[]),
             Self::HasOutput(role) => write(18, &[role as u8], &[]),
@@ -219,6 +229,7 @@ mod tests {
             Message::Send { follows: true, path: b"/a" },
             Message::Receive { keeps_owners: false, path: b"" },
             Message::EndInput,
+            Message::Freeze,
             Message::Exited { status: 7, was_executed: true },
             Message::Started,
             Message::HasOutput(Role::Output),

@@ -68,11 +68,13 @@ pub enum BootMark {
     PayloadEnded = 0x15,
     /// The agent accepts connections.
     AgentReady = 0x17,
+    /// All processes are frozen: the machine can be saved as a snapshot, and its copies continue here.
+    Frozen = 0x18,
 }
 
 impl BootMark {
     /// Every mark, in the order of a boot.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::InitEntered,
         Self::FilesystemsMounted,
         Self::SystemReady,
@@ -81,6 +83,7 @@ impl BootMark {
         Self::AgentReady,
         Self::PayloadStarted,
         Self::PayloadEnded,
+        Self::Frozen,
     ];
 
     /// The mark with this number, if it is valid.
@@ -101,6 +104,7 @@ impl BootMark {
             Self::PayloadStarted => "payload started",
             Self::PayloadEnded => "payload ended",
             Self::AgentReady => "init: agent takes connections",
+            Self::Frozen => "init: processes frozen",
         }
     }
 }

@@ -5,8 +5,10 @@
 
 mod copying;
 mod epoll;
+mod freezer;
 mod pump;
 mod session;
+mod snapshot;
 mod socket;
 
 use crate::machine;
@@ -65,15 +67,10 @@ pub(crate) fn serve(config: &GuestConfig) -> u8 {
     let mut agent = Agent::new().unwrap_or_else(|(what, error)| {
         fatal(format_args!("the agent cannot {what}: {error}{}", advice(error)))
     });
-    machine::mark(BootMark::AgentReady);
-    if !config.arguments.is_empty() {
-        machine::mark(BootMark::PayloadStarted);
-        if let Some(session) = agent.session(agent::PAYLOAD) {
-            session.start(config);
-        }
-    }
+    agent.begin(config);
     loop {
         agent.serve_events(None);
+        agent.take_snapshot();
         if let Some((slot, code)) = agent.ended_payload.take() {
             agent.end_others(slot);
             agent.with_session(slot, |session, epoll| session.end(code, epoll));
@@ -111,6 +108,17 @@ impl Agent {
             ended_payload: None,
             count: 0,
         })
+    }
+
+    /// Announces that the agent accepts connections, and starts the payload, if there is one.
+    fn begin(&mut self, config: &GuestConfig) {
+        machine::mark(BootMark::AgentReady);
+        if !config.arguments.is_empty() {
+            machine::mark(BootMark::PayloadStarted);
+            if let Some(session) = self.session(agent::PAYLOAD) {
+                session.start(config);
+            }
+        }
     }
 
     /// Kills the processes beside the payload for which the host waits, as the kernel does in a container whose process 1

@@ -48,6 +48,8 @@ pub(super) struct Session {
     execution: Option<OwnedFd>,
     /// Whether the host requested [`Message::Started`].
     reports_start: bool,
+    /// Whether the host requested a snapshot.
+    pub(super) requests_snapshot: bool,
     control: Option<OwnedFd>,
     /// Whether the host has closed the control connection.
     is_detached: bool,
@@ -74,6 +76,7 @@ impl Session {
             has_failed: false,
             execution: None,
             reports_start: false,
+            requests_snapshot: false,
             control: None,
             is_detached: false,
             received: Vec::new(),
@@ -304,6 +307,7 @@ impl Session {
                     self.report_start(epoll);
                 }
                 Message::EndInput => self.streams[0].close(),
+                Message::Freeze => self.requests_snapshot = self.is_idle(),
                 Message::Signal(number) => self.signal(number),
                 Message::Resize(size) => {
                     self.terminal.iter().for_each(|terminal| resize(terminal, size));
@@ -335,7 +339,7 @@ impl Session {
     }
 
     /// Handles the end of the control connection. A process on a terminal gets SIGHUP; others continue without a host.
-    fn detach(&mut self) {
+    pub(super) fn detach(&mut self) {
         (self.control, self.terminal, self.is_detached) = (None, None, true);
         self.received = Vec::new();
         if self.streams[0].is_terminal || self.is_idle() {

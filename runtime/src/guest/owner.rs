@@ -92,7 +92,7 @@ impl Guest {
         Ok(())
     }
 
-    fn owned_monitor(&self) -> Result<&Monitor, GuestError> {
+    pub(crate) fn owned_monitor(&self) -> Result<&Monitor, GuestError> {
         let monitor = self.owner.as_ref().and_then(|owner| owner.monitor.as_ref());
         monitor.ok_or_else(|| GuestError::NotOwned(self.name.clone()))
     }

@@ -22,6 +22,7 @@ use crate::kernel::{self, KernelError};
 use crate::mount::{self, MountError, MountRequest, Source};
 use crate::network::{self, NetworkError};
 use crate::signal;
+use crate::template::{Template, TemplateError};
 use crate::volume::{self, VolumeError};
 use guest_protocol::agent::TerminalSize;
 use kindling_vmm::config::devices::{NetworkInterface, RootAccess, RootFilesystem, Vsock};
@@ -92,9 +93,18 @@ pub enum LaunchError {
     /// Neither the image nor the user names a command.
     #[error("the image has no command; give one after the image")]
     NoCommand,
+    /// The template cannot be used.
+    #[error(transparent)]
+    Template(Box<TemplateError>),
     /// An operation of the host failed.
     #[error("the host refused to {0}")]
     Host(&'static str, #[source] std::io::Error),
+}
+
+impl From<TemplateError> for LaunchError {
+    fn from(error: TemplateError) -> Self {
+        Self::Template(error.into())
+    }
 }
 
 impl From<ConfigError> for LaunchError {
@@ -114,6 +124,7 @@ impl LaunchError {
             Self::Cgroup(error) => error.is_user_error(),
             Self::Guest(error) => error.is_user_error(),
             Self::Volume(error) => error.is_user_error(),
+            Self::Template(error) => error.is_user_error(),
             _ => true,
         }
     }
@@ -167,6 +178,8 @@ pub struct LaunchOptions {
     pub is_cold: bool,
     /// Whether the guest's directory remains after the end of the guest, until it is removed.
     pub is_kept: bool,
+    /// The template that the guest is a copy of. Memory, vCPUs and devices are the template's.
+    pub template: Option<Template>,
     /// Whether the guest gets a spare monitor if there is one, and leaves another for the next guest.
     pub uses_spares: bool,
     /// Limits beyond memory and vCPUs.
@@ -187,7 +200,10 @@ impl LaunchOptions {
     /// Returns the configuration and the record of a guest with a prepared image. Creates missing volumes.
     fn plan(&self, directory: &GuestDir, prepared: &Prepared) -> Result<Plan, LaunchError> {
         let mounts = mount::parse_all(&self.volumes)?;
-        let config = self.config(directory, prepared, &mounts)?;
+        let config = match &self.template {
+            Some(template) => self.config_of_copy(template, directory, prepared)?,
+            None => self.config(directory, prepared, &mounts)?,
+        };
         let record = self.record(&config, prepared, &mounts);
         Ok(Plan { config, record })
     }
@@ -226,6 +242,45 @@ impl LaunchOptions {
             config.preboot = kernel::preboot_path(&config)?;
         }
         Ok(config)
+    }
+
+    /// The configuration of a copy of a template.
+    fn config_of_copy(
+        &self,
+        template: &Template,
+        directory: &GuestDir,
+        prepared: &Prepared,
+    ) -> Result<Config, LaunchError> {
+        self.forbid_in_template()?;
+        let mut config = template.config()?;
+        config.jail = self.jail;
+        if let Some(vsock) = &mut config.devices.vsock {
+            vsock.uds_path = directory.socket();
+        }
+        config.guest = self.guest(directory, prepared)?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// Refuses what neither the guest of a template nor its copies can have.
+    pub(crate) fn forbid_in_template(&self) -> Result<(), LaunchError> {
+        let limits = Limits { cpu_millis: None, ..self.limits };
+        let all = [
+            (!self.volumes.is_empty(), "--volume", "`kindling cp` copies files into a guest"),
+            (self.network.as_ref().is_some_and(|network| network != "none"), "--net", "it has no network"),
+            (!self.publish.is_empty(), "--publish", "it has no network"),
+            (self.is_root_read_only, "--read-only", "its root filesystem is writable"),
+            (self.is_cold, "--cold", "its kernel runs already"),
+            (
+                limits != Limits::default(),
+                "--pids-limit, --disk-bps, --disk-iops or --net-bps",
+                "it has none",
+            ),
+        ];
+        match all.into_iter().find(|(is_given, ..)| *is_given) {
+            Some((_, option, reason)) => Err(TemplateError::Fixed(option, reason).into()),
+            None => Ok(()),
+        }
     }
 
     /// The root filesystem: in memory, if the kernel can do that, unless it is large, its use is limited, or its file is on a

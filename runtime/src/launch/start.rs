@@ -26,6 +26,8 @@ pub(crate) struct Launch<'a> {
     cgroup: Option<CgroupLimits>,
     /// The name of spare monitors for this guest, if it uses them.
     spare: Option<String>,
+    /// The file for a snapshot of the guest, if one is to be taken.
+    pub(crate) snapshot: Option<File>,
     /// The monitor of the machine. Dropping it stops the machine and waits for the process.
     pub(crate) monitor: Option<Monitor>,
 }
@@ -69,7 +71,7 @@ impl<'a> Launch<'a> {
         let cgroup = options.cgroup(&config);
         let uses_spares = options.uses_spares && cgroup.is_none();
         let spare = uses_spares.then(|| spare::name(&config)).flatten();
-        Ok(Self { guest, config, record, resources, ports, cgroup, spare, monitor: None })
+        Ok(Self { guest, config, record, resources, ports, cgroup, spare, snapshot: None, monitor: None })
     }
 
     /// A monitor for the guest: a spare one, if the guest uses spares and there is one, or else a new one.
@@ -169,7 +171,15 @@ impl<'a> Launch<'a> {
         {
             notify(&with_causes(&refusal));
         }
-        monitor.start(&self.config, resources, Some(self.guest.monitor_lock()?), timeline)?;
+        let lock = Some(self.guest.monitor_lock()?);
+        match &self.snapshot {
+            Some(file) => {
+                let file =
+                    file.try_clone().map_err(|error| LaunchError::Host("duplicate a descriptor", error))?;
+                monitor.start_for_snapshot(&self.config, resources, lock, timeline, file)?;
+            }
+            None => monitor.start(&self.config, resources, lock, timeline)?,
+        }
         if !monitor.is_spare() {
             self.ports = None;
         }

@@ -43,6 +43,9 @@ pub struct Config {
     /// Path of a pre-booted kernel ([`crate::control::Monitor::start_preboot`]). The machine continues from it if the
     /// file exists and matches the configuration and the host; otherwise it boots.
     pub preboot: Option<PathBuf>,
+    /// Path of a snapshot ([`crate::control::Monitor::start_for_snapshot`]), from which the machine continues instead. If that is
+    /// not possible, the machine does not start.
+    pub snapshot: Option<PathBuf>,
     /// The jail of `kindling-vmm`. A machine in the calling process has none.
     pub jail: Jail,
 }
@@ -280,6 +283,7 @@ impl Config {
             guest: GuestConfig::default(),
             profile: None,
             preboot: None,
+            snapshot: None,
             jail: Jail::default(),
         }
     }

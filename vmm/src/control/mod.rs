@@ -30,10 +30,12 @@ pub const STATUS_INVALID_REQUEST: u8 = 125;
 /// A request of a front to its monitor.
 #[derive(Debug, Deserialize, Serialize)]
 pub(crate) enum Request {
-    /// Start a machine. This, [`Self::Spare`] or [`Self::Preboot`] is the first request, and is sent once.
+    /// Start a machine. This, [`Self::Snapshot`], [`Self::Spare`] or [`Self::Preboot`] is the first request, and is sent once.
     Start(Box<Start>),
     /// Make a spare machine, and wait at most for this time at a socket for a front, which sends [`Self::Start`].
     Spare(Box<Start>, Duration),
+    /// Start a machine, and when its guest has frozen its processes, write it to a file as a snapshot, and end.
+    Snapshot(Box<Start>),
     /// Boot a kernel as far as init, and write it to a file from which later machines continue.
     Preboot(Box<Start>),
     /// Stop the machine. Closing the socket has the same effect, unless the front has detached.
@@ -91,8 +93,11 @@ pub(crate) enum Role {
     Kernel,
     /// The initrd's file.
     Initrd,
-    /// The file of the pre-booted kernel: read by [`Request::Start`], written by [`Request::Preboot`].
+    /// The file of the pre-booted kernel, or of the snapshot from which the machine continues: read by [`Request::Start`],
+    /// written by [`Request::Preboot`].
     Preboot,
+    /// The file that [`Request::Snapshot`] writes.
+    Snapshot,
     /// A file that the monitor locks until it exits. Other processes read the monitor's process ID from the lock.
     Lock,
     /// The socket at which a spare monitor waits for its front.
@@ -113,6 +118,8 @@ pub enum Event {
     JailReduced(String),
     /// The pre-booted kernel is written, and its trial guests have ended successfully. The last event.
     Prebooted,
+    /// The snapshot is written. The last event.
+    Saved,
     /// The guest's agent accepts connections. The timeline contains the steps up to the first entry into the guest;
     /// [`Self::Stopped`] has the guest's own steps.
     Started(Timeline),

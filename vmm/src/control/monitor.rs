@@ -9,6 +9,7 @@ use crate::devices::virtio::backend::Backend;
 use crate::entry;
 use crate::error::{Error, with_causes};
 use crate::jail::{Jail, Limits, Strictness, Thread};
+use crate::kvm::Hypervisor;
 use crate::layout;
 use crate::machine::{Machine, Purpose};
 use crate::preboot::capture;
@@ -21,6 +22,7 @@ use rustix::process::{Signal, set_parent_process_death_signal};
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Duration;
 
 /// Exit status of a guest that failed.
@@ -42,6 +44,7 @@ pub fn serve(socket: UnixStream) -> Result<(), ControlError> {
     let Some((request, descriptors)) = channel.receive::<Request>(REQUEST_MAX)? else { return Ok(()) };
     match request {
         Request::Start(start) => answer(&channel, *start, |start| run(start, descriptors, &channel)),
+        Request::Snapshot(start) => answer(&channel, *start, |start| snapshot(start, descriptors, &channel)),
         Request::Preboot(start) => answer(&channel, *start, |start| preboot(start, descriptors, &channel)),
         Request::Spare(start, idle) => {
             // Its front does not wait for it, and so gets no error.
@@ -168,6 +171,37 @@ fn run_machine(mut machine: Machine, jail: Jail, channel: &Channel) -> Result<()
     Ok(())
 }
 
+/// Runs a machine up to its snapshot.
+fn snapshot(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result<(), Error> {
+    let received = Received::new(&start, descriptors)?.with_boot_files(&start.config)?;
+    let Received { resources, _lock, limits, snapshot, .. } = received;
+    let file = snapshot.ok_or_else(|| missing("receive the file for the snapshot"))?;
+    let Start { config, mut timeline, .. } = start;
+    timeline.reached("configuration received");
+    entry::raise_descriptor_limit();
+    let kvm = resources.kvm.as_ref().ok_or_else(|| missing("receive KVM"))?.try_clone();
+    let kvm = kvm.map_err(Error::host("duplicate a descriptor"))?;
+    let msrs = Hypervisor::from_descriptor(kvm)?.msr_indices()?;
+    let _ = crate::memory::page_map();
+    // The threads read the machine's state after the guest has run, so that all have the filter of pre-booting.
+    let jail = config.jail.without_root();
+    report_missing(&jail.confine_process(Limits { file: None, ..limits })?, jail, channel);
+    timeline.reached("process confined");
+    jail.hide_memory();
+    jail.confine_thread(Thread::Preboot)?;
+    let purpose = Purpose::Capture(BootMark::Frozen);
+    let mut machine = Machine::with_resources(&config, resources, timeline, purpose)?;
+    if let Some(refusal) = machine.preboot_refusal() {
+        let _ = channel.send(&Event::PrebootRefused(with_causes(refusal)), EVENT_MAX, &[]);
+    }
+    let mut control = Control::new(channel, machine.devices.balloon.clone())?;
+    let started = control.send_at_start(machine.timeline.clone())?;
+    machine.at_mark(BootMark::AgentReady, started);
+    machine.control = Some(control);
+    capture::snapshot(machine, &config, &msrs, &file, Path::new("the snapshot"))?;
+    Ok(channel.send(&Event::Saved, EVENT_MAX, &[])?)
+}
+
 /// Pre-boots a kernel.
 fn preboot(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result<(), Error> {
     let received = Received::new(&start, descriptors)?.with_boot_files(&start.config)?;
@@ -199,6 +233,8 @@ struct Received {
     _lock: Option<OwnedFd>,
     /// The socket of a spare.
     listener: Option<OwnedFd>,
+    /// The file for a snapshot.
+    snapshot: Option<File>,
 }
 
 impl Received {
@@ -208,7 +244,7 @@ impl Received {
             return Err(missing("receive as many descriptors and backends as the request lists"));
         }
         let (mut resources, mut lock, mut devices) = (Resources::default(), None, Vec::new());
-        let (mut kernel, mut initrd, mut listener) = (None, None, None);
+        let (mut kernel, mut initrd, mut listener, mut snapshot) = (None, None, None, None);
         for (role, descriptor) in roles.iter().zip(descriptors) {
             match role {
                 Role::Kvm => resources.kvm = Some(descriptor),
@@ -222,6 +258,7 @@ impl Received {
                     lock = Some(descriptor);
                 }
                 Role::Listener => listener = Some(descriptor),
+                Role::Snapshot => snapshot = Some(File::from(descriptor)),
                 Role::Stderr => {
                     // Without it, the front does not get the reason of a crash.
                     let _ = rustix::stdio::dup2_stderr(&descriptor);
@@ -252,17 +289,21 @@ impl Received {
             return Err(missing("find a device for each descriptor"));
         }
         let limits = Limits { file: Some(file), memory: Some(memory) };
-        Ok(Self { resources, limits, _lock: lock, listener })
+        Ok(Self { resources, limits, _lock: lock, listener, snapshot })
     }
 
     /// Checks that all descriptors from which a machine is built are there: paths in the configuration are not opened.
     fn with_boot_files(self, config: &Config) -> Result<Self, Error> {
         let Resources { kvm, boot, preboot, .. } = &self.resources;
-        let boot = boot.as_ref().ok_or_else(|| missing("receive a descriptor of the kernel"))?;
-        if config.boot_source.initrd_path.is_some() != boot.initrd.is_some() {
-            return Err(missing("receive a descriptor of the initrd"));
+        // A snapshot has the kernel.
+        if config.snapshot.is_none() {
+            let boot = boot.as_ref().ok_or_else(|| missing("receive a descriptor of the kernel"))?;
+            if config.boot_source.initrd_path.is_some() != boot.initrd.is_some() {
+                return Err(missing("receive a descriptor of the initrd"));
+            }
         }
-        if kvm.is_none() || config.preboot.is_some() != preboot.is_some() {
+        let has_file = config.preboot.is_some() || config.snapshot.is_some();
+        if kvm.is_none() || has_file != preboot.is_some() {
             return Err(missing("receive descriptors of KVM and the pre-booted kernel"));
         }
         Ok(self)

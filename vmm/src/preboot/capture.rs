@@ -3,7 +3,7 @@
 use super::error::PrebootError;
 use super::file;
 use super::kernel::Preboot;
-use super::state::{CAPTURE_AT, Inputs, State, features};
+use super::state::{Inputs, Stage, State, features};
 use super::trial_root;
 use crate::boot::elf::Elf;
 use crate::bus::lock;
@@ -69,19 +69,14 @@ pub(crate) fn capture(
         &config,
         copy()?.into_placeholders(),
         timeline,
-        Purpose::Capture(CAPTURE_AT),
+        Purpose::Capture(inputs.stage.mark()),
     )?;
     machine.control = Some(control()?);
     let captured = machine.start()?.wait_for_capture();
     let captured = captured.map_err(|reason| PrebootError::Ended(reason.to_string()))?;
-    let mut state = captured.state(inputs, &msrs)?;
-    let failed = |source| PrebootError::Write { path: path.clone(), source };
-    file::write_pages(file, &state.extents, &captured.machine().memory).map_err(|error| match error {
-        file::WriteError::File(source) => failed(source),
-        file::WriteError::Memory(error) => failed(io::Error::other(error)),
-    })?;
+    let mut state = save(&captured, inputs, &msrs, file, &path)?;
     drop(captured);
-    file::write_state(file, &state).map_err(failed)?;
+    let failed = |source| PrebootError::Write { path: path.clone(), source };
     let trial = |config: &Config, purpose| -> Result<Machine, Error> {
         let preboot = Preboot::read(file.try_clone().map_err(failed)?, &path, config)?;
         let timeline = Timeline::starting_at(Instant::now());
@@ -108,6 +103,41 @@ pub(crate) fn capture(
         let _ = use_huge_pages(&kernel, &state, file);
     }
     Ok(())
+}
+
+/// Runs a guest until it has frozen its processes, and writes its state to `file`, as a snapshot. `path` is for error messages.
+///
+/// # Errors
+/// When the guest ends before, its state cannot be saved, or the file cannot be written.
+pub(crate) fn snapshot(
+    machine: Machine,
+    config: &Config,
+    msrs: &[u32],
+    file: &File,
+    path: &Path,
+) -> Result<(), Error> {
+    let inputs = Inputs { stage: Stage::Guest, ..Inputs::of_config(config)? };
+    let captured = machine.start()?.wait_for_capture();
+    let captured = captured.map_err(|reason| PrebootError::NotFrozen(reason.to_string()))?;
+    save(&captured, inputs, msrs, file, path).map(drop)
+}
+
+/// Writes the state of a machine to a file, and returns it.
+fn save(
+    captured: &CapturedMachine,
+    inputs: Inputs,
+    msrs: &[u32],
+    file: &File,
+    path: &Path,
+) -> Result<State, Error> {
+    let state = captured.state(inputs, msrs)?;
+    let failed = |source| PrebootError::Write { path: path.to_owned(), source };
+    file::write_pages(file, &state.extents, &captured.machine().memory).map_err(|error| match error {
+        file::WriteError::File(source) => failed(source),
+        file::WriteError::Memory(error) => failed(io::Error::other(error)),
+    })?;
+    file::write_state(file, &state).map_err(failed)?;
+    Ok(state)
 }
 
 /// Keeps the parts of the kernel that guests only read in huge pages of the host: a guest then takes one fault for 2 MiB

@@ -17,7 +17,7 @@ pub enum PrebootError {
         source: io::Error,
     },
     /// The file is not a pre-booted kernel, or it is damaged.
-    #[error("{} is not a pre-booted kernel: {what}", path.display())]
+    #[error("{} is neither a pre-booted kernel nor a snapshot: {what}", path.display())]
     Invalid {
         /// The file.
         path: PathBuf,
@@ -46,6 +46,9 @@ pub enum PrebootError {
     /// The guest ended before it reached init.
     #[error("the guest did not reach init: {0}; `kindling boot --cold` shows its console")]
     Ended(String),
+    /// The guest ended before its snapshot was taken.
+    #[error("the guest ended before the snapshot was taken: {0}")]
+    NotFrozen(String),
     /// The machine cannot be captured in the state in which it stopped.
     #[error("cannot save the state of the guest: {0}")]
     NotCapturable(&'static str),

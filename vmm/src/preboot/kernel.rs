@@ -2,7 +2,7 @@
 
 use super::error::PrebootError;
 use super::file;
-use super::state::{CAPTURE_AT, Inputs, State, features};
+use super::state::{Inputs, Stage, State, features};
 use crate::config::Config;
 use crate::devices::boot_mark::BootMarks;
 use crate::devices::virtio;
@@ -15,7 +15,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// A pre-booted kernel that a machine can continue from: an open file and its state.
+/// A pre-booted kernel, or a snapshot, that a machine can continue from: an open file and its state.
 #[derive(Debug)]
 pub(crate) struct Preboot {
     path: PathBuf,
@@ -34,12 +34,27 @@ impl Preboot {
         }
     }
 
+    /// Opens the snapshot at `path`, or uses `file` if it is open already.
+    pub(crate) fn open_snapshot(
+        path: &Path,
+        config: &Config,
+        file: Option<File>,
+    ) -> Result<Self, PrebootError> {
+        Self::read(file.map_or_else(|| file::open(path), Ok)?, path, config)
+    }
+
     /// Reads an open file, and checks that it was made for this configuration. `path` is for error messages.
     pub(super) fn read(file: File, path: &Path, config: &Config) -> Result<Self, PrebootError> {
         let state = file::read(&file, path)?;
         let this = Self { path: path.into(), state, file };
         let required = Inputs::of_config(config)?;
         let made = &this.state.inputs;
+        if made.stage != required.stage {
+            return Err(this.mismatch(match made.stage {
+                Stage::Kernel => "as a pre-booted kernel, and is no snapshot",
+                Stage::Guest => "as a snapshot, and is no pre-booted kernel",
+            }));
+        }
         if made.vmm != required.vmm {
             return Err(this.mismatch("by another version of kindling"));
         }
@@ -113,7 +128,7 @@ impl Preboot {
     ) -> Arc<StartLatch> {
         let latch = Arc::new(StartLatch::closed_except(self.state.init_vcpu));
         let (memory, pages, opened) = (memory.clone(), pages.to_vec(), Arc::clone(&latch));
-        marks.call_at(CAPTURE_AT as u8, move || {
+        marks.call_at(self.state.inputs.stage.mark() as u8, move || {
             // A page that cannot be copied now is copied on the first write.
             let _ = memory.copy_in_advance(&pages);
             opened.open();

@@ -3,6 +3,7 @@
 use super::error::PrebootError;
 use crate::config::Config;
 use crate::config::image::{Digests, sha256};
+use crate::control::PROTOCOL;
 use crate::devices::{io_apic, serial, virtio};
 use crate::kvm::{Clocks, KvmError, Vcpu, VcpuState, Vm};
 use crate::memory::Extent;
@@ -10,14 +11,12 @@ use guest_protocol::BootMark;
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 use serde::{Deserialize, Serialize};
 
-/// The boot mark at which a machine is captured. The vCPU is moved back before the instruction of the mark, which init
-/// executes again in each later machine.
-pub(super) const CAPTURE_AT: BootMark = BootMark::InitEntered;
-
-/// The inputs of a pre-booted kernel. Only a machine with equal inputs can continue from it.
+/// The inputs of a pre-booted kernel or a snapshot. Only a machine with equal inputs can continue from it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Inputs {
-    /// Version of this program, which determines devices and memory layout.
+    /// What the machine was saved as.
+    pub(super) stage: Stage,
+    /// Digest of this program's sources, which determine devices and memory layout.
     pub(super) vmm: String,
     /// Digests of kernel and root filesystem.
     pub(super) image: String,
@@ -27,12 +26,33 @@ pub(super) struct Inputs {
     pub(super) mem_size_mib: u64,
 }
 
+/// What a machine was saved as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum Stage {
+    /// A pre-booted kernel.
+    Kernel,
+    /// A snapshot of a guest.
+    Guest,
+}
+
+impl Stage {
+    /// The boot mark at which the machine was saved. The vCPU is moved back before the instruction of the mark, which init
+    /// executes again in each later machine.
+    pub(super) const fn mark(self) -> BootMark {
+        match self {
+            Self::Kernel => BootMark::InitEntered,
+            Self::Guest => BootMark::Frozen,
+        }
+    }
+}
+
 impl Inputs {
-    /// The inputs of the pre-booted kernel of a configuration.
+    /// The inputs of the snapshot or pre-booted kernel of a configuration.
     pub(super) fn of_config(config: &Config) -> Result<Self, PrebootError> {
         let Digests { kernel, initrd } = digests(config)?;
         Ok(Self {
-            vmm: env!("CARGO_PKG_VERSION").to_owned(),
+            stage: if config.snapshot.is_some() { Stage::Guest } else { Stage::Kernel },
+            vmm: PROTOCOL.to_owned(),
             image: format!("{kernel} {initrd}"),
             boot_args: config.boot_source.boot_args.clone(),
             vcpu_count: config.machine.vcpu_count,
@@ -45,10 +65,10 @@ pub(super) fn digests(config: &Config) -> Result<&Digests, PrebootError> {
     config.boot_source.image_digests.as_ref().ok_or(PrebootError::NotAnImage)
 }
 
-/// Version of a pre-booted kernel's file, after its magic. Files of other versions are rejected.
-pub(super) const FORMAT: u32 = 7;
+/// Version of the file, after its magic. Files of other versions are rejected.
+pub(super) const FORMAT: u32 = 8;
 
-/// The name of the directory of pre-booted kernels for this boot source: a digest of this program's version, the version of
+/// The name of the directory of pre-booted kernels for this boot source: a digest of this program's sources, the version of
 /// the files, the image and the kernel command line. `None` if the boot source does not belong to an image.
 #[must_use]
 pub fn key(config: &Config) -> Option<String> {

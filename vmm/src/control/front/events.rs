@@ -68,7 +68,7 @@ impl Events {
                     }
                     None => false,
                 },
-                Event::Prebooted | Event::Stopped(_) | Event::Failed(_) => {
+                Event::Prebooted | Event::Saved | Event::Stopped(_) | Event::Failed(_) => {
                     self.is_over = true;
                     true
                 }

@@ -160,6 +160,24 @@ impl Monitor {
         self.send_start(config, resources, descriptors, timeline, Request::Start)
     }
 
+    /// Starts a machine as [`Self::start`] does, and takes a snapshot: when the guest has frozen its processes
+    /// ([`crate::agent::Process::freeze`]), its state is written to `file`, and the machine ends. [`Event::Started`] follows, then
+    /// [`Event::Saved`] or [`Event::Failed`].
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_for_snapshot(
+        &mut self,
+        config: &Config,
+        resources: Resources,
+        lock: Option<OwnedFd>,
+        timeline: Timeline,
+        file: File,
+    ) -> Result<(), Error> {
+        let descriptors = [(Role::Lock, lock), (Role::Snapshot, Some(file.into()))];
+        self.send_start(config, resources, descriptors, timeline, Request::Snapshot)
+    }
+
     /// Pre-boots a kernel for the machines of a configuration, and runs trial guests from it. The console, the payload
     /// and the contents of the disks are not used. The digests of kernel and initrd are compared with the image's
     /// first, and the compared copies are booted. [`Event::Prebooted`] or [`Event::Failed`] follows. The monitor ends with

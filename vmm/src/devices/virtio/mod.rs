@@ -144,6 +144,16 @@ pub trait Device: Send + fmt::Debug {
     /// configuration space of that device.
     fn restore_configuration(&mut self, _seen: &[u8]) {}
 
+    /// Whether the driver may have connections with programs of the host, which end when another device continues from the state of
+    /// this one.
+    fn has_peers(&self) -> bool {
+        false
+    }
+
+    /// The device continues from the state of another one that [had connections](Self::has_peers). It tells the driver when it is
+    /// activated.
+    fn lose_peers(&mut self) {}
+
     /// Handles a write of the driver to the configuration space. The default ignores writes, because most devices have
     /// no writable field.
     fn write_configuration(&mut self, _offset: usize, _data: &[u8]) {}

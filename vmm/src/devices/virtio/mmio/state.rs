@@ -22,6 +22,8 @@ pub struct State {
     pub identity: DeviceIdentity,
     /// The configuration space that the driver has read.
     configuration: Vec<u8>,
+    /// Whether the driver may have connections that end with the device.
+    has_peers: bool,
     registers: Registers,
     queues: Vec<QueueState>,
 }
@@ -74,13 +76,18 @@ impl Transport {
         }
     }
 
+    /// Number of requests in flight. The requests that a pending reset waits for, which are not in the queues any more, count as
+    /// one.
+    pub(crate) fn requests(&self) -> usize {
+        self.queues.in_flight().max(self.is_resetting.into())
+    }
+
     /// Saves the state of the device.
     ///
     /// # Errors
     /// When requests are in flight: the saved state does not contain them.
     pub fn state(&self) -> Result<State, InFlight> {
-        // The requests that a pending reset waits for are not in the queues any more.
-        let requests = self.queues.in_flight().max(self.is_resetting.into());
+        let requests = self.requests();
         if requests > 0 {
             return Err(InFlight { device: self.name.clone(), requests });
         }
@@ -99,6 +106,7 @@ impl Transport {
         Ok(State {
             identity: Self::identity(self.device.as_ref()),
             configuration: self.device.configuration(),
+            has_peers: self.device.has_peers(),
             registers: self.state.clone(),
             queues: self.queues.queues.iter().enumerate().map(queue).collect(),
         })
@@ -143,6 +151,9 @@ impl Transport {
         self.set_status(self.state.status);
         self.update_selected_registers();
         self.device.restore_configuration(&state.configuration);
+        if state.has_peers {
+            self.device.lose_peers();
+        }
         self.registers.set_configuration(&self.device.configuration());
         if self.device.configuration() != state.configuration {
             self.queues.interrupt_for_configuration();
