@@ -22,7 +22,7 @@ use crate::kvm::{Hypervisor, KvmError, Vcpu, Vm};
 use crate::layout::{self, Gsi};
 use crate::memory::{Extent, GuestMemory};
 use crate::preboot::error::PrebootError;
-use crate::preboot::kernel::Preboot;
+use crate::preboot::kernel::{PagesInAdvance, Preboot};
 use crate::preboot::state::State;
 use crate::profile::Recorder;
 use crate::resources::Resources;
@@ -32,7 +32,7 @@ use crate::vcpu_threads::IdleThreads;
 use guest_protocol::{BootMark, port};
 use std::fs::File;
 use std::io;
-use std::ops::RangeInclusive;
+use std::ops::{Range, RangeInclusive};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
@@ -55,8 +55,8 @@ pub struct Machine {
     pub(crate) vm: Vm,
     pub(crate) memory: GuestMemory,
     pub(crate) purpose: Purpose,
-    /// Pages of a pre-booted kernel that are copied when init starts.
-    copied: Vec<Extent>,
+    /// Pages that are prepared before the guest uses them.
+    pages: PagesInAdvance,
     /// The connection to the front, if it is another process.
     pub(crate) control: Option<Control>,
     /// What confines the threads while the guest runs.
@@ -116,13 +116,24 @@ impl Machine {
         let origin = Origin { kvm, boot, ..Origin::default() }.select(config, preboot, &device_set)?;
         let path = origin.preboot.as_ref().map(|preboot| preboot.path().to_owned());
         let result = Self::build(config, origin, device_set, timeline, purpose);
-        result.map_err(|error| match path {
+        result.and_then(Self::with_pages_of_snapshot).map_err(|error| match path {
             Some(path) => Preboot::restore_error(path, error).into(),
             None => error,
         })
     }
 
-    /// Builds a machine that continues from a new pre-booted kernel, as a trial.
+    /// Copies the pages that a guest of a snapshot writes to. A pre-booted kernel starts a program first, and has them copied
+    /// meanwhile.
+    fn with_pages_of_snapshot(mut self) -> Result<Self, Error> {
+        if self.pages.read.is_some() {
+            self.memory.copy_in_advance(&self.pages.copied)?;
+            self.prefault(&[]);
+            self.timeline.reached("pages copied");
+        }
+        Ok(self)
+    }
+
+    /// Builds a machine that continues from a new pre-booted kernel or snapshot, as a trial.
     pub(crate) fn continue_from(
         config: &Config,
         resources: Resources,
@@ -182,8 +193,8 @@ impl Machine {
         let kernel_log = config.profile.as_ref().map(|_| Arc::default());
         claim_ports(&mut buses.ports, &serial, &marks, configuration.clone(), kernel_log.as_ref());
         let is_spare = purpose == Purpose::Wait;
-        let copied = preboot.as_ref().map(|preboot| preboot.copied_in_advance(is_spare)).unwrap_or_default();
-        let open = |preboot: &Preboot| preboot.open_latch_at_init(&memory, &copied, &mut lock(&marks));
+        let pages = preboot.as_ref().map(|preboot| preboot.in_advance(is_spare)).unwrap_or_default();
+        let open = |preboot: &Preboot| preboot.open_latch_at_init(&memory, &pages, &mut lock(&marks));
         let latch = preboot.as_ref().map(open);
         timeline.reached("devices built");
 
@@ -209,7 +220,7 @@ impl Machine {
             stopping,
             vm,
             memory,
-            copied,
+            pages,
             purpose,
             control: None,
             jail: Jail::OFF,
@@ -226,10 +237,23 @@ impl Machine {
 
     /// Enters the pages of a pre-booted kernel into the guest's page tables in KVM, so that the guest takes no faults on them.
     /// They stay shared with other guests. Without effect on hosts that do not support it.
-    pub(crate) fn prefault(&self) {
+    pub(crate) fn prefault_all(&self) {
+        match &self.pages.read {
+            Some(read) => self.prefault(read),
+            None => {
+                let pages =
+                    |range: &Range<u64>| u32::try_from((range.end - range.start) / layout::PAGE_SIZE).ok();
+                let extent = |range: &Range<u64>| Some(Extent { start: range.start, pages: pages(range)? });
+                self.prefault(&self.memory.file_ranges().iter().filter_map(extent).collect::<Vec<_>>());
+            }
+        }
+    }
+
+    /// The same for these pages, and those that are copied.
+    fn prefault(&self, pages: &[Extent]) {
         if let Some(first) = self.vcpus.first() {
-            let copied = self.copied.iter().map(|extent| extent.start..extent.start + extent.length());
-            self.memory.file_ranges().into_iter().chain(copied).for_each(|range| first.prefault(range));
+            let all = pages.iter().chain(&self.pages.copied);
+            all.for_each(|extent| first.prefault(extent.start..extent.start + extent.length()));
         }
     }
 

@@ -3,6 +3,7 @@
 
 use crate::boot::BootFiles;
 use crate::config::Config;
+use crate::config::devices::DeviceConfig;
 use crate::devices::virtio::backend::{Attach, Backend};
 use crate::devices::virtio::net::starting::Starting;
 use crate::devices::virtio::{BackendError, table};
@@ -101,6 +102,17 @@ impl Resources {
         Ok(Self { kvm, boot, preboot: None, backends })
     }
 
+    /// Duplicates the descriptors for trial guests, which share the disks of a guest, and have no other backend.
+    pub(crate) fn for_trials(&self) -> io::Result<Self> {
+        let mut copy = self.try_clone()?;
+        for backend in &mut copy.backends {
+            if matches!(backend, Backend::Link(..) | Backend::Listener(_) | Backend::Folder(_)) {
+                *backend = Backend::Nothing;
+            }
+        }
+        Ok(copy)
+    }
+
     /// Replaces the files of all devices by zeroes: a kernel that is pre-booted must not read disk contents that are
     /// different in later guests.
     pub(crate) fn into_placeholders(mut self) -> Self {
@@ -110,20 +122,29 @@ impl Resources {
 
     /// Opens the backends that a configuration names for its devices.
     pub(crate) fn open(config: &Config) -> Result<Self, Error> {
-        Self::with_backends(config, |device| device.open())
+        Self::with_backends(config, |device| table::kind(device).open())
     }
 
     /// Opens backends with which a kernel is pre-booted: an empty root filesystem, zeroes instead of other files, and no other
     /// backend.
     pub(crate) fn open_placeholders(config: &Config) -> Result<Self, Error> {
-        Self::with_backends(config, |device| device.open_placeholder())
+        Self::with_backends(config, |device| table::kind(device).open_placeholder())
+    }
+
+    /// Opens backends for a spare machine: placeholders, except for the root filesystem of a snapshot, which its guest has mounted.
+    pub(crate) fn open_for_spare(config: &Config) -> Result<Self, Error> {
+        let is_snapshot = config.snapshot.is_some();
+        Self::with_backends(config, |device| match device {
+            DeviceConfig::RootFilesystem(root) if is_snapshot => root.open(),
+            other => table::kind(other).open_placeholder(),
+        })
     }
 
     fn with_backends(
         config: &Config,
-        open: fn(&dyn Attach) -> Result<Backend, BackendError>,
+        open: impl Fn(DeviceConfig<'_>) -> Result<Backend, BackendError>,
     ) -> Result<Self, Error> {
-        let backends = config.devices.iter().map(|device| open(table::kind(device)));
+        let backends = config.devices.iter().map(open);
         Ok(Self { backends: backends.collect::<Result<_, _>>()?, ..Self::default() })
     }
 }

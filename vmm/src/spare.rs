@@ -30,7 +30,7 @@ pub(crate) struct Spare {
 }
 
 impl Spare {
-    /// Makes a spare machine of the pre-booted kernel that the configuration names.
+    /// Makes a spare machine of the pre-booted kernel, or the snapshot, that the configuration names.
     ///
     /// # Errors
     /// When the pre-booted kernel cannot be used, or the guest does not request its configuration in time.
@@ -43,7 +43,7 @@ impl Spare {
         let stopped = run(machine.start()?)?;
         let clocks = stopped.clocks()?;
         let machine = stopped.into_machine();
-        machine.prefault();
+        machine.prefault_all();
         Ok(Self { machine, clocks, config })
     }
 
@@ -60,6 +60,7 @@ impl Spare {
         let Self { mut machine, clocks, config: made } = self;
         if config.machine != made.machine
             || config.boot_source != made.boot_source
+            || config.snapshot != made.snapshot
             || config.profile.is_some()
         {
             return Err(PrebootError::OtherDevices.into());

@@ -16,6 +16,8 @@ use rustix::process::{PidfdFlags, geteuid, getpid, pidfd_open, setsid};
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::process::Child;
 use std::time::Duration;
 
@@ -102,6 +104,12 @@ fn exit() -> ! {
     unsafe { libc::_exit(0) }
 }
 
+/// What differs between two files that had the same path one after the other.
+fn version(path: &Path) -> Option<String> {
+    let metadata = path.metadata().ok()?;
+    Some(format!("{}:{}:{}.{}", metadata.dev(), metadata.ino(), metadata.mtime(), metadata.mtime_nsec()))
+}
+
 /// The name of a spare for this configuration. `None` if it cannot have one.
 #[inline(never)]
 pub(super) fn name(config: &Config) -> Option<String> {
@@ -110,8 +118,13 @@ pub(super) fn name(config: &Config) -> Option<String> {
     if hides_users || !config.devices.pmem.is_empty() {
         return None;
     }
-    // The path contains a digest of the kernel and its command line, the size of the machine, and its devices.
-    let path = config.preboot.as_ref()?.to_str()?;
-    let text = format!("{PROTOCOL} {:?} {:016x} {path}", config.jail, inherited::digest()?);
+    // The path of a pre-booted kernel contains a digest of the kernel and its command line, the size of the machine, and its
+    // devices. That of a snapshot may be used again for another one.
+    let (path, version) = match &config.snapshot {
+        Some(path) => (path, version(path)?),
+        None => (config.preboot.as_ref()?, String::new()),
+    };
+    let path = path.to_str()?;
+    let text = format!("{PROTOCOL} {:?} {:016x} {path} {version}", config.jail, inherited::digest()?);
     Some(format!("kindling-spare-{}", sha256(text.as_bytes())))
 }

@@ -12,7 +12,7 @@ use crate::jail::{Jail, Limits, Strictness, Thread};
 use crate::kvm::Hypervisor;
 use crate::layout;
 use crate::machine::{Machine, Purpose};
-use crate::preboot::capture;
+use crate::preboot::capture::{self, Draft};
 use crate::preboot::error::PrebootError;
 use crate::resources::Resources;
 use crate::spare::Spare;
@@ -179,9 +179,7 @@ fn snapshot(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Resul
     let Start { config, mut timeline, .. } = start;
     timeline.reached("configuration received");
     entry::raise_descriptor_limit();
-    let kvm = resources.kvm.as_ref().ok_or_else(|| missing("receive KVM"))?.try_clone();
-    let kvm = kvm.map_err(Error::host("duplicate a descriptor"))?;
-    let msrs = Hypervisor::from_descriptor(kvm)?.msr_indices()?;
+    let msrs = msr_indices(&resources)?;
     let _ = crate::memory::page_map();
     // The threads read the machine's state after the guest has run, so that all have the filter of pre-booting.
     let jail = config.jail.without_root();
@@ -190,6 +188,7 @@ fn snapshot(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Resul
     jail.hide_memory();
     jail.confine_thread(Thread::Preboot)?;
     let purpose = Purpose::Capture(BootMark::Frozen);
+    let trials = resources.for_trials().map_err(Error::host("duplicate a descriptor"))?;
     let mut machine = Machine::with_resources(&config, resources, timeline, purpose)?;
     if let Some(refusal) = machine.preboot_refusal() {
         let _ = channel.send(&Event::PrebootRefused(with_causes(refusal)), EVENT_MAX, &[]);
@@ -198,7 +197,10 @@ fn snapshot(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Resul
     let started = control.send_at_start(machine.timeline.clone())?;
     machine.at_mark(BootMark::AgentReady, started);
     machine.control = Some(control);
-    capture::snapshot(machine, &config, &msrs, &file, Path::new("the snapshot"))?;
+    let path = Path::new("the snapshot");
+    let control = || Control::new(channel, None);
+    let draft = Draft { file: &file, path, resources: &trials, msrs: &msrs, control: &control };
+    capture::snapshot(machine, &config, draft)?;
     Ok(channel.send(&Event::Saved, EVENT_MAX, &[])?)
 }
 
@@ -221,8 +223,18 @@ fn preboot(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result
     let _ = set_parent_process_death_signal(Some(Signal::KILL));
     jail.hide_memory();
     jail.confine_thread(Thread::Preboot)?;
-    capture::capture(&config, &resources, &file, &|| Control::new(channel, None))?;
+    let path = config.preboot.clone().unwrap_or_default();
+    let (msrs, control) = (msr_indices(&resources)?, || Control::new(channel, None));
+    let draft = Draft { file: &file, path: &path, resources: &resources, msrs: &msrs, control: &control };
+    capture::capture(&config, draft)?;
     Ok(channel.send(&Event::Prebooted, EVENT_MAX, &[])?)
+}
+
+/// The MSRs that KVM can read.
+fn msr_indices(resources: &Resources) -> Result<Vec<u32>, Error> {
+    let kvm = resources.kvm.as_ref().ok_or_else(|| missing("receive a descriptor of KVM"))?.try_clone();
+    let kvm = kvm.map_err(Error::host("duplicate a descriptor"))?;
+    Ok(Hypervisor::from_descriptor(kvm)?.msr_indices()?)
 }
 
 /// The descriptors of a [`Start`], assigned to their uses.

@@ -92,6 +92,47 @@ impl GuestMemory {
         Ok(extents.0)
     }
 
+    /// Makes the host map each page of these extents by itself: it would otherwise map up to 15 pages beside one that is read, if
+    /// they belong to the same mapping (`do_fault_around` in mm/memory.c). Of large extents, several pages are mapped together.
+    pub(crate) fn separate_pages(&self, extents: &[Extent]) {
+        /// Fewer than a process may have (`vm.max_map_count`, 65,530 by default).
+        const MAPPINGS_MAX: u64 = 30_000;
+        let all: u64 = extents.iter().map(|extent| u64::from(extent.pages)).sum();
+        let unit = all.div_ceil(MAPPINGS_MAX).max(1) * PAGE_SIZE;
+        for extent in extents {
+            let ends = extent.start + extent.length();
+            let mut start = extent.start;
+            while start < ends {
+                let length = unit.min(ends - start);
+                if let Ok((host, size)) = self.host_range(start, length) {
+                    // SAFETY: the range is this guest's own mapping. MADV_DONTFORK only matters for children, of which this process
+                    // has none. If the host refuses, more pages count as read.
+                    unsafe { libc::madvise(host.cast(), size, libc::MADV_DONTFORK) };
+                }
+                // The next one keeps its flags, so that the two are not merged.
+                start += 2 * unit;
+            }
+        }
+    }
+
+    /// The pages of mapped files that are in this process's page tables, and have not been copied: those that the guest or a device
+    /// has read, after [`Self::separate_pages`].
+    ///
+    /// # Errors
+    /// When the host does not report the state of the pages.
+    pub(crate) fn read_pages(&self) -> Result<Vec<Extent>, MemoryError> {
+        let mut extents = Extents::default();
+        for region in self.inner.iter() {
+            let (start, length) = (region.start_addr().0, region.len());
+            let pages = Pages::of(region.as_ptr(), length)
+                .map_err(|source| MemoryError::Contents { address: start, source })?;
+            for (number, _) in (0..).zip(pages.are_shared()).filter(|(_, is_shared)| *is_shared) {
+                extents.add(start + number * PAGE_SIZE, start, 0);
+            }
+        }
+        Ok(extents.0)
+    }
+
     fn is_zero(&self, address: u64) -> Result<bool, MemoryError> {
         let mut page = [0; PAGE];
         self.read(GuestAddress(address), &mut page)?;
@@ -185,6 +226,12 @@ impl Pages {
         self.are_populated()
             .zip(&self.0)
             .map(|(is_populated, entry)| is_populated && u64::from_le_bytes(*entry) & Self::OF_A_FILE == 0)
+    }
+
+    /// For each page, whether it is a page of a file.
+    fn are_shared(&self) -> impl Iterator<Item = bool> {
+        let bits = Self::PRESENT | Self::OF_A_FILE;
+        self.0.iter().map(move |entry| u64::from_le_bytes(*entry) & bits == bits)
     }
 }
 

@@ -11,7 +11,6 @@ use crate::config::{Config, Console, GuestConfig};
 use crate::control::Control;
 use crate::error::Error;
 use crate::exit::ExitReason;
-use crate::kvm::Hypervisor;
 use crate::layout::MIB;
 use crate::machine::{Machine, Purpose};
 use crate::memory::{Extent, GuestMemory, MemoryError};
@@ -21,6 +20,7 @@ use crate::timeline::{Instant, Timeline};
 use guest_protocol::BootMark;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::path::Path;
 
 /// Number of trial guests, which run one after the other. The first shows which pages guests write to, and the next
@@ -32,117 +32,142 @@ const TRIALS: u32 = 2;
 /// process 1.
 const TRIAL_PAYLOAD: &str = "/proc/self/exe";
 
-/// The configuration of the machine that is captured in `path`: that of later guests, without the parts that differ
-/// between guests.
-pub(crate) fn configuration(config: &Config, path: &Path) -> Config {
+/// The configuration of a machine that is captured, a trial guest or a spare: that of later guests, without the parts that
+/// differ between guests.
+pub(crate) fn configuration(config: &Config) -> Config {
     Config {
         console: Console::Null,
         guest: GuestConfig { arguments: vec![TRIAL_PAYLOAD.into()], ..GuestConfig::default() },
         profile: None,
-        preboot: Some(path.into()),
         ..config.clone()
     }
 }
 
-/// Boots a machine up to init, writes its state to `file`, and runs trial guests from it. The disks of the booted
-/// machine are zeroes, of the disks' size; the trial guests have the backends of `resources`. `control` creates each
-/// machine's connection to the front.
+/// A file that is written, and what its trial guests need.
+#[derive(Clone, Copy)]
+pub(crate) struct Draft<'a> {
+    pub(crate) file: &'a File,
+    /// For error messages.
+    pub(crate) path: &'a Path,
+    /// KVM, the kernel, and the backends of the trial guests.
+    pub(crate) resources: &'a Resources,
+    /// The MSRs that KVM can read.
+    pub(crate) msrs: &'a [u32],
+    /// Creates each machine's connection to the front.
+    pub(crate) control: &'a dyn Fn() -> Result<Control, Error>,
+}
+
+/// Boots a machine up to init, writes its state to the file, and runs trial guests from it. The disks of the booted
+/// machine are zeroes, of the disks' size.
 ///
 /// # Errors
 /// When a machine cannot be built, its guest does not reach init, the file cannot be written, or a trial guest does not
 /// end with status 0.
-pub(crate) fn capture(
-    config: &Config,
-    resources: &Resources,
-    file: &File,
-    control: &dyn Fn() -> Result<Control, Error>,
-) -> Result<(), Error> {
-    let path = config.preboot.clone().unwrap_or_default();
+pub(crate) fn capture(config: &Config, draft: Draft<'_>) -> Result<(), Error> {
     let config = Config { preboot: None, ..config.clone() };
     let inputs = Inputs::of_config(&config)?;
-    let copy = || resources.try_clone().map_err(Error::host("duplicate a descriptor"));
-    let kvm = copy()?.kvm.ok_or(PrebootError::NotCapturable("KVM is not open"))?;
-    let msrs = Hypervisor::from_descriptor(kvm)?.msr_indices()?;
-
+    let resources = draft.resources()?.into_placeholders();
     let timeline = Timeline::starting_at(Instant::now());
-    let mut machine = Machine::with_resources(
-        &config,
-        copy()?.into_placeholders(),
-        timeline,
-        Purpose::Capture(inputs.stage.mark()),
-    )?;
-    machine.control = Some(control()?);
+    let purpose = Purpose::Capture(inputs.stage.mark());
+    let mut machine = Machine::with_resources(&config, resources, timeline, purpose)?;
+    machine.control = Some((draft.control)()?);
     let captured = machine.start()?.wait_for_capture();
     let captured = captured.map_err(|reason| PrebootError::Ended(reason.to_string()))?;
-    let mut state = save(&captured, inputs, &msrs, file, &path)?;
+    let mut state = draft.save(&captured, inputs)?;
     drop(captured);
-    let failed = |source| PrebootError::Write { path: path.clone(), source };
-    let trial = |config: &Config, purpose| -> Result<Machine, Error> {
-        let preboot = Preboot::read(file.try_clone().map_err(failed)?, &path, config)?;
-        let timeline = Timeline::starting_at(Instant::now());
-        let mut machine = Machine::continue_from(config, copy()?, preboot, timeline, purpose)?;
-        machine.control = Some(control()?);
-        Ok(machine)
-    };
     for _ in 0..TRIALS {
-        state.written = run_trial(trial(&config, Purpose::Run)?)?;
-        file::write_state(file, &state).map_err(failed)?;
+        state.written = run_trial(draft.trial(&config, Purpose::Run)?)?;
+        draft.save_state(&state)?;
     }
     if config.devices.root.is_some() && config.devices.vsock.is_some() {
         let mut config = config.clone();
         (config.guest.arguments, config.guest.agent) = (vec![trial_root::PROGRAM.into()], true);
-        state.used = run_program(trial(&config, Purpose::Capture(BootMark::PayloadEnded))?)?;
-        file::write_state(file, &state).map_err(failed)?;
+        let stopped = run_program(draft.trial(&config, Purpose::Capture(BootMark::PayloadEnded))?)?;
+        state.used = stopped.machine().memory.used()?;
+        draft.save_state(&state)?;
     }
-    let kernel = resources.boot.as_ref().and_then(|boot| {
-        let length = boot.kernel.metadata().ok()?.len();
-        Elf::parse(&boot.kernel, length).ok()
-    });
-    if let Some(kernel) = kernel {
-        // Without huge pages the file is complete, too.
-        let _ = use_huge_pages(&kernel, &state, file);
-    }
+    draft.use_huge_pages(&state);
     Ok(())
 }
 
-/// Runs a guest until it has frozen its processes, and writes its state to `file`, as a snapshot. `path` is for error messages.
+/// Runs a guest until it has frozen its processes, writes its state to the file, as a snapshot, and runs copies as trials.
 ///
 /// # Errors
-/// When the guest ends before, its state cannot be saved, or the file cannot be written.
-pub(crate) fn snapshot(
-    machine: Machine,
-    config: &Config,
-    msrs: &[u32],
-    file: &File,
-    path: &Path,
-) -> Result<(), Error> {
+/// When the guest ends before, its state cannot be saved, the file cannot be written, or a copy fails.
+pub(crate) fn snapshot(machine: Machine, config: &Config, draft: Draft<'_>) -> Result<(), Error> {
     let inputs = Inputs { stage: Stage::Guest, ..Inputs::of_config(config)? };
     let captured = machine.start()?.wait_for_capture();
     let captured = captured.map_err(|reason| PrebootError::NotFrozen(reason.to_string()))?;
-    save(&captured, inputs, msrs, file, path).map(drop)
+    let mut state = draft.save(&captured, inputs)?;
+    drop(captured);
+    let path = Some(draft.path.to_owned());
+    let mut config = Config { preboot: None, snapshot: path, ..configuration(config) };
+    config.guest.agent = true;
+    for _ in 0..TRIALS {
+        let machine = draft.trial(&config, Purpose::Capture(BootMark::PayloadEnded))?;
+        machine.memory.separate_pages(&state.extents);
+        let stopped = run_program(machine)?;
+        let memory = &stopped.machine().memory;
+        (state.used, state.read) = (memory.used()?, memory.read_pages()?);
+        draft.save_state(&state)?;
+    }
+    let huge = draft.use_huge_pages(&state);
+    // One page makes KVM enter the huge page.
+    state.read.retain(|extent| !huge.iter().any(|block| block.contains(&extent.start)));
+    state.read.extend(huge.iter().map(|block| Extent { start: block.start, pages: 1 }));
+    state.read.sort_unstable_by_key(|extent| extent.start);
+    draft.save_state(&state)
 }
 
-/// Writes the state of a machine to a file, and returns it.
-fn save(
-    captured: &CapturedMachine,
-    inputs: Inputs,
-    msrs: &[u32],
-    file: &File,
-    path: &Path,
-) -> Result<State, Error> {
-    let state = captured.state(inputs, msrs)?;
-    let failed = |source| PrebootError::Write { path: path.to_owned(), source };
-    file::write_pages(file, &state.extents, &captured.machine().memory).map_err(|error| match error {
-        file::WriteError::File(source) => failed(source),
-        file::WriteError::Memory(error) => failed(io::Error::other(error)),
-    })?;
-    file::write_state(file, &state).map_err(failed)?;
-    Ok(state)
+impl Draft<'_> {
+    fn resources(&self) -> Result<Resources, Error> {
+        self.resources.try_clone().map_err(Error::host("duplicate a descriptor"))
+    }
+
+    fn failed(&self, source: io::Error) -> PrebootError {
+        PrebootError::Write { path: self.path.to_owned(), source }
+    }
+
+    /// Writes the state of a machine, and returns it.
+    fn save(&self, captured: &CapturedMachine, inputs: Inputs) -> Result<State, Error> {
+        let state = captured.state(inputs, self.msrs)?;
+        file::write_pages(self.file, &state.extents, &captured.machine().memory).map_err(
+            |error| match error {
+                file::WriteError::File(source) => self.failed(source),
+                file::WriteError::Memory(error) => self.failed(io::Error::other(error)),
+            },
+        )?;
+        self.save_state(&state)?;
+        Ok(state)
+    }
+
+    fn save_state(&self, state: &State) -> Result<(), Error> {
+        Ok(file::write_state(self.file, state).map_err(|source| self.failed(source))?)
+    }
+
+    /// A machine that continues from the file.
+    fn trial(&self, config: &Config, purpose: Purpose) -> Result<Machine, Error> {
+        let file = self.file.try_clone().map_err(|source| self.failed(source))?;
+        let preboot = Preboot::read(file, self.path, config)?;
+        let timeline = Timeline::starting_at(Instant::now());
+        let mut machine = Machine::continue_from(config, self.resources()?, preboot, timeline, purpose)?;
+        machine.control = Some((self.control)()?);
+        Ok(machine)
+    }
+
+    /// Uses huge pages for the kernel, and returns where. Without them the file is complete, too.
+    fn use_huge_pages(&self, state: &State) -> Vec<Range<u64>> {
+        let kernel = self.resources.boot.as_ref().and_then(|boot| {
+            let length = boot.kernel.metadata().ok()?.len();
+            Elf::parse(&boot.kernel, length).ok()
+        });
+        kernel.and_then(|kernel| use_huge_pages(&kernel, state, self.file).ok()).unwrap_or_default()
+    }
 }
 
 /// Keeps the parts of the kernel that guests only read in huge pages of the host: a guest then takes one fault for 2 MiB
 /// instead of one for each page that it reads, 700 of them in the kernel's text. Hosts that cannot do that keep small pages.
-fn use_huge_pages(kernel: &Elf, state: &State, file: &File) -> Result<(), MemoryError> {
+fn use_huge_pages(kernel: &Elf, state: &State, file: &File) -> Result<Vec<Range<u64>>, MemoryError> {
     const HUGE: u64 = 2 << 20;
     let memory = GuestMemory::anonymous(state.inputs.mem_size_mib * MIB)?;
     memory.map_contents(&state.extents, file, file::PAGES_OFFSET)?;
@@ -152,16 +177,26 @@ fn use_huge_pages(kernel: &Elf, state: &State, file: &File) -> Result<(), Memory
     let holds = |extent: &Extent, block: u64| {
         extent.start <= block && block + HUGE <= extent.start.saturating_add(extent.length())
     };
-    let Some(first) = kernel.segments.first() else { return Ok(()) };
+    // Those of a snapshot are all in `used`, those of a kernel all in `written`, if guests without a program count.
+    let written = match state.inputs.stage {
+        Stage::Kernel => &state.written,
+        Stage::Guest => &state.used,
+    };
+    let Some(first) = kernel.segments.first() else { return Ok(Vec::new()) };
+    let mut blocks = Vec::new();
     let mut block = first.address.next_multiple_of(HUGE);
     while block + HUGE <= kernel.end() {
         let is_mapped = state.extents.iter().any(|extent| holds(extent, block));
-        if is_mapped && !state.written.iter().any(|extent| overlaps(extent, block)) {
-            let _ = memory.collapse(block..block + HUGE);
+        let range = block..block + HUGE;
+        if is_mapped
+            && !written.iter().any(|extent| overlaps(extent, block))
+            && memory.collapse(range.clone())
+        {
+            blocks.push(range);
         }
         block += HUGE;
     }
-    Ok(())
+    Ok(blocks)
 }
 
 /// Runs a trial guest to its end, and returns the pages of the file that it wrote to.
@@ -173,12 +208,10 @@ fn run_trial(machine: Machine) -> Result<Vec<Extent>, Error> {
     }
 }
 
-/// Runs a trial guest with a program on its disk up to the program's end, and returns the pages that it used: those of the
-/// file that it wrote to, and others.
-fn run_program(machine: Machine) -> Result<Vec<Extent>, Error> {
+/// Runs a trial guest up to the end of its program.
+fn run_program(machine: Machine) -> Result<CapturedMachine, Error> {
     let stopped = machine.start()?.wait_for_capture();
-    let stopped = stopped.map_err(|reason| PrebootError::Trial(reason.to_string()))?;
-    Ok(stopped.machine().memory.used()?)
+    Ok(stopped.map_err(|reason| PrebootError::Trial(reason.to_string()))?)
 }
 
 impl CapturedMachine {
@@ -211,6 +244,7 @@ impl CapturedMachine {
             extents: machine.memory.contents()?,
             written: Vec::new(),
             used: Vec::new(),
+            read: Vec::new(),
         })
     }
 }

@@ -23,6 +23,16 @@ pub(crate) struct Preboot {
     file: File,
 }
 
+/// Pages that are prepared before a guest uses them.
+#[derive(Debug, Default)]
+pub(crate) struct PagesInAdvance {
+    /// Those that are copied: with a spare or a snapshot, those that the kernel and a program write to, and otherwise those that
+    /// a guest without a program on its disk writes to.
+    pub(crate) copied: Vec<Extent>,
+    /// Those of a snapshot that the guest reads. `None` of a pre-booted kernel, of which guests read most.
+    pub(crate) read: Option<Vec<Extent>>,
+}
+
 impl Preboot {
     /// Opens the pre-booted kernel that the configuration names, or uses `file` if it is open already. Returns `None`
     /// if the configuration names none or the file does not exist.
@@ -70,7 +80,8 @@ impl Preboot {
             let what = "none of its vCPUs runs init".to_owned();
             return Err(PrebootError::Invalid { path: this.path, what });
         }
-        let pages = [&this.state.extents, &this.state.written, &this.state.used];
+        let State { extents, written, used, read, .. } = &this.state;
+        let pages = [extents, written, used, read];
         if !pages.into_iter().all(|extents| memory::are_valid(extents, &ram)) {
             let what = "its pages are not those of a guest".to_owned();
             return Err(PrebootError::Invalid { path: this.path, what });
@@ -112,10 +123,19 @@ impl Preboot {
         memory.map_contents(&self.state.extents, &self.file, file::PAGES_OFFSET)
     }
 
-    /// The pages that are copied before the guest writes to them. A spare guest, for which nobody waits, gets more of them.
-    pub(crate) fn copied_in_advance(&self, is_spare: bool) -> Vec<Extent> {
-        let State { used, written, .. } = &self.state;
-        if is_spare && !used.is_empty() { used.clone() } else { written.clone() }
+    /// The pages that are prepared before the guest uses them.
+    pub(crate) fn in_advance(&self, is_spare: bool) -> PagesInAdvance {
+        let State { used, written, read, .. } = &self.state;
+        let has_more = (is_spare || self.is_snapshot()) && !used.is_empty();
+        PagesInAdvance {
+            copied: if has_more { used.clone() } else { written.clone() },
+            read: self.is_snapshot().then(|| read.clone()),
+        }
+    }
+
+    /// Whether this is a snapshot.
+    fn is_snapshot(&self) -> bool {
+        self.state.inputs.stage == Stage::Guest
     }
 
     /// Registers a callback for init's first boot mark that copies these pages, and then opens the returned latch, at which
@@ -123,11 +143,11 @@ impl Preboot {
     pub(crate) fn open_latch_at_init(
         &self,
         memory: &GuestMemory,
-        pages: &[Extent],
+        pages: &PagesInAdvance,
         marks: &mut BootMarks,
     ) -> Arc<StartLatch> {
         let latch = Arc::new(StartLatch::closed_except(self.state.init_vcpu));
-        let (memory, pages, opened) = (memory.clone(), pages.to_vec(), Arc::clone(&latch));
+        let (memory, pages, opened) = (memory.clone(), pages.copied.clone(), Arc::clone(&latch));
         marks.call_at(self.state.inputs.stage.mark() as u8, move || {
             // A page that cannot be copied now is copied on the first write.
             let _ = memory.copy_in_advance(&pages);

@@ -101,6 +101,8 @@ pub(crate) struct State {
     pub(super) extents: Vec<Extent>,
     /// The pages that a guest with a program on its disk writes to, and those that it uses beside `extents`.
     pub(super) used: Vec<Extent>,
+    /// The pages of `extents` that a copy of a snapshot reads.
+    pub(super) read: Vec<Extent>,
     /// The pages of `extents` that a guest with a payload that does nothing writes to.
     pub(super) written: Vec<Extent>,
 }

@@ -109,9 +109,8 @@ impl Monitor {
     ) -> Result<Option<Child>, Error> {
         let socket = waiting::socket(name).map_err(Error::host("create a socket"))?;
         let Some(socket) = socket else { return Ok(None) };
-        let path = config.preboot.clone().ok_or(PrebootError::NotAnImage)?;
-        let mut config = capture::configuration(config, &path);
-        let mut resources = Resources::open_placeholders(&config)?;
+        let mut config = capture::configuration(config);
+        let mut resources = Resources::open_for_spare(&config)?;
         resources.open_boot_files(&mut config)?;
         let mut monitor = Self::spawn(program).map_err(Error::host("execute kindling-vmm"))?;
         let timeline = Timeline::starting_at(crate::timeline::Instant::now());
@@ -188,7 +187,7 @@ impl Monitor {
     /// exited.
     pub fn start_preboot(&mut self, config: &Config, path: &Path) -> Result<PrebootDraft, Error> {
         config.validate()?;
-        let config = capture::configuration(config, path);
+        let config = Config { preboot: Some(path.into()), ..capture::configuration(config) };
         let digests = config.boot_source.image_digests.as_ref().ok_or(PrebootError::NotAnImage)?;
         // A kernel or initrd that is larger than guest memory cannot be booted, and is not read to its end.
         let max = config.machine.mem_size_mib.saturating_mul(layout::MIB);
