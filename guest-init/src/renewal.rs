@@ -61,8 +61,7 @@ fn set_machine_id() -> Result<(), Errno> {
         }
         _ => return Ok(()),
     }
-    let mut id: Vec<_> = random_id()?.into_iter().filter(|&byte| byte != b'-').collect();
-    id.push(b'\n');
+    let id: Vec<_> = random_id()?.into_iter().filter(|&byte| byte != b'-').collect();
     write(MACHINE_ID, OFlags::TRUNC, &id)
 }
 

@@ -1,8 +1,9 @@
-//! The file format of a pre-booted kernel: state, then pages.
+//! The file format of a pre-booted kernel or a snapshot: state, then pages.
 //!
 //! ```text
 //!      0  "KINDLING"  format: u32  length of the state: u32
-//!     16  state, in postcard's encoding
+//!     16  checksum of the state: u64
+//!     24  state, in postcard's encoding
 //!   2 Mi  guest memory: each page at 2 Mi plus its guest-physical address
 //! ```
 //! Integers are little-endian. Pages without content are holes. Offset and address differ by a multiple of 2 MiB, so that the
@@ -21,7 +22,7 @@ use std::path::Path;
 use vm_memory::GuestAddress;
 
 const MAGIC: [u8; 8] = *b"KINDLING";
-const HEADER_LEN: usize = 16;
+const HEADER_LEN: usize = 24;
 /// Maximum size in bytes of an encoded state: it takes 6 KiB, and 7 KiB for each of 16 vCPUs. Decoding a hostile state
 /// takes up to 600 times its size in memory before it is rejected.
 const STATE_MAX: u32 = 192 << 10;
@@ -52,9 +53,8 @@ pub(super) fn read(file: &File, path: &Path) -> Result<State, PrebootError> {
     let length = file.metadata().map_err(failed)?.len();
     let mut header = [0; HEADER_LEN];
     file.read_exact_at(&mut header, 0).map_err(|_| invalid("it is shorter than its header"))?;
-    let [magic @ .., _, _, _, _, _, _, _, _] = header;
     let word = |at: usize| u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
-    if magic != MAGIC {
+    if header[..MAGIC.len()] != MAGIC {
         return Err(invalid("it has no valid magic number"));
     }
     if word(8) != FORMAT {
@@ -68,6 +68,9 @@ pub(super) fn read(file: &File, path: &Path) -> Result<State, PrebootError> {
     }
     let mut bytes = vec![0; usize::try_from(word(12)).unwrap_or(0)];
     file.read_exact_at(&mut bytes, HEADER_LEN as u64).map_err(|_| invalid("it ends inside its state"))?;
+    if header[16..] != checksum(&bytes).to_le_bytes() {
+        return Err(invalid("its state does not match its checksum"));
+    }
     let state: State = postcard::from_bytes(&bytes).map_err(|error| invalid(&error.to_string()))?;
     let ends = state.extents.iter().map(|extent| extent.start.saturating_add(extent.length()));
     if ends.max().unwrap_or(0).saturating_add(PAGES_OFFSET) > length {
@@ -84,7 +87,20 @@ pub(super) fn write_state(file: &File, state: &State) -> io::Result<()> {
     file.write_all_at(&MAGIC, 0)?;
     file.write_all_at(&FORMAT.to_le_bytes(), 8)?;
     file.write_all_at(&length.to_le_bytes(), 12)?;
+    file.write_all_at(&checksum(&bytes).to_le_bytes(), 16)?;
     file.write_all_at(&bytes, HEADER_LEN as u64)
+}
+
+/// Finds bytes that were changed by accident: each step (FNV-1a, with words instead of bytes) is a bijection of the value before it
+/// and of the word, so that any change of one word is found. Who changes a file on purpose can change this, too.
+fn checksum(bytes: &[u8]) -> u64 {
+    let (words, rest) = bytes.as_chunks();
+    let mut last = [0; 8];
+    last[..rest.len()].copy_from_slice(rest);
+    let words = words.iter().chain([&last]).map(|word| u64::from_le_bytes(*word));
+    words.fold(bytes.len() as u64 ^ 0xcbf2_9ce4_8422_2325, |sum, word| {
+        (sum ^ word).wrapping_mul(0x0100_0000_01b3)
+    })
 }
 
 /// Writes the pages of the extents.
@@ -127,7 +143,8 @@ pub(super) enum WriteError {
 pub(super) fn decode(state: &[u8]) {
     let file = rustix::fs::memfd_create("preboot", rustix::fs::MemfdFlags::CLOEXEC).map(File::from).unwrap();
     let length = u32::try_from(state.len()).unwrap();
-    let header = [&MAGIC[..], &FORMAT.to_le_bytes(), &length.to_le_bytes(), state].concat();
+    let sum = checksum(state).to_le_bytes();
+    let header = [&MAGIC[..], &FORMAT.to_le_bytes(), &length.to_le_bytes(), &sum, state].concat();
     file.write_all_at(&header, 0).unwrap();
     file.set_len(PAGES_OFFSET + (1 << 30)).unwrap();
     let _ = read(&file, Path::new("file"));

@@ -82,6 +82,11 @@ impl Transport {
         self.queues.in_flight().max(self.is_resetting.into())
     }
 
+    #[cfg(test)]
+    pub(crate) fn has_peers(&self) -> bool {
+        self.device.has_peers()
+    }
+
     /// Saves the state of the device.
     ///
     /// # Errors

@@ -33,10 +33,17 @@ struct Guest {
 impl Guest {
     /// A guest with this many receive chains.
     fn new(chains: usize) -> Self {
+        Self::with(chains, |_| {})
+    }
+
+    /// A guest whose device is changed before it is started.
+    fn with(chains: usize, change: impl FnOnce(&mut Vsock)) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let uds_path = folder.path().join("vsock");
         let config = Config { guest_cid: 3, uds_path, vsock_id: None };
-        let mut this = Self { driver: Driver::started(Vsock::open(&config).unwrap()), folder };
+        let mut device = Vsock::open(&config).unwrap();
+        change(&mut device);
+        let mut this = Self { driver: Driver::started(device), folder };
         this.offer(chains);
         this
     }
@@ -531,6 +538,38 @@ fn a_reset_closes_all_connections_and_keeps_the_listener() {
     expect_end(&mut waiting);
     guest.offer(8);
     guest.program();
+}
+
+#[test]
+fn programs_wait_until_the_driver_has_closed_the_connections_to_an_earlier_device() {
+    let mut guest = Guest::with(8, Vsock::lose_peers);
+    let mut program = UnixStream::connect(guest.path("")).unwrap();
+    program.write_all(b"CONNECT 52\n").unwrap();
+    assert!(guest.poll().is_none(), "the driver has not provided a buffer for an event");
+    for _ in 0..3 {
+        guest.driver.push(EVENTS, &[Piece::In(EVENT_LEN)]);
+    }
+    guest.driver.ring();
+    let events = [(); 3].map(|()| guest.driver.wait(EVENTS));
+    assert_eq!(events.each_ref().map(|event| event.written), [4, 0, 0]);
+    assert_eq!(events[0].bytes, [0; 4]);
+    assert!(guest.poll().is_none(), "the driver has not handled the event");
+    guest.driver.push(EVENTS, &[Piece::In(EVENT_LEN)]);
+    guest.driver.ring();
+    assert_eq!(guest.expect(REQUEST).dst_port, 52);
+}
+
+#[test]
+fn a_device_whose_driver_had_connections_says_so() {
+    let mut guest = Guest::new(8);
+    let has_peers = |guest: &Guest| guest.driver.transport.has_peers();
+    assert!(!has_peers(&guest));
+    let socket = guest.connection();
+    drop(socket);
+    assert!(has_peers(&guest));
+    guest.driver.start(u64::MAX);
+    assert!(!has_peers(&guest), "the driver has reset the device");
+    assert!(has_peers(&Guest::with(8, Vsock::lose_peers)));
 }
 
 #[test]
