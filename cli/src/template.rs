@@ -7,6 +7,7 @@ use crate::guests::view;
 use crate::run::arguments::mebibytes;
 use crate::{STATUS_FAILURE, print, print_error};
 use kindling::launch::LaunchError;
+use kindling::snapshot::SnapshotError;
 use kindling::template::{TemplateError, remove, templates};
 use kindling::timeline::Instant;
 use kindling::{Guest, Image, Template};
@@ -101,7 +102,7 @@ fn create(arguments: &Creation, _: Instant) -> u8 {
         Err(error) => {
             print_error(&error);
             match &error {
-                TemplateError::SetUp(reason) => {
+                SnapshotError::SetUp(reason) => {
                     reason.downcast_ref().map_or(STATUS_FAILURE, |CommandFailed(status)| *status)
                 }
                 error => crate::status(error.is_user_error()),
@@ -110,9 +111,8 @@ fn create(arguments: &Creation, _: Instant) -> u8 {
     }
 }
 
-fn try_create(arguments: &Creation) -> Result<Template, TemplateError> {
-    let image =
-        Image::open(&arguments.image).map_err(|error| TemplateError::from(LaunchError::from(error)))?;
+fn try_create(arguments: &Creation) -> Result<Template, SnapshotError> {
+    let image = Image::open(&arguments.image).map_err(LaunchError::from)?;
     let mut builder = Guest::builder(image).memory_mib(arguments.memory).vcpus(arguments.cpus);
     if let Some(name) = &arguments.hostname {
         builder = builder.hostname(name);

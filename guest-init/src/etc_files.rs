@@ -72,9 +72,15 @@ fn write_files(etc: &OwnedFd, config: &GuestConfig) -> Result<(), Errno> {
 }
 
 fn write_file(etc: &OwnedFd, name: &str, parts: &[&[u8]]) -> Result<(), Errno> {
-    let _ = unlinkat(etc, name, AtFlags::empty());
-    let new = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-    let file = openat(etc, name, new, Mode::from_raw_mode(0o644))?;
+    let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+    let create = || openat(etc, name, flags | OFlags::CREATE | OFlags::EXCL, Mode::from_raw_mode(0o644));
+    let file = match create() {
+        Err(Errno::EXIST) => {
+            unlinkat(etc, name, AtFlags::empty())?;
+            create()?
+        }
+        result => result?,
+    };
     rustix::io::write(&file, &parts.concat()).map(drop)
 }
 

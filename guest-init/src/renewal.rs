@@ -6,7 +6,7 @@ use crate::{etc_files, network, reseed, setup};
 use alloc::vec::Vec;
 use guest_init::GuestConfig;
 use guest_protocol::config::Reseed;
-use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, mkdirat, open, rename, statat};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, mkdirat, open, statat};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount_bind, mount_remount};
 
@@ -18,12 +18,16 @@ const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 const FOLDER: &str = "/run/kindling";
 /// What [`BOOT_ID`] shows in a copy.
 const OWN_BOOT_ID: &str = "/run/kindling/boot_id";
-/// Exists in copies only, and is replaced in each: programs watch it, to renew what they keep for themselves.
+/// Changes in each copy: programs watch it, to renew what they keep for themselves.
 const COPY_ID: &str = "/run/kindling/copy_id";
-const DRAFT: &str = "/run/kindling/.draft";
 /// machine-id(5).
 const MACHINE_ID: &str = "/etc/machine-id";
 const UUID_LEN: usize = 36;
+
+/// Creates the files that are changed in each copy, before the snapshot is taken.
+pub(crate) fn prepare() {
+    report("create", "copy_id", prepare_ids());
+}
 
 /// Applies the configuration of a copy. It does not run with the random numbers of another guest: if they cannot be replaced,
 /// it ends.
@@ -32,22 +36,30 @@ pub(crate) fn apply(reseed: &Reseed, guest: &GuestConfig) {
     setup::set_hostname(guest.hostname.as_deref());
     network::configure(&guest.networks);
     etc_files::write(guest);
-    for (what, result) in
-        [("boot_id", set_boot_id()), ("machine-id", set_machine_id()), ("copy_id", set_copy_id())]
-    {
-        if let Err(error) = result {
-            print(format_args!("init: cannot renew {what}: {error}\n"));
-        }
+    report("renew", "boot_id", random_id().and_then(|id| write(OWN_BOOT_ID, OFlags::empty(), &id)));
+    report("renew", "copy_id", random_id().and_then(|id| write(COPY_ID, OFlags::empty(), &id)));
+    report("renew", "machine-id", set_machine_id());
+}
+
+#[inline(never)]
+fn report(what: &str, file: &str, result: Result<(), Errno>) {
+    if let Err(error) = result {
+        print(format_args!("init: cannot {what} {file}: {error}\n"));
     }
 }
 
-/// Mounts a file over the kernel's, as container engines do.
-fn set_boot_id() -> Result<(), Errno> {
+/// Mounts a file over the kernel's, as container engines do. A copy of a copy has it already.
+fn prepare_ids() -> Result<(), Errno> {
     match mkdirat(CWD, FOLDER, Mode::from_raw_mode(0o755)) {
-        Ok(()) | Err(Errno::EXIST) => {}
+        Ok(()) => {}
+        Err(Errno::EXIST) => return Ok(()),
         Err(error) => return Err(error),
     }
-    replace(OWN_BOOT_ID, &random_id()?)?;
+    let mut id = [0; UUID_LEN + 1];
+    let file = open(BOOT_ID, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+    rustix::io::read(file, &mut id)?;
+    write(OWN_BOOT_ID, OFlags::CREATE | OFlags::EXCL, &id)?;
+    write(COPY_ID, OFlags::CREATE | OFlags::EXCL, &random_id()?)?;
     mount_bind(OWN_BOOT_ID, BOOT_ID)?;
     let flags = MountFlags::BIND | MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV;
     mount_remount(BOOT_ID, flags | MountFlags::NOEXEC, c"")
@@ -62,14 +74,11 @@ fn set_machine_id() -> Result<(), Errno> {
         _ => return Ok(()),
     }
     let id: Vec<_> = random_id()?.into_iter().filter(|&byte| byte != b'-').collect();
-    write(MACHINE_ID, OFlags::TRUNC, &id)
-}
-
-fn set_copy_id() -> Result<(), Errno> {
-    replace(COPY_ID, &random_id()?)
+    write(MACHINE_ID, OFlags::empty(), &id)
 }
 
 /// A UUID and a line feed.
+#[inline(never)]
 fn random_id() -> Result<[u8; UUID_LEN + 1], Errno> {
     let mut id = [b'\n'; UUID_LEN + 1];
     let file = open(RANDOM_ID, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
@@ -79,12 +88,8 @@ fn random_id() -> Result<[u8; UUID_LEN + 1], Errno> {
     }
 }
 
-/// Creates a file, in place of another with this name.
-fn replace(path: &str, content: &[u8]) -> Result<(), Errno> {
-    write(DRAFT, OFlags::CREATE | OFlags::TRUNC, content)?;
-    rename(DRAFT, path)
-}
-
+/// Writes the content of a file, which has this length already unless it is created.
+#[inline(never)]
 fn write(path: &str, flags: OFlags, content: &[u8]) -> Result<(), Errno> {
     let flags = flags | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let file = open(path, flags, Mode::from_raw_mode(0o644))?;

@@ -43,13 +43,13 @@ impl Guest {
     }
 }
 
-impl GuestBuilder {
-    /// A builder for a copy of a template.
-    pub(crate) fn from_template(template: Template) -> Self {
-        let mut builder = Guest::builder(template.image());
-        (builder.options.memory_mib, builder.options.vcpus) =
-            (template.memory_mib(), template.vcpus().into());
-        builder.options.template = Some(template);
+impl Template {
+    /// Returns a builder for a copy. Memory, vCPUs and devices are those of the template; environment, working directory and user
+    /// are the image's.
+    pub fn guest(&self) -> GuestBuilder {
+        let mut builder = Guest::builder(self.image());
+        (builder.options.memory_mib, builder.options.vcpus) = (self.memory_mib(), self.vcpus().into());
+        builder.options.template = Some(self.clone());
         builder
     }
 }

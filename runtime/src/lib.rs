@@ -33,6 +33,7 @@ mod mount;
 pub mod network;
 pub mod signal;
 pub mod size;
+pub mod snapshot;
 pub mod template;
 pub mod volume;
 

@@ -334,7 +334,7 @@ fn a_creation_that_is_killed_leaves_nothing() {
     let started = start(command.args(["sh", "-c", "echo ready >&2; sleep 1000"]));
     wait_for("no guest runs", || (!owner.0.has_no_guests()).then_some(()));
     started.signal(libc::SIGKILL);
-    started.finish_within(TIMEOUT);
+    let _ = started.finish_within(TIMEOUT);
     // Its guest ends with it, and is not listed.
     wait_for("the guest runs on", || {
         let outcome = run(owner.command("ps").arg("-a"));

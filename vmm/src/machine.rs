@@ -20,9 +20,10 @@ use crate::function_marks::{FunctionMarks, MarkError};
 use crate::jail::Jail;
 use crate::kvm::{Hypervisor, KvmError, Vcpu, Vm};
 use crate::layout::{self, Gsi};
-use crate::memory::{Extent, GuestMemory};
+use crate::memory::GuestMemory;
 use crate::preboot::error::PrebootError;
-use crate::preboot::kernel::{PagesInAdvance, Preboot};
+use crate::preboot::kernel::Preboot;
+use crate::preboot::pages::PagesInAdvance;
 use crate::preboot::state::State;
 use crate::profile::Recorder;
 use crate::resources::Resources;
@@ -32,7 +33,7 @@ use crate::vcpu_threads::IdleThreads;
 use guest_protocol::{BootMark, port};
 use std::fs::File;
 use std::io;
-use std::ops::{Range, RangeInclusive};
+use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
@@ -122,12 +123,10 @@ impl Machine {
         })
     }
 
-    /// Copies the pages that a guest of a snapshot writes to. A pre-booted kernel starts a program first, and has them copied
-    /// meanwhile.
+    /// Prepares the pages of a snapshot. A pre-booted kernel starts a program first, and has its pages copied meanwhile.
     fn with_pages_of_snapshot(mut self) -> Result<Self, Error> {
-        if self.pages.read.is_some() {
-            self.memory.copy_in_advance(&self.pages.copied)?;
-            self.prefault(&[]);
+        if self.pages.are_of_snapshot() {
+            self.pages.copy(&self.memory, self.vcpus.first())?;
             self.timeline.reached("pages copied");
         }
         Ok(self)
@@ -237,24 +236,8 @@ impl Machine {
 
     /// Enters the pages of a pre-booted kernel into the guest's page tables in KVM, so that the guest takes no faults on them.
     /// They stay shared with other guests. Without effect on hosts that do not support it.
-    pub(crate) fn prefault_all(&self) {
-        match &self.pages.read {
-            Some(read) => self.prefault(read),
-            None => {
-                let pages =
-                    |range: &Range<u64>| u32::try_from((range.end - range.start) / layout::PAGE_SIZE).ok();
-                let extent = |range: &Range<u64>| Some(Extent { start: range.start, pages: pages(range)? });
-                self.prefault(&self.memory.file_ranges().iter().filter_map(extent).collect::<Vec<_>>());
-            }
-        }
-    }
-
-    /// The same for these pages, and those that are copied.
-    fn prefault(&self, pages: &[Extent]) {
-        if let Some(first) = self.vcpus.first() {
-            let all = pages.iter().chain(&self.pages.copied);
-            all.for_each(|extent| first.prefault(extent.start..extent.start + extent.length()));
-        }
+    pub(crate) fn prefault(&self) {
+        self.pages.enter(&self.memory, self.vcpus.first());
     }
 
     /// Registers a callback for the first boot mark of `stage`. It runs on the thread of the vCPU that writes the mark,

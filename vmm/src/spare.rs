@@ -43,7 +43,7 @@ impl Spare {
         let stopped = run(machine.start()?)?;
         let clocks = stopped.clocks()?;
         let machine = stopped.into_machine();
-        machine.prefault_all();
+        machine.prefault();
         Ok(Self { machine, clocks, config })
     }
 

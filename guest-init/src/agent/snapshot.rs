@@ -13,6 +13,7 @@ const FAILED: u8 = 1;
 
 impl Agent {
     /// Freezes all processes, if a host has requested a snapshot, and lets them run again, here and in each copy.
+    #[inline(never)]
     pub(super) fn take_snapshot(&mut self) {
         let is_requested = |entry: &mut Option<Session>| {
             entry.as_mut().is_some_and(|session| core::mem::take(&mut session.requests_snapshot))
@@ -25,6 +26,7 @@ impl Agent {
                 return self.with_session(slot, |session, epoll| session.end(FAILED, epoll));
             }
         };
+        renewal::prepare();
         machine::mark(BootMark::Frozen);
         let configuration = configuration::read();
         let Some(reseed) = &configuration.boot.reseed else {

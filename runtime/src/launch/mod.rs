@@ -224,8 +224,7 @@ impl LaunchOptions {
         config.devices.root = Some(self.root(&prepared.rootfs, has_memory_devices));
         config.devices.network_interfaces.extend(self.interface()?);
         network::publish_all(&self.publish, &mut config.devices)?;
-        config.devices.vsock =
-            Some(Vsock { guest_cid: GUEST_CID, uds_path: directory.socket(), vsock_id: None });
+        config.devices.vsock = Some(vsock(directory));
         config.guest = self.guest(directory, prepared)?;
         for request in mounts {
             match &request.source {
@@ -254,9 +253,7 @@ impl LaunchOptions {
         self.forbid_in_template()?;
         let mut config = template.config()?;
         config.jail = self.jail;
-        if let Some(vsock) = &mut config.devices.vsock {
-            vsock.uds_path = directory.socket();
-        }
+        config.devices.vsock = Some(vsock(directory));
         config.guest = self.guest(directory, prepared)?;
         config.validate()?;
         Ok(config)
@@ -400,6 +397,11 @@ impl LaunchOptions {
             status: None,
         }
     }
+}
+
+/// The vsock of a guest, over which its agent is reached.
+fn vsock(directory: &GuestDir) -> Vsock {
+    Vsock { guest_cid: GUEST_CID, uds_path: directory.socket(), vsock_id: None }
 }
 
 /// Whether a file is on a filesystem of this host's kernel. Numbers of others (include/uapi/linux/magic.h): NFS, CIFS, SMB, 9P,

@@ -2,7 +2,8 @@
 
 use super::{MEMORY, RECORD, ROOT, TemplateError};
 use crate::image::{Depends, Image, ImageConfig, Prepared};
-use kindling_vmm::config::{Config, GuestConfig};
+use kindling_vmm::config::devices::{RootAccess, RootFilesystem};
+use kindling_vmm::config::{BootSource, Config, Console, MachineConfig};
 use serde::{Deserialize, Serialize};
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -24,8 +25,11 @@ pub(super) struct Record {
     settings: ImageConfig,
     /// In seconds since 1970.
     pub(super) created: u64,
-    /// The machine.
-    pub(super) config: Config,
+    /// The kernel, which the snapshot has.
+    kernel: BootSource,
+    pub(super) machine: MachineConfig,
+    /// How the guest accesses the root filesystem.
+    access: RootAccess,
     /// The version of the root filesystem, which guests rely on.
     root: Version,
 }
@@ -50,15 +54,14 @@ impl Record {
     pub(super) fn new(config: Config, image: &Image, root: &Path) -> io::Result<Self> {
         let prepared = image.prepared();
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
-        // Each copy has its own.
-        let mut config = config;
-        (config.guest, config.preboot) = (GuestConfig::default(), None);
         Ok(Self {
             image: image.source().to_string_lossy().into_owned(),
             digest: prepared.digest.clone(),
             settings: prepared.config.clone(),
             created: now.map_or(0, |time| time.as_secs()),
-            config,
+            kernel: config.boot_source,
+            machine: config.machine,
+            access: config.devices.root.map(|root| root.access).unwrap_or_default(),
             root: Version::of(root)?,
         })
     }
@@ -106,11 +109,13 @@ impl Record {
 
     /// The configuration of a copy.
     pub(super) fn config(&self, folder: &Path) -> Config {
-        let mut config = self.config.clone();
+        let mut config = Config::new(self.kernel.clone());
+        config.machine = self.machine;
+        config.console = Console::Null;
         config.snapshot = Some(folder.join(MEMORY));
-        if let Some(root) = &mut config.devices.root {
-            root.path_on_host = folder.join(ROOT);
-        }
+        let mut root = RootFilesystem::new(folder.join(ROOT));
+        root.access = self.access;
+        config.devices.root = Some(root);
         config
     }
 }

@@ -102,7 +102,8 @@ pub(crate) fn snapshot(machine: Machine, config: &Config, draft: Draft<'_>) -> R
     drop(captured);
     let path = Some(draft.path.to_owned());
     let mut config = Config { preboot: None, snapshot: path, ..configuration(config) };
-    config.guest.agent = true;
+    // As copies have it, so that init writes to the same pages.
+    (config.guest.agent, config.guest.hostname) = (true, Some(b"copy".to_vec()));
     for _ in 0..TRIALS {
         let machine = draft.trial(&config, Purpose::Capture(BootMark::PayloadEnded))?;
         machine.memory.separate_pages(&state.extents);

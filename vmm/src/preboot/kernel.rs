@@ -2,6 +2,7 @@
 
 use super::error::PrebootError;
 use super::file;
+use super::pages::PagesInAdvance;
 use super::state::{Inputs, Stage, State, features};
 use crate::config::Config;
 use crate::devices::boot_mark::BootMarks;
@@ -9,7 +10,7 @@ use crate::devices::virtio;
 use crate::error::Error;
 use crate::kvm::Hypervisor;
 use crate::layout;
-use crate::memory::{self, Extent, GuestMemory, MemoryError};
+use crate::memory::{self, GuestMemory, MemoryError};
 use crate::start_latch::StartLatch;
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -21,16 +22,6 @@ pub(crate) struct Preboot {
     path: PathBuf,
     pub(crate) state: State,
     file: File,
-}
-
-/// Pages that are prepared before a guest uses them.
-#[derive(Debug, Default)]
-pub(crate) struct PagesInAdvance {
-    /// Those that are copied: with a spare or a snapshot, those that the kernel and a program write to, and otherwise those that
-    /// a guest without a program on its disk writes to.
-    pub(crate) copied: Vec<Extent>,
-    /// Those of a snapshot that the guest reads. `None` of a pre-booted kernel, of which guests read most.
-    pub(crate) read: Option<Vec<Extent>>,
 }
 
 impl Preboot {

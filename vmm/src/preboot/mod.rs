@@ -13,6 +13,7 @@ pub(crate) mod destination;
 pub(crate) mod error;
 pub(crate) mod file;
 pub(crate) mod kernel;
+pub(crate) mod pages;
 pub(crate) mod saved;
 pub(crate) mod state;
 pub(crate) mod trial_root;

@@ -95,7 +95,8 @@ impl Arguments {
         if self.json.is_some() && self.json == self.svg {
             bail!("--json and --svg name the same file");
         }
-        let runs_programs = matches!(self.scenario, Scenario::Run | Scenario::Start | Scenario::Jail);
+        let runs_programs =
+            matches!(self.scenario, Scenario::Run | Scenario::Start | Scenario::Clone | Scenario::Jail);
         let name = self.scenario.name();
         if runs_programs && kernel.is_some() {
             bail!("--scenario {name}: programs run on the kernel of an image; remove --kernel");
@@ -105,8 +106,8 @@ impl Arguments {
         if let Some(vmm) = vmms.iter().find(|vmm| runs_programs && !is_allowed(vmm)) {
             bail!("--scenario {name}: programs run under this build; remove --vmm {}", vmm.name);
         }
-        if self.scenario != Scenario::Start && !self.image.is_empty() {
-            bail!("--image requires --scenario start");
+        if !matches!(self.scenario, Scenario::Start | Scenario::Clone) && !self.image.is_empty() {
+            bail!("--image requires --scenario start or clone");
         }
         let vcpus = list("--vcpus", &self.vcpus, 1, VCPUS_MAX.into())?;
         Ok(Request {

@@ -49,7 +49,9 @@ pub(super) fn measure(plan: &Plan) -> Result<Outcome> {
         }
     };
     let peers = match plan.scenario {
-        Scenario::Boot | Scenario::Run | Scenario::Start | Scenario::Jail => Peers::default(),
+        Scenario::Boot | Scenario::Run | Scenario::Start | Scenario::Clone | Scenario::Jail => {
+            Peers::default()
+        }
         Scenario::Io => Peers::new(scratch.path(), &mut outcome.omitted),
     };
     for &case in &plan.cases {
@@ -65,20 +67,7 @@ pub(super) fn measure(plan: &Plan) -> Result<Outcome> {
                 samples: Vec::new(),
                 omitted: Vec::new(),
             };
-            let result = bench.preboot().and_then(|_kernel| match plan.scenario {
-                Scenario::Boot => bench.boots(tracer.as_ref(), plan.runs),
-                Scenario::Io => bench.operations(tracer.as_ref(), plan.runs),
-                Scenario::Run => {
-                    bench.programs(plan.images.as_ref().context("the plan has no images")?, plan.runs)
-                }
-                Scenario::Jail => {
-                    bench.jails(plan.images.as_ref().context("the plan has no images")?, plan.runs)
-                }
-                Scenario::Start => {
-                    let images = plan.images.as_ref().context("the plan has no images")?;
-                    bench.starts(images, tracer.as_ref(), plan.runs)
-                }
-            });
+            let result = bench.preboot().and_then(|_kernel| bench.measure(plan, tracer.as_ref()));
             outcome.omitted.append(&mut bench.omitted);
             match result {
                 Ok(()) => outcome.samples.append(&mut bench.samples),
@@ -122,6 +111,19 @@ pub(super) struct Bench<'a> {
 }
 
 impl Bench<'_> {
+    /// Measures the scenario of a plan.
+    fn measure(&mut self, plan: &Plan, tracer: Option<&Tracer>) -> Result<()> {
+        let images = || plan.images.as_ref().context("the plan has no images");
+        match plan.scenario {
+            Scenario::Boot => self.boots(tracer, plan.runs),
+            Scenario::Io => self.operations(tracer, plan.runs),
+            Scenario::Run => self.programs(images()?, plan.runs),
+            Scenario::Jail => self.jails(images()?, plan.runs),
+            Scenario::Clone => self.copies(images()?, tracer, plan.runs),
+            Scenario::Start => self.starts(images()?, tracer, plan.runs),
+        }
+    }
+
     /// Pre-boots the kernel for the following guests with these devices, if the monitor supports it. Dropping the
     /// result removes the pre-booted kernel, so that no other monitor uses it.
     pub(super) fn preboot(&self) -> Result<Option<Prebooted>> {

@@ -1,5 +1,6 @@
 //! Metrics: their names in files, units, and titles in tables and charts.
 
+use super::clone::{self, Made};
 use super::jail::{Span, Strength};
 use super::plan::Scenario;
 use clap::ValueEnum;
@@ -60,6 +61,14 @@ pub(super) enum Metric {
     Stream,
     /// The growth of the monitor's memory, without guest memory, during the stream.
     StreamMemory,
+    /// Of a copy of a template.
+    Copy(clone::Span, Made),
+    /// From the spawn of `kindling template create` to its exit.
+    TemplateCreation,
+    /// Page faults on guest memory handled by KVM, of a copy that is made on request.
+    CopyFaults,
+    /// Private memory of front and monitor, including the guest's, of a copy whose program waits for input.
+    CopyMemory,
     /// From the spawn of `kindling run`, or of another monitor, with a jail.
     Jail(Span, Strength),
     /// A component of the cost of an operation on a device.
@@ -138,6 +147,12 @@ impl Metric {
                 ("", vec![Self::IdleOwnMemory, Self::SecondOwnMemory]),
             ],
             Scenario::Start => vec![("", vec![Self::RunBusybox, Self::RunFaults, Self::IdleMemory])],
+            Scenario::Clone => {
+                let columns = |made| clone::Span::ALL.map(|span| Self::Copy(span, made)).to_vec();
+                let others = vec![Self::TemplateCreation, Self::CopyFaults, Self::CopyMemory];
+                let copies = Made::ALL.map(|made| (made.title(), columns(made)));
+                copies.into_iter().chain([("", others)]).collect()
+            }
             Scenario::Jail => {
                 let columns = |span| Strength::ALL.map(|strength| Self::Jail(span, strength)).to_vec();
                 Span::ALL.map(|span| (span.title(), columns(span))).to_vec()
@@ -188,6 +203,10 @@ impl Metric {
             Self::ExecTrue => "exec_true",
             Self::Stream => "stream",
             Self::StreamMemory => "stream_memory",
+            Self::Copy(span, made) => span.name(made),
+            Self::TemplateCreation => "template_creation",
+            Self::CopyFaults => "clone_page_faults",
+            Self::CopyMemory => "clone_private_memory",
             Self::Jail(span, strength) => return format!("{}_{}", span.name(), strength.name()),
             Self::Operation(operation, part) => return operation.name().to_owned() + part.suffix(),
         }
@@ -203,10 +222,12 @@ impl Metric {
             | Self::IdleMemory
             | Self::IdleOwnMemory
             | Self::SecondOwnMemory
+            | Self::CopyMemory
             | Self::StreamMemory => Unit::Bytes,
             Self::UserExits
             | Self::GuestPageFaults
             | Self::RunFaults
+            | Self::CopyFaults
             | Self::Operation(_, Part::Exits | Part::UserExits) => Unit::Count,
             _ => Unit::Nanoseconds,
         }
@@ -240,6 +261,10 @@ impl Metric {
             Self::ExecTrue => "kindling exec of true, ms",
             Self::Stream => "a MiB into cat and back, ms",
             Self::StreamMemory => "growth of memory without guest memory during the stream, MiB",
+            Self::Copy(_, made) => return format!("{}: {}", self.title(), made.title()),
+            Self::TemplateCreation => "creation of a template, ms",
+            Self::CopyFaults => "page faults on guest memory of a copy",
+            Self::CopyMemory => "private memory of a copy that waits, its monitor included, MiB",
             Self::Jail(span, _) => return format!("{}: {}", self.title(), span.title()),
             Self::Operation(_, part) => return format!("{}: {}", self.title(), part.title()),
         }
@@ -274,6 +299,10 @@ impl Metric {
             Self::ExecTrue => "exec true, ms",
             Self::Stream => "stream, ms/MiB",
             Self::StreamMemory => "growth, MiB",
+            Self::Copy(span, _) => span.title(),
+            Self::TemplateCreation => "create, ms",
+            Self::CopyFaults => "guest faults",
+            Self::CopyMemory => "private, MiB",
             Self::Jail(_, strength) => strength.title(),
             Self::Operation(operation, _) => operation.title(),
         }

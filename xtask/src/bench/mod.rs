@@ -5,6 +5,7 @@
 
 mod arguments;
 mod boot;
+mod clone;
 mod containers;
 pub(crate) mod files;
 mod io;
@@ -82,7 +83,7 @@ fn outcome(request: &Request, host: Host) -> Result<Outcome> {
     let folder = tempfile::tempdir()?;
     let (scenario, runs) = (request.scenario, request.runs);
     let (guest, vmms) = match scenario {
-        Scenario::Start => images(request)?,
+        Scenario::Start | Scenario::Clone => images(request)?,
         Scenario::Jail => {
             let (_, mut vmms) = images(request)?;
             vmms.extend(request.vmms.iter().cloned());
@@ -100,7 +101,7 @@ fn outcome(request: &Request, host: Host) -> Result<Outcome> {
             let images = run::Images::make(folder.path())?.with_console(folder.path())?;
             Some(images.with_containers(folder.path())?)
         }
-        Scenario::Start | Scenario::Jail => Some(run::Images::make(folder.path())?),
+        Scenario::Start | Scenario::Clone | Scenario::Jail => Some(run::Images::make(folder.path())?),
         Scenario::Boot | Scenario::Io => None,
     };
     let plan = Plan { scenario, vmms, guest, images, cases: request.cases().flatten().collect(), runs };

@@ -34,6 +34,8 @@ pub(super) enum Scenario {
     Run,
     /// Start a program from a pre-booted kernel, and let it idle
     Start,
+    /// Start copies of templates, on request and parked ahead
+    Clone,
     /// Run a program with and without the jail of the monitor, on a quiet and on a busy host
     Jail,
 }
@@ -46,6 +48,7 @@ impl Scenario {
             Self::Io => "io",
             Self::Run => "run",
             Self::Start => "start",
+            Self::Clone => "clone",
             Self::Jail => "jail",
         }
     }

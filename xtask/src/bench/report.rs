@@ -94,6 +94,16 @@ others: a boot from the kernel's first instruction, from the spawn to the payloa
   with the filters that are the default, and in the jailer beside the program, whose directory is prepared before
 ";
 
+/// The legend of scenario `clone`.
+const CLONE_LEGEND: &str = "\
+payload, its end: of a small static program in a copy of a template, from the request, when it reaches the monitor; exit: of
+  `kindling run --template`, from the spawn to the end of the process; the template is a guest without other processes
+parked: an earlier run has left a copy that waits (`--spare`)
+create: `kindling template create` without a command, from the spawn to the end of the process
+guest faults: page faults on guest memory handled by KVM, of a copy that is made on request
+private: memory of front and monitor, including guest memory, while a shell waits for input in a copy, beside another copy
+";
+
 /// The legend of scenario `start`.
 const START_LEGEND: &str = "\
 busybox: `kindling run` of busybox's echo from a container image, from the spawn to the end of the process; the kernel
@@ -129,6 +139,7 @@ impl Report {
             Scenario::Io => IO_LEGEND,
             Scenario::Run => RUN_LEGEND,
             Scenario::Start => START_LEGEND,
+            Scenario::Clone => CLONE_LEGEND,
             Scenario::Jail => JAIL_LEGEND,
         });
         for note in &host.notes {

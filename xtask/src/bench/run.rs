@@ -98,6 +98,11 @@ impl Images {
         &self.busybox
     }
 
+    /// The container image of one small static program.
+    pub(super) fn hello(&self) -> &Path {
+        &self.hello
+    }
+
     /// The folder with the programs that format volumes.
     pub(crate) fn filesystems(&self) -> &Path {
         &self.filesystems
@@ -227,10 +232,15 @@ impl Bench<'_> {
         let mut memory = 0;
         process::run(self.waiting_program(images), READY, LIMIT, |front| {
             thread::sleep(SETTLE);
-            memory = smaps::private(&maps(front)?) + smaps::private(&maps(monitor_of(front)?)?);
+            memory = Self::all_private_memory(front)?;
             Ok(())
         })?;
         Ok(memory)
+    }
+
+    /// The private memory of a front and its monitor, including the guest's.
+    pub(super) fn all_private_memory(front: u32) -> Result<u64> {
+        Ok(smaps::private(&maps(front)?) + smaps::private(&maps(monitor_of(front)?)?))
     }
 
     /// The private memory of front and monitor, without the guest's, while the program waits for input: of a guest alone,
@@ -339,7 +349,7 @@ impl Bench<'_> {
     }
 
     /// A command of `kindling` with all of its user directories in one folder.
-    fn kindling(&self, name: &str) -> Command {
+    pub(super) fn kindling(&self, name: &str) -> Command {
         let mut command = Command::new(&self.vmm.path);
         let image = self.vmm.image.as_ref().or(self.guest.image.as_ref());
         command.arg(name).envs(image.map(|image| ("KINDLING_IMAGE", image)));

@@ -1,0 +1,122 @@
+//! Snapshots of guests, which become templates.
+
+use crate::GuestBuilder;
+use crate::guest::{Guest, GuestError};
+use crate::launch::{Failure, LaunchError};
+use crate::template::{Draft, Template, TemplateError};
+use kindling_vmm::agent::{AgentError, Process, ProcessEvent};
+use kindling_vmm::control::{ControlError, Event, Monitor};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use std::error::Error;
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+/// Time limit from the request to freeze the processes to the end of the machine.
+const TIMEOUT: Duration = Duration::from_secs(120);
+
+/// Why a template could not be created.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SnapshotError {
+    /// The template's name or files.
+    #[error(transparent)]
+    Template(#[from] TemplateError),
+    /// The guest cannot be started.
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+    /// The guest cannot be used.
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+    /// The set-up failed.
+    #[error(transparent)]
+    SetUp(Box<dyn Error + Send + Sync>),
+    /// The agent of the guest cannot be reached.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+    /// A process of the guest cannot be frozen.
+    #[error(
+        "the guest cannot freeze its processes: one is in a system call that does not end, or /sys/fs/cgroup is not \
+         mounted there"
+    )]
+    NotFrozen,
+    /// The monitor could not write the snapshot.
+    #[error("{}", .0.message)]
+    Monitor(Failure),
+    /// The monitor ended or does not respond.
+    #[error("cannot take the snapshot")]
+    Control(#[from] ControlError),
+    /// The host cannot wait for the monitor.
+    #[error("cannot wait for the snapshot")]
+    Host(#[source] std::io::Error),
+}
+
+impl SnapshotError {
+    /// Returns whether the request is at fault, rather than the host or the guest.
+    #[must_use]
+    pub fn is_user_error(&self) -> bool {
+        match self {
+            Self::Template(error) => error.is_user_error(),
+            Self::Launch(error) => error.is_user_error(),
+            Self::Guest(error) => error.is_user_error(),
+            _ => false,
+        }
+    }
+}
+
+impl Template {
+    /// Starts a guest, calls `set_up` with it, and saves it as a template. The guest ends. It has no volumes, shared directories or
+    /// network.
+    ///
+    /// # Errors
+    /// When the name is invalid or taken, the guest cannot be started or saved, or `set_up` fails.
+    pub fn create(
+        name: &str,
+        builder: GuestBuilder,
+        set_up: impl FnOnce(&Guest) -> Result<(), Box<dyn Error + Send + Sync>>,
+    ) -> Result<Self, SnapshotError> {
+        let draft = Draft::new(name)?;
+        let (guest, config, image) = builder.start_for_snapshot(draft.memory()?)?;
+        set_up(&guest).map_err(SnapshotError::SetUp)?;
+        take(&guest)?;
+        // The monitor does not write to the file any more when it appears.
+        drop(guest);
+        Ok(draft.publish(config, &image)?)
+    }
+}
+
+/// Makes the guest freeze its processes, and waits until its monitor has saved it.
+fn take(guest: &Guest) -> Result<(), SnapshotError> {
+    let monitor = guest.owned_monitor()?;
+    let until = Instant::now() + TIMEOUT;
+    let mut process = Some(Process::freeze(&guest.socket(), crate::token())?);
+    loop {
+        match monitor.event_before(Instant::now())? {
+            Some(Event::Saved) => return Ok(()),
+            Some(Event::Failed(failure)) => return Err(SnapshotError::Monitor(failure)),
+            Some(_) => continue,
+            None => {}
+        }
+        match process.as_mut().map(Process::poll_event) {
+            Some(Ok(Some(ProcessEvent::Exited { .. }))) => return Err(SnapshotError::NotFrozen),
+            // The connection ends with the machine, whose monitor then reports the result.
+            Some(Err(AgentError::Lost)) => process = None,
+            Some(Err(error)) => return Err(error.into()),
+            Some(Ok(_)) | None => {}
+        }
+        wait(monitor, process.as_ref(), until)?;
+    }
+}
+
+/// Waits for an event of the monitor or of the guest's agent.
+fn wait(monitor: &Monitor, process: Option<&Process>, until: Instant) -> Result<(), SnapshotError> {
+    let rest = until.checked_duration_since(Instant::now()).ok_or(ControlError::Timeout)?;
+    let mut watched = vec![PollFd::from_borrowed_fd(monitor.as_fd(), PollFlags::IN)];
+    watched
+        .extend(process.map(|process| PollFd::from_borrowed_fd(process.as_fd(), process.poll_interest().0)));
+    match poll(&mut watched, Timespec::try_from(rest).ok().as_ref()) {
+        Ok(0) => Err(ControlError::Timeout.into()),
+        Ok(_) | Err(Errno::INTR) => Ok(()),
+        Err(error) => Err(SnapshotError::Host(error.into())),
+    }
+}

@@ -1,0 +1,170 @@
+//! The measurements of scenario `clone`: copies of a template, made on request or parked ahead.
+
+use super::measure::{Bench, LIMIT, SETTLE};
+use super::metric::Metric;
+use super::payload;
+use super::process::{self, Run};
+use super::run::{Images, READY};
+use super::trace::{self, Traced, Tracer};
+use crate::profile::run::Step;
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+use std::thread;
+
+/// Names of steps in the report of `kindling run`.
+const REQUEST: &str = "configuration received";
+const STARTED: &str = "payload started";
+const ENDED: &str = "payload ended";
+/// The names of the templates.
+const HELLO: &str = "hello";
+const BUSYBOX: &str = "busybox";
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+pub(super) enum Span {
+    /// From the receipt of the request in the monitor to the start of the payload.
+    Payload,
+    /// From there to the end of the payload.
+    End,
+    /// From the spawn of the command to its end.
+    Exit,
+}
+
+/// How a copy is made.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+pub(super) enum Made {
+    /// When it is requested.
+    OnRequest,
+    /// Ahead: it waits.
+    Ahead,
+}
+
+impl Span {
+    pub(super) const ALL: [Self; 3] = [Self::Payload, Self::End, Self::Exit];
+
+    /// The name in files, of a copy that is made in this way.
+    pub(super) const fn name(self, made: Made) -> &'static str {
+        match (self, made) {
+            (Self::Payload, Made::OnRequest) => "clone_to_payload",
+            (Self::End, Made::OnRequest) => "clone_to_end",
+            (Self::Exit, Made::OnRequest) => "clone_spawn_to_exit",
+            (Self::Payload, Made::Ahead) => "parked_clone_to_payload",
+            (Self::End, Made::Ahead) => "parked_clone_to_end",
+            (Self::Exit, Made::Ahead) => "parked_clone_spawn_to_exit",
+        }
+    }
+
+    /// The title of a column.
+    pub(super) const fn title(self) -> &'static str {
+        match self {
+            Self::Payload => "payload, ms",
+            Self::End => "its end, ms",
+            Self::Exit => "exit, ms",
+        }
+    }
+}
+
+impl Made {
+    pub(super) const ALL: [Self; 2] = [Self::OnRequest, Self::Ahead];
+
+    /// The title of a table.
+    pub(super) const fn title(self) -> &'static str {
+        match self {
+            Self::OnRequest => "copies of a template, made on request",
+            Self::Ahead => "copies that are parked ahead",
+        }
+    }
+
+    const fn options(self) -> &'static [&'static str] {
+        match self {
+            Self::OnRequest => &["--report"],
+            Self::Ahead => &["--report", "--spare"],
+        }
+    }
+}
+
+impl Bench<'_> {
+    /// Measures copies of templates.
+    pub(super) fn copies(&mut self, images: &Images, tracer: Option<&Tracer>, runs: u32) -> Result<()> {
+        let create = |bench: &Self, name| {
+            let mut command = bench.kindling("template");
+            let image = if name == HELLO { images.hello() } else { images.busybox() };
+            let memory = bench.case.memory_mib.to_string();
+            let cpus = bench.case.vcpus.to_string();
+            command.args(["create", "--memory", &memory, "--cpus", &cpus, &bench.template(name)]).arg(image);
+            let run = process::run(command, "", LIMIT, |_| Ok(()))?;
+            Ok::<_, anyhow::Error>(run.ended.since(run.spawned))
+        };
+        create(self, HELLO)?;
+        let nanoseconds = create(self, BUSYBOX)?;
+        self.add(Metric::TemplateCreation, nanoseconds);
+        for made in Made::ALL {
+            // The first leaves a parked copy.
+            self.copy(made)?;
+            for run in 1..=runs {
+                eprintln!("{}: run {run} of {runs} ...", made.title());
+                let run = self.copy(made)?;
+                let request = step(&run, REQUEST)?;
+                for span in Span::ALL {
+                    let value = match span {
+                        Span::Payload => step(&run, STARTED)?.saturating_sub(request),
+                        Span::End => step(&run, ENDED)?.saturating_sub(request),
+                        Span::Exit => run.ended.since(run.spawned),
+                    };
+                    self.add(Metric::Copy(span, made), value);
+                }
+            }
+        }
+        for _ in 0..runs {
+            if let Some(tracer) = tracer {
+                tracer.start(&Traced::EVENTS)?;
+                self.copy(Made::OnRequest)?;
+                let faults = trace::page_faults(&tracer.finish()?);
+                self.add(Metric::CopyFaults, faults);
+            }
+            let memory = self.memory_of_copy()?;
+            self.add(Metric::CopyMemory, memory);
+        }
+        Ok(())
+    }
+
+    /// Runs the small static program in a copy.
+    fn copy(&self, made: Made) -> Result<Run> {
+        thread::sleep(SETTLE);
+        let mut command = self.kindling("run");
+        command.args(made.options()).args(["--template", &self.template(HELLO)]);
+        process::run(command, payload::TEXT, LIMIT, |_| Ok(()))
+    }
+
+    /// The private memory of front and monitor, including the guest's, of a copy whose shell waits for input, beside another copy.
+    fn memory_of_copy(&self) -> Result<u64> {
+        let waiting = || {
+            let mut command = self.kindling("run");
+            let script = format!("echo {READY}; read -r line");
+            command.args(["--template", &self.template(BUSYBOX), "sh", "-c", &script]);
+            command
+        };
+        let mut memory = 0;
+        process::run(waiting(), READY, LIMIT, |_| {
+            process::run(waiting(), READY, LIMIT, |front| {
+                thread::sleep(SETTLE);
+                memory = Self::all_private_memory(front)?;
+                Ok(())
+            })?;
+            Ok(())
+        })?;
+        Ok(memory)
+    }
+
+    /// The name of a template for guests of this size.
+    fn template(&self, name: &str) -> String {
+        format!("{name}-{}-{}", self.case.memory_mib, self.case.vcpus)
+    }
+}
+
+/// The time of a step in the report, since the start of the command, in nanoseconds.
+fn step(run: &Run, name: &str) -> Result<u64> {
+    let mut steps = run.messages.lines().filter_map(Step::parse);
+    let found = steps.find(|step| step.name == name);
+    Ok(found.with_context(|| format!("no time of {name:?} in: {}", run.messages))?.ns)
+}
