@@ -30,6 +30,7 @@ struct Creation {
     memory: u64,
     cpus: u64,
     hostname: Option<OsString>,
+    net: Option<OsString>,
 }
 
 impl Default for Creation {
@@ -41,6 +42,7 @@ impl Default for Creation {
             memory: 512,
             cpus: 1,
             hostname: None,
+            net: None,
         }
     }
 }
@@ -67,6 +69,8 @@ const OPTIONS: &[Opt<Creation>] = &[
         "Number of vCPUs, 1 to 16 [default: 1]"),
     option("", "hostname", "NAME", |all, word| all.hostname.store(word),
         "Hostname of the guest; each copy has its own [default: the name of the guest]"),
+    option("", "net", "none|user", |all, word| all.net.store(word),
+        "Network of the guest and of its copies: none, or user (through passt, without root) [default: none]"),
 ];
 
 #[rustfmt::skip]
@@ -116,6 +120,9 @@ fn try_create(arguments: &Creation) -> Result<Template, SnapshotError> {
     let mut builder = Guest::builder(image).memory_mib(arguments.memory).vcpus(arguments.cpus);
     if let Some(name) = &arguments.hostname {
         builder = builder.hostname(name);
+    }
+    if let Some(network) = &arguments.net {
+        builder = builder.network(network);
     }
     Template::create(&arguments.name, builder, |guest| {
         let Some((program, rest)) = arguments.command.split_first() else { return Ok(()) };

@@ -153,6 +153,12 @@ impl Template {
         self.record.machine.vcpu_count
     }
 
+    /// Returns whether its copies have a network.
+    #[must_use]
+    pub const fn has_network(&self) -> bool {
+        self.record.network.is_some()
+    }
+
     /// Returns the time of its creation, in seconds since 1970.
     #[must_use]
     pub const fn created(&self) -> u64 {

@@ -170,22 +170,42 @@ fn a_damaged_file_is_reported_and_not_used() {
         let mut bytes = good.clone();
         change(&mut bytes);
         fs::write(&file, bytes).unwrap();
-        expect_cold_boot(&image, &[], &format!("1-128 is not a pre-booted kernel: {why}"));
+        let message = format!("1-128 is neither a pre-booted kernel nor a snapshot: {why}");
+        expect_cold_boot(&image, &[], &message);
     };
     damaged(&|bytes| bytes.clear(), "it is shorter than its header");
     damaged(&|bytes| bytes[0] = b'k', "it has no valid magic number");
     damaged(&|bytes| bytes[8] = 200, "its format is ");
     damaged(&|bytes| bytes[15] = 1, "its state is too long");
     damaged(&|bytes| bytes.truncate(1000), "it ends inside its state");
-    damaged(&|bytes| bytes[16] = 0xff, "");
+    damaged(&|bytes| bytes[24] ^= 1, "its state does not match its checksum");
+    damaged(&|bytes| change_state(bytes, |state| state[0] = 0xff), "");
     // The state ends with the number of pages that a guest writes.
-    let end = 16 + u32::from_le_bytes(good[12..16].try_into().unwrap()) as usize;
-    assert!((1..128).contains(&good[end - 1]), "{}", good[end - 1]);
-    damaged(&|bytes| bytes[end - 1] = 0, "its pages are not those of a guest");
+    let is_number = |state: &mut [u8]| {
+        let last = state.last_mut().unwrap();
+        assert!((1..128).contains(last), "{last}");
+        *last = 0;
+    };
+    damaged(&|bytes| change_state(bytes, is_number), "its pages are not those of a guest");
     damaged(&|bytes| bytes.truncate(good.len() - 1), "it ends before its last page");
     fs::remove_file(&file).unwrap();
     fs::create_dir(&file).unwrap();
     expect_cold_boot(&image, &[], "it is not a regular file");
+}
+
+/// Changes the state in a file, and its checksum (FNV-1a of words).
+fn change_state(bytes: &mut [u8], change: impl FnOnce(&mut [u8])) {
+    let length = u32::from_le_bytes(bytes[12..16].try_into().unwrap()) as usize;
+    let state = &mut bytes[24..24 + length];
+    change(state);
+    let mut sum = length as u64 ^ 0xcbf2_9ce4_8422_2325;
+    let (words, rest) = state.as_chunks::<8>();
+    let mut last = [0; 8];
+    last[..rest.len()].copy_from_slice(rest);
+    for word in words.iter().chain([&last]) {
+        sum = (sum ^ u64::from_le_bytes(*word)).wrapping_mul(0x0100_0000_01b3);
+    }
+    bytes[16..24].copy_from_slice(&sum.to_le_bytes());
 }
 
 /// A file whose state KVM rejects is handled like a damaged one.
@@ -196,8 +216,10 @@ fn a_guest_boots_if_kvm_rejects_the_saved_state() {
     let mut bytes = fs::read(&file).unwrap();
     // CR0 with paging but without protected mode, which is invalid.
     let cr0: u64 = 0x8005_0033;
-    let at = bytes.windows(8).position(|window| window == cr0.to_le_bytes()).unwrap();
-    bytes[at..at + 8].copy_from_slice(&0x8000_0000_u64.to_le_bytes());
+    change_state(&mut bytes, |state| {
+        let at = state.windows(8).position(|window| window == cr0.to_le_bytes()).unwrap();
+        state[at..at + 8].copy_from_slice(&0x8000_0000_u64.to_le_bytes());
+    });
     fs::write(&file, bytes).unwrap();
     expect_cold_boot(&image, &[], "1-128: KVM refused to set a vCPU's state");
 }

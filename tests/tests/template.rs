@@ -1,10 +1,13 @@
 //! `kindling template` and `kindling run --template`: copies of a guest that was saved after a set-up.
 
 use std::fs;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::UNIX_EPOCH;
+use tests::network::{enter_host_network, pattern, with_network_programs};
 use tests::spare::{spares_of, wait_for};
 use tests::user::{SmallTmpfs, User};
 use tests::{Outcome, TIMEOUT, run, start, testbed};
@@ -224,8 +227,9 @@ fn options_of_another_machine_are_refused() {
         (&["--memory", "128"][..], "--memory and --cpus are those of the template"),
         (&["--cpus", "2"], "--memory and --cpus are those of the template"),
         (&["-v", "a:/b"], "--volume cannot be combined with a template"),
-        (&["--net", "user"], "--net cannot be combined with a template"),
-        (&["-p", "80"], "--publish cannot be combined with a template"),
+        (&["--net", "user"], "--net or --publish cannot be combined with a template"),
+        (&["-p", "80"], "--net or --publish cannot be combined with a template"),
+        (&["--net", "tap0"], "--net TAP cannot be combined with a template"),
         (&["--read-only"], "--read-only cannot be combined with a template"),
         (&["--cold"], "--cold cannot be combined with a template"),
         (&["--pids-limit", "9"], "--pids-limit, --disk-bps, --disk-iops or --net-bps cannot be combined"),
@@ -354,4 +358,58 @@ fn a_full_filesystem_is_reported() {
     // The file of the snapshot is gone, too.
     let free = rustix::fs::statvfs(&data).unwrap();
     assert!(free.f_bfree * 100 > free.f_blocks * 95, "{} of {} blocks are free", free.f_bfree, free.f_blocks);
+}
+
+/// A server that listens when the template is saved accepts connections in each copy, which has its own passt.
+#[test]
+fn copies_have_a_network() {
+    enter_host_network();
+    let owner = Owner(User::new());
+    // Also a connection to the host, which ends, and one within the guest, which does not.
+    let listener = TcpListener::bind("192.0.2.1:9000").unwrap();
+    let held = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.set_read_timeout(Some(TIMEOUT)).unwrap();
+        stream.write_all(b"hello\n").unwrap();
+        stream.read(&mut [0])
+    });
+    let script = "while :; do nc -l -p 80 -e /bin/cat; done & while ! netstat -ltn | grep -q ':80 '; do sleep 0; done; \
+                  mkfifo /hold; sleep 100000 >/hold & (nc 192.0.2.1 9000 </hold >/from; echo closed >/closed) & \
+                  while [ ! -s /from ]; do sleep 0; done; \
+                  nc -l -p 81 -e /bin/cat & while ! netstat -ltn | grep -q ':81 '; do sleep 0; done; \
+                  mkfifo /in; sleep 100000 >/in & nc 127.0.0.1 81 </in >/out & \
+                  while ! netstat -tn | grep -q '127.0.0.1:81 .*ESTABLISHED'; do sleep 0; done";
+    let mut command = with_network_programs(owner.command("template"));
+    command.args(["create", "--memory", "64", "--net", "user", "t"]).arg(testbed("busybox.erofs"));
+    assert_eq!(run(command.args(["sh", "-c", script])).expect_status(0).stdout, "t\n");
+    assert_eq!(held.join().unwrap().unwrap(), 0, "the host reads the end of the stream");
+    let names = ["one", "two", "three"];
+    for (name, options) in names.into_iter().zip([&[][..], &["--spare"], &["--spare"]]) {
+        let mut command = with_network_programs(owner.command("run"));
+        command.args(["-d", "--name", name, "-p", "8000-8010:80", "--template", "t"]).args(options);
+        // They have other ports.
+        run(command.args(["sleep", "1000"])).expect_status(0);
+        if !options.is_empty() {
+            wait_for("there is no spare", || spares_of(owner.0.folder()).first().copied());
+        }
+    }
+    for name in names {
+        let port = run(owner.command("port").args([name, "80"])).expect_status(0).stdout.clone();
+        let mut stream = TcpStream::connect(port.trim().replace("0.0.0.0", "127.0.0.1")).unwrap();
+        stream.set_read_timeout(Some(TIMEOUT)).unwrap();
+        let bytes = pattern(100_000);
+        let (mut writer, sent) = (stream.try_clone().unwrap(), bytes.clone());
+        let writer = std::thread::spawn(move || writer.write_all(&sent).unwrap());
+        let mut back = vec![0; bytes.len()];
+        stream.read_exact(&mut back).unwrap();
+        writer.join().unwrap();
+        assert!(back == bytes, "{name}");
+        let script = "cat /etc/resolv.conf /etc/hosts; netstat -tn | grep -c '192.0.2.1:9000 .*ESTABLISHED'; echo data >/in; \
+                      for i in 1 2 3 4 5 6 7 8 9; do [ -s /out ] || sleep 1; done; cat /out";
+        let outcome = run(owner.command("exec").args([name, "sh", "-c", script]));
+        let expected = format!("nameserver 10.0.2.3\n127.0.0.1\tlocalhost\n10.0.2.15\t{name}\n0\ndata\n");
+        assert_eq!(outcome.expect_status(0).stdout, expected);
+    }
+    run(owner.command("rm").arg("-f").args(names)).expect_status(0);
+    assert!(owner.0.has_no_guests());
 }

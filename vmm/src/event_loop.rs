@@ -216,7 +216,11 @@ impl EventLoop {
     pub(crate) fn complete_requests(&mut self, limit: Duration) {
         let until = Instant::now().0.saturating_add(u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX));
         let mut events = Vec::with_capacity(EVENTS);
-        while self.devices.iter().any(|device| lock(device).requests() > 0) && Instant::now().0 < until {
+        while Instant::now().0 < until {
+            self.devices.iter().for_each(|device| lock(device).give_back());
+            if self.devices.iter().all(|device| lock(device).requests() == 0) {
+                return;
+            }
             events.clear();
             let interval = Timespec { tv_sec: 0, tv_nsec: 10_000_000 };
             match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), Some(&interval)) {

@@ -3,6 +3,7 @@
 //! One thread and one epoll instance serve all connections without blocking. Init buffers no stream data except the
 //! content of kernel pipes, so that a host that stops reading blocks the writing process.
 
+mod connections;
 mod copying;
 mod epoll;
 mod freezer;

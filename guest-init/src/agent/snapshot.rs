@@ -1,8 +1,8 @@
 //! Snapshots: the machine is saved while all processes are frozen, and each of its copies continues there.
 
 use super::Agent;
-use super::freezer;
 use super::session::Session;
+use super::{connections, freezer};
 use crate::console::print;
 use crate::{configuration, machine, renewal};
 use guest_protocol::BootMark;
@@ -26,6 +26,7 @@ impl Agent {
                 return self.with_session(slot, |session, epoll| session.end(FAILED, epoll));
             }
         };
+        connections::close_all();
         renewal::prepare();
         machine::mark(BootMark::Frozen);
         let configuration = configuration::read();

@@ -251,7 +251,18 @@ impl LaunchOptions {
         prepared: &Prepared,
     ) -> Result<Config, LaunchError> {
         self.forbid_in_template()?;
+        let asks_for_network =
+            !self.publish.is_empty() || self.network.as_ref().is_some_and(|network| network != "none");
+        if asks_for_network && !template.has_network() {
+            return Err(
+                TemplateError::Fixed("--net or --publish", "it was created without --net user").into()
+            );
+        }
+        if template.has_network() && self.network.as_ref().is_some_and(|network| network != "user") {
+            return Err(TemplateError::Fixed("--net", "it was created with --net user").into());
+        }
         let mut config = template.config()?;
+        network::publish_all(&self.publish, &mut config.devices)?;
         config.jail = self.jail;
         config.devices.vsock = Some(vsock(directory));
         config.guest = self.guest(directory, prepared)?;
@@ -264,8 +275,11 @@ impl LaunchOptions {
         let limits = Limits { cpu_millis: None, ..self.limits };
         let all = [
             (!self.volumes.is_empty(), "--volume", "`kindling cp` copies files into a guest"),
-            (self.network.as_ref().is_some_and(|network| network != "none"), "--net", "it has no network"),
-            (!self.publish.is_empty(), "--publish", "it has no network"),
+            (
+                self.network.as_ref().is_some_and(|network| !is_user_network(network)),
+                "--net TAP",
+                "it may have --net user",
+            ),
             (self.is_root_read_only, "--read-only", "its root filesystem is writable"),
             (self.is_cold, "--cold", "its kernel runs already"),
             (
@@ -397,6 +411,11 @@ impl LaunchOptions {
             status: None,
         }
     }
+}
+
+/// Whether the value of `--net` is `none`, or user-mode networking.
+fn is_user_network(network: &OsStr) -> bool {
+    network == "none" || network.as_bytes().split(|&byte| byte == b',').next() == Some(b"user")
 }
 
 /// The vsock of a guest, over which its agent is reached.

@@ -2,7 +2,7 @@
 
 use super::{MEMORY, RECORD, ROOT, TemplateError};
 use crate::image::{Depends, Image, ImageConfig, Prepared};
-use kindling_vmm::config::devices::{RootAccess, RootFilesystem};
+use kindling_vmm::config::devices::{NetworkInterface, RootAccess, RootFilesystem};
 use kindling_vmm::config::{BootSource, Config, Console, MachineConfig};
 use serde::{Deserialize, Serialize};
 use std::ffi::OsString;
@@ -30,6 +30,8 @@ pub(super) struct Record {
     pub(super) machine: MachineConfig,
     /// How the guest accesses the root filesystem.
     access: RootAccess,
+    /// The network card, if it has one.
+    pub(super) network: Option<NetworkInterface>,
     /// The version of the root filesystem, which guests rely on.
     root: Version,
 }
@@ -61,6 +63,7 @@ impl Record {
             created: now.map_or(0, |time| time.as_secs()),
             kernel: config.boot_source,
             machine: config.machine,
+            network: config.devices.network_interfaces.into_iter().next(),
             access: config.devices.root.map(|root| root.access).unwrap_or_default(),
             root: Version::of(root)?,
         })
@@ -116,6 +119,7 @@ impl Record {
         let mut root = RootFilesystem::new(folder.join(ROOT));
         root.access = self.access;
         config.devices.root = Some(root);
+        config.devices.network_interfaces.extend(self.network.clone());
         config
     }
 }

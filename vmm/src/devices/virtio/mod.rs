@@ -150,6 +150,9 @@ pub trait Device: Send + fmt::Debug {
         false
     }
 
+    /// Makes chains available again that the device has popped to use them later, before its state is saved.
+    fn give_back(&mut self, _queues: &mut Queues) {}
+
     /// The device continues from the state of another one that [had connections](Self::has_peers). It tells the driver when it is
     /// activated.
     fn lose_peers(&mut self) {}

@@ -82,6 +82,12 @@ impl Transport {
         self.queues.in_flight().max(self.is_resetting.into())
     }
 
+    /// Makes chains available again that the device has popped to use them later. It processes nothing afterwards: its state is
+    /// saved.
+    pub(crate) fn give_back(&mut self) {
+        self.device.give_back(&mut self.queues);
+    }
+
     #[cfg(test)]
     pub(crate) fn has_peers(&self) -> bool {
         self.device.has_peers()

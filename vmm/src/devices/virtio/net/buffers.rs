@@ -122,6 +122,14 @@ impl Buffers {
         queues.complete_all(RX, self.full.drain(..))
     }
 
+    /// Makes the buffers available again, the last first.
+    pub(super) fn give_back(&mut self, queues: &mut Queues) {
+        while let Some(chain) = self.chains.pop_back() {
+            queues.undo_pop(RX, chain);
+        }
+        self.length = 0;
+    }
+
     pub(super) fn clear(&mut self) {
         *self = Self::default();
     }

@@ -310,6 +310,14 @@ impl Device for Net {
         bytes
     }
 
+    fn give_back(&mut self, queues: &mut Queues) {
+        // A frame that has not been delivered is lost, as frames may be.
+        if self.frame.take().is_some() {
+            self.link.release();
+        }
+        self.buffers.give_back(queues);
+    }
+
     fn activate(&mut self, features: u64, queues: &mut Queues, watcher: &Watcher) -> Result<(), DeviceError> {
         let has = |feature| features & feature != 0;
         if has(feature::GUEST_SEGMENTATION) && !has(feature::GUEST_CSUM)
