@@ -122,3 +122,22 @@ fn a_guest_that_cannot_start_is_a_specific_error_and_leaves_nothing() {
     run(&mut kernel).expect_status(1).expect_stderr("NoKernelAt");
     assert!(user.has_no_guests());
 }
+
+#[test]
+fn copies_of_a_template_have_its_files_and_random_numbers_of_their_own() {
+    let user = User::new();
+    let copies = tests::rounds(8);
+    let mut program = user.example("template");
+    program.env("XDG_CACHE_HOME", user.folder().join("cache"));
+    let outcome = run(program.arg(testbed("busybox.erofs")).args(["t", &copies.to_string()]));
+    let lines: Vec<_> = outcome.expect_status(0).stdout.lines().collect();
+    assert_eq!(lines.len(), 3 * copies as usize, "{outcome}");
+    for (number, what) in ["state", "urandom", "uuid"].into_iter().enumerate() {
+        let mut values: Vec<_> = lines.iter().skip(number).step_by(3).collect();
+        values.sort_unstable();
+        values.dedup();
+        assert_eq!(values.len(), if number == 0 { 1 } else { copies as usize }, "{what}: {values:?}");
+    }
+    assert!(user.has_no_guests());
+    assert!(!user.folder().join("data/kindling/templates/t").exists());
+}

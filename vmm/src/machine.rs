@@ -308,7 +308,7 @@ impl Origin {
 pub(crate) enum Purpose {
     /// Run its guest.
     Run,
-    /// Stop when the guest reaches this stage, and be captured as a pre-booted kernel.
+    /// Stop when the guest reaches this stage, and be captured, as a pre-booted kernel or a snapshot.
     Capture(BootMark),
     /// Stop when init requests its configuration, and wait for one.
     Wait,

@@ -1,4 +1,5 @@
-//! Creates a pre-booted kernel: boots a machine, stops it before init, saves its state, and runs trial guests from it.
+//! Creates a pre-booted kernel: boots a machine, stops it before init, saves its state, and runs trial guests from it. Creates a
+//! snapshot in the same way, of a guest that has frozen its processes.
 
 use super::error::PrebootError;
 use super::file;

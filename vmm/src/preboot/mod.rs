@@ -7,6 +7,9 @@
 //! instruction of the mark again in each later machine. Later machines map the saved pages of guest memory and set the
 //! registers. State that two guests must not share, random numbers and the time, is requested by init afterwards and
 //! replaced before the payload runs.
+//!
+//! A snapshot is the same at a later mark ([`guest_protocol::BootMark::Frozen`]): all processes of a guest are frozen, and
+//! continue in each copy ([`crate::control::Monitor::start_for_snapshot`]).
 
 pub(crate) mod capture;
 pub(crate) mod destination;

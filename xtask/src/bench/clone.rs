@@ -8,7 +8,9 @@ use super::run::{Images, READY};
 use super::trace::{self, Traced, Tracer};
 use crate::profile::run::Step;
 use anyhow::{Context, Result};
+use kindling_vmm::Instant;
 use serde::{Deserialize, Serialize};
+use std::process::Command;
 use std::thread;
 
 /// Names of steps in the report of `kindling run`.
@@ -18,6 +20,9 @@ const ENDED: &str = "payload ended";
 /// The names of the templates.
 const HELLO: &str = "hello";
 const BUSYBOX: &str = "busybox";
+
+/// Number of copies that are started at once.
+const AT_ONCE: usize = 25;
 
 /// What is measured.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
@@ -116,6 +121,9 @@ impl Bench<'_> {
             }
         }
         for _ in 0..runs {
+            let [median, slow] = self.copies_at_once()?;
+            self.add(Metric::CopiesAtOnce, median);
+            self.add(Metric::SlowCopyAtOnce, slow);
             if let Some(tracer) = tracer {
                 tracer.start(&Traced::EVENTS)?;
                 self.copy(Made::OnRequest)?;
@@ -131,9 +139,32 @@ impl Bench<'_> {
     /// Runs the small static program in a copy.
     fn copy(&self, made: Made) -> Result<Run> {
         thread::sleep(SETTLE);
+        process::run(self.copy_command(made), payload::TEXT, LIMIT, |_| Ok(()))
+    }
+
+    fn copy_command(&self, made: Made) -> Command {
         let mut command = self.kindling("run");
         command.args(made.options()).args(["--template", &self.template(HELLO)]);
-        process::run(command, payload::TEXT, LIMIT, |_| Ok(()))
+        command
+    }
+
+    /// Starts several copies at once. Returns the median of their times until the end of the process, and the 95th percentile.
+    fn copies_at_once(&self) -> Result<[u64; 2]> {
+        thread::sleep(SETTLE);
+        let commands: Vec<_> = (0..AT_ONCE).map(|_| self.copy_command(Made::OnRequest)).collect();
+        let began = Instant::now();
+        let mut times = thread::scope(|scope| {
+            let start =
+                |command| scope.spawn(move || process::run(command, payload::TEXT, LIMIT, |_| Ok(())));
+            let all: Vec<_> = commands.into_iter().map(start).collect();
+            let time = |run: thread::ScopedJoinHandle<'_, Result<Run>>| {
+                let run = run.join().map_err(|_| anyhow::anyhow!("a thread panicked"))??;
+                Ok(run.ended.since(began))
+            };
+            all.into_iter().map(time).collect::<Result<Vec<_>>>()
+        })?;
+        times.sort_unstable();
+        Ok([times[AT_ONCE / 2], times[AT_ONCE * 95 / 100]])
     }
 
     /// The private memory of front and monitor, including the guest's, of a copy whose shell waits for input, beside another copy.

@@ -65,6 +65,10 @@ pub(super) enum Metric {
     Copy(clone::Span, Made),
     /// From the spawn of `kindling template create` to its exit.
     TemplateCreation,
+    /// From the start of 25 copies to the end of a process, the median of them.
+    CopiesAtOnce,
+    /// The same, the 95th percentile.
+    SlowCopyAtOnce,
     /// Page faults on guest memory handled by KVM, of a copy that is made on request.
     CopyFaults,
     /// Private memory of front and monitor, including the guest's, of a copy whose program waits for input.
@@ -149,7 +153,13 @@ impl Metric {
             Scenario::Start => vec![("", vec![Self::RunBusybox, Self::RunFaults, Self::IdleMemory])],
             Scenario::Clone => {
                 let columns = |made| clone::Span::ALL.map(|span| Self::Copy(span, made)).to_vec();
-                let others = vec![Self::TemplateCreation, Self::CopyFaults, Self::CopyMemory];
+                let others = vec![
+                    Self::TemplateCreation,
+                    Self::CopiesAtOnce,
+                    Self::SlowCopyAtOnce,
+                    Self::CopyFaults,
+                    Self::CopyMemory,
+                ];
                 let copies = Made::ALL.map(|made| (made.title(), columns(made)));
                 copies.into_iter().chain([("", others)]).collect()
             }
@@ -205,6 +215,8 @@ impl Metric {
             Self::StreamMemory => "stream_memory",
             Self::Copy(span, made) => span.name(made),
             Self::TemplateCreation => "template_creation",
+            Self::CopiesAtOnce => "clones_at_once_median",
+            Self::SlowCopyAtOnce => "clones_at_once_p95",
             Self::CopyFaults => "clone_page_faults",
             Self::CopyMemory => "clone_private_memory",
             Self::Jail(span, strength) => return format!("{}_{}", span.name(), strength.name()),
@@ -263,6 +275,8 @@ impl Metric {
             Self::StreamMemory => "growth of memory without guest memory during the stream, MiB",
             Self::Copy(_, made) => return format!("{}: {}", self.title(), made.title()),
             Self::TemplateCreation => "creation of a template, ms",
+            Self::CopiesAtOnce => "25 copies at once, median, ms",
+            Self::SlowCopyAtOnce => "25 copies at once, 95th percentile, ms",
             Self::CopyFaults => "page faults on guest memory of a copy",
             Self::CopyMemory => "private memory of a copy that waits, its monitor included, MiB",
             Self::Jail(span, _) => return format!("{}: {}", self.title(), span.title()),
@@ -301,6 +315,8 @@ impl Metric {
             Self::StreamMemory => "growth, MiB",
             Self::Copy(span, _) => span.title(),
             Self::TemplateCreation => "create, ms",
+            Self::CopiesAtOnce => "25: median, ms",
+            Self::SlowCopyAtOnce => "p95, ms",
             Self::CopyFaults => "guest faults",
             Self::CopyMemory => "private, MiB",
             Self::Jail(_, strength) => strength.title(),

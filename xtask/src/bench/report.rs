@@ -100,6 +100,7 @@ payload, its end: of a small static program in a copy of a template, from the re
   `kindling run --template`, from the spawn to the end of the process; the template is a guest without other processes
 parked: an earlier run has left a copy that waits (`--spare`)
 create: `kindling template create` without a command, from the spawn to the end of the process
+25: of 25 commands that are started at once, from the first spawn to the end of a process; 95th percentile
 guest faults: page faults on guest memory handled by KVM, of a copy that is made on request
 private: memory of front and monitor, including guest memory, while a shell waits for input in a copy, beside another copy
 ";
