@@ -144,18 +144,18 @@ pub trait Device: Send + fmt::Debug {
     /// configuration space of that device.
     fn restore_configuration(&mut self, _seen: &[u8]) {}
 
-    /// Whether the driver may have connections with programs of the host, which end when another device continues from the state of
-    /// this one.
-    fn has_peers(&self) -> bool {
-        false
+    /// Where another device that continues from the state of this one goes on to number connections, if the driver may have
+    /// connections with programs of the host. Those end.
+    fn peers(&self) -> Option<u32> {
+        None
     }
 
     /// Makes chains available again that the device has popped to use them later, before its state is saved.
     fn give_back(&mut self, _queues: &mut Queues) {}
 
-    /// The device continues from the state of another one that [had connections](Self::has_peers). It tells the driver when it is
+    /// The device continues from the state of another one that [had connections](Self::peers). It tells the driver when it is
     /// activated.
-    fn lose_peers(&mut self) {}
+    fn lose_peers(&mut self, _next: u32) {}
 
     /// Handles a write of the driver to the configuration space. The default ignores writes, because most devices have
     /// no writable field.

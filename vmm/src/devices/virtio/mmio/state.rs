@@ -22,8 +22,8 @@ pub struct State {
     pub identity: DeviceIdentity,
     /// The configuration space that the driver has read.
     configuration: Vec<u8>,
-    /// Whether the driver may have connections that end with the device.
-    has_peers: bool,
+    /// [`Device::peers`].
+    peers: Option<u32>,
     registers: Registers,
     queues: Vec<QueueState>,
 }
@@ -90,7 +90,7 @@ impl Transport {
 
     #[cfg(test)]
     pub(crate) fn has_peers(&self) -> bool {
-        self.device.has_peers()
+        self.device.peers().is_some()
     }
 
     /// Saves the state of the device.
@@ -117,7 +117,7 @@ impl Transport {
         Ok(State {
             identity: Self::identity(self.device.as_ref()),
             configuration: self.device.configuration(),
-            has_peers: self.device.has_peers(),
+            peers: self.device.peers(),
             registers: self.state.clone(),
             queues: self.queues.queues.iter().enumerate().map(queue).collect(),
         })
@@ -162,8 +162,8 @@ impl Transport {
         self.set_status(self.state.status);
         self.update_selected_registers();
         self.device.restore_configuration(&state.configuration);
-        if state.has_peers {
-            self.device.lose_peers();
+        if let Some(next) = state.peers {
+            self.device.lose_peers(next);
         }
         self.registers.set_configuration(&self.device.configuration());
         if self.device.configuration() != state.configuration {

@@ -493,12 +493,14 @@ impl Device for Vsock {
         queues.notify(RX)
     }
 
-    fn has_peers(&self) -> bool {
-        self.has_peers || self.reset != TransportReset::Done
+    fn peers(&self) -> Option<u32> {
+        (self.has_peers || self.reset != TransportReset::Done).then_some(self.next_port)
     }
 
-    fn lose_peers(&mut self) {
+    fn lose_peers(&mut self, next: u32) {
         self.reset = TransportReset::Pending;
+        // The driver may take a while to close a connection, and would reset another one with its ports meanwhile.
+        self.next_port = next.clamp(FIRST_PORT, LAST_PORT);
     }
 
     fn deadline(&self) -> Option<Instant> {

@@ -542,7 +542,7 @@ fn a_reset_closes_all_connections_and_keeps_the_listener() {
 
 #[test]
 fn programs_wait_until_the_driver_has_closed_the_connections_to_an_earlier_device() {
-    let mut guest = Guest::with(8, Vsock::lose_peers);
+    let mut guest = Guest::with(8, |device| device.lose_peers(FIRST_PORT + 7));
     let mut program = UnixStream::connect(guest.path("")).unwrap();
     program.write_all(b"CONNECT 52\n").unwrap();
     assert!(guest.poll().is_none(), "the driver has not provided a buffer for an event");
@@ -556,7 +556,8 @@ fn programs_wait_until_the_driver_has_closed_the_connections_to_an_earlier_devic
     assert!(guest.poll().is_none(), "the driver has not handled the event");
     guest.driver.push(EVENTS, &[Piece::In(EVENT_LEN)]);
     guest.driver.ring();
-    assert_eq!(guest.expect(REQUEST).dst_port, 52);
+    let request = guest.expect(REQUEST);
+    assert_eq!((request.dst_port, request.src_port), (52, FIRST_PORT + 7), "no port is used again");
 }
 
 #[test]
@@ -569,7 +570,7 @@ fn a_device_whose_driver_had_connections_says_so() {
     assert!(has_peers(&guest));
     guest.driver.start(u64::MAX);
     assert!(!has_peers(&guest), "the driver has reset the device");
-    assert!(has_peers(&Guest::with(8, Vsock::lose_peers)));
+    assert!(has_peers(&Guest::with(8, |device| device.lose_peers(0))));
 }
 
 #[test]
