@@ -33,7 +33,7 @@ fn run(arguments: &Arguments, _: Instant) -> u8 {
     restore_sigpipe();
     let text = if arguments.json {
         // Structures of strings always serialize.
-        serde_json::to_string_pretty(&report).unwrap_or_default() + "\n"
+        crate::text::json(&report)
     } else {
         screen(&report, Style::of_stdout())
     };

@@ -69,6 +69,17 @@ const fn status(is_user_error: bool) -> u8 {
     if is_user_error { STATUS_BAD_REQUEST } else { STATUS_FAILURE }
 }
 
+/// Prints the result of a command that manages templates or volumes. Returns the exit status.
+fn finish<E: Error>(result: Result<String, E>, is_user_error: fn(&E) -> bool) -> u8 {
+    match result {
+        Ok(text) => print(text.as_bytes()),
+        Err(error) => {
+            print_error(&error);
+            status(is_user_error(&error))
+        }
+    }
+}
+
 /// Executes the command. Returns the exit status.
 #[cfg_attr(test, expect(dead_code, reason = "tests have another entry point"))]
 fn run() -> u8 {

@@ -1,5 +1,6 @@
 //! Reports of a boot: its times, its profile, and the cause of a failure.
 
+use crate::text;
 use kindling::vmm::{Exit, ExitReason, Instant};
 use serde::Serialize;
 use std::fmt::Write;
@@ -100,8 +101,7 @@ impl<'a> Json<'a> {
 
 /// The report as JSON.
 pub(crate) fn json(exit: &Exit) -> String {
-    // Structures of strings and numbers always serialize.
-    serde_json::to_string_pretty(&Json::of(exit)).unwrap_or_default() + "\n"
+    text::json(&Json::of(exit))
 }
 
 /// The report and the records of a profiled boot, as JSON.
@@ -177,8 +177,7 @@ pub(crate) fn failure(exit: &Exit) -> String {
 /// Encodes as JSON, without characters that could control the user's terminal (see [`printable`]). JSON itself leaves DEL
 /// and control characters beyond ASCII unescaped.
 pub(crate) fn printable_json(value: &impl Serialize) -> String {
-    // Structures of strings and numbers always serialize.
-    let text = serde_json::to_string_pretty(value).unwrap_or_default() + "\n";
+    let text = text::json(value);
     let mut escaped = String::with_capacity(text.len());
     for c in text.chars() {
         // JSON has escaped the other ones. The line ends of its layout stay.

@@ -5,6 +5,7 @@ use crate::command_line::{
 };
 use crate::guests::view;
 use crate::run::arguments::mebibytes;
+use crate::text::json;
 use crate::{STATUS_FAILURE, print, print_error};
 use kindling::launch::LaunchError;
 use kindling::snapshot::SnapshotError;
@@ -174,43 +175,34 @@ impl View {
 }
 
 fn list(arguments: &Arguments, _: Instant) -> u8 {
-    let mut status = 0;
+    let names = match templates() {
+        Ok(names) => names,
+        Err(error) => return finish(Err(error)),
+    };
     let mut views = Vec::new();
-    match templates() {
-        Ok(names) => {
-            for name in names {
-                match View::of(&name) {
-                    Ok(view) => views.push(view),
-                    // The others are listed all the same.
-                    Err(error) => {
-                        print_error(&error);
-                        status = crate::status(error.is_user_error());
-                    }
-                }
-            }
-        }
-        Err(error) => {
-            print_error(&error);
-            return crate::status(error.is_user_error());
+    let mut status = 0;
+    for result in names.iter().map(|name| View::of(name)) {
+        match result {
+            Ok(view) => views.push(view),
+            // The others are listed all the same.
+            Err(error) => status = finish(Err(error)),
         }
     }
     let text = if arguments.json {
-        serde_json::to_string_pretty(&views).unwrap_or_default() + "\n"
+        json(&views)
     } else {
         let rows: Vec<_> = views.iter().map(View::row).collect();
         view::table(["NAME", "IMAGE", "MEMORY", "VCPUS", "SAVED"], &rows)
     };
-    print(text.as_bytes()).max(status)
+    finish(Ok(text)).max(status)
 }
 
 fn remove_all(arguments: &Arguments, _: Instant) -> u8 {
     // An error with one template does not prevent the others.
-    let each = arguments.names.iter().map(|name| match remove(name) {
-        Ok(()) => print(format!("{name}\n").as_bytes()),
-        Err(error) => {
-            print_error(&error);
-            crate::status(error.is_user_error())
-        }
-    });
+    let each = arguments.names.iter().map(|name| finish(remove(name).map(|()| format!("{name}\n"))));
     each.max().unwrap_or(0)
+}
+
+fn finish(result: Result<String, TemplateError>) -> u8 {
+    crate::finish(result, TemplateError::is_user_error)
 }

@@ -1,5 +1,7 @@
 //! Text in lines of a limited width.
 
+use serde::Serialize;
+
 /// Maximum number of characters of a line.
 pub(crate) const WIDTH: usize = 100;
 
@@ -21,6 +23,11 @@ pub(crate) fn wrapped(text: &str, indent: usize, width: usize) -> String {
         column += length;
     }
     lines
+}
+
+/// Formats a structure of strings and numbers, which always serializes, as JSON.
+pub(crate) fn json(value: &impl Serialize) -> String {
+    serde_json::to_string_pretty(value).unwrap_or_default() + "\n"
 }
 
 /// Splits at spaces that are not between backticks.

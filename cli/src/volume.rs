@@ -2,7 +2,7 @@
 
 use crate::command_line::{Argument, Command, Group, Store, flag, one, one_or_more, option};
 use crate::guests::view;
-use crate::{print, print_error};
+use crate::text::json;
 use kindling::timeline::Instant;
 use kindling::volume::{DEFAULT_SIZE, Volume, VolumeError, parse_size};
 use serde::Serialize;
@@ -98,13 +98,7 @@ fn each(names: &[String], action: impl Fn(&str) -> Result<String, VolumeError>) 
 }
 
 fn finish(result: Result<String, VolumeError>) -> u8 {
-    match result {
-        Ok(text) => print(text.as_bytes()),
-        Err(error) => {
-            print_error(&error);
-            crate::status(error.is_user_error())
-        }
-    }
+    crate::finish(result, VolumeError::is_user_error)
 }
 
 fn table(as_json: bool) -> Result<String, VolumeError> {
@@ -114,9 +108,4 @@ fn table(as_json: bool) -> Result<String, VolumeError> {
     }
     let rows: Vec<_> = views.iter().map(View::row).collect();
     Ok(view::table(["NAME", "SIZE", "USED", "GUESTS"], &rows))
-}
-
-/// Structures of strings and numbers always serialize.
-fn json(value: &impl Serialize) -> String {
-    serde_json::to_string_pretty(value).unwrap_or_default() + "\n"
 }

@@ -4,21 +4,19 @@
 //! The copy holds two descriptors for each directory on the path to the current entry, and no other state of the tree.
 //! The depth of a tree is limited by the number of descriptors that this process may open.
 
+use crate::files::{each_entry, open_directory};
 use alloc::vec;
 use alloc::vec::Vec;
 use core::ffi::CStr;
-use core::mem::MaybeUninit;
-use rustix::fd::{AsFd, OwnedFd};
+use rustix::fd::OwnedFd;
 use rustix::fs::{
-    AtFlags, FileType, Gid, Mode, OFlags, RawDir, Stat, Timespec, Timestamps, Uid, XattrFlags, chmodat,
-    chownat, lgetxattr, lgetxattr_query, llistxattr, llistxattr_query, lsetxattr, mkdirat, mknodat, openat,
+    AtFlags, FileType, Gid, Mode, OFlags, Stat, Timespec, Timestamps, Uid, XattrFlags, chmodat, chownat,
+    lgetxattr, lgetxattr_query, llistxattr, llistxattr_query, lsetxattr, mkdirat, mknodat, openat,
     readlinkat, sendfile, statat, symlinkat, unlinkat, utimensat,
 };
 use rustix::io::Errno;
 use rustix::path::DecInt;
 
-/// Buffer size for directory entries in bytes.
-const ENTRIES: usize = 2048;
 /// Bytes per call of sendfile.
 const CHUNK: usize = 1 << 20;
 
@@ -30,7 +28,8 @@ pub(crate) fn directory(from: &OwnedFd, to: &OwnedFd) -> Result<(), Errno> {
 }
 
 fn content(from: &OwnedFd, to: &OwnedFd) -> Result<(), Errno> {
-    each_entry(from, |name| {
+    each_entry(from, &mut |entry| {
+        let name = entry.file_name();
         let stat = statat(from, name, AtFlags::SYMLINK_NOFOLLOW)?;
         match FileType::from_raw_mode(stat.st_mode) {
             FileType::Directory => {
@@ -102,28 +101,10 @@ pub(crate) fn remove(directory: &OwnedFd, name: &CStr) -> Result<(), Errno> {
     match unlinkat(directory, name, AtFlags::empty()) {
         Err(Errno::ISDIR) => {
             let inside = open_directory(directory, name)?;
-            each_entry(&inside, |name| remove(&inside, name))?;
+            each_entry(&inside, &mut |entry| remove(&inside, entry.file_name()))?;
             unlinkat(directory, name, AtFlags::REMOVEDIR)
         }
         Err(Errno::NOENT) => Ok(()),
         result => result,
     }
-}
-
-pub(crate) fn open_directory(directory: impl AsFd, name: &CStr) -> Result<OwnedFd, Errno> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    openat(directory, name, flags, Mode::empty())
-}
-
-fn each_entry(directory: &OwnedFd, mut action: impl FnMut(&CStr) -> Result<(), Errno>) -> Result<(), Errno> {
-    let mut buffer = [MaybeUninit::uninit(); ENTRIES];
-    let mut entries = RawDir::new(directory, &mut buffer);
-    while let Some(entry) = entries.next() {
-        let entry = entry?;
-        let name = entry.file_name();
-        if name != c"." && name != c".." {
-            action(name)?;
-        }
-    }
-    Ok(())
 }

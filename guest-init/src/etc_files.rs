@@ -2,6 +2,7 @@
 //! those of another machine, or links to files that only the image's own init creates.
 
 use crate::console::print;
+use crate::files;
 use alloc::vec::Vec;
 use guest_init::GuestConfig;
 use rustix::fd::{AsFd, OwnedFd};
@@ -72,16 +73,8 @@ fn write_files(etc: &OwnedFd, config: &GuestConfig) -> Result<(), Errno> {
 }
 
 fn write_file(etc: &OwnedFd, name: &str, parts: &[&[u8]]) -> Result<(), Errno> {
-    let flags = OFlags::WRONLY | OFlags::CLOEXEC;
-    let create = || openat(etc, name, flags | OFlags::CREATE | OFlags::EXCL, Mode::from_raw_mode(0o644));
-    let file = match create() {
-        Err(Errno::EXIST) => {
-            unlinkat(etc, name, AtFlags::empty())?;
-            create()?
-        }
-        result => result?,
-    };
-    rustix::io::write(&file, &parts.concat()).map(drop)
+    let _ = unlinkat(etc, name, AtFlags::empty());
+    files::write(etc, name.as_bytes(), OFlags::CREATE | OFlags::EXCL, &parts.concat())
 }
 
 /// Formats an address in dotted decimal notation.

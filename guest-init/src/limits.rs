@@ -2,8 +2,8 @@
 
 use crate::console::print;
 use crate::panic::fatal;
-use crate::{setup, syscall};
-use rustix::fs::{CWD, Mode, OFlags, mkdirat, open};
+use crate::{files, setup, syscall};
+use rustix::fs::{CWD, Mode, OFlags, mkdirat};
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
 use rustix::path::DecInt;
@@ -68,8 +68,7 @@ pub(crate) fn limit_processes(max: u64) {
 }
 
 fn write(path: &str, value: &[u8]) -> Result<(), Errno> {
-    let file = open(path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
-    rustix::io::write(file, value).map(drop)
+    files::write(CWD, path.as_bytes(), OFlags::empty(), value)
 }
 
 /// Limits the descriptors of this process, which executes a program next.

@@ -13,6 +13,7 @@ mod configuration;
 mod console;
 mod copy;
 mod etc_files;
+mod files;
 mod greeting;
 mod heap;
 mod kernel_log;

@@ -2,6 +2,7 @@
 
 use crate::console::{ErrnoText, print};
 use crate::copy;
+use crate::files;
 use crate::panic::fatal;
 use crate::syscall;
 use alloc::string::String;
@@ -94,7 +95,7 @@ fn mount_volume(volume: &Mount) -> Result<Option<OwnedFd>, Failure> {
 fn fill(whole: &OwnedFd, image: &OwnedFd) -> Result<(), Errno> {
     copy::remove(whole, DRAFT)?;
     mkdirat(whole, DRAFT, Mode::from_raw_mode(0o755))?;
-    copy::directory(image, &copy::open_directory(whole, DRAFT)?)?;
+    copy::directory(image, &files::open_directory(whole, DRAFT)?)?;
     // The new name must not reach the disk before the content.
     syncfs(whole)?;
     renameat(whole, DRAFT, whole, DATA)

@@ -2,7 +2,7 @@
 //! snapshot gets them before any of its programs runs.
 
 use crate::console::print;
-use crate::{etc_files, network, reseed, setup};
+use crate::{etc_files, files, network, reseed, setup};
 use alloc::vec::Vec;
 use guest_init::GuestConfig;
 use guest_protocol::config::Reseed;
@@ -89,9 +89,6 @@ fn random_id() -> Result<[u8; UUID_LEN + 1], Errno> {
 }
 
 /// Writes the content of a file, which has this length already unless it is created.
-#[inline(never)]
 fn write(path: &str, flags: OFlags, content: &[u8]) -> Result<(), Errno> {
-    let flags = flags | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let file = open(path, flags, Mode::from_raw_mode(0o644))?;
-    rustix::io::write(file, content).map(drop)
+    files::write(CWD, path.as_bytes(), flags | OFlags::NOFOLLOW, content)
 }

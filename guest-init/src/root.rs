@@ -5,14 +5,14 @@
 
 use crate::console::print;
 use crate::etc_files;
+use crate::files;
 use crate::mounts::make_directories;
 use crate::panic::fatal;
 use crate::syscall;
 use alloc::string::String;
-use core::mem::MaybeUninit;
 use guest_init::GuestConfig;
 use rustix::fd::{AsFd, OwnedFd};
-use rustix::fs::{CWD, Mode, OFlags, RawDir, mkdirat, open};
+use rustix::fs::{CWD, Mode, OFlags, mkdirat, open};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, MoveMountFlags, mount, mount_move, mount_remount, move_mount};
 use rustix::process::{chdir, chroot};
@@ -129,15 +129,13 @@ fn switch(config: &GuestConfig) -> Result<(), Failure> {
 fn has_content(directory: &str) -> bool {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let Ok(directory) = open(directory, flags, Mode::empty()) else { return false };
-    let mut buffer = [const { MaybeUninit::uninit() }; 1024];
-    let mut entries = RawDir::new(&directory, &mut buffer);
-    loop {
-        match entries.next() {
-            Some(Ok(entry)) if [c".", c".."].contains(&entry.file_name()) => {}
-            Some(Ok(_)) => return true,
-            Some(Err(_)) | None => return false,
-        }
-    }
+    let mut has_entry = false;
+    // Any error ends the search.
+    let _ = files::each_entry(&directory, &mut |_| {
+        has_entry = true;
+        Err(Errno::EXIST)
+    });
+    has_entry
 }
 
 /// Moves a mount to a path, and creates the directory if it is missing.

@@ -86,9 +86,7 @@ fn trusted_folder() -> Result<(PathBuf, OwnedFd), KernelError> {
 /// absolute path.
 #[must_use]
 pub fn cache() -> Option<PathBuf> {
-    let given = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
-    let cache = given("XDG_CACHE_HOME").or_else(|| Some(given("HOME")?.join(".cache")))?;
-    Some(cache.join("kindling"))
+    crate::data::user_directory("XDG_CACHE_HOME", ".cache")
 }
 
 /// The directory of pre-booted kernels: KINDLING_KERNELS, or else one in the user's cache.

@@ -20,6 +20,7 @@ mod builder;
 pub mod command;
 mod converter;
 pub mod copy;
+mod data;
 mod environment;
 pub mod exec;
 pub mod foreground;

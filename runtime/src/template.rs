@@ -9,7 +9,6 @@ mod record;
 pub(crate) use draft::Draft;
 
 use crate::image::Image;
-use crate::volume;
 use kindling_vmm::config::Config;
 use record::Record;
 use std::ffi::OsStr;
@@ -18,7 +17,6 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
-use trusted_path::Owners;
 
 /// The files of a template.
 const MEMORY: &str = "memory";
@@ -215,11 +213,7 @@ pub fn remove(name: &str) -> Result<(), TemplateError> {
 
 /// The directory of templates.
 fn folder() -> Result<PathBuf, TemplateError> {
-    let folder = volume::data().ok_or(TemplateError::NoHome)?.join("templates");
-    match trusted_path::folder(&folder, Owners::own()) {
-        Err(error) if !error.is_absent() => Err(error.into()),
-        _ => Ok(folder),
-    }
+    crate::data::folder("templates")?.ok_or(TemplateError::NoHome)
 }
 
 fn path_of(name: &str) -> Result<PathBuf, TemplateError> {

@@ -13,7 +13,6 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
-use trusted_path::Owners;
 
 /// An error of a volume.
 #[derive(Debug, thiserror::Error)]
@@ -324,21 +323,9 @@ fn path_of(name: &str) -> Result<PathBuf, VolumeError> {
     Ok(folder()?.join(name))
 }
 
-/// The data of the user: `$XDG_DATA_HOME/kindling` or `~/.local/share/kindling`.
-pub(crate) fn data() -> Option<PathBuf> {
-    let given = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
-    let data = given("XDG_DATA_HOME").or_else(|| Some(given("HOME")?.join(".local/share")))?;
-    Some(data.join("kindling"))
-}
-
 /// The user's directory of volumes.
 fn folder() -> Result<PathBuf, VolumeError> {
-    let folder = data().ok_or(VolumeError::NoHome)?.join("volumes");
-    // Someone else could replace a volume by a link to a file of the user.
-    match trusted_path::folder(&folder, Owners::own()) {
-        Err(error) if !error.is_absent() => Err(error.into()),
-        _ => Ok(folder),
-    }
+    crate::data::folder("volumes")?.ok_or(VolumeError::NoHome)
 }
 
 /// Parses the size of a volume: bytes, or a number with the suffix K, M, G or T (powers of 1024), from 16M to 16T. Returns

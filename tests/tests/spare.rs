@@ -58,7 +58,7 @@ impl Owner {
         wait_for("there is no spare", || self.spares().first().copied())
     }
 
-    /// Waits for a spare that is none of these, which may be of other kinds.
+    /// Waits for a spare other than these, which may be for other guests.
     fn spare_beside(&self, others: &[u32]) -> u32 {
         wait_for("there is no other spare", || self.spares().into_iter().find(|pid| !others.contains(pid)))
     }

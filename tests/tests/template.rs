@@ -181,6 +181,28 @@ fn copies_run_in_the_background_and_take_commands() {
     assert!(owner.names().is_empty() && owner.0.has_no_guests());
 }
 
+/// With KINDLING_ROUNDS, as many copies as the memory of the lab is enough for.
+#[test]
+fn many_copies_run_at_once() {
+    let owner = Owner::with_template(&[], "echo hello >/greeting");
+    let copies = tests::rounds(16);
+    let started: Vec<_> = (0..copies)
+        .map(|number| {
+            let mut command = owner.command("run");
+            let name = format!("copy{number}");
+            start(command.args(["-d", "--rm", "--name", &name, "--template", "t", "sleep", "100000"]))
+        })
+        .collect();
+    started.into_iter().for_each(|copy| _ = copy.finish_within(TIMEOUT).expect_status(0));
+    for number in 0..copies {
+        let outcome = run(owner.command("exec").args([&format!("copy{number}"), "cat", "/greeting"]));
+        assert_eq!(outcome.expect_status(0).stdout, "hello\n");
+    }
+    let names = (0..copies).map(|number| format!("copy{number}"));
+    run(owner.command("rm").arg("-f").args(names)).expect_status(0);
+    assert!(owner.0.has_no_guests());
+}
+
 #[test]
 fn templates_are_listed_and_removed() {
     let owner = Owner::with_template(&[], "true");

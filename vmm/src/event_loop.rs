@@ -173,14 +173,11 @@ impl EventLoop {
             return LoopEnd::TerminalEscape;
         }
         loop {
-            events.clear();
             // Once more after the end: what the guest sent before it, such as the exit status of a process, is served.
             let is_last = is_ended;
             let limit = if is_last { Some(Timespec { tv_sec: 0, tv_nsec: 0 }) } else { self.limit() };
-            match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), limit.as_ref()) {
-                Ok(_) | Err(Errno::INTR) => {}
-                // epoll_wait fails only for invalid arguments; the loop must not spin in that case.
-                Err(_) => return LoopEnd::Stopped,
+            if !self.wait(&mut events, limit) {
+                return LoopEnd::Stopped;
             }
             if events.is_empty() && self.retry && self.serve_input(serial, RETRY) {
                 return LoopEnd::TerminalEscape;
@@ -189,11 +186,8 @@ impl EventLoop {
             self.finish_pause(vcpus);
             for event in &events {
                 let data: EventData = event.data;
-                if let Some(device) = (data.u64() >> 32).checked_sub(1) {
-                    self.serve_device(device, data.u64(), event.flags);
-                    continue;
-                }
                 match data.u64() {
+                    _ if self.serve_device(event) => {}
                     VCPU_ENDED => is_ended = true,
                     STARTED => self.control.iter_mut().for_each(Control::send_start),
                     _ if is_last => {}
@@ -221,20 +215,24 @@ impl EventLoop {
             if self.devices.iter().all(|device| lock(device).requests() == 0) {
                 return;
             }
-            events.clear();
-            let interval = Timespec { tv_sec: 0, tv_nsec: 10_000_000 };
-            match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), Some(&interval)) {
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(_) => return,
+            if !self.wait(&mut events, Some(Timespec { tv_sec: 0, tv_nsec: 10_000_000 })) {
+                return;
             }
             self.serve_deadlines();
             for event in &events {
-                let data: EventData = event.data;
-                if let Some(device) = (data.u64() >> 32).checked_sub(1) {
-                    self.serve_device(device, data.u64(), event.flags);
-                }
+                self.serve_device(event);
             }
         }
+    }
+
+    /// Waits for events, at most for this time. Returns whether the host can wait.
+    fn wait(&self, events: &mut Vec<epoll::Event>, limit: Option<Timespec>) -> bool {
+        events.clear();
+        // epoll_wait fails only for invalid arguments; the loop must not spin in that case.
+        matches!(
+            epoll::wait(&self.epoll, rustix::buffer::spare_capacity(events), limit.as_ref()),
+            Ok(_) | Err(Errno::INTR)
+        )
     }
 
     /// The front, where it is another process.
@@ -266,12 +264,16 @@ impl EventLoop {
         Some(Timespec { tv_sec: seconds.try_into().ok()?, tv_nsec: rest.try_into().ok()? })
     }
 
-    /// Calls a device for an event of one of its descriptors.
-    fn serve_device(&mut self, device: u64, token: u64, flags: EventFlags) {
-        let Ok(device) = usize::try_from(device) else { return };
-        let token = u32::try_from(token & u64::from(u32::MAX)).unwrap_or(u32::MAX);
+    /// Calls a device if the event is of one of its descriptors. Returns whether it is.
+    fn serve_device(&mut self, event: &epoll::Event) -> bool {
+        let data: EventData = event.data;
+        let data = data.u64();
+        let Some(device) = (data >> 32).checked_sub(1).and_then(|device| usize::try_from(device).ok()) else {
+            return false;
+        };
+        let token = u32::try_from(data & u64::from(u32::MAX)).unwrap_or(u32::MAX);
         let mut transport = lock(&self.devices[device]);
-        transport.serve(token, flags);
+        transport.serve(token, event.flags);
         self.deadlines[device] = transport.deadline();
         // A failure on a vCPU's thread is reported with the device's next event, or with the machine's end.
         if let Some(control) = self.control.as_ref().filter(|_| !self.reported[device]) {
@@ -280,6 +282,7 @@ impl EventLoop {
             self.reported[device] = failure.is_some();
             failure.into_iter().for_each(|failure| control.send(&Event::DeviceFailed(failure)));
         }
+        true
     }
 
     /// Calls the devices whose deadline has expired.

@@ -280,20 +280,14 @@ impl Origin {
         if let Some(path) = &config.snapshot {
             let snapshot = Preboot::open_snapshot(path, config, file)?;
             let hypervisor = open_kvm(self.kvm.take())?;
-            let refusal =
-                snapshot.check_devices(device_set.identities()).or_else(|| snapshot.check_host(&hypervisor));
-            if let Some(refusal) = refusal {
-                return Err(refusal.into());
-            }
+            snapshot.check_machine(device_set.identities(), &hypervisor)?;
             return Ok(Self { preboot: Some(snapshot), hypervisor: Some(hypervisor), ..self });
         }
         match Preboot::open(config, file) {
             Ok(None) => {}
             Ok(Some(preboot)) => {
                 let hypervisor = open_kvm(self.kvm.take())?;
-                self.refusal = preboot
-                    .check_devices(device_set.identities())
-                    .or_else(|| preboot.check_host(&hypervisor));
+                self.refusal = preboot.check_machine(device_set.identities(), &hypervisor).err();
                 self.preboot = self.refusal.is_none().then_some(preboot);
                 self.hypervisor = Some(hypervisor);
             }

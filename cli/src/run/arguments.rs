@@ -10,7 +10,7 @@ use std::path::{Component, Path, PathBuf};
 
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Arguments {
-    /// Empty with a template; then it is the first word of the command.
+    /// With a template, the first word of the command; empty if there is none.
     pub(crate) image: OsString,
     pub(crate) template: Option<String>,
     pub(crate) process: ProcessArguments,
@@ -274,7 +274,7 @@ mod tests {
         let strings = |line: &str| line.split(' ').map(OsString::from).collect();
         let expected = Arguments {
             image: "image".into(),
-            template: Some("t".into()),
+            template: None,
             process: ProcessArguments {
                 env: strings("A=1 B"),
                 env_file: vec!["f".into()],
@@ -312,13 +312,25 @@ mod tests {
             report: true,
             command: strings("sh -c -e"),
         };
-        let line = "-e A=1 --env B --env-file f --workdir / -u a:b --template t --entrypoint e -tid -m 64m --cpus 1.25 --cgroup-parent /a/b --timeout 5 --pids-limit 9 \
+        let line = "-e A=1 --env B --env-file f --workdir / -u a:b --entrypoint e -tid -m 64m --cpus 1.25 --cgroup-parent /a/b --timeout 5 --pids-limit 9 \
                     --disk-bps 10m --disk-iops 200 --net-bps 3k \
                     --name n --hostname h --rm --network tap --net user -p 1:2 --publish 3:4 -v a:/b --read-only \
                     --pull never --jail off --seccomp end --cold --spare --started-at 7 --report image sh -c -e";
-        let parsed = COMMAND.check(|_| Ok(())).parse(line.split_whitespace().map(OsString::from));
-        assert_eq!(parsed.map_err(|stop| stop.to_string()), Ok(expected));
+        assert_eq!(parse(&line.split_whitespace().collect::<Vec<_>>().join(" ")), Ok(expected));
         assert_eq!(parse("image"), Ok(Arguments { image: "image".into(), ..Arguments::default() }));
+    }
+
+    #[test]
+    fn a_template_determines_image_and_machine() {
+        let copy = parse("--template t sh -c -e").unwrap();
+        assert_eq!(copy.template.as_deref(), Some("t"));
+        assert_eq!(copy.command(), ["sh", "-c", "-e"]);
+        assert!(parse("--template t").unwrap().command().is_empty());
+        assert_eq!(parse("image sh").unwrap().command(), ["sh"]);
+        let machine = Err("--memory and --cpus are those of the template".to_owned());
+        assert_eq!(parse("--template t -m 64m"), machine);
+        assert_eq!(parse("--template t --cpus 2"), machine);
+        assert_eq!(parse("--rm"), Err("IMAGE is missing".to_owned()));
     }
 
     #[test]

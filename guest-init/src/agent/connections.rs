@@ -1,10 +1,10 @@
 //! Closes the TCP connections of frozen processes to other hosts, before the machine is saved: a copy has another network, where
 //! the other ends do not exist. The processes read the end of the stream, in the copy.
 
+use crate::files;
 use alloc::vec::Vec;
-use core::mem::MaybeUninit;
 use rustix::fd::OwnedFd;
-use rustix::fs::{CWD, Mode, OFlags, RawDir, openat};
+use rustix::fs::CWD;
 use rustix::io::Errno;
 use rustix::net::sockopt::socket_type;
 use rustix::net::{Shutdown, SocketAddrAny, SocketAddrV4, SocketAddrV6, SocketType, getpeername, shutdown};
@@ -50,21 +50,10 @@ fn is_connected_elsewhere(socket: &OwnedFd) -> bool {
 
 /// The entries of a directory that are numbers.
 fn numbers_in(path: &[u8]) -> Result<Vec<i32>, Errno> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let folder = openat(CWD, path, flags, Mode::empty())?;
-    let mut buffer = [MaybeUninit::uninit(); 2048];
-    let mut entries = RawDir::new(folder, &mut buffer);
     let mut numbers = Vec::new();
-    while let Some(entry) = entries.next() {
-        let entry = entry?;
-        let name = entry.file_name().to_bytes();
-        if name.iter().all(u8::is_ascii_digit) {
-            numbers.push(
-                name.iter().fold(0_i32, |number, digit| {
-                    number.wrapping_mul(10).wrapping_add(i32::from(digit - b'0'))
-                }),
-            );
-        }
-    }
+    files::each_entry(&files::open_directory(CWD, path)?, &mut |entry| {
+        numbers.extend(files::number(entry.file_name().to_bytes()));
+        Ok(())
+    })?;
     Ok(numbers)
 }

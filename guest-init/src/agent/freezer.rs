@@ -2,11 +2,11 @@
 //! kernel): while a snapshot is taken, and in a copy until it has random numbers and a time of its own. Programs do not
 //! notice.
 
+use crate::files;
 use alloc::vec::Vec;
-use core::mem::MaybeUninit;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::OwnedFd;
-use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RawDir, mkdirat, open, openat, readlinkat, unlinkat};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, mkdirat, open, openat, readlinkat, unlinkat};
 use rustix::io::{Errno, pread};
 use rustix::path::DecInt;
 
@@ -18,7 +18,7 @@ const OWN: &str = "kindling.frozen";
 const LIMIT: Timespec = Timespec { tv_sec: 5, tv_nsec: 0 };
 /// Maximum number of passes over the processes: those that are forked meanwhile are in the next pass.
 const PASSES: u32 = 64;
-const INIT: u32 = 1;
+const INIT: i32 = 1;
 
 /// Frozen processes.
 pub(super) struct Frozen {
@@ -113,18 +113,13 @@ impl Frozen {
 
     /// The names of the cgroups below.
     fn children(&self) -> Result<Vec<Vec<u8>>, Errno> {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let folder = openat(&self.cgroups, ".", flags, Mode::empty())?;
-        let mut buffer = [MaybeUninit::uninit(); 2048];
-        let mut entries = RawDir::new(folder, &mut buffer);
         let mut names = Vec::new();
-        while let Some(entry) = entries.next() {
-            let entry = entry?;
-            let name = entry.file_name().to_bytes();
-            if entry.file_type() == FileType::Directory && !matches!(name, b"." | b"..") {
-                names.push(name.to_vec());
+        files::each_entry(&files::open_directory(&self.cgroups, ".")?, &mut |entry| {
+            if entry.file_type() == FileType::Directory {
+                names.push(entry.file_name().to_bytes().to_vec());
             }
-        }
+            Ok(())
+        })?;
         Ok(names)
     }
 
@@ -141,23 +136,18 @@ impl Frozen {
         }
     }
 
-    #[inline(never)]
     fn write(&self, path: &[u8], value: &[u8]) -> Result<(), Errno> {
-        let file = openat(&self.cgroups, path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
-        rustix::io::write(file, value).map(drop)
+        files::write(&self.cgroups, path, OFlags::empty(), value)
     }
 }
 
 /// The numbers of a list, one a line.
-fn numbers(list: &[u8]) -> impl Iterator<Item = u32> {
-    let digits = |line: &[u8]| {
-        line.iter().fold(0_u32, |number, byte| number.wrapping_mul(10).wrapping_add(u32::from(byte & 0xf)))
-    };
-    list.split(|&byte| byte == b'\n').filter(|line| !line.is_empty()).map(digits)
+fn numbers(list: &[u8]) -> impl Iterator<Item = i32> {
+    list.split(|&byte| byte == b'\n').filter_map(files::number)
 }
 
 /// Whether a process executes a program. Threads of the kernel cannot be frozen, and do not run programs.
-fn is_of_user(process: u32) -> bool {
+fn is_of_user(process: i32) -> bool {
     let path = [b"/proc/".as_slice(), DecInt::new(process).as_bytes(), b"/exe"].concat();
     readlinkat(CWD, &*path, Vec::new()).is_ok()
 }

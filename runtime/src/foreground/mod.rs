@@ -58,7 +58,7 @@ pub struct Foreground<'a> {
     pub timeout: Option<Duration>,
     /// Whether [`Self::run`] waits for the end of the machine even if it has no effect on the outcome. `false` by default.
     pub waits_for_machine: bool,
-    /// Whether nobody waits for the command, so that [`Self::run`] starts the spare monitor for the next guest with this one,
+    /// Whether no program waits for the command, so that [`Self::run`] starts the spare monitor for the next guest with this one,
     /// if the guest uses spares. `false` by default.
     pub is_detached: bool,
 }

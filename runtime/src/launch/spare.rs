@@ -44,7 +44,7 @@ impl NextSpare {
         });
     }
 
-    /// The same for a process that exits now: the spare is started after its exit, so that whoever waits for the process does
+    /// The same for a process that exits now: the spare is started after its exit, so that programs that wait for the process do
     /// not wait for the spare. A process with several threads, which cannot be copied, starts it before.
     #[inline(never)]
     pub fn start_after_exit(self) {

@@ -78,9 +78,7 @@ fn run(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result<(),
     report_missing(&config.jail.confine_process(limits)?, config.jail, channel);
     timeline.reached("process confined");
     let machine = Machine::with_resources(&config, resources, timeline, Purpose::Run)?;
-    if let Some(refusal) = machine.preboot_refusal() {
-        let _ = channel.send(&Event::PrebootRefused(with_causes(refusal)), EVENT_MAX, &[]);
-    }
+    report_refusal(&machine, channel);
     run_machine(machine, config.jail, channel)
 }
 
@@ -154,12 +152,25 @@ fn report_missing(missing: &[&str], jail: Jail, channel: &Channel) {
     }
 }
 
-/// Runs a machine until it ends, and reports the result.
-fn run_machine(mut machine: Machine, jail: Jail, channel: &Channel) -> Result<(), Error> {
+/// Tells the front why the machine boots although it has a pre-booted kernel.
+fn report_refusal(machine: &Machine, channel: &Channel) {
+    if let Some(refusal) = machine.preboot_refusal() {
+        let _ = channel.send(&Event::PrebootRefused(with_causes(refusal)), EVENT_MAX, &[]);
+    }
+}
+
+/// Connects a machine to its front, which is told when init accepts connections.
+fn connect(machine: &mut Machine, channel: &Channel) -> Result<(), Error> {
     let mut control = Control::new(channel, machine.devices.balloon.clone())?;
     let started = control.send_at_start(machine.timeline.clone())?;
     machine.at_mark(BootMark::AgentReady, started);
     machine.control = Some(control);
+    Ok(())
+}
+
+/// Runs a machine until it ends, and reports the result.
+fn run_machine(mut machine: Machine, jail: Jail, channel: &Channel) -> Result<(), Error> {
+    connect(&mut machine, channel)?;
     machine.jail = jail;
     let (exit, stopped) = machine.start()?.wait_for_end();
     // If the front has closed the socket, the machine has stopped for that reason, and there is no receiver.
@@ -190,13 +201,8 @@ fn snapshot(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Resul
     let purpose = Purpose::Capture(BootMark::Frozen);
     let trials = resources.for_trials().map_err(Error::host("duplicate a descriptor"))?;
     let mut machine = Machine::with_resources(&config, resources, timeline, purpose)?;
-    if let Some(refusal) = machine.preboot_refusal() {
-        let _ = channel.send(&Event::PrebootRefused(with_causes(refusal)), EVENT_MAX, &[]);
-    }
-    let mut control = Control::new(channel, machine.devices.balloon.clone())?;
-    let started = control.send_at_start(machine.timeline.clone())?;
-    machine.at_mark(BootMark::AgentReady, started);
-    machine.control = Some(control);
+    report_refusal(&machine, channel);
+    connect(&mut machine, channel)?;
     let path = Path::new("the snapshot");
     let control = || Control::new(channel, None);
     let draft = Draft { file: &file, path, resources: &trials, msrs: &msrs, control: &control };

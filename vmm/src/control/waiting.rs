@@ -70,8 +70,8 @@ pub(super) struct Waiting {
 }
 
 impl Waiting {
-    /// Prepares the wait at a socket, of at most `idle`. Fronts that connect before [`Self::wait`] wait, too. `files` are those that the machine is made of: the wait ends when one
-    /// is changed, replaced or removed.
+    /// Prepares the wait at a socket, of at most `idle`. Fronts that connect before [`Self::wait`] wait, too. `files` are those
+    /// that the machine is made of: the wait ends when one is changed, replaced or removed.
     ///
     /// # Errors
     /// When the socket fails, or a file does not report its state.

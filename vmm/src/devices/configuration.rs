@@ -44,16 +44,7 @@ impl Configuration {
         // that the configuration fits.
         config.to_frame(&BootInfo::ALL_SET)?;
         let entropy = if is_prebooted { random_numbers() } else { Vec::new() };
-        Ok(Self {
-            config: Some(config),
-            vm_created,
-            kernel_log,
-            is_prebooted,
-            entropy,
-            answer: Vec::new(),
-            position: 0,
-            waiting: None,
-        })
+        Ok(Self { config: Some(config), vm_created, kernel_log, is_prebooted, entropy, ..Self::unknown() })
     }
 
     /// Creates the device of a spare machine, which continues from a pre-booted kernel and stops at the first request.

@@ -43,7 +43,7 @@ impl GuestMemory {
             let (start, length) = (region.start_addr().0, region.len());
             let pages = Pages::of(region.as_ptr(), length)
                 .map_err(|source| MemoryError::Contents { address: start, source })?;
-            for (number, is_populated) in (0..).zip(pages.are_populated()) {
+            for (number, is_populated) in (0..).zip(pages.entries().map(Pages::is_populated)) {
                 let address = start + number * PAGE_SIZE;
                 // A page of a mapped file has content even if it has not been read.
                 let may_have_content = is_populated || files.iter().any(|range| range.contains(&address));
@@ -63,16 +63,7 @@ impl GuestMemory {
     pub fn copied(&self) -> Result<Vec<Extent>, MemoryError> {
         let mut files = super::lock(&self.files).clone();
         files.sort_unstable_by_key(|file| file.start);
-        let mut extents = Extents::default();
-        for file in files {
-            let (host, size) = self.host_range(file.start, file.end - file.start)?;
-            let pages = Pages::of(host, size as u64)
-                .map_err(|source| MemoryError::Contents { address: file.start, source })?;
-            for (number, _) in (0..).zip(pages.are_copied()).filter(|(_, is_copied)| *is_copied) {
-                extents.add(file.start + number * PAGE_SIZE, file.start, 0);
-            }
-        }
-        Ok(extents.0)
+        self.pages_in(&files, Pages::is_private)
     }
 
     /// The pages that belong to this guest alone: copied ones of mapped files, and all others that are populated.
@@ -80,19 +71,10 @@ impl GuestMemory {
     /// # Errors
     /// When the host does not report the state of the pages.
     pub(crate) fn used(&self) -> Result<Vec<Extent>, MemoryError> {
-        let mut extents = Extents::default();
-        for region in self.inner.iter() {
-            let (start, length) = (region.start_addr().0, region.len());
-            let pages = Pages::of(region.as_ptr(), length)
-                .map_err(|source| MemoryError::Contents { address: start, source })?;
-            for (number, _) in (0..).zip(pages.are_copied()).filter(|(_, is_used)| *is_used) {
-                extents.add(start + number * PAGE_SIZE, start, 0);
-            }
-        }
-        Ok(extents.0)
+        self.pages_in(&self.regions(), Pages::is_private)
     }
 
-    /// Makes the host map each page of these extents by itself: it would otherwise map up to 15 pages beside one that is read, if
+    /// Makes the host map each page of these extents by itself: it would otherwise map up to 15 pages around a page that is read, if
     /// they belong to the same mapping (`do_fault_around` in mm/memory.c). Of large extents, several pages are mapped together.
     pub(crate) fn separate_pages(&self, extents: &[Extent]) {
         /// Fewer than a process may have (`vm.max_map_count`, 65,530 by default).
@@ -121,13 +103,22 @@ impl GuestMemory {
     /// # Errors
     /// When the host does not report the state of the pages.
     pub(crate) fn read_pages(&self) -> Result<Vec<Extent>, MemoryError> {
+        self.pages_in(&self.regions(), Pages::is_of_a_file)
+    }
+
+    fn regions(&self) -> Vec<Range<u64>> {
+        self.inner.iter().map(|region| region.start_addr().0..region.start_addr().0 + region.len()).collect()
+    }
+
+    /// The pages of these ranges whose entry in the page map is such a one.
+    fn pages_in(&self, ranges: &[Range<u64>], is_such: fn(u64) -> bool) -> Result<Vec<Extent>, MemoryError> {
         let mut extents = Extents::default();
-        for region in self.inner.iter() {
-            let (start, length) = (region.start_addr().0, region.len());
-            let pages = Pages::of(region.as_ptr(), length)
-                .map_err(|source| MemoryError::Contents { address: start, source })?;
-            for (number, _) in (0..).zip(pages.are_shared()).filter(|(_, is_shared)| *is_shared) {
-                extents.add(start + number * PAGE_SIZE, start, 0);
+        for range in ranges {
+            let (host, size) = self.host_range(range.start, range.end - range.start)?;
+            let pages = Pages::of(host, size as u64)
+                .map_err(|source| MemoryError::Contents { address: range.start, source })?;
+            for (number, _) in (0..).zip(pages.entries()).filter(|(_, entry)| is_such(*entry)) {
+                extents.add(range.start + number * PAGE_SIZE, range.start, 0);
             }
         }
         Ok(extents.0)
@@ -216,22 +207,23 @@ impl Pages {
         Ok(Self(entries))
     }
 
-    /// For each page, whether it is in memory or swapped out.
-    fn are_populated(&self) -> impl Iterator<Item = bool> {
-        self.0.iter().map(|entry| u64::from_le_bytes(*entry) & (Self::PRESENT | Self::SWAPPED) != 0)
+    fn entries(&self) -> impl Iterator<Item = u64> {
+        self.0.iter().map(|entry| u64::from_le_bytes(*entry))
     }
 
-    /// For each page of a private file mapping, whether it has been copied.
-    fn are_copied(&self) -> impl Iterator<Item = bool> {
-        self.are_populated()
-            .zip(&self.0)
-            .map(|(is_populated, entry)| is_populated && u64::from_le_bytes(*entry) & Self::OF_A_FILE == 0)
+    /// Whether a page is in memory or swapped out.
+    const fn is_populated(entry: u64) -> bool {
+        entry & (Self::PRESENT | Self::SWAPPED) != 0
     }
 
-    /// For each page, whether it is a page of a file.
-    fn are_shared(&self) -> impl Iterator<Item = bool> {
-        let bits = Self::PRESENT | Self::OF_A_FILE;
-        self.0.iter().map(move |entry| u64::from_le_bytes(*entry) & bits == bits)
+    /// Whether it is populated, and no page of a file: one of a private mapping of a file has been copied.
+    const fn is_private(entry: u64) -> bool {
+        Self::is_populated(entry) && entry & Self::OF_A_FILE == 0
+    }
+
+    /// Whether it is in memory, and a page of a file.
+    const fn is_of_a_file(entry: u64) -> bool {
+        entry & Self::PRESENT != 0 && entry & Self::OF_A_FILE != 0
     }
 }
 

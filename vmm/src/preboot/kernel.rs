@@ -89,20 +89,21 @@ impl Preboot {
         &self.path
     }
 
-    /// Checks that the machine's devices can replace those with which the kernel was booted.
-    pub(crate) fn check_devices(
+    /// Checks that the machine's devices can replace those with which the kernel was booted, and that guests of this host see
+    /// the same processor as the kernel then.
+    pub(crate) fn check_machine(
         &self,
         identities: impl Iterator<Item = virtio::DeviceIdentity>,
-    ) -> Option<PrebootError> {
-        let is_same = identities.eq(self.state.virtio.iter().map(|state| state.identity.clone()));
-        (!is_same).then(|| self.mismatch("for other devices"))
-    }
-
-    /// Checks that guests of this host see the same processor as the kernel when it was booted.
-    pub(crate) fn check_host(&self, hypervisor: &Hypervisor) -> Option<PrebootError> {
+        hypervisor: &Hypervisor,
+    ) -> Result<(), PrebootError> {
+        if !identities.eq(self.state.virtio.iter().map(|state| state.identity.clone())) {
+            return Err(self.mismatch("for other devices"));
+        }
         let here = hypervisor.cpuid(self.state.inputs.vcpu_count);
-        let is_same = features(&here).eq(&self.state.cpuid);
-        (!is_same).then(|| self.mismatch("on another kind of processor, or with another KVM"))
+        if !features(&here).eq(&self.state.cpuid) {
+            return Err(self.mismatch("on another kind of processor, or with another KVM"));
+        }
+        Ok(())
     }
 
     fn mismatch(&self, made: &'static str) -> PrebootError {
@@ -130,7 +131,7 @@ impl Preboot {
     }
 
     /// Registers a callback for init's first boot mark that copies these pages, and then opens the returned latch, at which
-    /// the other vCPUs wait. Init starts sooner than if the pages were copied before.
+    /// the other vCPUs wait. Init starts sooner than if the pages were copied before. Those of a snapshot have been copied.
     pub(crate) fn open_latch_at_init(
         &self,
         memory: &GuestMemory,
@@ -138,10 +139,11 @@ impl Preboot {
         marks: &mut BootMarks,
     ) -> Arc<StartLatch> {
         let latch = Arc::new(StartLatch::closed_except(self.state.init_vcpu));
-        let (memory, pages, opened) = (memory.clone(), pages.copied.clone(), Arc::clone(&latch));
+        let copied = if pages.are_of_snapshot() { Vec::new() } else { pages.copied.clone() };
+        let (memory, opened) = (memory.clone(), Arc::clone(&latch));
         marks.call_at(self.state.inputs.stage.mark() as u8, move || {
             // A page that cannot be copied now is copied on the first write.
-            let _ = memory.copy_in_advance(&pages);
+            let _ = memory.copy_in_advance(&copied);
             opened.open();
         });
         latch

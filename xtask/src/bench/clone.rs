@@ -3,11 +3,10 @@
 use super::measure::{Bench, LIMIT, SETTLE};
 use super::metric::Metric;
 use super::payload;
-use super::process::{self, Run};
+use super::process;
 use super::run::{Images, READY};
 use super::trace::{self, Traced, Tracer};
-use crate::profile::run::Step;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use kindling_vmm::Instant;
 use rustix::process::{Pid, WaitOptions, wait};
 use serde::{Deserialize, Serialize};
@@ -111,11 +110,11 @@ impl Bench<'_> {
             for run in 1..=runs {
                 eprintln!("{}: run {run} of {runs} ...", made.title());
                 let run = self.copy(made)?;
-                let request = step(&run, REQUEST)?;
+                let request = run.step(REQUEST)?;
                 for span in Span::ALL {
                     let value = match span {
-                        Span::Payload => step(&run, STARTED)?.saturating_sub(request),
-                        Span::End => step(&run, ENDED)?.saturating_sub(request),
+                        Span::Payload => run.step(STARTED)?.saturating_sub(request),
+                        Span::End => run.step(ENDED)?.saturating_sub(request),
                         Span::Exit => run.ended.since(run.spawned),
                     };
                     self.add(Metric::Copy(span, made), value);
@@ -139,7 +138,7 @@ impl Bench<'_> {
     }
 
     /// Runs the small static program in a copy.
-    fn copy(&self, made: Made) -> Result<Run> {
+    fn copy(&self, made: Made) -> Result<process::Run> {
         thread::sleep(SETTLE);
         process::run(self.copy_command(made), payload::TEXT, LIMIT, |_| Ok(()))
     }
@@ -198,11 +197,4 @@ impl Bench<'_> {
     fn template(&self, name: &str) -> String {
         format!("{name}-{}-{}", self.case.memory_mib, self.case.vcpus)
     }
-}
-
-/// The time of a step in the report, since the start of the command, in nanoseconds.
-fn step(run: &Run, name: &str) -> Result<u64> {
-    let mut steps = run.messages.lines().filter_map(Step::parse);
-    let found = steps.find(|step| step.name == name);
-    Ok(found.with_context(|| format!("no time of {name:?} in: {}", run.messages))?.ns)
 }

@@ -8,7 +8,6 @@ use super::process;
 use super::run::{Images, READY};
 use super::vmms::{Kind, Task};
 use crate::profile::boots::INIT;
-use crate::profile::run::Step;
 use anyhow::{Context, Result, ensure};
 use kindling_vmm::Instant;
 use rustix::process::geteuid;
@@ -223,9 +222,7 @@ impl Bench<'_> {
         if !self.vmm.kind.is_kindling() {
             return Ok(run.seen.since(run.spawned));
         }
-        let mut steps = run.messages.lines().filter_map(Step::parse);
-        let init = steps.find(|step| step.name == INIT);
-        Ok(init.with_context(|| format!("no time of init in: {}", run.messages))?.ns)
+        run.step(INIT)
     }
 
     /// Runs several guests at once; returns the nanoseconds for each.

@@ -1,6 +1,7 @@
 //! One run of a monitor's process: spawns it, timestamps its output on the clock of all measurements, and guarantees
 //! that it has ended.
 
+use crate::profile::run::Step;
 use anyhow::{Context, Result, anyhow, bail};
 use kindling_vmm::Instant;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -26,6 +27,15 @@ pub(super) struct Run {
     pub(super) console: String,
     /// Its standard error.
     pub(super) messages: String,
+}
+
+impl Run {
+    /// The time of a step in the report of a guest, since the start of the command, in nanoseconds.
+    pub(super) fn step(&self, name: &str) -> Result<u64> {
+        let mut steps = self.messages.lines().filter_map(Step::parse);
+        let found = steps.find(|step| step.name == name);
+        Ok(found.with_context(|| format!("no time of {name:?} in: {}", self.messages))?.ns)
+    }
 }
 
 /// Time without output after which a progress line is printed: a lab whose clock has stopped prints nothing. Successful

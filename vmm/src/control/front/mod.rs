@@ -66,15 +66,19 @@ impl Monitor {
             .env_clear()
             .current_dir("/")
             .spawn()?;
-        Ok(Self {
-            channel: Channel::with_frame_timeout(ours, FRAME_TIMEOUT),
-            process: Mutex::new(Some(Process::Child(process))),
+        Ok(Self::with(ours, Process::Child(process), None))
+    }
+
+    fn with(socket: UnixStream, process: Process, stderr: Option<OwnedFd>) -> Self {
+        Self {
+            channel: Channel::with_frame_timeout(socket, FRAME_TIMEOUT),
+            process: Mutex::new(Some(process)),
             kept: Kept::default(),
             events: Mutex::default(),
             is_detached: false,
             cgroup: None,
-            stderr: None,
-        })
+            stderr,
+        }
     }
 
     /// Takes the spare monitor of this name. Returns `None` if there is none, or another process has taken it.
@@ -83,19 +87,12 @@ impl Monitor {
     pub fn take_spare(name: &str) -> Option<Self> {
         let stream = waiting::take(name)?;
         let (stderr, its_stderr) = io::pipe().ok()?;
-        Some(Self {
-            process: Mutex::new(Some(Process::of_peer(&stream, stderr).ok()?)),
-            channel: Channel::with_frame_timeout(stream, FRAME_TIMEOUT),
-            kept: Kept::default(),
-            events: Mutex::default(),
-            is_detached: false,
-            cgroup: None,
-            stderr: Some(its_stderr.into()),
-        })
+        let process = Process::of_peer(&stream, stderr).ok()?;
+        Some(Self::with(stream, process, Some(its_stderr.into())))
     }
 
     /// Starts a spare monitor of this name, unless it exists. It waits for a front with this configuration of machine, boot
-    /// source, devices and jail, at most for the time `idle`. If it cannot build the machine, it ends without a word. It does
+    /// source, devices and jail, at most for the time `idle`. If it cannot build the machine, it ends, and reports nothing. It does
     /// not end with this process; it is returned to be reaped.
     ///
     /// # Errors
