@@ -97,7 +97,7 @@ fn run(arguments: &Arguments, _: kindling::timeline::Instant) -> u8 {
 fn execute(arguments: &Arguments, interruption: &Interruption) -> Result<Option<CopyError>, CpError> {
     let options = CopyOptions { keeps_owners: arguments.archive, follows_link: arguments.follow_link };
     let (source, destination) = (Location::of(&arguments.source)?, Location::of(&arguments.destination)?);
-    let guest = |name: &str| Guest::open_running(name).map_err(CopyError::from);
+    let guest = |name: &str| Guest::open_responsive(name).map_err(CopyError::from);
     let started = |stream: &UnixStream| interruption.shuts_down(stream);
     match (&source, &destination) {
         (Location::Guest(name, path), Location::Host(to)) => {

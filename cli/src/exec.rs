@@ -61,7 +61,7 @@ fn run(arguments: &Arguments, _: kindling::timeline::Instant) -> u8 {
 }
 
 fn execute(arguments: &Arguments) -> Result<u8, CommandError> {
-    let guest = Guest::open_running(&arguments.name)?;
+    let guest = Guest::open_responsive(&arguments.name)?;
     let process = guest.exec(&arguments.options())?;
     // Before this, a signal ends this command and closes the connection to the process.
     let mut signals = Signals::block(false)?;

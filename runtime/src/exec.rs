@@ -61,7 +61,7 @@ pub struct ExecOptions {
 
 impl Guest {
     /// Starts a process, with control over its streams by the messages of the agent. [`Guest::command`] is the simpler
-    /// interface.
+    /// interface. A paused guest starts it when it is resumed.
     ///
     /// # Errors
     /// When the image has no such user, an environment file is invalid, or the guest's agent cannot be reached.

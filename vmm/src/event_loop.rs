@@ -2,7 +2,7 @@
 //! stop.
 
 use crate::bus::lock;
-use crate::control::{Answer, Control, Event, Query, Request, Statistics};
+use crate::control::{Answer, Asker, Control, Event, Query, Request, Statistics};
 use crate::devices::console::EscapeFilter;
 use crate::devices::serial::SerialPort;
 use crate::devices::virtio::{Transport, Watcher};
@@ -83,6 +83,10 @@ const RETRY: u64 = 4;
 const CONTROL: u64 = 6;
 /// The guest's agent accepts connections.
 const STARTED: u64 = 7;
+/// A connection to the socket of requests.
+const REQUESTS: u64 = 8;
+/// A request of the program with the number in the other bits.
+const REQUEST: u64 = 1 << 31;
 /// Interval of these attempts in nanoseconds.
 const RETRY_INTERVAL: u64 = 5_000_000;
 /// Maximum number of events per wait.
@@ -95,8 +99,8 @@ pub(crate) struct EventLoop {
     input: Option<Input>,
     /// The connection to the front-end process, if there is one.
     control: Option<Control>,
-    /// The number of a query that waits for all vCPUs to leave the guest.
-    pausing: Option<u32>,
+    /// The programs that wait for all vCPUs to leave the guest.
+    pausing: Vec<Asker>,
     /// Whether input waits for a port that was busy.
     retry: bool,
     devices: Vec<Arc<Mutex<Transport>>>,
@@ -139,7 +143,7 @@ impl EventLoop {
             epoll,
             input,
             control,
-            pausing: None,
+            pausing: Vec::new(),
             retry: false,
             devices,
             files,
@@ -151,6 +155,9 @@ impl EventLoop {
             watch(&this.epoll, control.as_fd(), CONTROL)?;
             if let Some(doorbell) = control.start_doorbell() {
                 watch(&this.epoll, doorbell, STARTED)?;
+            }
+            if let Some(requests) = &control.requests {
+                watch(&this.epoll, requests.as_fd(), REQUESTS)?;
             }
         }
         if let Some(input) = &mut this.input {
@@ -193,6 +200,8 @@ impl EventLoop {
                     _ if is_last => {}
                     STOP => return LoopEnd::Stopped,
                     CONTROL if !self.serve_control(vcpus) => return LoopEnd::Stopped,
+                    REQUESTS => self.accept_requests(),
+                    data if data & REQUEST != 0 => self.serve_request(data, vcpus),
                     MEMORY if self.has_lost_memory() => return LoopEnd::MemoryLost,
                     SOURCE | DRAINED if self.serve_input(serial, data.u64()) => {
                         return LoopEnd::TerminalEscape;
@@ -258,7 +267,7 @@ impl EventLoop {
         let earliest = self.deadlines.iter().flatten().min();
         let until = earliest.map(|deadline| deadline.0.saturating_sub(Instant::now().0));
         let retry = self.retry.then_some(RETRY_INTERVAL);
-        let kick = self.pausing.map(|_| u64::from(KICK_INTERVAL.subsec_nanos()));
+        let kick = (!self.pausing.is_empty()).then_some(u64::from(KICK_INTERVAL.subsec_nanos()));
         let nanoseconds = until.into_iter().chain(retry).chain(kick).min()?;
         let (seconds, rest) = (nanoseconds / 1_000_000_000, nanoseconds % 1_000_000_000);
         Some(Timespec { tv_sec: seconds.try_into().ok()?, tv_nsec: rest.try_into().ok()? })
@@ -306,7 +315,7 @@ impl EventLoop {
         let Some(control) = &mut self.control else { return true };
         match control.receive() {
             Some(Request::SetBalloon(mib)) => control.set_balloon(mib),
-            Some(Request::Query(number, query)) => self.serve_query(number, query, vcpus),
+            Some(Request::Query(number, query)) => self.serve_query(Asker::Front(number), query, vcpus),
             None if control.is_detached() => {
                 let _ = epoll::delete(&self.epoll, control.as_fd());
             }
@@ -324,36 +333,62 @@ impl EventLoop {
         true
     }
 
-    fn serve_query(&mut self, number: u32, query: Query, vcpus: &VcpuThreads) {
-        let Some(control) = &self.control else { return };
+    /// Accepts the connection of another program.
+    fn accept_requests(&mut self) {
+        let Some(requests) = self.control.as_mut().and_then(|control| control.requests.as_mut()) else {
+            return;
+        };
+        if let Some((number, client)) = requests.accept() {
+            // Without the watch, the program waits in vain.
+            let _ = watch(&self.epoll, client, REQUEST | u64::from(number));
+        }
+    }
+
+    /// Serves the request of another program.
+    fn serve_request(&mut self, data: u64, vcpus: &VcpuThreads) {
+        let Ok(number) = u32::try_from(data & !REQUEST) else { return };
+        let requests = self.control.as_mut().and_then(|control| control.requests.as_mut());
+        if let Some(query) = requests.and_then(|requests| requests.receive(number)) {
+            self.serve_query(Asker::Other(number), query, vcpus);
+        }
+    }
+
+    fn serve_query(&mut self, asker: Asker, query: Query, vcpus: &VcpuThreads) {
+        let Some(control) = &mut self.control else { return };
         match query {
             Query::Pause => {
                 vcpus.pause();
                 vcpus.kick();
-                self.pausing = Some(number);
+                if !self.pausing.contains(&asker) {
+                    self.pausing.push(asker);
+                }
             }
             Query::Resume => {
                 vcpus.resume();
-                self.pausing = None;
-                control.answer(number, Answer::Done);
+                // Those that wait for a pause have had one.
+                self.pausing.drain(..).for_each(|asker| control.answer(asker, Answer::Done));
+                control.answer(asker, Answer::Done);
             }
             Query::Statistics => {
                 let device_failures =
                     self.devices.iter().filter_map(|device| lock(device).failure()).collect();
                 let (is_paused, balloon) = (vcpus.is_paused(), control.balloon_statistics());
                 let statistics = Statistics { is_paused, balloon, device_failures };
-                control.answer(number, Answer::Statistics(Box::new(statistics)));
+                control.answer(asker, Answer::Statistics(Box::new(statistics)));
             }
-            Query::Detach => control.answer(number, Answer::Done),
+            Query::Detach => control.answer(asker, Answer::Done),
         }
     }
 
-    /// Answers a query to pause when all vCPUs have left the guest, and interrupts those that have not.
+    /// Answers queries to pause when all vCPUs have left the guest, and interrupts those that have not.
     fn finish_pause(&mut self, vcpus: &VcpuThreads) {
-        let Some(number) = self.pausing else { return };
+        if self.pausing.is_empty() {
+            return;
+        }
         if vcpus.is_paused() {
-            self.pausing = None;
-            self.control.iter().for_each(|control| control.answer(number, Answer::Done));
+            if let Some(control) = &mut self.control {
+                self.pausing.drain(..).for_each(|asker| control.answer(asker, Answer::Done));
+            }
         } else {
             vcpus.kick();
         }

@@ -3,6 +3,7 @@
 pub(crate) mod inspect;
 pub(crate) mod kill;
 pub(crate) mod logs;
+pub(crate) mod pause;
 pub(crate) mod port;
 pub(crate) mod ps;
 pub(crate) mod rm;

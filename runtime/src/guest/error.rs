@@ -53,6 +53,9 @@ pub enum GuestError {
     /// The guest has ended, and the operation needs a running one.
     #[error("the guest {0} has ended; `kindling rm {0}` removes it")]
     Ended(String),
+    /// The guest is paused, and the operation needs its response.
+    #[error("the guest {0} is paused; `kindling resume {0}` lets it continue")]
+    Paused(String),
     /// Other users can change the directory of guests.
     #[error(
         "cannot use the directory of guests; set XDG_RUNTIME_DIR to a directory that only you can change"

@@ -5,12 +5,15 @@ mod abandoned;
 mod error;
 mod files;
 pub(crate) mod owner;
+mod pause;
 mod process;
+mod state;
 mod stop;
 mod usage;
 
 pub use error::GuestError;
 pub use process::Process;
+pub use state::State;
 pub use stop::StopRequest;
 pub use usage::Usage;
 
@@ -18,11 +21,11 @@ use crate::image::User;
 use crate::network::PortForward;
 use abandoned::temporary_name;
 use files::{is_locked, read_record};
+use kindling_vmm::control::{Endpoints, listen};
 use owner::Owner;
 use rustix::fs::{FlockOperation, Mode, OFlags, fcntl_lock, flock, mkdir, open};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
-use std::fmt;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -98,6 +101,10 @@ const RECORD: &str = "guest.json";
 const STATUS: &str = "status";
 const NO_STATUS: &str = "    ";
 pub(crate) const SOCKET: &str = "vsock";
+/// The socket at which the monitor accepts requests of other programs than the front.
+const REQUESTS: &str = "requests";
+/// Exists while the guest is paused.
+const PAUSED: &str = "paused";
 /// Messages of the front of a detached guest.
 const REPORT: &str = "report";
 
@@ -218,15 +225,26 @@ impl GuestDir {
         write().map_err(host("write", &path))
     }
 
-    /// Creates the file that the monitor locks. It is opened for reading: a monitor that its guest has taken over could
-    /// fill the runtime directory, which is in memory.
+    /// Creates what other processes find the monitor by: its request socket, and the file that it locks. The file is opened
+    /// for reading: a monitor that its guest has taken over could fill the runtime directory, which is in memory.
     ///
     /// # Errors
-    /// When the file cannot be created.
-    pub fn monitor_lock(&self) -> Result<OwnedFd, GuestError> {
+    /// When a file cannot be created.
+    pub(crate) fn endpoints(&self) -> Result<Endpoints, GuestError> {
         let path = self.folder.join(MONITOR);
         let flags = OFlags::CREATE | OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        open(&path, flags, Mode::from_raw_mode(0o600)).map_err(|error| host("create", &path)(error.into()))
+        let lock = open(&path, flags, Mode::from_raw_mode(0o600))
+            .map_err(|error| host("create", &path)(error.into()))?;
+        let path = self.folder.join(REQUESTS);
+        let requests = match listen(&path) {
+            // The socket of a monitor that could not start the guest.
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+                std::fs::remove_file(&path).and_then(|()| listen(&path))
+            }
+            result => result,
+        };
+        let requests = requests.map_err(host("create", &path))?;
+        Ok(Endpoints { lock: Some(lock), requests: Some(requests) })
     }
 
     /// Creates the file for messages of a detached guest, which [`Guest::report`] returns.
@@ -381,66 +399,6 @@ impl Guest {
     /// Returns the path of the Unix socket of the guest's vsock.
     pub fn socket(&self) -> PathBuf {
         self.folder.join(SOCKET)
-    }
-}
-
-/// The state of a guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum State {
-    /// The guest runs.
-    Running,
-    /// The guest has ended with this exit status.
-    Exited(u8),
-    /// The guest has ended, and its exit status is unknown.
-    Dead,
-}
-
-impl State {
-    /// Returns the name of the state, without an exit status.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Running => "running",
-            Self::Exited(_) => "exited",
-            Self::Dead => "dead",
-        }
-    }
-}
-
-impl fmt::Display for State {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())?;
-        if let Self::Exited(status) = self { write!(f, " {status}") } else { Ok(()) }
-    }
-}
-
-impl Guest {
-    /// Returns the state of the guest, as of the time when it was opened.
-    #[must_use]
-    pub const fn state(&self) -> State {
-        match (self.is_alive, self.record.status) {
-            (true, _) => State::Running,
-            (false, Some(status)) => State::Exited(status),
-            (false, None) => State::Dead,
-        }
-    }
-
-    /// Waits for the end of the guest. Returns its exit status.
-    ///
-    /// # Errors
-    /// When the exit status is unknown, for instance because the guest's directory was removed at its end.
-    pub fn wait(&self) -> Result<u8, GuestError> {
-        if let Some(process) = self.front()?.map_or_else(|| self.monitor(), |front| Ok(Some(front)))? {
-            process.wait(None);
-        }
-        let unknown = |why| GuestError::NoStatus(self.name.clone(), why);
-        match Self::open(&self.name).map(|guest| guest.state()) {
-            Ok(State::Exited(status)) => Ok(status),
-            Ok(State::Dead) => Err(unknown("the kindling process that ran it crashed or was killed")),
-            Ok(State::Running) => Err(unknown("it was removed, and a new guest has its name")),
-            Err(GuestError::Unknown(_)) => Err(unknown("its directory was removed at its end")),
-            Err(error) => Err(error),
-        }
     }
 }
 

@@ -2,12 +2,12 @@
 
 use super::{Guest, GuestDir, GuestError, GuestRecord};
 use kindling_vmm::Timeline;
-use kindling_vmm::control::{Monitor, Statistics};
+use kindling_vmm::control::Monitor;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 /// Time limit for the monitor's response to a request.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+pub(super) const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Monitor and directory of a guest of the calling program. Dropping it ends the guest and removes the directory.
 #[derive(Debug)]
@@ -32,32 +32,6 @@ impl Guest {
     #[must_use]
     pub fn timeline(&self) -> Option<&Timeline> {
         self.owner.as_ref().map(|owner| &owner.timeline)
-    }
-
-    /// Pauses the guest: returns when no vCPU executes it. Memory stays allocated, connections wait, and the guest's clocks
-    /// continue. No effect if the guest is paused already.
-    ///
-    /// # Errors
-    /// When another process started the guest, or its monitor has ended or does not respond within 30 seconds.
-    pub fn pause(&self) -> Result<(), GuestError> {
-        Ok(self.owned_monitor()?.pause(Instant::now() + ANSWER_TIMEOUT)?)
-    }
-
-    /// Resumes a paused guest.
-    ///
-    /// # Errors
-    /// Those of [`Self::pause`].
-    pub fn resume(&self) -> Result<(), GuestError> {
-        Ok(self.owned_monitor()?.resume(Instant::now() + ANSWER_TIMEOUT)?)
-    }
-
-    /// Returns whether the guest is paused, which of its devices have failed, and the statistics of its balloon.
-    /// [`Self::usage`] returns what the guest uses of the host.
-    ///
-    /// # Errors
-    /// Those of [`Self::pause`].
-    pub fn statistics(&self) -> Result<Statistics, GuestError> {
-        Ok(self.owned_monitor()?.statistics(Instant::now() + ANSWER_TIMEOUT)?)
     }
 
     /// Detaches the guest from the calling program, so that it continues to run after the program's end. [`Guest::open`]
@@ -92,8 +66,12 @@ impl Guest {
         Ok(())
     }
 
+    /// The monitor, if the calling program has started the guest and not detached it.
+    pub(super) fn own_monitor(&self) -> Option<&Monitor> {
+        self.owner.as_ref()?.monitor.as_ref()
+    }
+
     pub(crate) fn owned_monitor(&self) -> Result<&Monitor, GuestError> {
-        let monitor = self.owner.as_ref().and_then(|owner| owner.monitor.as_ref());
-        monitor.ok_or_else(|| GuestError::NotOwned(self.name.clone()))
+        self.own_monitor().ok_or_else(|| GuestError::NotOwned(self.name.clone()))
     }
 }

@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 
 /// Minimum time for a guest to end after its last payload has exited.
 const UNMOUNT_TIMEOUT: Duration = Duration::from_secs(2);
+/// Time limit to resume a guest that is paused when it is requested to end.
+const RESUME_TIMEOUT: Duration = Duration::from_secs(2);
 const SIGTERM: u8 = 15;
 const SIGKILL: u8 = 9;
 
@@ -25,13 +27,17 @@ pub struct StopRequest<'a> {
 }
 
 impl Guest {
-    /// Requests the end of the guest, and does not wait. The guest's command gets the image's stop signal, by default
+    /// Requests the end of the guest, and does not wait. A paused guest is resumed. The guest's command gets the image's stop signal, by default
     /// SIGTERM; a guest without a command unmounts its volumes and ends. A guest whose image's stop signal is SIGKILL is
     /// killed.
     ///
     /// # Errors
     /// When the guest runs in another PID namespace, or the host cannot open a process of the guest.
     pub fn request_stop(&self) -> Result<StopRequest<'_>, GuestError> {
+        if self.is_paused() {
+            // A guest that does not continue is killed after the time limit.
+            let _ = self.resume_before(Instant::now() + RESUME_TIMEOUT);
+        }
         let request = |process, payload| StopRequest { guest: self, process, payload };
         if self.record.is_embedded {
             let process = self.monitor()?;

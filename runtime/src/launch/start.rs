@@ -171,14 +171,14 @@ impl<'a> Launch<'a> {
         {
             notify(&with_causes(&refusal));
         }
-        let lock = Some(self.guest.monitor_lock()?);
+        let endpoints = self.guest.endpoints()?;
         match &self.snapshot {
             Some(file) => {
                 let file =
                     file.try_clone().map_err(|error| LaunchError::Host("duplicate a descriptor", error))?;
-                monitor.start_for_snapshot(&self.config, resources, lock, timeline, file)?;
+                monitor.start_for_snapshot(&self.config, resources, endpoints, timeline, file)?;
             }
-            None => monitor.start(&self.config, resources, lock, timeline)?,
+            None => monitor.start(&self.config, resources, endpoints, timeline)?,
         }
         if !monitor.is_spare() {
             self.ports = None;

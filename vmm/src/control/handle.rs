@@ -1,6 +1,7 @@
 //! The monitor's connection to its front while the machine runs.
 
 use super::channel::Channel;
+use super::requests::Requests;
 use super::{Answer, BalloonStatistics, EVENT_MAX, Event, Query, REQUEST_MAX, Request};
 use crate::devices::virtio::balloon;
 use crate::error::Error;
@@ -20,6 +21,17 @@ pub(crate) struct Control {
     start: Option<Start>,
     /// Set when the front has detached: the machine continues when the socket is closed.
     detached: Option<Detached>,
+    /// The socket of requests of other programs.
+    pub(crate) requests: Option<Requests>,
+}
+
+/// The program that waits for the answer to a query.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Asker {
+    /// The front, with the number of its query.
+    Front(u32),
+    /// The program with this number at the request socket.
+    Other(u32),
 }
 
 /// The pending notification that the guest's agent accepts connections.
@@ -53,7 +65,7 @@ impl Control {
     /// When the host has no descriptor left.
     pub(super) fn new(channel: &Channel, balloon: Option<balloon::Control>) -> Result<Self, Error> {
         let channel = channel.try_clone().map_err(Error::host("duplicate a socket"))?;
-        Ok(Self { channel, balloon, start: None, detached: None })
+        Ok(Self { channel, balloon, start: None, detached: None, requests: None })
     }
 
     /// Sends the event [`Event::Started`] after the returned function was called, by the thread of a vCPU.
@@ -111,8 +123,13 @@ impl Control {
     }
 
     /// Answers a query.
-    pub(crate) fn answer(&self, number: u32, answer: Answer) {
-        self.send(&Event::Answer(number, answer));
+    pub(crate) fn answer(&mut self, asker: Asker, answer: Answer) {
+        match asker {
+            Asker::Front(number) => self.send(&Event::Answer(number, answer)),
+            Asker::Other(number) => {
+                self.requests.iter_mut().for_each(|requests| requests.answer(number, &answer));
+            }
+        }
     }
 
     /// Writes the exit status to the guest's directory, if the front has detached.

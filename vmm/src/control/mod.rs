@@ -9,12 +9,14 @@ pub(crate) mod channel;
 mod front;
 mod handle;
 mod monitor;
+mod requests;
 mod waiting;
 
 pub use channel::ControlError;
-pub use front::{Monitor, PrebootDraft, Stopper};
-pub(crate) use handle::Control;
+pub use front::{Endpoints, Monitor, PrebootDraft, Stopper};
+pub(crate) use handle::{Asker, Control};
 pub use monitor::serve;
+pub use requests::{Requester, listen};
 
 use crate::config::Config;
 use crate::devices::virtio::backend::BackendKind;
@@ -102,6 +104,8 @@ pub(crate) enum Role {
     Lock,
     /// The socket at which a spare monitor waits for its front.
     Listener,
+    /// The socket of requests of other programs.
+    Requests,
     /// The standard error of a spare monitor from here on.
     Stderr,
     /// A descriptor of a device's backend.
@@ -188,4 +192,6 @@ const EVENT_MAX: usize = 256 << 10;
 pub fn decode(bytes: &[u8]) {
     let _ = postcard::from_bytes::<Request>(bytes);
     let _ = postcard::from_bytes::<Event>(bytes);
+    let _ = requests::query_of(bytes);
+    let _ = postcard::from_bytes::<Answer>(bytes);
 }

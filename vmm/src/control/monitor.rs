@@ -1,6 +1,7 @@
 //! The monitor's end of the socket: the program `kindling-vmm`.
 
 use super::channel::Channel;
+use super::requests::Requests;
 use super::waiting::Waiting;
 use super::{Control, ControlError, EVENT_MAX, Event, Failure, PROTOCOL, REQUEST_MAX, Request, Role, Start};
 use crate::boot::BootFiles;
@@ -71,7 +72,7 @@ fn answer(
 /// Runs a machine.
 fn run(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result<(), Error> {
     let received = Received::new(&start, descriptors)?.with_boot_files(&start.config)?;
-    let Received { resources, _lock, limits, .. } = received;
+    let Received { resources, _lock, limits, requests, .. } = received;
     let Start { config, mut timeline, .. } = start;
     timeline.reached("configuration received");
     entry::raise_descriptor_limit();
@@ -79,7 +80,7 @@ fn run(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result<(),
     timeline.reached("process confined");
     let machine = Machine::with_resources(&config, resources, timeline, Purpose::Run)?;
     report_refusal(&machine, channel);
-    run_machine(machine, config.jail, channel)
+    run_machine(machine, config.jail, channel, requests)
 }
 
 /// A spare machine in its jail.
@@ -121,7 +122,7 @@ fn run_spare(
     descriptors: Vec<OwnedFd>,
     channel: &Channel,
 ) -> Result<(), Error> {
-    let Received { resources, _lock, limits, .. } = Received::new(&start, descriptors)?;
+    let Received { resources, _lock, limits, requests, .. } = Received::new(&start, descriptors)?;
     let Start { config, mut timeline, .. } = start;
     let JailedSpare { spare, jail, missing } = spare;
     timeline.reached("configuration received");
@@ -133,7 +134,7 @@ fn run_spare(
     // Until here, files in memory are mapped twice.
     jail.limit_process(limits).map_err(|error| of_spare(error.into()))?;
     machine.timeline.reached("process confined");
-    run_machine(machine, jail, channel)
+    run_machine(machine, jail, channel, requests)
 }
 
 /// The error of a spare machine: the guest may start in another, unless its configuration or a device is at fault.
@@ -159,9 +160,10 @@ fn report_refusal(machine: &Machine, channel: &Channel) {
     }
 }
 
-/// Connects a machine to its front, which is told when init accepts connections.
-fn connect(machine: &mut Machine, channel: &Channel) -> Result<(), Error> {
+/// Connects a machine to its front, which is told when init accepts connections, and to the socket of other programs.
+fn connect(machine: &mut Machine, channel: &Channel, requests: Option<OwnedFd>) -> Result<(), Error> {
     let mut control = Control::new(channel, machine.devices.balloon.clone())?;
+    control.requests = requests.map(Requests::new);
     let started = control.send_at_start(machine.timeline.clone())?;
     machine.at_mark(BootMark::AgentReady, started);
     machine.control = Some(control);
@@ -169,8 +171,13 @@ fn connect(machine: &mut Machine, channel: &Channel) -> Result<(), Error> {
 }
 
 /// Runs a machine until it ends, and reports the result.
-fn run_machine(mut machine: Machine, jail: Jail, channel: &Channel) -> Result<(), Error> {
-    connect(&mut machine, channel)?;
+fn run_machine(
+    mut machine: Machine,
+    jail: Jail,
+    channel: &Channel,
+    requests: Option<OwnedFd>,
+) -> Result<(), Error> {
+    connect(&mut machine, channel, requests)?;
     machine.jail = jail;
     let (exit, stopped) = machine.start()?.wait_for_end();
     // If the front has closed the socket, the machine has stopped for that reason, and there is no receiver.
@@ -185,7 +192,7 @@ fn run_machine(mut machine: Machine, jail: Jail, channel: &Channel) -> Result<()
 /// Runs a machine up to its snapshot.
 fn snapshot(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result<(), Error> {
     let received = Received::new(&start, descriptors)?.with_boot_files(&start.config)?;
-    let Received { resources, _lock, limits, snapshot, .. } = received;
+    let Received { resources, _lock, limits, snapshot, requests, .. } = received;
     let file = snapshot.ok_or_else(|| missing("receive the file for the snapshot"))?;
     let Start { config, mut timeline, .. } = start;
     timeline.reached("configuration received");
@@ -202,7 +209,7 @@ fn snapshot(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Resul
     let trials = resources.for_trials().map_err(Error::host("duplicate a descriptor"))?;
     let mut machine = Machine::with_resources(&config, resources, timeline, purpose)?;
     report_refusal(&machine, channel);
-    connect(&mut machine, channel)?;
+    connect(&mut machine, channel, requests)?;
     let path = Path::new("the snapshot");
     let control = || Control::new(channel, None);
     let draft = Draft { file: &file, path, resources: &trials, msrs: &msrs, control: &control };
@@ -253,6 +260,8 @@ struct Received {
     listener: Option<OwnedFd>,
     /// The file for a snapshot.
     snapshot: Option<File>,
+    /// The socket of requests of other programs.
+    requests: Option<OwnedFd>,
 }
 
 impl Received {
@@ -262,7 +271,8 @@ impl Received {
             return Err(missing("receive as many descriptors and backends as the request lists"));
         }
         let (mut resources, mut lock, mut devices) = (Resources::default(), None, Vec::new());
-        let (mut kernel, mut initrd, mut listener, mut snapshot) = (None, None, None, None);
+        let (mut kernel, mut initrd, mut snapshot) = (None, None, None);
+        let (mut listener, mut requests) = (None, None);
         for (role, descriptor) in roles.iter().zip(descriptors) {
             match role {
                 Role::Kvm => resources.kvm = Some(descriptor),
@@ -276,6 +286,7 @@ impl Received {
                     lock = Some(descriptor);
                 }
                 Role::Listener => listener = Some(descriptor),
+                Role::Requests => requests = Some(descriptor),
                 Role::Snapshot => snapshot = Some(File::from(descriptor)),
                 Role::Stderr => {
                     // Without it, the front does not get the reason of a crash.
@@ -307,7 +318,7 @@ impl Received {
             return Err(missing("find a device for each descriptor"));
         }
         let limits = Limits { file: Some(file), memory: Some(memory) };
-        Ok(Self { resources, limits, _lock: lock, listener, snapshot })
+        Ok(Self { resources, limits, _lock: lock, listener, snapshot, requests })
     }
 
     /// Checks that all descriptors from which a machine is built are there: paths in the configuration are not opened.

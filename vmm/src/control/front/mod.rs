@@ -52,6 +52,15 @@ pub struct Monitor {
     stderr: Option<OwnedFd>,
 }
 
+/// How other programs find a monitor.
+#[derive(Debug, Default)]
+pub struct Endpoints {
+    /// A file that the monitor locks while it lives: fcntl(2) returns the process ID of the lock's owner.
+    pub lock: Option<OwnedFd>,
+    /// The socket of [`listen`](super::listen).
+    pub requests: Option<OwnedFd>,
+}
+
 impl Monitor {
     /// Starts the process, which waits for its first request.
     ///
@@ -138,8 +147,7 @@ impl Monitor {
         Ok(())
     }
 
-    /// Starts a machine with opened resources. The monitor locks the file `lock`, so that other processes can find the
-    /// monitor. [`Event::Started`], [`Event::Stopped`] or [`Event::Failed`] follows.
+    /// Starts a machine with opened resources. [`Event::Started`], [`Event::Stopped`] or [`Event::Failed`] follows.
     ///
     /// # Errors
     /// When a process that was started for a device fails, the host has no descriptor left, or the monitor has exited.
@@ -147,12 +155,13 @@ impl Monitor {
         &mut self,
         config: &Config,
         resources: Resources,
-        lock: Option<OwnedFd>,
+        endpoints: Endpoints,
         timeline: Timeline,
     ) -> Result<(), Error> {
         let stderr = self.stderr.as_ref().map(OwnedFd::try_clone).transpose();
         let stderr = stderr.map_err(Error::host("duplicate a descriptor"))?;
-        let descriptors = [(Role::Lock, lock), (Role::Stderr, stderr)];
+        let Endpoints { lock, requests } = endpoints;
+        let descriptors = [(Role::Lock, lock), (Role::Requests, requests), (Role::Stderr, stderr)];
         self.send_start(config, resources, descriptors, timeline, Request::Start)
     }
 
@@ -166,11 +175,13 @@ impl Monitor {
         &mut self,
         config: &Config,
         resources: Resources,
-        lock: Option<OwnedFd>,
+        endpoints: Endpoints,
         timeline: Timeline,
         file: File,
     ) -> Result<(), Error> {
-        let descriptors = [(Role::Lock, lock), (Role::Snapshot, Some(file.into()))];
+        let Endpoints { lock, requests } = endpoints;
+        let file = (Role::Snapshot, Some(file.into()));
+        let descriptors = [(Role::Lock, lock), (Role::Requests, requests), file];
         self.send_start(config, resources, descriptors, timeline, Request::Snapshot)
     }
 

@@ -1,0 +1,271 @@
+//! The request socket of a monitor, by which programs other than its front ask for something: to pause the guest, for instance.
+//!
+//! A request is one packet of a SOCK_SEQPACKET socket (unix(7)), and so is its answer, so that the monitor never waits for the
+//! rest of a request. The directory of the socket's file determines who can connect. A program that asks trusts the answer no
+//! more than a front does: the guest may have taken the monitor over.
+
+use super::{Answer, ControlError, EVENT_MAX, PROTOCOL, Query, Statistics};
+use crate::poll::wait_readable;
+use rustix::io::{Errno, retry_on_intr};
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect,
+    listen as start_listening, recv, send, socket_with,
+};
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::time::Instant;
+
+/// Maximum number of programs that are connected. A further one takes the place of the first.
+const CLIENTS_MAX: usize = 8;
+/// Programs that connect at the same time.
+const BACKLOG: i32 = 16;
+/// Length of the buffer for a request in bytes: the longest is shorter.
+const LENGTH_MAX: usize = 64;
+
+/// Creates the request socket of a monitor that will be started.
+///
+/// # Errors
+/// When the file exists, or the host cannot create it.
+pub fn listen(path: &Path) -> io::Result<OwnedFd> {
+    let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, FLAGS, None)?;
+    bind(&socket, &SocketAddrUnix::new(path)?)?;
+    start_listening(&socket, BACKLOG)?;
+    Ok(socket)
+}
+
+const FLAGS: SocketFlags = SocketFlags::CLOEXEC.union(SocketFlags::NONBLOCK);
+
+/// A connection to the request socket of another program's monitor.
+#[derive(Debug)]
+pub struct Requester(OwnedFd);
+
+impl Requester {
+    /// Connects to the socket with this file.
+    ///
+    /// # Errors
+    /// When there is none, its monitor has ended, or too many programs are connecting.
+    pub fn connect(path: &Path) -> io::Result<Self> {
+        let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, FLAGS, None)?;
+        connect(&socket, &SocketAddrUnix::new(path)?)?;
+        Ok(Self(socket))
+    }
+
+    /// Pauses the machine, as [`Monitor::pause`](super::Monitor::pause) does.
+    ///
+    /// # Errors
+    /// When the monitor is of another version, has ended, or does not answer before `until`.
+    pub fn pause(&self, until: Instant) -> Result<(), ControlError> {
+        self.ask(Query::Pause, until).map(drop)
+    }
+
+    /// Resumes the machine.
+    ///
+    /// # Errors
+    /// As [`Self::pause`].
+    pub fn resume(&self, until: Instant) -> Result<(), ControlError> {
+        self.ask(Query::Resume, until).map(drop)
+    }
+
+    /// Requests the statistics of the machine.
+    ///
+    /// # Errors
+    /// As [`Self::pause`].
+    pub fn statistics(&self, until: Instant) -> Result<Statistics, ControlError> {
+        match self.ask(Query::Statistics, until)? {
+            Answer::Statistics(statistics) => Ok(*statistics),
+            Answer::Done => Err(ControlError::Version),
+        }
+    }
+
+    /// Sends a query and waits for its answer.
+    fn ask(&self, query: Query, until: Instant) -> Result<Answer, ControlError> {
+        let request = postcard::to_extend(&(PROTOCOL, query), Vec::new())?;
+        match retry_on_intr(|| send(&self.0, &request, SendFlags::NOSIGNAL)) {
+            Err(Errno::PIPE | Errno::CONNRESET) => return Err(ControlError::Ended),
+            result => _ = result?,
+        }
+        if !wait_readable(self.0.as_fd(), Some(until))? {
+            return Err(ControlError::Timeout);
+        }
+        let mut answer = vec![0; EVENT_MAX];
+        match retry_on_intr(|| recv(&self.0, &mut answer[..], RecvFlags::TRUNC)) {
+            // A monitor closes the connection at its end, and if it does not know the request.
+            Ok((_, 0)) | Err(Errno::CONNRESET) => Err(ControlError::Ended),
+            Ok((_, length)) if length > answer.len() => Err(ControlError::TooLong(length)),
+            result => Ok(postcard::from_bytes(&answer[..result?.1])?),
+        }
+    }
+}
+
+/// The monitor's end: the socket, and the programs that are connected.
+#[derive(Debug)]
+pub(crate) struct Requests {
+    listener: OwnedFd,
+    /// In the order of their numbers.
+    clients: VecDeque<(u32, OwnedFd)>,
+    /// The number of the next program. Numbers are not used again for a long time, so that an answer does not go to another one.
+    next: u32,
+}
+
+impl AsFd for Requests {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+}
+
+impl Requests {
+    pub(crate) const fn new(listener: OwnedFd) -> Self {
+        Self { listener, clients: VecDeque::new(), next: 0 }
+    }
+
+    /// Accepts a connection. Returns its number, which is below 2^31, and its descriptor.
+    pub(crate) fn accept(&mut self) -> Option<(u32, BorrowedFd<'_>)> {
+        let client = accept_with(&self.listener, FLAGS).ok()?;
+        if self.clients.len() >= CLIENTS_MAX {
+            self.clients.pop_front();
+        }
+        let number = self.next;
+        self.next = (self.next + 1) % (1 << 31);
+        self.clients.push_back((number, client));
+        self.clients.back().map(|(number, client)| (*number, client.as_fd()))
+    }
+
+    /// Receives a query that has arrived. Returns `None` after closing the connection, if the program has closed it or sends
+    /// something else.
+    pub(crate) fn receive(&mut self, number: u32) -> Option<Query> {
+        let (_, client) = self.clients.iter().find(|(known, _)| *known == number)?;
+        let mut request = [0; LENGTH_MAX];
+        let query = match retry_on_intr(|| recv(client, &mut request[..], RecvFlags::TRUNC)) {
+            Ok((_, length)) if length <= LENGTH_MAX => query_of(&request[..length]),
+            _ => None,
+        };
+        if query.is_none() {
+            self.close(number);
+        }
+        query
+    }
+
+    /// Sends an answer. A program that has not read its earlier answers gets none.
+    pub(crate) fn answer(&mut self, number: u32, answer: &Answer) {
+        let Some((_, client)) = self.clients.iter().find(|(known, _)| *known == number) else { return };
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        let sent = postcard::to_extend(answer, Vec::new())
+            .map(|answer: Vec<u8>| retry_on_intr(|| send(client, &answer, flags)));
+        if !matches!(sent, Ok(Ok(_))) {
+            self.close(number);
+        }
+    }
+
+    fn close(&mut self, number: u32) {
+        self.clients.retain(|(known, _)| *known != number);
+    }
+}
+
+/// The query of a request, if it is of this version and complete. Only the front can detach.
+pub(super) fn query_of(request: &[u8]) -> Option<Query> {
+    let ((version, query), rest) = postcard::take_from_bytes::<(&str, Query)>(request).ok()?;
+    (version == PROTOCOL && rest.is_empty() && query != Query::Detach).then_some(query)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    /// A monitor's end, and how programs reach it.
+    fn pair() -> (Requests, std::path::PathBuf, tempfile::TempDir) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("requests");
+        (Requests::new(listen(&path).unwrap()), path, folder)
+    }
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(60)
+    }
+
+    #[test]
+    fn each_program_gets_its_answer() {
+        let (mut requests, path, _folder) = pair();
+        std::thread::scope(|scope| {
+            let path = &path;
+            let ask =
+                |query| scope.spawn(move || Requester::connect(path).unwrap().ask(query, soon()).unwrap());
+            let programs = [Query::Pause, Query::Statistics].map(|query| {
+                let program = ask(query);
+                wait_readable(requests.as_fd(), None).unwrap();
+                let (number, client) = requests.accept().unwrap();
+                wait_readable(client, None).unwrap();
+                assert_eq!(requests.receive(number), Some(query));
+                (number, program)
+            });
+            let [(pause, paused), (statistics, reported)] = programs;
+            requests.answer(statistics, &Answer::Statistics(Box::default()));
+            assert!(matches!(reported.join().unwrap(), Answer::Statistics(_)));
+            requests.answer(pause, &Answer::Done);
+            assert!(matches!(paused.join().unwrap(), Answer::Done));
+            // Both have closed their connections.
+            assert_eq!((requests.receive(pause), requests.receive(statistics)), (None, None));
+            assert!(requests.clients.is_empty());
+        });
+    }
+
+    #[test]
+    fn other_packets_close_the_connection() {
+        let (mut requests, path, _folder) = pair();
+        let valid = postcard::to_extend(&(PROTOCOL, Query::Resume), Vec::new()).unwrap();
+        let of_other_version = postcard::to_extend(&("0123456789abcdef", Query::Resume), Vec::new()).unwrap();
+        let detach = postcard::to_extend(&(PROTOCOL, Query::Detach), Vec::new()).unwrap();
+        let longer = [&valid[..], &[0]].concat();
+        for (packet, expected) in [
+            (&valid[..], Some(Query::Resume)),
+            (&of_other_version, None),
+            (&detach, None),
+            (&longer, None),
+            (&valid[..3], None),
+            (&[0; LENGTH_MAX], None),
+            (&[0; 10_000], None),
+            (&[], None),
+        ] {
+            let program = Requester::connect(&path).unwrap();
+            send(&program.0, packet, SendFlags::NOSIGNAL).unwrap();
+            let (number, _) = requests.accept().unwrap();
+            assert_eq!(requests.receive(number), expected, "{packet:?}");
+            assert_eq!(requests.clients.len(), usize::from(expected.is_some()));
+            requests.close(number);
+            assert!(matches!(program.ask(Query::Resume, soon()), Err(ControlError::Ended)));
+        }
+    }
+
+    #[test]
+    fn the_number_of_programs_is_bounded() {
+        let (mut requests, path, _folder) = pair();
+        let programs: Vec<_> = (0..=CLIENTS_MAX)
+            .map(|_| {
+                let program = Requester::connect(&path).unwrap();
+                assert!(requests.accept().is_some());
+                program
+            })
+            .collect();
+        assert_eq!(requests.clients.len(), CLIENTS_MAX);
+        assert!(matches!(programs[0].ask(Query::Pause, soon()), Err(ControlError::Ended)));
+        let program = &programs[CLIENTS_MAX];
+        assert!(matches!(program.ask(Query::Pause, Instant::now()), Err(ControlError::Timeout)));
+        let number = u32::try_from(CLIENTS_MAX).unwrap();
+        assert_eq!(requests.receive(number), Some(Query::Pause));
+        // An answer that is not read takes space; when there is none, the connection is closed.
+        while !requests.clients.is_empty() && requests.clients.iter().any(|(known, _)| *known == number) {
+            requests.answer(number, &Answer::Done);
+        }
+    }
+
+    #[test]
+    fn there_is_one_socket_of_a_name() {
+        let (requests, path, _folder) = pair();
+        assert_eq!(listen(&path).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        drop(requests);
+        let error = Requester::connect(&path).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
+    }
+}
