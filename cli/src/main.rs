@@ -48,6 +48,8 @@ const COMMANDS: Group = Group {
         &guests::kill::COMMAND,
         &guests::pause::PAUSE,
         &guests::pause::RESUME,
+        &guests::snapshot::COMMAND,
+        &run::restore::COMMAND,
         &guests::rm::COMMAND,
         &guests::inspect::COMMAND,
         &guests::stats::COMMAND,
@@ -165,7 +167,7 @@ mod tests {
     #[test]
     fn each_option_of_a_command_is_there_once_with_a_help_text() {
         let all = [helps(&COMMANDS), helps(&volume::COMMANDS), helps(&template::COMMANDS)].concat();
-        assert_eq!(all.len(), 28);
+        assert_eq!(all.len(), 30);
         for (name, text) in all {
             let options = text.lines().map(str::trim_start).filter(|line| line.starts_with('-'));
             let names = options.filter_map(|line| line.split("  ").next());

@@ -9,7 +9,6 @@ use crate::launch::{
 };
 use crate::template::Template;
 use kindling_vmm::Timeline;
-use kindling_vmm::config::Config;
 use kindling_vmm::control::{ControlError, Event, Monitor};
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -147,28 +146,25 @@ impl GuestBuilder {
     /// When an option is invalid, the kernel is missing, the host cannot run guests, or the guest is not ready within two
     /// minutes.
     pub fn start(self) -> Result<Guest, LaunchError> {
-        self.start_with(None).map(|(guest, _)| guest)
+        self.start_with(None)
     }
 
-    /// Starts the guest of a template, whose snapshot is written to a file. Returns the guest, the configuration of its machine, and
-    /// its image.
-    pub(crate) fn start_for_snapshot(mut self, file: File) -> Result<(Guest, Config, Image), LaunchError> {
+    /// Starts the guest of a template, whose snapshot is written to a file.
+    pub(crate) fn start_for_snapshot(mut self, file: File) -> Result<Guest, LaunchError> {
         self.options.uses_spares = false;
         self.options.forbid_in_template()?;
-        let image = self.image.clone();
-        let (guest, config) = self.start_with(Some(file))?;
-        Ok((guest, config, image))
+        self.start_with(Some(file))
     }
 
-    fn start_with(self, snapshot: Option<File>) -> Result<(Guest, Config), LaunchError> {
+    fn start_with(self, snapshot: Option<File>) -> Result<Guest, LaunchError> {
         // The monitor starts while this process prepares the guest.
         let monitor = (!self.options.uses_spares).then(launch::spawn_monitor).transpose()?;
         let directory = GuestDir::create_embedded(self.name.as_deref())?;
         let started = start_in(&directory, monitor, &self.image, &self.options, snapshot);
         match started.and_then(|started| Ok((started, Guest::open(directory.name())?))) {
-            Ok(((monitor, timeline, config), guest)) => {
+            Ok(((monitor, timeline), guest)) => {
                 let owner = Owner { monitor, directory: Some(directory), timeline };
-                Ok((Guest { owner: Some(owner), ..guest }, config))
+                Ok(Guest { owner: Some(owner), ..guest })
             }
             Err(error) => {
                 directory.remove();
@@ -178,14 +174,14 @@ impl GuestBuilder {
     }
 }
 
-/// Starts a guest in its monitor. Returns the monitor, the times of the steps, and the configuration of the machine.
+/// Starts a guest in its monitor. Returns the monitor, and the times of the steps.
 fn start_in(
     directory: &GuestDir,
     monitor: Option<Monitor>,
     image: &Image,
     options: &LaunchOptions,
     snapshot: Option<File>,
-) -> Result<(Option<Monitor>, Timeline, Config), LaunchError> {
+) -> Result<(Option<Monitor>, Timeline), LaunchError> {
     let timeline = Timeline::starting_at(kindling_vmm::Instant::now());
     let mut launch = Launch::new(options, directory, image.prepared())?;
     launch.snapshot = snapshot;
@@ -198,7 +194,7 @@ fn start_in(
         spare.start();
     }
     match started {
-        Started::Running(timeline) => Ok((launch.monitor, timeline, launch.config)),
+        Started::Running(timeline) => Ok((launch.monitor, timeline)),
         Started::Ended(MachineEnd::Stopped(exit)) => Err(LaunchError::Ended(exit.reason.to_string())),
         Started::Ended(MachineEnd::Lost(_)) if limit.is_over => {
             let seconds = START_TIMEOUT.as_secs();

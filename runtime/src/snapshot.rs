@@ -1,15 +1,19 @@
-//! Snapshots of guests, which become templates.
+//! Snapshots of guests: those that become templates, whose guest ends, and those of a guest that continues.
 
 use crate::GuestBuilder;
-use crate::guest::{Guest, GuestError};
+use crate::guest::origin::Origin;
+use crate::guest::{Guest, GuestError, GuestRecord};
 use crate::launch::{Failure, LaunchError};
 use crate::template::{Draft, Template, TemplateError};
 use kindling_vmm::agent::{AgentError, Process, ProcessEvent};
-use kindling_vmm::control::{ControlError, Event, Monitor};
+use kindling_vmm::control::{ControlError, Event};
+use kindling_vmm::preboot;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use std::error::Error;
+use std::fs::File;
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// Time limit from the request to freeze the processes to the end of the machine.
@@ -34,6 +38,12 @@ pub enum SnapshotError {
     /// The agent of the guest cannot be reached.
     #[error(transparent)]
     Agent(#[from] AgentError),
+    /// The guest has what a snapshot cannot have.
+    #[error(
+        "the guest {0} cannot be saved: it has volumes, shared directories, a tap device, limits or a read-only root filesystem, \
+         or was started with --cold or by another version of kindling"
+    )]
+    Impossible(String),
     /// A process of the guest cannot be frozen.
     #[error(
         "the guest cannot freeze its processes: one is in a system call that does not end, or /sys/fs/cgroup is not \
@@ -59,6 +69,7 @@ impl SnapshotError {
             Self::Template(error) => error.is_user_error(),
             Self::Launch(error) => error.is_user_error(),
             Self::Guest(error) => error.is_user_error(),
+            Self::Impossible(_) => true,
             _ => false,
         }
     }
@@ -76,12 +87,67 @@ impl Template {
         set_up: impl FnOnce(&Guest) -> Result<(), Box<dyn Error + Send + Sync>>,
     ) -> Result<Self, SnapshotError> {
         let draft = Draft::new(name)?;
-        let (guest, config, image) = builder.start_for_snapshot(draft.memory()?)?;
+        let guest = builder.start_for_snapshot(draft.memory()?)?;
         set_up(&guest).map_err(SnapshotError::SetUp)?;
         take(&guest)?;
+        let (image, origin) = (guest.record.image.clone(), origin_of(&guest)?);
         // The monitor does not write to the file any more when it appears.
         drop(guest);
-        Ok(draft.publish(config, &image)?)
+        Ok(draft.publish(&origin, &image, None)?)
+    }
+}
+
+impl Guest {
+    /// Saves the guest in a new directory, and lets it continue: memory and state of the machine, and its root filesystem. Its
+    /// processes are frozen meanwhile. [`Guest::restore`] starts guests that continue from there, and `kindling restore` one whose
+    /// command does.
+    ///
+    /// # Errors
+    /// When the directory exists or cannot be written, the guest is paused or has ended, has volumes, shared directories, a tap
+    /// device or limits, a process cannot be frozen, or the monitor cannot read the machine's state. The guest continues.
+    pub fn snapshot(&self, folder: impl AsRef<Path>) -> Result<(), SnapshotError> {
+        let origin = origin_of(self)?;
+        let draft = Draft::at(folder.as_ref())?;
+        self.check_runs()?;
+        let file = draft.memory()?;
+        let length = preboot::length_max(origin.machine.mem_size_mib);
+        file.set_len(length).map_err(SnapshotError::Host)?;
+        receive(self, &file, length)?;
+        let record = GuestRecord { origin: None, ..self.record.clone() };
+        draft.publish(&origin, &self.record.image, Some(Box::new(record)))?;
+        Ok(())
+    }
+
+    /// Starts to describe a guest that continues from a snapshot in a directory. Its processes continue when it is started, with
+    /// random numbers, a name and addresses of its own; programs of the host start others.
+    ///
+    /// # Errors
+    /// When the directory has no snapshot, or it was made by another version.
+    pub fn restore(folder: impl AsRef<Path>) -> Result<GuestBuilder, TemplateError> {
+        Ok(Template::in_folder(folder.as_ref())?.guest())
+    }
+}
+
+fn origin_of(guest: &Guest) -> Result<Origin, SnapshotError> {
+    let origin = guest.record.origin.as_deref().and_then(Origin::from_text);
+    origin.ok_or_else(|| SnapshotError::Impossible(guest.name.clone()))
+}
+
+/// Makes the guest freeze its processes, and writes to a file, of at most this length, what its monitor sends then.
+fn receive(guest: &Guest, file: &File, length: u64) -> Result<(), SnapshotError> {
+    let until = Instant::now() + TIMEOUT;
+    let mut receiver = guest.requester()?.snapshot(file, length, until)?;
+    let mut process = Process::freeze(&guest.socket(), crate::token(), true)?;
+    loop {
+        if receiver.receive()? {
+            return Ok(());
+        }
+        if let Some(ProcessEvent::Exited { .. }) = process.poll_event()? {
+            // A guest that continues after its snapshot reports that, too.
+            let is_complete = receiver.receive()?;
+            return if is_complete { Ok(()) } else { Err(SnapshotError::NotFrozen) };
+        }
+        wait(&receiver, Some(&process), until)?;
     }
 }
 
@@ -89,7 +155,7 @@ impl Template {
 fn take(guest: &Guest) -> Result<(), SnapshotError> {
     let monitor = guest.owned_monitor()?;
     let until = Instant::now() + TIMEOUT;
-    let mut process = Some(Process::freeze(&guest.socket(), crate::token())?);
+    let mut process = Some(Process::freeze(&guest.socket(), crate::token(), false)?);
     loop {
         match monitor.event_before(Instant::now())? {
             Some(Event::Saved) => return Ok(()),
@@ -109,7 +175,7 @@ fn take(guest: &Guest) -> Result<(), SnapshotError> {
 }
 
 /// Waits for an event of the monitor or of the guest's agent.
-fn wait(monitor: &Monitor, process: Option<&Process>, until: Instant) -> Result<(), SnapshotError> {
+fn wait(monitor: &impl AsFd, process: Option<&Process>, until: Instant) -> Result<(), SnapshotError> {
     let rest = until.checked_duration_since(Instant::now()).ok_or(ControlError::Timeout)?;
     let mut watched = vec![PollFd::from_borrowed_fd(monitor.as_fd(), PollFlags::IN)];
     watched

@@ -8,6 +8,7 @@ mod record;
 
 pub(crate) use draft::Draft;
 
+use crate::guest::GuestRecord;
 use crate::image::Image;
 use kindling_vmm::config::Config;
 use record::Record;
@@ -40,6 +41,12 @@ pub enum TemplateError {
     /// A template of this name exists.
     #[error("a template named {0} exists already; `kindling template rm` removes it")]
     Taken(String),
+    /// The directory for a snapshot exists.
+    #[error("{} exists already", .0.display())]
+    Exists(PathBuf),
+    /// The directory is not a snapshot of a guest with a command.
+    #[error("{} has no command that could continue: it is not a snapshot of a guest of `kindling run`", .0.display())]
+    NoCommand(PathBuf),
     /// The template was made by another version, or its record is damaged.
     #[error(
         "the template {name} cannot be used: {what}; remove it with `kindling template rm`, and create it again"
@@ -115,6 +122,39 @@ impl Template {
         Ok(Self { name: name.to_owned(), folder, record })
     }
 
+    /// Opens the snapshot in a directory.
+    ///
+    /// # Errors
+    /// When there is none, or it was made by another version.
+    pub(crate) fn in_folder(folder: &Path) -> Result<Self, TemplateError> {
+        let folder = std::path::absolute(folder).map_err(host("open", folder))?;
+        let name = folder.display().to_string();
+        let record = match Record::read(&folder, &name) {
+            Err(TemplateError::Unknown(_)) => {
+                return Err(host("open", &folder)(io::ErrorKind::NotFound.into()));
+            }
+            result => result?,
+        };
+        Ok(Self { name, folder, record })
+    }
+
+    /// Opens the snapshot of a guest with a command, which continues.
+    ///
+    /// # Errors
+    /// When the directory has no such snapshot, or it was made by another version.
+    pub fn of_snapshot(folder: &Path) -> Result<Self, TemplateError> {
+        let this = Self::in_folder(folder)?;
+        match &this.record.guest {
+            Some(guest) if !guest.is_embedded => Ok(this),
+            _ => Err(TemplateError::NoCommand(this.folder)),
+        }
+    }
+
+    /// The record of the guest whose command continues.
+    pub(crate) fn guest_record(&self) -> Option<&GuestRecord> {
+        self.record.guest.as_deref()
+    }
+
     /// Returns the name.
     #[must_use]
     pub fn name(&self) -> &str {
@@ -142,19 +182,19 @@ impl Template {
     /// Returns the memory of its copies in MiB.
     #[must_use]
     pub const fn memory_mib(&self) -> u64 {
-        self.record.machine.mem_size_mib
+        self.record.origin.machine.mem_size_mib
     }
 
     /// Returns the number of vCPUs of its copies.
     #[must_use]
     pub const fn vcpus(&self) -> u8 {
-        self.record.machine.vcpu_count
+        self.record.origin.machine.vcpu_count
     }
 
     /// Returns whether its copies have a network.
     #[must_use]
     pub const fn has_network(&self) -> bool {
-        self.record.network.is_some()
+        self.record.origin.network.is_some()
     }
 
     /// Returns the time of its creation, in seconds since 1970.

@@ -175,8 +175,8 @@ impl Process {
     ///
     /// # Errors
     /// When the agent cannot be reached.
-    pub fn freeze(socket: &Path, token: u64) -> Result<Self, AgentError> {
-        Self::open(socket, token, &encoded(Message::Freeze))
+    pub fn freeze(socket: &Path, token: u64, continues: bool) -> Result<Self, AgentError> {
+        Self::open(socket, token, &encoded(Message::Freeze { continues }))
     }
 
     fn open(socket: &Path, token: u64, start: &[u8]) -> Result<Self, AgentError> {

@@ -3,60 +3,27 @@
 
 use crate::bus::lock;
 use crate::control::{Answer, Asker, Control, Event, Query, Request, Statistics};
-use crate::devices::console::EscapeFilter;
 use crate::devices::serial::SerialPort;
 use crate::devices::virtio::{Transport, Watcher};
+use crate::error::with_causes;
+use crate::input::{Input, SourceState};
 use crate::jail::Jail;
+use crate::machine::Machine;
 use crate::memory::{self, BackingFile};
 use crate::poll::borrow;
+use crate::preboot::error::PrebootError;
+use crate::preboot::snapshot;
 use crate::timeline::Instant;
 use crate::vcpu_threads::{KICK_INTERVAL, VcpuThreads};
+use guest_protocol::BootMark;
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::io::{Errno, read};
-use std::fs::File;
-use std::io::{self, IsTerminal, Read};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex, TryLockError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use vmm_sys_util::eventfd::EventFd;
-
-/// Console input for the serial port.
-#[derive(Debug)]
-pub(crate) struct Input {
-    source: File,
-    /// Readable when the guest has emptied the receive FIFO.
-    drained: EventFd,
-    /// Ctrl-A x is recognized only on a terminal.
-    escape: Option<EscapeFilter>,
-    /// Bytes that were read and did not fit into the port yet: from one read, or typed ahead.
-    waiting: Vec<u8>,
-    state: SourceState,
-}
-
-/// How the loop is notified of input.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum SourceState {
-    /// The source is watched.
-    Watched,
-    /// The port is full: the source is watched again when the guest has read.
-    Paused,
-    /// A regular file, which epoll does not support, and which is readable until its end.
-    AlwaysReady,
-    /// The end of the input was reached.
-    Ended,
-}
-
-impl Input {
-    const READ_SIZE: usize = 64;
-    /// Maximum number of bytes that are typed ahead of the guest.
-    const TYPE_AHEAD_MAX: usize = 4096;
-
-    pub(crate) fn new(source: File, drained: EventFd) -> Self {
-        let escape = source.is_terminal().then(EscapeFilter::default);
-        Self { source, drained, escape, waiting: Vec::new(), state: SourceState::Watched }
-    }
-}
 
 /// Why the loop ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,6 +56,8 @@ const REQUESTS: u64 = 8;
 const REQUEST: u64 = 1 << 31;
 /// Interval of these attempts in nanoseconds.
 const RETRY_INTERVAL: u64 = 5_000_000;
+/// Time limit for the requests in flight of a guest of which a snapshot is taken.
+const SNAPSHOT_LIMIT: Duration = Duration::from_secs(5);
 /// Maximum number of events per wait.
 const EVENTS: usize = 16;
 
@@ -101,6 +70,10 @@ pub(crate) struct EventLoop {
     control: Option<Control>,
     /// The programs that wait for all vCPUs to leave the guest.
     pausing: Vec<Asker>,
+    /// The number of the program that has requested a snapshot.
+    snapshot: Option<u32>,
+    /// Whether the vCPUs save their states for it.
+    is_saving: bool,
     /// Whether input waits for a port that was busy.
     retry: bool,
     devices: Vec<Arc<Mutex<Transport>>>,
@@ -144,6 +117,8 @@ impl EventLoop {
             input,
             control,
             pausing: Vec::new(),
+            snapshot: None,
+            is_saving: false,
             retry: false,
             devices,
             files,
@@ -173,7 +148,8 @@ impl EventLoop {
     }
 
     /// Runs until an event ends the machine.
-    pub(crate) fn run(&mut self, serial: &Mutex<SerialPort>, vcpus: &VcpuThreads) -> LoopEnd {
+    pub(crate) fn run(&mut self, machine: &Machine, vcpus: &VcpuThreads) -> LoopEnd {
+        let serial = &*machine.devices.serial;
         let mut events = Vec::with_capacity(EVENTS);
         let mut is_ended = false;
         if self.serve_ready_source(serial) {
@@ -191,17 +167,18 @@ impl EventLoop {
             }
             self.serve_deadlines();
             self.finish_pause(vcpus);
+            self.finish_snapshot(machine, vcpus);
             for event in &events {
                 let data: EventData = event.data;
                 match data.u64() {
                     _ if self.serve_device(event) => {}
                     VCPU_ENDED => is_ended = true,
-                    STARTED => self.control.iter_mut().for_each(Control::send_start),
+                    STARTED => self.serve_doorbell(vcpus),
                     _ if is_last => {}
                     STOP => return LoopEnd::Stopped,
                     CONTROL if !self.serve_control(vcpus) => return LoopEnd::Stopped,
                     REQUESTS => self.accept_requests(),
-                    data if data & REQUEST != 0 => self.serve_request(data, vcpus),
+                    data if data & REQUEST != 0 => self.serve_request(data, machine, vcpus),
                     MEMORY if self.has_lost_memory() => return LoopEnd::MemoryLost,
                     SOURCE | DRAINED if self.serve_input(serial, data.u64()) => {
                         return LoopEnd::TerminalEscape;
@@ -267,7 +244,8 @@ impl EventLoop {
         let earliest = self.deadlines.iter().flatten().min();
         let until = earliest.map(|deadline| deadline.0.saturating_sub(Instant::now().0));
         let retry = self.retry.then_some(RETRY_INTERVAL);
-        let kick = (!self.pausing.is_empty()).then_some(u64::from(KICK_INTERVAL.subsec_nanos()));
+        let waits = !self.pausing.is_empty() || self.is_saving;
+        let kick = waits.then_some(u64::from(KICK_INTERVAL.subsec_nanos()));
         let nanoseconds = until.into_iter().chain(retry).chain(kick).min()?;
         let (seconds, rest) = (nanoseconds / 1_000_000_000, nanoseconds % 1_000_000_000);
         Some(Timespec { tv_sec: seconds.try_into().ok()?, tv_nsec: rest.try_into().ok()? })
@@ -344,12 +322,76 @@ impl EventLoop {
         }
     }
 
-    /// Serves the request of another program.
-    fn serve_request(&mut self, data: u64, vcpus: &VcpuThreads) {
+    /// Serves the request of another program, or the end of its connection.
+    fn serve_request(&mut self, data: u64, machine: &Machine, vcpus: &VcpuThreads) {
         let Ok(number) = u32::try_from(data & !REQUEST) else { return };
         let requests = self.control.as_mut().and_then(|control| control.requests.as_mut());
-        if let Some(query) = requests.and_then(|requests| requests.receive(number)) {
-            self.serve_query(Asker::Other(number), query, vcpus);
+        match requests.and_then(|requests| requests.receive(number)) {
+            Some(Query::Snapshot) => self.prepare_snapshot(number, machine, vcpus),
+            Some(query) => self.serve_query(Asker::Other(number), query, vcpus),
+            None if self.snapshot == Some(number) => self.forget_snapshot(machine),
+            None => {}
+        }
+    }
+
+    /// Makes the vCPUs save their states when the guest has frozen its processes.
+    fn prepare_snapshot(&mut self, number: u32, machine: &Machine, vcpus: &VcpuThreads) {
+        let Some(control) = &mut self.control else { return };
+        let answer = match control.start_notifier() {
+            Some(notify) if self.snapshot.is_none() => {
+                let pause = vcpus.pause_and_save();
+                lock(&machine.devices.marks).call_at(BootMark::Frozen as u8, move || {
+                    pause();
+                    notify();
+                });
+                lock(&machine.devices.configuration).continue_saved();
+                self.snapshot = Some(number);
+                Answer::Done
+            }
+            _ => Answer::Refused("a snapshot of this guest is being taken".to_owned()),
+        };
+        control.answer(Asker::Other(number), answer);
+    }
+
+    /// Forgets a snapshot whose program has gone before the guest had frozen its processes.
+    fn forget_snapshot(&mut self, machine: &Machine) {
+        if !self.is_saving {
+            lock(&machine.devices.marks).forget_calls_at(BootMark::Frozen as u8);
+            self.snapshot = None;
+        }
+    }
+
+    /// Sends a snapshot when all vCPUs have saved their states, and lets them continue.
+    fn finish_snapshot(&mut self, machine: &Machine, vcpus: &VcpuThreads) {
+        if !self.is_saving {
+            return;
+        }
+        if !vcpus.is_paused() {
+            return vcpus.kick();
+        }
+        self.complete_requests(SNAPSHOT_LIMIT);
+        let saved = vcpus.take_saved();
+        if let (Some(control), Some(number)) = (&mut self.control, self.snapshot) {
+            let result = match (&control.requests, &control.config) {
+                (Some(requests), Some(config)) => {
+                    let mut sink = |offset, part: &[u8]| requests.send_part(number, offset, part);
+                    snapshot::send(machine, config, saved, &mut sink)
+                }
+                _ => Err(PrebootError::NotAnImage.into()),
+            };
+            let refused = |error| Answer::Refused(with_causes(&error));
+            control.end_snapshot(number, &result.map_or_else(refused, |()| Answer::Done));
+        }
+        (self.is_saving, self.snapshot) = (false, None);
+        vcpus.resume();
+    }
+
+    /// Serves the doorbell that a vCPU's thread rings: the agent accepts connections, or a snapshot is to be taken.
+    fn serve_doorbell(&mut self, vcpus: &VcpuThreads) {
+        self.control.iter_mut().for_each(Control::send_start);
+        if vcpus.saves() {
+            self.is_saving = true;
+            vcpus.kick();
         }
     }
 
@@ -363,6 +405,8 @@ impl EventLoop {
                     self.pausing.push(asker);
                 }
             }
+            // The vCPUs continue after the snapshot.
+            Query::Resume if self.is_saving => control.answer(asker, Answer::Done),
             Query::Resume => {
                 vcpus.resume();
                 // Those that wait for a pause have had one.
@@ -377,6 +421,9 @@ impl EventLoop {
                 control.answer(asker, Answer::Statistics(Box::new(statistics)));
             }
             Query::Detach => control.answer(asker, Answer::Done),
+            Query::Snapshot => {
+                control.answer(asker, Answer::Refused("the front cannot receive it".to_owned()))
+            }
         }
     }
 
@@ -433,53 +480,6 @@ impl EventLoop {
             }
             _ => {}
         }
-    }
-}
-
-impl Input {
-    /// Whether to read more. Input stays in its source until the guest has read what was delivered; only a terminal is
-    /// always read, so that the user can type Ctrl-A x when the guest does not read.
-    const fn accepts_more(&self) -> bool {
-        self.escape.is_some() || self.waiting.is_empty()
-    }
-
-    /// Reads once; returns `true` when the input contained Ctrl-A x.
-    fn read_source(&mut self) -> bool {
-        let mut buffer = [0; Self::READ_SIZE];
-        match self.source.read(&mut buffer) {
-            Ok(0) => self.state = SourceState::Ended,
-            Ok(length) => match &mut self.escape {
-                Some(filter) => {
-                    let escaped = filter.filter(&buffer[..length], &mut self.waiting);
-                    // Keys that the guest does not read are lost, as on a real line.
-                    self.waiting.truncate(Self::TYPE_AHEAD_MAX);
-                    return escaped;
-                }
-                None => self.waiting.extend(&buffer[..length]),
-            },
-            Err(error) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}
-            Err(_) => self.state = SourceState::Ended,
-        }
-        false
-    }
-
-    /// Enqueues as much as the port accepts; returns `true` when the port is busy. A vCPU may hold its lock while it
-    /// waits for the reader of its output, and this loop must not wait for that.
-    fn enqueue(&mut self, serial: &Mutex<SerialPort>) -> bool {
-        if self.waiting.is_empty() {
-            return false;
-        }
-        let mut serial = match serial.try_lock() {
-            Ok(serial) => serial,
-            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => return true,
-        };
-        let count = self.waiting.len().min(serial.input_space());
-        if count > 0 {
-            serial.put_input(&self.waiting[..count]);
-            self.waiting.drain(..count);
-        }
-        false
     }
 }
 

@@ -28,6 +28,7 @@ mod event_loop;
 mod exit;
 pub mod function_marks;
 pub mod host;
+mod input;
 pub mod jail;
 mod kvm;
 pub mod layout;

@@ -210,7 +210,7 @@ impl Running {
     /// processor of the host has passed through a quiescent state (RCU).
     #[must_use]
     pub fn wait_for_end(mut self) -> (Exit, StoppedMachine) {
-        let end = self.event_loop.run(&self.machine.devices.serial, &self.vcpus);
+        let end = self.event_loop.run(&self.machine, &self.vcpus);
         let ended_at = Instant::now();
         self.vcpus.stop();
         for device in &self.machine.devices.virtio {
@@ -227,7 +227,7 @@ impl Running {
     /// # Errors
     /// When the guest ends before; the error is the reason of its end.
     pub(crate) fn wait_for_capture(mut self) -> Result<CapturedMachine, ExitReason> {
-        let end = self.event_loop.run(&self.machine.devices.serial, &self.vcpus);
+        let end = self.event_loop.run(&self.machine, &self.vcpus);
         self.vcpus.stop();
         self.event_loop.complete_requests(REQUESTS_LIMIT);
         let at_mark = |outcome: &VcpuOutcome| matches!(outcome.end, VcpuEnd::Request(GuestRequest::Capture));

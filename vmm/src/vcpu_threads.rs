@@ -3,7 +3,7 @@
 use crate::bus::{Buses, lock};
 use crate::error::Error;
 use crate::jail::{Jail, Thread};
-use crate::kvm::{ExitCounts, Pause, Registers, Vcpu, VcpuEnd};
+use crate::kvm::{ExitCounts, Pause, Registers, Saved, SavedVcpu, Vcpu, VcpuEnd};
 use crate::poll::wait_readable;
 use crate::profile::Recorder;
 use crate::start_latch::{Rendezvous, StartLatch};
@@ -172,7 +172,7 @@ impl VcpuThreads {
             }
             let first_run = Instant::now();
             let end = match confined {
-                Ok(()) => vcpu.run(&buses, &stopping, &pause),
+                Ok(()) => vcpu.run(id, &buses, &stopping, &pause),
                 Err(error) => VcpuEnd::NotConfined(error),
             };
             // If that fails, the capture fails later, with its own error.
@@ -215,6 +215,27 @@ impl VcpuThreads {
     /// Lets paused vCPUs enter the guest again.
     pub(crate) fn resume(&self) {
         self.pause.clear();
+    }
+
+    /// The function that makes all vCPUs save their states and wait, as [`Self::pause`] does; for the thread of a vCPU.
+    pub(crate) fn pause_and_save(&self) -> impl FnOnce() + Send + use<> {
+        let pause = Arc::clone(&self.pause);
+        move || pause.set_and_save()
+    }
+
+    /// Whether the vCPUs save their states.
+    pub(crate) fn saves(&self) -> bool {
+        self.pause.saves()
+    }
+
+    /// The states of all vCPUs in the order of their ids, and the id of the vCPU that made the others wait. `None` if one has
+    /// not saved its state.
+    pub(crate) fn take_saved(&self) -> Option<(Vec<SavedVcpu>, usize)> {
+        let Saved { by, mut vcpus } = self.pause.take_saved();
+        let of_caller = |thread: &&VcpuThread| Some(thread.handle.thread().id()) == by;
+        let caller = self.threads.0.iter().find(of_caller)?.vcpu;
+        vcpus.sort_unstable_by_key(|vcpu| vcpu.id);
+        (vcpus.len() == self.threads.0.len()).then_some((vcpus, caller))
     }
 
     /// Whether no vCPU runs guest code or handles an exit, after [`Self::pause`].

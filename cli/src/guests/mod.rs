@@ -7,6 +7,7 @@ pub(crate) mod pause;
 pub(crate) mod port;
 pub(crate) mod ps;
 pub(crate) mod rm;
+pub(crate) mod snapshot;
 pub(crate) mod stats;
 pub(crate) mod stop;
 pub(crate) mod view;

@@ -13,6 +13,8 @@ pub(crate) struct Arguments {
     /// With a template, the first word of the command; empty if there is none.
     pub(crate) image: OsString,
     pub(crate) template: Option<String>,
+    /// The directory of a snapshot, with `kindling restore`; then there is no command.
+    pub(crate) snapshot: Option<PathBuf>,
     pub(crate) process: ProcessArguments,
     pub(crate) entrypoint: Option<OsString>,
     pub(crate) detach: bool,
@@ -144,6 +146,7 @@ impl Default for Arguments {
         Self {
             image: OsString::new(),
             template: None,
+            snapshot: None,
             process: ProcessArguments::default(),
             entrypoint: None,
             detach: false,
@@ -184,14 +187,14 @@ fn check(arguments: &Arguments) -> Result<(), String> {
 /// Values of `--pull`; the first is the default.
 const PULL: [&str; 3] = ["missing", "always", "never"];
 /// Values of `--timeout` in seconds: up to a year.
-const TIMEOUT_SECONDS: RangeInclusive<u64> = 1..=31_536_000;
+pub(super) const TIMEOUT_SECONDS: RangeInclusive<u64> = 1..=31_536_000;
 /// Values of `--pids-limit`: up to the number of processes that Linux can have (`PID_MAX_LIMIT` in linux/threads.h).
 const PROCESSES: RangeInclusive<u64> = 1..=4_194_304;
 /// Rates per second, of bytes or requests.
 const RATES: RangeInclusive<u64> = 1..=1 << 40;
 
 /// Parses a number within a range, for an optional value.
-fn some_in(range: RangeInclusive<u64>) -> impl FnOnce(&str) -> Result<Option<u64>, String> {
+pub(super) fn some_in(range: RangeInclusive<u64>) -> impl FnOnce(&str) -> Result<Option<u64>, String> {
     move |text| in_range(range)(text).map(Some)
 }
 
@@ -234,7 +237,7 @@ fn pull(text: &str) -> Result<String, &'static str> {
 }
 
 /// Parses the value of `--jail`.
-fn strictness(text: &str) -> Result<Strictness, &'static str> {
+pub(super) fn strictness(text: &str) -> Result<Strictness, &'static str> {
     match text {
         "require" => Ok(Strictness::Require),
         "full" => Ok(Strictness::Full),
@@ -245,7 +248,7 @@ fn strictness(text: &str) -> Result<Strictness, &'static str> {
 }
 
 /// Parses the value of `--seccomp`.
-fn on_refusal(text: &str) -> Result<OnRefusal, &'static str> {
+pub(super) fn on_refusal(text: &str) -> Result<OnRefusal, &'static str> {
     match text {
         "end" => Ok(OnRefusal::End),
         "log" => Ok(OnRefusal::Log),
@@ -275,6 +278,7 @@ mod tests {
         let expected = Arguments {
             image: "image".into(),
             template: None,
+            snapshot: None,
             process: ProcessArguments {
                 env: strings("A=1 B"),
                 env_file: vec!["f".into()],

@@ -17,7 +17,7 @@ const LINE_MAX: u64 = 8 << 20;
 pub(super) fn start() -> io::Result<u8> {
     let mut child = Command::new(std::env::current_exe()?)
         .arg("stay")
-        .stdin(in_memory(std::env::args_os().skip(2))?)
+        .stdin(in_memory(std::env::args_os().skip(1))?)
         .stdout(Stdio::piped())
         .spawn()?;
     let mut name = String::new();
@@ -31,7 +31,7 @@ pub(super) fn start() -> io::Result<u8> {
     Ok(code.filter(|&code| code != 0).unwrap_or(STATUS_FAILURE))
 }
 
-/// A sealed memfd with the arguments after `kindling run`. All users can read the arguments of a process; those of a guest
+/// A sealed memfd with the arguments after `kindling`. All users can read the arguments of a process; those of a guest
 /// may contain secrets in environment variables, and the background process lives as long as the guest.
 fn in_memory(line: impl Iterator<Item = OsString>) -> io::Result<File> {
     let mut file = File::from(memfd_create("arguments", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?);

@@ -2,6 +2,7 @@
 
 pub(crate) mod arguments;
 mod detached;
+pub(crate) mod restore;
 
 use crate::command_line::Command;
 use crate::signals::{self, Signals};
@@ -17,7 +18,9 @@ use kindling::guest::GuestDir;
 use kindling::image::{self, ImageError, Prepared};
 use kindling::launch::{self, LaunchError, LaunchOptions, Monitor, NextSpare};
 use kindling::log::Log;
+use kindling::template::TemplateError;
 use kindling::timeline::{Instant, Timeline};
+use std::ffi::OsString;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -47,7 +50,11 @@ fn stay((): &(), entered: Instant) -> u8 {
         print_error(&LaunchError::Host("read the command line", error));
         STATUS_FAILURE
     };
-    match detached::line().map(|words| COMMAND.parse(words)) {
+    let parse = |mut words: Vec<OsString>| {
+        let command = if words.is_empty() { OsString::new() } else { words.remove(0) };
+        if command == "restore" { restore::COMMAND.parse(words) } else { COMMAND.parse(words) }
+    };
+    match detached::line().map(parse) {
         Ok(Ok(arguments)) if arguments.detach => run(&Arguments { stay: true, ..arguments }, entered),
         Ok(_) => failed(std::io::ErrorKind::InvalidInput.into()),
         Err(error) => failed(error),
@@ -57,7 +64,7 @@ fn stay((): &(), entered: Instant) -> u8 {
 fn execute(arguments: &Arguments, mut timeline: Timeline) -> Result<u8, LaunchError> {
     // The monitor starts while this process prepares the guest.
     let monitor = (!arguments.uses_spares()).then(launch::spawn_monitor);
-    let template = arguments.template.as_deref().map(Template::open).transpose()?;
+    let template = arguments.open_template()?;
     let prepared = arguments.prepare(template.as_ref())?;
     timeline.reached("root filesystem found");
     let guest = GuestDir::create(arguments.name.as_deref())?;
@@ -175,6 +182,11 @@ impl Arguments {
         self.spare || std::env::var_os("KINDLING_SPARE").is_some_and(|value| value == "1")
     }
 
+    fn open_template(&self) -> Result<Option<Template>, TemplateError> {
+        let template = self.template.as_deref().map(Template::open);
+        template.or_else(|| self.snapshot.as_deref().map(Template::of_snapshot)).transpose()
+    }
+
     /// The root filesystem and the settings of the image, or of the template.
     fn prepare(&self, template: Option<&Template>) -> Result<Prepared, ImageError> {
         let user = self.process.user.as_deref();
@@ -200,6 +212,7 @@ impl Arguments {
             terminal: self.process.terminal(),
             memory_mib: self.memory.unwrap_or(512),
             vcpus: self.cpus.unwrap_or(1),
+            continues: self.snapshot.is_some(),
             template,
             limits: self.limits,
             cgroup_parent: self.cgroup_parent.clone(),

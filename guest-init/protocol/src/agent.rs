@@ -14,7 +14,7 @@
 //! ```text
 //! host to guest:  1 Start (a configuration frame)   2 Signal (its number: u8)   3 Resize (rows: u16, columns: u16)
 //!                 4 ReportStart   5 Send (follows: u8, path)   6 Receive (keeps owners: u8, path)   7 EndInput
-//!                 8 Freeze
+//!                 8 Freeze (continues: u8)
 //! guest to host:  16 Exited (exit status: u8, was executed: u8)   17 Started   18 HasOutput (its role: u8)
 //! ```
 //! Send and Receive start a process that runs a part of init: Send writes files to its output, Receive creates files
@@ -127,7 +127,10 @@ pub enum Message<'a> {
     /// Closes the input.
     EndInput,
     /// Freezes all processes, for a snapshot.
-    Freeze,
+    Freeze {
+        /// Whether the guest continues after it, and keeps its connections. Otherwise they are closed before.
+        continues: bool,
+    },
     /// The process ended.
     Exited {
         /// Exit status; 128 + signal if a signal killed the process.
@@ -168,7 +171,7 @@ impl<'a> Message<'a> {
                 Self::Receive { keeps_owners: keeps_owners == 1, path }
             }
             (7, []) => Self::EndInput,
-            (8, []) => Self::Freeze,
+            (8, [continues @ (0 | 1)]) => Self::Freeze { continues: *continues == 1 },
             (16, &[status, was_executed @ 0..=1]) => Self::Exited { status, was_executed: was_executed == 1 },
             (17, []) => Self::Started,
             (18, &[role @ 2..=3]) => Self::HasOutput(Role::from_byte(role).ok_or(BadMessage)?),
@@ -193,7 +196,7 @@ impl<'a> Message<'a> {
             Self::Send { follows, path } => write(5, &[follows.into()], path),
             Self::Receive { keeps_owners, path } => write(6, &[keeps_owners.into()], path),
             Self::EndInput => write(7, &[], &[]),
-            Self::Freeze => write(8, &[], &[]),
+            Self::Freeze { continues } => write(8, &[u8::from(continues)], &[]),
             Self::Exited { status, was_executed } => write(16, &[status, was_executed.into()], &[]),
             Self::Started => write(17, &[], &[]),
             Self::HasOutput(role) => write(18, &[role as u8], &[]),
@@ -229,7 +232,8 @@ mod tests {
             Message::Send { follows: true, path: b"/a" },
             Message::Receive { keeps_owners: false, path: b"" },
             Message::EndInput,
-            Message::Freeze,
+            Message::Freeze { continues: false },
+            Message::Freeze { continues: true },
             Message::Exited { status: 7, was_executed: true },
             Message::Started,
             Message::HasOutput(Role::Output),

@@ -48,8 +48,8 @@ pub(super) struct Session {
     execution: Option<OwnedFd>,
     /// Whether the host requested [`Message::Started`].
     reports_start: bool,
-    /// Whether the host requested a snapshot.
-    pub(super) requests_snapshot: bool,
+    /// Whether the guest continues after the snapshot that the host has requested. `None` without a request.
+    pub(super) requests_snapshot: Option<bool>,
     control: Option<OwnedFd>,
     /// Whether the host has closed the control connection.
     is_detached: bool,
@@ -76,7 +76,7 @@ impl Session {
             has_failed: false,
             execution: None,
             reports_start: false,
-            requests_snapshot: false,
+            requests_snapshot: None,
             control: None,
             is_detached: false,
             received: Vec::new(),
@@ -216,7 +216,15 @@ impl Session {
 
     /// Reports to the host that execve succeeded, if the host requested it.
     pub(super) fn report_start(&mut self, epoll: &Epoll) {
-        let (true, Some(execution)) = (self.reports_start, &self.execution) else { return };
+        if !self.reports_start {
+            return;
+        }
+        let Some(execution) = &self.execution else {
+            // Of a copy: the program was executed in the guest that was saved.
+            return if self.process.is_some() {
+                self.send(Message::Started)
+            };
+        };
         match rustix::io::read(execution, &mut [0; 1][..]) {
             Ok(0) => {
                 self.execution = None;
@@ -307,7 +315,9 @@ impl Session {
                     self.report_start(epoll);
                 }
                 Message::EndInput => self.streams[0].close(),
-                Message::Freeze => self.requests_snapshot = self.is_idle(),
+                Message::Freeze { continues } => {
+                    self.requests_snapshot = self.is_idle().then_some(continues);
+                }
                 Message::Signal(number) => self.signal(number),
                 Message::Resize(size) => {
                     self.terminal.iter().for_each(|terminal| resize(terminal, size));
@@ -346,6 +356,14 @@ impl Session {
             self.streams.iter_mut().for_each(Pump::close);
         }
         self.close_unclaimed();
+    }
+
+    /// Waits for another host, in a copy of the guest in which the process runs on. Its streams stay open.
+    pub(super) fn await_host(&mut self) {
+        (self.control, self.is_detached, self.reports_start) = (None, false, false);
+        (self.received, self.is_announced) = (Vec::new(), [false; 3]);
+        self.streams[0].source = None;
+        self.streams[1..].iter_mut().for_each(|stream| stream.target = None);
     }
 
     /// Closes output streams to which the host has not connected, after it has closed the control connection.

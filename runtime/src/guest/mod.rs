@@ -4,6 +4,7 @@
 mod abandoned;
 mod error;
 mod files;
+pub(crate) mod origin;
 pub(crate) mod owner;
 mod pause;
 mod process;
@@ -33,7 +34,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 /// The record of a guest, as its directory has it.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 #[non_exhaustive]
 pub struct GuestRecord {
@@ -63,6 +64,9 @@ pub struct GuestRecord {
     pub ports: Vec<PortForward>,
     /// Exit status of a guest that has ended.
     pub status: Option<u8>,
+    /// What a snapshot of the guest needs ([`origin::Origin`]), as a JSON text of its own, because few commands parse it. `None` if there can
+    /// be no snapshot.
+    pub(crate) origin: Option<String>,
 }
 
 /// Environment, working directory and user of a guest's payload, which are the defaults of further processes.

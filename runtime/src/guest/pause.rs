@@ -75,7 +75,13 @@ impl Guest {
     /// When the user has no guest of this name, or it has ended or is paused.
     pub fn open_responsive(name: &str) -> Result<Self, GuestError> {
         let found = Self::open_running(name)?;
-        if found.is_paused() { Err(GuestError::Paused(name.to_owned())) } else { Ok(found) }
+        found.check_runs()?;
+        Ok(found)
+    }
+
+    /// Returns an error if the guest is paused.
+    pub(crate) fn check_runs(&self) -> Result<(), GuestError> {
+        if self.is_paused() { Err(GuestError::Paused(self.name.clone())) } else { Ok(()) }
     }
 
     /// Whether the guest is paused. Its monitor is not asked.
@@ -94,7 +100,7 @@ impl Guest {
         Ok(folder)
     }
 
-    fn requester(&self) -> Result<Requester, GuestError> {
+    pub(crate) fn requester(&self) -> Result<Requester, GuestError> {
         let path = self.folder.join(REQUESTS);
         Requester::connect(&path).map_err(host("connect to", &path))
     }

@@ -16,6 +16,7 @@ pub use start::preboot;
 pub(crate) use start::{Launch, MachineEnd, StartObserver, Started, end_of};
 
 use crate::environment::{self, EnvironmentError};
+use crate::guest::origin::Origin;
 use crate::guest::{GuestDir, GuestError, GuestRecord, Payload};
 use crate::image::{ImageError, Prepared};
 use crate::kernel::{self, KernelError};
@@ -180,6 +181,8 @@ pub struct LaunchOptions {
     pub is_kept: bool,
     /// The template that the guest is a copy of. Memory, vCPUs and devices are the template's.
     pub template: Option<Template>,
+    /// Whether the guest is a snapshot that continues, with its own command.
+    pub continues: bool,
     /// Whether the guest gets a spare monitor if there is one, and leaves another for the next guest.
     pub uses_spares: bool,
     /// Limits beyond memory and vCPUs.
@@ -348,8 +351,9 @@ impl LaunchOptions {
         } else {
             strings(&defaults.cmd)
         };
-        let arguments = if self.has_payload { [entrypoint, command].concat() } else { Vec::new() };
-        if arguments.is_empty() && self.has_payload {
+        let has_command = self.has_payload && !self.continues;
+        let arguments = if has_command { [entrypoint, command].concat() } else { Vec::new() };
+        if arguments.is_empty() && has_command {
             return Err(LaunchError::NoCommand);
         }
         let mut environment = strings(&defaults.env);
@@ -391,7 +395,8 @@ impl LaunchOptions {
         let stop_signal = prepared.config.stop_signal.as_deref().and_then(|name| signal::parse(name).ok());
         let text = |bytes: &Vec<u8>| String::from_utf8_lossy(bytes).into_owned();
         let since_1970 = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-        GuestRecord {
+        let can_be_saved = self.forbid_in_template().is_ok();
+        let record = GuestRecord {
             image: self.image.to_string_lossy().into_owned(),
             directory: std::env::current_dir().unwrap_or_default(),
             command: config.guest.arguments.iter().map(text).collect(),
@@ -409,6 +414,16 @@ impl LaunchOptions {
             volumes: mounts.iter().filter_map(MountRequest::volume).map(str::to_owned).collect(),
             ports: config.devices.network_interfaces.iter().flat_map(|card| card.forwards.clone()).collect(),
             status: None,
+            origin: can_be_saved.then(|| Origin::new(config, prepared).to_text()).flatten(),
+        };
+        match self.template.as_ref().filter(|_| self.continues).and_then(Template::guest_record) {
+            Some(GuestRecord { command, payload, stop_signal, .. }) => GuestRecord {
+                command: command.clone(),
+                payload: payload.clone(),
+                stop_signal: *stop_signal,
+                ..record
+            },
+            None => record,
         }
     }
 }

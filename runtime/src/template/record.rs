@@ -1,9 +1,10 @@
 //! The record of a template.
 
 use super::{MEMORY, RECORD, ROOT, TemplateError};
-use crate::image::{Depends, Image, ImageConfig, Prepared};
-use kindling_vmm::config::devices::{NetworkInterface, RootAccess, RootFilesystem};
-use kindling_vmm::config::{BootSource, Config, Console, MachineConfig};
+use crate::guest::GuestRecord;
+use crate::guest::origin::Origin;
+use crate::image::Image;
+use kindling_vmm::config::Config;
 use serde::{Deserialize, Serialize};
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -15,25 +16,18 @@ use std::time::{SystemTime, UNIX_EPOCH};
 /// Maximum size in bytes.
 const RECORD_MAX: u64 = 1 << 20;
 
-/// The record of a template.
+/// The record of a template or a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Record {
     /// Image, as the user wrote it.
     pub(super) image: String,
-    /// The image's id, and its configuration.
-    digest: String,
-    settings: ImageConfig,
     /// In seconds since 1970.
     pub(super) created: u64,
-    /// The kernel, which the snapshot has.
-    kernel: BootSource,
-    pub(super) machine: MachineConfig,
-    /// How the guest accesses the root filesystem.
-    access: RootAccess,
-    /// The network card, if it has one.
-    pub(super) network: Option<NetworkInterface>,
+    pub(super) origin: Origin,
     /// The version of the root filesystem, which guests rely on.
     root: Version,
+    /// The record of the guest whose command continues; `None` of a template, whose copies have commands of their own.
+    pub(super) guest: Option<Box<GuestRecord>>,
 }
 
 /// What changes when a file is rewritten.
@@ -52,21 +46,16 @@ impl Version {
 }
 
 impl Record {
-    /// The record of a template whose root filesystem is the file `root`.
-    pub(super) fn new(config: Config, image: &Image, root: &Path) -> io::Result<Self> {
-        let prepared = image.prepared();
+    /// The record for a guest; its root filesystem is the file `root`.
+    pub(super) fn new(
+        origin: Origin,
+        image: String,
+        guest: Option<Box<GuestRecord>>,
+        root: &Path,
+    ) -> io::Result<Self> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
-        Ok(Self {
-            image: image.source().to_string_lossy().into_owned(),
-            digest: prepared.digest.clone(),
-            settings: prepared.config.clone(),
-            created: now.map_or(0, |time| time.as_secs()),
-            kernel: config.boot_source,
-            machine: config.machine,
-            network: config.devices.network_interfaces.into_iter().next(),
-            access: config.devices.root.map(|root| root.access).unwrap_or_default(),
-            root: Version::of(root)?,
-        })
+        let created = now.map_or(0, |time| time.as_secs());
+        Ok(Self { image, created, origin, root: Version::of(root)?, guest })
     }
 
     pub(super) fn write(&self, path: &Path) -> io::Result<()> {
@@ -87,13 +76,7 @@ impl Record {
 
     /// The image, with the root filesystem of the template.
     pub(super) fn image(&self, folder: &Path) -> Image {
-        let prepared = Prepared {
-            rootfs: folder.join(ROOT),
-            digest: self.digest.clone(),
-            config: self.settings.clone(),
-            depends: Depends::default(),
-        };
-        Image::of_template(OsString::from(&self.image), prepared)
+        self.origin.image(OsString::from(&self.image), folder.join(ROOT))
     }
 
     /// Checks that the root filesystem is that of the template's guest, which has parts of it in memory.
@@ -112,14 +95,6 @@ impl Record {
 
     /// The configuration of a copy.
     pub(super) fn config(&self, folder: &Path) -> Config {
-        let mut config = Config::new(self.kernel.clone());
-        config.machine = self.machine;
-        config.console = Console::Null;
-        config.snapshot = Some(folder.join(MEMORY));
-        let mut root = RootFilesystem::new(folder.join(ROOT));
-        root.access = self.access;
-        config.devices.root = Some(root);
-        config.devices.network_interfaces.extend(self.network.clone());
-        config
+        self.origin.config(folder.join(MEMORY), &folder.join(ROOT))
     }
 }

@@ -27,6 +27,9 @@ pub enum ControlError {
     /// The socket failed.
     #[error("the socket between kindling and kindling-vmm failed")]
     Socket(#[from] io::Error),
+    /// The file of a snapshot cannot be written.
+    #[error("cannot write the snapshot")]
+    File(#[source] io::Error),
     /// The other end has closed the socket.
     #[error("kindling-vmm exited unexpectedly")]
     Disconnected,
@@ -51,6 +54,9 @@ pub enum ControlError {
     /// The machine ended before it could answer the request.
     #[error("the guest has ended")]
     Ended,
+    /// The monitor refuses the request, for this reason.
+    #[error("{0}")]
+    Declined(String),
     /// A frame is longer than the maximum, or has more descriptors.
     #[error("a message between kindling and kindling-vmm is too long ({0} bytes)")]
     TooLong(usize),

@@ -3,6 +3,7 @@
 use super::channel::Channel;
 use super::requests::Requests;
 use super::{Answer, BalloonStatistics, EVENT_MAX, Event, Query, REQUEST_MAX, Request};
+use crate::config::Config;
 use crate::devices::virtio::balloon;
 use crate::error::Error;
 use crate::timeline::Timeline;
@@ -23,6 +24,8 @@ pub(crate) struct Control {
     detached: Option<Detached>,
     /// The socket of requests of other programs.
     pub(crate) requests: Option<Requests>,
+    /// The machine's configuration, which a snapshot depends on. `None` if no snapshot can be taken.
+    pub(crate) config: Option<Box<Config>>,
 }
 
 /// The program that waits for the answer to a query.
@@ -65,7 +68,7 @@ impl Control {
     /// When the host has no descriptor left.
     pub(super) fn new(channel: &Channel, balloon: Option<balloon::Control>) -> Result<Self, Error> {
         let channel = channel.try_clone().map_err(Error::host("duplicate a socket"))?;
-        Ok(Self { channel, balloon, start: None, detached: None, requests: None })
+        Ok(Self { channel, balloon, start: None, detached: None, requests: None, config: None })
     }
 
     /// Sends the event [`Event::Started`] after the returned function was called, by the thread of a vCPU.
@@ -96,6 +99,21 @@ impl Control {
         if let Some(event) = start.event.take() {
             self.send(&event);
         }
+    }
+
+    /// A function that rings the doorbell of [`Self::start_doorbell`], for the thread of a vCPU.
+    pub(crate) fn start_notifier(&self) -> Option<impl FnOnce() + Send + use<>> {
+        let doorbell = Arc::clone(&self.start.as_ref()?.doorbell);
+        Some(move || {
+            let _ = doorbell.write(1);
+            // A vCPU cannot close descriptors in its jail, and another holder exists as long as the machine.
+            std::mem::forget(doorbell);
+        })
+    }
+
+    /// Ends the snapshot with an answer.
+    pub(crate) fn end_snapshot(&mut self, number: u32, answer: &Answer) {
+        self.requests.iter_mut().for_each(|requests| requests.end_snapshot(number, answer));
     }
 
     /// Receives a request that has arrived. Returns `None` if the front has closed the socket, or sends an invalid

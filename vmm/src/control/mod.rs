@@ -16,7 +16,8 @@ pub use channel::ControlError;
 pub use front::{Endpoints, Monitor, PrebootDraft, Stopper};
 pub(crate) use handle::{Asker, Control};
 pub use monitor::serve;
-pub use requests::{Requester, listen};
+pub(crate) use requests::PART_MAX;
+pub use requests::{Receiver, Requester, listen};
 
 use crate::config::Config;
 use crate::devices::virtio::backend::BackendKind;
@@ -57,12 +58,14 @@ pub(crate) enum Query {
     Resume,
     /// Report statistics.
     Statistics,
+    /// Take a snapshot when the guest has frozen its processes, and send it to the program that asked.
+    Snapshot,
     /// Continue when the socket is closed. Descriptors are attached: the file for the exit status, and files whose locks
     /// the monitor keeps.
     Detach,
 }
 
-/// The answer to a numbered request: pause, resume, statistics or detach.
+/// The answer to a query: pause, resume, statistics, snapshot or detach.
 #[derive(Debug, Deserialize, Serialize)]
 #[non_exhaustive]
 pub enum Answer {
@@ -70,6 +73,8 @@ pub enum Answer {
     Done,
     /// The statistics.
     Statistics(Box<Statistics>),
+    /// It is not possible, for this reason.
+    Refused(String),
 }
 
 /// A machine to start. Its descriptors are attached to the frame.

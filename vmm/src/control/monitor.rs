@@ -76,11 +76,13 @@ fn run(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result<(),
     let Start { config, mut timeline, .. } = start;
     timeline.reached("configuration received");
     entry::raise_descriptor_limit();
+    // For snapshots: a process in a jail cannot open it.
+    let _ = crate::memory::page_map();
     report_missing(&config.jail.confine_process(limits)?, config.jail, channel);
     timeline.reached("process confined");
     let machine = Machine::with_resources(&config, resources, timeline, Purpose::Run)?;
     report_refusal(&machine, channel);
-    run_machine(machine, config.jail, channel, requests)
+    run_machine(machine, config, channel, requests)
 }
 
 /// A spare machine in its jail.
@@ -108,6 +110,7 @@ fn make_spare(
     let waiting = waiting.map_err(Error::host("watch the files of a machine"))?;
     entry::raise_descriptor_limit();
     let jail = start.config.jail;
+    let _ = crate::memory::page_map();
     // The guest's limits follow.
     let missing = jail.confine_process(Limits::default())?;
     let spare = Spare::new(start.config, resources)?;
@@ -134,7 +137,7 @@ fn run_spare(
     // Until here, files in memory are mapped twice.
     jail.limit_process(limits).map_err(|error| of_spare(error.into()))?;
     machine.timeline.reached("process confined");
-    run_machine(machine, jail, channel, requests)
+    run_machine(machine, config, channel, requests)
 }
 
 /// The error of a spare machine: the guest may start in another, unless its configuration or a device is at fault.
@@ -173,12 +176,15 @@ fn connect(machine: &mut Machine, channel: &Channel, requests: Option<OwnedFd>) 
 /// Runs a machine until it ends, and reports the result.
 fn run_machine(
     mut machine: Machine,
-    jail: Jail,
+    config: Config,
     channel: &Channel,
     requests: Option<OwnedFd>,
 ) -> Result<(), Error> {
     connect(&mut machine, channel, requests)?;
-    machine.jail = jail;
+    machine.jail = config.jail;
+    if let Some(control) = &mut machine.control {
+        control.config = Some(Box::new(config));
+    }
     let (exit, stopped) = machine.start()?.wait_for_end();
     // If the front has closed the socket, the machine has stopped for that reason, and there is no receiver.
     // What `kindling run` ends with in the same case.

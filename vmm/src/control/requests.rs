@@ -6,16 +6,19 @@
 
 use super::{Answer, ControlError, EVENT_MAX, PROTOCOL, Query, Statistics};
 use crate::poll::wait_readable;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect,
     listen as start_listening, recv, send, socket_with,
 };
 use std::collections::VecDeque;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Maximum number of programs that are connected. A further one takes the place of the first.
 const CLIENTS_MAX: usize = 8;
@@ -37,9 +40,24 @@ pub fn listen(path: &Path) -> io::Result<OwnedFd> {
 
 const FLAGS: SocketFlags = SocketFlags::CLOEXEC.union(SocketFlags::NONBLOCK);
 
+/// Maximum number of bytes of a part of a snapshot.
+pub(crate) const PART_MAX: usize = 32 << 10;
+/// Length of the offset before a part of a snapshot in bytes.
+const OFFSET_LEN: usize = size_of::<u64>();
+/// Instead of an offset, before the answer that ends a snapshot.
+const IS_ANSWER: u64 = u64::MAX;
+/// Time limit for the program that receives a snapshot to take a part.
+const PART_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// A connection to the request socket of another program's monitor.
 #[derive(Debug)]
 pub struct Requester(OwnedFd);
+
+impl AsFd for Requester {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
 
 impl Requester {
     /// Connects to the socket with this file.
@@ -75,7 +93,20 @@ impl Requester {
     pub fn statistics(&self, until: Instant) -> Result<Statistics, ControlError> {
         match self.ask(Query::Statistics, until)? {
             Answer::Statistics(statistics) => Ok(*statistics),
-            Answer::Done => Err(ControlError::Version),
+            _ => Err(ControlError::Version),
+        }
+    }
+
+    /// Requests a snapshot: when the guest has frozen its processes ([`crate::agent::Process::freeze`]), the monitor sends it, and
+    /// the guest continues. It is written to `file`, of at most `max` bytes.
+    ///
+    /// # Errors
+    /// As [`Self::pause`], and when another snapshot is being taken.
+    pub fn snapshot(self, file: &File, max: u64, until: Instant) -> Result<Receiver<'_>, ControlError> {
+        match self.ask(Query::Snapshot, until)? {
+            Answer::Done => Ok(Receiver { socket: self.0, file, max, received: 0 }),
+            Answer::Refused(reason) => Err(ControlError::Declined(reason)),
+            Answer::Statistics(_) => Err(ControlError::Version),
         }
     }
 
@@ -95,6 +126,58 @@ impl Requester {
             Ok((_, 0)) | Err(Errno::CONNRESET) => Err(ControlError::Ended),
             Ok((_, length)) if length > answer.len() => Err(ControlError::TooLong(length)),
             result => Ok(postcard::from_bytes(&answer[..result?.1])?),
+        }
+    }
+}
+
+/// Receives a snapshot. The descriptor of [`AsFd`] is readable when a part has arrived. Dropping it cancels the snapshot.
+#[derive(Debug)]
+pub struct Receiver<'a> {
+    socket: OwnedFd,
+    file: &'a File,
+    max: u64,
+    /// Number of bytes so far. A guest that has taken its monitor over could send any number.
+    received: u64,
+}
+
+impl AsFd for Receiver<'_> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl Receiver<'_> {
+    /// Writes the parts that have arrived to the file. Returns whether the snapshot is complete.
+    ///
+    /// # Errors
+    /// When the monitor could not take the snapshot, has ended, or sends something else, and when the file cannot be written.
+    pub fn receive(&mut self) -> Result<bool, ControlError> {
+        let mut part = vec![0; OFFSET_LEN + PART_MAX];
+        loop {
+            let length = match retry_on_intr(|| recv(&self.socket, &mut part[..], RecvFlags::TRUNC)) {
+                Err(Errno::AGAIN) => return Ok(false),
+                Ok((_, 0)) | Err(Errno::CONNRESET) => return Err(ControlError::Ended),
+                result => result?.1,
+            };
+            let too_long = ControlError::TooLong(length);
+            let Some((offset, bytes)) = part.get(..length).and_then(<[u8]>::split_first_chunk) else {
+                return Err(too_long);
+            };
+            let offset = u64::from_le_bytes(*offset);
+            if offset == IS_ANSWER {
+                return match postcard::from_bytes(bytes)? {
+                    Answer::Done => Ok(true),
+                    Answer::Refused(reason) => Err(ControlError::Declined(reason)),
+                    Answer::Statistics(_) => Err(ControlError::Version),
+                };
+            }
+            self.received += length as u64;
+            // Each page arrives once, with an offset.
+            let end = offset.checked_add(bytes.len() as u64);
+            if end.is_none_or(|end| end > self.max) || self.received / 2 > self.max {
+                return Err(too_long);
+            }
+            self.file.write_all_at(bytes, offset).map_err(ControlError::File)?;
         }
     }
 }
@@ -158,9 +241,40 @@ impl Requests {
         }
     }
 
+    /// Sends a part of a snapshot, and waits for a limited time until the program takes it.
+    pub(crate) fn send_part(&self, number: u32, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let client = self.clients.iter().find(|(known, _)| *known == number);
+        let (_, client) = client.ok_or(io::ErrorKind::NotConnected)?;
+        let until = Instant::now() + PART_TIMEOUT;
+        let part = [&offset.to_le_bytes(), bytes].concat();
+        loop {
+            match retry_on_intr(|| send(client, &part, SendFlags::NOSIGNAL)) {
+                Err(Errno::AGAIN) if wait_writable(client.as_fd(), until)? => {}
+                Err(Errno::AGAIN) => return Err(io::ErrorKind::TimedOut.into()),
+                result => return result.map(drop).map_err(io::Error::from),
+            }
+        }
+    }
+
+    /// Ends a snapshot with an answer.
+    pub(crate) fn end_snapshot(&mut self, number: u32, answer: &Answer) {
+        let answer = postcard::to_extend(answer, Vec::new()).unwrap_or_default();
+        if self.send_part(number, IS_ANSWER, &answer).is_err() {
+            self.close(number);
+        }
+    }
+
     fn close(&mut self, number: u32) {
         self.clients.retain(|(known, _)| *known != number);
     }
+}
+
+/// Waits until a socket accepts more, or has ended, at most until a time. Returns `false` at that time.
+fn wait_writable(socket: BorrowedFd<'_>, until: Instant) -> io::Result<bool> {
+    let left = Timespec::try_from(until.saturating_duration_since(Instant::now())).ok();
+    let count =
+        retry_on_intr(|| poll(&mut [PollFd::from_borrowed_fd(socket, PollFlags::OUT)], left.as_ref()))?;
+    Ok(count > 0)
 }
 
 /// The query of a request, if it is of this version and complete. Only the front can detach.
@@ -172,7 +286,6 @@ pub(super) fn query_of(request: &[u8]) -> Option<Query> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
 
     /// A monitor's end, and how programs reach it.
     fn pair() -> (Requests, std::path::PathBuf, tempfile::TempDir) {
@@ -236,6 +349,62 @@ mod tests {
             requests.close(number);
             assert!(matches!(program.ask(Query::Resume, soon()), Err(ControlError::Ended)));
         }
+    }
+
+    #[test]
+    fn a_snapshot_arrives_in_parts() {
+        const MAX: u64 = 1 << 20;
+        // What the monitor sends, the result, and the file after it.
+        type Case<'a> = (&'a [(u64, &'a [u8])], Option<Answer>, Result<bool, &'a str>, &'a [u8]);
+        let refused = Answer::Refused("no memory".to_owned());
+        let cases: [Case<'_>; 6] = [
+            (&[(2, b"cd"), (0, b"ab")], Some(Answer::Done), Ok(true), b"abcd"),
+            (&[(0, b"ab")], None, Ok(false), b"ab"),
+            (&[(0, b"ab")], Some(refused), Err("no memory"), b"ab"),
+            (&[(MAX - 1, b"ab")], None, Err("too long"), b""),
+            (&[(u64::MAX - 1, b"ab")], None, Err("too long"), b""),
+            (&[(0, &[7; PART_MAX + 1])], None, Err("too long"), b""),
+        ];
+        for (parts, answer, expected, content) in cases {
+            let (mut requests, path, _folder) = pair();
+            let file = tempfile::tempfile().unwrap();
+            let requester = Requester::connect(&path).unwrap();
+            let (number, _) = requests.accept().unwrap();
+            std::thread::scope(|scope| {
+                let receiver = scope.spawn(|| requester.snapshot(&file, MAX, soon()).unwrap());
+                wait_readable(requests.clients[0].1.as_fd(), None).unwrap();
+                assert_eq!(requests.receive(number), Some(Query::Snapshot));
+                requests.answer(number, &Answer::Done);
+                let mut receiver = receiver.join().unwrap();
+                parts.iter().for_each(|(offset, part)| requests.send_part(number, *offset, part).unwrap());
+                answer.iter().for_each(|answer| requests.end_snapshot(number, answer));
+                match (receiver.receive(), expected) {
+                    (Ok(is_complete), Ok(expected)) => assert_eq!(is_complete, expected),
+                    (Err(error), Err(expected)) => assert!(error.to_string().contains(expected), "{error}"),
+                    (result, _) => panic!("{result:?} is not {expected:?}"),
+                }
+                drop(receiver);
+                assert!(requests.send_part(number, 0, b"ab").is_err(), "the program has gone");
+            });
+            let mut written = vec![0; content.len()];
+            file.read_exact_at(&mut written, 0).unwrap();
+            assert_eq!((&written[..], file.metadata().unwrap().len()), (content, content.len() as u64));
+        }
+    }
+
+    #[test]
+    fn the_length_of_a_snapshot_is_bounded() {
+        let (mut requests, path, _folder) = pair();
+        let file = tempfile::tempfile().unwrap();
+        let requester = Requester::connect(&path).unwrap();
+        let (number, _) = requests.accept().unwrap();
+        let mut receiver = Receiver { socket: requester.0, file: &file, max: 100, received: 0 };
+        let mut send = || {
+            requests.send_part(number, 0, &[7; 50]).unwrap();
+            receiver.receive()
+        };
+        assert!((0..3).all(|_| matches!(send(), Ok(false))));
+        assert!(matches!(send(), Err(ControlError::TooLong(58))));
     }
 
     #[test]

@@ -46,6 +46,11 @@ impl BootMarks {
         self.actions.push((stage, Action(Box::new(action))));
     }
 
+    /// Removes the callbacks for `stage`.
+    pub fn forget_calls_at(&mut self, stage: u8) {
+        self.actions.retain(|(at, _)| *at != stage);
+    }
+
     /// The marks recorded so far, in the order of arrival.
     #[must_use]
     pub fn marks(&self) -> &[Mark] {
@@ -57,10 +62,10 @@ impl BusDevice for BootMarks {
     fn read(&mut self, _offset: u16, _data: &mut [u8]) {}
 
     fn write(&mut self, _offset: u16, data: &[u8]) -> Option<GuestRequest> {
-        if let &[stage] = data
-            && self.marks.len() < Self::CAPACITY
-        {
-            self.marks.push(Mark { stage, at: Instant::now() });
+        if let &[stage] = data {
+            if self.marks.len() < Self::CAPACITY {
+                self.marks.push(Mark { stage, at: Instant::now() });
+            }
             for (_, Action(action)) in self.actions.extract_if(.., |(at, _)| *at == stage) {
                 action();
             }

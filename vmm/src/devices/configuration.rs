@@ -22,6 +22,8 @@ pub struct Configuration {
     /// Random numbers for a pre-booted kernel, one set per response. They are generated with the device, because the seccomp
     /// filter of the vCPU threads, which respond, does not allow getrandom(2).
     entropy: Vec<[u8; Reseed::ENTROPY_LEN]>,
+    /// Whether the next response is for a guest that was saved, and continues.
+    is_saved: bool,
     /// The response to the last nonce, and the frame.
     answer: Vec<u8>,
     position: usize,
@@ -55,6 +57,7 @@ impl Configuration {
             kernel_log: false,
             is_prebooted: true,
             entropy: Vec::new(),
+            is_saved: false,
             answer: Vec::new(),
             position: 0,
             waiting: None,
@@ -72,15 +75,21 @@ impl Configuration {
         Ok(())
     }
 
+    /// Makes the next response that of a guest which is saved, and continues with its own random numbers.
+    pub fn continue_saved(&mut self) {
+        self.is_saved = true;
+    }
+
     /// Maximum number of responses to a pre-booted kernel: init needs one.
     const RESEEDS_MAX: usize = 4;
 
     fn restart(&mut self, nonce: u32) {
         let vm_age = Some(Instant::now().since(self.vm_created));
-        let reseed = self.entropy.pop().map(reseed);
+        let is_saved = std::mem::take(&mut self.is_saved);
+        let reseed = if is_saved { None } else { self.entropy.pop().map(reseed) };
         let boot = BootInfo { vm_age, kernel_log: self.kernel_log, reseed };
         // Init stops at an empty frame: no guest may run with the random numbers of another.
-        let config = self.config.as_ref().filter(|_| !self.is_prebooted || boot.reseed.is_some());
+        let config = self.config.as_ref().filter(|_| !self.is_prebooted || is_saved || boot.reseed.is_some());
         let frame = config.and_then(|config| config.to_frame(&boot).ok()).unwrap_or_default();
         let length = u32::try_from(frame.len()).unwrap_or(0);
         self.answer = [&handshake::response(nonce, length), &*frame].concat();
@@ -192,6 +201,9 @@ mod tests {
             seeds.push(reseed.entropy);
         }
         assert_ne!(seeds[0], seeds[1]);
+        // A guest that was saved and continues has its own.
+        device.continue_saved();
+        assert_eq!(GuestConfig::from_frame(&request(&mut device, 7)).unwrap().1.reseed, None);
         for _ in seeds.len()..Configuration::RESEEDS_MAX {
             GuestConfig::from_frame(&request(&mut device, 7)).unwrap();
         }

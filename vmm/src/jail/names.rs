@@ -61,14 +61,41 @@ const SECOND: [&str; 27] = [
 ];
 const SECOND_START: u32 = 424;
 
+/// The names in one text, each after a space. A program with the lists would relocate the address of each name at its start.
+static FIRST_TEXT: [u8; length_of(&FIRST)] = joined(&FIRST);
+static SECOND_TEXT: [u8; length_of(&SECOND)] = joined(&SECOND);
+
+const fn length_of(names: &[&str]) -> usize {
+    let (mut length, mut at) = (0, 0);
+    while at < names.len() {
+        length += 1 + names[at].len();
+        at += 1;
+    }
+    length
+}
+
+const fn joined<const N: usize>(names: &[&str]) -> [u8; N] {
+    let mut text = [b' '; N];
+    let (mut end, mut at) = (0, 0);
+    while at < names.len() {
+        let name = names[at].as_bytes();
+        // After the space.
+        text.split_at_mut(end + 1).1.split_at_mut(name.len()).0.copy_from_slice(name);
+        end += 1 + name.len();
+        at += 1;
+    }
+    text
+}
+
 /// The name of a system call.
 #[must_use]
 pub fn name_of(number: u32) -> Option<&'static str> {
-    let (list, at) = match number.checked_sub(SECOND_START) {
-        Some(at) => (&SECOND[..], at),
-        None => (&FIRST[..], number),
+    let (text, at) = match number.checked_sub(SECOND_START) {
+        Some(at) => (&SECOND_TEXT[..], at),
+        None => (&FIRST_TEXT[..], number),
     };
-    list.get(usize::try_from(at).ok()?).copied().filter(|name| !name.is_empty())
+    let name = text.split(|&byte| byte == b' ').skip(1).nth(usize::try_from(at).ok()?)?;
+    std::str::from_utf8(name).ok().filter(|name| !name.is_empty())
 }
 
 /// The number of a system call, or [`u32::MAX`].
@@ -115,6 +142,8 @@ mod tests {
             assert_eq!(name_of(u32::try_from(number).unwrap()), Some(name));
         }
         assert_eq!((name_of(335), name_of(400), name_of(u32::MAX)), (None, None, None));
+        let all = (0..).zip(FIRST).chain((SECOND_START..).zip(SECOND));
+        assert!(all.into_iter().all(|(number, name)| name_of(number).unwrap_or_default() == name));
         assert_eq!((number_of(""), number_of("nothing")), (u32::MAX, u32::MAX));
     }
 }

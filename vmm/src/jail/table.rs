@@ -108,6 +108,7 @@ const KVM_RUN: u32 = 0xae80;
 const KVM_GET_REGS: u32 = 0x8090_ae81;
 const KVM_GET_SREGS: u32 = 0x8138_ae83;
 const KVM_KVMCLOCK_CTRL: u32 = 0xaead;
+const KVM_GET_CLOCK: u32 = 0x8030_ae7c;
 const KVM_SET_GSI_ROUTING: u32 = 0x4008_ae6a;
 /// A tap's offloads (include/uapi/linux/if_tun.h).
 const TUNSETOFFLOAD: u32 = 0x4004_54d0;
@@ -145,10 +146,15 @@ const fn call(name: &'static str, threads: &'static [Thread], rule: Rule, reason
 #[rustfmt::skip]
 pub const TABLE: &[Call] = &[
     call("ioctl", VCPU,
-        Rule::OneOf(1, &[KVM_RUN, KVM_GET_REGS, KVM_GET_SREGS, KVM_KVMCLOCK_CTRL, KVM_SET_GSI_ROUTING]),
-        "runs the guest; routes interrupts as its drivers ask; reads registers for the report of a failure"),
-    call("ioctl", ONLY_LOOP, Rule::OneOf(1, &[TUNSETOFFLOAD, FIONBIO]),
-        "the offloads of a tap that the guest's driver accepts; the last messages of a file server that has ended"),
+        Rule::OneOf(1, &[
+            KVM_RUN, KVM_GET_REGS, KVM_GET_SREGS, KVM_KVMCLOCK_CTRL, KVM_SET_GSI_ROUTING,
+            0xc008_ae88, 0x8400_ae8e, 0x8004_ae98, 0x8040_ae9f, // KVM_GET_MSRS, _LAPIC, _MP_STATE, _VCPU_EVENTS
+            0x8080_aea1, 0xaea3, 0x9000_aea4, 0x8188_aea6, // KVM_GET_DEBUGREGS, _TSC_KHZ, _XSAVE, _XCRS
+        ]),
+        "runs the guest; routes interrupts as its drivers ask; reads registers for snapshots, and for the report of a failure"),
+    call("ioctl", ONLY_LOOP, Rule::OneOf(1, &[TUNSETOFFLOAD, FIONBIO, KVM_GET_CLOCK]),
+        "the offloads of a tap that the guest's driver accepts; the last messages of a file server that has ended; the clock of \
+         a snapshot"),
     call("preadv2", VCPU, Rule::Any, "reads of disks that the host has in memory"),
     call("pwritev2", VCPU, Rule::Any, "writes of disks that the host takes into memory"),
     call("preadv2", FILES, Rule::Any, "reads of disks"),
@@ -213,7 +219,7 @@ pub const TABLE: &[Call] = &[
     call("fstatfs", PREBOOT, Rule::Any, "whether a file is in memory"),
     call("lseek", PREBOOT, Rule::Any, "which parts of a file have data"),
     call("ftruncate", PREBOOT, Rule::Any, "the length of the pre-booted kernel's file"),
-    call("pread64", PREBOOT, Rule::Any, "the kernel's file, and which pages were written"),
+    call("pread64", LOOP, Rule::Any, "which pages of the guest have content, for a snapshot; the kernel's file"),
     call("readlinkat", PREBOOT, Rule::Any, "paths of mapped files, for reports"),
     call("sched_yield", PREBOOT, Rule::Any, "waits for a vCPU"),
     call("nanosleep", PREBOOT, Rule::Any, "the same"),

@@ -2,6 +2,7 @@
 
 use super::state::{TSC, msr_list};
 use super::{KvmError, Vcpu, Vm};
+use crate::timeline::Instant;
 use kvm_bindings::kvm_msr_entry;
 use serde::{Deserialize, Serialize};
 
@@ -25,6 +26,16 @@ impl Clocks {
         let since = u128::from(later.saturating_sub(tsc)) * 1_000_000 / u128::from(khz.max(1));
         let clock = vm.clock()?.saturating_sub(u64::try_from(since).unwrap_or(0));
         Ok(Self { tsc, clock })
+    }
+
+    /// The clocks of a machine whose time stamp counters were `tsc` at a time.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub(crate) fn since(tsc: u64, at: Instant, vm: &Vm) -> Result<Self, KvmError> {
+        let clock = vm.clock()?;
+        let since = Instant::now().0.saturating_sub(at.0);
+        Ok(Self { tsc, clock: clock.saturating_sub(since) })
     }
 
     /// Sets the machine's clock.

@@ -1,8 +1,11 @@
 //! Pausing vCPUs between two entries into the guest.
 
+use super::{KvmError, VcpuState};
 use crate::bus::lock;
+use crate::timeline::Instant;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex};
+use std::thread::{self, ThreadId};
 
 /// Where the vCPUs of a machine wait while it is paused.
 #[derive(Debug, Default)]
@@ -11,6 +14,26 @@ pub(crate) struct Pause {
     /// vCPUs that wait.
     waiting: Mutex<usize>,
     cleared: Condvar,
+    /// Whether each vCPU saves its state before it waits.
+    saves: AtomicBool,
+    saved: Mutex<Saved>,
+}
+
+/// The saved states of a paused machine's vCPUs.
+#[derive(Debug, Default)]
+pub(crate) struct Saved {
+    /// The thread of the vCPU that made the others wait.
+    pub(crate) by: Option<ThreadId>,
+    pub(crate) vcpus: Vec<SavedVcpu>,
+}
+
+/// The saved state of a vCPU.
+#[derive(Debug)]
+pub(crate) struct SavedVcpu {
+    pub(crate) id: usize,
+    pub(crate) state: Result<VcpuState, KvmError>,
+    /// When the state was read.
+    pub(crate) at: Instant,
 }
 
 impl Pause {
@@ -19,8 +42,31 @@ impl Pause {
         self.is_set.store(true, Ordering::Release);
     }
 
+    /// Makes each vCPU save its state, and wait. Called by the thread of a vCPU.
+    pub(crate) fn set_and_save(&self) {
+        *lock(&self.saved) = Saved { by: Some(thread::current().id()), vcpus: Vec::new() };
+        self.saves.store(true, Ordering::Release);
+        self.set();
+    }
+
+    /// Whether each vCPU saves its state.
+    pub(crate) fn saves(&self) -> bool {
+        self.saves.load(Ordering::Acquire)
+    }
+
+    /// Saves the state of a vCPU, which waits next.
+    pub(super) fn save(&self, vcpu: SavedVcpu) {
+        lock(&self.saved).vcpus.push(vcpu);
+    }
+
+    /// The saved states, each of which is returned once.
+    pub(crate) fn take_saved(&self) -> Saved {
+        std::mem::take(&mut *lock(&self.saved))
+    }
+
     /// Lets the vCPUs continue.
     pub(crate) fn clear(&self) {
+        self.saves.store(false, Ordering::Release);
         // The lock orders this against a vCPU that is about to wait.
         let waiting = lock(&self.waiting);
         self.is_set.store(false, Ordering::Release);

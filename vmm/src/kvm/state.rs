@@ -63,6 +63,9 @@ const GUEST_MSRS: [u32; 31] = [
 /// KVM's own MSRs.
 const KVM_MSRS: std::ops::RangeInclusive<u32> = 0x4b56_4d00..=0x4b56_4dff;
 
+/// Length of the instruction with which init writes boot marks.
+const OUT_DX_AL_LEN: u64 = 1;
+
 /// The complete state of a vCPU.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct VcpuState {
@@ -86,6 +89,16 @@ impl VcpuState {
     pub(crate) const fn page_tables(&self) -> u64 {
         // The lower bits are flags, or a process context (Intel SDM, volume 3, "Paging Control Registers").
         self.special.cr3 & !0xfff
+    }
+
+    /// The time stamp counter; 0 if KVM did not report it.
+    pub(crate) fn tsc(&self) -> u64 {
+        self.msrs.iter().find(|entry| entry.index == TSC).map_or(0, |entry| entry.data)
+    }
+
+    /// Moves the vCPU back before the instruction `out dx, al` that it has executed last.
+    pub(crate) const fn step_back_over_out(&mut self) {
+        self.general.rip = self.general.rip.wrapping_sub(OUT_DX_AL_LEN);
     }
 }
 
@@ -146,11 +159,11 @@ impl Vcpu {
     }
 
     /// Saves the state of a vCPU that is not running and has been [settled](Self::settle). `known` are the indices of
-    /// the MSRs that the host's KVM can read.
+    /// the MSRs that the host's KVM can read; without them, those that it refuses to read are left out.
     ///
     /// # Errors
     /// When KVM refuses.
-    pub fn state(&self, known: &[u32]) -> Result<VcpuState, KvmError> {
+    pub fn state(&self, known: Option<&[u32]>) -> Result<VcpuState, KvmError> {
         let what = "read a vCPU's state";
         let fd = &self.fd;
         // First, because it also processes pending INIT and SIPI from other vCPUs.
@@ -171,17 +184,19 @@ impl Vcpu {
     }
 
     /// The guest's MSRs among those that the host's KVM knows.
-    fn guest_msrs(&self, known: &[u32]) -> Result<Msrs, KvmError> {
+    fn guest_msrs(&self, known: Option<&[u32]>) -> Result<Msrs, KvmError> {
         let entry = |index| kvm_msr_entry { index, ..kvm_msr_entry::default() };
-        let mut entries: Vec<_> =
-            GUEST_MSRS.into_iter().filter(|index| known.contains(index)).map(entry).collect();
+        let is_known = |index: &u32| known.is_none_or(|known| known.contains(index));
+        let mut entries: Vec<_> = GUEST_MSRS.into_iter().filter(is_known).map(entry).collect();
         loop {
             let mut msrs = msr_list(&entries)?;
             let read = self.fd.get_msrs(&mut msrs).map_err(KvmError::ioctl("read a vCPU's state"))?;
             match entries.get(read) {
                 None => return Ok(msrs),
                 // One of KVM's own that the guest's CPUID does not offer.
-                Some(refused) if KVM_MSRS.contains(&refused.index) => drop(entries.remove(read)),
+                Some(refused) if known.is_none() || KVM_MSRS.contains(&refused.index) => {
+                    entries.remove(read);
+                }
                 Some(_) => return Err(refused_msr("read", &entries, read)),
             }
         }

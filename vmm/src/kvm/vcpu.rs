@@ -2,7 +2,7 @@
 
 use super::coalesced::CoalescedWrites;
 use super::restrictions;
-use super::{KvmError, Pause};
+use super::{KvmError, Pause, SavedVcpu};
 use crate::boot::{CODE_SEGMENT, DATA_SEGMENT, Entry, GDT_ENTRIES};
 use crate::bus::{Buses, GuestRequest};
 use crate::function_marks::FunctionMarks;
@@ -195,14 +195,10 @@ impl Vcpu {
     }
 
     /// Runs the guest until it ends, or until `stopping` is set and a signal interrupts the vCPU. Waits between two
-    /// entries while the machine is paused.
-    pub(crate) fn run(&mut self, buses: &Buses, stopping: &AtomicBool, pause: &Pause) -> VcpuEnd {
+    /// entries while the machine is paused, and saves its state before if that is requested, for the vCPU with this `id`.
+    pub(crate) fn run(&mut self, id: usize, buses: &Buses, stopping: &AtomicBool, pause: &Pause) -> VcpuEnd {
         while !stopping.load(Ordering::Acquire) {
-            if pause.wait() {
-                self.forgive_pause();
-                continue;
-            }
-            self.sample_if_due();
+            let Some(saves) = self.prepare_entry(pause) else { continue };
             let (counts, recorder) = (&mut self.counts, &mut self.recorder);
             let coalesced = self.coalesced.as_deref();
             let flush_coalesced = || coalesced.inspect(|writes| writes.flush(&buses.memory));
@@ -252,11 +248,33 @@ impl Vcpu {
                 Ok(VcpuExit::FailEntry(reason, _)) => return VcpuEnd::EntryFailed { reason },
                 Ok(VcpuExit::InternalError) => return VcpuEnd::InternalError { suberror: self.suberror() },
                 Ok(other) => return VcpuEnd::of_exit(&other),
+                Err(error) if saves && error.errno() == libc::EINTR => self.save(id, pause),
                 Err(error) if self.attempts.may_continue(error.errno()) => counts.other += 1,
                 Err(error) => return VcpuEnd::RunFailed(error.into()),
             }
         }
         VcpuEnd::Stopped
+    }
+
+    /// Prepares the next entry into the guest, and returns whether it only completes the instruction of the last exit, so that the
+    /// state can be saved. Returns `None` after a pause.
+    fn prepare_entry(&mut self, pause: &Pause) -> Option<bool> {
+        let saves = pause.saves();
+        self.fd.set_kvm_immediate_exit(saves.into());
+        if !saves && pause.wait() {
+            self.forgive_pause();
+            return None;
+        }
+        self.sample_if_due();
+        Some(saves)
+    }
+
+    /// Saves the state, and waits until the machine continues.
+    fn save(&self, id: usize, pause: &Pause) {
+        pause.save(SavedVcpu { id, state: self.state(None), at: Instant::now() });
+        if pause.wait() {
+            self.forgive_pause();
+        }
     }
 
     /// Keeps the guest's watchdogs from counting the time of a pause (Documentation/virt/kvm/api.rst,

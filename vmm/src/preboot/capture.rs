@@ -4,10 +4,10 @@
 use super::error::PrebootError;
 use super::file;
 use super::kernel::Preboot;
-use super::state::{Inputs, Stage, State, features};
+use super::snapshot::state_of;
+use super::state::{Inputs, Stage, State};
 use super::trial_root;
 use crate::boot::elf::Elf;
-use crate::bus::lock;
 use crate::config::{Config, Console, GuestConfig};
 use crate::control::Control;
 use crate::error::Error;
@@ -230,23 +230,7 @@ impl CapturedMachine {
                 PrebootError::NotCapturable("its init does not mark its start with `out dx, al`").into()
             );
         }
-        let vcpus = self.vcpus.iter().map(|vcpu| vcpu.state(msrs)).collect::<Result<_, _>>()?;
-        let virtio = machine.devices.virtio.iter().map(|device| lock(device).state());
-        let virtio = virtio.collect::<Result<_, _>>().map_err(PrebootError::from)?;
-        let io_apic = machine.devices.io_apic.as_ref().ok_or(PrebootError::NotAnImage)?;
-        Ok(State {
-            cpuid: features(&machine.vm.cpuid(inputs.vcpu_count)).copied().collect(),
-            inputs,
-            clocks,
-            vcpus,
-            init_vcpu: self.init_vcpu,
-            io_apic: lock(io_apic).state(),
-            serial: lock(&machine.devices.serial).state(),
-            virtio,
-            extents: machine.memory.contents()?,
-            written: Vec::new(),
-            used: Vec::new(),
-            read: Vec::new(),
-        })
+        let vcpus = self.vcpus.iter().map(|vcpu| vcpu.state(Some(msrs))).collect::<Result<_, _>>()?;
+        state_of(machine, inputs, clocks, vcpus, self.init_vcpu)
     }
 }

@@ -11,7 +11,7 @@
 
 use super::error::PrebootError;
 use super::state::{FORMAT, State};
-use crate::layout::{PAGE, PAGE_SIZE};
+use crate::layout::{self, PAGE, PAGE_SIZE};
 use crate::memory::{Extent, GuestMemory, MemoryError};
 use rustix::fs::{FallocateFlags, Mode, OFlags};
 use rustix::io::Errno;
@@ -81,14 +81,26 @@ pub(super) fn read(file: &File, path: &Path) -> Result<State, PrebootError> {
 
 /// Writes the state, over the previous one.
 pub(super) fn write_state(file: &File, state: &State) -> io::Result<()> {
-    let bytes = postcard::to_allocvec(state).map_err(io::Error::other)?;
-    let length = u32::try_from(bytes.len()).ok().filter(|&length| length <= STATE_MAX);
+    file.write_all_at(&beginning(state)?, 0)
+}
+
+/// The beginning of a file with this state.
+pub(super) fn beginning(state: &State) -> io::Result<Vec<u8>> {
+    let mut bytes = postcard::to_extend(state, vec![0; HEADER_LEN]).map_err(io::Error::other)?;
+    let (header, state) = bytes.split_at_mut(HEADER_LEN);
+    let length = u32::try_from(state.len()).ok().filter(|&length| length <= STATE_MAX);
     let length = length.ok_or_else(|| io::Error::other("the state is too long"))?;
-    file.write_all_at(&MAGIC, 0)?;
-    file.write_all_at(&FORMAT.to_le_bytes(), 8)?;
-    file.write_all_at(&length.to_le_bytes(), 12)?;
-    file.write_all_at(&checksum(&bytes).to_le_bytes(), 16)?;
-    file.write_all_at(&bytes, HEADER_LEN as u64)
+    header[..8].copy_from_slice(&MAGIC);
+    header[8..12].copy_from_slice(&FORMAT.to_le_bytes());
+    header[12..16].copy_from_slice(&length.to_le_bytes());
+    header[16..].copy_from_slice(&checksum(state).to_le_bytes());
+    Ok(bytes)
+}
+
+/// The greatest length of a file for a guest with this many bytes of memory.
+pub(super) fn length_max(memory: u64) -> u64 {
+    let end = |(start, length): (GuestAddress, u64)| start.0.saturating_add(length);
+    PAGES_OFFSET + layout::ram_ranges(memory).into_iter().map(end).max().unwrap_or(0)
 }
 
 /// Finds bytes that were changed by accident: each step (FNV-1a, with words instead of bytes) is a bijection of the value before it
@@ -105,18 +117,8 @@ fn checksum(bytes: &[u8]) -> u64 {
 
 /// Writes the pages of the extents.
 pub(super) fn write_pages(file: &File, extents: &[Extent], memory: &GuestMemory) -> Result<(), WriteError> {
-    let mut page = [0; PAGE];
-    let mut end = PAGES_OFFSET;
-    for extent in extents {
-        for number in 0..u64::from(extent.pages) {
-            let address = extent.start + number * PAGE_SIZE;
-            memory.read(GuestAddress(address), &mut page)?;
-            if page != [0; PAGE] {
-                file.write_all_at(&page, PAGES_OFFSET + address)?;
-            }
-        }
-        end = PAGES_OFFSET + extent.start + extent.length();
-    }
+    each_page(extents, memory, &mut |offset, page| Ok(file.write_all_at(page, offset)?))?;
+    let end = extents.last().map_or(0, |extent| extent.start + extent.length()) + PAGES_OFFSET;
     // The last pages may be a hole.
     file.set_len(end)?;
     // In memory, a guest that reads a hole makes it a page, and is killed if there is no space left: the space is taken now.
@@ -125,6 +127,28 @@ pub(super) fn write_pages(file: &File, extents: &[Extent], memory: &GuestMemory)
             let start = PAGES_OFFSET + extent.start;
             rustix::fs::fallocate(file, FallocateFlags::empty(), start, extent.length())
                 .map_err(io::Error::from)?;
+        }
+    }
+    Ok(())
+}
+
+/// What is done with a page of guest memory, at an offset of the file.
+type PageAction<'a> = &'a mut dyn FnMut(u64, &[u8; PAGE]) -> Result<(), WriteError>;
+
+/// Calls `action` for each page of the extents that has content, with its offset in the file.
+pub(super) fn each_page(
+    extents: &[Extent],
+    memory: &GuestMemory,
+    action: PageAction<'_>,
+) -> Result<(), WriteError> {
+    let mut page = [0; PAGE];
+    for extent in extents {
+        for number in 0..u64::from(extent.pages) {
+            let address = extent.start + number * PAGE_SIZE;
+            memory.read(GuestAddress(address), &mut page)?;
+            if page != [0; PAGE] {
+                action(PAGES_OFFSET + address, &page)?;
+            }
         }
     }
     Ok(())

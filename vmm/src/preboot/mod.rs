@@ -9,7 +9,8 @@
 //! replaced before the payload runs.
 //!
 //! A snapshot is the same at a later mark ([`guest_protocol::BootMark::Frozen`]): all processes of a guest are frozen, and
-//! continue in each copy ([`crate::control::Monitor::start_for_snapshot`]).
+//! continue in each copy ([`crate::control::Monitor::start_for_snapshot`]). A guest that runs on is saved while its vCPUs wait
+//! ([`crate::control::Requester::snapshot`]).
 
 pub(crate) mod capture;
 pub(crate) mod destination;
@@ -18,12 +19,14 @@ pub(crate) mod file;
 pub(crate) mod kernel;
 pub(crate) mod pages;
 pub(crate) mod saved;
+pub(crate) mod snapshot;
 pub(crate) mod state;
 pub(crate) mod trial_root;
 pub(crate) mod verified;
 
 pub use error::PrebootError;
 pub use saved::SavedMemory;
+pub use snapshot::length_max;
 pub use state::key;
 /// Reads bytes as the beginning of a file of a pre-booted kernel, without its magic and format, which a fuzzer seldom finds.
 #[cfg(fuzzing)]

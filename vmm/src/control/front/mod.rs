@@ -286,7 +286,7 @@ impl Monitor {
     pub fn statistics(&self, until: Instant) -> Result<Statistics, ControlError> {
         match self.query(Query::Statistics, &[], until)? {
             Answer::Statistics(statistics) => Ok(*statistics),
-            Answer::Done => Err(ControlError::Version),
+            _ => Err(ControlError::Version),
         }
     }
 
