@@ -48,7 +48,8 @@ const COMMANDS: Group = Group {
         &guests::kill::COMMAND,
         &guests::pause::PAUSE,
         &guests::pause::RESUME,
-        &guests::snapshot::COMMAND,
+        &guests::snapshot::SNAPSHOT,
+        &guests::snapshot::SUSPEND,
         &run::restore::COMMAND,
         &guests::rm::COMMAND,
         &guests::inspect::COMMAND,
@@ -167,7 +168,7 @@ mod tests {
     #[test]
     fn each_option_of_a_command_is_there_once_with_a_help_text() {
         let all = [helps(&COMMANDS), helps(&volume::COMMANDS), helps(&template::COMMANDS)].concat();
-        assert_eq!(all.len(), 30);
+        assert_eq!(all.len(), 31);
         for (name, text) in all {
             let options = text.lines().map(str::trim_start).filter(|line| line.starts_with('-'));
             let names = options.filter_map(|line| line.split("  ").next());

@@ -106,13 +106,33 @@ impl Guest {
     /// When the directory exists or cannot be written, the guest is paused or has ended, has volumes, shared directories, a tap
     /// device or limits, a process cannot be frozen, or the monitor cannot read the machine's state. The guest continues.
     pub fn snapshot(&self, folder: impl AsRef<Path>) -> Result<(), SnapshotError> {
+        self.save(folder.as_ref(), false)
+    }
+
+    /// Saves the guest as [`Self::snapshot`] does, and ends it: it executes nothing after what was saved. Its exit status is that of a
+    /// guest that was killed.
+    ///
+    /// # Errors
+    /// Those of [`Self::snapshot`] and [`Self::kill`]. A guest that could not be saved continues.
+    pub fn suspend(&self, folder: impl AsRef<Path>) -> Result<(), SnapshotError> {
+        self.check_runs()?;
+        if let Err(error) = self.save(folder.as_ref(), true) {
+            // Its memory may have been saved, and the directory could not be created.
+            let _ = self.resume();
+            return Err(error);
+        }
+        Ok(self.kill()?)
+    }
+
+    fn save(&self, folder: &Path, pauses: bool) -> Result<(), SnapshotError> {
         let origin = origin_of(self)?;
-        let draft = Draft::at(folder.as_ref())?;
+        let draft = Draft::at(folder)?;
         self.check_runs()?;
         let file = draft.memory()?;
         let length = preboot::length_max(origin.machine.mem_size_mib);
         file.set_len(length).map_err(SnapshotError::Host)?;
-        receive(self, &file, length)?;
+        let until = Instant::now() + preboot::time_limit(origin.machine.mem_size_mib);
+        receive(self, &file, length, pauses, until)?;
         let record = GuestRecord { origin: None, ..self.record.clone() };
         draft.publish(&origin, &self.record.image, Some(Box::new(record)))?;
         Ok(())
@@ -134,9 +154,14 @@ fn origin_of(guest: &Guest) -> Result<Origin, SnapshotError> {
 }
 
 /// Makes the guest freeze its processes, and writes to a file, of at most this length, what its monitor sends then.
-fn receive(guest: &Guest, file: &File, length: u64) -> Result<(), SnapshotError> {
-    let until = Instant::now() + TIMEOUT;
-    let mut receiver = guest.requester()?.snapshot(file, length, until)?;
+fn receive(
+    guest: &Guest,
+    file: &File,
+    length: u64,
+    pauses: bool,
+    until: Instant,
+) -> Result<(), SnapshotError> {
+    let mut receiver = guest.requester()?.snapshot(file, length, pauses, until)?;
     let mut process = Process::freeze(&guest.socket(), crate::token(), true)?;
     loop {
         if receiver.receive()? {

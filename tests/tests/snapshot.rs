@@ -47,6 +47,12 @@ impl Owner {
         run(self.0.command("logs").arg(name))
     }
 
+    fn state(&self, name: &str) -> String {
+        let view = run(self.0.command("inspect").arg(name)).stdout;
+        let state = view.split("\"state\": \"").nth(1).unwrap_or_default();
+        state.split('"').next().unwrap_or_default().to_owned()
+    }
+
     fn end(self, names: &[&str]) {
         run(self.0.command("rm").arg("-f").args(names)).expect_status(0);
         assert!(self.0.has_no_guests());
@@ -91,6 +97,31 @@ fn a_guest_continues_and_its_snapshot_continues_in_others() {
         assert!(list.contains("three") && list.contains("mkfifo"), "{list}");
         owner.end(&["one", "two", "three"]);
     }
+}
+
+#[test]
+fn a_suspended_guest_ends_and_continues_later() {
+    let owner = Owner::with_guest(&[], COUNTER);
+    owner.exec("one", "echo before >/ask").expect_status(0);
+    wait_for("no answer", || owner.logs("one").stdout.contains("before 1").then_some(()));
+    for round in 2..4 {
+        run(owner.0.command("suspend").arg("one").arg(owner.folder())).expect_status(0);
+        assert_eq!(owner.state("one"), "exited");
+        run(owner.0.command("rm").arg("one")).expect_status(0);
+        run(&mut owner.restore(&["-d", "--name", "one"])).expect_status(0);
+        owner.exec("one", "echo again >/ask").expect_status(0);
+        let answer = format!("again {round}");
+        wait_for("no answer", || owner.logs("one").stdout.contains(&answer).then_some(()));
+        fs::remove_dir_all(owner.folder()).unwrap();
+    }
+    // Without space, the guest runs on.
+    let Some(_mount) = SmallTmpfs::at(&owner.0.folder().join("small")) else { return };
+    let target = owner.0.folder().join("small/saved");
+    run(owner.0.command("suspend").arg("one").arg(&target)).expect_status(125);
+    assert_eq!(owner.state("one"), "running");
+    owner.exec("one", "echo end >/ask");
+    assert_eq!(run(owner.0.command("wait").arg("one")).status, Some(4));
+    owner.end(&["one"]);
 }
 
 #[test]

@@ -61,6 +61,15 @@ const SNAPSHOT_LIMIT: Duration = Duration::from_secs(5);
 /// Maximum number of events per wait.
 const EVENTS: usize = 16;
 
+/// A snapshot that was requested.
+#[derive(Clone, Copy, Debug)]
+struct Requested {
+    /// The number of the program.
+    number: u32,
+    /// Whether the machine stays paused then.
+    pauses: bool,
+}
+
 /// The event loop, whose descriptors are registered before any vCPU runs.
 #[derive(Debug)]
 pub(crate) struct EventLoop {
@@ -68,10 +77,12 @@ pub(crate) struct EventLoop {
     input: Option<Input>,
     /// The connection to the front-end process, if there is one.
     control: Option<Control>,
+    /// Whether the last request was to pause, not to resume.
+    is_paused: bool,
     /// The programs that wait for all vCPUs to leave the guest.
     pausing: Vec<Asker>,
-    /// The number of the program that has requested a snapshot.
-    snapshot: Option<u32>,
+    /// The snapshot that was requested.
+    snapshot: Option<Requested>,
     /// Whether the vCPUs save their states for it.
     is_saving: bool,
     /// Whether input waits for a port that was busy.
@@ -116,6 +127,7 @@ impl EventLoop {
             epoll,
             input,
             control,
+            is_paused: false,
             pausing: Vec::new(),
             snapshot: None,
             is_saving: false,
@@ -327,30 +339,41 @@ impl EventLoop {
         let Ok(number) = u32::try_from(data & !REQUEST) else { return };
         let requests = self.control.as_mut().and_then(|control| control.requests.as_mut());
         match requests.and_then(|requests| requests.receive(number)) {
-            Some(Query::Snapshot) => self.prepare_snapshot(number, machine, vcpus),
+            Some(Query::Snapshot { pauses }) => {
+                self.prepare_snapshot(Requested { number, pauses }, machine, vcpus);
+            }
             Some(query) => self.serve_query(Asker::Other(number), query, vcpus),
-            None if self.snapshot == Some(number) => self.forget_snapshot(machine),
+            None if self.snapshot.is_some_and(|requested| requested.number == number) => {
+                self.forget_snapshot(machine);
+            }
             None => {}
         }
+        // It may have disconnected.
+        let control = self.control.as_ref();
+        self.pausing.retain(|asker| control.is_some_and(|control| control.waits(*asker)));
     }
 
     /// Makes the vCPUs save their states when the guest has frozen its processes.
-    fn prepare_snapshot(&mut self, number: u32, machine: &Machine, vcpus: &VcpuThreads) {
+    fn prepare_snapshot(&mut self, requested: Requested, machine: &Machine, vcpus: &VcpuThreads) {
         let Some(control) = &mut self.control else { return };
+        if self.snapshot.is_some_and(|earlier| !control.is_connected(earlier.number)) && !self.is_saving {
+            lock(&machine.devices.marks).forget_calls_at(BootMark::Frozen as u8);
+            self.snapshot = None;
+        }
         let answer = match control.start_notifier() {
             Some(notify) if self.snapshot.is_none() => {
-                let pause = vcpus.pause_and_save();
+                let pause = vcpus.marker();
                 lock(&machine.devices.marks).call_at(BootMark::Frozen as u8, move || {
                     pause();
                     notify();
                 });
                 lock(&machine.devices.configuration).continue_saved();
-                self.snapshot = Some(number);
+                self.snapshot = Some(requested);
                 Answer::Done
             }
             _ => Answer::Refused("a snapshot of this guest is being taken".to_owned()),
         };
-        control.answer(Asker::Other(number), answer);
+        control.answer(Asker::Other(requested.number), answer);
     }
 
     /// Forgets a snapshot whose program has gone before the guest had frozen its processes.
@@ -370,26 +393,33 @@ impl EventLoop {
             return vcpus.kick();
         }
         self.complete_requests(SNAPSHOT_LIMIT);
-        let saved = vcpus.take_saved();
-        if let (Some(control), Some(number)) = (&mut self.control, self.snapshot) {
+        // No device raises an interrupt from here on.
+        let saved = vcpus.save();
+        if let (Some(control), Some(Requested { number, pauses })) = (&mut self.control, self.snapshot) {
             let result = match (&control.requests, &control.config) {
                 (Some(requests), Some(config)) => {
-                    let mut sink = |offset, part: &[u8]| requests.send_part(number, offset, part);
+                    let limit = snapshot::time_limit(config.machine.mem_size_mib);
+                    let until = std::time::Instant::now() + limit;
+                    let mut sink = |offset, part: &[u8]| requests.send_part(number, offset, part, until);
                     snapshot::send(machine, config, saved, &mut sink)
                 }
                 _ => Err(PrebootError::NotAnImage.into()),
             };
+            // A guest that could not be saved continues.
+            self.is_paused |= result.is_ok() && pauses;
             let refused = |error| Answer::Refused(with_causes(&error));
             control.end_snapshot(number, &result.map_or_else(refused, |()| Answer::Done));
         }
         (self.is_saving, self.snapshot) = (false, None);
-        vcpus.resume();
+        if !self.is_paused {
+            vcpus.resume();
+        }
     }
 
     /// Serves the doorbell that a vCPU's thread rings: the agent accepts connections, or a snapshot is to be taken.
     fn serve_doorbell(&mut self, vcpus: &VcpuThreads) {
         self.control.iter_mut().for_each(Control::send_start);
-        if vcpus.saves() {
+        if vcpus.is_marked() {
             self.is_saving = true;
             vcpus.kick();
         }
@@ -399,16 +429,19 @@ impl EventLoop {
         let Some(control) = &mut self.control else { return };
         match query {
             Query::Pause => {
+                self.is_paused = true;
                 vcpus.pause();
                 vcpus.kick();
                 if !self.pausing.contains(&asker) {
                     self.pausing.push(asker);
                 }
             }
-            // The vCPUs continue after the snapshot.
-            Query::Resume if self.is_saving => control.answer(asker, Answer::Done),
             Query::Resume => {
-                vcpus.resume();
+                self.is_paused = false;
+                // Otherwise they continue after the snapshot.
+                if !self.is_saving {
+                    vcpus.resume();
+                }
                 // Those that wait for a pause have had one.
                 self.pausing.drain(..).for_each(|asker| control.answer(asker, Answer::Done));
                 control.answer(asker, Answer::Done);
@@ -421,7 +454,7 @@ impl EventLoop {
                 control.answer(asker, Answer::Statistics(Box::new(statistics)));
             }
             Query::Detach => control.answer(asker, Answer::Done),
-            Query::Snapshot => {
+            Query::Snapshot { .. } => {
                 control.answer(asker, Answer::Refused("the front cannot receive it".to_owned()))
             }
         }

@@ -3,7 +3,7 @@
 use crate::bus::{Buses, lock};
 use crate::error::Error;
 use crate::jail::{Jail, Thread};
-use crate::kvm::{ExitCounts, Pause, Registers, Saved, SavedVcpu, Vcpu, VcpuEnd};
+use crate::kvm::{ExitCounts, Pause, Registers, SavedVcpu, Vcpu, VcpuEnd};
 use crate::poll::wait_readable;
 use crate::profile::Recorder;
 use crate::start_latch::{Rendezvous, StartLatch};
@@ -217,25 +217,27 @@ impl VcpuThreads {
         self.pause.clear();
     }
 
-    /// The function that makes all vCPUs save their states and wait, as [`Self::pause`] does; for the thread of a vCPU.
-    pub(crate) fn pause_and_save(&self) -> impl FnOnce() + Send + use<> {
+    /// A function that pauses all vCPUs for a snapshot, as [`Self::pause`] does; for the thread of a vCPU.
+    pub(crate) fn marker(&self) -> impl FnOnce() + Send + use<> {
         let pause = Arc::clone(&self.pause);
-        move || pause.set_and_save()
+        move || pause.mark()
     }
 
-    /// Whether the vCPUs save their states.
-    pub(crate) fn saves(&self) -> bool {
-        self.pause.saves()
+    /// Whether the vCPUs are paused for a snapshot.
+    pub(crate) fn is_marked(&self) -> bool {
+        self.pause.is_marked()
     }
 
-    /// The states of all vCPUs in the order of their ids, and the id of the vCPU that made the others wait. `None` if one has
-    /// not saved its state.
-    pub(crate) fn take_saved(&self) -> Option<(Vec<SavedVcpu>, usize)> {
-        let Saved { by, mut vcpus } = self.pause.take_saved();
-        let of_caller = |thread: &&VcpuThread| Some(thread.handle.thread().id()) == by;
-        let caller = self.threads.0.iter().find(of_caller)?.vcpu;
+    /// Reads the states of all vCPUs, which are paused, in the order of their ids; also returns the id of the vCPU that paused the
+    /// others. `None` if one does not run any more.
+    pub(crate) fn save(&self) -> Option<(Vec<SavedVcpu>, usize)> {
+        const LIMIT: Duration = Duration::from_secs(5);
+        let count = self.threads.0.len().saturating_sub(lock(&self.outcomes).len());
+        let (mut vcpus, marked_by) = self.pause.save_all(count, LIMIT);
+        let of_marker = |thread: &&VcpuThread| Some(thread.handle.thread().id()) == marked_by;
+        let marker = self.threads.0.iter().find(of_marker)?.vcpu;
         vcpus.sort_unstable_by_key(|vcpu| vcpu.id);
-        (vcpus.len() == self.threads.0.len()).then_some((vcpus, caller))
+        (vcpus.len() == self.threads.0.len()).then_some((vcpus, marker))
     }
 
     /// Whether no vCPU runs guest code or handles an exit, after [`Self::pause`].

@@ -1,10 +1,10 @@
-//! `kindling snapshot`: saves a running guest, which continues.
+//! `kindling snapshot` and `kindling suspend`: save a running guest, which continues or ends.
 
 use crate::command_line::{Argument, Command, Store, one};
 use crate::{print, print_error};
 use kindling::guest::Guest;
 use kindling::snapshot::SnapshotError;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Arguments {
@@ -12,10 +12,17 @@ pub(crate) struct Arguments {
     folder: Option<PathBuf>,
 }
 
-pub(crate) const COMMAND: Command<Arguments> = Command::new(
+pub(crate) const SNAPSHOT: Command<Arguments> = Command::new(
     "snapshot",
     "Save a running guest in a new directory, from which `kindling restore` starts guests; it continues",
-    run,
+    |arguments, _| save(arguments, |guest, folder| guest.snapshot(folder)),
+)
+.arguments(ARGUMENTS);
+
+pub(crate) const SUSPEND: Command<Arguments> = Command::new(
+    "suspend",
+    "Save a running guest as `kindling snapshot` does, and end it; `kindling restore` starts it again",
+    |arguments, _| save(arguments, |guest, folder| guest.suspend(folder)),
 )
 .arguments(ARGUMENTS);
 
@@ -27,11 +34,11 @@ const ARGUMENTS: &[Argument<Arguments>] = &[
         "Directory to create"),
 ];
 
-/// Takes the snapshot. Returns the exit status.
-fn run(arguments: &Arguments, _: kindling::timeline::Instant) -> u8 {
+/// Saves the guest. Returns the exit status.
+fn save(arguments: &Arguments, action: fn(&Guest, &Path) -> Result<(), SnapshotError>) -> u8 {
     let folder = arguments.folder.clone().unwrap_or_default();
     let guest = Guest::open_responsive(&arguments.name).map_err(SnapshotError::from);
-    match guest.and_then(|guest| guest.snapshot(&folder)) {
+    match guest.and_then(|guest| action(&guest, &folder)) {
         Ok(()) => print(format!("{}\n", folder.display()).as_bytes()),
         Err(error) => {
             print_error(&error);

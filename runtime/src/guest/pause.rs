@@ -5,10 +5,11 @@ use super::owner::ANSWER_TIMEOUT;
 use super::{Guest, GuestError, PAUSED, REQUESTS, host};
 use kindling_vmm::control::{ControlError, Requester, Statistics};
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
+use rustix::io::Errno;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 impl Guest {
     /// Pauses the guest: returns when no vCPU executes it. Memory stays allocated, connections wait, and the guest's clocks
@@ -18,15 +19,16 @@ impl Guest {
     /// When the guest has ended, its monitor is of another version or does not respond within 30 seconds, or a file in the
     /// guest's directory cannot be created.
     pub fn pause(&self) -> Result<(), GuestError> {
-        let _lock = self.lock_pause()?;
+        let until = Instant::now() + ANSWER_TIMEOUT;
+        let _lock = self.lock_pause(until)?;
         let mark = self.folder.join(PAUSED);
         File::create(&mark).map_err(host("create", &mark))?;
-        let until = Instant::now() + ANSWER_TIMEOUT;
         let result = match self.own_monitor() {
             Some(monitor) => monitor.pause(until).map_err(GuestError::from),
             None => self.requester().and_then(|requester| Ok(requester.pause(until)?)),
         };
-        if result.is_err() {
+        // After a timeout, the monitor may still do it.
+        if result.is_err() && !matches!(result, Err(GuestError::Control(ControlError::Timeout))) {
             let _ = fs::remove_file(&mark);
         }
         self.named(result)
@@ -42,7 +44,7 @@ impl Guest {
 
     /// Resumes a paused guest, if its monitor responds before `until`.
     pub(super) fn resume_before(&self, until: Instant) -> Result<(), GuestError> {
-        let _lock = self.lock_pause()?;
+        let _lock = self.lock_pause(until)?;
         let result = match self.own_monitor() {
             Some(monitor) => monitor.resume(until).map_err(GuestError::from),
             None => self.requester().and_then(|requester| Ok(requester.resume(until)?)),
@@ -90,13 +92,18 @@ impl Guest {
     }
 
     /// Lets one process after the other pause or resume the guest, while the result exists.
-    fn lock_pause(&self) -> Result<OwnedFd, GuestError> {
+    fn lock_pause(&self, until: Instant) -> Result<OwnedFd, GuestError> {
+        const INTERVAL: Duration = Duration::from_millis(5);
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let folder = open(&self.folder, flags, Mode::empty());
         let folder = folder.map_err(|error| host("open", &self.folder)(error.into()));
         let folder = self.named(folder)?;
-        flock(&folder, FlockOperation::LockExclusive)
-            .map_err(|error| host("lock", &self.folder)(error.into()))?;
+        while let Err(error) = flock(&folder, FlockOperation::NonBlockingLockExclusive) {
+            if error != Errno::WOULDBLOCK || Instant::now() >= until {
+                return Err(host("lock", &self.folder)(error.into()));
+            }
+            std::thread::sleep(INTERVAL);
+        }
         Ok(folder)
     }
 

@@ -9,7 +9,7 @@ use rustix::io::Errno;
 use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 /// A template that is being created.
@@ -46,9 +46,7 @@ impl Draft {
 
     fn in_folder(name: String, folder: PathBuf) -> Result<Self, TemplateError> {
         let parent = parent(&folder);
-        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-        let memory = open(parent, flags, Mode::from_raw_mode(0o600));
-        let memory = memory.map_err(|error| host("create a file in", parent)(error.into()))?.into();
+        let memory = unnamed_file(parent).map_err(host("create a file in", parent))?;
         Ok(Self { name, folder, memory })
     }
 
@@ -98,24 +96,44 @@ impl Unfinished {
         image: &str,
         guest: Option<Box<GuestRecord>>,
     ) -> io::Result<Record> {
-        DirBuilder::new().mode(0o700).create(&self.0)?;
+        // What takes long is done first, with files that have no names: a process that is killed leaves none.
         memory.sync_all()?;
-        let open_file = format!("/proc/self/fd/{}", memory.as_raw_fd());
-        linkat(CWD, open_file, CWD, self.0.join(MEMORY), AtFlags::SYMLINK_FOLLOW)?;
+        let copy = copy_of_root(origin, parent(&self.0))?;
+        DirBuilder::new().mode(0o700).create(&self.0)?;
+        name_file(memory, &self.0.join(MEMORY))?;
         let root = self.0.join(ROOT);
-        keep_root(origin, &root)?;
+        match copy {
+            Some(copy) => name_file(&copy, &root)?,
+            // Some filesystems have no links, and each has a maximum of them.
+            None => {
+                fs::hard_link(&origin.rootfs, &root).or_else(|_| fs::copy(&origin.rootfs, &root).map(drop))?
+            }
+        }
         let record = Record::new(origin.clone(), image.to_owned(), guest, &root)?;
         record.write(&self.0.join(RECORD))?;
         Ok(record)
     }
 }
 
-/// Keeps the root filesystem. A file of the cache is never rewritten and can have another name; one that the user has given
-/// could be rewritten in place, and is copied.
-fn keep_root(origin: &Origin, target: &Path) -> io::Result<()> {
+/// Copies the root filesystem to a file without a name, unless its file can have another name: one of the cache on the same
+/// filesystem, which is never rewritten. A file that the user has given could be rewritten in place.
+fn copy_of_root(origin: &Origin, folder: &Path) -> io::Result<Option<File>> {
+    let source = File::open(&origin.rootfs)?;
     let is_of_cache = !origin.digest.is_empty();
-    if is_of_cache && fs::hard_link(&origin.rootfs, target).is_ok() {
-        return Ok(());
+    if is_of_cache && source.metadata()?.dev() == folder.metadata()?.dev() {
+        return Ok(None);
     }
-    fs::copy(&origin.rootfs, target).map(drop)
+    let mut copy = unnamed_file(folder)?;
+    io::copy(&mut &source, &mut copy)?;
+    Ok(Some(copy))
+}
+
+fn unnamed_file(folder: &Path) -> io::Result<File> {
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    Ok(open(folder, flags, Mode::from_raw_mode(0o600))?.into())
+}
+
+fn name_file(file: &File, path: &Path) -> io::Result<()> {
+    let open_file = format!("/proc/self/fd/{}", file.as_raw_fd());
+    Ok(linkat(CWD, open_file, CWD, path, AtFlags::SYMLINK_FOLLOW)?)
 }

@@ -111,6 +111,19 @@ impl Control {
         })
     }
 
+    /// Whether the program with this number is connected.
+    pub(crate) fn is_connected(&self, number: u32) -> bool {
+        self.requests.as_ref().is_some_and(|requests| requests.is_connected(number))
+    }
+
+    /// Whether a program waits for the answer to its query.
+    pub(crate) fn waits(&self, asker: Asker) -> bool {
+        match asker {
+            Asker::Front(_) => true,
+            Asker::Other(number) => self.is_connected(number),
+        }
+    }
+
     /// Ends the snapshot with an answer.
     pub(crate) fn end_snapshot(&mut self, number: u32, answer: &Answer) {
         self.requests.iter_mut().for_each(|requests| requests.end_snapshot(number, answer));

@@ -59,7 +59,10 @@ pub(crate) enum Query {
     /// Report statistics.
     Statistics,
     /// Take a snapshot when the guest has frozen its processes, and send it to the program that asked.
-    Snapshot,
+    Snapshot {
+        /// Whether the machine stays paused then.
+        pauses: bool,
+    },
     /// Continue when the socket is closed. Descriptors are attached: the file for the exit status, and files whose locks
     /// the monitor keeps.
     Detach,

@@ -76,8 +76,6 @@ fn run(start: Start, descriptors: Vec<OwnedFd>, channel: &Channel) -> Result<(),
     let Start { config, mut timeline, .. } = start;
     timeline.reached("configuration received");
     entry::raise_descriptor_limit();
-    // For snapshots: a process in a jail cannot open it.
-    let _ = crate::memory::page_map();
     report_missing(&config.jail.confine_process(limits)?, config.jail, channel);
     timeline.reached("process confined");
     let machine = Machine::with_resources(&config, resources, timeline, Purpose::Run)?;
@@ -110,7 +108,6 @@ fn make_spare(
     let waiting = waiting.map_err(Error::host("watch the files of a machine"))?;
     entry::raise_descriptor_limit();
     let jail = start.config.jail;
-    let _ = crate::memory::page_map();
     // The guest's limits follow.
     let missing = jail.confine_process(Limits::default())?;
     let spare = Spare::new(start.config, resources)?;

@@ -18,7 +18,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// Maximum number of programs that are connected. A further one takes the place of the first.
 const CLIENTS_MAX: usize = 8;
@@ -46,8 +46,8 @@ pub(crate) const PART_MAX: usize = 32 << 10;
 const OFFSET_LEN: usize = size_of::<u64>();
 /// Instead of an offset, before the answer that ends a snapshot.
 const IS_ANSWER: u64 = u64::MAX;
-/// Time limit for the program that receives a snapshot to take a part.
-const PART_TIMEOUT: Duration = Duration::from_secs(10);
+/// Maximum number of parts that are received before the time is looked at.
+const PARTS: usize = 64;
 
 /// A connection to the request socket of another program's monitor.
 #[derive(Debug)]
@@ -98,12 +98,18 @@ impl Requester {
     }
 
     /// Requests a snapshot: when the guest has frozen its processes ([`crate::agent::Process::freeze`]), the monitor sends it, and
-    /// the guest continues. It is written to `file`, of at most `max` bytes.
+    /// the guest continues, or is paused. It is written to `file`, of at most `max` bytes.
     ///
     /// # Errors
     /// As [`Self::pause`], and when another snapshot is being taken.
-    pub fn snapshot(self, file: &File, max: u64, until: Instant) -> Result<Receiver<'_>, ControlError> {
-        match self.ask(Query::Snapshot, until)? {
+    pub fn snapshot(
+        self,
+        file: &File,
+        max: u64,
+        pauses: bool,
+        until: Instant,
+    ) -> Result<Receiver<'_>, ControlError> {
+        match self.ask(Query::Snapshot { pauses }, until)? {
             Answer::Done => Ok(Receiver { socket: self.0, file, max, received: 0 }),
             Answer::Refused(reason) => Err(ControlError::Declined(reason)),
             Answer::Statistics(_) => Err(ControlError::Version),
@@ -153,7 +159,7 @@ impl Receiver<'_> {
     /// When the monitor could not take the snapshot, has ended, or sends something else, and when the file cannot be written.
     pub fn receive(&mut self) -> Result<bool, ControlError> {
         let mut part = vec![0; OFFSET_LEN + PART_MAX];
-        loop {
+        for _ in 0..PARTS {
             let length = match retry_on_intr(|| recv(&self.socket, &mut part[..], RecvFlags::TRUNC)) {
                 Err(Errno::AGAIN) => return Ok(false),
                 Ok((_, 0)) | Err(Errno::CONNRESET) => return Err(ControlError::Ended),
@@ -179,6 +185,7 @@ impl Receiver<'_> {
             }
             self.file.write_all_at(bytes, offset).map_err(ControlError::File)?;
         }
+        Ok(false)
     }
 }
 
@@ -241,11 +248,10 @@ impl Requests {
         }
     }
 
-    /// Sends a part of a snapshot, and waits for a limited time until the program takes it.
-    pub(crate) fn send_part(&self, number: u32, offset: u64, bytes: &[u8]) -> io::Result<()> {
+    /// Sends a part of a snapshot, and waits until the program takes it, or until a time.
+    pub(crate) fn send_part(&self, number: u32, offset: u64, bytes: &[u8], until: Instant) -> io::Result<()> {
         let client = self.clients.iter().find(|(known, _)| *known == number);
         let (_, client) = client.ok_or(io::ErrorKind::NotConnected)?;
-        let until = Instant::now() + PART_TIMEOUT;
         let part = [&offset.to_le_bytes(), bytes].concat();
         loop {
             match retry_on_intr(|| send(client, &part, SendFlags::NOSIGNAL)) {
@@ -256,12 +262,17 @@ impl Requests {
         }
     }
 
-    /// Ends a snapshot with an answer.
+    /// Ends a snapshot with an answer. A program that has not taken all parts gets none.
     pub(crate) fn end_snapshot(&mut self, number: u32, answer: &Answer) {
         let answer = postcard::to_extend(answer, Vec::new()).unwrap_or_default();
-        if self.send_part(number, IS_ANSWER, &answer).is_err() {
+        if self.send_part(number, IS_ANSWER, &answer, Instant::now()).is_err() {
             self.close(number);
         }
+    }
+
+    /// Whether a program is connected.
+    pub(crate) fn is_connected(&self, number: u32) -> bool {
+        self.clients.iter().any(|(known, _)| *known == number)
     }
 
     fn close(&mut self, number: u32) {
@@ -286,6 +297,7 @@ pub(super) fn query_of(request: &[u8]) -> Option<Query> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Duration;
 
     /// A monitor's end, and how programs reach it.
     fn pair() -> (Requests, std::path::PathBuf, tempfile::TempDir) {
@@ -371,12 +383,14 @@ mod tests {
             let requester = Requester::connect(&path).unwrap();
             let (number, _) = requests.accept().unwrap();
             std::thread::scope(|scope| {
-                let receiver = scope.spawn(|| requester.snapshot(&file, MAX, soon()).unwrap());
+                let receiver = scope.spawn(|| requester.snapshot(&file, MAX, true, soon()).unwrap());
                 wait_readable(requests.clients[0].1.as_fd(), None).unwrap();
-                assert_eq!(requests.receive(number), Some(Query::Snapshot));
+                assert_eq!(requests.receive(number), Some(Query::Snapshot { pauses: true }));
                 requests.answer(number, &Answer::Done);
                 let mut receiver = receiver.join().unwrap();
-                parts.iter().for_each(|(offset, part)| requests.send_part(number, *offset, part).unwrap());
+                parts
+                    .iter()
+                    .for_each(|(offset, part)| requests.send_part(number, *offset, part, soon()).unwrap());
                 answer.iter().for_each(|answer| requests.end_snapshot(number, answer));
                 match (receiver.receive(), expected) {
                     (Ok(is_complete), Ok(expected)) => assert_eq!(is_complete, expected),
@@ -384,7 +398,7 @@ mod tests {
                     (result, _) => panic!("{result:?} is not {expected:?}"),
                 }
                 drop(receiver);
-                assert!(requests.send_part(number, 0, b"ab").is_err(), "the program has gone");
+                assert!(requests.send_part(number, 0, b"ab", soon()).is_err(), "the program has gone");
             });
             let mut written = vec![0; content.len()];
             file.read_exact_at(&mut written, 0).unwrap();
@@ -400,7 +414,7 @@ mod tests {
         let (number, _) = requests.accept().unwrap();
         let mut receiver = Receiver { socket: requester.0, file: &file, max: 100, received: 0 };
         let mut send = || {
-            requests.send_part(number, 0, &[7; 50]).unwrap();
+            requests.send_part(number, 0, &[7; 50], soon()).unwrap();
             receiver.receive()
         };
         assert!((0..3).all(|_| matches!(send(), Ok(false))));

@@ -22,7 +22,7 @@ pub struct Configuration {
     /// Random numbers for a pre-booted kernel, one set per response. They are generated with the device, because the seccomp
     /// filter of the vCPU threads, which respond, does not allow getrandom(2).
     entropy: Vec<[u8; Reseed::ENTROPY_LEN]>,
-    /// Whether the next response is for a guest that was saved, and continues.
+    /// Whether the guest may have been saved: it continues with its own random numbers.
     is_saved: bool,
     /// The response to the last nonce, and the frame.
     answer: Vec<u8>,
@@ -75,7 +75,7 @@ impl Configuration {
         Ok(())
     }
 
-    /// Makes the next response that of a guest which is saved, and continues with its own random numbers.
+    /// Makes further responses those of a guest that may have been saved, and continues with its own random numbers.
     pub fn continue_saved(&mut self) {
         self.is_saved = true;
     }
@@ -85,7 +85,7 @@ impl Configuration {
 
     fn restart(&mut self, nonce: u32) {
         let vm_age = Some(Instant::now().since(self.vm_created));
-        let is_saved = std::mem::take(&mut self.is_saved);
+        let is_saved = self.is_saved;
         let reseed = if is_saved { None } else { self.entropy.pop().map(reseed) };
         let boot = BootInfo { vm_age, kernel_log: self.kernel_log, reseed };
         // Init stops at an empty frame: no guest may run with the random numbers of another.
@@ -201,15 +201,17 @@ mod tests {
             seeds.push(reseed.entropy);
         }
         assert_ne!(seeds[0], seeds[1]);
-        // A guest that was saved and continues has its own.
-        device.continue_saved();
-        assert_eq!(GuestConfig::from_frame(&request(&mut device, 7)).unwrap().1.reseed, None);
         for _ in seeds.len()..Configuration::RESEEDS_MAX {
             GuestConfig::from_frame(&request(&mut device, 7)).unwrap();
         }
         device.write(0, &8_u32.to_le_bytes());
         let empty = read(&mut device, DATA, handshake::RESPONSE_LEN + 1);
         assert_eq!(handshake::accept(8, &empty).unwrap().0, 0, "random numbers are used twice");
+        // A guest that was saved and continues has its own.
+        device.continue_saved();
+        for nonce in 9..12 {
+            assert_eq!(GuestConfig::from_frame(&request(&mut device, nonce)).unwrap().1.reseed, None);
+        }
     }
 
     #[test]

@@ -219,7 +219,7 @@ pub const TABLE: &[Call] = &[
     call("fstatfs", PREBOOT, Rule::Any, "whether a file is in memory"),
     call("lseek", PREBOOT, Rule::Any, "which parts of a file have data"),
     call("ftruncate", PREBOOT, Rule::Any, "the length of the pre-booted kernel's file"),
-    call("pread64", LOOP, Rule::Any, "which pages of the guest have content, for a snapshot; the kernel's file"),
+    call("pread64", PREBOOT, Rule::Any, "the kernel's file, and which pages were written"),
     call("readlinkat", PREBOOT, Rule::Any, "paths of mapped files, for reports"),
     call("sched_yield", PREBOOT, Rule::Any, "waits for a vCPU"),
     call("nanosleep", PREBOOT, Rule::Any, "the same"),

@@ -13,7 +13,7 @@ mod vcpu;
 
 pub(crate) use clocks::Clocks;
 use coalesced::CoalescedWrites;
-pub(crate) use pause::{Pause, Saved, SavedVcpu};
+pub(crate) use pause::{Pause, SavedVcpu};
 pub use state::VcpuState;
 pub use vcpu::{ExitCounts, Registers, Vcpu, VcpuEnd};
 

@@ -1,6 +1,7 @@
 //! A vCPU: its initial registers, and the loop that runs it and handles its exits.
 
 use super::coalesced::CoalescedWrites;
+use super::pause::Waited;
 use super::restrictions;
 use super::{KvmError, Pause, SavedVcpu};
 use crate::boot::{CODE_SEGMENT, DATA_SEGMENT, Entry, GDT_ENTRIES};
@@ -259,12 +260,15 @@ impl Vcpu {
     /// Prepares the next entry into the guest, and returns whether it only completes the instruction of the last exit, so that the
     /// state can be saved. Returns `None` after a pause.
     fn prepare_entry(&mut self, pause: &Pause) -> Option<bool> {
-        let saves = pause.saves();
+        let saves = match pause.wait(false) {
+            Waited::No => false,
+            Waited::Save => true,
+            Waited::Resumed => {
+                self.forgive_pause();
+                return None;
+            }
+        };
         self.fd.set_kvm_immediate_exit(saves.into());
-        if !saves && pause.wait() {
-            self.forgive_pause();
-            return None;
-        }
         self.sample_if_due();
         Some(saves)
     }
@@ -272,7 +276,7 @@ impl Vcpu {
     /// Saves the state, and waits until the machine continues.
     fn save(&self, id: usize, pause: &Pause) {
         pause.save(SavedVcpu { id, state: self.state(None), at: Instant::now() });
-        if pause.wait() {
+        if pause.wait(true) == Waited::Resumed {
             self.forgive_pause();
         }
     }

@@ -37,11 +37,27 @@ impl GuestMemory {
     /// # Errors
     /// When the host does not report which pages are populated.
     pub fn contents(&self) -> Result<Vec<Extent>, MemoryError> {
+        self.contents_of(Pages::of)
+    }
+
+    /// The same, for a process that cannot open its page map. It reads pages that are not populated, for which the host has one page
+    /// of zeroes.
+    ///
+    /// # Errors
+    /// When memory cannot be read.
+    pub(crate) fn contents_read(&self) -> Result<Vec<Extent>, MemoryError> {
+        self.contents_of(|_, length| Pages::all_present(length))
+    }
+
+    fn contents_of(
+        &self,
+        pages: impl Fn(*mut u8, u64) -> io::Result<Pages>,
+    ) -> Result<Vec<Extent>, MemoryError> {
         let files = super::lock(&self.files).clone();
         let mut extents = Extents::default();
         for region in self.inner.iter() {
             let (start, length) = (region.start_addr().0, region.len());
-            let pages = Pages::of(region.as_ptr(), length)
+            let pages = pages(region.as_ptr(), length)
                 .map_err(|source| MemoryError::Contents { address: start, source })?;
             for (number, is_populated) in (0..).zip(pages.entries().map(Pages::is_populated)) {
                 let address = start + number * PAGE_SIZE;
@@ -195,16 +211,17 @@ impl Pages {
     const OF_A_FILE: u64 = 1 << 61;
 
     fn of(address: *mut u8, length: u64) -> io::Result<Self> {
-        let pages = usize::try_from(length.div_ceil(PAGE_SIZE)).map_err(io::Error::other)?;
-        let mut entries = vec![[0; 8]; pages];
-        match page_map() {
-            Some(file) => {
-                file.read_exact_at(entries.as_flattened_mut(), (address.addr() / PAGE * 8) as u64)?
-            }
-            // A process with elevated privileges may not read its page map. Then every page counts as populated.
-            None => entries.fill(Self::PRESENT.to_le_bytes()),
+        let mut pages = Self::all_present(length)?;
+        // A process with elevated privileges may not read its page map. Then every page counts as populated.
+        if let Some(file) = page_map() {
+            file.read_exact_at(pages.0.as_flattened_mut(), (address.addr() / PAGE * 8) as u64)?;
         }
-        Ok(Self(entries))
+        Ok(pages)
+    }
+
+    fn all_present(length: u64) -> io::Result<Self> {
+        let pages = usize::try_from(length.div_ceil(PAGE_SIZE)).map_err(io::Error::other)?;
+        Ok(Self(vec![Self::PRESENT.to_le_bytes(); pages]))
     }
 
     fn entries(&self) -> impl Iterator<Item = u64> {

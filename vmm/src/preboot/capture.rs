@@ -231,6 +231,6 @@ impl CapturedMachine {
             );
         }
         let vcpus = self.vcpus.iter().map(|vcpu| vcpu.state(Some(msrs))).collect::<Result<_, _>>()?;
-        state_of(machine, inputs, clocks, vcpus, self.init_vcpu)
+        state_of(machine, inputs, clocks, (vcpus, self.init_vcpu), machine.memory.contents()?)
     }
 }

@@ -26,7 +26,7 @@ pub(crate) mod verified;
 
 pub use error::PrebootError;
 pub use saved::SavedMemory;
-pub use snapshot::length_max;
+pub use snapshot::{length_max, time_limit};
 pub use state::key;
 /// Reads bytes as the beginning of a file of a pre-booted kernel, without its magic and format, which a fuzzer seldom finds.
 #[cfg(fuzzing)]

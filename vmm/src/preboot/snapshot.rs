@@ -11,7 +11,9 @@ use crate::error::Error;
 use crate::kvm::{Clocks, SavedVcpu, VcpuState};
 use crate::layout::MIB;
 use crate::machine::Machine;
+use crate::memory::Extent;
 use std::io;
+use std::time::Duration;
 
 /// Receives a part of the file, with its offset.
 pub(crate) type Sink<'a> = &'a mut dyn FnMut(u64, &[u8]) -> io::Result<()>;
@@ -20,6 +22,12 @@ pub(crate) type Sink<'a> = &'a mut dyn FnMut(u64, &[u8]) -> io::Result<()>;
 #[must_use]
 pub fn length_max(memory_mib: u64) -> u64 {
     file::length_max(memory_mib.saturating_mul(MIB))
+}
+
+/// Time limit for taking a snapshot of a guest with this many MiB of memory, on a disk that takes 50 MiB per second.
+#[must_use]
+pub fn time_limit(memory_mib: u64) -> Duration {
+    Duration::from_secs(120 + memory_mib / 50)
 }
 
 /// Sends the snapshot of a machine whose vCPUs wait, and have saved these states; the one with the given id is after init's boot
@@ -43,7 +51,8 @@ pub(crate) fn send(
     let (tsc, at) = latest.ok_or_else(missing)?;
     let clocks = Clocks::since(tsc, at, &machine.vm)?;
     states.get_mut(init_vcpu).ok_or_else(missing)?.step_back_over_out();
-    let state = state_of(machine, inputs, clocks, states, init_vcpu)?;
+    let extents = machine.memory.contents_read()?;
+    let state = state_of(machine, inputs, clocks, (states, init_vcpu), extents)?;
     let mut part = Part { start: 0, bytes: Vec::with_capacity(PART_MAX), sink };
     let pages =
         file::each_page(&state.extents, &machine.memory, &mut |offset, page| Ok(part.add(offset, page)?));
@@ -56,13 +65,13 @@ pub(crate) fn send(
     parts.try_for_each(|(offset, bytes)| (part.sink)(offset, bytes)).map_err(Error::host("send the snapshot"))
 }
 
-/// The state of a machine whose vCPUs do not run, and are in these states.
+/// The state of a machine whose vCPUs do not run, and are in these states, and whose memory has content in these pages.
 pub(super) fn state_of(
     machine: &Machine,
     inputs: Inputs,
     clocks: Clocks,
-    vcpus: Vec<VcpuState>,
-    init_vcpu: usize,
+    (vcpus, init_vcpu): (Vec<VcpuState>, usize),
+    extents: Vec<Extent>,
 ) -> Result<State, Error> {
     let virtio = machine.devices.virtio.iter().map(|device| lock(device).state());
     let virtio = virtio.collect::<Result<_, _>>().map_err(PrebootError::from)?;
@@ -76,7 +85,7 @@ pub(super) fn state_of(
         io_apic: lock(io_apic).state(),
         serial: lock(&machine.devices.serial).state(),
         virtio,
-        extents: machine.memory.contents()?,
+        extents,
         written: Vec::new(),
         used: Vec::new(),
         read: Vec::new(),

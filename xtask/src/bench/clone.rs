@@ -133,6 +133,9 @@ impl Bench<'_> {
             }
             let memory = self.memory_of_copy()?;
             self.add(Metric::CopyMemory, memory);
+            let [snapshot, restore] = self.saved_guest(images)?;
+            self.add(Metric::Snapshot, snapshot);
+            self.add(Metric::Restore, restore);
         }
         Ok(())
     }
@@ -171,6 +174,33 @@ impl Bench<'_> {
         }
         times.sort_unstable();
         Ok([times[AT_ONCE / 2], times[AT_ONCE * 95 / 100]])
+    }
+
+    /// The times of a snapshot of a guest whose shell waits for input, and of the start of another guest from it.
+    fn saved_guest(&self, images: &Images) -> Result<[u64; 2]> {
+        let folder = tempfile::tempdir_in(self.scratch)?;
+        let saved = folder.path().join("saved");
+        let time = |command| {
+            thread::sleep(SETTLE);
+            let run = process::run(command, "", LIMIT, |_| Ok(()))?;
+            Ok::<_, anyhow::Error>(run.ended.since(run.spawned))
+        };
+        let mut command = self.kindling("run");
+        let (memory, cpus) = (self.case.memory_mib.to_string(), self.case.vcpus.to_string());
+        command.args(["--name", "saved", "--memory", &memory, "--cpus", &cpus]).arg(images.busybox());
+        command.args(["sh", "-c", &format!("echo {READY}; read -r line")]);
+        let mut times = [0; 2];
+        process::run(command, READY, LIMIT, |_| {
+            let mut snapshot = self.kindling("snapshot");
+            snapshot.arg("saved").arg(&saved);
+            let mut restore = self.kindling("restore");
+            restore.args(["-d", "--rm", "--name", "restored"]).arg(&saved);
+            let mut end = self.kindling("rm");
+            end.args(["-f", "restored"]);
+            times = [time(snapshot)?, time(restore)?];
+            time(end).map(drop)
+        })?;
+        Ok(times)
     }
 
     /// The private memory of front and monitor, including the guest's, of a copy whose shell waits for input, beside another copy.

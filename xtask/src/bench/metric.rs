@@ -73,6 +73,10 @@ pub(super) enum Metric {
     CopyFaults,
     /// Private memory of front and monitor, including the guest's, of a copy whose program waits for input.
     CopyMemory,
+    /// From the spawn of `kindling snapshot`, of a guest that waits, to its exit.
+    Snapshot,
+    /// From the spawn of `kindling restore -d` to its exit, when the guest's processes have continued.
+    Restore,
     /// From the spawn of `kindling run`, or of another monitor, with a jail.
     Jail(Span, Strength),
     /// A component of the cost of an operation on a device.
@@ -159,6 +163,8 @@ impl Metric {
                     Self::SlowCopyAtOnce,
                     Self::CopyFaults,
                     Self::CopyMemory,
+                    Self::Snapshot,
+                    Self::Restore,
                 ];
                 let copies = Made::ALL.map(|made| (made.title(), columns(made)));
                 copies.into_iter().chain([("", others)]).collect()
@@ -219,6 +225,8 @@ impl Metric {
             Self::SlowCopyAtOnce => "clones_at_once_p95",
             Self::CopyFaults => "clone_page_faults",
             Self::CopyMemory => "clone_private_memory",
+            Self::Snapshot => "snapshot",
+            Self::Restore => "restore",
             Self::Jail(span, strength) => return format!("{}_{}", span.name(), strength.name()),
             Self::Operation(operation, part) => return operation.name().to_owned() + part.suffix(),
         }
@@ -279,6 +287,8 @@ impl Metric {
             Self::SlowCopyAtOnce => "25 copies at once, 95th percentile, ms",
             Self::CopyFaults => "page faults on guest memory of a copy",
             Self::CopyMemory => "private memory of a copy that waits, its monitor included, MiB",
+            Self::Snapshot => "kindling snapshot of a guest that waits, ms",
+            Self::Restore => "kindling restore -d, ms",
             Self::Jail(span, _) => return format!("{}: {}", self.title(), span.title()),
             Self::Operation(_, part) => return format!("{}: {}", self.title(), part.title()),
         }
@@ -319,6 +329,8 @@ impl Metric {
             Self::SlowCopyAtOnce => "p95, ms",
             Self::CopyFaults => "guest faults",
             Self::CopyMemory => "private, MiB",
+            Self::Snapshot => "snapshot, ms",
+            Self::Restore => "restore, ms",
             Self::Jail(_, strength) => strength.title(),
             Self::Operation(operation, _) => operation.title(),
         }
