@@ -86,11 +86,12 @@ impl Template {
         builder: GuestBuilder,
         set_up: impl FnOnce(&Guest) -> Result<(), Box<dyn Error + Send + Sync>>,
     ) -> Result<Self, SnapshotError> {
-        let draft = Draft::new(name)?;
+        let mut draft = Draft::new(name)?;
         let guest = builder.start_for_snapshot(draft.memory()?)?;
         set_up(&guest).map_err(SnapshotError::SetUp)?;
-        take(&guest)?;
         let (image, origin) = (guest.record.image.clone(), origin_of(&guest)?);
+        draft.keep_root(&origin)?;
+        take(&guest)?;
         // The monitor does not write to the file any more when it appears.
         drop(guest);
         Ok(draft.publish(&origin, &image, None)?)
@@ -126,8 +127,9 @@ impl Guest {
 
     fn save(&self, folder: &Path, pauses: bool) -> Result<(), SnapshotError> {
         let origin = origin_of(self)?;
-        let draft = Draft::at(folder)?;
+        let mut draft = Draft::at(folder)?;
         self.check_runs()?;
+        draft.keep_root(&origin)?;
         let file = draft.memory()?;
         let length = preboot::length_max(origin.machine.mem_size_mib);
         file.set_len(length).map_err(SnapshotError::Host)?;

@@ -105,20 +105,24 @@ fn a_suspended_guest_ends_and_continues_later() {
     owner.exec("one", "echo before >/ask").expect_status(0);
     wait_for("no answer", || owner.logs("one").stdout.contains("before 1").then_some(()));
     for round in 2..4 {
-        run(owner.0.command("suspend").arg("one").arg(owner.folder())).expect_status(0);
+        let target = owner.0.folder().join(format!("saved{round}"));
+        run(owner.0.command("suspend").arg("one").arg(&target)).expect_status(0);
         assert_eq!(owner.state("one"), "exited");
         run(owner.0.command("rm").arg("one")).expect_status(0);
-        run(&mut owner.restore(&["-d", "--name", "one"])).expect_status(0);
+        let mut restore = owner.0.command("restore");
+        run(restore.args(["-d", "--name", "one"]).arg(&target)).expect_status(0);
         owner.exec("one", "echo again >/ask").expect_status(0);
         let answer = format!("again {round}");
         wait_for("no answer", || owner.logs("one").stdout.contains(&answer).then_some(()));
-        fs::remove_dir_all(owner.folder()).unwrap();
     }
     // Without space, the guest runs on.
     let Some(_mount) = SmallTmpfs::at(&owner.0.folder().join("small")) else { return };
     let target = owner.0.folder().join("small/saved");
     run(owner.0.command("suspend").arg("one").arg(&target)).expect_status(125);
     assert_eq!(owner.state("one"), "running");
+    // Without the snapshot that it continues from, whose root filesystem it has.
+    fs::remove_dir_all(owner.0.folder().join("saved3")).unwrap();
+    owner.snapshot("one").expect_status(125).expect_stderr("cannot keep the root filesystem");
     owner.exec("one", "echo end >/ask");
     assert_eq!(run(owner.0.command("wait").arg("one")).status, Some(4));
     owner.end(&["one"]);

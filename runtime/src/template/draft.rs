@@ -19,6 +19,8 @@ pub(crate) struct Draft {
     folder: PathBuf,
     /// An unnamed file, which the kernel deletes if this process ends.
     memory: File,
+    /// A copy of the root filesystem, without a name, too, if it has to be copied.
+    root: Option<File>,
 }
 
 impl Draft {
@@ -47,12 +49,19 @@ impl Draft {
     fn in_folder(name: String, folder: PathBuf) -> Result<Self, TemplateError> {
         let parent = parent(&folder);
         let memory = unnamed_file(parent).map_err(host("create a file in", parent))?;
-        Ok(Self { name, folder, memory })
+        Ok(Self { name, folder, memory, root: None })
     }
 
     /// The file for the snapshot, duplicated.
     pub(crate) fn memory(&self) -> Result<File, TemplateError> {
         self.memory.try_clone().map_err(host("open", parent(&self.folder)))
+    }
+
+    /// Copies the root filesystem of the guest, if that is necessary; before the guest is saved, because it takes long.
+    pub(crate) fn keep_root(&mut self, origin: &Origin) -> Result<(), TemplateError> {
+        let copy = copy_of_root(origin, parent(&self.folder));
+        self.root = copy.map_err(host("keep the root filesystem", &origin.rootfs))?;
+        Ok(())
     }
 
     /// Creates the template or snapshot of a guest, whose memory has been written. `guest` is its record, if its command continues.
@@ -62,9 +71,10 @@ impl Draft {
         image: &str,
         guest: Option<Box<GuestRecord>>,
     ) -> Result<Template, TemplateError> {
-        let Self { name, folder, memory } = self;
+        let Self { name, folder, memory, root } = self;
         let draft = Unfinished(folder.with_file_name(format!(".{:016x}", crate::token())));
-        let record = draft.fill(&memory, origin, image, guest).map_err(host("create", &folder))?;
+        let record =
+            draft.fill(&memory, root.as_ref(), origin, image, guest).map_err(host("create", &folder))?;
         match renameat_with(CWD, &draft.0, CWD, &folder, RenameFlags::NOREPLACE) {
             Ok(()) => Ok(Template { name, folder, record }),
             Err(Errno::EXIST | Errno::NOTEMPTY) => Err(TemplateError::Exists(folder)),
@@ -92,18 +102,18 @@ impl Unfinished {
     fn fill(
         &self,
         memory: &File,
+        copy_of_root: Option<&File>,
         origin: &Origin,
         image: &str,
         guest: Option<Box<GuestRecord>>,
     ) -> io::Result<Record> {
-        // What takes long is done first, with files that have no names: a process that is killed leaves none.
+        // Before the directory exists, because it takes long: a process that is killed leaves no file.
         memory.sync_all()?;
-        let copy = copy_of_root(origin, parent(&self.0))?;
         DirBuilder::new().mode(0o700).create(&self.0)?;
         name_file(memory, &self.0.join(MEMORY))?;
         let root = self.0.join(ROOT);
-        match copy {
-            Some(copy) => name_file(&copy, &root)?,
+        match copy_of_root {
+            Some(copy) => name_file(copy, &root)?,
             // Some filesystems have no links, and each has a maximum of them.
             None => {
                 fs::hard_link(&origin.rootfs, &root).or_else(|_| fs::copy(&origin.rootfs, &root).map(drop))?
