@@ -343,14 +343,16 @@ fn the_process_exits_without_waiting_for_kvm_to_destroy_the_vm() {
     const LIMIT_NS: u64 = 4_000_000;
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("report.json");
-    let mut command = kindling();
-    command.args(["boot", "--console", "null", "--image"]).arg(testbed("images/default"));
-    run(command.arg("--report-json").arg(&path).stdin(Stdio::null())).expect_status(0);
-    let ended = u64::try_from(now()).unwrap();
-    let report = read(&path);
-    let steps = report["steps"].as_array().unwrap();
-    let stopped = steps.iter().find(|step| step["name"] == "vCPUs stopped").unwrap();
-    let stopped = report["start_ns"].as_u64().unwrap() + stopped["ns"].as_u64().unwrap();
-    let ns = ended - stopped;
-    assert!(ns <= LIMIT_NS, "{ns} ns from the end of the vCPUs to the end of the process; {report:#}");
+    let measure = || {
+        let mut command = kindling();
+        command.args(["boot", "--console", "null", "--image"]).arg(testbed("images/default"));
+        run(command.arg("--report-json").arg(&path).stdin(Stdio::null())).expect_status(0);
+        let ended = u64::try_from(now()).unwrap();
+        let report = read(&path);
+        let steps = report["steps"].as_array().unwrap();
+        let stopped = steps.iter().find(|step| step["name"] == "vCPUs stopped").unwrap();
+        ended - (report["start_ns"].as_u64().unwrap() + stopped["ns"].as_u64().unwrap())
+    };
+    let ns = median("end of the vCPUs to the end of the process", (0..BOOTS).map(|_| measure()));
+    assert!(ns <= LIMIT_NS, "{ns} ns from the end of the vCPUs to the end of the process");
 }
