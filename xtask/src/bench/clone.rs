@@ -188,7 +188,8 @@ impl Bench<'_> {
         let mut command = self.kindling("run");
         let (memory, cpus) = (self.case.memory_mib.to_string(), self.case.vcpus.to_string());
         command.args(["--name", "saved", "--memory", &memory, "--cpus", &cpus]).arg(images.busybox());
-        command.args(["sh", "-c", &format!("echo {READY}; read -r line")]);
+        // The other guest has no input, and does not end with it.
+        command.args(["sh", "-c", &format!("echo {READY}; read -r line || sleep 1000")]);
         let mut times = [0; 2];
         process::run(command, READY, LIMIT, |_| {
             let mut snapshot = self.kindling("snapshot");

@@ -103,6 +103,8 @@ create: `kindling template create` without a command, from the spawn to the end 
 25: of 25 commands that are started at once, from the first spawn to the end of a process; 95th percentile
 guest faults: page faults on guest memory handled by KVM, of a copy that is made on request
 private: memory of front and monitor, including guest memory, while a shell waits for input in a copy, beside another copy
+snapshot: `kindling snapshot` of a guest whose shell waits for input, from the spawn to the end of the process
+restore: `kindling restore -d` from there, from the spawn to the end of the process, when the guest's processes continue
 ";
 
 /// The legend of scenario `start`.
