@@ -125,7 +125,7 @@ impl Template {
     /// Opens the snapshot in a directory.
     ///
     /// # Errors
-    /// When there is none, or it was made by another version.
+    /// When the directory has no snapshot, or it was made by another version.
     pub(crate) fn in_folder(folder: &Path) -> Result<Self, TemplateError> {
         let folder = std::path::absolute(folder).map_err(host("open", folder))?;
         let name = folder.display().to_string();

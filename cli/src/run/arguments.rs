@@ -10,7 +10,7 @@ use std::path::{Component, Path, PathBuf};
 
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Arguments {
-    /// With a template, the first word of the command; empty if there is none.
+    /// With a template, the first word of the command; empty without a command.
     pub(crate) image: OsString,
     pub(crate) template: Option<String>,
     /// The directory of a snapshot, with `kindling restore`; then there is no command.

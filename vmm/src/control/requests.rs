@@ -63,7 +63,7 @@ impl Requester {
     /// Connects to the socket with this file.
     ///
     /// # Errors
-    /// When there is none, its monitor has ended, or too many programs are connecting.
+    /// When the file does not exist, its monitor has ended, or too many programs are connecting.
     pub fn connect(path: &Path) -> io::Result<Self> {
         let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, FLAGS, None)?;
         connect(&socket, &SocketAddrUnix::new(path)?)?;
@@ -437,7 +437,7 @@ mod tests {
         assert!(matches!(program.ask(Query::Pause, Instant::now()), Err(ControlError::Timeout)));
         let number = u32::try_from(CLIENTS_MAX).unwrap();
         assert_eq!(requests.receive(number), Some(Query::Pause));
-        // An answer that is not read takes space; when there is none, the connection is closed.
+        // An answer that is not read takes space in the socket; when the socket is full, the connection is closed.
         while !requests.clients.is_empty() && requests.clients.iter().any(|(known, _)| *known == number) {
             requests.answer(number, &Answer::Done);
         }
